@@ -1,0 +1,44 @@
+"""LPCAM: class activation maps that show the whole object, from a classifier as it is.
+
+The names below are imported when first used, so that ``import lpcam`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lpcam.version import __version__
+
+if TYPE_CHECKING:
+    from lpcam import functional
+    from lpcam.classifier import Classifier
+    from lpcam.extract import CAM, LPCAM
+    from lpcam.presets import LpcamSettings
+    from lpcam.prototypes import Prototypes
+
+__all__ = [
+    "CAM",
+    "LPCAM",
+    "Classifier",
+    "LpcamSettings",
+    "Prototypes",
+    "__version__",
+    "functional",
+]
+
+_HOMES = {
+    "CAM": "lpcam.extract",
+    "LPCAM": "lpcam.extract",
+    "Classifier": "lpcam.classifier",
+    "LpcamSettings": "lpcam.presets",
+    "Prototypes": "lpcam.prototypes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return import_module("lpcam.functional")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lpcam' has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""A backbone with global average pooling and a bias-free linear head.
+
+The head's rows are the w_n of equation 1, and the feature block before pooling is its f(x).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.storage import digest_json, read_tensors, write_tensors
+
+PRETRAINED = "pretrained"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Per-channel mean and standard deviation of RGB in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) uint8 RGB to (3, H, W) float32, normalised."""
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255.0
+        mean = torch.tensor(self.mean)[:, None, None]
+        return (tensor - mean) / torch.tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What makes a backbone, apart from its weights.
+
+    ``dilated=False`` sets every dilation back to 1 after ``output_stride`` has removed strides, as
+    the released programs' ResNet-50 has it (specification of LPCAM, section 2).
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    output_stride: int | None = None
+    dilated: bool = True
+
+
+class Classifier(nn.Module):
+    """Backbone, global average pooling, linear head without bias.
+
+    Args:
+        backbone: a module that maps images (B, 3, H, W) to (B, C, h, w).
+        classes: the N class names, in label order.
+        preprocessing: what the backbone expects of RGB.
+        spec: how to build the backbone again; None for a module of the caller's own, which can
+            then not be saved.
+
+    Raises:
+        ClassifierError: if the backbone gives no spatial map, or NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        spec: BackboneSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.spec = spec
+        channels = self._probe_channels()
+        self.head = nn.Linear(channels, len(self.classes), bias=False)
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, C), the rows w_n, detached."""
+        return self.head.weight.detach()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
+        return _spatial(self.backbone, images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N)."""
+        logits: Tensor = self.head(self.features(images).mean((-2, -1)))
+        return logits
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode with the statistics of every batch norm frozen."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any weight, the architecture or the preprocessing."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(digest_json(self._description()).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
+        """Write weights, architecture and provenance to one safetensors file.
+
+        Raises:
+            ClassifierError: for a backbone of the caller's own, which no file can describe.
+        """
+        if self.spec is None:
+            raise ClassifierError(
+                "this classifier wraps a module that was passed in, so a file cannot describe it; "
+                "build it with lpcam.classifier.build to save it"
+            )
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        metadata = {
+            "kind": "classifier",
+            "fingerprint": self.fingerprint(),
+            "made_by": made_by or {},
+            **self._description(),
+        }
+        write_tensors(path, state, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Classifier:
+        """Read a file of :meth:`save`; needs no network.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or not a classifier.
+        """
+        state, metadata = read_tensors(path)
+        if metadata.get("kind") != "classifier":
+            raise ArtefactError(
+                f"{path} holds {metadata.get('kind')!r}, not a classifier; give the file that "
+                "the classify stage wrote"
+            )
+        spec = BackboneSpec(**metadata["backbone"])
+        preprocessing = Preprocessing(
+            tuple(metadata["preprocessing"]["mean"]), tuple(metadata["preprocessing"]["std"])
+        )
+        classifier = cls(_create(spec, pretrained=False), metadata["classes"], preprocessing, spec)
+        try:
+            classifier.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ArtefactError(f"{path} does not fit its own description: {error}") from None
+        return classifier
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "backbone": asdict(self.spec) if self.spec else type(self.backbone).__name__,
+            "preprocessing": asdict(self.preprocessing),
+            "classes": list(self.classes),
+        }
+
+    def _probe_channels(self) -> int:
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            parameter = next(self.backbone.parameters(), torch.zeros(()))
+            with torch.no_grad():
+                features = _spatial(self.backbone, parameter.new_zeros(1, 3, 96, 128))
+        finally:
+            self.backbone.train(was_training)
+        if not bool(torch.isfinite(features).all()):
+            raise ClassifierError(
+                "the backbone gives NaN or Inf on an all-zero image; its weights are damaged or "
+                "belong to another architecture"
+            )
+        return features.shape[1]
+
+
+def build(
+    spec: BackboneSpec,
+    classes: Sequence[str],
+    *,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Build a classifier on a timm backbone.
+
+    Args:
+        spec: timm name, its arguments, output stride.
+        classes: N class names.
+        weights: ``"pretrained"`` (timm's, over the network on first use), ``"random"``, or the path
+            of a safetensors file of this architecture (with or without its classification head).
+        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        seed: of a random backbone and of the head.
+
+    Raises:
+        ClassifierError: if timm does not know the name or refuses an argument, if the weights
+            cannot be had, do not fit or hold NaN or Inf, or if the backbone has no spatial map.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = _create(spec, pretrained=str(weights) == PRETRAINED)
+        if str(weights) not in (PRETRAINED, RANDOM):
+            _load_weights(backbone, Path(weights), spec)
+        for name, tensor in backbone.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ClassifierError(
+                    f"the weights {str(weights)!r} hold NaN or Inf in {name!r}; "
+                    "the file is damaged, fetch it again"
+                )
+        config: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+        preprocessing = Preprocessing(
+            tuple(mean if mean is not None else config.get("mean", (0.485, 0.456, 0.406))),
+            tuple(std if std is not None else config.get("std", (0.229, 0.224, 0.225))),
+        )
+        return Classifier(backbone, classes, preprocessing, spec)
+
+
+def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
+    arguments = dict(spec.arguments)
+    if spec.output_stride is not None:
+        arguments["output_stride"] = spec.output_stride
+    if not timm.is_model(spec.name):
+        near = timm.list_models(f"*{spec.name.split('_')[0].split('.')[0]}*")[:8]
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise ClassifierError(f"timm has no model {spec.name!r}{hint}")
+    try:
+        # Only the part before pooling is used; num_classes=0 leaves the old head out.
+        model: nn.Module = timm.create_model(
+            spec.name, pretrained=pretrained, num_classes=0, **arguments
+        )
+    except Exception as error:  # whatever timm, torch or a hub client raises, one message serves
+        what = "with its pretrained weights " if pretrained else ""
+        raise ClassifierError(
+            f"timm could not make {spec.name!r} {what}with arguments {arguments}: {error}. "
+            "Check the arguments (not every model has output_stride); without a network, give "
+            "weights as the path of a safetensors file"
+        ) from error
+    if not spec.dilated:
+        _remove_dilation(model)
+    return model
+
+
+def _remove_dilation(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+            module.dilation = (1, 1)
+            if isinstance(module.padding, tuple) and any(module.padding):
+                module.padding = tuple((k - 1) // 2 for k in module.kernel_size)
+
+
+def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
+    if not path.is_file():
+        raise ClassifierError(
+            f"no weights file {str(path)!r}; give the path of a safetensors file, "
+            f"{PRETRAINED!r} or {RANDOM!r}"
+        )
+    if path.suffix != ".safetensors":
+        raise ClassifierError(
+            f"weights must be a .safetensors file, got {path.name!r}; pickled checkpoints can run "
+            "code and are not read: convert the state dict with safetensors.torch.save_file"
+        )
+    try:
+        state = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ClassifierError(
+            f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
+        ) from error
+    config: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or ()
+    for head in (heads,) if isinstance(heads, str) else heads:
+        state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
+    own = backbone.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+            )
+            if names
+        ]
+        raise ClassifierError(
+            f"the weights {path.name!r} do not fit {spec.name!r} with arguments "
+            f"{dict(spec.arguments)}: {', '.join(parts)}; check the backbone's name and arguments"
+        )
+    backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+
+
+def _spatial(backbone: nn.Module, images: Tensor) -> Tensor:
+    """The backbone's last feature map as (B, C, h, w)."""
+    forward = getattr(backbone, "forward_features", backbone)
+    features = forward(images)
+    tokens_axes, map_axes = 3, 4
+    if isinstance(features, Tensor) and features.ndim == map_axes:
+        if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
+            return features.permute(0, 3, 1, 2)
+        return features
+    if isinstance(features, Tensor) and features.ndim == tokens_axes:
+        intermediates = getattr(backbone, "forward_intermediates", None)
+        if intermediates is not None:
+            last = intermediates(images, indices=1, norm=True, intermediates_only=True)[-1]
+            if isinstance(last, Tensor) and last.ndim == map_axes:
+                return last
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise ClassifierError(
+        f"the backbone {type(backbone).__name__} gives {shape}, not a feature map (B, C, h, w); "
+        "LPCAM needs the spatial map before pooling: choose a backbone that has one"
+    )

@@ -1,0 +1,196 @@
+"""The door: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lpcam.errors import LpcamError, RecipeError
+from lpcam.version import __version__
+
+if TYPE_CHECKING:
+    from lpcam.pipeline import RunResult
+
+STAGE_HELP = {
+    "classify": "train the classifier (linear probe or fine-tuning)",
+    "cam": "... and compute class activation maps",
+    "prototypes": "... and cluster, score and select prototypes",
+    "lpcam": "... and compute LPCAM-F and LPCAM maps",
+    "seeds": "... and write seed masks",
+    "evaluate": "... and score them where masks exist (the same as run)",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``lpcam`` command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if options.command in ("run", *STAGE_HELP):
+            until = "evaluate" if options.command == "run" else options.command
+            return _run(options.recipe, rest, until, given)
+        if rest:
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        if options.command == "demo":
+            return _demo(options, given)
+        if options.command == "init":
+            return _init(options)
+        if options.command == "pretrain":
+            return _pretrain(options)
+        return _show_recipe(options)
+    except LpcamError as error:
+        print(f"lpcam: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lpcam: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lpcam",
+        description="Object masks from image-level labels, with class activation maps that show "
+        "the whole object (LPCAM).",
+    )
+    parser.add_argument("--version", action="version", version=f"lpcam {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    overrides = (
+        "Any value of the recipe can be replaced: --section.key value, e.g. --lpcam.tau 0.25 "
+        "--run.folder runs/try. Values are YAML."
+    )
+    for name, text in {"run": "everything, from labels to scored seed masks", **STAGE_HELP}.items():
+        command = commands.add_parser(name, help=text, epilog=overrides, allow_abbrev=False)
+        command.add_argument("recipe", help="a recipe file, or the name of a bundled recipe")
+    demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
+    demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
+    demo.add_argument("--threads", type=int, default=None, help="of the numerics")
+    init = commands.add_parser("init", help="check a folder of images and write a recipe for it")
+    init.add_argument("folder", type=Path, help="with images and labels.csv (image,labels)")
+    init.add_argument("--backbone", default="mobilenetv2_100", help="a timm model")
+    init.add_argument("--weights", default="pretrained", help="'pretrained' or a safetensors file")
+    show = commands.add_parser("recipe", help="print a bundled recipe, or list them")
+    show.add_argument("name", nargs="?")
+    pretrain = commands.add_parser("pretrain", help="make the demo's small backbone again")
+    pretrain.add_argument("output", type=Path, help="safetensors file to write")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument("--steps", type=int, default=None)
+    pretrain.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
+    """Turn ``--section.key value`` and ``--section.key=value`` into pairs.
+
+    Raises:
+        RecipeError: naming the argument that is neither.
+    """
+    pairs: list[tuple[str, str]] = []
+    waiting: str | None = None
+    for word in rest:
+        if waiting is not None:
+            pairs.append((waiting, word))
+            waiting = None
+        elif word.startswith("--") and "=" in word:
+            key, _, value = word[2:].partition("=")
+            pairs.append((key, value))
+        elif word.startswith("--"):
+            waiting = word[2:]
+        else:
+            raise RecipeError(
+                f"unexpected argument {word!r}; replace a recipe's value with --section.key value"
+            )
+    if waiting is not None:
+        raise RecipeError(f"--{waiting} has no value; write --{waiting} VALUE")
+    return pairs
+
+
+def _run(source: str, rest: Sequence[str], until: Any, given: Sequence[str]) -> int:
+    from lpcam.recipe import load_recipe  # noqa: PLC0415 - after the arguments are known good
+
+    recipe = load_recipe(source, parse_overrides(rest))
+    from lpcam.pipeline import run  # noqa: PLC0415
+
+    _report(run(recipe, until=until, command=shlex.join(["lpcam", *given])))
+    return 0
+
+
+def _demo(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from lpcam.demo import demo  # noqa: PLC0415
+
+    _report(demo(options.folder, options.threads, shlex.join(["lpcam", *given])))
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from lpcam.starting import write_recipe  # noqa: PLC0415
+
+    path, summary = write_recipe(options.folder, options.backbone, options.weights)
+    print(summary)
+    print(f"\nwrote {path}\nnext: lpcam run {shlex.quote(str(path))}")
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from lpcam.pretraining import STEPS, pretrain  # noqa: PLC0415
+
+    pretrain(
+        options.output,
+        seed=options.seed,
+        steps=options.steps or STEPS,
+        threads=options.threads,
+    )
+    return 0
+
+
+def _show_recipe(options: argparse.Namespace) -> int:
+    from importlib import resources  # noqa: PLC0415
+
+    from lpcam.recipe import bundled_recipes  # noqa: PLC0415
+
+    names = bundled_recipes()
+    if options.name is None:
+        print("\n".join(names))
+        return 0
+    if options.name not in names:
+        raise RecipeError(f"no bundled recipe {options.name!r}; there are {', '.join(names)}")
+    print(resources.files("lpcam").joinpath("recipes", f"{options.name}.yaml").read_text("utf-8"))
+    return 0
+
+
+def _report(result: RunResult) -> None:
+    """Print the rows, what was skipped, and where things are."""
+    if result.rows:
+        from rich.console import Console  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+
+        first = result.rows[0]
+        table = Table(
+            title=f"{first['dataset']} {first['split']}, {first['images']} images, seeds (percent)"
+        )
+        for name in ("method", "threshold", "chosen by", "mIoU", "FP", "FN", "precision", "recall"):
+            table.add_column(name, justify="left" if name in ("method", "chosen by") else "right")
+        parts = sorted(first.get("part_coverage", {}))
+        for name in parts:
+            table.add_column(name, justify="right")
+        for row in result.rows:
+            numbers = [row[k] for k in ("miou", "fp", "fn", "precision", "recall")]
+            numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
+            table.add_row(
+                row["method"],
+                f"{row['threshold']:.2f}",
+                row["threshold_source"],
+                *(f"{100 * n:.1f}" for n in numbers),
+            )
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if result.skipped:
+        print(f"{len(result.skipped)} skipped:")
+        for skip in result.skipped:
+            print(f"  {skip['id']}: {skip['reason']}")
+    print(f"results in {result.folder}")

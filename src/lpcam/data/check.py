@@ -1,0 +1,104 @@
+"""Looking once at every file of a data set before a run: unreadable images go, masks must fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lpcam.data.images import read_image, read_index_mask
+from lpcam.data.items import Dataset, Item, Skip
+from lpcam.errors import DataError, ImageError
+from lpcam.storage import digest_file, digest_json
+
+
+def check_images(
+    dataset: Dataset,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+    """Decode every image and truth mask of a data set once.
+
+    Args:
+        dataset: as `read_voc` or `read_folder` gave it.
+        known: the records of an earlier call. Files whose size and time of change are those
+            recorded are not read again.
+        progress: called after each item with the number done and the number of all.
+
+    Returns:
+        The data set without its unreadable images (they are in ``skipped`` with the reason, and in
+        no list any more), and by id a record that JSON can hold: ``height`` and ``width`` of the
+        upright image, ``image_digest`` of the image's file, ``digest`` of the image and its truth
+        masks together, and ``size`` and ``mtime_ns`` as lists of three, for the image, the mask
+        and the parts (0 where there is none).
+
+    Raises:
+        DataError: naming the item, if a mask cannot be read, is no index mask or has another size
+            than its image, or if no image is left.
+    """
+    items: dict[str, Item] = {}
+    records: dict[str, dict[str, Any]] = {}
+    skipped: list[Skip] = []
+    for number, item in enumerate(dataset.items.values(), start=1):
+        try:
+            records[item.id] = _record(item, (known or {}).get(item.id))
+            items[item.id] = item
+        except ImageError as error:
+            skipped.append(Skip(item.id, str(error)))
+        if progress is not None:
+            progress(number, len(dataset.items))
+    if not items:
+        reason = skipped[0].reason if skipped else "it has no items"
+        raise DataError(f"no image of {dataset.name} can be used: {reason}")
+    if not skipped:
+        return dataset, records
+    lists = {name: tuple(i for i in ids if i in items) for name, ids in dataset.lists.items()}
+    return (
+        replace(dataset, items=items, lists=lists, skipped=(*dataset.skipped, *skipped)),
+        records,
+    )
+
+
+def _record(item: Item, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    files = (item.image, item.mask, item.parts)
+    stats = [None if path is None else _stat(item, path) for path in files]
+    size = [stat.st_size if stat else 0 for stat in stats]
+    changed = [stat.st_mtime_ns if stat else 0 for stat in stats]
+    if known is not None and (known["size"], known["mtime_ns"]) == (size, changed):
+        return dict(known)
+    height, width = read_image(item.image).shape[:2]
+    for what, path in (("mask", item.mask), ("part mask", item.parts)):
+        if path is not None:
+            _check_mask(item, what, path, (height, width))
+    digests = [None if path is None else digest_file(path) for path in files]
+    return {
+        "height": height,
+        "width": width,
+        "image_digest": digests[0],
+        "digest": digests[0] if digests[1:] == [None, None] else digest_json(digests),
+        "size": size,
+        "mtime_ns": changed,
+    }
+
+
+def _stat(item: Item, path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        kind = ImageError if path == item.image else DataError
+        raise kind(f"cannot read {path} of {item.id!r}: {error.strerror}") from error
+
+
+def _check_mask(item: Item, what: str, path: Path, size: tuple[int, int]) -> None:
+    try:
+        shape = read_index_mask(path).shape
+    except DataError as error:
+        raise DataError(f"{what} of {item.id!r}: {error}") from error
+    if shape != size:
+        raise DataError(
+            f"{what} of {item.id!r}, {path}, is {shape[0]} x {shape[1]} (height x width) but the "
+            f"upright image is {size[0]} x {size[1]}; save the mask in the size of the image"
+        )

@@ -1,0 +1,159 @@
+"""PASCAL VOC 2012 and folders laid out like it.
+
+Image-level labels come from ``Annotations`` only, never from masks: all ``<object>`` names,
+difficult objects included, person parts not (specification of data sets, section 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+from lpcam.data.classes import choose_classes
+from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id
+from lpcam.errors import DataError
+
+CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+"""The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
+
+_LISTS = PurePosixPath("ImageSets/Segmentation")
+_INTEGER_ID = re.compile(r"\d{10}")
+
+
+def read_voc(root: Path, *, lists: Sequence[str], classes: Sequence[str] | None = None) -> Dataset:
+    """Read lists of a VOC folder: ids, image-level labels and, where there are any, mask paths.
+
+    Args:
+        root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
+        lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
+            as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
+            of images and a class (an id of a list of pairs then stands once).
+        classes: names out of `CLASSES`, in label order; all 20 if None. Objects of other classes
+            are not labelled; mask ids stay those of VOC.
+
+    An image whose file or annotation is missing or damaged is left out, with the reason.
+
+    Raises:
+        DataError: if the folder is none of VOC, a list is missing, damaged or empty, a class is
+            unknown, or no image is left.
+    """
+    root = _find_root(root)
+    table = ClassTable(CLASSES, tuple(range(1, len(CLASSES) + 1)))
+    table = choose_classes(table, classes)
+    wanted = {name: _read_list(root, name) for name in lists}
+    items: dict[str, Item] = {}
+    skipped: dict[str, Skip] = {}
+    for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
+        try:
+            items[image_id] = _read_item(root, image_id, table)
+        except DataError as error:
+            skipped[image_id] = Skip(image_id, str(error))
+    if not items:
+        reason = next(iter(skipped.values())).reason if skipped else "no list was named"
+        raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
+    return Dataset(
+        name="voc12",
+        classes=table,
+        items=items,
+        lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
+        label_source="Annotations (XML)",
+        skipped=tuple(skipped.values()),
+    )
+
+
+def _find_root(root: Path) -> Path:
+    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if (folder / _LISTS).is_dir():
+            return folder
+    raise DataError(
+        f"{root} is no VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
+        f"VOCdevkit/VOC2012) with {_LISTS}, JPEGImages and Annotations"
+    )
+
+
+def _read_list(root: Path, name: str) -> tuple[str, ...]:
+    path = root / _LISTS / f"{safe_id(name)}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
+    ids: list[str] = []
+    pairs = False
+    try:
+        for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+            found = _line_ids(line, f"{path} line {number}")
+            pairs = pairs or len(found) > 1
+            ids += found
+    except UnicodeDecodeError as error:
+        raise DataError(f"list {path} is no UTF-8 text; write one image id a line") from error
+    if not ids:
+        raise DataError(f"list {path} is empty; write one image id a line")
+    if pairs:
+        return tuple(dict.fromkeys(ids))
+    check_unique(ids, f"list {path}")
+    return tuple(ids)
+
+
+def _line_ids(line: str, where: str) -> list[str]:
+    words = line.split()
+    images = [word for word in words if word.lower().endswith(".jpg")]
+    if images:
+        names = [PurePosixPath(image).stem for image in images]
+    elif len(words) > 1:
+        raise DataError(
+            f"{where} reads {line!r}; expected an id, or the paths of an image and a mask"
+        )
+    else:
+        names = words
+    # lists of integers drop the underscore of YYYY_NNNNNN
+    names = [f"{n[:4]}_{n[4:]}" if _INTEGER_ID.fullmatch(n) else n for n in names]
+    try:
+        return [safe_id(name) for name in names]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _read_item(root: Path, image_id: str, classes: ClassTable) -> Item:
+    image = root / "JPEGImages" / f"{image_id}.jpg"
+    if not image.is_file():
+        raise DataError(f"there is no image {image}")
+    present = _object_names(root / "Annotations" / f"{image_id}.xml")
+    labels = tuple(n for n, name in enumerate(classes.names) if name in present)
+    mask = root / "SegmentationClass" / f"{image_id}.png"
+    return Item(image_id, image, labels, mask if mask.is_file() else None)
+
+
+def _object_names(path: Path) -> set[str]:
+    try:
+        text = path.read_text("utf-8-sig")
+        # entities can expand without bound or name other files; VOC has none
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:
+            raise DataError(f"annotation {path} has a DOCTYPE or ENTITY, which is not read")
+        document = ElementTree.fromstring(text)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no annotation {path}") from error
+    except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
+        raise DataError(f"annotation {path} cannot be read: {error}") from error
+    return {(name.text or "").strip() for name in document.findall("object/name")}

@@ -1,0 +1,293 @@
+"""Segmentation metrics from one confusion matrix over a whole set (specification, section 5).
+
+Labels are 0 for the background, 1..N for the classes of a `ClassTable`, and `IGNORE` in the truth
+for pixels that do not count. Rows of a confusion matrix are truth, columns are prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpcam.data.items import BACKGROUND, IGNORE, ClassTable
+from lpcam.errors import DataError
+
+DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))
+"""Grid of a threshold sweep: 0.00, 0.01, ..., 0.99."""
+
+
+def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tensor:
+    """Turn mask values into labels: int64 (H, W) with 0, 1..N, and IGNORE.
+
+    Mask values that are neither 0 nor of a class of the table (other classes of a larger data set,
+    and 255) become IGNORE: no metric counts them.
+    """
+    table = torch.full((256,), IGNORE, dtype=torch.int64)
+    table[BACKGROUND] = 0
+    for label, mask_id in enumerate(classes.mask_ids, start=1):
+        table[mask_id] = label
+    values = torch.as_tensor(mask)
+    return table.to(values.device)[values.long()]
+
+
+def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
+    """Confusion matrix int64 (L, L) of two label maps of equal shape; add up those of a set.
+
+    Args:
+        truth: integer labels 0..L-1, or IGNORE for pixels that do not count.
+        prediction: integer labels 0..L-1.
+        num_labels: L, classes and background.
+
+    Raises:
+        DataError: if the shapes differ or a label is out of range.
+    """
+    if truth.shape != prediction.shape:
+        raise DataError(
+            f"truth is {tuple(truth.shape)} but the prediction is {tuple(prediction.shape)}; "
+            "they must have the size of the same image"
+        )
+    counted = truth != IGNORE
+    truth, prediction = truth[counted].long(), prediction[counted].long()
+    _check_range("truth", truth, num_labels)
+    _check_range("prediction", prediction, num_labels)
+    flat = torch.bincount(truth * num_labels + prediction, minlength=num_labels**2)
+    return flat.view(num_labels, num_labels)
+
+
+def _check_range(what: str, labels: Tensor, count: int) -> None:
+    if labels.numel() and (labels.min() < 0 or labels.max() >= count):
+        raise DataError(
+            f"{what} has labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
+            f"{count - 1}"
+        )
+
+
+class ThresholdSweep:
+    """Exact confusion matrices at every threshold of a grid, from one pass over the set.
+
+    At a threshold t the label of a pixel is its best class if that class's value is > t, else
+    background, as `lpcam.masks.seeds` has it. Only the joint histogram of truth, best class and the
+    grid cell of the best value is kept: int64 (N+1, N, T+1) for T thresholds, in ``histogram``.
+
+    Args:
+        num_classes: N, without background.
+        thresholds: strictly increasing.
+    """
+
+    def __init__(self, num_classes: int, thresholds: Sequence[float] = DEFAULT_THRESHOLDS) -> None:
+        increasing = all(a < b for a, b in pairwise(thresholds))
+        if num_classes < 1 or not thresholds or not increasing:
+            raise DataError(
+                f"a sweep of {num_classes} classes over thresholds {list(thresholds)} cannot be "
+                "made; give at least one class and strictly increasing thresholds"
+            )
+        self.num_classes = num_classes
+        self.thresholds = tuple(thresholds)
+        self.histogram = torch.zeros(
+            num_classes + 1, num_classes, len(thresholds) + 1, dtype=torch.int64
+        )
+
+    def update(self, truth: Tensor, maps: Tensor, keys: Tensor) -> None:
+        """Count one image.
+
+        Args:
+            truth: int64 (H, W), labels 0..N or IGNORE.
+            maps: float (K, H, W), the maps of the present classes; K may be 0.
+            keys: int64 (K,), their 0-based class indices.
+
+        Raises:
+            DataError: if shapes differ, a label or key is out of range or a value is not finite.
+        """
+        if maps.ndim != 3 or maps.shape[1:] != truth.shape or keys.shape != maps.shape[:1]:
+            raise DataError(
+                f"maps are {tuple(maps.shape)}, keys {tuple(keys.shape)} and truth "
+                f"{tuple(truth.shape)}; expected (K, H, W), (K,) and (H, W)"
+            )
+        _check_range("keys", keys, self.num_classes)
+        counted = truth != IGNORE
+        labels = truth[counted].long()
+        _check_range("truth", labels, self.num_classes + 1)
+        bins = len(self.thresholds) + 1
+        if len(keys):
+            best, plane = maps.max(dim=0)
+            best = best[counted]
+            if not torch.isfinite(best).all():
+                raise DataError("maps have NaN or infinite values; make them again")
+            # in the type of the maps, as a comparison of a map with one number is
+            grid = torch.tensor(self.thresholds, dtype=maps.dtype, device=maps.device)
+            cells = torch.searchsorted(grid, best)  # how many thresholds are < the value
+            index = (labels * self.num_classes + keys[plane[counted]]) * bins + cells
+        else:
+            index = labels * self.num_classes * bins  # background at every threshold
+        counts = torch.bincount(index, minlength=self.histogram.numel())
+        self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
+
+    def confusions(self) -> Tensor:
+        """Confusion matrices int64 (T, N+1, N+1), one for each threshold of the grid."""
+        # foreground at threshold t: all cells above t
+        above = self.histogram.flip(2).cumsum(2).flip(2)[:, :, 1:]
+        background = self.histogram.sum((1, 2)).unsqueeze(1) - above.sum(1)
+        return torch.cat([background.unsqueeze(1), above], dim=1).permute(2, 0, 1)
+
+    def confusion(self, threshold: float) -> Tensor:
+        """Confusion matrix int64 (N+1, N+1) at one threshold of the grid; DataError if off it."""
+        if threshold not in self.thresholds:
+            raise DataError(
+                f"threshold {threshold} is not on the grid of this sweep "
+                f"({self.thresholds[0]} to {self.thresholds[-1]}, {len(self.thresholds)} values)"
+            )
+        return self.confusions()[self.thresholds.index(threshold)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores as fractions, each a mean over classes (macro), never over images.
+
+    ``miou`` is the mean over background and classes. ``fp`` and ``fn`` are false positives and
+    false negatives over the union, ``precision`` and ``recall`` the usual quotients, all four means
+    over the classes without background; ``..._with_background`` have it. ``per_class`` has iou, fp,
+    fn, precision and recall of the background and each class that counts. ``left_out`` names those
+    without any pixel in truth and prediction: no mean counts them.
+    """
+
+    miou: float
+    fp: float
+    fn: float
+    precision: float
+    recall: float
+    precision_with_background: float
+    recall_with_background: float
+    per_class: dict[str, dict[str, float]]
+    left_out: tuple[str, ...]
+
+
+def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
+    """Scores of a confusion matrix (N+1, N+1) whose classes 1..N are ``names``.
+
+    With gt and pr the row and column sums, TP the diagonal and U = gt + pr - TP of a class:
+    IoU = TP / U, FP = (pr - TP) / U, FN = (gt - TP) / U (so the three add up to 1), precision =
+    TP / pr, recall = TP / gt. A class with U > 0 but pr = 0 or gt = 0 has precision or recall 0, so
+    that every mean is over the same classes (specification of segmentation, section 5).
+
+    Raises:
+        DataError: if the shape does not fit the names, or the truth has no pixel of any class.
+    """
+    labels = ("background", *names)
+    if tuple(confusion.shape) != (len(labels), len(labels)) or len(set(labels)) != len(labels):
+        raise DataError(
+            f"confusion matrix {tuple(confusion.shape)} does not fit the labels "
+            f"{', '.join(labels)}; expected a row and a column for each, all different"
+        )
+    if confusion[1:].sum() == 0:
+        raise DataError(
+            "the truth has no pixel of any class; check that the masks hold the classes' mask ids "
+            "(0 is background, 255 is ignored) and that the list has images with masks"
+        )
+    truth, predicted = confusion.sum(1).double(), confusion.sum(0).double()
+    hit = confusion.diagonal().double()
+    union = truth + predicted - hit
+    table = {
+        "iou": hit / union,
+        "fp": (predicted - hit) / union,
+        "fn": (truth - hit) / union,
+        "precision": hit / predicted.clamp(min=1),
+        "recall": hit / truth.clamp(min=1),
+    }
+    counts = union > 0
+    objects = counts.clone()
+    objects[0] = False
+    return Scores(
+        miou=table["iou"][counts].mean().item(),
+        fp=table["fp"][objects].mean().item(),
+        fn=table["fn"][objects].mean().item(),
+        precision=table["precision"][objects].mean().item(),
+        recall=table["recall"][objects].mean().item(),
+        precision_with_background=table["precision"][counts].mean().item(),
+        recall_with_background=table["recall"][counts].mean().item(),
+        per_class={
+            label: {name: values[row].item() for name, values in table.items()}
+            for row, label in enumerate(labels)
+            if counts[row]
+        },
+        left_out=tuple(label for row, label in enumerate(labels) if not counts[row]),
+    )
+
+
+def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, Scores]:
+    """The threshold of highest mIoU, the lowest of equal ones, and the scores there.
+
+    It is chosen by the truth: report it with ``threshold_source`` "ground truth".
+    """
+    every = [scores(matrix, names) for matrix in sweep.confusions()]
+    best = int(np.argmax([one.miou for one in every]))
+    return sweep.thresholds[best], every[best]
+
+
+def part_counts(
+    truth: Tensor, prediction: Tensor, parts: Tensor, part_names: Mapping[str, int]
+) -> Tensor:
+    """Covered and all pixels of each part of one image, int64 (P, 2); add up those of a set.
+
+    Args:
+        truth: labels 0..N or IGNORE, int64 (H, W). Only pixels of a class count.
+        prediction: labels 0..N, int64 (H, W). A pixel is covered if it has the truth's class.
+        parts: part values, (H, W), 0 for no part.
+        part_names: value of each part; its order is that of the rows.
+
+    Raises:
+        DataError: if the shapes differ.
+    """
+    if not truth.shape == prediction.shape == parts.shape:
+        raise DataError(
+            f"truth {tuple(truth.shape)}, prediction {tuple(prediction.shape)} and parts "
+            f"{tuple(parts.shape)} must have the size of the same image"
+        )
+    counted = (truth != IGNORE) & (truth != BACKGROUND)
+    rows: list[list[Any]] = []
+    for value in part_names.values():
+        here = counted & (parts == value)
+        rows.append([(here & (prediction == truth)).sum(), here.sum()])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
+def part_coverage(counts: Tensor, part_names: Mapping[str, int]) -> dict[str, float]:
+    """Fraction of each part's pixels that has the right class, of summed `part_counts` (P, 2).
+
+    A part without any pixel is left out.
+    """
+    return {
+        name: covered / total
+        for name, (covered, total) in zip(part_names, counts.tolist(), strict=True)
+        if total
+    }
+
+
+def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
+    """Mean over classes of the average precision of image-level predictions.
+
+    The average precision of a class is the mean, over its positive images, of the precision among
+    the images that score at least as high; equal scores count together.
+
+    Args:
+        logits: (M, N).
+        labels: (M, N), positive where > 0. A class without a positive image is left out.
+
+    Returns:
+        a fraction, or None if no class has a positive image.
+    """
+    values = []
+    for scored, present in zip(logits.T, labels.T > 0, strict=True):
+        if not present.any():
+            continue
+        positive = scored[present]
+        at_least = scored[None, :] >= positive[:, None]
+        hits = (at_least & present[None, :]).sum(1)
+        values.append((hits / at_least.sum(1)).mean().item())
+    return float(np.mean(values)) if values else None

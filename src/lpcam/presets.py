@@ -1,0 +1,169 @@
+"""Named sets of values (floor 0): the settings of LPCAM and of the classifier's training.
+
+The values themselves are in ``presets.yaml`` beside this file and nowhere else. A settings model
+has no defaults of its own: it is filled from a preset, and values given next to the preset's name
+replace the preset's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lpcam.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+@cache
+def _tables() -> dict[str, dict[str, dict[str, Any]]]:
+    text = resources.files("lpcam").joinpath("presets.yaml").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(text)
+    return tables
+
+
+def preset_names(table: str) -> list[str]:
+    """Names of the presets of a table (``lpcam`` or ``finetune``)."""
+    return list(_tables()[table])
+
+
+def preset_values(table: str, name: str) -> dict[str, Any]:
+    """Values of one preset as a fresh dict.
+
+    Raises:
+        RecipeError: if the table has no preset of that name; the message lists those it has.
+    """
+    presets = _tables()[table]
+    if name not in presets:
+        raise RecipeError(f"unknown {table} preset {name!r}; there are {', '.join(presets)}")
+    return dict(presets[name])
+
+
+class PresetModel(BaseModel):
+    """A settings model that is filled from ``preset`` and then from the values given beside it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    table: ClassVar[str]
+    preset: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("preset", cls.model_fields["preset"].default)
+        if not isinstance(name, str) or name not in preset_names(cls.table):
+            allowed = ", ".join(preset_names(cls.table))
+            raise ValueError(f"unknown preset {name!r}; allowed: {allowed}")
+        return {**preset_values(cls.table, name), "preset": name, **given}
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """Settings of a preset with some values changed.
+
+        Raises:
+            RecipeError: if there is no such preset.
+            pydantic.ValidationError: if a changed value is unknown or out of range.
+        """
+        preset_values(cls.table, name)
+        return cls.model_validate({"preset": name, **changes})
+
+    def changes(self) -> dict[str, Any]:
+        """The values that differ from the preset's own: what a protocol must state."""
+        own = type(self).from_preset(self.preset).model_dump()
+        return {k: v for k, v in self.model_dump().items() if v != own[k]}
+
+
+class LpcamSettings(PresetModel):
+    """How prototypes are made and maps computed (specification of LPCAM, sections 1, 3 and 4)."""
+
+    table: ClassVar[str] = "lpcam"
+    preset: str = "voc12.official"
+
+    clusters: Annotated[int, Field(ge=1)]
+    """K, the number of clusters of each class and side."""
+    tau: Fraction
+    """Threshold on the CAM that splits foreground from context (eq. 2)."""
+    tau_inclusive: bool
+    """True: foreground is CAM >= tau (eq. 2). False: > tau, and equality joins neither side."""
+    split_maps: Literal["multi_scale", "single_scale"]
+    """Which CAM decides the split: the fused one of all scales, or that of the features alone."""
+    split_resize: Literal["nearest", "bilinear"]
+    """How a multi-scale CAM at image size is brought to the feature grid."""
+    mu_f: Fraction
+    """Class prototypes are the foreground centres whose score is above it."""
+    mu_b: Fraction
+    """Context prototypes are the context centres whose score is below it ..."""
+    context_lower: Fraction
+    """... and above this one."""
+    images_per_class: Annotated[int, Field(ge=1)] | None
+    """Images drawn for each class to be clustered; null takes all of the list."""
+    images_with_replacement: bool
+    """Whether an image may be drawn more than once (its features then count as often)."""
+    max_features: Annotated[int, Field(ge=1)] | None
+    """Size of the reservoir of local features of each class and side; null keeps all."""
+    init: Literal["random", "k-means++"]
+    centers: Literal["mean", "unit"]
+    """``mean``: plain mean of the raw members; ``unit``: mean of the unit members (spherical)."""
+    tolerance: Positive
+    tolerance_kind: Literal["absolute", "relative"]
+    """``absolute``: on the squared sum of centre shifts; ``relative``: on the objective's gain."""
+    max_iterations: Annotated[int, Field(ge=1)]
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    flip: bool
+    cam_epsilon: Annotated[float, Field(ge=0.0)]
+    threshold: Fraction
+    """Fixed threshold of the seeds, for CAM and LPCAM alike."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.context_lower >= self.mu_b:
+            raise ValueError(
+                f"context_lower {self.context_lower} must be below mu_b {self.mu_b}, "
+                "or no context prototype could ever be kept"
+            )
+        return self
+
+
+class FinetuneSettings(PresetModel):
+    """How a classifier is fine-tuned (specification of IRN, section 1)."""
+
+    table: ClassVar[str] = "finetune"
+    preset: str = "momentum"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone; the head's is ``head_multiplier`` times as large."""
+    head_multiplier: Positive
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
+    long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """Inclusive range, in pixels, from which each image's long side is drawn."""
+    crop: Annotated[int, Field(ge=1)]
+    """Side of the square crop, in pixels."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+
+
+class ProbeSettings(PresetModel):
+    """How a linear head is fitted to the pooled features of a frozen backbone."""
+
+    table: ClassVar[str] = "probe"
+    preset: str = "default"
+
+    long_side: Annotated[int, Field(ge=16)]
+    """Long side, in pixels, at which features are pooled; smaller images are enlarged to it."""
+    mirror: bool
+    """Whether the mirrored image is a second sample."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 penalty on the head: weight_decay / 2 times its squared norm, beside the mean loss."""
+    max_iterations: Annotated[int, Field(ge=1)]
+    """Of L-BFGS on the whole set at once."""

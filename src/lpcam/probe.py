@@ -1,0 +1,173 @@
+"""The linear probe: a head fitted to pooled features of a frozen backbone, in seconds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.classifier import Classifier
+from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.items import Item
+from lpcam.errors import ClassifierError
+from lpcam.metrics import mean_average_precision
+from lpcam.presets import ProbeSettings
+from lpcam.progress import progress
+from lpcam.storage import read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+SHARD = 128
+"""Images whose pooled features share a file, so that a stopped run goes on near where it was."""
+
+
+def fit_probe(
+    classifier: Classifier,
+    training: Sequence[Item],
+    validation: Sequence[Item],
+    settings: ProbeSettings,
+    *,
+    folder: Path,
+    refit: bool,
+) -> list[dict[str, Any]]:
+    """Fit the classifier's head in place, its backbone untouched.
+
+    Args:
+        validation: images whose mAP is measured with the head fitted to ``training``.
+        folder: for the cached pooled features.
+        refit: fit once more to training and validation images together after the measurement
+            (the validation images are then a held-out part of the training list).
+
+    Returns:
+        one record: ``epoch`` 1, ``loss`` on the training images without the penalty,
+        ``validation_map``.
+
+    Raises:
+        ClassifierError: if a class has no training image, or features hold NaN or Inf.
+    """
+    classes = len(classifier.classes)
+    pooled = pooled_features(classifier, [*training, *validation], settings, folder)
+    labels = multi_hot([*training, *validation], classes)
+    count = len(training)
+    weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
+    validation_map = None
+    if validation:
+        logits = pooled[count:, 0] @ weight.T
+        validation_map = mean_average_precision(logits, labels[count:])
+    loss = float(F.multilabel_soft_margin_loss(pooled[:count, 0] @ weight.T, labels[:count]))
+    logger.info("linear probe: loss %.4f, validation mAP %s", loss, validation_map)
+    if refit and validation:
+        weight = fit_head(pooled, labels, settings, classifier.classes)
+    with torch.no_grad():
+        classifier.head.weight.copy_(weight)
+    return [{"epoch": 1, "loss": loss, "validation_map": validation_map}]
+
+
+def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
+    """Image-level labels (len(items), classes) float32, 1 for present classes."""
+    labels = torch.zeros(len(items), classes)
+    for row, item in enumerate(items):
+        labels[row, list(item.labels)] = 1.0
+    return labels
+
+
+@torch.inference_mode()
+def pooled_features(
+    classifier: Classifier, items: Sequence[Item], settings: ProbeSettings, folder: Path
+) -> Tensor:
+    """Globally pooled features of each image and, if asked for, its mirror.
+
+    Finished shards in ``folder`` are read instead of computed again.
+
+    Args:
+        folder: for the shards; must belong to this classifier, list and settings alone.
+
+    Returns:
+        (len(items), 1 or 2, C) float32.
+    """
+    shards = []
+    with progress("pooled features", len(items)) as advance:
+        for start in range(0, len(items), SHARD):
+            part = items[start : start + SHARD]
+            path = folder / f"pooled-{start:07d}.safetensors"
+            if path.is_file():
+                shards.append(read_tensors(path)[0]["pooled"])
+                advance(len(part), "")
+                continue
+            rows = []
+            for item in part:
+                rows.append(_pooled(classifier, item, settings))
+                advance(1, "")
+            write_tensors(path, {"pooled": torch.stack(rows)}, {"kind": "pooled features"})
+            shards.append(torch.stack(rows))
+    return torch.cat(shards)
+
+
+def _pooled(classifier: Classifier, item: Item, settings: ProbeSettings) -> Tensor:
+    image = read_image(item.image)
+    height, width = image.shape[:2]
+    image = resize_image(image, scaled_size(height, width, settings.long_side / max(height, width)))
+    tensor = classifier.preprocessing(image)[None].to(classifier.device)
+    if settings.mirror:
+        tensor = torch.cat([tensor, tensor.flip(-1)])
+    pooled = classifier.features(tensor).mean((-2, -1)).float().cpu()
+    if not bool(torch.isfinite(pooled).all()):
+        raise ClassifierError(
+            f"the backbone gave NaN or Inf for image {item.id!r}; check its weights and the "
+            "preprocessing (mean and std)"
+        )
+    return pooled
+
+
+def fit_head(
+    pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
+) -> Tensor:
+    """The head that minimises the multi-label soft margin loss on pooled features.
+
+    The loss is the mean over samples and classes of the binary cross-entropy of the logits, plus
+    weight_decay / 2 times the squared norm of the head: convex, so there is one answer and no
+    epochs to choose. L-BFGS in double precision, from zero.
+
+    Args:
+        pooled: (M, V, C), V views of each of M images.
+        labels: (M, N) multi-hot.
+
+    Returns:
+        (N, C) float32, the rows w_n.
+
+    Raises:
+        ClassifierError: if a class has no image, for its row would mean nothing.
+    """
+    rows = pooled.flatten(0, 1).double()
+    targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
+    counts = zip(classes, labels.sum(0).tolist(), strict=True)
+    absent = [name for name, total in counts if total == 0]
+    if absent:
+        raise ClassifierError(
+            f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
+            "data.classes"
+        )
+    weight = torch.zeros(labels.shape[1], rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        max_iter=settings.max_iterations,
+        history_size=20,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.multilabel_soft_margin_loss(rows @ weight.T, targets)
+        loss = loss + settings.weight_decay / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+    return weight.detach().float()

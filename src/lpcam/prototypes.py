@@ -1,0 +1,442 @@
+"""From local features to prototypes: split (eq. 2), cluster, score (eqs 3-4), select.
+
+Order of use: :func:`split` sends each location of an image to the foreground or the context of a
+class, a :class:`Reservoir` collects the features, :func:`make_prototypes` clusters, scores and
+selects them, and :meth:`Prototypes.vectors` gives the rows that map an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpcam.clustering import cosine_kmeans
+from lpcam.errors import ArtefactError, PrototypeError
+from lpcam.functional import foreground_minus_context, unit_mean
+from lpcam.presets import LpcamSettings
+from lpcam.storage import read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+SideName = Literal["foreground", "context"]
+SIDES: tuple[SideName, SideName] = ("foreground", "context")
+BEST_MARGIN = 1e-6
+"""Scores this close to the best count as best when no prototype passes mu_f."""
+
+
+# -- Equation 2: foreground and context --------------------------------------------------------
+
+
+def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
+    """Equation 2: which locations of a class are foreground and which context.
+
+    Args:
+        cam: (..., h, w) max-normalised CAM of a class, in [0, 1].
+        tau: the threshold.
+        inclusive: True: foreground is cam >= tau and context the rest, as the paper has it.
+            False: cam > tau and cam < tau, so that equality joins neither, as the released program
+            has it.
+
+    Returns:
+        two boolean tensors of cam's shape.
+    """
+    if inclusive:
+        foreground = cam >= tau
+        return foreground, ~foreground
+    return cam > tau, cam < tau
+
+
+# -- Equations 3 and 4: what the classifier thinks of a centre ---------------------------------
+
+
+def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
+    """Equations 3-4: z_i = softmax over classes of centre . w, read at the class of the centre.
+
+    The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
+    mu_b rely on it.
+
+    Args:
+        centers: (K, C).
+        weight: (N, C) rows of the classifier.
+        index: n, the class whose centres these are.
+
+    Returns:
+        (K,) in [0, 1].
+    """
+    return (centers @ weight.T).softmax(dim=1)[:, index]
+
+
+def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
+    """F' = {F_i : z_i > mu_f}; if none passes, the centre(s) of the best score.
+
+    Args:
+        scores: (K,); NaN marks a place without a centre and is never selected.
+
+    Returns:
+        (K,) bool.
+    """
+    keep = scores > mu_f
+    if keep.any() or not torch.isfinite(scores).any():
+        return keep
+    best = scores[torch.isfinite(scores)].max()
+    return (scores - best).abs() < BEST_MARGIN
+
+
+def select_context(scores: Tensor, mu_b: float, lower: float) -> Tensor:
+    """B' = {B_i : lower < z_i < mu_b}; possibly none.
+
+    The paper has no lower bound; the released program uses 0.05 on VOC and 0 on COCO.
+    """
+    return (scores > lower) & (scores < mu_b)
+
+
+# -- Collecting local features -----------------------------------------------------------------
+
+
+class Reservoir:
+    """A bounded uniform sample of the local features of each class and side.
+
+    Every feature draws a random key from a generator that depends on the seed, the image, the
+    class and the side alone; the ``max_features`` smallest keys stay. So the sample does not
+    depend on the order of the images or on how they are shared among processes.
+
+    Args:
+        max_features: bound of each class and side; None keeps everything.
+        seed: of the keys.
+    """
+
+    def __init__(self, max_features: int | None, seed: int) -> None:
+        if max_features is not None and max_features < 1:
+            raise ValueError(f"max_features must be at least 1 or None, got {max_features}")
+        self.max_features = max_features
+        self.seed = seed
+        self._rows: dict[tuple[int, SideName], list[Tensor]] = {}
+        self._keys: dict[tuple[int, SideName], list[Tensor]] = {}
+        self.seen: dict[tuple[int, SideName], int] = {}
+
+    def add(self, index: int, side: SideName, rows: Tensor, name: str) -> None:
+        """Offer rows (M, C) of class ``index`` and one side, from the image called ``name``."""
+        place = (index, side)
+        self.seen[place] = self.seen.get(place, 0) + rows.shape[0]
+        if rows.shape[0] == 0:
+            return
+        if not bool(torch.isfinite(rows).all()):
+            raise PrototypeError(
+                f"the features of image {name!r} hold NaN or Inf; check the weights and the "
+                "preprocessing of the classifier"
+            )
+        digest = hashlib.blake2b(
+            f"{self.seed}/{index}/{side}/{name}".encode(), digest_size=7
+        ).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        keys = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
+        held_rows = self._rows.setdefault(place, [])
+        held_keys = self._keys.setdefault(place, [])
+        held_rows.append(rows)
+        held_keys.append(keys)
+        bound = self.max_features
+        if bound is not None and sum(k.shape[0] for k in held_keys) > 2 * bound:
+            self._prune(place)
+
+    def _prune(self, place: tuple[int, SideName]) -> None:
+        keys = torch.cat(self._keys[place])
+        rows = torch.cat(self._rows[place])
+        order = torch.argsort(keys)[: self.max_features]
+        self._keys[place] = [keys[order]]
+        self._rows[place] = [rows[order.to(rows.device)]]
+
+    def checkpoint(self, path: Path, images: int) -> None:
+        """Write the sample and how many images it has seen, to go on from after a stop."""
+        tensors = {}
+        for (index, side), rows in self._rows.items():
+            if rows:
+                tensors[f"{index}.{side}.rows"] = torch.cat(rows).cpu()
+                tensors[f"{index}.{side}.keys"] = torch.cat(self._keys[index, side])
+        seen = [[index, side, count] for (index, side), count in self.seen.items()]
+        write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
+
+    def restore(self, path: Path) -> int:
+        """Take the sample of a checkpoint and return how many images it has seen."""
+        tensors, metadata = read_tensors(path)
+        for index, side, count in metadata["seen"]:
+            self.seen[index, side] = count
+            if f"{index}.{side}.rows" in tensors:
+                self._rows[index, side] = [tensors[f"{index}.{side}.rows"]]
+                self._keys[index, side] = [tensors[f"{index}.{side}.keys"]]
+        return int(metadata["images"])
+
+    def features(self, index: int, side: SideName) -> Tensor | None:
+        """The sample (M, C) of a class and side in an order that is its own, or None."""
+        place = (index, side)
+        if not self._rows.get(place):
+            return None
+        self._prune(place)
+        return self._rows[place][0]
+
+
+def draw_images(
+    labels: Sequence[tuple[str, Sequence[int]]],
+    classes: int,
+    settings: LpcamSettings,
+    *,
+    seed: int,
+) -> dict[str, dict[int, int]]:
+    """Which images serve which classes, and how often (specification of LPCAM, section 4).
+
+    Args:
+        labels: name and class indices of each image.
+        classes: N.
+        settings: ``images_per_class`` (None: every image with the class, once) and
+            ``images_with_replacement``.
+        seed: of the draw; each class has a generator of its own.
+
+    Returns:
+        for each image that serves at all, how often it serves each class.
+    """
+    drawn: dict[str, dict[int, int]] = {}
+    for index in range(classes):
+        names = [name for name, present in labels if index in present]
+        wanted = settings.images_per_class
+        if wanted is not None and names:
+            generator = np.random.default_rng([seed, index])
+            replace = settings.images_with_replacement
+            count = wanted if replace else min(wanted, len(names))
+            names = generator.choice(np.array(names, dtype=object), count, replace).tolist()
+        for name in names:
+            times = drawn.setdefault(name, {})
+            times[index] = times.get(index, 0) + 1
+    return drawn
+
+
+# -- Prototypes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Centers:
+    """All K cluster centres of every class for one side, and which of them are prototypes.
+
+    A class with fewer features than K has fewer centres; the rest of its rows are zero with score
+    NaN, size 0 and keep False.
+    """
+
+    centers: Tensor
+    """(N, K, C)"""
+    scores: Tensor
+    """(N, K), z of eqs 3-4"""
+    sizes: Tensor
+    """(N, K) int64, local features in the cluster"""
+    keep: Tensor
+    """(N, K) bool, True for prototypes"""
+
+    def prototypes(self, index: int) -> Tensor:
+        """The selected centres (K', C) of a class; K' may be 0."""
+        return self.centers[index][self.keep[index]]
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Class and context prototypes of every class, and what made them.
+
+    ``fingerprint`` is that of the classifier whose features were clustered; ``events`` tells, in
+    words, of every class where the ordinary rule could not be followed.
+    """
+
+    classes: tuple[str, ...]
+    foreground: Centers
+    context: Centers
+    fingerprint: str
+    made_by: dict[str, Any]
+    events: tuple[str, ...] = ()
+
+    def vectors(self, *, with_context: bool = True) -> Tensor:
+        """One vector a class: v_n of equation 6 (LPCAM), or of equation 5 alone (LPCAM-F).
+
+        A class without any prototype has a zero vector, hence an empty map.
+
+        Returns:
+            (N, C).
+        """
+        rows = []
+        for index in range(len(self.classes)):
+            selected = self.foreground.prototypes(index)
+            if selected.shape[0] == 0:
+                rows.append(torch.zeros_like(self.foreground.centers[index, 0]))
+            elif with_context:
+                rows.append(foreground_minus_context(selected, self.context.prototypes(index)))
+            else:
+                rows.append(unit_mean(selected))
+        return torch.stack(rows)
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file, atomically."""
+        tensors = {
+            f"{side}.{part}": getattr(getattr(self, side), part).cpu().contiguous()
+            for side in SIDES
+            for part in ("centers", "scores", "sizes", "keep")
+        }
+        metadata = {
+            "kind": "prototypes",
+            "classes": list(self.classes),
+            "fingerprint": self.fingerprint,
+            "made_by": self.made_by,
+            "events": list(self.events),
+        }
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
+        """Read a file of :meth:`save`.
+
+        Args:
+            fingerprint: of the classifier that shall use them; None skips the check.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged or holds something else.
+            PrototypeError: if the prototypes belong to another classifier.
+        """
+        tensors, metadata = read_tensors(path)
+        try:
+            if metadata["kind"] != "prototypes":
+                raise ArtefactError(
+                    f"{path} holds {metadata['kind']!r}, not prototypes; give the file that "
+                    "LPCAM.save or the prototypes stage wrote"
+                )
+            sides = {
+                side: Centers(
+                    *(tensors[f"{side}.{part}"] for part in ("centers", "scores", "sizes", "keep"))
+                )
+                for side in SIDES
+            }
+            prototypes = cls(
+                tuple(metadata["classes"]),
+                sides["foreground"],
+                sides["context"],
+                metadata["fingerprint"],
+                metadata["made_by"],
+                tuple(metadata["events"]),
+            )
+        except KeyError as missing:
+            raise ArtefactError(
+                f"{path} lacks {missing}; it is no prototypes file of this version, fit again"
+            ) from None
+        prototypes.check_fingerprint(fingerprint, str(path))
+        return prototypes
+
+    def check_fingerprint(self, fingerprint: str | None, where: str) -> None:
+        """Refuse to serve a classifier other than the one whose features were clustered."""
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise PrototypeError(
+                f"the prototypes of {where} were made from the features of classifier "
+                f"{self.fingerprint}, but this classifier is {fingerprint}; fit prototypes for it, "
+                "or load the classifier that they belong to"
+            )
+
+
+def make_prototypes(
+    reservoir: Reservoir,
+    weight: Tensor,
+    classes: Sequence[str],
+    settings: LpcamSettings,
+    *,
+    seed: int,
+    fingerprint: str = "",
+    made_by: dict[str, Any] | None = None,
+) -> Prototypes:
+    """Cluster the collected features of every class and side, score the centres and select.
+
+    Args:
+        reservoir: filled with local features.
+        weight: (N, C) rows of the classifier.
+        classes: the N names.
+        seed: of the clustering; each class and side has a generator of its own.
+
+    Raises:
+        PrototypeError: if the channel numbers of features and classifier differ, or no class has
+            any foreground feature.
+    """
+    events: list[str] = []
+    sides = {}
+    for side in SIDES:
+        shape = (len(classes), settings.clusters)
+        centers = torch.zeros(*shape, weight.shape[1])
+        scores = torch.full(shape, float("nan"))
+        sizes = torch.zeros(shape, dtype=torch.int64)
+        keep = torch.zeros(shape, dtype=torch.bool)
+        for index, name in enumerate(classes):
+            rows = reservoir.features(index, side)
+            if rows is None:
+                events.append(_no_features(name, side))
+                continue
+            if rows.shape[1] != weight.shape[1]:
+                raise PrototypeError(
+                    f"the features have {rows.shape[1]} channels but the classifier "
+                    f"{weight.shape[1]}; collect them with the classifier's own backbone"
+                )
+            count = min(settings.clusters, rows.shape[0])
+            if count < settings.clusters:
+                events.append(
+                    f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
+                    f"{count} clusters were made"
+                )
+            result = cosine_kmeans(
+                rows.float(),
+                count,
+                init=settings.init,
+                centers=settings.centers,
+                max_iterations=settings.max_iterations,
+                tolerance=settings.tolerance,
+                tolerance_kind=settings.tolerance_kind,
+                generator=torch.Generator().manual_seed(
+                    (seed * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
+                ),
+            )
+            z = score(result.centers, weight.to(result.centers), index)
+            centers[index, :count] = result.centers.cpu()
+            scores[index, :count] = z.cpu()
+            sizes[index, :count] = result.sizes.cpu()
+            if side == "foreground":
+                keep[index] = select_foreground(scores[index], settings.mu_f)
+                if not bool((z > settings.mu_f).any()):
+                    events.append(
+                        f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
+                        f"best one ({float(z.max()):.3f}) is kept"
+                    )
+            else:
+                keep[index] = select_context(scores[index], settings.mu_b, settings.context_lower)
+                if not bool(keep[index].any()):
+                    events.append(
+                        f"{name}: no context centre scores between {settings.context_lower:g} and "
+                        f"mu_b={settings.mu_b:g}; its map is the foreground term alone"
+                    )
+        sides[side] = Centers(centers, scores, sizes, keep)
+    if not bool(sides["foreground"].keep.any()):
+        raise PrototypeError(
+            "no class has any foreground feature: either the list to be clustered holds no image "
+            f"with a label of {', '.join(classes)}, or the CAM of every one of them is flat or "
+            f"below tau={settings.tau:g}; look at the maps of the cam stage and at the "
+            "classifier's validation mAP"
+        )
+    for event in events:
+        logger.warning("%s", event)
+    return Prototypes(
+        tuple(classes),
+        sides["foreground"],
+        sides["context"],
+        fingerprint,
+        made_by or {},
+        tuple(events),
+    )
+
+
+def _no_features(name: str, side: SideName) -> str:
+    if side == "foreground":
+        return f"{name}: no foreground feature was collected; its map is empty"
+    return f"{name}: no context feature was collected; its map is the foreground term alone"

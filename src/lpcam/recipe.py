@@ -1,0 +1,308 @@
+"""Recipes: everything a run needs to know, as strict typed records (floor 0).
+
+A recipe is a YAML file; values on the command line (``--classifier.method probe``) replace those of
+the file. An unknown key or a wrong value is refused with the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from lpcam.errors import RecipeError
+from lpcam.presets import FinetuneSettings, Fraction, LpcamSettings, ProbeSettings
+
+VERSION = 1
+"""The recipe version that this package reads and writes."""
+
+Method = Literal["CAM", "LPCAM-F", "LPCAM"]
+
+
+def _against_base(value: Any, info: ValidationInfo) -> Any:
+    """Resolve a relative path against the folder of the recipe that names it."""
+    base = (info.context or {}).get("base")
+    if isinstance(value, str) and base is not None:
+        return Path(base) / Path(value).expanduser()
+    return value
+
+
+RecipePath = Annotated[Path, BeforeValidator(_against_base)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lists(Section):
+    """Which list of the data set each stage works on; null takes the kind's usual one."""
+
+    classify: str | None = None
+    """Trains the classifier (voc: train_aug; folder: all)."""
+    validate_: str | None = Field(default=None, alias="validate")
+    """Measures its mAP; null holds out a seeded tenth of the list above."""
+    prototypes: str | None = None
+    """Is clustered (voc: train; folder: all)."""
+    maps: str | None = None
+    """Gets maps and seeds (voc: train; folder: all)."""
+    evaluate: str | None = None
+    """Is scored where masks exist; must lie within ``maps`` (voc: train; folder: all)."""
+
+
+USUAL_LISTS: Mapping[str, Mapping[str, str]] = {
+    "voc": {
+        "classify": "train_aug",
+        "prototypes": "train",
+        "maps": "train",
+        "evaluate": "train",
+    },
+    "folder": dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), "all"),
+}
+
+
+class DataSection(Section):
+    """Where the images and labels are."""
+
+    kind: Literal["voc", "folder"]
+    """``voc``: the PASCAL VOC layout. ``folder``: images and labels.csv."""
+    root: RecipePath
+    name: str | None = None
+    """What the data set is called in every figure's protocol; null takes the folder's name."""
+    classes: tuple[str, ...] | None = None
+    """A subset of the classes; mask ids of others are ignored. Null takes all."""
+    lists: Lists = Lists()
+
+    def list_of(self, stage: Literal["classify", "prototypes", "maps", "evaluate"]) -> str:
+        """Name of the list that a stage works on."""
+        return getattr(self.lists, stage) or USUAL_LISTS[self.kind][stage]
+
+
+class ClassifierSection(Section):
+    """The backbone, its weights, and how the head (and the backbone) are trained."""
+
+    backbone: str
+    """A timm model's name."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of timm.create_model."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Null leaves the model's own; not every model has another."""
+    dilated: bool = True
+    """False sets dilations back to 1 where output_stride removed a stride."""
+    weights: str
+    """"pretrained" (timm's), "random", or the path of a safetensors file."""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1]; null takes timm's pretrained cfg."""
+    method: Literal["auto", "probe", "finetune"] = "auto"
+    """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""
+    probe: ProbeSettings = ProbeSettings.from_preset("default")
+    finetune: FinetuneSettings = FinetuneSettings.from_preset("momentum")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_path(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        weights = given.get("weights")
+        if isinstance(weights, str) and weights.endswith(".safetensors"):
+            if weights.startswith(BUNDLED):
+                path = resources.files("lpcam").joinpath("assets", weights.removeprefix(BUNDLED))
+                return {**given, "weights": str(path)}
+            return {**given, "weights": str(_against_base(weights, info))}
+        return given
+
+
+BUNDLED = "bundled:"
+"""Prefix of weights that ship with the package."""
+
+
+class MapsSection(Section):
+    """How maps are computed and kept, apart from the method's own settings."""
+
+    dtype: Literal["uint8", "float16"] = "uint8"
+    """uint8 stores 255 steps of each map's maximum, float16 takes three to four times the room."""
+    maximum_side: Annotated[int, Field(ge=16)] = 1024
+    """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
+
+
+class SeedsSection(Section):
+    """How maps become seed masks."""
+
+    method: Method = "LPCAM"
+    threshold: Fraction | None = None
+    """Foreground needs a value above it; null takes the lpcam preset's."""
+    ignore_threshold: Fraction | None = None
+    """Pixels between this and the threshold become 255 (ignored in training); null: none do."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SeedsSection:
+        if (
+            self.ignore_threshold is not None
+            and self.threshold is not None
+            and self.ignore_threshold > self.threshold
+        ):
+            raise ValueError(
+                f"ignore_threshold {self.ignore_threshold} must not be above "
+                f"threshold {self.threshold}"
+            )
+        return self
+
+
+class SheetSection(Section):
+    """The sheet of pictures at the end of a run."""
+
+    images: Annotated[int, Field(ge=0, le=64)] = 8
+    """Rows of the sheet; 0 makes none."""
+
+
+class RunSection(Section):
+    """Where a run writes and what it may use; none of this changes a result's meaning."""
+
+    folder: Path | None = None
+    """Null: runs/NAME below the working folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of the numerics; null takes the number of processors this process may use."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$", max_length=100)]
+    data: DataSection
+    classifier: ClassifierSection
+    lpcam: LpcamSettings
+    maps: MapsSection = MapsSection()
+    seeds: SeedsSection = SeedsSection()
+    sheet: SheetSection = SheetSection()
+    run: RunSection = RunSection()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.run.folder or Path("runs") / self.name
+
+    @property
+    def seed_threshold(self) -> float:
+        """The fixed threshold of seeds and of the ``fixed`` rows."""
+        return self.lpcam.threshold if self.seeds.threshold is None else self.seeds.threshold
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("lpcam").joinpath("recipes")
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """Read a recipe file, or a bundled one by name, and replace values.
+
+    Relative paths in the file are taken from the file's own folder, those of the overrides from
+    the working folder.
+
+    Args:
+        overrides: (dotted key, value as YAML text) pairs, e.g. ``("lpcam.tau", "0.25")``.
+
+    Raises:
+        RecipeError: naming the field, the value and what is allowed.
+    """
+    path = Path(source)
+    if path.is_file():
+        text, base = path.read_text(encoding="utf-8"), path.parent
+    elif str(source) in bundled_recipes():
+        resource = resources.files("lpcam").joinpath("recipes", f"{source}.yaml")
+        text, base = resource.read_text(encoding="utf-8"), Path()
+    else:
+        raise RecipeError(
+            f"no recipe {str(source)!r}: it is neither a file nor one of the bundled recipes "
+            f"{', '.join(bundled_recipes())}"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {source} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {source} must be a mapping of sections, got {values!r:.80}")
+    for key, value in overrides:
+        _replace(values, key, value)
+    return parse_recipe(values, base=base, where=str(source))
+
+
+def parse_recipe(values: Mapping[str, Any], *, base: Path | None = None, where: str) -> Recipe:
+    """Validate a recipe given as nested mappings.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    version = values.get("version", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(
+            f"the recipe {where} has version {version}, this lpcam reads up to {VERSION}; "
+            "upgrade lpcam, or write the recipe anew with 'lpcam init'"
+        )
+    try:
+        return Recipe.model_validate(values, context={"base": base})
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from None
+
+
+def _replace(values: dict[str, Any], key: str, text: str) -> None:
+    parts = key.replace("-", "_").split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of --{key}, {text!r}, is not valid YAML: {error}") from None
+    place = values
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--{key}: {part!r} is a value, not a section")
+        place = inner
+    last = parts[-1]
+    is_path = key in ("data.root", "run.folder") or (
+        key == "classifier.weights" and text.endswith(".safetensors") and ":" not in text
+    )
+    place[last] = str(Path(text).expanduser().absolute()) if is_path else value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = [f"the recipe {where} has {error.error_count()} problem(s):"]
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "(recipe)"
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key; allowed here: {', '.join(_known_keys(problem['loc'][:-1]))}"
+        elif problem["type"] == "missing":
+            lines.append(f"  {field}: is required and missing")
+            continue
+        shown = "" if isinstance(given, dict) else f" = {given!r:.80}"
+        lines.append(f"  {field}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        fields = {f.alias or name: f for name, f in model.model_fields.items()}
+        model = fields[str(part)].annotation
+    return [f.alias or name for name, f in model.model_fields.items()]

@@ -1,0 +1,123 @@
+"""``lpcam init``: look at a folder of images and labels, and write a recipe for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from lpcam.data.check import check_images
+from lpcam.data.folder import read_folder
+from lpcam.data.items import Dataset
+from lpcam.errors import DataError
+from lpcam.presets import preset_names
+from lpcam.progress import progress
+from lpcam.recipe import load_recipe
+from lpcam.storage import write_bytes
+
+FEW_IMAGES = 20
+"""A class with fewer images gets a warning in the summary."""
+
+TEMPLATE = """\
+# A recipe for the images of this folder. Run it with
+#   lpcam run {path}
+# Any value can also be given on the command line, e.g. --lpcam.tau 0.25
+version: 1
+name: {name}
+
+data:
+  kind: folder          # images and labels.csv; masks/ID.png, where there are any, serve scoring
+  root: .               # from the folder of this file
+  # A subset to work with; labels and mask ids of other classes are then left out.
+  classes: {classes}
+
+classifier:
+  backbone: {backbone}  # any timm model with a spatial feature map
+  output_stride: {stride}  # 16 gives maps twice as fine as the usual 32; not every model has it
+  weights: {weights}    # "pretrained" (fetched once), or the path of a safetensors file
+  # auto: fine-tune where there is a GPU, else fit a linear probe on the frozen backbone (minutes)
+  method: auto
+
+lpcam:
+  # A set of values for prototypes and maps: {presets}.
+  # Any value of it can be replaced by naming it here, e.g. "clusters: 20".
+  preset: {preset}
+
+seeds:
+  # Pixels whose map value is above the threshold are foreground; null takes the preset's.
+  threshold: null
+  # Pixels between this value and the threshold become 255, which training ignores; null: none.
+  ignore_threshold: null
+
+run:
+  folder: null          # null: runs/{name} below the folder where lpcam is run
+  seed: 0
+"""
+
+
+def write_recipe(
+    folder: Path, backbone: str, weights: str, preset: str = "small"
+) -> tuple[Path, str]:
+    """Check every image of a folder and write ``recipe.yaml`` into it.
+
+    Args:
+        folder: holds ``labels.csv`` and images (see :func:`lpcam.data.folder.read_folder`).
+        backbone: a timm model's name.
+        weights: ``pretrained``, or the path of a safetensors file.
+
+    Returns:
+        the recipe's path, and a summary of what was found, in words.
+
+    Raises:
+        DataError: if the folder cannot be used, or has a recipe already.
+    """
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise DataError(f"{path} exists already; run it, or delete it to have a new one")
+    dataset = read_folder(folder)
+    with progress("looking at the images", len(dataset.items)) as advance:
+        dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    if weights.endswith(".safetensors"):
+        weights = str(Path(weights).expanduser().absolute())
+    name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in folder.resolve().name)
+    text = TEMPLATE.format(
+        path=path,
+        name=_flow(name.lstrip(" .-") or "run"),
+        classes=_flow(list(dataset.classes.names)),
+        backbone=_flow(backbone),
+        stride=16 if _has_output_stride(backbone) else "null",
+        weights=_flow(weights),
+        preset=preset,
+        presets=", ".join(preset_names("lpcam")),
+    )
+    write_bytes(path, text.encode())
+    load_recipe(path)
+    return path, _summary(dataset)
+
+
+def _flow(value: object) -> str:
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=10**6
+    ).removesuffix("\n...\n")
+    return text.strip()
+
+
+def _has_output_stride(backbone: str) -> bool:
+    """Families of timm whose constructors take output_stride."""
+    families = ("resnet", "resnext", "mobilenet", "efficientnet", "regnet", "convnext", "densenet")
+    return any(family in backbone for family in families)
+
+
+def _summary(dataset: Dataset) -> str:
+    items = list(dataset.items.values())
+    masks = sum(item.mask is not None for item in items)
+    lines = [f"{len(items)} images with labels, {masks} of them with masks", "images per class:"]
+    for index, name in enumerate(dataset.classes.names):
+        count = sum(index in item.labels for item in items)
+        note = "   few: expect weak maps" if count < FEW_IMAGES else ""
+        lines.append(f"  {name}: {count}{note}")
+    lines += [f"note: {notice}" for notice in dataset.notices]
+    if dataset.skipped:
+        lines.append(f"{len(dataset.skipped)} skipped:")
+        lines += [f"  {skip.id}: {skip.reason}" for skip in dataset.skipped]
+    return "\n".join(lines)

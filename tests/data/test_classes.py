@@ -1,0 +1,30 @@
+"""Choosing classes: order, mask ids, and the nearest known name in the error."""
+
+from __future__ import annotations
+
+import pytest
+
+from lpcam.data.classes import choose_classes
+from lpcam.data.items import ClassTable
+from lpcam.errors import DataError
+
+TABLE = ClassTable(("cat", "cow", "dog"), (8, 10, 12))
+
+
+def test_chosen_classes_keep_order_and_mask_ids() -> None:
+    assert choose_classes(TABLE, ["dog", "cat"]) == ClassTable(("dog", "cat"), (12, 8))
+    assert choose_classes(TABLE, None) is TABLE
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["COW"], r"unknown class 'COW'; did you mean 'cow'\? the classes are cat, cow, dog"),
+        (["zebra"], r"unknown class 'zebra'; the classes are cat, cow, dog"),
+        (["cow", "cow"], "class names repeat: cow"),
+        ([], "name at least one class"),
+    ],
+)
+def test_wrong_names(names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        choose_classes(TABLE, names)

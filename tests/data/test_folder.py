@@ -1,0 +1,256 @@
+"""A user's folder: every way to name an image, what is skipped, and what the errors say."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from lpcam.data.folder import read_folder
+from lpcam.data.items import ClassTable
+from lpcam.errors import DataError
+
+
+def make(root: Path, labels: str | bytes, *files: str, **texts: str) -> Path:
+    """A folder with ``labels.csv``, empty files, and texts by file name with ``_`` for the dot."""
+    root.mkdir(exist_ok=True)
+    data = labels if isinstance(labels, bytes) else f"image,labels\n{labels}".encode()
+    (root / "labels.csv").write_bytes(data)
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name, text in texts.items():
+        (root / name.replace("_", ".")).write_text(text, "utf-8")
+    return root
+
+
+def test_images_folder(tmp_path: Path) -> None:
+    root = make(
+        tmp_path / "farm",
+        "a.jpg,dog;cow\nimages/barn/b 2.PNG,cow\n牛,\nbarn/c.d,dog;\n",
+        "images/a.jpg",
+        "images/barn/b 2.PNG",
+        "images/牛.webp",
+        "images/barn/c.d.tiff",
+        "images/.hidden.jpg",
+        "images/readme.txt",
+        "masks/a.png",
+        "masks/barn/b 2.png",
+    )
+    dataset = read_folder(root)
+    assert dataset.name == "farm"
+    assert dataset.classes == ClassTable(("cow", "dog"), (1, 2))
+    assert {i: item.labels for i, item in dataset.items.items()} == {
+        "a": (0, 1),
+        "barn/b 2": (0,),
+        "barn/c.d": (1,),
+        "牛": (),
+    }
+    assert dataset.lists == {"all": ("a", "barn/b 2", "barn/c.d", "牛")}
+    assert dataset.items["barn/b 2"].image == root / "images" / "barn" / "b 2.PNG"
+    assert dataset.items["barn/b 2"].mask == root / "masks" / "barn" / "b 2.png"
+    assert dataset.items["牛"].mask is None
+    assert dataset.label_source == "labels.csv"
+    assert dataset.skipped == () and dataset.notices == ()
+
+
+def test_images_beside_labels_csv(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\nsub/b.jpg,cow\n", "a.jpg", "sub/b.JPG", "masks/a.png")
+    dataset = read_folder(root)
+    assert set(dataset.items) == {"a", "sub/b"}
+    assert dataset.items["a"].mask == root / "masks" / "a.png"
+    assert dataset.skipped == ()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbfimage,labels\r\na.jpg,cow;dog\r\n",
+        b'Image, Labels\n"a.jpg", cow ; dog \n\n',
+        b"image,labels\ra.jpg,cow;;dog\r",
+    ],
+)
+def test_dialects_of_labels_csv(tmp_path: Path, data: bytes) -> None:
+    dataset = read_folder(make(tmp_path, data, "a.jpg"))
+    assert dataset.classes.names == ("cow", "dog")
+    assert dataset.items["a"].labels == (0, 1)
+
+
+@pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_unicode_forms_match(tmp_path: Path, on_disk: str, in_table: str) -> None:
+    disk = unicodedata.normalize(on_disk, "kälbchen é")  # type: ignore[arg-type]
+    table = unicodedata.normalize(in_table, "kälbchen é")  # type: ignore[arg-type]
+    root = make(
+        tmp_path,
+        f"{table}.jpg,{table}\n",
+        f"images/{disk}.jpg",
+        f"masks/{disk}.png",
+        classes_txt=f"{disk}\n",
+    )
+    dataset = read_folder(root, classes=[table])
+    (item,) = dataset.items.values()
+    assert item.id == unicodedata.normalize("NFC", disk)
+    assert item.image == root / "images" / f"{disk}.jpg"
+    assert item.mask is not None
+    assert item.labels == (0,)
+    assert dataset.skipped == ()
+
+
+def test_classes_txt_gives_mask_ids_and_a_subset_keeps_them(tmp_path: Path) -> None:
+    root = make(
+        tmp_path, "a,cow;dog\nb,hen;dog\n", "a.jpg", "b.jpg", classes_txt="\ufeffhen\ndog\ncow\n"
+    )
+    assert read_folder(root).classes == ClassTable(("hen", "dog", "cow"), (1, 2, 3))
+    dataset = read_folder(root, classes=["cow", "hen"])
+    assert dataset.classes == ClassTable(("cow", "hen"), (3, 1))
+    assert [item.labels for item in dataset.items.values()] == [(0,), (1,)]
+    assert dataset.notices == ("2 labels of classes not chosen were dropped: dog 2",)
+    with pytest.raises(DataError, match=r"unknown class 'Hens'; did you mean 'hen'\?"):
+        read_folder(root, classes=["Hens"])
+
+
+def test_left_out_with_reasons(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\ngone.jpg,dog\n", "a.jpg", "extra.jpg", "bad .jpg")
+    dataset = read_folder(root)
+    assert list(dataset.items) == ["a"]
+    reasons = {skip.id: skip.reason for skip in dataset.skipped}
+    assert set(reasons) == {"gone.jpg", "extra", "bad "}
+    assert "labels.csv line 3 has no image below" in reasons["gone.jpg"]
+    assert "it has no line in labels.csv" in reasons["extra"]
+    assert "blanks at its ends" in reasons["bad "]
+
+
+def test_repeated_rows_are_united(tmp_path: Path) -> None:
+    dataset = read_folder(make(tmp_path, "a,cow\nb,cow\na.jpg,dog\n", "a.jpg", "b.jpg"))
+    assert dataset.items["a"].labels == (0, 1)
+    assert dataset.notices == (
+        "labels.csv: a (lines 2, 4) stand in more than one line; their labels were united",
+    )
+
+
+def test_lists(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\nb,cow\nc,cow\n", "a.jpg", "b.jpg", "c.jpg", "unlabelled.jpg")
+    (root / "lists").mkdir()
+    (root / "lists" / "train.txt").write_text("c.jpg\na\n\nunlabelled\ngone\n")
+    dataset = read_folder(root)
+    assert dataset.lists == {"train": ("c", "a"), "all": ("a", "b", "c")}
+    reasons = {skip.id: skip.reason for skip in dataset.skipped}
+    assert set(reasons) == {"gone", "unlabelled"}
+    assert "lists/train.txt line 5" in reasons["gone"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("train", "a\na.jpg\n", r"train\.txt names 'a' more than once"),
+        ("train", "a\n../a\n", r"lists/train\.txt line 2: image name '\.\./a' is refused"),
+        ("all", "a\n", "'all' is the list of every image; rename it"),
+    ],
+)
+def test_wrong_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
+    root = make(tmp_path, "a,cow\n", "a.jpg")
+    (root / "lists").mkdir()
+    (root / "lists" / f"{name}.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_folder(root)
+
+
+def test_parts(tmp_path: Path) -> None:
+    root = make(
+        tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json='{"head": 1, "torso": 2}'
+    )
+    dataset = read_folder(root)
+    assert dataset.part_names == {"head": 1, "torso": 2}
+    assert dataset.items["a"].parts == root / "parts" / "a.png"
+    (root / "parts.json").unlink()
+    dataset = read_folder(root)
+    assert dataset.part_names == {} and dataset.items["a"].parts is None
+    assert dataset.notices == (
+        "parts/ is not used: parts.json with the value of each part is missing",
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"a": 0}', '{"a": 255}', '{"a": true}', '{"a": 1, "b": 1}']
+)
+def test_wrong_parts_json(tmp_path: Path, text: str) -> None:
+    root = make(tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json=text)
+    with pytest.raises(DataError, match=r"parts\.json .*different values from 1 to 254"):
+        read_folder(root)
+
+
+def test_masks_of_no_image_are_told(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\n", "a.jpg", "masks/a_mask.png", "masks/a.tif")
+    dataset = read_folder(root)
+    assert dataset.items["a"].mask is None
+    (notice,) = dataset.notices
+    assert "masks/: a.tif, a_mask.png belong to no image; they are called ID.png" in notice
+
+
+HOW = "first line is 'image,labels'"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"file,labels\na,cow\n", rf"line 1 is 'file,labels'; .*{HOW}"),
+        (b"image;labels\na;cow\n", rf"line 1 is 'image;labels'; .*{HOW}"),
+        (b"image,labels\n", f"names no image; .*{HOW}"),
+        (b"", f"names no image; .*{HOW}"),
+        (b"image,labels\na,cow,dog\n", f"line 2 has 3 columns, expected 2; .*{HOW}"),
+        (b"image,labels\na\n", "line 2 has 1 columns"),
+        ("image,labels\na,cow\n".encode("utf-16"), "no UTF-8 text; save it as UTF-8"),
+        (b'image,labels\n"a,cow\n', "unexpected end of data"),
+        (b"image,labels\na,\n", r"labels\.csv: no classes were given"),
+        (b"image,labels\n../a,cow\n", r"line 2: image name '\.\./a' is refused"),
+        (b"image,labels\na,cow\n/etc/a,cow\n", "line 3: image name '/etc/a' is refused"),
+        (b"image,labels\nb\\a,cow\n", "line 2: .* backslash"),
+        (b"image,labels\nz,cow\n", "none of the 1 images .* names 'z', the folder holds 'a'"),
+    ],
+)
+def test_wrong_labels_csv(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_folder(make(tmp_path, data, "a.jpg"))
+
+
+def test_missing_things(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        read_folder(tmp_path / "none")
+    with pytest.raises(DataError, match=rf"there is no .*labels\.csv; .*{HOW}"):
+        read_folder(tmp_path)
+    with pytest.raises(DataError, match=r"no images below .*put files such as cow_1\.jpg there"):
+        read_folder(make(tmp_path, "a,cow\n", "masks/a.png"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("cow\nhorse\n", r"line 3: unknown class 'Horses'; did you mean 'horse'\?"),
+        ("cow\n", "line 3: unknown class 'Horses'; the classes are cow"),
+        ("cow\ncow\n", r"classes\.txt: class names repeat: cow"),
+        ("background\ncow\n", "names the background; leave it out"),
+        ("\n", r"classes\.txt: no classes were given"),
+        ("\n".join(f"c{n}" for n in range(255)), r"classes\.txt: mask ids \[255\] are outside"),
+    ],
+)
+def test_wrong_classes_txt(tmp_path: Path, classes: str, message: str) -> None:
+    root = make(tmp_path, "a,cow\nb,Horses\n", "a.jpg", "b.jpg", classes_txt=classes)
+    with pytest.raises(DataError, match=message):
+        read_folder(root)
+
+
+def test_two_images_of_one_id(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\n", "images/a.jpg", "images/a.png")
+    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have the same id 'a'; rename"):
+        read_folder(root)
+
+
+def test_a_file_name_that_is_no_unicode_is_spelt_out(tmp_path: Path) -> None:
+    root = make(tmp_path, "a,cow\n", "a.jpg")
+    try:
+        (root / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
+    except OSError:
+        pytest.skip("this file system refuses names that are no Unicode")
+    (skip,) = read_folder(root).skipped
+    assert skip.id.encode() == b"\\udcff"

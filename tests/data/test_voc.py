@@ -1,0 +1,148 @@
+"""The VOC layout: lists in all dialects, labels from the annotations, what is left out and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lpcam.data.voc import CLASSES, read_voc
+from lpcam.errors import DataError
+
+
+def annotation(*names: str) -> str:
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>1</difficult>"
+        "<part><name>head</name></part></object>"
+        for name in names
+    )
+    return f"<annotation><filename>x.jpg</filename>{objects}</annotation>"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for image_id, names in (
+        ("2007_000001", ("dog", "dog", "person")),
+        ("2007_000002", ("cow", "zebra")),
+        ("2008_000003", ("aeroplane",)),
+    ):
+        (root / "JPEGImages" / f"{image_id}.jpg").touch()
+        (root / "Annotations" / f"{image_id}.xml").write_text(annotation(*names))
+    (root / "SegmentationClass" / "2007_000001.png").touch()
+    write_list(root, "train", "2007_000001\n2007_000002\n2008_000003\n")
+    return root
+
+
+def write_list(root: Path, name: str, text: str) -> None:
+    (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(text)
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_root_may_be_the_folder_or_one_above(root: Path, up: int) -> None:
+    dataset = read_voc([root, *root.parents][up], lists=["train"])
+    assert dataset.lists == {"train": ("2007_000001", "2007_000002", "2008_000003")}
+    assert dataset.classes.names == CLASSES
+    assert dataset.classes.mask_ids == tuple(range(1, 21))
+    assert dataset.label_source == "Annotations (XML)"
+    assert dataset.skipped == ()
+    first = dataset.items["2007_000001"]
+    assert first.image == root / "JPEGImages" / "2007_000001.jpg"
+    assert first.mask == root / "SegmentationClass" / "2007_000001.png"
+    assert [CLASSES[n] for n in first.labels] == ["dog", "person"]
+    assert [CLASSES[n] for n in dataset.items["2007_000002"].labels] == ["cow"]
+    assert dataset.items["2007_000002"].mask is None
+
+
+def test_subset_keeps_the_mask_ids_of_voc(root: Path) -> None:
+    dataset = read_voc(root, lists=["train"], classes=["person", "cow"])
+    assert dataset.classes.names == ("person", "cow")
+    assert dataset.classes.mask_ids == (15, 10)
+    assert [item.labels for item in dataset.items.values()] == [(0,), (1,), ()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2007000001\r\n\r\n2008000003\r\n",
+        "/JPEGImages/2007_000001.jpg /SegmentationClassAug/2007_000001.png\n"
+        "/JPEGImages/2008_000003.jpg /SegmentationClassAug/2008_000003.png\n",
+        "\ufeff2007_000001\n 2008_000003 ",
+        "/JPEGImages/2007_000001.jpg /JPEGImages/2008_000003.jpg 3\n"
+        "/JPEGImages/2008_000003.jpg /JPEGImages/2007_000001.jpg 3\n",
+    ],
+)
+def test_dialects_of_lists(root: Path, text: str) -> None:
+    write_list(root, "some", text)
+    dataset = read_voc(root, lists=["some", "train"])
+    assert dataset.lists["some"] == ("2007_000001", "2008_000003")
+    assert len(dataset.items) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2007_000001\n2007_000001\n", "names '2007_000001' more than once"),
+        ("2007_000001 -1\n", "line 1 reads '2007_000001 -1'; expected an id"),
+        ("2007_000001\n../../secret\n", "line 2: image name '../../secret' is refused"),
+        ("\n\n", "is empty; write one image id a line"),
+    ],
+)
+def test_wrong_lists(root: Path, text: str, message: str) -> None:
+    write_list(root, "some", text)
+    with pytest.raises(DataError, match=message):
+        read_voc(root, lists=["some"])
+
+
+def test_missing_list_names_the_lists(root: Path) -> None:
+    write_list(root, "val", "2007_000001")
+    with pytest.raises(DataError, match=r"list 'test' is missing.*the lists are train, val"):
+        read_voc(root, lists=["train", "test"])
+    with pytest.raises(DataError, match="could leave its folder"):
+        read_voc(root, lists=["../train"])
+
+
+def test_unknown_class_has_a_close_match(root: Path) -> None:
+    with pytest.raises(DataError, match=r"unknown class 'Aeroplan'; did you mean 'aeroplane'\?"):
+        read_voc(root, lists=["train"], classes=["Aeroplan"])
+
+
+def test_no_voc_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no VOC folder; expected VOC2012"):
+        read_voc(tmp_path, lists=["train"])
+
+
+BILLION_LAUGHS = '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "there is no annotation"),
+        ("<annotation><object>", "cannot be read"),
+        (BILLION_LAUGHS, "has a DOCTYPE or ENTITY"),
+        (BILLION_LAUGHS.encode("utf-16"), "cannot be read"),
+    ],
+)
+def test_wrong_annotation_is_skipped(root: Path, text: str | bytes | None, reason: str) -> None:
+    path = root / "Annotations" / "2007_000002.xml"
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    dataset = read_voc(root, lists=["train"])
+    assert dataset.lists["train"] == ("2007_000001", "2008_000003")
+    (skip,) = dataset.skipped
+    assert skip.id == "2007_000002"
+    assert reason in skip.reason
+
+
+def test_missing_image_is_skipped_and_none_left_is_an_error(root: Path) -> None:
+    (root / "JPEGImages" / "2007_000001.jpg").unlink()
+    dataset = read_voc(root, lists=["train"])
+    assert [skip.id for skip in dataset.skipped] == ["2007_000001"]
+    assert "there is no image" in dataset.skipped[0].reason
+    write_list(root, "some", "2007_000001")
+    with pytest.raises(DataError, match="no image of the lists some can be used: there is no"):
+        read_voc(root, lists=["some"])
