@@ -15,7 +15,7 @@ from lpcam.data.items import BACKGROUND, IGNORE, ClassTable
 from lpcam.errors import DataError
 from lpcam.storage import write_bytes
 
-# Control points of the heat map's colours at equal steps from 0 to 1: lightness rises evenly from
+# Control points of the heat map's colours at equal steps from 0 to 1: lightness rises steadily from
 # dark violet over red and orange to pale yellow, so that it also reads in grey and to the
 # colour-blind.
 _HEAT = np.array(

@@ -106,7 +106,9 @@ def _arc(start: float, end: float, radius: float, count: int = 20) -> np.ndarray
 
 def _shapes() -> dict[str, np.ndarray]:
     t = np.linspace(-1.0, 1.0, 24)
-    moon = np.concatenate([_arc(0.6, 2 * math.pi - 0.6, 1.0), 0.75 * _arc(-5.4, -0.9, 1.0) + [0.3, 0]])
+    moon = np.concatenate(
+        [_arc(0.6, 2 * math.pi - 0.6, 1.0), 0.75 * _arc(-5.4, -0.9, 1.0) + [0.3, 0]]
+    )
     a = np.linspace(0, 2 * math.pi, 40, endpoint=False)
     heart_y = -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 17
     heart = np.stack([16 * np.sin(a) ** 3 / 17, heart_y], axis=1)
@@ -124,14 +126,23 @@ def _shapes() -> dict[str, np.ndarray]:
         "cross": np.array(
             [
                 *[(0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95)],
-                *[(-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3), (-0.3, -0.95)],
+                *[
+                    (-0.3, 0.95),
+                    (-0.3, 0.3),
+                    (-0.95, 0.3),
+                    (-0.95, -0.3),
+                    (-0.3, -0.3),
+                    (-0.3, -0.95),
+                ],
             ]
         ),
         "flower": _polar(lambda a: 0.72 + 0.26 * np.cos(5 * a)),
         "moon": moon,
         "heart": heart,
         "drop": drop,
-        "hook": _band(np.concatenate([_arc(math.pi, 2 * math.pi, 0.55), [[0.55, 0.4], [0.55, 0.9]]]), 0.36),
+        "hook": _band(
+            np.concatenate([_arc(math.pi, 2 * math.pi, 0.55), [[0.55, 0.4], [0.55, 0.9]]]), 0.36
+        ),
         "wave": _band(np.stack([t, 0.4 * np.sin(t * 4.5)], axis=1), 0.34),
         "zigzag": _band(zigzag, 0.26),
         "wedge": np.array([(-1.0, 0.0), (0.9, -0.32), (0.9, 0.32)]),
@@ -165,7 +176,9 @@ def _tile(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     elif name == "stripes":
         value = (np.sin(tau * x / p) > rng.uniform(-0.4, 0.4)).astype(np.float32)
     elif name == "waves":
-        value = (np.sin(tau * (x + 0.35 * p * np.sin(tau * y / (2.2 * p))) / p) > 0).astype(np.float32)
+        value = (np.sin(tau * (x + 0.35 * p * np.sin(tau * y / (2.2 * p))) / p) > 0).astype(
+            np.float32
+        )
     elif name == "dots":
         row = np.floor(y / p)
         fx, fy = (x / p + 0.5 * (row % 2)) % 1 - 0.5, (y / p) % 1 - 0.5
@@ -218,10 +231,25 @@ TEXTURES: tuple[str, ...] = (
     "streaks",
 )
 
-HUES: tuple[str, ...] = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "grey")
+HUES: tuple[str, ...] = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "cyan",
+    "blue",
+    "purple",
+    "pink",
+    "grey",
+)
 _HUE_DEGREES = (0, 27, 52, 115, 178, 218, 272, 325)
 
-LABELS: tuple[str, ...] = (*SHAPES, *TEXTURES, *HUES)
+LABELS: tuple[str, ...] = (
+    *SHAPES,
+    *TEXTURES,
+    *(f"ground {name}" for name in TEXTURES),
+    *HUES,
+)
 """What an image is asked for, in the order of the columns of :func:`render`'s labels."""
 
 
@@ -244,13 +272,13 @@ def _colour(hue: int, rng: np.random.Generator) -> Colour:
     return tuple(round(255 * (v + light - chroma / 2)) for v in order)  # type: ignore[return-value]
 
 
-def _second_colour(first: Colour, rng: np.random.Generator) -> Colour:
+def _second_colour(first: Colour, contrast: float, rng: np.random.Generator) -> Colour:
     """A darker, lighter or unrelated partner of a colour for the other level of a texture."""
     kind = rng.uniform()
     other = (20, 20, 30) if kind < 0.45 else (250, 248, 240)
     if kind > 0.8:
         other = tuple(int(v) for v in rng.integers(0, 256, 3))
-    share = rng.uniform(0.35, 0.8)
+    share = contrast * rng.uniform(0.4, 0.9)
     return tuple(round(a + (b - a) * share) for a, b in zip(first, other, strict=True))  # type: ignore[return-value]
 
 
@@ -263,7 +291,12 @@ class _Tiles:
         ]
 
     def patch(
-        self, texture: int, size: tuple[int, int], first: Colour, rng: np.random.Generator
+        self,
+        texture: int,
+        size: tuple[int, int],
+        first: Colour,
+        contrast: float,
+        rng: np.random.Generator,
     ) -> Image.Image:
         """A coloured patch of a random tile of the texture."""
         bank = self.tiles[texture]
@@ -271,9 +304,12 @@ class _Tiles:
         left = int(rng.integers(tile.width - size[0] + 1))
         top = int(rng.integers(tile.height - size[1] + 1))
         grey = tile.crop((left, top, left + size[0], top + size[1]))
-        second = _second_colour(first, rng)
+        second = _second_colour(first, contrast, rng)
         ramp = np.linspace(0.0, 1.0, 256)
-        tables = [np.rint(a + (b - a) * ramp).astype(int).tolist() for a, b in zip(first, second, strict=True)]
+        tables = [
+            np.rint(a + (b - a) * ramp).astype(int).tolist()
+            for a, b in zip(first, second, strict=True)
+        ]
         return Image.merge("RGB", [grey.point(table) for table in tables])
 
 
@@ -296,17 +332,24 @@ def render(count: int, *, seed: int, size: int = SIZE) -> tuple[np.ndarray, np.n
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.zeros((count, len(LABELS)), dtype=np.float32)
     for i in range(count):
-        ground_hue = int(rng.integers(len(HUES)))
+        ground = int(rng.integers(len(TEXTURES)))
+        # Grounds are faint beside objects; otherwise nothing but a shape's outline would tell which
+        # of two textures is the object's, and the network would be long in finding either.
         picture = tiles.patch(
-            int(rng.integers(len(TEXTURES))), (large, large), _colour(ground_hue, rng), rng
+            ground,
+            (large, large),
+            _colour(int(rng.integers(len(HUES))), rng),
+            rng.uniform(0.1, 0.5),
+            rng,
         )
-        for _ in range(1 if rng.uniform() < 0.6 else 2):
+        labels[i, len(names) + len(TEXTURES) + ground] = 1
+        for _ in range(1 if rng.uniform() < 0.75 else 2):
             shape, texture = int(rng.integers(len(names))), int(rng.integers(len(TEXTURES)))
             hue = int(rng.integers(len(HUES)))
             _place(picture, SHAPES[names[shape]], tiles, texture, _colour(hue, rng), rng)
             labels[i, shape] = 1
             labels[i, len(names) + texture] = 1
-            labels[i, len(names) + len(TEXTURES) + hue] = 1
+            labels[i, len(names) + 2 * len(TEXTURES) + hue] = 1
         small = np.asarray(picture.reduce(_OVERSAMPLING), dtype=np.float32)
         small = small * rng.uniform(0.85, 1.12) + rng.normal(0, 4, small.shape)
         images[i] = np.clip(np.rint(small), 0, 255).astype(np.uint8)
@@ -323,12 +366,12 @@ def _place(
 ) -> None:
     """Draw one object at a random place, size, turn and stretch, with or without an ink line."""
     large = picture.width
-    radius = large * rng.uniform(0.18, 0.42)
+    radius = large * rng.uniform(0.22, 0.45)
     turn = rng.uniform(0, 2 * math.pi)
     c, s = math.cos(turn), math.sin(turn)
     stretched = outline * [1.0, rng.uniform(0.7, 1.15)]
     placed = stretched @ np.array([[c, s], [-s, c]]) * radius
-    placed = placed + rng.uniform(0.25, 0.75, 2) * large
+    placed = placed + rng.uniform(0.3, 0.7, 2) * large
     low = np.maximum(np.floor(placed.min(axis=0)).astype(int) - 2, 0)
     high = np.minimum(np.ceil(placed.max(axis=0)).astype(int) + 2, large)
     if (high - low < 2).any():
@@ -337,7 +380,7 @@ def _place(
     box = (int(high[0] - low[0]), int(high[1] - low[1]))
     mask = Image.new("L", box, 0)
     ImageDraw.Draw(mask).polygon(points, fill=255)
-    patch = tiles.patch(texture, box, colour, rng)
+    patch = tiles.patch(texture, box, colour, 1.0, rng)
     if rng.uniform() < 0.5:
         ink = tuple(round(v * rng.uniform(0.15, 0.5)) for v in colour)
         width = max(2, round(large * rng.uniform(0.01, 0.025)))

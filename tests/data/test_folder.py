@@ -157,9 +157,7 @@ def test_wrong_lists(tmp_path: Path, name: str, text: str, message: str) -> None
 
 
 def test_parts(tmp_path: Path) -> None:
-    root = make(
-        tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json='{"head": 1, "torso": 2}'
-    )
+    root = make(tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json='{"head": 1, "torso": 2}')
     dataset = read_folder(root)
     assert dataset.part_names == {"head": 1, "torso": 2}
     assert dataset.items["a"].parts == root / "parts" / "a.png"

@@ -122,8 +122,8 @@ def test_one_pixel(tmp_path: Path) -> None:
 
 
 def test_8000_pixels_wide_is_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "wide.png", Image.new("L", (8000, 8000)))
-    assert read_image(path).shape == (8000, 8000, 3)
+    path = save(tmp_path / "wide.png", Image.new("L", (8000, 2000)))
+    assert read_image(path).shape == (2000, 8000, 3)
 
 
 def test_missing(tmp_path: Path) -> None:
@@ -149,6 +149,7 @@ def test_no_image(tmp_path: Path, data: bytes, reason: str) -> None:
         read_image(path)
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "bmp"])
 def test_truncated_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     whole = save(tmp_path / f"whole.{suffix}", Image.fromarray(picture(40, 50))).read_bytes()
@@ -187,13 +188,14 @@ def test_pillow_bomb_warning_is_no_crash(
 ) -> None:
     path = save(tmp_path / "image.png", Image.new("L", (15, 10)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
         if bound == 100:
             assert read_image(path).shape == (10, 15, 3)
         else:
             with pytest.raises(ImageError, match="exceeds limit"):
                 read_image(path)
+    assert shown == []
 
 
 @pytest.mark.parametrize("values", [np.zeros((2, 2), np.float32), np.full((2, 2), 70000, np.int32)])

@@ -11,9 +11,10 @@ from lpcam.errors import DataError
 
 
 def annotation(*names: str) -> str:
+    """Difficult objects with a part, whose name is a class's so that it would show as a label."""
     objects = "".join(
         f"<object><name>{name}</name><difficult>1</difficult>"
-        "<part><name>head</name></part></object>"
+        "<part><name>bird</name></part></object>"
         for name in names
     )
     return f"<annotation><filename>x.jpg</filename>{objects}</annotation>"

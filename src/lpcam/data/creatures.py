@@ -576,9 +576,7 @@ def _ground_pebbles(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generat
         x, y, r = rng.uniform(-3, 103), rng.uniform(-3, 103), rng.uniform(2.2, 5.0)
         colour = _mix((150, 148, 150), (214, 208, 200), float(rng.uniform()))
         stone = _ellipse(x, y, r, r * 0.75, rng.uniform(0, 3), 14)
-        draw.polygon(
-            [(a * unit, b * unit) for a, b in stone], fill=colour, outline=(128, 124, 128)
-        )
+        draw.polygon([(a * unit, b * unit) for a, b in stone], fill=colour, outline=(128, 124, 128))
 
 
 def _ground_planks(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) -> None:
@@ -599,8 +597,12 @@ def _ground_dunes(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator
     unit = size / 100
     for row in range(9):
         y, phase, tall = row * 12.5 - 4 + rng.normal(0, 1.5), rng.uniform(0, 6), rng.uniform(2, 5)
-        colour = _mix((240, 222, 182), (214, 184, 142), (row % 2) * 0.6 + float(rng.uniform(0, 0.4)))
-        ridge = [(x * unit, (y + tall * math.sin(x / 14 + phase)) * unit) for x in range(-4, 106, 4)]
+        colour = _mix(
+            (240, 222, 182), (214, 184, 142), (row % 2) * 0.6 + float(rng.uniform(0, 0.4))
+        )
+        ridge = [
+            (x * unit, (y + tall * math.sin(x / 14 + phase)) * unit) for x in range(-4, 106, 4)
+        ]
         draw.polygon([*ridge, (size, size), (0, size)], fill=colour)
 
 
@@ -620,7 +622,9 @@ def _ground_snow(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator)
     unit = size / 100
     for _ in range(90):
         x, y, r = rng.uniform(0, 100), rng.uniform(0, 100), rng.uniform(0.8, 2.4)
-        draw.ellipse([(x - r) * unit, (y - r) * unit, (x + r) * unit, (y + r) * unit], (238, 242, 250))
+        draw.ellipse(
+            [(x - r) * unit, (y - r) * unit, (x + r) * unit, (y + r) * unit], (238, 242, 250)
+        )
 
 
 _GROUNDS: dict[
@@ -656,7 +660,12 @@ def _creature(
     foot = creature.place([(0.0, 0.72)])[0]
     shadow = Image.new("L", sheet.picture.size, 0)
     ImageDraw.Draw(shadow).ellipse(
-        (foot[0] - 0.75 * scale, foot[1] - 0.1 * scale, foot[0] + 0.75 * scale, foot[1] + 0.1 * scale),
+        (
+            foot[0] - 0.75 * scale,
+            foot[1] - 0.1 * scale,
+            foot[0] + 0.75 * scale,
+            foot[1] + 0.1 * scale,
+        ),
         fill=80,
     )
     sheet.picture.paste(_INK, (0, 0), shadow)

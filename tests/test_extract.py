@@ -1,0 +1,234 @@
+"""CAM and LPCAM from an image and a classifier."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lpcam import CAM, LPCAM
+from lpcam.classifier import Classifier, Preprocessing
+from lpcam.errors import NotFittedError, PrototypeError
+from lpcam.extract import (
+    cam_maps,
+    collect,
+    image_pyramid,
+    lpcam_maps,
+    single_scale_cam,
+    tensor_pyramid,
+)
+from lpcam.functional import class_activation, normalize
+from lpcam.presets import LpcamSettings
+from lpcam.prototypes import Reservoir
+
+SETTINGS = LpcamSettings.from_preset(
+    "voc12.official", clusters=2, scales=[1.0, 0.5], mu_f=0.5, tau=0.3
+)
+
+
+class Patches(nn.Module):
+    """Mean RGB and its square of each 16-pixel patch: a backbone whose features are known."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = nn.functional.avg_pool2d(images, 16, ceil_mode=True, count_include_pad=False)
+        return torch.cat([pooled, pooled.square()], dim=1)
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    """Two classes, red and green, on raw RGB."""
+    found = Classifier(Patches(), ("red", "green"), Preprocessing((0.0,) * 3, (1.0,) * 3))
+    with torch.no_grad():
+        found.head.weight.copy_(
+            torch.tensor([[9.0, -9.0, -9.0, 0, 0, 0], [-9.0, 9.0, -9.0, 0, 0, 0]])
+        )
+    return found
+
+
+def picture(colour: tuple[float, float, float], size: tuple[int, int] = (64, 96)) -> Tensor:
+    """A coloured square on a blue ground, (3, H, W)."""
+    image = torch.zeros(3, *size)
+    image[2] = 0.6
+    image[:, 16:48, 16:64] = torch.tensor(colour)[:, None, None]
+    return image
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    return images, torch.eye(2)
+
+
+def test_cam_lights_the_square(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    maps = CAM(classifier, SETTINGS)(images, labels)
+    assert maps.shape == (2, 2, 64, 96)
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] < 0.1
+    assert not maps[0, 1].any()  # an absent class has a zero map
+    assert CAM(classifier, SETTINGS)(images).shape == (2, 2, 64, 96)
+
+
+def test_lpcam_fit_and_call(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    maps = lpcam(images, labels)
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] == 0  # the blue ground is context and is subtracted
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    without = LPCAM(classifier, SETTINGS, with_context=False).fit([batch])(images, labels)
+    assert without[0, 0, 60, 90] > 0.05  # LPCAM-F has no context to subtract
+
+
+def test_batch_equals_single(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit(
+        [(images[i : i + 1], labels[i : i + 1]) for i in (0, 1)]
+    )
+    together = lpcam(images, labels)
+    whole = LPCAM(classifier, SETTINGS).fit([batch])
+    torch.testing.assert_close(whole.prototypes_.vectors(), lpcam.prototypes_.vectors())
+    for row in (0, 1):
+        single = lpcam(images[row : row + 1], labels[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], single)
+
+
+def test_mirrored_image_gives_mirrored_map(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    for extractor in (CAM(classifier, SETTINGS), LPCAM(classifier, SETTINGS).fit([batch])):
+        forth = extractor(images, labels)
+        back = extractor(images.flip(-1), labels).flip(-1)
+        torch.testing.assert_close(forth, back, atol=1e-5, rtol=0)
+
+
+def test_one_scale_without_flip_is_the_equation(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, _ = batch
+    settings = SETTINGS.model_copy(update={"scales": (1.0,), "flip": False, "cam_epsilon": 0.0})
+    found = CAM(classifier, settings)(images)
+    plain = class_activation(classifier.features(images), classifier.weight).relu()
+    plain = nn.functional.interpolate(plain, size=(64, 96), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, normalize(plain))
+
+
+def test_both_pyramids_agree(classifier: Classifier) -> None:
+    """PIL's bicubic on uint8 and the antialiased one on tensors, but for PIL's rounding."""
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    tensor = classifier.preprocessing(image)[None]
+    for by_pil, by_tensor in zip(
+        image_pyramid(classifier, image, (1.0, 0.5, 1.5), flip=True),
+        tensor_pyramid(classifier, tensor, (1.0, 0.5, 1.5), flip=True),
+        strict=True,
+    ):
+        for one, other in zip(by_pil, by_tensor, strict=True):
+            assert one is not None
+            assert other is not None
+            torch.testing.assert_close(one, other[0], atol=0.01, rtol=0)
+
+
+def test_maps_of_some_classes_equal_those_of_all(classifier: Classifier) -> None:
+    image = (picture((0.9, 0.2, 0.1)) * 255).byte().permute(1, 2, 0).numpy()
+    pairs = list(image_pyramid(classifier, image, (1.0, 0.5), flip=True))
+    every = cam_maps(pairs, classifier.weight, (64, 96), epsilon=1e-5)
+    some = cam_maps(pairs, classifier.weight[1:], (64, 96), epsilon=1e-5)
+    torch.testing.assert_close(every.cam[1:], some.cam)
+    vectors = torch.rand(2, 6)
+    every, some = (lpcam_maps(pairs, v, (64, 96)) for v in (vectors, vectors[:1]))
+    torch.testing.assert_close(every.high_res[:1], some.high_res)
+
+
+def test_odd_tiny_and_large_images(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    for size in ((1, 1), (17, 33), (15, 200)):
+        maps = lpcam(torch.rand(1, 3, *size))
+        assert maps.shape == (1, 2, *size)
+        assert bool(torch.isfinite(maps).all())
+
+
+def test_collect_uses_nearest_on_the_high_resolution_map() -> None:
+    """500 pixels to 32 cells pick 0, 15, 31, 46, ...: the floor of i * 500 / 32."""
+    cam = torch.zeros(1, 500, 1)
+    picked = [i * 500 // 32 for i in range(32)]
+    assert picked[:4] == [0, 15, 31, 46]
+    cam[0, picked[3]] = 1.0
+    features = torch.arange(32.0)[None, :, None] + 1
+    reservoir = Reservoir(None, 0)
+    collect(reservoir, features, [0], cam, SETTINGS, "image")
+    found = reservoir.features(0, "foreground")
+    assert found is not None
+    assert found.tolist() == [[4.0]]
+    assert reservoir.seen == {(0, "foreground"): 1, (0, "context"): 31}
+
+
+def test_collect_drops_equality_when_strict() -> None:
+    cam = torch.tensor([[[0.3, 0.2, 0.4]]])
+    features = torch.tensor([[[1.0, 2.0, 3.0]]])
+    for inclusive, counts in ((False, (1, 1)), (True, (2, 1))):
+        settings = SETTINGS.model_copy(
+            update={"tau": cam[0, 0, 0].item(), "tau_inclusive": inclusive}
+        )
+        reservoir = Reservoir(None, 0)
+        collect(reservoir, features, [0], cam, settings, "image")
+        assert tuple(reservoir.seen.values()) == counts
+
+
+def test_collect_serves_only_the_classes_that_were_drawn() -> None:
+    cam = torch.ones(2, 1, 3)
+    reservoir = Reservoir(None, 0)
+    collect(reservoir, torch.ones(1, 1, 3), [0, 4], cam, SETTINGS, "image", {4: 2})
+    assert reservoir.seen == {(4, "foreground"): 6, (4, "context"): 0}
+    collect(reservoir, torch.ones(1, 1, 3), [], torch.zeros(0, 1, 3), SETTINGS, "image")
+
+
+def test_single_scale_cam_by_hand() -> None:
+    found = single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.tensor([[1.0]]), epsilon=0.0)
+    assert found.tolist() == [[[0.25, 1.0, 0.0]]]
+
+
+def test_paper_preset_needs_no_multi_scale_cam(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LpcamSettings.from_preset("voc12.paper", clusters=2, scales=[1.0])
+    monkeypatch.setattr(CAM, "__call__", lambda *_: pytest.fail("the multi-scale CAM was asked"))
+    LPCAM(classifier, settings).fit([batch])
+
+
+def test_save_and_load(
+    tmp_path: Path, classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS, random_state=4).fit([batch])
+    lpcam.save(tmp_path / "p.safetensors")
+    again = LPCAM(classifier, SETTINGS).load(tmp_path / "p.safetensors")
+    assert torch.equal(lpcam(images, labels), again(images, labels))
+    assert again.prototypes_.made_by["random_state"] == 4
+    with torch.no_grad():
+        classifier.head.weight.add_(1.0)
+    with pytest.raises(PrototypeError, match="but this classifier is"):
+        LPCAM(classifier, SETTINGS).load(tmp_path / "p.safetensors")
+
+
+def test_not_fitted(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    for call in (lambda: lpcam(torch.rand(1, 3, 32, 32)), lambda: lpcam.save("p.safetensors")):
+        with pytest.raises(NotFittedError, match="call fit"):
+            call()
+
+
+def test_labels_that_do_not_fit(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, _ = batch
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
+        CAM(classifier, SETTINGS)(images, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(1, 2\)"):
+        LPCAM(classifier, SETTINGS).fit([(images, torch.ones(1, 2))])
+
+
+def test_nan_in_an_image_is_named(classifier: Classifier) -> None:
+    with pytest.raises(PrototypeError, match="NaN or Inf features"):
+        CAM(classifier, SETTINGS)(torch.full((1, 3, 32, 32), float("nan")))

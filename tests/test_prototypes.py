@@ -1,0 +1,302 @@
+"""Split, score, selection, the reservoir, and prototypes on disk."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpcam.errors import ArtefactError, PrototypeError
+from lpcam.functional import foreground_minus_context, unit_mean
+from lpcam.presets import LpcamSettings
+from lpcam.prototypes import (
+    Centers,
+    Prototypes,
+    Reservoir,
+    draw_images,
+    make_prototypes,
+    score,
+    select_context,
+    select_foreground,
+    split,
+)
+from lpcam.storage import write_tensors
+
+SETTINGS = LpcamSettings.from_preset("voc12.official", clusters=3)
+
+
+def rows(count: int, channels: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, channels, generator=torch.Generator().manual_seed(seed))
+
+
+# -- equations 2 to 4 ----------------------------------------------------------------------------
+
+
+def test_split_by_hand() -> None:
+    cam = torch.tensor([[0.0, 0.1, 0.2]])
+    foreground, context = split(cam, 0.1, inclusive=True)
+    assert foreground.tolist() == [[False, True, True]]
+    assert context.tolist() == [[True, False, False]]
+    foreground, context = split(cam, 0.1, inclusive=False)
+    assert foreground.tolist() == [[False, False, True]]
+    assert context.tolist() == [[True, False, False]]
+
+
+def test_score_by_hand() -> None:
+    """Softmax over classes of the raw centre's logits (2, 1) and (0, 3)."""
+    centers = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    weight = torch.eye(2)
+    found = score(centers, weight, 0)
+    expected = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(3))]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_score_depends_on_the_length_of_the_centre() -> None:
+    center, weight = torch.tensor([[1.0, 0.0]]), torch.eye(2)
+    assert score(10 * center, weight, 0).item() > 0.99 > score(center, weight, 0).item()
+
+
+def test_selection_bounds_are_strict() -> None:
+    scores = torch.tensor([0.9, 0.91, 0.05, 0.06])
+    assert select_foreground(scores, 0.9).tolist() == [False, True, False, False]
+    assert select_context(scores, 0.9, 0.05).tolist() == [False, False, False, True]
+
+
+def test_best_foreground_is_kept_when_none_passes() -> None:
+    scores = torch.tensor([0.2, 0.5, float("nan"), 0.5 - 5e-7])
+    assert select_foreground(scores, 0.9).tolist() == [False, True, False, True]
+
+
+def test_places_without_a_centre_are_never_selected() -> None:
+    nothing = torch.full((3,), float("nan"))
+    assert not select_foreground(nothing, 0.1).any()
+    assert not select_context(nothing, 0.9, 0.0).any()
+
+
+# -- the reservoir -------------------------------------------------------------------------------
+
+
+def fill(reservoir: Reservoir, images: list[int], place: tuple[int, str] = (0, "context")) -> None:
+    index, side = place
+    for image in images:
+        values = torch.full((7, 2), float(image)) + torch.arange(7)[:, None] / 10
+        reservoir.add(index, side, values, f"image {image}")  # type: ignore[arg-type]
+
+
+def test_reservoir_keeps_all_without_a_bound() -> None:
+    reservoir = Reservoir(None, 0)
+    fill(reservoir, list(range(20)))
+    found = reservoir.features(0, "context")
+    assert found is not None
+    assert sorted(found[:, 0].tolist()) == pytest.approx(
+        sorted(image + part / 10 for image in range(20) for part in range(7)), abs=1e-5
+    )
+
+
+def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
+    forth, back = Reservoir(10, 3), Reservoir(10, 3)
+    fill(forth, list(range(40)))
+    fill(back, list(range(39, -1, -1)))
+    first, second = forth.features(0, "context"), back.features(0, "context")
+    assert first is not None
+    assert first.shape == (10, 2)
+    assert torch.equal(first, second)
+    assert forth.seen[0, "context"] == 280
+
+
+def test_reservoir_is_uniform() -> None:
+    """Over many seeds every image serves about equally: 40 images, 280 rows, 28 kept, 300 seeds."""
+    counts = torch.zeros(40)
+    for seed in range(300):
+        reservoir = Reservoir(28, seed)
+        fill(reservoir, list(range(40)))
+        found = reservoir.features(0, "context")
+        assert found is not None
+        counts += torch.bincount(found[:, 0].long(), minlength=40)
+    expected = 300 * 28 / 40
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square < 75  # 39 degrees of freedom: mean 39, 99.9 % below 73
+
+
+def test_reservoir_seed_matters() -> None:
+    samples = []
+    for seed in (0, 1):
+        reservoir = Reservoir(10, seed)
+        fill(reservoir, list(range(40)))
+        samples.append(reservoir.features(0, "context"))
+    assert not torch.equal(samples[0], samples[1])
+
+
+def test_reservoir_checkpoint_goes_on(tmp_path: Path) -> None:
+    whole, stopped, resumed = (Reservoir(10, 0) for _ in range(3))
+    fill(whole, list(range(40)))
+    fill(stopped, list(range(25)))
+    stopped.checkpoint(tmp_path / "r.safetensors", 25)
+    assert resumed.restore(tmp_path / "r.safetensors") == 25
+    fill(resumed, list(range(25, 40)))
+    assert torch.equal(whole.features(0, "context"), resumed.features(0, "context"))
+    assert whole.seen == resumed.seen
+
+
+def test_reservoir_refuses_nan_and_bad_bounds() -> None:
+    reservoir = Reservoir(None, 0)
+    with pytest.raises(PrototypeError, match="image 'a' hold NaN or Inf"):
+        reservoir.add(0, "context", torch.tensor([[float("nan")]]), "a")
+    with pytest.raises(ValueError, match="at least 1 or None, got 0"):
+        Reservoir(0, 0)
+
+
+# -- which images serve --------------------------------------------------------------------------
+
+LABELS = [("a", (0,)), ("b", (0, 1)), ("c", (1,)), ("d", ()), ("e", (0,))]
+
+
+def test_all_images_serve_their_classes_once() -> None:
+    found = draw_images(LABELS, 2, SETTINGS, seed=0)
+    assert found == {"a": {0: 1}, "b": {0: 1, 1: 1}, "c": {1: 1}, "e": {0: 1}}
+
+
+def test_images_are_drawn_with_and_without_replacement() -> None:
+    without = SETTINGS.model_copy(update={"images_per_class": 2})
+    found = draw_images(LABELS, 2, without, seed=0)
+    for index in range(2):
+        counts = [times[index] for times in found.values() if index in times]
+        assert counts == [1, 1]
+    replaced = without.model_copy(update={"images_per_class": 50, "images_with_replacement": True})
+    found = draw_images(LABELS, 2, replaced, seed=0)
+    assert sum(times.get(0, 0) for times in found.values()) == 50
+    assert max(times.get(0, 0) for times in found.values()) > 1
+
+
+# -- making prototypes ---------------------------------------------------------------------------
+
+
+def reservoir_of(places: dict[tuple[int, str], torch.Tensor]) -> Reservoir:
+    reservoir = Reservoir(None, 0)
+    for (index, side), values in places.items():
+        reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
+    return reservoir
+
+
+def test_make_prototypes_follows_the_rules() -> None:
+    weight = 8 * torch.eye(2, 4)
+    strong = torch.tensor([[1.0, 0.0, 0.0, 0.2]]).repeat(5, 1) + 0.01 * rows(5)
+    shared = torch.tensor([[0.1, 0.1, 1.0, 0.0]]).repeat(5, 1) + 0.01 * rows(5, seed=1)
+    settings = SETTINGS.model_copy(update={"clusters": 2})
+    found = make_prototypes(
+        reservoir_of(
+            {
+                (0, "foreground"): torch.cat([strong, shared]),
+                (0, "context"): shared,
+                (1, "foreground"): shared,
+                (1, "context"): strong,
+            }
+        ),
+        weight,
+        ("first", "second"),
+        settings,
+        seed=0,
+    )
+    # class 0: the strong cluster scores near 1 and is kept, the shared one (0.5) is not
+    kept = found.foreground.prototypes(0)
+    assert kept.shape == (1, 4)
+    torch.testing.assert_close(kept[0], strong.mean(0), atol=1e-5, rtol=0)
+    assert found.foreground.sizes[0].sum() == 10
+    # its context scores 0.5: between 0.05 and 0.9
+    assert found.context.keep[0].all()
+    # class 1: nothing passes mu_f, the best is kept and told of; its context scores near 0
+    assert found.foreground.prototypes(1).shape[0] >= 1
+    assert any("second: no foreground centre scores above mu_f=0.9" in e for e in found.events)
+    assert any("second: no context centre scores between 0.05" in e for e in found.events)
+    vectors = found.vectors()
+    torch.testing.assert_close(
+        vectors[0], foreground_minus_context(kept, found.context.prototypes(0))
+    )
+    torch.testing.assert_close(vectors[1], unit_mean(found.foreground.prototypes(1)))
+    torch.testing.assert_close(found.vectors(with_context=False)[0], unit_mean(kept))
+
+
+def test_fewer_features_than_clusters() -> None:
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}),
+        torch.eye(2, 4),
+        ("few", "absent"),
+        SETTINGS,
+        seed=0,
+    )
+    assert any("few: only 2 foreground features, fewer than K=3" in e for e in found.events)
+    assert found.foreground.sizes[0].tolist() == [1, 1, 0]
+    assert math.isnan(found.foreground.scores[0, 2])
+    assert not found.foreground.keep[0, 2]
+    assert any("absent: no foreground feature was collected" in e for e in found.events)
+    assert torch.equal(found.vectors()[1], torch.zeros(4))
+
+
+def test_prototypes_do_not_depend_on_other_classes() -> None:
+    places = {(0, "foreground"): rows(30), (0, "context"): rows(30, seed=1)}
+    alone = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    places[1, "foreground"] = rows(30, seed=2)
+    both = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    assert torch.equal(alone.foreground.centers[0], both.foreground.centers[0])
+
+
+def test_nothing_collected_and_wrong_channels() -> None:
+    with pytest.raises(PrototypeError, match="no class has any foreground feature"):
+        make_prototypes(Reservoir(None, 0), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    with pytest.raises(PrototypeError, match="features have 4 channels but the classifier 5"):
+        make_prototypes(
+            reservoir_of({(0, "foreground"): rows(9)}),
+            torch.eye(2, 5),
+            ("a", "b"),
+            SETTINGS,
+            seed=0,
+        )
+
+
+# -- on disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prototypes() -> Prototypes:
+    return make_prototypes(
+        reservoir_of({(0, "foreground"): rows(9), (0, "context"): rows(9, seed=1)}),
+        torch.eye(2, 4),
+        ("sheep", "grass"),
+        SETTINGS,
+        seed=0,
+        fingerprint="f" * 32,
+        made_by={"preset": "voc12.official"},
+    )
+
+
+def test_save_and_load(tmp_path: Path, prototypes: Prototypes) -> None:
+    path = tmp_path / "p.safetensors"
+    prototypes.save(path)
+    first = path.read_bytes()
+    prototypes.save(path)
+    assert path.read_bytes() == first
+    found = Prototypes.load(path, fingerprint="f" * 32)
+    assert torch.equal(found.vectors(), prototypes.vectors())
+    assert (found.classes, found.events) == (prototypes.classes, prototypes.events)
+    assert found.made_by == {"preset": "voc12.official"}
+    assert isinstance(found.foreground, Centers)
+    assert json.loads(json.dumps(found.made_by)) == found.made_by
+
+
+def test_load_refuses_what_does_not_fit(tmp_path: Path, prototypes: Prototypes) -> None:
+    path = tmp_path / "p.safetensors"
+    prototypes.save(path)
+    with pytest.raises(PrototypeError, match=rf"classifier {'f' * 32}, but this classifier is 0"):
+        Prototypes.load(path, fingerprint="0")
+    with pytest.raises(ArtefactError, match="missing"):
+        Prototypes.load(tmp_path / "missing.safetensors")
+    write_tensors(path, {"x": torch.ones(1)}, {"kind": "classifier"})
+    with pytest.raises(ArtefactError, match="holds 'classifier', not prototypes"):
+        Prototypes.load(path)
+    write_tensors(path, {"x": torch.ones(1)}, {"kind": "prototypes"})
+    with pytest.raises(ArtefactError, match="fit again"):
+        Prototypes.load(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ArtefactError, match="damaged"):
+        Prototypes.load(path)
