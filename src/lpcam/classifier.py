@@ -5,6 +5,7 @@ The head's rows are the w_n of equation 1, and the feature block before pooling 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -160,7 +161,10 @@ class Classifier(nn.Module):
         try:
             classifier.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise ArtefactError(f"{path} does not fit its own description: {error}") from None
+            raise ArtefactError(
+                f"{path} does not fit its own description "
+                f"({' '.join(str(error).split()):.200}...); make it again"
+            ) from None
         return classifier
 
     def _description(self) -> dict[str, Any]:
@@ -177,6 +181,12 @@ class Classifier(nn.Module):
             parameter = next(self.backbone.parameters(), torch.zeros(()))
             with torch.no_grad():
                 features = _spatial(self.backbone, parameter.new_zeros(1, 3, 96, 128))
+        except (AssertionError, RuntimeError) as error:
+            raise ClassifierError(
+                f"the backbone {type(self.backbone).__name__} cannot take an image of 96 x 128 "
+                f"pixels: {error}. LPCAM maps images of any size; some transformers do so with the "
+                "argument dynamic_img_size: true"
+            ) from error
         finally:
             self.backbone.train(was_training)
         if not bool(torch.isfinite(features).all()):
@@ -234,7 +244,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
     if spec.output_stride is not None:
         arguments["output_stride"] = spec.output_stride
     if not timm.is_model(spec.name):
-        near = timm.list_models(f"*{spec.name.split('_')[0].split('.')[0]}*")[:8]
+        near = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise ClassifierError(f"timm has no model {spec.name!r}{hint}")
     try:

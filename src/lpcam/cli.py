@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--weights", default="pretrained", help="'pretrained' or a safetensors file")
     show = commands.add_parser("recipe", help="print a bundled recipe, or list them")
     show.add_argument("name", nargs="?")
+    show.add_argument("--fields", action="store_true", help="list every key and what it means")
     pretrain = commands.add_parser("pretrain", help="make the demo's small backbone again")
     pretrain.add_argument("output", type=Path, help="safetensors file to write")
     pretrain.add_argument("--seed", type=int, default=0)
@@ -152,8 +153,12 @@ def _pretrain(options: argparse.Namespace) -> int:
 def _show_recipe(options: argparse.Namespace) -> int:
     from importlib import resources  # noqa: PLC0415
 
-    from lpcam.recipe import bundled_recipes  # noqa: PLC0415
+    from lpcam.recipe import bundled_recipes, describe_fields  # noqa: PLC0415
 
+    if options.fields:
+        for key, kind, meaning in describe_fields():
+            print(f"{key}  ({kind})\n    {meaning}" if meaning else f"{key}  ({kind})")
+        return 0
     names = bundled_recipes()
     if options.name is None:
         print("\n".join(names))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lpcam.data.check import check_images
 from lpcam.data.folder import read_folder
-from lpcam.data.images import limit_long_side, read_image, read_index_mask
+from lpcam.data.images import read_image, read_index_mask, scaled_size
 from lpcam.data.items import Dataset, Item
 from lpcam.data.voc import read_voc
 from lpcam.errors import DataError, RecipeError
@@ -242,6 +242,7 @@ class _Run:
                 "weights": weights,
                 "method": self.method,
                 "settings": settings.model_dump(mode="json", exclude={"preset"}),
+                "maps": self.recipe.maps.model_dump(include={"features", "maximum_side"}),
                 "seed": self.recipe.run.seed,
                 "training": self._digest(training),
                 "validation": self._digest(validation),
@@ -296,6 +297,7 @@ class _Run:
             validation,
             self.recipe.classifier.probe,
             folder=folder,
+            store=self._store(classifier),
             refit=self.recipe.data.lists.validate_ is None,
         )
 
@@ -306,6 +308,25 @@ class _Run:
 
         path = self.stage_classify.folder / "classifier.safetensors"
         return Classifier.load(path).to(self._device())
+
+    def _store(self, classifier: Any) -> Any:
+        """The features that the stages share, of the classifier's backbone."""
+        if "feature_store" not in self.__dict__:
+            from lpcam.features import FeatureStore, default_budget  # noqa: PLC0415
+
+            section, given = self.recipe.maps, self.recipe.run.feature_memory
+            shared = [*self._items("maps"), *self._items("prototypes")]
+            self.__dict__["feature_store"] = FeatureStore(
+                classifier,
+                flip=self.recipe.lpcam.flip or self.recipe.classifier.probe.mirror,
+                maximum_side=section.maximum_side,
+                dtype=section.features,
+                budget=default_budget() if given is None else int(given * 2**30),
+                keep=(item.id for item in shared),
+            )
+        store = self.__dict__["feature_store"]
+        store.classifier = classifier
+        return store
 
     # -- maps ---------------------------------------------------------------------------------
 
@@ -350,9 +371,10 @@ class _Run:
         self, label: str, items: Sequence[Item], stages: dict[str, Stage], maps_of: Any
     ) -> None:
         """Maps of every image that has none yet, from one pyramid of features an image."""
-        from lpcam.extract import image_pyramid  # noqa: PLC0415
+        from lpcam.extract import FeaturePair  # noqa: PLC0415
 
         settings = self.recipe.lpcam
+        store = self._store(self.classifier)
         todo = [
             item
             for item in items
@@ -360,15 +382,15 @@ class _Run:
         ]
         with progress(label, len(items), done=len(items) - len(todo)) as advance:
             for item in todo:
-                image = read_image(item.image)
-                size = image.shape[:2]
-                small = limit_long_side(image, self.recipe.maps.maximum_side)
+                record = self.records[item.id]
+                size = (record["height"], record["width"])
                 maps: dict[str, FusedMaps] = {}
                 if item.labels:
-                    pairs = image_pyramid(
-                        self.classifier, small, settings.scales, flip=settings.flip
+                    pairs = (
+                        pair if settings.flip else FeaturePair(pair.features, None)
+                        for pair in store.pairs(item, settings.scales)
                     )
-                    maps = maps_of(item, pairs, small.shape[:2])
+                    maps = maps_of(item, pairs, self._mapped_size(size))
                 for name, stage in stages.items():
                     fused = _at_size(maps[name], size) if maps else _no_maps(size)
                     made_by = {"stage": stage.key}
@@ -383,6 +405,11 @@ class _Run:
                         dtype=self.recipe.maps.dtype,
                     )
                 advance(1, "")
+
+    def _mapped_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Size at which an image is mapped: its own, or smaller by ``maps.maximum_side``."""
+        limit = self.recipe.maps.maximum_side
+        return size if max(size) <= limit else scaled_size(*size, limit / max(size))
 
     def _lpcam(self) -> bool:
         items = self._items("maps")
@@ -445,6 +472,7 @@ class _Run:
                     mode="json", exclude={"preset", "scales", "flip", "threshold"}
                 ),
                 "split_maps": self.stage_cam.key if multi_scale else None,
+                "features": self.recipe.maps.features,
                 "maximum_side": self.recipe.maps.maximum_side,
                 "seed": self.recipe.run.seed,
                 "images": self._digest(items),
@@ -494,9 +522,8 @@ class _Run:
     def _collect(self, reservoir: Any, item: Item, drawn: dict[int, int]) -> None:
         from lpcam.extract import collect, single_scale_cam  # noqa: PLC0415
 
-        image = limit_long_side(read_image(item.image), self.recipe.maps.maximum_side)
-        tensor = self.classifier.preprocessing(image)[None].to(self.classifier.device)
-        features = self.classifier.features(tensor)[0]
+        (pair,) = self._store(self.classifier).pairs(item, (1.0,))
+        features = pair.features
         settings = self.recipe.lpcam
         if settings.split_maps == "multi_scale":
             maps = read_maps(_map_path(self.stage_cam.folder, item))

@@ -47,7 +47,7 @@ def preset_values(table: str, name: str) -> dict[str, Any]:
 class PresetModel(BaseModel):
     """A settings model that is filled from ``preset`` and then from the values given beside it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     table: ClassVar[str]
     preset: str
 
@@ -108,15 +108,21 @@ class LpcamSettings(PresetModel):
     max_features: Annotated[int, Field(ge=1)] | None
     """Size of the reservoir of local features of each class and side; null keeps all."""
     init: Literal["random", "k-means++"]
+    """First centres: K distinct features, or spread ones."""
     centers: Literal["mean", "unit"]
     """``mean``: plain mean of the raw members; ``unit``: mean of the unit members (spherical)."""
     tolerance: Positive
+    """When k-means stops."""
     tolerance_kind: Literal["absolute", "relative"]
     """``absolute``: on the squared sum of centre shifts; ``relative``: on the objective's gain."""
     max_iterations: Annotated[int, Field(ge=1)]
+    """Bound of k-means; reaching it is warned of."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the maps are summed."""
     flip: bool
+    """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
+    """CAM is divided by its maximum plus this; LPCAM by its maximum."""
     threshold: Fraction
     """Fixed threshold of the seeds, for CAM and LPCAM alike."""
 
@@ -142,7 +148,9 @@ class FinetuneSettings(PresetModel):
     """Of the backbone; the head's is ``head_multiplier`` times as large."""
     head_multiplier: Positive
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 on every trained weight."""
     power: Annotated[float, Field(ge=0.0)]
     """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
     long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -159,8 +167,9 @@ class ProbeSettings(PresetModel):
     table: ClassVar[str] = "probe"
     preset: str = "default"
 
-    long_side: Annotated[int, Field(ge=16)]
-    """Long side, in pixels, at which features are pooled; smaller images are enlarged to it."""
+    long_side: Annotated[int, Field(ge=16)] | None
+    """Long side, in pixels, at which features are pooled; smaller images are enlarged to it. Null
+    pools at the image's own size, so that the maps need no second pass at scale 1."""
     mirror: bool
     """Whether the mirrored image is a second sample."""
     weight_decay: Annotated[float, Field(ge=0.0)]

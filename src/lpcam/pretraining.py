@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,9 +29,10 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import cross_entropy
 
-from lpcam.errors import ClassifierError
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.storage import write_bytes
 
 BACKBONE = "resnet18"
 """Name of the backbone in timm."""
@@ -65,7 +64,7 @@ DEFAULT_THREADS = 2
 
 _OVERSAMPLING = 2
 _BATCH = 64
-_POOL = 10_000
+_POOL = 16_000
 _VALIDATION = 1_000
 _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 0.02
@@ -168,7 +167,7 @@ def _grid(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def _tile(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """One texture as size x size uint8 grey values."""
     x, y = _grid(size, rng)
-    p = float(rng.uniform(7, 18)) * size / 192
+    p = float(rng.uniform(13, 30)) * size / 384
     tau = 2 * math.pi
     value: np.ndarray
     if name == "plain":
@@ -213,7 +212,8 @@ def _tile(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         value = value if rng.uniform() < 0.5 else value.T
     else:
         raise ClassifierError(f"unknown texture {name!r}; the textures are {', '.join(TEXTURES)}")
-    return np.rint(255 * value).astype(np.uint8)
+    tile: np.ndarray = np.rint(255 * value).astype(np.uint8)
+    return tile
 
 
 TEXTURES: tuple[str, ...] = (
@@ -252,6 +252,18 @@ LABELS: tuple[str, ...] = (
 )
 """What an image is asked for, in the order of the columns of :func:`render`'s labels."""
 
+_SIZES = {
+    "shape": len(SHAPES),
+    "texture": len(TEXTURES),
+    "ground": len(TEXTURES),
+    "colour": len(HUES),
+}
+QUESTIONS: dict[str, slice] = {
+    name: slice(sum(list(_SIZES.values())[:i]), sum(list(_SIZES.values())[: i + 1]))
+    for i, name in enumerate(_SIZES)
+}
+"""The four questions about an image and their columns of the labels."""
+
 
 def _colour(hue: int, rng: np.random.Generator) -> Colour:
     if HUES[hue] == "grey":
@@ -275,9 +287,10 @@ def _colour(hue: int, rng: np.random.Generator) -> Colour:
 def _second_colour(first: Colour, contrast: float, rng: np.random.Generator) -> Colour:
     """A darker, lighter or unrelated partner of a colour for the other level of a texture."""
     kind = rng.uniform()
-    other = (20, 20, 30) if kind < 0.45 else (250, 248, 240)
+    other: Colour = (20, 20, 30) if kind < 0.45 else (250, 248, 240)
     if kind > 0.8:
-        other = tuple(int(v) for v in rng.integers(0, 256, 3))
+        red, green, blue = rng.integers(0, 256, 3).tolist()
+        other = (red, green, blue)
     share = contrast * rng.uniform(0.4, 0.9)
     return tuple(round(a + (b - a) * share) for a, b in zip(first, other, strict=True))  # type: ignore[return-value]
 
@@ -350,9 +363,9 @@ def render(count: int, *, seed: int, size: int = SIZE) -> tuple[np.ndarray, np.n
             labels[i, shape] = 1
             labels[i, len(names) + texture] = 1
             labels[i, len(names) + 2 * len(TEXTURES) + hue] = 1
-        small = np.asarray(picture.reduce(_OVERSAMPLING), dtype=np.float32)
-        small = small * rng.uniform(0.85, 1.12) + rng.normal(0, 4, small.shape)
-        images[i] = np.clip(np.rint(small), 0, 255).astype(np.uint8)
+        values = np.asarray(picture.reduce(_OVERSAMPLING), dtype=np.float64)
+        values = values * rng.uniform(0.85, 1.12) + rng.normal(0, 4, values.shape)
+        images[i] = np.clip(np.rint(values), 0, 255).astype(np.uint8)
     return images, labels
 
 
@@ -394,7 +407,12 @@ def _place(
 def build(output_stride: int = OUTPUT_STRIDE) -> nn.Module:
     """The backbone without weights, as timm makes it from ``BACKBONE`` and ``ARGUMENTS``."""
     model: nn.Module = timm.create_model(
-        BACKBONE, pretrained=False, num_classes=0, output_stride=output_stride, **ARGUMENTS
+        BACKBONE,
+        pretrained=False,
+        num_classes=0,
+        output_stride=output_stride,
+        zero_init_last=False,  # blocks that start as identities cost this short a training dearly
+        **ARGUMENTS,
     )
     return model
 
@@ -455,12 +473,20 @@ def pretrain(
 
     Raises:
         ClassifierError: if an argument is out of range or the training diverges.
+        ArtefactError: if the file cannot be written.
     """
     if seed < 0 or steps < 1 or threads < 1 or pool < _BATCH or validation < 1:
         raise ClassifierError(
             f"seed {seed}, steps {steps}, threads {threads}, pool {pool}, validation {validation}: "
-            f"seed must be at least 0, steps, threads and validation at least 1, pool at least {_BATCH}"
+            "seed must be at least 0, steps, threads and validation at least 1, "
+            f"pool at least {_BATCH}"
         )
+    try:  # before minutes of work, not after
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(
+            f"cannot write {output}: {error.strerror or error}; choose another output folder"
+        ) from error
     say = report if report is not None else (lambda line: None)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -469,13 +495,16 @@ def pretrain(
             torch.manual_seed(seed)  # timm draws the first weights from the global generator
             backbone = build(PRETRAINING_STRIDE)
             head = nn.Linear(int(backbone.num_features), len(LABELS))  # type: ignore[arg-type]
-        score = _train(backbone, head, seed, steps, pool, validation, say)
+        scores = _train(backbone, head, seed, steps, pool, validation, say)
     finally:
         torch.set_num_threads(threads_before)
     tensors = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in backbone.state_dict().items()
     }
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ClassifierError(f"{name} does not fit float16; use another seed")
     header = {
         "task": f"names the {len(SHAPES)} shapes, {len(TEXTURES)} textures and {len(HUES)} colours "
         "of objects on textured grounds",
@@ -490,13 +519,23 @@ def pretrain(
         "timm_arguments": json.dumps(ARGUMENTS, sort_keys=True),
         "mean": json.dumps(MEAN),
         "std": json.dumps(STANDARD_DEVIATION),
-        "mean_average_precision": f"{score:.4f}",
+        "mean_average_precision": json.dumps({k: round(v, 4) for k, v in scores.items()}),
         "validation_images": str(validation),
         **{f"{name}_version": version(name) for name in ("torch", "timm", "numpy", "pillow")},
         "licence": "Apache-2.0",
     }
-    _write(output, save(tensors, metadata=header))
-    say(f"mean average precision {score:.3f} on {validation} held-out images; wrote {output}")
+    write_bytes(output, save(tensors, metadata=header))
+    reached = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    say(f"mean average precision on {validation} held-out images: {reached}; wrote {output}")
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the questions of the cross-entropy; two right answers share the target evenly."""
+    losses = [
+        cross_entropy(logits[:, c], labels[:, c] / labels[:, c].sum(1, keepdim=True))
+        for c in QUESTIONS.values()
+    ]
+    return torch.stack(losses).sum()
 
 
 def _train(
@@ -507,12 +546,12 @@ def _train(
     pool: int,
     validation: int,
     say: Callable[[str], None],
-) -> float:
+) -> dict[str, float]:
     started = time.monotonic()
     images, labels = (torch.from_numpy(v) for v in render(pool, seed=seed))
     say(f"rendered {pool} images in {time.monotonic() - started:.0f} s")
     generator = torch.Generator().manual_seed(seed)
-    backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.to(memory_format=torch.channels_last)
     backbone.train()
     # Weight decay is for the weights of convolutions only, not for gains and biases.
     parameters = [*backbone.parameters(), *head.parameters()]
@@ -540,11 +579,11 @@ def _train(
             batch = batch.flip(2)
         with torch.autocast("cpu", torch.bfloat16):
             pooled = backbone(normalise(batch))
-        loss = binary_cross_entropy_with_logits(head(pooled.float()), labels[rows])
+        loss = _loss(head(pooled.float()), labels[rows])
         if not bool(torch.isfinite(loss)):
             raise ClassifierError(f"the loss is {loss.item()} at step {step}; use another seed")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
@@ -557,24 +596,8 @@ def _train(
         for first in range(0, validation, 2 * _BATCH):
             some = torch.from_numpy(held_out[first : first + 2 * _BATCH])
             scores.append(head(backbone(normalise(some))).numpy())
-    return average_precision(np.concatenate(scores), truth)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write all or nothing: a temporary file in the same folder, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    found = np.concatenate(scores)
+    return {name: average_precision(found[:, c], truth[:, c]) for name, c in QUESTIONS.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:

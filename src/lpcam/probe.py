@@ -15,6 +15,8 @@ from lpcam.classifier import Classifier
 from lpcam.data.images import read_image, resize_image, scaled_size
 from lpcam.data.items import Item
 from lpcam.errors import ClassifierError
+from lpcam.extract import image_pyramid
+from lpcam.features import FeatureStore
 from lpcam.metrics import mean_average_precision
 from lpcam.presets import ProbeSettings
 from lpcam.progress import progress
@@ -32,6 +34,7 @@ def fit_probe(
     settings: ProbeSettings,
     *,
     folder: Path,
+    store: FeatureStore,
     refit: bool,
 ) -> list[dict[str, Any]]:
     """Fit the classifier's head in place, its backbone untouched.
@@ -39,6 +42,7 @@ def fit_probe(
     Args:
         validation: images whose mAP is measured with the head fitted to ``training``.
         folder: for the cached pooled features.
+        store: of this classifier, with flip where ``settings.mirror``.
         refit: fit once more to training and validation images together after the measurement
             (the validation images are then a held-out part of the training list).
 
@@ -50,7 +54,7 @@ def fit_probe(
         ClassifierError: if a class has no training image, or features hold NaN or Inf.
     """
     classes = len(classifier.classes)
-    pooled = pooled_features(classifier, [*training, *validation], settings, folder)
+    pooled = pooled_features(classifier, [*training, *validation], settings, folder, store)
     labels = multi_hot([*training, *validation], classes)
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
@@ -77,7 +81,11 @@ def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
 
 @torch.inference_mode()
 def pooled_features(
-    classifier: Classifier, items: Sequence[Item], settings: ProbeSettings, folder: Path
+    classifier: Classifier,
+    items: Sequence[Item],
+    settings: ProbeSettings,
+    folder: Path,
+    store: FeatureStore,
 ) -> Tensor:
     """Globally pooled features of each image and, if asked for, its mirror.
 
@@ -85,6 +93,7 @@ def pooled_features(
 
     Args:
         folder: for the shards; must belong to this classifier, list and settings alone.
+        store: serves the features where ``settings.long_side`` is None.
 
     Returns:
         (len(items), 1 or 2, C) float32.
@@ -100,27 +109,27 @@ def pooled_features(
                 continue
             rows = []
             for item in part:
-                rows.append(_pooled(classifier, item, settings))
+                rows.append(_pooled(classifier, item, settings, store))
                 advance(1, "")
             write_tensors(path, {"pooled": torch.stack(rows)}, {"kind": "pooled features"})
             shards.append(torch.stack(rows))
     return torch.cat(shards)
 
 
-def _pooled(classifier: Classifier, item: Item, settings: ProbeSettings) -> Tensor:
-    image = read_image(item.image)
-    height, width = image.shape[:2]
-    image = resize_image(image, scaled_size(height, width, settings.long_side / max(height, width)))
-    tensor = classifier.preprocessing(image)[None].to(classifier.device)
-    if settings.mirror:
-        tensor = torch.cat([tensor, tensor.flip(-1)])
-    pooled = classifier.features(tensor).mean((-2, -1)).float().cpu()
-    if not bool(torch.isfinite(pooled).all()):
-        raise ClassifierError(
-            f"the backbone gave NaN or Inf for image {item.id!r}; check its weights and the "
-            "preprocessing (mean and std)"
-        )
-    return pooled
+def _pooled(
+    classifier: Classifier, item: Item, settings: ProbeSettings, store: FeatureStore
+) -> Tensor:
+    if settings.long_side is None:
+        (pair,) = store.pairs(item, (1.0,))
+    else:
+        image = read_image(item.image)
+        height, width = image.shape[:2]
+        size = scaled_size(height, width, settings.long_side / max(height, width))
+        (pair,) = image_pyramid(classifier, resize_image(image, size), (1.0,), flip=settings.mirror)
+    views = [pair.features]
+    if settings.mirror and pair.mirrored is not None:
+        views.append(pair.mirrored)
+    return torch.stack([view.float().mean((-2, -1)) for view in views]).cpu()
 
 
 def fit_head(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -45,7 +45,7 @@ RecipePath = Annotated[Path, BeforeValidator(_against_base)]
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Lists(Section):
@@ -105,6 +105,7 @@ class ClassifierSection(Section):
     weights: str
     """"pretrained" (timm's), "random", or the path of a safetensors file."""
     mean: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1]; null takes timm's pretrained cfg."""
     std: tuple[float, float, float] | None = None
     """Of RGB in [0, 1]; null takes timm's pretrained cfg."""
     method: Literal["auto", "probe", "finetune"] = "auto"
@@ -135,6 +136,8 @@ class MapsSection(Section):
 
     dtype: Literal["uint8", "float16"] = "uint8"
     """uint8 stores 255 steps of each map's maximum, float16 takes three to four times the room."""
+    features: Literal["float16", "float32"] = "float16"
+    """To which every feature is rounded; float16 halves what must be kept in memory."""
     maximum_side: Annotated[int, Field(ge=16)] = 1024
     """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
 
@@ -175,17 +178,22 @@ class RunSection(Section):
     folder: Path | None = None
     """Null: runs/NAME below the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of everything random; a seed gives the same bytes on one machine."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of the numerics; null takes the number of processors this process may use."""
+    feature_memory: Annotated[float, Field(ge=0.0)] | None = None
+    """GiB kept for features that several stages need; null takes a quarter of the machine's."""
 
 
 class Recipe(Section):
     """A whole recipe."""
 
     version: Literal[1] = 1
+    """Of the recipe's own format."""
     name: Annotated[str, Field(pattern=r"^[\w][\w .-]*$", max_length=100)]
+    """Of the run; its folder is runs/NAME unless run.folder says otherwise."""
     data: DataSection
     classifier: ClassifierSection
     lpcam: LpcamSettings
@@ -298,6 +306,23 @@ def _explain(error: ValidationError, where: str) -> str:
         shown = "" if isinstance(given, dict) else f" = {given!r:.80}"
         lines.append(f"  {field}{shown}: {message}")
     return "\n".join(lines)
+
+
+def describe_fields(
+    model: type[BaseModel] = Recipe, prefix: str = ""
+) -> list[tuple[str, str, str]]:
+    """Every key of a recipe as (dotted key, type, what it means)."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += describe_fields(kind, f"{key}.")
+        else:
+            text = getattr(kind, "__name__", None) if not get_args(kind) else None
+            shown = (text or str(kind)).replace("typing.", "").replace("pathlib.", "")
+            rows.append((key, shown, " ".join((field.description or "").split())))
+    return rows
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -289,7 +289,8 @@ def _resume(
         )
     except RuntimeError as error:
         raise ArtefactError(
-            f"the checkpoint {path} does not fit this classifier: {error}; delete it to start anew"
+            f"the checkpoint {path} does not fit this classifier "
+            f"({' '.join(str(error).split()):.200}...); delete it to start anew"
         ) from None
     state = optimizer.state_dict()
     state["state"] = {

@@ -203,7 +203,7 @@ class _Creature:
         self.sheet.picture.paste(fill, (left, top), mask)
         ink = max(1, round(outline * self.scale)) if outline > 0 else 0
         ring = placed + placed[:2]
-        targets = [
+        targets: list[tuple[Image.Image, Colour | int]] = [
             (self.sheet.picture, _mix(colour, _INK, 0.8)),
             (self.sheet.classes, self.mask_id),
             (self.sheet.parts, PARTS[part]),

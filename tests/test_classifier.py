@@ -1,0 +1,318 @@
+"""Backbone, pooling, head: any timm name, weights of any origin, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.storage import read_tensors, write_tensors
+
+CLASSES = ("blue", "green", "red")
+PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
+
+
+def make(name: str = "test_resnet", **options: object) -> Classifier:
+    """A random classifier."""
+    return build(BackboneSpec(name, {}, **options), CLASSES, weights="random")  # type: ignore[arg-type]
+
+
+# -- Features and logits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_features_of_convolutional_backbones(name: str) -> None:
+    classifier = make(name)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = classifier.features(images)
+        assert torch.equal(features, classifier.backbone.forward_features(images))  # type: ignore[operator]
+        assert features.shape[0] == 2
+        assert features.shape[-2:] == (2, 3)
+        expected = torch.einsum("bchw,nc->bn", features, classifier.weight) / 6
+        assert torch.allclose(classifier(images), expected, atol=1e-6)
+
+
+def test_features_of_a_token_backbone() -> None:
+    classifier = make("test_vit")
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = classifier.features(images)
+        tokens: Tensor = classifier.backbone.forward_features(images)  # type: ignore[operator]
+    assert features.shape == (2, tokens.shape[2], 4, 6)
+    # token 1 + 6 y + x (0 is the class token) is the place (y, x)
+    assert torch.allclose(features[1, :, 2, 5], tokens[1, 1 + 6 * 2 + 5], atol=1e-6)
+
+
+def test_features_of_a_channels_last_backbone() -> None:
+    classifier = make("test_mambaout")
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last: Tensor = classifier.backbone.forward_features(images)  # type: ignore[operator]
+        features = classifier.features(images)
+    assert last.shape[1:3] == (2, 3)
+    assert torch.equal(features, last.permute(0, 3, 1, 2))
+
+
+def test_head_has_no_bias_and_weight_is_its_rows() -> None:
+    classifier = make()
+    assert classifier.head.bias is None
+    assert classifier.weight.shape == (3, classifier.features(torch.zeros(1, 3, 64, 64)).shape[1])
+    assert not classifier.weight.requires_grad
+    assert classifier.weight.data_ptr() == classifier.head.weight.data_ptr()
+
+
+def test_preprocessing_by_hand() -> None:
+    image = np.array([[[0, 128, 255]]], np.uint8)
+    found = Preprocessing((0.5, 0.5, 0.0), (0.5, 0.25, 1.0))(image)
+    assert found.shape == (3, 1, 1)
+    assert torch.allclose(found.flatten(), torch.tensor([-1.0, 2 / 255, 1.0]), atol=1e-6)
+
+
+def test_preprocessing_of_timm_and_its_override() -> None:
+    config = timm.create_model("test_resnet").pretrained_cfg
+    own = make().preprocessing
+    assert own == Preprocessing(tuple(config["mean"]), tuple(config["std"]))
+    spec = BackboneSpec("test_resnet", {})
+    changed = build(spec, CLASSES, weights="random", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    assert changed.preprocessing == Preprocessing((0.1, 0.2, 0.3), (1, 1, 1))
+
+
+def test_output_stride_and_arguments() -> None:
+    images = torch.zeros(1, 3, 64, 96)
+    assert make(output_stride=8).features(images).shape[-2:] == (8, 12)
+    assert make(output_stride=16).features(images).shape[-2:] == (4, 6)
+    spec = BackboneSpec("resnet18", {"channels": [8, 8, 16, 24]})
+    assert build(spec, CLASSES, weights="random").weight.shape == (3, 24)
+
+
+def test_without_dilation_same_size_and_other_values() -> None:
+    arguments = {"channels": [8, 8, 8, 8], "zero_init_last": False}
+    dilated, plain = (
+        build(BackboneSpec("resnet18", arguments, 8, dilated=kept), CLASSES, weights="random")
+        for kept in (True, False)
+    )
+
+    def dilations(classifier: Classifier) -> set[int]:
+        return {m.dilation[0] for m in classifier.modules() if isinstance(m, nn.Conv2d)}
+
+    assert dilations(dilated) == {1, 2, 4}
+    assert dilations(plain) == {1}
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    first, second = dilated.features(images), plain.features(images)
+    assert first.shape == second.shape == (1, 8, 8, 12)
+    assert not torch.allclose(first, second)
+    for (name, one), other in zip(
+        dilated.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_batch_norm_stays_frozen_in_training() -> None:
+    classifier = make()
+    norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms if m.running_mean is not None]
+    assert norms
+    assert not classifier.training
+    assert classifier.train() is classifier
+    assert classifier.training
+    assert classifier.head.training
+    assert not any(m.training for m in norms)
+    classifier(torch.rand(2, 3, 64, 64)).sum().backward()
+    after = [m.running_mean for m in norms if m.running_mean is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(m.weight.grad is not None for m in norms)  # the affine weights do learn
+    assert not classifier.eval().training
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
+    state = torch.random.get_rng_state()
+    one, same = make(), make()
+    other = build(BackboneSpec("test_resnet", {}), CLASSES, weights="random", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+# -- A module of the caller's own ---------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Mean RGB of 16-pixel blocks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 16)
+
+
+def test_own_module() -> None:
+    classifier = Classifier(Blocks(), ("a", "b"), PLAIN)
+    image = torch.arange(3.0)[None, :, None, None].expand(1, 3, 32, 48)
+    with torch.no_grad():
+        classifier.head.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 2.0]]))
+        assert classifier(image).tolist() == [[0.0, 5.0]]
+
+
+def test_own_module_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ClassifierError, match=r"wraps a module that was passed in.*build"):
+        Classifier(Blocks(), ("a",), PLAIN).save(tmp_path / "c.safetensors")
+
+
+def test_backbone_without_a_spatial_map() -> None:
+    vector = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        ClassifierError, match=r"Sequential gives \(1, 3\), not a feature map \(B, C, h, w\)"
+    ):
+        Classifier(vector, ("a",), PLAIN)
+
+
+def test_backbone_that_gives_nan() -> None:
+    class Broken(Blocks):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) / 0
+
+    with pytest.raises(ClassifierError, match="gives NaN or Inf on an all-zero image"):
+        Classifier(Broken(), ("a",), PLAIN)
+
+
+def test_backbone_of_one_image_size_only() -> None:
+    with pytest.raises(ClassifierError, match=r"cannot take an image of 96 x 128.*dynamic_img_siz"):
+        make("test_vit3")
+    spec = BackboneSpec("test_vit3", {"dynamic_img_size": True})
+    assert build(spec, CLASSES, weights="random").features(torch.zeros(1, 3, 64, 96)).ndim == 4
+
+
+# -- Weights ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [0, 5])
+def test_weights_from_a_file_with_and_without_a_head(tmp_path: Path, head: int) -> None:
+    torch.manual_seed(3)
+    source = timm.create_model("test_resnet", num_classes=head).eval()
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    assert ("fc.weight" in load_file(path)) == bool(head)
+    classifier = build(BackboneSpec("test_resnet", {}), CLASSES, weights=path)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(classifier.features(images), source.forward_features(images))
+
+
+def weights_file(path: Path) -> dict[str, Tensor]:
+    """The state dict of the tiny backbone."""
+    return dict(timm.create_model("test_resnet", num_classes=0).state_dict())
+
+
+def refused(path: Path, state: dict[str, Tensor], match: str) -> None:
+    """The weights are refused by a message."""
+    save_file(state, path)
+    with pytest.raises(ClassifierError, match=match):
+        build(BackboneSpec("test_resnet", {}), CLASSES, weights=path)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = weights_file(path)
+    lacking = {k: v for k, v in state.items() if k != "bn1.bias"}
+    refused(path, lacking, r"'w.safetensors' do not fit 'test_resnet'.*1 missing \(first: bn1.bia")
+    refused(path, {**state, "odd": torch.ones(1)}, r"1 unexpected \(first: odd\)")
+    refused(path, {**state, "bn1.bias": torch.ones(1)}, r"1 of another shape \(first: bn1.bias\)")
+
+
+def test_weights_with_nan(tmp_path: Path) -> None:
+    state = weights_file(tmp_path)
+    state["bn1.bias"] = torch.full_like(state["bn1.bias"], float("nan"))
+    refused(tmp_path / "w.safetensors", state, "hold NaN or Inf in 'bn1.bias'; the file is damaged")
+
+
+def test_weights_file_missing_pickled_or_damaged(tmp_path: Path) -> None:
+    spec = BackboneSpec("test_resnet", {})
+    with pytest.raises(ClassifierError, match=r"no weights file '.*none\.safetensors'"):
+        build(spec, CLASSES, weights=tmp_path / "none.safetensors")
+    (tmp_path / "w.pth").write_bytes(b"x")
+    with pytest.raises(ClassifierError, match=r"got 'w\.pth'; pickled checkpoints can run code"):
+        build(spec, CLASSES, weights=tmp_path / "w.pth")
+    (tmp_path / "w.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(ClassifierError, match=r"cannot be read: .*fetch it again"):
+        build(spec, CLASSES, weights=tmp_path / "w.safetensors")
+
+
+def test_unknown_name_and_argument() -> None:
+    with pytest.raises(ClassifierError, match=r"no model 'resnet18x'; near it are .*resnet18"):
+        make("resnet18x")
+    with pytest.raises(ClassifierError, match=r"no model 'nothing of the kind'$"):
+        make("nothing of the kind")
+    with pytest.raises(ClassifierError, match=r"could not make 'test_resnet' with arguments \{'b"):
+        build(BackboneSpec("test_resnet", {"blocks_of": 3}), CLASSES, weights="random")
+    with pytest.raises(ClassifierError, match="not every model has output_stride"):
+        make("test_vit", output_stride=8)
+
+
+# -- Fingerprint and files ----------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_everything_that_matters() -> None:
+    classifier = make()
+    seen = {classifier.fingerprint()}
+    with torch.no_grad():
+        classifier.head.weight[1, 2] += 1e-3
+    seen.add(classifier.fingerprint())
+    with torch.no_grad():
+        next(m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)).running_var[0] = 2  # type: ignore[index]
+    seen.add(classifier.fingerprint())
+    classifier.preprocessing = PLAIN
+    seen.add(classifier.fingerprint())
+    classifier.classes = ("blue", "green", "rouge")
+    seen.add(classifier.fingerprint())
+    classifier.spec = BackboneSpec("test_resnet", {}, dilated=False)
+    seen.add(classifier.fingerprint())
+    assert len(seen) == 6
+    assert all(len(digits) == 32 and int(digits, 16) for digits in seen)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    spec = BackboneSpec("resnet18", {"channels": [8, 8, 8, 8]}, 16, dilated=False)
+    classifier = build(spec, CLASSES, weights="random", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    classifier.save(one, {"stage": "a"})
+    loaded = Classifier.load(one)
+    loaded.save(two, {"stage": "a"})
+    assert one.read_bytes() == two.read_bytes()
+    assert loaded.fingerprint() == classifier.fingerprint()
+    assert loaded.classes == CLASSES
+    assert loaded.spec == spec
+    assert not loaded.training
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), classifier(images))
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ArtefactError, match=r"cannot read .*x\.safetensors"):
+        Classifier.load(path)
+    write_tensors(path, {}, {"kind": "prototypes"})
+    with pytest.raises(ArtefactError, match="holds 'prototypes', not a classifier"):
+        Classifier.load(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ArtefactError, match="was not written by this package"):
+        Classifier.load(path)
+    make().save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match=r"x\.safetensors is damaged"):
+        Classifier.load(path)
+
+
+def test_load_refuses_weights_that_do_not_fit_their_description(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make().save(path)
+    state, metadata = read_tensors(path)
+    metadata["backbone"]["name"] = "test_efficientnet"
+    write_tensors(path, state, metadata)
+    with pytest.raises(ArtefactError, match=r"x\.safetensors does not fit its own desc.{,250}again$"):
+        Classifier.load(path)

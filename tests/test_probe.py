@@ -1,0 +1,176 @@
+"""The linear probe: the one optimum, every view counted, and nothing computed twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpcam import probe
+from lpcam.classifier import Classifier
+from lpcam.data.folder import read_folder
+from lpcam.data.images import read_image, resize_image
+from lpcam.data.items import Item
+from lpcam.errors import ClassifierError
+from lpcam.metrics import mean_average_precision
+from lpcam.presets import ProbeSettings
+
+SETTINGS = ProbeSettings.from_preset("default", long_side=64)
+NAMES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def items(pictures: Path) -> list[Item]:
+    return list(read_folder(pictures).items.values())
+
+
+def data(images: int = 20, views: int = 2, channels: int = 6) -> tuple[Tensor, Tensor]:
+    """Random pooled features and labels that they tell something of."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.rand(images, views, channels, generator=generator)
+    noise = 0.3 * torch.randn(images, 3, generator=generator)
+    labels = (pooled.mean(1)[:, :3] + noise > 0.5).float()
+    assert 0 < labels.sum(0).min() and labels.sum(0).max() < images
+    return pooled, labels
+
+
+def gradient(weight: Tensor, pooled: Tensor, labels: Tensor, weight_decay: float) -> Tensor:
+    """Of the mean binary cross-entropy and the penalty, written out: X'(sigmoid(XW') - Y)."""
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    samples = pooled.shape[0] * pooled.shape[1]
+    for image in range(pooled.shape[0]):
+        for view in range(pooled.shape[1]):
+            x = pooled[image, view].double()
+            error = torch.sigmoid(weight.double() @ x) - labels[image].double()
+            total += error[:, None] * x[None] / (samples * labels.shape[1])
+    return total + weight_decay * weight.double()
+
+
+@pytest.mark.parametrize("weight_decay", [0.003, 0.1])
+def test_fit_head_is_the_optimum(weight_decay: float) -> None:
+    pooled, labels = data()
+    settings = ProbeSettings.from_preset("default", weight_decay=weight_decay)
+    weight = probe.fit_head(pooled, labels, settings, NAMES)
+    assert weight.shape == (3, 6)
+    assert weight.dtype == torch.float32
+    assert gradient(weight, pooled, labels, weight_decay).abs().max() < 5e-6
+    assert gradient(0.9 * weight, pooled, labels, weight_decay).abs().max() > 1e-4
+
+
+def test_fit_head_counts_each_view_as_a_sample() -> None:
+    pooled, labels = data()
+    apart = pooled.transpose(0, 1).reshape(40, 1, 6)
+    expected = probe.fit_head(apart, labels.repeat(2, 1), SETTINGS, NAMES)
+    assert torch.allclose(probe.fit_head(pooled, labels, SETTINGS, NAMES), expected, atol=1e-5)
+    first_only = probe.fit_head(pooled[:, :1], labels, SETTINGS, NAMES)
+    assert not torch.allclose(first_only, expected, atol=1e-2)
+
+
+def test_fit_head_names_classes_without_images() -> None:
+    pooled, labels = data()
+    labels[:, 1:] = 0
+    with pytest.raises(ClassifierError, match="no training image is labelled green, red; label so"):
+        probe.fit_head(pooled, labels, SETTINGS, NAMES)
+
+
+def test_multi_hot() -> None:
+    items = [Item("a", Path(), (0, 2)), Item("b", Path(), ())]
+    assert probe.multi_hot(items, 3).tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+def test_pooled_features_of_image_and_mirror(
+    classifier: Classifier, items: list[Item], tmp_path: Path
+) -> None:
+    found = probe.pooled_features(classifier, items[:2], SETTINGS, tmp_path)
+    image = read_image(items[1].image)
+    height, width = image.shape[:2]
+    side = max(height, width)
+    image = resize_image(image, (round(height * 64 / side), round(width * 64 / side)))
+    with torch.no_grad():
+        for view, pixels in enumerate((image, image[:, ::-1])):
+            features = classifier.features(classifier.preprocessing(pixels)[None])
+            assert torch.allclose(found[1, view], features[0].mean((1, 2)), atol=1e-5)
+    assert not torch.allclose(found[:, 0], found[:, 1])
+    plain = SETTINGS.model_copy(update={"mirror": False})
+    without = probe.pooled_features(classifier, items[:2], plain, tmp_path / "plain")
+    assert without.shape == (2, 1, found.shape[2])
+    assert torch.allclose(without[:, 0], found[:, 0], atol=1e-5)
+
+
+def test_pooled_features_go_on_after_a_stop(
+    classifier: Classifier,
+    items: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "SHARD", 4)
+    whole = probe.pooled_features(classifier, items[:10], SETTINGS, tmp_path / "whole")
+    assert len(list((tmp_path / "whole").iterdir())) == 3
+
+    read: list[str] = []
+
+    def stops_at_the_seventh(path: Path) -> object:
+        read.append(path.stem)
+        if len(read) == 7:
+            raise KeyboardInterrupt
+        return read_image(path)
+
+    folder = tmp_path / "stopped"
+    monkeypatch.setattr(probe, "read_image", stops_at_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        probe.pooled_features(classifier, items[:10], SETTINGS, folder)
+    assert len(list(folder.iterdir())) == 1
+    resumed = probe.pooled_features(classifier, items[:10], SETTINGS, folder)
+    assert torch.equal(resumed, whole)
+    assert read[7:] == [item.id for item in items[4:10]]
+
+    read.clear()
+    sorted(folder.iterdir())[1].unlink()
+    assert torch.equal(probe.pooled_features(classifier, items[:10], SETTINGS, folder), whole)
+    assert read == [item.id for item in items[4:8]]
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
+def test_pooled_features_that_are_not_finite(
+    classifier: Classifier, items: list[Item], tmp_path: Path
+) -> None:
+    mean, std = classifier.preprocessing.mean, (0.0, 0.0, 0.0)
+    classifier.preprocessing = type(classifier.preprocessing)(mean, std)
+    with pytest.raises(ClassifierError, match=r"gave NaN or Inf for image 'i00'; check its weights"):
+        probe.pooled_features(classifier, items, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_fit_probe(
+    classifier: Classifier, items: list[Item], tmp_path: Path, *, refit: bool
+) -> None:
+    training, validation = items[:9], items[9:]
+    backbone = {k: v.clone() for k, v in classifier.backbone.state_dict().items()}
+    history = probe.fit_probe(
+        classifier, training, validation, SETTINGS, folder=tmp_path, refit=refit
+    )
+    assert all(torch.equal(v, backbone[k]) for k, v in classifier.backbone.state_dict().items())
+
+    pooled = probe.pooled_features(classifier, items, SETTINGS, tmp_path / "again")
+    labels = probe.multi_hot(items, 3)
+    measured = probe.fit_head(pooled[:9], labels[:9], SETTINGS, NAMES)
+    kept = probe.fit_head(pooled, labels, SETTINGS, NAMES) if refit else measured
+    assert torch.equal(classifier.weight, kept)
+    # the validation images are never in the head that they measure
+    [record] = history
+    logits = pooled[9:, 0] @ measured.T
+    assert record["epoch"] == 1
+    assert record["validation_map"] == mean_average_precision(logits, labels[9:])
+    z = pooled[:9, 0].double() @ measured.double().T
+    loss = -(labels[:9] * torch.log(z.sigmoid()) + (1 - labels[:9]) * torch.log((-z).sigmoid()))
+    assert record["loss"] == pytest.approx(loss.mean().item(), abs=1e-6)
+
+
+def test_fit_probe_without_validation(
+    classifier: Classifier, items: list[Item], tmp_path: Path
+) -> None:
+    [record] = probe.fit_probe(classifier, items, [], SETTINGS, folder=tmp_path, refit=True)
+    assert record["validation_map"] is None

@@ -1,0 +1,260 @@
+"""Fine-tuning: augmentation, schedule, freezing, and going on after a stop to the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lpcam import train
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.data.folder import read_folder
+from lpcam.data.images import read_image, resize_image
+from lpcam.data.items import Item
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.metrics import mean_average_precision
+from lpcam.presets import FinetuneSettings
+from lpcam.probe import multi_hot
+
+SETTINGS = FinetuneSettings.from_preset(
+    "momentum", epochs=2, batch_size=3, long_side=[40, 64], crop=48
+)
+RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.fixture
+def items(pictures: Path) -> list[Item]:
+    return list(read_folder(pictures).items.values())
+
+
+@pytest.fixture
+def fresh(weights: Path) -> Any:
+    """Makes equal untrained classifiers."""
+    return lambda: build(
+        BackboneSpec("test_resnet", {}, 16), ("blue", "green", "red"), weights=weights
+    )
+
+
+# -- Augmentation -------------------------------------------------------------------------------
+
+
+def augmented(image: np.ndarray, seed: int, **changes: Any) -> Tensor:
+    settings = SETTINGS.model_copy(update=changes)
+    return train.augment(image, RAW, settings, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("size", [(30, 90), (90, 30), (1, 1), (500, 7)])
+def test_augment_size(size: tuple[int, int]) -> None:
+    image = np.full((*size, 3), 255, np.uint8)
+    for seed in range(5):
+        assert augmented(image, seed).shape == (3, 48, 48)
+
+
+def test_augment_places_the_whole_image_in_a_canvas_of_the_mean_colour() -> None:
+    image = np.full((20, 40, 3), 255, np.uint8)
+    corners = set()
+    for seed in range(30):
+        found = augmented(image, seed, long_side=(32, 32))
+        inside = (found[0] == 1).nonzero()
+        (top, left), (bottom, right) = inside.amin(0).tolist(), inside.amax(0).tolist()
+        assert (bottom - top + 1, right - left + 1) == (16, 32)
+        assert found.sum() == 3 * 16 * 32  # 1 in the image, 0 everywhere else
+        corners.add((top, left))
+    assert len(corners) > 20
+    assert all(0 <= top <= 32 and 0 <= left <= 16 for top, left in corners)
+
+
+def test_augment_crops_and_mirrors() -> None:
+    """Every crop of a ramp is a window of it or of its mirror image, and all places occur."""
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3)).copy()
+    starts: dict[bool, set[int]] = {False: set(), True: set()}
+    for seed in range(200):
+        row = augmented(ramp, seed, long_side=(64, 64))[0, 5]
+        values = torch.round((row * 0.5 + 0.5) * 255).long()
+        steps = values.diff().unique().tolist()
+        assert steps in ([1], [-1])
+        mirrored = steps == [-1]
+        starts[mirrored].add(int(63 - values[0] if mirrored else values[0]))
+    assert starts[False] == starts[True] == set(range(17))
+
+
+def test_augment_draws_the_long_side_from_the_whole_range() -> None:
+    image = np.full((30, 60, 3), 255, np.uint8)
+    sides = set()
+    for seed in range(60):
+        found = augmented(image, seed, long_side=(40, 43), crop=64)
+        sides.add(int((found[0] == 1).any(0).sum()))
+    assert sides == {40, 41, 42, 43}
+
+
+def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]) -> None:
+    def one(seed: int, epoch: int, index: int) -> Tensor:
+        image, place = train._Augmented(items, RAW, SETTINGS, seed)[epoch, index]
+        assert place == index
+        return image
+
+    assert torch.equal(one(0, 1, 2), one(0, 1, 2))
+    for other in ((1, 1, 2), (0, 0, 2), (0, 1, 4)):
+        assert not torch.equal(one(0, 1, 2), one(*other))
+
+
+def test_order_of_an_epoch() -> None:
+    def batches(first_step: int, seed: int = 0) -> list[list[tuple[int, int]]]:
+        return list(train._Order(11, 3, 2, seed, first_step))
+
+    whole = batches(0)
+    assert [len(batch) for batch in whole] == [3] * 6  # the incomplete fourth batch is dropped
+    for epoch in (0, 1):
+        part = [place for batch in whole[3 * epoch : 3 * epoch + 3] for place in batch]
+        assert {e for e, _ in part} == {epoch}
+        assert len({index for _, index in part}) == 9
+    assert [i for b in whole[:3] for _, i in b] != [i for b in whole[3:] for _, i in b]
+    assert whole != batches(0, seed=1)
+    for step in range(7):
+        assert batches(step) == whole[step:]
+    few = list(train._Order(2, 16, 1, 0, 0))
+    assert sorted(few[0]) == [(0, 0), (0, 1)]
+
+
+# -- Schedule and freezing ----------------------------------------------------------------------
+
+
+def test_poly_by_hand() -> None:
+    assert train.poly(0, 100, 0.9) == 1.0
+    assert train.poly(50, 100, 0.9) == pytest.approx(0.5358867313)
+    assert train.poly(99, 100, 0.9) == pytest.approx(0.0158489319)
+    assert train.poly(25, 100, 1.0) == 0.75
+    assert train.poly(99, 100, 0.0) == 1.0
+
+
+def test_learning_rates_of_every_step(
+    fresh: Any, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    options: list[dict[str, Any]] = []
+    step = torch.optim.SGD.step
+
+    def record(self: torch.optim.SGD, *arguments: Any) -> Any:
+        seen.append([group["lr"] for group in self.param_groups])
+        options[:] = [dict(group) for group in self.param_groups]
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    settings = FinetuneSettings.from_preset(
+        "official", epochs=1, batch_size=3, long_side=[40, 64], crop=48
+    )
+    classifier = fresh()
+    settings = settings.model_copy(update={"freeze": ("conv1",)})
+    train.finetune(classifier, items, [], settings, seed=0, folder=tmp_path)
+    assert len(seen) == 4
+    for number, (backbone, head) in enumerate(seen):
+        assert backbone == pytest.approx(0.1 * (1 - number / 4) ** 0.9)
+        assert head == pytest.approx(10 * backbone)
+    # the momentum trap of the official preset: 1e-4 and not 0.9
+    assert [(o["momentum"], o["weight_decay"]) for o in options] == [(1e-4, 1e-4)] * 2
+    assert [len(o["params"]) for o in options][1] == 1
+
+
+def test_freeze_by_prefix(classifier: Classifier) -> None:
+    train.freeze(classifier, ["conv1.0", "layer1"])
+    for name, parameter in classifier.backbone.named_parameters():
+        below = name.startswith(("conv1.0.", "layer1."))
+        assert parameter.requires_grad != below, name
+    train.freeze(classifier, [])
+    assert all(p.requires_grad for p in classifier.parameters())
+
+
+@pytest.mark.parametrize("prefix", ["layer9", "layer", "ayer1"])
+def test_freeze_that_matches_nothing(classifier: Classifier, prefix: str) -> None:
+    match = rf"freeze: no parameter of the backbone is below '{prefix}'; there are .*layer1\.0"
+    with pytest.raises(ClassifierError, match=match):
+        train.freeze(classifier, [prefix])
+
+
+def test_frozen_stages_do_not_move(fresh: Any, items: list[Item], tmp_path: Path) -> None:
+    classifier = fresh()
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    settings = SETTINGS.model_copy(update={"freeze": ("conv1", "bn1", "layer1"), "epochs": 1})
+    train.finetune(classifier, items, [], settings, seed=0, folder=tmp_path)
+    for name, value in classifier.state_dict().items():
+        frozen = name.startswith(("backbone.conv1.", "backbone.bn1.", "backbone.layer1."))
+        statistics = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, before[name]) == (frozen or statistics), name
+
+
+# -- Training -----------------------------------------------------------------------------------
+
+
+def test_loss_falls_and_history_tells(fresh: Any, items: list[Item], tmp_path: Path) -> None:
+    classifier = fresh()
+    settings = SETTINGS.model_copy(update={"epochs": 5, "learning_rate": 0.05})
+    history = train.finetune(classifier, items[:9], items[9:], settings, seed=0, folder=tmp_path)
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5]
+    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+    assert not classifier.training
+    logits = []
+    for item in items[9:]:
+        image = read_image(item.image)
+        height, width = image.shape[:2]
+        size = (round(height * 52 / max(height, width)), round(width * 52 / max(height, width)))
+        tensor = classifier.preprocessing(resize_image(image, size))
+        logits.append(classifier(tensor[None])[0].detach())
+    expected = mean_average_precision(torch.stack(logits), multi_hot(items[9:], 3))
+    assert history[-1]["validation_map"] == pytest.approx(expected)
+    assert train.validation_map(classifier, [], settings) is None
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 4, 6])
+def test_going_on_gives_the_same_bytes(
+    fresh: Any,
+    items: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_at: int,
+) -> None:
+    """12 images in batches of 3: steps 1 to 4 are the first epoch, 5 to 8 the second."""
+    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
+    whole = fresh()
+    expected = train.finetune(whole, items, items[:3], SETTINGS, seed=5, folder=tmp_path / "whole")
+
+    save, saved = train._save, []
+
+    def stop(*arguments: Any) -> None:
+        save(*arguments)
+        saved.append(arguments[3])
+        if len(saved) == stopped_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.finetune(fresh(), items, items[:3], SETTINGS, seed=5, folder=tmp_path / "stopped")
+    resumed = fresh()
+    history = train.finetune(
+        resumed, items, items[:3], SETTINGS, seed=5, folder=tmp_path / "stopped"
+    )
+    assert saved == list(range(1, 9))  # nothing was done twice
+    assert history == expected
+    assert resumed.fingerprint() == whole.fingerprint()
+    name = "checkpoint.safetensors"
+    assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    other = fresh()
+    train.finetune(other, items, [], SETTINGS, seed=6, folder=tmp_path / "other")
+    assert other.fingerprint() != whole.fingerprint()
+
+
+def test_a_checkpoint_of_other_weights(fresh: Any, items: list[Item], tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 1, "batch_size": 12})
+    train.finetune(fresh(), items, [], settings, seed=0, folder=tmp_path)
+    other = build(BackboneSpec("test_efficientnet", {}), ("blue", "green", "red"), weights="random")
+    with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit this classifier .{,250}; delete it"):
+        train.finetune(other, items, [], settings, seed=0, folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite(fresh: Any, items: list[Item], tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(ClassifierError, match=r"the loss is (nan|inf) at step \d of 8; lower"):
+        train.finetune(fresh(), items, [], settings, seed=0, folder=tmp_path)

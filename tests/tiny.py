@@ -1,0 +1,112 @@
+"""A data set, weights and recipe values small enough for whole runs in a second."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+BACKBONE = "test_resnet"
+COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
+"""In the order of labels.csv without classes.txt: sorted; mask ids 1, 2, 3."""
+
+
+def draw_image(
+    labels: list[str], size: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A coloured box for each label on grey noise, and its mask."""
+    height, width = size
+    image = rng.integers(100, 156, (height, width, 3)).astype(np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    for place, label in enumerate(labels):
+        top = int(rng.integers(4, height - 34))
+        left = 4 if place == 0 else width - 30
+        box = np.s_[top : top + 28, left : left + 24]
+        noise = rng.integers(-15, 16, (28, 24, 3))
+        image[box] = np.clip(np.array(COLOURS[label]) + noise, 0, 255)
+        mask[box] = list(COLOURS).index(label) + 1
+    return image, mask
+
+
+def draw_folder(root: Path, *, count: int = 12, seed: int = 0, masks: bool = True) -> Path:
+    """``count`` images of one or two coloured boxes; i03 shows nothing and has no label."""
+    rng = np.random.default_rng(seed)
+    names = list(COLOURS)
+    (root / "images").mkdir(parents=True)
+    if masks:
+        (root / "masks").mkdir()
+    lines = ["image,labels"]
+    for number in range(count):
+        labels = [names[number % 3]] + ([names[(number + 1) % 3]] if number % 4 == 0 else [])
+        labels = [] if number == 3 else labels
+        size = (int(rng.integers(56, 80)), int(rng.integers(64, 80)))
+        image, mask = draw_image(labels, size, rng)
+        Image.fromarray(image).save(root / "images" / f"i{number:02d}.png")
+        if masks:
+            Image.fromarray(mask).save(root / "masks" / f"i{number:02d}.png")
+        lines.append(f"i{number:02d}.png,{';'.join(labels)}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def write_weights(path: Path) -> Path:
+    """Random weights of the tiny backbone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model(BACKBONE, num_classes=0, zero_init_last=False).state_dict(), path)
+    return path
+
+
+def recipe_values(root: Path, folder: Path, weights: Path) -> dict[str, Any]:
+    """A whole recipe on the tiny data set."""
+    return {
+        "version": 1,
+        "name": "tiny",
+        "data": {"kind": "folder", "root": str(root)},
+        "classifier": {
+            "backbone": BACKBONE,
+            "output_stride": 16,
+            "weights": str(weights),
+            "method": "probe",
+            "probe": {"long_side": 64, "weight_decay": 1e-5},
+        },
+        "lpcam": {
+            "clusters": 3,
+            "scales": [1.0, 0.5],
+            "max_features": 60,
+            "mu_f": 0.5,
+            "context_lower": 0.0,
+        },
+        "maps": {"dtype": "uint8", "maximum_side": 128},
+        "sheet": {"images": 2},
+        "run": {"folder": str(folder), "threads": 1, "device": "cpu"},
+    }
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """All files below a run folder but its lock and the time it took."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "seconds.json")
+    }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Digest of the contents of each of :func:`files`."""
+    return {k: hashlib.sha256(p.read_bytes()).hexdigest() for k, p in files(folder).items()}
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
