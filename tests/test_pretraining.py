@@ -125,9 +125,9 @@ def test_the_shipped_backbone_is_small_and_says_how_it_was_made() -> None:
     assert SHIPPED.stat().st_size <= 2_000_000
     with safe_open(SHIPPED, framework="pt") as file:
         header = file.metadata()
-    assert header["seed"] == str(pretraining.DEFAULT_SEED)
-    assert header["steps"] == str(pretraining.DEFAULT_STEPS)
-    assert header["threads"] == str(pretraining.DEFAULT_THREADS)
+    assert header["seed"] == str(pretraining.SEED)
+    assert header["steps"] == str(pretraining.STEPS)
+    assert header["threads"] == str(pretraining.THREADS)
     assert header["timm_name"] == pretraining.BACKBONE
     assert json.loads(header["timm_arguments"]) == pretraining.ARGUMENTS
     assert not set(creatures.CLASSES) & set(pretraining.LABELS)

@@ -58,9 +58,9 @@ STANDARD_DEVIATION = (0.5, 0.5, 0.5)
 SIZE = 96
 """Side of the pre-training images in pixels."""
 
-DEFAULT_SEED = 0
-DEFAULT_STEPS = 2400
-DEFAULT_THREADS = 2
+SEED = 0
+STEPS = 2400
+THREADS = 2
 
 _OVERSAMPLING = 2
 _BATCH = 64
@@ -448,9 +448,9 @@ def _seed_of_validation(seed: int) -> int:
 def pretrain(
     output: Path,
     *,
-    seed: int = DEFAULT_SEED,
-    steps: int = DEFAULT_STEPS,
-    threads: int = DEFAULT_THREADS,
+    seed: int = SEED,
+    steps: int = STEPS,
+    threads: int = THREADS,
     report: Callable[[str], None] | None = None,
     pool: int = _POOL,
     validation: int = _VALIDATION,
@@ -604,9 +604,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: ``python -m lpcam.pretraining OUTPUT [--seed --steps --threads]``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("output", type=Path, help="safetensors file to write")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--threads", type=int, default=DEFAULT_THREADS)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=THREADS)
     options = parser.parse_args(arguments)
     pretrain(
         options.output,
