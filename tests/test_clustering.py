@@ -34,6 +34,7 @@ def test_unit_centres_by_hand() -> None:
     rows = torch.tensor([[7.0, 0.0], [0.0, 2.0]])
     found = cosine_kmeans(rows, 1, init=torch.tensor([[1.0, 1.0]]), centers="unit")
     torch.testing.assert_close(found.centers, torch.full((1, 2), 0.5**0.5))
+    assert found.means.tolist() == [[3.5, 1.0]]
 
 
 @pytest.mark.parametrize("init", ["random", "k-means++"])

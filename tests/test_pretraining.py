@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lpcam import pretraining
 from lpcam.data import creatures
 from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.storage import read_tensors
 
 SHIPPED = Path(str(resources.files("lpcam").joinpath("assets", "shapes_backbone.safetensors")))
 
@@ -82,9 +81,8 @@ def test_a_seed_gives_the_same_file(tmp_path: Path) -> None:
     ).read_bytes()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.safetensors"]
     assert torch.get_num_threads() == threads
-    with safe_open(tmp_path / "a/x.safetensors", framework="pt") as file:
-        header = file.metadata()
-    assert (header["seed"], header["steps"], header["threads"]) == ("5", "2", "1")
+    _, metadata = read_tensors(tmp_path / "a/x.safetensors")
+    assert (metadata["seed"], metadata["steps"], metadata["threads"]) == (5, 2, 1)
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -123,13 +121,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path: P
 
 def test_the_shipped_backbone_is_small_and_says_how_it_was_made() -> None:
     assert SHIPPED.stat().st_size <= 2_000_000
-    with safe_open(SHIPPED, framework="pt") as file:
-        header = file.metadata()
-    assert header["seed"] == str(pretraining.SEED)
-    assert header["steps"] == str(pretraining.STEPS)
-    assert header["threads"] == str(pretraining.THREADS)
-    assert header["timm_name"] == pretraining.BACKBONE
-    assert json.loads(header["timm_arguments"]) == pretraining.ARGUMENTS
+    _, metadata = read_tensors(SHIPPED)
+    assert metadata["seed"] == pretraining.SEED
+    assert metadata["steps"] == pretraining.STEPS
+    assert metadata["threads"] == pretraining.THREADS
+    assert metadata["timm_name"] == pretraining.BACKBONE
+    assert metadata["timm_arguments"] == pretraining.ARGUMENTS
     assert not set(creatures.CLASSES) & set(pretraining.LABELS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from lpcam.classifier import Classifier
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image
 from lpcam.data.items import Item
-from lpcam.errors import ClassifierError
+from lpcam.errors import ClassifierError, PrototypeError
+from lpcam.features import FeatureStore
 from lpcam.metrics import mean_average_precision
 from lpcam.presets import ProbeSettings
 
@@ -32,19 +34,19 @@ def data(images: int = 20, views: int = 2, channels: int = 6) -> tuple[Tensor, T
     pooled = torch.rand(images, views, channels, generator=generator)
     noise = 0.3 * torch.randn(images, 3, generator=generator)
     labels = (pooled.mean(1)[:, :3] + noise > 0.5).float()
-    assert 0 < labels.sum(0).min() and labels.sum(0).max() < images
+    assert labels.sum(0).min() > 0 and labels.sum(0).max() < images
     return pooled, labels
 
 
 def gradient(weight: Tensor, pooled: Tensor, labels: Tensor, weight_decay: float) -> Tensor:
-    """Of the mean binary cross-entropy and the penalty, written out: X'(sigmoid(XW') - Y)."""
+    """Of each class's mean binary cross-entropy and the penalty, written out: X'(sigmoid(XW') - Y)."""
     total = torch.zeros_like(weight, dtype=torch.float64)
     samples = pooled.shape[0] * pooled.shape[1]
     for image in range(pooled.shape[0]):
         for view in range(pooled.shape[1]):
             x = pooled[image, view].double()
             error = torch.sigmoid(weight.double() @ x) - labels[image].double()
-            total += error[:, None] * x[None] / (samples * labels.shape[1])
+            total += error[:, None] * x[None] / samples
     return total + weight_decay * weight.double()
 
 
@@ -80,10 +82,16 @@ def test_multi_hot() -> None:
     assert probe.multi_hot(items, 3).tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
+def store(classifier: Classifier, *, flip: bool = True, **options: Any) -> FeatureStore:
+    """A store that keeps nothing."""
+    chosen = {"maximum_side": 1000, "dtype": "float32", "budget": 0, "keep": [], **options}
+    return FeatureStore(classifier, flip=flip, **chosen)
+
+
 def test_pooled_features_of_image_and_mirror(
     classifier: Classifier, items: list[Item], tmp_path: Path
 ) -> None:
-    found = probe.pooled_features(classifier, items[:2], SETTINGS, tmp_path)
+    found = probe.pooled_features(classifier, items[:2], SETTINGS, tmp_path, store(classifier))
     image = read_image(items[1].image)
     height, width = image.shape[:2]
     side = max(height, width)
@@ -94,9 +102,31 @@ def test_pooled_features_of_image_and_mirror(
             assert torch.allclose(found[1, view], features[0].mean((1, 2)), atol=1e-5)
     assert not torch.allclose(found[:, 0], found[:, 1])
     plain = SETTINGS.model_copy(update={"mirror": False})
-    without = probe.pooled_features(classifier, items[:2], plain, tmp_path / "plain")
+    without = probe.pooled_features(
+        classifier, items[:2], plain, tmp_path / "plain", store(classifier)
+    )
     assert without.shape == (2, 1, found.shape[2])
     assert torch.allclose(without[:, 0], found[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_pooled_features_at_the_images_own_size(
+    classifier: Classifier, items: list[Item], tmp_path: Path, *, mirror: bool
+) -> None:
+    """Without a long side the features come from the store that the maps use as well."""
+    settings = SETTINGS.model_copy(update={"long_side": None, "mirror": mirror})
+    shared = store(classifier, budget=10**9, keep=[items[0].id])
+    found = probe.pooled_features(classifier, items[:2], settings, tmp_path, shared)
+    assert found.shape[:2] == (2, 2 if mirror else 1)
+    image = read_image(items[1].image)
+    with torch.no_grad():
+        features = classifier.features(classifier.preprocessing(image)[None])
+    assert torch.allclose(found[1, 0], features[0].mean((1, 2)), atol=1e-5)
+    (pair,) = shared.pairs(items[0], (1.0,))
+    assert torch.allclose(found[0, 0], pair.features.mean((1, 2)), atol=1e-6)
+    if mirror:
+        assert pair.mirrored is not None
+        assert torch.allclose(found[0, 1], pair.mirrored.mean((1, 2)), atol=1e-6)
 
 
 def test_pooled_features_go_on_after_a_stop(
@@ -106,9 +136,14 @@ def test_pooled_features_go_on_after_a_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(probe, "SHARD", 4)
-    whole = probe.pooled_features(classifier, items[:10], SETTINGS, tmp_path / "whole")
-    assert len(list((tmp_path / "whole").iterdir())) == 3
 
+    def pooled(name: str) -> Tensor:
+        return probe.pooled_features(
+            classifier, items[:10], SETTINGS, tmp_path / name, store(classifier)
+        )
+
+    whole = pooled("whole")
+    assert len(list((tmp_path / "whole").iterdir())) == 3
     read: list[str] = []
 
     def stops_at_the_seventh(path: Path) -> object:
@@ -120,27 +155,29 @@ def test_pooled_features_go_on_after_a_stop(
     folder = tmp_path / "stopped"
     monkeypatch.setattr(probe, "read_image", stops_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
-        probe.pooled_features(classifier, items[:10], SETTINGS, folder)
+        pooled("stopped")
     assert len(list(folder.iterdir())) == 1
-    resumed = probe.pooled_features(classifier, items[:10], SETTINGS, folder)
-    assert torch.equal(resumed, whole)
+    assert torch.equal(pooled("stopped"), whole)
     assert read[7:] == [item.id for item in items[4:10]]
 
     read.clear()
     sorted(folder.iterdir())[1].unlink()
-    assert torch.equal(probe.pooled_features(classifier, items[:10], SETTINGS, folder), whole)
+    assert torch.equal(pooled("stopped"), whole)
     assert read == [item.id for item in items[4:8]]
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("long_side", [64, None])
 def test_pooled_features_that_are_not_finite(
-    classifier: Classifier, items: list[Item], tmp_path: Path
+    classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
 ) -> None:
     mean, std = classifier.preprocessing.mean, (0.0, 0.0, 0.0)
     classifier.preprocessing = type(classifier.preprocessing)(mean, std)
-    with pytest.raises(ClassifierError, match=r"gave NaN or Inf for image 'i00'; check its weights"):
-        probe.pooled_features(classifier, items, SETTINGS, tmp_path)
+    settings = SETTINGS.model_copy(update={"long_side": long_side})
+    expected = ClassifierError if long_side else PrototypeError
+    with pytest.raises(expected, match=r"^image 'i00': the backbone gave NaN or Inf features"):
+        probe.pooled_features(classifier, items, settings, tmp_path, store(classifier))
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -150,11 +187,18 @@ def test_fit_probe(
     training, validation = items[:9], items[9:]
     backbone = {k: v.clone() for k, v in classifier.backbone.state_dict().items()}
     history = probe.fit_probe(
-        classifier, training, validation, SETTINGS, folder=tmp_path, refit=refit
+        classifier,
+        training,
+        validation,
+        SETTINGS,
+        folder=tmp_path,
+        store=store(classifier),
+        refit=refit,
     )
     assert all(torch.equal(v, backbone[k]) for k, v in classifier.backbone.state_dict().items())
 
-    pooled = probe.pooled_features(classifier, items, SETTINGS, tmp_path / "again")
+    again = tmp_path / "again"
+    pooled = probe.pooled_features(classifier, items, SETTINGS, again, store(classifier))
     labels = probe.multi_hot(items, 3)
     measured = probe.fit_head(pooled[:9], labels[:9], SETTINGS, NAMES)
     kept = probe.fit_head(pooled, labels, SETTINGS, NAMES) if refit else measured
@@ -172,5 +216,7 @@ def test_fit_probe(
 def test_fit_probe_without_validation(
     classifier: Classifier, items: list[Item], tmp_path: Path
 ) -> None:
-    [record] = probe.fit_probe(classifier, items, [], SETTINGS, folder=tmp_path, refit=True)
+    [record] = probe.fit_probe(
+        classifier, items, [], SETTINGS, folder=tmp_path, store=store(classifier), refit=True
+    )
     assert record["validation_map"] is None

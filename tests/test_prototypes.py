@@ -217,6 +217,17 @@ def test_make_prototypes_follows_the_rules() -> None:
     torch.testing.assert_close(found.vectors(with_context=False)[0], unit_mean(kept))
 
 
+def test_unit_centres_are_scored_by_the_plain_means_of_their_members() -> None:
+    """A unit centre has lost the length on which the score relies."""
+    long = 50 * torch.tensor([[1.0, 0.1, 0.0, 0.0]]).repeat(4, 1)
+    settings = SETTINGS.model_copy(update={"clusters": 1, "centers": "unit"})
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): long}), torch.eye(2, 4), ("a", "b"), settings, seed=0
+    )
+    assert found.foreground.centers[0, 0].norm() == pytest.approx(1.0)
+    assert found.foreground.scores[0, 0] == pytest.approx(1 / (1 + math.exp(-45)), abs=1e-6)
+
+
 def test_fewer_features_than_clusters() -> None:
     found = make_prototypes(
         reservoir_of({(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}),

@@ -59,7 +59,8 @@ def write_weights(path: Path) -> Path:
     """Random weights of the tiny backbone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file(timm.create_model(BACKBONE, num_classes=0, zero_init_last=False).state_dict(), path)
+        backbone = timm.create_model(BACKBONE, num_classes=0, zero_init_last=False)
+    save_file(backbone.state_dict(), path)
     return path
 
 

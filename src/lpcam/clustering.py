@@ -20,6 +20,8 @@ class KMeansResult:
 
     centers: Tensor
     """(K, C), in the scale of the data for ``centers="mean"``, unit rows for ``"unit"``."""
+    means: Tensor
+    """(K, C), plain means of the raw members; the centres themselves for ``centers="mean"``."""
     assignments: Tensor
     """(M,) int64 in 0..K-1: the nearest of the centres before their last update."""
     sizes: Tensor
@@ -89,7 +91,14 @@ def cosine_kmeans(
         iteration += 1
         sizes = torch.bincount(assignments, minlength=clusters)
         _repair_empty(assignments, similarity, sizes)
-        updated = _update(rows, inverse_norm, assignments, sizes, centers)
+        membership = _membership(assignments, clusters, rows.dtype)
+        means = membership @ rows / sizes.to(rows.dtype)[:, None]
+        if centers == "mean":
+            updated = means
+        elif centers == "unit":
+            updated = unit((membership * inverse_norm) @ rows, dim=1)
+        else:
+            raise ValueError(f"unknown centers {centers!r}; use 'mean' or 'unit'")
         shift = float((updated - current).norm(dim=1).sum() ** 2)
         current = updated
         reached = float(similarity.mean())
@@ -109,7 +118,7 @@ def cosine_kmeans(
             tolerance_kind,
             tolerance,
         )
-    return KMeansResult(current, assignments, sizes, iteration, converged, objective)
+    return KMeansResult(current, means, assignments, sizes, iteration, converged, objective)
 
 
 def _check_rows(rows: Tensor, clusters: int) -> None:
@@ -156,19 +165,10 @@ def _repair_empty(assignments: Tensor, similarity: Tensor, sizes: Tensor) -> Non
             sizes[assignments[row]] += 1
 
 
-def _update(
-    rows: Tensor, inverse_norm: Tensor, assignments: Tensor, sizes: Tensor, kind: str
-) -> Tensor:
-    """New centres. The sums are one skinny matrix product: membership^T (K, M) times rows."""
-    membership = torch.zeros(sizes.shape[0], rows.shape[0], dtype=rows.dtype, device=rows.device)
-    weight = inverse_norm if kind == "unit" else torch.ones_like(inverse_norm)
-    membership[assignments, torch.arange(rows.shape[0], device=rows.device)] = weight
-    sums = membership @ rows
-    if kind == "unit":
-        return unit(sums, dim=1)
-    if kind != "mean":
-        raise ValueError(f"unknown centers {kind!r}; use 'mean' or 'unit'")
-    return sums / sizes.clamp_min(1).to(rows.dtype)[:, None]
+def _membership(assignments: Tensor, clusters: int, dtype: torch.dtype) -> Tensor:
+    """(K, M), 1 where a row belongs to a cluster: a sum over members is one skinny product."""
+    numbers = torch.arange(clusters, device=assignments.device)[:, None]
+    return (assignments[None, :] == numbers).to(dtype)
 
 
 def _plus_plus(rows: Tensor, clusters: int, generator: torch.Generator) -> Tensor:

@@ -72,11 +72,14 @@ class FeatureStore:
                     image = limit_long_side(read_image(item.image), self.maximum_side)
                 stacked = self._compute(item, image, scale)
                 self._offer(item.id, scale, stacked)
-            full = stacked.float()
+            full = stacked.to(self.classifier.device).float()
             yield FeaturePair(full[0], full[1] if self.flip else None)
 
     def _compute(self, item: Item, image: NDArray[np.uint8], scale: float) -> Tensor:
-        (pair,) = image_pyramid(self.classifier, image, (scale,), flip=self.flip)
+        try:
+            (pair,) = image_pyramid(self.classifier, image, (scale,), flip=self.flip)
+        except PrototypeError as error:
+            raise PrototypeError(f"image {item.id!r}: {error}") from None
         parts = [part for part in pair if part is not None]
         stacked = torch.stack(parts).to(self.dtype)
         if not bool(torch.isfinite(stacked).all()):
@@ -90,7 +93,8 @@ class FeatureStore:
         size = stacked.numel() * stacked.element_size()
         if name not in self.keep or self.used + size > self.budget:
             return
-        self._kept[name, scale] = stacked
+        # In the machine's memory: a quarter of that may be more than a GPU has.
+        self._kept[name, scale] = stacked.cpu()
         self.used += size
 
 

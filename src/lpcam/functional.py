@@ -133,8 +133,8 @@ def cosine_activation(features: Tensor, vectors: Tensor) -> Tensor:
     _check_channels(features, vectors)
     flat = features.flatten(-2)
     # Dividing the N products by the norm of f costs N instead of C divisions a location.
-    norm = torch.linalg.vector_norm(flat, dim=-2, keepdim=True).clamp_min(NORM_EPSILON)
-    maps = vectors @ flat / norm
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=-2, keepdim=True).clamp_min(NORM_EPSILON)
+    maps: Tensor = vectors @ flat / norm
     return maps.reshape(*flat.shape[:-2], vectors.shape[0], *features.shape[-2:])
 
 

@@ -53,6 +53,8 @@ class Stage:
         record = self._record()
         if record is not None and record["key"] == self.key:
             logger.info("%s: goes on where it stopped", self.folder.name)
+            for path in self.folder.rglob(".*.tmp"):  # half-written when the run was killed
+                path.unlink()
             return
         if record is not None:
             logger.info("%s: made anew, for %s", self.folder.name, self._changed(record["parts"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, read_index_mask, scaled_size
 from lpcam.data.items import Dataset, Item
 from lpcam.data.voc import read_voc
-from lpcam.errors import DataError, RecipeError
+from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.functional import FusedMaps
 from lpcam.ledger import Stage, locked
 from lpcam.masks import seeds, to_mask, write_mask
@@ -128,12 +129,19 @@ class _Run:
         self.command = command
         self.folder = recipe.folder
         self.seconds: dict[str, float] = {}
-        resolved = yaml.safe_dump(
-            recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
-        )
-        write_bytes(self.folder / "recipe.yaml", resolved.encode())
+        path = self.folder / "recipe.yaml"
+        if path.is_file() and not (self.folder / "index.json").is_file():
+            raise ArtefactError(
+                f"{path} was not written by a run, so it may be yours; choose another run folder "
+                "with --run.folder"
+            )
         self.dataset, self.records = self._index()
         self.rows: list[dict[str, Any]] = []
+        resolved = yaml.safe_dump(
+            recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
+        ).encode()
+        if not path.is_file() or path.read_bytes() != resolved:
+            write_bytes(path, resolved)
 
     def up_to(self, until: StageName) -> RunResult:
         for name in STAGES[: STAGES.index(until) + 1]:
@@ -157,7 +165,13 @@ class _Run:
 
     def _index(self) -> tuple[Dataset, dict[str, dict[str, Any]]]:
         path = self.folder / "index.json"
-        known = read_json(path)["records"] if path.is_file() else {}
+        before = read_json(path) if path.is_file() else {"records": {}}
+        if not isinstance(before, dict) or not isinstance(before.get("records"), dict):
+            raise ArtefactError(
+                f"{path} was not written by a run, so it may be yours; choose another run folder "
+                "with --run.folder"
+            )
+        known = before["records"]
         dataset = read_dataset(self.recipe)
         with progress("looking at the images", len(dataset.items)) as advance:
             dataset, records = check_images(
@@ -170,7 +184,7 @@ class _Run:
             "skipped": [{"id": s.id, "reason": s.reason} for s in dataset.skipped],
             "notices": list(dataset.notices),
         }
-        if not path.is_file() or read_json(path) != index:
+        if before != index:
             write_json(path, index)
         return dataset, records
 
@@ -218,7 +232,13 @@ class _Run:
         if name is not None:
             return items, self.dataset.select(name)
         order = np.random.default_rng([self.recipe.run.seed, HELD_OUT]).permutation(len(items))
-        held = set(order[: len(items) // HELD_OUT].tolist())
+        left = Counter(label for item in items for label in item.labels)
+        held = set()
+        for place in order[: len(items) // HELD_OUT].tolist():
+            labels = items[place].labels
+            if all(left[label] > 1 for label in labels):  # the last image of a class trains it
+                left.subtract(labels)
+                held.add(place)
         return (
             [item for place, item in enumerate(items) if place not in held],
             [items[place] for place in sorted(held)],
@@ -234,7 +254,7 @@ class _Run:
         self.stage_classify = Stage(
             self.folder / "classifier",
             {
-                "revision": 1,
+                "revision": 2,
                 "classes": list(self.dataset.classes.names),
                 "backbone": section.model_dump(
                     mode="json", exclude={"weights", "method", "probe", "finetune"}
@@ -466,10 +486,10 @@ class _Run:
         self.stage_prototypes = Stage(
             self.folder / "prototypes",
             {
-                "revision": 1,
+                "revision": 2,
                 "classifier": self.stage_classify.output["digest"],
                 "settings": settings.model_dump(
-                    mode="json", exclude={"preset", "scales", "flip", "threshold"}
+                    mode="json", exclude={"preset", "scales", "flip", "threshold", "cam_threshold"}
                 ),
                 "split_maps": self.stage_cam.key if multi_scale else None,
                 "features": self.recipe.maps.features,
@@ -550,12 +570,13 @@ class _Run:
         items = self._items("maps")
         section = self.recipe.seeds
         source = self._stages_of_methods[section.method]
+        threshold = self.recipe.fixed_threshold(section.method)
         self.stage_seeds = Stage(
             self.folder / "seeds",
             {
                 "revision": 1,
                 "maps": source.key,
-                "threshold": self.recipe.seed_threshold,
+                "threshold": threshold,
                 "ignore_threshold": section.ignore_threshold,
                 "mask_ids": list(self.dataset.classes.mask_ids),
                 "images": [item.id for item in items],
@@ -571,7 +592,7 @@ class _Run:
             maps = read_maps(_map_path(source.folder, item))
             planes = torch.from_numpy(maps.high_res)
             mask = to_mask(
-                seeds(planes, self.recipe.seed_threshold),
+                seeds(planes, threshold),
                 maps.keys,
                 self.dataset.classes,
                 maps=planes if section.ignore_threshold is not None else None,
@@ -588,6 +609,7 @@ class _Run:
 
     def _evaluate(self) -> bool:
         items = [item for item in self._items("evaluate") if item.mask is not None]
+        fixed = {method: self.recipe.fixed_threshold(method) for method in METHODS}
         self.stage_evaluate = Stage(
             self.folder / "evaluation",
             {
@@ -595,7 +617,9 @@ class _Run:
                 "maps": {method: s.key for method, s in self._stages_of_methods.items()},
                 "seeds": self.stage_seeds.key,
                 "truth": self._digest(items, truth=True),
-                "threshold": self.recipe.seed_threshold,
+                "part_names": dict(self.dataset.part_names),
+                "skipped": [skip.id for skip in self.dataset.skipped],
+                "thresholds": fixed,
                 "sheet": self.recipe.sheet.model_dump(mode="json"),
                 "protocol": self._protocol(),
             },
@@ -623,8 +647,8 @@ class _Run:
 
     def _score(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         names = self.dataset.classes.names
-        fixed = self.recipe.seed_threshold
-        grid = sorted({*DEFAULT_THRESHOLDS, fixed})
+        fixed = {method: self.recipe.fixed_threshold(method) for method in METHODS}
+        grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
         sweeps = {method: ThresholdSweep(len(names), grid) for method in METHODS}
         truths = {}
         for item in track(items, "scoring", len(items)):
@@ -641,7 +665,7 @@ class _Run:
             best, best_scores = best_threshold(sweep, names)
             for threshold, source, found in (
                 (best, "ground truth", best_scores),
-                (fixed, "fixed", scores(sweep.confusion(fixed), names)),
+                (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
             ):
                 row = self._row(method, items, threshold, source, found)
                 if self.dataset.part_names:
@@ -675,7 +699,7 @@ class _Run:
                 "threshold_source": (
                     "sweep 0.00 to 0.99 in steps of 0.01 for the best mIoU on this split's truth"
                     if source == "ground truth"
-                    else "fixed before any truth was seen"
+                    else "fixed by the preset or the recipe"
                 ),
                 "command": self.command,
             },

@@ -124,7 +124,9 @@ class LpcamSettings(PresetModel):
     cam_epsilon: Annotated[float, Field(ge=0.0)]
     """CAM is divided by its maximum plus this; LPCAM by its maximum."""
     threshold: Fraction
-    """Fixed threshold of the seeds, for CAM and LPCAM alike."""
+    """Fixed threshold of the seeds of LPCAM and LPCAM-F: foreground has a value above it."""
+    cam_threshold: Fraction
+    """Fixed threshold of the seeds of CAM."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -173,6 +175,6 @@ class ProbeSettings(PresetModel):
     mirror: bool
     """Whether the mirrored image is a second sample."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on the head: weight_decay / 2 times its squared norm, beside the mean loss."""
+    """L2 penalty: weight_decay / 2 times the squared norm of each row, beside its mean loss."""
     max_iterations: Annotated[int, Field(ge=1)]
     """Of L-BFGS on the whole set at once."""

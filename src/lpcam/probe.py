@@ -14,7 +14,7 @@ from torch import Tensor
 from lpcam.classifier import Classifier
 from lpcam.data.images import read_image, resize_image, scaled_size
 from lpcam.data.items import Item
-from lpcam.errors import ClassifierError
+from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.extract import image_pyramid
 from lpcam.features import FeatureStore
 from lpcam.metrics import mean_average_precision
@@ -51,7 +51,8 @@ def fit_probe(
         ``validation_map``.
 
     Raises:
-        ClassifierError: if a class has no training image, or features hold NaN or Inf.
+        ClassifierError: if a class has no training image, or features hold NaN or Inf
+            (PrototypeError where ``settings.long_side`` is None).
     """
     classes = len(classifier.classes)
     pooled = pooled_features(classifier, [*training, *validation], settings, folder, store)
@@ -125,7 +126,11 @@ def _pooled(
         image = read_image(item.image)
         height, width = image.shape[:2]
         size = scaled_size(height, width, settings.long_side / max(height, width))
-        (pair,) = image_pyramid(classifier, resize_image(image, size), (1.0,), flip=settings.mirror)
+        resized = resize_image(image, size)
+        try:
+            (pair,) = image_pyramid(classifier, resized, (1.0,), flip=settings.mirror)
+        except PrototypeError as error:
+            raise ClassifierError(f"image {item.id!r}: {error}") from None
     views = [pair.features]
     if settings.mirror and pair.mirrored is not None:
         views.append(pair.mirrored)
@@ -137,9 +142,11 @@ def fit_head(
 ) -> Tensor:
     """The head that minimises the multi-label soft margin loss on pooled features.
 
-    The loss is the mean over samples and classes of the binary cross-entropy of the logits, plus
-    weight_decay / 2 times the squared norm of the head: convex, so there is one answer and no
-    epochs to choose. L-BFGS in double precision, from zero.
+    For each class apart, the mean over samples of the binary cross-entropy of its logit plus
+    weight_decay / 2 times the squared norm of its row; so a row does not depend on how many other
+    classes there are. (The mean over classes of the first term is the multi-label soft margin
+    loss.) The problem is convex: there is one answer and no epochs to choose. L-BFGS in double
+    precision, from zero.
 
     Args:
         pooled: (M, V, C), V views of each of M images.
@@ -172,7 +179,7 @@ def fit_head(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = F.multilabel_soft_margin_loss(rows @ weight.T, targets)
+        loss = F.multilabel_soft_margin_loss(rows @ weight.T, targets) * weight.shape[0]
         loss = loss + settings.weight_decay / 2 * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss

@@ -61,7 +61,7 @@ def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
     """Equations 3-4: z_i = softmax over classes of centre . w, read at the class of the centre.
 
     The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
-    mu_b rely on it.
+    mu_b rely on it. Of spherical clusters give the plain means of the raw members.
 
     Args:
         centers: (K, C).
@@ -398,7 +398,9 @@ def make_prototypes(
                     (seed * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
                 ),
             )
-            z = score(result.centers, weight.to(result.centers), index)
+            # A unit centre has lost the length that the score relies on; the plain mean of its
+            # members has it, and its logit is the mean logit of the members.
+            z = score(result.means, weight.to(result.means), index)
             centers[index, :count] = result.centers.cpu()
             scores[index, :count] = z.cpu()
             sizes[index, :count] = result.sizes.cpu()

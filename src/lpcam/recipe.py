@@ -151,19 +151,6 @@ class SeedsSection(Section):
     ignore_threshold: Fraction | None = None
     """Pixels between this and the threshold become 255 (ignored in training); null: none do."""
 
-    @model_validator(mode="after")
-    def _check(self) -> SeedsSection:
-        if (
-            self.ignore_threshold is not None
-            and self.threshold is not None
-            and self.ignore_threshold > self.threshold
-        ):
-            raise ValueError(
-                f"ignore_threshold {self.ignore_threshold} must not be above "
-                f"threshold {self.threshold}"
-            )
-        return self
-
 
 class SheetSection(Section):
     """The sheet of pictures at the end of a run."""
@@ -175,7 +162,7 @@ class SheetSection(Section):
 class RunSection(Section):
     """Where a run writes and what it may use; none of this changes a result's meaning."""
 
-    folder: Path | None = None
+    folder: RecipePath | None = None
     """Null: runs/NAME below the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of everything random; a seed gives the same bytes on one machine."""
@@ -202,15 +189,29 @@ class Recipe(Section):
     sheet: SheetSection = SheetSection()
     run: RunSection = RunSection()
 
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        ignore, threshold = self.seeds.ignore_threshold, self.fixed_threshold(self.seeds.method)
+        if ignore is not None and ignore > threshold:
+            raise ValueError(
+                f"seeds.ignore_threshold {ignore} must not be above the threshold of the seeds, "
+                f"{threshold} (seeds.threshold, or that of the lpcam preset)"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run writes."""
         return self.run.folder or Path("runs") / self.name
 
-    @property
-    def seed_threshold(self) -> float:
-        """The fixed threshold of seeds and of the ``fixed`` rows."""
-        return self.lpcam.threshold if self.seeds.threshold is None else self.seeds.threshold
+    def fixed_threshold(self, method: Method) -> float:
+        """The threshold of a method's seeds and of its ``fixed`` row.
+
+        The preset's, unless ``seeds.threshold`` replaces it for the method of the seeds.
+        """
+        if method == self.seeds.method and self.seeds.threshold is not None:
+            return self.seeds.threshold
+        return self.lpcam.cam_threshold if method == "CAM" else self.lpcam.threshold
 
 
 def bundled_recipes() -> list[str]:
@@ -235,7 +236,10 @@ def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -
     """
     path = Path(source)
     if path.is_file():
-        text, base = path.read_text(encoding="utf-8"), path.parent
+        try:
+            text, base = path.read_text(encoding="utf-8"), path.parent
+        except (UnicodeDecodeError, OSError) as error:
+            raise RecipeError(f"the recipe {source} cannot be read as UTF-8: {error}") from None
     elif str(source) in bundled_recipes():
         resource = resources.files("lpcam").joinpath("recipes", f"{source}.yaml")
         text, base = resource.read_text(encoding="utf-8"), Path()
@@ -286,7 +290,7 @@ def _replace(values: dict[str, Any], key: str, text: str) -> None:
             raise RecipeError(f"--{key}: {part!r} is a value, not a section")
         place = inner
     last = parts[-1]
-    is_path = key in ("data.root", "run.folder") or (
+    is_path = (key in ("data.root", "run.folder") and value is not None) or (
         key == "classifier.weights" and text.endswith(".safetensors") and ":" not in text
     )
     place[last] = str(Path(text).expanduser().absolute()) if is_path else value

@@ -12,7 +12,7 @@ from lpcam.data.items import Dataset
 from lpcam.errors import DataError
 from lpcam.presets import preset_names
 from lpcam.progress import progress
-from lpcam.recipe import load_recipe
+from lpcam.recipe import parse_recipe
 from lpcam.storage import write_bytes
 
 FEW_IMAGES = 20
@@ -56,7 +56,7 @@ run:
 
 
 def write_recipe(
-    folder: Path, backbone: str, weights: str, preset: str = "small"
+    folder: Path, backbone: str, weights: str, preset: str = "frozen"
 ) -> tuple[Path, str]:
     """Check every image of a folder and write ``recipe.yaml`` into it.
 
@@ -82,7 +82,7 @@ def write_recipe(
     name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in folder.resolve().name)
     text = TEMPLATE.format(
         path=path,
-        name=_flow(name.lstrip(" .-") or "run"),
+        name=_flow(name.lstrip(" .-")[:100] or "run"),
         classes=_flow(list(dataset.classes.names)),
         backbone=_flow(backbone),
         stride=16 if _has_output_stride(backbone) else "null",
@@ -90,8 +90,8 @@ def write_recipe(
         preset=preset,
         presets=", ".join(preset_names("lpcam")),
     )
+    parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
-    load_recipe(path)
     return path, _summary(dataset)
 
 
@@ -104,8 +104,8 @@ def _flow(value: object) -> str:
 
 def _has_output_stride(backbone: str) -> bool:
     """Families of timm whose constructors take output_stride."""
-    families = ("resnet", "resnext", "mobilenet", "efficientnet", "regnet", "convnext", "densenet")
-    return any(family in backbone for family in families)
+    families = ("resnet", "resnext", "mobilenetv1", "mobilenetv2", "efficientnet", "regnet")
+    return any(family in backbone for family in (*families, "convnext"))
 
 
 def _summary(dataset: Dataset) -> str:

@@ -238,6 +238,8 @@ def _walk(folder: Path, ignored: Iterable[str] = ()) -> list[tuple[str, Path]]:
     found = []
     for place, folders, files in os.walk(folder):
         kept = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        # what a run wrote below the images is not the user's
+        kept = [name for name in kept if not _is_run(Path(place, name))]
         folders[:] = [n for n in kept if Path(place) != folder or n not in ignored]
         for name in files:
             if not name.startswith("."):
@@ -247,6 +249,10 @@ def _walk(folder: Path, ignored: Iterable[str] = ()) -> list[tuple[str, Path]]:
                 text = text.encode("utf-8", "backslashreplace").decode()
                 found.append((unicodedata.normalize("NFC", text), path))
     return sorted(found)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / ".lock").is_file() and (folder / "index.json").is_file()
 
 
 def _find_images(folder: Path) -> tuple[dict[str, Path], dict[str, Skip]]:

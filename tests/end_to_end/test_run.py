@@ -1,0 +1,903 @@
+"""Whole runs on a tiny folder: resumable, content-addressed, and right by an independent count."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import COLOURS, digests, draw_folder, draw_image, recipe_values, times
+
+from lpcam import pipeline, train
+from lpcam.classifier import Classifier
+from lpcam.errors import ArtefactError, DataError, LpcamError, PrototypeError, RecipeError
+from lpcam.ledger import locked
+from lpcam.pipeline import RunResult, run
+from lpcam.recipe import parse_recipe
+from lpcam.storage import read_maps
+from lpcam.version import versions
+
+Values = dict[str, Any]
+STAGES = ("classifier", "cam", "prototypes", "lpcam", "lpcam_f", "seeds", "evaluation")
+METHODS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam"}
+COMMAND = "lpcam run tiny.yaml"
+
+
+def with_change(values: Values, path: str, value: Any) -> Values:
+    changed = place = copy.deepcopy(values)
+    *sections, last = path.split(".")
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[last] = value
+    return changed
+
+
+def go(values: Values, **options: Any) -> RunResult:
+    return run(parse_recipe(values, where="tiny.yaml"), **{"command": COMMAND, **options})
+
+
+def metrics(values: Values) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(values["run"]["folder"], "metrics.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path) -> Values:
+    """Values of a finished run, which no test may change."""
+    values = recipe_values(pictures, tmp_path_factory.mktemp("base") / "run", weights)
+    go(values)
+    return values
+
+
+@pytest.fixture
+def values(base: Values, tmp_path: Path) -> Values:
+    """The finished run, copied."""
+    shutil.copytree(base["run"]["folder"], tmp_path / "run")
+    return with_change(base, "run.folder", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def own(values: Values, tmp_path: Path) -> Values:
+    """The finished run and its data, both copied."""
+    shutil.copytree(values["data"]["root"], tmp_path / "boxes")
+    return with_change(values, "data.root", str(tmp_path / "boxes"))
+
+
+def must_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that loads, builds or decodes anything from here on fails."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError(f"work was done: {arguments}, {options}")
+
+    monkeypatch.setattr("lpcam.classifier.Classifier.load", fail)
+    monkeypatch.setattr("lpcam.classifier.build", fail)
+    monkeypatch.setattr("lpcam.data.check.read_image", fail)
+    monkeypatch.setattr("lpcam.data.check.digest_file", fail)
+
+
+# -- What a run leaves --------------------------------------------------------------------------
+
+
+def test_files_of_a_run(base: Values) -> None:
+    folder = Path(base["run"]["folder"])
+    found = set(digests(folder))
+    ids = [f"i{number:02d}" for number in range(12)]
+    expected = {f"{stage}/stage.json" for stage in STAGES}
+    expected |= {f"{stage}/{i}.npz" for stage in METHODS.values() for i in ids}
+    expected |= {f"seeds/{i}.png" for i in ids}
+    expected |= {
+        "classifier/classifier.safetensors",
+        "classifier/pooled-0000000.safetensors",
+        "prototypes/prototypes.safetensors",
+        "index.json",
+        "metrics.json",
+        "recipe.yaml",
+        "sheet.png",
+    }
+    assert found == expected
+    assert json.loads((folder / "seconds.json").read_text()).keys() == set(pipeline.STAGES)
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert parse_recipe(resolved, where="r") == parse_recipe(base, where="tiny.yaml")
+
+
+def test_rows_have_every_field(base: Values) -> None:
+    found = metrics(base)
+    assert set(found) == {"rows", "skipped", "prototype_events", "classifier_history"}
+    assert found["skipped"] == []
+    kinds = [(row["method"], row["threshold_source"]) for row in found["rows"]]
+    assert kinds == [(m, s) for m in METHODS for s in ("ground truth", "fixed")]
+    for row in found["rows"]:
+        assert row["stage"] == "seed"
+        assert row["dataset"] == "boxes"
+        assert row["split"] == "all"
+        assert row["images"] == 12
+        for name in ("miou", "fp", "fn", "precision", "recall"):
+            assert 0 <= row[name] <= 1
+        assert set(row["per_class"]) == {"background", "blue", "green", "red"}
+        assert set(row["per_class"]["red"]) == {"iou", "fp", "fn", "precision", "recall"}
+        if row["threshold_source"] == "fixed":
+            assert row["threshold"] == 0.3
+        protocol = row["protocol"]
+        assert protocol["command"] == COMMAND
+        assert protocol["threshold"] == row["threshold"]
+        assert ("sweep" in protocol["threshold_source"]) == (row["threshold_source"] != "fixed")
+        expected = {
+            "dataset": "boxes",
+            "split": "all",
+            "labels": "labels.csv",
+            "classes": ["blue", "green", "red"],
+            "prototypes_list": "all",
+            "preset": "voc12.official",
+            "changed_from_preset": {
+                "clusters": 3,
+                "scales": [1.0, 0.5],
+                "max_features": 60,
+                "mu_f": 0.5,
+                "context_lower": 0.0,
+            },
+            "scales": [1.0, 0.5],
+            "flip": True,
+            "crf": False,
+            "seed": 0,
+            "versions": versions(),
+        }
+        assert expected.items() <= protocol.items()
+        assert protocol["classifier"]["backbone"] == "test_resnet"
+        assert protocol["classifier"]["trained_by"] == "probe"
+        loaded = Classifier.load(Path(base["run"]["folder"], "classifier/classifier.safetensors"))
+        assert protocol["classifier"]["fingerprint"] == loaded.fingerprint()
+    assert found["classifier_history"][0]["validation_map"] is not None
+
+
+def counted(values: Values, method: str, threshold: float, ids: dict[str, int]) -> np.ndarray:
+    """Confusion matrix by looping over images and pixels' classes, from the stored maps."""
+    folder, root = Path(values["run"]["folder"]), Path(values["data"]["root"])
+    labels = list(ids.values())
+    matrix = np.zeros((len(labels) + 1, len(labels) + 1), np.int64)
+    for path in sorted((folder / METHODS[method]).glob("*.npz")):
+        maps = read_maps(path)
+        truth = np.array(Image.open(root / "masks" / f"{path.stem}.png"))
+        # the background plane stands in front, so it wins where values are equal
+        planes = np.concatenate([np.full((1, *truth.shape), threshold), maps.high_res])
+        guess = np.array([0, *(maps.keys + 1)])[planes.argmax(0)]
+        for row, value in enumerate([0, *labels]):
+            for column in range(len(labels) + 1):
+                matrix[row, column] += ((truth == value) & (guess == column)).sum()
+    return matrix
+
+
+def check_rows(values: Values, ids: dict[str, int]) -> None:
+    """Every figure of metrics.json against quotients written out here."""
+    for row in metrics(values)["rows"]:
+        matrix = counted(values, row["method"], row["threshold"], ids)
+        truth, guess, both = matrix.sum(1), matrix.sum(0), np.diag(matrix)
+        union = truth + guess - both
+        assert row["miou"] == pytest.approx(np.mean(both / union))
+        assert row["fp"] == pytest.approx(np.mean(((guess - both) / union)[1:]))
+        assert row["fn"] == pytest.approx(np.mean(((truth - both) / union)[1:]))
+        precision = both / np.maximum(guess, 1)
+        assert row["precision"] == pytest.approx(np.mean(precision[1:]))
+        assert row["recall"] == pytest.approx(np.mean((both / truth)[1:]))
+        assert row["precision_with_background"] == pytest.approx(np.mean(precision))
+        assert row["recall_with_background"] == pytest.approx(np.mean(both / truth))
+        for number, name in enumerate(["background", *ids]):
+            assert row["per_class"][name]["iou"] == pytest.approx(both[number] / union[number])
+        if row["threshold_source"] == "ground truth":
+            for other in (0.0, row["threshold"] - 0.07, row["threshold"] + 0.04, 0.99):
+                if 0 <= other <= 0.99:
+                    rival = counted(values, row["method"], round(other, 2), ids)
+                    top = np.diag(rival) / (rival.sum(0) + rival.sum(1) - np.diag(rival))
+                    assert np.mean(top) <= row["miou"] + 1e-9
+
+
+def test_figures_are_those_of_an_independent_count(base: Values) -> None:
+    check_rows(base, {name: number for number, name in enumerate(COLOURS, start=1)})
+    recalls = {row["method"]: row["recall"] for row in metrics(base)["rows"]}
+    assert min(recalls.values()) > 0.5  # the maps do find the boxes
+
+
+def test_each_method_has_its_fixed_threshold(values: Values) -> None:
+    values = with_change(values, "lpcam.cam_threshold", 0.4)
+    values = with_change(values, "seeds.threshold", 0.2)  # for the method of the seeds, LPCAM
+    rows = [row for row in go(values).rows if row["threshold_source"] == "fixed"]
+    assert {row["method"]: row["threshold"] for row in rows} == {
+        "CAM": 0.4,
+        "LPCAM-F": 0.3,
+        "LPCAM": 0.2,
+    }
+    check_rows(values, {name: number for number, name in enumerate(COLOURS, start=1)})
+
+
+def test_a_subset_of_the_classes_ignores_the_masks_of_others(
+    pictures: Path, weights: Path, tmp_path: Path
+) -> None:
+    values = with_change(
+        recipe_values(pictures, tmp_path / "run", weights), "data.classes", ["red", "blue"]
+    )
+    result = go(values)
+    assert result.rows[0]["protocol"]["classes"] == ["red", "blue"]
+    check_rows(values, {"red": 3, "blue": 1})
+    seed = np.array(Image.open(tmp_path / "run" / "seeds" / "i00.png"))
+    assert set(np.unique(seed)) <= {0, 1}  # i00 shows blue (1) and green, which is left out
+    with Image.open(tmp_path / "run" / "seeds" / "i02.png") as red:
+        assert set(np.unique(np.array(red))) == {0, 3}
+
+
+def test_seeds_are_palette_pngs_of_the_map_at_the_threshold(base: Values) -> None:
+    folder = Path(base["run"]["folder"])
+    for path in sorted((folder / "seeds").glob("*.png")):
+        with Image.open(path) as picture:
+            assert picture.mode == "P"
+            palette = picture.getpalette()
+            assert palette is not None
+            assert palette[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+            seed = np.array(picture)
+        maps = read_maps(folder / "lpcam" / f"{path.stem}.npz")
+        expected = np.zeros_like(seed)
+        if len(maps.keys):
+            best = maps.high_res.argmax(0)
+            expected = np.where(maps.high_res.max(0) > 0.3, maps.keys[best] + 1, 0)
+        assert np.array_equal(seed, expected), path
+
+
+def test_an_image_without_labels_has_no_map_and_an_empty_seed(base: Values) -> None:
+    folder = Path(base["run"]["folder"])
+    with Image.open(Path(base["data"]["root"], "images", "i03.png")) as image:
+        width, height = image.size
+    for name in METHODS.values():
+        maps = read_maps(folder / name / "i03.npz")
+        assert maps.keys.shape == (0,)
+        assert maps.high_res.shape == (0, height, width)
+        assert maps.cam.shape == (0, -(-height // 4), -(-width // 4))
+    with Image.open(folder / "seeds" / "i03.png") as seed:
+        assert seed.size == (width, height)
+        assert not np.array(seed).any()
+
+
+def test_ignored_pixels_lie_between_the_thresholds(values: Values) -> None:
+    values = with_change(values, "seeds", {"threshold": 0.6, "ignore_threshold": 0.2})
+    go(values, until="seeds")
+    folder = Path(values["run"]["folder"])
+    maps = read_maps(folder / "lpcam" / "i01.npz").high_res[0]
+    seed = np.array(Image.open(folder / "seeds" / "i01.png"))
+    assert np.array_equal(seed, np.where(maps > 0.6, 2, np.where(maps > 0.2, 255, 0)))
+    assert 255 in seed
+
+
+# -- What is done again, and what is not --------------------------------------------------------
+
+
+def test_an_unchanged_run_does_nothing(base: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = times(Path(base["run"]["folder"]))
+    rows = metrics(base)["rows"]
+    must_not_load(monkeypatch)
+    result = go(base, command="asked for in other words")
+    assert times(Path(base["run"]["folder"])) == before
+    assert result.rows == rows
+
+
+EVERYTHING = set(STAGES)
+AFTER_CLASSIFIER = EVERYTHING - {"classifier"}
+AFTER_PROTOTYPES = AFTER_CLASSIFIER - {"cam"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "remade"),
+    [
+        ("seeds.threshold", 0.5, {"seeds", "evaluation"}),
+        ("lpcam.threshold", 0.5, {"seeds", "evaluation"}),
+        ("seeds.method", "CAM", {"seeds", "evaluation"}),
+        ("lpcam.cam_threshold", 0.5, {"evaluation"}),
+        ("lpcam.tau", 0.3, AFTER_PROTOTYPES),
+        ("lpcam.mu_b", 0.6, AFTER_PROTOTYPES),
+        ("lpcam.max_features", 50, AFTER_PROTOTYPES),
+        ("lpcam.flip", False, AFTER_CLASSIFIER),
+        ("lpcam.cam_epsilon", 0.1, AFTER_CLASSIFIER),
+        ("maps.dtype", "float16", AFTER_CLASSIFIER),
+        ("lpcam.split_maps", "single_scale", AFTER_PROTOTYPES),
+        ("classifier.probe.weight_decay", 1e-4, EVERYTHING),
+        ("run.seed", 1, EVERYTHING),
+        ("sheet.images", 1, {"evaluation"}),
+        ("data.name", "crates", {"evaluation"}),
+        ("run.threads", 2, set()),
+        ("run.feature_memory", 0.0, set()),
+    ],
+)
+def test_a_change_remakes_what_depends_on_it(
+    values: Values, path: str, value: Any, remade: set[str]
+) -> None:
+    folder = Path(values["run"]["folder"])
+    before, old = times(folder), digests(folder)
+    go(with_change(values, path, value))
+    after = times(folder)
+    changed = {name.split("/")[0] for name in after if "/" in name and after[name] != before[name]}
+    assert changed == remade
+    assert before.keys() == after.keys()
+    if remade:
+        assert after["metrics.json"] != before["metrics.json"]
+    if "lpcam" in remade:  # and the results do differ
+        assert digests(folder)["lpcam/i00.npz"] != old["lpcam/i00.npz"]
+
+
+@pytest.mark.parametrize(("path", "value"), [("lpcam.tau", 0.3), ("maps.dtype", "float16")])
+def test_a_changed_run_equals_a_fresh_one(
+    values: Values, tmp_path: Path, path: str, value: Any
+) -> None:
+    changed = with_change(values, path, value)
+    go(changed)
+    fresh = with_change(changed, "run.folder", str(tmp_path / "fresh"))
+    go(fresh)
+    found, expected = digests(tmp_path / "run"), digests(tmp_path / "fresh")
+    assert found.pop("recipe.yaml") != expected.pop("recipe.yaml")  # it names the folder
+    assert found == expected
+
+
+def test_going_back_to_the_old_settings(values: Values, base: Values) -> None:
+    go(with_change(values, "seeds.threshold", 0.5))
+    go(values)
+    found, expected = (digests(Path(v["run"]["folder"])) for v in (values, base))
+    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_a_touched_image_is_the_same_image(own: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, root = Path(own["run"]["folder"]), Path(own["data"]["root"])
+    before = times(folder)
+    for path in (root / "images" / "i01.png", root / "masks" / "i02.png", root / "labels.csv"):
+        os.utime(path)
+    monkeypatch.setattr("lpcam.classifier.Classifier.load", None)
+    monkeypatch.setattr("lpcam.classifier.build", None)
+    go(own)
+    after = times(folder)
+    assert {name for name in after if after[name] != before[name]} == {"index.json", "recipe.yaml"}
+
+
+def test_an_image_with_other_contents_remakes_the_run(own: Values, tmp_path: Path) -> None:
+    root = Path(own["data"]["root"])
+    path = root / "images" / "i01.png"
+    height, width = np.array(Image.open(path)).shape[:2]
+    image, _ = draw_image(["green"], (height, width), np.random.default_rng(9))
+    Image.fromarray(image).save(path)
+    go(own)
+    fresh = with_change(own, "run.folder", str(tmp_path / "fresh"))
+    go(fresh)
+    found, expected = digests(tmp_path / "run"), digests(tmp_path / "fresh")
+    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_a_mask_with_other_contents_remakes_the_evaluation_alone(own: Values) -> None:
+    folder, root = Path(own["run"]["folder"]), Path(own["data"]["root"])
+    before, rows = times(folder), metrics(own)["rows"]
+    mask = np.array(Image.open(root / "masks" / "i01.png"))
+    mask[:20] = 255
+    Image.fromarray(mask).save(root / "masks" / "i01.png")
+    go(own)
+    after = times(folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed - {"recipe.yaml", "seconds.json"} == {
+        "index.json",
+        "evaluation/stage.json",
+        "metrics.json",
+        "sheet.png",
+    }
+    assert metrics(own)["rows"] != rows
+    check_rows(own, {name: number for number, name in enumerate(COLOURS, start=1)})
+
+
+def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> None:
+    folder = Path(values["run"]["folder"])
+    before, old = times(folder), digests(folder)
+    for name in ("lpcam/i04.npz", "seeds/i05.png", "metrics.json"):
+        (folder / name).unlink()
+    go(values)
+    after = times(folder)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed - {"seconds.json", "recipe.yaml"} == {
+        *("lpcam/i04.npz", "lpcam_f/i04.npz"),  # one pass over the features makes both
+        *("seeds/i05.png", "metrics.json", "sheet.png"),
+        *(f"{stage}/stage.json" for stage in ("lpcam", "lpcam_f", "seeds", "evaluation")),
+    }
+    assert digests(folder) | {"recipe.yaml": ""} == old | {"recipe.yaml": ""}
+
+
+# -- Seeds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [None, 0.0])
+def test_a_seed_gives_the_same_bytes(base: Values, tmp_path: Path, memory: float | None) -> None:
+    """In another folder, after other random numbers, with or without kept features."""
+    torch.rand(3)
+    again = with_change(base, "run.folder", str(tmp_path / "again"))
+    go(with_change(again, "run.feature_memory", memory))
+    found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
+    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_another_seed_gives_other_prototypes(values: Values, base: Values) -> None:
+    go(with_change(values, "run.seed", 1), until="prototypes")
+    name = "prototypes/prototypes.safetensors"
+    found, expected = (digests(Path(v["run"]["folder"]))[name] for v in (values, base))
+    assert found != expected
+
+
+# -- Stops --------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Stops the process, as far as a test can, at every ``every``-th file that is written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int, *, after: bool) -> None:
+        self.count = 0
+        replace = os.replace
+
+        def stopping(source: Any, target: Any) -> None:
+            self.count += 1
+            stop = self.count % every == 0
+            if stop and not after:
+                raise KeyboardInterrupt
+            replace(source, target)
+            if stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", stopping)
+
+
+@pytest.mark.parametrize(
+    ("method", "every", "after"),
+    [("probe", 7, True), ("probe", 11, False), ("probe", 3, True), ("finetune", 5, True)],
+)
+def test_a_run_that_is_stopped_again_and_again(
+    base: Values,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    every: int,
+    *,
+    after: bool,
+) -> None:
+    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = with_change(values, "classifier.method", method)
+    values = with_change(
+        values,
+        "classifier.finetune",
+        {"epochs": 2, "batch_size": 4, "long_side": [60, 64], "crop": 64, "learning_rate": 0.05},
+    )
+    go(values)
+    expected = digests(tmp_path / "run")
+    assert len(expected) > 40
+    shutil.rmtree(tmp_path / "run")
+    stops = 0
+    with monkeypatch.context() as patch:
+        Stop(patch, every, after=after)
+        for _ in range(100):
+            try:
+                go(values)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops >= len(expected) // (2 * every)
+    assert digests(tmp_path / "run") == expected
+
+
+def test_a_run_that_is_killed(base: Values, tmp_path: Path) -> None:
+    """SIGKILL, as of a machine that goes down, when a certain file is there."""
+    folder, kept = tmp_path / "run", "lpcam/i06.npz"
+    values = with_change(base, "run.folder", str(folder))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    source = str(Path(__file__).parents[2] / "src")
+    # each written file takes a little longer, so that the kill meets a run at work
+    slow = (
+        "import os, sys, time\n"
+        "replace = os.replace\n"
+        "os.replace = lambda a, b: (time.sleep(0.02), replace(a, b))\n"
+        "from lpcam.cli import main\n"
+        f"main(['run', {str(recipe)!r}])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow],
+        env={**os.environ, "PYTHONPATH": source},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / kept).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (folder / kept).exists()
+    assert not (folder / "metrics.json").exists()
+    go(values)
+    expected = digests(Path(base["run"]["folder"]))
+    assert digests(folder) | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(
+    base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    written = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ArtefactError, match=r"cannot write .*: No space left.*; free some"):
+            go(values)
+    go(values)
+    expected = digests(Path(base["run"]["folder"]))
+    assert digests(tmp_path / "run") | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(values: Values) -> None:
+    with locked(Path(values["run"]["folder"])), pytest.raises(ArtefactError, match="another run"):
+        go(values)
+
+
+def test_stages_one_by_one(base: Values, tmp_path: Path) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    folders = {
+        "classify": {"classifier"},
+        "cam": {"classifier", "cam"},
+        "prototypes": {"classifier", "cam", "prototypes"},
+        "lpcam": {"classifier", "cam", "prototypes", "lpcam", "lpcam_f"},
+        "seeds": set(STAGES) - {"evaluation"},
+        "evaluate": set(STAGES),
+    }
+    for stage, expected in folders.items():
+        result = go(values, until=stage)
+        assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == expected
+        assert bool(result.rows) == (stage == "evaluate")
+    found, wanted = digests(tmp_path / "run"), digests(Path(base["run"]["folder"]))
+    assert found | {"recipe.yaml": ""} == wanted | {"recipe.yaml": ""}
+
+
+# -- Lists, methods, kinds of data --------------------------------------------------------------
+
+
+def test_each_stage_works_on_its_own_list(base: Values, tmp_path: Path, weights: Path) -> None:
+    root = draw_folder(tmp_path / "boxes")
+    (root / "lists").mkdir()
+    lists = {
+        "train": [0, 1, 2, 3, 4, 5, 6, 7],
+        "cluster": [4, 5, 6, 8],
+        "map": [8, 9, 10],
+        "score": [9, 10],
+        "check": [11],
+    }
+    for name, numbers in lists.items():
+        text = "".join(f"i{number:02d}\n" for number in numbers)
+        (root / "lists" / f"{name}.txt").write_text(text)
+    values = recipe_values(root, tmp_path / "run", weights)
+    values["data"]["lists"] = {
+        "classify": "train",
+        "prototypes": "cluster",
+        "maps": "map",
+        "evaluate": "score",
+        "validate": "check",
+    }
+    result = go(values)
+    assert [row["images"] for row in result.rows] == [2] * 6
+    assert result.rows[0]["split"] == "score"
+    names = {stage: {p.stem for p in (tmp_path / "run" / stage).glob("i*")} for stage in STAGES}
+    assert names["lpcam"] == names["lpcam_f"] == names["seeds"] == {"i08", "i09", "i10"}
+    assert names["cam"] == {"i04", "i05", "i06", "i08", "i09", "i10"}  # the split needs its CAM
+    values["data"]["lists"]["evaluate"] = "train"
+    with pytest.raises(DataError, match=r"8 images of the list to evaluate \('train'\) are not in"):
+        go(values)
+    values["data"]["lists"]["evaluate"] = "trian"
+    with pytest.raises(DataError, match=r"unknown list 'trian'; this data set has all, check, clu"):
+        go(values)
+
+
+def test_a_folder_without_masks_gives_seeds_and_no_rows(weights: Path, tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "boxes", masks=False)
+    values = recipe_values(root, tmp_path / "run", weights)
+    result = go(values)
+    assert result.rows == []
+    assert metrics(values)["rows"] == []
+    assert len(list((tmp_path / "run" / "seeds").glob("*.png"))) == 12
+    with Image.open(tmp_path / "run" / "sheet.png") as picture:
+        assert picture.width == 4 * 208 + 8  # no column of truth
+
+
+def test_finetuning_is_in_the_protocol(base: Values, tmp_path: Path) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = with_change(values, "classifier.method", "finetune")
+    values = with_change(
+        values,
+        "classifier.finetune",
+        {"epochs": 2, "batch_size": 4, "long_side": [60, 64], "crop": 64, "freeze": ["conv1"]},
+    )
+    go(values)
+    found = metrics(values)
+    assert [record["epoch"] for record in found["classifier_history"]] == [1, 2]
+    classifier = found["rows"][0]["protocol"]["classifier"]
+    assert classifier["trained_by"] == "finetune"
+    assert classifier["settings"]["freeze"] == ["conv1"]
+    assert classifier["settings"]["momentum"] == 0.9
+
+
+def test_parts_are_scored_and_their_names_count(weights: Path, tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "boxes")
+    shutil.copytree(root / "masks", root / "parts")
+    for path in (root / "parts").iterdir():
+        parts = (np.array(Image.open(path)) > 0).astype(np.uint8)
+        parts[: len(parts) // 2] *= 2
+        Image.fromarray(parts).save(path)
+    (root / "parts.json").write_text('{"low": 1, "high": 2}')
+    values = recipe_values(root, tmp_path / "run", weights)
+    for row in go(values).rows:
+        covered, total = dict.fromkeys((1, 2), 0), dict.fromkeys((1, 2), 0)
+        for path in (root / "masks").iterdir():
+            truth = np.array(Image.open(path))
+            parts = np.array(Image.open(root / "parts" / path.name))
+            maps = read_maps(tmp_path / "run" / METHODS[row["method"]] / f"{path.stem}.npz")
+            planes = np.concatenate([np.full((1, *truth.shape), row["threshold"]), maps.high_res])
+            guess = np.array([0, *(maps.keys + 1)])[planes.argmax(0)]
+            for part in (1, 2):
+                here = (parts == part) & (truth > 0)
+                covered[part] += int((here & (guess == truth)).sum())
+                total[part] += int(here.sum())
+        expected = {n: covered[p] / total[p] for n, p in (("low", 1), ("high", 2))}
+        assert row["part_coverage"] == pytest.approx(expected)
+    (root / "parts.json").write_text('{"feet": 1, "high": 2}')
+    assert set(go(values).rows[0]["part_coverage"]) == {"feet", "high"}
+
+
+def test_a_class_with_one_image_is_never_held_out(weights: Path, tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "boxes", count=20)
+    rows = list(csv.reader((root / "labels.csv").open()))
+    labels = {name: text.replace("red", "") for name, text in rows[1:]}
+    labels = {name: ";".join(n for n in text.split(";") if n) for name, text in labels.items()}
+    held = pipeline.np.random.default_rng([0, pipeline.HELD_OUT]).permutation(20)[:2].tolist()
+    labels[f"i{held[0]:02d}.png"] = "red"
+    text = "".join(f"{name},{value}\n" for name, value in labels.items())
+    (root / "labels.csv").write_text(f"image,labels\n{text}")
+    values = recipe_values(root, tmp_path / "run", weights)
+    go(values, until="classify")
+    assert (tmp_path / "run" / "classifier" / "classifier.safetensors").exists()
+
+
+# -- Bad input ----------------------------------------------------------------------------------
+
+
+def odd_images(root: Path) -> dict[str, tuple[int, int]]:
+    """Every odd kind of image that can be read, with its upright size (height, width)."""
+    rng = np.random.default_rng(1)
+    image, _ = draw_image(["red"], (60, 72), rng)
+    picture = Image.fromarray(image)
+    folder = root / "images"
+    picture.convert("L").save(folder / "grey.png")
+    Image.fromarray(np.array(picture.convert("L")).astype(np.uint16) * 257).save(
+        folder / "sixteen.png"
+    )
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    alpha = picture.convert("RGBA")
+    alpha.putalpha(128)
+    alpha.save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
+    Image.new("RGB", (8000, 24), "red").save(folder / "wide.png")
+    (folder / "barn").mkdir()
+    picture.save(folder / "barn" / "rote Kühe 牛.png")
+    return {
+        **dict.fromkeys(("grey", "sixteen", "cmyk", "alpha", "barn/rote Kühe 牛"), (60, 72)),
+        "turned": (72, 60),
+        "dot": (1, 1),
+        "wide": (24, 8000),
+    }
+
+
+def label(root: Path, *lines: str) -> None:
+    with (root / "labels.csv").open("a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def test_images_of_every_kind(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = draw_folder(tmp_path / "boxes")
+    sizes = odd_images(root)
+    label(root, *(f"{name},red" for name in sizes))
+    seen: list[int] = []
+    features = Classifier.features
+
+    def watched(self: Classifier, images: torch.Tensor) -> torch.Tensor:
+        seen.append(max(images.shape[-2:]))
+        return features(self, images)
+
+    monkeypatch.setattr(Classifier, "features", watched)
+    result = go(recipe_values(root, tmp_path / "run", weights))
+    assert result.skipped == []
+    assert result.rows[0]["images"] == 12  # those with masks
+    for name, size in sizes.items():
+        maps = read_maps(tmp_path / "run" / "lpcam" / f"{name}.npz")
+        assert maps.high_res.shape == (1, *size)
+        assert np.isfinite(maps.high_res).all()
+        with Image.open(tmp_path / "run" / "seeds" / f"{name}.png") as seed:
+            assert seed.size == (size[1], size[0])
+            assert set(np.unique(np.array(seed))) <= {0, 3}
+    # the 8,000-pixel image went through the backbone at maps.maximum_side
+    assert max(seen) == 128
+
+
+def test_files_that_cannot_be_used_are_skipped_and_listed(own: Values) -> None:
+    root, folder = Path(own["data"]["root"]), Path(own["run"]["folder"])
+    picture = Image.fromarray(draw_image(["red"], (60, 72), np.random.default_rng(1))[0])
+    picture.save(root / "images" / "short.jpg")
+    data = (root / "images" / "short.jpg").read_bytes()
+    (root / "images" / "short.jpg").write_bytes(data[: len(data) // 2])
+    (root / "images" / "empty.png").touch()
+    (root / "images" / "text.png").write_text("not a picture")
+    picture.save(root / "images" / "unlabelled.png")
+    label(root, "short.jpg,red", "empty.png,red", "text.png,red", "gone.png,red", "i01.png,green")
+    before = times(folder)
+    result = go(own)
+    reasons = {skip["id"]: skip["reason"] for skip in result.skipped}
+    assert set(reasons) == {"short", "empty", "text", "gone.png", "unlabelled"}
+    assert "cannot read image" in reasons["short"]
+    assert "the file is empty; replace the file or leave it out" in reasons["empty"]
+    assert "damaged or not an image" in reasons["text"]
+    assert reasons["gone.png"].startswith("labels.csv line 17 has no image below")
+    assert reasons["unlabelled"] == "it has no line in labels.csv; add one"
+    # the list is in the results, though nothing else had to be made again
+    assert metrics(own)["skipped"] == result.skipped
+    after = times(folder)
+    assert after["lpcam/i00.npz"] == before["lpcam/i00.npz"]
+    notices = json.loads((folder / "index.json").read_text())["notices"]
+    assert any("i01 (lines 3, 18) stand in more than one line" in notice for notice in notices)
+
+
+def test_a_damaged_image_of_the_list_leaves_the_others(own: Values) -> None:
+    root, folder = Path(own["data"]["root"]), Path(own["run"]["folder"])
+    whole = (root / "images" / "i05.png").read_bytes()
+    (root / "images" / "i05.png").write_bytes(whole[:200])
+    result = go(own)
+    assert [skip["id"] for skip in result.skipped] == ["i05"]
+    assert metrics(own)["skipped"] == result.skipped
+    assert {p.stem for p in (folder / "seeds").glob("*.png")} == {
+        f"i{number:02d}" for number in range(12) if number != 5
+    }
+    assert [row["images"] for row in result.rows] == [11] * 6
+    (root / "images" / "i05.png").write_bytes(whole)
+    assert go(own).skipped == []
+    assert (folder / "seeds" / "i05.png").exists()
+
+
+Spoil = Callable[[Path], None]
+
+
+def classes_of_two(root: Path) -> None:
+    (root / "classes.txt").write_text("blue\nred\n")
+
+
+def wrong_mask(root: Path) -> None:
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "masks" / "i02.png")
+
+
+def empty_masks(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) * 0).save(path)
+
+
+def only_blue(root: Path) -> None:
+    lines = (root / "labels.csv").read_text().splitlines()
+    names = [line.split(",")[0] for line in lines[1:]]
+    (root / "labels.csv").write_text("\n".join(["image,labels", *(f"{n},blue" for n in names)]))
+    (root / "classes.txt").write_text("blue\ngreen\nred\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: label(root, "../i01.png,red"), r"line 14: image name '\.\./i01\.png' is ref"),
+        (lambda root: label(root, "/etc/i01.png,red"), r"line 14: .* it is an absolute path"),
+        (classes_of_two, r"unknown class 'green'; .*blue, red"),
+        (wrong_mask, r"mask of 'i02', .*, is 5 x 5 \(height x width\) but the upright image is"),
+        (empty_masks, r"the truth has no pixel of any class; check that the masks hold"),
+        (only_blue, r"no training image is labelled green, red; label some, or leave them out"),
+        (lambda root: (root / "labels.csv").unlink(), r"there is no .*labels\.csv; labels\.csv mu"),
+    ],
+    ids=["dots", "slash", "class", "mask size", "masks empty", "no image of a class", "no labels"],
+)
+def test_data_that_stop_a_run(weights: Path, tmp_path: Path, spoil: Spoil, message: str) -> None:
+    root = draw_folder(tmp_path / "boxes")
+    spoil(root)
+    with pytest.raises(LpcamError, match=message):
+        go(recipe_values(root, tmp_path / "run", weights))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("run.device", "cuda:7", r"run\.device 'cuda:7' cannot be used here .*use 'auto' or 'cpu'"),
+        ("run.device", "gpu", r"run\.device 'gpu' cannot be used here"),
+        ("classifier.backbone", "resnet5O", r"timm has no model 'resnet5O'; near it .*resnet50"),
+        ("classifier.weights", "none.safetensors", r"no weights file 'none\.safetensors'"),
+        ("classifier.backbone", "test_convnext", r"do not fit 'test_convnext'.* missing \(first:"),
+        ("data.classes", ["red", "bleu"], r"unknown class 'bleu'; did you mean 'blue'"),
+        ("data.root", "nowhere", "there is no folder nowhere; give the folder that holds labels"),
+        ("classifier.std", [0.0, 0.0, 0.0], r"image 'i\d\d': the backbone gave NaN or Inf"),
+    ],
+)
+def test_settings_that_stop_a_run(
+    base: Values, tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    with pytest.raises(LpcamError, match=message):
+        go(with_change(values, path, value))
+
+
+def test_a_class_with_fewer_features_than_clusters(values: Values) -> None:
+    values = with_change(values, "lpcam.clusters", 61)  # one more than the reservoir holds
+    go(values)
+    events = metrics(values)["prototype_events"]
+    assert any(
+        event.endswith("only 60 foreground features, fewer than K=61; 60 clusters were made")
+        for event in events
+    )
+    assert len(list(Path(values["run"]["folder"], "lpcam").glob("*.npz"))) == 12
+
+
+def test_flat_maps_everywhere(values: Values) -> None:
+    """A head so small that no CAM passes tau: said in words, with what to look at."""
+    values = with_change(values, "lpcam.tau", 1.0)
+    with pytest.raises(PrototypeError, match=r"no class has any foreground feature: .*tau=1; look"):
+        go(values)
+
+
+def test_prototypes_of_another_classifier_are_refused(values: Values, tmp_path: Path) -> None:
+    other = with_change(values, "run.folder", str(tmp_path / "other"))
+    other = with_change(other, "classifier.probe.weight_decay", 1e-4)
+    go(other, until="prototypes")
+    name = "prototypes/prototypes.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "run" / name)
+    (tmp_path / "run" / "lpcam" / "i00.npz").unlink()
+    with pytest.raises(PrototypeError, match=r"were made from the features of classifier \w{32}"):
+        go(values)
+
+
+def test_damaged_artefacts_are_named(values: Values) -> None:
+    folder = Path(values["run"]["folder"])
+    data = (folder / "lpcam" / "i00.npz").read_bytes()
+    (folder / "lpcam" / "i00.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtefactError, match=r"lpcam/i00\.npz is damaged.*delete it and run"):
+        go(with_change(values, "seeds.threshold", 0.5))
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "index.json", "seeds/mine.png"])
+def test_the_users_own_files_are_not_overwritten(base: Values, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("[]")
+    with pytest.raises(ArtefactError, match=r"so (it|they) may be yours; .*--run\.folder"):
+        go(with_change(base, "run.folder", str(tmp_path / "run")))
+    assert path.read_text() == "[]"
+
+
+def test_a_newer_recipe(base: Values) -> None:
+    with pytest.raises(RecipeError, match="has version 2, this lpcam reads up to 1; upgrade lpcam"):
+        go(with_change(base, "version", 2))

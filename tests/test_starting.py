@@ -1,0 +1,156 @@
+"""``lpcam init``: a stranger's folder is looked at, and the recipe written for it works."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tiny import draw_folder
+
+from lpcam.data.folder import read_folder
+from lpcam.errors import DataError
+from lpcam.recipe import load_recipe
+from lpcam.starting import write_recipe
+
+
+def write(folder: Path, **options: str) -> tuple[Path, str]:
+    return write_recipe(folder, options.pop("backbone", "mobilenetv2_100"), "pretrained", **options)
+
+
+def test_the_recipe_loads_and_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = draw_folder(tmp_path / "my boxes")
+    path, summary = write(folder)
+    assert path == folder / "recipe.yaml"
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.name == "my boxes"
+    assert recipe.data.kind == "folder"
+    assert recipe.data.root.resolve() == folder
+    assert recipe.data.classes == ("blue", "green", "red")
+    assert recipe.classifier.backbone == "mobilenetv2_100"
+    assert recipe.classifier.output_stride == 16
+    assert recipe.classifier.weights == "pretrained"
+    assert recipe.seeds.threshold is None
+    assert recipe.folder == Path("runs/my boxes")
+    # the folder is read with the recipe's own classes
+    assert len(read_folder(recipe.data.root, classes=recipe.data.classes).items) == 12
+    assert summary.splitlines()[0] == "12 images with labels, 12 of them with masks"
+    text = path.read_text("utf-8")
+    assert text.count("#") >= 8  # it is commented
+    assert f"lpcam run {path}" in text
+
+
+def test_the_summary_counts_and_lists_what_is_left_out(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes", masks=False)
+    (folder / "images" / "i05.png").write_bytes(b"\x89PNG broken")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "images" / "more.png")
+    with (folder / "labels.csv").open("a") as file:
+        file.write("gone.png,red\ni00.png,red\n")
+    _, summary = write(folder)
+    lines = summary.splitlines()
+    assert lines[0] == "11 images with labels, 0 of them with masks"
+    assert lines[1] == "images per class:"
+    # i00 blue green (and red by its second line), i04 and i08 have two labels, i05 is damaged
+    labels = [item.labels for item in read_folder(folder).items.values() if item.id != "i05"]
+    for index, name in enumerate(("blue", "green", "red")):
+        count = sum(index in of_image for of_image in labels)
+        assert lines[2 + index] == f"  {name}: {count}   few: expect weak maps"
+    assert "note: labels.csv: i00 (lines 2, 15) stand in more than one line" in summary
+    skipped = summary[summary.index("3 skipped:") :]
+    assert "gone.png: labels.csv line 14 has no image" in skipped
+    assert "more: it has no line in labels.csv; add one" in skipped
+    assert "i05: cannot read image" in skipped
+
+
+def test_an_existing_recipe_is_kept(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes")
+    (folder / "recipe.yaml").write_text("mine")
+    with pytest.raises(DataError, match=r"recipe\.yaml exists already; run it, or delete it"):
+        write(folder)
+    assert (folder / "recipe.yaml").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_used_gets_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder"):
+        write(tmp_path / "none")
+    folder = draw_folder(tmp_path / "boxes")
+    (folder / "labels.csv").unlink()
+    with pytest.raises(DataError, match=r"there is no .*labels\.csv; .*'image,labels'"):
+        write(folder)
+    assert not (folder / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("2024", "2024"),
+        ("Kühe & Pferde", "Kühe - Pferde"),
+        (".hidden", "hidden"),
+        ("牛", "牛"),
+        ("yes", "yes"),
+        ("a: {b} #c", "a- -b- -c"),
+        ("x" * 150, "x" * 100),
+        ("&&&", "run"),
+    ],
+)
+def test_any_folder_name(tmp_path: Path, name: str, expected: str) -> None:
+    folder = draw_folder(tmp_path / name, count=6)
+    path, _ = write(folder)
+    assert load_recipe(path).name == expected
+
+
+def test_any_class_name(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=6)
+    names = ["no", "12", "a, b: [c]", "#hash", "'quoted\"", "牛"]
+    rows = [f'i0{n}.png,"{name.replace(chr(34), chr(34) * 2)}"' for n, name in enumerate(names)]
+    (folder / "labels.csv").write_text("\n".join(["image,labels", *rows]), "utf-8")
+    path, _ = write(folder)
+    assert load_recipe(path).data.classes == tuple(sorted(names))
+
+
+def test_weights_of_a_file_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=6)
+    shutil.copy(weights, tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_recipe(folder, "test_resnet", "w.safetensors")
+    monkeypatch.chdir(folder)
+    recipe = load_recipe(path)
+    assert recipe.classifier.weights == str(tmp_path / "w.safetensors")
+    assert recipe.classifier.output_stride == 16
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "resnext50_32x4d",
+        "mobilenetv1_100",
+        "mobilenetv2_100",
+        "mobilenetv3_small_050",
+        "mobilenetv4_conv_small",
+        "efficientnet_b0",
+        "regnety_002",
+        "convnext_atto",
+        "densenet121",
+        "test_vit",
+    ],
+)
+def test_the_output_stride_suits_the_backbone(tmp_path: Path, backbone: str) -> None:
+    path, _ = write(draw_folder(tmp_path / "boxes", count=6), backbone=backbone)
+    stride = load_recipe(path).classifier.output_stride
+    with torch.device("meta"):  # builds and forgets the weights
+        try:
+            timm.create_model(backbone, output_stride=16)
+            expected = 16
+        except TypeError:
+            expected = None
+    assert stride == expected
