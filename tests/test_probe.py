@@ -39,7 +39,7 @@ def data(images: int = 20, views: int = 2, channels: int = 6) -> tuple[Tensor, T
 
 
 def gradient(weight: Tensor, pooled: Tensor, labels: Tensor, weight_decay: float) -> Tensor:
-    """Of each class's mean binary cross-entropy and the penalty, written out: X'(sigmoid(XW') - Y)."""
+    """Of each class's mean cross-entropy and the penalty, written out: X'(sigmoid(XW') - Y)."""
     total = torch.zeros_like(weight, dtype=torch.float64)
     samples = pooled.shape[0] * pooled.shape[1]
     for image in range(pooled.shape[0]):

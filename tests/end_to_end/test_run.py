@@ -173,7 +173,9 @@ def counted(values: Values, method: str, threshold: float, ids: dict[str, int]) 
         maps = read_maps(path)
         truth = np.array(Image.open(root / "masks" / f"{path.stem}.png"))
         # the background plane stands in front, so it wins where values are equal
-        planes = np.concatenate([np.full((1, *truth.shape), threshold), maps.high_res])
+        # in the maps' own type: 0.2 is a value that uint8 maps have
+        ground = np.full((1, *truth.shape), threshold, np.float32)
+        planes = np.concatenate([ground, maps.high_res])
         guess = np.array([0, *(maps.keys + 1)])[planes.argmax(0)]
         for row, value in enumerate([0, *labels]):
             for column in range(len(labels) + 1):
@@ -653,7 +655,8 @@ def test_parts_are_scored_and_their_names_count(weights: Path, tmp_path: Path) -
             truth = np.array(Image.open(path))
             parts = np.array(Image.open(root / "parts" / path.name))
             maps = read_maps(tmp_path / "run" / METHODS[row["method"]] / f"{path.stem}.npz")
-            planes = np.concatenate([np.full((1, *truth.shape), row["threshold"]), maps.high_res])
+            ground = np.full((1, *truth.shape), row["threshold"], np.float32)
+            planes = np.concatenate([ground, maps.high_res])
             guess = np.array([0, *(maps.keys + 1)])[planes.argmax(0)]
             for part in (1, 2):
                 here = (parts == part) & (truth > 0)
