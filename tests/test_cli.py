@@ -124,6 +124,7 @@ def test_the_run_gets_recipe_stage_and_command(
         (["run", "RECIPE", "--lpcam.tau"], "--lpcam.tau has no value; write --lpcam.tau VALUE"),
         (["run", "RECIPE", "more"], "unexpected argument 'more'; replace a recipe's value with"),
         (["run", "RECIPE", "--data.root", "none"], "there is no folder "),
+        (["run", "--run.seed", "3", "RECIPE"], "the recipe comes first: lpcam run RECIPE --sec"),
         (["cam", "RECIPE", "--classifier.backbone", "x9"], "timm has no model 'x9'"),
         (["init", "none"], "there is no folder none; give the folder that holds labels.csv"),
         (["recipe", "none"], "no bundled recipe 'none'; there are "),

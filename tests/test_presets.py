@@ -38,7 +38,7 @@ OFFICIAL = {
 PAPER = {
     "tau_inclusive": True,
     "split_maps": "single_scale",
-    "context_lower": 0.0,
+    "context_lower": None,
     "images_with_replacement": False,
     "cam_epsilon": 0.0,
     "max_features": None,

@@ -63,6 +63,12 @@ def test_selection_bounds_are_strict() -> None:
     assert select_context(scores, 0.9, 0.05).tolist() == [False, False, False, True]
 
 
+def test_the_paper_has_no_lower_bound() -> None:
+    scores = torch.tensor([0.0, 0.5, 0.9, float("nan")])  # 0: the softmax has underflowed
+    assert select_context(scores, 0.9, None).tolist() == [True, True, False, False]
+    assert select_context(scores, 0.9, 0.0).tolist() == [False, True, False, False]
+
+
 def test_best_foreground_is_kept_when_none_passes() -> None:
     scores = torch.tensor([0.2, 0.5, float("nan"), 0.5 - 5e-7])
     assert select_foreground(scores, 0.9).tolist() == [False, True, False, True]

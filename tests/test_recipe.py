@@ -240,3 +240,11 @@ def test_bundled_recipes_load(name: str, tmp_path: Path) -> None:
 
 def test_there_are_bundled_recipes() -> None:
     assert "voc_animals" in bundled_recipes()
+
+
+def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"voc_animals$"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("version: 1\n")
+    with pytest.raises(RecipeError, match=r"; did you mean '.*recipe\.yaml'\?$"):
+        load_recipe(tmp_path)

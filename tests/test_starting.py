@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import draw_folder
 
 from lpcam.data.folder import read_folder
-from lpcam.errors import DataError
+from lpcam.errors import ClassifierError, DataError
 from lpcam.recipe import load_recipe
 from lpcam.starting import write_recipe
 
@@ -154,3 +154,31 @@ def test_the_output_stride_suits_the_backbone(tmp_path: Path, backbone: str) -> 
         except TypeError:
             expected = None
     assert stride == expected
+
+
+def test_a_backbone_or_weights_that_are_not_there(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=6)
+    with pytest.raises(ClassifierError, match=r"timm has no model 'resnet5O'; near it .*resnet50"):
+        write(folder, backbone="resnet5O")
+    with pytest.raises(ClassifierError, match=r"no weights file '/.*gone\.safetensors'; give the"):
+        write_recipe(folder, "test_resnet", "gone.safetensors")
+    assert not (folder / "recipe.yaml").exists()
+
+
+def test_a_class_without_an_image_is_left_out(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=6)
+    (folder / "classes.txt").write_text("blue\ngreen\nred\nyellow\n")
+    path, summary = write(folder)
+    assert load_recipe(path).data.classes == ("blue", "green", "red")
+    assert "  yellow: 0   none: left out of the recipe" in summary.splitlines()
+    # mask ids stay those of classes.txt
+    table = read_folder(folder, classes=("red", "blue")).classes
+    assert table.mask_ids == (3, 1)
+
+
+def test_without_any_label_there_is_nothing_to_learn(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=6)
+    (folder / "classes.txt").write_text("blue\n")
+    (folder / "labels.csv").write_text("image,labels\ni00.png,\n")
+    with pytest.raises(DataError, match=r"no readable image of .* has a label; label some"):
+        write(folder)

@@ -25,6 +25,8 @@ from lpcam.storage import digest_json, read_tensors, write_tensors
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
+PROBE_SIZE = (97, 131)
+"""On which a backbone is tried; a multiple of nothing, as the sides of photographs are."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Classifier(nn.Module):
         self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.spec = spec
+        self._tokens = False
         channels = self._probe_channels()
         self.head = nn.Linear(channels, len(self.classes), bias=False)
         self.eval()
@@ -96,7 +99,9 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
-        return _spatial(self.backbone, images)
+        if self._tokens:
+            return _token_map(self.backbone, images)
+        return _as_map(self.backbone, _forward(self.backbone, images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N)."""
@@ -117,7 +122,9 @@ class Classifier(nn.Module):
         digest.update(digest_json(self._description()).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            # as bytes: NumPy has no bfloat16
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
@@ -157,7 +164,9 @@ class Classifier(nn.Module):
         preprocessing = Preprocessing(
             tuple(metadata["preprocessing"]["mean"]), tuple(metadata["preprocessing"]["std"])
         )
-        classifier = cls(_create(spec, pretrained=False), metadata["classes"], preprocessing, spec)
+        with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
+            backbone = _create(spec, pretrained=False)
+            classifier = cls(backbone, metadata["classes"], preprocessing, spec)
         try:
             classifier.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -179,13 +188,21 @@ class Classifier(nn.Module):
         self.backbone.eval()
         try:
             parameter = next(self.backbone.parameters(), torch.zeros(()))
+            image = parameter.new_zeros(1, 3, *PROBE_SIZE)
             with torch.no_grad():
-                features = _spatial(self.backbone, parameter.new_zeros(1, 3, 96, 128))
+                features = _forward(self.backbone, image)
+                self._tokens = _gives_tokens(self.backbone, features)
+                features = (
+                    _token_map(self.backbone, image)
+                    if self._tokens
+                    else _as_map(self.backbone, features)
+                )
         except (AssertionError, RuntimeError) as error:
             raise ClassifierError(
-                f"the backbone {type(self.backbone).__name__} cannot take an image of 96 x 128 "
+                f"the backbone {type(self.backbone).__name__} cannot take an image of "
+                f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} "
                 f"pixels: {error}. LPCAM maps images of any size; some transformers do so with the "
-                "argument dynamic_img_size: true"
+                "arguments dynamic_img_size: true and dynamic_img_pad: true"
             ) from error
         finally:
             self.backbone.train(was_training)
@@ -239,14 +256,23 @@ def build(
         return Classifier(backbone, classes, preprocessing, spec)
 
 
+def check_backbone(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ClassifierError: with the nearest names that it knows.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() lists all"
+        raise ClassifierError(f"timm has no model {name!r}; {hint}")
+
+
 def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
     arguments = dict(spec.arguments)
     if spec.output_stride is not None:
         arguments["output_stride"] = spec.output_stride
-    if not timm.is_model(spec.name):
-        near = difflib.get_close_matches(spec.name, timm.list_models(), n=5)
-        hint = f"; near it are {', '.join(near)}" if near else ""
-        raise ClassifierError(f"timm has no model {spec.name!r}{hint}")
+    check_backbone(spec.name)
     try:
         # Only the part before pooling is used; num_classes=0 leaves the old head out.
         model: nn.Module = timm.create_model(
@@ -314,23 +340,33 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
     backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
 
 
-def _spatial(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The backbone's last feature map as (B, C, h, w)."""
-    forward = getattr(backbone, "forward_features", backbone)
-    features = forward(images)
-    tokens_axes, map_axes = 3, 4
-    if isinstance(features, Tensor) and features.ndim == map_axes:
-        if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
-            return features.permute(0, 3, 1, 2)
-        return features
-    if isinstance(features, Tensor) and features.ndim == tokens_axes:
-        intermediates = getattr(backbone, "forward_intermediates", None)
-        if intermediates is not None:
-            last = intermediates(images, indices=1, norm=True, intermediates_only=True)[-1]
-            if isinstance(last, Tensor) and last.ndim == map_axes:
-                return last
-    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    raise ClassifierError(
-        f"the backbone {type(backbone).__name__} gives {shape}, not a feature map (B, C, h, w); "
-        "LPCAM needs the spatial map before pooling: choose a backbone that has one"
-    )
+def _forward(backbone: nn.Module, images: Tensor) -> Any:
+    return getattr(backbone, "forward_features", backbone)(images)
+
+
+def _gives_tokens(backbone: nn.Module, features: Any) -> bool:
+    tokens_axes = 3
+    is_tokens = isinstance(features, Tensor) and features.ndim == tokens_axes
+    return is_tokens and hasattr(backbone, "forward_intermediates")
+
+
+def _as_map(backbone: nn.Module, features: Any) -> Tensor:
+    """What a convolutional backbone gave, as (B, C, h, w)."""
+    map_axes = 4
+    if not isinstance(features, Tensor) or features.ndim != map_axes:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ClassifierError(
+            f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "
+            "(B, C, h, w); LPCAM needs the spatial map before pooling: choose a backbone that has "
+            "one"
+        )
+    if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
+        return features.permute(0, 3, 1, 2)
+    return features
+
+
+def _token_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """The last tokens of a transformer on their grid (B, C, h, w), without prefix tokens."""
+    intermediates: Any = backbone.forward_intermediates
+    maps = intermediates(images, indices=1, norm=True, intermediates_only=True)
+    return _as_map(backbone, maps[-1])

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("output", type=Path, help="safetensors file to write")
     pretrain.add_argument("--seed", type=int, default=0)
     pretrain.add_argument("--steps", type=int, default=None)
-    pretrain.add_argument("--threads", type=int, default=2)
+    pretrain.add_argument("--threads", type=int, default=1)
     return parser
 
 
@@ -113,6 +113,11 @@ def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _run(source: str, rest: Sequence[str], until: Any, given: Sequence[str]) -> int:
+    if given[1] != source:  # of a value before the recipe argparse thinks it is the recipe
+        raise RecipeError(
+            f"the recipe comes first: lpcam {given[0]} RECIPE --section.key value; got "
+            f"{given[1]!r} in its place"
+        )
     from lpcam.recipe import load_recipe  # noqa: PLC0415 - after the arguments are known good
 
     recipe = load_recipe(source, parse_overrides(rest))
@@ -146,6 +151,7 @@ def _pretrain(options: argparse.Namespace) -> int:
         seed=options.seed,
         steps=options.steps or STEPS,
         threads=options.threads,
+        report=print,
     )
     return 0
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+from lpcam.errors import DataError
+from lpcam.ledger import locked
 from lpcam.pipeline import RunResult, run
 from lpcam.recipe import load_recipe
 from lpcam.storage import read_json, write_json
 
 IMAGES = 400
-SIZE = 160
+SIZE = 128
 SEED = 0
 
 
@@ -19,16 +22,35 @@ def demo(
     """Draw ``images`` creatures of ``size`` pixels into ``folder/data`` and run the demo recipe.
 
     A second call with the same numbers draws nothing and runs what is not up to date.
+
+    Raises:
+        DataError: if ``folder/data`` holds files that were not drawn here.
+        LpcamError: as :func:`lpcam.pipeline.run`.
     """
     data = folder / "data"
-    drawing = {"images": images, "size": size, "seed": SEED, "revision": 1}
-    marker = data / "drawing.json"
-    if not marker.is_file() or read_json(marker) != drawing:
-        from lpcam.data.creatures import write  # noqa: PLC0415
-
-        write(data, images=images, size=size, seed=SEED)
-        write_json(marker, drawing)
+    with locked(folder):
+        _draw(data, {"images": images, "size": size, "seed": SEED, "revision": 1})
     overrides = [("data.root", str(data)), ("run.folder", str(folder))]
     if threads is not None:
         overrides.append(("run.threads", str(threads)))
     return run(load_recipe("demo", overrides), command=command)
+
+
+def _draw(data: Path, drawing: dict[str, int]) -> None:
+    marker = data / "drawing.json"
+    if marker.is_file():
+        if read_json(marker) == drawing:
+            return
+        for path in data.iterdir():  # of other numbers, or stopped half-way
+            if path != marker:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif data.exists() and any(data.iterdir()):
+        raise DataError(
+            f"{data} holds files that the demo did not draw, so they may be yours; choose another "
+            "folder with --folder"
+        )
+    from lpcam.data.creatures import write  # noqa: PLC0415
+
+    write_json(marker, {"unfinished": drawing})
+    write(data, images=drawing["images"], size=drawing["size"], seed=drawing["seed"])
+    write_json(marker, drawing)

@@ -7,8 +7,10 @@ whether it is kept or not, so that the budget changes the time of a run and neve
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -99,5 +101,43 @@ class FeatureStore:
 
 
 def default_budget() -> int:
-    """A quarter of the machine's memory, in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    """A quarter of the memory that this process may use, in bytes.
+
+    That is the machine's, or less where a container or a batch system has set a limit.
+    """
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *container_limits()]) // 4
+
+
+def container_limits(
+    membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
+) -> list[int]:
+    """Memory limits, in bytes, of the Linux control groups that this process is in; may be empty.
+
+    Args:
+        membership: names the groups, a line ``number:controllers:path`` each.
+        root: of the groups' files: ``memory.max`` (version 2), or
+            ``memory/.../memory.limit_in_bytes`` (version 1).
+    """
+    try:
+        lines = membership.read_text("utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A limit of any group above holds too. Inside a container the path may be that of the
+        # host, which is not there, and the container's own group is the root.
+        inner = top / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(int((folder / name).read_text("utf-8")))
+            if folder == top:
+                break
+    return limits

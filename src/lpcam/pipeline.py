@@ -63,7 +63,9 @@ METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 HELD_OUT = 10
 """Every how many-th image is held out for the validation mAP where no list is named."""
 CHECKPOINT_SECONDS = 60.0
-"""Between checkpoints of the reservoir of local features."""
+"""Between checkpoints of the reservoir of local features, at least."""
+CHECKPOINT_SHARE = 10
+"""And at least so many times what the last one took: it may hold all features of a list."""
 
 
 @dataclass(frozen=True)
@@ -499,7 +501,9 @@ class _Run:
             },
         )
         path = self._prototypes_path
+        checkpoint = self.stage_prototypes.folder / "reservoir.safetensors"
         if self.stage_prototypes.done([path]):
+            checkpoint.unlink(missing_ok=True)  # of a run that was stopped at its very end
             return False
         from lpcam.prototypes import Reservoir, draw_images, make_prototypes  # noqa: PLC0415
 
@@ -511,17 +515,18 @@ class _Run:
             seed=self.recipe.run.seed,
         )
         reservoir = Reservoir(settings.max_features, self.recipe.run.seed)
-        checkpoint = self.stage_prototypes.folder / "reservoir.safetensors"
         first = reservoir.restore(checkpoint) if checkpoint.is_file() else 0
-        last_saved = time.monotonic()
+        next_save = time.monotonic() + CHECKPOINT_SECONDS
         used = [item for item in items if item.id in drawn]
         with progress("local features", len(used), done=first) as advance:
             for number, item in enumerate(used[first:], start=first + 1):
                 self._collect(reservoir, item, drawn[item.id])
                 advance(1, "")
-                if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                if (started := time.monotonic()) > next_save:
                     reservoir.checkpoint(checkpoint, number)
-                    last_saved = time.monotonic()
+                    took = time.monotonic() - started
+                    pause = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * took)
+                    next_save = time.monotonic() + pause
         prototypes = make_prototypes(
             reservoir,
             self.classifier.weight.cpu(),
@@ -532,10 +537,10 @@ class _Run:
             made_by={"stage": self.stage_prototypes.key, "versions": versions()},
         )
         prototypes.save(path)
-        checkpoint.unlink(missing_ok=True)
         self.stage_prototypes.finish(
             digest=digest_file(path), events=list(prototypes.events), images=len(used)
         )
+        checkpoint.unlink(missing_ok=True)  # last: a stop before the end goes on from it
         return True
 
     @torch.inference_mode()
@@ -650,11 +655,8 @@ class _Run:
         fixed = {method: self.recipe.fixed_threshold(method) for method in METHODS}
         grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
         sweeps = {method: ThresholdSweep(len(names), grid) for method in METHODS}
-        truths = {}
         for item in track(items, "scoring", len(items)):
-            assert item.mask is not None
-            truth = truth_labels(read_index_mask(item.mask), self.dataset.classes)
-            truths[item.id] = truth
+            truth = self._truth(item)
             for method, stage in self._stages_of_methods.items():
                 maps = read_maps(_map_path(stage.folder, item))
                 sweeps[method].update(
@@ -669,9 +671,13 @@ class _Run:
             ):
                 row = self._row(method, items, threshold, source, found)
                 if self.dataset.part_names:
-                    row["part_coverage"] = self._coverage(method, items, truths, threshold)
+                    row["part_coverage"] = self._coverage(method, items, threshold)
                 rows.append(row)
         return rows
+
+    def _truth(self, item: Item) -> Tensor:
+        assert item.mask is not None
+        return truth_labels(read_index_mask(item.mask), self.dataset.classes)
 
     def _row(
         self, method: Method, items: Sequence[Item], threshold: float, source: str, found: Scores
@@ -706,7 +712,7 @@ class _Run:
         }
 
     def _coverage(
-        self, method: Method, items: Sequence[Item], truths: dict[str, Tensor], threshold: float
+        self, method: Method, items: Sequence[Item], threshold: float
     ) -> dict[str, float]:
         names = self.dataset.part_names
         counts = torch.zeros(len(names), 2, dtype=torch.int64)
@@ -717,7 +723,7 @@ class _Run:
             seed = seeds(torch.from_numpy(maps.high_res), threshold)
             labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
             parts = torch.from_numpy(read_index_mask(item.parts))
-            counts += part_counts(truths[item.id], labels, parts, names)
+            counts += part_counts(self._truth(item), labels, parts, names)
         return part_coverage(counts, names)
 
     @property

@@ -99,8 +99,8 @@ class LpcamSettings(PresetModel):
     """Class prototypes are the foreground centres whose score is above it."""
     mu_b: Fraction
     """Context prototypes are the context centres whose score is below it ..."""
-    context_lower: Fraction
-    """... and above this one."""
+    context_lower: Fraction | None
+    """... and above this one; null has no lower bound."""
     images_per_class: Annotated[int, Field(ge=1)] | None
     """Images drawn for each class to be clustered; null takes all of the list."""
     images_with_replacement: bool
@@ -130,7 +130,7 @@ class LpcamSettings(PresetModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.context_lower >= self.mu_b:
+        if self.context_lower is not None and self.context_lower >= self.mu_b:
             raise ValueError(
                 f"context_lower {self.context_lower} must be below mu_b {self.mu_b}, "
                 "or no context prototype could ever be kept"

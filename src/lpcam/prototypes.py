@@ -90,12 +90,14 @@ def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
     return (scores - best).abs() < BEST_MARGIN
 
 
-def select_context(scores: Tensor, mu_b: float, lower: float) -> Tensor:
-    """B' = {B_i : lower < z_i < mu_b}; possibly none.
+def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
+    """B' = {B_i : lower < z_i < mu_b}; possibly none. NaN is never selected.
 
-    The paper has no lower bound; the released program uses 0.05 on VOC and 0 on COCO.
+    The paper has no lower bound (None); the released program uses 0.05 on VOC and 0 on COCO, where
+    it drops a score that has underflowed to 0.
     """
-    return (scores > lower) & (scores < mu_b)
+    below = scores < mu_b
+    return below if lower is None else below & (scores > lower)
 
 
 # -- Collecting local features -----------------------------------------------------------------
@@ -148,7 +150,9 @@ class Reservoir:
 
     def _prune(self, place: tuple[int, SideName]) -> None:
         keys = torch.cat(self._keys[place])
-        rows = torch.cat(self._rows[place])
+        # Rows of a checkpoint are in the machine's memory, those added since on the device.
+        device = self._rows[place][-1].device
+        rows = torch.cat([part.to(device) for part in self._rows[place]])
         order = torch.argsort(keys)[: self.max_features]
         self._keys[place] = [keys[order]]
         self._rows[place] = [rows[order.to(rows.device)]]
@@ -158,7 +162,7 @@ class Reservoir:
         tensors = {}
         for (index, side), rows in self._rows.items():
             if rows:
-                tensors[f"{index}.{side}.rows"] = torch.cat(rows).cpu()
+                tensors[f"{index}.{side}.rows"] = torch.cat([part.cpu() for part in rows])
                 tensors[f"{index}.{side}.keys"] = torch.cat(self._keys[index, side])
         seen = [[index, side, count] for (index, side), count in self.seen.items()]
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
@@ -415,8 +419,8 @@ def make_prototypes(
                 keep[index] = select_context(scores[index], settings.mu_b, settings.context_lower)
                 if not bool(keep[index].any()):
                     events.append(
-                        f"{name}: no context centre scores between {settings.context_lower:g} and "
-                        f"mu_b={settings.mu_b:g}; its map is the foreground term alone"
+                        f"{name}: no context centre scores between {settings.context_lower or 0:g} "
+                        f"and mu_b={settings.mu_b:g}; its map is the foreground term alone"
                     )
         sides[side] = Centers(centers, scores, sizes, keep)
     if not bool(sides["foreground"].keep.any()):

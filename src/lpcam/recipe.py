@@ -244,9 +244,11 @@ def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -
         resource = resources.files("lpcam").joinpath("recipes", f"{source}.yaml")
         text, base = resource.read_text(encoding="utf-8"), Path()
     else:
+        inner = path / "recipe.yaml"
+        hint = f"; did you mean {str(inner)!r}?" if inner.is_file() else ""
         raise RecipeError(
             f"no recipe {str(source)!r}: it is neither a file nor one of the bundled recipes "
-            f"{', '.join(bundled_recipes())}"
+            f"{', '.join(bundled_recipes())}{hint}"
         )
     try:
         values = yaml.safe_load(text)

@@ -9,7 +9,7 @@ import yaml
 from lpcam.data.check import check_images
 from lpcam.data.folder import read_folder
 from lpcam.data.items import Dataset
-from lpcam.errors import DataError
+from lpcam.errors import ClassifierError, DataError
 from lpcam.presets import preset_names
 from lpcam.progress import progress
 from lpcam.recipe import parse_recipe
@@ -70,20 +70,33 @@ def write_recipe(
 
     Raises:
         DataError: if the folder cannot be used, or has a recipe already.
+        ClassifierError: if timm does not know the backbone, or the weights file is missing.
     """
+    from lpcam.classifier import check_backbone  # noqa: PLC0415 - timm is slow to import
+
     path = folder / "recipe.yaml"
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
     dataset = read_folder(folder)
-    with progress("looking at the images", len(dataset.items)) as advance:
-        dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    check_backbone(backbone)
     if weights.endswith(".safetensors"):
         weights = str(Path(weights).expanduser().absolute())
+        if not Path(weights).is_file():
+            raise ClassifierError(
+                f"no weights file {weights!r}; give the path of a safetensors file of {backbone}, "
+                "or 'pretrained'"
+            )
+    with progress("looking at the images", len(dataset.items)) as advance:
+        dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    shown = {index for item in dataset.items.values() for index in item.labels}
+    if not shown:
+        raise DataError(f"no readable image of {folder} has a label; label some in labels.csv")
     name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in folder.resolve().name)
     text = TEMPLATE.format(
         path=path,
         name=_flow(name.lstrip(" .-")[:100] or "run"),
-        classes=_flow(list(dataset.classes.names)),
+        # a class that no image shows cannot be learnt
+        classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
         backbone=_flow(backbone),
         stride=16 if _has_output_stride(backbone) else "null",
         weights=_flow(weights),
@@ -115,6 +128,7 @@ def _summary(dataset: Dataset) -> str:
     for index, name in enumerate(dataset.classes.names):
         count = sum(index in item.labels for item in items)
         note = "   few: expect weak maps" if count < FEW_IMAGES else ""
+        note = note if count else "   none: left out of the recipe"
         lines.append(f"  {name}: {count}{note}")
     lines += [f"note: {notice}" for notice in dataset.notices]
     if dataset.skipped:

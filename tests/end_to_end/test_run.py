@@ -472,7 +472,8 @@ def test_a_run_that_is_stopped_again_and_again(
     after: bool,
 ) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SHARE", 0)
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     values = with_change(values, "classifier.method", method)
     values = with_change(
