@@ -703,7 +703,7 @@ class _Run:
                 **self._protocol(),
                 "threshold": threshold,
                 "threshold_source": (
-                    "sweep 0.00 to 0.99 in steps of 0.01 for the best mIoU on this split's truth"
+                    "best mIoU on this split's truth, of 0.00, 0.01, ... 0.99 and the fixed one"
                     if source == "ground truth"
                     else "fixed by the preset or the recipe"
                 ),
@@ -746,6 +746,8 @@ class _Run:
                 "trained_by": self.method,
                 "settings": settings.model_dump(mode="json"),
                 "list": lists.list_of("classify"),
+                "validation_list": lists.lists.validate_ or "a seeded tenth of the list",
+                "weights": Path(section.weights).name,
                 "fingerprint": self.stage_classify.output["fingerprint"],
             },
             "prototypes_list": lists.list_of("prototypes"),
@@ -756,6 +758,8 @@ class _Run:
             "scales": list(self.recipe.lpcam.scales),
             "flip": self.recipe.lpcam.flip,
             "maximum_side": self.recipe.maps.maximum_side,
+            "features": self.recipe.maps.features,
+            "maps": self.recipe.maps.dtype,
             "crf": False,
             "void": "255 and mask ids outside the classes are not counted",
             "seed": self.recipe.run.seed,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from lpcam.data.images import scaled_size
 from lpcam.data.items import Item
 from lpcam.masks import overlay, overlay_mask
 
@@ -60,9 +61,8 @@ def sheet(rows: Sequence[SheetRow]) -> bytes:
     titles = ["image", "CAM", "LPCAM", "seed"]
     if any(row.truth is not None for row in rows):
         titles.append("truth")
-    width = len(titles) * (CELL + GAP) + GAP
-    height = TITLE + len(rows) * (CELL + GAP) + GAP
-    canvas = Image.new("RGB", (width, height), "white")
+    sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)
+    canvas = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(16)
     for column, title in enumerate(titles):
@@ -79,8 +79,9 @@ def sheet(rows: Sequence[SheetRow]) -> bytes:
         if row.truth is not None:
             pictures.append(overlay_mask(row.image, row.truth))
         for column, picture in enumerate(pictures):
-            thumbnail = Image.fromarray(picture)
-            thumbnail.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+            height, width = picture.shape[:2]
+            height, width = scaled_size(height, width, CELL / max(height, width))
+            thumbnail = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
             left = GAP + column * (CELL + GAP) + (CELL - thumbnail.width) // 2
             canvas.paste(thumbnail, (left, top + (CELL - thumbnail.height) // 2))
         box = draw.textbbox((GAP + 5, top + 4), row.name, font=font)

@@ -35,8 +35,8 @@ classifier:
   backbone: {backbone}  # any timm model with a spatial feature map
   output_stride: {stride}  # 16 gives maps twice as fine as the usual 32; not every model has it
   weights: {weights}    # "pretrained" (fetched once), or the path of a safetensors file
-  # auto: fine-tune where there is a GPU, else fit a linear probe on the frozen backbone (minutes)
-  method: auto
+  # probe: a linear probe on the frozen backbone, in minutes; finetune wants a GPU
+  method: probe
 
 lpcam:
   # A set of values for prototypes and maps: {presets}.
