@@ -234,6 +234,26 @@ def test_unit_centres_are_scored_by_the_plain_means_of_their_members() -> None:
     assert found.foreground.scores[0, 0] == pytest.approx(1 / (1 + math.exp(-45)), abs=1e-6)
 
 
+def test_restarts_take_the_prototypes_of_all_clusterings() -> None:
+    places = {(0, "foreground"): rows(40), (0, "context"): rows(40, seed=1)}
+    settings = SETTINGS.model_copy(update={"clusters": 4, "mu_f": 0.0, "init": "random"})
+    once, thrice = (
+        make_prototypes(
+            reservoir_of(places),
+            torch.eye(2, 4),
+            ("a", "b"),
+            settings.model_copy(update={"restarts": restarts}),
+            seed=0,
+        )
+        for restarts in (1, 3)
+    )
+    assert thrice.foreground.centers.shape == (2, 12, 4)
+    assert torch.equal(thrice.foreground.centers[0, :4], once.foreground.centers[0])
+    assert not torch.equal(thrice.foreground.centers[0, 4:8], thrice.foreground.centers[0, 8:])
+    assert thrice.foreground.prototypes(0).shape == (12, 4)
+    assert thrice.foreground.sizes[0].sum() == 3 * 40
+
+
 def test_fewer_features_than_clusters() -> None:
     found = make_prototypes(
         reservoir_of({(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}),

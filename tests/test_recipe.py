@@ -53,7 +53,7 @@ def refusal(whole: Any) -> str:
         ("data.roots", "kind, root, name, classes, lists"),
         ("data.lists.valid", "classify, validate, prototypes, maps, evaluate"),
         ("classifier.probe.epochs", "preset, long_side, mirror"),
-        ("lpcam.taus", "preset, clusters, tau,"),
+        ("lpcam.taus", "preset, clusters, restarts, tau,"),
         ("seeds.level", "method, threshold, ignore_threshold"),
     ],
 )

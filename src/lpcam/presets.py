@@ -87,6 +87,9 @@ class LpcamSettings(PresetModel):
 
     clusters: Annotated[int, Field(ge=1)]
     """K, the number of clusters of each class and side."""
+    restarts: Annotated[int, Field(ge=1)]
+    """Clusterings from different first centres; the prototypes of all of them are taken together,
+    so that the maps hang less on the luck of one."""
     tau: Fraction
     """Threshold on the CAM that splits foreground from context (eq. 2)."""
     tau_inclusive: bool

@@ -225,9 +225,9 @@ def draw_images(
 
 @dataclass(frozen=True)
 class Centers:
-    """All K cluster centres of every class for one side, and which of them are prototypes.
+    """All cluster centres of every class for one side, and which of them are prototypes.
 
-    A class with fewer features than K has fewer centres; the rest of its rows are zero with score
+    K is ``clusters`` times ``restarts`` of the settings: the centres of every clustering. A class with fewer features than K has fewer centres; the rest of its rows are zero with score
     NaN, size 0 and keep False.
     """
 
@@ -369,7 +369,7 @@ def make_prototypes(
     events: list[str] = []
     sides = {}
     for side in SIDES:
-        shape = (len(classes), settings.clusters)
+        shape = (len(classes), settings.clusters * settings.restarts)
         centers = torch.zeros(*shape, weight.shape[1])
         scores = torch.full(shape, float("nan"))
         sizes = torch.zeros(shape, dtype=torch.int64)
@@ -390,24 +390,30 @@ def make_prototypes(
                     f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
                     f"{count} clusters were made"
                 )
-            result = cosine_kmeans(
-                rows.float(),
-                count,
-                init=settings.init,
-                centers=settings.centers,
-                max_iterations=settings.max_iterations,
-                tolerance=settings.tolerance,
-                tolerance_kind=settings.tolerance_kind,
-                generator=torch.Generator().manual_seed(
-                    (seed * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
-                ),
-            )
+            results = [
+                cosine_kmeans(
+                    rows.float(),
+                    count,
+                    init=settings.init,
+                    centers=settings.centers,
+                    max_iterations=settings.max_iterations,
+                    tolerance=settings.tolerance,
+                    tolerance_kind=settings.tolerance_kind,
+                    generator=torch.Generator().manual_seed(
+                        ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003
+                        + index
+                    ),
+                )
+                for restart in range(settings.restarts)
+            ]
             # A unit centre has lost the length that the score relies on; the plain mean of its
             # members has it, and its logit is the mean logit of the members.
-            z = score(result.means, weight.to(result.means), index)
-            centers[index, :count] = result.centers.cpu()
-            scores[index, :count] = z.cpu()
-            sizes[index, :count] = result.sizes.cpu()
+            means = torch.cat([result.means for result in results])
+            z = score(means, weight.to(means), index)
+            made = means.shape[0]
+            centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
+            scores[index, :made] = z.cpu()
+            sizes[index, :made] = torch.cat([result.sizes for result in results]).cpu()
             if side == "foreground":
                 keep[index] = select_foreground(scores[index], settings.mu_f)
                 if not bool((z > settings.mu_f).any()):
