@@ -227,8 +227,9 @@ def draw_images(
 class Centers:
     """All cluster centres of every class for one side, and which of them are prototypes.
 
-    K is ``clusters`` times ``restarts`` of the settings: the centres of every clustering. A class with fewer features than K has fewer centres; the rest of its rows are zero with score
-    NaN, size 0 and keep False.
+    K is ``clusters`` times ``restarts`` of the settings: the centres of every clustering. A class
+    with fewer features than K has fewer centres; the rest of its rows are zero with score NaN, size
+    0 and keep False.
     """
 
     centers: Tensor
