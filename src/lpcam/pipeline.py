@@ -703,7 +703,7 @@ class _Run:
                 **self._protocol(),
                 "threshold": threshold,
                 "threshold_source": (
-                    "best mIoU on this split's truth, of 0.00, 0.01, ... 0.99 and the fixed one"
+                    "sweep of 0.00, 0.01, ... 0.99 and the fixed one: best mIoU on this split's truth"
                     if source == "ground truth"
                     else "fixed by the preset or the recipe"
                 ),
