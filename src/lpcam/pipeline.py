@@ -703,7 +703,7 @@ class _Run:
                 **self._protocol(),
                 "threshold": threshold,
                 "threshold_source": (
-                    "sweep of 0.00, 0.01, ... 0.99 and the fixed one: best mIoU on this split's truth"
+                    "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
                     if source == "ground truth"
                     else "fixed by the preset or the recipe"
                 ),
