@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifier import Classifier
-from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.images import read_image, resize_long_side
 from lpcam.data.items import Item
 from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.extract import image_pyramid
@@ -123,10 +123,7 @@ def _pooled(
     if settings.long_side is None:
         (pair,) = store.pairs(item, (1.0,))
     else:
-        image = read_image(item.image)
-        height, width = image.shape[:2]
-        size = scaled_size(height, width, settings.long_side / max(height, width))
-        resized = resize_image(image, size)
+        resized = resize_long_side(read_image(item.image), settings.long_side)
         try:
             (pair,) = image_pyramid(classifier, resized, (1.0,), flip=settings.mirror)
         except PrototypeError as error:

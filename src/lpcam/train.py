@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpcam.classifier import Classifier, Preprocessing
-from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.images import read_image, resize_long_side
 from lpcam.data.items import Item
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.metrics import mean_average_precision
@@ -58,9 +58,7 @@ def augment(
     """
     low, high = settings.long_side
     long_side = int(generator.integers(low, high + 1))
-    height, width = image.shape[:2]
-    image = resize_image(image, scaled_size(height, width, long_side / max(height, width)))
-    tensor = preprocessing(image)
+    tensor = preprocessing(resize_long_side(image, long_side))
     if generator.random() < 0.5:
         tensor = tensor.flip(-1)
     crop = settings.crop
@@ -248,9 +246,7 @@ def validation_map(
     side = sum(settings.long_side) // 2
     logits = []
     for item in items:
-        image = read_image(item.image)
-        height, width = image.shape[:2]
-        image = resize_image(image, scaled_size(height, width, side / max(height, width)))
+        image = resize_long_side(read_image(item.image), side)
         tensor = classifier.preprocessing(image)
         logits.append(classifier(tensor[None].to(classifier.device))[0].float().cpu())
     if not logits:

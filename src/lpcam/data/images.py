@@ -89,10 +89,13 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 def limit_long_side(image: NDArray[np.uint8], maximum: int) -> NDArray[np.uint8]:
     """Shrink an image (H, W, 3) so that its longer side is ``maximum``; smaller ones stay as is."""
+    return image if max(image.shape[:2]) <= maximum else resize_long_side(image, maximum)
+
+
+def resize_long_side(image: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
+    """Resize an image (H, W, 3) so that its longer side is ``long_side``, up or down."""
     height, width = image.shape[:2]
-    if max(height, width) <= maximum:
-        return image
-    return resize_image(image, scaled_size(height, width, maximum / max(height, width)))
+    return resize_image(image, scaled_size(height, width, long_side / max(height, width)))
 
 
 def _unreadable(path: Path, reason: str) -> ImageError:
