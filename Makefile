@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check bench fault-test clean
 
 help:
 	@echo "make demo   set up, then run LPCAM on the bundled creatures (runs/demo/)"
 	@echo "make test   set up, then lint, check types and run the tests"
 	@echo "make check  lint and types alone"
+	@echo "make bench  set up with the peers, then every benchmark (DATA=VOC folder WEIGHTS=safetensors file)"
+	@echo "make fault-test  kill small runs at random moments, resume, compare the bytes"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,12 +24,23 @@ demo: install
 	$(BIN)/lpcam demo
 
 check: install
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[develop,benchmarks]'
+	touch $@
+
+bench: $(VENV)/peers
+	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(OPTIONS)
+
+fault-test: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fault_test.py $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ from lpcam.classifier import BackboneSpec, Classifier, build
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Equal bytes and no fight over processors."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_again() -> Iterator[None]:
+    """Whatever number a test has set."""
+    yield
     torch.set_num_threads(1)
 
 

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, _SameConvolution, build
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.storage import read_tensors, write_tensors
 
@@ -344,3 +345,175 @@ def test_fingerprint_of_half_precisions() -> None:
     prints = {make().to(dtype).fingerprint() for dtype in (torch.float16, torch.bfloat16)}
     assert len(prints) == 2
     assert make().bfloat16().fingerprint() in prints
+
+
+# -- A copy for inference -----------------------------------------------------------------------
+
+
+def with_statistics(classifier: Classifier) -> Classifier:
+    """With batch norms that do something: no mean is 0, no variance or factor 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator)
+
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.copy_(draw(module.running_mean, -0.3, 0.3))
+                module.running_var.copy_(draw(module.running_var, 0.5, 1.5))
+                module.weight.copy_(draw(module.weight, 0.7, 1.3))
+                module.bias.copy_(draw(module.bias, -0.3, 0.3))
+    return classifier
+
+
+def norms(classifier: Classifier) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
+
+
+def check_folded(classifier: Classifier) -> Classifier:
+    """The copy has the features of the original, which stays as it was.
+
+    Double precision shows that the difference is rounding, which 50 layers of single precision
+    let grow.
+    """
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
+        classifier.to(dtype)
+        before = classifier.fingerprint()
+        twin = classifier.folded()
+        assert not twin.training
+        for size in ((33, 50), (64, 96), (97, 131)):
+            generator = torch.Generator().manual_seed(1)
+            images = torch.randn(2, 3, *size, generator=generator, dtype=dtype)
+            with torch.no_grad():
+                expected, found = classifier.features(images), twin.features(images)
+                assert (found - expected).norm() <= 1e-5 * expected.norm()
+                assert (found - expected).abs().max() <= bound * expected.abs().max()
+                torch.testing.assert_close(twin(images), classifier(images), atol=1e-4, rtol=1e-4)
+        assert classifier.fingerprint() == before
+    return twin
+
+
+RESIDUAL = {"channels": [8, 8, 16, 24], "zero_init_last": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "stride", "left"),
+    [
+        ("resnet18", RESIDUAL, None, 0),
+        ("resnet18", RESIDUAL, 8, 0),
+        # the last convolution of a stem of three is no neighbour of its norm
+        ("test_resnet", {"zero_init_last": False}, 16, 1),
+        ("test_efficientnet", {}, None, 0),
+        ("test_efficientnet", {"pad_type": "same"}, 16, 0),
+        ("test_byobnet", {}, None, 0),
+        ("mobilenetv2_035", {"pad_type": "same"}, None, 0),
+        ("mobilenetv2_035", {"pad_type": "same"}, 16, 0),
+    ],
+)
+def test_folded_batch_norms(
+    name: str, arguments: dict[str, object], stride: int | None, left: int
+) -> None:
+    classifier = with_statistics(
+        build(BackboneSpec(name, arguments, stride), CLASSES, weights="random")
+    )
+    assert norms(classifier) > left
+    twin = check_folded(classifier)
+    assert norms(twin) == left
+    padded = sum(isinstance(m, Conv2dSame) for m in classifier.modules())
+    assert (padded > 0) == (arguments.get("pad_type") == "same")
+    assert sum(isinstance(m, _SameConvolution) for m in twin.modules()) == padded
+
+
+@pytest.mark.parametrize(
+    "name", ["test_convnext", "test_efficientnet_ln", "test_nfnet", "test_mambaout"]
+)
+def test_folded_without_batch_norms(name: str) -> None:
+    check_folded(make(name))
+
+
+def test_folded_token_backbone() -> None:
+    check_folded(build(VIT, CLASSES, weights="random"))
+
+
+def test_folded_module_without_parameters() -> None:
+    check_folded(Classifier(Blocks(), CLASSES, PLAIN))
+
+
+class NormFirst(nn.Module):
+    """Children in another order than forward's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.convolution(self.norm(images))
+        return result
+
+
+class NormOfAnother(NormFirst):
+    """The convolution's output is used without the norm as well."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = self.convolution(images)
+        return torch.cat([inner, self.norm(inner)], dim=1)
+
+
+@pytest.mark.parametrize("backbone", [NormFirst, NormOfAnother])
+def test_folding_that_would_change_the_features_is_left(backbone: type[nn.Module]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = with_statistics(Classifier(backbone(), CLASSES, PLAIN))
+    twin = check_folded(classifier)
+    assert norms(twin) == 1
+    images = torch.rand(1, 3, 20, 30)
+    assert torch.equal(twin.features(images), classifier.features(images))
+
+
+def test_folded_norms_without_affine_weights() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
+    plain[1].running_mean.fill_(0.3)  # type: ignore[operator, union-attr]
+    plain[1].running_var.fill_(2.0)  # type: ignore[operator, union-attr]
+    assert norms(check_folded(Classifier(plain, CLASSES, PLAIN))) == 0
+    current = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    assert norms(check_folded(Classifier(current, CLASSES, PLAIN))) == 1  # has nothing to fold
+
+
+def test_folded_shares_nothing_and_cannot_be_saved(tmp_path: Path) -> None:
+    classifier = with_statistics(make())
+    twin = classifier.folded()
+    pointers = {p.data_ptr() for p in classifier.state_dict().values()}
+    assert not pointers & {p.data_ptr() for p in twin.state_dict().values()}
+    assert torch.equal(twin.weight, classifier.weight)
+    assert twin.classes == classifier.classes
+    assert twin.preprocessing == classifier.preprocessing
+    with pytest.raises(ClassifierError):
+        twin.save(tmp_path / "twin.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    assert classifier.spec is not None
+    classifier.train()
+    classifier.folded()
+    assert classifier.training
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_convolution_is_timms(
+    kernel: int, stride: int | tuple[int, int], dilation: int
+) -> None:
+    """In whole numbers, whose sums have no rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        theirs = Conv2dSame(4, 4, kernel, stride, dilation=dilation, groups=2)
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randint(-5, 6, parameter.shape, generator=generator))
+        ours = _SameConvolution(theirs)
+        for height in range(1, 21):
+            width = 1 + 7 * height % 20
+            images = torch.randint(-5, 6, (1, 4, height, width), generator=generator).float()
+            assert torch.equal(ours(images), theirs(images)), (height, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,54 @@ def test_the_run_gets_recipe_stage_and_command(
     )
     assert second == {"until": "cam", "command": f"lpcam cam {recipe}"}
     assert set(cli.STAGE_HELP) == set(pipeline.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("words", "threads", "memory"),
+    [
+        (["--threads", "3", "--memory", "1.5"], 3, 1.5),
+        (["--memory=0.25", "--run.seed", "4", "--threads=2"], 2, 0.25),
+        (["--run.threads", "2", "--threads", "3"], 3, 4.0),  # the short one is the last word
+        ([], 1, 4.0),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "seeds"])
+def test_threads_and_memory_reach_the_recipe(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    words: list[str],
+    threads: int,
+    memory: float,
+) -> None:
+    calls: list[Any] = []
+
+    def record(given: Any, **options: Any) -> pipeline.RunResult:
+        calls.append((given.run.threads, given.run.memory, options["command"]))
+        return pipeline.RunResult(Path("r"), [], [])
+
+    values = yaml.safe_load(recipe.read_text())
+    values["run"]["memory"] = 4.0
+    recipe.write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(pipeline, "run", record)
+    assert main([command, str(recipe), *words]) == 0
+    assert calls == [(threads, memory, " ".join(["lpcam", command, str(recipe), *words]))]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threads", "0"], "run.threads = 0: .*greater than or equal to 1"),
+        (["--threads", "many"], "run.threads = 'many': "),
+        (["--memory", "0"], "run.memory = 0: .*greater than 0"),
+        (["--memory", "4GB"], "run.memory = '4GB': "),
+    ],
+)
+def test_threads_and_memory_that_cannot_be(
+    recipe: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["run", str(recipe), *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 # -- Errors -------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from lpcam.clustering import cosine_kmeans
+from lpcam.clustering import Group, _alike, _Batch, _Choices, _iterate, cosine_kmeans
+from lpcam.clustering import cosine_kmeans_groups as cosine_groups
 
 
 def blobs(seed: int = 0, each: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +148,129 @@ def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert "stopped at max_iterations=1" in caplog.text
 
 
+# -- many groups ---------------------------------------------------------------------------------
+
+
+def same(first: object, second: object) -> None:
+    for name in ("assignments", "sizes", "iterations", "converged"):
+        a, b = getattr(first, name), getattr(second, name)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+    for name in ("centers", "means"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name))
+    assert first.objective == pytest.approx(second.objective, abs=1e-6)  # type: ignore[attr-defined]
+
+
+def unequal_groups(restarts: int = 2) -> list[Group]:
+    """Groups of many lengths, the least as long as K; one with zero rows."""
+    groups = []
+    for seed, length in enumerate((4, 90, 31, 200, 57)):
+        rows = torch.rand(length, 6, generator=generator(seed)) - 0.2
+        rows[3] = 0.0
+        groups.append(Group(rows, 4, tuple(generator(10 * seed + r) for r in range(restarts))))
+    return groups
+
+
+@pytest.mark.parametrize("centers", ["mean", "unit"])
+def test_groups_are_as_if_each_restart_were_alone(centers: str) -> None:
+    pooled = cosine_groups(unequal_groups(), centers=centers, tolerance=1e-9)
+    for group, found in zip(unequal_groups(), pooled, strict=True):
+        assert len(found) == 2
+        for start, result in zip(group.starts, found, strict=True):
+            alone = cosine_kmeans(group.rows, 4, generator=start, centers=centers, tolerance=1e-9)
+            same(result, alone)
+
+
+@pytest.mark.parametrize("centers", ["mean", "unit"])
+@pytest.mark.parametrize("chunk_bytes", [None, 200])
+def test_padded_rows_never_count(centers: str, chunk_bytes: int | None) -> None:
+    """The batches of a GPU, on the CPU: groups leave as they converge, and padding is no member."""
+    choices = _Choices("random", centers, 100, 1e-9, "relative", None, chunk_bytes)
+    groups = [
+        Group(g.rows, 4, tuple(g.rows[r : r + 4] for r in (0, len(g.rows) - 4)))
+        for g in unequal_groups()
+    ]
+    batched = _iterate(groups, choices, torch.device("cpu"))
+    for group, found in zip(groups, batched, strict=True):
+        for start, result in zip(group.starts, found, strict=True):
+            same(result, cosine_kmeans(group.rows, 4, init=start, centers=centers, tolerance=1e-9))
+            assert len(result.assignments) == len(group.rows)
+
+
+def test_batches_are_alike_and_bounded() -> None:
+    groups = [Group(torch.rand(m, 4), k, ()) for m, k in ((9, 2), (8, 2), (8, 3), (2, 2), (1, 1))]
+    order = [0, 1, 2, 3, 4]
+    assert _alike(groups, order, 10**9) == [[0, 1, 3], [2], [4]]
+    assert _alike(groups, order, 2 * 9 * 16) == [[0, 1], [3], [2], [4]]
+    assert _alike(groups, order, 1) == [[0], [1], [3], [2], [4]]  # a large group goes alone
+
+
+def test_workers_do_not_matter() -> None:
+    one, many = (cosine_groups(unequal_groups(), workers=workers) for workers in (1, 3))
+    for first, second in zip(one, many, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a.centers, b.centers)
+
+
+def test_no_groups() -> None:
+    assert cosine_groups([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
+    rows, _ = blobs(each=400)
+    whole = cosine_kmeans(rows.to(dtype).float(), 3, generator=generator())
+    half = cosine_kmeans(rows.to(dtype), 3, generator=generator())
+    assert half.centers.dtype == torch.float32
+    same(whole, half)
+    near = cosine_kmeans(rows, 3, generator=generator())
+    assert half.objective == pytest.approx(near.objective, abs=1e-3)
+
+
+def test_length_of_each_row_does_not_matter_to_unit_centres() -> None:
+    rows, _ = blobs()
+    factors = 2.0 ** torch.randint(-3, 4, (len(rows), 1), generator=generator())
+    first, second = (
+        cosine_kmeans(r, 3, init=rows[:3], centers="unit") for r in (rows, rows * factors)
+    )
+    assert torch.equal(first.assignments, second.assignments)
+    torch.testing.assert_close(first.centers, second.centers)
+
+
+def test_warm_start_is_further_after_as_many_sweeps() -> None:
+    mixing = torch.randn(8, 30, generator=generator(1))
+    clusters = torch.randn(40, 8, generator=generator(2))
+    members = torch.randint(40, (6000,), generator=generator(3))
+    noise = torch.randn(6000, 30, generator=generator(4))
+    rows = (clusters[members] @ mixing + noise).relu()
+    cold, warm = (
+        cosine_kmeans(
+            rows, 12, init=rows[:12], centers="unit", max_iterations=2, warm_start=warm_start
+        )
+        for warm_start in (None, 1000)
+    )
+    assert cold.iterations == warm.iterations == 2
+    assert warm.objective > cold.objective + 0.005
+    assert len(warm.assignments) == 6000
+    small = cosine_kmeans(rows[:900], 12, init=rows[:12], warm_start=1000)
+    same(small, cosine_kmeans(rows[:900], 12, init=rows[:12]))
+
+
+def test_empty_clusters_are_repaired_in_a_batch() -> None:
+    groups = [Group(g.rows, 4, (g.rows[:1].repeat(4, 1),)) for g in unequal_groups()]
+    choices = _Choices("random", "mean", 50, 1e-6, "relative", None, None)
+    for group, (found,) in zip(groups, _iterate(groups, choices, torch.device("cpu")), strict=True):
+        assert found.sizes.min() >= 1
+        assert found.sizes.sum() == len(group.rows)
+        same(found, cosine_kmeans(group.rows, 4, init=group.starts[0], tolerance=1e-6))
+
+
+def test_half_precision_rows_are_never_whole_in_single_precision() -> None:
+    batch = _Batch(torch.ones(1, 1000, 8, dtype=torch.float16), torch.tensor([1000]), 10 * 8 * 4)
+    parts = [part.untyped_storage().nbytes() for _, _, part in batch.chunks()]
+    assert len(parts) == 100
+    assert max(parts) == 10 * 8 * 4
+
+
 @pytest.mark.parametrize(
     ("rows", "clusters", "message"),
     [
@@ -169,5 +293,11 @@ def test_bad_choices() -> None:
         cosine_kmeans(rows, 2, init="middle")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown centers 'median'"):
         cosine_kmeans(rows, 2, centers="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown tolerance_kind 'small'"):
+        cosine_kmeans(rows, 2, tolerance_kind="small")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        cosine_kmeans(rows, 2, max_iterations=0)
+    with pytest.raises(ValueError, match="got 5 rows for 6"):
+        cosine_groups([Group(rows, 6, (generator(),))])
     with pytest.raises(ValueError, match=r"first centres of shape \(2, 2\), got \(3, 2\)"):
         cosine_kmeans(rows, 2, init=rows[:3])

@@ -1,15 +1,16 @@
 """CAM and LPCAM from an image and a classifier."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lpcam import CAM, LPCAM
-from lpcam.classifier import Classifier, Preprocessing
-from lpcam.errors import NotFittedError, PrototypeError
+from lpcam import CAM, LPCAM, extract
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.errors import ArtefactError, NotFittedError, PrototypeError
 from lpcam.extract import (
     cam_maps,
     collect,
@@ -20,7 +21,7 @@ from lpcam.extract import (
 )
 from lpcam.functional import class_activation, normalize
 from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Reservoir
+from lpcam.prototypes import Prototypes, Reservoir
 
 SETTINGS = LpcamSettings.from_preset(
     "voc12.official", clusters=2, scales=[1.0, 0.5], mu_f=0.5, tau=0.3
@@ -122,25 +123,26 @@ def test_both_pyramids_agree(classifier: Classifier) -> None:
     image = generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)
     tensor = classifier.preprocessing(image)[None]
     for by_pil, by_tensor in zip(
-        image_pyramid(classifier, image, (1.0, 0.5, 1.5), flip=True),
+        image_pyramid(classifier, image[None], (1.0, 0.5, 1.5), flip=True),
         tensor_pyramid(classifier, tensor, (1.0, 0.5, 1.5), flip=True),
         strict=True,
     ):
         for one, other in zip(by_pil, by_tensor, strict=True):
             assert one is not None
             assert other is not None
-            torch.testing.assert_close(one, other[0], atol=0.01, rtol=0)
+            torch.testing.assert_close(one, other, atol=0.01, rtol=0)
 
 
 def test_maps_of_some_classes_equal_those_of_all(classifier: Classifier) -> None:
     image = (picture((0.9, 0.2, 0.1)) * 255).byte().permute(1, 2, 0).numpy()
-    pairs = list(image_pyramid(classifier, image, (1.0, 0.5), flip=True))
+    pairs = list(image_pyramid(classifier, image[None], (1.0, 0.5), flip=True))
     every = cam_maps(pairs, classifier.weight, (64, 96), epsilon=1e-5)
     some = cam_maps(pairs, classifier.weight[1:], (64, 96), epsilon=1e-5)
-    torch.testing.assert_close(every.cam[1:], some.cam)
+    assert every.cam.shape == (1, 2, 16, 24)
+    torch.testing.assert_close(every.cam[:, 1:], some.cam)
     vectors = torch.rand(2, 6)
     every, some = (lpcam_maps(pairs, v, (64, 96)) for v in (vectors, vectors[:1]))
-    torch.testing.assert_close(every.high_res[:1], some.high_res)
+    torch.testing.assert_close(every.high_res[:, :1], some.high_res)
 
 
 def test_odd_tiny_and_large_images(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
@@ -217,7 +219,7 @@ def test_save_and_load(
 def test_not_fitted(classifier: Classifier) -> None:
     lpcam = LPCAM(classifier, SETTINGS)
     for call in (lambda: lpcam(torch.rand(1, 3, 32, 32)), lambda: lpcam.save("p.safetensors")):
-        with pytest.raises(NotFittedError, match="call fit"):
+        with pytest.raises(NotFittedError, match=r"no prototypes yet; call fit\(loader\) .*load\("):
             call()
 
 
@@ -232,3 +234,135 @@ def test_labels_that_do_not_fit(classifier: Classifier, batch: tuple[Tensor, Ten
 def test_nan_in_an_image_is_named(classifier: Classifier) -> None:
     with pytest.raises(PrototypeError, match="NaN or Inf features"):
         CAM(classifier, SETTINGS)(torch.full((1, 3, 32, 32), float("nan")))
+
+
+# -- Batches and precision ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_pyramid_of_a_batch_is_that_of_each_image(classifier: Classifier, *, flip: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
+    together = list(image_pyramid(classifier, images, (1.0, 0.5, 1.5), flip=flip))
+    for row in range(3):
+        alone = image_pyramid(classifier, images[row : row + 1], (1.0, 0.5, 1.5), flip=flip)
+        for batch, single in zip(together, alone, strict=True):
+            assert batch.features.shape[0] == 3
+            torch.testing.assert_close(batch.features[row : row + 1], single.features)
+            assert (batch.mirrored is not None) == (single.mirrored is not None) == flip
+            if batch.mirrored is not None and single.mirrored is not None:
+                torch.testing.assert_close(batch.mirrored[row : row + 1], single.mirrored)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_precision_of_a_pyramid(precision: torch.dtype, bound: float) -> None:
+    real = build(BackboneSpec("test_resnet", {"zero_init_last": False}), ("a",), weights="random")
+    images = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        whole = list(image_pyramid(real, images, (1.0, 0.5), flip=True))
+        fast = list(image_pyramid(real, images, (1.0, 0.5), flip=True, precision=precision))
+    for expected, found in zip(whole, fast, strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert one is not None
+            assert other is not None
+            assert other.dtype == torch.float32
+            assert not torch.equal(one, other)
+            assert (one - other).norm() < bound * one.norm()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# -- Data in parts ------------------------------------------------------------------------------
+
+
+def parts() -> list[tuple[Tensor, Tensor]]:
+    """Three batches of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for count in (2, 1, 3):
+        shades = 0.8 + 0.2 * torch.rand(count, generator=generator)
+        labels = torch.eye(2)[torch.arange(count) % 2]
+        images = [
+            picture((s, 0.1, 0.1) if label[0] else (0.1, s, 0.1))
+            for s, label in zip(shades.tolist(), labels, strict=True)
+        ]
+        found.append((torch.stack(images), labels))
+    return found
+
+
+@pytest.mark.parametrize("max_features", [None, 20])
+def test_parts_give_the_bytes_of_one_fit(
+    classifier: Classifier, tmp_path: Path, max_features: int | None
+) -> None:
+    settings = SETTINGS.model_copy(update={"max_features": max_features})
+    whole = LPCAM(classifier, settings, random_state=2).fit(parts())
+    piecewise = LPCAM(classifier, settings, random_state=2)
+    for images, labels in parts():
+        assert piecewise.partial_fit(images, labels) is piecewise
+    for name, lpcam in (("whole", whole), ("parts", piecewise)):
+        lpcam.save(tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    assert piecewise.prototypes_.made_by["images"] == 6
+
+
+def test_clustering_waits_until_it_is_needed(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    make = extract.make_prototypes
+
+    def counted(*arguments: Any, **options: Any) -> Prototypes:
+        calls.append(1)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(extract, "make_prototypes", counted)
+    lpcam = LPCAM(classifier, SETTINGS)
+    first, second, _ = parts()
+    lpcam.partial_fit(*first)
+    lpcam.partial_fit(*second)
+    assert calls == []
+    before = lpcam.prototypes_
+    assert lpcam.prototypes_ is before
+    lpcam(first[0])
+    assert calls == [1]
+    lpcam.partial_fit(*second)  # more of it: what was clustered is out of date
+    assert lpcam.prototypes_ is not before
+    assert lpcam.prototypes_.made_by["images"] == 4
+    assert calls == [1, 1]
+    LPCAM(classifier, SETTINGS).fit([first])
+    assert calls == [1, 1, 1]  # fit clusters at once
+
+
+def test_fit_starts_anew(classifier: Classifier) -> None:
+    first, second, third = parts()
+    lpcam = LPCAM(classifier, SETTINGS).partial_fit(*first).fit([third])
+    lpcam.fit([second, third])
+    expected = LPCAM(classifier, SETTINGS).fit([second, third]).prototypes_
+    assert lpcam.prototypes_.made_by == expected.made_by
+    for side in ("foreground", "context"):
+        found, wanted = getattr(lpcam.prototypes_, side), getattr(expected, side)
+        for name in ("centers", "scores", "sizes", "keep"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_load_forgets_what_was_collected(classifier: Classifier, tmp_path: Path) -> None:
+    first, second, third = parts()
+    path = tmp_path / "p.safetensors"
+    saved = LPCAM(classifier, SETTINGS).fit([first])
+    saved.save(path)
+    lpcam = LPCAM(classifier, SETTINGS).partial_fit(*third).load(path)
+    assert torch.equal(lpcam.prototypes_.vectors(), saved.prototypes_.vectors())
+    lpcam.partial_fit(*second)
+    assert lpcam.prototypes_.made_by["images"] == 1
+    lpcam.partial_fit(*third)
+    with pytest.raises(ArtefactError, match="cannot read"):
+        lpcam.load(tmp_path / "none.safetensors")
+    assert lpcam.prototypes_.made_by["images"] == 4  # a load that failed changes nothing
+
+
+def test_a_part_that_does_not_fit_changes_nothing(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    first, *_ = parts()
+    lpcam.partial_fit(*first)
+    before = lpcam.prototypes_
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
+        lpcam.partial_fit(first[0], torch.ones(2, 3))
+    assert lpcam.prototypes_ is before

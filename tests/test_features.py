@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpcam import features
 from lpcam.classifier import Classifier
 from lpcam.data.folder import read_folder
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import Item
 from lpcam.errors import ImageError, PrototypeError
 from lpcam.extract import FeaturePair, image_pyramid
-from lpcam.features import FeatureStore, container_limits, default_budget
+from lpcam.features import FeatureStore
+from lpcam.parallel import ordered_map
 
 SCALES = (1.0, 0.5)
 
@@ -34,9 +34,15 @@ def make(classifier: Classifier, keep: Iterable[Item], **changes: Any) -> Featur
     return FeatureStore(classifier, **{**options, **changes}, keep=[item.id for item in keep])
 
 
-def count_passes(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets an entry whenever the backbone is run."""
+def count_passes(monkeypatch: pytest.MonkeyPatch, *stores: FeatureStore) -> list[int]:
+    """A list that gets an entry whenever the backbone of a store is run."""
     passes: list[int] = []
+    for store in stores:
+        _count(store.classifier, monkeypatch, passes)
+    return passes
+
+
+def _count(classifier: Classifier, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
     forward = classifier.features
 
     def counted(images: Tensor) -> Tensor:
@@ -44,7 +50,6 @@ def count_passes(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> lis
         return forward(images)
 
     monkeypatch.setattr(classifier, "features", counted)
-    return passes
 
 
 def equal(a: FeaturePair, b: FeaturePair) -> bool:
@@ -57,14 +62,14 @@ def equal(a: FeaturePair, b: FeaturePair) -> bool:
 def test_memory_and_backbone_give_the_same_bytes(
     classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    passes = count_passes(classifier, monkeypatch)
     kept = make(classifier, items, dtype=dtype)
     fresh = make(classifier, items, dtype=dtype, budget=0)
-    first = [list(kept.pairs(item, SCALES)) for item in items]
+    passes = count_passes(monkeypatch, kept)
+    first = [list(kept.pairs([item], SCALES)) for item in items]
     assert passes == [2] * 8  # image and mirror in one pass, four images, two scales
-    again = [list(kept.pairs(item, SCALES)) for item in items]
+    again = [list(kept.pairs([item], SCALES)) for item in items]
     assert len(passes) == 8  # nothing is computed twice
-    other = [list(fresh.pairs(item, SCALES)) for item in items]
+    other = [list(fresh.pairs([item], SCALES)) for item in items]
     for of_first, of_again, of_other in zip(first, again, other, strict=True):
         for one, two, three in zip(of_first, of_again, of_other, strict=True):
             assert one.features.dtype == torch.float32
@@ -74,10 +79,11 @@ def test_memory_and_backbone_give_the_same_bytes(
 
 
 def test_features_are_those_of_the_image_rounded(classifier: Classifier, items: list[Item]) -> None:
-    (whole,) = make(classifier, [], dtype="float32").pairs(items[0], (0.5,))
-    (half,) = make(classifier, [], dtype="float16").pairs(items[0], (0.5,))
+    (whole,) = make(classifier, [], dtype="float32").pairs([items[0]], (0.5,))
+    (half,) = make(classifier, [], dtype="float16").pairs([items[0]], (0.5,))
     with torch.inference_mode():
-        (expected,) = image_pyramid(classifier, read_image(items[0].image), (0.5,), flip=True)
+        image = read_image(items[0].image)[None]
+        (expected,) = image_pyramid(classifier.folded(), image, (0.5,), flip=True)
     assert equal(whole, expected)
     assert torch.equal(half.features, expected.features.half().float())
     assert not torch.equal(half.features, expected.features)
@@ -85,8 +91,8 @@ def test_features_are_those_of_the_image_rounded(classifier: Classifier, items: 
 
 def test_scales_come_in_the_order_asked_for(classifier: Classifier, items: list[Item]) -> None:
     store = make(classifier, items)
-    (alone,) = store.pairs(items[0], (0.5,))
-    mixed = list(store.pairs(items[0], (1.0, 0.5)))  # the second from memory, the first not
+    (alone,) = store.pairs([items[0]], (0.5,))
+    mixed = list(store.pairs([items[0]], (1.0, 0.5)))  # the second from memory, the first not
     assert equal(mixed[1], alone)
     assert mixed[0].features.shape[-1] > alone.features.shape[-1]
 
@@ -95,10 +101,10 @@ def test_scales_come_in_the_order_asked_for(classifier: Classifier, items: list[
 def test_the_mirror_is_there_if_asked_for(
     classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch, flip: bool
 ) -> None:
-    passes = count_passes(classifier, monkeypatch)
     store = make(classifier, items, flip=flip)
+    passes = count_passes(monkeypatch, store)
     for _ in range(2):
-        (pair,) = store.pairs(items[0], (1.0,))
+        (pair,) = store.pairs([items[0]], (1.0,))
         assert (pair.mirrored is not None) == flip
     assert passes == [2 if flip else 1]
     bytes_a_view = pair.features.numel() * 2
@@ -112,16 +118,16 @@ def test_the_budget_is_kept(
     sizes = []
     for item in items:
         before = whole.used
-        list(whole.pairs(item, SCALES))
+        list(whole.pairs([item], SCALES))
         sizes.append(whole.used - before)
     store = make(classifier, items, budget=sizes[0] + sizes[1])
     for item in items:
-        list(store.pairs(item, SCALES))
+        list(store.pairs([item], SCALES))
     assert 0 < store.used <= store.budget
-    passes = count_passes(classifier, monkeypatch)
-    list(store.pairs(items[0], SCALES))
+    passes = count_passes(monkeypatch, store)
+    list(store.pairs([items[0]], SCALES))
     assert passes == []  # the first to come is kept
-    list(store.pairs(items[3], SCALES))
+    list(store.pairs([items[3]], SCALES))
     assert passes  # what found no room is computed again
     assert store.used <= store.budget
 
@@ -130,36 +136,41 @@ def test_what_nobody_asks_for_again_is_never_kept(
     classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(classifier, items[1:])
-    passes = count_passes(classifier, monkeypatch)
+    passes = count_passes(monkeypatch, store)
     for _ in range(2):
-        list(store.pairs(items[0], SCALES))
+        list(store.pairs([items[0]], SCALES))
     assert len(passes) == 4
     assert store.used == 0
-    list(store.pairs(items[1], SCALES))
+    list(store.pairs([items[1]], SCALES))
     assert store.used > 0
+
+
+def enlarge(store: FeatureStore, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    forward = store.classifier.features
+    monkeypatch.setattr(store.classifier, "features", lambda images: forward(images) * factor)
 
 
 def test_too_large_for_half_precision(
     classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = classifier.features
-    monkeypatch.setattr(classifier, "features", lambda images: forward(images) * 1e7)
+    half, whole = make(classifier, items), make(classifier, items, dtype="float32")
+    for store in (half, whole):
+        enlarge(store, monkeypatch, 1e7)
     with pytest.raises(
         PrototypeError,
         match=r"features of image 'i00' are too large for half .*set maps\.features to float32",
     ):
-        list(make(classifier, items).pairs(items[0], SCALES))
-    assert len(list(make(classifier, items, dtype="float32").pairs(items[0], SCALES))) == 2
+        list(half.pairs([items[0]], SCALES))
+    assert len(list(whole.pairs([items[0]], SCALES))) == 2
 
 
 def test_nan_names_the_image(
     classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = classifier.features
-    monkeypatch.setattr(classifier, "features", lambda images: forward(images) * float("nan"))
     store = make(classifier, items)
+    enlarge(store, monkeypatch, float("nan"))
     with pytest.raises(PrototypeError, match="image 'i01': the backbone gave NaN or Inf"):
-        list(store.pairs(items[1], SCALES))
+        list(store.pairs([items[1]], SCALES))
     assert store.used == 0
 
 
@@ -168,65 +179,124 @@ def test_a_long_image_is_shrunk_first(classifier: Classifier, tmp_path: Path) ->
     pixels = np.random.default_rng(0).integers(0, 256, (60, 300, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     (found,) = make(classifier, [], dtype="float32", maximum_side=100).pairs(
-        Item("long", path, (0,)), (1.0,)
+        [Item("long", path, (0,))], (1.0,)
     )
     shrunk = limit_long_side(pixels, 100)
     assert shrunk.shape == (20, 100, 3)
     with torch.inference_mode():
-        (expected,) = image_pyramid(classifier, shrunk, (1.0,), flip=True)
+        (expected,) = image_pyramid(classifier.folded(), shrunk[None], (1.0,), flip=True)
     assert equal(found, expected)
 
 
 def test_an_image_that_cannot_be_read(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot read image .*gone\.png"):
-        list(make(classifier, []).pairs(Item("gone", tmp_path / "gone.png", (0,)), (1.0,)))
+        list(make(classifier, []).pairs([Item("gone", tmp_path / "gone.png", (0,))], (1.0,)))
 
 
-# -- how much memory there is ---------------------------------------------------------------------
+# -- batches, threads, precision ------------------------------------------------------------------
 
 
-def groups(tmp_path: Path, lines: str, files: dict[str, str]) -> list[int]:
-    """The limits found where a process is in the groups of ``lines``."""
-    membership = tmp_path / "cgroup"
-    membership.write_text(lines, "utf-8")
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    return container_limits(membership, tmp_path / "groups")
+@pytest.fixture
+def equal_items(tmp_path: Path) -> list[Item]:
+    """Six images of one size."""
+    rng = np.random.default_rng(3)
+    items = []
+    for number in range(6):
+        path = tmp_path / f"e{number}.png"
+        Image.fromarray(rng.integers(0, 256, (50, 66, 3), dtype=np.uint8)).save(path)
+        items.append(Item(f"e{number}", path, (0,)))
+    return items
 
 
-@pytest.mark.parametrize(
-    ("lines", "files", "expected"),
-    [
-        ("0::/\n", {"memory.max": "4096\n"}, {4096}),
-        ("0::/\n", {"memory.max": "max\n"}, set()),
-        # a group above may be the narrower one
-        ("0::/a/b\n", {"a/memory.max": "50\n", "a/b/memory.max": "70\n"}, {50, 70}),
-        # inside a container, the path is that of the host and only the root is seen
-        ("0::/docker/123\n", {"memory.max": "80\n"}, {80}),
-        (
-            "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n",
-            {"memory/x/memory.limit_in_bytes": "90\n", "cpu/x/memory.limit_in_bytes": "1\n"},
-            {90},
-        ),
-        ("0::/\n", {}, set()),
-    ],
-)
-def test_limits_of_control_groups(
-    tmp_path: Path, lines: str, files: dict[str, str], expected: set[int]
+def test_a_batch_is_its_images(
+    classifier: Classifier, equal_items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(groups(tmp_path, lines, files)) == expected
+    store = make(classifier, equal_items)
+    passes = count_passes(monkeypatch, store)
+    together = list(store.pairs(equal_items[:4], SCALES))
+    assert passes == [8, 8]
+    for row, item in enumerate(equal_items[:4]):
+        alone = make(classifier, []).pairs([item], SCALES)
+        for batched, single in zip(together, alone, strict=True):
+            assert single.mirrored is not None
+            assert batched.mirrored is not None
+            assert torch.allclose(batched.features[row], single.features[0], atol=1e-3)
+            assert torch.allclose(batched.mirrored[row], single.mirrored[0], atol=1e-3)
+    passes.clear()
+    # other partners, in another order, from memory: the very same bytes
+    (again,) = store.pairs([equal_items[3], equal_items[0]], (0.5,))
+    assert passes == []
+    assert torch.equal(again.features, together[1].features[[3, 0]])
 
 
-def test_without_control_groups(tmp_path: Path) -> None:
-    assert container_limits(tmp_path / "none", tmp_path) == []
+def test_an_image_counts_once(classifier: Classifier, equal_items: list[Item]) -> None:
+    """One that is kept and comes again beside one that is not takes no more of the budget."""
+    first, second, third, *_ = equal_items
+    store = make(classifier, [first, third])
+    list(store.pairs([first], (1.0,)))
+    size = store.used
+    assert size > 0
+    for partner in (second, second, second):
+        list(store.pairs([first, partner], (1.0,)))
+    assert store.used == size
+    list(store.pairs([first, third], (1.0,)))
+    assert store.used == 2 * size
 
 
-def test_the_budget_is_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "container_limits", lambda: [])
-    machine = default_budget()
-    monkeypatch.setattr(features, "container_limits", lambda: [4000, 8000])
-    assert default_budget() == 1000
-    monkeypatch.setattr(features, "container_limits", lambda: [2**63 - 4096])  # version 1: none
-    assert default_budget() == machine
+def test_what_is_kept_of_a_batch_does_not_hold_the_rest(
+    classifier: Classifier, equal_items: list[Item]
+) -> None:
+    store = make(classifier, equal_items[:1])
+    list(store.pairs(equal_items, (1.0,)))
+    assert sum(t.untyped_storage().nbytes() for t in store._kept.values()) == store.used > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 2.0])
+def test_threads_get_the_same_bytes_within_the_budget(
+    classifier: Classifier, equal_items: list[Item], share: float
+) -> None:
+    expected = [list(make(classifier, []).pairs([item], SCALES)) for item in equal_items]
+    whole = make(classifier, equal_items)
+    for item in equal_items:
+        list(whole.pairs([item], SCALES))
+    store = make(classifier, equal_items, budget=int(whole.used * share))
+    most = []
+
+    def work(turn: int) -> tuple[int, list[FeaturePair]]:
+        place = turn % len(equal_items)
+        found = list(store.pairs([equal_items[place]], SCALES))
+        most.append(store.used)
+        return place, found
+
+    for place, found in ordered_map(work, range(5 * len(equal_items)), 4):
+        assert all(equal(a, b) for a, b in zip(found, expected[place], strict=True))
+    assert max(most) <= store.budget
+    kept = sum(t.untyped_storage().nbytes() for t in store._kept.values())
+    assert kept == store.used
+    assert (kept > 0) == (share > 0)
+    if share > 1:
+        assert kept == whole.used
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_of_the_passes(
+    classifier: Classifier, equal_items: list[Item], precision: str
+) -> None:
+    whole = make(classifier, [], dtype="float32").pairs(equal_items[:2], SCALES)
+    fast = make(classifier, [], dtype="float32", precision=precision).pairs(equal_items[:2], SCALES)
+    for expected, found in zip(whole, fast, strict=True):
+        assert found.features.dtype == torch.float32
+        assert not torch.equal(found.features, expected.features)
+        assert (found.features - expected.features).norm() < 0.03 * expected.features.norm()
+
+
+def test_later_changes_of_the_classifier_do_not_reach_the_store(
+    classifier: Classifier, items: list[Item]
+) -> None:
+    store = make(classifier, [])
+    (before,) = store.pairs(items[:1], (1.0,))
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.zero_()
+    (after,) = store.pairs(items[:1], (1.0,))
+    assert equal(before, after)

@@ -11,10 +11,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "functional clustering masks metrics storage progress",
+    1: "functional clustering masks metrics storage progress processes parallel resources",
     2: "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
-    3: "probe train sheet pretraining ledger starting",
+    3: "probe train sheet evaluation pretraining ledger starting",
     4: "pipeline demo",
     5: "cli __main__",
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tiny import together
 from torch import Tensor
 
 from lpcam import probe
@@ -17,7 +20,9 @@ from lpcam.data.items import Item
 from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.features import FeatureStore
 from lpcam.metrics import mean_average_precision
+from lpcam.parallel import Sharing
 from lpcam.presets import ProbeSettings
+from lpcam.processes import Processes
 
 SETTINGS = ProbeSettings.from_preset("default", long_side=64)
 NAMES = ("blue", "green", "red")
@@ -70,6 +75,20 @@ def test_fit_head_counts_each_view_as_a_sample() -> None:
     assert not torch.allclose(first_only, expected, atol=1e-2)
 
 
+def test_fit_head_does_not_depend_on_the_threads() -> None:
+    """At a size at which the matrix library shares out a product."""
+    generator = torch.Generator().manual_seed(0)
+    pooled = torch.rand(300, 2, 256, generator=generator)
+    labels = (torch.rand(300, 20, generator=generator) < 0.2).float()
+    names = [str(number) for number in range(20)]
+    weights = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        weights.append(probe.fit_head(pooled, labels, SETTINGS, names))
+        assert torch.get_num_threads() == threads
+    assert torch.equal(weights[0], weights[1])
+
+
 def test_fit_head_names_classes_without_images() -> None:
     pooled, labels = data()
     labels[:, 1:] = 0
@@ -88,10 +107,23 @@ def store(classifier: Classifier, *, flip: bool = True, **options: Any) -> Featu
     return FeatureStore(classifier, flip=flip, **chosen)
 
 
+def pooled_features(
+    items: list[Item],
+    settings: ProbeSettings,
+    folder: Path,
+    features: FeatureStore,
+    sharing: Sharing | None = None,
+) -> Tensor:
+    """Of this process alone."""
+    found = probe.pooled_features(items, settings, features, folder, sharing or Sharing())
+    assert found is not None
+    return found
+
+
 def test_pooled_features_of_image_and_mirror(
     classifier: Classifier, items: list[Item], tmp_path: Path
 ) -> None:
-    found = probe.pooled_features(classifier, items[:2], SETTINGS, tmp_path, store(classifier))
+    found = pooled_features(items[:2], SETTINGS, tmp_path, store(classifier))
     image = read_image(items[1].image)
     height, width = image.shape[:2]
     side = max(height, width)
@@ -102,9 +134,7 @@ def test_pooled_features_of_image_and_mirror(
             assert torch.allclose(found[1, view], features[0].mean((1, 2)), atol=1e-5)
     assert not torch.allclose(found[:, 0], found[:, 1])
     plain = SETTINGS.model_copy(update={"mirror": False})
-    without = probe.pooled_features(
-        classifier, items[:2], plain, tmp_path / "plain", store(classifier)
-    )
+    without = pooled_features(items[:2], plain, tmp_path / "plain", store(classifier))
     assert without.shape == (2, 1, found.shape[2])
     assert torch.allclose(without[:, 0], found[:, 0], atol=1e-5)
 
@@ -116,17 +146,17 @@ def test_pooled_features_at_the_images_own_size(
     """Without a long side the features come from the store that the maps use as well."""
     settings = SETTINGS.model_copy(update={"long_side": None, "mirror": mirror})
     shared = store(classifier, budget=10**9, keep=[items[0].id])
-    found = probe.pooled_features(classifier, items[:2], settings, tmp_path, shared)
+    found = pooled_features(items[:2], settings, tmp_path, shared)
     assert found.shape[:2] == (2, 2 if mirror else 1)
     image = read_image(items[1].image)
     with torch.no_grad():
         features = classifier.features(classifier.preprocessing(image)[None])
     assert torch.allclose(found[1, 0], features[0].mean((1, 2)), atol=1e-5)
-    (pair,) = shared.pairs(items[0], (1.0,))
-    assert torch.allclose(found[0, 0], pair.features.mean((1, 2)), atol=1e-6)
+    (pair,) = shared.pairs([items[0]], (1.0,))
+    assert torch.allclose(found[0, 0], pair.features[0].mean((1, 2)), atol=1e-6)
     if mirror:
         assert pair.mirrored is not None
-        assert torch.allclose(found[0, 1], pair.mirrored.mean((1, 2)), atol=1e-6)
+        assert torch.allclose(found[0, 1], pair.mirrored[0].mean((1, 2)), atol=1e-6)
 
 
 def test_pooled_features_go_on_after_a_stop(
@@ -138,9 +168,7 @@ def test_pooled_features_go_on_after_a_stop(
     monkeypatch.setattr(probe, "SHARD", 4)
 
     def pooled(name: str) -> Tensor:
-        return probe.pooled_features(
-            classifier, items[:10], SETTINGS, tmp_path / name, store(classifier)
-        )
+        return pooled_features(items[:10], SETTINGS, tmp_path / name, store(classifier))
 
     whole = pooled("whole")
     assert len(list((tmp_path / "whole").iterdir())) == 3
@@ -169,6 +197,76 @@ def test_pooled_features_go_on_after_a_stop(
 
 
 @pytest.mark.parametrize("long_side", [64, None])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_pooled_features_of_several_threads(
+    classifier: Classifier,
+    items: list[Item],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    long_side: int | None,
+    workers: int,
+) -> None:
+    monkeypatch.setattr(probe, "SHARD", 5)
+    settings = SETTINGS.model_copy(update={"long_side": long_side})
+    one = pooled_features(items, settings, tmp_path / "one", store(classifier))
+    many = pooled_features(
+        items, settings, tmp_path / "many", store(classifier), Sharing(workers=workers)
+    )
+    assert torch.equal(one, many)
+
+
+def test_pooled_features_of_any_name(
+    classifier: Classifier, items: list[Item], tmp_path: Path
+) -> None:
+    """An image may have a name that safetensors keeps for itself."""
+    names = ("__metadata__", "barn/Kühe 牛", "a.b")
+    odd = [replace(item, id=name) for item, name in zip(items, names, strict=False)]
+    found = pooled_features(odd, SETTINGS, tmp_path / "odd", store(classifier))
+    expected = pooled_features(items[:3], SETTINGS, tmp_path / "plain", store(classifier))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("long_side", [64, None])
+def test_pooled_features_of_batches(
+    classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
+) -> None:
+    """Images of equal size pass together, and each gets its own row, in the order of the list."""
+    order = [items[number] for number in (5, 0, 7, 2, 9)]
+    sizes = {}
+    for number, item in enumerate(order):
+        size = (40, 56) if number % 2 else (56, 40)
+        path = tmp_path / f"{item.id}.png"
+        Image.fromarray(resize_image(read_image(item.image), size)).save(path)
+        order[number], sizes[item.id] = replace(item, image=path), size
+    settings = SETTINGS.model_copy(update={"long_side": long_side})
+    expected = pooled_features(order, settings, tmp_path / "one", store(classifier))
+    sharing = Sharing(batch=2, sizes=sizes)
+    assert len(sharing.batches(order)) == 3
+    found = pooled_features(order, settings, tmp_path / "two", store(classifier), sharing)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[2], atol=1e-3)
+
+
+def test_pooled_features_of_several_processes(
+    classifier: Classifier, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "SHARD", 3)
+    owner = {item.id: number % 3 for number, item in enumerate(items)}
+    features = store(classifier)
+
+    def work(processes: Processes) -> Tensor | None:
+        sharing = Sharing(processes, owner=owner)
+        return probe.pooled_features(items, SETTINGS, features, tmp_path / "three", sharing)
+
+    first, *others = together(3, work)
+    assert others == [None, None]
+    expected = pooled_features(items, SETTINGS, tmp_path / "one", features)
+    assert first is not None
+    assert torch.equal(first, expected)
+    assert len(list((tmp_path / "three").iterdir())) == 6
+
+
+@pytest.mark.parametrize("long_side", [64, None])
 def test_pooled_features_that_are_not_finite(
     classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
 ) -> None:
@@ -177,13 +275,14 @@ def test_pooled_features_that_are_not_finite(
     settings = SETTINGS.model_copy(update={"long_side": long_side})
     expected = ClassifierError if long_side else PrototypeError
     with pytest.raises(expected, match=r"^image 'i00': the backbone gave NaN or Inf features"):
-        probe.pooled_features(classifier, items, settings, tmp_path, store(classifier))
+        pooled_features(items, settings, tmp_path, store(classifier))
 
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_fit_probe(
     classifier: Classifier, items: list[Item], tmp_path: Path, *, refit: bool
 ) -> None:
+    pooled = pooled_features(items, SETTINGS, tmp_path, store(classifier))
     training, validation = items[:9], items[9:]
     backbone = {k: v.clone() for k, v in classifier.backbone.state_dict().items()}
     history = probe.fit_probe(
@@ -191,14 +290,11 @@ def test_fit_probe(
         training,
         validation,
         SETTINGS,
-        folder=tmp_path,
-        store=store(classifier),
+        pooled=pooled,
         refit=refit,
     )
     assert all(torch.equal(v, backbone[k]) for k, v in classifier.backbone.state_dict().items())
 
-    again = tmp_path / "again"
-    pooled = probe.pooled_features(classifier, items, SETTINGS, again, store(classifier))
     labels = probe.multi_hot(items, 3)
     measured = probe.fit_head(pooled[:9], labels[:9], SETTINGS, NAMES)
     kept = probe.fit_head(pooled, labels, SETTINGS, NAMES) if refit else measured
@@ -216,7 +312,6 @@ def test_fit_probe(
 def test_fit_probe_without_validation(
     classifier: Classifier, items: list[Item], tmp_path: Path
 ) -> None:
-    [record] = probe.fit_probe(
-        classifier, items, [], SETTINGS, folder=tmp_path, store=store(classifier), refit=True
-    )
+    pooled = pooled_features(items, SETTINGS, tmp_path, store(classifier))
+    [record] = probe.fit_probe(classifier, items, [], SETTINGS, pooled=pooled, refit=True)
     assert record["validation_map"] is None

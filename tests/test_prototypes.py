@@ -91,7 +91,7 @@ def fill(reservoir: Reservoir, images: list[int], place: tuple[int, str] = (0, "
 
 
 def test_reservoir_keeps_all_without_a_bound() -> None:
-    reservoir = Reservoir(None, 0)
+    reservoir = Reservoir(None, 0, torch.float32)
     fill(reservoir, list(range(20)))
     found = reservoir.features(0, "context")
     assert found is not None
@@ -153,6 +153,75 @@ def test_reservoir_refuses_nan_and_bad_bounds() -> None:
         Reservoir(0, 0)
 
 
+def test_reservoir_refuses_what_half_precision_cannot_hold() -> None:
+    large = torch.tensor([[7e4, 1.0]])
+    with pytest.raises(PrototypeError, match=r"reach 7e\+04, more than float16.*maps.features="):
+        Reservoir(None, 0).add(0, "context", large, "a")
+    for dtype in (torch.float32, torch.bfloat16):
+        reservoir = Reservoir(None, 0, dtype)
+        reservoir.add(0, "context", large, "a")
+        found = reservoir.features(0, "context")
+        assert found is not None
+        assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("bound", [1, 10, 100, None])
+def test_merged_reservoirs_are_one_reservoir(bound: int | None, tmp_path: Path) -> None:
+    """Images shared out in any way, one share resumed from a checkpoint: the very same bytes."""
+    whole, *shares = (Reservoir(bound, 3) for _ in range(4))
+    fill(whole, list(range(40)))
+    for place, share in enumerate(shares):
+        fill(share, list(range(place, 40, 3)))
+    fill(whole, [40], (1, "foreground"))  # a place that only one share has
+    fill(shares[2], [40], (1, "foreground"))
+    shares[1].checkpoint(tmp_path / "r.safetensors", 13)
+    shares[1] = Reservoir(bound, 3)
+    shares[1].restore(tmp_path / "r.safetensors")
+    merged = Reservoir(bound, 3)
+    for share in (shares[2], shares[0], shares[1]):
+        merged.merge(share)
+    assert merged.seen == whole.seen
+    for place in whole.seen:
+        assert torch.equal(merged.features(*place), whole.features(*place))
+    fill(whole, [41])
+    fill(merged, [41])  # and it goes on as one
+    assert torch.equal(merged.features(0, "context"), whole.features(0, "context"))
+
+
+def test_reservoirs_that_differ_are_not_merged() -> None:
+    for other in (Reservoir(9, 0), Reservoir(10, 1), Reservoir(10, 0, torch.float32)):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            Reservoir(10, 0).merge(other)
+
+
+def test_a_full_reservoir_is_of_bounded_size_and_looks_at_few_rows() -> None:
+    """The bound holds after every image, and most images offer nothing that is copied."""
+    reservoir = Reservoir(5, 0)
+    copied = 0
+    for image in range(200):
+        values = torch.full((50, 2), 1.0)
+        before = torch.tensor(0.0)
+        sample = reservoir._samples.get((0, "context"))
+        if sample is not None:
+            before = sample.keys[0].sum()
+        reservoir.add(0, "context", values, f"image {image}")
+        sample = reservoir._samples[0, "context"]
+        assert sum(len(part) for part in sample.rows) == 5
+        copied += int(sample.keys[0].sum() != before)
+    assert copied < 60  # 5 of the first n images' rows: about 5 ln 200 exchanges
+
+
+def test_rows_that_cannot_stay_are_not_looked_at() -> None:
+    reservoir = Reservoir(1, 0)
+    fill(reservoir, list(range(200)))
+    kept = reservoir.features(0, "context")
+    assert kept is not None
+    kept = kept.clone()
+    reservoir.add(0, "context", torch.full((1, 2), float("nan")), "late")
+    assert torch.equal(kept, reservoir.features(0, "context"))
+    assert reservoir.seen[0, "context"] == 1401
+
+
 # -- which images serve --------------------------------------------------------------------------
 
 LABELS = [("a", (0,)), ("b", (0, 1)), ("c", (1,)), ("d", ()), ("e", (0,))]
@@ -179,7 +248,7 @@ def test_images_are_drawn_with_and_without_replacement() -> None:
 
 
 def reservoir_of(places: dict[tuple[int, str], torch.Tensor]) -> Reservoir:
-    reservoir = Reservoir(None, 0)
+    reservoir = Reservoir(None, 0, torch.float32)
     for (index, side), values in places.items():
         reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
     return reservoir
@@ -276,6 +345,35 @@ def test_prototypes_do_not_depend_on_other_classes() -> None:
     places[1, "foreground"] = rows(30, seed=2)
     both = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
     assert torch.equal(alone.foreground.centers[0], both.foreground.centers[0])
+
+
+def test_threads_do_not_change_prototypes() -> None:
+    reservoir = reservoir_of(
+        {(c, side): rows(60, seed=c) for c in range(3) for side in ("foreground", "context")}
+    )
+    settings = SETTINGS.model_copy(update={"centers": "unit", "restarts": 2})
+    names = ("a", "b", "c")
+    one, many = (
+        make_prototypes(reservoir, torch.eye(3, 4), names, settings, seed=0, workers=workers)
+        for workers in (1, 4)
+    )
+    assert torch.equal(one.vectors(), many.vectors())
+    assert torch.equal(one.context.centers, many.context.centers)
+
+
+def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
+    apart = torch.eye(3, 4).repeat(20, 1)  # no row is near the border of two clusters
+    places = {(0, "foreground"): apart + 0.1 * rows(60), (0, "context"): apart + rows(60) / 10}
+    whole, half = Reservoir(None, 0, torch.float32), Reservoir(None, 0)
+    for (index, side), values in places.items():
+        for reservoir in (whole, half):
+            reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
+    first, second = (
+        make_prototypes(one, torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0).foreground.centers
+        for one in (whole, half)
+    )
+    assert second.dtype == torch.float32
+    torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
 
 
 def test_nothing_collected_and_wrong_channels() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import together
 from torch import Tensor
 
 from lpcam import train
@@ -19,6 +20,7 @@ from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.metrics import mean_average_precision
 from lpcam.presets import FinetuneSettings
 from lpcam.probe import multi_hot
+from lpcam.processes import Processes
 
 SETTINGS = FinetuneSettings.from_preset(
     "momentum", epochs=2, batch_size=3, long_side=[40, 64], crop=48
@@ -104,7 +106,7 @@ def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]
 
 def test_order_of_an_epoch() -> None:
     def batches(first_step: int, seed: int = 0) -> list[list[tuple[int, int]]]:
-        return list(train._Order(11, 3, 2, seed, first_step))
+        return list(train._Order(11, 3, 2, seed, first_step, Processes()))
 
     whole = batches(0)
     assert [len(batch) for batch in whole] == [3] * 6  # the incomplete fourth batch is dropped
@@ -116,7 +118,7 @@ def test_order_of_an_epoch() -> None:
     assert whole != batches(0, seed=1)
     for step in range(7):
         assert batches(step) == whole[step:]
-    few = list(train._Order(2, 16, 1, 0, 0))
+    few = list(train._Order(2, 16, 1, 0, 0, Processes()))
     assert sorted(few[0]) == [(0, 0), (0, 1)]
 
 
@@ -261,3 +263,66 @@ def test_a_loss_that_is_not_finite(fresh: Any, items: list[Item], tmp_path: Path
     settings = SETTINGS.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(ClassifierError, match=r"the loss is (nan|inf) at step \d of 8; lower"):
         train.finetune(fresh(), items, [], settings, seed=0, folder=tmp_path)
+
+
+# -- Several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_of_the_processes_make_up_the_batches(count: int, first_step: int) -> None:
+    whole = list(train._Order(11, 4, 3, 7, first_step, Processes()))
+    shares = [
+        list(train._Order(11, 4, 3, 7, first_step, Processes(rank, count))) for rank in range(count)
+    ]
+    assert len(whole) == 6 - first_step
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(place for part in parts for place in part) == sorted(batch)
+        lengths = [len(part) for part in parts]
+        assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) > 0
+
+
+@pytest.mark.parametrize(("images", "batch"), [(12, 2), (2, 16)])
+def test_a_batch_smaller_than_the_processes(
+    fresh: Any, items: list[Item], tmp_path: Path, images: int, batch: int
+) -> None:
+    settings = SETTINGS.model_copy(update={"batch_size": batch})
+    match = r"a batch of 2 images cannot be shared out among 3 processes; start fewer, or raise cla"
+    with pytest.raises(ClassifierError, match=match):
+        train.finetune(
+            fresh(),
+            items[:images],
+            [],
+            settings,
+            seed=0,
+            folder=tmp_path,
+            processes=Processes(1, 3),
+        )
+
+
+def test_processes_take_the_steps_of_one(fresh: Any, items: list[Item], tmp_path: Path) -> None:
+    """Batches of 3 shared by 2: shares of 2 and 1 images weigh what they should."""
+    whole = fresh()
+    expected = train.finetune(whole, items, items[:5], SETTINGS, seed=5, folder=tmp_path / "one")
+    untrained = fresh().state_dict()
+    own = [fresh(), fresh()]  # here, for PyTorch's seed belongs to all threads
+    writers = []
+
+    def work(processes: Processes) -> tuple[Classifier, list[dict[str, Any]]]:
+        classifier = own[processes.rank]
+        folder = tmp_path / f"of {processes.rank}"
+        history = train.finetune(
+            classifier, items, items[:5], SETTINGS, seed=5, folder=folder, processes=processes
+        )
+        writers.extend([processes.rank] * (folder / "checkpoint.safetensors").exists())
+        return classifier, history
+
+    for classifier, history in together(2, work):
+        for name, value in classifier.state_dict().items():
+            torch.testing.assert_close(value, whole.state_dict()[name], atol=1e-5, rtol=1e-4)
+        for found, wanted in zip(history, expected, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-5)
+    moved = [(whole.state_dict()[k] - v).abs().max() for k, v in untrained.items() if v.ndim]
+    assert max(moved) > 1e-3  # more than the tolerance above
+    assert writers == [0]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from lpcam.processes import Processes
+
+R = TypeVar("R")
 BACKBONE = "test_resnet"
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
 """In the order of labels.csv without classes.txt: sorted; mask ids 1, 2, 3."""
@@ -111,3 +118,59 @@ def times(folder: Path) -> dict[str, int]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+# -- Several processes, as threads ---------------------------------------------------------------
+
+
+class Meeting:
+    """Where the threads that stand for the processes of a run exchange their tensors."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.brought: list[Tensor] = [torch.zeros(())] * count
+
+    def sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self.brought[rank] = tensor.detach().clone()
+        self.barrier.wait()
+        total = torch.stack(self.brought).sum(0)
+        self.barrier.wait()  # nobody brings the next before all have this one
+        return total
+
+
+class ThreadProcesses(Processes):
+    """One process of several that are threads of this one."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        count = meeting.barrier.parties
+        super().__init__(rank, count, count)
+        self.meeting = meeting
+
+    def wait(self) -> None:
+        self.meeting.barrier.wait()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.meeting.sum(self.rank, tensor)
+
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """Gradients are averaged as they come, in the same order in every thread."""
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda g: self.meeting.sum(self.rank, g) / self.count)
+        return module
+
+
+def together(count: int, work: Callable[[Processes], R]) -> list[R]:
+    """Results of ``work`` in each of ``count`` processes that work at the same time."""
+    meeting = Meeting(count)
+
+    def one(rank: int) -> R:
+        torch.set_num_threads(1)
+        try:
+            return work(ThreadProcesses(rank, meeting))
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))

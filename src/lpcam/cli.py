@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command in ("run", *STAGE_HELP):
             until = "evaluate" if options.command == "run" else options.command
+            for name in ("threads", "memory"):
+                if getattr(options, name) is not None:
+                    rest += [f"--run.{name}", getattr(options, name)]
             return _run(options.recipe, rest, until, given)
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -68,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in {"run": "everything, from labels to scored seed masks", **STAGE_HELP}.items():
         command = commands.add_parser(name, help=text, epilog=overrides, allow_abbrev=False)
         command.add_argument("recipe", help="a recipe file, or the name of a bundled recipe")
+        command.add_argument(
+            "--threads", metavar="N", help="images worked on at a time (run.threads)"
+        )
+        command.add_argument(
+            "--memory", metavar="GIB", help="that each process may keep (run.memory)"
+        )
     demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
     demo.add_argument("--threads", type=int, default=None, help="of the numerics")
@@ -122,8 +131,14 @@ def _run(source: str, rest: Sequence[str], until: Any, given: Sequence[str]) -> 
 
     recipe = load_recipe(source, parse_overrides(rest))
     from lpcam.pipeline import run  # noqa: PLC0415
+    from lpcam.processes import is_first, leave  # noqa: PLC0415
 
-    _report(run(recipe, until=until, command=shlex.join(["lpcam", *given])))
+    if not is_first():  # one process speaks for all of them
+        logging.getLogger().setLevel(logging.WARNING)
+    result = run(recipe, until=until, command=shlex.join(["lpcam", *given]))
+    if is_first():
+        _report(result)
+    leave()
     return 0
 
 

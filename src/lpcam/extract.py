@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -43,25 +43,31 @@ class FeaturePair(NamedTuple):
 
 
 def image_pyramid(
-    classifier: Classifier, image: NDArray[np.uint8], scales: Sequence[float], *, flip: bool
+    classifier: Classifier,
+    images: NDArray[np.uint8],
+    scales: Sequence[float],
+    *,
+    flip: bool,
+    precision: torch.dtype | None = None,
 ) -> Iterator[FeaturePair]:
-    """Features of one image at each scale, with PIL bicubic resizing of the uint8 image.
+    """Features of images at each scale, with PIL bicubic resizing of the uint8 images.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        images: (B, H, W, 3) uint8 RGB.
+        precision: float16 or bfloat16 passes the backbone under autocast; None as it is.
 
     Yields:
-        one pair of (C, h, w) a scale, in the order of ``scales``.
+        one pair of (B, C, h, w) a scale, float32, in the order of ``scales``.
 
     Raises:
         PrototypeError: if the features hold NaN or Inf.
     """
-    height, width = image.shape[:2]
+    height, width = images.shape[1:3]
     for scale in scales:
         size = scaled_size(height, width, scale)
-        resized = image if size == (height, width) else resize_image(image, size)
-        tensor = classifier.preprocessing(resized).to(classifier.device)
-        yield _pair(classifier, tensor[None], flip=flip, squeeze=True)
+        resized = images if size == (height, width) else [resize_image(i, size) for i in images]
+        tensor = torch.stack([classifier.preprocessing(image) for image in resized])
+        yield _pair(classifier, tensor.to(classifier.device), flip=flip, precision=precision)
 
 
 def tensor_pyramid(
@@ -76,23 +82,32 @@ def tensor_pyramid(
             resized = F.interpolate(
                 images, size=size, mode="bicubic", align_corners=False, antialias=True
             )
-        yield _pair(classifier, resized, flip=flip, squeeze=False)
+        yield _pair(classifier, resized, flip=flip, precision=None)
 
 
-def _pair(classifier: Classifier, images: Tensor, *, flip: bool, squeeze: bool) -> FeaturePair:
+def _pair(
+    classifier: Classifier, images: Tensor, *, flip: bool, precision: torch.dtype | None
+) -> FeaturePair:
     stacked = torch.cat([images, images.flip(-1)]) if flip else images
-    # The same numbers in a layout in which convolutions are a tenth faster on a CPU.
-    features = classifier.features(stacked.contiguous(memory_format=torch.channels_last))
-    if not bool(torch.isfinite(features).all()):
+    with torch.autocast(images.device.type, precision, enabled=precision is not None):
+        # The same numbers in a layout in which convolutions are a tenth faster on a CPU.
+        features = classifier.features(stacked.contiguous(memory_format=torch.channels_last))
+    if precision is not None:
+        features = features.float()
+    if not all_finite(features):
         raise PrototypeError(
             "the backbone gave NaN or Inf features for this image; check its weights and the "
             "preprocessing (mean and std)"
         )
     count = images.shape[0]
-    first, second = features[:count], features[count:] if flip else None
-    if squeeze:
-        return FeaturePair(first[0], None if second is None else second[0])
-    return FeaturePair(first, second)
+    return FeaturePair(features[:count], features[count:] if flip else None)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or Inf, in one cheap pass where that is so."""
+    # A NaN or Inf makes the sum NaN or Inf; a sum that has overflowed is looked at more closely.
+    total = values.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
 # -- Maps --------------------------------------------------------------------------------------
@@ -234,10 +249,9 @@ class LPCAM(CAM):
         with_context: False gives LPCAM-F, the foreground term alone.
 
     Attributes:
-        prototypes_: :class:`~lpcam.prototypes.Prototypes`, after ``fit`` or ``load``.
+        prototypes_: :class:`~lpcam.prototypes.Prototypes`, after ``fit``, ``partial_fit`` or
+            ``load``.
     """
-
-    prototypes_: Prototypes
 
     def __init__(
         self,
@@ -250,8 +264,13 @@ class LPCAM(CAM):
         super().__init__(classifier, settings)
         self.random_state = random_state
         self.with_context = with_context
+        self._reset()
 
-    @torch.inference_mode()
+    def _reset(self) -> None:
+        self._reservoir = Reservoir(self.settings.max_features, self.random_state)
+        self._images = 0
+        self._prototypes: Prototypes | None = None
+
     def fit(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Self:
         """Collect local features, cluster, score and select (eqs 2-4).
 
@@ -264,38 +283,90 @@ class LPCAM(CAM):
             ValueError: if the labels do not fit a batch.
             PrototypeError: if no class has any foreground feature.
         """
-        reservoir = Reservoir(self.settings.max_features, self.random_state)
-        weight = self.classifier.weight
-        multi_scale = self.settings.split_maps == "multi_scale"
-        seen = 0
+        self._reset()
         for images, labels in loader:
-            _check_labels(labels, images.shape[0], len(self.classifier.classes))
-            on_device = images.to(self.classifier.device)
-            features = self.classifier.features(on_device)
-            maps = super().__call__(on_device) if multi_scale else None
-            for row in range(images.shape[0]):
-                present = labels[row].nonzero().flatten().tolist()
-                split_map = (
-                    maps[row, present]
-                    if maps is not None
-                    else single_scale_cam(
-                        features[row], weight[present], epsilon=self.settings.cam_epsilon
-                    )
-                )
-                collect(
-                    reservoir, features[row], present, split_map, self.settings, f"image {seen}"
-                )
-                seen += 1
-        self.prototypes_ = make_prototypes(
-            reservoir,
-            weight.cpu(),
+            self.partial_fit(images, labels)
+        self._cluster()
+        return self
+
+    @torch.inference_mode()
+    def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
+        """Collect the local features of one more batch (eq. 2), for data that arrives in parts.
+
+        The clustering waits until ``prototypes_`` is first needed. Parts that are fitted in the
+        same order give the prototypes of one ``fit`` over them all.
+
+        Args:
+            images: (B, 3, H, W), normalised as the classifier expects.
+            labels: (B, N) multi-hot.
+
+        Raises:
+            ValueError: if the labels do not fit the batch.
+        """
+        settings, weight = self.settings, self.classifier.weight
+        _check_labels(labels, images.shape[0], len(self.classifier.classes))
+        multi_scale = settings.split_maps == "multi_scale"
+        scales = settings.scales if multi_scale else (1.0,)
+        if 1.0 not in scales:
+            scales = (*scales, 1.0)
+        pairs = list(
+            tensor_pyramid(
+                self.classifier,
+                images.to(self.classifier.device),
+                scales,
+                flip=settings.flip and multi_scale,
+            )
+        )
+        features = pairs[scales.index(1.0)].features
+        maps = None
+        if multi_scale:
+            used = pairs[: len(settings.scales)]
+            maps = cam_maps(used, weight, _size(images), epsilon=settings.cam_epsilon).high_res
+        self._prototypes = None
+        for row in range(images.shape[0]):
+            present = labels[row].nonzero().flatten().tolist()
+            split_map = (
+                maps[row, present]
+                if maps is not None
+                else single_scale_cam(features[row], weight[present], epsilon=settings.cam_epsilon)
+            )
+            name = f"image {self._images}"
+            collect(self._reservoir, features[row], present, split_map, settings, name)
+            self._images += 1
+        return self
+
+    def _cluster(self) -> Prototypes:
+        self._prototypes = make_prototypes(
+            self._reservoir,
+            self.classifier.weight,
             self.classifier.classes,
             self.settings,
             seed=self.random_state,
             fingerprint=self.classifier.fingerprint(),
-            made_by=self._made_by(seen),
+            made_by={
+                "settings": self.settings.model_dump(mode="json"),
+                "random_state": self.random_state,
+                "images": self._images,
+            },
         )
-        return self
+        return self._prototypes
+
+    @property
+    def prototypes_(self) -> Prototypes:
+        """The prototypes; clusters first what :meth:`partial_fit` has collected since.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+            PrototypeError: if no class has any foreground feature.
+        """
+        if self._prototypes is not None:
+            return self._prototypes
+        if self._images == 0:
+            raise NotFittedError(
+                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
+                "load(path) a file that save wrote"
+            )
+        return self._cluster()
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -304,7 +375,7 @@ class LPCAM(CAM):
         Raises:
             NotFittedError: before ``fit`` or ``load``.
         """
-        vectors = self._fitted().vectors(with_context=self.with_context)
+        vectors = self.prototypes_.vectors(with_context=self.with_context)
         maps = lpcam_maps(
             self._pairs(images), vectors.to(self.classifier.weight), _size(images)
         ).high_res
@@ -316,7 +387,7 @@ class LPCAM(CAM):
         Raises:
             NotFittedError: before ``fit`` or ``load``.
         """
-        self._fitted().save(Path(path))
+        self.prototypes_.save(Path(path))
 
     def load(self, path: str | Path) -> Self:
         """Read prototypes that :meth:`save` wrote.
@@ -325,24 +396,10 @@ class LPCAM(CAM):
             ArtefactError: if the file is missing or damaged.
             PrototypeError: if they belong to another classifier.
         """
-        self.prototypes_ = Prototypes.load(Path(path), fingerprint=self.classifier.fingerprint())
+        prototypes = Prototypes.load(Path(path), fingerprint=self.classifier.fingerprint())
+        self._reset()
+        self._prototypes = prototypes
         return self
-
-    def _fitted(self) -> Prototypes:
-        prototypes: Prototypes | None = getattr(self, "prototypes_", None)
-        if prototypes is None:
-            raise NotFittedError(
-                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
-                "load(path) a file that save wrote"
-            )
-        return prototypes
-
-    def _made_by(self, images: int) -> dict[str, Any]:
-        return {
-            "settings": self.settings.model_dump(mode="json"),
-            "random_state": self.random_state,
-            "images": images,
-        }
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -7,10 +7,8 @@ whether it is kept or not, so that the budget changes the time of a run and neve
 
 from __future__ import annotations
 
-import contextlib
-import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,13 +20,17 @@ from lpcam.classifier import Classifier
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import Item
 from lpcam.errors import PrototypeError
-from lpcam.extract import FeaturePair, image_pyramid
+from lpcam.extract import FeaturePair, all_finite, image_pyramid
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FeatureStore:
     """Features of images at several scales, from memory or from the backbone.
+
+    It may be used from several threads at once. The backbone's batch norms are folded into its
+    convolutions when the store is made; later changes of the classifier's weights do not reach it.
 
     Args:
         classifier: whose backbone is used.
@@ -37,6 +39,7 @@ class FeatureStore:
         dtype: of what is kept; results are handed out as float32.
         budget: bytes that may be kept in memory.
         keep: ids of the images that will be asked for again; others are never kept.
+        precision: of the backbone's passes; other than float32 they run under autocast.
     """
 
     def __init__(
@@ -48,96 +51,71 @@ class FeatureStore:
         dtype: Literal["float16", "float32"],
         budget: int,
         keep: Iterable[str],
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        self.classifier = classifier
+        self.classifier = classifier.folded()
         self.flip = flip
         self.maximum_side = maximum_side
         self.dtype = DTYPES[dtype]
         self.budget = budget
         self.keep = frozenset(keep)
+        self.precision = PRECISIONS[precision]
         self.used = 0
         self._kept: dict[tuple[str, float], Tensor] = {}
+        self._lock = threading.Lock()
 
     @torch.inference_mode()
-    def pairs(self, item: Item, scales: Sequence[float]) -> Iterator[FeaturePair]:
-        """Features (C, h, w) of an image and its mirror at each scale, float32.
+    def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
+        """Features (B, C, h, w) of images and their mirrors at each scale, float32.
+
+        Args:
+            items: B images of equal size.
 
         Raises:
-            ImageError: if the image cannot be read.
+            ImageError: if an image cannot be read.
             PrototypeError: if features hold NaN or Inf, or are too large for half precision.
         """
-        image = None
+        images = None
         for scale in scales:
-            stacked = self._kept.get((item.id, scale))
-            if stacked is None:
-                if image is None:
-                    image = limit_long_side(read_image(item.image), self.maximum_side)
-                stacked = self._compute(item, image, scale)
-                self._offer(item.id, scale, stacked)
-            full = stacked.to(self.classifier.device).float()
-            yield FeaturePair(full[0], full[1] if self.flip else None)
+            kept = [self._kept.get((item.id, scale)) for item in items]
+            stacked = [one for one in kept if one is not None]
+            if len(stacked) < len(items):
+                if images is None:
+                    images = np.stack(
+                        [limit_long_side(read_image(i.image), self.maximum_side) for i in items]
+                    )
+                stacked = self._compute(items, images, scale)
+                for item, one in zip(items, stacked, strict=True):
+                    self._offer(item.id, scale, one)
+            full = torch.stack(stacked).to(self.classifier.device).float()
+            yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
 
-    def _compute(self, item: Item, image: NDArray[np.uint8], scale: float) -> Tensor:
+    def _compute(
+        self, items: Sequence[Item], images: NDArray[np.uint8], scale: float
+    ) -> list[Tensor]:
+        names = ", ".join(repr(item.id) for item in items)
         try:
-            (pair,) = image_pyramid(self.classifier, image, (scale,), flip=self.flip)
+            (pair,) = image_pyramid(
+                self.classifier, images, (scale,), flip=self.flip, precision=self.precision
+            )
         except PrototypeError as error:
-            raise PrototypeError(f"image {item.id!r}: {error}") from None
-        parts = [part for part in pair if part is not None]
-        stacked = torch.stack(parts).to(self.dtype)
-        if not bool(torch.isfinite(stacked).all()):
+            raise PrototypeError(f"image {names}: {error}") from None
+        parts = [part.to(self.dtype) for part in pair if part is not None]
+        stacked = torch.stack(parts, dim=1)
+        if not all_finite(stacked):
             raise PrototypeError(
-                f"the features of image {item.id!r} are too large for half precision; set "
+                f"the features of image {names} are too large for half precision; set "
                 "maps.features to float32"
             )
-        return stacked
+        return list(stacked)
 
     def _offer(self, name: str, scale: float, stacked: Tensor) -> None:
         size = stacked.numel() * stacked.element_size()
-        if name not in self.keep or self.used + size > self.budget:
-            return
-        # In the machine's memory: a quarter of that may be more than a GPU has.
-        self._kept[name, scale] = stacked.cpu()
-        self.used += size
-
-
-def default_budget() -> int:
-    """A quarter of the memory that this process may use, in bytes.
-
-    That is the machine's, or less where a container or a batch system has set a limit.
-    """
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *container_limits()]) // 4
-
-
-def container_limits(
-    membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
-) -> list[int]:
-    """Memory limits, in bytes, of the Linux control groups that this process is in; may be empty.
-
-    Args:
-        membership: names the groups, a line ``number:controllers:path`` each.
-        root: of the groups' files: ``memory.max`` (version 2), or
-            ``memory/.../memory.limit_in_bytes`` (version 1).
-    """
-    try:
-        lines = membership.read_text("utf-8").splitlines()
-    except OSError:
-        return []
-    limits = []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            top, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        # A limit of any group above holds too. Inside a container the path may be that of the
-        # host, which is not there, and the container's own group is the root.
-        inner = top / group.lstrip("/")
-        for folder in (inner, *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                limits.append(int((folder / name).read_text("utf-8")))
-            if folder == top:
-                break
-    return limits
+        with self._lock:
+            known = (name, scale) in self._kept
+            if known or name not in self.keep or self.used + size > self.budget:
+                return
+            self.used += size
+            # In the machine's memory: a quarter of that may be more than a GPU has. And a copy, for
+            # a row of a batch would hold the whole batch.
+            self._kept[name, scale] = stacked.to("cpu", copy=True)

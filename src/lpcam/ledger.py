@@ -50,11 +50,11 @@ class Stage:
 
     def begin(self) -> None:
         """Make the folder ready: keep the files of the same key, remove those of another."""
+        for path in self.folder.rglob(".*.tmp"):  # half-written when the run was killed
+            path.unlink()
         record = self._record()
         if record is not None and record["key"] == self.key:
             logger.info("%s: goes on where it stopped", self.folder.name)
-            for path in self.folder.rglob(".*.tmp"):  # half-written when the run was killed
-                path.unlink()
             return
         if record is not None:
             logger.info("%s: made anew, for %s", self.folder.name, self._changed(record["parts"]))
@@ -135,4 +135,6 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another run is working in {folder}; wait for it, or choose another folder with "
                 "--run.folder"
             ) from error
+        for path in folder.glob(".*.tmp"):  # half-written when a run was killed
+            path.unlink()
         yield

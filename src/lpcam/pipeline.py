@@ -6,8 +6,8 @@ Every stage is skipped when, and only when, its inputs and settings are unchange
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,22 +31,16 @@ from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.functional import FusedMaps
 from lpcam.ledger import Stage, locked
 from lpcam.masks import seeds, to_mask, write_mask
-from lpcam.metrics import (
-    DEFAULT_THRESHOLDS,
-    Scores,
-    ThresholdSweep,
-    best_threshold,
-    part_counts,
-    part_coverage,
-    scores,
-    truth_labels,
-)
-from lpcam.progress import progress, track
+from lpcam.parallel import Sharing
+from lpcam.processes import Processes, join
+from lpcam.progress import progress
 from lpcam.recipe import Method, Recipe
+from lpcam.resources import available_memory, available_threads, reuse_freed_memory
 from lpcam.storage import (
     MapFile,
     digest_file,
     digest_json,
+    map_path,
     read_json,
     read_maps,
     write_bytes,
@@ -62,6 +56,15 @@ STAGES: tuple[StageName, ...] = ("classify", "cam", "prototypes", "lpcam", "seed
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 HELD_OUT = 10
 """Every how many-th image is held out for the validation mAP where no list is named."""
+FEATURE_KEYS = ("features", "precision", "maximum_side")
+"""What of the recipe's maps section changes the features."""
+GPU_BATCH = 8
+GPU_THREADS = 4
+"""On a GPU a few threads read and write while one computes."""
+MEMORY_SHARE = 0.5
+"""Of the memory that this process may use, where the recipe does not say how much."""
+FEATURES_SHARE = 0.5
+"""Of a run's memory for features that several stages need; the rest is for the reservoir."""
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints of the reservoir of local features, at least."""
 CHECKPOINT_SHARE = 10
@@ -86,13 +89,13 @@ def run(recipe: Recipe, *, until: StageName = "evaluate", command: str = "") -> 
     Raises:
         LpcamError: of a kind that says what was wrong with data, recipe, weights or artefacts.
     """
-    torch.set_num_threads(_threads(recipe))
-    with locked(recipe.folder):
-        return _Run(recipe, command).up_to(until)
-
-
-def _threads(recipe: Recipe) -> int:
-    return recipe.run.threads or len(os.sched_getaffinity(0))
+    processes, device = join(recipe.run.device)
+    # The first process holds the folder for all of them.
+    with locked(recipe.folder) if processes.first else contextlib.nullcontext():
+        processes.wait()
+        result = _Run(recipe, command, processes, device).up_to(until)
+        processes.wait()
+    return result
 
 
 def read_dataset(recipe: Recipe) -> Dataset:
@@ -126,10 +129,17 @@ def read_dataset(recipe: Recipe) -> Dataset:
 class _Run:
     """One pass over the stages; each method is one stage."""
 
-    def __init__(self, recipe: Recipe, command: str) -> None:
+    def __init__(
+        self, recipe: Recipe, command: str, processes: Processes, device: torch.device | None
+    ) -> None:
         self.recipe = recipe
         self.command = command
         self.folder = recipe.folder
+        self.processes = processes
+        self.device = device or self._chosen_device()
+        self.threads = recipe.run.threads or available_threads(processes.here)
+        torch.set_num_threads(self.threads)
+        reuse_freed_memory()
         self.seconds: dict[str, float] = {}
         path = self.folder / "recipe.yaml"
         if path.is_file() and not (self.folder / "index.json").is_file():
@@ -138,11 +148,12 @@ class _Run:
                 "with --run.folder"
             )
         self.dataset, self.records = self._index()
+        self.sharing = self._sharing()
         self.rows: list[dict[str, Any]] = []
         resolved = yaml.safe_dump(
             recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
         ).encode()
-        if not path.is_file() or path.read_bytes() != resolved:
+        if processes.first and (not path.is_file() or path.read_bytes() != resolved):
             write_bytes(path, resolved)
 
     def up_to(self, until: StageName) -> RunResult:
@@ -152,7 +163,8 @@ class _Run:
             self.seconds[name] = time.monotonic() - started
             if worked:
                 logger.info("%s: done in %.1f s", name, self.seconds[name])
-                self._note_seconds(name)
+                if self.processes.first:
+                    self._note_seconds(name)
             else:
                 logger.info("%s: up to date", name)
         skipped = [{"id": s.id, "reason": s.reason} for s in self.dataset.skipped]
@@ -162,6 +174,41 @@ class _Run:
         path = self.folder / "seconds.json"
         seconds = read_json(path) if path.is_file() else {}
         write_json(path, {**seconds, name: round(self.seconds[name], 2)})
+
+    def _begin(self, *stages: Stage) -> None:
+        """Make stages' folders ready, when every process has seen that they are not done."""
+        self.processes.wait()
+        if self.processes.first:
+            for stage in stages:
+                stage.begin()
+        self.processes.wait()
+
+    def _finish(self, *stages: Stage, **output: Any) -> None:
+        """Record the end of stages, when every process has done its share."""
+        self.processes.wait()
+        if self.processes.first:
+            for stage in stages:
+                stage.finish(**output)
+        self.processes.wait()
+        for stage in stages:
+            stage.done(())  # the output, for the processes that did not write it
+
+    def _sharing(self) -> Sharing:
+        count = self.processes.count
+        batch = self.recipe.run.batch or (1 if self.device.type == "cpu" else GPU_BATCH)
+        owner: dict[str, int] = {}
+        if count > 1:
+            # By the lists whose features serve most often first, so that each is shared out evenly.
+            for stage in ("maps", "prototypes", "evaluate", "classify"):
+                for item in self._items(stage):
+                    owner.setdefault(item.id, len(owner) % count)
+        return Sharing(
+            self.processes,
+            self.threads if self.device.type == "cpu" else min(self.threads, GPU_THREADS),
+            batch,
+            {name: (r["height"], r["width"]) for name, r in self.records.items()},
+            owner,
+        )
 
     # -- the data, looked at once -------------------------------------------------------------
 
@@ -173,12 +220,20 @@ class _Run:
                 f"{path} was not written by a run, so it may be yours; choose another run folder "
                 "with --run.folder"
             )
-        known = before["records"]
         dataset = read_dataset(self.recipe)
+        if not self.processes.first:
+            self.processes.wait()  # the first looks at the images, the others read what it found
+            before = read_json(path)
         with progress("looking at the images", len(dataset.items)) as advance:
             dataset, records = check_images(
-                dataset, known, progress=lambda _done, _total: advance(1, "")
+                dataset,
+                before["records"],
+                progress=lambda _done, _total: advance(1, ""),
+                workers=self.threads,
+                save=lambda records: write_json(path, {**before, "records": records}),
             )
+        if not self.processes.first:
+            return dataset, records
         for notice in dataset.notices:
             logger.info("data: %s", notice)
         index = {
@@ -188,6 +243,7 @@ class _Run:
         }
         if before != index:
             write_json(path, index)
+        self.processes.wait()
         return dataset, records
 
     def _items(self, stage: Literal["classify", "prototypes", "maps", "evaluate"]) -> list[Item]:
@@ -212,9 +268,9 @@ class _Run:
         wanted = self.recipe.classifier.method
         if wanted != "auto":
             return wanted
-        return "finetune" if self._device().type == "cuda" else "probe"
+        return "finetune" if self.device.type == "cuda" else "probe"
 
-    def _device(self) -> torch.device:
+    def _chosen_device(self) -> torch.device:
         wanted = self.recipe.run.device
         if wanted == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,7 +312,7 @@ class _Run:
         self.stage_classify = Stage(
             self.folder / "classifier",
             {
-                "revision": 2,
+                "revision": 3,
                 "classes": list(self.dataset.classes.names),
                 "backbone": section.model_dump(
                     mode="json", exclude={"weights", "method", "probe", "finetune"}
@@ -264,7 +320,7 @@ class _Run:
                 "weights": weights,
                 "method": self.method,
                 "settings": settings.model_dump(mode="json", exclude={"preset"}),
-                "maps": self.recipe.maps.model_dump(include={"features", "maximum_side"}),
+                "maps": self.recipe.maps.model_dump(include=set(FEATURE_KEYS)),
                 "seed": self.recipe.run.seed,
                 "training": self._digest(training),
                 "validation": self._digest(validation),
@@ -272,6 +328,8 @@ class _Run:
         )
         path = self.stage_classify.folder / "classifier.safetensors"
         if self.stage_classify.done([path]):
+            if self.processes.first:
+                remove_leftovers(path.parent)  # of a run that was stopped at its very end
             return False
         from lpcam.classifier import BackboneSpec, build  # noqa: PLC0415 - timm is slow to import
 
@@ -284,21 +342,28 @@ class _Run:
             mean=section.mean,
             std=section.std,
             seed=self.recipe.run.seed,
-        ).to(self._device())
-        self.stage_classify.begin()
+        ).to(self.device)
+        self._check_reservoir(classifier)
+        self._begin(self.stage_classify)
         history = self._train(classifier, training, validation)
-        classifier.save(path, {"stage": self.stage_classify.key, "versions": versions()})
-        self.stage_classify.finish(
-            fingerprint=classifier.fingerprint(), digest=digest_file(path), history=history
-        )
-        self.__dict__["classifier"] = classifier
+        output: dict[str, Any] = {}
+        if self.processes.first:
+            classifier.save(path, {"stage": self.stage_classify.key, "versions": versions()})
+            output = {
+                "fingerprint": classifier.fingerprint(),
+                "digest": digest_file(path),
+                "history": history,
+            }
+        self._finish(self.stage_classify, **output)
+        if self.processes.first:
+            self.__dict__["classifier"] = classifier
+            remove_leftovers(path.parent)
         return True
 
     def _train(
         self, classifier: Any, training: list[Item], validation: list[Item]
     ) -> list[dict[str, Any]]:
         folder = self.stage_classify.folder
-        seed = self.recipe.run.seed
         if self.method == "finetune":
             from lpcam.train import finetune  # noqa: PLC0415
 
@@ -307,21 +372,21 @@ class _Run:
                 training,
                 validation,
                 self.recipe.classifier.finetune,
-                seed=seed,
+                seed=self.recipe.run.seed,
                 folder=folder,
-                workers=_threads(self.recipe) if self._device().type == "cuda" else 0,
+                workers=self.threads if self.device.type == "cuda" else 0,
+                processes=self.processes,
             )
-        from lpcam.probe import fit_probe  # noqa: PLC0415
+        from lpcam.probe import fit_probe, pooled_features  # noqa: PLC0415
 
-        return fit_probe(
-            classifier,
-            training,
-            validation,
-            self.recipe.classifier.probe,
-            folder=folder,
-            store=self._store(classifier),
-            refit=self.recipe.data.lists.validate_ is None,
+        settings = self.recipe.classifier.probe
+        pooled = pooled_features(
+            [*training, *validation], settings, self._store(classifier), folder, self.sharing
         )
+        if pooled is None:
+            return []  # the first process fits the head, the others read it
+        refit = self.recipe.data.lists.validate_ is None
+        return fit_probe(classifier, training, validation, settings, pooled=pooled, refit=refit)
 
     @cached_property
     def classifier(self) -> Any:
@@ -329,33 +394,39 @@ class _Run:
         from lpcam.classifier import Classifier  # noqa: PLC0415
 
         path = self.stage_classify.folder / "classifier.safetensors"
-        return Classifier.load(path).to(self._device())
+        return Classifier.load(path).to(self.device)
 
     def _store(self, classifier: Any) -> Any:
         """The features that the stages share, of the classifier's backbone."""
         if "feature_store" not in self.__dict__:
-            from lpcam.features import FeatureStore, default_budget  # noqa: PLC0415
+            from lpcam.features import FeatureStore  # noqa: PLC0415
 
-            section, given = self.recipe.maps, self.recipe.run.feature_memory
+            section = self.recipe.maps
             shared = [*self._items("maps"), *self._items("prototypes")]
             self.__dict__["feature_store"] = FeatureStore(
                 classifier,
                 flip=self.recipe.lpcam.flip or self.recipe.classifier.probe.mirror,
                 maximum_side=section.maximum_side,
                 dtype=section.features,
-                budget=default_budget() if given is None else int(given * 2**30),
+                precision=section.precision,
+                budget=int(self._memory() * FEATURES_SHARE),
                 keep=(item.id for item in shared),
             )
-        store = self.__dict__["feature_store"]
-        store.classifier = classifier
-        return store
+        return self.__dict__["feature_store"]
+
+    def _memory(self) -> float:
+        """Bytes that this process may keep."""
+        given = self.recipe.run.memory
+        if given is not None:
+            return given * 2**30
+        return available_memory() * MEMORY_SHARE / self.processes.here
 
     # -- maps ---------------------------------------------------------------------------------
 
     def _map_parts(self, items: Sequence[Item]) -> dict[str, Any]:
         settings = self.recipe.lpcam
         return {
-            "revision": 1,
+            "revision": 2,
             "classifier": self.stage_classify.output["digest"],
             "scales": list(settings.scales),
             "flip": settings.flip,
@@ -372,12 +443,12 @@ class _Run:
             self.folder / "cam",
             {**self._map_parts(items), "cam_epsilon": self.recipe.lpcam.cam_epsilon},
         )
-        paths = [_map_path(self.stage_cam.folder, item) for item in items]
+        paths = [map_path(self.stage_cam.folder, item.id) for item in items]
         if self.stage_cam.done(paths):
             return False
         from lpcam.extract import cam_maps  # noqa: PLC0415
 
-        self.stage_cam.begin()
+        self._begin(self.stage_cam)
 
         def maps_of(item: Item, pairs: Any, size: tuple[int, int]) -> dict[str, FusedMaps]:
             weight = self.classifier.weight[list(item.labels)]
@@ -385,48 +456,57 @@ class _Run:
             return {"cam": cam_maps(pairs, weight, size, epsilon=epsilon)}
 
         self._write_maps("CAM", items, {"cam": self.stage_cam}, maps_of)
-        self.stage_cam.finish()
+        self._finish(self.stage_cam)
         return True
 
-    @torch.inference_mode()
     def _write_maps(
         self, label: str, items: Sequence[Item], stages: dict[str, Stage], maps_of: Any
     ) -> None:
         """Maps of every image that has none yet, from one pyramid of features an image."""
-        from lpcam.extract import FeaturePair  # noqa: PLC0415
-
-        settings = self.recipe.lpcam
         store = self._store(self.classifier)
-        todo = [
-            item
-            for item in items
-            if not all(_map_path(stage.folder, item).is_file() for stage in stages.values())
-        ]
-        with progress(label, len(items), done=len(items) - len(todo)) as advance:
-            for item in todo:
-                record = self.records[item.id]
-                size = (record["height"], record["width"])
-                maps: dict[str, FusedMaps] = {}
-                if item.labels:
-                    pairs = (
-                        pair if settings.flip else FeaturePair(pair.features, None)
-                        for pair in store.pairs(item, settings.scales)
-                    )
-                    maps = maps_of(item, pairs, self._mapped_size(size))
+        scales = self.recipe.lpcam.scales
+
+        def missing(item: Item) -> bool:
+            paths = [map_path(stage.folder, item.id) for stage in stages.values()]
+            return not all(path.is_file() for path in paths)
+
+        @torch.inference_mode()
+        def make(batch: list[Item]) -> None:
+            # An image without a label has no map, and needs no features.
+            pairs = list(store.pairs(batch, scales)) if any(item.labels for item in batch) else []
+            for row, item in enumerate(batch):
+                if not missing(item):
+                    continue
+                size = self.sharing.sizes[item.id]
+                own = [self._of_image(pair, row) for pair in pairs]
+                maps = maps_of(item, own, self._mapped_size(size)) if item.labels else {}
                 for name, stage in stages.items():
                     fused = _at_size(maps[name], size) if maps else _no_maps(size)
-                    made_by = {"stage": stage.key}
                     write_maps(
-                        _map_path(stage.folder, item),
+                        map_path(stage.folder, item.id),
                         MapFile(
                             np.array(item.labels, dtype=np.int64),
                             fused.cam.float().cpu().numpy(),
                             fused.high_res.float().cpu().numpy(),
-                            made_by,
+                            {"stage": stage.key},
                         ),
                         dtype=self.recipe.maps.dtype,
                     )
-                advance(1, "")
+
+        mine = self.sharing.mine(items)
+        # Batches are made before it is known what is missing: they are the same after a stop.
+        todo = [b for b in self.sharing.batches(mine) if any(missing(item) for item in b)]
+        left = sum(len(batch) for batch in todo)
+        with progress(label, len(mine), done=len(mine) - left) as advance:
+            for batch, _ in zip(todo, self.sharing.map(make, todo), strict=True):
+                advance(len(batch), "")
+
+    def _of_image(self, pair: Any, row: int) -> Any:
+        """One image's features of a batch, mirrored ones only where the maps use them."""
+        from lpcam.extract import FeaturePair  # noqa: PLC0415
+
+        flip = self.recipe.lpcam.flip
+        return FeaturePair(pair.features[row], pair.mirrored[row] if flip else None)
 
     def _mapped_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size at which an image is mapped: its own, or smaller by ``maps.maximum_side``."""
@@ -443,7 +523,7 @@ class _Run:
         self.stage_lpcam_f = Stage(self.folder / "lpcam_f", {**parts, "context": False})
         stages = {"lpcam": self.stage_lpcam, "lpcam_f": self.stage_lpcam_f}
         done = [
-            stage.done([_map_path(stage.folder, item) for item in items])
+            stage.done([map_path(stage.folder, item.id) for item in items])
             for stage in stages.values()
         ]
         if all(done):
@@ -451,8 +531,7 @@ class _Run:
         from lpcam.extract import lpcam_maps  # noqa: PLC0415
         from lpcam.prototypes import Prototypes  # noqa: PLC0415
 
-        for stage in stages.values():
-            stage.begin()
+        self._begin(*stages.values())
         prototypes = Prototypes.load(
             self._prototypes_path, fingerprint=self.stage_classify.output["fingerprint"]
         )
@@ -471,8 +550,7 @@ class _Run:
             }
 
         self._write_maps("LPCAM", items, stages, maps_of)
-        for stage in stages.values():
-            stage.finish()
+        self._finish(*stages.values())
         return True
 
     # -- prototypes ---------------------------------------------------------------------------
@@ -488,78 +566,151 @@ class _Run:
         self.stage_prototypes = Stage(
             self.folder / "prototypes",
             {
-                "revision": 2,
+                "revision": 3,
                 "classifier": self.stage_classify.output["digest"],
                 "settings": settings.model_dump(
                     mode="json", exclude={"preset", "scales", "flip", "threshold", "cam_threshold"}
                 ),
                 "split_maps": self.stage_cam.key if multi_scale else None,
-                "features": self.recipe.maps.features,
-                "maximum_side": self.recipe.maps.maximum_side,
+                "maps": self.recipe.maps.model_dump(include=set(FEATURE_KEYS)),
                 "seed": self.recipe.run.seed,
                 "images": self._digest(items),
             },
         )
         path = self._prototypes_path
-        checkpoint = self.stage_prototypes.folder / "reservoir.safetensors"
+        folder = self.stage_prototypes.folder
         if self.stage_prototypes.done([path]):
-            checkpoint.unlink(missing_ok=True)  # of a run that was stopped at its very end
+            if self.processes.first:
+                remove_leftovers(folder)
             return False
-        from lpcam.prototypes import Reservoir, draw_images, make_prototypes  # noqa: PLC0415
+        from lpcam.prototypes import make_prototypes  # noqa: PLC0415
 
-        self.stage_prototypes.begin()
+        self._begin(self.stage_prototypes)
+        reservoir, images = self._reservoir(items, folder)
+        output: dict[str, Any] = {}
+        if self.processes.first:
+            prototypes = make_prototypes(
+                reservoir,
+                self.classifier.weight,
+                self.dataset.classes.names,
+                settings,
+                seed=self.recipe.run.seed,
+                fingerprint=self.stage_classify.output["fingerprint"],
+                made_by={"stage": self.stage_prototypes.key, "versions": versions()},
+                workers=self.sharing.workers,
+            )
+            prototypes.save(path)
+            output = {
+                "digest": digest_file(path),
+                "events": list(prototypes.events),
+                "images": images,
+            }
+        self._finish(self.stage_prototypes, **output)
+        if self.processes.first:
+            remove_leftovers(folder)  # last: a stop before the end goes on from them
+        return True
+
+    def _reservoir(self, items: Sequence[Item], folder: Path) -> tuple[Any, int]:
+        """The sample of all processes' local features (in the first), and of how many images."""
+        from lpcam.extract import collect  # noqa: PLC0415
+        from lpcam.prototypes import draw_images  # noqa: PLC0415
+
+        settings = self.recipe.lpcam
         drawn = draw_images(
             [(item.id, item.labels) for item in items],
             len(self.dataset.classes),
             settings,
             seed=self.recipe.run.seed,
         )
-        reservoir = Reservoir(settings.max_features, self.recipe.run.seed)
-        first = reservoir.restore(checkpoint) if checkpoint.is_file() else 0
-        next_save = time.monotonic() + CHECKPOINT_SECONDS
         used = [item for item in items if item.id in drawn]
-        with progress("local features", len(used), done=first) as advance:
-            for number, item in enumerate(used[first:], start=first + 1):
-                self._collect(reservoir, item, drawn[item.id])
-                advance(1, "")
+        batches = self.sharing.batches(self.sharing.mine(used))
+        count = self.processes.count
+        parts = [
+            # A checkpoint counts batches, so it is of use to the same sharing alone.
+            folder / f"reservoir-{rank}-of-{count}-by-{self.sharing.batch}.safetensors"
+            for rank in range(count)
+        ]
+        checkpoint = parts[self.processes.rank]
+        reservoir = self._new_reservoir()
+        done = reservoir.restore(checkpoint) if checkpoint.is_file() else 0
+        next_save = time.monotonic() + CHECKPOINT_SECONDS
+        todo = batches[done:]
+        total = sum(len(batch) for batch in batches)
+        left = sum(len(batch) for batch in todo)
+        with progress("local features", total, done=total - left) as advance:
+            for batch, found in zip(todo, self.sharing.map(self._local, todo), strict=True):
+                for item, (features, split_map) in zip(batch, found, strict=True):
+                    collect(
+                        reservoir,
+                        features,
+                        item.labels,
+                        split_map,
+                        settings,
+                        item.id,
+                        drawn[item.id],
+                    )
+                done += 1
+                advance(len(batch), "")
                 if (started := time.monotonic()) > next_save:
-                    reservoir.checkpoint(checkpoint, number)
+                    reservoir.checkpoint(checkpoint, done)
                     took = time.monotonic() - started
                     pause = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * took)
                     next_save = time.monotonic() + pause
-        prototypes = make_prototypes(
-            reservoir,
-            self.classifier.weight.cpu(),
-            self.dataset.classes.names,
-            settings,
-            seed=self.recipe.run.seed,
-            fingerprint=self.stage_classify.output["fingerprint"],
-            made_by={"stage": self.stage_prototypes.key, "versions": versions()},
-        )
-        prototypes.save(path)
-        self.stage_prototypes.finish(
-            digest=digest_file(path), events=list(prototypes.events), images=len(used)
-        )
-        checkpoint.unlink(missing_ok=True)  # last: a stop before the end goes on from it
-        return True
+        if count > 1:
+            reservoir.checkpoint(checkpoint, len(batches))
+            self.processes.wait()
+            if self.processes.first:
+                for part in parts[1:]:
+                    theirs = self._new_reservoir()
+                    theirs.restore(part)
+                    reservoir.merge(theirs)
+        return reservoir, len(used)
+
+    def _new_reservoir(self) -> Any:
+        from lpcam.features import DTYPES  # noqa: PLC0415
+        from lpcam.prototypes import Reservoir  # noqa: PLC0415
+
+        self._check_reservoir(self.classifier)
+        dtype = DTYPES[self.recipe.maps.features]
+        return Reservoir(self.recipe.lpcam.max_features, self.recipe.run.seed, dtype=dtype)
+
+    def _check_reservoir(self, classifier: Any) -> None:
+        """Refuse a sample that could not be held in memory when it is full."""
+        from lpcam.features import DTYPES  # noqa: PLC0415
+        from lpcam.prototypes import SIDES  # noqa: PLC0415
+
+        bound = self.recipe.lpcam.max_features
+        if bound is None:
+            return
+        classes, channels = classifier.weight.shape
+        # Twice the bound: a reservoir is cut back when it holds so many.
+        rows = 2 * bound * len(SIDES) * classes
+        needed = rows * channels * DTYPES[self.recipe.maps.features].itemsize
+        allowed = self._memory() * (1 - FEATURES_SHARE)
+        if needed > allowed:
+            raise RecipeError(
+                f"lpcam.max_features {bound} of {classes} classes needs {needed / 2**30:.1f} GiB, "
+                f"but {allowed / 2**30:.1f} GiB are for it; lower it, or raise run.memory "
+                "(--memory) if the machine has more"
+            )
 
     @torch.inference_mode()
-    def _collect(self, reservoir: Any, item: Item, drawn: dict[int, int]) -> None:
-        from lpcam.extract import collect, single_scale_cam  # noqa: PLC0415
+    def _local(self, batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
+        """Features (C, h, w) at scale 1 and the CAM that splits them, of each image of a batch."""
+        from lpcam.extract import single_scale_cam  # noqa: PLC0415
 
-        (pair,) = self._store(self.classifier).pairs(item, (1.0,))
-        features = pair.features
         settings = self.recipe.lpcam
-        if settings.split_maps == "multi_scale":
-            maps = read_maps(_map_path(self.stage_cam.folder, item))
-            split_map = torch.from_numpy(maps.high_res)
-        else:
-            split_map = single_scale_cam(
-                features,
-                self.classifier.weight[list(item.labels)],
-                epsilon=settings.cam_epsilon,
-            )
-        collect(reservoir, features, item.labels, split_map, settings, item.id, drawn)
+        (pair,) = self._store(self.classifier).pairs(batch, (1.0,))
+        found = []
+        for item, features in zip(batch, pair.features, strict=True):
+            if settings.split_maps == "multi_scale":
+                maps = read_maps(map_path(self.stage_cam.folder, item.id))
+                split_map = torch.from_numpy(maps.high_res)
+            else:
+                weight = self.classifier.weight[list(item.labels)]
+                split_map = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)
+            found.append((features, split_map))
+        return found
 
     # -- seeds --------------------------------------------------------------------------------
 
@@ -590,11 +741,12 @@ class _Run:
         paths = {item.id: self._seed_path(item) for item in items}
         if self.stage_seeds.done(paths.values()):
             return False
-        self.stage_seeds.begin()
-        for item in track(items, "seeds", len(items)):
+        self._begin(self.stage_seeds)
+
+        def make(item: Item) -> None:
             if paths[item.id].is_file():
-                continue
-            maps = read_maps(_map_path(source.folder, item))
+                return
+            maps = read_maps(map_path(source.folder, item.id))
             planes = torch.from_numpy(maps.high_res)
             mask = to_mask(
                 seeds(planes, threshold),
@@ -604,7 +756,12 @@ class _Run:
                 ignore_threshold=section.ignore_threshold,
             )
             write_mask(paths[item.id], mask)
-        self.stage_seeds.finish()
+
+        mine = self.sharing.mine(items)
+        with progress("seeds", len(mine)) as advance:
+            for _ in self.sharing.map(make, mine):
+                advance(1, "")
+        self._finish(self.stage_seeds)
         return True
 
     def _seed_path(self, item: Item) -> Path:
@@ -634,97 +791,48 @@ class _Run:
         if self.stage_evaluate.done(outputs):
             self.rows = read_json(metrics)["rows"]
             return False
-        self.stage_evaluate.begin()
+        self._begin(self.stage_evaluate)
         self.rows = self._score(items) if items else []
-        write_json(
-            metrics,
-            {
-                "rows": self.rows,
-                "skipped": [{"id": s.id, "reason": s.reason} for s in self.dataset.skipped],
-                "prototype_events": self.stage_prototypes.output["events"],
-                "classifier_history": self.stage_classify.output["history"],
-            },
-        )
-        if self.recipe.sheet.images:
-            self._write_sheet(sheet)
-        self.stage_evaluate.finish()
+        if self.processes.first:
+            write_json(
+                metrics,
+                {
+                    "rows": self.rows,
+                    "skipped": [{"id": s.id, "reason": s.reason} for s in self.dataset.skipped],
+                    "prototype_events": self.stage_prototypes.output["events"],
+                    "classifier_history": self.stage_classify.output["history"],
+                },
+            )
+            sheet.unlink(missing_ok=True)
+            if self.recipe.sheet.images:
+                self._write_sheet(sheet)
+        self._finish(self.stage_evaluate)
         return True
 
     def _score(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        names = self.dataset.classes.names
+        from lpcam.evaluation import score_maps  # noqa: PLC0415
+
+        folders = {method: stage.folder for method, stage in self._stages_of_methods.items()}
         fixed = {method: self.recipe.fixed_threshold(method) for method in METHODS}
-        grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
-        sweeps = {method: ThresholdSweep(len(names), grid) for method in METHODS}
-        for item in track(items, "scoring", len(items)):
-            truth = self._truth(item)
-            for method, stage in self._stages_of_methods.items():
-                maps = read_maps(_map_path(stage.folder, item))
-                sweeps[method].update(
-                    truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys)
-                )
-        rows = []
-        for method, sweep in sweeps.items():
-            best, best_scores = best_threshold(sweep, names)
-            for threshold, source, found in (
-                (best, "ground truth", best_scores),
-                (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
-            ):
-                row = self._row(method, items, threshold, source, found)
-                if self.dataset.part_names:
-                    row["part_coverage"] = self._coverage(method, items, threshold)
-                rows.append(row)
-        return rows
-
-    def _truth(self, item: Item) -> Tensor:
-        assert item.mask is not None
-        return truth_labels(read_index_mask(item.mask), self.dataset.classes)
-
-    def _row(
-        self, method: Method, items: Sequence[Item], threshold: float, source: str, found: Scores
-    ) -> dict[str, Any]:
-        return {
-            "stage": "seed",
-            "method": method,
-            "dataset": self._dataset_name,
-            "split": self.recipe.data.list_of("evaluate"),
-            "images": len(items),
-            "miou": found.miou,
-            "fp": found.fp,
-            "fn": found.fn,
-            "precision": found.precision,
-            "recall": found.recall,
-            "precision_with_background": found.precision_with_background,
-            "recall_with_background": found.recall_with_background,
-            "threshold": threshold,
-            "threshold_source": source,
-            "per_class": found.per_class,
-            "left_out": list(found.left_out),
-            "protocol": {
-                **self._protocol(),
-                "threshold": threshold,
-                "threshold_source": (
-                    "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
-                    if source == "ground truth"
-                    else "fixed by the preset or the recipe"
-                ),
-                "command": self.command,
-            },
-        }
-
-    def _coverage(
-        self, method: Method, items: Sequence[Item], threshold: float
-    ) -> dict[str, float]:
-        names = self.dataset.part_names
-        counts = torch.zeros(len(names), 2, dtype=torch.int64)
-        for item in items:
-            if item.parts is None:
-                continue
-            maps = read_maps(_map_path(self._stages_of_methods[method].folder, item))
-            seed = seeds(torch.from_numpy(maps.high_res), threshold)
-            labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
-            parts = torch.from_numpy(read_index_mask(item.parts))
-            counts += part_counts(self._truth(item), labels, parts, names)
-        return part_coverage(counts, names)
+        return [
+            {
+                "stage": "seed",
+                "dataset": self._dataset_name,
+                "split": self.recipe.data.list_of("evaluate"),
+                **row,
+                "protocol": {
+                    **self._protocol(),
+                    "threshold": row["threshold"],
+                    "threshold_source": (
+                        "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
+                        if row["threshold_source"] == "ground truth"
+                        else "fixed by the preset or the recipe"
+                    ),
+                    "command": self.command,
+                },
+            }
+            for row in score_maps(items, self.dataset, folders, fixed, self.sharing)
+        ]
 
     @property
     def _dataset_name(self) -> str:
@@ -774,7 +882,7 @@ class _Run:
         for item, index in choose_rows(items, self.recipe.sheet.images):
             place = item.labels.index(index)
             cam, lpcam = (
-                read_maps(_map_path(stage.folder, item)).high_res[place]
+                read_maps(map_path(stage.folder, item.id)).high_res[place]
                 for stage in (self.stage_cam, self.stage_lpcam)
             )
             rows.append(
@@ -788,10 +896,6 @@ class _Run:
                 )
             )
         write_bytes(path, sheet(rows))
-
-
-def _map_path(folder: Path, item: Item) -> Path:
-    return folder / f"{item.id}.npz"
 
 
 def _no_maps(size: tuple[int, int]) -> FusedMaps:
@@ -809,3 +913,10 @@ def _at_size(maps: FusedMaps, size: tuple[int, int]) -> FusedMaps:
         for m, s in ((maps.cam, quarter), (maps.high_res, size))
     )
     return FusedMaps(cam, high_res)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a finished stage's folder what only a stopped one would go on from."""
+    for pattern in ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink()

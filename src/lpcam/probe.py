@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,7 @@ from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.extract import image_pyramid
 from lpcam.features import FeatureStore
 from lpcam.metrics import mean_average_precision
+from lpcam.parallel import Sharing, one_thread
 from lpcam.presets import ProbeSettings
 from lpcam.progress import progress
 from lpcam.storage import read_tensors, write_tensors
@@ -33,16 +35,14 @@ def fit_probe(
     validation: Sequence[Item],
     settings: ProbeSettings,
     *,
-    folder: Path,
-    store: FeatureStore,
+    pooled: Tensor,
     refit: bool,
 ) -> list[dict[str, Any]]:
     """Fit the classifier's head in place, its backbone untouched.
 
     Args:
         validation: images whose mAP is measured with the head fitted to ``training``.
-        folder: for the cached pooled features.
-        store: of this classifier, with flip where ``settings.mirror``.
+        pooled: of training and then validation images, from :func:`pooled_features`.
         refit: fit once more to training and validation images together after the measurement
             (the validation images are then a held-out part of the training list).
 
@@ -51,11 +51,9 @@ def fit_probe(
         ``validation_map``.
 
     Raises:
-        ClassifierError: if a class has no training image, or features hold NaN or Inf
-            (PrototypeError where ``settings.long_side`` is None).
+        ClassifierError: if a class has no training image.
     """
     classes = len(classifier.classes)
-    pooled = pooled_features(classifier, [*training, *validation], settings, folder, store)
     labels = multi_hot([*training, *validation], classes)
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
@@ -80,58 +78,80 @@ def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
     return labels
 
 
-@torch.inference_mode()
 def pooled_features(
-    classifier: Classifier,
     items: Sequence[Item],
     settings: ProbeSettings,
-    folder: Path,
     store: FeatureStore,
-) -> Tensor:
+    folder: Path,
+    sharing: Sharing,
+) -> Tensor | None:
     """Globally pooled features of each image and, if asked for, its mirror.
 
     Finished shards in ``folder`` are read instead of computed again.
 
     Args:
-        folder: for the shards; must belong to this classifier, list and settings alone.
-        store: serves the features where ``settings.long_side`` is None.
+        store: serves the features where ``settings.long_side`` is None, with flip where
+            ``settings.mirror``; else its classifier does.
+        folder: for the shards; must belong to this classifier, list and settings alone, and to all
+            processes together.
 
     Returns:
-        (len(items), 1 or 2, C) float32.
+        (len(items), 1 or 2, C) float32 in the first process, None in the others.
+
+    Raises:
+        ClassifierError, PrototypeError: if features hold NaN or Inf.
     """
-    shards = []
-    with progress("pooled features", len(items)) as advance:
-        for start in range(0, len(items), SHARD):
-            part = items[start : start + SHARD]
-            path = folder / f"pooled-{start:07d}.safetensors"
+    mine = sharing.mine(items)
+    processes = sharing.processes
+    shards = f"of-{processes.count}-by-{sharing.batch}"  # other shares are of no use
+
+    @torch.inference_mode()
+    def pool(batch: list[Item]) -> Tensor:
+        return _pooled(batch, settings, store)
+
+    with progress("pooled features", len(mine)) as advance:
+        for start in range(0, len(mine), SHARD):
+            part = mine[start : start + SHARD]
+            path = folder / f"pooled-{processes.rank}-{shards}-{start:07d}.safetensors"
             if path.is_file():
-                shards.append(read_tensors(path)[0]["pooled"])
                 advance(len(part), "")
                 continue
-            rows = []
-            for item in part:
-                rows.append(_pooled(classifier, item, settings, store))
-                advance(1, "")
-            write_tensors(path, {"pooled": torch.stack(rows)}, {"kind": "pooled features"})
-            shards.append(torch.stack(rows))
-    return torch.cat(shards)
+            rows: dict[str, Tensor] = {}
+            batches = sharing.batches(part)
+            for batch, pooled in zip(batches, sharing.map(pool, batches), strict=True):
+                for item, row in zip(batch, pooled, strict=True):
+                    rows[f"image {item.id}"] = row  # a bare id may be a name that is reserved
+                advance(len(batch), "")
+            write_tensors(path, rows, {"kind": "pooled features"})
+    processes.wait()
+    if not processes.first:
+        return None
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(f"pooled-*-{shards}-*.safetensors")):
+        found.update(read_tensors(path)[0])
+    return torch.stack([found[f"image {item.id}"] for item in items])
 
 
-def _pooled(
-    classifier: Classifier, item: Item, settings: ProbeSettings, store: FeatureStore
-) -> Tensor:
+def _pooled(batch: Sequence[Item], settings: ProbeSettings, store: FeatureStore) -> Tensor:
     if settings.long_side is None:
-        (pair,) = store.pairs(item, (1.0,))
+        (pair,) = store.pairs(batch, (1.0,))
     else:
-        resized = resize_long_side(read_image(item.image), settings.long_side)
+        images = [resize_long_side(read_image(item.image), settings.long_side) for item in batch]
         try:
-            (pair,) = image_pyramid(classifier, resized, (1.0,), flip=settings.mirror)
+            (pair,) = image_pyramid(
+                store.classifier,
+                np.stack(images),
+                (1.0,),
+                flip=settings.mirror,
+                precision=store.precision,
+            )
         except PrototypeError as error:
-            raise ClassifierError(f"image {item.id!r}: {error}") from None
+            names = ", ".join(repr(item.id) for item in batch)
+            raise ClassifierError(f"image {names}: {error}") from None
     views = [pair.features]
     if settings.mirror and pair.mirrored is not None:
         views.append(pair.mirrored)
-    return torch.stack([view.float().mean((-2, -1)) for view in views]).cpu()
+    return torch.stack([view.mean((-2, -1)) for view in views], dim=1).cpu()
 
 
 def fit_head(
@@ -181,6 +201,6 @@ def fit_head(
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    with torch.enable_grad():
+    with torch.enable_grad(), one_thread():
         optimizer.step(objective)  # type: ignore[no-untyped-call]
     return weight.detach().float()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpcam.clustering import cosine_kmeans
+from lpcam.clustering import Group, cosine_kmeans_groups
 from lpcam.errors import ArtefactError, PrototypeError
 from lpcam.functional import foreground_minus_context, unit_mean
 from lpcam.presets import LpcamSettings
@@ -110,60 +110,81 @@ class Reservoir:
     class and the side alone; the ``max_features`` smallest keys stay. So the sample does not
     depend on the order of the images or on how they are shared among processes.
 
+    The sample lies in the machine's memory, and of a class and side never more than twice
+    ``max_features`` rows. Keys are drawn before any row is looked at, so a full reservoir copies
+    only the few rows that take another's place.
+
     Args:
         max_features: bound of each class and side; None keeps everything.
         seed: of the keys.
+        dtype: in which rows are kept.
     """
 
-    def __init__(self, max_features: int | None, seed: int) -> None:
+    def __init__(
+        self, max_features: int | None, seed: int, dtype: torch.dtype = torch.float16
+    ) -> None:
         if max_features is not None and max_features < 1:
             raise ValueError(f"max_features must be at least 1 or None, got {max_features}")
         self.max_features = max_features
         self.seed = seed
-        self._rows: dict[tuple[int, SideName], list[Tensor]] = {}
-        self._keys: dict[tuple[int, SideName], list[Tensor]] = {}
+        self.dtype = dtype
         self.seen: dict[tuple[int, SideName], int] = {}
+        self._samples: dict[tuple[int, SideName], _Sample] = {}
 
     def add(self, index: int, side: SideName, rows: Tensor, name: str) -> None:
-        """Offer rows (M, C) of class ``index`` and one side, from the image called ``name``."""
+        """Offer rows (M, C) of class ``index`` and one side, from the image called ``name``.
+
+        Raises:
+            PrototypeError: if a row that would stay holds NaN or Inf, or a value too large for
+                ``dtype``.
+        """
         place = (index, side)
         self.seen[place] = self.seen.get(place, 0) + rows.shape[0]
         if rows.shape[0] == 0:
             return
-        if not bool(torch.isfinite(rows).all()):
-            raise PrototypeError(
-                f"the features of image {name!r} hold NaN or Inf; check the weights and the "
-                "preprocessing of the classifier"
-            )
         digest = hashlib.blake2b(
             f"{self.seed}/{index}/{side}/{name}".encode(), digest_size=7
         ).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         keys = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
-        held_rows = self._rows.setdefault(place, [])
-        held_keys = self._keys.setdefault(place, [])
-        held_rows.append(rows)
-        held_keys.append(keys)
-        bound = self.max_features
-        if bound is not None and sum(k.shape[0] for k in held_keys) > 2 * bound:
-            self._prune(place)
+        sample = self._samples.setdefault(place, _Sample(self.max_features))
+        chosen = sample.candidates(keys)
+        if len(chosen) == 0:
+            return
+        taken = rows[chosen.to(rows.device)]
+        kept = taken.to(self.dtype)
+        if not bool(torch.isfinite(kept).all()):
+            raise _not_finite(taken, self.dtype, name)
+        sample.take(keys[chosen], kept.cpu())
 
-    def _prune(self, place: tuple[int, SideName]) -> None:
-        keys = torch.cat(self._keys[place])
-        # Rows of a checkpoint are in the machine's memory, those added since on the device.
-        device = self._rows[place][-1].device
-        rows = torch.cat([part.to(device) for part in self._rows[place]])
-        order = torch.argsort(keys)[: self.max_features]
-        self._keys[place] = [keys[order]]
-        self._rows[place] = [rows[order.to(rows.device)]]
+    def merge(self, other: Reservoir) -> None:
+        """Take in the sample of other images: the result is that of one reservoir for them all.
+
+        Raises:
+            ValueError: if the two differ in ``max_features``, ``seed`` or ``dtype``.
+        """
+        mine = (self.max_features, self.seed, self.dtype)
+        others = (other.max_features, other.seed, other.dtype)
+        if mine != others:
+            raise ValueError(
+                f"reservoirs of (max_features, seed, dtype) {mine} and {others} cannot be merged; "
+                "make them alike"
+            )
+        for place, count in other.seen.items():
+            self.seen[place] = self.seen.get(place, 0) + count
+        for place, offered in other._samples.items():
+            sample = self._samples.setdefault(place, _Sample(self.max_features))
+            for keys, rows in zip(offered.keys, offered.rows, strict=True):
+                chosen = sample.candidates(keys)
+                if len(chosen):
+                    sample.take(keys[chosen], rows[chosen])
 
     def checkpoint(self, path: Path, images: int) -> None:
         """Write the sample and how many images it has seen, to go on from after a stop."""
         tensors = {}
-        for (index, side), rows in self._rows.items():
-            if rows:
-                tensors[f"{index}.{side}.rows"] = torch.cat([part.cpu() for part in rows])
-                tensors[f"{index}.{side}.keys"] = torch.cat(self._keys[index, side])
+        for (index, side), sample in self._samples.items():
+            keys, rows = sample.whole()
+            tensors[f"{index}.{side}.rows"], tensors[f"{index}.{side}.keys"] = rows, keys
         seen = [[index, side, count] for (index, side), count in self.seen.items()]
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
@@ -173,17 +194,79 @@ class Reservoir:
         for index, side, count in metadata["seen"]:
             self.seen[index, side] = count
             if f"{index}.{side}.rows" in tensors:
-                self._rows[index, side] = [tensors[f"{index}.{side}.rows"]]
-                self._keys[index, side] = [tensors[f"{index}.{side}.keys"]]
+                sample = self._samples[index, side] = _Sample(self.max_features)
+                sample.take(
+                    tensors[f"{index}.{side}.keys"], tensors[f"{index}.{side}.rows"].to(self.dtype)
+                )
         return int(metadata["images"])
 
     def features(self, index: int, side: SideName) -> Tensor | None:
         """The sample (M, C) of a class and side in an order that is its own, or None."""
-        place = (index, side)
-        if not self._rows.get(place):
-            return None
-        self._prune(place)
-        return self._rows[place][0]
+        sample = self._samples.get((index, side))
+        return None if sample is None else sample.whole()[1]
+
+
+class _Sample:
+    """The rows of the smallest keys: in parts until there are ``bound``, then in one block."""
+
+    def __init__(self, bound: int | None) -> None:
+        self.bound = bound
+        self.keys: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self._largest = float("inf")  # of the keys once the sample is full
+        self._sorted = False
+
+    def candidates(self, keys: Tensor) -> Tensor:
+        """Places (int64) of the keys that can still stay."""
+        chosen = torch.nonzero(keys < self._largest).flatten()
+        if self.bound is not None and len(chosen) > self.bound:
+            chosen = chosen[keys[chosen].argsort()[: self.bound]]
+        return chosen
+
+    def take(self, keys: Tensor, rows: Tensor) -> None:
+        """Keep rows, in the machine's memory, that :meth:`candidates` chose."""
+        self._sorted = False
+        if self._largest == float("inf"):
+            self.keys.append(keys)
+            self.rows.append(rows)
+            if self.bound is None or sum(map(len, self.keys)) < self.bound:
+                return
+            self.whole()
+        else:
+            # The new rows take the places of those whose keys are now too large.
+            (held,), (block,), bound = self.keys, self.rows, len(self.keys[0])
+            stays = torch.zeros(bound + len(keys), dtype=torch.bool)
+            stays[torch.cat([held, keys]).argsort()[:bound]] = True
+            leaving, coming = ~stays[:bound], stays[bound:]
+            held[leaving], block[leaving] = keys[coming], rows[coming]
+        self._largest = float(self.keys[0].max())
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys in rising order and their rows, at most ``bound``; one block from now on."""
+        if not self._sorted:
+            keys = torch.cat(self.keys)
+            order = keys.argsort()[: self.bound]
+            places = torch.full((len(keys),), -1)
+            places[order] = torch.arange(len(order))
+            block = self.rows[0].new_empty(len(order), self.rows[0].shape[1])
+            # Part by part, so that there are never three copies.
+            targets = torch.split(places, [len(part) for part in self.rows])
+            for part, to in zip(self.rows, targets, strict=True):
+                block[to[to >= 0]] = part[to >= 0]
+            self.keys, self.rows, self._sorted = [keys[order]], [block], True
+        return self.keys[0], self.rows[0]
+
+
+def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
+    if not bool(torch.isfinite(rows).all()):
+        return PrototypeError(
+            f"the features of image {name!r} hold NaN or Inf; check the weights and the "
+            "preprocessing of the classifier"
+        )
+    return PrototypeError(
+        f"the features of image {name!r} reach {float(rows.abs().max()):.3g}, more than "
+        f"{str(dtype).removeprefix('torch.')} can hold; set maps.features=float32"
+    )
 
 
 def draw_images(
@@ -354,6 +437,8 @@ def make_prototypes(
     seed: int,
     fingerprint: str = "",
     made_by: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+    workers: int = 1,
 ) -> Prototypes:
     """Cluster the collected features of every class and side, score the centres and select.
 
@@ -362,11 +447,43 @@ def make_prototypes(
         weight: (N, C) rows of the classifier.
         classes: the N names.
         seed: of the clustering; each class and side has a generator of its own.
+        device: where to cluster; None: where the weight is.
+        workers: threads on a CPU, each with a class and side; the result does not depend on it.
 
     Raises:
         PrototypeError: if the channel numbers of features and classifier differ, or no class has
             any foreground feature.
     """
+    groups: dict[tuple[SideName, int], Group] = {}
+    for side in SIDES:
+        for index in range(len(classes)):
+            rows = reservoir.features(index, side)
+            if rows is None:
+                continue
+            if rows.shape[1] != weight.shape[1]:
+                raise PrototypeError(
+                    f"the features have {rows.shape[1]} channels but the classifier "
+                    f"{weight.shape[1]}; collect them with the classifier's own backbone"
+                )
+            starts = tuple(
+                torch.Generator().manual_seed(
+                    ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
+                )
+                for restart in range(settings.restarts)
+            )
+            groups[side, index] = Group(rows, min(settings.clusters, rows.shape[0]), starts)
+    found = cosine_kmeans_groups(
+        list(groups.values()),
+        init=settings.init,
+        centers=settings.centers,
+        max_iterations=settings.max_iterations,
+        tolerance=settings.tolerance,
+        tolerance_kind=settings.tolerance_kind,
+        device=weight.device if device is None else device,
+        workers=workers,
+    )
+    clustered = dict(zip(groups, found, strict=True))
+
     events: list[str] = []
     sides = {}
     for side in SIDES:
@@ -376,37 +493,16 @@ def make_prototypes(
         sizes = torch.zeros(shape, dtype=torch.int64)
         keep = torch.zeros(shape, dtype=torch.bool)
         for index, name in enumerate(classes):
-            rows = reservoir.features(index, side)
-            if rows is None:
+            if (side, index) not in clustered:
                 events.append(_no_features(name, side))
                 continue
-            if rows.shape[1] != weight.shape[1]:
-                raise PrototypeError(
-                    f"the features have {rows.shape[1]} channels but the classifier "
-                    f"{weight.shape[1]}; collect them with the classifier's own backbone"
-                )
-            count = min(settings.clusters, rows.shape[0])
+            results = clustered[side, index]
+            count = groups[side, index].clusters
             if count < settings.clusters:
                 events.append(
                     f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
                     f"{count} clusters were made"
                 )
-            results = [
-                cosine_kmeans(
-                    rows.float(),
-                    count,
-                    init=settings.init,
-                    centers=settings.centers,
-                    max_iterations=settings.max_iterations,
-                    tolerance=settings.tolerance,
-                    tolerance_kind=settings.tolerance_kind,
-                    generator=torch.Generator().manual_seed(
-                        ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003
-                        + index
-                    ),
-                )
-                for restart in range(settings.restarts)
-            ]
             # A unit centre has lost the length that the score relies on; the plain mean of its
             # members has it, and its logit is the mean logit of the members.
             means = torch.cat([result.means for result in results])

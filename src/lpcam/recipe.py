@@ -138,6 +138,9 @@ class MapsSection(Section):
     """uint8 stores 255 steps of each map's maximum, float16 takes three to four times the room."""
     features: Literal["float16", "float32"] = "float16"
     """To which every feature is rounded; float16 halves what must be kept in memory."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the backbone's passes; the others are faster where the hardware has them, and change maps
+    by more than rounding (docs/performance.md)."""
     maximum_side: Annotated[int, Field(ge=16)] = 1024
     """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
 
@@ -169,9 +172,14 @@ class RunSection(Section):
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Threads of the numerics; null takes the number of processors this process may use."""
-    feature_memory: Annotated[float, Field(ge=0.0)] | None = None
-    """GiB kept for features that several stages need; null takes a quarter of the machine's."""
+    """Images worked on at a time; null takes the number of processors this process may use."""
+    memory: Annotated[float, Field(gt=0.0)] | None = None
+    """GiB that each process may keep: features that several stages need, and the sample to be
+    clustered. What an image needs while it passes the backbone comes on top, for each thread. Null
+    takes half of the memory that the run's processes may use."""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    """Most images of equal size that pass the backbone together; null: 1 on a CPU, 8 on a GPU.
+    More than 1 changes results by rounding."""
 
 
 class Recipe(Section):

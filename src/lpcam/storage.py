@@ -190,6 +190,11 @@ class MapFile:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
+def map_path(folder: Path, item_id: str) -> Path:
+    """Where a stage keeps the maps of an image."""
+    return folder / f"{item_id}.npz"
+
+
 def write_maps(path: Path, maps: MapFile, *, dtype: Literal["uint8", "float16"]) -> None:
     """Write one image's maps as a compressed npz without pickle.
 

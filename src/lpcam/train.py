@@ -27,6 +27,7 @@ from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.metrics import mean_average_precision
 from lpcam.presets import FinetuneSettings
 from lpcam.probe import multi_hot
+from lpcam.processes import Processes
 from lpcam.progress import progress
 from lpcam.storage import read_tensors, write_tensors
 
@@ -96,15 +97,24 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class _Order:
-    """Batches of (epoch, index) from a given step to the end."""
+    """Batches of (epoch, index) from a given step to the end, this process's share of each."""
 
-    def __init__(self, count: int, batch: int, epochs: int, seed: int, first_step: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        first_step: int,
+        processes: Processes,
+    ) -> None:
         self.count = count
         self.batch = min(batch, count)
         self.steps_an_epoch = count // self.batch  # an incomplete last batch is dropped
         self.epochs = epochs
         self.seed = seed
         self.first_step = first_step
+        self.processes = processes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.first_step // self.steps_an_epoch, self.epochs):
@@ -112,7 +122,8 @@ class _Order:
             skip = max(0, self.first_step - epoch * self.steps_an_epoch)
             for step in range(skip, self.steps_an_epoch):
                 part = order[step * self.batch : (step + 1) * self.batch]
-                yield [(epoch, index) for index in part]
+                mine = part[self.processes.rank :: self.processes.count]
+                yield [(epoch, index) for index in mine]
 
 
 # -- Optimiser and schedule --------------------------------------------------------------------
@@ -157,6 +168,7 @@ def finetune(
     seed: int,
     folder: Path,
     workers: int = 0,
+    processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
     """Fine-tune in place, with checkpoints in ``folder`` from which a stopped run goes on.
 
@@ -166,14 +178,24 @@ def finetune(
     Args:
         validation: images whose mAP is measured after each epoch.
         workers: processes that read and augment images.
+        processes: those that share each batch; default: this one alone. The step is that of the
+            whole batch, whatever their number, but for rounding.
 
     Returns:
         one record an epoch: ``epoch``, mean ``loss``, ``validation_map``.
 
     Raises:
-        ClassifierError: if ``freeze`` matches nothing or the loss is no longer finite.
+        ClassifierError: if ``freeze`` matches nothing, a batch has fewer images than there are
+            processes, or the loss is no longer finite.
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
+    processes = processes or Processes()
+    size = min(settings.batch_size, len(items))
+    if size < processes.count:
+        raise ClassifierError(
+            f"a batch of {size} images cannot be shared out among {processes.count} processes; "
+            "start fewer, or raise classifier.finetune.batch_size"
+        )
     freeze(classifier, settings.freeze)
     groups = [
         {
@@ -192,7 +214,7 @@ def finetune(
     base = [float(group["lr"]) for group in optimizer.param_groups]
     checkpoint = folder / "checkpoint.safetensors"
     step, running, history = _resume(checkpoint, classifier, optimizer)
-    order = _Order(len(items), settings.batch_size, settings.epochs, seed, step)
+    order = _Order(len(items), settings.batch_size, settings.epochs, seed, step, processes)
     steps = order.steps_an_epoch * settings.epochs
     labels = multi_hot(items, len(classifier.classes))
     loader = DataLoader(
@@ -201,22 +223,25 @@ def finetune(
         num_workers=workers,
         persistent_workers=False,
     )
+    model = processes.replicate(classifier)
     with progress("fine-tuning", steps, done=step) as advance:
         for images, indices in loader:
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * poly(step, steps, settings.power)
             classifier.train()
             loss = F.multilabel_soft_margin_loss(
-                classifier(images.to(classifier.device)), labels[indices].to(classifier.device)
+                model(images.to(classifier.device)), labels[indices].to(classifier.device)
             )
-            value = float(loss.detach())
+            share = len(indices) / size  # of the batch
+            value = float(processes.sum((loss.detach() * share).cpu()))
             if not math.isfinite(value):
                 raise ClassifierError(
                     f"the loss is {value} at step {step} of {steps}; lower "
                     "classifier.finetune.learning_rate and run again"
                 )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            # The gradients of the processes are averaged; the loss is a mean over the batch.
+            (loss * share * processes.count).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
             running += value
@@ -226,12 +251,15 @@ def finetune(
                     {
                         "epoch": step // order.steps_an_epoch,
                         "loss": running / order.steps_an_epoch,
-                        "validation_map": validation_map(classifier, validation, settings),
+                        "validation_map": validation_map(
+                            classifier, validation, settings, processes
+                        ),
                     }
                 )
                 running = 0.0
                 logger.info("epoch %d: loss %.4f, validation mAP %s", *history[-1].values())
-            if step % order.steps_an_epoch == 0 or step % CHECKPOINT_STEPS == 0:
+            due = step % order.steps_an_epoch == 0 or step % CHECKPOINT_STEPS == 0
+            if due and processes.first:
                 _save(checkpoint, classifier, optimizer, step, running, history)
     classifier.eval()
     return history
@@ -239,19 +267,23 @@ def finetune(
 
 @torch.inference_mode()
 def validation_map(
-    classifier: Classifier, items: Sequence[Item], settings: FinetuneSettings
+    classifier: Classifier,
+    items: Sequence[Item],
+    settings: FinetuneSettings,
+    processes: Processes | None = None,
 ) -> float | None:
     """Mean over classes of average precision, whole images at the middle training size."""
+    processes = processes or Processes()
     classifier.eval()
     side = sum(settings.long_side) // 2
-    logits = []
-    for item in items:
-        image = resize_long_side(read_image(item.image), side)
-        tensor = classifier.preprocessing(image)
-        logits.append(classifier(tensor[None].to(classifier.device))[0].float().cpu())
-    if not logits:
+    if not items:
         return None
-    return mean_average_precision(torch.stack(logits), multi_hot(items, len(classifier.classes)))
+    logits = torch.zeros(len(items), len(classifier.classes))
+    for row in range(processes.rank, len(items), processes.count):
+        image = resize_long_side(read_image(items[row].image), side)
+        tensor = classifier.preprocessing(image)
+        logits[row] = classifier(tensor[None].to(classifier.device))[0].float().cpu()
+    return mean_average_precision(processes.sum(logits), multi_hot(items, len(classifier.classes)))
 
 
 def _save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 __version__ = "0.1.0"
@@ -14,5 +15,10 @@ def versions() -> dict[str, str]:
     return {
         "lpcam": __version__,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in names},
+        **{name: _installed(name) for name in names},
     }
+
+
+@cache
+def _installed(name: str) -> str:
+    return metadata.version(name)

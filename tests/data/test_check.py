@@ -125,3 +125,27 @@ def test_mask_has_the_upright_size(root: Path) -> None:
     Image.new("RGB", (4, 6)).save(root / "images" / "a.png", exif=exif)
     _, records = check_images(read_folder(root))
     assert (records["a"]["height"], records["a"]["width"]) == (4, 6)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_several_readers_find_the_same_in_the_same_order(root: Path, workers: int) -> None:
+    for number in range(12):
+        path = root / "images" / f"d{number:02d}.png"
+        Image.new("RGB", (5 + number, 4)).save(path)
+        if number % 3 == 0:
+            path.write_bytes(path.read_bytes()[:40])
+        with (root / "labels.csv").open("a") as file:
+            file.write(f"d{number:02d},cow\n")
+    calls: list[tuple[int, int]] = []
+    dataset = read_folder(root)
+    checked, records = check_images(
+        dataset, progress=lambda *done: calls.append(done), workers=workers
+    )
+    assert calls == [(done, 15) for done in range(1, 16)]
+    assert [skip.id for skip in checked.skipped] == ["d00", "d03", "d06", "d09"]
+    assert list(records) == list(checked.items) == [i for i in dataset.items if i in records]
+    assert records["d07"]["width"] == 12
+    for name in ("a", "d05"):  # the first error in order, whichever thread is the first
+        mask_of((9, 9)).save(root / "masks" / f"{name}.png")
+    with pytest.raises(DataError, match=r"^mask of 'a', "):
+        check_images(read_folder(root), workers=workers)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,18 @@ from PIL import Image
 from tiny import COLOURS, digests, draw_folder, draw_image, recipe_values, times
 
 from lpcam import pipeline, train
-from lpcam.classifier import Classifier
-from lpcam.errors import ArtefactError, DataError, LpcamError, PrototypeError, RecipeError
+from lpcam.classifier import PROBE_SIZE, Classifier
+from lpcam.errors import (
+    ArtefactError,
+    DataError,
+    ImageError,
+    LpcamError,
+    PrototypeError,
+    RecipeError,
+)
 from lpcam.ledger import locked
 from lpcam.pipeline import RunResult, run
+from lpcam.processes import Processes
 from lpcam.recipe import parse_recipe
 from lpcam.storage import read_maps
 from lpcam.version import versions
@@ -102,7 +111,6 @@ def test_files_of_a_run(base: Values) -> None:
     expected |= {f"seeds/{i}.png" for i in ids}
     expected |= {
         "classifier/classifier.safetensors",
-        "classifier/pooled-0000000.safetensors",
         "prototypes/prototypes.safetensors",
         "index.json",
         "metrics.json",
@@ -316,8 +324,10 @@ AFTER_PROTOTYPES = AFTER_CLASSIFIER - {"cam"}
         ("run.seed", 1, EVERYTHING),
         ("sheet.images", 1, {"evaluation"}),
         ("data.name", "crates", {"evaluation"}),
+        ("maps.precision", "bfloat16", EVERYTHING),
         ("run.threads", 2, set()),
-        ("run.feature_memory", 0.0, set()),
+        ("run.memory", 0.01, set()),
+        ("run.batch", 3, set()),
     ],
 )
 def test_a_change_remakes_what_depends_on_it(
@@ -419,14 +429,164 @@ def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> N
 # -- Seeds --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [None, 0.0])
-def test_a_seed_gives_the_same_bytes(base: Values, tmp_path: Path, memory: float | None) -> None:
-    """In another folder, after other random numbers, with or without kept features."""
+@pytest.mark.parametrize(("memory", "share"), [(None, 0.5), (0.001, 0.5), (0.0005, 0.0)])
+def test_a_seed_gives_the_same_bytes(
+    base: Values,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: float | None,
+    share: float,
+) -> None:
+    """In another folder, after other random numbers, with all, some and no features kept."""
     torch.rand(3)
+    monkeypatch.setattr(pipeline, "FEATURES_SHARE", share)
     again = with_change(base, "run.folder", str(tmp_path / "again"))
-    go(with_change(again, "run.feature_memory", memory))
+    go(with_change(again, "run.memory", memory))
     found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
     assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_threads_do_not_change_the_bytes(base: Values, tmp_path: Path) -> None:
+    again = with_change(base, "run.folder", str(tmp_path / "again"))
+    go(with_change(again, "run.threads", 3))
+    found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
+    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+# -- Batches and precision ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Values:
+    """A finished run, image by image, on images of two sizes."""
+    root = draw_folder(tmp_path_factory.mktemp("alike") / "boxes")
+    for path in sorted((root / "images").iterdir()):
+        size = (72, 64) if int(path.stem[1:]) % 3 else (64, 72)
+        for folder in ("images", "masks"):
+            place = root / folder / path.name
+            with Image.open(place) as picture:
+                picture.resize(size, Image.Resampling.NEAREST).save(place)
+    values = recipe_values(root, tmp_path_factory.mktemp("single") / "run", weights)
+    go(values)
+    return values
+
+
+def steps_apart(one: Path, other: Path) -> int:
+    """The largest difference of two runs' maps, in 255ths of their maximum."""
+    most = 0.0
+    for name in METHODS.values():
+        assert len(list((one / name).glob("*.npz"))) == 12
+        for path in (one / name).glob("*.npz"):
+            first, second = read_maps(path), read_maps(other / name / path.name)
+            assert np.array_equal(first.keys, second.keys)
+            if len(first.keys):
+                most = max(most, float(np.abs(first.high_res - second.high_res).max()))
+                most = max(most, float(np.abs(first.cam - second.cam).max()))
+    return round(most * 255)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_give_the_maps_of_single_images(
+    alike: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    passes: list[int] = []
+    features = Classifier.features
+
+    def counted(self: Classifier, images: torch.Tensor) -> torch.Tensor:
+        passes.append(images.shape[0])
+        return features(self, images)
+
+    monkeypatch.setattr(Classifier, "features", counted)
+    values = with_change(alike, "run.batch", 4)
+    values = with_change(values, "run.threads", threads)
+    values = with_change(values, "run.folder", str(tmp_path / "run"))
+    rows = go(values).rows
+    assert max(passes) == 8  # four images and their mirrors
+    assert steps_apart(Path(alike["run"]["folder"]), tmp_path / "run") <= 1
+    for row, single in zip(rows, metrics(alike)["rows"], strict=True):
+        assert row["miou"] == pytest.approx(single["miou"], abs=0.01)
+
+
+@pytest.mark.parametrize("stopped_at", [9, 13, 24])
+def test_batches_go_on_after_a_stop(
+    alike: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    """A batch of which some maps are there is made again as a whole: 8 files, the same bytes."""
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SHARE", 0)
+    values = with_change(alike, "run.batch", 4)
+    go(with_change(values, "run.folder", str(tmp_path / "whole")))
+    stopped = with_change(values, "run.folder", str(tmp_path / "stopped"))
+    stops = 0
+    with monkeypatch.context() as patch:
+        Stop(patch, stopped_at, after=True)
+        for _ in range(100):
+            try:
+                go(stopped)
+                break
+            except KeyboardInterrupt:
+                stops += 1
+    assert stops > 0
+    found, expected = digests(tmp_path / "stopped"), digests(tmp_path / "whole")
+    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_precision_changes_every_key_and_the_maps_a_little(base: Values, tmp_path: Path) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = with_change(values, "maps.precision", "bfloat16")
+    go(values)
+    old = Path(base["run"]["folder"])
+    for stage in STAGES:
+        keys = [
+            json.loads((folder / stage / "stage.json").read_text())["key"]
+            for folder in (old, tmp_path / "run")
+        ]
+        assert keys[0] != keys[1], stage
+    worst = 0.0
+    for path in (old / "cam").glob("*.npz"):
+        first, second = read_maps(path), read_maps(tmp_path / "run" / "cam" / path.name)
+        if len(first.keys):
+            assert np.abs(first.high_res - second.high_res).mean() < 0.05
+            worst = max(worst, float(np.abs(first.high_res - second.high_res).max()))
+    assert worst > 0
+
+
+# -- Memory -------------------------------------------------------------------------------------
+
+
+def test_a_sample_that_cannot_fit_is_refused_before_any_work(base: Values, tmp_path: Path) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = with_change(values, "lpcam.max_features", 10_000_000)
+    values = with_change(values, "run.memory", 1.0)
+    # both sides of 3 classes, 96 channels of 2 bytes, twice the bound
+    match = r"max_features 10000000 of 3 classes needs 21\.5 GiB, but 0\.5 GiB are for it; .*memory"
+    with pytest.raises(RecipeError, match=match):
+        go(values)
+    made = [path for path in digests(tmp_path / "run") if "/" in path]
+    assert made == []
+
+
+def test_what_processes_here_may_keep(
+    base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of what there is, shared fairly; the recipe's number is for each process."""
+    monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    for given, here, expected in ((None, 1, 500), (None, 4, 125), (2.0, 4, 2 * 2**30)):
+        recipe = parse_recipe(with_change(values, "run.memory", given), where="tiny.yaml")
+        one = pipeline._Run(recipe, "", Processes(0, 1, here), None)
+        assert one._memory() == expected
+
+
+def test_every_list_is_shared_out_evenly(
+    base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    recipe = parse_recipe(values, where="tiny.yaml")
+    sharing = pipeline._Run(recipe, "", Processes(0, 5, 1), None).sharing
+    assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
+    assert len(sharing.owner) == len(sharing.sizes) == 12
 
 
 def test_another_seed_gives_other_prototypes(values: Values, base: Values) -> None:
@@ -550,6 +710,53 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     go(values)
     expected = digests(Path(base["run"]["folder"]))
     assert digests(tmp_path / "run") | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+
+
+def test_a_read_only_folder_is_told(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, for the superuser may write anywhere."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    changed = with_change(values, "seeds.threshold", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        match = r"cannot write .*: Read-only file system; choose an output folder that you may"
+        with pytest.raises(ArtefactError, match=match):
+            go(changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        match = r"cannot use the run folder .*new: Read-only file system; .*--run\.folder"
+        with pytest.raises(ArtefactError, match=match):
+            go(with_change(values, "run.folder", str(tmp_path / "new")))
+    go(changed)  # nothing was lost
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_image_that_vanishes_at_work_is_told(
+    own: Values, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """After the first look; the next run leaves it out and goes on."""
+    changed = with_change(with_change(own, "run.threads", threads), "maps.dtype", "float16")
+    path = Path(own["data"]["root"], "images", "i05.png")
+    before = metrics(own)
+    look = pipeline.check_images
+
+    def vanishes(*arguments: Any, **options: Any) -> Any:
+        found = look(*arguments, **options)
+        path.unlink()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "check_images", vanishes)
+        with pytest.raises(ImageError, match=r"cannot read image .*i05\.png.*No such file"):
+            go(changed)
+    assert metrics(own) == before
+    result = go(changed)
+    assert [skip["id"] for skip in result.skipped] == ["i05.png"]
+    assert [row["images"] for row in result.rows] == [11] * 6
 
 
 def test_a_second_run_in_the_same_folder_is_refused(values: Values) -> None:
@@ -730,7 +937,8 @@ def test_images_of_every_kind(
     features = Classifier.features
 
     def watched(self: Classifier, images: torch.Tensor) -> torch.Tensor:
-        seen.append(max(images.shape[-2:]))
+        if images.shape[-2:] != PROBE_SIZE:  # on which a backbone is tried
+            seen.append(max(images.shape[-2:]))
         return features(self, images)
 
     monkeypatch.setattr(Classifier, "features", watched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Dataset, Item, Skip
 from lpcam.errors import DataError, ImageError
+from lpcam.parallel import ordered_map
 from lpcam.storage import digest_file, digest_json
+
+SAVE_SECONDS = 30.0
+"""Between two calls of ``save``."""
 
 
 def check_images(
@@ -19,6 +24,8 @@ def check_images(
     known: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+    save: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> tuple[Dataset, dict[str, dict[str, Any]]]:
     """Decode every image and truth mask of a data set once.
 
@@ -27,6 +34,8 @@ def check_images(
         known: the records of an earlier call. Files whose size and time of change are those
             recorded are not read again.
         progress: called after each item with the number done and the number of all.
+        workers: images read at a time.
+        save: called now and then with the records so far, so that a stop loses little.
 
     Returns:
         The data set without its unreadable images (they are in ``skipped`` with the reason, and in
@@ -42,12 +51,26 @@ def check_images(
     items: dict[str, Item] = {}
     records: dict[str, dict[str, Any]] = {}
     skipped: list[Skip] = []
-    for number, item in enumerate(dataset.items.values(), start=1):
+    next_save = time.monotonic() + SAVE_SECONDS
+    everything = list(dataset.items.values())
+
+    def look(item: Item) -> dict[str, Any] | ImageError:
         try:
-            records[item.id] = _record(item, (known or {}).get(item.id))
-            items[item.id] = item
+            return _record(item, (known or {}).get(item.id))
         except ImageError as error:
-            skipped.append(Skip(item.id, str(error)))
+            return error
+
+    for number, (item, found) in enumerate(
+        zip(everything, ordered_map(look, everything, workers), strict=True), start=1
+    ):
+        if isinstance(found, ImageError):
+            skipped.append(Skip(item.id, str(found)))
+        else:
+            records[item.id] = found
+            items[item.id] = item
+        if save is not None and time.monotonic() > next_save:
+            save({**{name: dict(record) for name, record in (known or {}).items()}, **records})
+            next_save = time.monotonic() + SAVE_SECONDS
         if progress is not None:
             progress(number, len(dataset.items))
     if not items:

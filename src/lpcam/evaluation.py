@@ -1,0 +1,128 @@
+"""Scoring the maps of a run against the truth, wherever there are masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcam.data.images import read_index_mask
+from lpcam.data.items import Dataset, Item
+from lpcam.masks import seeds
+from lpcam.metrics import (
+    DEFAULT_THRESHOLDS,
+    Scores,
+    ThresholdSweep,
+    best_threshold,
+    part_counts,
+    part_coverage,
+    scores,
+    truth_labels,
+)
+from lpcam.parallel import Sharing
+from lpcam.progress import progress
+from lpcam.recipe import Method
+from lpcam.storage import map_path, read_maps
+
+
+def score_maps(
+    items: Sequence[Item],
+    dataset: Dataset,
+    folders: Mapping[Method, Path],
+    fixed: Mapping[Method, float],
+    sharing: Sharing,
+) -> list[dict[str, Any]]:
+    """Two rows a method: at its own best threshold by the truth, and at the fixed one.
+
+    Args:
+        items: the images, each with a mask.
+        folders: of each method's maps.
+        fixed: threshold of each method.
+
+    Returns:
+        rows of ``method``, ``threshold``, ``threshold_source`` ("ground truth" or "fixed"),
+        ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` where the
+        data set has parts. The same in every process.
+    """
+    names = dataset.classes.names
+    grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
+    sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
+
+    def count(item: Item) -> dict[Method, Tensor]:
+        truth = _truth(item, dataset)
+        counts = {}
+        for method, folder in folders.items():
+            maps = read_maps(map_path(folder, item.id))
+            one = ThresholdSweep(len(names), grid)
+            one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
+            counts[method] = one.histogram
+        return counts
+
+    mine = sharing.mine(items)
+    with progress("scoring", len(mine)) as advance:
+        for counts in sharing.map(count, mine):
+            for method, histogram in counts.items():
+                sweeps[method].histogram += histogram
+            advance(1, "")
+    for sweep in sweeps.values():
+        sweep.histogram = sharing.processes.sum(sweep.histogram)
+
+    rows = []
+    for method, sweep in sweeps.items():
+        best, best_scores = best_threshold(sweep, names)
+        for threshold, source, found in (
+            (best, "ground truth", best_scores),
+            (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
+        ):
+            row = _row(method, len(items), threshold, source, found)
+            if dataset.part_names:
+                row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
+            rows.append(row)
+    return rows
+
+
+def _truth(item: Item, dataset: Dataset) -> Tensor:
+    assert item.mask is not None
+    return truth_labels(read_index_mask(item.mask), dataset.classes)
+
+
+def _row(
+    method: Method, images: int, threshold: float, source: str, found: Scores
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "images": images,
+        "miou": found.miou,
+        "fp": found.fp,
+        "fn": found.fn,
+        "precision": found.precision,
+        "recall": found.recall,
+        "precision_with_background": found.precision_with_background,
+        "recall_with_background": found.recall_with_background,
+        "threshold": threshold,
+        "threshold_source": source,
+        "per_class": found.per_class,
+        "left_out": list(found.left_out),
+    }
+
+
+def _coverage(
+    mine: Sequence[Item], dataset: Dataset, folder: Path, threshold: float, sharing: Sharing
+) -> dict[str, float]:
+    names = dataset.part_names
+
+    def count(item: Item) -> Tensor:
+        assert item.parts is not None
+        maps = read_maps(map_path(folder, item.id))
+        seed = seeds(torch.from_numpy(maps.high_res), threshold)
+        labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
+        parts = torch.from_numpy(read_index_mask(item.parts))
+        return part_counts(_truth(item, dataset), labels, parts, names)
+
+    counts = torch.zeros(len(names), 2, dtype=torch.int64)
+    for one in sharing.map(count, [item for item in mine if item.parts is not None]):
+        counts += one
+    return part_coverage(sharing.processes.sum(counts), names)

@@ -1,0 +1,198 @@
+"""Scores of maps on disk: by hand, and the same however the images are shared out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import together
+
+from lpcam.data.items import ClassTable, Dataset, Item
+from lpcam.errors import ArtefactError, DataError
+from lpcam.evaluation import score_maps
+from lpcam.parallel import Sharing
+from lpcam.processes import Processes
+from lpcam.recipe import Method
+from lpcam.storage import MapFile, map_path, write_maps
+
+FIXED: dict[Method, float] = {"CAM": 0.5, "LPCAM": 0.25}
+
+
+def write(
+    root: Path,
+    name: str,
+    truth: list[list[int]],
+    maps: dict[Method, dict[int, list[list[float]]]],
+    parts: list[list[int]] | None = None,
+) -> Item:
+    """An image's masks and its maps of each method, by class index."""
+    mask = root / f"{name}.png"
+    Image.fromarray(np.array(truth, np.uint8)).save(mask)
+    part_mask = None
+    if parts is not None:
+        part_mask = root / f"{name} parts.png"
+        Image.fromarray(np.array(parts, np.uint8)).save(part_mask)
+    for method, planes in maps.items():
+        keys = np.array(sorted(planes), dtype=np.int64)
+        shape = (len(keys), *np.shape(truth))
+        high = np.array([planes[k] for k in keys.tolist()], np.float32).reshape(shape)
+        cam = np.zeros((len(keys), *(-(-side // 4) for side in shape[1:])), np.float32)
+        write_maps(map_path(root / method, name), MapFile(keys, cam, high), dtype="float16")
+    return Item(name, mask, tuple(sorted(maps["CAM"])), mask, part_mask)
+
+
+def dataset_of(items: list[Item], parts: dict[str, int] | None = None) -> Dataset:
+    return Dataset(
+        "tiny",
+        ClassTable(("cow", "dog"), (3, 7)),
+        {item.id: item for item in items},
+        {"all": tuple(item.id for item in items)},
+        "by hand",
+        part_names=parts or {},
+    )
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[Item]:
+    """Two images of 1 x 4 pixels. Mask ids: 3 is cow, 7 is dog, 255 does not count."""
+    first = write(
+        tmp_path,
+        "a",
+        [[3, 3, 0, 255]],
+        {
+            "CAM": {0: [[1.0, 0.375, 0.375, 1.0]]},
+            "LPCAM": {0: [[1.0, 0.5, 0.0, 0.0]]},
+        },
+        [[1, 2, 2, 1]],
+    )
+    second = write(
+        tmp_path,
+        "b",
+        [[7, 3, 0, 0]],
+        {
+            "CAM": {0: [[0.0, 0.25, 0.0, 0.0]], 1: [[1.0, 0.5, 0.0, 0.75]]},
+            "LPCAM": {0: [[0.0, 1.0, 0.0, 0.0]], 1: [[1.0, 0.0, 0.0, 0.0]]},
+        },
+        [[1, 2, 1, 2]],
+    )
+    return [first, second]
+
+
+def score(items: list[Item], parts: dict[str, int] | None, sharing: Sharing) -> list[Any]:
+    folder = items[0].image.parent
+    folders: dict[Method, Path] = {method: folder / method for method in FIXED}
+    return score_maps(items, dataset_of(items, parts), folders, FIXED, sharing)
+
+
+def test_rows_by_hand(items: list[Item]) -> None:
+    cam_best, cam_fixed, lpcam_best, lpcam_fixed = score(items, None, Sharing())
+    kinds = [(r["method"], r["threshold_source"]) for r in (cam_best, cam_fixed, lpcam_best)]
+    assert kinds == [("CAM", "ground truth"), ("CAM", "fixed"), ("LPCAM", "ground truth")]
+    assert all(r["images"] == 2 for r in (cam_best, cam_fixed, lpcam_best, lpcam_fixed))
+
+    # CAM at 0.5 (a value must be above it), pixels that count:
+    #   truth  cow cow bg | dog cow bg bg
+    #   guess  cow bg  bg | dog bg  bg dog
+    assert cam_fixed["threshold"] == 0.5
+    assert {k: v["iou"] for k, v in cam_fixed["per_class"].items()} == pytest.approx(
+        {"background": 2 / 5, "cow": 1 / 3, "dog": 1 / 2}
+    )
+    assert cam_fixed["miou"] == pytest.approx((2 / 5 + 1 / 3 + 1 / 2) / 3)
+    assert cam_fixed["fp"] == pytest.approx((0 + 1 / 2) / 2)
+    assert cam_fixed["fn"] == pytest.approx((2 / 3 + 0) / 2)
+    assert cam_fixed["precision"] == pytest.approx((1 + 1 / 2) / 2)
+    assert cam_fixed["recall"] == pytest.approx((1 / 3 + 1) / 2)
+    assert cam_fixed["precision_with_background"] == pytest.approx((2 / 4 + 1 + 1 / 2) / 3)
+    assert cam_fixed["recall_with_background"] == pytest.approx((2 / 3 + 1 / 3 + 1) / 3)
+
+    # CAM from 0.75 on loses the wrong dog and nothing else (till 1 is the lowest best):
+    #   guess  cow bg  bg | dog bg  bg bg
+    assert cam_best["threshold"] == 0.75
+    assert cam_best["miou"] == pytest.approx((3 / 5 + 1 / 3 + 1) / 3)
+
+    # LPCAM is right from the least value on, at the lowest threshold already
+    assert (lpcam_best["threshold"], lpcam_best["miou"]) == (0.0, 1.0)
+    assert (lpcam_fixed["threshold"], lpcam_fixed["miou"]) == (0.25, 1.0)
+    assert "part_coverage" not in lpcam_fixed
+    assert lpcam_fixed["left_out"] == []
+
+
+def test_parts_by_hand(items: list[Item]) -> None:
+    """head (1) and legs (2), of pixels of a class alone."""
+    cam_best, cam_fixed, lpcam_best, _ = score(items, {"head": 1, "legs": 2, "tail": 9}, Sharing())
+    # head: a's first cow pixel and b's dog; legs: a's second cow pixel and b's cow
+    assert cam_fixed["part_coverage"] == {"head": 1.0, "legs": 0.0}
+    assert cam_best["part_coverage"] == {"head": 1.0, "legs": 0.0}
+    assert lpcam_best["part_coverage"] == {"head": 1.0, "legs": 1.0}
+    loose: dict[Method, float] = {"CAM": 0.3}
+    folders: dict[Method, Path] = {"CAM": items[0].image.parent / "CAM"}
+    dataset = dataset_of(items, {"head": 1, "legs": 2})
+    rows = score_maps(items, dataset, folders, loose, Sharing())
+    # at 0.3 a's second cow pixel is found; b's cow pixel is called a dog
+    assert rows[1]["part_coverage"] == {"head": 1.0, "legs": 0.5}
+
+
+def test_fixed_thresholds_off_the_grid(items: list[Item]) -> None:
+    folders: dict[Method, Path] = {"CAM": items[0].image.parent / "CAM"}
+    rows = score_maps(items, dataset_of(items), folders, {"CAM": 0.123456}, Sharing())
+    assert rows[1]["threshold"] == 0.123456
+    # guess  cow cow cow | dog dog bg dog
+    assert rows[1]["per_class"]["cow"]["iou"] == pytest.approx(2 / 4)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Item]:
+    """Eleven random images, every third without parts, one without a class."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(11):
+        shape = (int(rng.integers(5, 9)), int(rng.integers(5, 9)))
+        keys = [] if number == 4 else [0, 1] if number % 2 else [number % 3 % 2]
+        maps: dict[Method, dict[int, list[list[float]]]] = {
+            method: {k: rng.random(shape).tolist() for k in keys} for method in FIXED
+        }
+        truth = rng.choice([0, 3, 7, 9, 255], shape).tolist()
+        parts = rng.integers(0, 3, shape).tolist() if number % 3 else None
+        found.append(write(tmp_path, f"m{number}", truth, maps, parts))
+    return found
+
+
+PARTS = {"head": 1, "legs": 2}
+
+
+def test_threads_do_not_change_rows(many: list[Item]) -> None:
+    one = score(many, PARTS, Sharing())
+    assert 0.1 < one[0]["miou"] < 0.9
+    assert 0 < one[0]["part_coverage"]["head"] < 1
+    assert score(many, PARTS, Sharing(workers=3)) == one
+    assert score(many[::-1], PARTS, Sharing(workers=3)) == one
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_process_has_the_rows_of_all(many: list[Item], count: int) -> None:
+    owner = {item.id: number % count for number, item in enumerate(many)}
+
+    def work(processes: Processes) -> list[Any]:
+        return score(many, PARTS, Sharing(processes, owner=owner))
+
+    one = score(many, PARTS, Sharing())
+    assert together(count, work) == [one] * count
+
+
+def test_a_process_without_images_has_the_rows_too(items: list[Item]) -> None:
+    found = together(3, lambda processes: score(items, PARTS, Sharing(processes)))
+    assert found == [score(items, PARTS, Sharing())] * 3
+
+
+def test_no_truth_and_missing_maps(items: list[Item]) -> None:
+    (items[0].image.parent / "CAM" / "a.npz").unlink()
+    with pytest.raises(ArtefactError, match=r"cannot read .*CAM/a\.npz"):
+        score(items, None, Sharing())
+    for item in items:
+        Image.fromarray(np.zeros((1, 4), np.uint8)).save(item.image)
+    with pytest.raises(DataError, match="the truth has no pixel of any class"):
+        folders: dict[Method, Path] = {"LPCAM": items[0].image.parent / "LPCAM"}
+        score_maps(items, dataset_of(items), folders, {"LPCAM": 0.5}, Sharing())
