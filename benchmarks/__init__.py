@@ -1,0 +1,1 @@
+"""Benchmarks: tables of ratios, each measured in one run with its peers."""

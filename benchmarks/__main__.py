@@ -1,0 +1,88 @@
+"""Run the benchmarks: ``python -m benchmarks [--quick] [--only NAME ...] [--output FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import MISSING, environment, machine
+
+ALL = ("start_up", "map_head", "extraction", "fit", "fit_against_training", "reservoir")
+TAKES = {
+    "start_up": ("quick",),
+    "map_head": ("quick",),
+    "extraction": ("quick", "data", "weights"),
+    "fit": ("quick",),
+    "fit_against_training": ("quick", "data", "weights"),
+    "reservoir": ("data", "run"),
+}
+"""The arguments that are handed on to each."""
+NEEDS = {"reservoir": ("data", "run")}
+"""What one cannot do without."""
+HERE = Path(__file__).parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, join the tables below the machine's description, and count the goals.
+
+    Returns:
+        0, also where a peer or data are missing or a goal is missed; 1 if a benchmark failed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small and short: no real figures")
+    parser.add_argument("--only", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
+    parser.add_argument("--data", type=Path, help="folder VOC2012 with real photographs")
+    parser.add_argument("--weights", type=Path, help="safetensors file of MobileNetV2's weights")
+    parser.add_argument("--run", type=Path, help="folder of a finished run on --data")
+    parser.add_argument("--output", type=Path, help="write the tables to this file too")
+    options = parser.parse_args(argv)
+    chosen = [n for n in options.only or ALL if (HERE / f"{n}.py").is_file()]
+    parts = ["# Benchmarks\n\n" + machine()]
+    failed = []
+    for name in chosen:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        text, succeeded = _one(name, options)
+        parts.append(text)
+        if not succeeded:
+            failed.append(name)
+    parts.append(_summary("\n".join(parts), failed))
+    whole = "\n\n".join(part.strip() for part in parts) + "\n"
+    print(whole)
+    if options.output:
+        options.output.write_text(whole, encoding="utf-8")
+    return int(bool(failed))
+
+
+def _one(name: str, options: argparse.Namespace) -> tuple[str, bool]:
+    title = f"## {name.replace('_', ' ').capitalize()}"
+    needed = NEEDS.get(name, ())
+    if not all(getattr(options, argument) for argument in needed):
+        wanted = " ".join(f"--{argument} FOLDER" for argument in needed)
+        return f"{title}\n\n{MISSING}: needs `{wanted}`", True
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    for argument in TAKES[name]:
+        value = getattr(options, argument)
+        if isinstance(value, Path):
+            command += [f"--{argument}", str(value.resolve())]
+        elif value:
+            command.append(f"--{argument}")
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        print(done.stderr, file=sys.stderr)
+        text = done.stdout.strip() or title
+        return f"{text}\n\n**failed**: {lines[-1] if lines else done.returncode}", False
+    return done.stdout, True
+
+
+def _summary(text: str, failed: Sequence[str]) -> str:
+    words = [f"{text.count(f'**{word}**')} {word}" for word in ("met", "missed")]
+    lines = f"## Goals\n\n{', '.join(words)}, {text.count(MISSING)} {MISSING}"
+    return lines + (f"; failed: {', '.join(failed)}" if failed else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

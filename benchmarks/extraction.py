@@ -1,0 +1,314 @@
+"""Extraction end to end: LPCAM beside CAM, and this package beside pytorch-grad-cam.
+
+LPCAM and CAM: from the image file (the run's own functions) or from a normalised image (the classes
+CAM and LPCAM) to the maps of full size, over the preset's scales and flip; the backbone is in it.
+
+pytorch-grad-cam: the same classifier, the same batch of normalised images in memory to maps of full
+size, one class an image, one scale, no flip, both in the way their documentation shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import (
+    EXTRA,
+    MISSING,
+    Spread,
+    in_process,
+    interleaved,
+    parser,
+    ratios,
+    show_number,
+    show_ratio,
+    show_seconds,
+    table,
+    verdict,
+)
+from benchmarks.photographs import classifier, equal_size, photographs
+from lpcam.classifier import Classifier
+from lpcam.data.images import read_image
+from lpcam.data.items import Item
+from lpcam.extract import CAM, LPCAM, cam_maps, image_pyramid, lpcam_maps
+from lpcam.presets import LpcamSettings
+
+CAM_GOAL = 1.03
+PEER_GOAL = 2.0
+PEER = "pytorch_grad_cam"
+PRESET = "frozen"
+SIZE = (375, 500)
+FITTED_ON = 12
+"""Images from which the prototypes are made; their number changes no time here."""
+COMPARABLE = ("GradCAM", "HiResCAM")
+"""Methods that give CAM's own map on a classifier with pooling and a linear head."""
+INFORMATION = ("LayerCAM", "EigenCAM")
+
+
+# -- LPCAM beside CAM --------------------------------------------------------------------------
+
+
+def extractors(
+    model: Classifier, items: Sequence[Item], settings: LpcamSettings
+) -> tuple[CAM, LPCAM]:
+    """CAM and a fitted LPCAM."""
+
+    def loader() -> Any:
+        for item in items:
+            labels = torch.zeros(1, len(model.classes))
+            labels[0, list(item.labels)] = 1.0
+            yield normalised(model, item), labels
+
+    # Few images fill few clusters; neither number is seen in the maps' time.
+    few = settings.model_copy(
+        update={"split_maps": "single_scale", "clusters": 4, "restarts": 1, "max_features": 500}
+    )
+    fitted = LPCAM(model, few).fit(loader())
+    fitted.settings = settings
+    return CAM(model, settings), fitted
+
+
+def normalised(model: Classifier, item: Item) -> Tensor:
+    """(1, 3, H, W) on the classifier's device."""
+    return model.preprocessing(read_image(item.image))[None].to(model.device)
+
+
+@torch.inference_mode()
+def against_cam(
+    data: str | None, weights: str | None, device: str, quick: bool, repetitions: int, count: int
+) -> dict[str, Any]:
+    """Seconds an image of CAM and LPCAM, by the classes and by the run's functions."""
+    with photographs(data, "train", max(count, FITTED_ON), 120 if quick else 500) as found:
+        model = classifier(weights, found.classes, quick=quick).to(device)
+        settings = LpcamSettings.from_preset(PRESET)
+        cam, lpcam = extractors(model, found.items[:FITTED_ON], settings)
+        vectors = lpcam.prototypes_.vectors().to(model.weight)
+        tested = found.items[:count]
+        twin = model.folded() if hasattr(model, "folded") else model
+
+        def run_maps(item: Item, method: str) -> None:
+            pairs = image_pyramid(
+                twin, read_image(item.image)[None], settings.scales, flip=settings.flip
+            )
+            labels = list(item.labels)
+            if method == "CAM":
+                cam_maps(pairs, model.weight[labels], sizes[item.id], epsilon=settings.cam_epsilon)
+            else:
+                lpcam_maps(pairs, vectors[labels], sizes[item.id])
+
+        sizes = {item.id: read_image(item.image).shape[:2] for item in tested}
+        images = {item.id: normalised(model, item) for item in tested}
+        seconds: dict[str, list[float]] = {}
+        for item in tested:
+            calls: dict[str, Callable[[], object]] = {
+                "classes/CAM": partial(cam, images[item.id]),
+                "classes/LPCAM": partial(lpcam, images[item.id]),
+                "run/CAM": partial(run_maps, item, "CAM"),
+                "run/LPCAM": partial(run_maps, item, "LPCAM"),
+            }
+            one = interleaved(calls, repetitions=repetitions, device=device)
+            for name, values in one.items():
+                seconds.setdefault(name, []).append(Spread.of(values).median)
+        return {"seconds": seconds}
+
+
+# -- Beside pytorch-grad-cam -------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """The classifier with a named place where its features can be tapped, as hooks need one."""
+
+    def __init__(self, model: Classifier, *, frozen: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.frozen = frozen
+        self.features = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N)."""
+        if self.frozen:
+            with torch.no_grad():
+                features = self.model.features(images)
+            features = features.detach().requires_grad_()
+        else:
+            features = self.model.features(images)
+        logits: Tensor = self.model.head(self.features(features).mean((-2, -1)))
+        return logits
+
+
+def has_peer() -> bool:
+    """Whether pytorch-grad-cam is installed."""
+    return importlib.util.find_spec(PEER) is not None
+
+
+def peer_maps(
+    method: str, model: Classifier, images: Tensor, classes: Sequence[int], *, frozen: bool = False
+) -> Callable[[], Any]:
+    """A call of pytorch-grad-cam: maps (B, H, W) of one class an image.
+
+    Args:
+        frozen: keep the backward pass out of the backbone, which its documentation does not do.
+    """
+    peer: Any = importlib.import_module(PEER)
+    targets_module: Any = importlib.import_module(f"{PEER}.utils.model_targets")
+    wrapped = Pooled(model, frozen=frozen)
+    extractor = getattr(peer, method)(model=wrapped, target_layers=[wrapped.features])
+    targets = [targets_module.ClassifierOutputTarget(index) for index in classes]
+    return lambda: extractor(input_tensor=images, targets=targets)
+
+
+def our_maps(extractor: CAM, images: Tensor, classes: Sequence[int]) -> Callable[[], Any]:
+    """Maps (B, H, W) of one class an image, as an array, as the peer gives them."""
+    rows = torch.arange(len(classes))
+    index = torch.tensor(classes)
+    return lambda: extractor(images)[rows, index].cpu().numpy()
+
+
+def against_peer(
+    data: str | None, weights: str | None, device: str, quick: bool, repetitions: int, batch: int
+) -> dict[str, Any]:
+    """Seconds of a batch of ours and of the peer's methods, and how far maps agree."""
+    with photographs(data, "train", max(batch, FITTED_ON), 120 if quick else 500) as found:
+        model = classifier(weights, found.classes, quick=quick).to(device)
+        settings = LpcamSettings.from_preset(PRESET).model_copy(
+            update={"scales": (1.0,), "flip": False}
+        )
+        cam, lpcam = extractors(model, found.items[:FITTED_ON], settings)
+        tested = found.items[:batch]
+        size = (96, 128) if quick else SIZE
+        images = torch.from_numpy(equal_size(tested, model, size)).to(device)
+        classes = [item.labels[0] for item in tested]
+    calls = {
+        "CAM, this package": our_maps(cam, images, classes),
+        "LPCAM, this package": our_maps(lpcam, images, classes),
+    }
+    agreement = {}
+    if has_peer():
+        for method in (*COMPARABLE, *INFORMATION):
+            calls[method] = peer_maps(method, model, images, classes)
+        calls["GradCAM, backbone without gradient"] = peer_maps(
+            "GradCAM", model, images, classes, frozen=True
+        )
+        reference = calls["CAM, this package"]()
+        agreement = {
+            name: correlation(reference, calls[name]())
+            for name in calls
+            if name.split(",")[0] in COMPARABLE
+        }
+    seconds = interleaved(calls, repetitions=repetitions, device=device)
+    return {"seconds": seconds, "agreement": agreement, "size": size}
+
+
+def correlation(first: Any, second: Any) -> float:
+    """Smallest correlation over the images of two stacks of maps; maps may be scaled otherwise."""
+    values = []
+    for a, b in zip(first, second, strict=True):
+        if float(np.std(a)) > 0 and float(np.std(b)) > 0:
+            values.append(float(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]))
+        else:
+            values.append(1.0 if float(np.std(a)) == float(np.std(b)) else 0.0)
+    return min(values)
+
+
+# -- The tables --------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    options = parser("extraction", __doc__).parse_args(argv)
+    given = {
+        "data": str(options.data.resolve()) if options.data else None,
+        "weights": str(options.weights.resolve()) if options.weights else None,
+        "device": options.device,
+        "quick": options.quick,
+    }
+    count, batch, repetitions = (2, 2, 1) if options.quick else (12, 8, options.repetitions or 3)
+    what = "photographs of PASCAL VOC" if options.data else "seeded images of VOC's sizes (no data)"
+    backbone = "timm's test_resnet" if options.quick else "MobileNetV2 at output stride 16"
+    how = "given weights" if options.weights else "random weights"
+    print("## Extraction\n")
+    print(
+        f"{what}, {backbone} with {how}, {options.device}. LPCAM and CAM: {count} images one by "
+        f"one, the median of {repetitions} repetitions each, scales and flip of `{PRESET}`. "
+        f"Extractors: a batch of {batch}, one scale, no flip, {repetitions} repetitions.\n"
+    )
+    rows, peers = [], []
+    for threads in options.threads:
+        found = in_process(
+            "benchmarks.extraction:against_cam",
+            threads,
+            here=options.quick,
+            **given,
+            repetitions=repetitions,
+            count=count,
+        )
+        for path, label in (("classes", "`CAM`, `LPCAM`"), ("run", "a run's functions, from file")):
+            cam, lpcam = (found["seconds"][f"{path}/{method}"] for method in ("CAM", "LPCAM"))
+            ratio = ratios(lpcam, cam)
+            rows.append(
+                [
+                    str(threads),
+                    label,
+                    show_seconds(Spread.of(cam)),
+                    show_seconds(Spread.of(lpcam)),
+                    show_ratio(ratio),
+                    "" if options.quick else verdict(ratio.median, at_most=CAM_GOAL),
+                ]
+            )
+        found = in_process(
+            "benchmarks.extraction:against_peer",
+            threads,
+            here=options.quick,
+            **given,
+            repetitions=repetitions,
+            batch=batch,
+        )
+        peers += _peer_rows(found, threads, batch, quick=options.quick)
+    print(
+        table(["threads", "path", "CAM, an image", "LPCAM, an image", "LPCAM ÷ CAM", "goal"], rows)
+    )
+    print("\nImages per second, and how many times as fast each of ours is as each other method.")
+    print("*Agreement*: smallest correlation of an image's map with this package's CAM.\n")
+    headings = ["threads", "method", "images/s", "CAM is × as fast", "LPCAM is × as fast"]
+    print(table([*headings, "agreement", "goal"], peers))
+    return 0
+
+
+def _peer_rows(found: dict[str, Any], threads: int, batch: int, *, quick: bool) -> list[list[str]]:
+    seconds: dict[str, list[float]] = found["seconds"]
+    ours = {name: seconds[f"{name}, this package"] for name in ("CAM", "LPCAM")}
+    measured = [name for name in COMPARABLE if name in seconds]
+    fastest = min(measured, key=lambda name: Spread.of(seconds[name]).median, default="")
+    rows = []
+    for name, values in seconds.items():
+        speed = Spread.of([batch / value for value in values])
+        gains = [ratios(values, own) for own in ours.values()]
+        goal = ""
+        if name == fastest and not quick:
+            goal = verdict(min(gain.median for gain in gains), at_least=PEER_GOAL)
+        same = found["agreement"].get(name)
+        rows.append(
+            [
+                str(threads),
+                name,
+                show_number(speed.median),
+                *(show_ratio(gain) for gain in gains),
+                "" if same is None else f"{same:.3f}",
+                goal,
+            ]
+        )
+    if not measured:
+        rows.append([str(threads), "pytorch-grad-cam", MISSING, EXTRA, "", "", ""])
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
