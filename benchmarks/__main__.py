@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.measure import MISSING, environment, machine
+from benchmarks.measure import MISSING, BenchmarkError, environment, machine, table
+from benchmarks.photographs import RECIPE
+from lpcam.pipeline import STAGES
 
 ALL = ("start_up", "map_head", "extraction", "fit", "fit_against_training", "reservoir")
 TAKES = {
@@ -20,8 +26,6 @@ TAKES = {
     "reservoir": ("data", "run"),
 }
 """The arguments that are handed on to each."""
-NEEDS = {"reservoir": ("data", "run")}
-"""What one cannot do without."""
 HERE = Path(__file__).parent
 
 
@@ -36,18 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ALL, metavar="NAME", help=", ".join(ALL))
     parser.add_argument("--data", type=Path, help="folder VOC2012 with real photographs")
     parser.add_argument("--weights", type=Path, help="safetensors file of MobileNetV2's weights")
-    parser.add_argument("--run", type=Path, help="folder of a finished run on --data")
+    parser.add_argument(
+        "--run", type=Path, help="folder of a finished run on --data; otherwise one is made"
+    )
     parser.add_argument("--output", type=Path, help="write the tables to this file too")
     options = parser.parse_args(argv)
     chosen = [n for n in options.only or ALL if (HERE / f"{n}.py").is_file()]
     parts = ["# Benchmarks\n\n" + machine()]
     failed = []
-    for name in chosen:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        text, succeeded = _one(name, options)
-        parts.append(text)
-        if not succeeded:
-            failed.append(name)
+    with tempfile.TemporaryDirectory() as folder:
+        if "reservoir" in chosen and options.data and options.weights and not options.run:
+            print("a whole run ...", file=sys.stderr, flush=True)
+            options.run = Path(folder, "run")
+            parts.append(_whole_run(options))
+        for name in chosen:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            text, succeeded = _one(name, options)
+            parts.append(text)
+            if not succeeded:
+                failed.append(name)
     parts.append(_summary("\n".join(parts), failed))
     whole = "\n\n".join(part.strip() for part in parts) + "\n"
     print(whole)
@@ -56,12 +67,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(failed))
 
 
+def _whole_run(options: argparse.Namespace) -> str:
+    """Time of each stage of the recipe ``voc_animals``; its folder serves ``reservoir``."""
+    threads = str(len(os.sched_getaffinity(0)))
+    command = [sys.executable, "-m", "lpcam", "run", RECIPE, "--threads", threads]
+    for key, value in (
+        ("data.root", options.data),
+        ("classifier.weights", options.weights),
+        ("run.folder", options.run),
+    ):
+        command += [f"--{key}", str(value.resolve())]
+    started = time.perf_counter()
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, check=False)
+    whole = time.perf_counter() - started
+    if done.returncode:
+        raise BenchmarkError(f"the run failed:\n{done.stderr[-2000:]}")
+    seconds = json.loads((options.run / "seconds.json").read_text("utf-8"))
+    rows = [[name, f"{seconds[name]:.1f}"] for name in STAGES]
+    rows.append(["all, with start and first look at the images", f"{whole:.1f}"])
+    return (
+        f"## A whole run\n\n`lpcam run {RECIPE}` from nothing, {threads} threads, once.\n\n"
+        + table(["stage", "seconds"], rows)
+    )
+
+
 def _one(name: str, options: argparse.Namespace) -> tuple[str, bool]:
     title = f"## {name.replace('_', ' ').capitalize()}"
-    needed = NEEDS.get(name, ())
-    if not all(getattr(options, argument) for argument in needed):
-        wanted = " ".join(f"--{argument} FOLDER" for argument in needed)
-        return f"{title}\n\n{MISSING}: needs `{wanted}`", True
+    if name == "reservoir" and not (options.data and options.run):
+        return f"{title}\n\n{MISSING}: needs `--data FOLDER --weights FILE`", True
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     for argument in TAKES[name]:
         value = getattr(options, argument)

@@ -83,7 +83,7 @@ def test_reuse_of_freed_memory() -> None:
     assert isinstance(reuse_freed_memory(), bool)
 
 
-def test_reuse_asks_for_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reuse_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[int, int] = {}
 
     def mallopt(option: int, value: int) -> int:
@@ -92,8 +92,8 @@ def test_reuse_asks_for_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
     assert reuse_freed_memory() is True
-    # M_MMAP_MAX and M_TRIM_THRESHOLD of the GNU library's malloc.h
-    assert asked == {-4: 0, -1: resources.KEPT_WHEN_FREED}
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of the GNU library's malloc.h
+    assert asked == {-4: 0, -1: resources.KEPT_WHEN_FREED, -8: 1}
     monkeypatch.setattr(
         ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda option, _: int(option == -4))
     )

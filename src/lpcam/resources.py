@@ -9,6 +9,7 @@ from pathlib import Path
 
 _MALLOPT_TRIM_THRESHOLD = -1
 _MALLOPT_MMAP_MAX = -4
+_MALLOPT_ARENA_MAX = -8
 KEPT_WHEN_FREED = 2**31 - 1
 """Bytes at the end of the heap that the allocator may keep, the most that it can be told."""
 
@@ -79,5 +80,10 @@ def reuse_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    taken = mallopt(_MALLOPT_MMAP_MAX, 0), mallopt(_MALLOPT_TRIM_THRESHOLD, KEPT_WHEN_FREED)
-    return all(taken)
+    # One arena for all threads: those beside the first cannot hold large blocks.
+    wanted = (
+        (_MALLOPT_MMAP_MAX, 0),
+        (_MALLOPT_TRIM_THRESHOLD, KEPT_WHEN_FREED),
+        (_MALLOPT_ARENA_MAX, 1),
+    )
+    return all([mallopt(option, value) for option, value in wanted])

@@ -23,7 +23,7 @@ def test_tables_are_joined_below_the_machine(
     assert written.startswith("# Benchmarks\n\n- CPU: ")
     assert written.index("## Map head") < written.index("## Goals")
     if "reservoir" in written.lower():
-        assert "not measured: needs `--data FOLDER --run FOLDER`" in written
+        assert "not measured: needs `--data FOLDER --weights FILE`" in written
 
 
 def test_a_benchmark_that_fails_is_shown(
