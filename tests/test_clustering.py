@@ -255,6 +255,49 @@ def test_warm_start_is_further_after_as_many_sweeps() -> None:
     same(small, cosine_kmeans(rows[:900], 12, init=rows[:12]))
 
 
+def test_a_warm_start_converges_on_its_sample_whatever_the_bound_of_sweeps() -> None:
+    rows = torch.randn(2000, 8, generator=generator(1)).relu()
+    found = [
+        cosine_kmeans(
+            rows, 12, init=rows[:12], centers="unit", max_iterations=sweeps, warm_start=warm_start
+        )
+        for sweeps, warm_start in ((6, None), (1, 1000))
+    ]
+    assert [result.iterations for result in found] == [6, 1]
+    assert found[1].objective > found[0].objective
+
+
+@pytest.mark.parametrize("centers", ["mean", "unit"])
+@pytest.mark.parametrize("chunk_bytes", [None, 200])
+def test_sums_of_moved_rows_equal_the_sums_of_all(centers: str, chunk_bytes: int | None) -> None:
+    # In double precision, so that rounding hides nothing.
+    groups = [Group(g.rows.double(), 4, g.starts) for g in unequal_groups()]
+    for part in (groups, groups[3:4]):
+        batch = _Batch.of(part, torch.device("cpu"), chunk_bytes)
+        directions = torch.randn(2, len(part), 2, 4, 6, generator=generator()).double()
+        first = batch.sweep(directions[0], members=centers)
+        moved = batch.sweep(directions[1], members=centers, previous=first)
+        fresh = batch.sweep(directions[1], members=centers)
+        assert not torch.equal(first.sizes, fresh.sizes)
+        assert torch.equal(moved.sizes, fresh.sizes)
+        torch.testing.assert_close(moved.sums, fresh.sums, atol=1e-12, rtol=0)
+        again = batch.sweep(directions[1], members=centers, previous=moved)
+        assert torch.equal(again.sums, moved.sums)
+
+
+def test_what_is_left_of_a_much_larger_sum_keeps_its_digits() -> None:
+    rows = torch.rand(1, 2000, 2, generator=generator())
+    rows[0, 10:] = 1e6 * rows[0, 10:].flip(1) + torch.tensor([0.0, 1e7])
+    rows[0, :10, 0] += 5.0
+    batch = _Batch(rows, torch.tensor([2000]), None)
+    first, second = torch.tensor([[[[[1.0, 1.0], [-1.0, -1.0]]], [[[1.0, 0.0], [0.0, 1.0]]]]])[0]
+    whole = batch.sweep(first[None], members="mean")
+    left = batch.sweep(second[None], members="mean", previous=whole)
+    assert whole.sizes.flatten().tolist() == [2000, 0]
+    assert left.sizes.flatten().tolist() == [10, 1990]
+    torch.testing.assert_close(left.sums[0, 0, 0], rows[0, :10].sum(0))
+
+
 def test_empty_clusters_are_repaired_in_a_batch() -> None:
     groups = [Group(g.rows, 4, (g.rows[:1].repeat(4, 1),)) for g in unequal_groups()]
     choices = _Choices("random", "mean", 50, 1e-6, "relative", None, None)
