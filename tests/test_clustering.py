@@ -5,7 +5,15 @@ import logging
 import pytest
 import torch
 
-from lpcam.clustering import Group, _alike, _Batch, _Choices, _iterate, cosine_kmeans
+from lpcam.clustering import (
+    Group,
+    _alike,
+    _Batch,
+    _Choices,
+    _cluster,
+    _iterate,
+    cosine_kmeans,
+)
 from lpcam.clustering import cosine_kmeans_groups as cosine_groups
 
 
@@ -344,3 +352,17 @@ def test_bad_choices() -> None:
         cosine_groups([Group(rows, 6, (generator(),))])
     with pytest.raises(ValueError, match=r"first centres of shape \(2, 2\), got \(3, 2\)"):
         cosine_kmeans(rows, 2, init=rows[:3])
+
+
+def test_a_short_group_that_is_left_alone_has_no_padding() -> None:
+    """The last group of a padded batch to converge may be a short one."""
+    choices = _Choices("random", "unit", 60, 0.01, "relative", None, None)
+    for trial in range(10):
+        groups = [
+            Group(torch.rand(count, 16, generator=generator(seed)), 4, (generator(seed),))
+            for count, seed in ((400, trial), (60, trial + 1000))
+        ]
+        together = _cluster(groups, choices, torch.device("cpu"))
+        for group, (found,) in zip(groups, together, strict=True):
+            assert found.sizes.tolist() == torch.bincount(found.assignments, minlength=4).tolist()
+            assert int(found.sizes.sum()) == group.rows.shape[0]

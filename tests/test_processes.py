@@ -39,6 +39,8 @@ def test_the_first_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Processes(0, 2).first
     assert not Processes(1, 2).first
     monkeypatch.setenv("RANK", "1")
+    assert is_first()  # what is left in the environment of a process alone means nothing
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert not is_first()
     monkeypatch.setenv("RANK", "0")
     assert is_first()
@@ -58,6 +60,21 @@ def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -
         join("cuda:1")
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "need a GPU each, but there are 1; start fewer"), ("banana", "'banana' cannot be")],
+)
+def test_devices_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, device: str, message: str
+) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=message):
+        join(device)
+
+
 @pytest.mark.parametrize(("device", "on_cpu"), [("cpu", True), ("auto", False), ("cuda", False)])
 def test_each_process_gets_its_place_and_device(
     monkeypatch: pytest.MonkeyPatch, device: str, *, on_cpu: bool
@@ -74,6 +91,7 @@ def test_each_process_gets_its_place_and_device(
 
     monkeypatch.setattr(accelerate, "PartialState", State)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **options: options)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

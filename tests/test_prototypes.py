@@ -155,7 +155,9 @@ def test_reservoir_refuses_nan_and_bad_bounds() -> None:
 
 def test_reservoir_refuses_what_half_precision_cannot_hold() -> None:
     large = torch.tensor([[7e4, 1.0]])
-    with pytest.raises(PrototypeError, match=r"reach 7e\+04, more than float16.*maps.features="):
+    with pytest.raises(
+        PrototypeError, match=r"reach 7e\+04, more than float16.*maps\.features: float32"
+    ):
         Reservoir(None, 0).add(0, "context", large, "a")
     for dtype in (torch.float32, torch.bfloat16):
         reservoir = Reservoir(None, 0, dtype)
@@ -435,3 +437,17 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, prototypes: Prototypes) 
     path.write_bytes(b"no tensors")
     with pytest.raises(ArtefactError, match="damaged"):
         Prototypes.load(path)
+
+
+def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
+    rows = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+    where = rows[:, 0] > 0.4
+    by_mask, by_rows = Reservoir(12, 0), Reservoir(12, 0)
+    by_mask.add(0, "context", rows, "a", where=where)
+    by_rows.add(0, "context", rows[where], "a")
+    assert by_mask.seen == by_rows.seen == {(0, "context"): int(where.sum())}
+    one, other = (r.features(0, "context") for r in (by_mask, by_rows))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other)
+    assert by_mask.nbytes == 12 * 5 * 2

@@ -155,6 +155,8 @@ def cosine_kmeans_groups(
 ) -> list[tuple[KMeansResult, ...]]:
     """:func:`cosine_kmeans` of many groups and restarts at once, each as if it were alone.
 
+    (But for rounding, where groups are padded into batches.)
+
     The restarts of a group share each reading of its rows. The rows are moved to the device batch
     by batch, so that they may wait in the machine's memory.
 
@@ -313,8 +315,11 @@ class _Batch:
     def part(self, keep: Sequence[int]) -> _Batch:
         """Some of the groups."""
         taken = torch.tensor(keep, device=self.rows.device)
-        batch = _Batch(self.rows[taken], self.counts[taken], self.chunk_bytes)
-        batch.inverse_norm, batch.measured = self.inverse_norm[taken], self.measured
+        counts = self.counts[taken]
+        longest = int(counts.max())  # a group that is left alone must have no padding
+        batch = _Batch(self.rows[taken, :longest], counts, self.chunk_bytes)
+        batch.inverse_norm = self.inverse_norm[taken, :longest]
+        batch.measured = self.measured
         return batch
 
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:

@@ -179,8 +179,8 @@ def collect(
         )
         for turn in range(1 if times is None else times.get(index, 0)):
             turn_name = f"{name}#{turn}" if turn else name
-            reservoir.add(index, "foreground", rows[foreground.to(rows.device)], turn_name)
-            reservoir.add(index, "context", rows[context.to(rows.device)], turn_name)
+            reservoir.add(index, "foreground", rows, turn_name, where=foreground)
+            reservoir.add(index, "context", rows, turn_name, where=context)
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
@@ -246,6 +246,7 @@ class LPCAM(CAM):
         classifier: backbone and linear head.
         settings: an :class:`~lpcam.presets.LpcamSettings` or the name of a preset.
         random_state: seed of the reservoir and the clustering.
+        dtype: in which the sample of local features is kept; half precision ends at 65504.
         with_context: False gives LPCAM-F, the foreground term alone.
 
     Attributes:
@@ -259,15 +260,17 @@ class LPCAM(CAM):
         settings: LpcamSettings | str = "voc12.official",
         *,
         random_state: int = 0,
+        dtype: torch.dtype = torch.float16,
         with_context: bool = True,
     ) -> None:
         super().__init__(classifier, settings)
         self.random_state = random_state
+        self.dtype = dtype
         self.with_context = with_context
         self._reset()
 
     def _reset(self) -> None:
-        self._reservoir = Reservoir(self.settings.max_features, self.random_state)
+        self._reservoir = Reservoir(self.settings.max_features, self.random_state, self.dtype)
         self._images = 0
         self._prototypes: Prototypes | None = None
 
@@ -289,7 +292,7 @@ class LPCAM(CAM):
         self._cluster()
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
         """Collect the local features of one more batch (eq. 2), for data that arrives in parts.
 
@@ -335,6 +338,8 @@ class LPCAM(CAM):
             self._images += 1
         return self
 
+    @torch.inference_mode(False)  # first needed in a call, they are to serve outside it too
+    @torch.no_grad()
     def _cluster(self) -> Prototypes:
         self._prototypes = make_prototypes(
             self._reservoir,

@@ -65,6 +65,8 @@ MEMORY_SHARE = 0.5
 """Of the memory that this process may use, where the recipe does not say how much."""
 FEATURES_SHARE = 0.5
 """Of a run's memory for features that several stages need; the rest is for the reservoir."""
+FILE_SECONDS = 60.0
+"""How long a file that another machine has written may take to be seen."""
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints of the reservoir of local features, at least."""
 CHECKPOINT_SHARE = 10
@@ -83,6 +85,9 @@ class RunResult:
 def run(recipe: Recipe, *, until: StageName = "evaluate", command: str = "") -> RunResult:
     """Bring the run folder up to date, up to and including the stage ``until``.
 
+    Sets the number of threads of torch and how the C library treats freed memory, for the whole
+    process.
+
     Args:
         command: how the run was asked for, recorded in every figure's protocol.
 
@@ -93,7 +98,7 @@ def run(recipe: Recipe, *, until: StageName = "evaluate", command: str = "") -> 
     # The first process holds the folder for all of them.
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
         processes.wait()
-        result = _Run(recipe, command, processes, device).up_to(until)
+        result = _Run(recipe, command, until, processes, device).up_to()
         processes.wait()
     return result
 
@@ -130,10 +135,16 @@ class _Run:
     """One pass over the stages; each method is one stage."""
 
     def __init__(
-        self, recipe: Recipe, command: str, processes: Processes, device: torch.device | None
+        self,
+        recipe: Recipe,
+        command: str,
+        until: StageName,
+        processes: Processes,
+        device: torch.device | None,
     ) -> None:
         self.recipe = recipe
         self.command = command
+        self.until = until
         self.folder = recipe.folder
         self.processes = processes
         self.device = device or self._chosen_device()
@@ -156,8 +167,8 @@ class _Run:
         if processes.first and (not path.is_file() or path.read_bytes() != resolved):
             write_bytes(path, resolved)
 
-    def up_to(self, until: StageName) -> RunResult:
-        for name in STAGES[: STAGES.index(until) + 1]:
+    def up_to(self) -> RunResult:
+        for name in STAGES[: STAGES.index(self.until) + 1]:
             started = time.monotonic()
             worked = getattr(self, f"_{name}")()
             self.seconds[name] = time.monotonic() - started
@@ -191,7 +202,11 @@ class _Run:
                 stage.finish(**output)
         self.processes.wait()
         for stage in stages:
-            stage.done(())  # the output, for the processes that did not write it
+            # The output, for the processes that did not write it; some file systems show a new
+            # file to other machines after a moment only.
+            deadline = time.monotonic() + FILE_SECONDS
+            while not stage.done(()) and time.monotonic() < deadline:
+                time.sleep(0.1)
 
     def _sharing(self) -> Sharing:
         count = self.processes.count
@@ -199,8 +214,11 @@ class _Run:
         owner: dict[str, int] = {}
         if count > 1:
             # By the lists whose features serve most often first, so that each is shared out evenly.
-            for stage in ("maps", "prototypes", "evaluate", "classify"):
-                for item in self._items(stage):
+            lists = [self._items(s) for s in ("maps", "prototypes", "evaluate", "classify")]
+            if (name := self.recipe.data.lists.validate_) is not None:
+                lists.append(self.dataset.select(name))
+            for items in lists:
+                for item in items:
                     owner.setdefault(item.id, len(owner) % count)
         return Sharing(
             self.processes,
@@ -343,7 +361,8 @@ class _Run:
             std=section.std,
             seed=self.recipe.run.seed,
         ).to(self.device)
-        self._check_reservoir(classifier)
+        if STAGES.index(self.until) >= STAGES.index("prototypes"):
+            self._check_reservoir(classifier)
         self._begin(self.stage_classify)
         history = self._train(classifier, training, validation)
         output: dict[str, Any] = {}
@@ -401,11 +420,12 @@ class _Run:
         if "feature_store" not in self.__dict__:
             from lpcam.features import FeatureStore  # noqa: PLC0415
 
-            section = self.recipe.maps
+            section, probe = self.recipe.maps, self.recipe.classifier.probe
+            mirror = self.method == "probe" and probe.long_side is None and probe.mirror
             shared = [*self._items("maps"), *self._items("prototypes")]
             self.__dict__["feature_store"] = FeatureStore(
                 classifier,
-                flip=self.recipe.lpcam.flip or self.recipe.classifier.probe.mirror,
+                flip=self.recipe.lpcam.flip or mirror,
                 maximum_side=section.maximum_side,
                 dtype=section.features,
                 precision=section.precision,
@@ -651,6 +671,8 @@ class _Run:
                     )
                 done += 1
                 advance(len(batch), "")
+                if settings.max_features is None:
+                    self._check_memory("the sample of all features has reached", reservoir.nbytes)
                 if (started := time.monotonic()) > next_save:
                     reservoir.checkpoint(checkpoint, done)
                     took = time.monotonic() - started
@@ -686,12 +708,14 @@ class _Run:
         # Twice the bound: a reservoir is cut back when it holds so many.
         rows = 2 * bound * len(SIDES) * classes
         needed = rows * channels * DTYPES[self.recipe.maps.features].itemsize
+        self._check_memory(f"lpcam.max_features {bound} of {classes} classes needs", needed)
+
+    def _check_memory(self, what: str, needed: int) -> None:
         allowed = self._memory() * (1 - FEATURES_SHARE)
         if needed > allowed:
             raise RecipeError(
-                f"lpcam.max_features {bound} of {classes} classes needs {needed / 2**30:.1f} GiB, "
-                f"but {allowed / 2**30:.1f} GiB are for it; lower it, or raise run.memory "
-                "(--memory) if the machine has more"
+                f"{what} {needed / 2**30:.3g} GiB, but {allowed / 2**30:.3g} GiB are for it; lower "
+                "lpcam.max_features, or raise run.memory (--memory) if the machine has more"
             )
 
     @torch.inference_mode()

@@ -53,8 +53,19 @@ def fit_probe(
     Raises:
         ClassifierError: if a class has no training image.
     """
-    classes = len(classifier.classes)
-    labels = multi_hot([*training, *validation], classes)
+    with one_thread():
+        return _fit_probe(classifier, training, validation, settings, pooled, refit)
+
+
+def _fit_probe(
+    classifier: Classifier,
+    training: Sequence[Item],
+    validation: Sequence[Item],
+    settings: ProbeSettings,
+    pooled: Tensor,
+    refit: bool,
+) -> list[dict[str, Any]]:
+    labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
     validation_map = None

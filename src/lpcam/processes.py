@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lpcam.errors import RecipeError
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for slower ones. A dead one is noticed at once: torchrun stops the
-others, and between machines the connection breaks."""
+"""How long a process waits for slower ones. A process that dies is noticed at once: torchrun stops
+the others of its machine, and their connections to other machines break. A machine that vanishes
+without a word is noticed by torchrun's own heartbeat."""
 
 
 class Processes:
@@ -57,16 +58,23 @@ class Processes:
         """The module, with gradients averaged over the processes at every backward pass."""
         if self.count == 1:
             return module
-        from accelerate import Accelerator  # noqa: PLC0415 - an extra
+        from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415
 
         on_cpu = next(module.parameters()).device.type == "cpu"
-        replica: nn.Module = Accelerator(cpu=on_cpu).prepare_model(module)
+        # Some backbones have layers behind the features, which get no gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[unused])
+        replica: nn.Module = accelerator.prepare_model(module)
         return replica
 
 
 def is_first() -> bool:
     """Whether this process is the one that speaks for a run, by what ``torchrun`` has set."""
-    return os.environ.get("RANK", "0") == "0"
+    return not _among_others() or os.environ.get("RANK", "0") == "0"
+
+
+def _among_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leave() -> None:
@@ -85,10 +93,14 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
         this process among the others, and its device (None: it is alone and may choose).
 
     Raises:
-        RecipeError: if accelerate is not installed, or one certain GPU is given to all.
+        RecipeError: if accelerate is not installed, one certain GPU is given to all, or there are
+            fewer GPUs than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _among_others():
         return Processes(), None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise RecipeError(f"run.device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
     if ":" in device:
         raise RecipeError(
             f"run.device {device!r} names one GPU for all processes; use 'auto' or 'cuda', and "
@@ -100,13 +112,18 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
         raise RecipeError(
             "several processes need accelerate; install it with pip install 'lpcam[distributed]'"
         ) from None
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if not on_cpu and torch.cuda.device_count() < here:
+        raise RecipeError(
+            f"{here} processes on this machine need a GPU each, but there are "
+            f"{torch.cuda.device_count()}; start fewer, or set run.device to 'cpu'"
+        )
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return (
         Processes(
             state.process_index,
             state.num_processes,
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            here,
             # GPUs have a group of their own; waiting must not occupy them.
             torch.distributed.new_group(backend="gloo", timeout=PATIENCE),
         ),

@@ -21,6 +21,7 @@ from torch import Tensor
 from lpcam.clustering import Group, cosine_kmeans_groups
 from lpcam.errors import ArtefactError, PrototypeError
 from lpcam.functional import foreground_minus_context, unit_mean
+from lpcam.parallel import one_thread
 from lpcam.presets import LpcamSettings
 from lpcam.storage import read_tensors, write_tensors
 
@@ -131,27 +132,46 @@ class Reservoir:
         self.seen: dict[tuple[int, SideName], int] = {}
         self._samples: dict[tuple[int, SideName], _Sample] = {}
 
-    def add(self, index: int, side: SideName, rows: Tensor, name: str) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that are kept."""
+        parts = (part for sample in self._samples.values() for part in sample.rows)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def add(
+        self,
+        index: int,
+        side: SideName,
+        rows: Tensor,
+        name: str,
+        where: Tensor | None = None,
+    ) -> None:
         """Offer rows (M, C) of class ``index`` and one side, from the image called ``name``.
+
+        Args:
+            where: (M,) bool, which of the rows are offered; None: all.
 
         Raises:
             PrototypeError: if a row that would stay holds NaN or Inf, or a value too large for
                 ``dtype``.
         """
         place = (index, side)
-        self.seen[place] = self.seen.get(place, 0) + rows.shape[0]
-        if rows.shape[0] == 0:
+        offered = None if where is None else torch.nonzero(where).flatten()
+        count = rows.shape[0] if offered is None else len(offered)
+        self.seen[place] = self.seen.get(place, 0) + count
+        if count == 0:
             return
         digest = hashlib.blake2b(
             f"{self.seed}/{index}/{side}/{name}".encode(), digest_size=7
         ).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        keys = torch.rand(rows.shape[0], generator=generator, dtype=torch.float64)
+        keys = torch.rand(count, generator=generator, dtype=torch.float64)
         sample = self._samples.setdefault(place, _Sample(self.max_features))
         chosen = sample.candidates(keys)
         if len(chosen) == 0:
             return
-        taken = rows[chosen.to(rows.device)]
+        numbers = chosen if offered is None else offered[chosen.to(offered.device)]
+        taken = rows[numbers.to(rows.device)]
         kept = taken.to(self.dtype)
         if not bool(torch.isfinite(kept).all()):
             raise _not_finite(taken, self.dtype, name)
@@ -265,7 +285,8 @@ def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
         )
     return PrototypeError(
         f"the features of image {name!r} reach {float(rows.abs().max()):.3g}, more than "
-        f"{str(dtype).removeprefix('torch.')} can hold; set maps.features=float32"
+        f"{str(dtype).removeprefix('torch.')} can hold; keep them in float32 (maps.features: "
+        "float32 in a recipe, dtype=torch.float32 of LPCAM)"
     )
 
 
@@ -506,7 +527,8 @@ def make_prototypes(
             # A unit centre has lost the length that the score relies on; the plain mean of its
             # members has it, and its logit is the mean logit of the members.
             means = torch.cat([result.means for result in results])
-            z = score(means, weight.to(means), index)
+            with one_thread():
+                z = score(means, weight.to(means), index)
             made = means.shape[0]
             centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
             scores[index, :made] = z.cpu()

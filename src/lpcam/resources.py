@@ -86,4 +86,5 @@ def reuse_freed_memory() -> bool:
         (_MALLOPT_TRIM_THRESHOLD, KEPT_WHEN_FREED),
         (_MALLOPT_ARENA_MAX, 1),
     )
-    return all([mallopt(option, value) for option, value in wanted])
+    taken = [mallopt(option, value) for option, value in wanted]
+    return all(taken)

@@ -120,10 +120,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ArtefactError: if the metadata is no JSON, and as `write_bytes`.
     """
     header = {"format": _TENSOR_FORMAT, "metadata": dict(metadata)}
-    # clone: safetensors refuses tensors that share memory, as tied weights and views do
-    plain = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())
-    }
+    plain, owners = {}, set()
+    for name, tensor in sorted(tensors.items()):
+        whole = tensor.detach().cpu().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, as tied weights and views do
+        plain[name] = whole.clone() if memory in owners else whole
+        owners.add(memory)
     data = safetensors.torch.save(plain, {_TENSOR_KEY: _json_text(header, str(path), indent=None)})
     write_bytes(path, data)
 

@@ -566,6 +566,18 @@ def test_a_sample_that_cannot_fit_is_refused_before_any_work(base: Values, tmp_p
     assert made == []
 
 
+def test_maps_alone_need_no_sample(base: Values, tmp_path: Path) -> None:
+    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = with_change(values, "lpcam.max_features", 10_000_000)
+    go(with_change(values, "run.memory", 1.0), until="cam")
+
+
+def test_a_sample_of_all_features_is_bounded_too(values: Values) -> None:
+    everything = with_change(values, "lpcam.max_features", None)
+    with pytest.raises(RecipeError, match=r"sample of all features has reached .*--memory"):
+        go(with_change(everything, "run.memory", 1e-5))
+
+
 def test_what_processes_here_may_keep(
     base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,7 +586,7 @@ def test_what_processes_here_may_keep(
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     for given, here, expected in ((None, 1, 500), (None, 4, 125), (2.0, 4, 2 * 2**30)):
         recipe = parse_recipe(with_change(values, "run.memory", given), where="tiny.yaml")
-        one = pipeline._Run(recipe, "", Processes(0, 1, here), None)
+        one = pipeline._Run(recipe, "", "evaluate", Processes(0, 1, here), None)
         assert one._memory() == expected
 
 
@@ -584,7 +596,7 @@ def test_every_list_is_shared_out_evenly(
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     recipe = parse_recipe(values, where="tiny.yaml")
-    sharing = pipeline._Run(recipe, "", Processes(0, 5, 1), None).sharing
+    sharing = pipeline._Run(recipe, "", "evaluate", Processes(0, 5, 1), None).sharing
     assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
     assert len(sharing.owner) == len(sharing.sizes) == 12
 
