@@ -46,24 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write the tables to this file too")
     options = parser.parse_args(argv)
     chosen = [n for n in options.only or ALL if (HERE / f"{n}.py").is_file()]
-    parts = ["# Benchmarks\n\n" + machine()]
+    parts: list[str] = []
     failed = []
+
+    def add(part: str) -> None:
+        """Print and write each table when it is there: the next may take long."""
+        parts.append(part.strip())
+        print(parts[-1], end="\n\n", flush=True)
+        if options.output:
+            options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+    add("# Benchmarks\n\n" + machine())
     with tempfile.TemporaryDirectory() as folder:
         if "reservoir" in chosen and options.data and options.weights and not options.run:
             print("a whole run ...", file=sys.stderr, flush=True)
             options.run = Path(folder, "run")
-            parts.append(_whole_run(options))
+            add(_whole_run(options))
         for name in chosen:
             print(f"{name} ...", file=sys.stderr, flush=True)
             text, succeeded = _one(name, options)
-            parts.append(text)
+            add(text)
             if not succeeded:
                 failed.append(name)
-    parts.append(_summary("\n".join(parts), failed))
-    whole = "\n\n".join(part.strip() for part in parts) + "\n"
-    print(whole)
-    if options.output:
-        options.output.write_text(whole, encoding="utf-8")
+    add(_summary("\n".join(parts), failed))
     return int(bool(failed))
 
 
