@@ -1,7 +1,7 @@
 """Time and memory of the clustering, against its peers, and of a fit over more and more images.
 
-    python benchmarks/fit.py            # the sizes of the documentation, some minutes
-    python benchmarks/fit.py --quick    # seconds, only to see that it runs
+    python -m benchmarks.fit            # the sizes of the documentation, some minutes
+    python -m benchmarks.fit --quick    # seconds, only to see that it runs
 
 Every contender runs in a process of its own, on the same rows from the same first centres. Prints
 markdown tables. A peer that is not installed has a row that says so.
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measure import environment, peak_memory
 from lpcam.clustering import cosine_kmeans
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Reservoir, make_prototypes
@@ -179,7 +179,7 @@ CONTENDERS: dict[str, tuple[Contender, bool]] = {
 
 def memory_mib() -> float:
     """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory() / 2**20
 
 
 def timed(
@@ -254,10 +254,10 @@ def child(arguments: Sequence[str], threads: int, *, here: bool = False) -> dict
             main([*arguments, "--threads", str(torch.get_num_threads())])
         found: dict[str, Any] = json.loads(text.getvalue().strip().splitlines()[-1])
         return found
-    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(variables, str(threads))}
-    command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.fit", *arguments, "--threads", str(threads)]
+    done = subprocess.run(
+        command, env=environment(threads), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr else "stopped"}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
