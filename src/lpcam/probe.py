@@ -29,6 +29,7 @@ SHARD = 128
 """Images whose pooled features share a file, so that a stopped run goes on near where it was."""
 
 
+@one_thread()
 def fit_probe(
     classifier: Classifier,
     training: Sequence[Item],
@@ -53,18 +54,6 @@ def fit_probe(
     Raises:
         ClassifierError: if a class has no training image.
     """
-    with one_thread():
-        return _fit_probe(classifier, training, validation, settings, pooled, refit)
-
-
-def _fit_probe(
-    classifier: Classifier,
-    training: Sequence[Item],
-    validation: Sequence[Item],
-    settings: ProbeSettings,
-    pooled: Tensor,
-    refit: bool,
-) -> list[dict[str, Any]]:
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)

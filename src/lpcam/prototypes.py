@@ -135,8 +135,12 @@ class Reservoir:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows that are kept."""
-        parts = (part for sample in self._samples.values() for part in sample.rows)
-        return sum(part.numel() * part.element_size() for part in parts)
+        # Not part by part: a sample of everything has one for each image, and is asked as often.
+        return sum(
+            sample.count * sample.rows[0].shape[1] * self.dtype.itemsize
+            for sample in self._samples.values()
+            if sample.rows
+        )
 
     def add(
         self,
@@ -233,6 +237,7 @@ class _Sample:
         self.bound = bound
         self.keys: list[Tensor] = []
         self.rows: list[Tensor] = []
+        self.count = 0
         self._largest = float("inf")  # of the keys once the sample is full
         self._sorted = False
 
@@ -249,6 +254,7 @@ class _Sample:
         if self._largest == float("inf"):
             self.keys.append(keys)
             self.rows.append(rows)
+            self.count += len(rows)
             if self.bound is None or sum(map(len, self.keys)) < self.bound:
                 return
             self.whole()
@@ -274,6 +280,7 @@ class _Sample:
             for part, to in zip(self.rows, targets, strict=True):
                 block[to[to >= 0]] = part[to >= 0]
             self.keys, self.rows, self._sorted = [keys[order]], [block], True
+            self.count = len(block)
         return self.keys[0], self.rows[0]
 
 
