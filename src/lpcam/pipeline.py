@@ -891,6 +891,7 @@ class _Run:
             "flip": self.recipe.lpcam.flip,
             "maximum_side": self.recipe.maps.maximum_side,
             "features": self.recipe.maps.features,
+            "precision": self.recipe.maps.precision,
             "maps": self.recipe.maps.dtype,
             "crf": False,
             "void": "255 and mask ids outside the classes are not counted",
