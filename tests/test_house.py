@@ -15,7 +15,8 @@ FLOORS: dict[int, str] = {
     2: "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting",
-    4: "pipeline demo",
+    4: "pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
+    "stages.evaluate",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,3 +111,24 @@ def test_a_c_library_without_the_settings(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ctypes, "CDLL", none)
     assert reuse_freed_memory() is False
+
+
+def test_peak_memory_counts_from_its_reset() -> None:
+    """In a process of its own: this one may reuse what other tests have freed."""
+    program = """
+from lpcam.resources import peak_memory, reset_peak_memory
+can = reset_peak_memory()
+before = peak_memory()
+block = bytearray(b"1") * (64 * 2**20)
+held = peak_memory()
+del block
+reset_peak_memory()
+print(can, held - before, held - peak_memory())
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    can, risen, fallen = done.stdout.split()
+    if can == "False":
+        pytest.skip("this system cannot count anew")
+    assert int(risen) > 60 * 2**20
+    assert int(fallen) > 50 * 2**20

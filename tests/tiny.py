@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, Path]:
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "seconds.json")
+        if path.is_file() and path.name not in (".lock", "use.json")
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 from pathlib import Path
 
 _MALLOPT_TRIM_THRESHOLD = -1
@@ -88,3 +89,25 @@ def reuse_freed_memory() -> bool:
     )
     taken = [mallopt(option, value) for option, value in wanted]
     return all(taken)
+
+
+def reset_peak_memory() -> bool:
+    """Let :func:`peak_memory` count from now on; whether the system can do so (Linux can)."""
+    try:
+        Path("/proc", "self", "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int | None:
+    """Most memory that this process has held since :func:`reset_peak_memory`, in bytes.
+
+    None where the system does not tell.
+    """
+    try:
+        text = Path("/proc", "self", "status").read_text("utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -41,11 +41,12 @@ PROGRAM = textwrap.dedent(
     from pathlib import Path
     import torch
     from lpcam import errors, ledger, pipeline
+    from lpcam.stages import maps
     from lpcam.recipe import load_recipe
 
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
-    write_maps = pipeline.write_maps
+    write_maps = maps.write_maps
     notes = {"refused": None, "written": {}}
 
     def noted(path, *arguments, **options):
@@ -58,7 +59,7 @@ PROGRAM = textwrap.dedent(
         write_maps(path, *arguments, **options)
         notes["written"][name].append(str(path.relative_to(path.parents[1])))
 
-    pipeline.write_maps = noted
+    maps.write_maps = noted
     for name in sys.argv[1:]:
         notes["written"][name] = []
         recipe = load_recipe(f"{name}.yaml")

@@ -38,6 +38,8 @@ from lpcam.ledger import locked
 from lpcam.pipeline import RunResult, run
 from lpcam.processes import Processes
 from lpcam.recipe import parse_recipe
+from lpcam.stages import context, prototypes
+from lpcam.stages.classify import HELD_OUT
 from lpcam.storage import read_maps
 from lpcam.version import versions
 
@@ -118,7 +120,7 @@ def test_files_of_a_run(base: Values) -> None:
         "sheet.png",
     }
     assert found == expected
-    assert json.loads((folder / "seconds.json").read_text()).keys() == set(pipeline.STAGES)
+    assert json.loads((folder / "use.json").read_text()).keys() == set(pipeline.STAGES)
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert parse_recipe(resolved, where="r") == parse_recipe(base, where="tiny.yaml")
 
@@ -400,7 +402,7 @@ def test_a_mask_with_other_contents_remakes_the_evaluation_alone(own: Values) ->
     go(own)
     after = times(folder)
     changed = {name for name in after if after[name] != before[name]}
-    assert changed - {"recipe.yaml", "seconds.json"} == {
+    assert changed - {"recipe.yaml", "use.json"} == {
         "index.json",
         "evaluation/stage.json",
         "metrics.json",
@@ -418,7 +420,7 @@ def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> N
     go(values)
     after = times(folder)
     changed = {name for name in after if after[name] != before[name]}
-    assert changed - {"seconds.json", "recipe.yaml"} == {
+    assert changed - {"use.json", "recipe.yaml"} == {
         *("lpcam/i04.npz", "lpcam_f/i04.npz"),  # one pass over the features makes both
         *("seeds/i05.png", "metrics.json", "sheet.png"),
         *(f"{stage}/stage.json" for stage in ("lpcam", "lpcam_f", "seeds", "evaluation")),
@@ -439,7 +441,7 @@ def test_a_seed_gives_the_same_bytes(
 ) -> None:
     """In another folder, after other random numbers, with all, some and no features kept."""
     torch.rand(3)
-    monkeypatch.setattr(pipeline, "FEATURES_SHARE", share)
+    monkeypatch.setattr(context, "FEATURES_SHARE", share)
     again = with_change(base, "run.folder", str(tmp_path / "again"))
     go(with_change(again, "run.memory", memory))
     found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
@@ -512,8 +514,8 @@ def test_batches_go_on_after_a_stop(
     alike: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
 ) -> None:
     """A batch of which some maps are there is made again as a whole: 8 files, the same bytes."""
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SHARE", 0)
+    monkeypatch.setattr(prototypes, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(prototypes, "CHECKPOINT_SHARE", 0)
     values = with_change(alike, "run.batch", 4)
     go(with_change(values, "run.folder", str(tmp_path / "whole")))
     stopped = with_change(values, "run.folder", str(tmp_path / "stopped"))
@@ -582,12 +584,12 @@ def test_what_processes_here_may_keep(
     base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of what there is, shared fairly; the recipe's number is for each process."""
-    monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
+    monkeypatch.setattr(context, "available_memory", lambda: 1000)
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     for given, here, expected in ((None, 1, 500), (None, 4, 125), (2.0, 4, 2 * 2**30)):
         recipe = parse_recipe(with_change(values, "run.memory", given), where="tiny.yaml")
-        one = pipeline._Run(recipe, "", "evaluate", Processes(0, 1, here), None)
-        assert one._memory() == expected
+        one = context.Run(recipe, "", "evaluate", Processes(0, 1, here), None)
+        assert one.memory() == expected
 
 
 def test_every_list_is_shared_out_evenly(
@@ -596,7 +598,7 @@ def test_every_list_is_shared_out_evenly(
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     recipe = parse_recipe(values, where="tiny.yaml")
-    sharing = pipeline._Run(recipe, "", "evaluate", Processes(0, 5, 1), None).sharing
+    sharing = context.Run(recipe, "", "evaluate", Processes(0, 5, 1), None).sharing
     assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
     assert len(sharing.owner) == len(sharing.sizes) == 12
 
@@ -644,8 +646,8 @@ def test_a_run_that_is_stopped_again_and_again(
     after: bool,
 ) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SHARE", 0)
+    monkeypatch.setattr(prototypes, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(prototypes, "CHECKPOINT_SHARE", 0)
     values = with_change(base, "run.folder", str(tmp_path / "run"))
     values = with_change(values, "classifier.method", method)
     values = with_change(
@@ -754,7 +756,7 @@ def test_an_image_that_vanishes_at_work_is_told(
     changed = with_change(with_change(own, "run.threads", threads), "maps.dtype", "float16")
     path = Path(own["data"]["root"], "images", "i05.png")
     before = metrics(own)
-    look = pipeline.check_images
+    look = context.check_images
 
     def vanishes(*arguments: Any, **options: Any) -> Any:
         found = look(*arguments, **options)
@@ -762,7 +764,7 @@ def test_an_image_that_vanishes_at_work_is_told(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "check_images", vanishes)
+        patch.setattr(context, "check_images", vanishes)
         with pytest.raises(ImageError, match=r"cannot read image .*i05\.png.*No such file"):
             go(changed)
     assert metrics(own) == before
@@ -893,7 +895,7 @@ def test_a_class_with_one_image_is_never_held_out(weights: Path, tmp_path: Path)
     rows = list(csv.reader((root / "labels.csv").open()))
     labels = {name: text.replace("red", "") for name, text in rows[1:]}
     labels = {name: ";".join(n for n in text.split(";") if n) for name, text in labels.items()}
-    held = pipeline.np.random.default_rng([0, pipeline.HELD_OUT]).permutation(20)[:2].tolist()
+    held = np.random.default_rng([0, HELD_OUT]).permutation(20)[:2].tolist()
     labels[f"i{held[0]:02d}.png"] = "red"
     text = "".join(f"{name},{value}\n" for name, value in labels.items())
     (root / "labels.csv").write_text(f"image,labels\n{text}")

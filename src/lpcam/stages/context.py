@@ -1,0 +1,290 @@
+"""What the stages of a run share: its folder, data, classifier, features and processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from lpcam.data.check import check_images
+from lpcam.data.folder import read_folder
+from lpcam.data.items import Dataset, Item
+from lpcam.data.voc import read_voc
+from lpcam.errors import ArtefactError, DataError, RecipeError
+from lpcam.ledger import Stage
+from lpcam.parallel import Sharing
+from lpcam.processes import Processes
+from lpcam.progress import progress
+from lpcam.recipe import Method, Recipe
+from lpcam.resources import available_memory, available_threads, reuse_freed_memory
+from lpcam.storage import digest_json, read_json, write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+
+StageName = Literal["classify", "cam", "prototypes", "lpcam", "seeds", "evaluate"]
+STAGES: tuple[StageName, ...] = ("classify", "cam", "prototypes", "lpcam", "seeds", "evaluate")
+METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
+FEATURE_KEYS = ("features", "precision", "maximum_side")
+"""What of the recipe's maps section changes the features."""
+GPU_BATCH = 8
+GPU_THREADS = 4
+"""On a GPU a few threads read and write while one computes."""
+MEMORY_SHARE = 0.5
+"""Of the memory that this process may use, where the recipe does not say how much."""
+FEATURES_SHARE = 0.5
+"""Of a run's memory for features that several stages need; the rest is for the reservoir."""
+FILE_SECONDS = 60.0
+"""How long a file that another machine has written may take to be seen."""
+
+
+def read_dataset(recipe: Recipe) -> Dataset:
+    """The data set of a recipe, labels read, images not yet.
+
+    Raises:
+        DataError: if folders, lists or labels do not fit together.
+    """
+    data = recipe.data
+    names = {data.list_of(s) for s in ("classify", "prototypes", "maps", "evaluate")}
+    if data.lists.validate_ is not None:
+        names.add(data.lists.validate_)
+    if data.kind == "voc":
+        dataset = read_voc(data.root, lists=sorted(names), classes=data.classes)
+    else:
+        dataset = read_folder(data.root, classes=data.classes)
+    for name in sorted(names):
+        dataset.select(name)
+    outside = set(dataset.lists[data.list_of("evaluate")]) - set(
+        dataset.lists[data.list_of("maps")]
+    )
+    if outside:
+        raise DataError(
+            f"{len(outside)} images of the list to evaluate ({data.list_of('evaluate')!r}) are not "
+            f"in the list that gets maps ({data.list_of('maps')!r}), e.g. {min(outside)!r}; set "
+            "data.lists.maps to a list that holds them"
+        )
+    return dataset
+
+
+class Run:
+    """One pass over the stages; each stage is a function of it, in a module beside this one."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        command: str,
+        until: StageName,
+        processes: Processes,
+        device: torch.device | None,
+    ) -> None:
+        self.recipe = recipe
+        self.command = command
+        self.until = until
+        self.folder = recipe.folder
+        self.processes = processes
+        self.device = device or self._chosen_device()
+        self.threads = recipe.run.threads or available_threads(processes.here)
+        torch.set_num_threads(self.threads)
+        reuse_freed_memory()
+        path = self.folder / "recipe.yaml"
+        if path.is_file() and not (self.folder / "index.json").is_file():
+            raise ArtefactError(
+                f"{path} was not written by a run, so it may be yours; choose another run folder "
+                "with --run.folder"
+            )
+        self.dataset, self.records = self._index()
+        self.sharing = self._sharing()
+        self.stages: dict[str, Stage] = {}
+        self.rows: list[dict[str, Any]] = []
+        resolved = yaml.safe_dump(
+            recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
+        ).encode()
+        if processes.first and (not path.is_file() or path.read_bytes() != resolved):
+            write_bytes(path, resolved)
+
+    def note_use(self, stage: StageName, seconds: float, memory: int | None) -> None:
+        """Record what a stage took of time and, at its peak, of this process's memory in bytes."""
+        if not self.processes.first:
+            return
+        path = self.folder / "use.json"
+        use = read_json(path) if path.is_file() else {}
+        write_json(path, {**use, stage: {"seconds": round(seconds, 2), "peak_memory": memory}})
+
+    def begin(self, *stages: Stage) -> None:
+        """Make stages' folders ready, when every process has seen that they are not done."""
+        self.processes.wait()
+        if self.processes.first:
+            for stage in stages:
+                stage.begin()
+        self.processes.wait()
+
+    def finish(self, *stages: Stage, **output: Any) -> None:
+        """Record the end of stages, when every process has done its share."""
+        self.processes.wait()
+        if self.processes.first:
+            for stage in stages:
+                stage.finish(**output)
+        self.processes.wait()
+        for stage in stages:
+            # The output, for the processes that did not write it; some file systems show a new
+            # file to other machines after a moment only.
+            deadline = time.monotonic() + FILE_SECONDS
+            while not stage.done(()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _sharing(self) -> Sharing:
+        count = self.processes.count
+        batch = self.recipe.run.batch or (1 if self.device.type == "cpu" else GPU_BATCH)
+        owner: dict[str, int] = {}
+        if count > 1:
+            # By the lists whose features serve most often first, so that each is shared out evenly.
+            lists = [self.items(s) for s in ("maps", "prototypes", "evaluate", "classify")]
+            if (name := self.recipe.data.lists.validate_) is not None:
+                lists.append(self.dataset.select(name))
+            for items in lists:
+                for item in items:
+                    owner.setdefault(item.id, len(owner) % count)
+        return Sharing(
+            self.processes,
+            self.threads if self.device.type == "cpu" else min(self.threads, GPU_THREADS),
+            batch,
+            {name: (r["height"], r["width"]) for name, r in self.records.items()},
+            owner,
+        )
+
+    def _index(self) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+        path = self.folder / "index.json"
+        before = read_json(path) if path.is_file() else {"records": {}}
+        if not isinstance(before, dict) or not isinstance(before.get("records"), dict):
+            raise ArtefactError(
+                f"{path} was not written by a run, so it may be yours; choose another run folder "
+                "with --run.folder"
+            )
+        dataset = read_dataset(self.recipe)
+        if not self.processes.first:
+            self.processes.wait()  # the first looks at the images, the others read what it found
+            before = read_json(path)
+        with progress("looking at the images", len(dataset.items)) as advance:
+            dataset, records = check_images(
+                dataset,
+                before["records"],
+                progress=lambda _done, _total: advance(1, ""),
+                workers=self.threads,
+                save=lambda records: write_json(path, {**before, "records": records}),
+            )
+        if not self.processes.first:
+            return dataset, records
+        for notice in dataset.notices:
+            logger.info("data: %s", notice)
+        index = {
+            "records": records,
+            "skipped": [{"id": s.id, "reason": s.reason} for s in dataset.skipped],
+            "notices": list(dataset.notices),
+        }
+        if before != index:
+            write_json(path, index)
+        self.processes.wait()
+        return dataset, records
+
+    def items(self, stage: Literal["classify", "prototypes", "maps", "evaluate"]) -> list[Item]:
+        """The usable images of the list that a stage works on.
+
+        Raises:
+            DataError: if there is none.
+        """
+        name = self.recipe.data.list_of(stage)
+        items = self.dataset.select(name)
+        if not items:
+            raise DataError(f"the list {name!r} ({stage}) has no usable image")
+        return items
+
+    def digest(self, items: Sequence[Item], *, truth: bool = False) -> str:
+        """Digest of ids, labels and file contents (images alone, or with their masks)."""
+        field = "digest" if truth else "image_digest"
+        return digest_json(
+            [[item.id, list(item.labels), self.records[item.id][field]] for item in items]
+        )
+
+    @cached_property
+    def training_method(self) -> str:
+        """How the classifier is trained: ``probe`` or ``finetune``."""
+        wanted = self.recipe.classifier.method
+        if wanted != "auto":
+            return wanted
+        return "finetune" if self.device.type == "cuda" else "probe"
+
+    def _chosen_device(self) -> torch.device:
+        wanted = self.recipe.run.device
+        if wanted == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(wanted)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(
+                f"run.device {wanted!r} cannot be used here ({error}); use 'auto' or 'cpu'"
+            ) from None
+        return device
+
+    @cached_property
+    def classifier(self) -> Any:
+        """The trained classifier, loaded when a stage first needs it."""
+        from lpcam.classifier import Classifier  # noqa: PLC0415
+
+        path = self.stages["classify"].folder / "classifier.safetensors"
+        return Classifier.load(path).to(self.device)
+
+    def store(self, classifier: Any) -> Any:
+        """The features that the stages share, of the classifier's backbone."""
+        if "feature_store" not in self.__dict__:
+            from lpcam.features import FeatureStore  # noqa: PLC0415
+
+            section, probe = self.recipe.maps, self.recipe.classifier.probe
+            mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
+            shared = [*self.items("maps"), *self.items("prototypes")]
+            self.__dict__["feature_store"] = FeatureStore(
+                classifier,
+                flip=self.recipe.lpcam.flip or mirror,
+                maximum_side=section.maximum_side,
+                dtype=section.features,
+                precision=section.precision,
+                budget=int(self.memory() * FEATURES_SHARE),
+                keep=(item.id for item in shared),
+            )
+        return self.__dict__["feature_store"]
+
+    def memory(self) -> float:
+        """Bytes that this process may keep."""
+        given = self.recipe.run.memory
+        if given is not None:
+            return given * 2**30
+        return available_memory() * MEMORY_SHARE / self.processes.here
+
+    @property
+    def sample_memory(self) -> float:
+        """Bytes of it for the sample of local features."""
+        return self.memory() * (1 - FEATURES_SHARE)
+
+    @property
+    def prototypes_path(self) -> Path:
+        return self.folder / "prototypes" / "prototypes.safetensors"
+
+    @property
+    def stages_of_methods(self) -> dict[Method, Stage]:
+        return {
+            "CAM": self.stages["cam"],
+            "LPCAM-F": self.stages["lpcam_f"],
+            "LPCAM": self.stages["lpcam"],
+        }
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a finished stage's folder what only a stopped one would go on from."""
+    for pattern in ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors"):
+        for path in folder.glob(pattern):
+            path.unlink()
