@@ -106,13 +106,13 @@ def test_the_run_gets_recipe_stage_and_command(
     (first, options), (_, second) = calls
     assert first.lpcam.scales == (1.0, 0.25)
     assert first.fixed_threshold("LPCAM") == 0.4
-    assert options["until"] == "evaluate"
+    assert options["until"] == "report"
     assert options["command"] == (
         f"lpcam run {recipe} --lpcam.scales '[1.0, 0.25]' --seeds.threshold=0.4 "
         "--classifier.mean null --version 1"
     )
     assert second == {"until": "cam", "command": f"lpcam cam {recipe}"}
-    assert set(cli.STAGE_HELP) == set(pipeline.STAGES)
+    assert {*cli.STAGE_HELP, "report"} == set(pipeline.STAGES)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from tiny import together
 
 from lpcam.data.items import ClassTable, Dataset, Item
 from lpcam.errors import ArtefactError, DataError
-from lpcam.evaluation import score_maps
+from lpcam.evaluation import Evaluation, score_maps
 from lpcam.parallel import Sharing
 from lpcam.processes import Processes
 from lpcam.recipe import Method
@@ -81,14 +80,14 @@ def items(tmp_path: Path) -> list[Item]:
     return [first, second]
 
 
-def score(items: list[Item], parts: dict[str, int] | None, sharing: Sharing) -> list[Any]:
+def score(items: list[Item], parts: dict[str, int] | None, sharing: Sharing) -> Evaluation:
     folder = items[0].image.parent
     folders: dict[Method, Path] = {method: folder / method for method in FIXED}
     return score_maps(items, dataset_of(items, parts), folders, FIXED, sharing)
 
 
 def test_rows_by_hand(items: list[Item]) -> None:
-    cam_best, cam_fixed, lpcam_best, lpcam_fixed = score(items, None, Sharing())
+    cam_best, cam_fixed, lpcam_best, lpcam_fixed = score(items, None, Sharing()).rows
     kinds = [(r["method"], r["threshold_source"]) for r in (cam_best, cam_fixed, lpcam_best)]
     assert kinds == [("CAM", "ground truth"), ("CAM", "fixed"), ("LPCAM", "ground truth")]
     assert all(r["images"] == 2 for r in (cam_best, cam_fixed, lpcam_best, lpcam_fixed))
@@ -122,7 +121,8 @@ def test_rows_by_hand(items: list[Item]) -> None:
 
 def test_parts_by_hand(items: list[Item]) -> None:
     """head (1) and legs (2), of pixels of a class alone."""
-    cam_best, cam_fixed, lpcam_best, _ = score(items, {"head": 1, "legs": 2, "tail": 9}, Sharing())
+    parts = {"head": 1, "legs": 2, "tail": 9}
+    cam_best, cam_fixed, lpcam_best, _ = score(items, parts, Sharing()).rows
     # head: a's first cow pixel and b's dog; legs: a's second cow pixel and b's cow
     assert cam_fixed["part_coverage"] == {"head": 1.0, "legs": 0.0}
     assert cam_best["part_coverage"] == {"head": 1.0, "legs": 0.0}
@@ -130,14 +130,35 @@ def test_parts_by_hand(items: list[Item]) -> None:
     loose: dict[Method, float] = {"CAM": 0.3}
     folders: dict[Method, Path] = {"CAM": items[0].image.parent / "CAM"}
     dataset = dataset_of(items, {"head": 1, "legs": 2})
-    rows = score_maps(items, dataset, folders, loose, Sharing())
+    rows = score_maps(items, dataset, folders, loose, Sharing()).rows
     # at 0.3 a's second cow pixel is found; b's cow pixel is called a dog
     assert rows[1]["part_coverage"] == {"head": 1.0, "legs": 0.5}
 
 
+def test_curves_and_scores_of_images_by_hand(items: list[Item]) -> None:
+    found = score(items, None, Sharing())
+    for method, curve in found.curves.items():
+        rows = [row for row in found.rows if row["method"] == method]
+        assert set(curve) == {"thresholds", "miou", "precision", "recall"}
+        assert curve["thresholds"] == [step / 100 for step in range(100)]
+        for row in rows:
+            at = curve["thresholds"].index(row["threshold"])
+            for name in ("miou", "precision", "recall"):
+                assert curve[name][at] == row[name]
+    # at 0.5 CAM has one of a's two cow pixels; b's cow pixel is not found, of its two dog pixels
+    # one is wrong
+    assert found.image_scores["CAM"] == pytest.approx([1 / 2, (0 + 1 / 2) / 2])
+    assert found.image_scores["LPCAM"] == [1.0, 1.0]
+
+
+def test_an_image_without_labels_has_no_score(many: list[Item]) -> None:
+    found = score(many, None, Sharing()).image_scores["CAM"]
+    assert [place for place, value in enumerate(found) if value is None] == [4]
+
+
 def test_fixed_thresholds_off_the_grid(items: list[Item]) -> None:
     folders: dict[Method, Path] = {"CAM": items[0].image.parent / "CAM"}
-    rows = score_maps(items, dataset_of(items), folders, {"CAM": 0.123456}, Sharing())
+    rows = score_maps(items, dataset_of(items), folders, {"CAM": 0.123456}, Sharing()).rows
     assert rows[1]["threshold"] == 0.123456
     # guess  cow cow cow | dog dog bg dog
     assert rows[1]["per_class"]["cow"]["iou"] == pytest.approx(2 / 4)
@@ -165,17 +186,19 @@ PARTS = {"head": 1, "legs": 2}
 
 def test_threads_do_not_change_rows(many: list[Item]) -> None:
     one = score(many, PARTS, Sharing())
-    assert 0.1 < one[0]["miou"] < 0.9
-    assert 0 < one[0]["part_coverage"]["head"] < 1
+    assert 0.1 < one.rows[0]["miou"] < 0.9
+    assert 0 < one.rows[0]["part_coverage"]["head"] < 1
     assert score(many, PARTS, Sharing(workers=3)) == one
-    assert score(many[::-1], PARTS, Sharing(workers=3)) == one
+    turned = score(many[::-1], PARTS, Sharing(workers=3))
+    assert (turned.rows, turned.curves) == (one.rows, one.curves)
+    assert turned.image_scores == {m: values[::-1] for m, values in one.image_scores.items()}
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_every_process_has_the_rows_of_all(many: list[Item], count: int) -> None:
     owner = {item.id: number % count for number, item in enumerate(many)}
 
-    def work(processes: Processes) -> list[Any]:
+    def work(processes: Processes) -> Evaluation:
         return score(many, PARTS, Sharing(processes, owner=owner))
 
     one = score(many, PARTS, Sharing())

@@ -14,9 +14,10 @@ FLOORS: dict[int, str] = {
     1: "functional clustering masks metrics storage progress processes parallel resources",
     2: "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
-    3: "probe train sheet evaluation pretraining ledger starting",
+    3: "probe train sheet evaluation pretraining ledger starting "
+    "report.encode report.images report.meaning report.collect report.page",
     4: "pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
-    "stages.evaluate",
+    "stages.evaluate stages.report",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

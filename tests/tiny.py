@@ -93,16 +93,17 @@ def recipe_values(root: Path, folder: Path, weights: Path) -> dict[str, Any]:
         },
         "maps": {"dtype": "uint8", "maximum_side": 128},
         "sheet": {"images": 2},
+        "report": {"images": 0},
         "run": {"folder": str(folder), "threads": 1, "device": "cpu"},
     }
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """All files below a run folder but its lock and the time it took."""
+    """All files below a run folder but its lock, and those that tell the time it took."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "use.json")
+        if path.is_file() and path.name not in (".lock", "use.json", "report.html")
     }
 
 

@@ -22,7 +22,7 @@ STAGE_HELP = {
     "prototypes": "... and cluster, score and select prototypes",
     "lpcam": "... and compute LPCAM-F and LPCAM maps",
     "seeds": "... and write seed masks",
-    "evaluate": "... and score them where masks exist (the same as run)",
+    "evaluate": "... and score them where masks exist",
 }
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if options.command in ("run", *STAGE_HELP):
-            until = "evaluate" if options.command == "run" else options.command
+            until = "report" if options.command == "run" else options.command
             for name in ("threads", "memory"):
                 if getattr(options, name) is not None:
                     rest += [f"--run.{name}", getattr(options, name)]
@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command == "demo":
             return _demo(options, given)
+        if options.command == "report":
+            return _write_report(options)
+        if options.command == "explain":
+            return _explain(options, given)
+        if options.command == "serve":
+            return _serve(options)
         if options.command == "init":
             return _init(options)
         if options.command == "pretrain":
@@ -68,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         "Any value of the recipe can be replaced: --section.key value, e.g. --lpcam.tau 0.25 "
         "--run.folder runs/try. Values are YAML."
     )
-    for name, text in {"run": "everything, from labels to scored seed masks", **STAGE_HELP}.items():
+    for name, text in {
+        "run": "everything, from labels to scored seed masks and their report",
+        **STAGE_HELP,
+    }.items():
         command = commands.add_parser(name, help=text, epilog=overrides, allow_abbrev=False)
         command.add_argument("recipe", help="a recipe file, or the name of a bundled recipe")
         command.add_argument(
@@ -80,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
     demo.add_argument("--threads", type=int, default=None, help="of the numerics")
+    report = commands.add_parser("report", help="make the report of a finished run again")
+    report.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    _explain_parser(commands.add_parser("explain", help="map and mask new images"))
+    serve = commands.add_parser("serve", help="a page on this machine to drop photographs on")
+    serve.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    serve.add_argument("--port", type=int, default=8765, help="on 127.0.0.1; 0 takes a free one")
+    serve.add_argument("--threads", type=int, default=None, help="of the numerics")
+    serve.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     init = commands.add_parser("init", help="check a folder of images and write a recipe for it")
     init.add_argument("folder", type=Path, help="with images and labels.csv (image,labels)")
     init.add_argument("--backbone", default="mobilenetv2_100", help="a timm model")
@@ -93,6 +110,40 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--steps", type=int, default=None)
     pretrain.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def _explain_parser(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="file or folder")
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run", type=Path, help="folder of a run whose classifier is used")
+    model.add_argument("--model", help="a timm model, or a classifier's safetensors file")
+    command.add_argument("--prototypes", type=Path, help="of --model, as LPCAM.save wrote them")
+    command.add_argument("--weights", help="of a timm model: a safetensors file, not timm's own")
+    command.add_argument("--preset", help="of --model: scales, flip and thresholds")
+    command.add_argument(
+        "--scoring",
+        choices=("sigmoid", "softmax"),
+        help="of --model (default: softmax of a timm model, sigmoid of a file)",
+    )
+    labels = command.add_mutually_exclusive_group()
+    labels.add_argument("--labels", help="classes to map, e.g. cat,dog; else those it predicts")
+    labels.add_argument(
+        "--score", type=_fraction, default=0.5, help="predicted are classes above it (default 0.5)"
+    )
+    command.add_argument(
+        "--at-least-one", action="store_true", help="take the highest where no class is above"
+    )
+    command.add_argument("--threshold", type=_fraction, help="of the masks; else the recipe's")
+    command.add_argument("--output", type=Path, default=Path("explained"), help="folder")
+    command.add_argument("--threads", type=int, default=None, help="images worked on at a time")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
 
 
 def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
@@ -146,6 +197,59 @@ def _demo(options: argparse.Namespace, given: Sequence[str]) -> int:
     from lpcam.demo import demo  # noqa: PLC0415
 
     _report(demo(options.folder, options.threads, shlex.join(["lpcam", *given])))
+    return 0
+
+
+def _write_report(options: argparse.Namespace) -> int:
+    from lpcam.pipeline import report  # noqa: PLC0415
+
+    print(f"report in {report(options.run)}")
+    return 0
+
+
+def _explain(options: argparse.Namespace, given: Sequence[str]) -> int:
+    of_model = ("prototypes", "weights", "preset", "scoring")
+    if options.run is not None:
+        unfit = [f"--{name}" for name in of_model if getattr(options, name) is not None]
+        if unfit:
+            raise LpcamError(f"{unfit[0]} belongs to --model; a run has its own")
+    elif options.prototypes is None:
+        raise LpcamError("--model needs --prototypes FILE, as LPCAM.save wrote it")
+    from lpcam.explain.explainer import Explainer  # noqa: PLC0415
+    from lpcam.explain.files import explain_files  # noqa: PLC0415
+    from lpcam.resources import available_threads  # noqa: PLC0415
+
+    explainer = (
+        Explainer.from_run(options.run, device=options.device)
+        if options.run is not None
+        else Explainer.from_files(
+            options.model,
+            options.prototypes,
+            weights=options.weights or "pretrained",
+            preset=options.preset,
+            scoring=options.scoring,
+            device=options.device,
+        )
+    )
+    result = explain_files(
+        explainer,
+        options.images,
+        options.output,
+        labels=None if options.labels is None else [n.strip() for n in options.labels.split(",")],
+        minimum_score=options.score,
+        at_least_one=options.at_least_one,
+        threshold=options.threshold,
+        workers=options.threads or available_threads(),
+        command=shlex.join(["lpcam", *given]),
+    )
+    print(result.summary())
+    return 1 if result.skipped else 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from lpcam.serve import serve  # noqa: PLC0415
+
+    serve(options.run, port=options.port, threads=options.threads, device=options.device)
     return 0
 
 
@@ -220,3 +324,5 @@ def _report(result: RunResult) -> None:
         for skip in result.skipped:
             print(f"  {skip['id']}: {skip['reason']}")
     print(f"results in {result.folder}")
+    if result.report is not None:
+        print(f"report in {result.report}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +30,52 @@ from lpcam.recipe import Method
 from lpcam.storage import map_path, read_maps
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What the maps of a run are worth; the same in every process."""
+
+    rows: list[dict[str, Any]]
+    """Two a method: of ``method``, ``threshold``, ``threshold_source`` ("ground truth" or "fixed"),
+    ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` where the data
+    set has parts."""
+    curves: dict[Method, dict[str, list[float]]]
+    """Of :meth:`lpcam.metrics.ThresholdSweep.curves`."""
+    image_scores: dict[Method, list[float | None]]
+    """For each image the mean IoU of its labels at the method's fixed threshold; None where none of
+    them is in the truth or the seed."""
+
+
 def score_maps(
     items: Sequence[Item],
     dataset: Dataset,
     folders: Mapping[Method, Path],
     fixed: Mapping[Method, float],
     sharing: Sharing,
-) -> list[dict[str, Any]]:
-    """Two rows a method: at its own best threshold by the truth, and at the fixed one.
+) -> Evaluation:
+    """Score each method at its own best threshold by the truth, and at the fixed one.
 
     Args:
         items: the images, each with a mask.
         folders: of each method's maps.
         fixed: threshold of each method.
-
-    Returns:
-        rows of ``method``, ``threshold``, ``threshold_source`` ("ground truth" or "fixed"),
-        ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` where the
-        data set has parts. The same in every process.
     """
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
     sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
 
+    places = {item.id: place for place, item in enumerate(items)}
+    image_scores = torch.zeros(len(folders), len(items), dtype=torch.float64)
+
     def count(item: Item) -> dict[Method, Tensor]:
         truth = _truth(item, dataset)
         counts = {}
-        for method, folder in folders.items():
+        for row, (method, folder) in enumerate(folders.items()):
             maps = read_maps(map_path(folder, item.id))
             one = ThresholdSweep(len(names), grid)
             one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
             counts[method] = one.histogram
+            ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
+            image_scores[row, places[item.id]] = ious.nanmean()
         return counts
 
     mine = sharing.mine(items)
@@ -69,6 +86,7 @@ def score_maps(
             advance(1, "")
     for sweep in sweeps.values():
         sweep.histogram = sharing.processes.sum(sweep.histogram)
+    image_scores = sharing.processes.sum(image_scores)
 
     rows = []
     for method, sweep in sweeps.items():
@@ -81,7 +99,14 @@ def score_maps(
             if dataset.part_names:
                 row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
             rows.append(row)
-    return rows
+    return Evaluation(
+        rows,
+        {method: sweep.curves(names) for method, sweep in sweeps.items()},
+        {
+            method: [None if math.isnan(value) else value for value in one]
+            for method, one in zip(folders, image_scores.tolist(), strict=True)
+        },
+    )
 
 
 def _truth(item: Item, dataset: Dataset) -> Tensor:

@@ -145,6 +145,34 @@ class ThresholdSweep:
             )
         return self.confusions()[self.thresholds.index(threshold)]
 
+    def ious(self, classes: Sequence[int]) -> Tensor:
+        """IoU of some 0-based classes at every threshold, float64 (K, T).
+
+        NaN where a class is neither in the truth nor in the prediction.
+        """
+        rows = self.histogram[:, list(classes)]  # (N+1, K, T+1)
+        above = rows.flip(2).cumsum(2).flip(2)[:, :, 1:]
+        predicted = above.sum(0)
+        own = torch.arange(len(classes), device=above.device)
+        truth = torch.tensor([c + 1 for c in classes], dtype=torch.int64, device=above.device)
+        hits = above[truth, own]
+        union = self.histogram.sum((1, 2))[truth].unsqueeze(1) + predicted - hits
+        return hits.double() / union
+
+    def curves(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """``thresholds`` and the macro ``miou``, ``precision`` and ``recall`` at each of them.
+
+        As :class:`Scores` has them, of classes ``names``: Figure 5(d) of the paper.
+        """
+        found = [scores(confusion, names) for confusion in self.confusions()]
+        return {
+            "thresholds": list(self.thresholds),
+            **{
+                name: [getattr(one, name) for one in found]
+                for name in ("miou", "precision", "recall")
+            },
+        }
+
 
 @dataclass(frozen=True)
 class Scores:

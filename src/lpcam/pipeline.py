@@ -1,4 +1,4 @@
-"""A run: classify, CAM, prototypes, LPCAM, seeds, evaluate, each once and each resumable.
+"""A run: classify, CAM, prototypes, LPCAM, seeds, evaluate, report, each once and resumable.
 
 Every stage is skipped when, and only when, its inputs and settings are unchanged; see
 :mod:`lpcam.ledger`. Inputs are known by the digests of their contents. The stages themselves are in
@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpcam.errors import ArtefactError
 from lpcam.ledger import locked
 from lpcam.processes import join
-from lpcam.recipe import Recipe
+from lpcam.recipe import Recipe, load_recipe
 from lpcam.resources import peak_memory, reset_peak_memory
 from lpcam.stages.classify import classify
 from lpcam.stages.context import STAGES, Run, StageName
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
+from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ WORK: Mapping[StageName, Callable[[Run], bool]] = {
     "lpcam": map_lpcam,
     "seeds": write_seeds,
     "evaluate": evaluate,
+    "report": write_report,
 }
 """What each stage does, in their order; it tells whether there was anything to do."""
 
@@ -46,9 +49,11 @@ class RunResult:
     folder: Path
     rows: list[dict[str, Any]]
     skipped: list[dict[str, str]]
+    report: Path | None = None
+    """The page to look at, where the run went so far and its recipe wants one."""
 
 
-def run(recipe: Recipe, *, until: StageName = "evaluate", command: str = "") -> RunResult:
+def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> RunResult:
     """Bring the run folder up to date, up to and including the stage ``until``.
 
     Sets the number of threads of torch and how the C library treats freed memory, for the whole
@@ -69,6 +74,31 @@ def run(recipe: Recipe, *, until: StageName = "evaluate", command: str = "") -> 
     return result
 
 
+def report(folder: Path) -> Path:
+    """Make the report of a finished run again, from what is in its folder; returns its path.
+
+    Raises:
+        ArtefactError: if the folder holds no run, or one that is not up to date.
+        LpcamError: as :func:`run`.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise ArtefactError(
+            f"{folder} holds no run: there is no {path.name} in it; give the folder that 'lpcam "
+            "run' wrote"
+        )
+    recipe = load_recipe(path, [("run.folder", str(folder))])
+    processes, device = join(recipe.run.device)
+    with locked(recipe.folder):
+        result = _up_to(Run(recipe, "", "report", processes, device, only="report"))
+    if result.report is None:
+        raise ArtefactError(
+            f"the recipe of {folder} wants no report (report.images is 0); run it with "
+            "--report.images 500"
+        )
+    return result.report
+
+
 def _up_to(run: Run) -> RunResult:
     for name in STAGES[: STAGES.index(run.until) + 1]:
         started = time.monotonic()
@@ -81,4 +111,6 @@ def _up_to(run: Run) -> RunResult:
         else:
             logger.info("%s: up to date", name)
     skipped = [{"id": s.id, "reason": s.reason} for s in run.dataset.skipped]
-    return RunResult(run.folder, run.rows, skipped)
+    page = report_path(run.folder)
+    has_report = run.until == "report" and page.is_file()
+    return RunResult(run.folder, run.rows, skipped, page if has_report else None)

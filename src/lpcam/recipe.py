@@ -162,6 +162,22 @@ class SheetSection(Section):
     """Rows of the sheet; 0 makes none."""
 
 
+class ReportSection(Section):
+    """The report at the end of a run: one HTML file, report.html."""
+
+    images: Annotated[int, Field(ge=0, le=2000)] = 500
+    """In the viewer, at most; 500 take about 10 MB. 0 makes no report."""
+    searched: Annotated[int, Field(ge=1)] = 200
+    """Images, of those in the viewer, that are searched for the nearest patches of prototypes and
+    for confusing classes."""
+    prototypes: Annotated[int, Field(ge=1)] = 12
+    """Of each class and side that are shown, at most; fewer where there are many classes."""
+    patches: Annotated[int, Field(ge=1, le=12)] = 4
+    """Nearest patches of each prototype."""
+    confusions: Annotated[int, Field(ge=0, le=50)] = 6
+    """Pairs of classes that the classifier takes for each other."""
+
+
 class RunSection(Section):
     """Where a run writes and what it may use; none of this changes a result's meaning."""
 
@@ -195,6 +211,7 @@ class Recipe(Section):
     maps: MapsSection = MapsSection()
     seeds: SeedsSection = SeedsSection()
     sheet: SheetSection = SheetSection()
+    report: ReportSection = ReportSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")

@@ -114,20 +114,24 @@ def test_files_of_a_run(base: Values) -> None:
     expected |= {
         "classifier/classifier.safetensors",
         "prototypes/prototypes.safetensors",
+        "evaluation/images.json",
         "index.json",
         "metrics.json",
         "recipe.yaml",
         "sheet.png",
     }
     assert found == expected
-    assert json.loads((folder / "use.json").read_text()).keys() == set(pipeline.STAGES)
+    assert json.loads((folder / "use.json").read_text()).keys() == set(pipeline.STAGES) - {"report"}
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert parse_recipe(resolved, where="r") == parse_recipe(base, where="tiny.yaml")
 
 
 def test_rows_have_every_field(base: Values) -> None:
     found = metrics(base)
-    assert set(found) == {"rows", "skipped", "prototype_events", "classifier_history"}
+    assert set(found) == {
+        *("rows", "curves", "skipped", "prototype_events", "classifier_history", "command"),
+    }
+    assert found["command"] == COMMAND
     assert found["skipped"] == []
     kinds = [(row["method"], row["threshold_source"]) for row in found["rows"]]
     assert kinds == [(m, s) for m in METHODS for s in ("ground truth", "fixed")]
@@ -405,6 +409,7 @@ def test_a_mask_with_other_contents_remakes_the_evaluation_alone(own: Values) ->
     assert changed - {"recipe.yaml", "use.json"} == {
         "index.json",
         "evaluation/stage.json",
+        "evaluation/images.json",
         "metrics.json",
         "sheet.png",
     }
@@ -422,7 +427,7 @@ def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> N
     changed = {name for name in after if after[name] != before[name]}
     assert changed - {"use.json", "recipe.yaml"} == {
         *("lpcam/i04.npz", "lpcam_f/i04.npz"),  # one pass over the features makes both
-        *("seeds/i05.png", "metrics.json", "sheet.png"),
+        *("seeds/i05.png", "metrics.json", "sheet.png", "evaluation/images.json"),
         *(f"{stage}/stage.json" for stage in ("lpcam", "lpcam_f", "seeds", "evaluation")),
     }
     assert digests(folder) | {"recipe.yaml": ""} == old | {"recipe.yaml": ""}

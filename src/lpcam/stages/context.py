@@ -27,8 +27,16 @@ from lpcam.storage import digest_json, read_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
-StageName = Literal["classify", "cam", "prototypes", "lpcam", "seeds", "evaluate"]
-STAGES: tuple[StageName, ...] = ("classify", "cam", "prototypes", "lpcam", "seeds", "evaluate")
+StageName = Literal["classify", "cam", "prototypes", "lpcam", "seeds", "evaluate", "report"]
+STAGES: tuple[StageName, ...] = (
+    "classify",
+    "cam",
+    "prototypes",
+    "lpcam",
+    "seeds",
+    "evaluate",
+    "report",
+)
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 FEATURE_KEYS = ("features", "precision", "maximum_side")
 """What of the recipe's maps section changes the features."""
@@ -72,7 +80,13 @@ def read_dataset(recipe: Recipe) -> Dataset:
 
 
 class Run:
-    """One pass over the stages; each stage is a function of it, in a module beside this one."""
+    """One pass over the stages; each stage is a function of it, in a module beside this one.
+
+    Args:
+        command: how the run was asked for.
+        until: its last stage.
+        only: the one stage that may have anything to do; None: any.
+    """
 
     def __init__(
         self,
@@ -81,8 +95,11 @@ class Run:
         until: StageName,
         processes: Processes,
         device: torch.device | None,
+        *,
+        only: StageName | None = None,
     ) -> None:
         self.recipe = recipe
+        self.only = only
         self.command = command
         self.until = until
         self.folder = recipe.folder
@@ -104,7 +121,8 @@ class Run:
         resolved = yaml.safe_dump(
             recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
         ).encode()
-        if processes.first and (not path.is_file() or path.read_bytes() != resolved):
+        unchanged = path.is_file() and path.read_bytes() == resolved
+        if processes.first and only is None and not unchanged:
             write_bytes(path, resolved)
 
     def note_use(self, stage: StageName, seconds: float, memory: int | None) -> None:
@@ -116,7 +134,18 @@ class Run:
         write_json(path, {**use, stage: {"seconds": round(seconds, 2), "peak_memory": memory}})
 
     def begin(self, *stages: Stage) -> None:
-        """Make stages' folders ready, when every process has seen that they are not done."""
+        """Make stages' folders ready, when every process has seen that they are not done.
+
+        Raises:
+            ArtefactError: if only another stage may have anything to do.
+        """
+        for stage in stages:
+            if self.only is not None and stage is not self.stages.get(self.only):
+                raise ArtefactError(
+                    f"{stage.folder} is missing, unfinished or not of the present data, weights "
+                    f"and recipe; bring the run up to date first: lpcam run "
+                    f"{self.folder / 'recipe.yaml'}"
+                )
         self.processes.wait()
         if self.processes.first:
             for stage in stages:

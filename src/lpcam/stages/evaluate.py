@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Item
@@ -14,6 +14,12 @@ from lpcam.stages.seeds import seed_path
 from lpcam.storage import map_path, read_json, read_maps, write_bytes, write_json
 from lpcam.version import versions
 
+if TYPE_CHECKING:
+    from lpcam.evaluation import Evaluation
+
+IMAGE_SCORES = "images.json"
+"""Each image's mean IoU by method, in the stage's folder."""
+
 
 def evaluate(run: Run) -> bool:
     """Score the maps and draw the sheet; whether there was anything to do."""
@@ -22,7 +28,7 @@ def evaluate(run: Run) -> bool:
     run.stages["evaluate"] = Stage(
         run.folder / "evaluation",
         {
-            "revision": 1,
+            "revision": 2,
             "maps": {method: s.key for method, s in run.stages_of_methods.items()},
             "seeds": run.stages["seeds"].key,
             "truth": run.digest(items, truth=True),
@@ -34,20 +40,28 @@ def evaluate(run: Run) -> bool:
         },
     )
     metrics, sheet = run.folder / "metrics.json", run.folder / "sheet.png"
-    outputs = [metrics, sheet] if run.recipe.sheet.images else [metrics]
+    image_scores = run.folder / "evaluation" / IMAGE_SCORES
+    outputs = [metrics]
+    outputs += [image_scores] if items else []
+    outputs += [sheet] if run.recipe.sheet.images else []
     if run.stages["evaluate"].done(outputs):
         run.rows = read_json(metrics)["rows"]
         return False
     run.begin(run.stages["evaluate"])
-    run.rows = _score(run, items) if items else []
+    found = _score(run, items) if items else None
+    run.rows = _with_protocol(run, found.rows) if found else []
     if run.processes.first:
+        if found:
+            write_json(image_scores, {"ids": [item.id for item in items], **found.image_scores})
         write_json(
             metrics,
             {
                 "rows": run.rows,
+                "curves": found.curves if found else {},
                 "skipped": [{"id": s.id, "reason": s.reason} for s in run.dataset.skipped],
                 "prototype_events": run.stages["prototypes"].output["events"],
                 "classifier_history": run.stages["classify"].output["history"],
+                "command": run.command,
             },
         )
         sheet.unlink(missing_ok=True)
@@ -57,15 +71,19 @@ def evaluate(run: Run) -> bool:
     return True
 
 
-def _score(run: Run, items: Sequence[Item]) -> list[dict[str, Any]]:
+def _score(run: Run, items: Sequence[Item]) -> Evaluation:
     from lpcam.evaluation import score_maps  # noqa: PLC0415
 
     folders = {method: stage.folder for method, stage in run.stages_of_methods.items()}
     fixed = {method: run.recipe.fixed_threshold(method) for method in METHODS}
+    return score_maps(items, run.dataset, folders, fixed, run.sharing)
+
+
+def _with_protocol(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "stage": "seed",
-            "dataset": _dataset_name(run),
+            "dataset": dataset_name(run),
             "split": run.recipe.data.list_of("evaluate"),
             **row,
             "protocol": {
@@ -79,7 +97,7 @@ def _score(run: Run, items: Sequence[Item]) -> list[dict[str, Any]]:
                 "command": run.command,
             },
         }
-        for row in score_maps(items, run.dataset, folders, fixed, run.sharing)
+        for row in rows
     ]
 
 
@@ -89,7 +107,7 @@ def protocol(run: Run) -> dict[str, Any]:
     section = run.recipe.classifier
     settings = section.probe if run.training_method == "probe" else section.finetune
     return {
-        "dataset": _dataset_name(run),
+        "dataset": dataset_name(run),
         "split": lists.list_of("evaluate"),
         "labels": run.dataset.label_source,
         "classes": list(run.dataset.classes.names),
@@ -145,5 +163,6 @@ def _write_sheet(run: Run, path: Path) -> None:
     write_bytes(path, sheet(rows))
 
 
-def _dataset_name(run: Run) -> str:
+def dataset_name(run: Run) -> str:
+    """What the data set is called in every figure's protocol."""
     return run.recipe.data.name or run.dataset.name

@@ -1,0 +1,105 @@
+"""Everything that a report shows of a run, as plain data for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpcam.classifier import Classifier
+from lpcam.data.items import Dataset, Item
+from lpcam.masks import voc_palette
+from lpcam.parallel import Sharing
+from lpcam.presets import LpcamSettings
+from lpcam.prototypes import Prototypes
+from lpcam.recipe import Method, ReportSection
+from lpcam.report.images import Scores, choose, highlights, image_records
+from lpcam.report.meaning import Pairs, Shown, confusion_records, prototype_records
+from lpcam.sheet import choose_rows
+from lpcam.version import __version__
+
+FORMAT = 1
+"""Of the data that a page is made from."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a run; empty where its images have no masks."""
+
+    rows: Sequence[Mapping[str, Any]] = ()
+    curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+
+
+def collect(
+    title: str,
+    items: Sequence[Item],
+    dataset: Dataset,
+    folders: Mapping[Method, Path],
+    figures: Figures,
+    fixed: Mapping[Method, float],
+    classifier: Classifier,
+    prototypes: Prototypes,
+    pairs: Pairs,
+    settings: LpcamSettings,
+    section: ReportSection,
+    sharing: Sharing,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Gather the data of a report.
+
+    Args:
+        items: the images that may be shown.
+        folders: of each method's maps.
+        fixed: threshold of each method.
+        pairs: features of images, as :meth:`lpcam.features.FeatureStore.pairs` gives them.
+        about: what else the page tells: protocol, skipped, notices, events, history, stages,
+            command.
+
+    Raises:
+        LpcamError: if an image or its maps cannot be read.
+    """
+    found = highlights(figures.scores) if figures.scores else {}
+    shown = choose(items, section.images, [name for names in found.values() for name in names])
+    ids = {item.id for item in shown}
+    palette = voc_palette()
+    searched = [item for item, _ in choose_rows(shown, section.searched)]
+    return {
+        "format": FORMAT,
+        "title": title,
+        "lpcam_version": __version__,
+        "methods": list(folders),
+        "fixed": dict(fixed),
+        "classes": [
+            {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}
+            for name, value in zip(dataset.classes.names, dataset.classes.mask_ids, strict=True)
+        ],
+        "rows": list(figures.rows),
+        "curves": {method: dict(curve) for method, curve in figures.curves.items()},
+        "images": image_records(shown, dataset, folders, figures.scores, sharing),
+        "images_total": len(items),
+        "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
+        "prototypes": {
+            "rule": {
+                "k": settings.clusters,
+                "restarts": settings.restarts,
+                "tau": settings.tau,
+                "mu_f": settings.mu_f,
+                "mu_b": settings.mu_b,
+                "mu_b_lower": settings.context_lower,
+            },
+            "classes": prototype_records(
+                classifier,
+                prototypes,
+                searched,
+                pairs,
+                settings,
+                Shown(section.prototypes, section.patches),
+            ),
+        },
+        "confusions": confusion_records(
+            classifier, prototypes, searched, pairs, settings, section.confusions
+        ),
+        **about,
+    }

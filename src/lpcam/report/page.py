@@ -1,0 +1,413 @@
+"""The report's page: one self-contained HTML file from the report's data.
+
+The tables and charts are made here, so that they are there without JavaScript and on paper; the
+viewer, the prototypes and the confusing classes are drawn by `page.js` from the data in the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from lpcam.errors import ArtefactError
+from lpcam.masks import _HEAT
+
+METRICS = ("miou", "fp", "fn", "precision", "recall")
+"""Columns of the headline table, as they stand in a row."""
+
+_DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "confusions")
+"""What `page.js` needs of the data; the rest is in the page as tables."""
+
+_PROTOCOL_LABELS = {
+    "dataset": "Data set",
+    "split": "Images scored: list",
+    "images": "Images scored: number",
+    "labels": "Source of the labels",
+    "prototypes_list": "Prototypes made from list",
+    "preset": "Preset",
+    "changed_from_preset": "Changed from the preset",
+    "thresholds": "Thresholds",
+    "scales": "Scales of an image",
+    "flip": "Mirror image too",
+    "crf": "CRF refinement",
+    "void": "Void policy",
+    "maps": "Maps stored as",
+    "features": "Features stored as",
+    "precision": "Precision of the passes",
+    "maximum_side": "Longest side of an image",
+    "seed": "Seed of random numbers",
+}
+_PROTOCOL_WIDE = {"classifier": "Classifier", "versions": "Versions"}
+_PROTOCOL_ELSEWHERE = {"command", "threshold", "threshold_source", "classes"}
+
+_SOURCES = {
+    "ground truth": "Each method at its own best threshold",
+    "fixed": "At the preset’s threshold",
+}
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """Make the page.
+
+    Every text in the data is taken as text, whatever it holds, and the page loads nothing: styles,
+    script and pictures are in it, and its content security policy forbids all else.
+
+    Args:
+        data: the report's data, format 1, as :mod:`lpcam.report.collect` makes it.
+
+    Returns:
+        one HTML document; equal data give equal text.
+
+    Raises:
+        ArtefactError: if the data hold what JSON does not have, such as NaN.
+    """
+    style, script = _part("page.css"), _part("page.js")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
+        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    groups = _groups(data["rows"], data["methods"])
+    page = _template().render(
+        data=data,
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        drawn=_json(data),
+        groups=groups,
+        headline=groups[0] if groups else None,
+        protocol=_protocol(data, groups),
+        panels=_panels(data["curves"], data["fixed"], data["methods"]),
+        curve_rows=_curve_rows(data["curves"], data["methods"]),
+        per_class=_per_class(groups, data),
+        parts=_parts(groups),
+        stages=_stages(data["stages"]),
+    )
+    # file names may hold bytes that no text has; they would not be written
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _part(name: str) -> str:
+    return resources.files("lpcam.report").joinpath(name).read_text("utf-8")
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _json(data: Mapping[str, Any]) -> Markup:
+    """What the script draws, as JSON that cannot end its script element."""
+    drawn = {name: data[name] for name in _DRAWN} | {"heat": _HEAT.astype(int).tolist()}
+    try:
+        text = json.dumps(drawn, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"the report's data are no JSON: {error}; give finite numbers, text, lists and "
+            "dictionaries only"
+        ) from error
+    for sign in "<>&":  # all else that could matter is outside ASCII and already escaped
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        percent=_percent, points=_points, plain=_plain, seconds=_seconds, memory=_memory
+    )
+    return environment.from_string(_part("page.html.jinja"))
+
+
+# -- Figures in words --------------------------------------------------------------------------
+
+
+def _percent(fraction: float | None) -> str:
+    """A fraction in percent with one decimal, without the sign."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _points(difference: float) -> str:
+    """A difference of two fractions in percentage points, always with its sign."""
+    text = f"{100 * difference:+.1f}"
+    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _plain(value: Any) -> str:
+    """A value of the protocol in words."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{_words(k)} {_plain(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_plain(one) for one in value) or "none"
+    return str(value)
+
+
+def _words(name: object) -> str:
+    return str(name).replace("_", " ")
+
+
+def _seconds(value: float) -> str:
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _memory(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+# -- The headline table and its protocol -------------------------------------------------------
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that may be compared: of one stage and one way to choose the threshold.
+
+    The difference of a row is to the first method of its group, where that is the baseline (the
+    first of the methods) of the run.
+    """
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["stage"], row["threshold_source"]), []).append(row)
+    order = {source: place for place, source in enumerate(_SOURCES)}
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    groups = []
+    for stage, source in sorted(
+        found, key=lambda key: (stages.index(key[0]), order.get(key[1], len(order)), key[1])
+    ):
+        members = sorted(found[stage, source], key=lambda row: _place(row["method"], methods))
+        base = next((row for row in members if row["method"] == methods[0]), None)
+        lines: list[dict[str, Any]] = []
+        for row in members:
+            gains = {}
+            if base is not None and row is not base:
+                gains = {name: row[name] - base[name] for name in METRICS}
+            lines.append({"row": row, "gains": gains, "place": _place(row["method"], methods)})
+        ranked = [line for line in lines if line["row"]["method"] in methods]
+        groups.append(
+            {
+                "stage": stage,
+                "source": source,
+                "title": _SOURCES.get(source, f"Threshold: {source}"),
+                "how": members[0].get("protocol", {}).get("threshold_source", ""),
+                "lines": lines,
+                "base": base,
+                "last": ranked[-1] if ranked else lines[-1],
+            }
+        )
+    return groups
+
+
+def _place(method: str, methods: Sequence[str]) -> int:
+    return methods.index(method) if method in methods else len(methods)
+
+
+def _protocol(data: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    given: dict[str, Any] = dict(data["protocol"])
+    if groups and "images" in groups[0]["lines"][0]["row"]:
+        given.setdefault("images", groups[0]["lines"][0]["row"]["images"])
+    else:
+        given.setdefault("images", data["images_total"])
+    if data["fixed"]:
+        given["thresholds"] = {f"{name}:": value for name, value in data["fixed"].items()}
+    known = [name for name in _PROTOCOL_LABELS if name in given]
+    used = {*known, *_PROTOCOL_WIDE, *_PROTOCOL_ELSEWHERE}
+    short = [(_PROTOCOL_LABELS[name], given[name]) for name in known]
+    short += [(_words(name).capitalize(), given[name]) for name in given if name not in used]
+    wide = [
+        (label, list(_flat(given[name])))
+        for name, label in _PROTOCOL_WIDE.items()
+        if isinstance(given.get(name), Mapping)
+    ]
+    return {"short": short, "wide": wide}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((_words(inner), one) for inner, one in value.items())
+        else:
+            yield _words(name), value
+
+
+# -- Threshold curves --------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT = 340.0, 240.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 10.0, 12.0, 34.0
+
+
+def _panels(
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    fixed: Mapping[str, float],
+    methods: Sequence[str],
+) -> list[dict[str, Any]]:
+    """One chart a metric: lines, marks and grid in the units of the chart's view box."""
+    if not curves:
+        return []
+    panels = []
+    for name, title in (("miou", "mIoU"), ("precision", "Precision"), ("recall", "Recall")):
+        largest = max(max(curve[name], default=0.0) for curve in curves.values())
+        top = next(limit for limit in (0.2, 0.4, 0.6, 0.8, 1.0) if largest <= limit or limit == 1)
+
+        def x(threshold: float) -> float:
+            return round(_LEFT + threshold * (_WIDTH - _LEFT - _RIGHT), 1)
+
+        def y(value: float, top: float = top) -> float:
+            return round(_HEIGHT - _BOTTOM - value / top * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+        lines = []
+        for method in sorted(curves, key=lambda one: _place(one, methods)):
+            thresholds, values = curves[method]["thresholds"], curves[method][name]
+            points = list(zip(thresholds, values, strict=True))
+            marks = []
+            if method in fixed and points:
+                near = min(points, key=lambda point: abs(point[0] - fixed[method]))
+                marks.append({"kind": "fixed", "x": x(fixed[method]), "y": y(near[1])})
+            if points:
+                best = max(range(len(points)), key=lambda i: curves[method]["miou"][i])
+                marks.append({"kind": "best", "x": x(points[best][0]), "y": y(points[best][1])})
+            lines.append(
+                {
+                    "place": _place(method, methods),
+                    "points": " ".join(f"{x(a):g},{y(b):g}" for a, b in points),
+                    "marks": marks,
+                }
+            )
+        panels.append(
+            {
+                "title": title,
+                "lines": lines,
+                "rows": [
+                    {"y": y(top * step / 4), "label": f"{100 * top * step / 4:.0f}"}
+                    for step in range(5)
+                ],
+                "columns": [{"x": x(step / 4), "label": f"{step / 4:g}"} for step in range(5)],
+                "bottom": y(0),
+                "text": _curve_text(title, name, curves, fixed, methods),
+            }
+        )
+    return panels
+
+
+def _curve_text(
+    title: str,
+    name: str,
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    fixed: Mapping[str, float],
+    methods: Sequence[str],
+) -> str:
+    """The chart in words."""
+    told = []
+    for method in sorted(curves, key=lambda one: _place(one, methods)):
+        thresholds, values = curves[method]["thresholds"], curves[method][name]
+        if not thresholds:
+            continue
+        at = max(range(len(values)), key=values.__getitem__)
+        text = f"{method} is highest at {thresholds[at]:.2f} with {_percent(values[at])} percent"
+        if method in fixed:
+            near = min(range(len(values)), key=lambda i: abs(thresholds[i] - fixed[method]))
+            text += f" and has {_percent(values[near])} percent at its preset's {fixed[method]:.2f}"
+        told.append(text)
+    return f"{title} against the threshold. {'; '.join(told)}."
+
+
+def _curve_rows(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], methods: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The curves as a table: every twentieth of the axis."""
+    names = sorted(curves, key=lambda one: _place(one, methods))
+    rows: dict[float, dict[str, dict[str, float]]] = {}
+    for method in names:
+        curve = curves[method]
+        for place, threshold in enumerate(curve["thresholds"]):
+            if round(threshold * 100) % 5 == 0:
+                at = rows.setdefault(round(threshold, 2), {})
+                at[method] = {k: curve[k][place] for k in ("miou", "precision", "recall")}
+    return [
+        {"threshold": threshold, "values": [rows[threshold].get(name, {}) for name in names]}
+        for threshold in sorted(rows)
+    ]
+
+
+# -- Bars --------------------------------------------------------------------------------------
+
+
+def _per_class(groups: list[dict[str, Any]], data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """IoU, FP and FN of each class and method of the first group, largest gain first."""
+    if not groups:
+        return []
+    lines = groups[0]["lines"]
+    colours = {one["name"]: one["color"] for one in data["classes"]}
+    names = list(dict.fromkeys(name for line in lines for name in line["row"]["per_class"]))
+    found = []
+    for name in names:
+        bars = [
+            {
+                "method": line["row"]["method"],
+                "place": line["place"],
+                **{k: line["row"]["per_class"][name][k] for k in ("iou", "fp", "fn")},
+            }
+            for line in lines
+            if name in line["row"]["per_class"]
+        ]
+        gain = None
+        if groups[0]["base"] is not None and len(bars) == len(lines) > 1:
+            own = groups[0]["last"]["row"]["per_class"][name]["iou"]
+            gain = own - groups[0]["base"]["per_class"][name]["iou"]
+        found.append({"name": name, "color": colours.get(name), "bars": bars, "gain": gain})
+    found.sort(key=lambda one: -1e9 if one["gain"] is None else one["gain"], reverse=True)
+    return found
+
+
+def _parts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Coverage of each part and method of the first group; empty where there are no parts."""
+    if not groups:
+        return []
+    lines: list[dict[str, Any]] = groups[0]["lines"]
+    names = dict.fromkeys(name for line in lines for name in line["row"].get("part_coverage", {}))
+    found = []
+    for name in names:
+        bars = [
+            {
+                "method": line["row"]["method"],
+                "place": line["place"],
+                "value": line["row"]["part_coverage"][name],
+            }
+            for line in lines
+            if name in line["row"].get("part_coverage", {})
+        ]
+        gain = None
+        if groups[0]["base"] is not None and len(bars) == len(lines) > 1:
+            own = groups[0]["last"]["row"]["part_coverage"][name]
+            gain = own - groups[0]["base"]["part_coverage"][name]
+        found.append({"name": name, "bars": bars, "gain": gain})
+    return found
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    total = sum(stage["seconds"] for stage in stages)
+    longest = max((stage["seconds"] for stage in stages), default=0.0)
+    rows = [
+        {**stage, "share": 100 * stage["seconds"] / longest if longest else 0.0} for stage in stages
+    ]
+    return {
+        "rows": rows,
+        "total": total,
+        "memory": any(stage.get("peak_memory") is not None for stage in stages),
+    }

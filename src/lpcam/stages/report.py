@@ -1,0 +1,97 @@
+"""The report: one HTML file of everything that the run made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lpcam.data.items import Item
+from lpcam.ledger import Stage
+from lpcam.stages.context import METHODS, Run
+from lpcam.stages.evaluate import IMAGE_SCORES, dataset_name, protocol
+from lpcam.storage import read_json, write_bytes
+from lpcam.version import versions
+
+
+def report_path(folder: Path) -> Path:
+    """Where a run's report is."""
+    return folder / "report.html"
+
+
+def write_report(run: Run) -> bool:
+    """Gather the run's figures and pictures into one page; whether there was anything to do."""
+    section, path = run.recipe.report, report_path(run.folder)
+    if not section.images:
+        if run.processes.first:
+            path.unlink(missing_ok=True)
+        return False
+    run.stages["report"] = Stage(
+        run.folder / "report",
+        {
+            "revision": 1,
+            "evaluation": run.stages["evaluate"].key,
+            "prototypes": run.stages["prototypes"].output["digest"],
+            "classifier": run.stages["classify"].output["digest"],
+            "settings": run.recipe.lpcam.model_dump(mode="json"),
+            "section": section.model_dump(mode="json"),
+            "notices": list(run.dataset.notices),
+            "versions": versions(),
+        },
+    )
+    if run.stages["report"].done([path]):
+        return False
+    run.begin(run.stages["report"])
+    if run.processes.first:
+        write_bytes(path, _page(run).encode())
+    run.finish(run.stages["report"])
+    return True
+
+
+def _page(run: Run) -> str:
+    from lpcam.prototypes import Prototypes  # noqa: PLC0415
+    from lpcam.report.collect import Figures, collect  # noqa: PLC0415
+    from lpcam.report.page import render  # noqa: PLC0415
+
+    metrics = read_json(run.folder / "metrics.json")
+    scored = [item for item in run.items("evaluate") if item.mask is not None]
+    figures = Figures()
+    if scored:
+        scores = read_json(run.stages["evaluate"].folder / IMAGE_SCORES)
+        figures = Figures(
+            metrics["rows"],
+            metrics["curves"],
+            {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
+        )
+    use_path = run.folder / "use.json"
+    use: dict[str, Any] = read_json(use_path) if use_path.is_file() else {}
+    return render(
+        collect(
+            dataset_name(run),
+            scored or _with_labels(run.items("maps")),
+            run.dataset,
+            {method: stage.folder for method, stage in run.stages_of_methods.items()},
+            figures,
+            {method: run.recipe.fixed_threshold(method) for method in METHODS},
+            run.classifier,
+            Prototypes.load(
+                run.prototypes_path, fingerprint=run.stages["classify"].output["fingerprint"]
+            ),
+            run.store(run.classifier).pairs,
+            run.recipe.lpcam,
+            run.recipe.report,
+            run.sharing,
+            {
+                "protocol": protocol(run),
+                "skipped": metrics["skipped"],
+                "notices": list(run.dataset.notices),
+                "events": metrics["prototype_events"],
+                "history": metrics["classifier_history"],
+                "stages": [{"name": name, **numbers} for name, numbers in use.items()],
+                "command": metrics["command"],
+            },
+        )
+    )
+
+
+def _with_labels(items: list[Item]) -> list[Item]:
+    return [item for item in items if item.labels]

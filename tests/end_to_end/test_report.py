@@ -1,0 +1,142 @@
+"""The report of a whole run: made at its end, made again from its folder, never of half a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import draw_folder, recipe_values, times
+
+from lpcam.cli import main
+from lpcam.errors import ArtefactError
+from lpcam.pipeline import report, run
+from lpcam.recipe import parse_recipe
+from lpcam.report.page import render
+
+Values = dict[str, Any]
+
+
+def go(values: Values, **options: Any) -> Any:
+    return run(parse_recipe(values, where="tiny.yaml"), command="lpcam run tiny.yaml", **options)
+
+
+@pytest.fixture
+def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The data of every page that is made."""
+    made = []
+
+    def note(data: Any) -> str:
+        made.append(json.loads(json.dumps(data)))
+        return render(data)
+
+    monkeypatch.setattr("lpcam.report.page.render", note)
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Values:
+    root = draw_folder(tmp_path_factory.mktemp("data") / "boxes")
+    values = recipe_values(root, tmp_path_factory.mktemp("done") / "run", weights)
+    values["report"] = {"images": 8, "searched": 6, "prototypes": 3, "patches": 2}
+    go(values)
+    return values
+
+
+@pytest.fixture
+def values(finished: Values, tmp_path: Path) -> Values:
+    shutil.copytree(finished["run"]["folder"], tmp_path / "run")
+    return {**finished, "run": {**finished["run"], "folder": str(tmp_path / "run")}}
+
+
+def test_the_page_holds_the_figures(values: Values, collected: list[Any]) -> None:
+    folder = Path(values["run"]["folder"])
+    (folder / "report.html").unlink()
+    result = go(values)
+    assert result.report == folder / "report.html"
+    (page,) = collected
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert page["title"] == result.rows[0]["dataset"]
+    assert len(page["images"]) == 8
+    assert page["images_total"] == 12
+    text = result.report.read_text()
+    for row in metrics["rows"]:
+        assert f"{100 * row['miou']:.1f}" in text
+    scores = json.loads((folder / "evaluation" / "images.json").read_text())
+    known = dict(zip(scores["ids"], scores["LPCAM"], strict=True))
+    for record in page["images"]:
+        assert record["score"]["LPCAM"] == known[record["id"]]
+    shown = {record["id"] for record in page["images"]}
+    for names in page["highlights"].values():
+        assert set(names) <= shown
+    for one in page["prototypes"]["classes"]:
+        for side in one["sides"].values():
+            assert len(side["prototypes"]) <= 3
+            assert all(len(p["patches"]) <= 2 for p in side["prototypes"])
+
+
+def test_a_second_run_makes_nothing(values: Values) -> None:
+    go(values)
+    before = times(Path(values["run"]["folder"]))
+    page = Path(values["run"]["folder"], "report.html").stat().st_mtime_ns
+    go(values)
+    assert times(Path(values["run"]["folder"])) == before
+    assert Path(values["run"]["folder"], "report.html").stat().st_mtime_ns == page
+
+
+def test_made_again_from_another_folder(
+    values: Values,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    collected: list[Any],
+) -> None:
+    page = tmp_path / "run" / "report.html"
+    page.unlink()
+    go(values)
+    recipe = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    page.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "run"]) == 0
+    assert capsys.readouterr().out == f"report in {page}\n"
+    assert page.is_file()
+    at_the_end, again = collected
+    assert {**again, "stages": []} == {**at_the_end, "stages": []}
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == recipe
+
+
+def test_a_run_that_is_not_up_to_date_is_refused(values: Values, tmp_path: Path) -> None:
+    (tmp_path / "run" / "lpcam" / "i03.npz").unlink()
+    (tmp_path / "run" / "report.html").unlink()
+    before = times(tmp_path / "run")
+    with pytest.raises(ArtefactError, match=r"lpcam is missing, unfinished or .*lpcam run .*yaml"):
+        report(tmp_path / "run")
+    assert times(tmp_path / "run") == before
+
+
+def test_no_run_and_no_report_wanted(values: Values, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"holds no run: there is no recipe\.yaml in it"):
+        report(tmp_path)
+    go({**values, "report": {"images": 0}})
+    assert not (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(ArtefactError, match=r"wants no report .*--report\.images 500"):
+        report(tmp_path / "run")
+
+
+def test_a_run_without_masks(finished: Values, tmp_path: Path, collected: list[Any]) -> None:
+    root = tmp_path / "boxes"
+    shutil.copytree(finished["data"]["root"], root)
+    shutil.rmtree(root / "masks")
+    values = {
+        **finished,
+        "data": {**finished["data"], "root": str(root)},
+        "run": {**finished["run"], "folder": str(tmp_path / "run")},
+    }
+    result = go(values)
+    assert result.rows == []
+    (page,) = collected
+    assert (page["curves"], page["highlights"]) == ({}, {})
+    assert all(r["iou"] == {} and r["masks"] == {} for r in page["images"])
+    assert page["images"][0]["planes"]["LPCAM"]["shape"][0] == len(page["images"][0]["labels"])

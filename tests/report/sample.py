@@ -1,0 +1,310 @@
+"""Report data as the collector makes them, of noise and a few shapes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lpcam.masks import seeds, voc_palette
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(2)</script>",
+    '"quotes" and \'more\' onload="alert(3)"',
+    "{{7*7}} {% raw %}",
+    "<!-- & \u2028 -->",
+    "قطة 🐈",
+    "a very long name that goes on " * 8,
+)
+"""Names that a page must show as they are, and nothing else."""
+
+THRESHOLDS = tuple(step / 100 for step in range(100))
+METHODS = ("CAM", "LPCAM-F", "LPCAM")
+DRAWN = ("CAM", "LPCAM")
+FIXED = {"CAM": 0.25, "LPCAM-F": 0.45, "LPCAM": 0.45}
+UNDEFINED = 65535
+
+
+def array(values: NDArray[Any]) -> dict[str, Any]:
+    """An array as the page's script reads it."""
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"))
+    text = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
+    return {"shape": list(values.shape), "type": values.dtype.name, "data": text}
+
+
+def unpacked(packed: dict[str, Any]) -> NDArray[Any]:
+    """The array of :func:`array`."""
+    kind = np.dtype(packed["type"]).newbyteorder("<")
+    return np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), kind).reshape(
+        packed["shape"]
+    )
+
+
+def picture(values: NDArray[np.uint8]) -> str:
+    """An RGB image as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "WEBP", quality=60)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def blob(height: int, width: int, y: float, x: float, size: float) -> NDArray[np.float32]:
+    """A bright spot, its largest value 1; place and size are fractions of the plane."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    squares = ((rows + 0.5) / height - y) ** 2 + ((columns + 0.5) / width - x) ** 2
+    plane = np.exp(-squares / size**2)
+    return (plane / plane.max()).astype(np.float32)
+
+
+def enlarged(planes: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
+    """Planes (K, h, w) as maps (K, height, width) in [0, 1]: bilinear."""
+    maps = torch.from_numpy(planes.copy()).float().unsqueeze(0) / 255
+    return torch.nn.functional.interpolate(maps, size=(height, width), mode="bilinear")[0]
+
+
+def iou_table(
+    maps: torch.Tensor, truth: NDArray[np.uint8], labels: list[int]
+) -> NDArray[np.uint16]:
+    """IoU of each label's seed at each threshold, times 10000."""
+    table = np.full((len(labels), len(THRESHOLDS)), UNDEFINED, np.uint16)
+    real, counted = torch.from_numpy(truth.astype(np.int64)), torch.from_numpy(truth != 255)
+    for step, threshold in enumerate(THRESHOLDS):
+        seed = seeds(maps, threshold)
+        for k, label in enumerate(labels):
+            marked, there = (seed == k + 1) & counted, (real == label + 1) & counted
+            union = int((marked | there).sum())
+            if union:
+                table[k, step] = round(10000 * int((marked & there).sum()) / union)
+    return table
+
+
+def _image(number: int, labels: list[int], generator: np.random.Generator) -> dict[str, Any]:
+    height, width = ((60, 80), (80, 56))[number % 2]
+    ground = generator.integers(60, 200, 3)
+    pixels = np.clip(ground + generator.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    truth = np.zeros((height, width), np.uint8)
+    planes: dict[str, list[NDArray[np.float32]]] = {name: [] for name in DRAWN}
+    for label in labels:
+        y, x = generator.uniform(0.25, 0.75, 2)
+        truth[blob(height, width, y, x, 0.3) > 0.5] = label + 1
+        planes["CAM"].append(blob(height // 4, width // 4, y - 0.1, x, 0.18))
+        planes["LPCAM"].append(blob(height // 4, width // 4, y, x + 0.03, 0.33))
+    truth[:2] = 255
+    pixels[truth > 0] = pixels[truth > 0] // 2 + 90
+    small = {
+        name: np.rint(255 * np.stack(planes[name])).astype(np.uint8)
+        if labels
+        else np.zeros((0, height // 4, width // 4), np.uint8)
+        for name in DRAWN
+    }
+    tables = {
+        name: iou_table(enlarged(small[name], height, width), truth, labels) for name in DRAWN
+    }
+    scores = {}
+    for name, table in tables.items():
+        values = table[:, round(100 * FIXED[name])]
+        if (values != UNDEFINED).any():
+            scores[name] = float(values[values != UNDEFINED].mean() / 10000)
+    return {
+        "id": f"{number:04}",
+        "picture": picture(pixels),
+        "width": width,
+        "height": height,
+        "labels": labels,
+        "planes": {name: array(values) for name, values in small.items()},
+        "masks": {"truth": array(truth)},
+        "extra": {},
+        "iou": {name: array(table) for name, table in tables.items()},
+        "score": scores,
+    }
+
+
+def _rows(names: list[str], parts: bool) -> list[dict[str, Any]]:
+    rows = []
+    for source in ("ground truth", "fixed"):
+        for place, method in enumerate(METHODS):
+            per_class = {}
+            for index, name in enumerate(["background", *names]):
+                iou = 0.3 + 0.04 * place + 0.02 * ((index * (place + 1)) % 7)
+                per_class[name] = {
+                    "iou": iou,
+                    "fp": 0.6 * (1 - iou),
+                    "fn": 0.4 * (1 - iou),
+                    "precision": 0.5 + 0.05 * place,
+                    "recall": 0.6,
+                }
+            row: dict[str, Any] = {
+                "stage": "seed",
+                "method": method,
+                "threshold": 0.3 + 0.1 * place if source == "ground truth" else FIXED[method],
+                "threshold_source": source,
+                "miou": 0.403 + 0.0425 * place - 0.01 * (source == "fixed"),
+                "fp": 0.35 - 0.01 * place,
+                "fn": 0.25 + 0.02 * place,
+                "precision": 0.51,
+                "recall": 0.58,
+                "per_class": per_class,
+                "protocol": {"threshold_source": f"how {source} was chosen"},
+                "images": 12,
+            }
+            if parts:
+                row["part_coverage"] = {"head": 0.8 - 0.02 * place, "legs": 0.3 + 0.1 * place}
+            rows.append(row)
+    return rows
+
+
+def _prototype(number: int, side: str, generator: np.random.Generator) -> dict[str, Any]:
+    kept = number % 3 != 2
+    score = 0.95 if (side == "foreground") == kept else 0.5
+    patch = generator.integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    large = np.repeat(np.repeat(patch, 8, 0), 8, 1)
+    return {
+        "number": number,
+        "score": score,
+        "size": 10 * number + 1,
+        "kept": kept,
+        "rule": f"score {score} decides",
+        "patches": [{"picture": picture(large), "image": "0000", "cosine": 0.87}] * 3,
+        "map": array(np.rint(255 * blob(15, 20, 0.2 * number, 0.5, 0.3)).astype(np.uint8)),
+    }
+
+
+def sample(
+    images: int = 12,
+    classes: int = 4,
+    *,
+    hostile: bool = False,
+    masks: bool = True,
+    parts: bool = True,
+    meaning: bool = True,
+) -> dict[str, Any]:
+    """Report data; equal arguments give equal data.
+
+    Args:
+        images: how many; beyond 12 they repeat.
+        classes: how many.
+        hostile: names, reasons and commands are those of `HOSTILE`.
+        masks: without, there is nothing that needs truth.
+        parts: whether parts have scores.
+        meaning: whether there are prototypes, look-alikes, skipped images and times.
+    """
+    generator = np.random.default_rng(0)
+    names = [f"class {index}" for index in range(classes)]
+    if hostile:
+        names[: len(HOSTILE)] = HOSTILE[:classes]
+    palette = voc_palette()
+    made = []
+    for number in range(min(images, 12)):
+        labels = sorted({number % classes, (number // 2) % classes})
+        made.append(_image(number, labels, generator))
+    shown = [{**made[number % 12], "id": f"{number:04}"} for number in range(images)]
+    if hostile:
+        for entry, name in zip(shown, HOSTILE, strict=False):
+            entry["id"] = name
+    if not masks:
+        for entry in shown:
+            entry |= {"masks": {}, "iou": {}, "score": {}}
+    text = HOSTILE[1] if hostile else "plain words"
+    ids = [entry["id"] for entry in shown]
+    curves = {
+        method: {
+            "thresholds": list(THRESHOLDS),
+            "miou": [0.45 - (t - FIXED[method]) ** 2 for t in THRESHOLDS],
+            "precision": [0.3 + 0.5 * t for t in THRESHOLDS],
+            "recall": [0.9 - 0.8 * t for t in THRESHOLDS],
+        }
+        for method in METHODS
+    }
+    example = (
+        {key: shown[0][key] for key in ("id", "picture", "width", "height")} if shown else None
+    )
+    prototypes = [
+        {
+            "class": index,
+            "example": example,
+            "sides": {
+                side: {
+                    "total": 36,
+                    "kept": 24,
+                    "prototypes": [_prototype(number, side, generator) for number in range(5)],
+                }
+                for side in ("foreground", "context")
+            },
+        }
+        for index in range(classes)
+    ]
+    pair = np.stack([blob(15, 20, 0.4, 0.4, 0.2), blob(15, 20, 0.6, 0.6, 0.2)])
+    pair_array = array(np.rint(255 * pair).astype(np.uint8))
+    confusions = [
+        {
+            **(example or {}),
+            "present": 0,
+            "lookalike": classes - 1,
+            "scores": [0.98, 0.41],
+            "maps": dict.fromkeys(DRAWN, pair_array),
+        }
+    ]
+    return {
+        "format": 1,
+        "title": HOSTILE[0] if hostile else "creatures",
+        "lpcam_version": "0.1.0",
+        "methods": list(METHODS),
+        "fixed": FIXED,
+        "classes": [
+            {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[index + 1].tolist())}
+            for index, name in enumerate(names)
+        ],
+        "rows": _rows(names, parts) if masks else [],
+        "protocol": {
+            "dataset": text,
+            "split": "train",
+            "labels": text,
+            "preset": "small",
+            "scales": [1.0, 0.5],
+            "flip": True,
+            "void": "255 is not counted",
+            "seed": 0,
+            "classifier": {"backbone": "resnet18", "settings": {"weight_decay": 0.001}},
+            "versions": {"torch": "2.15.0"},
+        },
+        "curves": curves if masks else {},
+        "images": shown,
+        "images_total": max(images, 400),
+        "highlights": {
+            "most improved": ids[1:4],
+            "most worsened": ids[4:6],
+            "best": ids[:3],
+            "worst": [*ids[-2:], "not among the shown"],
+        }
+        if masks
+        else {},
+        "prototypes": {
+            "rule": {
+                "k": 36,
+                "tau": 0.1,
+                "mu_f": 0.9,
+                "mu_b": 0.9,
+                "mu_b_lower": 0.05,
+                "restarts": 4,
+            },
+            "classes": prototypes if meaning else [],
+        },
+        "confusions": confusions if meaning and shown else [],
+        "skipped": [{"id": text, "reason": text}] if meaning else [],
+        "notices": [text] if meaning else [],
+        "events": [text] if meaning else [],
+        "history": [{"epoch": 1, "loss": 0.0174, "validation_map": 0.762}] if meaning else [],
+        "stages": [
+            {"name": "cam", "seconds": 70.1, "peak_memory": 3 * 2**30},
+            {"name": "evaluate", "seconds": 3754.0, "peak_memory": None},
+        ]
+        if meaning
+        else [],
+        "command": f"lpcam run {text}",
+    }

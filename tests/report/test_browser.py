@@ -1,0 +1,466 @@
+"""The page in a real browser: what it draws, says and asks for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from report.sample import (
+    DRAWN,
+    FIXED,
+    HOSTILE,
+    METHODS,
+    UNDEFINED,
+    array,
+    blob,
+    enlarged,
+    sample,
+    unpacked,
+)
+
+from lpcam.masks import seeds
+from lpcam.metrics import confusion, scores
+from lpcam.report.page import render
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"
+)
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DIFFERENCE = """([one, other]) => {
+  const pixels = (key) => {
+    const canvas = document.querySelector(`canvas[data-panel="${key}"]`);
+    return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  };
+  const [a, b] = [pixels(one), pixels(other)];
+  const found = [];
+  for (let i = 0; i < a.data.length; i += 4) {
+    found.push(Number([0, 1, 2].some((c) => a.data[i + c] !== b.data[i + c])));
+  }
+  return { width: a.width, height: a.height, found };
+}"""
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, Any]:
+    return sample()
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
+    """Open the page of some data; afterwards nothing may have gone wrong or left the page."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_page(data: dict[str, Any], *, wait: str | None = "image", **options: Any) -> Any:
+        file = tmp_path / "report.html"
+        file.write_text(render(data), encoding="utf-8")
+        settings: dict[str, Any] = {"viewport": {"width": 1200, "height": 900}, **options}
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
+
+        def asked(request: Any) -> None:
+            if request.url != file.as_uri() and not request.url.startswith("data:"):
+                complaints.append(f"request: {request.url}")
+
+        page.on("request", asked)
+        page.goto(file.as_uri())
+        if wait is not None:
+            drawn(page, wait)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def drawn(page: Any, panel: str) -> None:
+    page.wait_for_selector(f'canvas[data-panel="{panel}"]:not([aria-label=""])')
+
+
+def settle(page: Any) -> None:
+    """Until what is due in the next frame has been drawn."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))")
+
+
+def set_threshold(page: Any, value: float) -> None:
+    page.evaluate(
+        """(value) => {
+          const slider = document.getElementById("threshold");
+          slider.value = value;
+          slider.dispatchEvent(new Event("input", { bubbles: true }));
+        }""",
+        value,
+    )
+    settle(page)
+
+
+def choose_image(page: Any, identity: str) -> None:
+    page.select_option("#filter", "0")
+    texts = page.locator("#image option").all_text_contents()
+    at = next(i for i, text in enumerate(texts) if text.startswith(identity))
+    page.select_option("#image", str(at))
+    page.wait_for_selector(
+        f'canvas[data-panel="image"][aria-label*="{identity}"]'
+        if '"' not in identity
+        else 'canvas[data-panel="image"]'
+    )
+    settle(page)
+
+
+def shown_iou(page: Any, method: str) -> tuple[float | None, str]:
+    """The exact value that the page keeps and the text that it shows."""
+    place = page.locator(f'data[data-of="seed {method}"]')
+    value = place.get_attribute("value")
+    return (None if value is None else float(value)), place.text_content()
+
+
+def marked(page: Any, panel: str) -> np.ndarray:
+    """Where a panel is not the plain image, bool (H, W)."""
+    answer = page.evaluate(DIFFERENCE, [panel, "image"])
+    return np.array(answer["found"], bool).reshape(answer["height"], answer["width"])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.63, 0.99])
+def test_the_slider_redraws_the_seeds(
+    open_page: Open, data: dict[str, Any], threshold: float
+) -> None:
+    """Pixel by pixel what lpcam.masks makes of the same planes, and the IoU of lpcam.metrics."""
+    page = open_page(data)
+    entry = data["images"][3]  # two labels
+    assert len(entry["labels"]) == 2
+    choose_image(page, entry["id"])
+    page.evaluate("() => { document.getElementById('opacity').value = 1; }")
+    set_threshold(page, threshold)
+    truth = torch.from_numpy(unpacked(entry["masks"]["truth"]).astype(np.int64))
+    names = [one["name"] for one in data["classes"]]
+    for method in DRAWN:
+        planes = unpacked(entry["planes"][method])
+        drawn_mask = marked(page, f"seed {method}")
+        expected = seeds(enlarged(planes, *drawn_mask.shape), threshold).numpy() > 0
+        assert 0 < expected.mean() < 1 or threshold in (0.0, 0.99)
+        assert np.mean(drawn_mask != expected) < 0.002
+
+        seed = seeds(enlarged(planes, *truth.shape), threshold)
+        labels = torch.tensor([0, *(label + 1 for label in entry["labels"])])[seed]
+        counted = scores(confusion(truth, labels, len(names) + 1), names).per_class
+        wanted = [counted[names[label]]["iou"] for label in entry["labels"]]
+        value, text = shown_iou(page, method)
+        assert value == pytest.approx(np.mean(wanted), abs=1e-4)
+        assert f"at {threshold:.2f}" in text
+        told = float(re.search(r"([\d.]+) %", text)[1]) / 100  # type: ignore[index]
+        assert told == pytest.approx(np.mean(wanted), abs=1e-3)
+    assert page.text_content("#threshold-value") == f"{threshold:.2f}"
+
+
+def test_the_iou_shown_is_that_of_the_data(open_page: Open, data: dict[str, Any]) -> None:
+    """All images and labels at the preset's thresholds; what is undefined is left out."""
+    data = {**data, "images": [dict(entry) for entry in data["images"][:6]]}
+    broken = unpacked(data["images"][3]["iou"]["CAM"]).copy()
+    broken[0] = UNDEFINED
+    data["images"][3]["iou"] = {**data["images"][3]["iou"], "CAM": array(broken)}
+    page = open_page(data)
+    for entry in data["images"]:
+        choose_image(page, entry["id"])
+        for picked in (None, *range(len(entry["labels"]))):
+            value = "all" if picked is None else str(entry["labels"][picked])
+            page.select_option("#class", value)
+            settle(page)
+            for method in DRAWN:
+                column = unpacked(entry["iou"][method])[:, round(100 * FIXED[method])]
+                column = column if picked is None else column[picked : picked + 1]
+                defined = column[column != UNDEFINED] / 10000
+                value_shown, text = shown_iou(page, method)
+                if len(defined):
+                    assert value_shown == pytest.approx(defined.mean(), abs=1e-6)
+                    assert f"IoU {100 * defined.mean():.1f} % at {FIXED[method]:.2f}" == text
+                else:
+                    assert value_shown is None and "undefined" in text
+                label = page.get_attribute(f'canvas[data-panel="seed {method}"]', "aria-label")
+                assert text in label
+
+
+def test_the_presets_thresholds_come_back(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data)
+    button = page.locator("#own")
+    assert button.get_attribute("aria-pressed") == "true"
+    before = shown_iou(page, "CAM"), marked(page, "seed CAM")
+    set_threshold(page, 0.8)
+    assert button.get_attribute("aria-pressed") == "false"
+    assert marked(page, "seed CAM").sum() < before[1].sum()
+    button.click()
+    settle(page)
+    assert shown_iou(page, "CAM") == before[0]
+    assert np.array_equal(marked(page, "seed CAM"), before[1])
+    assert page.text_content("#threshold-value") == "CAM 0.25, LPCAM 0.45"
+
+
+def test_the_class_picker_shows_one_class(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data)
+    entry = data["images"][3]
+    choose_image(page, entry["id"])
+    texts = page.locator("#class option").all_text_contents()
+    names = [data["classes"][label]["name"] for label in entry["labels"]]
+    assert texts == ["All labels of the image", *names]
+    whole = marked(page, "seed LPCAM")
+    parts = []
+    for label in entry["labels"]:
+        page.select_option("#class", str(label))
+        settle(page)
+        parts.append(marked(page, "seed LPCAM"))
+        assert data["classes"][label]["name"] in page.get_attribute(
+            'canvas[data-panel="map LPCAM"]', "aria-label"
+        )
+    assert all(part.any() for part in parts)
+    assert not (parts[0] & parts[1]).any()
+    assert np.array_equal(parts[0] | parts[1], whole)
+
+
+def test_filters_and_keys(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data)
+
+    def position() -> str:
+        settle(page)
+        return page.text_content("#position")
+
+    assert page.locator("#filter option:checked").text_content() == "Most improved (3)"
+    assert position() == "1 of 3"
+    page.focus("#viewer")
+    for key, wanted in (
+        ("ArrowRight", "2 of 3"),
+        ("j", "3 of 3"),
+        ("j", "3 of 3"),
+        ("k", "2 of 3"),
+        ("ArrowLeft", "1 of 3"),
+        ("ArrowLeft", "1 of 3"),
+    ):
+        page.keyboard.press(key)
+        assert position() == wanted
+    # on the slider the arrows are the slider's
+    page.focus("#threshold")
+    before = page.input_value("#threshold")
+    page.keyboard.press("ArrowRight")
+    assert position() == "1 of 3"
+    assert float(page.input_value("#threshold")) == pytest.approx(float(before) + 0.01)
+    page.keyboard.press("j")
+    assert position() == "2 of 3"
+    options = page.locator("#filter option").all_text_contents()
+    assert "Worst (2)" in options  # an id that is not shown is left out
+    assert options[0] == "All images (12)" and "class 0 (6)" in options
+    page.select_option("#filter", label="Worst (2)")
+    assert position() == "1 of 2"
+    assert data["highlights"]["worst"][0] in page.text_content("#shown")
+
+
+def test_prototypes_of_one_class_at_a_time(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data, wait="prototype")
+    cards = page.locator("button.prototype")
+    assert cards.count() == 10
+    assert page.locator("button.prototype.rejected").count() == 2
+    assert "24 of 36 kept, 5 shown" in page.text_content("#sides")
+    assert "score 0.95 decides" in cards.nth(0).text_content()
+    canvas = page.locator('canvas[data-panel="prototype"]')
+    first = canvas.evaluate("(one) => one.toDataURL()")
+    assert "foreground prototype no. 0 of class 0" in canvas.get_attribute("aria-label")
+    cards.nth(8).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector('canvas[aria-label*="context prototype no. 3"]')
+    assert canvas.evaluate("(one) => one.toDataURL()") != first
+    assert cards.nth(8).get_attribute("aria-pressed") == "true"
+    assert cards.nth(0).get_attribute("aria-pressed") == "false"
+    page.select_option("#prototype-class", "2")
+    page.wait_for_selector('canvas[aria-label*="no. 0 of class 2"]')
+    assert cards.count() == 10
+
+
+def test_look_alikes_have_two_maps_a_method(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data)
+    maps = page.locator("#confusion-list canvas[aria-label^='Heat map']")
+    page.wait_for_function(
+        "() => document.querySelectorAll('#confusion-list article canvas').length === 5"
+    )
+    labels = maps.evaluate_all("(all) => all.map((one) => one.getAttribute('aria-label'))")
+    assert labels[0] == "Heat map of CAM for class 0, which is in the image"
+    assert labels[3] == "Heat map of LPCAM for class 3, which is not in the image"
+    assert "98.0 %" in page.text_content("#confusion-list")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page: Open, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core")
+    page = open_page(sample(classes=7, hostile=True), color_scheme=scheme, reduced_motion="reduce")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    settle(page)
+    results = axe.Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+
+
+def test_dark_and_light_differ(open_page: Open, data: dict[str, Any]) -> None:
+    luminances = {}
+    for scheme in ("light", "dark"):
+        page = open_page(data, color_scheme=scheme)
+        colours = page.evaluate(
+            "['backgroundColor', 'color'].map((key) => getComputedStyle(document.body)[key])"
+        )
+        luminances[scheme] = [
+            sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in colours
+        ]
+    assert luminances["light"][0] > 0.9 > 0.3 > luminances["light"][1]
+    assert luminances["dark"][0] < 0.2 < 0.8 < luminances["dark"][1]
+
+
+@pytest.mark.parametrize("width", [360, 768])
+@pytest.mark.parametrize("hostile", [False, True])
+def test_a_narrow_page_does_not_scroll_sideways(open_page: Open, width: int, hostile: bool) -> None:
+    data = sample(classes=7, hostile=hostile)
+    page = open_page(data, viewport={"width": width, "height": 740})
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    if hostile:
+        choose_image(page, data["images"][6]["id"])
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # what is wider than the screen is inside something that scrolls by itself
+    sticking_out = page.evaluate(
+        """(width) => [...document.querySelectorAll("main *, header *, footer *")]
+          .filter((one) => one.getBoundingClientRect().right > width + 1
+            && !one.closest(".scroll, optgroup, option"))
+          .map((one) => one.outerHTML.slice(0, 100))""",
+        width,
+    )
+    assert not sticking_out
+
+
+def test_print_shows_content_and_hides_controls(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data, color_scheme="dark")
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert not page.is_visible("nav") and not page.is_visible("#threshold")
+    assert page.is_visible("table.headline") and page.is_visible('canvas[data-panel="truth"]')
+    assert page.is_visible("text=The curves as a table") is False
+    assert page.locator("details[open]").count() == page.locator("details").count()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.set_viewport_size({"width": 690, "height": 900})  # A4 less its margins
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+
+
+def test_hostile_names_are_inert(open_page: Open) -> None:
+    data = sample(classes=7, hostile=True)
+    page = open_page(data, wait="prototype")
+    assert page.title() == f"{HOSTILE[0]} · LPCAM report"
+    page.wait_for_selector("#confusion-list article")
+    for at, name in enumerate(HOSTILE):
+        page.select_option("#prototype-class", str(at))
+        page.select_option("#filter", "0")
+        page.select_option("#image", str(at))
+        settle(page)
+        assert " ".join(name.split()) in " ".join(page.text_content("#shown").split())
+    assert page.locator("script").count() == 2
+    assert page.locator("img[onerror], [onload]").count() == 0
+    assert page.locator("img:not([src^='data:'])").count() == 0
+
+
+def test_without_masks_no_iou_is_shown(open_page: Open) -> None:
+    page = open_page(sample(masks=False))
+    settle(page)
+    for method in DRAWN:
+        value, text = shown_iou(page, method)
+        assert value is None and text == f"threshold {FIXED[method]:.2f}"
+    assert "IoU" not in page.text_content("#shown")
+    assert not page.is_visible("#spark") and not page.is_visible("#outline")
+    assert page.is_visible("text=No true mask for this image")
+    assert page.is_visible("text=so no IoU is shown")
+    before = marked(page, "seed LPCAM").sum()
+    set_threshold(page, 0.9)
+    assert marked(page, "seed LPCAM").sum() < before
+
+
+def test_further_masks_and_planes_are_shown(open_page: Open, data: dict[str, Any]) -> None:
+    """Those of one image do not stay for the next."""
+    first, second = (dict(entry) for entry in data["images"][:2])
+    first["masks"] = {**first["masks"], "pseudo mask of LPCAM": first["masks"]["truth"]}
+    first["extra"] = {"boundary": array(np.rint(255 * blob(15, 20, 0.5, 0.5, 0.3)).astype("uint8"))}
+    page = open_page({**data, "images": [first, second], "highlights": {}})
+    assert marked(page, "more pseudo mask of LPCAM").any()
+    assert marked(page, "more boundary").any()
+    assert page.is_visible("text=Boundary")
+    choose_image(page, second["id"])
+    assert not page.is_visible('canvas[data-panel="more boundary"]')
+
+
+def test_an_image_without_labels(open_page: Open, data: dict[str, Any]) -> None:
+    empty = {**data["images"][0], "labels": [], "score": {}}
+    empty["planes"] = dict.fromkeys(DRAWN, array(np.zeros((0, 15, 20), np.uint8)))
+    empty["iou"] = dict.fromkeys(DRAWN, array(np.zeros((0, 100), np.uint16)))
+    page = open_page({**data, "images": [empty], "highlights": {}})
+    settle(page)
+    assert "no label" in page.text_content("#shown")
+    assert not marked(page, "seed CAM").any()
+    assert "undefined" in shown_iou(page, "CAM")[1]
+
+
+def test_empty_places(open_page: Open, data: dict[str, Any]) -> None:
+    bare = sample(0, 1, masks=False, meaning=False)
+    page = open_page(bare, wait=None)
+    assert page.is_visible("text=There is no image to show")
+    one = data["prototypes"]["classes"][0]
+    side = {"total": 0, "kept": 0, "prototypes": []}
+    nothing = {**one, "example": None, "sides": {"foreground": side, "context": side}}
+    changed = {**data, "prototypes": {**data["prototypes"], "classes": [nothing]}}
+    page = open_page(changed)
+    assert page.is_visible("text=This class has no prototypes on this side.")
+    assert page.is_visible("text=No example image of this class")
+
+
+def test_without_script_the_figures_are_there(open_page: Open, data: dict[str, Any]) -> None:
+    page = open_page(data, wait=None, java_script_enabled=False)
+    assert page.is_visible("table.headline")
+    assert page.locator("svg.chart").count() == 3
+    assert page.is_visible("text=which is switched off here. All tables")
+    assert page.locator("svg.chart >> nth=0").locator("polyline").count() == len(METHODS)
+
+
+def test_500_images_open_quickly(open_page: Open, capsys: pytest.CaptureFixture[str]) -> None:
+    data = sample(500, 20)
+    size = len(render(data).encode())
+    started = time.perf_counter()
+    page = open_page(data)
+    seconds = time.perf_counter() - started
+    with capsys.disabled():
+        print(f"[500 images: {size / 1e6:.1f} MB, drawn after {seconds:.2f} s]", end=" ")
+    assert page.text_content("#position").endswith("of 3")
+    assert seconds < 30  # of a busy machine

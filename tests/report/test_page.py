@@ -1,0 +1,256 @@
+"""The page as text: what stands in it, and that no name can break out of its place."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from report.sample import HOSTILE, METHODS, sample
+
+from lpcam.errors import ArtefactError
+from lpcam.report.page import render
+
+SECTIONS = [
+    *("result", "words", "images", "curves", "classes"),
+    *("parts", "prototypes", "confusions", "skipped", "stages"),
+]
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, headings, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self._inside: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in self.raw:
+            self._inside = tag
+            self.raw[tag].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = None
+        if tag in ("dt", "dd", "th", "td", "li", "p", "h1", "h2", "h3", "h4"):
+            self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if self._inside is not None:
+            self.raw[self._inside][-1] += data
+        else:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def data(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads(self.raw["script"][0])
+        return loaded
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(render(sample()))
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Page:
+    return Page(render(sample(classes=7, hostile=True)))
+
+
+def test_every_section_has_a_heading_and_a_link(page: Page) -> None:
+    assert [one["id"] for one in page.all("section")] == SECTIONS
+    targets = {one["href"] for one in page.all("a")}
+    assert {f"#{name}" for name in SECTIONS} <= targets
+    identities = [one["id"] for _, one in page.elements if "id" in one]
+    assert len(identities) == len(set(identities))
+    levels = [int(name[1]) for name, _ in page.elements if re.fullmatch("h[1-6]", name)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_the_headline_has_signed_differences(page: Page) -> None:
+    text = words(page.text)
+    # LPCAM 0.403 + 2 * 0.0425 = 48.8 against CAM 40.3; FN 29.0 against 25.0
+    assert "LPCAM 0.50 48.8 +8.5 33.0 −2.0 29.0 +4.0 51.0 ±0.0 58.0 ±0.0" in text
+    assert "CAM 0.30 40.3 35.0 25.0 51.0 58.0" in text
+    assert "how ground truth was chosen" in text and "how fixed was chosen" in text
+
+
+def test_a_loss_is_told_as_a_loss() -> None:
+    """Less IoU is worse, less FP is better."""
+    text = render(sample())
+    assert '<span class="delta better">−2.0</span>' in text  # FP
+    assert '<span class="delta worse">+4.0</span>' in text  # FN
+    assert '<span class="delta ">±0.0</span>' in text
+
+
+def test_the_protocol_is_told(page: Page) -> None:
+    text = words(page.text)
+    for told in (
+        "Images scored: list train",
+        "Images scored: number 12",
+        "Scales of an image 1, 0.5",
+        "Mirror image too yes",
+        "Void policy 255 is not counted",
+        "Thresholds CAM: 0.25; LPCAM-F: 0.45; LPCAM: 0.45",
+        "weight decay 0.001",
+        "torch 2.15.0",
+        "lpcam run plain words",
+    ):
+        assert told in text
+
+
+def test_classes_stand_by_gain(page: Page) -> None:
+    table = words(page.text).split("Class Method IoU FP FN")[1]
+    gains = []
+    for name in ("background", *(f"class {index}" for index in range(4))):
+        first, last = (
+            float(re.search(rf"{name} {method} ([\d.]+)", table)[1])  # type: ignore[index]
+            for method in ("CAM", "LPCAM")
+        )
+        gains.append((table.index(f"{name} CAM"), last - first))
+    ordered = [gain for _, gain in sorted(gains)]
+    assert ordered == sorted(ordered, reverse=True) and len(set(ordered)) > 2
+
+
+def test_curves_have_words_and_a_table(page: Page) -> None:
+    text = words(page.text)
+    assert "CAM is highest at 0.25 with 45.0 percent and has 45.0 percent at its preset's" in text
+    assert "LPCAM is highest at 0.45 with 45.0 percent" in text
+    lines = [one for one in page.all("polyline") if "line" in str(one["class"])]
+    assert len(lines) == 3 * len(METHODS)
+    assert all(str(one["points"]).count(",") == 100 for one in lines)
+    # threshold 0.25: mIoU 45.0, precision 30 + 12.5, recall 90 - 20
+    assert "0.25 45.0 42.5 70.0" in text
+
+
+def test_times_and_memory(page: Page) -> None:
+    text = words(page.text)
+    assert "cam 70.1 s 3.0 GiB" in text and "evaluate 1 h 02 min –" in text
+    assert "0.0174 76.2" in text
+
+
+def test_nothing_is_loaded(page: Page) -> None:
+    policy = next(
+        str(one["content"]) for one in page.all("meta") if one.get("http-equiv") is not None
+    )
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy and "http" not in policy
+    for kind, raw in (("style", page.raw["style"][0]), ("script", page.raw["script"][1])):
+        digest = base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    for name, attributes in page.elements:
+        for key in ("src", "href", "srcset", "data", "action"):
+            value = str(attributes.get(key) or "#")
+            assert value.startswith(("#", "data:")), (name, value)
+        assert "style" not in attributes  # the policy would refuse it
+        assert not [key for key in attributes if key.startswith("on")]
+    assert "url(" not in page.raw["style"][0] and "@import" not in page.raw["style"][0]
+    banned = r"\b(fetch|XMLHttpRequest|WebSocket|eval|innerHTML)\b"
+    assert not re.findall(banned, page.raw["script"][1])
+
+
+def test_hostile_names_are_text(hostile: Page) -> None:
+    assert len(hostile.all("script")) == 2
+    assert not hostile.all("img")
+    for name in HOSTILE:
+        assert words(name) in words(hostile.text)
+        assert name in [one["name"] for one in hostile.data()["classes"]]
+    assert "49" not in hostile.all("title")
+    raw = hostile.raw["script"][0]
+    assert not set("<>&\u2028\u2029") & set(raw)
+
+
+def test_a_name_that_no_text_has_can_be_written() -> None:
+    """File names may hold bytes that are no UTF-8; they come as lone surrogates."""
+    data = sample(2, 1)
+    data["skipped"] = [{"id": "caf\udce9", "reason": "unreadable"}]
+    data["images"][0]["id"] = "caf\udce9"
+    assert "caf?" in render(data).encode().decode()
+
+
+def test_equal_data_give_equal_bytes() -> None:
+    data = sample()
+    shuffled = dict(reversed(list(data.items())))
+    assert render(sample()).encode() == render(shuffled).encode()
+
+
+def test_not_a_number_is_refused() -> None:
+    data = sample(1, 1)
+    data["images"][0]["score"] = {"CAM": float("nan")}
+    with pytest.raises(ArtefactError, match=r"no JSON.*give finite numbers"):
+        render(data)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 80])
+def test_any_number_of_classes(classes: int) -> None:
+    page = Page(render(sample(2, classes)))
+    assert f"class {classes - 1}" in page.text
+    assert f"of {classes} class{'' if classes == 1 else 'es'}." in words(page.text)
+
+
+def test_without_masks_nothing_is_scored() -> None:
+    page = Page(render(sample(masks=False)))
+    text = words(page.text)
+    assert [one["id"] for one in page.all("section")] == SECTIONS
+    for told in (
+        "no true masks, so nothing can be scored",
+        "Curves need true masks",
+        "Bars need true masks",
+        "no masks of parts",
+        "so no IoU is shown",
+    ):
+        assert told in text
+    assert "Preset’s thresholds" in text and "+8.5" not in text
+
+
+def test_every_empty_place_says_so() -> None:
+    data = sample(0, 1, masks=False, meaning=False) | {"images_total": 1, "command": ""}
+    page = Page(render(data))
+    text = words(page.text)
+    assert [one["id"] for one in page.all("section")] == SECTIONS
+    for told in (
+        "on 1 image of 1 class.",
+        "There is no image to show",
+        "No prototypes were kept",
+        "No image got a high score for a class that it does not hold",
+        "every image of the list could be used",
+        "No times were kept",
+    ):
+        assert told in text
+
+
+def test_the_base_line_may_be_missing() -> None:
+    data = sample()
+    data["rows"] = [row for row in data["rows"] if row["method"] == "LPCAM"]
+    text = words(Page(render(data)).text)
+    assert "LPCAM 0.50 48.8 33.0" in text and "+8.5" not in text
+
+
+def test_further_stages_and_methods_have_their_own_lines() -> None:
+    data = sample()
+    extra = [{**row, "stage": "pseudo mask", "method": "LPCAM"} for row in data["rows"][2:3]]
+    data["rows"] += [*extra, {**data["rows"][2], "method": "unheard of"}]
+    text = words(Page(render(data)).text)
+    assert "pseudo mask: Each method at its own best threshold" in text
+    assert "unheard of 0.50 48.8 +8.5" in text
+
+
+def test_500_images_stay_under_15_megabytes() -> None:
+    assert len(render(sample(500, 20)).encode()) < 15e6
