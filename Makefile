@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check bench fault-test clean
+.PHONY: help install demo test check docs bench fault-test clean
 
 help:
 	@echo "make demo   set up, then run LPCAM on the bundled creatures (runs/demo/)"
 	@echo "make test   set up, then lint, check types and run the tests"
 	@echo "make check  lint and types alone"
+	@echo "make docs   build the documentation (build/docs/index.html)"
 	@echo "make bench  set up with the peers, then every benchmark (DATA=VOC folder WEIGHTS=safetensors file)"
 	@echo "make fault-test  kill small runs at random moments, resume, compare the bytes"
 
@@ -24,12 +25,15 @@ demo: install
 	$(BIN)/lpcam demo
 
 check: install
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/sphinx-build -q -W --keep-going -d build/docs-trees docs build/docs
 
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -11,13 +11,15 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "functional clustering masks metrics storage progress processes parallel resources",
+    1: "functional clustering masks metrics storage progress processes parallel resources "
+    "refine.crf refine.pamr refine.ternary refine.walk",
     2: "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting "
-    "report.encode report.images report.meaning report.collect report.page",
+    "report.encode report.images report.meaning report.collect report.page "
+    "engine refine.irn explain.explainer explain.files explain.maps models",
     4: "pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
-    "stages.evaluate stages.report",
+    "stages.evaluate stages.refine stages.report serve",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -26,7 +26,6 @@ from lpcam.metrics import (
 )
 from lpcam.parallel import Sharing
 from lpcam.progress import progress
-from lpcam.recipe import Method
 from lpcam.storage import map_path, read_maps
 
 
@@ -38,9 +37,9 @@ class Evaluation:
     """Two a method: of ``method``, ``threshold``, ``threshold_source`` ("ground truth" or "fixed"),
     ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` where the data
     set has parts."""
-    curves: dict[Method, dict[str, list[float]]]
+    curves: dict[str, dict[str, list[float]]]
     """Of :meth:`lpcam.metrics.ThresholdSweep.curves`."""
-    image_scores: dict[Method, list[float | None]]
+    image_scores: dict[str, list[float | None]]
     """For each image the mean IoU of its labels at the method's fixed threshold; None where none of
     them is in the truth or the seed."""
 
@@ -48,8 +47,8 @@ class Evaluation:
 def score_maps(
     items: Sequence[Item],
     dataset: Dataset,
-    folders: Mapping[Method, Path],
-    fixed: Mapping[Method, float],
+    folders: Mapping[str, Path],
+    fixed: Mapping[str, float],
     sharing: Sharing,
 ) -> Evaluation:
     """Score each method at its own best threshold by the truth, and at the fixed one.
@@ -66,7 +65,7 @@ def score_maps(
     places = {item.id: place for place, item in enumerate(items)}
     image_scores = torch.zeros(len(folders), len(items), dtype=torch.float64)
 
-    def count(item: Item) -> dict[Method, Tensor]:
+    def count(item: Item) -> dict[str, Tensor]:
         truth = _truth(item, dataset)
         counts = {}
         for row, (method, folder) in enumerate(folders.items()):
@@ -114,9 +113,7 @@ def _truth(item: Item, dataset: Dataset) -> Tensor:
     return truth_labels(read_index_mask(item.mask), dataset.classes)
 
 
-def _row(
-    method: Method, images: int, threshold: float, source: str, found: Scores
-) -> dict[str, Any]:
+def _row(method: str, images: int, threshold: float, source: str, found: Scores) -> dict[str, Any]:
     return {
         "method": method,
         "images": images,

@@ -18,7 +18,7 @@ from lpcam.storage import write_bytes
 # Control points of the heat map's colours at equal steps from 0 to 1: lightness rises steadily from
 # dark violet over red and orange to pale yellow, so that it also reads in grey and to the
 # colour-blind.
-_HEAT = np.array(
+HEAT = np.array(
     [
         (16, 8, 48),
         (62, 16, 104),
@@ -113,8 +113,29 @@ def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise DataError(f"mask is {mask.dtype} {mask.shape}; expected uint8 (H, W)")
-    image = Image.fromarray(mask)
-    image.putpalette(voc_palette().tobytes())
+    _write_png(path, mask, voc_palette().tobytes())
+
+
+def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
+    """Write values in [0, 1], (H, W), as a grey PNG of 0 to 255, whole or not at all.
+
+    Raises:
+        DataError: if the plane has another shape or values outside [0, 1].
+        ArtefactError: if the file cannot be written.
+    """
+    # of NaN both comparisons are false
+    if plane.ndim != 2 or (plane.size and not (plane.min() >= 0 and plane.max() <= 1)):
+        raise DataError(
+            f"plane is {plane.shape} with values from {plane.min()} to {plane.max()}; expected "
+            "(H, W) in [0, 1]"
+        )
+    _write_png(path, np.rint(plane * 255).astype(np.uint8), None)
+
+
+def _write_png(path: Path, values: NDArray[np.uint8], palette: bytes | None) -> None:
+    image = Image.fromarray(values)
+    if palette is not None:
+        image.putpalette(palette)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
@@ -142,9 +163,9 @@ def overlay(
         raise DataError(
             f"map has values from {heat.min()} to {heat.max()}; expected 0 to 1, normalise it first"
         )
-    steps = np.linspace(0, 1, len(_HEAT))
+    steps = np.linspace(0, 1, len(HEAT))
     value = np.clip(heat, 0, 1)
-    colour = np.stack([np.interp(value, steps, _HEAT[:, c]) for c in range(3)], axis=2)
+    colour = np.stack([np.interp(value, steps, HEAT[:, c]) for c in range(3)], axis=2)
     weight = (opacity * (1 + 2 * value) / 3)[:, :, None]
     return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
 

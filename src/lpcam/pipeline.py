@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpcam.errors import ArtefactError
+from lpcam.errors import ArtefactError, RecipeError
 from lpcam.ledger import locked
 from lpcam.processes import join
 from lpcam.recipe import Recipe, load_recipe
@@ -25,6 +25,12 @@ from lpcam.stages.context import STAGES, Run, StageName
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
+from lpcam.stages.refine import (
+    take_maps,
+    train_boundaries,
+    write_ir_labels,
+    write_pseudo_masks,
+)
 from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
 
@@ -36,6 +42,9 @@ WORK: Mapping[StageName, Callable[[Run], bool]] = {
     "prototypes": cluster,
     "lpcam": map_lpcam,
     "seeds": write_seeds,
+    "ir-labels": write_ir_labels,
+    "irn": train_boundaries,
+    "pseudo": write_pseudo_masks,
     "evaluate": evaluate,
     "report": write_report,
 }
@@ -74,6 +83,33 @@ def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> Ru
     return result
 
 
+def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
+    """Make pseudo masks of maps that another program made, and score them where masks exist.
+
+    Args:
+        recipe: its data, classifier's backbone (of IRN), refine and run sections serve.
+        maps: a folder of map files, as :func:`lpcam.stages.refine.take_maps` takes them.
+        command: how it was asked for.
+
+    Raises:
+        RecipeError: if the recipe has no section refine.
+        LpcamError: as :func:`run`.
+    """
+    if recipe.refine is None:
+        raise RecipeError(
+            f"the recipe {recipe.name} does not say how to refine maps; add a section, or "
+            "--refine.method irn (or crf, or pamr)"
+        )
+    processes, device = join(recipe.run.device)
+    with locked(recipe.folder) if processes.first else contextlib.nullcontext():
+        processes.wait()
+        run = Run(recipe, command, "evaluate", processes, device)
+        take_maps(run, maps)
+        result = _work(run, ("ir-labels", "irn", "pseudo", "evaluate"))
+        processes.wait()
+    return result
+
+
 def report(folder: Path) -> Path:
     """Make the report of a finished run again, from what is in its folder; returns its path.
 
@@ -100,7 +136,14 @@ def report(folder: Path) -> Path:
 
 
 def _up_to(run: Run) -> RunResult:
-    for name in STAGES[: STAGES.index(run.until) + 1]:
+    return _work(run, STAGES[: STAGES.index(run.until) + 1])
+
+
+def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
+    left_out = () if run.recipe.refine is not None else ("ir-labels", "irn", "pseudo")
+    for name in stages:
+        if name in left_out:
+            continue
         started = time.monotonic()
         reset_peak_memory()
         worked = WORK[name](run)

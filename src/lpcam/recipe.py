@@ -23,7 +23,15 @@ from pydantic import (
 )
 
 from lpcam.errors import RecipeError
-from lpcam.presets import FinetuneSettings, Fraction, LpcamSettings, ProbeSettings
+from lpcam.presets import (
+    CrfSettings,
+    FinetuneSettings,
+    Fraction,
+    IrnSettings,
+    LpcamSettings,
+    PamrSettings,
+    ProbeSettings,
+)
 
 VERSION = 1
 """The recipe version that this package reads and writes."""
@@ -155,6 +163,20 @@ class SeedsSection(Section):
     """Pixels between this and the threshold become 255 (ignored in training); null: none do."""
 
 
+class RefineSection(Section):
+    """Pseudo masks: what becomes of the maps before a segmenter is trained on them."""
+
+    method: Literal["irn", "crf", "pamr"] = "irn"
+    """``irn``: class boundaries learnt from the maps, and a random walk within them. ``crf``: a
+    dense CRF on the seeds. ``pamr``: the maps averaged over like-coloured neighbours."""
+    maps: Annotated[tuple[Literal["CAM", "LPCAM"], ...], Field(min_length=1)] = ("CAM", "LPCAM")
+    """Which maps are refined; every image that has maps gets a pseudo mask."""
+    irn: IrnSettings = IrnSettings.from_preset("default")
+    crf: CrfSettings = CrfSettings.from_preset("irn")
+    """Of IRN's labels, and of the method ``crf``."""
+    pamr: PamrSettings = PamrSettings.from_preset("default")
+
+
 class SheetSection(Section):
     """The sheet of pictures at the end of a run."""
 
@@ -167,7 +189,7 @@ class ReportSection(Section):
 
     images: Annotated[int, Field(ge=0, le=2000)] = 500
     """In the viewer, at most; 500 take about 10 MB. 0 makes no report."""
-    searched: Annotated[int, Field(ge=1)] = 200
+    searched: Annotated[int, Field(ge=1)] = 160
     """Images, of those in the viewer, that are searched for the nearest patches of prototypes and
     for confusing classes."""
     prototypes: Annotated[int, Field(ge=1)] = 12
@@ -210,6 +232,7 @@ class Recipe(Section):
     lpcam: LpcamSettings
     maps: MapsSection = MapsSection()
     seeds: SeedsSection = SeedsSection()
+    refine: RefineSection | None = None
     sheet: SheetSection = SheetSection()
     report: ReportSection = ReportSection()
     run: RunSection = RunSection()
@@ -312,7 +335,9 @@ def _replace(values: dict[str, Any], key: str, text: str) -> None:
         raise RecipeError(f"the value of --{key}, {text!r}, is not valid YAML: {error}") from None
     place = values
     for part in parts[:-1]:
-        inner = place.setdefault(part, {})
+        inner = place.get(part)
+        if inner is None:
+            inner = place[part] = {}
         if not isinstance(inner, dict):
             raise RecipeError(f"--{key}: {part!r} is a value, not a section")
         place = inner
@@ -347,8 +372,9 @@ def describe_fields(
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            rows += describe_fields(kind, f"{key}.")
+        section = _section(kind)
+        if section is not None:
+            rows += describe_fields(section, f"{key}.")
         else:
             text = getattr(kind, "__name__", None) if not get_args(kind) else None
             shown = (text or str(kind)).replace("typing.", "").replace("pathlib.", "")
@@ -356,9 +382,17 @@ def describe_fields(
     return rows
 
 
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one (or null)."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in location:
         fields = {f.alias or name: f for name, f in model.model_fields.items()}
-        model = fields[str(part)].annotation
+        model = _section(fields[str(part)].annotation)
     return [f.alias or name for name, f in model.model_fields.items()]

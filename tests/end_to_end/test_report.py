@@ -102,8 +102,11 @@ def test_made_again_from_another_folder(
     assert main(["report", "run"]) == 0
     assert capsys.readouterr().out == f"report in {page}\n"
     assert page.is_file()
-    at_the_end, again = collected
-    assert {**again, "stages": []} == {**at_the_end, "stages": []}
+    assert main(["report", "run"]) == 0  # asked for by name it is made, whether there or not
+    at_the_end, again, once_more = collected
+    for one in collected:  # the first did not know what a report takes
+        one["stages"] = []
+    assert at_the_end == again == once_more
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == recipe
 
 

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from tiny import COLOURS, digests, draw_folder, draw_image, recipe_values, times
 
-from lpcam import pipeline, train
+from lpcam import engine
 from lpcam.classifier import PROBE_SIZE, Classifier
 from lpcam.errors import (
     ArtefactError,
@@ -121,7 +121,9 @@ def test_files_of_a_run(base: Values) -> None:
         "sheet.png",
     }
     assert found == expected
-    assert json.loads((folder / "use.json").read_text()).keys() == set(pipeline.STAGES) - {"report"}
+    assert json.loads((folder / "use.json").read_text()).keys() == {
+        *("classify", "cam", "prototypes", "lpcam", "seeds", "evaluate"),
+    }
     resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert parse_recipe(resolved, where="r") == parse_recipe(base, where="tiny.yaml")
 
@@ -130,6 +132,7 @@ def test_rows_have_every_field(base: Values) -> None:
     found = metrics(base)
     assert set(found) == {
         *("rows", "curves", "skipped", "prototype_events", "classifier_history", "command"),
+        "irn_history",
     }
     assert found["command"] == COMMAND
     assert found["skipped"] == []
@@ -639,7 +642,7 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("method", "every", "after"),
-    [("probe", 7, True), ("probe", 11, False), ("probe", 3, True), ("finetune", 5, True)],
+    [("probe", 7, True), ("probe", 11, False), ("probe", 4, True), ("finetune", 5, True)],
 )
 def test_a_run_that_is_stopped_again_and_again(
     base: Values,
@@ -650,7 +653,7 @@ def test_a_run_that_is_stopped_again_and_again(
     *,
     after: bool,
 ) -> None:
-    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     monkeypatch.setattr(prototypes, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(prototypes, "CHECKPOINT_SHARE", 0)
     values = with_change(base, "run.folder", str(tmp_path / "run"))

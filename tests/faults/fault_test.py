@@ -255,12 +255,12 @@ def start_alone(bench: Bench, recipe: str, moment: Moment) -> int:
         os.chdir(bench.folder)
         import torch  # noqa: PLC0415
 
-        from lpcam import train  # noqa: PLC0415
+        from lpcam import engine  # noqa: PLC0415
         from lpcam.cli import main  # noqa: PLC0415
         from lpcam.stages import prototypes  # noqa: PLC0415
 
         torch.set_num_threads(1)
-        train.CHECKPOINT_STEPS = 1
+        engine.CHECKPOINT_STEPS = 1
         prototypes.CHECKPOINT_SECONDS, prototypes.CHECKPOINT_SHARE = 0.0, 0
         count = count_writes(moment)
         status = main(["run", f"{recipe}.yaml"])

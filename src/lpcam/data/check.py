@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +75,7 @@ def check_images(
     if not items:
         reason = skipped[0].reason if skipped else "it has no items"
         raise DataError(f"no image of {dataset.name} can be used: {reason}")
-    if not skipped:
-        return dataset, records
-    lists = {name: tuple(i for i in ids if i in items) for name, ids in dataset.lists.items()}
-    return (
-        replace(dataset, items=items, lists=lists, skipped=(*dataset.skipped, *skipped)),
-        records,
-    )
+    return dataset.without(skipped), records
 
 
 def _record(item: Item, known: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from lpcam.errors import DataError
@@ -98,6 +98,18 @@ class Dataset:
     skipped: tuple[Skip, ...] = ()
     notices: tuple[str, ...] = ()
     part_names: Mapping[str, int] = field(default_factory=dict)
+
+    def without(self, skipped: Sequence[Skip]) -> Dataset:
+        """The same without some of its items, in no list, with the reasons added."""
+        if not skipped:
+            return self
+        out = {skip.id for skip in skipped}
+        return replace(
+            self,
+            items={name: item for name, item in self.items.items() if name not in out},
+            lists={name: tuple(i for i in ids if i not in out) for name, ids in self.lists.items()},
+            skipped=(*self.skipped, *skipped),
+        )
 
     def select(self, name: str) -> list[Item]:
         """Items of the named list, in list order; DataError names the lists that exist."""

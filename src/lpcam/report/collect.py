@@ -12,9 +12,10 @@ from lpcam.data.items import Dataset, Item
 from lpcam.masks import voc_palette
 from lpcam.parallel import Sharing
 from lpcam.presets import LpcamSettings
+from lpcam.progress import progress
 from lpcam.prototypes import Prototypes
 from lpcam.recipe import Method, ReportSection
-from lpcam.report.images import Scores, choose, highlights, image_records
+from lpcam.report.images import Further, Scores, choose, highlights, image_records
 from lpcam.report.meaning import Pairs, Shown, confusion_records, prototype_records
 from lpcam.sheet import choose_rows
 from lpcam.version import __version__
@@ -46,6 +47,7 @@ def collect(
     section: ReportSection,
     sharing: Sharing,
     about: Mapping[str, Any],
+    further: Further | None = None,
 ) -> dict[str, Any]:
     """Gather the data of a report.
 
@@ -56,6 +58,7 @@ def collect(
         pairs: features of images, as :meth:`lpcam.features.FeatureStore.pairs` gives them.
         about: what else the page tells: protocol, skipped, notices, events, history, stages,
             command.
+        further: masks and planes of later stages.
 
     Raises:
         LpcamError: if an image or its maps cannot be read.
@@ -65,6 +68,10 @@ def collect(
     ids = {item.id for item in shown}
     palette = voc_palette()
     searched = [item for item, _ in choose_rows(shown, section.searched)]
+    with progress("report: features", len(searched)) as advance:
+        # The store keeps them: below they are asked for one by one, and on one thread.
+        for _ in sharing.map(lambda item: list(pairs([item], (1.0,))), searched):
+            advance(1, "")
     return {
         "format": FORMAT,
         "title": title,
@@ -76,8 +83,8 @@ def collect(
             for name, value in zip(dataset.classes.names, dataset.classes.mask_ids, strict=True)
         ],
         "rows": list(figures.rows),
-        "curves": {method: dict(curve) for method, curve in figures.curves.items()},
-        "images": image_records(shown, dataset, folders, figures.scores, sharing),
+        "curves": {m: dict(curve) for m, curve in figures.curves.items() if m in folders},
+        "images": image_records(shown, dataset, folders, figures.scores, sharing, further),
         "images_total": len(items),
         "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
         "prototypes": {

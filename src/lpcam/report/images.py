@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ Scores = Mapping[Method, Mapping[str, float | None]]
 """For each method the mean IoU of each image by id."""
 
 
+@dataclass(frozen=True)
+class Further:
+    """What stages after the seeds made of each image: folders of ID.png by the name to show."""
+
+    masks: Mapping[str, Path] = field(default_factory=dict)
+    planes: Mapping[str, Path] = field(default_factory=dict)
+    """Grey pictures, 0 to 255."""
+
+
 def highlights(scores: Scores) -> dict[str, list[str]]:
     """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst."""
     cam, lpcam = ({k: v for k, v in scores[m].items() if v is not None} for m in SHOWN_METHODS)
@@ -66,13 +76,16 @@ def image_records(
     folders: Mapping[Method, Path],
     scores: Scores,
     sharing: Sharing,
+    further: Further | None = None,
 ) -> list[dict[str, Any]]:
     """One record an image, as the page wants them.
 
     Args:
         folders: of the maps of each method.
         scores: of each image where there is truth.
+        further: masks and planes that later stages made.
     """
+    further = further or Further()
 
     def record(item: Item) -> dict[str, Any]:
         picture = fit(read_image(item.image), PICTURE)
@@ -99,6 +112,12 @@ def image_records(
                 sweep.update(truth, planes, keys)
                 found["iou"][method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
                 found["score"][method] = scores[method].get(item.id)
+        for name, folder in further.masks.items():
+            mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), dataset.classes)
+            found["masks"][name] = encode_array(_thumbnail(mask.numpy(), (height, width)))
+        for name, folder in further.planes.items():
+            plane = read_index_mask(folder / f"{item.id}.png")[None].astype(np.float32) / 255
+            found["extra"][name] = encode_unit(small_planes(plane)[0])
         return found
 
     records = []

@@ -131,7 +131,8 @@
       for (let c = 0; c < 3; c++) pixels[4 * i + c] += weight * (colour[c] - pixels[4 * i + c]);
     }
   };
-  const paintMask = (pixels, mask, width, opacity) => {
+  const paintMask = (pixels, mask, width, strength) => {
+    const opacity = 0.8 * strength; // the object is to be seen through its mask
     for (let i = 0; i < mask.length; i++) {
       if (!mask[i]) continue;
       const colour = maskColour(mask[i]);
@@ -266,6 +267,7 @@
       byId("previous").disabled = at === 0;
       byId("next").disabled = at === list.length - 1;
       const entry = list[at], mine = ++turn;
+      root.setAttribute("aria-busy", "true");
       const loaded = await load(entry);
       if (mine !== turn) return;
       state = loaded;
@@ -279,6 +281,7 @@
           drawing("rect", { width: 10, height: 10, rx: 2, fill: data.classes[label]?.color ?? "#808080" })),
         isolated(name(label)))));
       draw();
+      root.setAttribute("aria-busy", "false");
     };
 
     // -- IoU of the picked class, or the mean over the labels that have one ----------------------

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from lpcam.errors import ArtefactError
-from lpcam.masks import _HEAT
+from lpcam.masks import HEAT
 
 METRICS = ("miou", "fp", "fn", "precision", "recall")
 """Columns of the headline table, as they stand in a row."""
@@ -103,7 +103,7 @@ def _digest(text: str) -> str:
 
 def _json(data: Mapping[str, Any]) -> Markup:
     """What the script draws, as JSON that cannot end its script element."""
-    drawn = {name: data[name] for name in _DRAWN} | {"heat": _HEAT.astype(int).tolist()}
+    drawn = {name: data[name] for name in _DRAWN} | {"heat": HEAT.astype(int).tolist()}
     try:
         text = json.dumps(drawn, sort_keys=True, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,27 @@ from lpcam.storage import digest_json, read_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
-StageName = Literal["classify", "cam", "prototypes", "lpcam", "seeds", "evaluate", "report"]
+StageName = Literal[
+    "classify",
+    "cam",
+    "prototypes",
+    "lpcam",
+    "seeds",
+    "ir-labels",
+    "irn",
+    "pseudo",
+    "evaluate",
+    "report",
+]
 STAGES: tuple[StageName, ...] = (
     "classify",
     "cam",
     "prototypes",
     "lpcam",
     "seeds",
+    "ir-labels",
+    "irn",
+    "pseudo",
     "evaluate",
     "report",
 )
@@ -79,6 +94,15 @@ def read_dataset(recipe: Recipe) -> Dataset:
     return dataset
 
 
+@dataclass(frozen=True)
+class GivenMaps:
+    """Maps that another program made."""
+
+    folder: Path
+    key: str
+    """Digest of their contents."""
+
+
 class Run:
     """One pass over the stages; each stage is a function of it, in a module beside this one.
 
@@ -117,6 +141,7 @@ class Run:
         self.dataset, self.records = self._index()
         self.sharing = self._sharing()
         self.stages: dict[str, Stage] = {}
+        self.given: GivenMaps | None = None
         self.rows: list[dict[str, Any]] = []
         resolved = yaml.safe_dump(
             recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True

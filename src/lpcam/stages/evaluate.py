@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import METHODS, Run
+from lpcam.stages.context import Run
+from lpcam.stages.refine import (
+    GIVEN,
+    IRN,
+    MAPS,
+    pseudo_threshold,
+    refine_section,
+    refined,
+)
 from lpcam.stages.seeds import seed_path
 from lpcam.storage import map_path, read_json, read_maps, write_bytes, write_json
 from lpcam.version import versions
@@ -21,96 +30,140 @@ IMAGE_SCORES = "images.json"
 """Each image's mean IoU by method, in the stage's folder."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Maps that are scored."""
+
+    stage: str
+    """``seed`` or ``pseudo``."""
+    folder: Path
+    key: str
+    """Of the stage that made them."""
+    threshold: float
+    """Fixed by the preset or the recipe."""
+
+
+def scored(run: Run) -> dict[str, Scored]:
+    """What this run scores, by the name of the method."""
+    found = {}
+    if run.given is not None:
+        threshold = run.recipe.fixed_threshold("LPCAM")
+        found[GIVEN] = Scored("seed", run.given.folder, run.given.key, threshold)
+    else:
+        for method, stage in run.stages_of_methods.items():
+            fixed = run.recipe.fixed_threshold(method)
+            found[method] = Scored("seed", stage.folder, stage.key, fixed)
+    for name, (source, stage) in refined(run).items():
+        fixed = pseudo_threshold(refine_section(run), source)
+        found[name] = Scored("pseudo", stage.folder / MAPS, stage.key, fixed)
+    return found
+
+
 def evaluate(run: Run) -> bool:
     """Score the maps and draw the sheet; whether there was anything to do."""
     items = [item for item in run.items("evaluate") if item.mask is not None]
-    fixed = {method: run.recipe.fixed_threshold(method) for method in METHODS}
+    methods = scored(run)
+    draws = bool(run.recipe.sheet.images) and run.given is None
     run.stages["evaluate"] = Stage(
         run.folder / "evaluation",
         {
             "revision": 2,
-            "maps": {method: s.key for method, s in run.stages_of_methods.items()},
-            "seeds": run.stages["seeds"].key,
+            "maps": {name: [one.key, one.threshold] for name, one in methods.items()},
+            "seeds": None if run.given else run.stages["seeds"].key,
             "truth": run.digest(items, truth=True),
             "part_names": dict(run.dataset.part_names),
             "skipped": [skip.id for skip in run.dataset.skipped],
-            "thresholds": fixed,
             "sheet": run.recipe.sheet.model_dump(mode="json"),
             "protocol": protocol(run),
         },
     )
     metrics, sheet = run.folder / "metrics.json", run.folder / "sheet.png"
     image_scores = run.folder / "evaluation" / IMAGE_SCORES
-    outputs = [metrics]
-    outputs += [image_scores] if items else []
-    outputs += [sheet] if run.recipe.sheet.images else []
+    outputs = [metrics, *([image_scores] if items else []), *([sheet] if draws else [])]
     if run.stages["evaluate"].done(outputs):
         run.rows = read_json(metrics)["rows"]
         return False
     run.begin(run.stages["evaluate"])
-    found = _score(run, items) if items else None
-    run.rows = _with_protocol(run, found.rows) if found else []
+    found = _score(run, methods, items) if items else None
+    run.rows = [_with_protocol(run, methods[r["method"]], r) for r in found.rows] if found else []
     if run.processes.first:
         if found:
             write_json(image_scores, {"ids": [item.id for item in items], **found.image_scores})
+        outcome = {name: stage.output for name, stage in run.stages.items()}
         write_json(
             metrics,
             {
                 "rows": run.rows,
                 "curves": found.curves if found else {},
                 "skipped": [{"id": s.id, "reason": s.reason} for s in run.dataset.skipped],
-                "prototype_events": run.stages["prototypes"].output["events"],
-                "classifier_history": run.stages["classify"].output["history"],
+                "prototype_events": outcome.get("prototypes", {}).get("events", []),
+                "classifier_history": outcome.get("classify", {}).get("history", []),
+                "irn_history": {
+                    name.removeprefix(f"{IRN}/"): output["history"]
+                    for name, output in outcome.items()
+                    if name.startswith(f"{IRN}/")
+                },
                 "command": run.command,
             },
         )
         sheet.unlink(missing_ok=True)
-        if run.recipe.sheet.images:
+        if draws:
             _write_sheet(run, sheet)
     run.finish(run.stages["evaluate"])
     return True
 
 
-def _score(run: Run, items: Sequence[Item]) -> Evaluation:
+def _score(run: Run, methods: Mapping[str, Scored], items: Sequence[Item]) -> Evaluation:
     from lpcam.evaluation import score_maps  # noqa: PLC0415
 
-    folders = {method: stage.folder for method, stage in run.stages_of_methods.items()}
-    fixed = {method: run.recipe.fixed_threshold(method) for method in METHODS}
+    folders = {name: one.folder for name, one in methods.items()}
+    fixed = {name: one.threshold for name, one in methods.items()}
     return score_maps(items, run.dataset, folders, fixed, run.sharing)
 
 
-def _with_protocol(run: Run, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "stage": "seed",
-            "dataset": dataset_name(run),
-            "split": run.recipe.data.list_of("evaluate"),
-            **row,
-            "protocol": {
-                **protocol(run),
-                "threshold": row["threshold"],
-                "threshold_source": (
-                    "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
-                    if row["threshold_source"] == "ground truth"
-                    else "fixed by the preset or the recipe"
-                ),
-                "command": run.command,
-            },
-        }
-        for row in rows
-    ]
+def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, Any]:
+    shared = protocol(run)
+    if method.stage == "seed":
+        shared["refine"] = None
+    return {
+        "stage": method.stage,
+        "dataset": dataset_name(run),
+        "split": run.recipe.data.list_of("evaluate"),
+        **row,
+        "protocol": {
+            **shared,
+            "threshold": row["threshold"],
+            "threshold_source": (
+                "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
+                if row["threshold_source"] == "ground truth"
+                else "fixed by the preset or the recipe"
+            ),
+            "command": run.command,
+        },
+    }
 
 
 def protocol(run: Run) -> dict[str, Any]:
     """What every figure of this run must be read with, apart from its threshold."""
     lists = run.recipe.data
-    section = run.recipe.classifier
-    settings = section.probe if run.training_method == "probe" else section.finetune
     return {
         "dataset": dataset_name(run),
         "split": lists.list_of("evaluate"),
         "labels": run.dataset.label_source,
         "classes": list(run.dataset.classes.names),
+        **(_protocol_of_maps(run) if run.given is None else {"given_maps": run.given.key}),
+        "crf": False,
+        "refine": _refinement(run),
+        "void": "255 and mask ids outside the classes are not counted",
+        "seed": run.recipe.run.seed,
+        "versions": versions(),
+    }
+
+
+def _protocol_of_maps(run: Run) -> dict[str, Any]:
+    lists, section = run.recipe.data, run.recipe.classifier
+    settings = section.probe if run.training_method == "probe" else section.finetune
+    return {
         "classifier": {
             "backbone": section.backbone,
             "output_stride": section.output_stride,
@@ -132,10 +185,6 @@ def protocol(run: Run) -> dict[str, Any]:
         "features": run.recipe.maps.features,
         "precision": run.recipe.maps.precision,
         "maps": run.recipe.maps.dtype,
-        "crf": False,
-        "void": "255 and mask ids outside the classes are not counted",
-        "seed": run.recipe.run.seed,
-        "versions": versions(),
     }
 
 
@@ -166,3 +215,12 @@ def _write_sheet(run: Run, path: Path) -> None:
 def dataset_name(run: Run) -> str:
     """What the data set is called in every figure's protocol."""
     return run.recipe.data.name or run.dataset.name
+
+
+def _refinement(run: Run) -> dict[str, Any] | None:
+    """How pseudo masks are made; without the settings of methods that are not used."""
+    section = run.recipe.refine
+    if section is None:
+        return None
+    used = {"method", section.method, *({"crf"} if section.method == "irn" else ())}
+    return section.model_dump(mode="json", include=used)

@@ -9,6 +9,7 @@ from lpcam.data.items import Item
 from lpcam.ledger import Stage
 from lpcam.stages.context import METHODS, Run
 from lpcam.stages.evaluate import IMAGE_SCORES, dataset_name, protocol
+from lpcam.stages.refine import BOUNDARIES, refine_section, refined
 from lpcam.storage import read_json, write_bytes
 from lpcam.version import versions
 
@@ -38,8 +39,8 @@ def write_report(run: Run) -> bool:
             "versions": versions(),
         },
     )
-    if run.stages["report"].done([path]):
-        return False
+    if run.stages["report"].done([path]) and run.only != "report":
+        return False  # unless it was asked for by name
     run.begin(run.stages["report"])
     if run.processes.first:
         write_bytes(path, _page(run).encode())
@@ -89,8 +90,20 @@ def _page(run: Run) -> str:
                 "stages": [{"name": name, **numbers} for name, numbers in use.items()],
                 "command": metrics["command"],
             },
+            _further(run),
         )
     )
+
+
+def _further(run: Run) -> Any:
+    from lpcam.report.images import Further  # noqa: PLC0415
+
+    masks, planes = {}, {}
+    for source, stage in refined(run).values():
+        masks[f"pseudo mask of {source.method}"] = stage.folder
+        if refine_section(run).method == "irn":
+            planes[f"boundaries learnt from {source.method}"] = stage.folder / BOUNDARIES
+    return Further(masks, planes)
 
 
 def _with_labels(items: list[Item]) -> list[Item]:

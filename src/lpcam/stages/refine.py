@@ -1,0 +1,430 @@
+"""From maps to pseudo masks: labels for IRN, its boundaries, the walk; or a CRF or PAMR alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcam.data.images import read_image
+from lpcam.data.items import IGNORE, Item, Skip
+from lpcam.errors import ArtefactError, DataError
+from lpcam.ledger import Stage
+from lpcam.masks import seeds, to_mask, write_mask, write_plane
+from lpcam.progress import progress
+from lpcam.recipe import RefineSection
+from lpcam.stages.context import GivenMaps, Run
+from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
+from lpcam.version import versions
+
+IR_LABELS = "ir-labels"
+IRN = "irn"
+PSEUDO = "pseudo"
+BOUNDARIES = "boundaries"
+"""IRN's boundary maps, in the folder of the pseudo masks."""
+MAPS = "maps"
+"""The refined maps, in the folder of the pseudo masks."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Maps that pseudo masks are made from, and the thresholds that fit them."""
+
+    method: str
+    folder: Path
+    key: str
+    """Of the stage that made the maps."""
+    seed_threshold: float
+    foreground_threshold: float
+    background_threshold: float
+    threshold: float
+    """Of IRN's pseudo masks."""
+
+    @property
+    def name(self) -> str:
+        """Of the method's folders."""
+        return self.method.lower().replace("-", "_")
+
+
+def refine_section(run: Run) -> RefineSection:
+    """The recipe's section; there is one where a stage of this module has anything to do."""
+    assert run.recipe.refine is not None
+    return run.recipe.refine
+
+
+GIVEN = "given"
+"""Name of maps that other programs made, in figures and folders."""
+
+
+def sources(run: Run) -> list[Source]:
+    """The maps that the recipe wants refined, or those of another program that were given."""
+    section, found = refine_section(run), []
+    if run.given is not None:
+        irn = section.irn
+        thresholds = (irn.foreground_threshold, irn.background_threshold, irn.threshold)
+        seed_threshold = run.recipe.fixed_threshold("LPCAM")
+        return [Source(GIVEN, run.given.folder, run.given.key, seed_threshold, *thresholds)]
+    for method in section.maps:
+        stage = run.stages_of_methods[method]
+        irn = section.irn
+        own = (
+            (irn.cam_foreground_threshold, irn.cam_background_threshold, irn.cam_threshold)
+            if method == "CAM"
+            else (irn.foreground_threshold, irn.background_threshold, irn.threshold)
+        )
+        fixed = run.recipe.fixed_threshold(method)
+        found.append(Source(method, stage.folder, stage.key, fixed, *own))
+    return found
+
+
+def take_maps(run: Run, folder: Path) -> None:
+    """Take the maps of another program instead of those of the run's own stages.
+
+    Images whose map file is missing, damaged or of another size are left out with the reason.
+
+    Args:
+        folder: with one map file (:func:`lpcam.storage.write_maps`) an image of the list for maps,
+            named by the image's id.
+
+    Raises:
+        DataError: if no image has maps.
+    """
+    count, kept, skipped, digests = len(run.dataset.classes), [], [], {}
+    for item in run.items("maps"):
+        path, record = map_path(folder, item.id), run.records[item.id]
+        try:
+            maps = read_maps(path)
+        except ArtefactError as error:
+            skipped.append(Skip(item.id, str(error)))
+            continue
+        size = (record["height"], record["width"])
+        if maps.high_res.shape[1:] != size:
+            found = " x ".join(str(side) for side in maps.high_res.shape[1:])
+            problem = f"has {found} pixels, but the image {size[0]} x {size[1]}; resize it"
+        elif maps.keys.size and maps.keys.max() >= count:
+            problem = f"has the class index {maps.keys.max()}; there are {count} classes"
+        else:
+            kept.append(item.id)
+            digests[item.id] = digest_file(path)
+            continue
+        skipped.append(Skip(item.id, f"the map {path} {problem}"))
+    if not kept:
+        raise DataError(
+            f"no image of the list {run.recipe.data.list_of('maps')!r} can be refined: "
+            f"{skipped[0].reason}"
+        )
+    run.dataset = run.dataset.without(skipped)
+    run.given = GivenMaps(folder, digest_json(digests))
+
+
+# -- Labels for IRN ----------------------------------------------------------------------------
+
+
+def write_ir_labels(run: Run) -> bool:
+    """Ternary labels of every image (specification of IRN, section 3)."""
+    if run.recipe.refine is None or run.recipe.refine.method != "irn":
+        return False
+    items, worked = run.items("maps"), False
+    for source in sources(run):
+        stage = run.stages[f"{IR_LABELS}/{source.name}"] = Stage(
+            run.folder / IR_LABELS / source.name,
+            {
+                "revision": 1,
+                "maps": source.key,
+                "thresholds": [source.foreground_threshold, source.background_threshold],
+                "crf": run.recipe.refine.crf.model_dump(mode="json", exclude={"preset"}),
+                "mask_ids": list(run.dataset.classes.mask_ids),
+                "images": run.digest(items),
+            },
+        )
+        paths = [label_path(stage.folder, item) for item in items]
+        if not stage.done(paths):
+            worked = True
+            run.begin(stage)
+            _label(run, source, stage, items)
+            run.finish(stage)
+    return worked
+
+
+def label_path(folder: Path, item: Item) -> Path:
+    """Where a stage keeps the mask of an image."""
+    return folder / f"{item.id}.png"
+
+
+def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> None:
+    from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
+    from lpcam.refine.ternary import crf_labels, ternary  # noqa: PLC0415
+
+    crf = DenseCrf(refine_section(run).crf)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path = label_path(stage.folder, item)
+        if path.is_file():
+            return
+        maps = read_maps(map_path(source.folder, item.id))
+        image = torch.from_numpy(read_image(item.image)).to(run.device)
+        planes = torch.from_numpy(maps.high_res).to(run.device)
+        thresholds = (source.foreground_threshold, source.background_threshold)
+        labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
+        unsure = labels == IGNORE
+        mask = to_mask(labels.masked_fill(unsure, 0), maps.keys, run.dataset.classes)
+        mask[unsure.numpy()] = IGNORE
+        write_mask(path, mask)
+
+    _each(run, f"IRN labels of {source.method}", items, make)
+
+
+def _each(run: Run, label: str, items: Sequence[Item], make: Any) -> None:
+    mine = run.sharing.mine(items)
+    with progress(label, len(mine)) as advance:
+        for _ in run.sharing.map(make, mine):
+            advance(1, "")
+
+
+# -- Training ----------------------------------------------------------------------------------
+
+
+def train_boundaries(run: Run) -> bool:
+    """IRN's boundary branch (and displacement, where wanted) of each source's labels."""
+    if run.recipe.refine is None or run.recipe.refine.method != "irn":
+        return False
+    items, worked = run.items("maps"), False
+    section, classifier = refine_section(run), run.recipe.classifier
+    weights = classifier.weights
+    if weights.endswith(".safetensors") and Path(weights).is_file():
+        weights = digest_file(Path(weights))
+    for source in sources(run):
+        labels = run.stages[f"{IR_LABELS}/{source.name}"]
+        stage = run.stages[f"{IRN}/{source.name}"] = Stage(
+            run.folder / IRN / source.name,
+            {
+                "revision": 1,
+                "labels": labels.key,
+                "backbone": classifier.model_dump(
+                    mode="json", exclude={"weights", "method", "probe", "finetune"}
+                ),
+                "weights": weights,
+                "settings": section.irn.model_dump(mode="json", include=TRAINING),
+                "seed": run.recipe.run.seed,
+            },
+        )
+        path = network_path(stage)
+        if stage.done([path]):
+            _remove_checkpoint(run, stage)
+            continue
+        worked = True
+        run.begin(stage)
+        history = _train(run, labels, stage, items)
+        output: dict[str, Any] = {}
+        if run.processes.first:
+            output = {"history": history, "digest": digest_file(path)}
+        run.finish(stage, **output)
+        _remove_checkpoint(run, stage)
+    return worked
+
+
+TRAINING = {
+    *("epochs", "batch_size", "learning_rate", "displacement_multiplier", "momentum"),
+    *("weight_decay", "power", "crop", "scale", "radius", "displacement"),
+}
+"""What of IRN's settings the network hangs on; the others are of its labels or of the walk."""
+
+
+def network_path(stage: Stage) -> Path:
+    """Where the trained network of a source is."""
+    return stage.folder / "irn.safetensors"
+
+
+def _remove_checkpoint(run: Run, stage: Stage) -> None:
+    if run.processes.first:
+        (stage.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list[dict[str, Any]]:
+    from lpcam.classifier import BackboneSpec  # noqa: PLC0415
+    from lpcam.refine.irn import build_irn, train_irn  # noqa: PLC0415
+
+    section, settings = run.recipe.classifier, refine_section(run).irn
+    network = build_irn(
+        BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated),
+        weights=section.weights,
+        mean=section.mean,
+        std=section.std,
+        displacement=settings.displacement,
+        seed=run.recipe.run.seed,
+    ).to(run.device)
+    history = train_irn(
+        network,
+        [(item, label_path(labels.folder, item)) for item in items if item.labels],
+        settings,
+        seed=run.recipe.run.seed,
+        folder=stage.folder,
+        workers=run.threads if run.device.type == "cuda" else 0,
+        processes=run.processes,
+    )
+    if run.processes.first:
+        network.save(network_path(stage), {"stage": stage.key, "versions": versions()})
+    return history
+
+
+# -- Pseudo masks ------------------------------------------------------------------------------
+
+
+def write_pseudo_masks(run: Run) -> bool:
+    """Refined maps and pseudo masks of every image, for the whole list that has maps."""
+    if run.recipe.refine is None:
+        return False
+    items, worked = run.items("maps"), False
+    for source in sources(run):
+        stage = run.stages[f"{PSEUDO}/{source.name}"] = Stage(
+            run.folder / PSEUDO / source.name, _pseudo_parts(run, source, items)
+        )
+        outputs = [label_path(stage.folder, item) for item in items]
+        outputs += [map_path(stage.folder / MAPS, item.id) for item in items]
+        if not stage.done(outputs):
+            worked = True
+            run.begin(stage)
+            _refine(run, source, stage, items)
+            run.finish(stage)
+    return worked
+
+
+def _pseudo_parts(run: Run, source: Source, items: Sequence[Item]) -> dict[str, Any]:
+    section = refine_section(run)
+    parts: dict[str, Any] = {
+        "revision": 1,
+        "method": section.method,
+        "maps": source.key,
+        "threshold": pseudo_threshold(section, source),
+        "mask_ids": list(run.dataset.classes.mask_ids),
+        "images": run.digest(items),
+    }
+    if section.method == "irn":
+        parts["network"] = run.stages[f"{IRN}/{source.name}"].output["digest"]
+        settings = section.irn.model_dump(mode="json")
+        walk = ("walk_radius", "beta", "exponent", "tolerance", "sharpness")
+        return parts | {name: settings[name] for name in walk}
+    own = section.crf if section.method == "crf" else section.pamr
+    parts["settings"] = own.model_dump(mode="json", exclude={"preset"})
+    return parts | {"seed_threshold": source.seed_threshold}
+
+
+def pseudo_threshold(section: RefineSection, source: Source) -> float:
+    """Of the refined maps: above it is foreground."""
+    if section.method == "irn":
+        return source.threshold
+    return DECIDED if section.method == "crf" else source.seed_threshold
+
+
+DECIDED = 0.5
+"""Where a class is likelier than the background: p / (p + p of the background) above it."""
+
+
+def _refine(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> None:
+    section = refine_section(run)
+    refine = {"irn": _walker, "crf": _crf, "pamr": _pamr}[section.method](run, source, stage)
+    threshold = pseudo_threshold(section, source)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path, refined = label_path(stage.folder, item), map_path(stage.folder / MAPS, item.id)
+        if path.is_file() and refined.is_file():
+            return
+        maps = read_maps(map_path(source.folder, item.id))
+        quarter, full = refine(item, maps)
+        write_maps(
+            refined,
+            MapFile(
+                maps.keys,
+                quarter.float().cpu().numpy(),
+                full.float().cpu().numpy(),
+                {"stage": stage.key},
+            ),
+            dtype=run.recipe.maps.dtype,
+        )
+        # From the file's own rounded values, so that masks and scores of the maps agree.
+        planes = torch.from_numpy(read_maps(refined).high_res)
+        write_mask(path, to_mask(seeds(planes, threshold), maps.keys, run.dataset.classes))
+
+    _each(run, f"pseudo masks of {source.method}", items, make)
+
+
+def _walker(run: Run, source: Source, stage: Stage) -> Any:
+    from lpcam.refine.irn import Irn, boundary_maps  # noqa: PLC0415
+    from lpcam.refine.walk import propagate, pseudo_maps  # noqa: PLC0415
+
+    settings = refine_section(run).irn
+    network = Irn.load(network_path(run.stages[f"{IRN}/{source.name}"])).to(run.device).folded()
+
+    def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+        image = read_image(item.image)
+        boundary = boundary_maps(network, image[None])[0]
+        write_plane(boundary_path(stage, item), boundary.cpu().numpy())
+        walked = propagate(torch.from_numpy(maps.cam).to(run.device), boundary, settings)
+        top = walked.max() if walked.numel() else walked.new_ones(())
+        quarter = walked / top if float(top) > 0 else walked
+        return quarter, pseudo_maps(walked, (image.shape[0], image.shape[1]))
+
+    return refine
+
+
+def boundary_path(stage: Stage, item: Item) -> Path:
+    """Where IRN's boundaries of an image are, 0 to 255, at a quarter of its size."""
+    return stage.folder / BOUNDARIES / f"{item.id}.png"
+
+
+def _crf(run: Run, source: Source, stage: Stage) -> Any:
+    from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
+
+    crf = DenseCrf(refine_section(run).crf)
+
+    def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+        planes = torch.from_numpy(maps.high_res).to(run.device)
+        if not len(planes):
+            return torch.from_numpy(maps.cam), planes
+        image = torch.from_numpy(read_image(item.image)).to(run.device)
+        hard = seeds(planes, source.seed_threshold)
+        marginals = crf.refine_labels(image, hard, len(planes) + 1)
+        full = marginals[1:] / (marginals[1:] + marginals[:1])
+        return _quarter(full, maps), full
+
+    return refine
+
+
+def _pamr(run: Run, source: Source, stage: Stage) -> Any:
+    from lpcam.refine.pamr import refine_maps  # noqa: PLC0415
+
+    settings = refine_section(run).pamr
+
+    def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+        planes = torch.from_numpy(maps.high_res).to(run.device)
+        if not len(planes):
+            return torch.from_numpy(maps.cam), planes
+        image = torch.from_numpy(read_image(item.image)).to(run.device)
+        full = refine_maps(image, planes, settings)
+        return _quarter(full, maps), full
+
+    return refine
+
+
+def _quarter(full: Tensor, maps: MapFile) -> Tensor:
+    size = maps.cam.shape[-2:]
+    return torch.nn.functional.interpolate(
+        full[None], size=size, mode="bilinear", align_corners=False
+    )[0]
+
+
+def refined(run: Run) -> Mapping[str, tuple[Source, Stage]]:
+    """The refined maps by the name of their method, such as "LPCAM + IRN"."""
+    if run.recipe.refine is None:
+        return {}
+    suffix = run.recipe.refine.method.upper()
+    return {
+        f"{source.method} + {suffix}": (source, run.stages[f"{PSEUDO}/{source.name}"])
+        for source in sources(run)
+    }
