@@ -13,6 +13,8 @@ from lpcam.version import __version__
 if TYPE_CHECKING:
     from lpcam import functional
     from lpcam.classifier import Classifier
+    from lpcam.explain.explainer import Explainer
+    from lpcam.explain.maps import ImageMaps
     from lpcam.extract import CAM, LPCAM
     from lpcam.presets import LpcamSettings
     from lpcam.prototypes import Prototypes
@@ -21,6 +23,8 @@ __all__ = [
     "CAM",
     "LPCAM",
     "Classifier",
+    "Explainer",
+    "ImageMaps",
     "LpcamSettings",
     "Prototypes",
     "__version__",
@@ -31,6 +35,8 @@ _HOMES = {
     "CAM": "lpcam.extract",
     "LPCAM": "lpcam.extract",
     "Classifier": "lpcam.classifier",
+    "Explainer": "lpcam.explain.explainer",
+    "ImageMaps": "lpcam.explain.maps",
     "LpcamSettings": "lpcam.presets",
     "Prototypes": "lpcam.prototypes",
 }

@@ -22,6 +22,9 @@ STAGE_HELP = {
     "prototypes": "... and cluster, score and select prototypes",
     "lpcam": "... and compute LPCAM-F and LPCAM maps",
     "seeds": "... and write seed masks",
+    "ir-labels": "... and clean them by a CRF into labels for IRN, where the recipe wants it",
+    "irn": "... and train IRN's boundaries on them",
+    "pseudo": "... and write pseudo masks",
     "evaluate": "... and score them where masks exist",
 }
 
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if getattr(options, name) is not None:
                     rest += [f"--run.{name}", getattr(options, name)]
             return _run(options.recipe, rest, until, given)
+        if options.command == "refine":
+            return _refine(options, rest, given)
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command == "demo":
@@ -89,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
     demo.add_argument("--threads", type=int, default=None, help="of the numerics")
+    refine = commands.add_parser(
+        "refine",
+        help="make pseudo masks of maps that another program made",
+        epilog=overrides,
+        allow_abbrev=False,
+    )
+    refine.add_argument("recipe", help="a recipe file, or the name of a bundled recipe")
+    refine.add_argument("maps", type=Path, help="folder of npz map files, one an image")
     report = commands.add_parser("report", help="make the report of a finished run again")
     report.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
     _explain_parser(commands.add_parser("explain", help="map and mask new images"))
@@ -172,12 +185,16 @@ def parse_overrides(rest: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _run(source: str, rest: Sequence[str], until: Any, given: Sequence[str]) -> int:
+def _recipe_comes_first(given: Sequence[str], source: str) -> None:
     if given[1] != source:  # of a value before the recipe argparse thinks it is the recipe
         raise RecipeError(
             f"the recipe comes first: lpcam {given[0]} RECIPE --section.key value; got "
             f"{given[1]!r} in its place"
         )
+
+
+def _run(source: str, rest: Sequence[str], until: Any, given: Sequence[str]) -> int:
+    _recipe_comes_first(given, source)
     from lpcam.recipe import load_recipe  # noqa: PLC0415 - after the arguments are known good
 
     recipe = load_recipe(source, parse_overrides(rest))
@@ -197,6 +214,25 @@ def _demo(options: argparse.Namespace, given: Sequence[str]) -> int:
     from lpcam.demo import demo  # noqa: PLC0415
 
     _report(demo(options.folder, options.threads, shlex.join(["lpcam", *given])))
+    return 0
+
+
+def _refine(options: argparse.Namespace, rest: Sequence[str], given: Sequence[str]) -> int:
+    _recipe_comes_first(given, options.recipe)
+    from lpcam.recipe import load_recipe  # noqa: PLC0415
+
+    pairs = parse_overrides(rest)
+    if "run.folder" not in dict(pairs):  # not that of the recipe's own maps
+        name = load_recipe(options.recipe, pairs).name
+        pairs.append(("run.folder", f"runs/{name}-refined"))
+    recipe = load_recipe(options.recipe, pairs)
+    from lpcam.pipeline import refine  # noqa: PLC0415
+    from lpcam.processes import is_first, leave  # noqa: PLC0415
+
+    result = refine(recipe, options.maps, command=shlex.join(["lpcam", *given]))
+    if is_first():
+        _report(result)
+    leave()
     return 0
 
 

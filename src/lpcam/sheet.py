@@ -56,9 +56,13 @@ def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:
     return chosen
 
 
-def sheet(rows: Sequence[SheetRow]) -> bytes:
-    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth."""
-    titles = ["image", "CAM", "LPCAM", "seed"]
+def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
+    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth.
+
+    Args:
+        mask_title: over the column of seeds.
+    """
+    titles = ["image", "CAM", "LPCAM", mask_title]
     if any(row.truth is not None for row in rows):
         titles.append("truth")
     sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)

@@ -5,6 +5,7 @@ Arrays are (height, width[, 3]) uint8. Nothing here changes Pillow's global sett
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -40,11 +41,22 @@ def read_image(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[n
         ImageError: naming the file and the reason, if it is missing, empty, truncated, damaged, no
             image, larger than ``maximum_pixels`` or of 32-bit values whose range is unknown.
     """
-    image = _load(path, maximum_pixels)
+    return _read_rgb(path, path, maximum_pixels)
+
+
+def decode_image(
+    data: bytes, name: str, *, maximum_pixels: int = MAXIMUM_PIXELS
+) -> NDArray[np.uint8]:
+    """The same of an image file's bytes, called ``name`` in messages."""
+    return _read_rgb(name, data, maximum_pixels)
+
+
+def _read_rgb(name: Path | str, source: Path | bytes, maximum_pixels: int) -> NDArray[np.uint8]:
+    image = _load(name, source, maximum_pixels)
     try:
-        return _to_rgb(image)
+        return to_rgb(image)
     except (ValueError, OSError) as error:
-        raise _unreadable(path, str(error)) from error
+        raise _unreadable(name, str(error)) from error
 
 
 def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
@@ -56,7 +68,7 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
         DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
             values above 255; the message says what to save instead.
     """
-    image = _load(path, maximum_pixels)
+    image = _load(path, path, maximum_pixels)
     problem = None
     if image.format == "JPEG":
         problem = "it is a JPEG, whose values are not exact"
@@ -98,26 +110,26 @@ def resize_long_side(image: NDArray[np.uint8], long_side: int) -> NDArray[np.uin
     return resize_image(image, scaled_size(height, width, long_side / max(height, width)))
 
 
-def _unreadable(path: Path, reason: str) -> ImageError:
-    return ImageError(f"cannot read image {path}: {reason}; replace the file or leave it out")
+def _unreadable(name: Path | str, reason: str) -> ImageError:
+    return ImageError(f"cannot read image {name}: {reason}; replace the file or leave it out")
 
 
-def _load(path: Path, maximum_pixels: int) -> Image.Image:
+def _load(name: Path | str, source: Path | bytes, maximum_pixels: int) -> Image.Image:
     """Decode a file fully and turn it upright; ImageError for everything that can go wrong."""
     try:
-        if path.stat().st_size == 0:
-            raise _unreadable(path, "the file is empty")
+        if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
+            raise _unreadable(name, "the file is empty")
         with warnings.catch_warnings():
             # maximum_pixels decides, not Pillow's lower bound
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         with opened as image:
             width, height = image.size
             if width < 1 or height < 1:
-                raise _unreadable(path, f"its size is {width} x {height} pixels")
+                raise _unreadable(name, f"its size is {width} x {height} pixels")
             if width * height > maximum_pixels:
                 raise _unreadable(
-                    path, f"{width} x {height} pixels are more than {maximum_pixels:,} allowed"
+                    name, f"{width} x {height} pixels are more than {maximum_pixels:,} allowed"
                 )
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
@@ -129,11 +141,11 @@ def _load(path: Path, maximum_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise _unreadable(path, "it is damaged or not an image") from error
+        raise _unreadable(name, "it is damaged or not an image") from error
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        raise _unreadable(name, error.strerror or str(error)) from error
     except Exception as error:  # decoders raise anything on damaged data
-        raise _unreadable(path, str(error) or type(error).__name__) from error
+        raise _unreadable(name, str(error) or type(error).__name__) from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -143,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Convert a decoded image to RGB; ValueError where the range of its values is unknown."""
     if image.mode == "F":
         raise ValueError("it has 32-bit float values of unknown range; save it with 8 or 16 bits")

@@ -116,8 +116,8 @@ def image_records(
             mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), dataset.classes)
             found["masks"][name] = encode_array(_thumbnail(mask.numpy(), (height, width)))
         for name, folder in further.planes.items():
-            plane = read_index_mask(folder / f"{item.id}.png")[None].astype(np.float32) / 255
-            found["extra"][name] = encode_unit(small_planes(plane)[0])
+            plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
+            found["extra"][name] = encode_unit(small_planes(plane[None])[0])
         return found
 
     records = []

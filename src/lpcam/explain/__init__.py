@@ -1,0 +1,1 @@
+"""What a classifier sees in new images: maps, overlays, masks and findings."""

@@ -1,0 +1,320 @@
+"""From an image to its maps: parity with a run and with the extractors, labels, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from explaining import tiny_run
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import BACKBONE, COLOURS, draw_image
+
+from lpcam import CAM, LPCAM
+from lpcam.classifier import BackboneSpec, Classifier, build
+from lpcam.data.images import decode_image
+from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.explain.explainer import Explainer
+from lpcam.models import timm_classifier
+from lpcam.presets import LpcamSettings
+from lpcam.prototypes import Prototypes
+from lpcam.recipe import MapsSection
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("explain"))
+
+
+@pytest.fixture(scope="module")
+def explainer(run: Path) -> Explainer:
+    return Explainer.from_run(run, device="cpu")
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return draw_image(["blue", "red"], (70, 90), np.random.default_rng(1))[0]
+
+
+def loaded(run: Path) -> tuple[Classifier, Prototypes]:
+    return (
+        Classifier.load(run / "classifier" / "classifier.safetensors"),
+        Prototypes.load(run / "prototypes" / "prototypes.safetensors"),
+    )
+
+
+# -- Maps ---------------------------------------------------------------------------------------
+
+
+def test_maps_are_those_of_the_extractors(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    settings = LpcamSettings.from_preset("voc12.official", scales=[1.0])
+    maps = Explainer(classifier, prototypes, settings)(image, labels=["red", "blue"])
+    tensor = classifier.preprocessing(image)[None]
+    lpcam = LPCAM(classifier, settings).load(run / "prototypes" / "prototypes.safetensors")
+    for found, extractor in ((maps.cam, CAM(classifier, settings)), (maps.lpcam, lpcam)):
+        expected = extractor(tensor)[0, [2, 0]].numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    logits = classifier(tensor)[0].sigmoid().detach()
+    assert maps.scores == pytest.approx((float(logits[2]), float(logits[0])), abs=1e-5)
+    assert maps.classes == ("red", "blue")
+    assert maps.mask_ids == (3, 1)
+
+
+def test_a_runs_own_image_gets_the_runs_own_maps(run: Path, explainer: Explainer) -> None:
+    """But for the run's rounding of features to half precision and of maps to 8 bits."""
+    from lpcam.pipeline import run as go_on  # noqa: PLC0415
+    from lpcam.recipe import load_recipe  # noqa: PLC0415
+    from lpcam.storage import read_maps  # noqa: PLC0415
+
+    recipe = load_recipe(run / "recipe.yaml")
+    go_on(recipe, until="lpcam")
+    kept = read_maps(run / "lpcam" / "i00.npz")
+    labels = [explainer.classes[key] for key in kept.keys]
+    maps = explainer(recipe.data.root / "images" / "i00.png", labels=labels)
+    np.testing.assert_allclose(maps.lpcam, kept.high_res, atol=0.01)
+    assert maps.name == "i00"
+    assert maps.made_by["run"] == "tiny"
+    assert maps.made_by["labels"] == "given"
+
+
+def test_labels_are_predicted_above_a_score(explainer: Explainer, image: np.ndarray) -> None:
+    ranking = explainer(image).ranking
+    assert sorted(name for name, _ in ranking) == sorted(COLOURS)
+    values = [score for _, score in ranking]
+    assert values == sorted(values, reverse=True)
+    between = (values[0] + values[1]) / 2
+    assert explainer(image, minimum_score=between).classes == (ranking[0][0],)
+    assert explainer(image, minimum_score=0).classes == tuple(name for name, _ in ranking)
+    none = explainer(image, minimum_score=values[0])
+    assert none.classes == ()
+    assert not none.mask().any()
+    assert f"no class scores above {values[0]:g}" in none.notes[0]
+    assert ranking[0][0] in none.notes[0]
+    one = explainer(image, minimum_score=values[0], at_least_one=True)
+    assert one.classes == (ranking[0][0],)
+    assert one.notes == ()
+    assert explainer.highest(image, 2).classes == tuple(name for name, _ in ranking[:2])
+
+
+def test_one_class_alone_is_mapped_as_among_others(
+    explainer: Explainer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = explainer(image, labels=list(COLOURS))
+    monkeypatch.setattr("lpcam.explain.explainer.CLASSES_TOGETHER", 1)
+    apart = explainer(image, labels=list(COLOURS))
+    np.testing.assert_allclose(whole.lpcam, apart.lpcam, atol=1e-6)
+    np.testing.assert_allclose(whole.cam, apart.cam, atol=1e-6)
+
+
+def test_threshold_is_the_recipes_unless_given(explainer: Explainer, image: np.ndarray) -> None:
+    settings = explainer.settings
+    maps = explainer(image)
+    assert (maps.threshold, maps.cam_threshold) == (settings.threshold, settings.cam_threshold)
+    assert explainer(image, threshold=0.9).threshold == 0.9
+
+
+def test_every_way_to_give_an_image(
+    explainer: Explainer, image: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    expected = explainer(image)
+    for source in (path, str(path), Image.fromarray(image)):
+        np.testing.assert_array_equal(explainer(source).lpcam, expected.lpcam)
+    turned = Image.fromarray(np.rot90(image).copy())
+    turned.getexif()[0x0112] = 6
+    np.testing.assert_array_equal(explainer(turned).image, image)
+    data = path.read_bytes()
+    np.testing.assert_array_equal(decode_image(data, "x", maximum_pixels=10_000), image)
+    with pytest.raises(ImageError, match=r"cannot read image x: 90 x 70 pixels are more than 100 "):
+        decode_image(data, "x", maximum_pixels=100)
+    with pytest.raises(ImageError, match="cannot read image x: the file is empty"):
+        decode_image(b"", "x", maximum_pixels=100)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 200), (16, 16)])
+def test_any_size(explainer: Explainer, size: tuple[int, int]) -> None:
+    maps = explainer(np.full((*size, 3), 90, np.uint8), labels=["blue"])
+    assert maps.mask().shape == size
+    assert np.isfinite(maps.lpcam).all()
+
+
+def test_large_images_are_mapped_smaller(explainer: Explainer) -> None:
+    assert explainer.maximum_side == 128
+    maps = explainer(np.zeros((100, 256, 3), np.uint8), labels=["blue"])
+    assert maps.lpcam.shape == (1, 50, 128)
+    assert maps.mask().shape == (100, 256)
+
+
+def test_images_are_scored_as_the_classifier_was_trained(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    explainer = Explainer.from_run(run, device="cpu")
+    assert explainer.score_side == 64  # of the recipe's probe
+    alone = Explainer(classifier, prototypes)(image).ranking
+    at_side = explainer(image).ranking
+    assert dict(alone) != pytest.approx(dict(at_side), abs=1e-4)
+    softmax = Explainer(classifier, prototypes, scoring="softmax")(image).ranking
+    assert sum(score for _, score in softmax) == pytest.approx(1)
+
+
+def test_a_class_without_prototypes_is_told(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    prototypes.foreground.keep[1] = False
+    maps = Explainer(classifier, prototypes)(image, labels=["green", "red"])
+    assert maps.notes == ("green has no prototypes, so its LPCAM is empty",)
+    assert not maps.lpcam[0].any()
+    assert maps.cam[0].any()
+
+
+def test_foreground_only_is_lpcam_f(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    only = Explainer(classifier, prototypes, foreground_only=True)
+    torch.testing.assert_close(only.vectors, prototypes.vectors(with_context=False))
+    assert only(image).made_by["method"] == "LPCAM-F"
+
+
+def test_the_classifier_is_left_as_it_was(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    before = classifier.fingerprint()
+    maps = Explainer(classifier, prototypes)(image)
+    assert classifier.fingerprint() == before
+    assert not torch.is_inference_mode_enabled()
+    maps.lpcam[:] = 0  # an ordinary array of the caller's own
+
+
+def test_more_classes_than_a_mask_can_hold(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    explainer = Explainer(classifier, prototypes)
+    explainer.classes = tuple(f"class {n}" for n in range(300))
+    assert explainer._values([7, 299]) == (1, 2)
+    with pytest.raises(DataError, match="255 classes are asked for, more than the 254 that a mask"):
+        explainer._values(range(255))
+
+
+# -- Refusals -----------------------------------------------------------------------------------
+
+
+def test_unknown_labels(explainer: Explainer, image: np.ndarray) -> None:
+    with pytest.raises(
+        DataError, match="unknown class 'gren'; the classifier's 3 classes are gree"
+    ):
+        explainer(image, labels=["red", "gren"])
+    assert explainer.indices(["red", "blue", "red"]) == [2, 0]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 5, 4), (0, 5, 3)])
+def test_arrays_that_are_no_image(explainer: Explainer, shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"image is uint8 .* expected uint8 \(H, W, 3\) RGB"):
+        explainer(np.zeros(shape, np.uint8))
+
+
+def test_pillow_images_of_unknown_range(explainer: Explainer) -> None:
+    with pytest.raises(ImageError, match="cannot use this Pillow image: it has 32-bit float"):
+        explainer(Image.fromarray(np.zeros((5, 5), np.float32)))
+
+
+def test_prototypes_of_another_classifier(run: Path, weights: Path) -> None:
+    _, prototypes = loaded(run)
+    other = build(BackboneSpec(BACKBONE, {}, 16), tuple(COLOURS), weights=weights)
+    with pytest.raises(PrototypeError, match="were made from the features of classifier"):
+        Explainer(other, prototypes)
+
+
+def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"is no run folder: it holds no recipe\.yaml; give"):
+        Explainer.from_run(tmp_path)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "prototypes" / "prototypes.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"has no prototypes yet .*run 'lpcam prototypes .*rec"):
+        Explainer.from_run(copy)
+    (copy / "classifier" / "classifier.safetensors").unlink()
+    with pytest.raises(ArtefactError, match="has no classifier yet"):
+        Explainer.from_run(copy)
+    with pytest.raises(DataError, match="the device 'abacus' cannot be used here"):
+        Explainer.from_run(run, device="abacus")
+
+
+def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
+    """From its data, from its seeds where the data are gone, else by the order of classes."""
+    import yaml  # noqa: PLC0415
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    assert Explainer.from_run(copy, device="cpu").mask_ids == (1, 2, 3)
+    recipe["data"]["root"] = str(tmp_path / "gone")
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert Explainer.from_run(copy, device="cpu").mask_ids is None
+    (copy / "seeds").mkdir(exist_ok=True)
+    (copy / "seeds" / "stage.json").write_text('{"parts": {"mask_ids": [9, 4, 2]}}')
+    assert Explainer.from_run(copy, device="cpu").mask_ids == (9, 4, 2)
+    recipe["data"].update(kind="voc", classes=["cow", "cat", "dog"])
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert Explainer.from_run(copy, device="cpu").mask_ids == (10, 8, 12)
+
+
+# -- Without a run ------------------------------------------------------------------------------
+
+
+def test_files_of_save(run: Path, image: np.ndarray, tmp_path: Path) -> None:
+    """A classifier's file with prototypes that know their settings, and with those that do not."""
+    classifier, _ = loaded(run)
+    settings = LpcamSettings.from_preset("small", clusters=2, scales=[0.5, 1.5], threshold=0.4)
+    lpcam = LPCAM(classifier, settings)
+    lpcam.fit([(classifier.preprocessing(image)[None], torch.ones(1, 3))])
+    lpcam.save(tmp_path / "p.safetensors")
+    model = run / "classifier" / "classifier.safetensors"
+    explainer = Explainer.from_files(model, tmp_path / "p.safetensors", device="cpu")
+    assert explainer.settings == settings
+    assert explainer.scoring == "sigmoid"
+    maps = explainer(image, labels=["blue"])  # no scale 1: a pass of its own for the scores
+    assert maps.threshold == 0.4
+    other = Explainer.from_files(
+        model, tmp_path / "p.safetensors", preset="frozen", scoring="softmax", device="cpu"
+    )
+    assert other.settings.preset == "frozen"
+    assert other.scoring == "softmax"
+    of_run = run / "prototypes" / "prototypes.safetensors"
+    assert Explainer.from_files(model, of_run).settings.preset == "voc12.official"
+    with pytest.raises(ArtefactError, match=r"cannot read .*none\.safetensors"):
+        Explainer.from_files(model, tmp_path / "none.safetensors")
+
+
+def test_a_timm_model_with_its_own_head(image: np.ndarray, tmp_path: Path) -> None:
+    import timm  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    model = timm.create_model(BACKBONE, zero_init_last=False)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    classifier = timm_classifier(BACKBONE, weights=tmp_path / "w.safetensors")
+    labels = torch.zeros(1, 1000)
+    labels[0, [3, 5]] = 1
+    lpcam = LPCAM(classifier, LpcamSettings.from_preset("small", clusters=2, scales=[1.0]))
+    lpcam.fit([(classifier.preprocessing(image)[None], labels)])
+    lpcam.save(tmp_path / "p.safetensors")
+    explainer = Explainer.from_files(
+        BACKBONE,
+        tmp_path / "p.safetensors",
+        weights=tmp_path / "w.safetensors",
+        device="cpu",
+    )
+    maps = explainer(image, at_least_one=True)
+    with torch.no_grad():
+        expected = model.eval()(classifier.preprocessing(image)[None])[0].softmax(0)
+    assert maps.scores[0] == pytest.approx(float(expected.max()), abs=1e-4)
+    assert maps.classes[0] == classifier.classes[int(expected.argmax())]
+    assert maps.mask_ids == (1,)
+    assert explainer(image, labels=[classifier.classes[3]]).lpcam.any()
+
+
+def test_maps_section_sets_precision_and_size(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    section = MapsSection(precision="bfloat16", maximum_side=40)
+    rough = Explainer(classifier, prototypes, maps=section)(image, labels=["red"])
+    assert max(rough.lpcam.shape) == 40
+    assert rough.made_by["precision"] == "bfloat16"

@@ -1,0 +1,25 @@
+"""A tiny finished run, and what explains images with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import draw_folder, recipe_values, write_weights
+
+from lpcam.explain.explainer import Explainer
+from lpcam.pipeline import run
+from lpcam.recipe import parse_recipe
+
+
+def tiny_run(folder: Path) -> Path:
+    """A run on coloured boxes that has reached its prototypes, in ``folder/run``."""
+    data = draw_folder(folder / "boxes")
+    weights = write_weights(folder / "tiny.safetensors")
+    values = recipe_values(data, folder / "run", weights)
+    run(parse_recipe(values, where="tiny"), until="prototypes")
+    return folder / "run"
+
+
+def tiny_explainer(folder: Path) -> Explainer:
+    """Of :func:`tiny_run`."""
+    return Explainer.from_run(tiny_run(folder), device="cpu")
