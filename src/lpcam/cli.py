@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LpcamError as error:
         print(f"lpcam: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of "| head": whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lpcam: stopped; the same command goes on from here", file=sys.stderr)
         return 130

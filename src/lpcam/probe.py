@@ -62,7 +62,8 @@ def fit_probe(
         logits = pooled[count:, 0] @ weight.T
         validation_map = mean_average_precision(logits, labels[count:])
     loss = float(F.multilabel_soft_margin_loss(pooled[:count, 0] @ weight.T, labels[:count]))
-    logger.info("linear probe: loss %.4f, validation mAP %s", loss, validation_map)
+    shown = "unknown" if validation_map is None else f"{validation_map:.3f}"
+    logger.info("linear probe: loss %.4f, validation mAP %s", loss, shown)
     if refit and validation:
         weight = fit_head(pooled, labels, settings, classifier.classes)
     with torch.no_grad():

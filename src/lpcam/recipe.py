@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -376,10 +377,26 @@ def describe_fields(
         if section is not None:
             rows += describe_fields(section, f"{key}.")
         else:
-            text = getattr(kind, "__name__", None) if not get_args(kind) else None
-            shown = (text or str(kind)).replace("typing.", "").replace("pathlib.", "")
-            rows.append((key, shown, " ".join((field.description or "").split())))
+            rows.append((key, _kind(kind), " ".join((field.description or "").split())))
     return rows
+
+
+def _kind(annotation: Any) -> str:
+    """A field's type in words that a YAML file knows."""
+    inner, origin = get_args(annotation), get_origin(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is Literal:
+        return " or ".join(str(value) for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(one) for one in inner)
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    if origin is dict:
+        return "mapping"
+    return "path" if annotation is Path else str(getattr(annotation, "__name__", annotation))
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
