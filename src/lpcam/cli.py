@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -17,6 +18,7 @@ from lpcam.version import __version__
 if TYPE_CHECKING:
     from lpcam.pipeline import RunResult
 
+GOES_ON = "; the same command goes on from here"
 STAGE_HELP = {
     "classify": "train the classifier (linear probe or fine-tuning)",
     "cam": "... and compute class activation maps",
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("lpcam: stopped; the same command goes on from here", file=sys.stderr)
+        goes_on = options.command in ("run", "demo", "refine", *STAGE_HELP)
+        print(f"lpcam: stopped{GOES_ON if goes_on else ''}", file=sys.stderr)
         return 130
 
 
@@ -108,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     refine.add_argument("maps", type=Path, help="folder of npz map files, one an image")
     report = commands.add_parser("report", help="make the report of a finished run again")
     report.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    report.add_argument("--device", help="that looks for the nearest patches (run.device)")
     _explain_parser(commands.add_parser("explain", help="map and mask new images"))
     serve = commands.add_parser("serve", help="a page on this machine to drop photographs on")
     serve.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
@@ -243,7 +247,7 @@ def _refine(options: argparse.Namespace, rest: Sequence[str], given: Sequence[st
 def _write_report(options: argparse.Namespace) -> int:
     from lpcam.pipeline import report  # noqa: PLC0415
 
-    print(f"report in {report(options.run)}")
+    print(f"report in {report(options.run, device=options.device)}")
     return 0
 
 
@@ -289,7 +293,8 @@ def _explain(options: argparse.Namespace, given: Sequence[str]) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from lpcam.serve import serve  # noqa: PLC0415
 
-    serve(options.run, port=options.port, threads=options.threads, device=options.device)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+        serve(options.run, port=options.port, threads=options.threads, device=options.device)
     return 0
 
 

@@ -166,12 +166,7 @@ def collect(
     """
     if not classes:
         return
-    grid = features.shape[-2:]
-    if split_map.shape[-2:] != grid:
-        options = {} if settings.split_resize == "nearest" else {"align_corners": False}
-        split_map = F.interpolate(
-            split_map[None], size=grid, mode=settings.split_resize, **options
-        )[0]
+    split_map = on_grid(split_map, features, settings)
     rows = features.flatten(1).T
     for row, index in enumerate(classes):
         foreground, context = split(
@@ -181,6 +176,15 @@ def collect(
             turn_name = f"{name}#{turn}" if turn else name
             reservoir.add(index, "foreground", rows, turn_name, where=foreground)
             reservoir.add(index, "context", rows, turn_name, where=context)
+
+
+def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Tensor:
+    """Maps (K, H, W) that split features (C, h, w), brought to their grid as the settings say."""
+    grid = features.shape[-2:]
+    if split_map.shape[-2:] == grid:
+        return split_map
+    options = {} if settings.split_resize == "nearest" else {"align_corners": False}
+    return F.interpolate(split_map[None], size=grid, mode=settings.split_resize, **options)[0]
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:

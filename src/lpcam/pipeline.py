@@ -21,7 +21,7 @@ from lpcam.processes import join
 from lpcam.recipe import Recipe, load_recipe
 from lpcam.resources import peak_memory, reset_peak_memory
 from lpcam.stages.classify import classify
-from lpcam.stages.context import STAGES, Run, StageName
+from lpcam.stages.context import REFINING, STAGES, Run, StageName
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
@@ -105,13 +105,17 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
         processes.wait()
         run = Run(recipe, command, "evaluate", processes, device)
         take_maps(run, maps)
-        result = _work(run, ("ir-labels", "irn", "pseudo", "evaluate"))
+        result = _work(run, (*REFINING, "evaluate"))
         processes.wait()
     return result
 
 
-def report(folder: Path) -> Path:
+def report(folder: Path, device: str | None = None) -> Path:
     """Make the report of a finished run again, from what is in its folder; returns its path.
+
+    Args:
+        device: instead of the recipe's, for the backbone's passes over the images that are searched
+            for patches.
 
     Raises:
         ArtefactError: if the folder holds no run, or one that is not up to date.
@@ -123,10 +127,11 @@ def report(folder: Path) -> Path:
             f"{folder} holds no run: there is no {path.name} in it; give the folder that 'lpcam "
             "run' wrote"
         )
-    recipe = load_recipe(path, [("run.folder", str(folder))])
-    processes, device = join(recipe.run.device)
+    changes = [("run.folder", str(folder))]
+    recipe = load_recipe(path, changes + ([] if device is None else [("run.device", device)]))
+    processes, own_device = join(recipe.run.device)
     with locked(recipe.folder):
-        result = _up_to(Run(recipe, "", "report", processes, device, only="report"))
+        result = _up_to(Run(recipe, "", "report", processes, own_device, only="report"))
     if result.report is None:
         raise ArtefactError(
             f"the recipe of {folder} wants no report (report.images is 0); run it with "
@@ -140,7 +145,7 @@ def _up_to(run: Run) -> RunResult:
 
 
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
-    left_out = () if run.recipe.refine is not None else ("ir-labels", "irn", "pseudo")
+    left_out = () if run.recipe.refine is not None else REFINING
     for name in stages:
         if name in left_out:
             continue

@@ -42,6 +42,9 @@ MAXIMUM_BYTES = 32 * 2**20
 """Of an upload."""
 MAXIMUM_PIXELS = 50_000_000
 """Of an uploaded image."""
+BODY_SECONDS = 60.0
+"""In which a photograph must have arrived."""
+
 MOST_WAITING = 4
 """Uploads that wait or are worked on; more are sent away."""
 MOST_CLASSES = 24
@@ -284,7 +287,10 @@ class _Desk:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
         self.inside += 1
         try:
-            data = await _body(request)
+            try:
+                data = await asyncio.wait_for(_body(request), BODY_SECONDS)
+            except TimeoutError:
+                raise RefusedError(408, "the photograph did not arrive in time") from None
 
             def numbered() -> T:
                 torch.set_num_threads(self.threads)  # each thread has a number of its own
@@ -335,7 +341,7 @@ def _decoded(data: bytes) -> NDArray[np.uint8]:
     )
     too_many = f"the image has more than {MAXIMUM_PIXELS // 10**6} million pixels"
     Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
+    formats = tuple(name for name in FORMATS if name in Image.OPEN)
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
@@ -346,7 +352,7 @@ def _decoded(data: bytes) -> NDArray[np.uint8]:
     if width * height > MAXIMUM_PIXELS:
         raise RefusedError(413, f"{too_many} ({width} x {height}); send a smaller one")
     try:
-        return decode_image(data, "the upload", maximum_pixels=MAXIMUM_PIXELS)
+        return decode_image(data, "the upload", maximum_pixels=MAXIMUM_PIXELS, formats=formats)
     except ImageError as error:
         raise RefusedError(415, str(error).removeprefix("cannot read image ")) from None
 

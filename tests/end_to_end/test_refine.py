@@ -18,6 +18,7 @@ from lpcam.cli import main
 from lpcam.data.images import read_index_mask
 from lpcam.errors import DataError, RecipeError
 from lpcam.pipeline import refine, run
+from lpcam.presets import IrnSettings
 from lpcam.recipe import parse_recipe
 from lpcam.storage import MapFile, map_path, read_maps, write_maps
 
@@ -104,8 +105,9 @@ def test_rows_of_both_stages(finished: Values) -> None:
             assert row["protocol"]["refine"]["irn"]["epochs"] == 1
             assert "pamr" not in row["protocol"]["refine"]
     fixed = {r["method"]: r for r in metrics["rows"] if r["threshold_source"] == "fixed"}
-    assert fixed["LPCAM + IRN"]["threshold"] == 0.35
-    assert fixed["CAM + IRN"]["threshold"] == 0.25
+    settings = IrnSettings.from_preset("default")
+    assert fixed["LPCAM + IRN"]["threshold"] == settings.threshold
+    assert fixed["CAM + IRN"]["threshold"] == settings.cam_threshold
     assert {k: len(v) for k, v in metrics["irn_history"].items()} == {"cam": 1, "lpcam": 1}
 
     # the row is that of the masks on disk
@@ -138,10 +140,10 @@ def test_a_second_run_makes_nothing(values: Values, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "remade"),
     [
-        ("threshold", 0.5, {"pseudo/lpcam"}),
-        ("cam_threshold", 0.5, {"pseudo/cam"}),
-        ("beta", 8.0, {"pseudo/cam", "pseudo/lpcam"}),
-        ("foreground_threshold", 0.6, {"ir-labels/lpcam", "irn/lpcam", "pseudo/lpcam"}),
+        ("threshold", 0.77, {"pseudo/lpcam"}),
+        ("cam_threshold", 0.77, {"pseudo/cam"}),
+        ("beta", 7.5, {"pseudo/cam", "pseudo/lpcam"}),
+        ("foreground_threshold", 0.77, {"ir-labels/lpcam", "irn/lpcam", "pseudo/lpcam"}),
         ("epochs", 2, {"irn/cam", "irn/lpcam", "pseudo/cam", "pseudo/lpcam"}),
     ],
 )
@@ -203,6 +205,26 @@ def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
     fixed = {r["method"]: r for r in rows if r["threshold_source"] == "fixed"}
     assert abs(fixed[name]["miou"] - fixed["LPCAM"]["miou"]) < 0.3
     assert read_index_mask(tmp_path / "run" / "pseudo" / "lpcam" / "i00.png").any()
+
+
+@pytest.mark.parametrize("method", ["irn", "crf", "pamr"])
+def test_large_images_are_refined_smaller(plain: Values, tmp_path: Path, method: str) -> None:
+    """As they are mapped; what comes out has the size of the image all the same."""
+    values = changed(
+        in_folder(plain, tmp_path / "run"),
+        maps={**plain["maps"], "maximum_side": 40},
+        refine={**IRN, "method": method, "maps": ["LPCAM"]},
+    )
+    go(values)
+    folder = tmp_path / "run"
+    for image in ids(values):
+        size = read_index_mask(Path(values["data"]["root"], "masks", f"{image}.png")).shape
+        assert max(size) > 40
+        assert read_index_mask(folder / "pseudo" / "lpcam" / f"{image}.png").shape == size
+        if method == "irn":
+            assert read_index_mask(folder / "ir-labels" / "lpcam" / f"{image}.png").shape == size
+    fixed = {r["method"]: r for r in go(values).rows if r["threshold_source"] == "fixed"}
+    assert abs(fixed[f"LPCAM + {method.upper()}"]["miou"] - fixed["LPCAM"]["miou"]) < 0.2
 
 
 # -- Maps of other programs ---------------------------------------------------------------------

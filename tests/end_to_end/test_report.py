@@ -114,9 +114,40 @@ def test_a_run_that_is_not_up_to_date_is_refused(values: Values, tmp_path: Path)
     (tmp_path / "run" / "lpcam" / "i03.npz").unlink()
     (tmp_path / "run" / "report.html").unlink()
     before = times(tmp_path / "run")
-    with pytest.raises(ArtefactError, match=r"lpcam is missing, unfinished or .*lpcam run .*yaml"):
+    with pytest.raises(ArtefactError, match=r"lpcam is missing, .*lpcam run .*yaml --run.folder"):
         report(tmp_path / "run")
     assert times(tmp_path / "run") == before
+
+
+def test_after_an_upgrade(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures keep the versions that made them, and a report can be made of them."""
+    folder = Path(values["run"]["folder"])
+    go(values)
+    before = (folder / "metrics.json").read_bytes()
+    monkeypatch.setattr("lpcam.version.__version__", "99.0")
+    report(folder)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_images(
+    values: Values, monkeypatch: pytest.MonkeyPatch, collected: list[Any]
+) -> None:
+    report(Path(values["run"]["folder"]))
+    whole = len(json.dumps(collected[0]["images"]))
+    monkeypatch.setattr("lpcam.report.collect.MOST_BYTES", whole // 2)
+    report(Path(values["run"]["folder"]))
+    whole_page, page = collected
+    assert (whole_page["limited"], page["limited"]) == (False, True)
+    assert 0 < len(page["images"]) <= len(whole_page["images"]) // 2
+    shown = {record["id"] for record in page["images"]}
+    assert whole_page["highlights"]["best"][0] in shown  # those go last
+    assert all(set(names) <= shown for names in page["highlights"].values())
+
+
+def test_figures_that_change_take_the_page_with_them(values: Values) -> None:
+    folder = Path(values["run"]["folder"])
+    go({**values, "seeds": {"threshold": 0.4}}, until="evaluate")
+    assert not (folder / "report.html").exists()
 
 
 def test_no_run_and_no_report_wanted(values: Values, tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from lpcam.report.meaning import (
     rule_of,
     shown_numbers,
 )
+from lpcam.storage import MapFile, map_path, write_maps
 
-SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False)
+SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False, split_maps="single_scale")
+CAMS = Path("cam")
 
 
 class Head:
@@ -72,11 +74,11 @@ def test_crop_is_square_and_stays_inside() -> None:
 @pytest.mark.parametrize(
     ("side", "score", "kept", "words"),
     [
-        ("foreground", 0.95, True, "score 0.95 > mu_f 0.9"),
-        ("foreground", 0.31, True, "best score of the class, 0.31; none is above mu_f 0.9"),
-        ("foreground", 0.31, False, "score 0.31 is not above mu_f 0.9"),
-        ("context", 0.2, True, "score 0.20 < mu_b 0.5 and above 0.05"),
-        ("context", 0.7, False, "score 0.70 is not below mu_b 0.5: it looks like the class"),
+        ("foreground", 0.95, True, "score 0.95 > μ_f 0.9"),
+        ("foreground", 0.31, True, "best score of the class, 0.31; none is above μ_f 0.9"),
+        ("foreground", 0.31, False, "score 0.31 is not above μ_f 0.9"),
+        ("context", 0.2, True, "score 0.20 < μ_b 0.5 and above 0.05"),
+        ("context", 0.7, False, "score 0.70 is not below μ_b 0.5: it looks like the class"),
         ("context", 0.01, False, "score 0.01 is not above 0.05: it looks like another class"),
     ],
 )
@@ -87,7 +89,7 @@ def test_rules_in_words(side: str, score: float, kept: bool, words: str) -> None
 
 def test_a_rule_without_a_lower_bound() -> None:
     settings = LpcamSettings.from_preset("frozen", mu_b=0.5, context_lower=None)
-    assert rule_of("context", 0.2, True, settings) == "score 0.20 < mu_b 0.5"
+    assert rule_of("context", 0.2, True, settings) == "score 0.20 < μ_b 0.5"
 
 
 def centers(sizes: Sequence[int], keep: Sequence[bool]) -> Centers:
@@ -145,7 +147,7 @@ def prototypes() -> Prototypes:
 
 
 def test_prototype_records(items: list[Item]) -> None:
-    cow, dog = prototype_records(Head(), prototypes(), items, pairs, SETTINGS, Shown(4, 3))
+    cow, dog = prototype_records(Head(), prototypes(), items, pairs, SETTINGS, Shown(4, 3), CAMS)
     assert [cow["class"], dog["class"]] == [0, 1]
     assert cow["example"]["id"] == "i0"  # of this class alone
     assert dog["example"]["id"] == "i1"
@@ -159,11 +161,29 @@ def test_prototype_records(items: list[Item]) -> None:
     # where CAM of cow is dark lies (0, 1) in both images
     assert [p["cosine"] for p in context["prototypes"][0]["patches"]] == [0.0, 0.0]
     assert front["prototypes"][0]["map"]["shape"] == [2, 2]
+    assert front["prototypes"][0]["range"] == [0.0, 1.0]
     assert [p["image"] for p in dog["sides"]["foreground"]["prototypes"][0]["patches"]] == ["i1"]
 
 
+def test_the_split_is_that_of_the_run(items: list[Item], tmp_path: Path) -> None:
+    """With multi_scale the maps on disk say where the foreground is; here it is the right half."""
+    settings = SETTINGS.model_copy(update={"split_maps": "multi_scale"})
+    for item in items:
+        high = np.zeros((len(item.labels), 40, 40), np.float32)
+        high[:, :, 20:] = 1
+        keys = np.array(item.labels, np.int64)
+        write_maps(
+            map_path(tmp_path, item.id), MapFile(keys, high[:, ::4, ::4], high), dtype="uint8"
+        )
+    cow, _ = prototype_records(Head(), prototypes(), items, pairs, settings, Shown(4, 3), tmp_path)
+    first = cow["sides"]["foreground"]["prototypes"][0]  # direction (1, 0): not on the right
+    assert [p["cosine"] for p in first["patches"]] == [0.0, 0.0]
+    first = cow["sides"]["context"]["prototypes"][0]
+    assert first["patches"][0]["cosine"] == 1.0
+
+
 def test_a_class_without_images(items: list[Item]) -> None:
-    _, dog = prototype_records(Head(), prototypes(), items[:1], pairs, SETTINGS, Shown(4, 3))
+    _, dog = prototype_records(Head(), prototypes(), items[:1], pairs, SETTINGS, Shown(4, 3), CAMS)
     assert dog["example"] is None
     first = dog["sides"]["foreground"]["prototypes"][0]
     assert (first["patches"], first["map"]) == ([], None)
@@ -177,7 +197,7 @@ def test_a_class_without_prototypes(items: list[Item]) -> None:
         torch.zeros(2, 2, dtype=torch.bool),
     )
     none = Prototypes(("cow", "dog"), empty, empty, "f", {})
-    cow, _ = prototype_records(Head(), none, items, pairs, SETTINGS, Shown(4, 3))
+    cow, _ = prototype_records(Head(), none, items, pairs, SETTINGS, Shown(4, 3), CAMS)
     assert cow["example"] is None
     assert cow["sides"]["foreground"] == {"total": 0, "kept": 0, "prototypes": []}
 

@@ -45,14 +45,28 @@ def read_image(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[n
 
 
 def decode_image(
-    data: bytes, name: str, *, maximum_pixels: int = MAXIMUM_PIXELS
+    data: bytes,
+    name: str,
+    *,
+    maximum_pixels: int = MAXIMUM_PIXELS,
+    formats: tuple[str, ...] | None = None,
 ) -> NDArray[np.uint8]:
-    """The same of an image file's bytes, called ``name`` in messages."""
-    return _read_rgb(name, data, maximum_pixels)
+    """The same of an image file's bytes.
+
+    Args:
+        name: of the image in messages.
+        formats: names of Pillow's readers that may look at them; None: all.
+    """
+    return _read_rgb(name, data, maximum_pixels, formats)
 
 
-def _read_rgb(name: Path | str, source: Path | bytes, maximum_pixels: int) -> NDArray[np.uint8]:
-    image = _load(name, source, maximum_pixels)
+def _read_rgb(
+    name: Path | str,
+    source: Path | bytes,
+    maximum_pixels: int,
+    formats: tuple[str, ...] | None = None,
+) -> NDArray[np.uint8]:
+    image = _load(name, source, maximum_pixels, formats)
     try:
         return to_rgb(image)
     except (ValueError, OSError) as error:
@@ -114,7 +128,12 @@ def _unreadable(name: Path | str, reason: str) -> ImageError:
     return ImageError(f"cannot read image {name}: {reason}; replace the file or leave it out")
 
 
-def _load(name: Path | str, source: Path | bytes, maximum_pixels: int) -> Image.Image:
+def _load(
+    name: Path | str,
+    source: Path | bytes,
+    maximum_pixels: int,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """Decode a file fully and turn it upright; ImageError for everything that can go wrong."""
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
@@ -122,7 +141,8 @@ def _load(name: Path | str, source: Path | bytes, maximum_pixels: int) -> Image.
         with warnings.catch_warnings():
             # maximum_pixels decides, not Pillow's lower bound
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            opened = Image.open(file, formats=formats)
         with opened as image:
             width, height = image.size
             if width < 1 or height < 1:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from pydantic import ValidationError
 from torch import Tensor
 
 from lpcam.classifier import PRETRAINED, Classifier
@@ -133,12 +134,13 @@ class Explainer:
         record = folder / "classifier" / "stage.json"
         parts = read_json(record).get("parts", {}) if record.is_file() else {}
         method = parts.get("method", recipe.classifier.method)
+        foreground_only = recipe.seeds.method == "LPCAM-F"
         return cls(
             classifier.to(_device(device)),
             Prototypes.load(paths["prototypes"], fingerprint=classifier.fingerprint()),
             recipe.lpcam.model_copy(
                 update={
-                    "threshold": recipe.fixed_threshold("LPCAM"),
+                    "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
                     "cam_threshold": recipe.fixed_threshold("CAM"),
                 }
             ),
@@ -150,7 +152,7 @@ class Explainer:
                 else recipe.classifier.probe.long_side
             ),
             maps=recipe.maps,
-            foreground_only=recipe.seeds.method == "LPCAM-F",
+            foreground_only=foreground_only,
             made_by={
                 "run": recipe.name,
                 "backbone": recipe.classifier.backbone,
@@ -195,7 +197,13 @@ class Explainer:
         loaded = Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint())
         kept = loaded.made_by.get("settings")
         if preset is None and isinstance(kept, Mapping):
-            settings = LpcamSettings.model_validate(dict(kept))
+            try:
+                settings = LpcamSettings.model_validate(dict(kept))
+            except ValidationError as error:
+                raise ArtefactError(
+                    f"the settings in {prototypes} are not those of this version "
+                    f"({error.error_count()} differ); name a preset, or fit the prototypes again"
+                ) from None
         else:
             settings = LpcamSettings.from_preset(preset or "voc12.official")
         return cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,15 @@ from lpcam.presets import LpcamSettings
 from lpcam.progress import progress
 from lpcam.prototypes import Prototypes
 from lpcam.recipe import Method, ReportSection
-from lpcam.report.images import Further, Scores, choose, highlights, image_records
+from lpcam.report.images import Further, Scores, choose, highlights, image_records, in_turn
 from lpcam.report.meaning import Pairs, Shown, confusion_records, prototype_records
 from lpcam.sheet import choose_rows
 from lpcam.version import __version__
 
 FORMAT = 1
 """Of the data that a page is made from."""
+MOST_BYTES = 12_000_000
+"""Of the viewer's images in a page, so that it stays below 15 MB with all the rest."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Figures:
     rows: Sequence[Mapping[str, Any]] = ()
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
+
+
+def _size(record: Mapping[str, Any]) -> int:
+    """Bytes of a record in the page."""
+    return len(json.dumps(record))
 
 
 def collect(
@@ -64,14 +72,21 @@ def collect(
         LpcamError: if an image or its maps cannot be read.
     """
     found = highlights(figures.scores) if figures.scores else {}
-    shown = choose(items, section.images, [name for names in found.values() for name in names])
-    ids = {item.id for item in shown}
+    wanted = in_turn(found.values())
+    shown = choose(items, section.images, wanted)
     palette = voc_palette()
     searched = [item for item, _ in choose_rows(shown, section.searched)]
     with progress("report: features", len(searched)) as advance:
         # The store keeps them: below they are asked for one by one, and on one thread.
         for _ in sharing.map(lambda item: list(pairs([item], (1.0,))), searched):
             advance(1, "")
+    records = image_records(shown, dataset, folders, figures.scores, sharing, further)
+    size = sum(map(_size, records))
+    if size > MOST_BYTES:
+        fewer = max(1, int(len(records) * MOST_BYTES / size))
+        kept = {item.id for item in choose(shown, fewer, wanted)}
+        records = [record for record in records if record["id"] in kept]
+    ids = {record["id"] for record in records}
     return {
         "format": FORMAT,
         "title": title,
@@ -84,7 +99,9 @@ def collect(
         ],
         "rows": list(figures.rows),
         "curves": {m: dict(curve) for m, curve in figures.curves.items() if m in folders},
-        "images": image_records(shown, dataset, folders, figures.scores, sharing, further),
+        "images": records,
+        "limited": size > MOST_BYTES,
+        "searched": len(searched),
         "images_total": len(items),
         "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
         "prototypes": {
@@ -103,6 +120,7 @@ def collect(
                 pairs,
                 settings,
                 Shown(section.prototypes, section.patches),
+                folders["CAM"],
             ),
         },
         "confusions": confusion_records(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,17 @@ def highlights(scores: Scores) -> dict[str, list[str]]:
 
 
 def choose(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Item]:
-    """At most ``count`` images in list order: those wanted, and an even choice of the others."""
-    first = set(wanted)
-    picked = {item.id for item in items if item.id in first}
-    others = [item.id for item in items if item.id not in first]
+    """At most ``count`` images in list order: those wanted first, then an even choice."""
+    picked = set(list(dict.fromkeys(wanted))[:count])
+    others = [item.id for item in items if item.id not in picked]
     room = max(0, min(count - len(picked), len(others)))
     picked |= {others[place * len(others) // room] for place in range(room)}
-    return [item for item in items if item.id in picked][:count]
+    return [item for item in items if item.id in picked]
+
+
+def in_turn(lists: Iterable[Sequence[str]]) -> list[str]:
+    """The first of each list, then the second of each, and so on."""
+    return [name for turn in zip_longest(*lists) for name in turn if name is not None]
 
 
 def image_records(

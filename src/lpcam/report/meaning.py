@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor
 from lpcam.classifier import Classifier
 from lpcam.data.images import read_image
 from lpcam.data.items import Item
-from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, single_scale_cam
-from lpcam.functional import FusedMaps
+from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, on_grid, single_scale_cam
+from lpcam.functional import FusedMaps, normalize
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import SIDES, Centers, Prototypes, SideName, split
 from lpcam.report.encode import encode_picture, encode_unit, fit
 from lpcam.report.images import PICTURE, small_planes
+from lpcam.storage import map_path, read_maps
 
 PATCH = 64
 """Side of a patch in the page, in pixels."""
@@ -92,16 +94,16 @@ def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -
     """Why a centre is a prototype or not, in words."""
     if side == "foreground":
         if kept and score > settings.mu_f:
-            return f"score {score:.2f} > mu_f {settings.mu_f:g}"
+            return f"score {score:.2f} > μ_f {settings.mu_f:g}"
         if kept:
-            return f"best score of the class, {score:.2f}; none is above mu_f {settings.mu_f:g}"
-        return f"score {score:.2f} is not above mu_f {settings.mu_f:g}"
+            return f"best score of the class, {score:.2f}; none is above μ_f {settings.mu_f:g}"
+        return f"score {score:.2f} is not above μ_f {settings.mu_f:g}"
     lower = settings.context_lower
     if kept:
-        between = f"score {score:.2f} < mu_b {settings.mu_b:g}"
+        between = f"score {score:.2f} < μ_b {settings.mu_b:g}"
         return between if lower is None else f"{between} and above {lower:g}"
     if score >= settings.mu_b:
-        return f"score {score:.2f} is not below mu_b {settings.mu_b:g}: it looks like the class"
+        return f"score {score:.2f} is not below μ_b {settings.mu_b:g}: it looks like the class"
     return f"score {score:.2g} is not above {lower}: it looks like another class"
 
 
@@ -138,10 +140,14 @@ def prototype_records(
     pairs: Pairs,
     settings: LpcamSettings,
     shown: Shown,
+    cams: Path,
 ) -> list[dict[str, Any]]:
     """For each class its prototypes, with the nearest patches of ``items`` and a map of each.
 
     Foreground prototypes look at the foreground of their class (equation 2), context at the rest.
+
+    Args:
+        cams: folder of the CAM maps, which split the images where the settings say so.
     """
     shown = shown.within_bounds(len(prototypes.classes))
     records = []
@@ -156,11 +162,27 @@ def prototype_records(
         )
         places: list[list[Place]] = [[] for _ in range(len(centers))]
         maps: list[Any] = [None] * len(centers)
+        ranges: list[Any] = [None] * len(centers)
         example = None
         if own and len(centers):
             weight = classifier.weight[[index]]
             sides_of = [side for side in SIDES for _ in numbers[side]]
-            grids = (_split_features(pairs, item, weight, sides_of, settings) for item in own)
+
+            def look(
+                item: Item, weight: Tensor = weight, index: int = index, sides: Any = sides_of
+            ) -> tuple[str, Tensor, Tensor]:
+                features = _features(pairs, item)
+                if settings.split_maps == "multi_scale":
+                    found = read_maps(map_path(cams, item.id))
+                    plane = found.high_res[found.keys.tolist().index(index)]
+                    cam = on_grid(torch.from_numpy(plane)[None], features, settings)[0]
+                else:
+                    cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
+                parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
+                own_side = dict(zip(SIDES, parts, strict=True))
+                return item.id, features, torch.stack([own_side[side] for side in sides]).cpu()
+
+            grids = (look(item) for item in own)
             places = nearest_places(grids, centers, shown.patches)
             chosen = _example(own, places, len(numbers["foreground"]))
             picture = fit(read_image(chosen.image), PICTURE)
@@ -172,7 +194,10 @@ def prototype_records(
             }
             grid = F.normalize(_features(pairs, chosen).to(centers), dim=0)
             cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
-            maps = [encode_unit(one.cpu().numpy()) for one in cosines]
+            low, high = (edge.tolist() for edge in cosines.flatten(1).aminmax(dim=1))
+            ranges = [[round(a, 4), round(b, 4)] for a, b in zip(low, high, strict=True)]
+            # Of the range of each, for between the least and the largest lies little.
+            maps = [encode_unit(one.cpu().numpy()) for one in normalize(cosines, "minmax")]
         pictures = _patches(own, places)
         sides = {}
         start = 0
@@ -198,6 +223,7 @@ def prototype_records(
                             for place in places[row]
                         ],
                         "map": maps[row],
+                        "range": ranges[row],
                     }
                 )
             start += len(rows)
@@ -213,18 +239,6 @@ def prototype_records(
 def _features(pairs: Pairs, item: Item) -> Tensor:
     (pair,) = pairs([item], (1.0,))
     return pair.features[0]
-
-
-def _split_features(
-    pairs: Pairs, item: Item, weight: Tensor, sides: Sequence[SideName], settings: LpcamSettings
-) -> tuple[str, Tensor, Tensor]:
-    """Name and features of an image, and for each centre the locations of its side."""
-    features = _features(pairs, item)
-    cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
-    found = dict(
-        zip(SIDES, split(cam, settings.tau, inclusive=settings.tau_inclusive), strict=True)
-    )
-    return item.id, features, torch.stack([found[side] for side in sides]).cpu()
 
 
 def _example(items: Sequence[Item], places: Sequence[Sequence[Place]], foreground: int) -> Item:

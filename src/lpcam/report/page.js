@@ -539,7 +539,7 @@
         make("h3", {}, isolated(name(entry.present)), " or ", isolated(name(entry.lookalike)), "?"),
         make("small", {}, isolated(entry.id)));
       const scores = make("div", { className: "scores" }, ...pair.map((index, n) => make("p", {},
-        make("strong", {}, isolated(name(index))), n ? "not in the image, " : "in the image, ",
+        make("strong", {}, isolated(name(index))), n ? "not a label of the image, " : "a label of the image, ",
         `score ${percent(entry.scores[n])}`)));
       const maps = [];
       for (const method of data.methods.filter((one) => entry.maps[one])) {

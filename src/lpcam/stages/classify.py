@@ -49,6 +49,7 @@ def classify(run: Run) -> bool:
         if run.processes.first:
             remove_leftovers(path.parent)  # of a run that was stopped at its very end
         return False
+    run.refuse(run.stages["classify"])
     from lpcam.classifier import BackboneSpec, build  # noqa: PLC0415 - timm is slow to import
 
     classifier = build(

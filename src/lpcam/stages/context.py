@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ STAGES: tuple[StageName, ...] = (
     "evaluate",
     "report",
 )
+REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "pseudo")
+"""Stages of recipes with a section refine alone."""
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 FEATURE_KEYS = ("features", "precision", "maximum_side")
 """What of the recipe's maps section changes the features."""
@@ -143,9 +146,10 @@ class Run:
         self.stages: dict[str, Stage] = {}
         self.given: GivenMaps | None = None
         self.rows: list[dict[str, Any]] = []
-        resolved = yaml.safe_dump(
-            recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True
-        ).encode()
+        values = recipe.model_dump(mode="json", by_alias=True)
+        # What "auto" has come to: on another machine it may be something else.
+        values["classifier"]["method"] = self.training_method
+        resolved = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
         unchanged = path.is_file() and path.read_bytes() == resolved
         if processes.first and only is None and not unchanged:
             write_bytes(path, resolved)
@@ -164,18 +168,27 @@ class Run:
         Raises:
             ArtefactError: if only another stage may have anything to do.
         """
-        for stage in stages:
-            if self.only is not None and stage is not self.stages.get(self.only):
-                raise ArtefactError(
-                    f"{stage.folder} is missing, unfinished or not of the present data, weights "
-                    f"and recipe; bring the run up to date first: lpcam run "
-                    f"{self.folder / 'recipe.yaml'}"
-                )
+        self.refuse(*stages)
         self.processes.wait()
         if self.processes.first:
             for stage in stages:
                 stage.begin()
         self.processes.wait()
+
+    def refuse(self, *stages: Stage) -> None:
+        """Stop where a stage has something to do and only another may.
+
+        Raises:
+            ArtefactError: saying how to bring the run up to date.
+        """
+        for stage in stages:
+            if self.only is not None and stage is not self.stages.get(self.only):
+                raise ArtefactError(
+                    f"{stage.folder} is missing, unfinished or not of the present data, weights "
+                    "and recipe; bring the run up to date first: lpcam run "
+                    f"{shlex.quote(str(self.folder / 'recipe.yaml'))} --run.folder "
+                    f"{shlex.quote(str(self.folder))}"
+                )
 
     def finish(self, *stages: Stage, **output: Any) -> None:
         """Record the end of stages, when every process has done its share."""

@@ -26,6 +26,8 @@ from lpcam.version import versions
 if TYPE_CHECKING:
     from lpcam.evaluation import Evaluation
 
+REPORT = "report.html"
+"""Of a run, in its folder; stale as soon as the figures change."""
 IMAGE_SCORES = "images.json"
 """Each image's mean IoU by method, in the stage's folder."""
 
@@ -74,7 +76,8 @@ def evaluate(run: Run) -> bool:
             "part_names": dict(run.dataset.part_names),
             "skipped": [skip.id for skip in run.dataset.skipped],
             "sheet": run.recipe.sheet.model_dump(mode="json"),
-            "protocol": protocol(run),
+            # A figure keeps the versions that made it; others do not make it worthless.
+            "protocol": {k: v for k, v in protocol(run).items() if k != "versions"},
         },
     )
     metrics, sheet = run.folder / "metrics.json", run.folder / "sheet.png"
@@ -103,10 +106,12 @@ def evaluate(run: Run) -> bool:
                     for name, output in outcome.items()
                     if name.startswith(f"{IRN}/")
                 },
+                "protocol": protocol(run),
                 "command": run.command,
             },
         )
-        sheet.unlink(missing_ok=True)
+        for page in (sheet, run.folder / REPORT):
+            page.unlink(missing_ok=True)  # they show what was
         if draws:
             _write_sheet(run, sheet)
     run.finish(run.stages["evaluate"])
@@ -132,6 +137,7 @@ def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, A
         **row,
         "protocol": {
             **shared,
+            "crf": _crf_in(run, method),
             "threshold": row["threshold"],
             "threshold_source": (
                 "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
@@ -143,6 +149,16 @@ def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, A
     }
 
 
+def _crf_in(run: Run, method: Scored) -> bool | str:
+    """Where a dense CRF had a hand in a figure."""
+    if method.stage == "seed":
+        return False
+    refinement = refine_section(run).method
+    if refinement == "pamr":
+        return False
+    return "on the seeds" if refinement == "crf" else "on the labels that IRN learns from"
+
+
 def protocol(run: Run) -> dict[str, Any]:
     """What every figure of this run must be read with, apart from its threshold."""
     lists = run.recipe.data
@@ -152,7 +168,6 @@ def protocol(run: Run) -> dict[str, Any]:
         "labels": run.dataset.label_source,
         "classes": list(run.dataset.classes.names),
         **(_protocol_of_maps(run) if run.given is None else {"given_maps": run.given.key}),
-        "crf": False,
         "refine": _refinement(run),
         "void": "255 and mask ids outside the classes are not counted",
         "seed": run.recipe.run.seed,

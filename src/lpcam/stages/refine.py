@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.data.images import read_image
+from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import IGNORE, Item, Skip
 from lpcam.errors import ArtefactError, DataError
 from lpcam.ledger import Stage
@@ -138,6 +139,7 @@ def write_ir_labels(run: Run) -> bool:
                 "thresholds": [source.foreground_threshold, source.background_threshold],
                 "crf": run.recipe.refine.crf.model_dump(mode="json", exclude={"preset"}),
                 "mask_ids": list(run.dataset.classes.mask_ids),
+                "maximum_side": run.recipe.maps.maximum_side,
                 "images": run.digest(items),
             },
         )
@@ -167,16 +169,43 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
         if path.is_file():
             return
         maps = read_maps(map_path(source.folder, item.id))
-        image = torch.from_numpy(read_image(item.image)).to(run.device)
-        planes = torch.from_numpy(maps.high_res).to(run.device)
+        image, planes = _refined_at(run, item, maps)
         thresholds = (source.foreground_threshold, source.background_threshold)
         labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
+        labels = _enlarged(labels, maps.high_res.shape[-2:])
         unsure = labels == IGNORE
         mask = to_mask(labels.masked_fill(unsure, 0), maps.keys, run.dataset.classes)
         mask[unsure.numpy()] = IGNORE
         write_mask(path, mask)
 
     _each(run, f"IRN labels of {source.method}", items, make)
+
+
+def _refined_at(run: Run, item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+    """Image (H, W, 3) and maps (K, H, W) at the size of refinement, on the run's device.
+
+    That is the image's own, or that at which it was mapped where ``maps.maximum_side`` says so: a
+    dense CRF of an image of 4,000 pixels a side would take 7 GB.
+    """
+    image = limit_long_side(read_image(item.image), run.recipe.maps.maximum_side)
+    planes = _resized(torch.from_numpy(maps.high_res), image.shape[:2])
+    return torch.from_numpy(image).to(run.device), planes.to(run.device)
+
+
+def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (K, H, W) at another size (bilinear)."""
+    if tuple(planes.shape[-2:]) == tuple(size) or not len(planes):
+        return planes if len(planes) else planes.new_zeros(0, *size)
+    return F.interpolate(planes[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def _enlarged(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (H, W) at another size (nearest)."""
+    if tuple(labels.shape) == tuple(size):
+        return labels
+    return F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")[
+        0, 0
+    ].long()
 
 
 def _each(run: Run, label: str, items: Sequence[Item], make: Any) -> None:
@@ -302,6 +331,8 @@ def _pseudo_parts(run: Run, source: Source, items: Sequence[Item]) -> dict[str, 
         "maps": source.key,
         "threshold": pseudo_threshold(section, source),
         "mask_ids": list(run.dataset.classes.mask_ids),
+        "maximum_side": run.recipe.maps.maximum_side,
+        "dtype": run.recipe.maps.dtype,
         "images": run.digest(items),
     }
     if section.method == "irn":
@@ -341,8 +372,8 @@ def _refine(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> No
             refined,
             MapFile(
                 maps.keys,
-                quarter.float().cpu().numpy(),
-                full.float().cpu().numpy(),
+                _resized(quarter, maps.cam.shape[-2:]).float().cpu().numpy(),
+                _resized(full, maps.high_res.shape[-2:]).float().cpu().numpy(),
                 {"stage": stage.key},
             ),
             dtype=run.recipe.maps.dtype,
@@ -362,13 +393,14 @@ def _walker(run: Run, source: Source, stage: Stage) -> Any:
     network = Irn.load(network_path(run.stages[f"{IRN}/{source.name}"])).to(run.device).folded()
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        image = read_image(item.image)
+        image = limit_long_side(read_image(item.image), run.recipe.maps.maximum_side)
         boundary = boundary_maps(network, image[None])[0]
         write_plane(boundary_path(stage, item), boundary.cpu().numpy())
-        walked = propagate(torch.from_numpy(maps.cam).to(run.device), boundary, settings)
+        sources = _resized(torch.from_numpy(maps.cam), boundary.shape).to(run.device)
+        walked = propagate(sources, boundary, settings)
+        full = pseudo_maps(walked, (image.shape[0], image.shape[1]))
         top = walked.max() if walked.numel() else walked.new_ones(())
-        quarter = walked / top if float(top) > 0 else walked
-        return quarter, pseudo_maps(walked, (image.shape[0], image.shape[1]))
+        return walked / top if float(top) > 0 else walked, full
 
     return refine
 
@@ -384,39 +416,30 @@ def _crf(run: Run, source: Source, stage: Stage) -> Any:
     crf = DenseCrf(refine_section(run).crf)
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        planes = torch.from_numpy(maps.high_res).to(run.device)
+        image, planes = _refined_at(run, item, maps)
         if not len(planes):
-            return torch.from_numpy(maps.cam), planes
-        image = torch.from_numpy(read_image(item.image)).to(run.device)
+            return planes, planes
         hard = seeds(planes, source.seed_threshold)
         marginals = crf.refine_labels(image, hard, len(planes) + 1)
         full = marginals[1:] / (marginals[1:] + marginals[:1])
-        return _quarter(full, maps), full
+        return full, full
 
     return refine
 
 
 def _pamr(run: Run, source: Source, stage: Stage) -> Any:
-    from lpcam.refine.pamr import refine_maps  # noqa: PLC0415
+    from lpcam.refine.pamr import pamr  # noqa: PLC0415
 
     settings = refine_section(run).pamr
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        planes = torch.from_numpy(maps.high_res).to(run.device)
+        image, planes = _refined_at(run, item, maps)
         if not len(planes):
-            return torch.from_numpy(maps.cam), planes
-        image = torch.from_numpy(read_image(item.image)).to(run.device)
-        full = refine_maps(image, planes, settings)
-        return _quarter(full, maps), full
+            return planes, planes
+        full = pamr(image, planes, settings)
+        return full, full
 
     return refine
-
-
-def _quarter(full: Tensor, maps: MapFile) -> Tensor:
-    size = maps.cam.shape[-2:]
-    return torch.nn.functional.interpolate(
-        full[None], size=size, mode="bilinear", align_corners=False
-    )[0]
 
 
 def refined(run: Run) -> Mapping[str, tuple[Source, Stage]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import METHODS, Run
-from lpcam.stages.evaluate import IMAGE_SCORES, dataset_name, protocol
+from lpcam.stages.context import METHODS, REFINING, STAGES, Run
+from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
 from lpcam.stages.refine import BOUNDARIES, refine_section, refined
 from lpcam.storage import read_json, write_bytes
 from lpcam.version import versions
@@ -16,7 +16,7 @@ from lpcam.version import versions
 
 def report_path(folder: Path) -> Path:
     """Where a run's report is."""
-    return folder / "report.html"
+    return folder / REPORT
 
 
 def write_report(run: Run) -> bool:
@@ -63,6 +63,7 @@ def _page(run: Run) -> str:
             metrics["curves"],
             {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
         )
+    own = {*STAGES} if run.recipe.refine is not None else {*STAGES} - {*REFINING}
     use_path = run.folder / "use.json"
     use: dict[str, Any] = read_json(use_path) if use_path.is_file() else {}
     return render(
@@ -82,12 +83,14 @@ def _page(run: Run) -> str:
             run.recipe.report,
             run.sharing,
             {
-                "protocol": protocol(run),
+                "protocol": {"crf": False, **metrics["protocol"]},
                 "skipped": metrics["skipped"],
                 "notices": list(run.dataset.notices),
                 "events": metrics["prototype_events"],
                 "history": metrics["classifier_history"],
-                "stages": [{"name": name, **numbers} for name, numbers in use.items()],
+                "stages": [
+                    {"name": name, **use[name]} for name in STAGES if name in use and name in own
+                ],
                 "command": metrics["command"],
             },
             _further(run),

@@ -1,0 +1,63 @@
+"""Labels that IRN learns from: sure foreground, sure background, and what lies between them.
+
+Specification of IRN, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lpcam.data.items import IGNORE
+from lpcam.errors import DataError
+from lpcam.masks import seeds
+from lpcam.refine.crf import DenseCrf
+
+
+def crf_labels(
+    crf: DenseCrf, image: Tensor, maps: Tensor, thresholds: Sequence[float]
+) -> list[Tensor]:
+    """Seeds at each threshold, cleaned by the CRF, which sees hard labels and not the maps.
+
+    Args:
+        crf: with the parameters of the method.
+        image: (H, W, 3) uint8 RGB.
+        maps: (K, H, W) in [0, 1] of the image's own classes.
+
+    Returns:
+        for each threshold int64 (H, W): 0 for background, k + 1 for the k-th class. Without a
+        class all are background, for a CRF of one label is undefined.
+
+    Raises:
+        DataError: if sizes differ or maps are not finite, or as :class:`DenseCrf`.
+    """
+    if maps.ndim != 3 or maps.shape[-2:] != image.shape[:2]:
+        raise DataError(
+            f"maps {tuple(maps.shape)} and image {tuple(image.shape)} differ in size; resize the "
+            "maps to the image"
+        )
+    if not bool(torch.isfinite(maps).all()):
+        raise DataError("the maps hold NaN or Inf; make them again")
+    hard = [seeds(maps, threshold) for threshold in thresholds]
+    if not len(maps):
+        return hard
+    return [crf.refine_labels(image, one, len(maps) + 1).argmax(0) for one in hard]
+
+
+def ternary(foreground: Tensor, background: Tensor) -> Tensor:
+    """Join the labels of a high and a low threshold.
+
+    A pixel has the class that the high threshold gives it; it is background where both say so, and
+    ignored (255) where they disagree.
+
+    Args:
+        foreground: int (H, W), of the high threshold.
+        background: int (H, W), of the low one.
+
+    Returns:
+        int64 (H, W).
+    """
+    unsure = (foreground == 0) & (background != 0)
+    return torch.where(unsure, IGNORE, foreground).to(torch.int64)

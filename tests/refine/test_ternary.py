@@ -1,0 +1,65 @@
+"""Labels for IRN by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lpcam.errors import DataError
+from lpcam.presets import CrfSettings
+from lpcam.refine.crf import DenseCrf
+from lpcam.refine.ternary import crf_labels, ternary
+
+IRN = DenseCrf(CrfSettings.from_preset("irn"))
+
+
+def test_ternary_by_hand() -> None:
+    foreground = torch.tensor([[0, 1, 2, 0, 1]])
+    background = torch.tensor([[0, 1, 1, 2, 0]])
+    # where the high threshold has a class it stays, whatever the low one says
+    assert ternary(foreground, background).tolist() == [[0, 1, 2, 255, 1]]
+
+
+def test_without_a_class_all_is_background() -> None:
+    image = torch.zeros(5, 6, 3, dtype=torch.uint8)
+    high, low = crf_labels(IRN, image, torch.zeros(0, 5, 6), (0.5, 0.2))
+    assert high.shape == low.shape == (5, 6)
+    assert not ternary(high, low).any()
+
+
+def test_labels_follow_the_image() -> None:
+    """Seeds that stop 2 pixels short of a colour's border are pulled to it."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:, 16:] = (200, 40, 40)
+    maps = torch.zeros(1, 24, 32)
+    maps[0, :, 18:] = 0.8
+    (found,) = crf_labels(IRN, torch.from_numpy(image), maps, (0.5,))
+    expected = torch.zeros(24, 32, dtype=torch.int64)
+    expected[:, 16:] = 1
+    assert torch.equal(found, expected)
+
+
+def test_thresholds_come_before_the_crf() -> None:
+    """Of a map the CRF sees only which pixels are above."""
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 255, (20, 20, 3), np.uint8))
+    maps = torch.from_numpy(rng.random((2, 20, 20), np.float32))
+    scaled = torch.where(maps > 0.5, maps / 2 + 0.5, maps / 2)
+    first = crf_labels(IRN, image, maps, (0.5,))[0]
+    assert torch.equal(first, crf_labels(IRN, image, scaled, (0.5,))[0])
+    both = crf_labels(IRN, image, maps, (0.5, 0.2))
+    assert torch.equal(both[0], first)
+    assert torch.equal(both[1], crf_labels(IRN, image, maps, (0.2,))[0])
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (torch.zeros(1, 5, 7), r"maps \(1, 5, 7\) and image \(5, 6, 3\) differ in size"),
+        (torch.full((1, 5, 6), torch.nan), "the maps hold NaN or Inf"),
+    ],
+)
+def test_what_does_not_fit_is_refused(maps: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        crf_labels(IRN, torch.zeros(5, 6, 3, dtype=torch.uint8), maps, (0.5,))
