@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from explaining import tiny_run
 from PIL import Image
 from safetensors.torch import save_file
@@ -241,8 +242,6 @@ def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
     """From its data, from its seeds where the data are gone, else by the order of classes."""
-    import yaml  # noqa: PLC0415
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
@@ -318,3 +317,17 @@ def test_maps_section_sets_precision_and_size(run: Path, image: np.ndarray) -> N
     rough = Explainer(classifier, prototypes, maps=section)(image, labels=["red"])
     assert max(rough.lpcam.shape) == 40
     assert rough.made_by["precision"] == "bfloat16"
+
+
+def test_a_run_whose_seeds_are_lpcam_f_gives_its_own_threshold(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text("utf-8"))
+    recipe["seeds"] = {**recipe["seeds"], "method": "LPCAM-F", "threshold": 0.68}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    assert Explainer.from_run(copy, device="cpu").settings.threshold == 0.68
+    recipe["seeds"]["method"] = "CAM"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    explainer = Explainer.from_run(copy, device="cpu")
+    assert explainer.settings.cam_threshold == 0.68
+    assert explainer.settings.threshold != 0.68
