@@ -16,7 +16,16 @@ from benchmarks.measure import MISSING, BenchmarkError, environment, machine, ta
 from benchmarks.photographs import RECIPE
 from lpcam.pipeline import STAGES
 
-ALL = ("start_up", "map_head", "extraction", "fit", "fit_against_training", "reservoir")
+ALL = (
+    "start_up",
+    "map_head",
+    "extraction",
+    "fit",
+    "fit_against_training",
+    "reservoir",
+    "walk",
+    "crf",
+)
 TAKES = {
     "start_up": ("quick",),
     "map_head": ("quick",),
@@ -24,6 +33,8 @@ TAKES = {
     "fit": ("quick",),
     "fit_against_training": ("quick", "data", "weights"),
     "reservoir": ("data", "run"),
+    "walk": ("quick",),
+    "crf": ("quick", "data"),
 }
 """The arguments that are handed on to each."""
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
     1: "functional clustering masks metrics storage progress processes parallel resources "
-    "refine.crf refine.pamr refine.ternary refine.walk",
+    "refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
     2: "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting "

@@ -11,7 +11,7 @@ import torch
 from tiny import together
 from torch import Tensor
 
-from lpcam import train
+from lpcam import engine, train
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image
@@ -104,33 +104,7 @@ def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]
         assert not torch.equal(one(0, 1, 2), one(*other))
 
 
-def test_order_of_an_epoch() -> None:
-    def batches(first_step: int, seed: int = 0) -> list[list[tuple[int, int]]]:
-        return list(train._Order(11, 3, 2, seed, first_step, Processes()))
-
-    whole = batches(0)
-    assert [len(batch) for batch in whole] == [3] * 6  # the incomplete fourth batch is dropped
-    for epoch in (0, 1):
-        part = [place for batch in whole[3 * epoch : 3 * epoch + 3] for place in batch]
-        assert {e for e, _ in part} == {epoch}
-        assert len({index for _, index in part}) == 9
-    assert [i for b in whole[:3] for _, i in b] != [i for b in whole[3:] for _, i in b]
-    assert whole != batches(0, seed=1)
-    for step in range(7):
-        assert batches(step) == whole[step:]
-    few = list(train._Order(2, 16, 1, 0, 0, Processes()))
-    assert sorted(few[0]) == [(0, 0), (0, 1)]
-
-
 # -- Schedule and freezing ----------------------------------------------------------------------
-
-
-def test_poly_by_hand() -> None:
-    assert train.poly(0, 100, 0.9) == 1.0
-    assert train.poly(50, 100, 0.9) == pytest.approx(0.5358867313)
-    assert train.poly(99, 100, 0.9) == pytest.approx(0.0158489319)
-    assert train.poly(25, 100, 1.0) == 0.75
-    assert train.poly(99, 100, 0.0) == 1.0
 
 
 def test_learning_rates_of_every_step(
@@ -221,11 +195,11 @@ def test_going_on_gives_the_same_bytes(
     stopped_at: int,
 ) -> None:
     """12 images in batches of 3: steps 1 to 4 are the first epoch, 5 to 8 the second."""
-    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 1)
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     whole = fresh()
     expected = train.finetune(whole, items, items[:3], SETTINGS, seed=5, folder=tmp_path / "whole")
 
-    save, saved = train._save, []
+    save, saved = engine._save, []
 
     def stop(*arguments: Any) -> None:
         save(*arguments)
@@ -233,7 +207,7 @@ def test_going_on_gives_the_same_bytes(
         if len(saved) == stopped_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_save", stop)
+    monkeypatch.setattr(engine, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
         train.finetune(fresh(), items, items[:3], SETTINGS, seed=5, folder=tmp_path / "stopped")
     resumed = fresh()
@@ -266,21 +240,6 @@ def test_a_loss_that_is_not_finite(fresh: Any, items: list[Item], tmp_path: Path
 
 
 # -- Several processes --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("first_step", [0, 2, 5])
-@pytest.mark.parametrize("count", [2, 3])
-def test_shares_of_the_processes_make_up_the_batches(count: int, first_step: int) -> None:
-    whole = list(train._Order(11, 4, 3, 7, first_step, Processes()))
-    shares = [
-        list(train._Order(11, 4, 3, 7, first_step, Processes(rank, count))) for rank in range(count)
-    ]
-    assert len(whole) == 6 - first_step
-    for batch, *parts in zip(whole, *shares, strict=True):
-        assert sorted(place for part in parts for place in part) == sorted(batch)
-        lengths = [len(part) for part in parts]
-        assert max(lengths) - min(lengths) <= 1
-        assert min(lengths) > 0
 
 
 @pytest.mark.parametrize(("images", "batch"), [(12, 2), (2, 16)])

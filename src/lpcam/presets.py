@@ -181,3 +181,107 @@ class ProbeSettings(PresetModel):
     """L2 penalty: weight_decay / 2 times the squared norm of each row, beside its mean loss."""
     max_iterations: Annotated[int, Field(ge=1)]
     """Of L-BFGS on the whole set at once."""
+
+
+class IrnSettings(PresetModel):
+    """How IRN's boundaries are learnt and maps walked (specification of IRN, sections 3 to 8)."""
+
+    table: ClassVar[str] = "irn"
+    preset: str = "default"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the boundary branch; the displacement branch's is ``displacement_multiplier`` times it."""
+    displacement_multiplier: Positive
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of SGD."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 on every trained weight."""
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
+    crop: Annotated[int, Field(ge=16, multiple_of=4)]
+    """Side of the square crop, in pixels."""
+    scale: tuple[Positive, Positive]
+    """Range from which each image's scale is drawn."""
+    radius: Annotated[int, Field(ge=2)]
+    """Pairs of the loss are nearer than it, in cells of 4 pixels."""
+    displacement: bool
+    """Whether the displacement branch is trained too; the boundaries do not hang on it."""
+    walk_radius: Annotated[int, Field(ge=2)]
+    """Pairs of the walk are nearer than it, in cells of 4 pixels."""
+    beta: Positive
+    """Power of the affinities in the walk."""
+    exponent: Annotated[int, Field(ge=0, le=16)]
+    """The walk has 2^exponent steps."""
+    tolerance: Annotated[float, Field(ge=0.0)]
+    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    sharpness: Positive
+    """Power of the maps before the walk."""
+    foreground_threshold: Fraction
+    """Labels of LPCAM: the CRF of the seeds at this threshold decides the foreground ..."""
+    background_threshold: Fraction
+    """... and that of the seeds at this one the background; between them pixels are ignored."""
+    threshold: Fraction
+    """Pseudo masks of LPCAM: foreground is above this part of the walked maps' joint maximum."""
+    cam_foreground_threshold: Fraction
+    """The same three for CAM."""
+    cam_background_threshold: Fraction
+    cam_threshold: Fraction
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)} must be a range: the smaller first")
+        if self.crop <= 8 * (self.radius - 1):
+            raise ValueError(
+                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
+                f"{8 * (self.radius - 1)}"
+            )
+        for high, low in (
+            ("foreground_threshold", "background_threshold"),
+            ("cam_foreground_threshold", "cam_background_threshold"),
+        ):
+            if getattr(self, high) < getattr(self, low):
+                raise ValueError(f"{high} must not be below {low}")
+        return self
+
+
+class CrfSettings(PresetModel):
+    """A dense CRF: unary energies, two kernels and mean field (specification of IRN, section 3)."""
+
+    table: ClassVar[str] = "crf"
+    preset: str = "irn"
+
+    unary: Literal["labels", "probabilities"]
+    """What the method gives to its CRF."""
+    gt_prob: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Probability that a hard label is right."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Smallest probability of which the logarithm is taken."""
+    gaussian_sxy: Positive
+    """Standard deviation of the kernel of positions, in pixels."""
+    gaussian_weight: Annotated[float, Field(ge=0.0)]
+    """Potts weight of it; 0 leaves it out."""
+    bilateral_sxy: Positive
+    """Standard deviation of the positions in the kernel of positions and colours, in pixels."""
+    bilateral_srgb: Positive
+    """Standard deviation of the colours in it, in levels of [0, 255]."""
+    bilateral_weight: Annotated[float, Field(ge=0.0)]
+    """Potts weight of it; 0 leaves it out."""
+    iterations: Annotated[int, Field(ge=0)]
+    """Of mean field."""
+
+
+class PamrSettings(PresetModel):
+    """Pixel-adaptive mask refinement (Araslanov and Roth 2020)."""
+
+    table: ClassVar[str] = "pamr"
+    preset: str = "default"
+
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    """Of the 3 x 3 neighbourhoods, in pixels."""
+    width: Positive
+    """Of the affinity kernel, in local standard deviations of the image."""
+    iterations: Annotated[int, Field(ge=0)]
+    """How often every pixel becomes the weighted mean of its neighbours."""

@@ -84,10 +84,14 @@ def iou_table(
     return table
 
 
-def _image(number: int, labels: list[int], generator: np.random.Generator) -> dict[str, Any]:
-    height, width = ((60, 80), (80, 56))[number % 2]
+def _image(
+    number: int, labels: list[int], generator: np.random.Generator, large: bool
+) -> dict[str, Any]:
+    height, width = ((60, 80), (80, 56))[number % 2] if not large else (192, 256)
     ground = generator.integers(60, 200, 3)
-    pixels = np.clip(ground + generator.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    grain = 17 if large else 12
+    noise = generator.normal(0, grain, (height, width, 3))
+    pixels = np.clip(ground + noise, 0, 255).astype(np.uint8)
     truth = np.zeros((height, width), np.uint8)
     planes: dict[str, list[NDArray[np.float32]]] = {name: [] for name in DRAWN}
     for label in labels:
@@ -95,6 +99,9 @@ def _image(number: int, labels: list[int], generator: np.random.Generator) -> di
         truth[blob(height, width, y, x, 0.3) > 0.5] = label + 1
         planes["CAM"].append(blob(height // 4, width // 4, y - 0.1, x, 0.18))
         planes["LPCAM"].append(blob(height // 4, width // 4, y, x + 0.03, 0.33))
+    if large:  # maps of networks are less smooth than spots, and pack worse
+        for own in planes.values():
+            own[:] = [np.clip(p + generator.normal(0, 0.004, p.shape), 0, 1) for p in own]
     truth[:2] = 255
     pixels[truth > 0] = pixels[truth > 0] // 2 + 90
     small = {
@@ -125,7 +132,7 @@ def _image(number: int, labels: list[int], generator: np.random.Generator) -> di
     }
 
 
-def _rows(names: list[str], parts: bool) -> list[dict[str, Any]]:
+def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
     rows = []
     for source in ("ground truth", "fixed"):
         for place, method in enumerate(METHODS):
@@ -156,6 +163,16 @@ def _rows(names: list[str], parts: bool) -> list[dict[str, Any]]:
             if parts:
                 row["part_coverage"] = {"head": 0.8 - 0.02 * place, "legs": 0.3 + 0.1 * place}
             rows.append(row)
+    if refined:
+        further = [
+            {**row, "stage": "pseudo", "method": f"{row['method']} + IRN"}
+            for row in rows
+            if row["method"] in DRAWN
+        ]
+        for row in further:
+            for gained in ("miou", "precision", "recall"):
+                row[gained] += 0.1 if row["method"] == "CAM + IRN" else 0.12
+        rows += reversed(further)  # the page has an order of its own
     return rows
 
 
@@ -169,7 +186,8 @@ def _prototype(number: int, side: str, generator: np.random.Generator) -> dict[s
         "score": score,
         "size": 10 * number + 1,
         "kept": kept,
-        "rule": f"score {score} decides",
+        "rule": f"score {score} decides by {'μ_f' if side == 'foreground' else 'μ_b'}",
+        "range": [-0.054 + 0.1 * number, 0.62],
         "patches": [{"picture": picture(large), "image": "0000", "cosine": 0.87}] * 3,
         "map": array(np.rint(255 * blob(15, 20, 0.2 * number, 0.5, 0.3)).astype(np.uint8)),
     }
@@ -183,6 +201,8 @@ def sample(
     masks: bool = True,
     parts: bool = True,
     meaning: bool = True,
+    refined: bool = False,
+    large: bool = False,
 ) -> dict[str, Any]:
     """Report data; equal arguments give equal data.
 
@@ -193,6 +213,8 @@ def sample(
         masks: without, there is nothing that needs truth.
         parts: whether parts have scores.
         meaning: whether there are prototypes, look-alikes, skipped images and times.
+        refined: whether there are scores of pseudo masks.
+        large: pictures and maps as large as those of photographs, two labels each.
     """
     generator = np.random.default_rng(0)
     names = [f"class {index}" for index in range(classes)]
@@ -200,10 +222,12 @@ def sample(
         names[: len(HOSTILE)] = HOSTILE[:classes]
     palette = voc_palette()
     made = []
-    for number in range(min(images, 12)):
-        labels = sorted({number % classes, (number // 2) % classes})
-        made.append(_image(number, labels, generator))
-    shown = [{**made[number % 12], "id": f"{number:04}"} for number in range(images)]
+    distinct = min(images, 4 if large else 12)
+    for number in range(distinct):
+        second = number + 1 if large else number // 2
+        labels = sorted({number % classes, second % classes})
+        made.append(_image(number, labels, generator, large))
+    shown = [{**made[number % distinct], "id": f"{number:04}"} for number in range(images)]
     if hostile:
         for entry, name in zip(shown, HOSTILE, strict=False):
             entry["id"] = name
@@ -260,7 +284,7 @@ def sample(
             {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[index + 1].tolist())}
             for index, name in enumerate(names)
         ],
-        "rows": _rows(names, parts) if masks else [],
+        "rows": _rows(names, parts, refined) if masks else [],
         "protocol": {
             "dataset": text,
             "split": "train",
@@ -268,6 +292,10 @@ def sample(
             "preset": "small",
             "scales": [1.0, 0.5],
             "flip": True,
+            "crf": False,
+            "refine": {"method": "irn", "irn": {"beta": 10}, "crf": {"steps": 10}}
+            if refined
+            else None,
             "void": "255 is not counted",
             "seed": 0,
             "classifier": {"backbone": "resnet18", "settings": {"weight_decay": 0.001}},
@@ -276,6 +304,8 @@ def sample(
         "curves": curves if masks else {},
         "images": shown,
         "images_total": max(images, 400),
+        "limited": False,
+        "searched": 120,
         "highlights": {
             "most improved": ids[1:4],
             "most worsened": ids[4:6],

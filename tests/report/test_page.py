@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from report.sample import HOSTILE, METHODS, sample
+from report.sample import FIXED, HOSTILE, METHODS, sample
 
 from lpcam.errors import ArtefactError
 from lpcam.report.page import render
@@ -29,17 +29,22 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.title = ""
+        """Of the page: the first of its titles, its charts have some as well."""
         self.raw: dict[str, list[str]] = {"script": [], "style": []}
         self._inside: str | None = None
+        self._in_title = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        self._in_title = tag == "title" and len(self.all("title")) == 1
         if tag in self.raw:
             self._inside = tag
             self.raw[tag].append("")
 
     def handle_endtag(self, tag: str) -> None:
+        self._in_title = False
         if tag == self._inside:
             self._inside = None
         if tag in ("dt", "dd", "th", "td", "li", "p", "h1", "h2", "h3", "h4"):
@@ -50,6 +55,8 @@ class Page(HTMLParser):
             self.raw[self._inside][-1] += data
         else:
             self.text += data
+        if self._in_title:
+            self.title += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
@@ -108,12 +115,22 @@ def test_the_protocol_is_told(page: Page) -> None:
         "Scales of an image 1, 0.5",
         "Mirror image too yes",
         "Void policy 255 is not counted",
-        "Thresholds CAM: 0.25; LPCAM-F: 0.45; LPCAM: 0.45",
+        "CRF refinement no",
+        "Refinement of the maps none",
+        "Fixed thresholds CAM: 0.25; LPCAM-F: 0.45; LPCAM: 0.45",
         "weight decay 0.001",
         "torch 2.15.0",
         "lpcam run plain words",
     ):
         assert told in text
+
+
+def test_the_refinement_is_told() -> None:
+    text = words(Page(render(sample(refined=True))).text)
+    assert "Refinement of the maps method irn irn: beta 10 crf: steps 10" in text
+    data = sample()
+    data["protocol"]["crf"] = "on the labels of IRN"
+    assert "CRF refinement on the labels of IRN" in words(Page(render(data)).text)
 
 
 def test_classes_stand_by_gain(page: Page) -> None:
@@ -131,13 +148,28 @@ def test_classes_stand_by_gain(page: Page) -> None:
 
 def test_curves_have_words_and_a_table(page: Page) -> None:
     text = words(page.text)
-    assert "CAM is highest at 0.25 with 45.0 percent and has 45.0 percent at its preset's" in text
+    assert "CAM is highest at 0.25 with 45.0 percent and has 45.0 percent at its fixed" in text
     assert "LPCAM is highest at 0.45 with 45.0 percent" in text
     lines = [one for one in page.all("polyline") if "line" in str(one["class"])]
     assert len(lines) == 3 * len(METHODS)
     assert all(str(one["points"]).count(",") == 100 for one in lines)
     # threshold 0.25: mIoU 45.0, precision 30 + 12.5, recall 90 - 20
     assert "0.25 45.0 42.5 70.0" in text
+
+
+def test_a_threshold_off_the_grid_does_not_replace_its_neighbour() -> None:
+    data = sample()
+    data["fixed"] = {**FIXED, "CAM": 0.302}
+    data["rows"][3]["threshold"] = 0.302  # CAM's, fixed
+    curve = data["curves"]["CAM"]
+    at = curve["thresholds"].index(0.31)
+    own = {"thresholds": 0.302, "miou": 0.111, "precision": 0.2, "recall": 0.3}
+    for name, value in own.items():
+        curve[name].insert(at, value)
+    text = words(Page(render(data)).text)
+    assert "0.30 44.8 45.0 66.0" in text  # 0.45 - 0.7 * 0.05², 0.3 + 0.15, 0.9 - 0.24
+    assert "has 11.1 percent at its fixed threshold of 0.302" in text
+    assert "CAM 0.302 39.3" in text
 
 
 def test_times_and_memory(page: Page) -> None:
@@ -172,9 +204,15 @@ def test_hostile_names_are_text(hostile: Page) -> None:
     for name in HOSTILE:
         assert words(name) in words(hostile.text)
         assert name in [one["name"] for one in hostile.data()["classes"]]
-    assert "49" not in hostile.all("title")
     raw = hostile.raw["script"][0]
     assert not set("<>&\u2028\u2029") & set(raw)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_titles_are_text(name: str) -> None:
+    page = Page(render(sample(1, 1) | {"title": name}))
+    assert page.title == f"{name} · LPCAM report"
+    assert words(name) in words(page.text) and len(page.all("script")) == 2
 
 
 def test_a_name_that_no_text_has_can_be_written() -> None:
@@ -217,7 +255,7 @@ def test_without_masks_nothing_is_scored() -> None:
         "so no IoU is shown",
     ):
         assert told in text
-    assert "Preset’s thresholds" in text and "+8.5" not in text
+    assert "Fixed thresholds" in text and "+8.5" not in text
 
 
 def test_every_empty_place_says_so() -> None:
@@ -229,7 +267,7 @@ def test_every_empty_place_says_so() -> None:
         "on 1 image of 1 class.",
         "There is no image to show",
         "No prototypes were kept",
-        "No image got a high score for a class that it does not hold",
+        "this takes images that have a label, and a class that is none of their labels",
         "every image of the list could be used",
         "No times were kept",
     ):
@@ -248,9 +286,33 @@ def test_further_stages_and_methods_have_their_own_lines() -> None:
     extra = [{**row, "stage": "pseudo mask", "method": "LPCAM"} for row in data["rows"][2:3]]
     data["rows"] += [*extra, {**data["rows"][2], "method": "unheard of"}]
     text = words(Page(render(data)).text)
-    assert "pseudo mask: Each method at its own best threshold" in text
+    assert "pseudo mask. Each method at its own best threshold" in text
     assert "unheard of 0.50 48.8 +8.5" in text
 
 
+def test_pseudo_masks_are_compared_with_those_of_cam() -> None:
+    page = Page(render(sample(refined=True)))
+    table = words(page.text).split("Pseudo masks: the maps after refinement (IRN). ")[1]
+    assert table.startswith("Each method at its own best threshold")
+    # CAM 0.403 + 0.1; LPCAM 0.488 + 0.12, in this order although the data have the other
+    assert "CAM + IRN 0.30 50.3 35.0 25.0 61.0 68.0 LPCAM + IRN 0.50 60.8 +10.5 33.0" in table
+    dots = [str(one["class"]) for one in page.all("span") if str(one.get("class"))[:4] == "dot "]
+    seed, pseudo = ["dot m0", "dot m1", "dot m2"], ["dot m0", "dot m2"]
+    assert dots == [*seed, *seed, *pseudo, *pseudo]
+    assert "Seeds: the maps as they are, without refinement. Each" in words(page.text)
+    assert "Seeds:" not in words(Page(render(sample())).text)
+
+
+def test_how_much_was_searched_and_shown(page: Page) -> None:
+    text = words(page.text)
+    assert text.count("among 120 images of this list") == 2
+    assert "Shown are 12 of 400 images; the figures" in text
+    data = sample() | {"limited": True}
+    del data["searched"]  # reports of older runs
+    text = words(Page(render(data)).text)
+    assert "Shown are 12 of 400 images, so that the page stays small enough" in text
+    assert "of this list" not in text
+
+
 def test_500_images_stay_under_15_megabytes() -> None:
-    assert len(render(sample(500, 20)).encode()) < 15e6
+    assert 8e6 < len(render(sample(500, 20, large=True)).encode()) < 15e6

@@ -177,7 +177,11 @@
     own.hidden = !shownMethods.every((one) => one in data.fixed);
     own.setAttribute("aria-pressed", String(!own.hidden));
     const isOwn = () => own.getAttribute("aria-pressed") === "true";
-    const limit = (method) => (isOwn() ? data.fixed[method] : Number(threshold.value));
+    // The IoU is known in steps of 0.01, so the masks are drawn in the same steps.
+    const step = (value) => Math.min(Math.max(Math.round(100 * value), 0), 99);
+    const limit = (method) => step(isOwn() ? data.fixed[method] : Number(threshold.value)) / 100;
+    const rounded = shownMethods.filter((method) =>
+      method in data.fixed && Math.abs(data.fixed[method] - step(data.fixed[method]) / 100) > 1e-6);
 
     // what can be listed
     const lists = [["All images", data.images]];
@@ -276,10 +280,14 @@
         make("option", { value: "all", textContent: "All labels of the image" }),
         ...entry.labels.map((label, k) => make("option", { value: String(label), textContent: name(label), dataset: { k } })));
       classes.value = entry.labels.some((label) => String(label) === kept) ? kept : "all";
-      byId("colours").replaceChildren(...entry.labels.map((label) => make("li", {},
+      const key = (fill, text) => make("li", {},
         drawing("svg", { class: "swatch", viewBox: "0 0 10 10", "aria-hidden": "true" },
-          drawing("rect", { width: 10, height: 10, rx: 2, fill: data.classes[label]?.color ?? "#808080" })),
-        isolated(name(label)))));
+          drawing("rect", { width: 10, height: 10, rx: 2, fill })),
+        isolated(text));
+      byId("colours").replaceChildren(
+        ...entry.labels.map((label) => key(data.classes[label]?.color ?? "#808080", name(label))),
+        ...(Object.values(state.masks).some((mask) => mask.includes(VOID))
+          ? [key(`rgb(${maskColour(VOID).join(",")})`, "not counted")] : []));
       draw();
       root.setAttribute("aria-busy", "false");
     };
@@ -293,7 +301,6 @@
       const values = rows.map((k) => table[100 * k + step]).filter((value) => value !== 65535);
       return values.length ? values.reduce((a, b) => a + b, 0) / values.length / 10000 : null;
     };
-    const step = (value) => Math.min(Math.max(Math.round(100 * value), 0), 99);
 
     const spark = () => {
       const box = byId("spark");
@@ -394,12 +401,14 @@
       }
 
       byId("threshold-value").textContent = isOwn()
-        ? shownMethods.map((method) => `${method} ${data.fixed[method].toFixed(2)}`).join(", ")
+        ? shownMethods.map((method) => `${method} ${limit(method).toFixed(2)}`).join(", ")
         : Number(threshold.value).toFixed(2);
       byId("shown").replaceChildren(make("strong", {}, isolated(entry.id)),
         ` with ${entry.labels.length ? "" : "no label"}`,
         ...entry.labels.flatMap((label, n) => (n ? [", ", isolated(name(label))] : [isolated(name(label))])),
-        said.length ? `. IoU ${k === null && entry.labels.length > 1 ? "(mean over labels) " : ""}${said.join(", ")}` : "");
+        said.length ? `. IoU ${k === null && entry.labels.length > 1 ? "(mean over labels) " : ""}${said.join(", ")}` : "",
+        isOwn() && rounded.length ? `. Shown at the nearest step: ${rounded.map((method) =>
+          `${method} at ${limit(method).toFixed(2)}, fixed is ${data.fixed[method]}`).join("; ")}` : "");
       spark();
     };
     const soon = () => {
@@ -461,6 +470,9 @@
       ...(limits[side] ?? []).filter((value) => typeof value === "number").map((value) =>
         drawing("line", { class: "limit", x1: 100 * value, x2: 100 * value, y1: 0, y2: 8 })));
 
+    // μ_f and μ_b as the rules above the cards have them
+    const symbols = (text) => text.split(/(μ_[fb])/).map((part, n) =>
+      (n % 2 ? make("span", {}, "μ", make("sub", { textContent: part[2] })) : part));
     const card = (side, one, choose) => {
       const patches = make("span", { className: "patches" }, ...one.patches.slice(0, 4).map((patch) =>
         make("img", { src: patch.picture, alt: "", width: 64, height: 64, title: `${patch.image}, cosine ${patch.cosine.toFixed(2)}` })));
@@ -470,7 +482,7 @@
           make("span", { textContent: `No. ${one.number}` }),
           make("span", { className: one.kept ? "kept" : "gone", textContent: one.kept ? "✓ kept" : "✕ rejected" })),
         bar(side, one),
-        make("span", { className: "why" }, one.rule, make("br"), `${one.size.toLocaleString("en")} place${one.size === 1 ? "" : "s"} in the group`));
+        make("span", { className: "why" }, ...symbols(one.rule), make("br"), `${one.size.toLocaleString("en")} place${one.size === 1 ? "" : "s"} in the group`));
       button.addEventListener("click", () => choose(side, one, button));
       return make("li", {}, button);
     };
@@ -494,7 +506,9 @@
           paintHeat(pixels, enlarge(array.values, 0, array.shape[0], array.shape[1], height, width), 0.75)));
         const what = `${side} prototype no. ${prototype.number}`;
         canvas.setAttribute("aria-label", `Image ${one.example.id}${array ? ` and where it resembles ${what} of ${name(one.class)}` : ""}`);
-        caption.replaceChildren(array ? `Where this image resembles ${what}. ` : `No map was kept for ${what}. `, isolated(one.example.id));
+        const [low, high] = (prototype.range ?? []).map((value) => value.toFixed(2).replace("-", "−"));
+        const told = high ? `: cosine from ${low} (dark) to ${high} (bright)` : "";
+        caption.replaceChildren(array ? `Where this image resembles ${what}${told}. ` : `No map was kept for ${what}. `, isolated(one.example.id));
       };
       example.replaceChildren(make("figure", {},
         make("div", { className: "frame" }, one.example ? canvas : make("p", { textContent: "No example image of this class" })), caption));
@@ -548,7 +562,7 @@
           const canvas = blank({});
           paint(canvas, base, (pixels) =>
             paintHeat(pixels, enlarge(values, n * h * w, h, w, height, width), 0.75));
-          canvas.setAttribute("aria-label", `Heat map of ${method} for ${name(index)}, which is ${n ? "not " : ""}in the image`);
+          canvas.setAttribute("aria-label", `Heat map of ${method} for ${name(index)}, ${n ? "not " : ""}a label of the image`);
           maps.push(make("figure", {}, make("figcaption", {}, `${method}, `, isolated(name(index))),
             make("div", { className: "frame" }, canvas)));
         });

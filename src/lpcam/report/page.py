@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -33,10 +34,11 @@ _PROTOCOL_LABELS = {
     "prototypes_list": "Prototypes made from list",
     "preset": "Preset",
     "changed_from_preset": "Changed from the preset",
-    "thresholds": "Thresholds",
+    "thresholds": "Fixed thresholds",
     "scales": "Scales of an image",
     "flip": "Mirror image too",
     "crf": "CRF refinement",
+    "refine": "Refinement of the maps",
     "void": "Void policy",
     "maps": "Maps stored as",
     "features": "Features stored as",
@@ -44,12 +46,16 @@ _PROTOCOL_LABELS = {
     "maximum_side": "Longest side of an image",
     "seed": "Seed of random numbers",
 }
-_PROTOCOL_WIDE = {"classifier": "Classifier", "versions": "Versions"}
+_PROTOCOL_WIDE = {
+    "classifier": "Classifier",
+    "refine": _PROTOCOL_LABELS["refine"],
+    "versions": "Versions",
+}
 _PROTOCOL_ELSEWHERE = {"command", "threshold", "threshold_source", "classes"}
 
 _SOURCES = {
     "ground truth": "Each method at its own best threshold",
-    "fixed": "At the preset’s threshold",
+    "fixed": "Each method at its fixed threshold",
 }
 
 
@@ -121,7 +127,12 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        percent=_percent, points=_points, plain=_plain, seconds=_seconds, memory=_memory
+        percent=_percent,
+        points=_points,
+        plain=_plain,
+        threshold=_threshold,
+        seconds=_seconds,
+        memory=_memory,
     )
     return environment.from_string(_part("page.html.jinja"))
 
@@ -138,6 +149,13 @@ def _points(difference: float) -> str:
     """A difference of two fractions in percentage points, always with its sign."""
     text = f"{100 * difference:+.1f}"
     return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _threshold(value: float | None) -> str:
+    """A threshold in full: two decimals where it is a multiple of 0.01."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if math.isclose(value, round(value, 2)) else f"{value:g}"
 
 
 def _plain(value: Any) -> str:
@@ -179,8 +197,8 @@ def _memory(count: int | None) -> str:
 def _groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
     """Rows that may be compared: of one stage and one way to choose the threshold.
 
-    The difference of a row is to the first method of its group, where that is the baseline (the
-    first of the methods) of the run.
+    The difference of a row is to the baseline of its group: the first of the run's methods, or what
+    came of its maps ("CAM + IRN").
     """
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -192,17 +210,17 @@ def _groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[d
         found, key=lambda key: (stages.index(key[0]), order.get(key[1], len(order)), key[1])
     ):
         members = sorted(found[stage, source], key=lambda row: _place(row["method"], methods))
-        base = next((row for row in members if row["method"] == methods[0]), None)
+        base = next((row for row in members if _seed_method(row["method"]) == methods[0]), None)
         lines: list[dict[str, Any]] = []
         for row in members:
             gains = {}
             if base is not None and row is not base:
                 gains = {name: row[name] - base[name] for name in METRICS}
             lines.append({"row": row, "gains": gains, "place": _place(row["method"], methods)})
-        ranked = [line for line in lines if line["row"]["method"] in methods]
+        ranked = [line for line in lines if line["place"] < len(methods)]
         groups.append(
             {
-                "stage": stage,
+                "stage": _stage_title(stage, members) if len(stages) > 1 else "",
                 "source": source,
                 "title": _SOURCES.get(source, f"Threshold: {source}"),
                 "how": members[0].get("protocol", {}).get("threshold_source", ""),
@@ -214,8 +232,28 @@ def _groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[d
     return groups
 
 
+def _stage_title(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows of a stage score, in plain words."""
+    if stage == "seed":
+        return "Seeds: the maps as they are, without refinement"
+    if stage != "pseudo":
+        return stage
+    ways = sorted({way for row in rows if (way := row["method"].partition(_JOINT)[2])})
+    return "Pseudo masks: the maps after refinement" + (f" ({', '.join(ways)})" if ways else "")
+
+
+_JOINT = " + "
+"""Between a method and what refined its maps, as in "LPCAM + IRN"."""
+
+
+def _seed_method(name: str) -> str:
+    return name.partition(_JOINT)[0]
+
+
 def _place(method: str, methods: Sequence[str]) -> int:
-    return methods.index(method) if method in methods else len(methods)
+    """Of a method among those of the run; refined maps stand where their method does."""
+    own = _seed_method(method)
+    return methods.index(own) if own in methods else len(methods)
 
 
 def _protocol(data: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
@@ -227,6 +265,7 @@ def _protocol(data: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str
     if data["fixed"]:
         given["thresholds"] = {f"{name}:": value for name, value in data["fixed"].items()}
     known = [name for name in _PROTOCOL_LABELS if name in given]
+    known = [n for n in known if n not in _PROTOCOL_WIDE or not isinstance(given[n], Mapping)]
     used = {*known, *_PROTOCOL_WIDE, *_PROTOCOL_ELSEWHERE}
     short = [(_PROTOCOL_LABELS[name], given[name]) for name in known]
     short += [(_words(name).capitalize(), given[name]) for name in given if name not in used]
@@ -239,9 +278,11 @@ def _protocol(data: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str
 
 
 def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    several = sum(isinstance(value, Mapping) for value in values.values()) > 1
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from ((_words(inner), one) for inner, one in value.items())
+            whose = f"{_words(name)}: " if several else ""
+            yield from ((whose + _words(inner), one) for inner, one in value.items())
         else:
             yield _words(name), value
 
@@ -284,6 +325,7 @@ def _panels(
                 marks.append({"kind": "best", "x": x(points[best][0]), "y": y(points[best][1])})
             lines.append(
                 {
+                    "method": method,
                     "place": _place(method, methods),
                     "points": " ".join(f"{x(a):g},{y(b):g}" for a, b in points),
                     "marks": marks,
@@ -319,10 +361,12 @@ def _curve_text(
         if not thresholds:
             continue
         at = max(range(len(values)), key=values.__getitem__)
-        text = f"{method} is highest at {thresholds[at]:.2f} with {_percent(values[at])} percent"
+        best = _percent(values[at])
+        text = f"{method} is highest at {_threshold(thresholds[at])} with {best} percent"
         if method in fixed:
             near = min(range(len(values)), key=lambda i: abs(thresholds[i] - fixed[method]))
-            text += f" and has {_percent(values[near])} percent at its preset's {fixed[method]:.2f}"
+            text += f" and has {_percent(values[near])} percent at its fixed threshold of "
+            text += _threshold(fixed[method])
         told.append(text)
     return f"{title} against the threshold. {'; '.join(told)}."
 
@@ -336,7 +380,8 @@ def _curve_rows(
     for method in names:
         curve = curves[method]
         for place, threshold in enumerate(curve["thresholds"]):
-            if round(threshold * 100) % 5 == 0:
+            # a fixed threshold such as 0.302 is in the curves as well
+            if math.isclose(20 * threshold, round(20 * threshold), abs_tol=1e-6):
                 at = rows.setdefault(round(threshold, 2), {})
                 at[method] = {k: curve[k][place] for k in ("miou", "precision", "recall")}
     return [

@@ -1,0 +1,453 @@
+"""The dense CRF against the lattice written down naively, against brute force, and bad input."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpcam.errors import DataError
+from lpcam.presets import CrfSettings
+from lpcam.refine import crf as module
+from lpcam.refine.crf import (
+    DenseCrf,
+    Lattice,
+    bilateral_kernel,
+    gaussian_kernel,
+    join,
+    mean_field,
+    permutohedral_lattice,
+    required_memory,
+    unary_from_labels,
+    unary_from_probabilities,
+)
+
+IRN = CrfSettings.from_preset("irn")
+PSA = CrfSettings.from_preset("psa")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """A smooth image with noise: (H, W, 3) uint8."""
+    coarse = torch.rand((1, 3, 3, 4), generator=generator(seed)) * 255
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+    noise = torch.randn((3, height, width), generator=generator(seed + 1)) * 6
+    return (smooth + noise).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def scores(count: int, height: int, width: int, seed: int = 2) -> Tensor:
+    drawn = torch.rand((count, height, width), generator=generator(seed))
+    return (drawn * 4).softmax(0)
+
+
+# -- The lattice ---------------------------------------------------------------------------------
+
+
+def naive_filter(positions: Tensor, values: Tensor) -> Tensor:
+    """Splat, blur and slice point by point, with dictionaries (Adams et al. 2010)."""
+    d, count = positions.shape
+    table: dict[tuple[int, ...], Tensor] = defaultdict(
+        lambda: torch.zeros(values.shape[1]).double()
+    )
+    around = []
+    for n in range(count):
+        scaled = [
+            float(positions[i, n]) * math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2))
+            for i in range(d)
+        ]
+        elevated = [sum(scaled[i:]) - (i * scaled[i - 1] if i else 0.0) for i in range(d + 1)]
+        corner = [(d + 1) * round(e / (d + 1)) for e in elevated]
+        excess = sum(corner) // (d + 1)
+        by_residual = sorted(range(d + 1), key=lambda i: elevated[i] - corner[i])
+        for i in by_residual[:excess] if excess > 0 else by_residual[excess:] if excess else []:
+            corner[i] -= (d + 1) * (1 if excess > 0 else -1)
+        assert sum(corner) == 0
+        falling = sorted(range(d + 1), key=lambda i: corner[i] - elevated[i])
+        residual = [(elevated[i] - corner[i]) / (d + 1) for i in falling]
+        weights = [1 - residual[0] + residual[d]]
+        weights += [residual[d - r] - residual[d - r + 1] for r in range(1, d + 1)]
+        for r, weight in enumerate(weights):
+            vertex = [c + r for c in corner]
+            for i in falling[d + 1 - r :]:
+                vertex[i] -= d + 1
+            table[tuple(vertex)] += weight * values[n].double()
+            around.append((tuple(vertex), weight))
+    for direction in range(d + 1):
+        blurred = {}
+        for key, value in table.items():
+            total = value.clone()
+            for way in (-1, 1):
+                other = [k + way for k in key]
+                other[direction] -= way * (d + 1)
+                if tuple(other) in table:
+                    total += 0.5 * table[tuple(other)]
+            blurred[key] = total
+        table = blurred  # type: ignore[assignment]
+    result = torch.zeros_like(values).double()
+    for place, (key, weight) in enumerate(around):
+        result[place // (d + 1)] += weight * table[key]
+    return (result / (1 + 2.0**-d)).to(values.dtype)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+def test_lattice_is_the_naive_one(d: int) -> None:
+    positions = torch.rand((d, 120), generator=generator(d)) * 4 - 1
+    values = torch.rand((120, 3), generator=generator(9))
+    found = permutohedral_lattice(positions).filter(values)
+    torch.testing.assert_close(found, naive_filter(positions, values), atol=2e-5, rtol=1e-5)
+
+
+def test_lattice_far_from_the_origin_and_sparse() -> None:
+    positions = torch.rand((5, 60), generator=generator(1)) * 60 - 20
+    values = torch.rand((60, 2), generator=generator(2))
+    found = permutohedral_lattice(positions).filter(values)
+    torch.testing.assert_close(found, naive_filter(positions, values), atol=1e-4, rtol=1e-4)
+
+
+def test_lattice_fields() -> None:
+    positions = torch.rand((2, 50), generator=generator(3)) * 3
+    lattice = permutohedral_lattice(positions)
+    size = lattice.size
+    assert lattice.dimensions == 2
+    torch.testing.assert_close(lattice.weights.sum(0), torch.ones(50))
+    assert float(lattice.weights.min()) > -1e-6
+    assert sorted(set(lattice.vertices.flatten().tolist())) == list(range(size))
+    # numbered by the first point around each
+    first = lattice.members[lattice.offsets[:-1].long()]
+    assert torch.equal(first, first.sort().values)
+    # neighbours one way and the other are each other's inverse
+    for rows in lattice.blur:
+        for own, back, forth in rows[:size].tolist():
+            assert back == size or rows[back, 2] == own
+            assert forth == size or rows[forth, 1] == own
+        assert rows[size].tolist() == [size] * 3
+
+
+def test_filter_is_a_gaussian_about() -> None:
+    """Up to a factor near 1, which the kernels' normalisation takes out, and some percent."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    positions = torch.stack([x.flatten(), y.flatten()]) / 3
+    values = (0.2 * x).sin().flatten().unsqueeze(1) + 1.5
+    exact = torch.exp(-0.5 * torch.cdist(positions.t(), positions.t()) ** 2) @ values
+    found = permutohedral_lattice(positions).filter(values)
+    inner = ((x > 5) & (x < 18) & (y > 5) & (y < 18)).flatten()
+    ratio = (found / exact)[inner]
+    assert float(ratio.mean()) == pytest.approx(0.88, abs=0.02)
+    assert float((ratio / ratio.mean() - 1).abs().max()) < 0.02
+
+
+def test_long_codes_are_sorted_otherwise_to_the_same_lattice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    positions = torch.rand((3, 80), generator=generator(4)) * 5
+    packed = permutohedral_lattice(positions)
+    monkeypatch.setattr(module, "PACKED_BITS", 0)
+    plain = permutohedral_lattice(positions)
+    for name in Lattice.__annotations__:
+        assert torch.equal(getattr(packed, name), getattr(plain, name)), name
+
+
+def test_join_is_the_weighted_sum_of_filters() -> None:
+    size, values = (9, 11), torch.rand((99, 4), generator=generator(5))
+    kernels = [
+        gaussian_kernel(size, 2.0, device=values.device),
+        bilateral_kernel(picture(*size), 5.0, 20.0),
+    ]
+    before = torch.rand((2, 99), generator=generator(6))
+    after = torch.rand((2, 99), generator=generator(7))
+    expected = sum(
+        after[m, :, None] * kernel.lattice.filter(before[m, :, None] * values)
+        for m, kernel in enumerate(kernels)
+    )
+    for order in ([0, 1], [1, 0]):
+        lattices = [kernels[m].lattice for m in order]
+        joined = join(lattices, [before[m] for m in order], [after[m] for m in order])
+        torch.testing.assert_close(joined.apply(values), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_norm_is_that_of_the_filter() -> None:
+    kernel = bilateral_kernel(picture(8, 10), 4.0, 15.0)
+    sums = kernel.lattice.filter(torch.ones(80, 1)).view(-1)
+    torch.testing.assert_close(kernel.norm, sums.rsqrt(), atol=1e-5, rtol=1e-5)
+
+
+# -- The model -----------------------------------------------------------------------------------
+
+
+def test_against_brute_force() -> None:
+    """The fully connected sums themselves; the lattice approximates them."""
+    height, width = 14, 16
+    image, unary = picture(height, width), unary_from_probabilities(scores(3, height, width), 1e-5)
+    settings = CrfSettings.from_preset("irn", bilateral_sxy=8.0, bilateral_srgb=40.0)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    place = torch.stack([x, y], -1).reshape(-1, 2).double()
+    colour = image.reshape(-1, 3).double()
+    total = torch.zeros(len(place), len(place)).double()
+    for features, weight in (
+        (place / settings.gaussian_sxy, settings.gaussian_weight),
+        (
+            torch.cat([place / settings.bilateral_sxy, colour / settings.bilateral_srgb], 1),
+            settings.bilateral_weight,
+        ),
+    ):
+        kernel = torch.exp(-0.5 * torch.cdist(features, features) ** 2)
+        norm = kernel.sum(1).rsqrt()
+        total += weight * norm[:, None] * kernel * norm
+    energy = unary.reshape(3, -1).t().double()
+    marginals = (-energy).softmax(1)
+    for _ in range(settings.iterations):
+        marginals = (total @ marginals - energy).softmax(1)
+    found = DenseCrf(settings)(image, unary).reshape(3, -1).t()
+    assert float((found.argmax(1) == marginals.argmax(1)).double().mean()) > 0.97
+    assert float((found - marginals).abs().mean()) < 0.03
+
+
+def test_marginals_sum_to_one_and_move_towards_the_neighbours() -> None:
+    image = torch.zeros(20, 20, 3, dtype=torch.uint8)
+    image[:, 10:] = 200
+    labels = (image[..., 0] > 0).long()
+    labels[5, 5] = 1  # a speck that nothing in the image backs
+    labels[12, 15] = 0
+    found = DenseCrf(IRN).refine_labels(image, labels, 2)
+    torch.testing.assert_close(found.sum(0), torch.ones(20, 20))
+    assert torch.equal(found.argmax(0), (image[..., 0] > 0).long())
+
+
+def test_no_kernel_and_no_iteration_give_the_softmax() -> None:
+    image, given = picture(6, 7), scores(3, 6, 7)
+    for change in (
+        {"iterations": 0},
+        {"gaussian_weight": 0.0, "bilateral_weight": 0.0},
+    ):
+        crf = DenseCrf(CrfSettings.from_preset("psa", **change))
+        torch.testing.assert_close(crf.refine_probabilities(image, given), given)
+
+
+def test_one_kernel_alone() -> None:
+    image, given = picture(9, 8), scores(3, 9, 8)
+    unary = unary_from_probabilities(given, PSA.clip)
+    settings = CrfSettings.from_preset("psa", gaussian_weight=0.0, iterations=1)
+    kernel = bilateral_kernel(image, PSA.bilateral_sxy, PSA.bilateral_srgb)
+    norm = kernel.norm[:, None]
+    start = (-unary).softmax(0).reshape(3, -1).t()
+    message = PSA.bilateral_weight * norm * kernel.lattice.filter(norm * start)
+    expected = (message - unary.reshape(3, -1).t()).softmax(1).t().reshape(3, 9, 8)
+    torch.testing.assert_close(DenseCrf(settings)(image, unary), expected, atol=1e-5, rtol=0)
+
+
+def test_large_weights_do_not_overflow() -> None:
+    image, given = picture(12, 12), scores(2, 12, 12)
+    settings = CrfSettings.from_preset("psa", bilateral_weight=5000.0)
+    found = DenseCrf(settings).refine_probabilities(image, given)
+    assert bool(torch.isfinite(found).all())
+    torch.testing.assert_close(found.sum(0), torch.ones(12, 12))
+
+
+def test_large_energies() -> None:
+    image = picture(5, 5)
+    unary = torch.full((2, 5, 5), 1e6)
+    unary[0] -= 300.0
+    found = DenseCrf(IRN)(image, unary)
+    assert torch.equal(found[0], torch.ones(5, 5))
+
+
+def test_permuted_labels() -> None:
+    image, given = picture(15, 13), scores(4, 15, 13)
+    crf, order = DenseCrf(PSA), torch.tensor([2, 0, 3, 1])
+    found = crf.refine_probabilities(image, given)
+    permuted = crf.refine_probabilities(image, given[order])
+    torch.testing.assert_close(permuted, found[order], atol=1e-6, rtol=0)
+
+
+def test_mirrored_image_gives_about_the_mirrored_marginals() -> None:
+    image, given = picture(24, 30), scores(3, 24, 30)
+    crf = DenseCrf(PSA)
+    found = crf.refine_probabilities(image, given)
+    mirrored = crf.refine_probabilities(image.flip(1), given.flip(2)).flip(2)
+    assert float((found - mirrored).abs().mean()) < 0.05
+    assert float((found.argmax(0) == mirrored.argmax(0)).double().mean()) > 0.95
+
+
+def test_batch_is_its_images() -> None:
+    images = torch.stack([picture(10, 12, seed) for seed in range(4)]).view(2, 2, 10, 12, 3)
+    given = torch.stack([scores(3, 10, 12, seed) for seed in range(4)]).view(2, 2, 3, 10, 12)
+    batch = DenseCrf(PSA).refine_probabilities(images, given)
+    assert batch.shape == given.shape
+    for a in range(2):
+        for b in range(2):
+            alone = DenseCrf(PSA).refine_probabilities(images[a, b], given[a, b])
+            assert torch.equal(batch[a, b], alone)
+
+
+def test_same_bytes_again_and_with_other_threads() -> None:
+    image, given = picture(40, 50), scores(5, 40, 50)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            found.append(DenseCrf(PSA).refine_probabilities(image, given))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    image, given = picture(8, 9), scores(3, 8, 9)
+    found = DenseCrf(PSA).refine_probabilities(image, given.to(dtype))
+    assert found.dtype is dtype
+    expected = DenseCrf(PSA).refine_probabilities(image, given)
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_gives_the_same_labels() -> None:
+    image, given = picture(60, 80), scores(4, 60, 80)
+    expected = DenseCrf(PSA).refine_probabilities(image, given)
+    found = DenseCrf(PSA).refine_probabilities(image.cuda(), given.cuda())
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 17), (17, 1), (1, 1), (2, 2)])
+def test_thin_images(size: tuple[int, int]) -> None:
+    found = DenseCrf(PSA).refine_probabilities(picture(*size), scores(3, *size))
+    torch.testing.assert_close(found.sum(0), torch.ones(size))
+
+
+def test_given_tensors_stay_as_they_are() -> None:
+    image, unary = picture(7, 7), unary_from_probabilities(scores(3, 7, 7), 1e-5)
+    before = (image.clone(), unary.clone())
+    DenseCrf(PSA)(image, unary)
+    assert torch.equal(image, before[0]) and torch.equal(unary, before[1])
+
+
+# -- Kept kernels --------------------------------------------------------------------------------
+
+
+def test_gaussian_kernels_of_the_last_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(size: tuple[int, int], *arguments: float, **options: torch.device) -> module.Kernel:
+        made.append(size)
+        return gaussian_kernel(size, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "gaussian_kernel", counted)
+    crf = DenseCrf(PSA, sizes_kept=2)
+    for height in (4, 5, 4, 6, 4, 5):
+        crf.refine_probabilities(picture(height, 6), scores(2, height, 6))
+    assert made == [(4, 6), (5, 6), (6, 6), (5, 6)]
+
+
+# -- Unary energies ------------------------------------------------------------------------------
+
+
+def test_unary_from_labels() -> None:
+    found = unary_from_labels(torch.tensor([[0, 2]]), 3, 0.7)
+    right, wrong = -math.log(0.7), -math.log(0.15)
+    expected = torch.tensor([[[right, wrong]], [[wrong, wrong]], [[wrong, right]]])
+    torch.testing.assert_close(found, expected)
+    batch = unary_from_labels(torch.zeros(2, 5, 6, dtype=torch.uint8), 2, 0.6)
+    assert batch.shape == (2, 2, 5, 6)
+
+
+def test_unary_from_probabilities() -> None:
+    given = torch.tensor([0.0, 1e-7, 0.25, 1.0]).view(4, 1, 1)
+    found = unary_from_probabilities(given, 1e-5).flatten().tolist()
+    assert found == pytest.approx([-math.log(1e-5), -math.log(1e-5), -math.log(0.25), 0.0])
+
+
+# -- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "gt_prob", "message"),
+    [
+        (torch.zeros(2, 2), 2, 0.7, "hard labels are integers, got torch.float32"),
+        (torch.zeros(2, 2).bool(), 2, 0.7, "hard labels are integers, got torch.bool"),
+        (torch.zeros(2, 2).long(), 1, 0.7, "at least two labels, got 1: without a class"),
+        (torch.full((2, 2), 255), 3, 0.7, r"from 255 to 255, expected 0 to 2 .*\(255\) a label"),
+        (torch.full((2, 2), -1), 3, 0.7, "from -1 to -1, expected 0 to 2"),
+        (torch.zeros(2, 2).long(), 2, 1.0, "gt_prob must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_bad_labels(labels: Tensor, count: int, gt_prob: float, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        unary_from_labels(labels, count, gt_prob)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(2, 2, 2).long(), "floating-point numbers, got torch.int64"),
+        (torch.zeros(2, 2), r"shape \(..., labels, height, width\), got \(2, 2\)"),
+        (torch.full((2, 2, 2), math.nan), "hold NaN"),
+        (torch.full((2, 2, 2), 1.5), r"reach from 1.5 to 1.5, expected \[0, 1\]; take the softmax"),
+        (torch.full((2, 2, 2), -0.1), r"reach from -0.1 to -0.1, expected \[0, 1\]"),
+        (torch.full((1, 2, 2), 0.5), "at least two labels, got 1"),
+    ],
+)
+def test_bad_probabilities(given: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        unary_from_probabilities(given, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "unary", "message"),
+    [
+        (torch.zeros(4, 5, 3), torch.zeros(2, 4, 5), "must be RGB, uint8 .*, got torch.float32"),
+        (torch.zeros(3, 4, 5).byte(), torch.zeros(2, 4, 5), "must be RGB, uint8"),
+        (picture(4, 5), torch.zeros(2, 5, 4), r"differ in size: .*\(4, 5, 3\), .*\(2, 5, 4\)"),
+        (picture(4, 5), torch.zeros(3, 2, 4, 5), "differ in size"),
+        (picture(4, 5), torch.zeros(2, 4, 5).long(), "floating-point numbers of the shape"),
+        (picture(4, 5), torch.zeros(1, 4, 5), "at least two labels, got 1"),
+        (picture(4, 5), torch.full((2, 4, 5), math.nan), "hold NaN or infinite values"),
+        (picture(4, 5), torch.full((2, 4, 5), math.inf), "hold NaN or infinite values"),
+        (torch.zeros(0, 5, 3).byte(), torch.zeros(2, 0, 5), "the image has no pixels"),
+    ],
+)
+def test_bad_images_and_energies(image: Tensor, unary: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        DenseCrf(IRN)(image, unary)
+
+
+def test_large_images_are_refused_with_the_memory_they_need() -> None:
+    image = torch.zeros(1, 1, 3, dtype=torch.uint8).expand(3000, 4000, 3)
+    unary = torch.zeros(1, 1, 1).expand(2, 3000, 4000)
+    crf = DenseCrf(IRN, memory=2**30)
+    with pytest.raises(
+        DataError, match=r"2 labels .* 4000 × 3000 pixels needs about 4.5 GiB, more than the 1 GiB"
+    ):
+        crf(image, unary)
+
+
+def test_memory_counts_the_lattice_once_it_is_known() -> None:
+    noise = torch.randint(0, 256, (30, 40, 3), generator=generator(8)).to(torch.uint8)
+    bound = required_memory((30, 40), 3)
+    flat = torch.full_like(noise, 90)
+    given = scores(3, 30, 40)
+    DenseCrf(PSA, memory=bound * 2).refine_probabilities(flat, given)
+    with pytest.raises(DataError, match=r"allow more \(argument memory\)"):
+        DenseCrf(PSA, memory=bound * 2).refine_probabilities(noise, given)
+    assert required_memory((30, 40), 3, 100) > bound
+    assert required_memory((30, 40), 3, element_size=8) == 2 * bound
+
+
+def test_tiny_standard_deviations_are_refused() -> None:
+    with pytest.raises(DataError, match="standard deviations are too small for the size"):
+        bilateral_kernel(picture(20, 20), 50.0, 1e-4)
+    with pytest.raises(DataError, match="at least one point"):
+        permutohedral_lattice(torch.zeros(2, 0))
+
+
+def test_mean_field_without_kernels() -> None:
+    unary = torch.tensor([[0.0, 1.0], [3.0, 2.0]])
+    torch.testing.assert_close(mean_field(unary, None, 10), (-unary).softmax(1))

@@ -1,0 +1,631 @@
+"""IRNet: pyramid, branches, loss, training, going on after a stop, files, boundary maps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import together
+from torch import Tensor
+
+from lpcam import engine
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.data.folder import read_folder
+from lpcam.data.images import read_image
+from lpcam.data.items import Item
+from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.presets import IrnSettings
+from lpcam.processes import Processes
+from lpcam.refine import irn
+from lpcam.refine.irn import Irn, Pyramid, boundary_maps, build_irn, irn_loss, pair_counts
+from lpcam.refine.walk import pair_offsets, path
+from lpcam.storage import write_tensors
+
+SPEC = BackboneSpec("test_resnet", {}, 16)
+RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
+SETTINGS = IrnSettings.from_preset(
+    "official", epochs=2, batch_size=3, crop=48, radius=4, learning_rate=0.05
+)
+PLAIN = SETTINGS.model_copy(update={"displacement": False})
+
+
+@pytest.fixture
+def fresh(weights: Path) -> Any:
+    """Makes equal untrained networks."""
+    return lambda displacement=True, seed=0: build_irn(
+        SPEC, weights=weights, displacement=displacement, seed=seed
+    )
+
+
+@pytest.fixture
+def pairs(pictures: Path, tmp_path: Path) -> list[tuple[Item, Path]]:
+    """The tiny images with their masks as ternary labels, a frame of each ignored."""
+    found = []
+    for item in read_folder(pictures).items.values():
+        assert item.mask is not None
+        label = np.array(Image.open(item.mask))
+        label[:, :3] = 255
+        path = tmp_path / "labels" / f"{item.id}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(label).save(path)
+        found.append((item, path))
+    return found
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_labels(*shape: int, values: tuple[int, ...] = (0, 1, 2, 255), seed: int = 0) -> Tensor:
+    numbers = torch.randint(0, len(values), shape, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(values, dtype=torch.uint8)[numbers]
+
+
+# -- Pyramid and branches -----------------------------------------------------------------------
+
+
+def test_levels_of_a_resnet(fresh: Any) -> None:
+    pyramid = fresh().pyramid
+    found = [(level.channels, level.stride, level.pooled) for level in pyramid.levels]
+    assert found == [
+        (32, 4, True),
+        (32, 4, False),
+        (48, 8, False),
+        (192, 16, False),
+        (96, 16, False),
+    ]
+    assert pyramid.multiple == 1
+    images = drawn(2, 3, 61, 83)
+    backbone = pyramid.backbone
+    stem = backbone.maxpool(backbone.act1(backbone.bn1(backbone.conv1(images))))
+    features = pyramid(images)
+    torch.testing.assert_close(features[0], stem)
+    torch.testing.assert_close(features[1], backbone.layer1(stem))
+    torch.testing.assert_close(features[4], backbone.forward_features(images))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("size", [(64, 64), (61, 83), (33, 97), (9, 130)])
+def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
+    network = build_irn(BackboneSpec(name, {}), weights="random")
+    logits, displacement = network(drawn(2, 3, *size))
+    grid = (-(-size[0] // 4), -(-size[1] // 4))
+    assert displacement is not None
+    assert logits.shape == (2, *grid)
+    assert displacement.shape == (2, 2, *grid)
+    assert bool(torch.isfinite(logits).all())
+    assert float(logits.detach().std()) > 0
+
+
+def test_strides_that_round_down_get_whole_images() -> None:
+    pyramid = build_irn(BackboneSpec("test_convnext", {}), weights="random").pyramid
+    assert pyramid.multiple == 32
+    images = drawn(1, 3, 50, 70)
+    whole = F.pad(images, (0, 96 - 70, 0, 64 - 50))
+    for found, expected in zip(pyramid(images), pyramid(whole), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_weights_of_mobilenet(shared: Path) -> None:
+    network = build_irn(
+        BackboneSpec("mobilenetv2_100", {"pad_type": "same"}, 16),
+        weights=shared / "weights" / "mobilenetv2_100_imagenet.safetensors",
+        displacement=False,
+    )
+    levels = [(level.channels, level.stride, level.pooled) for level in network.pyramid.levels]
+    assert levels == [
+        (16, 4, True), (24, 4, False), (32, 8, False), (96, 16, False), (320, 16, False)
+    ]  # fmt: skip
+    assert network(drawn(1, 3, 61, 83))[0].shape == (1, 16, 21)
+
+
+def test_a_backbone_without_fine_features() -> None:
+    spec = BackboneSpec("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True})
+    with pytest.raises(ClassifierError, match=r"at strides \[16\]; IRN needs 4 and 8 among them"):
+        build_irn(spec, weights="random")
+
+
+def test_a_backbone_without_intermediates(classifier: Classifier) -> None:
+    classifier.backbone = torch.nn.Conv2d(3, 8, 3)
+    with pytest.raises(ClassifierError, match="Conv2d does not give the feature maps between its"):
+        Pyramid(classifier)
+
+
+def test_the_backbone_is_frozen(fresh: Any) -> None:
+    network = fresh().train()
+    assert network.branches.training
+    assert not any(module.training for module in network.pyramid.modules())
+    logits, displacement = network(drawn(2, 3, 48, 48))
+    (logits.sum() + displacement.sum()).backward()
+    assert all(p.grad is None and not p.requires_grad for p in network.pyramid.parameters())
+    assert all(p.grad is not None for p in network.branches.parameters())
+
+
+def test_boundary_branch_is_that_of_the_specification(fresh: Any) -> None:
+    network = fresh()
+    images = drawn(2, 3, 61, 83)
+    boundary = network.branches.boundary
+    parts = []
+    features = network.pyramid(images)
+    for unit, feature, factor in zip(boundary.units, features, (1, 1, 2, 4, 4), strict=True):
+        assert unit.convolution.bias is None
+        found = F.group_norm(
+            F.conv2d(feature, unit.convolution.weight), 4, unit.norm.weight, unit.norm.bias
+        )
+        if factor > 1:
+            found = F.interpolate(found, scale_factor=factor, mode="bilinear")
+        parts.append(F.relu(found[..., :16, :21]))
+    expected = F.conv2d(torch.cat(parts, 1), boundary.last.weight, boundary.last.bias)[:, 0]
+    torch.testing.assert_close(network(images)[0], expected)
+
+
+def test_displacement_branch_is_that_of_the_specification(fresh: Any) -> None:
+    branch = fresh().branches.displacement
+    found = [(u.convolution.out_channels, u.norm.num_groups, u.factor) for u in branch.units]
+    assert found == [(64, 8, 1), (128, 16, 1), (256, 16, 1), (256, 16, 2), (256, 16, 2)]
+    assert branch.middle.convolution.in_channels == 768
+    assert branch.middle.factor == 2
+    assert branch.late.convolution.in_channels == 448
+    assert branch.last.bias is None
+
+
+def test_resnet50_of_the_official_program() -> None:
+    network = build_irn(BackboneSpec("resnet50", {}, 16, dilated=False), weights="random")
+    levels = [(level.channels, level.stride) for level in network.pyramid.levels]
+    assert levels == [(64, 4), (256, 4), (512, 8), (1024, 16), (2048, 16)]
+    assert network.branches.boundary.last.in_channels == 160
+    assert network(drawn(1, 3, 33, 49))[0].shape == (1, 9, 13)
+
+
+def test_mean_shift_is_subtracted_in_evaluation_alone(fresh: Any) -> None:
+    network = fresh()
+    images = drawn(1, 3, 48, 48)
+    before = network(images)[1]
+    network.branches.displacement.shift.copy_(torch.tensor([0.25, -2.0]))
+    moved = network(images)[1]
+    torch.testing.assert_close(moved[0, 0], before[0, 0] - 0.25)
+    torch.testing.assert_close(moved[0, 1], before[0, 1] + 2)
+    torch.testing.assert_close(network.train()(images)[1], before)
+
+
+def test_folded_twin(fresh: Any) -> None:
+    network = fresh()
+    state = torch.random.get_rng_state()
+    twin = network.folded()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    images = drawn(1, 3, 61, 83)
+    torch.testing.assert_close(twin(images)[0], network(images)[0], atol=1e-4, rtol=0)
+    assert len(list(twin.pyramid.parameters())) < len(list(network.pyramid.parameters()))
+    assert twin.branches is network.branches
+    assert network.pyramid.spec == SPEC
+
+
+def test_boundary_weights_do_not_hang_on_the_other_branch(fresh: Any) -> None:
+    whole, plain = fresh(), fresh(displacement=False)
+    assert plain.branches.displacement is None
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    assert plain(drawn(1, 3, 48, 48))[1] is None
+    other = fresh(seed=1)
+    assert not torch.equal(other.branches.boundary.last.weight, plain.branches.boundary.last.weight)
+
+
+# -- Loss ---------------------------------------------------------------------------------------
+
+
+def loss_by_pairs(
+    logits: Tensor, labels: Tensor, radius: int, displacement: Tensor
+) -> dict[str, float]:
+    """The specification's sums, pair by pair."""
+    edge = logits.double().sigmoid()
+    reach = radius - 1
+    batch, height, width = labels.shape
+    sums = dict.fromkeys(("background", "foreground", "different", "still", "moved"), 0.0)
+    counts = dict.fromkeys(("background", "foreground", "different"), 0)
+    for b in range(batch):
+        for y in range(height - reach):
+            for x in range(reach, width - reach):
+                for dy, dx in pair_offsets(radius):
+                    first, second = int(labels[b, y, x]), int(labels[b, y + dy, x + dx])
+                    if 255 in (first, second):
+                        continue
+                    affinity = 1 - max(float(edge[b, y + p, x + q]) for p, q in path((dy, dx)))
+                    delta = (displacement[b, :, y, x] - displacement[b, :, y + dy, x + dx]).double()
+                    if first != second:
+                        kind = "different"
+                        sums[kind] -= math.log(1 + 1e-5 - affinity)
+                    else:
+                        kind = "foreground" if first else "background"
+                        sums[kind] -= math.log(affinity + 1e-5)
+                        if first:
+                            delta = delta - torch.tensor([dy, dx])
+                        sums["moved" if first else "still"] += float(delta.abs().sum())
+                    counts[kind] += 1
+    return {
+        "positive": sum(sums[k] / (counts[k] + 1e-5) for k in ("background", "foreground")) / 2,
+        "negative": sums["different"] / (counts["different"] + 1e-5),
+        "displacement_foreground": sums["moved"] / (2 * counts["foreground"] + 1e-5),
+        "displacement_background": sums["still"] / (2 * counts["background"] + 1e-5),
+    }
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 1, 2, 255), (0, 0, 255), (3, 3, 255), (0, 7), (255, 255), (4, 9)]
+)
+def test_loss_pair_by_pair(values: tuple[int, ...]) -> None:
+    """With kinds of pairs that do not occur, too."""
+    logits, displacement = 2 * drawn(2, 9, 10), drawn(2, 2, 9, 10, seed=1)
+    labels = drawn_labels(2, 9, 10, values=values)
+    found = irn_loss(logits, labels, 3, displacement)
+    expected = loss_by_pairs(logits, labels, 3, displacement)
+    for name, value in expected.items():
+        assert float(getattr(found, name)) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    total = (found.positive + found.negative) / 2
+    total += (found.displacement_foreground + found.displacement_background) / 2
+    assert float(found.total) == pytest.approx(float(total), rel=1e-6)
+    plain = irn_loss(logits, labels, 3)
+    assert float(plain.displacement_foreground) == float(plain.displacement_background) == 0
+    assert torch.equal(plain.positive, found.positive)
+
+
+@pytest.mark.parametrize("size", [(3, 20), (20, 6), (1, 1)])
+def test_maps_too_small_for_a_pair(size: tuple[int, int]) -> None:
+    logits = drawn(2, *size).requires_grad_()
+    found = irn_loss(logits, drawn_labels(2, *size), 4, drawn(2, 2, *size))
+    assert float(found.total.detach()) == 0
+    assert not torch.autograd.grad(found.total, logits)[0].any()
+    assert float(pair_counts(drawn_labels(2, *size), 4).sum()) == 0
+
+
+def test_loss_has_a_finite_gradient_at_saturated_boundaries() -> None:
+    logits = torch.tensor([-200.0, 200.0]).repeat(1, 8, 4).requires_grad_()
+    for labels in (drawn_labels(1, 8, 8), torch.full((1, 8, 8), 255, dtype=torch.uint8)):
+        loss = irn_loss(logits, labels, 3).total
+        (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
+        assert bool(torch.isfinite(loss))
+        assert gradient is None or bool(torch.isfinite(gradient).all())
+
+
+def test_gradient_of_the_loss() -> None:
+    logits = drawn(1, 5, 6).double().requires_grad_()
+    displacement = drawn(1, 2, 5, 6, seed=1).double().requires_grad_()
+    labels = drawn_labels(1, 5, 6)
+    assert torch.autograd.gradcheck(
+        lambda e, d: irn_loss(e, labels, 3, d).total, (logits, displacement)
+    )
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    logits, displacement = drawn(3, 9, 10), drawn(3, 2, 9, 10, seed=1)
+    labels = drawn_labels(3, 9, 10)
+    counts = pair_counts(labels, 3)
+    assert counts.tolist() == [float(n) for n in counts.long()]
+    whole = irn_loss(logits, labels, 3, displacement)
+    parts = [
+        irn_loss(logits[p], labels[p], 3, displacement[p], counts)
+        for p in (slice(0, 1), slice(1, 3))
+    ]
+    for found, *each in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(found, sum(each))
+
+
+# -- Augmentation -------------------------------------------------------------------------------
+
+
+def test_labels_are_reduced_as_pillow_does() -> None:
+    labels = drawn_labels(48, 64, values=tuple(range(200))).numpy()
+    expected = np.array(Image.fromarray(labels).resize((16, 12), Image.Resampling.NEAREST))
+    assert np.array_equal(irn.reduce_labels(labels), expected)
+
+
+@pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
+def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
+    """At scale 1 the red value of each labelled cell's pixel is its label, also mirrored."""
+    label = drawn_labels(*size, values=tuple(range(254))).numpy()
+    image = np.repeat(label[:, :, None], 3, axis=2)
+    settings = SETTINGS.model_copy(update={"scale": (1.0, 1.0)})
+    labelled = 0
+    for seed in range(20):
+        tensor, labels = irn.augment(image, label, RAW, settings, np.random.default_rng(seed))
+        assert tensor.shape == (3, 48, 48)
+        assert labels.shape == (12, 12)
+        assert labels.dtype == torch.uint8
+        red = torch.round((tensor[0, 2::4, 2::4] * 0.5 + 0.5) * 255).to(torch.uint8)
+        known = labels != 255
+        assert torch.equal(red[known], labels[known])
+        assert bool((tensor[:, 2::4, 2::4][:, ~known] == 0).all())
+        labelled += int(known.sum())
+    assert labelled > 0
+
+
+def test_augmented_scale_and_mirror() -> None:
+    image = np.zeros((40, 40, 3), np.uint8)
+    label = np.zeros((40, 40), np.uint8)
+    label[:, :20] = 1
+    settings = SETTINGS.model_copy(update={"crop": 96, "scale": (0.5, 2.0)})
+    sides, left = set(), set()
+    for seed in range(40):
+        _, labels = irn.augment(image, label, RAW, settings, np.random.default_rng(seed))
+        known = (labels != 255).nonzero()
+        sides.add(int(known[:, 0].max() - known[:, 0].min()) + 1)
+        row = labels[known[0, 0]]
+        left.add(int(row[row != 255][0]))
+    assert min(sides) <= 7
+    assert max(sides) >= 18
+    assert left == {0, 1}
+
+
+# -- Training -----------------------------------------------------------------------------------
+
+
+def test_loss_falls(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -> None:
+    network = fresh(displacement=False)
+    settings = PLAIN.model_copy(update={"epochs": 8, "momentum": 0.9, "scale": (0.9, 1.1)})
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    history = irn.train_irn(network, pairs, settings, seed=0, folder=tmp_path)
+    assert [record["epoch"] for record in history] == list(range(1, 9))
+    assert history[-1]["loss"] < 0.92 * history[0]["loss"]
+    assert not network.branches.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("pyramid."), name
+
+
+def test_optimiser_of_the_specification(
+    fresh: Any,
+    pairs: list[tuple[Item, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[dict[str, Any]]] = []
+    step = torch.optim.SGD.step
+
+    def record(self: torch.optim.SGD, *arguments: Any) -> Any:
+        seen.append([dict(group) for group in self.param_groups])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    settings = IrnSettings.from_preset("official", epochs=1, batch_size=3, crop=48, radius=4)
+    irn.train_irn(fresh(), pairs, settings, seed=0, folder=tmp_path)
+    assert len(seen) == 4
+    for number, (boundary, displacement) in enumerate(seen):
+        assert boundary["lr"] == pytest.approx(0.1 * (1 - number / 4) ** 0.9)
+        assert displacement["lr"] == pytest.approx(10 * boundary["lr"])
+        for group in (boundary, displacement):
+            assert (group["momentum"], group["weight_decay"]) == (1e-4, 1e-4)
+
+
+def test_displacement_does_not_change_the_boundaries(
+    fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path
+) -> None:
+    whole, plain = fresh(), fresh(displacement=False)
+    irn.train_irn(whole, pairs, SETTINGS, seed=0, folder=tmp_path / "whole")
+    irn.train_irn(plain, pairs, PLAIN, seed=0, folder=tmp_path / "plain")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    assert float(whole.branches.displacement.shift.abs().max()) > 0
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 6])
+def test_going_on_gives_the_same_bytes(
+    fresh: Any,
+    pairs: list[tuple[Item, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_at: int,
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
+    whole = fresh()
+    expected = irn.train_irn(whole, pairs, SETTINGS, seed=5, folder=tmp_path / "whole")
+
+    save, saved = engine._save, []
+
+    def stop(*arguments: Any) -> None:
+        save(*arguments)
+        saved.append(arguments[3])
+        if len(saved) == stopped_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        irn.train_irn(fresh(), pairs, SETTINGS, seed=5, folder=tmp_path / "stopped")
+    resumed = fresh()
+    history = irn.train_irn(resumed, pairs, SETTINGS, seed=5, folder=tmp_path / "stopped")
+    assert saved == list(range(1, 9))  # nothing was done twice
+    assert history == expected
+    assert resumed.fingerprint() == whole.fingerprint()
+    bytes_of = [(tmp_path / n / engine.CHECKPOINT).read_bytes() for n in ("whole", "stopped")]
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_processes_take_the_steps_of_one(
+    fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path
+) -> None:
+    """Batches of 3 shared by 2: the means are over the pairs of the whole batch."""
+    whole = fresh()
+    expected = irn.train_irn(whole, pairs, SETTINGS, seed=5, folder=tmp_path / "one")
+    untrained = fresh().state_dict()
+    own = [fresh(), fresh()]
+
+    def work(processes: Processes) -> list[dict[str, Any]]:
+        return irn.train_irn(
+            own[processes.rank],
+            pairs,
+            SETTINGS,
+            seed=5,
+            folder=tmp_path / f"of {processes.rank}",
+            processes=processes,
+        )
+
+    for network, history in zip(own, together(2, work), strict=True):
+        for name, value in network.state_dict().items():
+            torch.testing.assert_close(value, whole.state_dict()[name], atol=1e-4, rtol=1e-3)
+        for found, wanted in zip(history, expected, strict=True):
+            assert found == pytest.approx(wanted, abs=1e-4)
+    moved = [(whole.state_dict()[k] - v).abs().max() for k, v in untrained.items() if v.ndim]
+    assert max(moved) > 1e-2  # more than the tolerance above
+
+
+def test_a_checkpoint_of_another_network(
+    fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path
+) -> None:
+    settings = PLAIN.model_copy(update={"epochs": 1, "batch_size": 12})
+    irn.train_irn(fresh(displacement=False), pairs, settings, seed=0, folder=tmp_path)
+    whole = settings.model_copy(update={"displacement": True})
+    with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit .*; delete it"):
+        irn.train_irn(fresh(), pairs, whole, seed=0, folder=tmp_path)
+
+
+def test_bad_input(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -> None:
+    def train(network: Irn, given: list[tuple[Item, Path]], settings: IrnSettings = PLAIN) -> None:
+        irn.train_irn(network, given, settings, seed=0, folder=tmp_path / "run")
+
+    plain = fresh(displacement=False)
+    lost = [*pairs[:-1], (pairs[-1][0], tmp_path / "none.png")]
+    with pytest.raises(DataError, match=r"1 of 12 images have no labels: i11 \(.*none.png\); give"):
+        train(plain, lost)
+    with pytest.raises(DataError, match="0 of 0 images have no labels"):
+        train(plain, [])
+    with pytest.raises(ClassifierError, match=r"irn.displacement is True, but the network was"):
+        train(plain, pairs, SETTINGS)
+    small = tmp_path / "small.png"
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(small)
+    with pytest.raises(
+        DataError, match=r"pixels but its labels .*small.png 9 x 9; make the labels"
+    ):
+        train(plain, [(pairs[0][0], small)])
+    with pytest.raises(ClassifierError, match=r"the loss is nan at step \d of 8; lower irn.learn"):
+        train(plain, pairs, PLAIN.model_copy(update={"learning_rate": 1e30}))
+
+
+def test_mean_displacement(fresh: Any, pairs: list[tuple[Item, Path]]) -> None:
+    network = fresh()
+    items = [item for item, _ in pairs][:8]
+    settings = SETTINGS.model_copy(update={"crop": 64})
+    fields = []
+    for item in items[:6]:  # two batches of three
+        part = network.pyramid.preprocessing(read_image(item.image)[:64, :64])
+        canvas = torch.zeros(1, 3, 64, 64)
+        canvas[0, :, : part.shape[1], : part.shape[2]] = part
+        fields.append(network(canvas)[1].mean((0, 2, 3)))
+    expected = torch.stack(fields).mean(0)
+    network.branches.displacement.shift.fill_(3.0)  # does not count
+    found = irn.mean_displacement(network, items, settings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ClassifierError, match="no displacement branch"):
+        irn.mean_displacement(fresh(displacement=False), items, settings)
+
+
+# -- Boundary maps ------------------------------------------------------------------------------
+
+
+def test_boundary_maps(fresh: Any) -> None:
+    network = fresh().train()
+    images = np.random.default_rng(0).integers(0, 256, (2, 61, 83, 3)).astype(np.uint8)
+    found = boundary_maps(network, images)
+    assert found.shape == (2, 16, 21)
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    network.eval()
+    tensors = torch.stack([network.pyramid.preprocessing(image) for image in images])
+    with torch.no_grad():
+        logits, mirrored = network(tensors)[0], network(tensors.flip(-1))[0].flip(-1)
+    torch.testing.assert_close(found, torch.sigmoid(0.5 * logits + 0.5 * mirrored))
+    torch.testing.assert_close(boundary_maps(network, images[1:]), found[1:])
+    mirror = boundary_maps(network, images[:, :, ::-1])
+    torch.testing.assert_close(mirror, found.flip(-1))
+
+
+# -- Files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("displacement", [True, False])
+def test_save_and_load(fresh: Any, tmp_path: Path, displacement: bool) -> None:
+    network = fresh(displacement=displacement, seed=3)
+    if displacement:
+        network.branches.displacement.shift.copy_(torch.tensor([1.0, 2.0]))
+    path = tmp_path / "irn.safetensors"
+    network.save(path, {"seed": 3})
+    state = torch.random.get_rng_state()
+    again = Irn.load(path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert again.fingerprint() == network.fingerprint()
+    images = drawn(1, 3, 61, 83)
+    for found, expected in zip(again(images), network(images), strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found, expected)
+    assert not again.training
+    assert fresh(displacement=displacement, seed=4).fingerprint() != network.fingerprint()
+
+
+def test_files_that_do_not_fit(fresh: Any, classifier: Classifier, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    classifier.save(path)
+    with pytest.raises(ArtefactError, match=r"holds 'classifier', not a network of IRN; give the"):
+        Irn.load(path)
+    network = fresh()
+    state = network.state_dict()
+    state["branches.boundary.last.weight"] = torch.zeros(1, 3, 1, 1)
+    write_tensors(path, state, {"kind": "irn", **network._description()})
+    with pytest.raises(ArtefactError, match=r"does not fit its own description \(.*; make it"):
+        Irn.load(path)
+    with pytest.raises(ClassifierError, match="passed in or folded, so a file cannot describe it"):
+        network.folded().save(path)
+
+
+def test_own_backbone_cannot_be_saved(weights: Path, tmp_path: Path) -> None:
+    classifier = build(SPEC, ("one",), weights=weights)
+    classifier.spec = None
+    with pytest.raises(ClassifierError, match="so a file cannot describe it"):
+        Irn(Pyramid(classifier)).save(tmp_path / "irn.safetensors")
+
+
+# -- Settings -----------------------------------------------------------------------------------
+
+
+def test_official_settings_are_those_of_the_specification() -> None:
+    """Written down again from sections 3, 5, 7 and 8."""
+    expected = {
+        "epochs": 3,
+        "batch_size": 32,
+        "learning_rate": 0.1,
+        "displacement_multiplier": 10,
+        "momentum": 1e-4,
+        "weight_decay": 1e-4,
+        "power": 0.9,
+        "crop": 512,
+        "scale": (0.5, 1.5),
+        "radius": 10,
+        "displacement": True,
+        "walk_radius": 5,
+        "beta": 10,
+        "exponent": 8,
+        "tolerance": 0,
+        "sharpness": 1,
+        "foreground_threshold": 0.45,
+        "background_threshold": 0.25,
+        "threshold": 0.35,
+        "cam_foreground_threshold": 0.3,
+        "cam_background_threshold": 0.05,
+        "cam_threshold": 0.25,
+    }
+    assert IrnSettings.from_preset("official").model_dump() == {"preset": "official", **expected}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": 32, "radius": 5}, "crop 32 has no pair at radius 5; it must be above 32"),
+        ({"crop": 130}, "multiple of 4"),
+        ({"scale": (1.5, 0.5)}, r"scale \[1.5, 0.5\] must be a range: the smaller first"),
+        ({"background_threshold": 0.9}, "foreground_threshold must not be below background_thr"),
+        ({"exponent": 17}, "less than or equal to 16"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IrnSettings.from_preset("default", **changes)

@@ -1,0 +1,150 @@
+"""PAMR: a case by hand, what it must keep, and bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpcam.errors import DataError
+from lpcam.presets import PamrSettings
+from lpcam.refine import pamr as module
+from lpcam.refine.pamr import affinities, pamr, propagate
+
+DEFAULT = PamrSettings.from_preset("default")
+SMALL = PamrSettings.from_preset("default", dilations=[1, 2], iterations=3)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (*shape, 3), generator=generator(seed)).to(torch.uint8)
+
+
+def test_by_hand() -> None:
+    """The middle of a 3 x 3 image with one window: weights and one step from the definition."""
+    image = picture(3, 3)
+    masks = torch.rand((2, 3, 3), generator=generator(1))
+    values = image.reshape(9, 3).double() / 255
+    middle = values[4]
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    logits = []
+    for n in others:
+        terms = [
+            float((values[n, c] - middle[c]).abs() / (0.1 * values[:, c].std() + 1e-8))
+            for c in range(3)
+        ]
+        logits.append(-sum(terms) / 3)
+    largest = max(logits)
+    total = sum(math.exp(v - largest) for v in logits)
+    expected = [math.exp(v - largest) / total for v in logits]
+    weights = affinities(image, (1,), 0.1, dtype=torch.float64)
+    assert weights[:, 1, 1].tolist() == pytest.approx(expected)
+    once = PamrSettings.from_preset("default", dilations=[1], iterations=1)
+    found = pamr(image, masks, once)
+    for k in range(2):
+        mean = sum(w * float(masks[k].flatten()[n]) for w, n in zip(expected, others, strict=True))
+        assert float(found[k, 1, 1]) == pytest.approx(mean, abs=1e-6)
+
+
+def test_neighbours_at_the_border_repeat_the_edge() -> None:
+    """A row of two: of the eight neighbours of the left one, five are itself."""
+    image = torch.tensor([[[0, 0, 0], [90, 90, 90]]], dtype=torch.uint8)
+    weights = affinities(image, (1,), 0.1)
+    equal = weights[:, 0, 0]
+    assert (equal > equal.max() * 0.99).sum() == 5
+    found = propagate(torch.tensor([[[1.0, 0.0]]]), weights, (1,), 1)
+    assert float(found[0, 0, 0]) == pytest.approx(float(equal[equal > equal.max() * 0.99].sum()))
+
+
+def test_weights_are_those_of_a_flat_image() -> None:
+    weights = affinities(torch.full((6, 7, 3), 120, dtype=torch.uint8), (1, 3), 0.1)
+    torch.testing.assert_close(weights, torch.full((16, 6, 7), 1 / 16))
+
+
+def test_constant_masks_stay_and_sums_are_kept() -> None:
+    image = picture(20, 24)
+    constant = torch.full((2, 20, 24), 0.3)
+    torch.testing.assert_close(pamr(image, constant, DEFAULT), constant, atol=1e-5, rtol=0)
+    masks = torch.rand((4, 20, 24), generator=generator(2)).softmax(0)
+    found = pamr(image, masks, DEFAULT)
+    torch.testing.assert_close(found.sum(0), torch.ones(20, 24), atol=1e-5, rtol=0)
+    assert float(found.min()) >= float(masks.min()) and float(found.max()) <= float(masks.max())
+
+
+def test_masks_spread_within_a_region_and_not_across_its_edge() -> None:
+    image = torch.zeros(16, 16, 3, dtype=torch.uint8)
+    image[:, 8:] = 220
+    masks = torch.zeros(1, 16, 16)
+    masks[0, 6:10, 2:6] = 1.0
+    found = pamr(image, masks, SMALL)[0]
+    assert float(found[4:12, :7].mean()) > 0.2
+    assert float(found[:, 9:].max()) < 0.01
+
+
+def test_flips_and_permutations() -> None:
+    image, masks = picture(13, 17), torch.rand((3, 13, 17), generator=generator(3))
+    found = pamr(image, masks, SMALL)
+    for axis in (0, 1):
+        flipped = pamr(image.flip(axis), masks.flip(axis + 1), SMALL).flip(axis + 1)
+        torch.testing.assert_close(flipped, found, atol=1e-5, rtol=0)
+    order = torch.tensor([1, 2, 0])
+    assert torch.equal(pamr(image, masks[order], SMALL), found[order])
+
+
+def test_contrast_does_not_matter() -> None:
+    image, masks = picture(9, 9) // 4, torch.rand((1, 9, 9), generator=generator(4))
+    torch.testing.assert_close(
+        pamr(image, masks, SMALL), pamr(image * 3, masks, SMALL), atol=1e-4, rtol=0
+    )
+
+
+def test_batch_and_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.stack([picture(11, 9, seed=s) for s in range(2)])
+    masks = torch.rand((2, 3, 11, 9), generator=generator(5))
+    batch = pamr(images, masks, SMALL)
+    for number in range(2):
+        assert torch.equal(batch[number], pamr(images[number], masks[number], SMALL))
+    monkeypatch.setattr(module, "STRIP_BYTES", 1)
+    assert torch.equal(batch, pamr(images, masks, SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
+    image, masks = picture(8, 8), torch.rand((2, 8, 8), generator=generator(6))
+    found = pamr(image, masks.to(dtype), SMALL)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), pamr(image, masks, SMALL), atol=2e-3, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu() -> None:
+    image, masks = picture(30, 40), torch.rand((2, 30, 40), generator=generator(7))
+    found = pamr(image.cuda(), masks.cuda(), DEFAULT)
+    torch.testing.assert_close(found.cpu(), pamr(image, masks, DEFAULT), atol=1e-4, rtol=0)
+
+
+def test_thin_images_and_no_iteration() -> None:
+    masks = torch.rand((2, 1, 9), generator=generator(8))
+    assert pamr(picture(1, 9), masks, DEFAULT).shape == (2, 1, 9)
+    none = PamrSettings.from_preset("default", iterations=0)
+    assert torch.equal(pamr(picture(1, 9), masks, none), masks)
+
+
+@pytest.mark.parametrize(
+    ("image", "masks", "message"),
+    [
+        (torch.zeros(4, 5, 3), torch.zeros(2, 4, 5), "must be RGB, uint8 .*, got torch.float32"),
+        (picture(4, 5), torch.zeros(2, 5, 4), r"image and masks differ in size: .*\(2, 5, 4\)"),
+        (picture(4, 5), torch.zeros(2, 4, 5).long(), "masks are floating-point numbers"),
+        (picture(4, 5), torch.full((2, 4, 5), math.nan), "masks hold NaN"),
+        (torch.zeros(0, 5, 3).byte(), torch.zeros(2, 0, 5), "the image has no pixels"),
+    ],
+)
+def test_bad_input(image: Tensor, masks: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        pamr(image, masks, DEFAULT)

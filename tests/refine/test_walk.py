@@ -1,0 +1,311 @@
+"""Pairs, the walk against a dense matrix, and masks of walked maps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.errors import DataError
+from lpcam.presets import IrnSettings
+from lpcam.refine import walk
+from lpcam.refine.walk import (
+    affinities,
+    pair_offsets,
+    path,
+    path_maxima,
+    propagate,
+    pseudo_maps,
+    pseudo_mask,
+    random_walk,
+    source_window,
+)
+
+OFFICIAL = IrnSettings.from_preset("official")
+SIZE = (13, 17)
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def dense(maps: Tensor, edge: Tensor, *, radius: int, beta: float, exponent: int) -> Tensor:
+    """The specification, pair by pair: pad with 1, affinities, columns to 1, squarings."""
+    reach = radius
+    height, width = edge.shape[0] + reach, edge.shape[1] + 2 * reach
+    padded = torch.ones(height, width, dtype=edge.dtype)
+    padded[: edge.shape[0], reach : reach + edge.shape[1]] = edge
+    affinity = torch.eye(height * width, dtype=edge.dtype)
+    for y in range(height):
+        for x in range(width):
+            for dy, dx in pair_offsets(radius):
+                if y + dy < height and 0 <= x + dx < width:
+                    worst = max(padded[y + a, x + b] for a, b in path((dy, dx)))
+                    first, second = y * width + x, (y + dy) * width + x + dx
+                    affinity[first, second] = affinity[second, first] = 1 - worst
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[: edge.shape[0], reach : reach + edge.shape[1]] = True
+    keep = inside.flatten().nonzero()[:, 0]
+    transition = affinity[keep][:, keep] ** beta
+    transition = transition / transition.sum(0, keepdim=True)
+    for _ in range(exponent):
+        transition = transition @ transition
+    return (maps.flatten(1) @ transition).reshape(maps.shape)
+
+
+# -- Pairs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("radius", "count"), [(2, 4), (3, 12), (5, 34), (10, 152)])
+def test_each_pair_of_the_disc_once(radius: int, count: int) -> None:
+    offsets = set(pair_offsets(radius))
+    assert len(pair_offsets(radius)) == len(offsets)
+    both = offsets | {(-dy, -dx) for dy, dx in offsets}
+    assert len(both) == 2 * len(offsets)
+    reach = range(-radius, radius + 1)
+    # the strict disc, and on the axes every whole distance below the radius
+    assert both == {(y, x) for y in reach for x in reach if 0 < y * y + x * x < radius**2}
+    if radius > 2:
+        assert len(offsets) == count
+
+
+def test_paths_by_hand() -> None:
+    assert path((0, 3)) == ((0, 0), (0, 1), (0, 2), (0, 3))
+    assert path((2, 0)) == ((0, 0), (1, 0), (2, 0))
+    assert set(path((1, 1))) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    # the corners of a 2 x 3 box are sqrt(4 / 5) from its diagonal, those of 3 x 3 sqrt(2)
+    assert len(path((1, 2))) == 6
+    assert set(path((2, -2))) == {(0, 0), (0, -1), (1, 0), (1, -1), (1, -2), (2, -1), (2, -2)}
+
+
+def test_radius_without_pairs() -> None:
+    with pytest.raises(ValueError, match="radius must be at least 2 cells, got 1"):
+        pair_offsets(1)
+
+
+@pytest.mark.parametrize("radius", [2, 5, 8, 10])
+@pytest.mark.parametrize("size", [SIZE, (1, 9), (6, 1), (3, 4), (1, 1)])
+def test_path_maxima(radius: int, size: tuple[int, int]) -> None:
+    edge = drawn(*size)
+    height, width = size
+    found = dict(path_maxima(edge, radius))
+    expected = [o for o in pair_offsets(radius) if o[0] < height and abs(o[1]) < width]
+    assert list(found) == expected
+    for (dy, dx), maximum in found.items():
+        corner = min(0, dx)
+        cells = [
+            edge[y : y + height - dy, x - corner : x - corner + width - abs(dx)]
+            for y, x in path((dy, dx))
+        ]
+        assert torch.equal(maximum, torch.stack(cells).amax(0)), (dy, dx)
+
+
+def test_few_comparisons() -> None:
+    """Of 1,982 at radius 10."""
+    assert sum(len(parts) - 1 for _, parts in walk._plan(10)) < 200
+
+
+def test_affinities_are_those_of_the_window() -> None:
+    edge = drawn(2, *SIZE)
+    window = source_window(*SIZE, 4)
+    assert window == (slice(0, 10), slice(3, 14))
+    for (dy, dx), affinity in affinities(edge, 4):
+        assert affinity.shape == (2, 10, 11)
+        worst = edge[:, 5, 6]
+        for y, x in path((dy, dx)):
+            worst = torch.maximum(worst, edge[:, 5 + y, 6 + x])
+        assert torch.equal(affinity[:, 5, 3], 1 - worst)
+    assert list(affinities(edge[:, :3], 4)) == list(affinities(edge[:, :, :6], 4)) == []
+
+
+def test_affinities_have_a_gradient() -> None:
+    edge = drawn(8, 9).requires_grad_()
+
+    def total(e: Tensor) -> Tensor:
+        return torch.stack([(a * n).sum() for n, (_, a) in enumerate(affinities(e, 3))]).sum()
+
+    assert torch.autograd.gradcheck(total, (edge,))
+
+
+# -- The walk -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 12), (1, 14), (11, 1), (2, 3), (1, 1)])
+@pytest.mark.parametrize("exponent", [0, 1, 4, 8])
+def test_walk_is_the_power_of_the_dense_matrix(size: tuple[int, int], exponent: int) -> None:
+    maps, edge = drawn(2, *size), drawn(*size, seed=1) ** 3
+    arguments = {"radius": 5, "beta": 2.5, "exponent": exponent}
+    expected = dense(maps, edge, **arguments)
+    found = random_walk(maps, edge, **arguments)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    rounded = random_walk(maps.float(), edge.float(), **arguments)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("power", [0, 3, 12])
+def test_tolerance_bounds_the_error(tolerance: float, power: int) -> None:
+    maps, edge = 5 * drawn(3, 20, 23), drawn(20, 23, seed=2) ** power
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8}
+    exact = random_walk(maps, edge, **arguments)
+    found = random_walk(maps, edge, **arguments, tolerance=tolerance)
+    error = float((found - exact).abs().max())
+    assert 0 < error <= tolerance * 5
+    terms = len(walk._series(256, walk._tail(tolerance, 20 * 23, 34)))
+    assert 30 < terms < 100
+
+
+def test_series() -> None:
+    """Its sum is x^n, at any x, in any number of steps."""
+    x = math.cos(0.3)
+    for steps in (1, 2, 4, 256):
+        factors = walk._series(steps, 0.0)
+        assert len(factors) == steps + 1
+        value = sum(f * math.cos(k * 0.3) for k, f in enumerate(factors))
+        assert value == pytest.approx(x**steps, abs=1e-14)
+    assert sum(walk._series(256, 1e-3)) == pytest.approx(1, abs=1e-14)
+
+
+def test_outputs_are_convex_combinations() -> None:
+    edge = drawn(*SIZE, dtype=torch.float32)
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8, "tolerance": 1e-6}
+    ones = torch.full((1, *SIZE), 0.7)
+    assert torch.equal(random_walk(ones, edge, **arguments), ones)
+    # from every cell in turn: the weights of all sources are not negative and sum to one
+    sources = torch.eye(SIZE[0] * SIZE[1]).reshape(-1, *SIZE)
+    weights = random_walk(sources, edge, **arguments)
+    assert float(weights.min()) >= 0
+    torch.testing.assert_close(weights.sum(0), torch.ones(SIZE), atol=1e-4, rtol=0)
+
+
+def test_boundaries_everywhere_and_nowhere() -> None:
+    maps = drawn(2, *SIZE)
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8}
+    still = random_walk(maps, torch.ones(*SIZE).double(), **arguments)
+    torch.testing.assert_close(still, maps, atol=1e-14, rtol=0)
+    mixed = random_walk(maps, torch.zeros(*SIZE).double(), **arguments)
+    # without a boundary T^256 is all but the mean, weighted by the number of partners
+    assert float((mixed.amax((-2, -1)) - mixed.amin((-2, -1))).max()) < 0.01
+    assert torch.equal(propagate(maps, torch.ones(*SIZE).double(), OFFICIAL), 0 * maps)
+
+
+def test_a_wall_is_not_crossed() -> None:
+    maps, edge = torch.zeros(1, 9, 15), torch.zeros(9, 15)
+    maps[0, 4, 2] = 1.0
+    edge[:, 7] = 1.0
+    walked = random_walk(maps, edge, radius=5, beta=10.0, exponent=8)
+    assert float(walked[..., :7].min()) > 0
+    assert float(walked[..., 7:].abs().max()) == 0
+
+
+def test_batches_and_classes_are_independent() -> None:
+    maps, edge = drawn(3, 4, *SIZE), drawn(3, *SIZE, seed=5)
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8, "tolerance": 1e-6}
+    whole = random_walk(maps, edge, **arguments)
+    for number in range(3):
+        alone = random_walk(maps[number], edge[number], **arguments)
+        torch.testing.assert_close(whole[number], alone, atol=1e-14, rtol=0)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = random_walk(maps[:, order], edge, **arguments)
+    assert torch.equal(permuted, whole[:, order])
+    assert random_walk(maps[:, :0], edge, **arguments).shape == (3, 0, *SIZE)
+
+
+def test_arguments_stay_as_they_are() -> None:
+    maps, edge = drawn(2, *SIZE), drawn(*SIZE)
+    copies = maps.clone(), edge.clone()
+    random_walk(maps, edge, radius=5, beta=10.0, exponent=3)
+    propagate(maps, edge, OFFICIAL)
+    assert torch.equal(maps, copies[0])
+    assert torch.equal(edge, copies[1])
+
+
+def test_half_precision_is_walked_in_float32() -> None:
+    maps, edge = drawn(1, *SIZE, dtype=torch.float16), drawn(*SIZE, dtype=torch.float16)
+    found = random_walk(maps, edge, radius=5, beta=10.0, exponent=8)
+    assert found.dtype == torch.float16
+    expected = random_walk(maps.float(), edge.float(), radius=5, beta=10.0, exponent=8)
+    assert torch.equal(found, expected.half())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_maps_that_are_not_finite(bad: float) -> None:
+    maps = drawn(2, *SIZE)
+    maps[1, 3, 3] = bad
+    for call in (
+        lambda: random_walk(maps, drawn(*SIZE), radius=5, beta=10.0, exponent=8),
+        lambda: propagate(maps, drawn(*SIZE), OFFICIAL),
+    ):
+        with pytest.raises(DataError, match="the maps hold NaN or Inf; make them again"):
+            call()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1])
+def test_boundaries_out_of_range(bad: float) -> None:
+    edge = drawn(*SIZE)
+    edge[2, 2] = bad
+    with pytest.raises(DataError, match=r"boundaries hold NaN or values outside \[0, 1\]; give"):
+        random_walk(drawn(2, *SIZE), edge, radius=5, beta=10.0, exponent=8)
+
+
+@pytest.mark.parametrize(
+    ("maps", "edge"),
+    [((2, 5, 6), (5, 7)), ((5, 6), (5, 6)), ((3, 2, 5, 6), (2, 5, 6)), ((1, 0, 4), (0, 4))],
+)
+def test_shapes_that_do_not_fit(maps: tuple[int, ...], edge: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match=r"maps \(.*\) and boundaries \(.*\) do not fit; expected"):
+        random_walk(drawn(*maps), drawn(*edge), radius=5, beta=10.0, exponent=8)
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.0}, {"exponent": -1}, {"tolerance": -1.0}])
+def test_arguments_out_of_range(changes: dict[str, float]) -> None:
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8, **changes}
+    with pytest.raises(ValueError, match="expected beta > 0, exponent >= 0 and tolerance >= 0"):
+        random_walk(drawn(1, *SIZE), drawn(*SIZE), **arguments)
+
+
+# -- Masks --------------------------------------------------------------------------------------
+
+
+def test_propagate_starts_where_there_is_no_boundary() -> None:
+    maps, edge = drawn(2, *SIZE), drawn(*SIZE, seed=3)
+    settings = OFFICIAL.model_copy(update={"sharpness": 1.5})
+    arguments = {"radius": 5, "beta": 10.0, "exponent": 8}
+    expected = random_walk(maps**1.5 * (1 - edge), edge, **arguments)
+    assert torch.equal(propagate(maps, edge, settings), expected)
+    assert torch.equal(
+        propagate(maps, edge, OFFICIAL), random_walk(maps * (1 - edge), edge, **arguments)
+    )
+
+
+@pytest.mark.parametrize("size", [(52, 68), (49, 65), (51, 66)])
+def test_pseudo_maps(size: tuple[int, int]) -> None:
+    walked = 3 * drawn(2, *SIZE)
+    walked[1] *= 0.5
+    found = pseudo_maps(walked, size)
+    full = F.interpolate(walked[None], (52, 68), mode="bilinear", align_corners=False)[0]
+    full = full[:, : size[0], : size[1]]
+    torch.testing.assert_close(found, full / full.max())
+    assert float(found.max()) == 1.0
+    assert float(found[1].max()) < 0.7  # jointly, not each class
+    mask = pseudo_mask(walked, size, 0.35)
+    assert mask.shape == size
+    assert torch.equal(mask == 0, found.amax(0) <= 0.35)
+    assert torch.equal(mask[mask > 0], found.argmax(0)[mask > 0] + 1)
+
+
+def test_pseudo_masks_of_nothing() -> None:
+    assert not pseudo_mask(torch.zeros(2, 3, 4), (12, 16), 0.0).any()
+    assert not pseudo_mask(torch.zeros(0, 3, 4), (12, 16), 0.3).any()
+    assert pseudo_maps(torch.zeros(0, 3, 4), (10, 16)).shape == (0, 10, 16)
+
+
+@pytest.mark.parametrize("size", [(53, 68), (48, 68), (52, 64)])
+def test_size_that_does_not_fit(size: tuple[int, int]) -> None:
+    match = rf"walked maps \(2, 13, 17\) are not those of an image of {size[0]} x {size[1]} pixels"
+    with pytest.raises(DataError, match=match):
+        pseudo_maps(drawn(2, *SIZE), size)

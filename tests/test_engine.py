@@ -1,0 +1,64 @@
+"""The training loop's order, schedule and windows; the loop itself is tested by what it trains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lpcam import engine
+from lpcam.processes import Processes
+
+
+def test_order_of_an_epoch() -> None:
+    def batches(first_step: int, seed: int = 0) -> list[list[tuple[int, int]]]:
+        return list(engine.Order(11, 3, 2, seed, first_step, Processes()))
+
+    whole = batches(0)
+    assert [len(batch) for batch in whole] == [3] * 6  # the incomplete fourth batch is dropped
+    for epoch in (0, 1):
+        part = [place for batch in whole[3 * epoch : 3 * epoch + 3] for place in batch]
+        assert {e for e, _ in part} == {epoch}
+        assert len({index for _, index in part}) == 9
+    assert [i for b in whole[:3] for _, i in b] != [i for b in whole[3:] for _, i in b]
+    assert whole != batches(0, seed=1)
+    for step in range(7):
+        assert batches(step) == whole[step:]
+    few = list(engine.Order(2, 16, 1, 0, 0, Processes()))
+    assert sorted(few[0]) == [(0, 0), (0, 1)]
+
+
+def test_poly_by_hand() -> None:
+    assert engine.poly(0, 100, 0.9) == 1.0
+    assert engine.poly(50, 100, 0.9) == pytest.approx(0.5358867313)
+    assert engine.poly(99, 100, 0.9) == pytest.approx(0.0158489319)
+    assert engine.poly(25, 100, 1.0) == 0.75
+    assert engine.poly(99, 100, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 5])
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_of_the_processes_make_up_the_batches(count: int, first_step: int) -> None:
+    whole = list(engine.Order(11, 4, 3, 7, first_step, Processes()))
+    shares = [
+        list(engine.Order(11, 4, 3, 7, first_step, Processes(rank, count))) for rank in range(count)
+    ]
+    assert len(whole) == 6 - first_step
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(place for part in parts for place in part) == sorted(batch)
+        lengths = [len(part) for part in parts]
+        assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) > 0
+
+
+@pytest.mark.parametrize(("length", "crop"), [(9, 4), (4, 9), (5, 5)])
+def test_random_window(length: int, crop: int) -> None:
+    """Every place occurs, and the shorter axis is taken or filled whole."""
+    generator = np.random.default_rng(0)
+    starts = set()
+    for _ in range(100):
+        source, target = engine.random_window(length, crop, generator)
+        assert source.stop - source.start == target.stop - target.start == min(length, crop)
+        assert 0 <= source.start <= source.stop <= length
+        assert 0 <= target.start <= target.stop <= crop
+        starts.add(source.start + target.start)
+    assert starts == set(range(abs(length - crop) + 1))
