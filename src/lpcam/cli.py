@@ -18,7 +18,6 @@ from lpcam.version import __version__
 if TYPE_CHECKING:
     from lpcam.pipeline import RunResult
 
-GOES_ON = "; the same command goes on from here"
 STAGE_HELP = {
     "classify": "train the classifier (linear probe or fine-tuning)",
     "cam": "... and compute class activation maps",
@@ -70,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         goes_on = options.command in ("run", "demo", "refine", *STAGE_HELP)
-        print(f"lpcam: stopped{GOES_ON if goes_on else ''}", file=sys.stderr)
+        told = "lpcam: stopped; the same command goes on from here" if goes_on else "lpcam: stopped"
+        print(told, file=sys.stderr)
         return 130
 
 

@@ -29,7 +29,7 @@ def test_by_hand() -> None:
     """The middle of a 3 x 3 image with one window: weights and one step from the definition."""
     image = picture(3, 3)
     masks = torch.rand((2, 3, 3), generator=generator(1))
-    values = image.reshape(9, 3).double() / 255
+    values = image.reshape(9, 3).double()
     middle = values[4]
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     logits = []
@@ -109,8 +109,21 @@ def test_batch_and_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     batch = pamr(images, masks, SMALL)
     for number in range(2):
         assert torch.equal(batch[number], pamr(images[number], masks[number], SMALL))
-    monkeypatch.setattr(module, "STRIP_BYTES", 1)
-    assert torch.equal(batch, pamr(images, masks, SMALL))
+    monkeypatch.setattr(module, "STRIP_PIXELS", 1)
+    torch.testing.assert_close(pamr(images, masks, SMALL), batch, atol=1e-6, rtol=0)
+
+
+def test_same_bytes_with_other_threads() -> None:
+    image, masks = picture(150, 200), torch.rand((3, 150, 200), generator=generator(9))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(pamr(image, masks, SMALL))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -87,11 +87,9 @@ def iou_table(
 def _image(
     number: int, labels: list[int], generator: np.random.Generator, large: bool
 ) -> dict[str, Any]:
-    height, width = ((60, 80), (80, 56))[number % 2] if not large else (192, 256)
+    height, width = (192, 256) if large else ((60, 80), (80, 56))[number % 2]
     ground = generator.integers(60, 200, 3)
-    grain = 17 if large else 12
-    noise = generator.normal(0, grain, (height, width, 3))
-    pixels = np.clip(ground + noise, 0, 255).astype(np.uint8)
+    pixels = np.clip(ground + generator.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
     truth = np.zeros((height, width), np.uint8)
     planes: dict[str, list[NDArray[np.float32]]] = {name: [] for name in DRAWN}
     for label in labels:

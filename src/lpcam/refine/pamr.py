@@ -28,10 +28,11 @@ from lpcam.refine.inputs import check_image_and_maps, compute_dtype
 EPSILON = 1e-8
 """Added to width * sigma: where all neighbours are equal, all weights are."""
 
-STRIP_BYTES = 2**19
-"""Of masks that a CPU handles together: they stay in a core's cache."""
+STRIP_PIXELS = 2**14
+"""That a CPU makes weights of together: what it holds of them stays in a core's cache."""
 
 
+@torch.no_grad()
 def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
     """Refine soft masks by local affinities of the image.
 
@@ -66,24 +67,56 @@ def affinities(
         dilations: D of them, in pixels; the neighbours come dilation by dilation, row by row.
         width: of the kernel, in standard deviations.
     """
-    pixels = image.movedim(-1, -3).to(dtype) / 255.0
-    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    padded = _pad(pixels, max(dilations))
+    height, length = int(image.shape[-3]), int(image.shape[-2])
+    levels = image.movedim(-1, -3).reshape(-1, 3, height, length)
+    # the mean over the channels and the sign of the exponent with it
+    factors = (-1.0 / 3.0) / (_deviations(levels, dilations).to(dtype) * width + EPSILON)
+    border = max(dilations)
+    padded = _pad(levels.to(dtype), border)
     offsets = _offsets(dilations)
+    result = factors.new_empty(len(levels), len(offsets), height, length)
+    strip = max(1, STRIP_PIXELS // length) if image.device.type == "cpu" else height
+    for values, factor, weights in zip(padded, factors, result, strict=True):
+        for top in range(0, height, strip):
+            end = min(top + strip, height)
+            middle = values[:, top + border : end + border, border : border + length].contiguous()
+            kernel = torch.zeros_like(weights[:, top:end])
+            for into, (down, right) in zip(kernel, offsets, strict=True):
+                there = values[:, top + down : end + down, right : right + length]
+                difference = (there - middle).abs_()
+                for channel in range(3):
+                    into.addcmul_(difference[channel], factor[channel, top:end])
+            # A softmax whose bytes do not hang on the number of threads.
+            kernel.sub_(kernel.amax(0)).exp_()
+            total = kernel[0].clone()
+            for each in kernel[1:]:
+                total += each
+            torch.div(kernel, total, out=weights[:, top:end])
+    return result.view(*image.shape[:-3], *result.shape[1:])
+
+
+def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
+    """Standard deviations over all windows, centres included: (B, 3, H, W) from uint8.
+
+    In whole numbers: n sum of x^2 - (sum of x)^2 would lose all its digits otherwise.
+    """
     samples = 9 * len(dilations)
-    # Differences from the pixel itself, which the centres do not add to: no cancellation.
-    total, squares = torch.zeros_like(pixels), torch.zeros_like(pixels)
-    for offset in offsets:
-        difference = _shift(padded, offset, size) - pixels
-        total += difference
-        squares.addcmul_(difference, difference)
-    variance = (squares - total.square() / samples).clamp_(min=0.0) / (samples - 1)
-    scale = variance.sqrt_().mul_(width).add_(EPSILON).reciprocal_()
-    kernel = [
-        (_shift(padded, offset, size) - pixels).abs_().mul_(scale).mean(-3).neg_()
-        for offset in offsets
-    ]
-    return torch.stack(kernel, -3).softmax(-3)
+    exact = torch.int32 if (samples * 255) ** 2 < 2**31 else torch.int64
+    size = (int(levels.shape[-2]), int(levels.shape[-1]))
+    border = max(dilations)
+    values = _pad(levels.float(), border).to(exact)
+    sums = []
+    for power in (values, values * values):
+        total = torch.zeros(levels.shape, dtype=exact, device=levels.device)
+        for dilation in dilations:
+            near, far = border - dilation, border + dilation
+            across = sum(power[..., x : x + size[1]] for x in (near, border, far))
+            assert isinstance(across, Tensor)
+            for y in (near, border, far):
+                total += across[..., y : y + size[0], :]
+        sums.append(total)
+    numerator = sums[1] * samples - sums[0] * sums[0]
+    return (numerator.double() / (samples * (samples - 1))).sqrt_()
 
 
 def propagate(
@@ -95,23 +128,36 @@ def propagate(
         masks: (..., K, H, W).
         weights: (..., 8 D, H, W) of :func:`affinities` with the same dilations.
     """
-    height, width = int(masks.shape[-2]), int(masks.shape[-1])
-    offsets = _offsets(dilations)
-    current = masks.to(weights.dtype)
-    rows = height
-    if masks.device.type == "cpu":
-        row_bytes = current.element_size() * max(1, current.numel() // max(1, height))
-        rows = max(1, min(height, STRIP_BYTES // row_bytes))
-    for _ in range(iterations):
-        padded = _pad(current, max(dilations))
-        current = torch.zeros_like(current)
-        for top in range(0, height, rows):
-            strip = slice(top, min(top + rows, height))
-            into = current[..., strip, :]
-            for number, offset in enumerate(offsets):
-                neighbour = _shift(padded, offset, (height, width))[..., strip, :]
-                into.addcmul_(weights[..., number, None, strip, :], neighbour)
-    return current.to(masks.dtype)
+    count, height, width = (int(length) for length in masks.shape[-3:])
+    border = max(dilations)
+    device = masks.device
+    offsets = torch.tensor(_offsets(dilations), device=device) - border
+    y = torch.arange(height, device=device).unsqueeze(1) + offsets[:, 0]
+    x = torch.arange(width, device=device).unsqueeze(1) + offsets[:, 1]
+    y = y.clamp_(0, height - 1).mul_(width).to(torch.int32)
+    x = x.clamp_(0, width - 1).to(torch.int32)
+    neighbours = (y.unsqueeze(1) + x).view(-1)
+    begins = torch.arange(0, len(neighbours) + 1, len(offsets), dtype=torch.int32, device=device)
+    result = torch.empty_like(masks, memory_format=torch.contiguous_format)
+    for given, shares, into in zip(
+        masks.reshape(-1, count, height * width),
+        weights.reshape(-1, len(offsets), height * width),
+        result.view(-1, count, height * width),
+        strict=True,
+    ):
+        current = given.t().to(weights.dtype).contiguous()
+        rows = shares.t().contiguous().view(-1)
+        for _ in range(iterations):
+            current = F.embedding_bag(
+                neighbours,
+                current,
+                begins,
+                mode="sum",
+                per_sample_weights=rows,
+                include_last_offset=True,
+            )
+        into.copy_(current.t())
+    return result
 
 
 def _offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -131,8 +177,3 @@ def _pad(values: Tensor, border: int) -> Tensor:
     flat = values.reshape(-1, 1, *values.shape[-2:])
     padded = F.pad(flat, (border,) * 4, mode="replicate")
     return padded.reshape(*values.shape[:-2], *padded.shape[-2:])
-
-
-def _shift(padded: Tensor, offset: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    down, right = offset
-    return padded[..., down : down + size[0], right : right + size[1]]
