@@ -300,7 +300,7 @@ def test_a_run_prints_rows_and_what_was_skipped(
     assert not (tmp_path / "run" / "prototypes").exists()
     assert main(["run", str(recipe)]) == 0
     out = capsys.readouterr().out
-    assert "boxes all, 11 images, seeds (percent)" in out
+    assert "boxes all, 11 images, percent" in out
     rows = [line for line in out.splitlines() if "ground truth" in line or "fixed" in line]
     assert len(rows) == 6
     assert ["LPCAM-F" in row for row in rows] == [False, False, True, True, False, False]

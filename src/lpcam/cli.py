@@ -347,7 +347,7 @@ def _report(result: RunResult) -> None:
 
         first = result.rows[0]
         table = Table(
-            title=f"{first['dataset']} {first['split']}, {first['images']} images, seeds (percent)"
+            title=f"{first['dataset']} {first['split']}, {first['images']} images, percent"
         )
         for name in ("method", "threshold", "chosen by", "mIoU", "FP", "FN", "precision", "recall"):
             table.add_column(name, justify="left" if name in ("method", "chosen by") else "right")
