@@ -145,7 +145,10 @@ def _up_to(run: Run) -> RunResult:
 
 
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
-    left_out = () if run.recipe.refine is not None else REFINING
+    refine = run.recipe.refine
+    left_out: tuple[StageName, ...] = () if refine is not None else REFINING
+    if refine is not None and refine.method != "irn":
+        left_out = ("ir-labels", "irn")  # which are there for IRN alone
     for name in stages:
         if name in left_out:
             continue
