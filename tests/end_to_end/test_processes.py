@@ -115,10 +115,16 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path) -> Runs:
     """No test may change them."""
     folder = tmp_path_factory.mktemp("two")
-    names = ("probe", "exact", "finetune")
+    names = ("probe", "exact", "finetune", "irn")
     # The folder has the same path in both runs, and then another name, so that all bytes compare.
     values = {name: recipe_values(pictures, folder / name, weights) for name in names}
     values["exact"]["lpcam"]["max_features"] = None
+    values["exact"]["refine"] = {"method": "crf"}
+    values["exact"]["report"] = {"images": 4}
+    values["irn"]["refine"] = {
+        "maps": ["LPCAM"],
+        "irn": {"epochs": 2, "batch_size": 5, "crop": 64, "radius": 5},
+    }
     values["finetune"]["maps"]["dtype"] = "float16"
     values["finetune"]["classifier"] |= {
         "method": "finetune",
@@ -164,6 +170,25 @@ def test_finetuning_gives_the_same_maps(runs: Runs) -> None:
         assert other.keys.tolist() == one.keys.tolist()
         for a, b in ((one.cam, other.cam), (one.high_res, other.high_res)):
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-3 * a.max(initial=0), err_msg=path)
+
+
+def test_irn_learns_the_same_boundaries(runs: Runs) -> None:
+    """Pairs are counted over both processes' shares of a batch; rounding alone differs."""
+    alone, both = runs.alone("irn"), runs.both("irn")
+    assert digests(both).keys() == digests(alone).keys()
+    trained = Path("irn", "lpcam", "irn.safetensors")
+    found, _ = read_tensors(both / trained)
+    expected, _ = read_tensors(alone / trained)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=0, atol=1e-4, err_msg=key)
+    for path in sorted((alone / "ir-labels" / "lpcam").glob("*.png")):
+        assert (both / path.relative_to(alone)).read_bytes() == path.read_bytes()
+
+
+def test_one_report_for_all(runs: Runs) -> None:
+    for folder in (runs.alone("exact"), runs.both("exact")):
+        assert "CAM + CRF" in (folder / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["probe", "exact", "finetune"])
