@@ -12,6 +12,7 @@ import pytest
 
 from lpcam.errors import ArtefactError
 from lpcam.ledger import RECORD, Stage, locked
+from lpcam.storage import digest_json
 from lpcam.version import versions
 
 PARTS = {"tau": 0.1, "backbone": {"name": "a", "arguments": {}}, "images": "d1"}
@@ -90,6 +91,15 @@ def test_other_settings_remove_the_files_and_say_why(
     assert [path.name for path in folder.rglob("*")] == [RECORD]
     assert beside.exists()
     assert "cam: made anew, for backbone.name 'a' -> 'b'; tau 0.1 -> 0.2" in caplog.text
+
+
+def test_digests_are_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for value in ("a", "b"):
+        stage = Stage(tmp_path / "cam", {"images": digest_json(value), "tau": value})
+        stage.begin()
+        stage.finish()
+    assert "cam: made anew, for images; tau 'a' -> 'b'" in caplog.text
     assert not stage(folder).done([])  # the old settings are no longer done either
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from lpcam.version import versions
 
 logger = logging.getLogger(__name__)
 RECORD = "stage.json"
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 class Stage:
@@ -100,7 +102,12 @@ class Stage:
     def _changed(self, old: Mapping[str, Any]) -> str:
         was, now = dict(_leaves(old)), dict(_leaves(self.parts))
         changed = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
-        shown = [f"{k} {was.get(k)!r:.40} -> {now.get(k)!r:.40}" for k in changed[:4]]
+        shown = [
+            k
+            if DIGEST.search(f"{was.get(k)!r} {now.get(k)!r}")  # which says nothing to a reader
+            else f"{k} {was.get(k)!r:.40} -> {now.get(k)!r:.40}"
+            for k in changed[:4]
+        ]
         return "; ".join(shown) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
