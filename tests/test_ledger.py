@@ -91,6 +91,7 @@ def test_other_settings_remove_the_files_and_say_why(
     assert [path.name for path in folder.rglob("*")] == [RECORD]
     assert beside.exists()
     assert "cam: made anew, for backbone.name 'a' -> 'b'; tau 0.1 -> 0.2" in caplog.text
+    assert not stage(folder).done([])  # the old settings are no longer done either
 
 
 def test_digests_are_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,7 +101,6 @@ def test_digests_are_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         stage.begin()
         stage.finish()
     assert "cam: made anew, for images; tau 'a' -> 'b'" in caplog.text
-    assert not stage(folder).done([])  # the old settings are no longer done either
 
 
 def test_a_stop_while_files_are_removed_is_noticed(
