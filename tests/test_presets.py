@@ -7,8 +7,11 @@ from pydantic import ValidationError
 
 from lpcam.errors import RecipeError
 from lpcam.presets import (
+    CrfSettings,
     FinetuneSettings,
+    IrnSettings,
     LpcamSettings,
+    PamrSettings,
     ProbeSettings,
     preset_names,
     preset_values,
@@ -83,7 +86,10 @@ def test_official_finetuning_has_the_momentum_trap() -> None:
     assert FinetuneSettings.from_preset("momentum").momentum == 0.9
 
 
-@pytest.mark.parametrize("model", [LpcamSettings, FinetuneSettings, ProbeSettings])
+@pytest.mark.parametrize(
+    "model",
+    [LpcamSettings, FinetuneSettings, ProbeSettings, IrnSettings, CrfSettings, PamrSettings],
+)
 def test_every_preset_is_complete_and_is_its_own_yardstick(
     model: type[LpcamSettings | FinetuneSettings | ProbeSettings],
 ) -> None:
