@@ -15,7 +15,7 @@ D the row sums. A pixel counts among its own neighbours, as in the authors' prog
 Nothing is compiled and every step is a vectorised operation: lattice points are made unique by
 sorting packed integer keys, and splat, blur and slice are sums of weighted rows
 (``torch.nn.functional.embedding_bag``), for both kernels at once. The same bytes come out whatever
-the number of threads, and whether images come alone or in a batch. Runs on CPUs and GPUs.
+the number of threads, and whether images come alone or in a batch. Runs on CPUs and CUDA GPUs.
 """
 
 from __future__ import annotations
