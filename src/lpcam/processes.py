@@ -100,7 +100,7 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
         return Processes(), None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
-        raise RecipeError(f"run.device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
+        raise RecipeError(f"the device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
     if ":" in device:
         raise RecipeError(
             f"run.device {device!r} names one GPU for all processes; use 'auto' or 'cuda', and "

@@ -8,11 +8,33 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
+from lpcam.errors import RecipeError
+
 _MALLOPT_TRIM_THRESHOLD = -1
 _MALLOPT_MMAP_MAX = -4
 _MALLOPT_ARENA_MAX = -8
 KEPT_WHEN_FREED = 2**31 - 1
 """Bytes at the end of the heap that the allocator may keep, the most that it can be told."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of a name; of "auto" a GPU where there is one.
+
+    Raises:
+        RecipeError: if it cannot be used here.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"the device {wanted!r} cannot be used here ({error}); use 'auto' or 'cpu'"
+        ) from None
+    return device
 
 
 def available_threads(processes_here: int = 1) -> int:

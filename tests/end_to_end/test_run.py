@@ -1067,8 +1067,8 @@ def test_data_that_stop_a_run(weights: Path, tmp_path: Path, spoil: Spoil, messa
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("run.device", "cuda:7", r"run\.device 'cuda:7' cannot be used here .*use 'auto' or 'cpu'"),
-        ("run.device", "gpu", r"run\.device 'gpu' cannot be used here"),
+        ("run.device", "cuda:7", r"the device 'cuda:7' cannot be used here .*use 'auto' or 'cpu'"),
+        ("run.device", "gpu", r"the device 'gpu' cannot be used here"),
         ("classifier.backbone", "resnet5O", r"timm has no model 'resnet5O'; near it .*resnet50"),
         ("classifier.weights", "none.safetensors", r"no weights file 'none\.safetensors'"),
         ("classifier.backbone", "test_convnext", r"do not fit 'test_convnext'.* missing \(first:"),

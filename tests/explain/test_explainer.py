@@ -17,7 +17,7 @@ from tiny import BACKBONE, COLOURS, draw_image
 from lpcam import CAM, LPCAM
 from lpcam.classifier import BackboneSpec, Classifier, build
 from lpcam.data.images import decode_image
-from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError, RecipeError
 from lpcam.explain.explainer import Explainer
 from lpcam.models import timm_classifier
 from lpcam.presets import LpcamSettings
@@ -236,7 +236,7 @@ def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
     (copy / "classifier" / "classifier.safetensors").unlink()
     with pytest.raises(ArtefactError, match="has no classifier yet"):
         Explainer.from_run(copy)
-    with pytest.raises(DataError, match="the device 'abacus' cannot be used here"):
+    with pytest.raises(RecipeError, match="the device 'abacus' cannot be used here"):
         Explainer.from_run(run, device="abacus")
 
 

@@ -26,6 +26,7 @@ from lpcam.features import PRECISIONS
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
 from lpcam.recipe import MapsSection, Recipe, load_recipe
+from lpcam.resources import choose_device
 from lpcam.storage import digest_file, read_json
 from lpcam.version import versions
 
@@ -136,7 +137,7 @@ class Explainer:
         method = parts.get("method", recipe.classifier.method)
         foreground_only = recipe.seeds.method == "LPCAM-F"
         return cls(
-            classifier.to(_device(device)),
+            classifier.to(choose_device(device)),
             Prototypes.load(paths["prototypes"], fingerprint=classifier.fingerprint()),
             recipe.lpcam.model_copy(
                 update={
@@ -207,7 +208,7 @@ class Explainer:
         else:
             settings = LpcamSettings.from_preset(preset or "voc12.official")
         return cls(
-            classifier.to(_device(device)),
+            classifier.to(choose_device(device)),
             loaded,
             settings,
             scoring=scoring or usual,
@@ -388,19 +389,6 @@ def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:
     if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
         raise DataError(f"image is {source.dtype} {source.shape}; expected uint8 (H, W, 3) RGB")
     return source, "image"
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(
-            f"the device {wanted!r} cannot be used here ({error}); use 'auto' or 'cpu'"
-        ) from None
-    return device
 
 
 def _mask_ids(folder: Path, recipe: Recipe, count: int) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -18,13 +18,18 @@ from lpcam.data.check import check_images
 from lpcam.data.folder import read_folder
 from lpcam.data.items import Dataset, Item
 from lpcam.data.voc import read_voc
-from lpcam.errors import ArtefactError, DataError, RecipeError
+from lpcam.errors import ArtefactError, DataError
 from lpcam.ledger import Stage
 from lpcam.parallel import Sharing
 from lpcam.processes import Processes
 from lpcam.progress import progress
 from lpcam.recipe import Method, Recipe
-from lpcam.resources import available_memory, available_threads, reuse_freed_memory
+from lpcam.resources import (
+    available_memory,
+    available_threads,
+    choose_device,
+    reuse_freed_memory,
+)
 from lpcam.storage import digest_json, read_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
@@ -41,18 +46,7 @@ StageName = Literal[
     "evaluate",
     "report",
 ]
-STAGES: tuple[StageName, ...] = (
-    "classify",
-    "cam",
-    "prototypes",
-    "lpcam",
-    "seeds",
-    "ir-labels",
-    "irn",
-    "pseudo",
-    "evaluate",
-    "report",
-)
+STAGES: tuple[StageName, ...] = get_args(StageName)
 REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "pseudo")
 """Stages of recipes with a section refine alone."""
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
@@ -131,7 +125,7 @@ class Run:
         self.until = until
         self.folder = recipe.folder
         self.processes = processes
-        self.device = device or self._chosen_device()
+        self.device = device or choose_device(recipe.run.device)
         self.threads = recipe.run.threads or available_threads(processes.here)
         torch.set_num_threads(self.threads)
         reuse_freed_memory()
@@ -284,19 +278,6 @@ class Run:
         if wanted != "auto":
             return wanted
         return "finetune" if self.device.type == "cuda" else "probe"
-
-    def _chosen_device(self) -> torch.device:
-        wanted = self.recipe.run.device
-        if wanted == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(wanted)
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(
-                f"run.device {wanted!r} cannot be used here ({error}); use 'auto' or 'cpu'"
-            ) from None
-        return device
 
     @cached_property
     def classifier(self) -> Any:
