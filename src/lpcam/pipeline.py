@@ -21,7 +21,7 @@ from lpcam.processes import join
 from lpcam.recipe import Recipe, load_recipe
 from lpcam.resources import peak_memory, reset_peak_memory
 from lpcam.stages.classify import classify
-from lpcam.stages.context import REFINING, STAGES, Run, StageName
+from lpcam.stages.context import REFINING, STAGES, ListName, Run, StageName
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
@@ -74,6 +74,11 @@ def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> Ru
     Raises:
         LpcamError: of a kind that says what was wrong with data, recipe, weights or artefacts.
     """
+    if until in _left_out(recipe):
+        raise RecipeError(
+            f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section refine with "
+            "method irn (pseudo: or crf, or pamr); add --refine.method irn"
+        )
     processes, device = join(recipe.run.device)
     # The first process holds the folder for all of them.
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
@@ -103,7 +108,8 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
     processes, device = join(recipe.run.device)
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
         processes.wait()
-        run = Run(recipe, command, "evaluate", processes, device)
+        lists: tuple[ListName, ...] = ("maps", "evaluate")
+        run = Run(recipe, command, "evaluate", processes, device, lists=lists)
         take_maps(run, maps)
         result = _work(run, (*REFINING, "evaluate"))
         processes.wait()
@@ -144,11 +150,15 @@ def _up_to(run: Run) -> RunResult:
     return _work(run, STAGES[: STAGES.index(run.until) + 1])
 
 
+def _left_out(recipe: Recipe) -> tuple[StageName, ...]:
+    """Stages that a recipe does not have."""
+    if recipe.refine is None:
+        return REFINING
+    return () if recipe.refine.method == "irn" else ("ir-labels", "irn")
+
+
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
-    refine = run.recipe.refine
-    left_out: tuple[StageName, ...] = () if refine is not None else REFINING
-    if refine is not None and refine.method != "irn":
-        left_out = ("ir-labels", "irn")  # which are there for IRN alone
+    left_out = _left_out(run.recipe)
     for name in stages:
         if name in left_out:
             continue

@@ -177,6 +177,15 @@ class RefineSection(Section):
     """Of IRN's labels, and of the method ``crf``."""
     pamr: PamrSettings = PamrSettings.from_preset("default")
 
+    @model_validator(mode="after")
+    def _check(self) -> RefineSection:
+        if self.crf.unary != "labels":
+            raise ValueError(
+                f"crf.unary is {self.crf.unary!r} (preset {self.crf.preset!r}), but the CRF gets "
+                "the hard labels of seeds here; use the preset 'irn', or set crf.unary to labels"
+            )
+        return self
+
 
 class SheetSection(Section):
     """The sheet of pictures at the end of a run."""

@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import digests, recipe_values, times
 
 from lpcam import engine
 from lpcam.cli import main
-from lpcam.data.images import read_index_mask
+from lpcam.data.images import read_image, read_index_mask
 from lpcam.errors import DataError, RecipeError
+from lpcam.masks import seeds
 from lpcam.pipeline import refine, run
-from lpcam.presets import IrnSettings
+from lpcam.presets import CrfSettings, IrnSettings, PamrSettings
 from lpcam.recipe import parse_recipe
+from lpcam.refine.crf import DenseCrf
+from lpcam.refine.irn import Irn, boundary_maps
+from lpcam.refine.pamr import pamr
+from lpcam.refine.ternary import crf_labels, ternary
+from lpcam.refine.walk import propagate, pseudo_maps
 from lpcam.storage import MapFile, map_path, read_maps, write_maps
 
 Values = dict[str, Any]
@@ -91,6 +98,44 @@ def test_what_irn_leaves(finished: Values) -> None:
         assert not (folder / "irn" / name / "checkpoint.safetensors").exists()
 
 
+def test_labels_are_those_of_the_crf_at_both_thresholds(finished: Values) -> None:
+    folder, settings = Path(finished["run"]["folder"]), IrnSettings.from_preset("default")
+    crf = DenseCrf(CrfSettings.from_preset("irn"))
+    unsure = 0
+    for name, high, low in (
+        ("cam", settings.cam_foreground_threshold, settings.cam_background_threshold),
+        ("lpcam", settings.foreground_threshold, settings.background_threshold),
+    ):
+        for image in ("i00", "i04", "i05"):  # two classes, two, one
+            maps = read_maps(map_path(folder / name, image))
+            picture = read_image(Path(finished["data"]["root"], "images", f"{image}.png"))
+            planes = torch.from_numpy(maps.high_res)
+            expected = ternary(*crf_labels(crf, torch.from_numpy(picture), planes, (high, low)))
+            found = torch.from_numpy(read_index_mask(folder / "ir-labels" / name / f"{image}.png"))
+            ids = torch.tensor([0, *(k + 1 for k in maps.keys.tolist())])
+            sure = expected != 255
+            assert torch.equal(found.long()[sure], ids[expected[sure]])
+            assert bool((found[~sure] == 255).all())
+            unsure += int((~sure).sum())
+    assert unsure > 0
+
+
+def test_walked_maps_are_those_of_the_source_and_its_own_network(finished: Values) -> None:
+    folder, settings = Path(finished["run"]["folder"]), IrnSettings.from_preset("default")
+    for name in ("cam", "lpcam"):
+        network = Irn.load(folder / "irn" / name / "irn.safetensors").folded()
+        maps = read_maps(map_path(folder / name, "i00"))
+        picture = read_image(Path(finished["data"]["root"], "images", "i00.png"))
+        boundary = boundary_maps(network, picture[None])[0]
+        walked = propagate(torch.from_numpy(maps.cam), boundary, settings)
+        expected = pseudo_maps(walked, (picture.shape[0], picture.shape[1])).numpy()
+        found = read_maps(map_path(folder / "pseudo" / name / "maps", "i00"))
+        assert np.abs(found.high_res - expected).max() < 1 / 500
+        drawn = read_index_mask(folder / "pseudo" / name / "boundaries" / "i00.png") / 255
+        assert np.abs(drawn - boundary.numpy()).max() < 1 / 500
+    assert not np.array_equal(found.high_res, read_maps(map_path(folder / "lpcam", "i00")).high_res)
+
+
 def test_rows_of_both_stages(finished: Values) -> None:
     metrics = json.loads(Path(finished["run"]["folder"], "metrics.json").read_text())
     kinds = [(r["stage"], r["method"], r["threshold_source"]) for r in metrics["rows"]]
@@ -111,8 +156,6 @@ def test_rows_of_both_stages(finished: Values) -> None:
     assert {k: len(v) for k, v in metrics["irn_history"].items()} == {"cam": 1, "lpcam": 1}
 
     # the row is that of the masks on disk
-    import torch  # noqa: PLC0415
-
     from lpcam.metrics import confusion, scores  # noqa: PLC0415
 
     total = torch.zeros(4, 4, dtype=torch.int64)
@@ -202,9 +245,55 @@ def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
     assert [r["method"] for r in rows if r["stage"] == "pseudo"] == [name, name]
     assert not (tmp_path / "run" / "irn").exists()
     assert not (tmp_path / "run" / "ir-labels").exists()
-    fixed = {r["method"]: r for r in rows if r["threshold_source"] == "fixed"}
-    assert abs(fixed[name]["miou"] - fixed["LPCAM"]["miou"]) < 0.3
-    assert read_index_mask(tmp_path / "run" / "pseudo" / "lpcam" / "i00.png").any()
+    changed_pixels = 0
+    for image in ("i00", "i04", "i05"):
+        maps = read_maps(map_path(tmp_path / "run" / "lpcam", image))
+        picture = read_image(Path(values["data"]["root"], "images", f"{image}.png"))
+        planes = torch.from_numpy(maps.high_res)
+        hard = seeds(planes, 0.3)
+        if method == "crf":
+            crf = DenseCrf(CrfSettings.from_preset("irn"))
+            marginals = crf.refine_labels(torch.from_numpy(picture), hard, len(planes) + 1)
+            expected = marginals.argmax(0)
+        else:
+            settings = PamrSettings.from_preset("default")
+            expected = seeds(pamr(torch.from_numpy(picture), planes, settings), 0.3)
+        ids = torch.tensor([0, *(k + 1 for k in maps.keys.tolist())])
+        found = read_index_mask(tmp_path / "run" / "pseudo" / "lpcam" / f"{image}.png")
+        wrong = (torch.from_numpy(found).long() != ids[expected]).float().mean()
+        assert float(wrong) < (1e-9 if method == "crf" else 0.01)  # maps are kept in 255 steps
+        changed_pixels += int((expected != hard).sum())
+    assert changed_pixels > 0
+
+
+def test_a_stage_that_the_recipe_does_not_have_is_refused(plain: Values, tmp_path: Path) -> None:
+    values = in_folder(plain, tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"has no stage 'pseudo'.*add --refine\.method irn"):
+        go(values, until="pseudo")
+    with pytest.raises(RecipeError, match="has no stage 'irn'"):
+        go(changed(values, refine={"method": "crf"}), until="irn")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_crf_that_wants_probabilities_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"crf\.unary is 'probabilities' \(preset 'psa'\)"):
+        parse_recipe(
+            changed(
+                recipe_values(Path("d"), Path("r"), Path("w")),
+                refine={"method": "crf", "crf": {"preset": "psa"}},
+            ),
+            where="tiny.yaml",
+        )
+
+
+def test_an_image_that_cannot_be_refined_is_named(
+    plain: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(plain["run"]["folder"], tmp_path / "run")
+    values = changed(in_folder(plain, tmp_path / "run"), refine={"method": "crf"})
+    monkeypatch.setattr("lpcam.stages.refine.CRF_SHARE", 1e-7)
+    with pytest.raises(DataError, match=r"pseudo masks of CAM, image 'i0.'.*maps\.maximum_side"):
+        go(values)
 
 
 @pytest.mark.parametrize("method", ["irn", "crf", "pamr"])
@@ -244,21 +333,28 @@ def test_given_maps(plain: Values, tmp_path: Path, capsys: pytest.CaptureFixture
     )
     one = read_maps(map_path(maps, "i08"))
     write_maps(map_path(maps, "i08"), MapFile(one.keys + 9, one.cam, one.high_res), dtype="uint8")
+    one = read_maps(map_path(maps, "i09"))
+    write_maps(
+        map_path(maps, "i09"), MapFile(one.keys, 255 * one.cam, 255 * one.high_res), dtype="uint8"
+    )
     recipe = changed(plain, refine={"method": "crf"})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     folder = tmp_path / "refined"
     command = ["refine", str(tmp_path / "tiny.yaml"), str(maps), "--run.folder", str(folder)]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "4 skipped" in printed
-    for words in ("i05.npz", "i06.npz is damaged", "8 x 8 pixels, but", "class index"):
+    assert "5 skipped" in printed
+    for words in (
+        *("i05.npz", "i06.npz is damaged", "8 x 8 pixels, but", "class index"),
+        "values up to 255; divide each map by its maximum",
+    ):
         assert words in printed
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
     assert {(r["stage"], r["method"]) for r in rows} == {
         ("seed", "given"),
         ("pseudo", "given + CRF"),
     }
-    assert all(r["images"] == 8 and len(r["protocol"]["given_maps"]) == 32 for r in rows)
+    assert all(r["images"] == 7 and len(r["protocol"]["given_maps"]) == 32 for r in rows)
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     go(changed(in_folder(recipe, tmp_path / "run"), refine={"method": "crf", "maps": ["LPCAM"]}))
     for image in ("i00", "i03", "i11"):

@@ -587,7 +587,7 @@ class DenseCrf:
 
         Args:
             settings: kernels, weights, iterations and the constants of the unary energies.
-            memory: bytes that an image may need; more is refused. None: three quarters of the
+            memory: bytes that one image may need; more is refused. None: three quarters of the
                 memory that the process may use, or that is free on the GPU.
             sizes_kept: how many sizes' Gaussian kernels are kept.
         """

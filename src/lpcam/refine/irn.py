@@ -654,7 +654,7 @@ def mean_displacement(
     if branch is None:
         raise ClassifierError("this network has no displacement branch; build it with one")
     crop = settings.crop
-    count = max(len(items) - len(items) % settings.batch_size, min(len(items), 1))
+    count = len(items) - len(items) % min(settings.batch_size, len(items))
     total = torch.zeros(2, dtype=torch.float64)
     pyramid = network.pyramid.folded()
     for item in items[processes.rank : count : processes.count]:

@@ -47,6 +47,8 @@ StageName = Literal[
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+ListName = Literal["classify", "prototypes", "maps", "evaluate"]
+LISTS: tuple[ListName, ...] = get_args(ListName)
 REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "pseudo")
 """Stages of recipes with a section refine alone."""
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
@@ -63,15 +65,18 @@ FILE_SECONDS = 60.0
 """How long a file that another machine has written may take to be seen."""
 
 
-def read_dataset(recipe: Recipe) -> Dataset:
+def read_dataset(recipe: Recipe, lists: Sequence[ListName] = LISTS) -> Dataset:
     """The data set of a recipe, labels read, images not yet.
+
+    Args:
+        lists: those that are needed.
 
     Raises:
         DataError: if folders, lists or labels do not fit together.
     """
     data = recipe.data
-    names = {data.list_of(s) for s in ("classify", "prototypes", "maps", "evaluate")}
-    if data.lists.validate_ is not None:
+    names = {data.list_of(s) for s in lists}
+    if data.lists.validate_ is not None and "classify" in lists:
         names.add(data.lists.validate_)
     if data.kind == "voc":
         dataset = read_voc(data.root, lists=sorted(names), classes=data.classes)
@@ -107,6 +112,7 @@ class Run:
         command: how the run was asked for.
         until: its last stage.
         only: the one stage that may have anything to do; None: any.
+        lists: of the data that its stages need.
     """
 
     def __init__(
@@ -118,9 +124,11 @@ class Run:
         device: torch.device | None,
         *,
         only: StageName | None = None,
+        lists: Sequence[ListName] = LISTS,
     ) -> None:
         self.recipe = recipe
         self.only = only
+        self.lists = lists
         self.command = command
         self.until = until
         self.folder = recipe.folder
@@ -204,8 +212,9 @@ class Run:
         owner: dict[str, int] = {}
         if count > 1:
             # By the lists whose features serve most often first, so that each is shared out evenly.
-            lists = [self.items(s) for s in ("maps", "prototypes", "evaluate", "classify")]
-            if (name := self.recipe.data.lists.validate_) is not None:
+            order: tuple[ListName, ...] = ("maps", "prototypes", "evaluate", "classify")
+            lists = [self.items(s) for s in order if s in self.lists]
+            if (name := self.recipe.data.lists.validate_) is not None and "classify" in self.lists:
                 lists.append(self.dataset.select(name))
             for items in lists:
                 for item in items:
@@ -226,7 +235,7 @@ class Run:
                 f"{path} was not written by a run, so it may be yours; choose another run folder "
                 "with --run.folder"
             )
-        dataset = read_dataset(self.recipe)
+        dataset = read_dataset(self.recipe, self.lists)
         if not self.processes.first:
             self.processes.wait()  # the first looks at the images, the others read what it found
             before = read_json(path)
@@ -252,7 +261,7 @@ class Run:
         self.processes.wait()
         return dataset, records
 
-    def items(self, stage: Literal["classify", "prototypes", "maps", "evaluate"]) -> list[Item]:
+    def items(self, stage: ListName) -> list[Item]:
         """The usable images of the list that a stage works on.
 
         Raises:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import IGNORE, Item, Skip
-from lpcam.errors import ArtefactError, DataError
+from lpcam.errors import ArtefactError, DataError, LpcamError
 from lpcam.ledger import Stage
 from lpcam.masks import seeds, to_mask, write_mask, write_plane
 from lpcam.progress import progress
 from lpcam.recipe import RefineSection
+from lpcam.resources import available_memory
 from lpcam.stages.context import GivenMaps, Run
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 from lpcam.version import versions
@@ -57,6 +58,8 @@ def refine_section(run: Run) -> RefineSection:
     return run.recipe.refine
 
 
+HIGHEST = 1.001
+"""Of a map, which is normalised; rounding may exceed 1."""
 GIVEN = "given"
 """Name of maps that other programs made, in figures and folders."""
 
@@ -108,6 +111,8 @@ def take_maps(run: Run, folder: Path) -> None:
             problem = f"has {found} pixels, but the image {size[0]} x {size[1]}; resize it"
         elif maps.keys.size and maps.keys.max() >= count:
             problem = f"has the class index {maps.keys.max()}; there are {count} classes"
+        elif maps.high_res.size and maps.high_res.max() > HIGHEST:
+            problem = f"has values up to {maps.high_res.max():.4g}; divide each map by its maximum"
         else:
             kept.append(item.id)
             digests[item.id] = digest_file(path)
@@ -161,7 +166,7 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
     from lpcam.refine.ternary import crf_labels, ternary  # noqa: PLC0415
 
-    crf = DenseCrf(refine_section(run).crf)
+    crf = DenseCrf(refine_section(run).crf, memory=_crf_memory(run))
 
     @torch.inference_mode()
     def make(item: Item) -> None:
@@ -208,10 +213,31 @@ def _enlarged(labels: Tensor, size: Sequence[int]) -> Tensor:
     ].long()
 
 
+def _crf_memory(run: Run) -> int | None:
+    """Bytes that the CRF of one image may need: its thread's part; on a GPU what is free."""
+    if run.device.type != "cpu":
+        return None
+    return int(available_memory() * CRF_SHARE / (run.sharing.workers * run.processes.here))
+
+
+CRF_SHARE = 0.75
+"""Of the memory that may be used; the rest is for what else the process holds."""
+
+
 def _each(run: Run, label: str, items: Sequence[Item], make: Any) -> None:
+    def named(item: Item) -> None:
+        try:
+            make(item)
+        except LpcamError as error:
+            raise type(error)(
+                f"{label}, image {item.id!r}: {error}; where memory is short lower "
+                "maps.maximum_side or run.threads, else mend the image or its map, or leave it out "
+                "of the list"
+            ) from error
+
     mine = run.sharing.mine(items)
     with progress(label, len(mine)) as advance:
-        for _ in run.sharing.map(make, mine):
+        for _ in run.sharing.map(named, mine):
             advance(1, "")
 
 
@@ -232,7 +258,7 @@ def train_boundaries(run: Run) -> bool:
         stage = run.stages[f"{IRN}/{source.name}"] = Stage(
             run.folder / IRN / source.name,
             {
-                "revision": 1,
+                "revision": 2,
                 "labels": labels.key,
                 "backbone": classifier.model_dump(
                     mode="json", exclude={"weights", "method", "probe", "finetune"}
@@ -289,7 +315,7 @@ def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list
     ).to(run.device)
     history = train_irn(
         network,
-        [(item, label_path(labels.folder, item)) for item in items if item.labels],
+        [(item, label_path(labels.folder, item)) for item in items],
         settings,
         seed=run.recipe.run.seed,
         folder=stage.folder,
@@ -326,7 +352,7 @@ def write_pseudo_masks(run: Run) -> bool:
 def _pseudo_parts(run: Run, source: Source, items: Sequence[Item]) -> dict[str, Any]:
     section = refine_section(run)
     parts: dict[str, Any] = {
-        "revision": 1,
+        "revision": 2,
         "method": section.method,
         "maps": source.key,
         "threshold": pseudo_threshold(section, source),
@@ -413,7 +439,7 @@ def boundary_path(stage: Stage, item: Item) -> Path:
 def _crf(run: Run, source: Source, stage: Stage) -> Any:
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
 
-    crf = DenseCrf(refine_section(run).crf)
+    crf = DenseCrf(refine_section(run).crf, memory=_crf_memory(run))
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
         image, planes = _refined_at(run, item, maps)
@@ -421,7 +447,11 @@ def _crf(run: Run, source: Source, stage: Stage) -> Any:
             return planes, planes
         hard = seeds(planes, source.seed_threshold)
         marginals = crf.refine_labels(image, hard, len(planes) + 1)
-        full = marginals[1:] / (marginals[1:] + marginals[:1])
+        classes, background = marginals[1:], marginals[:1]
+        tiny = torch.finfo(marginals.dtype).tiny
+        full = classes / (classes + background).clamp_min(tiny)
+        # Only the likeliest class of a pixel: near 1 the others would be told apart by rounding.
+        full = torch.where(classes == classes.amax(0), full, 0)
         return full, full
 
     return refine
