@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -451,3 +452,22 @@ def test_tiny_standard_deviations_are_refused() -> None:
 def test_mean_field_without_kernels() -> None:
     unary = torch.tensor([[0.0, 1.0], [3.0, 2.0]])
     torch.testing.assert_close(mean_field(unary, None, 10), (-unary).softmax(1))
+
+
+def test_a_repeated_image_has_its_kernels_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (9, 13, 3), generator=generator, dtype=torch.uint8)
+    unary = torch.rand((3, 4, 9, 13), generator=generator)
+    field = DenseCrf(CrfSettings.from_preset("irn"))
+    expected = torch.stack([field(image, one) for one in unary])
+    made, make = [], module.bilateral_kernel
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made.append(1)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(module, "bilateral_kernel", counted)
+    assert torch.equal(field(image.expand(3, 9, 13, 3), unary), expected)
+    assert len(made) == 1
+    assert torch.equal(field(torch.stack([image] * 3), unary), expected)
+    assert len(made) == 4

@@ -634,6 +634,9 @@ class DenseCrf:
     def __call__(self, image: Tensor, unary: Tensor) -> Tensor:
         """Marginals from unary energies.
 
+        Images come one after another. Of one that :meth:`torch.Tensor.expand` repeats for several
+        energies the kernels are made once.
+
         Args:
             image: (..., H, W, 3) RGB, uint8.
             unary: (..., n, H, W) finite energies on the same device; lower is likelier.
@@ -651,17 +654,24 @@ class DenseCrf:
         count = unary.shape[-3]
         dtype = compute_dtype(unary)
         result = torch.empty_like(unary, memory_format=torch.contiguous_format)
-        for each_image, energy, into in zip(
-            image.reshape(-1, height, width, 3),
-            unary.reshape(-1, count, height, width),
-            result.view(-1, count, height * width),
-            strict=True,
+        images = image.reshape(-1, height, width, 3)
+        repeated = len(images) > 1 and images.stride(0) == 0
+        pairwise: JoinedFilter | None = None
+        for number, (energy, into) in enumerate(
+            zip(
+                unary.reshape(-1, count, height, width),
+                result.view(-1, count, height * width),
+                strict=True,
+            )
         ):
             rows = energy.reshape(count, -1).t().to(dtype).contiguous()
-            into.copy_(self._one(each_image, rows, dtype).t())
+            if number == 0 or not repeated:
+                pairwise = self._pairwise(images[number], rows, dtype)
+            into.copy_(mean_field(rows, pairwise, self.settings.iterations).t())
         return result
 
-    def _one(self, image: Tensor, unary: Tensor, dtype: torch.dtype) -> Tensor:
+    def _pairwise(self, image: Tensor, unary: Tensor, dtype: torch.dtype) -> JoinedFilter | None:
+        """The joined kernels of an image; None where no kernel has a weight."""
         settings = self.settings
         size = (int(image.shape[0]), int(image.shape[1]))
         self._refuse_above_bound(size, unary, 0)
@@ -674,9 +684,7 @@ class DenseCrf:
             kernels.append(bilateral_kernel(image, sxy, srgb, dtype=dtype))
             weights.append(settings.bilateral_weight)
         self._refuse_above_bound(size, unary, sum(k.lattice.size for k in kernels))
-        pairwise = join_kernels(kernels, weights) if kernels else None
-        del kernels
-        return mean_field(unary, pairwise, settings.iterations)
+        return join_kernels(kernels, weights) if kernels else None
 
     def _gaussian(self, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Kernel:
         key = (*size, device, dtype)

@@ -43,7 +43,8 @@ def crf_labels(
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
-    return [crf.refine_labels(image, one, len(maps) + 1).argmax(0) for one in hard]
+    repeated = image.expand(len(hard), *image.shape)  # whose kernels are made once
+    return list(crf.refine_labels(repeated, torch.stack(hard), len(maps) + 1).argmax(1))
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
