@@ -634,7 +634,7 @@ class DenseCrf:
     def __call__(self, image: Tensor, unary: Tensor) -> Tensor:
         """Marginals from unary energies.
 
-        Images come one after another. Of one that :meth:`torch.Tensor.expand` repeats for several
+        Images come one after another. Of one that ``Tensor.expand`` repeats for several
         energies the kernels are made once.
 
         Args:
