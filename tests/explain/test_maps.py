@@ -78,7 +78,7 @@ def test_maps_of_a_smaller_size_are_enlarged(maps: ImageMaps) -> None:
         large.mask(), np.array([0, 3, 7], np.uint8)[seeds(expected, 0.5).numpy()]
     )
     assert large.overlay().shape == (60, 100, 3)
-    assert enlarged(maps.cam[0], (24, 40)) is not None
+    assert enlarged(maps.cam[0], (24, 40)).shape == (24, 40)
 
 
 def test_overlay_takes_the_highest_class_unless_told(maps: ImageMaps) -> None:

@@ -19,7 +19,7 @@ from lpcam.masks import seeds, to_mask, write_mask, write_plane
 from lpcam.progress import progress
 from lpcam.recipe import RefineSection
 from lpcam.resources import available_memory
-from lpcam.stages.context import GivenMaps, Run
+from lpcam.stages.context import GivenMaps, Run, remove_leftovers
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 from lpcam.version import versions
 
@@ -132,8 +132,6 @@ def take_maps(run: Run, folder: Path) -> None:
 
 def write_ir_labels(run: Run) -> bool:
     """Ternary labels of every image (specification of IRN, section 3)."""
-    if run.recipe.refine is None or run.recipe.refine.method != "irn":
-        return False
     items, worked = run.items("maps"), False
     for source in sources(run):
         stage = run.stages[f"{IR_LABELS}/{source.name}"] = Stage(
@@ -142,7 +140,7 @@ def write_ir_labels(run: Run) -> bool:
                 "revision": 1,
                 "maps": source.key,
                 "thresholds": [source.foreground_threshold, source.background_threshold],
-                "crf": run.recipe.refine.crf.model_dump(mode="json", exclude={"preset"}),
+                "crf": refine_section(run).crf.model_dump(mode="json", exclude={"preset"}),
                 "mask_ids": list(run.dataset.classes.mask_ids),
                 "maximum_side": run.recipe.maps.maximum_side,
                 "images": run.digest(items),
@@ -246,8 +244,6 @@ def _each(run: Run, label: str, items: Sequence[Item], make: Any) -> None:
 
 def train_boundaries(run: Run) -> bool:
     """IRN's boundary branch (and displacement, where wanted) of each source's labels."""
-    if run.recipe.refine is None or run.recipe.refine.method != "irn":
-        return False
     items, worked = run.items("maps"), False
     section, classifier = refine_section(run), run.recipe.classifier
     weights = classifier.weights
@@ -270,7 +266,8 @@ def train_boundaries(run: Run) -> bool:
         )
         path = network_path(stage)
         if stage.done([path]):
-            _remove_checkpoint(run, stage)
+            if run.processes.first:
+                remove_leftovers(stage.folder)  # of a run that was stopped at its very end
             continue
         worked = True
         run.begin(stage)
@@ -279,7 +276,8 @@ def train_boundaries(run: Run) -> bool:
         if run.processes.first:
             output = {"history": history, "digest": digest_file(path)}
         run.finish(stage, **output)
-        _remove_checkpoint(run, stage)
+        if run.processes.first:
+            remove_leftovers(stage.folder)
     return worked
 
 
@@ -293,11 +291,6 @@ TRAINING = {
 def network_path(stage: Stage) -> Path:
     """Where the trained network of a source is."""
     return stage.folder / "irn.safetensors"
-
-
-def _remove_checkpoint(run: Run, stage: Stage) -> None:
-    if run.processes.first:
-        (stage.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -332,8 +325,6 @@ def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list
 
 def write_pseudo_masks(run: Run) -> bool:
     """Refined maps and pseudo masks of every image, for the whole list that has maps."""
-    if run.recipe.refine is None:
-        return False
     items, worked = run.items("maps"), False
     for source in sources(run):
         stage = run.stages[f"{PSEUDO}/{source.name}"] = Stage(
