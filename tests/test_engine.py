@@ -9,22 +9,34 @@ from lpcam import engine
 from lpcam.processes import Processes
 
 
+def plan(batch: int, steps: int, accumulation: int = 1) -> engine.Plan:
+    return engine.Plan(steps, batch, 1, lambda _: 1.0, accumulation)
+
+
 def test_order_of_an_epoch() -> None:
-    def batches(first_step: int, seed: int = 0) -> list[list[tuple[int, int]]]:
-        return list(engine.Order(11, 3, 2, seed, first_step, Processes()))
+    def batches(first_step: int, seed: int = 0) -> list[list[engine.Place]]:
+        return list(engine.Order(11, plan(3, 6), seed, first_step, Processes()))
 
     whole = batches(0)
     assert [len(batch) for batch in whole] == [3] * 6  # the incomplete fourth batch is dropped
+    assert [{place.step for place in batch} for batch in whole] == [{step} for step in range(6)]
     for epoch in (0, 1):
         part = [place for batch in whole[3 * epoch : 3 * epoch + 3] for place in batch]
-        assert {e for e, _ in part} == {epoch}
-        assert len({index for _, index in part}) == 9
-    assert [i for b in whole[:3] for _, i in b] != [i for b in whole[3:] for _, i in b]
+        assert {place.epoch for place in part} == {epoch}
+        assert len({place.sample for place in part}) == 9
+    assert [p.sample for b in whole[:3] for p in b] != [p.sample for b in whole[3:] for p in b]
     assert whole != batches(0, seed=1)
     for step in range(7):
         assert batches(step) == whole[step:]
-    few = list(engine.Order(2, 16, 1, 0, 0, Processes()))
-    assert sorted(few[0]) == [(0, 0), (0, 1)]
+    few = list(engine.Order(2, plan(16, 1), 0, 0, Processes()))
+    assert sorted(few[0]) == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_sub_batches_make_up_the_batches() -> None:
+    whole = list(engine.Order(11, plan(4, 5), 3, 1, Processes()))
+    parts = list(engine.Order(11, plan(4, 5, accumulation=2), 3, 1, Processes()))
+    assert [len(part) for part in parts] == [2] * 8
+    assert [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)] == whole
 
 
 def test_poly_by_hand() -> None:
@@ -38,9 +50,10 @@ def test_poly_by_hand() -> None:
 @pytest.mark.parametrize("first_step", [0, 2, 5])
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_of_the_processes_make_up_the_batches(count: int, first_step: int) -> None:
-    whole = list(engine.Order(11, 4, 3, 7, first_step, Processes()))
+    whole = list(engine.Order(11, plan(4, 6), 7, first_step, Processes()))
     shares = [
-        list(engine.Order(11, 4, 3, 7, first_step, Processes(rank, count))) for rank in range(count)
+        list(engine.Order(11, plan(4, 6), 7, first_step, Processes(rank, count)))
+        for rank in range(count)
     ]
     assert len(whole) == 6 - first_step
     for batch, *parts in zip(whole, *shares, strict=True):

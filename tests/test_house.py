@@ -11,15 +11,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "functional clustering masks metrics storage progress processes parallel resources "
-    "refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
-    2: "data.check data.classes data.creatures data.folder data.images data.voc "
+    1: "backbones functional clustering masks metrics storage progress processes parallel "
+    "resources refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
+    2: "networks.deeplabv2 networks.upernet networks.wideresnet38 "
+    "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting "
     "report.encode report.images report.meaning report.collect report.page "
-    "engine refine.irn explain.explainer explain.files explain.maps models",
+    "engine pickles segmentation.augment segmentation.export segmentation.files "
+    "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
+    "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
     4: "pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
-    "stages.evaluate stages.refine stages.report serve",
+    "stages.evaluate stages.refine stages.report stages.segment serve",
     5: "cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
@@ -116,6 +119,10 @@ def test_nothing_is_pickled(module: str) -> None:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
+        if module == "pickles" and called == "torch.load":  # the one importer of foreign files
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert given.get("weights_only") == "True", f"{module} line {node.lineno}"
+            continue
         assert called not in ("torch.save", "torch.load"), f"{module} line {node.lineno}"
         if called in ("np.load", "np.save", "np.savez", "np.lib.format.write_array"):
             given = {word.arg: ast.unparse(word.value) for word in node.keywords}

@@ -95,7 +95,7 @@ def test_augment_draws_the_long_side_from_the_whole_range() -> None:
 
 def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]) -> None:
     def one(seed: int, epoch: int, index: int) -> Tensor:
-        image, place = train._Augmented(items, RAW, SETTINGS, seed)[epoch, index]
+        image, place = train._Augmented(items, RAW, SETTINGS, seed)[engine.Place(epoch, index, 0)]
         assert place == index
         return image
 
@@ -203,7 +203,7 @@ def test_going_on_gives_the_same_bytes(
 
     def stop(*arguments: Any) -> None:
         save(*arguments)
-        saved.append(arguments[3])
+        saved.append(arguments[4])
         if len(saved) == stopped_at:
             raise KeyboardInterrupt
 

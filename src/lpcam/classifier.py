@@ -24,6 +24,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import lpcam.backbones  # noqa: F401 - registers with timm what it lacks
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.storage import digest_json, read_tensors, write_tensors
 
@@ -332,7 +333,7 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
     if path.suffix != ".safetensors":
         raise ClassifierError(
             f"weights must be a .safetensors file, got {path.name!r}; pickled checkpoints can run "
-            "code and are not read: convert the state dict with safetensors.torch.save_file"
+            "code and are not read: convert it first with lpcam convert FILE OUT.safetensors"
         )
     try:
         state = safetensors.torch.load_file(path)
@@ -345,6 +346,9 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
     for head in (heads,) if isinstance(heads, str) else heads:
         state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
     own = backbone.state_dict()
+    # Files of old programs lack the counters of batches, which a frozen norm never reads.
+    counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    state = {**counters, **state}
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)

@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ STAGE_HELP = {
     "ir-labels": "... and clean them by a CRF into labels for IRN, where the recipe wants it",
     "irn": "... and train IRN's boundaries on them",
     "pseudo": "... and write pseudo masks",
+    "segment": "... and train a segmenter on them, where the recipe wants it",
+    "test": "... and segment the list to test",
     "evaluate": "... and score them where masks exist",
 }
 
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("threads", "memory"):
                 if getattr(options, name) is not None:
                     rest += [f"--run.{name}", getattr(options, name)]
+            if getattr(options, "masks", None) is not None:
+                return _segment(options, rest, given)
             return _run(options.recipe, rest, until, given)
         if options.command == "refine":
             return _refine(options, rest, given)
@@ -56,6 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _explain(options, given)
         if options.command == "serve":
             return _serve(options)
+        if options.command == "predict":
+            return _predict(options, given)
+        if options.command == "export":
+            return _export(options)
+        if options.command == "voc-server":
+            return _voc_server(options)
+        if options.command == "convert":
+            return _convert(options)
         if options.command == "init":
             return _init(options)
         if options.command == "pretrain":
@@ -98,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--memory", metavar="GIB", help="that each process may keep (run.memory)"
         )
+        if name == "segment":
+            command.add_argument(
+                "--masks", type=Path, help="folder of masks that another program made, ID.png"
+            )
     demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
     demo.add_argument("--threads", type=int, default=None, help="of the numerics")
@@ -118,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8765, help="on 127.0.0.1; 0 takes a free one")
     serve.add_argument("--threads", type=int, default=None, help="of the numerics")
     serve.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    _segmenter_parsers(commands)
     init = commands.add_parser("init", help="check a folder of images and write a recipe for it")
     init.add_argument("folder", type=Path, help="with images and labels.csv (image,labels)")
     init.add_argument("--backbone", default="mobilenetv2_100", help="a timm model")
@@ -158,6 +175,44 @@ def _explain_parser(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", type=Path, default=Path("explained"), help="folder")
     command.add_argument("--threads", type=int, default=None, help="images worked on at a time")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def _segmenter_parsers(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="segment new images with a run's segmenter")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="file or folder")
+    predict.add_argument("--run", type=Path, required=True, help="the folder of the run")
+    predict.add_argument("--output", type=Path, default=Path("predicted"), help="folder")
+    predict.add_argument("--probabilities", action="store_true", help="keep them, as npz files")
+    predict.add_argument("--no-crf", action="store_true", help="without the recipe's dense CRF")
+    predict.add_argument("--threads", type=int, default=None, help="images worked on at a time")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    export = commands.add_parser("export", help="write a run's segmenter as one ONNX file")
+    export.add_argument("what", choices=("segmenter",))
+    export.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    export.add_argument("output", type=Path, help="ONNX file to write")
+    export.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of every image, in pixels (default: any; UperNet needs one)",
+    )
+    server = commands.add_parser("voc-server", help="pack the tested masks for VOC's test server")
+    server.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    server.add_argument("output", type=Path, help="folder to write")
+    server.add_argument("--no-crf", action="store_true", help="the masks before the dense CRF")
+    for command in (predict, export, server):
+        command.add_argument(
+            "--trained-on",
+            choices=("lpcam", "cam", "given", "truth"),
+            help="which of the run's segmenters, by its masks (default: the first there is)",
+        )
+    convert = commands.add_parser(
+        "convert", help="convert pickled weights to safetensors, without running code from them"
+    )
+    convert.add_argument("source", type=Path, help=".pth, .pt or .pkl file")
+    convert.add_argument("target", type=Path, help="safetensors file to write")
+    convert.add_argument("--prefix", default="", help="take only names that begin so, and drop it")
 
 
 def _fraction(text: str) -> float:
@@ -226,18 +281,37 @@ def _demo(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _refine(options: argparse.Namespace, rest: Sequence[str], given: Sequence[str]) -> int:
+    from lpcam.pipeline import refine  # noqa: PLC0415
+
+    return _on_files(refine, options.maps, "refined", options, rest, given)
+
+
+def _segment(options: argparse.Namespace, rest: Sequence[str], given: Sequence[str]) -> int:
+    from lpcam.pipeline import segment  # noqa: PLC0415
+
+    return _on_files(segment, options.masks, "segmented", options, rest, given)
+
+
+def _on_files(
+    work: Callable[..., RunResult],
+    folder: Path,
+    suffix: str,
+    options: argparse.Namespace,
+    rest: Sequence[str],
+    given: Sequence[str],
+) -> int:
+    """Work on the maps or masks of another program, in a run folder of its own."""
     _recipe_comes_first(given, options.recipe)
     from lpcam.recipe import load_recipe  # noqa: PLC0415
 
     pairs = parse_overrides(rest)
     if "run.folder" not in dict(pairs):  # not that of the recipe's own maps
         name = load_recipe(options.recipe, pairs).name
-        pairs.append(("run.folder", f"runs/{name}-refined"))
+        pairs.append(("run.folder", f"runs/{name}-{suffix}"))
     recipe = load_recipe(options.recipe, pairs)
-    from lpcam.pipeline import refine  # noqa: PLC0415
     from lpcam.processes import is_first, leave  # noqa: PLC0415
 
-    result = refine(recipe, options.maps, command=shlex.join(["lpcam", *given]))
+    result = work(recipe, folder, command=shlex.join(["lpcam", *given]))
     if is_first():
         _report(result)
     leave()
@@ -298,6 +372,83 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(options: argparse.Namespace, given: Sequence[str]) -> int:
+    from lpcam.resources import available_threads, choose_device  # noqa: PLC0415
+    from lpcam.segmentation.files import segment_files  # noqa: PLC0415
+    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
+    from lpcam.stages.segment import find_segmenter  # noqa: PLC0415
+    from lpcam.storage import digest_file  # noqa: PLC0415
+
+    found = find_segmenter(options.run, options.trained_on)
+    settings = found.section.test
+    if options.no_crf:
+        settings = settings.model_copy(update={"crf": None})
+    result = segment_files(
+        Segmenter.load(found.path).to(choose_device(options.device)),
+        options.images,
+        options.output,
+        settings,
+        probabilities=options.probabilities,
+        maximum_side=found.recipe.maps.maximum_side,
+        workers=options.threads or available_threads(),
+        command=shlex.join(["lpcam", *given]),
+        made_by={
+            "run": found.recipe.name,
+            "trained_on": found.name,
+            "segmenter": digest_file(found.path),
+        },
+    )
+    print(result.summary())
+    return 1 if result.skipped else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from lpcam.segmentation.export import export_onnx  # noqa: PLC0415
+    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
+    from lpcam.stages.segment import find_segmenter  # noqa: PLC0415
+
+    found = find_segmenter(options.run, options.trained_on)
+    if options.size is None and found.section.network == "upernet":
+        raise LpcamError("UperNet can be exported for one size alone; give it: --size 512 512")
+    size: dict[str, Any] = (
+        {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
+    )
+    made_by = {"run": found.recipe.name, "trained_on": found.name}
+    parity = export_onnx(Segmenter.load(found.path), options.output, made_by=made_by, **size)
+    print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
+    if parity.checked:
+        print(
+            f"in onnxruntime {100 * (parity.label_agreement or 0):.2f} % of the labels are equal, "
+            f"logits differ by {parity.logit_error:.1e} of the largest"
+        )
+    else:
+        print("not checked: onnxruntime is not installed")
+    return 0
+
+
+def _voc_server(options: argparse.Namespace) -> int:
+    from lpcam.segmentation.files import write_voc_server  # noqa: PLC0415
+    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
+    from lpcam.stages.segment import CRF, find_segmenter  # noqa: PLC0415
+
+    found = find_segmenter(options.run, options.trained_on)
+    with_crf = found.section.test.crf is not None and not options.no_crf
+    masks = found.tested / CRF if with_crf else found.tested
+    ids = sorted(path.stem for path in masks.glob("*.png"))
+    if not ids:
+        raise LpcamError(f"there is no mask in {masks}; bring the run up to date first")
+    archive = write_voc_server(masks, ids, Segmenter.load(found.path).classes, options.output)
+    print(f"{len(ids)} masks in {archive}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lpcam.pickles import convert_weights  # noqa: PLC0415
+
+    print(convert_weights(options.source, options.target, prefix=options.prefix).summary())
+    return 0
+
+
 def _init(options: argparse.Namespace) -> int:
     from lpcam.starting import write_recipe  # noqa: PLC0415
 
@@ -345,25 +496,32 @@ def _report(result: RunResult) -> None:
         from rich.console import Console  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
 
-        first = result.rows[0]
-        table = Table(
-            title=f"{first['dataset']} {first['split']}, {first['images']} images, percent"
-        )
-        for name in ("method", "threshold", "chosen by", "mIoU", "FP", "FN", "precision", "recall"):
-            table.add_column(name, justify="left" if name in ("method", "chosen by") else "right")
-        parts = sorted(first.get("part_coverage", {}))
-        for name in parts:
-            table.add_column(name, justify="right")
-        for row in result.rows:
-            numbers = [row[k] for k in ("miou", "fp", "fn", "precision", "recall")]
-            numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
-            table.add_row(
-                row["method"],
-                f"{row['threshold']:.2f}",
-                row["threshold_source"],
-                *(f"{100 * n:.1f}" for n in numbers),
+        maps = [row for row in result.rows if row["stage"] != "segmentation"]
+        networks = [row for row in result.rows if row["stage"] == "segmentation"]
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        for rows, has_threshold in ((maps, True), (networks, False)):
+            if not rows:
+                continue
+            first = rows[0]
+            table = Table(
+                title=f"{first['dataset']} {first['split']}, {first['images']} images, percent"
             )
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+            table.add_column("method")
+            for name in ("threshold", "chosen by") if has_threshold else ():
+                table.add_column(name, justify="right" if name == "threshold" else "left")
+            parts = sorted(first.get("part_coverage", {}))
+            for name in ("mIoU", "FP", "FN", "precision", "recall", *parts):
+                table.add_column(name, justify="right")
+            for row in rows:
+                numbers = [row[k] for k in ("miou", "fp", "fn", "precision", "recall")]
+                numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
+                chosen = [f"{row['threshold']:.2f}", row["threshold_source"]]
+                table.add_row(
+                    row["method"],
+                    *(chosen if has_threshold else ()),
+                    *(f"{100 * n:.1f}" for n in numbers),
+                )
+            console.print(table)
     if result.skipped:
         print(f"{len(result.skipped)} skipped:")
         for skip in result.skipped:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,14 +26,15 @@ from lpcam.storage import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_FORMAT = 2
 CHECKPOINT_STEPS = 50
-"""Steps between checkpoints; beside them, one stands at the end of every epoch."""
+"""Steps between checkpoints; beside them, one is written with every record."""
 
 Sample = TypeVar("Sample")
 
 
 class Schedule(Protocol):
-    """What the loop must know of a network's settings."""
+    """What the settings of a network that is trained for some epochs by SGD hold."""
 
     @property
     def epochs(self) -> int: ...
@@ -49,34 +51,63 @@ class Schedule(Protocol):
 # -- Order and schedule ------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Which sample is wanted: of which epoch, which one of the list, and for which step."""
+
+    epoch: int
+    sample: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps there are, of what, and at which rate."""
+
+    steps: int
+    batch: int
+    """Samples a step, over all processes; more than there are in the list take them all."""
+    record: int
+    """Steps from one record of the history to the next."""
+    rate: Callable[[int], float]
+    """Factor of the learning rates at a step, from 0."""
+    accumulation: int = 1
+    """Equal parts of a step's samples, each with a forward pass of its own."""
+    checkpoint: int | None = None
+    """Steps between checkpoints; None: CHECKPOINT_STEPS."""
+
+    @classmethod
+    def of_epochs(cls, settings: Schedule, count: int) -> Plan:
+        """The poly schedule over some epochs of a list of ``count`` samples; a record an epoch."""
+        batch = min(settings.batch_size, count)
+        an_epoch = count // batch
+        steps = settings.epochs * an_epoch
+        return cls(steps, batch, an_epoch, lambda step: poly(step, steps, settings.power))
+
+
 class Order:
-    """Batches of (epoch, index) from a given step to the end, this process's share of each."""
+    """Places of each forward pass from a given step to the end, this process's share of each."""
 
     def __init__(
-        self,
-        count: int,
-        batch: int,
-        epochs: int,
-        seed: int,
-        first_step: int,
-        processes: Processes,
+        self, count: int, plan: Plan, seed: int, first_step: int, processes: Processes
     ) -> None:
         self.count = count
-        self.batch = min(batch, count)
+        self.batch = min(plan.batch, count)
         self.steps_an_epoch = count // self.batch  # an incomplete last batch is dropped
-        self.epochs = epochs
+        self.plan = plan
         self.seed = seed
         self.first_step = first_step
         self.processes = processes
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.first_step // self.steps_an_epoch, self.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.count).tolist()
-            skip = max(0, self.first_step - epoch * self.steps_an_epoch)
-            for step in range(skip, self.steps_an_epoch):
-                part = order[step * self.batch : (step + 1) * self.batch]
-                mine = part[self.processes.rank :: self.processes.count]
-                yield [(epoch, index) for index in mine]
+    def __iter__(self) -> Iterator[list[Place]]:
+        parts, epoch, order = self.plan.accumulation, -1, np.arange(0)
+        for step in range(self.first_step, self.plan.steps):
+            if epoch != step // self.steps_an_epoch:
+                epoch = step // self.steps_an_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            first = step % self.steps_an_epoch * self.batch
+            for part in np.array_split(order[first : first + self.batch], parts):
+                mine = part[self.processes.rank :: self.processes.count].tolist()
+                yield [Place(epoch, sample, step) for sample in mine]
 
 
 def poly(step: int, steps: int, power: float) -> float:
@@ -101,13 +132,22 @@ def random_window(length: int, crop: int, generator: np.random.Generator) -> tup
 # -- Training ----------------------------------------------------------------------------------
 
 
+def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Optimizer:
+    """SGD with momentum and weight decay; groups without parameters are left out."""
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def run(
     module: nn.Module,
-    groups: Sequence[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
     samples: Dataset[Sample],
     count: int,
     loss: Callable[[Any], Tensor],
-    settings: Schedule,
+    plan: Plan,
     *,
     label: str,
     section: str,
@@ -115,74 +155,96 @@ def run(
     folder: Path,
     workers: int,
     processes: Processes,
-    after_epoch: Callable[[], dict[str, Any]] = dict,
+    scaler: torch.amp.GradScaler | None = None,
+    at_record: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """SGD with a poly schedule, with checkpoints in ``folder`` from which a stopped run goes on.
+    """Train, with checkpoints in ``folder`` from which a stopped run goes on.
 
     Args:
         module: whose state a checkpoint holds.
-        groups: of the optimiser: ``params`` and ``lr``. Groups without parameters are left out.
-        samples: by (epoch, index), index below ``count``.
-        loss: of a batch of this process: its part of the loss of the whole batch, so that the
-            processes' parts add up to it. It sets the training mode.
+        optimizer: whose groups have the learning rates that the plan's factor is applied to.
+        samples: by :class:`Place`, ``sample`` below ``count``.
+        loss: of one forward pass of this process: its part of the mean over the samples of all
+            processes, so that the processes' parts add up to it. It sets the training mode.
         label: of the progress, as "fine-tuning".
         section: of the recipe, where the settings are, for messages.
         workers: processes that make samples; 0 makes them in this one.
-        after_epoch: what else an epoch's record holds.
+        scaler: of losses in float16; a step whose gradients overflow is left out.
+        at_record: what else a record holds, of the number of steps done.
 
     Returns:
-        one record an epoch: ``epoch``, mean ``loss``, and those of ``after_epoch``.
+        one record every ``plan.record`` steps: ``epoch``, ``step``, mean ``loss``, and those of
+        ``at_record``.
 
     Raises:
-        ClassifierError: if a batch has fewer images than there are processes, or the loss is no
-            longer finite.
+        ClassifierError: if a forward pass has fewer images than there are processes, or the loss is
+            no longer finite.
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
-    size = min(settings.batch_size, count)
+    parts = plan.accumulation
+    size = min(plan.batch, count) // parts
     if size < processes.count:
         raise ClassifierError(
             f"a batch of {size} images cannot be shared out among {processes.count} processes; "
             f"start fewer, or raise {section}.batch_size"
         )
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
     base = [float(group["lr"]) for group in optimizer.param_groups]
     checkpoint = folder / CHECKPOINT
-    step, running, history = _resume(checkpoint, module, optimizer, label)
-    order = Order(count, settings.batch_size, settings.epochs, seed, step, processes)
-    steps = order.steps_an_epoch * settings.epochs
+    step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
+    order = Order(count, plan, seed, step, processes)
     loader = DataLoader(samples, batch_sampler=order, num_workers=workers, persistent_workers=False)
-    with progress(label, steps, done=step) as advance:
-        for batch in loader:
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * poly(step, steps, settings.power)
-            part = loss(batch)
-            value = float(processes.sum(part.detach().cpu()))
+    value = 0.0
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    with (
+        progress(label, plan.steps, done=step) as advance,
+        torch.random.fork_rng(devices=devices),
+    ):
+        for turn, batch in enumerate(loader):
+            # What a network drops is drawn anew from the seed and the place in the training.
+            torch.manual_seed(_mixed(seed, step, turn % parts, processes.rank))
+            if turn % parts == 0:
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * plan.rate(step)
+                optimizer.zero_grad()
+                value = 0.0
+            part = loss(batch) / parts
+            value += float(processes.sum(part.detach().cpu()))
             if not math.isfinite(value):
                 raise ClassifierError(
-                    f"the loss is {value} at step {step} of {steps}; lower "
+                    f"the loss is {value} at step {step} of {plan.steps}; lower "
                     f"{section}.learning_rate and run again"
                 )
-            optimizer.zero_grad()
             # The gradients of the processes are averaged; the loss is their sum.
-            (part * processes.count).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            part = part * processes.count
+            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+            if (turn + 1) % parts:
+                continue
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             step += 1
             running += value
             advance(1, f"loss {value:.4f}")
-            if step % order.steps_an_epoch == 0:
-                epoch, mean = step // order.steps_an_epoch, running / order.steps_an_epoch
-                history.append({"epoch": epoch, "loss": mean, **after_epoch()})
+            recorded = step % plan.record == 0
+            if recorded:
+                more = {} if at_record is None else at_record(step)
+                epoch = (step - 1) // order.steps_an_epoch + 1
+                mean = running / plan.record
+                history.append({"epoch": epoch, "step": step, "loss": mean, **more})
                 running = 0.0
                 record = ", ".join(f"{k} {_shown(v)}" for k, v in history[-1].items())
                 logger.info("%s: %s", label, record)
-            due = step % order.steps_an_epoch == 0 or step % CHECKPOINT_STEPS == 0
+            due = recorded or step % (plan.checkpoint or CHECKPOINT_STEPS) == 0
             if due and processes.first:
-                _save(checkpoint, module, optimizer, step, running, history)
+                _save(checkpoint, module, optimizer, scaler, step, running, history)
     return history
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _shown(value: Any) -> str:
@@ -193,28 +255,41 @@ def _save(
     path: Path,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
     step: int,
     running: float,
     history: list[dict[str, Any]],
 ) -> None:
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
-        if state.get("momentum_buffer") is not None:
-            tensors[f"momentum.{number}"] = state["momentum_buffer"]
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if v is not None}
     write_tensors(
         path,
         {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        {"kind": "checkpoint", "step": step, "running": running, "history": history},
+        {
+            "kind": "checkpoint",
+            "format": CHECKPOINT_FORMAT,
+            "step": step,
+            "running": running,
+            "history": history,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        },
     )
 
 
 def _resume(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, label: str
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    label: str,
 ) -> tuple[int, float, list[dict[str, Any]]]:
     if not path.is_file():
         return 0, 0.0, []
     tensors, metadata = read_tensors(path)
     try:
+        if metadata.get("format") != CHECKPOINT_FORMAT:
+            raise RuntimeError(f"format {metadata.get('format')}, not {CHECKPOINT_FORMAT}")
         module.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
@@ -224,11 +299,13 @@ def _resume(
             f"({' '.join(str(error).split()):.200}...); delete it to start anew"
         ) from None
     state = optimizer.state_dict()
-    state["state"] = {
-        int(k.removeprefix("momentum.")): {"momentum_buffer": v}
-        for k, v in tensors.items()
-        if k.startswith("momentum.")
-    }
+    state["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            state["state"].setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(state)
+    if scaler is not None:
+        scaler.load_state_dict(metadata["scaler"])
     logger.info("%s goes on at step %d", label, metadata["step"])
     return metadata["step"], metadata["running"], metadata["history"]

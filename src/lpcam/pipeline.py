@@ -18,10 +18,17 @@ from typing import Any
 from lpcam.errors import ArtefactError, RecipeError
 from lpcam.ledger import locked
 from lpcam.processes import join
-from lpcam.recipe import Recipe, load_recipe
+from lpcam.recipe import ListName, Recipe, load_recipe
 from lpcam.resources import peak_memory, reset_peak_memory
 from lpcam.stages.classify import classify
-from lpcam.stages.context import REFINING, STAGES, ListName, Run, StageName
+from lpcam.stages.context import (
+    REFINING,
+    SEGMENT_LISTS,
+    SEGMENTING,
+    STAGES,
+    Run,
+    StageName,
+)
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
@@ -33,6 +40,7 @@ from lpcam.stages.refine import (
 )
 from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
+from lpcam.stages.segment import take_masks, test, train
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,8 @@ WORK: Mapping[StageName, Callable[[Run], bool]] = {
     "ir-labels": write_ir_labels,
     "irn": train_boundaries,
     "pseudo": write_pseudo_masks,
+    "segment": train,
+    "test": test,
     "evaluate": evaluate,
     "report": write_report,
 }
@@ -74,6 +84,11 @@ def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> Ru
     Raises:
         LpcamError: of a kind that says what was wrong with data, recipe, weights or artefacts.
     """
+    if until in SEGMENTING and recipe.segment is None:
+        raise RecipeError(
+            f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section segment; "
+            "add --segment.network deeplabv2 (or wideresnet38, or upernet)"
+        )
     if until in _left_out(recipe):
         raise RecipeError(
             f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section refine with "
@@ -116,6 +131,33 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
     return result
 
 
+def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
+    """Train a segmenter on the masks of another program, and score it where masks exist.
+
+    Args:
+        recipe: its data, segment and run sections serve.
+        masks: a folder of index masks, as :func:`lpcam.stages.segment.take_masks` takes them.
+        command: how it was asked for.
+
+    Raises:
+        RecipeError: if the recipe has no section segment.
+        LpcamError: as :func:`run`.
+    """
+    if recipe.segment is None:
+        raise RecipeError(
+            f"the recipe {recipe.name} names no segmenter; add a section, or --segment.network "
+            "deeplabv2 (or wideresnet38, or upernet)"
+        )
+    processes, device = join(recipe.run.device)
+    with locked(recipe.folder) if processes.first else contextlib.nullcontext():
+        processes.wait()
+        run = Run(recipe, command, "evaluate", processes, device, lists=SEGMENT_LISTS)
+        take_masks(run, masks)
+        result = _work(run, (*SEGMENTING, "evaluate"))
+        processes.wait()
+    return result
+
+
 def report(folder: Path, device: str | None = None) -> Path:
     """Make the report of a finished run again, from what is in its folder; returns its path.
 
@@ -152,9 +194,10 @@ def _up_to(run: Run) -> RunResult:
 
 def _left_out(recipe: Recipe) -> tuple[StageName, ...]:
     """Stages that a recipe does not have."""
+    segmenting = SEGMENTING if recipe.segment is None else ()
     if recipe.refine is None:
-        return REFINING
-    return () if recipe.refine.method == "irn" else ("ir-labels", "irn")
+        return (*REFINING, *segmenting)
+    return (*(() if recipe.refine.method == "irn" else ("ir-labels", "irn")), *segmenting)
 
 
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:

@@ -32,6 +32,8 @@ from lpcam.presets import (
     LpcamSettings,
     PamrSettings,
     ProbeSettings,
+    SegmenterSettings,
+    SegmentTestSettings,
 )
 
 VERSION = 1
@@ -70,6 +72,10 @@ class Lists(Section):
     """Gets maps and seeds (voc: train; folder: all)."""
     evaluate: str | None = None
     """Is scored where masks exist; must lie within ``maps`` (voc: train; folder: all)."""
+    segment: str | None = None
+    """Trains the segmenter; must lie within ``maps`` (that of ``maps``)."""
+    test: str | None = None
+    """Is segmented, and scored where masks exist (voc: val; folder: all)."""
 
 
 USUAL_LISTS: Mapping[str, Mapping[str, str]] = {
@@ -78,9 +84,11 @@ USUAL_LISTS: Mapping[str, Mapping[str, str]] = {
         "prototypes": "train",
         "maps": "train",
         "evaluate": "train",
+        "test": "val",
     },
-    "folder": dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), "all"),
+    "folder": dict.fromkeys(("classify", "prototypes", "maps", "evaluate", "test"), "all"),
 }
+ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "test"]
 
 
 class DataSection(Section):
@@ -95,12 +103,32 @@ class DataSection(Section):
     """A subset of the classes; mask ids of others are ignored. Null takes all."""
     lists: Lists = Lists()
 
-    def list_of(self, stage: Literal["classify", "prototypes", "maps", "evaluate"]) -> str:
+    def list_of(self, stage: ListName) -> str:
         """Name of the list that a stage works on."""
-        return getattr(self.lists, stage) or USUAL_LISTS[self.kind][stage]
+        own: str | None = getattr(self.lists, stage)
+        if own is None and stage == "segment":
+            return self.list_of("maps")
+        return own or USUAL_LISTS[self.kind][stage]
 
 
-class ClassifierSection(Section):
+class WeightsSection(Section):
+    """A section with ``weights``, a word or the path of a file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_path(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        weights = given.get("weights")
+        if isinstance(weights, str) and weights.endswith(".safetensors"):
+            if weights.startswith(BUNDLED):
+                path = resources.files("lpcam").joinpath("assets", weights.removeprefix(BUNDLED))
+                return {**given, "weights": str(path)}
+            return {**given, "weights": str(_against_base(weights, info))}
+        return given
+
+
+class ClassifierSection(WeightsSection):
     """The backbone, its weights, and how the head (and the backbone) are trained."""
 
     backbone: str
@@ -121,19 +149,6 @@ class ClassifierSection(Section):
     """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""
     probe: ProbeSettings = ProbeSettings.from_preset("default")
     finetune: FinetuneSettings = FinetuneSettings.from_preset("momentum")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _weights_path(cls, given: Any, info: ValidationInfo) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        weights = given.get("weights")
-        if isinstance(weights, str) and weights.endswith(".safetensors"):
-            if weights.startswith(BUNDLED):
-                path = resources.files("lpcam").joinpath("assets", weights.removeprefix(BUNDLED))
-                return {**given, "weights": str(path)}
-            return {**given, "weights": str(_against_base(weights, info))}
-        return given
 
 
 BUNDLED = "bundled:"
@@ -185,6 +200,58 @@ class RefineSection(Section):
                 "the hard labels of seeds here; use the preset 'irn', or set crf.unary to labels"
             )
         return self
+
+
+class SegmentSection(WeightsSection):
+    """A network that is trained on the pseudo masks and segments images without any label."""
+
+    network: Literal["deeplabv2", "wideresnet38", "upernet"] = "deeplabv2"
+    backbone: str | None = None
+    """deeplabv2: ``resnet101_caffe`` or a timm model (null: the former). upernet: the Swin's size,
+    ``tiny``, ``small`` or ``base`` (null: tiny). wideresnet38: null."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further ones of the backbone."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of a timm backbone; null leaves the model's own."""
+    weights: str = "pretrained"
+    """Of the backbone: "pretrained", "random", or the path of a safetensors file."""
+    mean: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1]; null takes the network's own."""
+    std: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1]; null takes the network's own."""
+    masks: Annotated[tuple[Literal["CAM", "LPCAM", "truth"], ...], Field(min_length=1)] = (
+        "CAM",
+        "LPCAM",
+    )
+    """A segmenter is trained on the pseudo masks of each of these maps; ``truth``: on the true
+    masks, which bounds from above what masks can give."""
+    training: SegmenterSettings = SegmenterSettings.from_preset("deeplabv2.voc12.official")
+    test: SegmentTestSettings = SegmentTestSettings.from_preset("deeplabv2.official")
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network's passes in training; weights and loss are in float32."""
+    validations: Annotated[int, Field(ge=0)] = 5
+    """How often in a training the mIoU is measured on the list to test, where it has masks."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which weights are tested and used; ``best`` is chosen on the truth of the list to test."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SegmentSection:
+        if self.network != "deeplabv2" and self.training.pyramid:
+            raise ValueError(
+                f"training.pyramid belongs to deeplabv2, not to {self.network}; choose a preset of "
+                f"training for it (given: {self.training.preset!r})"
+            )
+        if self.network == "wideresnet38" and self.backbone is not None:
+            raise ValueError(f"wideresnet38 has no other backbone, got {self.backbone!r}")
+        if self.checkpoint == "best" and not self.validations:
+            raise ValueError("checkpoint 'best' needs validations above 0")
+        return self
+
+    @property
+    def backbone_name(self) -> str:
+        """The backbone, where none is given the network's usual one."""
+        usual = {"deeplabv2": "resnet101_caffe", "wideresnet38": "wideresnet38", "upernet": "tiny"}
+        return self.backbone or usual[self.network]
 
 
 class SheetSection(Section):
@@ -243,6 +310,7 @@ class Recipe(Section):
     maps: MapsSection = MapsSection()
     seeds: SeedsSection = SeedsSection()
     refine: RefineSection | None = None
+    segment: SegmentSection | None = None
     sheet: SheetSection = SheetSection()
     report: ReportSection = ReportSection()
     run: RunSection = RunSection()
@@ -255,6 +323,18 @@ class Recipe(Section):
                 f"seeds.ignore_threshold {ignore} must not be above the threshold of the seeds, "
                 f"{threshold} (seeds.threshold, or that of the lpcam preset)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Recipe:
+        if self.segment is not None:
+            made = set() if self.refine is None else set(self.refine.maps)
+            missing = [m for m in self.segment.masks if m != "truth" and m not in made]
+            if missing and self.refine is not None:
+                raise ValueError(
+                    f"segment.masks has {missing[0]}, whose pseudo masks are not made; add it to "
+                    "refine.maps"
+                )
         return self
 
     @property
@@ -283,6 +363,7 @@ def bundled_recipes() -> list[str]:
 def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe file, or a bundled one by name, and replace values.
 
+    A file with ``base: NAME`` has the values of that bundled recipe where it has none of its own.
     Relative paths in the file are taken from the file's own folder, those of the overrides from
     the working folder.
 
@@ -292,6 +373,14 @@ def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -
     Raises:
         RecipeError: naming the field, the value and what is allowed.
     """
+    values, base = _read_values(source)
+    for key, value in overrides:
+        _replace(values, key, value)
+    return parse_recipe(values, base=base, where=str(source))
+
+
+def _read_values(source: str | Path) -> tuple[dict[str, Any], Path]:
+    """Nested values of a recipe and those it is based on; the folder that paths are taken from."""
     path = Path(source)
     if path.is_file():
         try:
@@ -314,9 +403,27 @@ def load_recipe(source: str | Path, overrides: Sequence[tuple[str, str]] = ()) -
         raise RecipeError(f"the recipe {source} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {source} must be a mapping of sections, got {values!r:.80}")
-    for key, value in overrides:
-        _replace(values, key, value)
-    return parse_recipe(values, base=base, where=str(source))
+    bundled = values.pop("base", None)
+    if bundled is not None:
+        if bundled not in bundled_recipes():
+            raise RecipeError(
+                f"the recipe {source} is based on {bundled!r}; a base is one of the bundled "
+                f"recipes {', '.join(bundled_recipes())}"
+            )
+        values = _merged(_read_values(bundled)[0], values)
+    return values, base
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some replaced; of a section that names a preset none are kept."""
+    found = dict(values)
+    for key, value in changes.items():
+        inner = found.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping) and "preset" not in value:
+            found[key] = _merged(inner, value)
+        else:
+            found[key] = value
+    return found
 
 
 def parse_recipe(values: Mapping[str, Any], *, base: Path | None = None, where: str) -> Recipe:
@@ -353,7 +460,9 @@ def _replace(values: dict[str, Any], key: str, text: str) -> None:
         place = inner
     last = parts[-1]
     is_path = (key in ("data.root", "run.folder") and value is not None) or (
-        key == "classifier.weights" and text.endswith(".safetensors") and ":" not in text
+        key in ("classifier.weights", "segment.weights")
+        and text.endswith(".safetensors")
+        and ":" not in text
     )
     place[last] = str(Path(text).expanduser().absolute()) if is_path else value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
         self.settings = settings
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = place
+    def __getitem__(self, place: engine.Place) -> tuple[Tensor, int]:
+        epoch, index, _ = place
         generator = np.random.default_rng([self.seed, epoch, index])
         image = read_image(self.items[index].image)
         return augment(image, self.preprocessing, self.settings, generator), index
@@ -87,20 +87,29 @@ def freeze(classifier: Classifier, prefixes: Sequence[str]) -> None:
     Raises:
         ClassifierError: if a prefix matches nothing; the message lists the stages there are.
     """
-    names = [name for name, _ in classifier.backbone.named_parameters()]
+    named = dict(classifier.backbone.named_parameters())
+    frozen = names_below(named, prefixes)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name not in frozen)
+
+
+def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
+    """Those of some dotted names that are, or are below, a prefix.
+
+    Raises:
+        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
+    """
+    found: set[str] = set()
     for prefix in prefixes:
-        if not any(_below(name, prefix) for name in names):
+        below = {name for name in names if name == prefix or name.startswith(f"{prefix}.")}
+        if not below:
             stages = sorted({".".join(n.split(".")[:2]) for n in names if "." in n})
             raise ClassifierError(
                 f"freeze: no parameter of the backbone is below {prefix!r}; there are "
                 f"{', '.join(stages[:40])}"
             )
-    for name, parameter in classifier.backbone.named_parameters():
-        parameter.requires_grad_(not any(_below(name, prefix) for prefix in prefixes))
-
-
-def _below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
+        found |= below
+    return found
 
 
 # -- Training ----------------------------------------------------------------------------------
@@ -162,18 +171,18 @@ def finetune(
 
     history = engine.run(
         classifier,
-        groups,
+        engine.sgd(groups, settings),
         _Augmented(items, classifier.preprocessing, settings, seed),
         len(items),
         loss,
-        settings,
+        engine.Plan.of_epochs(settings, len(items)),
         label="fine-tuning",
         section="classifier.finetune",
         seed=seed,
         folder=folder,
         workers=workers,
         processes=processes,
-        after_epoch=lambda: {
+        at_record=lambda _: {
             "validation_map": validation_map(classifier, validation, settings, processes)
         },
     )

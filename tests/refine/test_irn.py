@@ -427,7 +427,7 @@ def test_going_on_gives_the_same_bytes(
 
     def stop(*arguments: Any) -> None:
         save(*arguments)
-        saved.append(arguments[3])
+        saved.append(arguments[4])
         if len(saved) == stopped_at:
             raise KeyboardInterrupt
 

@@ -174,6 +174,77 @@ def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def _segmenters(
+    names: list[str], ids: list[str], truth: bool, generator: np.random.Generator
+) -> dict[str, Any]:
+    """Three segmenters: LPCAM's is better than CAM's by 5 points, that of the truth by 10."""
+    teachers = {"cam": "CAM + IRN", "lpcam": "LPCAM + IRN", "truth": "true masks"}
+    rows = []
+    for crf in (False, True):
+        for place, (teacher, title) in enumerate(teachers.items()):
+            iou = 0.5 + 0.05 * place + 0.02 * crf
+            figures = {"iou": iou, "fp": 0.2, "fn": 0.8 - iou, "precision": 0.7, "recall": 0.6}
+            # of the last class LPCAM's segmenter knows less
+            worse = {**figures, "iou": iou - 0.08 * (teacher == "lpcam")}
+            rows.append(
+                {
+                    **{key: value for key, value in figures.items() if key != "iou"},
+                    "stage": "segmentation",
+                    "method": f"DeepLabV2 on {title}{', CRF' if crf else ''}",
+                    "teacher": teacher,
+                    "crf": crf,
+                    "threshold": None,
+                    "threshold_source": None,
+                    "images": 1449,
+                    "miou": iou,
+                    "per_class": dict.fromkeys(("background", *names[:-1]), figures)
+                    | {names[-1]: worse},
+                }
+            )
+    seen = picture(generator.integers(0, 255, (30, 40, 3)).astype(np.uint8))
+    view = {"picture": seen, "classes": [0], "ignored": False}
+    kinds = ("gain", "loss", "even")
+    images = [
+        {
+            "id": name,
+            "kind": kinds[number % 3],
+            "picture": seen,
+            "width": 40,
+            "height": 30,
+            "truth": {**view, "ignored": True} if truth and number != 2 else None,
+            "masks": {"cam": {**view, "classes": []}, "lpcam": view, "truth": view},
+            "miou": {"cam": 0.4, "lpcam": 0.4 + 0.1 * (1 - number % 3), "truth": 0.7}
+            if truth and number != 2
+            else {},
+        }
+        for number, name in enumerate(ids[:6])
+    ]
+    history = [
+        {"epoch": 1, "step": step, "loss": 1.8 - step / 1000}
+        | ({"validation_miou": step / 3000} if truth and step % 500 == 0 else {})
+        for step in range(25, 1501, 25)
+    ]
+    return {
+        "network": "DeepLabV2",
+        "split": "val",
+        "list": names[0],
+        "checkpoint": "last",
+        "crf": "deeplab",
+        "settings": {"backbone": "resnet18", "mean": None, "training": {"batch_size": 10}},
+        "teachers": [
+            {"name": name, "title": title, "images": 1464} for name, title in teachers.items()
+        ],
+        "rows": rows if truth else [],
+        "history": dict.fromkeys(teachers, history),
+        "irn_history": {
+            "cam": [{"epoch": e, "step": 40 * e, "loss": 2 / e} for e in (1, 2, 3)],
+            "lpcam": [{"epoch": e, "step": 40 * e, "loss": 3 / e} for e in (1, 2, 3)],
+        },
+        "images": images,
+        "images_total": 1449,
+    }
+
+
 def _prototype(number: int, side: str, generator: np.random.Generator) -> dict[str, Any]:
     kept = number % 3 != 2
     score = 0.95 if (side == "foreground") == kept else 0.5
@@ -200,6 +271,7 @@ def sample(
     parts: bool = True,
     meaning: bool = True,
     refined: bool = False,
+    segmented: bool = False,
     large: bool = False,
 ) -> dict[str, Any]:
     """Report data; equal arguments give equal data.
@@ -212,6 +284,7 @@ def sample(
         parts: whether parts have scores.
         meaning: whether there are prototypes, look-alikes, skipped images and times.
         refined: whether there are scores of pseudo masks.
+        segmented: whether there are segmenters; without masks they are not scored.
         large: pictures and maps as large as those of photographs, two labels each.
     """
     generator = np.random.default_rng(0)
@@ -272,8 +345,10 @@ def sample(
             "maps": dict.fromkeys(DRAWN, pair_array),
         }
     ]
+    segmenters = {"segmenters": _segmenters(names, ids, masks, generator)} if segmented else {}
     return {
         "format": 1,
+        **segmenters,
         "title": HOSTILE[0] if hostile else "creatures",
         "lpcam_version": "0.1.0",
         "methods": list(METHODS),

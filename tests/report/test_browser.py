@@ -354,10 +354,12 @@ def test_look_alikes_have_two_maps_a_method(open_page: Open, data: dict[str, Any
     assert "98.0 %" in page.text_content("#confusion-list")
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(open_page: Open, scheme: str) -> None:
+def test_axe_finds_nothing(open_page: Open, scheme: str, segmented: bool) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core")
-    page = open_page(sample(classes=7, hostile=True), color_scheme=scheme, reduced_motion="reduce")
+    data = sample(classes=7, hostile=True, segmented=segmented)
+    page = open_page(data, color_scheme=scheme, reduced_motion="reduce")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     settle(page)
     results = axe.Axe().run(page)
@@ -382,7 +384,7 @@ def test_dark_and_light_differ(open_page: Open, data: dict[str, Any]) -> None:
 @pytest.mark.parametrize("width", [360, 768])
 @pytest.mark.parametrize("hostile", [False, True])
 def test_a_narrow_page_does_not_scroll_sideways(open_page: Open, width: int, hostile: bool) -> None:
-    data = sample(classes=7, hostile=hostile)
+    data = sample(classes=7, hostile=hostile, segmented=True)
     page = open_page(data, viewport={"width": width, "height": 740})
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     if hostile:
@@ -488,6 +490,32 @@ def test_without_script_the_figures_are_there(open_page: Open, data: dict[str, A
     assert page.locator("svg.chart").count() == 3
     assert page.locator("noscript").first.is_visible()
     assert page.locator("svg.chart >> nth=0").locator("polyline").count() == len(METHODS)
+
+
+def test_segmenters_are_shown_without_script(open_page: Open) -> None:
+    page = open_page(sample(segmented=True), wait=None, java_script_enabled=False)
+    assert page.is_visible("table.segmented") and page.is_visible("ol.segmented")
+    assert page.locator("#segmenters svg.chart").count() == 3
+    pictures = page.locator("#segmenters img")
+    assert pictures.count() == 29
+    assert pictures.first.evaluate("(one) => [one.naturalWidth, one.naturalHeight]") == [40, 30]
+    # beside each other, as wide as each other
+    boxes = [pictures.nth(place).bounding_box() for place in range(5)]
+    assert len({round(box["y"]) for box in boxes}) == 1
+    assert len({round(box["width"]) for box in boxes}) == 1
+
+
+def test_segmenters_on_paper(open_page: Open) -> None:
+    page = open_page(sample(classes=7, segmented=True), color_scheme="dark")
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.set_viewport_size({"width": 690, "height": 900})
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+    assert all(one.is_visible() for one in page.locator("#segmenters img").all())
+    assert page.locator("#segmenters details[open]").count() == 6
+    assert page.is_visible("h4 >> text=Loss of IRN’s boundaries")
+    assert page.is_visible("text=An even choice of the others (2)")
 
 
 def test_500_images_open_quickly(open_page: Open, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from report.sample import FIXED, HOSTILE, METHODS, sample
 
 from lpcam.errors import ArtefactError
-from lpcam.report.page import render
+from lpcam.report.page import _tick, render
 
 SECTIONS = [
     *("result", "words", "images", "curves", "classes"),
@@ -316,3 +316,164 @@ def test_how_much_was_searched_and_shown(page: Page) -> None:
 
 def test_500_images_stay_under_15_megabytes() -> None:
     assert 8e6 < len(render(sample(500, 20, large=True)).encode()) < 15e6
+
+
+# -- Segmenters --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segmented() -> Page:
+    return Page(render(sample(refined=True, segmented=True)))
+
+
+def section(page: Page) -> str:
+    text = words(page.text)
+    start = text.index("What segmenters learn from the masks")
+    return text[start : text.index("What LPCAM looks for")]
+
+
+def test_without_segmenters_the_page_has_nothing_of_them(page: Page) -> None:
+    assert "segmenter" not in page.text.lower()
+    assert ".tested" not in page.raw["style"][0]
+
+
+def test_segmenters_have_a_section_of_their_own(segmented: Page) -> None:
+    at = SECTIONS.index("prototypes")
+    wanted = [*SECTIONS[:at], "segmenters", *SECTIONS[at:]]
+    assert [one["id"] for one in segmented.all("section")] == wanted
+    assert "#segmenters" in {one["href"] for one in segmented.all("a")}
+    identities = [one["id"] for _, one in segmented.elements if "id" in one]
+    assert len(identities) == len(set(identities))
+    levels = [int(name[1]) for name, _ in segmented.elements if re.fullmatch("h[1-6]", name)]
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_segmenters_are_scored_in_a_table_of_their_own(segmented: Page) -> None:
+    text = section(segmented)
+    told = "scored on 1,449 images of the list val; weights of the last step; the most probable"
+    alone, refined = text.split("The network aloneCRF: no; ")[1].split(
+        "After a dense CRF (deeplab)CRF: yes; "
+    )
+    assert alone.startswith(told) and refined.startswith(told)
+    assert "CAM + IRN 1,464 50.0 20.0 30.0 70.0 60.0 LPCAM + IRN 1,464 55.0 +5.0 20.0" in alone
+    assert "true masks 1,464 60.0 +10.0" in alone
+    assert "CAM + IRN 1,464 52.0 20.0 28.0" in refined
+    assert "Masksof the list class 0" in text
+    assert "Backbone resnet18 Mean none" in text and "batch size 10" in text
+    others = words(segmented.text).replace(text, "")
+    assert "1,464" not in others and "DeepLabV2" not in others
+
+
+def test_the_best_weights_are_told_as_chosen_on_the_truth() -> None:
+    data = sample(segmented=True)
+    data["segmenters"]["checkpoint"] = "best"
+    text = section(Page(render(data)))
+    assert "weights of the best mIoU on that list, chosen by its true masks" in text
+
+
+def test_bars_of_segmenters_are_of_what_comes_out_in_the_end(segmented: Page) -> None:
+    text = section(segmented)
+    assert "Signed figures are what training on LPCAM + IRN gains over CAM + IRN" in text
+    bars = text.split("Signed figures")[1].split("The segmenters’ bars")[0]
+    # with the CRF: 52 and 57, of the last class 57 - 8
+    assert "class 2+5.0 CAM + IRN52.0 LPCAM + IRN57.0 true masks62.0" in bars
+    assert bars.index("class 2") < bars.index("class 3−3.0")
+
+
+def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
+    text = section(segmented)
+    assert (
+        "Loss against the step of training. CAM + IRN goes from 1.77 at step 25 to 0.3 at 1500;"
+        in text
+    )
+    # 1500 / 3000, in percent; measured three times
+    assert "CAM + IRN goes from 16.7 at step 500 to 50 at 1500" in text
+    assert "Loss of IRN’s boundaries against the step of training. CAM + IRN goes from 2" in text
+    titles = [one for one in segmented.all("svg") if one.get("class") == "chart"]
+    assert len(titles) == 3 + 3
+    lines = [one for one in segmented.all("polyline") if "line" in str(one["class"])][-8:]
+    counts = [str(one["points"]).count(",") for one in lines]
+    assert counts == [60] * 3 + [3] * 3 + [3] * 2
+    for one in lines:
+        for point in str(one["points"]).split():
+            x, y = map(float, point.split(","))
+            assert 38 <= x <= 330 and 12 <= y <= 206
+    # what is highest of all ends at the same place of the axis: step 1500 of 1500
+    assert str(lines[0]["points"]).split()[-1].startswith("330,")
+    assert str(lines[3]["points"]).split()[-1].startswith("330,")
+    assert "500 1.3000 16.7 1.3000 16.7" in text and "120 0.6667 1.0000" in text
+
+
+@pytest.mark.parametrize(
+    ("largest", "step"), [(0, 0.25), (0.04, 0.01), (1.78, 0.5), (4, 1), (4.1, 2), (80.1, 25)]
+)
+def test_axes_end_at_round_numbers(largest: float, step: float) -> None:
+    assert _tick(largest) == pytest.approx(step)
+
+
+def test_a_single_record_is_drawn() -> None:
+    data = sample(segmented=True)
+    for key in ("history", "irn_history"):
+        data["segmenters"][key] = {"lpcam": [{"epoch": 1, "step": 1, "loss": 0.0}]}
+    page = Page(render(data))
+    assert "LPCAM + IRN goes from 0 at step 1 to 0 at 1." in section(page)
+    data["segmenters"]["history"] = data["segmenters"]["irn_history"] = {}
+    assert "How they learned" not in section(Page(render(data)))
+
+
+def test_pictures_say_what_they_show(segmented: Page) -> None:
+    text = section(segmented)
+    assert "6 of 1,449 images of the list val; the masks are those after the CRF." in text
+    assert "Where training on LPCAM + IRN gains most over CAM + IRN (2)" in text
+    assert "Where training on LPCAM + IRN loses most against CAM + IRN (2)" in text
+    assert "An even choice of the others (2)" in text
+    assert "0000+10.0 Image" in text and "0001±0.0 Image" in text
+    pictures = segmented.all("img")
+    assert len(pictures) == 6 * 5 - 1  # an image has no truth
+    alts = [str(one["alt"]) for one in pictures]
+    assert "True mask of 0000: class 0" in alts
+    assert "Mask of 0000 by the segmenter trained on CAM + IRN: no object" in alts
+    assert "Mask of 0000 by the segmenter trained on LPCAM + IRN: class 0" in alts
+    assert "No true mask" in text and "not counted" in text
+    assert all(str(one["src"]).startswith("data:image/webp;base64,") for one in pictures)
+    opened = ["open" in one for one in segmented.all("details")]
+    assert opened.count(True) == 3  # gains, losses, and the short list of what was left out
+
+
+def test_segmenters_without_truth_are_shown_without_scores() -> None:
+    page = Page(render(sample(masks=False, segmented=True)))
+    text = section(page)
+    assert "list val have no true masks, so the segmenters cannot be scored" in text
+    assert "Trained on LPCAM + IRN 1,464 masks of the list class 0" in text
+    assert "mIoU" not in text and "The images (" not in text
+    assert len(page.all("img")) == 6 * 4 and "No true mask" not in text
+    assert "Loss against the step of training" in text
+
+
+def test_one_segmenter_has_nothing_to_be_compared_with() -> None:
+    data = sample(segmented=True)
+    given = data["segmenters"]
+    given["teachers"] = given["teachers"][1:2]
+    given["rows"] = [row for row in given["rows"] if row["teacher"] == "lpcam" and not row["crf"]]
+    given["crf"] = None
+    for one in given["images"]:
+        one |= {"kind": "even", "masks": {"lpcam": one["masks"]["lpcam"]}}
+        one["miou"] = {"lpcam": 0.5}
+    text = section(Page(render(data)))
+    assert "LPCAM + IRN 1,464 55.0 20.0" in text and " gains " not in text
+    assert "The images (6)" in text and "dense CRF" not in text
+    assert "and for comparison" not in text
+
+
+def test_hostile_names_of_segmented_images_are_text() -> None:
+    page = Page(render(sample(classes=7, hostile=True, segmented=True)))
+    assert len(page.all("script")) == 2
+    for one in page.all("img"):
+        assert set(one) == {"src", "width", "height", "alt", "decoding"}
+    alts = " ".join(str(one["alt"]) for one in page.all("img"))
+    for name in HOSTILE[:6]:
+        assert name in alts and words(name) in section(page)
+    digest = base64.b64encode(hashlib.sha256(page.raw["style"][0].encode()).digest()).decode()
+    policy = next(str(one["content"]) for one in page.all("meta") if "http-equiv" in one)
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert not [name for name, one in page.elements if "style" in one]

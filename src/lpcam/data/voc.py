@@ -39,11 +39,19 @@ CLASSES = (
 )
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
 
+CLASS_NAMES = "class_names.txt"
+"""Of a folder laid out like VOC with classes of its own: one a line, from mask value 1 on."""
 _LISTS = PurePosixPath("ImageSets/Segmentation")
 _INTEGER_ID = re.compile(r"\d{10}")
 
 
-def read_voc(root: Path, *, lists: Sequence[str], classes: Sequence[str] | None = None) -> Dataset:
+def read_voc(
+    root: Path,
+    *,
+    lists: Sequence[str],
+    classes: Sequence[str] | None = None,
+    unlabelled: Sequence[str] = (),
+) -> Dataset:
     """Read lists of a VOC folder: ids, image-level labels and, where there are any, mask paths.
 
     Args:
@@ -51,8 +59,11 @@ def read_voc(root: Path, *, lists: Sequence[str], classes: Sequence[str] | None 
         lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
             as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
             of images and a class (an id of a list of pairs then stands once).
-        classes: names out of `CLASSES`, in label order; all 20 if None. Objects of other classes
+        classes: names out of `CLASSES` (or of the folder's `CLASS_NAMES`, where it has that file),
+            in label order; all if None. Objects of other classes
             are not labelled; mask ids stay those of VOC.
+        unlabelled: those of the lists whose images need no annotation; without one they have no
+            label. VOC's own ``test`` comes without any.
 
     An image whose file or annotation is missing or damaged is left out, with the reason.
 
@@ -61,14 +72,15 @@ def read_voc(root: Path, *, lists: Sequence[str], classes: Sequence[str] | None 
             unknown, or no image is left.
     """
     root = _find_root(root)
-    table = ClassTable(CLASSES, tuple(range(1, len(CLASSES) + 1)))
-    table = choose_classes(table, classes)
+    names = _class_names(root)
+    table = choose_classes(ClassTable(names, tuple(range(1, len(names) + 1))), classes)
     wanted = {name: _read_list(root, name) for name in lists}
+    labelled = {i for name, ids in wanted.items() if name not in unlabelled for i in ids}
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
-            items[image_id] = _read_item(root, image_id, table)
+            items[image_id] = _read_item(root, image_id, table, image_id in labelled)
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
     if not items:
@@ -92,6 +104,18 @@ def _find_root(root: Path) -> Path:
         f"{root} is no VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
         f"VOCdevkit/VOC2012) with {_LISTS}, JPEGImages and Annotations"
     )
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    """VOC's own, unless the folder has a file of others."""
+    path = root / CLASS_NAMES
+    if not path.is_file():
+        return CLASSES
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} is no UTF-8 text; write one class name a line") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _read_list(root: Path, name: str) -> tuple[str, ...]:
@@ -135,11 +159,12 @@ def _line_ids(line: str, where: str) -> list[str]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _read_item(root: Path, image_id: str, classes: ClassTable) -> Item:
+def _read_item(root: Path, image_id: str, classes: ClassTable, labelled: bool) -> Item:
     image = root / "JPEGImages" / f"{image_id}.jpg"
     if not image.is_file():
         raise DataError(f"there is no image {image}")
-    present = _object_names(root / "Annotations" / f"{image_id}.xml")
+    annotation = root / "Annotations" / f"{image_id}.xml"
+    present = _object_names(annotation) if labelled or annotation.is_file() else set()
     labels = tuple(n for n, name in enumerate(classes.names) if name in present)
     mask = root / "SegmentationClass" / f"{image_id}.png"
     return Item(image_id, image, labels, mask if mask.is_file() else None)

@@ -152,9 +152,9 @@ def explain_files(
     if labels is not None:
         explainer.indices(labels)
     images = find_images(sources, output)
-    before = _read_index(output / INDEX)
-    outputs = _outputs(output)
-    _check_foreign(output, images, before, outputs)
+    before = read_index(output / INDEX, KIND)
+    outputs = outputs_by_image(output, FOLDERS, _OUTPUTS)
+    check_foreign(output, images, before, outputs, KIND, others=("sheet.png",))
     index: dict[str, Any] = {
         "format": 1,
         "kind": KIND,
@@ -203,15 +203,22 @@ def explain_files(
     return Explained(output, found, skipped)
 
 
-def _read_index(path: Path) -> dict[str, str] | None:
-    """Names and sources of the images that earlier calls explained into a folder."""
+def read_index(path: Path, kind: str) -> dict[str, str] | None:
+    """Names and sources of the images of which earlier calls wrote into a folder.
+
+    Args:
+        path: of the index; None is returned where there is none.
+        kind: the command that writes such an index, as it stands in it.
+
+    Raises:
+        ArtefactError: if it is damaged or another's.
+    """
     if not path.exists():
         return None
     index = read_json(path)
-    if not isinstance(index, dict) or index.get("kind") != KIND:
+    if not isinstance(index, dict) or index.get("kind") != kind:
         raise ArtefactError(
-            f"{path} was not written by 'lpcam explain', so it may be yours; choose another "
-            "--output"
+            f"{path} was not written by '{kind}', so it may be yours; choose another --output"
         )
     return dict(index["images"])
 
@@ -224,34 +231,56 @@ _OUTPUTS = (
 )
 
 
-def _outputs(output: Path) -> dict[str, list[Path]]:
-    """The files below a folder that have the form of outputs, by the image they would be of."""
+def outputs_by_image(
+    output: Path, folders: Iterable[str], forms: Sequence[re.Pattern[str]]
+) -> dict[str, list[Path]]:
+    """The files below a folder that have the form of outputs, by the image they would be of.
+
+    Args:
+        folders: of outputs, in ``output``.
+        forms: of their paths below ``output``, the image's name being the group ``name``.
+    """
     outputs: dict[str, list[Path]] = {}
-    for folder in FOLDERS:
+    for folder in folders:
         for path in sorted((output / folder).rglob("*")):
             relative = path.relative_to(output).as_posix()
-            for form in _OUTPUTS:
+            for form in forms:
                 if (match := form.fullmatch(relative)) is not None:
                     outputs.setdefault(match["name"], []).append(path)
                     break
     return outputs
 
 
-def _check_foreign(
+def check_foreign(
     output: Path,
-    images: Mapping[str, Path],
+    images: Iterable[str],
     before: Mapping[str, str] | None,
     outputs: Mapping[str, Sequence[Path]],
+    kind: str,
+    *,
+    others: Iterable[str] = (),
 ) -> None:
+    """Refuse to replace files that are not an earlier call's.
+
+    Args:
+        images: names of those that are to be written.
+        before: what :func:`read_index` found.
+        outputs: what :func:`outputs_by_image` found.
+        kind: the command, for the message.
+        others: files of ``output`` that a first call writes too.
+
+    Raises:
+        ArtefactError: naming a file that is in the way.
+    """
     foreign = [
         path for name in images if name not in (before or {}) for path in outputs.get(name, ())
     ]
-    if before is None and (output / "sheet.png").exists():
-        foreign.append(output / "sheet.png")
+    if before is None:
+        foreign += [output / name for name in others if (output / name).exists()]
     if foreign:
         raise ArtefactError(
-            f"{foreign[0]} is there already and was not written by an earlier 'lpcam explain' of "
-            "this image, so it may be yours; choose another --output"
+            f"{foreign[0]} is there already and was not written by an earlier '{kind}' of this "
+            "image, so it may be yours; choose another --output"
         )
 
 

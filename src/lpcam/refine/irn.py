@@ -548,8 +548,8 @@ class _Labelled(Dataset[tuple[Tensor, Tensor]]):
         self.settings = settings
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = place
+    def __getitem__(self, place: engine.Place) -> tuple[Tensor, Tensor]:
+        epoch, index, _ = place
         generator = np.random.default_rng([self.seed, epoch, index])
         item, path = self.pairs[index]
         image, label = read_image(item.image), read_index_mask(path)
@@ -621,11 +621,11 @@ def train_irn(
 
     history = engine.run(
         branches,
-        groups,
+        engine.sgd(groups, settings),
         _Labelled(pairs, pyramid.preprocessing, settings, seed),
         len(pairs),
         loss,
-        settings,
+        engine.Plan.of_epochs(settings, len(pairs)),
         label="training IRN",
         section="irn",
         seed=seed,

@@ -18,13 +18,14 @@ from lpcam.prototypes import Prototypes
 from lpcam.recipe import Method, ReportSection
 from lpcam.report.images import Further, Scores, choose, highlights, image_records, in_turn
 from lpcam.report.meaning import Pairs, Shown, confusion_records, prototype_records
+from lpcam.report.segmenters import SHOWN, Trained, segmenter_records
 from lpcam.sheet import choose_rows
 from lpcam.version import __version__
 
 FORMAT = 1
 """Of the data that a page is made from."""
 MOST_BYTES = 12_000_000
-"""Of the viewer's images in a page, so that it stays below 15 MB with all the rest."""
+"""Of the images in a page, so that it stays below 15 MB with all the rest."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def collect(
     sharing: Sharing,
     about: Mapping[str, Any],
     further: Further | None = None,
+    trained: Trained | None = None,
 ) -> dict[str, Any]:
     """Gather the data of a report.
 
@@ -67,6 +69,7 @@ def collect(
         about: what else the page tells: protocol, skipped, notices, events, history, stages,
             command.
         further: masks and planes of later stages.
+        trained: segmenters, where the run has any.
 
     Raises:
         LpcamError: if an image or its maps cannot be read.
@@ -80,10 +83,15 @@ def collect(
         # The store keeps them: below they are asked for one by one, and on one thread.
         for _ in sharing.map(lambda item: list(pairs([item], (1.0,))), searched):
             advance(1, "")
+    tested, room = {}, MOST_BYTES
+    if trained is not None:
+        most = min(SHOWN, section.images)
+        tested = {"segmenters": segmenter_records(trained, dataset.classes, sharing, most)}
+        room -= _size(tested)
     records = image_records(shown, dataset, folders, figures.scores, sharing, further)
     size = sum(map(_size, records))
-    if size > MOST_BYTES:
-        fewer = max(1, int(len(records) * MOST_BYTES / size))
+    if size > room:
+        fewer = max(1, int(len(records) * room / size))
         kept = {item.id for item in choose(shown, fewer, wanted)}
         records = [record for record in records if record["id"] in kept]
     ids = {record["id"] for record in records}
@@ -100,7 +108,7 @@ def collect(
         "rows": list(figures.rows),
         "curves": {m: dict(curve) for m, curve in figures.curves.items() if m in folders},
         "images": records,
-        "limited": size > MOST_BYTES,
+        "limited": size > room,
         "searched": len(searched),
         "images_total": len(items),
         "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
@@ -126,5 +134,6 @@ def collect(
         "confusions": confusion_records(
             classifier, prototypes, searched, pairs, settings, section.confusions
         ),
+        **tested,
         **about,
     }

@@ -74,7 +74,10 @@ def render(data: Mapping[str, Any]) -> str:
     Raises:
         ArtefactError: if the data hold what JSON does not have, such as NaN.
     """
+    segmenters = _segmenters(data)
     style, script = _part("page.css"), _part("page.js")
+    if segmenters is not None:
+        style += _part("page.segmenters.css")
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
@@ -93,6 +96,7 @@ def render(data: Mapping[str, Any]) -> str:
         curve_rows=_curve_rows(data["curves"], data["methods"]),
         per_class=_per_class(groups, data),
         parts=_parts(groups),
+        segmenters=segmenters,
         stages=_stages(data["stages"]),
     )
     # file names may hold bytes that no text has; they would not be written
@@ -124,7 +128,11 @@ def _json(data: Mapping[str, Any]) -> Markup:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_part),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
         percent=_percent,
@@ -134,7 +142,7 @@ def _template() -> jinja2.Template:
         seconds=_seconds,
         memory=_memory,
     )
-    return environment.from_string(_part("page.html.jinja"))
+    return environment.get_template("page.html.jinja")
 
 
 # -- Figures in words --------------------------------------------------------------------------
@@ -443,6 +451,245 @@ def _parts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
             gain = own - groups[0]["base"]["part_coverage"][name]
         found.append({"name": name, "bars": bars, "gain": gain})
     return found
+
+
+# -- Segmenters --------------------------------------------------------------------------------
+
+_TABLE_ROWS = 20
+"""Of a training's table, about; beside those with a validation."""
+_MARKED = 16
+"""Points of a line, at most, that are marked one by one."""
+_CURVES = (("loss", "Loss", 1.0), ("validation_miou", "mIoU on the list to test", 100.0))
+"""What is drawn of a training: its name in the history, a title, and the factor of its unit."""
+_IRN_CURVES = (("loss", "Loss of IRN’s boundaries", 1.0),)
+
+
+def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the section on segmenters shows; None where the run has none."""
+    given = data.get("segmenters")
+    if given is None:
+        return None
+    methods = data["methods"]
+    teachers = sorted(
+        ({**one, "place": _place(one["title"], methods)} for one in given["teachers"]),
+        key=lambda one: one["place"],
+    )
+    groups = _segmenter_groups(given["rows"], teachers)
+    irn = [one for one in teachers if given["irn_history"].get(one["name"])]
+    histories = [_history_table("Training of the segmenters", given["history"], teachers)]
+    if irn:
+        histories.append(_history_table("Training of IRN", given["irn_history"], irn))
+    settings = given["settings"]
+    return {
+        "given": given,
+        "teachers": teachers,
+        "groups": groups,
+        # the last group is what comes out in the end: after the CRF, where there is one
+        "per_class": _per_class(groups[-1:], data),
+        "facts": [(_words(k).capitalize(), v) for k, v in settings.items() if not _is_group(v)],
+        "wide": [
+            (_words(k).capitalize(), list(_flat(v))) for k, v in settings.items() if _is_group(v)
+        ],
+        "charts": [
+            *_learning(given["history"], teachers, _CURVES),
+            *_learning(given["irn_history"], irn, _IRN_CURVES),
+        ],
+        "histories": histories,
+        "scored": histories[0]["scored"],
+        "pictures": _picture_groups(given["images"], teachers),
+        "swatches": _swatches(given["images"], data["classes"]),
+        "truth": any(one["truth"] for one in given["images"]),
+        "ignored": any(one["truth"] and one["truth"]["ignored"] for one in given["images"]),
+    }
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def _segmenter_groups(
+    rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows without a CRF, then those with one; differences are to the first teacher, CAM's.
+
+    Of the others that of LPCAM stands for its group.
+    """
+    by_name = {one["name"]: one for one in teachers}
+    groups = []
+    for crf in (False, True):
+        found = {row["teacher"]: row for row in rows if row["crf"] == crf}
+        own = [found[name] for name in by_name if name in found]
+        if not own:
+            continue
+        lines: list[dict[str, Any]] = []
+        own = [{**row, "method": by_name[row["teacher"]]["title"]} for row in own]
+        base = next((row for row in own if row["teacher"] == "cam"), None)
+        for row in own:
+            gains = {}
+            if base is not None and row is not base:
+                gains = {name: row[name] - base[name] for name in METRICS}
+            teacher = by_name[row["teacher"]]
+            lines.append(
+                {
+                    "row": row,
+                    "gains": gains,
+                    "place": teacher["place"],
+                    "masks": teacher["images"],
+                }
+            )
+        lpcam = (line for line in lines if line["row"]["teacher"] == "lpcam")
+        groups.append(
+            {
+                "title": "After a dense CRF" if crf else "The network alone",
+                "images": own[0]["images"],
+                "lines": lines,
+                "base": base,
+                "last": next(lpcam, lines[-1]),
+            }
+        )
+    return groups
+
+
+def _learning(
+    history: Mapping[str, Sequence[Mapping[str, Any]]],
+    teachers: Sequence[Mapping[str, Any]],
+    curves: Sequence[tuple[str, str, float]],
+) -> list[dict[str, Any]]:
+    """One chart a curve that was recorded, against the step of training: as :func:`_panels`."""
+    records = {one["name"]: history.get(one["name"], ()) for one in teachers}
+    last = max((record["step"] for own in records.values() for record in own), default=0)
+    if not last:
+        return []
+    charts = []
+    for name, title, unit in curves:
+        points = {
+            key: [(r["step"], unit * r[name]) for r in own if r.get(name) is not None]
+            for key, own in records.items()
+        }
+        largest = max((value for own in points.values() for _, value in own), default=None)
+        if largest is None:
+            continue
+        rise, wide = _tick(largest), _tick(last)
+        top = 4 * rise
+
+        def x(step: float) -> float:
+            return round(_LEFT + step / last * (_WIDTH - _LEFT - _RIGHT), 1)
+
+        def y(value: float, top: float = top) -> float:
+            return round(_HEIGHT - _BOTTOM - value / top * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+        lines, told = [], []
+        for teacher in teachers:
+            own = points[teacher["name"]]
+            if not own:
+                continue
+            drawn = [(x(step), y(value)) for step, value in own]
+            lines.append(
+                {
+                    "method": teacher["title"],
+                    "place": teacher["place"],
+                    "points": " ".join(f"{a:g},{b:g}" for a, b in drawn),
+                    "marks": drawn if len(drawn) <= _MARKED else [],
+                }
+            )
+            (first, start), (end, value) = own[0], own[-1]
+            told.append(
+                f"{teacher['title']} goes from {start:.3g} at step {first} to {value:.3g} at {end}"
+            )
+        charts.append(
+            {
+                "title": title,
+                "unit": "%" if unit != 1 else "",
+                "lines": lines,
+                "rows": [{"y": y(n * rise), "label": f"{n * rise:g}"} for n in range(5)],
+                "columns": [
+                    {"x": x(n * wide), "label": f"{n * wide:g}"}
+                    for n in range(5)
+                    if n * wide <= last
+                ],
+                "bottom": y(0),
+                "text": f"{title} against the step of training. {'; '.join(told)}.",
+            }
+        )
+    return charts
+
+
+def _tick(largest: float) -> float:
+    """A round number whose fourfold is at least ``largest``."""
+    if largest <= 0:
+        return 0.25
+    power = 10.0 ** math.floor(math.log10(largest / 4))
+    return next(n * power for n in (1, 2, 2.5, 5, 10) if 4 * n * power >= largest * (1 - 1e-9))
+
+
+def _history_table(
+    title: str,
+    history: Mapping[str, Sequence[Mapping[str, Any]]],
+    teachers: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Losses and validations of a training by step: a choice of them, evenly spaced."""
+    at = {one["name"]: {r["step"]: r for r in history.get(one["name"], ())} for one in teachers}
+    steps = sorted({step for own in at.values() for step in own})
+    every = max(1, len(steps) // _TABLE_ROWS)
+    tested = {
+        step
+        for own in at.values()
+        for step, record in own.items()
+        if record.get("validation_miou") is not None
+    }
+    chosen = [s for n, s in enumerate(steps) if n % every == 0 or s == steps[-1] or s in tested]
+    return {
+        "title": title,
+        "scored": bool(tested),
+        "names": [one["title"] for one in teachers],
+        "rows": [
+            {"step": step, "values": [at[one["name"]].get(step, {}) for one in teachers]}
+            for step in chosen
+        ],
+    }
+
+
+def _picture_groups(
+    images: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Images by why they are shown, each with the difference of LPCAM's segmenter to CAM's."""
+    titles = {one["name"]: one["title"] for one in teachers}
+    cam, lpcam = titles.get("cam", ""), titles.get("lpcam", "")
+    headings = {
+        "gain": f"Where training on {lpcam} gains most over {cam}",
+        "loss": f"Where training on {lpcam} loses most against {cam}",
+        "even": "An even choice of the others",
+    }
+    groups = []
+    for kind, heading in headings.items():
+        shown = []
+        for image in images:
+            if image["kind"] == kind:
+                own, base = image["miou"].get("lpcam"), image["miou"].get("cam")
+                known = own is not None and base is not None
+                shown.append({**image, "gain": own - base if known else None})
+        if shown:
+            groups.append({"kind": kind, "title": heading, "images": shown})
+    if len(groups) == 1 and groups[0]["kind"] == "even":
+        groups[0]["title"] = "The images"
+    return groups
+
+
+def _swatches(
+    images: Sequence[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The classes of the masks that are shown, in their order."""
+    views = [
+        view
+        for image in images
+        for view in (image["truth"], *image["masks"].values())
+        if view is not None
+    ]
+    there = {index for view in views for index in view["classes"]}
+    return [one for index, one in enumerate(classes) if index in there]
+
+
+# -- Stages ------------------------------------------------------------------------------------
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lpcam.ledger import Stage
 from lpcam.parallel import Sharing
 from lpcam.processes import Processes
 from lpcam.progress import progress
-from lpcam.recipe import Method, Recipe
+from lpcam.recipe import ListName, Method, Recipe
 from lpcam.resources import (
     available_memory,
     available_threads,
@@ -43,14 +43,20 @@ StageName = Literal[
     "ir-labels",
     "irn",
     "pseudo",
+    "segment",
+    "test",
     "evaluate",
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
-ListName = Literal["classify", "prototypes", "maps", "evaluate"]
-LISTS: tuple[ListName, ...] = get_args(ListName)
+LISTS: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
+"""Those that every run needs."""
+SEGMENT_LISTS: tuple[ListName, ...] = ("segment", "test")
+"""Those of recipes with a section segment."""
 REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "pseudo")
 """Stages of recipes with a section refine alone."""
+SEGMENTING: tuple[StageName, ...] = ("segment", "test")
+"""Stages of recipes with a section segment alone."""
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 FEATURE_KEYS = ("features", "precision", "maximum_side")
 """What of the recipe's maps section changes the features."""
@@ -79,26 +85,32 @@ def read_dataset(recipe: Recipe, lists: Sequence[ListName] = LISTS) -> Dataset:
     if data.lists.validate_ is not None and "classify" in lists:
         names.add(data.lists.validate_)
     if data.kind == "voc":
-        dataset = read_voc(data.root, lists=sorted(names), classes=data.classes)
+        free = {data.list_of(s) for s in lists if s in SEGMENT_LISTS}
+        free -= {data.list_of(s) for s in lists if s in LISTS}
+        dataset = read_voc(
+            data.root, lists=sorted(names), classes=data.classes, unlabelled=sorted(free)
+        )
     else:
         dataset = read_folder(data.root, classes=data.classes)
     for name in sorted(names):
         dataset.select(name)
-    outside = set(dataset.lists[data.list_of("evaluate")]) - set(
-        dataset.lists[data.list_of("maps")]
-    )
-    if outside:
-        raise DataError(
-            f"{len(outside)} images of the list to evaluate ({data.list_of('evaluate')!r}) are not "
-            f"in the list that gets maps ({data.list_of('maps')!r}), e.g. {min(outside)!r}; set "
-            "data.lists.maps to a list that holds them"
-        )
+    within: tuple[tuple[ListName, str], ...] = (("evaluate", "evaluate"), ("segment", "segment"))
+    for stage, verb in within:
+        if stage not in lists or "maps" not in lists:
+            continue
+        outside = set(dataset.lists[data.list_of(stage)]) - set(dataset.lists[data.list_of("maps")])
+        if outside:
+            raise DataError(
+                f"{len(outside)} images of the list to {verb} ({data.list_of(stage)!r}) are not "
+                f"in the list that gets maps ({data.list_of('maps')!r}), e.g. {min(outside)!r}; "
+                "set data.lists.maps to a list that holds them"
+            )
     return dataset
 
 
 @dataclass(frozen=True)
-class GivenMaps:
-    """Maps that another program made."""
+class Given:
+    """Maps or masks that another program made."""
 
     folder: Path
     key: str
@@ -112,7 +124,7 @@ class Run:
         command: how the run was asked for.
         until: its last stage.
         only: the one stage that may have anything to do; None: any.
-        lists: of the data that its stages need.
+        lists: of the data that its stages need; None: what the recipe's need.
     """
 
     def __init__(
@@ -124,11 +136,11 @@ class Run:
         device: torch.device | None,
         *,
         only: StageName | None = None,
-        lists: Sequence[ListName] = LISTS,
+        lists: Sequence[ListName] | None = None,
     ) -> None:
         self.recipe = recipe
         self.only = only
-        self.lists = lists
+        self.lists = lists or (*LISTS, *(SEGMENT_LISTS if recipe.segment is not None else ()))
         self.command = command
         self.until = until
         self.folder = recipe.folder
@@ -146,7 +158,10 @@ class Run:
         self.dataset, self.records = self._index()
         self.sharing = self._sharing()
         self.stages: dict[str, Stage] = {}
-        self.given: GivenMaps | None = None
+        self.given: Given | None = None
+        """Maps instead of the run's own."""
+        self.given_masks: Given | None = None
+        """Masks instead of the run's own."""
         self.rows: list[dict[str, Any]] = []
         values = recipe.model_dump(mode="json", by_alias=True)
         # What "auto" has come to: on another machine it may be something else.
@@ -212,7 +227,7 @@ class Run:
         owner: dict[str, int] = {}
         if count > 1:
             # By the lists whose features serve most often first, so that each is shared out evenly.
-            order: tuple[ListName, ...] = ("maps", "prototypes", "evaluate", "classify")
+            order: tuple[ListName, ...] = ("maps", "prototypes", "evaluate", "test", "classify")
             lists = [self.items(s) for s in order if s in self.lists]
             if (name := self.recipe.data.lists.validate_) is not None and "classify" in self.lists:
                 lists.append(self.dataset.select(name))
@@ -272,6 +287,11 @@ class Run:
         if not items:
             raise DataError(f"the list {name!r} ({stage}) has no usable image")
         return items
+
+    @property
+    def makes_maps(self) -> bool:
+        """Whether the maps are the run's own, not those (or the masks) of another program."""
+        return self.given is None and self.given_masks is None
 
     def digest(self, items: Sequence[Item], *, truth: bool = False) -> str:
         """Digest of ids, labels and file contents (images alone, or with their masks)."""

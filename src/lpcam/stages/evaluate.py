@@ -20,6 +20,7 @@ from lpcam.stages.refine import (
     refined,
 )
 from lpcam.stages.seeds import seed_path
+from lpcam.stages.segment import SEGMENT, TEST, figures, segment_section, segmented
 from lpcam.storage import map_path, read_json, read_maps, write_bytes, write_json
 from lpcam.version import versions
 
@@ -48,6 +49,8 @@ class Scored:
 def scored(run: Run) -> dict[str, Scored]:
     """What this run scores, by the name of the method."""
     found = {}
+    if run.given_masks is not None:
+        return {}
     if run.given is not None:
         threshold = run.recipe.fixed_threshold("LPCAM")
         found[GIVEN] = Scored("seed", run.given.folder, run.given.key, threshold)
@@ -63,15 +66,16 @@ def scored(run: Run) -> dict[str, Scored]:
 
 def evaluate(run: Run) -> bool:
     """Score the maps and draw the sheet; whether there was anything to do."""
-    items = [item for item in run.items("evaluate") if item.mask is not None]
     methods = scored(run)
-    draws = bool(run.recipe.sheet.images) and run.given is None
+    items = [item for item in run.items("evaluate") if item.mask is not None] if methods else []
+    draws = bool(run.recipe.sheet.images) and run.makes_maps
     run.stages["evaluate"] = Stage(
         run.folder / "evaluation",
         {
             "revision": 2,
             "maps": {name: [one.key, one.threshold] for name, one in methods.items()},
-            "seeds": None if run.given else run.stages["seeds"].key,
+            "seeds": run.stages["seeds"].key if run.makes_maps else None,
+            **({"segmenters": _segmenter_keys(run)} if segmented(run) else {}),
             "truth": run.digest(items, truth=True),
             "part_names": dict(run.dataset.part_names),
             "skipped": [skip.id for skip in run.dataset.skipped],
@@ -89,6 +93,7 @@ def evaluate(run: Run) -> bool:
     run.begin(run.stages["evaluate"])
     found = _score(run, methods, items) if items else None
     run.rows = [_with_protocol(run, methods[r["method"]], r) for r in found.rows] if found else []
+    run.rows += [_of_segmenter(run, row) for row in figures(run)]
     if run.processes.first:
         if found:
             write_json(image_scores, {"ids": [item.id for item in items], **found.image_scores})
@@ -105,6 +110,11 @@ def evaluate(run: Run) -> bool:
                     name.removeprefix(f"{IRN}/"): output["history"]
                     for name, output in outcome.items()
                     if name.startswith(f"{IRN}/")
+                },
+                "segmenter_history": {
+                    name.removeprefix(f"{SEGMENT}/"): output["history"]
+                    for name, output in outcome.items()
+                    if name.startswith(f"{SEGMENT}/")
                 },
                 "protocol": protocol(run),
                 "command": run.command,
@@ -149,6 +159,46 @@ def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, A
     }
 
 
+def _segmenter_keys(run: Run) -> dict[str, str]:
+    return {name: stage.key for name, stage in run.stages.items() if name.startswith(f"{TEST}/")}
+
+
+def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a segmenter, with how it was trained and tested."""
+    section, lists = segment_section(run), run.recipe.data
+    figure = {k: v for k, v in row.items() if k not in ("crf", "teacher")}
+    training = run.stages[f"{SEGMENT}/{row['teacher']}"].output
+    shared = protocol(run)
+    if row["teacher"] not in ("cam", "lpcam"):
+        shared["refine"] = None
+    split = lists.list_of("test")
+    chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"
+    return {
+        "stage": "segmentation",
+        "dataset": dataset_name(run),
+        "split": split,
+        **figure,
+        "protocol": {
+            **shared,
+            "split": split,
+            "segmenter": {
+                **section.model_dump(
+                    mode="json", exclude={"masks", "backbone", "weights", "validations"}
+                ),
+                "backbone": section.backbone_name,
+                "weights": Path(section.weights).name,
+                "checkpoint": chosen,
+                "list": lists.list_of("segment"),
+                "images": training["images"],
+            },
+            "crf": section.test.crf if row["crf"] else False,
+            "threshold": None,
+            "threshold_source": "none: the most probable label",
+            "command": run.command,
+        },
+    }
+
+
 def _crf_in(run: Run, method: Scored) -> bool | str:
     """Where a dense CRF had a hand in a figure."""
     if method.stage == "seed":
@@ -167,12 +217,20 @@ def protocol(run: Run) -> dict[str, Any]:
         "split": lists.list_of("evaluate"),
         "labels": run.dataset.label_source,
         "classes": list(run.dataset.classes.names),
-        **(_protocol_of_maps(run) if run.given is None else {"given_maps": run.given.key}),
+        **_protocol_of_source(run),
         "refine": _refinement(run),
         "void": "255 and mask ids outside the classes are not counted",
         "seed": run.recipe.run.seed,
         "versions": versions(),
     }
+
+
+def _protocol_of_source(run: Run) -> dict[str, Any]:
+    if run.given is not None:
+        return {"given_maps": run.given.key}
+    if run.given_masks is not None:
+        return {"given_masks": run.given_masks.key}
+    return _protocol_of_maps(run)
 
 
 def _protocol_of_maps(run: Run) -> dict[str, Any]:
@@ -235,7 +293,7 @@ def dataset_name(run: Run) -> str:
 def _refinement(run: Run) -> dict[str, Any] | None:
     """How pseudo masks are made; without the settings of methods that are not used."""
     section = run.recipe.refine
-    if section is None:
+    if section is None or run.given_masks is not None:
         return None
     used = {"method", section.method, *({"crf"} if section.method == "irn" else ())}
     return section.model_dump(mode="json", include=used)

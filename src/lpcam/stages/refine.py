@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lpcam.masks import seeds, to_mask, write_mask, write_plane
 from lpcam.progress import progress
 from lpcam.recipe import RefineSection
 from lpcam.resources import available_memory
-from lpcam.stages.context import GivenMaps, Run, remove_leftovers
+from lpcam.stages.context import Given, Run, remove_leftovers
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 from lpcam.version import versions
 
@@ -124,7 +124,7 @@ def take_maps(run: Run, folder: Path) -> None:
             f"{skipped[0].reason}"
         )
     run.dataset = run.dataset.without(skipped)
-    run.given = GivenMaps(folder, digest_json(digests))
+    run.given = Given(folder, digest_json(digests))
 
 
 # -- Labels for IRN ----------------------------------------------------------------------------
@@ -175,13 +175,13 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
         image, planes = _refined_at(run, item, maps)
         thresholds = (source.foreground_threshold, source.background_threshold)
         labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
-        labels = _enlarged(labels, maps.high_res.shape[-2:])
+        labels = enlarged(labels, maps.high_res.shape[-2:])
         unsure = labels == IGNORE
         mask = to_mask(labels.masked_fill(unsure, 0), maps.keys, run.dataset.classes)
         mask[unsure.numpy()] = IGNORE
         write_mask(path, mask)
 
-    _each(run, f"IRN labels of {source.method}", items, make)
+    each(run, f"IRN labels of {source.method}", items, make)
 
 
 def _refined_at(run: Run, item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(planes[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _enlarged(labels: Tensor, size: Sequence[int]) -> Tensor:
+def enlarged(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Labels (H, W) at another size (nearest)."""
     if tuple(labels.shape) == tuple(size):
         return labels
@@ -222,7 +222,9 @@ CRF_SHARE = 0.75
 """Of the memory that may be used; the rest is for what else the process holds."""
 
 
-def _each(run: Run, label: str, items: Sequence[Item], make: Any) -> None:
+def each(run: Run, label: str, items: Sequence[Item], make: Callable[[Item], None]) -> None:
+    """Make what this process has to make of some images, with progress and named errors."""
+
     def named(item: Item) -> None:
         try:
             make(item)
@@ -399,7 +401,7 @@ def _refine(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> No
         planes = torch.from_numpy(read_maps(refined).high_res)
         write_mask(path, to_mask(seeds(planes, threshold), maps.keys, run.dataset.classes))
 
-    _each(run, f"pseudo masks of {source.method}", items, make)
+    each(run, f"pseudo masks of {source.method}", items, make)
 
 
 def _walker(run: Run, source: Source, stage: Stage) -> Any:
@@ -465,7 +467,7 @@ def _pamr(run: Run, source: Source, stage: Stage) -> Any:
 
 def refined(run: Run) -> Mapping[str, tuple[Source, Stage]]:
     """The refined maps by the name of their method, such as "LPCAM + IRN"."""
-    if run.recipe.refine is None:
+    if run.recipe.refine is None or run.given_masks is not None:
         return {}
     suffix = run.recipe.refine.method.upper()
     return {

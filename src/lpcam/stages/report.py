@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import METHODS, REFINING, STAGES, Run
+from lpcam.stages.context import METHODS, REFINING, SEGMENTING, STAGES, Run
 from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
 from lpcam.stages.refine import BOUNDARIES, refine_section, refined
+from lpcam.stages.segment import CRF, NETWORKS, SEGMENT, segment_section, segmented
 from lpcam.storage import read_json, write_bytes
 from lpcam.version import versions
+
+SEGMENTATION = "segmentation"
+"""Stage of the rows of segmenters, which have no threshold."""
 
 
 def report_path(folder: Path) -> Path:
@@ -59,11 +64,14 @@ def _page(run: Run) -> str:
     if scored:
         scores = read_json(run.stages["evaluate"].folder / IMAGE_SCORES)
         figures = Figures(
-            metrics["rows"],
+            [row for row in metrics["rows"] if row["stage"] != SEGMENTATION],
             metrics["curves"],
             {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
         )
-    own = {*STAGES} if run.recipe.refine is not None else {*STAGES} - {*REFINING}
+    left_out = {
+        *(REFINING if run.recipe.refine is None else ()),
+        *(SEGMENTING if run.recipe.segment is None else ()),
+    }
     use_path = run.folder / "use.json"
     use: dict[str, Any] = read_json(use_path) if use_path.is_file() else {}
     return render(
@@ -89,11 +97,14 @@ def _page(run: Run) -> str:
                 "events": metrics["prototype_events"],
                 "history": metrics["classifier_history"],
                 "stages": [
-                    {"name": name, **use[name]} for name in STAGES if name in use and name in own
+                    {"name": name, **use[name]}
+                    for name in STAGES
+                    if name in use and name not in left_out
                 ],
                 "command": metrics["command"],
             },
             _further(run),
+            _trained(run, metrics),
         )
     )
 
@@ -107,6 +118,54 @@ def _further(run: Run) -> Any:
         if refine_section(run).method == "irn":
             planes[f"boundaries learnt from {source.method}"] = stage.folder / BOUNDARIES
     return Further(masks, planes)
+
+
+def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
+    from lpcam.report.segmenters import Taught, Trained  # noqa: PLC0415
+
+    found = segmented(run)
+    if not found:
+        return None
+    section, lists = segment_section(run), run.recipe.data
+    refined_by_crf = section.test.crf is not None
+    # after the CRF where there is one: what a user of the masks gets
+    taught = [
+        Taught(
+            teacher.name,
+            teacher.title,
+            run.stages[f"{SEGMENT}/{teacher.name}"].output["images"],
+            folder,
+        )
+        for teacher, folder in found.values()
+        if (folder.name == CRF) == refined_by_crf
+    ]
+    rows = []
+    for row in metrics["rows"]:
+        if row["stage"] == SEGMENTATION:
+            teacher, folder = found[row["method"]]
+            rows.append({**row, "teacher": teacher.name, "crf": folder.name == CRF})
+    settings = section.model_dump(
+        mode="json", exclude={"network", "masks", "backbone", "weights", "checkpoint"}
+    )
+    return Trained(
+        taught,
+        rows,
+        run.items("test"),
+        metrics["segmenter_history"],
+        metrics["irn_history"],
+        {
+            "network": NETWORKS[section.network],
+            "split": lists.list_of("test"),
+            "list": lists.list_of("segment"),
+            "checkpoint": section.checkpoint,
+            "crf": section.test.crf,
+            "settings": {
+                "backbone": section.backbone_name,
+                "weights": Path(section.weights).name,
+                **settings,
+            },
+        },
+    )
 
 
 def _with_labels(items: list[Item]) -> list[Item]:

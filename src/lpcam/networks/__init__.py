@@ -1,0 +1,1 @@
+"""Segmentation networks, each with its own shapes, initialisation and parameter names."""

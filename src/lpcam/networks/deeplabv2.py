@@ -1,0 +1,484 @@
+"""DeepLabV2: four dilated convolutions, summed, on a backbone (specification of segmentation, 1).
+
+The Caffe-flavoured ResNet-101 has the parameter names of the field's public weights files; the same
+head goes on any timm backbone that :mod:`lpcam.classifier` takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifier import PRETRAINED, RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.errors import ClassifierError
+
+logger = logging.getLogger(__name__)
+
+CAFFE = "resnet101_caffe"
+"""The name of the backbone that is not timm's."""
+PREPROCESSING = Preprocessing(
+    mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
+)
+"""Of the Caffe backbone: RGB from 0 to 255 minus its mean colour, unscaled."""
+BLOCKS = (3, 4, 23, 3)
+WIDTH = 64
+STRIDES = (1, 2, 1, 1)
+DILATIONS = (1, 1, 2, 4)
+EXPANSION = 4
+"""Channels of a bottleneck's output over those within."""
+OUTPUT_STRIDE = 8
+RATES = (6, 12, 18, 24)
+COLOUR_DEVIATION = 64.0
+"""Of photographs' RGB from 0 to 255, about; only random weights need it."""
+
+_PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
+_RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
+_CLASSIFIER = "fc."
+_COUNTER = ".num_batches_tracked"
+
+
+# -- The Caffe backbone ------------------------------------------------------------------------
+
+
+def to_bgr(images: Tensor) -> Tensor:
+    """(B, 3, H, W) RGB to BGR, in which the Caffe weights were trained."""
+    return images.flip(1)
+
+
+class _Unit(nn.Module):
+    """Convolution without bias, batch norm, and ReLU if wanted."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-5)
+        self.relu = relu
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.bn(self.conv(images))
+        return found.relu() if self.relu else found
+
+
+class _Bottleneck(nn.Module):
+    """1 x 1 (which has the stride), dilated 3 x 3 and 1 x 1 convolution beside a shortcut."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int, dilation: int, projection: bool
+    ) -> None:
+        super().__init__()
+        middle = outputs // EXPANSION
+        self.reduce = _Unit(inputs, middle, 1, stride=stride)
+        self.conv3x3 = _Unit(middle, middle, 3, dilation=dilation)
+        self.increase = _Unit(middle, outputs, 1, relu=False)
+        self.shortcut: nn.Module = (
+            _Unit(inputs, outputs, 1, stride=stride, relu=False) if projection else nn.Identity()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.increase(self.conv3x3(self.reduce(images))) + self.shortcut(images)
+        return found.relu()
+
+
+class _Stem(nn.Module):
+    """7 x 7 convolution with stride 2, then max pooling whose size is rounded up."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = _Unit(3, width, 7, stride=2)
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.pool(self.conv1(images))
+        return found
+
+
+def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
+    stage = nn.Sequential()
+    for number in range(count):
+        first = number == 0
+        block = _Bottleneck(
+            inputs if first else outputs,
+            outputs,
+            stride=stride if first else 1,
+            dilation=dilation,
+            projection=first,
+        )
+        stage.add_module(f"block{number + 1}", block)
+    return stage
+
+
+class CaffeResNet101(nn.Module):
+    """The ResNet-101 of Caffe with output stride 8, which differs from torchvision's.
+
+    Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
+    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights (as
+    torch's global generator draws them) keep activations near 1 although batch norms have no
+    statistics yet.
+
+    Args:
+        blocks: bottlenecks of each of the four stages.
+        width: channels of the stem; the output has 32 times as many.
+    """
+
+    channels: int
+    """C of the output."""
+
+    def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
+        super().__init__()
+        if len(blocks) != len(STRIDES) or min(*blocks, width) < 1:
+            raise ClassifierError(
+                f"blocks {list(blocks)} and width {width} make no ResNet; give "
+                f"{len(STRIDES)} numbers of blocks and a width, all of at least 1"
+            )
+        self.layer1 = _Stem(width)
+        inputs, stages = width, []
+        for number, (count, stride, dilation) in enumerate(
+            zip(blocks, STRIDES, DILATIONS, strict=True)
+        ):
+            outputs = width * EXPANSION * 2**number
+            stages.append(_stage(inputs, outputs, count, stride, dilation))
+            inputs = outputs
+        self.layer2, self.layer3, self.layer4, self.layer5 = stages
+        self.channels = inputs
+        self._draw(sum(blocks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB as :data:`PREPROCESSING` makes it, to (B, C, h, w)."""
+        found: Tensor = self.layer1(to_bgr(images))
+        for stage in (self.layer2, self.layer3, self.layer4, self.layer5):
+            found = stage(found)
+        return found
+
+    def _draw(self, blocks: int) -> None:
+        for name, module in self.named_modules():
+            if not isinstance(module, _Unit):
+                continue
+            nn.init.kaiming_normal_(
+                module.conv.weight, nonlinearity="relu" if module.relu else "linear"
+            )
+            if name.endswith("increase"):
+                # Batch norms are frozen; without this, each block would double the variance.
+                with torch.no_grad():
+                    module.conv.weight /= math.sqrt(blocks)
+        variance = self.layer1.conv1.bn.running_var
+        assert variance is not None
+        variance.fill_(2.0 * COLOUR_DEVIATION**2)  # He's weights double it
+
+
+# -- Head and network --------------------------------------------------------------------------
+
+
+class Aspp(nn.Module):
+    """Four dilated 3 x 3 convolutions with bias, summed: atrous spatial pyramid pooling.
+
+    Args:
+        channels: of its input.
+        labels: L, of its output.
+        rates: dilations, which are the paddings too.
+    """
+
+    def __init__(self, channels: int, labels: int, rates: Sequence[int] = RATES) -> None:
+        super().__init__()
+        for number, rate in enumerate(rates):
+            branch = nn.Conv2d(channels, labels, 3, padding=rate, dilation=rate)
+            nn.init.normal_(branch.weight, 0.0, 0.01)
+            nn.init.zeros_(branch.bias)  # type: ignore[arg-type]
+            self.add_module(f"c{number}", branch)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to logits (B, L, h, w)."""
+        first, *others = self.children()
+        logits: Tensor = first(features)
+        for branch in others:
+            logits = logits + branch(features)
+        return logits
+
+
+class DeepLabV2(nn.Module):
+    """Backbone, :class:`Aspp`, and the multi-scale wrapper.
+
+    Batch norms of the backbone are frozen: their statistics stay, and their weights and biases are
+    not trained.
+
+    Args:
+        backbone: maps normalised images (B, 3, H, W) to (B, C, h, w).
+        channels: C.
+        labels: L, background included.
+        pyramid: further scales at which each image is seen; empty for scale 1 alone.
+        rates: of :class:`Aspp`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        labels: int,
+        *,
+        pyramid: Sequence[float] = (),
+        rates: Sequence[int] = RATES,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = Aspp(channels, labels, rates)
+        self.pyramid = tuple(pyramid)
+        for module in self._batch_norms():
+            module.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the largest over the scales.
+
+        h and w are those at scale 1; the logits of the others are resized to them.
+        """
+        return _largest(self._logits(images))
+
+    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """What is trained: logits (B, L, h, w) and the weight of their loss, for a sum.
+
+        Scale 1, each further scale in its own size, and the largest over all; each of weight 1.
+        Without a pyramid, scale 1 alone.
+        """
+        logits = self._logits(images)
+        if self.pyramid:
+            logits.append(_largest(logits))
+        return [(each, 1.0) for each in logits]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters; no parameter is in two groups.
+
+        ``backbone``; ``head`` and ``head_bias``: of the ASPP; and, where the backbone has any,
+        ``no_decay``: its biases, norms other than batch norms, and what timm names so.
+        """
+        groups: dict[str, list[nn.Parameter]] = {
+            "backbone": [],
+            "no_decay": [],
+            "head": [p for name, p in self.aspp.named_parameters() if name.endswith("weight")],
+            "head_bias": [p for name, p in self.aspp.named_parameters() if name.endswith("bias")],
+        }
+        named: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.requires_grad:
+                free = parameter.ndim <= 1 or name in named
+                groups["no_decay" if free else "backbone"].append(parameter)
+        return {key: parameters for key, parameters in groups.items() if parameters}
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        """Training mode with the statistics of every batch norm frozen."""
+        super().train(mode)
+        for module in self._batch_norms():
+            module.eval()
+        return self
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def _logits(self, images: Tensor) -> list[Tensor]:
+        """Of scale 1 and of each further scale, each in its own size."""
+        logits = [self.aspp(self.backbone(images))]
+        for scale in self.pyramid:
+            size = [math.floor(side * scale) for side in images.shape[-2:]]
+            scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            logits.append(self.aspp(self.backbone(scaled)))
+        return logits
+
+
+def _largest(logits: Sequence[Tensor]) -> Tensor:
+    """Element-wise maximum on the grid of the first."""
+    if len(logits) == 1:
+        return logits[0]
+    size = logits[0].shape[-2:]
+    resized = [
+        F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in logits[1:]
+    ]
+    return torch.stack([logits[0], *resized]).max(0).values
+
+
+class _Features(nn.Module):
+    """A classifier's features before pooling, as a backbone; the head is left out."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.channels = classifier.weight.shape[1]
+        self.classifier = classifier
+        del classifier.head
+        names: set[str] = getattr(classifier.backbone, "no_weight_decay", set)()
+        self.no_decay = frozenset(f"classifier.backbone.{name}" for name in names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images)
+
+
+# -- Building ----------------------------------------------------------------------------------
+
+
+def build_deeplabv2(
+    backbone: str,
+    labels: int,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    output_stride: int | None = None,
+    weights: str | Path,
+    pyramid: Sequence[float] = (),
+    rates: Sequence[int] = RATES,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> tuple[DeepLabV2, Preprocessing]:
+    """Build the network and what it expects of RGB.
+
+    Args:
+        backbone: ``"resnet101_caffe"`` or a timm name.
+        labels: L, background included.
+        arguments: of the timm model; of :class:`CaffeResNet101` (blocks, width) otherwise.
+        output_stride: of the backbone; None for the Caffe backbone's 8 or the timm model's own.
+        weights: ``"pretrained"`` (timm's; there are none for the Caffe backbone), ``"random"``, or
+            the path of a safetensors file. For the Caffe backbone, names may have the prefixes of
+            the field's files (:func:`convert_names`), a classifier in the file is left out, and so
+            is an ASPP unless it fits.
+        pyramid: further scales.
+        rates: dilations of the ASPP.
+        mean, std: of RGB in [0, 1]; default: those of the backbone.
+        seed: of a random backbone and of the ASPP.
+
+    Raises:
+        ClassifierError: if the backbone cannot be made so, or the weights cannot be had, do not fit
+            or hold NaN or Inf.
+    """
+    if backbone == CAFFE:
+        _check_caffe(arguments or {}, output_stride, weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            caffe = CaffeResNet101(**(arguments or {}))
+            network = DeepLabV2(caffe, caffe.channels, labels, pyramid=pyramid, rates=rates)
+        if str(weights) != RANDOM:
+            _load(network, Path(weights))
+        return network, Preprocessing(
+            tuple(mean if mean is not None else PREPROCESSING.mean),
+            tuple(std if std is not None else PREPROCESSING.std),
+        )
+    spec = BackboneSpec(backbone, dict(arguments or {}), output_stride)
+    # A classifier has at least one class; its head is left out.
+    classifier = build(spec, ("none",), weights=weights, mean=mean, std=std, seed=seed)
+    features = _Features(classifier)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DeepLabV2(features, features.channels, labels, pyramid=pyramid, rates=rates)
+    return network, classifier.preprocessing
+
+
+def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the field's DeepLabV2 with the names of ours: ``layer1...``, ``aspp...``.
+
+    The prefixes of wrappers (module, base, scale) and of our own files (network, backbone) go, and
+    two names of older files become today's (``proj``, ``aspp.stages``).
+
+    Raises:
+        ClassifierError: if two names become one.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = name
+        while prefix := next((p for p in _PREFIXES if new.startswith(p)), ""):
+            new = new.removeprefix(prefix)
+        for old, today in _RENAMED:
+            new = new.replace(old, today)
+        if new in converted:
+            raise ClassifierError(
+                f"the weights hold {new!r} twice, once as {name!r}; give a file of one network"
+            )
+        converted[new] = tensor
+    return converted
+
+
+def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str | Path) -> None:
+    if unknown := sorted(set(arguments) - {"blocks", "width"}):
+        raise ClassifierError(f"{CAFFE} has no argument {unknown[0]!r}; it has blocks and width")
+    if stride not in (None, OUTPUT_STRIDE):
+        raise ClassifierError(
+            f"{CAFFE} has output stride {OUTPUT_STRIDE}, got {stride}; set it to null, or take "
+            "timm's resnet101"
+        )
+    if str(weights) == PRETRAINED:
+        raise ClassifierError(
+            f"there are no pretrained weights of {CAFFE} to download; convert the field's file "
+            "with 'lpcam convert FILE.pth FILE.safetensors' and give its path"
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ClassifierError(
+            f"no weights file {str(path)!r}; give the path of a safetensors file or {RANDOM!r}"
+        )
+    if path.suffix != ".safetensors":
+        raise ClassifierError(
+            f"weights must be a .safetensors file, got {path.name!r}; pickled checkpoints can run "
+            "code and are not read: convert it with 'lpcam convert FILE.pth FILE.safetensors'"
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ClassifierError(
+            f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
+        ) from error
+
+
+def _load(network: DeepLabV2, path: Path) -> None:
+    """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
+    state = convert_names(_read(path))
+    state = {
+        k: v for k, v in state.items() if not k.startswith(_CLASSIFIER) and not k.endswith(_COUNTER)
+    }
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ClassifierError(
+                f"the weights {str(path)!r} hold NaN or Inf in {name!r}; "
+                "the file is damaged, fetch it again"
+            )
+    head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
+    state = {k: v for k, v in state.items() if not k.startswith("aspp.")}
+    own = {k: v for k, v in network.backbone.state_dict().items() if not k.endswith(_COUNTER)}
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+            )
+            if names
+        ]
+        raise ClassifierError(
+            f"the weights {path.name!r} do not fit {CAFFE!r}: {', '.join(parts)}; it takes files "
+            "of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; for "
+            "torchvision's or timm's weights the backbone is resnet101"
+        )
+    aspp = network.aspp.state_dict()
+    fits = {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}
+    if head and not fits:
+        logger.info("the ASPP in %s is of other labels or rates and is left out", path.name)
+    network.backbone.load_state_dict(state, strict=False)  # but for the counters all are there
+    if fits:
+        network.aspp.load_state_dict(head)

@@ -1,0 +1,431 @@
+"""Segmenters trained on pseudo masks, and their masks of the list to test."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lpcam.data.images import limit_long_side, read_image, read_index_mask
+from lpcam.data.items import Item
+from lpcam.errors import ArtefactError, DataError, RecipeError
+from lpcam.ledger import Stage
+from lpcam.masks import write_mask
+from lpcam.metrics import confusion, scores, truth_labels
+from lpcam.recipe import Recipe, SegmentSection, load_recipe
+from lpcam.resources import available_memory
+from lpcam.stages.context import Given, Run, remove_leftovers
+from lpcam.stages.refine import CRF_SHARE, GIVEN, PSEUDO, each, enlarged, label_path, sources
+from lpcam.storage import digest_file, digest_json
+from lpcam.version import versions
+
+if TYPE_CHECKING:
+    from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec
+    from lpcam.segmentation.train import Validation
+
+logger = logging.getLogger(__name__)
+SEGMENT = "segment"
+TEST = "test"
+TRUTH = "truth"
+LAST, BEST = "segmenter.safetensors", "best.safetensors"
+CRF = "crf"
+"""Folder of the masks after a dense CRF, in that of the masks before it."""
+NAMES = ("lpcam", "cam", GIVEN, TRUTH)
+"""Of what segmenters are trained on, in the order in which one is taken."""
+NETWORKS = {"deeplabv2": "DeepLabV2", "wideresnet38": "WideResNet-38", "upernet": "UperNet"}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Masks that a segmenter is trained on."""
+
+    title: str
+    """In the names of rows, such as "LPCAM + IRN"."""
+    name: str
+    """Of the folders."""
+    pairs: Sequence[tuple[Item, Path]]
+    key: str
+    """Of what made the masks."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether a mask id of no class is an error; true masks may hold other classes."""
+        return self.name != TRUTH
+
+
+def segment_section(run: Run) -> SegmentSection:
+    """The recipe's section; there is one where a stage of this module has anything to do."""
+    assert run.recipe.segment is not None
+    return run.recipe.segment
+
+
+def teachers(run: Run) -> list[Teacher]:
+    """The masks that the recipe wants segmenters trained on, or those that were given.
+
+    Raises:
+        DataError: if true masks are wanted and there are none.
+        RecipeError: if pseudo masks are wanted that the recipe does not make.
+    """
+    items, found = run.items("segment"), []
+    if run.given_masks is not None:
+        given = run.given_masks
+        pairs = [(item, label_path(given.folder, item)) for item in items]
+        return [Teacher("given masks", GIVEN, pairs, given.key)]
+    made = {} if run.recipe.refine is None else {s.method: s for s in sources(run)}
+    for wanted in segment_section(run).masks:
+        if wanted == TRUTH:
+            pairs = [(item, item.mask) for item in items if item.mask is not None]
+            if not pairs:
+                raise DataError(
+                    f"no image of the list {run.recipe.data.list_of('segment')!r} has a true mask "
+                    "to train on; take 'truth' out of segment.masks, or add masks"
+                )
+            key = run.digest([item for item, _ in pairs], truth=True)
+            found.append(Teacher("true masks", TRUTH, pairs, key))
+            continue
+        if wanted not in made or run.recipe.refine is None:
+            raise RecipeError(
+                f"the recipe {run.recipe.name} makes no pseudo masks of {wanted}; add a section "
+                "refine, such as --refine.method irn, or give masks by lpcam segment --masks FOLDER"
+            )
+        stage = run.stages[f"{PSEUDO}/{made[wanted].name}"]
+        pairs = [(item, label_path(stage.folder, item)) for item in items]
+        title = f"{wanted} + {run.recipe.refine.method.upper()}"
+        found.append(Teacher(title, made[wanted].name, pairs, stage.key))
+    return found
+
+
+def take_masks(run: Run, folder: Path) -> None:
+    """Train on the masks of another program instead of the run's own.
+
+    Args:
+        folder: with one index mask (PNG) an image of the list to segment, named by its id.
+
+    Raises:
+        DataError: if masks are missing.
+    """
+    paths = [label_path(folder, item) for item in run.items("segment")]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} images of the list "
+            f"{run.recipe.data.list_of('segment')!r} have no mask, e.g. {missing[0]}; make them, "
+            "or name a list of those that have one: --data.lists.segment"
+        )
+    run.given_masks = Given(folder, digest_json([digest_file(path) for path in paths]))
+
+
+# -- Training ----------------------------------------------------------------------------------
+
+
+def train(run: Run) -> bool:
+    """A segmenter on each teacher's masks; whether there was anything to do."""
+    worked = False
+    section = segment_section(run)
+    truth = _validation_items(run)
+    for teacher in teachers(run):
+        stage = run.stages[f"{SEGMENT}/{teacher.name}"] = Stage(
+            run.folder / SEGMENT / teacher.name,
+            {
+                "revision": 1,
+                "masks": teacher.key,
+                "images": run.digest([item for item, _ in teacher.pairs]),
+                "mask_ids": list(run.dataset.classes.mask_ids),
+                "network": section.model_dump(
+                    mode="json",
+                    include={"network", "arguments", "output_stride", "mean", "std"},
+                ),
+                "backbone": section.backbone_name,
+                "weights": _weights(section),
+                "training": section.training.model_dump(mode="json", exclude={"preset"}),
+                "precision": section.precision,
+                "validation": [section.validations, run.digest(truth, truth=True)],
+                "seed": run.recipe.run.seed,
+            },
+        )
+        path = stage.folder / LAST
+        if stage.done([path]):
+            if run.processes.first:
+                remove_leftovers(stage.folder)  # of a run that was stopped at its very end
+            continue
+        worked = True
+        run.begin(stage)
+        output = _train(run, teacher, stage, truth)
+        if run.processes.first:
+            output["digest"] = digest_file(path)
+        run.finish(stage, **output)
+        if run.processes.first:
+            remove_leftovers(stage.folder)
+    return worked
+
+
+def _weights(section: SegmentSection) -> str:
+    """What the weights are, by the contents of a file."""
+    path = Path(section.weights)
+    given_file = section.weights.endswith(".safetensors") and path.is_file()
+    return digest_file(path) if given_file else section.weights
+
+
+def _validation_items(run: Run) -> list[Item]:
+    if not segment_section(run).validations:
+        return []
+    return [item for item in run.items("test") if item.mask is not None]
+
+
+def spec_of(section: SegmentSection) -> SegmenterSpec:
+    """The network that a section describes."""
+    from lpcam.segmentation.segmenter import SegmenterSpec  # noqa: PLC0415
+
+    return SegmenterSpec(
+        section.network,
+        section.backbone_name,
+        section.arguments,
+        section.output_stride,
+        section.training.pyramid,
+    )
+
+
+def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> dict[str, Any]:
+    from lpcam.segmentation.augment import check_masks  # noqa: PLC0415
+    from lpcam.segmentation.segmenter import build_segmenter  # noqa: PLC0415
+    from lpcam.segmentation.train import Validation, train_segmenter  # noqa: PLC0415
+
+    section, seed = segment_section(run), run.recipe.run.seed
+    classes = run.dataset.classes
+    masks = check_masks(teacher.pairs, classes, strict=teacher.strict, workers=run.threads)
+    for skip in masks.dropped:
+        logger.info("%s is not trained on: %s", skip.id, skip.reason)
+    segmenter = build_segmenter(
+        spec_of(section),
+        classes,
+        weights=section.weights,
+        mean=section.mean,
+        std=section.std,
+        seed=seed,
+    ).to(run.device)
+    validation: Validation | None = None
+    if truth:
+        validation = Validation(truth, section.test, section.validations, stage.folder / BEST)
+    logger.info("training on %d masks of %s", len(masks.pairs), teacher.title)
+    history = train_segmenter(
+        segmenter,
+        masks.pairs,
+        section.training,
+        seed=seed,
+        folder=stage.folder,
+        precision=section.precision,
+        workers=run.threads if run.device.type == "cuda" else 0,
+        processes=run.processes,
+        validation=validation,
+    )
+    if run.processes.first:
+        segmenter.save(stage.folder / LAST, {"stage": stage.key, "versions": versions()})
+    labels = ("background", *classes.names)
+    return {
+        "history": history,
+        "images": len(masks.pairs),
+        "dropped": [{"id": skip.id, "reason": skip.reason} for skip in masks.dropped],
+        "pixels": {**dict(zip(labels, masks.pixels, strict=True)), "ignored": masks.ignored},
+    }
+
+
+# -- Testing -----------------------------------------------------------------------------------
+
+
+def test(run: Run) -> bool:
+    """Masks of the list to test by every segmenter; whether there was anything to do."""
+    section, items, worked = segment_section(run), run.items("test"), False
+    for teacher in teachers(run):
+        trained = run.stages[f"{SEGMENT}/{teacher.name}"]
+        weights = trained.folder / (BEST if section.checkpoint == "best" else LAST)
+        if not weights.is_file():
+            raise DataError(
+                f"there is no {weights}: no image of the list "
+                f"{run.recipe.data.list_of('test')!r} has a true mask to choose the best weights "
+                "on; set segment.checkpoint to last"
+            )
+        stage = run.stages[f"{TEST}/{teacher.name}"] = Stage(
+            run.folder / TEST / teacher.name,
+            {
+                "revision": 1,
+                "segmenter": digest_file(weights),
+                "test": section.test.model_dump(mode="json", exclude={"preset"}),
+                "maximum_side": run.recipe.maps.maximum_side,
+                "images": run.digest(items, truth=True),
+            },
+        )
+        folders = [stage.folder, *([stage.folder / CRF] if section.test.crf else [])]
+        outputs = [label_path(folder, item) for folder in folders for item in items]
+        if stage.done(outputs):
+            continue
+        worked = True
+        run.begin(stage)
+        _segment(run, teacher, weights, stage, items)
+        run.processes.wait()
+        counts = {folder.name: _count(run, folder, items) for folder in folders}
+        run.finish(stage, confusions={k: v for k, v in counts.items() if v is not None})
+    return worked
+
+
+def _segment(
+    run: Run, teacher: Teacher, weights: Path, stage: Stage, items: Sequence[Item]
+) -> None:
+    from lpcam.segmentation import predict  # noqa: PLC0415
+    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
+
+    settings = segment_section(run).test
+    segmenter: Segmenter = Segmenter.load(weights).to(run.device)
+    memory = None
+    if run.device.type == "cpu":
+        share = run.sharing.workers * run.processes.here
+        memory = int(available_memory() * CRF_SHARE / share)
+    crf = predict.make_crf(settings, memory)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path, refined = label_path(stage.folder, item), label_path(stage.folder / CRF, item)
+        if path.is_file() and (crf is None or refined.is_file()):
+            return
+        whole = read_image(item.image)
+        image = limit_long_side(whole, run.recipe.maps.maximum_side)
+
+        def write(path: Path, probabilities: torch.Tensor) -> None:
+            labels = enlarged(predict.labels(probabilities).cpu(), whole.shape[:2])
+            write_mask(path, predict.label_mask(labels, segmenter.classes))
+
+        found = predict.probabilities(segmenter, image, settings)
+        write(path, found)
+        if crf is not None:
+            write(refined, predict.refine(found, image, settings, crf))
+
+    each(run, f"masks of the segmenter trained on {teacher.title}", items, make)
+
+
+def _count(run: Run, folder: Path, items: Sequence[Item]) -> list[list[int]] | None:
+    """Confusion matrix of a folder's masks; None where there is no truth."""
+    scored = [item for item in items if item.mask is not None]
+    if not scored:
+        return None
+    classes = run.dataset.classes
+    labels = len(classes) + 1
+
+    def one(item: Item) -> torch.Tensor:
+        assert item.mask is not None
+        truth = truth_labels(read_index_mask(item.mask), classes)
+        found = truth_labels(read_index_mask(label_path(folder, item)), classes)
+        return confusion(truth, found, labels)
+
+    total = torch.zeros(labels, labels, dtype=torch.int64)
+    for counts in run.sharing.map(one, run.sharing.mine(scored)):
+        total += counts
+    summed: list[list[int]] = run.processes.sum(total).tolist()
+    return summed
+
+
+# -- Figures -----------------------------------------------------------------------------------
+
+
+def segmented(run: Run) -> Mapping[str, tuple[Teacher, Path]]:
+    """Folders of masks of the list to test by the name of the method, and who taught it."""
+    section = run.recipe.segment
+    if section is None or run.given is not None:
+        return {}
+    found = {}
+    for teacher in teachers(run):
+        folder = run.stages[f"{TEST}/{teacher.name}"].folder
+        title = f"{NETWORKS[section.network]} on {teacher.title}"
+        found[title] = (teacher, folder)
+        if section.test.crf:
+            found[f"{title}, CRF"] = (teacher, folder / CRF)
+    return found
+
+
+def figures(run: Run) -> list[dict[str, Any]]:
+    """Scores of every segmenter, as :func:`lpcam.stages.evaluate.evaluate` records them."""
+    rows = []
+    names = run.dataset.classes.names
+    images = sum(item.mask is not None for item in run.items("test")) if segmented(run) else 0
+    for title, (teacher, folder) in segmented(run).items():
+        stage = run.stages[f"{TEST}/{teacher.name}"]
+        counts = stage.output["confusions"].get(folder.name)
+        if counts is None:
+            continue
+        found = scores(torch.tensor(counts), names)
+        rows.append(
+            {
+                "method": title,
+                "images": images,
+                "miou": found.miou,
+                "fp": found.fp,
+                "fn": found.fn,
+                "precision": found.precision,
+                "recall": found.recall,
+                "precision_with_background": found.precision_with_background,
+                "recall_with_background": found.recall_with_background,
+                "threshold": None,
+                "threshold_source": None,
+                "per_class": found.per_class,
+                "left_out": list(found.left_out),
+                "crf": folder.name == CRF,
+                "teacher": teacher.name,
+            }
+        )
+    return rows
+
+
+# -- Of a finished run -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trained segmenter of a run folder."""
+
+    name: str
+    """Of the masks that it was trained on: lpcam, cam, truth or given."""
+    path: Path
+    recipe: Recipe
+    section: SegmentSection
+    folder: Path
+    """Of the run."""
+
+    @property
+    def tested(self) -> Path:
+        """Where its masks of the list to test are, those after a CRF in `CRF` below it."""
+        return self.folder / TEST / self.name
+
+
+def find_segmenter(folder: Path, name: str | None = None) -> Finished:
+    """A trained segmenter of a run.
+
+    Args:
+        name: of the masks that it was trained on; None takes the first there is of `NAMES`.
+
+    Raises:
+        ArtefactError: if the folder holds no run, or none whose segmenter is trained.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise ArtefactError(
+            f"{folder} holds no run: there is no {path.name} in it; give the folder that 'lpcam "
+            "run' wrote"
+        )
+    recipe = load_recipe(path)
+    if recipe.segment is None:
+        raise ArtefactError(
+            f"the run {folder} trained no segmenter; run it with --segment.network deeplabv2 (or "
+            "wideresnet38, or upernet)"
+        )
+    file = BEST if recipe.segment.checkpoint == "best" else LAST
+    found = [one for one in NAMES if (folder / SEGMENT / one / file).is_file()]
+    if not found or (name is not None and name not in found):
+        asked = "" if name is None else f" on {name}"
+        raise ArtefactError(
+            f"the run {folder} has no segmenter trained{asked}; there are: "
+            f"{', '.join(found) or 'none, bring the run up to date'}"
+        )
+    chosen = name or found[0]
+    return Finished(chosen, folder / SEGMENT / chosen / file, recipe, recipe.segment, folder)

@@ -1,0 +1,245 @@
+"""Losses of segmenters: sums and counts, sizes, parts of processes, batches without a label."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lpcam.segmentation.losses import (
+    balanced_sum,
+    cross_entropy_sum,
+    enlarge,
+    nearest,
+    reduce_labels,
+    segmentation_loss,
+)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_labels(*shape: int, values: tuple[int, ...] = (0, 1, 2, 255), seed: int = 0) -> Tensor:
+    numbers = torch.randint(0, len(values), shape, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(values)[numbers]
+
+
+def by_pillow(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    image = Image.fromarray(labels.numpy().astype(np.uint8))
+    resized = image.resize(size[::-1], Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(resized).astype(np.int64))
+
+
+# -- Sizes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "reduced"), [(321, 41), (321, 21), (321, 31), (512, 128), (7, 7)])
+def test_reduced_labels_are_pillows(size: int, reduced: int) -> None:
+    labels = drawn_labels(2, size, size, values=(*range(21), 255))
+    found = reduce_labels(labels, (reduced, reduced))
+    for one, its in zip(labels, found, strict=True):
+        assert torch.equal(its, by_pillow(one, (reduced, reduced)))
+
+
+def test_every_pair_of_lengths_picks_pillows_pixels() -> None:
+    """Also where a centre falls between two pixels and rounding decides."""
+    lengths = [*range(1, 66), 160, 225, 241, 255]
+    for length in lengths:
+        row = torch.arange(length)[None]
+        for size in [*range(1, 130), 321]:
+            assert torch.equal(nearest(length, size), by_pillow(row, (1, size))[0]), (length, size)
+
+
+def test_long_axes_pick_pillows_pixels() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        length, size = (int(n) for n in rng.integers(1, 3000, 2))
+        row = Image.fromarray(np.arange(length, dtype=np.int32)[None], "I")
+        expected = np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0]
+        assert np.array_equal(nearest(length, size).numpy(), expected), (length, size)
+
+
+def test_sides_are_reduced_apart() -> None:
+    labels = drawn_labels(1, 60, 91)
+    assert torch.equal(reduce_labels(labels, (13, 40))[0], by_pillow(labels[0], (13, 40)))
+
+
+def test_logits_are_enlarged_without_aligned_corners() -> None:
+    logits = torch.tensor([[[[0.0, 4.0]]]])
+    assert enlarge(logits, (1, 4)).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert enlarge(logits, (1, 2)) is logits
+
+
+# -- Sums and counts ----------------------------------------------------------------------------
+
+
+def test_sum_and_count_by_hand() -> None:
+    # three labels; the probability of the true one is 1/2 and then 1/4
+    logits = torch.tensor([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [9.0, 1.0, 1.0]]).log().T
+    logits = logits[None, :, None]
+    total, count = cross_entropy_sum(logits, torch.tensor([[[0, 2, 255]]]))
+    assert count == 2 and count.dtype == torch.int64
+    assert total.item() == pytest.approx(math.log(2) + math.log(4))
+
+
+def test_the_balanced_sums_part_background_and_foreground() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 6.0]]).log().T
+    logits = logits[None, :, None]
+    totals, counts = balanced_sum(logits, torch.tensor([[[0, 1, 1]]]))
+    assert counts.tolist() == [1, 2]
+    assert totals.tolist() == pytest.approx([math.log(2), math.log(2) + math.log(8)])
+    loss = segmentation_loss(
+        [(logits, 1.0)], torch.tensor([[[0, 1, 1]]]), kind="balanced", meet="full"
+    )
+    assert loss.item() == pytest.approx(math.log(2) + math.log(16) / 2)
+
+
+@pytest.mark.parametrize("labels", [[0, 255, 255], [255, 2, 1]])
+def test_a_part_without_pixels_adds_nothing(labels: list[int]) -> None:
+    logits, truth = drawn(1, 3, 1, 3), torch.tensor([[labels]])
+    both = [
+        segmentation_loss([(logits, 1.0)], truth, kind=kind, meet="full")
+        for kind in ("balanced", "cross_entropy")
+    ]
+    torch.testing.assert_close(both[0], both[1])
+
+
+def test_the_sum_is_torchs() -> None:
+    logits, labels = drawn(3, 5, 9, 8), drawn_labels(3, 9, 8, values=(0, 1, 4, 255))
+    total, count = cross_entropy_sum(logits, labels)
+    torch.testing.assert_close(total / count, F.cross_entropy(logits, labels, ignore_index=255))
+    parts, counts = balanced_sum(logits, labels)
+    torch.testing.assert_close(parts.sum(), total)
+    assert counts.sum() == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits, labels = drawn(1, 4, 6, 6).to(dtype), drawn_labels(1, 12, 12)
+    for kind in ("cross_entropy", "balanced"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = segmentation_loss([(logits, 1.0)], labels, kind=kind, meet="full")
+        expected = segmentation_loss([(logits.float(), 1.0)], labels, kind=kind, meet="full")
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
+def test_double_precision_is_kept() -> None:
+    logits, labels = drawn(1, 4, 6, 6).double().requires_grad_(), drawn_labels(1, 12, 12)
+    for kind in ("cross_entropy", "balanced"):
+        for meet in ("reduced", "full"):
+
+            def loss(x: Tensor, kind: str = kind, meet: str = meet) -> Tensor:
+                return segmentation_loss([(x, 0.4)], labels, kind=kind, meet=meet)
+
+            assert loss(logits).dtype == torch.float64
+            assert torch.autograd.gradcheck(loss, logits)
+
+
+# -- The loss of a batch ------------------------------------------------------------------------
+
+
+def test_reduced_losses_of_several_outputs_add_up() -> None:
+    """DeepLabV2's four: each against Pillow's labels of its size (section 1)."""
+    labels = drawn_labels(2, 65, 65)
+    sides = (9, 5, 7, 9)
+    outputs = [(drawn(2, 3, n, n, seed=k), 1.0) for k, n in enumerate(sides)]
+    expected = torch.zeros(())
+    for logits, _ in outputs:
+        small = torch.stack([by_pillow(one, logits.shape[-2:]) for one in labels])
+        expected = expected + F.cross_entropy(logits, small, ignore_index=255)
+    found = segmentation_loss(outputs, labels, kind="cross_entropy", meet="reduced")
+    torch.testing.assert_close(found, expected)
+
+
+def test_full_losses_have_weights() -> None:
+    """UperNet's two heads (section 3)."""
+    labels = drawn_labels(2, 32, 40)
+    main, auxiliary = drawn(2, 3, 8, 10), drawn(2, 3, 2, 3, seed=1)
+    found = segmentation_loss(
+        [(main, 1.0), (auxiliary, 0.4)], labels, kind="cross_entropy", meet="full"
+    )
+    large = [
+        F.interpolate(x, size=(32, 40), mode="bilinear", align_corners=False)
+        for x in (main, auxiliary)
+    ]
+    expected = [F.cross_entropy(x, labels, ignore_index=255) for x in large]
+    torch.testing.assert_close(found, expected[0] + 0.4 * expected[1])
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "balanced"])
+@pytest.mark.parametrize("meet", ["reduced", "full"])
+def test_nothing_to_learn_gives_zero_with_a_gradient(kind: str, meet: str) -> None:
+    logits = drawn(2, 3, 5, 5).requires_grad_()
+    labels = torch.full((2, 17, 17), 255)
+    loss = segmentation_loss([(logits, 1.0), (logits, 1.0)], labels, kind=kind, meet=meet)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "balanced"])
+@pytest.mark.parametrize("meet", ["reduced", "full"])
+def test_parts_of_two_processes_add_up_to_the_whole(kind: str, meet: str) -> None:
+    labels = drawn_labels(4, 33, 33)
+    labels[0] = 255  # the means of the parts are not the mean of all
+    labels[1:, :20] = 255
+    sizes = (5, 9)
+    whole = [(drawn(4, 3, n, n, seed=n).requires_grad_(), 0.5 + k) for k, n in enumerate(sizes)]
+    loss = segmentation_loss(whole, labels, kind=kind, meet=meet)
+    expected = torch.autograd.grad(loss, [logits for logits, _ in whole])
+
+    shares = [slice(0, 1), slice(1, 4)]
+    counts: list[Tensor] = []
+    for share in shares:
+        outputs = [(logits[share], weight) for logits, weight in whole]
+        segmentation_loss(
+            outputs, labels[share], kind=kind, meet=meet, total=lambda x: counts.append(x) or x
+        )
+    assert len(counts) == 2, "one exchange for each process"
+    parts = [
+        segmentation_loss(
+            [(logits[share], weight) for logits, weight in whole],
+            labels[share],
+            kind=kind,
+            meet=meet,
+            total=lambda _: counts[0] + counts[1],
+        )
+        for share in shares
+    ]
+    assert parts[0] == 0
+    torch.testing.assert_close(parts[0] + parts[1], loss)
+    found = torch.autograd.grad(parts[0] + parts[1], [logits for logits, _ in whole])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_loss_falls_along_its_gradient() -> None:
+    logits, labels = drawn(1, 3, 6, 6).requires_grad_(), drawn_labels(1, 48, 48)
+    for kind in ("cross_entropy", "balanced"):
+        loss = segmentation_loss([(logits, 1.0)], labels, kind=kind, meet="full")
+        (gradient,) = torch.autograd.grad(loss, logits)
+        better = segmentation_loss([(logits - 0.5 * gradient, 1.0)], labels, kind=kind, meet="full")
+        assert better < loss
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits \(1, 3, 5, 5\).*labels \(1, 9, 9\)"):
+        cross_entropy_sum(drawn(1, 3, 5, 5), torch.zeros(1, 9, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="reduce the labels"):
+        balanced_sum(drawn(2, 3, 5, 5), torch.zeros(1, 5, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "change", [{"outputs": []}, {"kind": "focal"}, {"meet": "half"}], ids=["none", "kind", "meet"]
+)
+def test_unknown_choices_are_refused(change: dict[str, object]) -> None:
+    values = {"outputs": [(drawn(1, 3, 5, 5), 1.0)], "kind": "balanced", "meet": "full", **change}
+    with pytest.raises(ValueError, match="expected an output, 'cross_entropy' or 'balanced'"):
+        segmentation_loss(labels=torch.zeros(1, 5, 5, dtype=torch.int64), **values)
