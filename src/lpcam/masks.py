@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -102,6 +104,15 @@ def to_mask(
         unsure = (maps.amax(dim=0) > ignore_threshold).cpu().numpy()
         mask[unsure & (mask == BACKGROUND)] = IGNORE
     return mask
+
+
+def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Integer labels (H, W) at another size (height, width), to the nearest pixel."""
+    if tuple(labels.shape) == tuple(size):
+        return labels
+    # float32 holds every label exactly
+    resized = F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")
+    return resized[0, 0].to(labels.dtype)
 
 
 def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:

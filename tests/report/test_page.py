@@ -383,7 +383,7 @@ def test_bars_of_segmenters_are_of_what_comes_out_in_the_end(segmented: Page) ->
 def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
     text = section(segmented)
     assert (
-        "Loss against the step of training. CAM + IRN goes from 1.77 at step 25 to 0.3 at 1500;"
+        "Loss against the step of training. CAM + IRN goes from 1.78 at step 25 to 0.3 at 1500;"
         in text
     )
     # 1500 / 3000, in percent; measured three times
@@ -398,6 +398,8 @@ def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
         for point in str(one["points"]).split():
             x, y = map(float, point.split(","))
             assert 38 <= x <= 330 and 12 <= y <= 206
+    ticks = [one for one in segmented.all("text") if one.get("class") == "middle"]
+    assert all(38 <= float(str(one["x"])) <= 330 for one in ticks)
     # what is highest of all ends at the same place of the axis: step 1500 of 1500
     assert str(lines[0]["points"]).split()[-1].startswith("330,")
     assert str(lines[3]["points"]).split()[-1].startswith("330,")

@@ -119,8 +119,8 @@ def test_training_learns_the_boxes(
     )
     segmenter = fresh()
     items = [item for item, _ in pairs]
-    before = train.validate(segmenter, items, TEST)
-    validation = train.Validation(items, TEST, 3, tmp_path / "best.safetensors")
+    validation = train.Validation(items, TEST, 3, tmp_path / "best.safetensors", 1024)
+    before = train.validate(segmenter, validation)
     history = train.train_segmenter(
         segmenter, pairs, settings, seed=0, folder=tmp_path, validation=validation
     )
@@ -131,7 +131,7 @@ def test_training_learns_the_boxes(
     assert list(measured) == [20, 40, 60]
     assert max(measured.values()) > before + 0.1
     best = Segmenter.load(tmp_path / "best.safetensors")
-    assert train.validate(best, items, TEST) == pytest.approx(max(measured.values()))
+    assert train.validate(best, validation) == pytest.approx(max(measured.values()))
     made_by = read_tensors(tmp_path / "best.safetensors")[1]["made_by"]
     assert measured[made_by["step"]] == made_by["validation_miou"] == max(measured.values())
 

@@ -31,7 +31,7 @@ from lpcam.explain.files import (
     outputs_by_image,
     read_index,
 )
-from lpcam.masks import overlay_mask, write_mask
+from lpcam.masks import enlarge_labels, overlay_mask, write_mask
 from lpcam.parallel import ordered_map
 from lpcam.presets import SegmentTestSettings
 from lpcam.progress import progress
@@ -171,8 +171,9 @@ def segment_files(
             scores = _probabilities(segmenter, seen, settings, crf, path)
         except DataError as error:
             return str(error)
-        small = predict.label_mask(predict.labels(scores), segmenter.classes)
-        mask = _enlarged(small, (image.shape[0], image.shape[1]))
+        labels = predict.labels(scores).cpu()
+        small = predict.label_mask(labels, segmenter.classes)
+        mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
         files = {"mask": f"masks/{name}.png", "overlay": f"overlays/{name}.png"}
         write_mask(output / files["mask"], mask)
         write_bytes(output / files["overlay"], _png(overlay_mask(seen, small)))
@@ -227,13 +228,6 @@ def _probabilities(
         raise DataError(
             f"cannot segment image {path}: {error}; or lower the longest side of images"
         ) from error
-
-
-def _enlarged(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """To the nearest pixel: values of a mask have no mean."""
-    if mask.shape == size:
-        return mask
-    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]:

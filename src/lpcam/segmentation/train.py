@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lpcam import engine
-from lpcam.data.images import read_image, read_index_mask
+from lpcam.data.images import limit_long_side, read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.errors import ClassifierError, DataError
+from lpcam.masks import enlarge_labels
 from lpcam.metrics import confusion, scores, truth_labels
 from lpcam.presets import SegmenterSettings, SegmentTestSettings
 from lpcam.processes import Processes
@@ -43,6 +44,8 @@ class Validation:
     """Over the whole training, evenly spread; the last is at its end."""
     best: Path
     """Where the weights with the highest mIoU are kept, beside the last ones."""
+    maximum_side: int
+    """A longer image is segmented at this long side, in pixels, and its labels are enlarged."""
 
 
 # -- Steps and rates ---------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def train_segmenter(
     def at_record(step: int) -> dict[str, Any]:
         if validation is None or step not in due:
             return {}
-        found = validate(segmenter, validation.items, validation.settings, processes)
+        found = validate(segmenter, validation, processes)
         if processes.first and found > best_so_far(validation.best):
             segmenter.save(validation.best, {"validation_miou": found, "step": step})
         return {"validation_miou": found}
@@ -243,10 +246,7 @@ def best_so_far(path: Path) -> float:
 
 @torch.inference_mode()
 def validate(
-    segmenter: Segmenter,
-    items: Sequence[Item],
-    settings: SegmentTestSettings,
-    processes: Processes | None = None,
+    segmenter: Segmenter, validation: Validation, processes: Processes | None = None
 ) -> float:
     """mIoU over background and classes, of images with true masks; without a CRF.
 
@@ -257,9 +257,10 @@ def validate(
     segmenter.eval()
     labels = len(segmenter.classes) + 1
     counts = torch.zeros(labels, labels, dtype=torch.int64)
-    for item in items[processes.rank :: processes.count]:
+    for item in validation.items[processes.rank :: processes.count]:
         assert item.mask is not None
         truth = truth_labels(read_index_mask(item.mask), segmenter.classes)
-        found = predict.probabilities(segmenter, read_image(item.image), settings)
-        counts += confusion(truth, predict.labels(found).cpu(), labels)
+        image = limit_long_side(read_image(item.image), validation.maximum_side)
+        found = predict.labels(predict.probabilities(segmenter, image, validation.settings))
+        counts += confusion(truth, enlarge_labels(found.cpu(), truth.shape), labels)
     return scores(processes.sum(counts), segmenter.classes.names).miou

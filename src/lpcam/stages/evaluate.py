@@ -20,7 +20,15 @@ from lpcam.stages.refine import (
     refined,
 )
 from lpcam.stages.seeds import seed_path
-from lpcam.stages.segment import SEGMENT, TEST, figures, segment_section, segmented
+from lpcam.stages.segment import (
+    SEGMENT,
+    TEST,
+    TRUTH,
+    figures,
+    segment_section,
+    segmented,
+    segmenter_protocol,
+)
 from lpcam.storage import map_path, read_json, read_maps, write_bytes, write_json
 from lpcam.version import versions
 
@@ -159,20 +167,22 @@ def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, A
     }
 
 
-def _segmenter_keys(run: Run) -> dict[str, str]:
-    return {name: stage.key for name, stage in run.stages.items() if name.startswith(f"{TEST}/")}
+def _segmenter_keys(run: Run) -> dict[str, Any]:
+    keys = {name: stage.key for name, stage in run.stages.items() if name.startswith(f"{TEST}/")}
+    return {"tests": keys, "protocol": segmenter_protocol(run)}
 
 
 def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     """A row of a segmenter, with how it was trained and tested."""
-    section, lists = segment_section(run), run.recipe.data
+    section = segment_section(run)
     figure = {k: v for k, v in row.items() if k not in ("crf", "teacher")}
     training = run.stages[f"{SEGMENT}/{row['teacher']}"].output
     shared = protocol(run)
-    if row["teacher"] not in ("cam", "lpcam"):
-        shared["refine"] = None
-    split = lists.list_of("test")
-    chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"
+    if row["teacher"] == TRUTH:  # on which neither maps nor their refinement have any bearing
+        of_maps = _protocol_of_source(run)
+        shared = {k: v for k, v in shared.items() if k not in of_maps}
+        shared |= {"refine": None, "labels": "true masks"}
+    split = run.recipe.data.list_of("test")
     return {
         "stage": "segmentation",
         "dataset": dataset_name(run),
@@ -182,13 +192,7 @@ def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
             **shared,
             "split": split,
             "segmenter": {
-                **section.model_dump(
-                    mode="json", exclude={"masks", "backbone", "weights", "validations"}
-                ),
-                "backbone": section.backbone_name,
-                "weights": Path(section.weights).name,
-                "checkpoint": chosen,
-                "list": lists.list_of("segment"),
+                **segmenter_protocol(run),
                 "images": training["images"],
             },
             "crf": section.test.crf if row["crf"] else False,

@@ -15,7 +15,7 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import IGNORE, Item, Skip
 from lpcam.errors import ArtefactError, DataError, LpcamError
 from lpcam.ledger import Stage
-from lpcam.masks import seeds, to_mask, write_mask, write_plane
+from lpcam.masks import enlarge_labels, seeds, to_mask, write_mask, write_plane
 from lpcam.progress import progress
 from lpcam.recipe import RefineSection
 from lpcam.resources import available_memory
@@ -175,7 +175,7 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
         image, planes = _refined_at(run, item, maps)
         thresholds = (source.foreground_threshold, source.background_threshold)
         labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
-        labels = enlarged(labels, maps.high_res.shape[-2:])
+        labels = enlarge_labels(labels, maps.high_res.shape[-2:])
         unsure = labels == IGNORE
         mask = to_mask(labels.masked_fill(unsure, 0), maps.keys, run.dataset.classes)
         mask[unsure.numpy()] = IGNORE
@@ -200,15 +200,6 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(planes.shape[-2:]) == tuple(size) or not len(planes):
         return planes if len(planes) else planes.new_zeros(0, *size)
     return F.interpolate(planes[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
-
-
-def enlarged(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (H, W) at another size (nearest)."""
-    if tuple(labels.shape) == tuple(size):
-        return labels
-    return F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")[
-        0, 0
-    ].long()
 
 
 def _crf_memory(run: Run) -> int | None:

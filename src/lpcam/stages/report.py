@@ -11,7 +11,14 @@ from lpcam.ledger import Stage
 from lpcam.stages.context import METHODS, REFINING, SEGMENTING, STAGES, Run
 from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
 from lpcam.stages.refine import BOUNDARIES, refine_section, refined
-from lpcam.stages.segment import CRF, NETWORKS, SEGMENT, segment_section, segmented
+from lpcam.stages.segment import (
+    CRF,
+    NETWORKS,
+    SEGMENT,
+    segment_section,
+    segmented,
+    segmenter_protocol,
+)
 from lpcam.storage import read_json, write_bytes
 from lpcam.version import versions
 
@@ -144,9 +151,6 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
         if row["stage"] == SEGMENTATION:
             teacher, folder = found[row["method"]]
             rows.append({**row, "teacher": teacher.name, "crf": folder.name == CRF})
-    settings = section.model_dump(
-        mode="json", exclude={"network", "masks", "backbone", "weights", "checkpoint"}
-    )
     return Trained(
         taught,
         rows,
@@ -160,9 +164,9 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
             "checkpoint": section.checkpoint,
             "crf": section.test.crf,
             "settings": {
-                "backbone": section.backbone_name,
-                "weights": Path(section.weights).name,
-                **settings,
+                name: value
+                for name, value in segmenter_protocol(run).items()
+                if name not in ("network", "checkpoint", "list")
             },
         },
     )

@@ -14,12 +14,12 @@ from lpcam.data.images import limit_long_side, read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.ledger import Stage
-from lpcam.masks import write_mask
+from lpcam.masks import enlarge_labels, write_mask
 from lpcam.metrics import confusion, scores, truth_labels
 from lpcam.recipe import Recipe, SegmentSection, load_recipe
 from lpcam.resources import available_memory
 from lpcam.stages.context import Given, Run, remove_leftovers
-from lpcam.stages.refine import CRF_SHARE, GIVEN, PSEUDO, each, enlarged, label_path, sources
+from lpcam.stages.refine import CRF_SHARE, GIVEN, PSEUDO, each, label_path, sources
 from lpcam.storage import digest_file, digest_json
 from lpcam.version import versions
 
@@ -209,7 +209,13 @@ def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> d
     ).to(run.device)
     validation: Validation | None = None
     if truth:
-        validation = Validation(truth, section.test, section.validations, stage.folder / BEST)
+        validation = Validation(
+            truth,
+            section.test,
+            section.validations,
+            stage.folder / BEST,
+            run.recipe.maps.maximum_side,
+        )
     logger.info("training on %d masks of %s", len(masks.pairs), teacher.title)
     history = train_segmenter(
         segmenter,
@@ -294,7 +300,7 @@ def _segment(
         image = limit_long_side(whole, run.recipe.maps.maximum_side)
 
         def write(path: Path, probabilities: torch.Tensor) -> None:
-            labels = enlarged(predict.labels(probabilities).cpu(), whole.shape[:2])
+            labels = enlarge_labels(predict.labels(probabilities).cpu(), whole.shape[:2])
             write_mask(path, predict.label_mask(labels, segmenter.classes))
 
         found = predict.probabilities(segmenter, image, settings)
@@ -342,6 +348,21 @@ def segmented(run: Run) -> Mapping[str, tuple[Teacher, Path]]:
         if section.test.crf:
             found[f"{title}, CRF"] = (teacher, folder / CRF)
     return found
+
+
+def segmenter_protocol(run: Run) -> dict[str, Any]:
+    """How the segmenters of a run are made and used, for every figure of theirs."""
+    section, lists = segment_section(run), run.recipe.data
+    split = lists.list_of("test")
+    chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"
+    return {
+        **section.model_dump(mode="json", exclude={"masks", "backbone", "weights"}),
+        "backbone": section.backbone_name,
+        "weights": Path(section.weights).name,
+        "checkpoint": chosen,
+        "list": lists.list_of("segment"),
+        "maximum_side": run.recipe.maps.maximum_side,
+    }
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
