@@ -515,10 +515,12 @@ def _report(result: RunResult) -> None:
             for row in rows:
                 numbers = [row[k] for k in ("miou", "fp", "fn", "precision", "recall")]
                 numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
-                chosen = [f"{row['threshold']:.2f}", row["threshold_source"]]
+                chosen = (
+                    [f"{row['threshold']:.2f}", row["threshold_source"]] if has_threshold else []
+                )
                 table.add_row(
                     row["method"],
-                    *(chosen if has_threshold else ()),
+                    *chosen,
                     *(f"{100 * n:.1f}" for n in numbers),
                 )
             console.print(table)

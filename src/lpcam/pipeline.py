@@ -40,7 +40,7 @@ from lpcam.stages.refine import (
 )
 from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
-from lpcam.stages.segment import take_masks, test, train
+from lpcam.stages.segment import check, take_masks, test, train
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> Ru
             f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section refine with "
             "method irn (pseudo: or crf, or pamr); add --refine.method irn"
         )
+    if STAGES.index(until) >= STAGES.index("segment"):
+        check(recipe)
     processes, device = join(recipe.run.device)
     # The first process holds the folder for all of them.
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
@@ -148,6 +150,7 @@ def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
             f"the recipe {recipe.name} names no segmenter; add a section, or --segment.network "
             "deeplabv2 (or wideresnet38, or upernet)"
         )
+    check(recipe, given=True)
     processes, device = join(recipe.run.device)
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
         processes.wait()

@@ -230,7 +230,8 @@ class SegmentSection(WeightsSection):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the network's passes in training; weights and loss are in float32."""
     validations: Annotated[int, Field(ge=0)] = 5
-    """How often in a training the mIoU is measured on the list to test, where it has masks."""
+    """How often in a training the mIoU is measured on the list to test, where it has masks: at
+    scale 1, without a CRF."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights are tested and used; ``best`` is chosen on the truth of the list to test."""
 

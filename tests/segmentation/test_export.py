@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lpcam import onnx_files
 from lpcam.classifier import Preprocessing
 from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError
@@ -273,7 +274,7 @@ def test_a_file_that_fits_the_traced_size_alone_is_refused(
 ) -> None:
     class Taller(Colours):
         def forward(self, images: Tensor) -> Tensor:
-            factor = 1.0 if images.shape[-2:] == export.TRACED_SIZE else 1.01
+            factor = 1.0 if images.shape[-2:] == onnx_files.TRACED_SIZE else 1.01
             return super().forward(images) * factor
 
     other = colours()
@@ -349,5 +350,5 @@ def test_provenance_that_is_no_json_is_refused(ready: list[Any], tmp_path: Path)
 def test_a_file_too_large_for_its_format_is_refused(
     ready: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_LARGEST_FILE", 100)
+    monkeypatch.setattr(onnx_files, "_LARGEST_FILE", 100)
     refuse(tmp_path / "s.onnx", r"would have [\d,]+ bytes, and its format ends at 100")

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifier import RANDOM, Preprocessing
+from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing, check_backbone
 from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.networks.deeplabv2 import CAFFE
 from lpcam.storage import read_tensors, write_tensors
 
 NetworkName = Literal["deeplabv2", "wideresnet38", "upernet"]
@@ -144,6 +146,40 @@ class Segmenter(nn.Module):
                 f"({' '.join(str(error).split()):.200}...); make it again"
             ) from None
         return segmenter
+
+
+def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
+    """Refuse what :func:`build_segmenter` would, as far as it can be told at no cost.
+
+    Raises:
+        ClassifierError: if the backbone is unknown, there is no weights file, no weights to fetch,
+            or an extra is missing.
+    """
+    if weights not in (PRETRAINED, RANDOM) and not Path(weights).is_file():
+        raise ClassifierError(
+            f"segment.weights: there is no file {weights!r}; give the path of a safetensors file, "
+            f"{PRETRAINED!r} or {RANDOM!r} (lpcam convert makes one of a .pth file)"
+        )
+    fixed = spec.network == "wideresnet38" or spec.backbone == CAFFE
+    if fixed and weights == PRETRAINED:
+        raise ClassifierError(
+            f"segment.weights: {spec.backbone} has no weights to fetch; convert the field's file "
+            "(lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+        )
+    if spec.network == "upernet":
+        from lpcam.networks.upernet import SIZES  # noqa: PLC0415
+
+        if spec.backbone not in SIZES:
+            raise ClassifierError(
+                f"segment.backbone: there is no Swin {spec.backbone!r}; there are "
+                f"{', '.join(SIZES)}"
+            )
+        if find_spec("transformers") is None:
+            raise ClassifierError(
+                "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
+            )
+    elif not fixed:
+        check_backbone(spec.backbone)
 
 
 def build_segmenter(

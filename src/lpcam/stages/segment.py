@@ -16,6 +16,7 @@ from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, write_mask
 from lpcam.metrics import confusion, scores, truth_labels
+from lpcam.presets import SegmentTestSettings
 from lpcam.recipe import Recipe, SegmentSection, load_recipe
 from lpcam.resources import available_memory
 from lpcam.stages.context import Given, Run, remove_leftovers
@@ -68,7 +69,6 @@ def teachers(run: Run) -> list[Teacher]:
 
     Raises:
         DataError: if true masks are wanted and there are none.
-        RecipeError: if pseudo masks are wanted that the recipe does not make.
     """
     items, found = run.items("segment"), []
     if run.given_masks is not None:
@@ -87,16 +87,36 @@ def teachers(run: Run) -> list[Teacher]:
             key = run.digest([item for item, _ in pairs], truth=True)
             found.append(Teacher("true masks", TRUTH, pairs, key))
             continue
-        if wanted not in made or run.recipe.refine is None:
-            raise RecipeError(
-                f"the recipe {run.recipe.name} makes no pseudo masks of {wanted}; add a section "
-                "refine, such as --refine.method irn, or give masks by lpcam segment --masks FOLDER"
-            )
+        assert run.recipe.refine is not None
         stage = run.stages[f"{PSEUDO}/{made[wanted].name}"]
         pairs = [(item, label_path(stage.folder, item)) for item in items]
         title = f"{wanted} + {run.recipe.refine.method.upper()}"
         found.append(Teacher(title, made[wanted].name, pairs, stage.key))
     return found
+
+
+def check(recipe: Recipe, *, given: bool = False) -> None:
+    """Refuse, before any work, a recipe whose segmenter could not be trained.
+
+    Args:
+        given: whether masks of another program take the place of the run's own.
+
+    Raises:
+        RecipeError: if pseudo masks are wanted that the recipe does not make.
+        ClassifierError: if the network or its weights cannot be had.
+    """
+    from lpcam.segmentation.segmenter import check_segmenter  # noqa: PLC0415
+
+    section = recipe.segment
+    if section is None:
+        return
+    wanted = [name for name in section.masks if name != TRUTH]
+    if wanted and recipe.refine is None and not given:
+        raise RecipeError(
+            f"the recipe {recipe.name} makes no pseudo masks of {wanted[0]}; add a section "
+            "refine, such as --refine.method irn, or give masks by lpcam segment --masks FOLDER"
+        )
+    check_segmenter(spec_of(section), section.weights)
 
 
 def take_masks(run: Run, folder: Path) -> None:
@@ -143,7 +163,14 @@ def train(run: Run) -> bool:
                 "weights": _weights(section),
                 "training": section.training.model_dump(mode="json", exclude={"preset"}),
                 "precision": section.precision,
-                "validation": [section.validations, run.digest(truth, truth=True)],
+                "validation": {
+                    "times": section.validations,
+                    "truth": run.digest(truth, truth=True),
+                    "settings": _validation_settings(section).model_dump(
+                        mode="json", exclude={"preset"}
+                    ),
+                    "maximum_side": run.recipe.maps.maximum_side if truth else None,
+                },
                 "seed": run.recipe.run.seed,
             },
         )
@@ -174,6 +201,12 @@ def _validation_items(run: Run) -> list[Item]:
     if not segment_section(run).validations:
         return []
     return [item for item in run.items("test") if item.mask is not None]
+
+
+def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
+    """Those of the test at scale 1 alone, so that other ways to test need no other training."""
+    once: dict[str, Any] = {"scales": (1.0,), "flip": False, "window": None, "crf": None}
+    return section.test.model_copy(update={**once, "fusion": "mean_logits"})
 
 
 def spec_of(section: SegmentSection) -> SegmenterSpec:
@@ -211,7 +244,7 @@ def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> d
     if truth:
         validation = Validation(
             truth,
-            section.test,
+            _validation_settings(section),
             section.validations,
             stage.folder / BEST,
             run.recipe.maps.maximum_side,
