@@ -24,6 +24,7 @@ import yaml
 from faults.fault_test import Command, environment
 from tiny import digests, recipe_values
 
+from lpcam.data.images import read_index_mask
 from lpcam.ledger import locked
 from lpcam.pipeline import run
 from lpcam.recipe import parse_recipe
@@ -121,6 +122,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path
     values["exact"]["lpcam"]["max_features"] = None
     values["exact"]["refine"] = {"method": "crf"}
     values["exact"]["report"] = {"images": 4}
+    values["irn"]["segment"] = {
+        "backbone": "test_resnet",
+        "weights": "random",
+        "masks": ["LPCAM"],
+        "training": {"preset": "light", "iterations": 3, "batch_size": 5, "crop": 49},
+        "validations": 1,
+    }
     values["irn"]["refine"] = {
         "maps": ["LPCAM"],
         "irn": {"epochs": 2, "batch_size": 5, "crop": 64, "radius": 5},
@@ -184,6 +192,22 @@ def test_irn_learns_the_same_boundaries(runs: Runs) -> None:
         np.testing.assert_allclose(found[key], values, rtol=0, atol=1e-4, err_msg=key)
     for path in sorted((alone / "ir-labels" / "lpcam").glob("*.png")):
         assert (both / path.relative_to(alone)).read_bytes() == path.read_bytes()
+
+
+def test_a_segmenter_learns_the_same(runs: Runs) -> None:
+    """The pixels that count are counted over both processes' shares; rounding alone differs."""
+    alone, both = runs.alone("irn"), runs.both("irn")
+    trained = Path("segment", "lpcam", "segmenter.safetensors")
+    found, _ = read_tensors(both / trained)
+    expected, _ = read_tensors(alone / trained)
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=0, atol=2e-3, err_msg=key)
+    masks = sorted((alone / "test" / "lpcam").glob("*.png"))
+    assert len(masks) == 12
+    for path in masks:
+        one, other = read_index_mask(path), read_index_mask(both / path.relative_to(alone))
+        assert (one == other).mean() > 0.95
 
 
 def test_one_report_for_all(runs: Runs) -> None:
