@@ -23,7 +23,8 @@ from sphinx.util.nodes import make_refnode
 
 import lpcam
 from lpcam.cli import _parser
-from lpcam.recipe import describe_fields
+from lpcam.presets import PresetModel
+from lpcam.recipe import Recipe, _section, describe_fields
 
 
 class _Made(SphinxDirective):
@@ -83,8 +84,9 @@ class Presets(_Made):
         tables = yaml.safe_load(
             resources.files("lpcam").joinpath("presets.yaml").read_text("utf-8")
         )
-        keys = [key for key, _, _ in describe_fields() if key.endswith(".preset")]
-        return "\n\n".join(self.table(key, tables[key.split(".")[-2]]) for key in keys)
+        return "\n\n".join(
+            self.table(key, tables[model.table]) for key, model in preset_sections(Recipe)
+        )
 
     def table(self, key: str, presets: dict[str, dict[str, Any]]) -> str:
         """One table: presets side by side."""
@@ -100,7 +102,8 @@ class Modules(_Made):
     """Docstrings of modules: one name a line, ``package.*`` for all modules of a package."""
 
     has_content = True
-    wanted: ClassVar[str] = "   :members:\n   :special-members: __call__\n"
+    # timm adds an __all__ with the registered models alone to a module that registers any.
+    wanted: ClassVar[str] = "   :members:\n   :ignore-module-all:\n   :special-members: __call__\n"
 
     def text(self) -> str:
         parts = []
@@ -126,6 +129,20 @@ def commands() -> dict[str, argparse.ArgumentParser]:
             inner.description = f"{joined[:1].upper()}{joined[1:]}."
         previous = f"lpcam {name}"
     return dict(chooser.choices)
+
+
+def preset_sections(
+    model: type[BaseModel], prefix: str = ""
+) -> list[tuple[str, type[PresetModel]]]:
+    """The keys of a recipe that name a preset, and the settings that are filled from it."""
+    found: list[tuple[str, type[PresetModel]]] = []
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is not None and issubclass(section, PresetModel):
+            found.append((f"{prefix}{name}.preset", section))
+        elif section is not None:
+            found += preset_sections(section, f"{prefix}{name}.")
+    return found
 
 
 def modules() -> list[str]:

@@ -30,6 +30,7 @@ from lpcam.errors import ArtefactError
 from lpcam.onnx_files import (
     OPSET,
     TRACED_SIZE,
+    FromPixels,
     check_opset,
     check_size,
     describe_model,
@@ -119,8 +120,6 @@ def export_onnx(
 class _WithImages(nn.Module):
     """The segmenter from uint8 images to mask ids, as the file has it."""
 
-    mean: Tensor
-    std: Tensor
     mask_ids: Tensor
 
     def __init__(self, segmenter: Any) -> None:
@@ -128,16 +127,13 @@ class _WithImages(nn.Module):
         self.segmenter = copy.deepcopy(segmenter).cpu().float()
         self.classes: ClassTable = segmenter.classes
         self.preprocessing: Preprocessing = segmenter.preprocessing
-        channels = {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
-        for name, values in channels.items():
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.pixels = FromPixels(self.preprocessing)
         ids = torch.tensor((BACKGROUND, *self.classes.mask_ids), dtype=torch.uint8)
         self.register_buffer("mask_ids", ids)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, 3) uint8 to logits (B, L, H, W) and mask ids (B, H, W)."""
-        pixels = image.permute(0, 3, 1, 2).float() / 255.0
-        logits = self.segmenter((pixels - self.mean) / self.std)
+        logits = self.segmenter(self.pixels(image))
         logits = F.interpolate(
             logits, size=tuple(image.shape[1:3]), mode="bilinear", align_corners=False
         )
