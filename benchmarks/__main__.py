@@ -25,6 +25,7 @@ ALL = (
     "reservoir",
     "walk",
     "crf",
+    "localisation",
 )
 TAKES = {
     "start_up": ("quick",),
@@ -35,6 +36,7 @@ TAKES = {
     "reservoir": ("data", "run"),
     "walk": ("quick",),
     "crf": ("quick", "data"),
+    "localisation": ("quick", "data", "weights", "run"),
 }
 """The arguments that are handed on to each."""
 HERE = Path(__file__).parent

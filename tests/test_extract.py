@@ -1,5 +1,6 @@
 """CAM and LPCAM from an image and a classifier."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lpcam import CAM, LPCAM, extract
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
-from lpcam.errors import ArtefactError, NotFittedError, PrototypeError
+from lpcam.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.extract import (
     cam_maps,
     collect,
@@ -20,8 +21,10 @@ from lpcam.extract import (
     tensor_pyramid,
 )
 from lpcam.functional import class_activation, normalize
-from lpcam.presets import LpcamSettings
+from lpcam.linear import fit_head
+from lpcam.presets import LpcamSettings, ProbeSettings
 from lpcam.prototypes import Prototypes, Reservoir
+from lpcam.wrap import WrappedModel
 
 SETTINGS = LpcamSettings.from_preset(
     "voc12.official", clusters=2, scales=[1.0, 0.5], mu_f=0.5, tau=0.3
@@ -366,3 +369,145 @@ def test_a_part_that_does_not_fit_changes_nothing(classifier: Classifier) -> Non
     with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
         lpcam.partial_fit(first[0], torch.ones(2, 3))
     assert lpcam.prototypes_ is before
+
+
+# -- Any model: heads that are fitted, habits of scikit-learn -------------------------------------
+
+
+def colours(count: int = 12) -> list[tuple[Tensor, Tensor]]:
+    """Batches of red and green squares with their class indices."""
+    generator = torch.Generator().manual_seed(0)
+    shades = (0.6 + 0.4 * torch.rand(count, generator=generator)).tolist()
+    images = [
+        picture((0.1, s, 0.1) if index % 2 else (s, 0.1, 0.1)) for index, s in enumerate(shades)
+    ]
+    labels = torch.arange(count) % 2
+    return [(torch.stack(images[i : i + 5]), labels[i : i + 5]) for i in range(0, count, 5)]
+
+
+def test_a_backbone_gets_a_head_first() -> None:
+    loader = colours()
+    lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(loader)
+    assert isinstance(lpcam.source_, WrappedModel)
+    assert lpcam.source_.new_head
+    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    assert lpcam.source_.logits(images).argmax(1).tolist() == [0, 1]
+    maps = lpcam(images, torch.tensor([0, 1]))
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] < 0.1
+    assert not maps[0, 1].any()
+    # the head is that of the linear probe: on the mean of the map, each image and its mirror
+    pooled = torch.cat([Patches()(batch).mean((-2, -1)) for batch, _ in loader])
+    mirrored = torch.cat([Patches()(batch.flip(-1)).mean((-2, -1)) for batch, _ in loader])
+    multi_hot = torch.eye(2)[torch.cat([labels for _, labels in loader])]
+    expected = fit_head(
+        torch.stack([pooled, mirrored], dim=1),
+        multi_hot,
+        ProbeSettings.from_preset("default"),
+        ("red", "green"),
+    )
+    torch.testing.assert_close(lpcam.source_.weight, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_new_head_is_saved_with_its_prototypes(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(colours())
+    lpcam.save(path)
+    again = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).load(path)
+    images = colours()[0][0]
+    assert torch.equal(again(images), lpcam(images))
+    assert torch.equal(again.source_.weight, lpcam.source_.weight)
+    with pytest.raises(PrototypeError, match="but this classifier is"):
+        LPCAM(Patches(), SETTINGS, classes=["green", "red"]).load(path)
+
+
+def test_a_new_head_needs_two_passes_and_every_class() -> None:
+    names = ["red", "green"]
+    with pytest.raises(ClassifierError, match=r"is an iterator.* a new head is fitted in a pass"):
+        LPCAM(Patches(), SETTINGS, classes=names).fit(iter(colours()))
+    with pytest.raises(ClassifierError, match="no image of the loader is labelled blue"):
+        LPCAM(Patches(), SETTINGS, classes=[*names, "blue"]).fit(colours())
+    with pytest.raises(
+        ClassifierError, match=r"no linear head for red, green yet; .*fit\(loader\)"
+    ):
+        LPCAM(Patches(), SETTINGS, classes=names).partial_fit(*colours()[0])
+    for empty in (LPCAM(Patches(), SETTINGS, classes=names),):
+        with pytest.raises(PrototypeError, match="the loader gave no image"):
+            empty.fit([])
+
+
+def test_a_new_head_under_inference_mode() -> None:
+    with torch.inference_mode():
+        lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(colours())
+    assert not lpcam.source_.weight.is_inference()
+
+
+def test_class_indices_are_labels_too(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    by_hot = LPCAM(classifier, SETTINGS).fit([batch])
+    by_index = LPCAM(classifier, SETTINGS).fit([(images, torch.tensor([0, 1]))])
+    assert torch.equal(by_hot.prototypes_.vectors(), by_index.prototypes_.vectors())
+    assert torch.equal(by_hot(images, labels), by_hot(images, torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="class indices from 0 to 1, got 0 to 2"):
+        by_hot(images, torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2,\)"):
+        by_hot(images, torch.tensor([0.0, 1.0]))  # not of an integer type
+
+
+def test_fit_maps(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    loader = colours()
+    found = lpcam.fit_maps(loader)
+    assert lpcam.prototypes_.made_by["images"] == 12  # fitted before the first map is asked for
+    batches = list(found)
+    assert len(batches) == len(loader)
+    for (images, labels, maps), (wanted, _) in zip(batches, loader, strict=True):
+        assert torch.equal(images, wanted)
+        assert torch.equal(maps, lpcam(images, labels))
+    with pytest.raises(ClassifierError, match=r"is an iterator.* fit_maps goes through it twice"):
+        lpcam.fit_maps(iter(loader))
+
+
+def test_parameters_are_those_of_the_constructor(classifier: Classifier) -> None:
+    for kind in (CAM, LPCAM):
+        names = list(inspect.signature(kind).parameters)
+        extractor = kind(classifier, "small", classes=None)
+        assert list(extractor.get_params()) == names
+        assert extractor.get_params()["settings"] == "small"
+        assert kind(**extractor.get_params()).get_params() == extractor.get_params()
+        with pytest.raises(ValueError, match="has no parameter 'clusters'; it has model, settings"):
+            extractor.set_params(clusters=3)
+
+
+def test_set_params(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    assert lpcam.set_params(with_context=False) is lpcam
+    without = LPCAM(classifier, SETTINGS, with_context=False).fit([batch])
+    assert torch.equal(lpcam(images, labels), without(images, labels))
+    one = SETTINGS.model_copy(update={"scales": (1.0,)})
+    assert lpcam.set_params(settings=one).settings_.scales == (1.0,)
+    assert not torch.equal(lpcam(images, labels), without(images, labels))
+    lpcam.set_params(model=Patches(), classes=["red", "green"])
+    with pytest.raises(NotFittedError, match="no prototypes yet"):
+        lpcam(images)
+
+
+def test_clones(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    base = pytest.importorskip("sklearn.base")
+    lpcam = LPCAM(classifier, SETTINGS, random_state=3).fit([batch])
+    twin = base.clone(lpcam)
+    assert isinstance(twin, LPCAM)
+    assert twin.random_state == 3
+    with pytest.raises(NotFittedError):
+        twin.prototypes_  # noqa: B018
+    assert torch.equal(twin.fit([batch])(batch[0]), lpcam(batch[0]))
+
+
+def test_a_classifier_has_its_own_head(classifier: Classifier) -> None:
+    with pytest.raises(ClassifierError, match="classes, pool cannot be given beside a Classifier"):
+        CAM(classifier, SETTINGS, classes=["a"], pool="mean")(torch.rand(1, 3, 32, 32))
+
+
+def test_the_default_preset(classifier: Classifier) -> None:
+    assert CAM(classifier).settings_ == LpcamSettings.from_preset("voc12.official")

@@ -11,13 +11,16 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "backbones functional clustering masks metrics storage progress processes parallel "
-    "resources refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
-    2: "networks.deeplabv2 networks.upernet networks.wideresnet38 "
+    1: "backbones structure linear objects localisation "
+    "functional clustering masks metrics storage progress processes parallel resources "
+    " refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
+    2: "finder wrap faithfulness onnx_files "
+    "networks.deeplabv2 networks.upernet networks.wideresnet38 "
     "data.check data.classes data.creatures data.folder data.images data.voc "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting "
     "report.encode report.images report.meaning report.collect report.page "
+    "compat.gradcam head peers "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files explain.maps models",

@@ -57,6 +57,15 @@ def test_score_depends_on_the_length_of_the_centre() -> None:
     assert score(10 * center, weight, 0).item() > 0.99 > score(center, weight, 0).item()
 
 
+def test_score_of_one_class_is_the_sigmoid() -> None:
+    """A softmax over one class would be 1 for every centre."""
+    centers = torch.tensor([[2.0], [0.0], [-3.0]])
+    found = score(centers, torch.tensor([[1.0]]), 0)
+    two = score(centers, torch.tensor([[1.0], [0.0]]), 0)
+    torch.testing.assert_close(found, two)
+    assert found.tolist() == pytest.approx([1 / (1 + math.exp(-z)) for z in (2.0, 0.0, -3.0)])
+
+
 def test_selection_bounds_are_strict() -> None:
     scores = torch.tensor([0.9, 0.91, 0.05, 0.06])
     assert select_foreground(scores, 0.9).tolist() == [False, True, False, False]

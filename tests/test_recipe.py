@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,87 @@ def test_there_are_bundled_recipes() -> None:
 
 
 def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"voc_animals$"):
+    with pytest.raises(RecipeError, match=r"voc_animals-deeplabv2$"):
         load_recipe(tmp_path)
     (tmp_path / "recipe.yaml").write_text("version: 1\n")
     with pytest.raises(RecipeError, match=r"; did you mean '.*recipe\.yaml'\?$"):
         load_recipe(tmp_path)
+
+
+# -- Recipes based on others ---------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_based_on_a_bundled_one(tmp_path: Path) -> None:
+    """Its own values come first; of a section that names a preset none of the base's are left."""
+    path = write(
+        tmp_path / "mine.yaml",
+        "base: voc_animals\nname: mine\ndata: {classes: [cat], root: photographs}\n"
+        "lpcam: {preset: voc12.official}\n",
+    )
+    base, mine = load_recipe("voc_animals"), load_recipe(path)
+    assert (mine.name, mine.data.classes) == ("mine", ("cat",))
+    assert mine.data.root == tmp_path / "photographs"
+    assert mine.data.lists == base.data.lists
+    assert mine.classifier == base.classifier
+    assert mine.lpcam.preset == "voc12.official"
+    assert mine.lpcam.changes() == {}
+
+
+def test_a_base_is_a_bundled_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", "base: mine.yaml\nname: mine\n")
+    with pytest.raises(
+        RecipeError, match=r"is based on 'mine\.yaml'; a base is one of the bundled"
+    ):
+        load_recipe(path)
+
+
+def test_paths_are_absolute_for_the_recipe_that_a_run_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path / "mine.yaml",
+        "base: voc_animals-deeplabv2\nname: mine\ndata: {root: photographs}\n"
+        "segment: {weights: own.safetensors}\n",
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = load_recipe("mine.yaml")
+    assert mine.data.root == tmp_path / "photographs"
+    assert mine.segment is not None
+    assert mine.segment.weights == str(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("network: upernet", "training.pyramid belongs to deeplabv2, not to upernet"),
+        (
+            "network: wideresnet38\n  backbone: resnet50\n"
+            "  training: {preset: wideresnet38.official}",
+            "wideresnet38 has no other backbone, got 'resnet50'",
+        ),
+        (
+            "network: upernet\n  training: {preset: upernet.voc12.paper}\n  output_stride: 16",
+            "output_stride belongs to deeplabv2; upernet has one of its own",
+        ),
+        ("checkpoint: best\n  validations: 0", "checkpoint 'best' needs validations above 0"),
+        ("masks: []", "segment.masks"),
+        (
+            "training: {preset: light, epochs: 3}",
+            "iterations 1000 and epochs 3: give one and set the other to null",
+        ),
+        ("training: {preset: light, accumulation: 3}", "batch_size 8 is no multiple of accum"),
+        ("training: {preset: light, scales: [2.0, 1.0]}", "must be a range: two, the smaller"),
+    ],
+)
+def test_segmenters_that_cannot_be(values: str, message: str, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "mine.yaml",
+        f"base: voc_animals\nname: mine\nrefine: {{method: irn}}\nsegment:\n  {values}\n",
+    )
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(path)

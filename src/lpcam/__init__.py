@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lpcam.extract import CAM, LPCAM
     from lpcam.presets import LpcamSettings
     from lpcam.prototypes import Prototypes
+    from lpcam.wrap import WrappedModel
 
 __all__ = [
     "CAM",
@@ -27,6 +28,7 @@ __all__ = [
     "ImageMaps",
     "LpcamSettings",
     "Prototypes",
+    "WrappedModel",
     "__version__",
     "functional",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "ImageMaps": "lpcam.explain.maps",
     "LpcamSettings": "lpcam.presets",
     "Prototypes": "lpcam.prototypes",
+    "WrappedModel": "lpcam.wrap",
 }
 
 

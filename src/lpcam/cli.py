@@ -376,21 +376,24 @@ def _predict(options: argparse.Namespace, given: Sequence[str]) -> int:
     from lpcam.resources import available_threads, choose_device  # noqa: PLC0415
     from lpcam.segmentation.files import segment_files  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
+    from lpcam.stages.context import GPU_THREADS  # noqa: PLC0415
     from lpcam.stages.segment import find_segmenter  # noqa: PLC0415
     from lpcam.storage import digest_file  # noqa: PLC0415
 
     found = find_segmenter(options.run, options.trained_on)
     settings = found.section.test
+    device = choose_device(options.device)
+    threads = options.threads or available_threads()
     if options.no_crf:
         settings = settings.model_copy(update={"crf": None})
     result = segment_files(
-        Segmenter.load(found.path).to(choose_device(options.device)),
+        Segmenter.load(found.path).to(device),
         options.images,
         options.output,
         settings,
         probabilities=options.probabilities,
         maximum_side=found.recipe.maps.maximum_side,
-        workers=options.threads or available_threads(),
+        workers=threads if device.type == "cpu" else min(threads, GPU_THREADS),
         command=shlex.join(["lpcam", *given]),
         made_by={
             "run": found.recipe.name,

@@ -173,8 +173,8 @@ def run(
         at_record: what else a record holds, of the number of steps done.
 
     Returns:
-        one record every ``plan.record`` steps: ``epoch``, ``step``, mean ``loss``, and those of
-        ``at_record``.
+        one record every ``plan.record`` steps and at the end: ``epoch``, ``step``, mean ``loss``,
+        and those of ``at_record``.
 
     Raises:
         ClassifierError: if a forward pass has fewer images than there are processes, or the loss is
@@ -182,12 +182,7 @@ def run(
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
     parts = plan.accumulation
-    size = min(plan.batch, count) // parts
-    if size < processes.count:
-        raise ClassifierError(
-            f"a batch of {size} images cannot be shared out among {processes.count} processes; "
-            f"start fewer, or raise {section}.batch_size"
-        )
+    smallest_part(plan, count, processes, section)
     base = [float(group["lr"]) for group in optimizer.param_groups]
     checkpoint = folder / CHECKPOINT
     step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
@@ -227,11 +222,12 @@ def run(
             step += 1
             running += value
             advance(1, f"loss {value:.4f}")
-            recorded = step % plan.record == 0
+            since = (step - 1) % plan.record + 1
+            recorded = since == plan.record or step == plan.steps
             if recorded:
                 more = {} if at_record is None else at_record(step)
                 epoch = (step - 1) // order.steps_an_epoch + 1
-                mean = running / plan.record
+                mean = running / since
                 history.append({"epoch": epoch, "step": step, "loss": mean, **more})
                 running = 0.0
                 record = ", ".join(f"{k} {_shown(v)}" for k, v in history[-1].items())
@@ -240,6 +236,26 @@ def run(
             if due and processes.first:
                 _save(checkpoint, module, optimizer, scaler, step, running, history)
     return history
+
+
+def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
+    """Images of the smallest forward pass over all processes, of a list of ``count``.
+
+    Raises:
+        ClassifierError: if that is fewer than there are processes.
+    """
+    batch, parts = min(plan.batch, count), plan.accumulation
+    size = batch // parts
+    if size < processes.count:
+        whole = f"a batch of {batch} images"
+        raise ClassifierError(
+            f"{whole} in {parts} parts ({section}.accumulation) leaves a part empty; lower it, or "
+            "give more images"
+            if processes.count == 1
+            else f"{whole if parts == 1 else f'{whole} in {parts} parts'} cannot be shared out "
+            f"among {processes.count} processes; start fewer, or raise {section}.batch_size"
+        )
+    return size
 
 
 def _mixed(*numbers: int) -> int:

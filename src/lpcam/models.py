@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.data import imagenet_info
 from torch import nn
 
 from lpcam.classifier import PRETRAINED, PROBE_SIZE, Classifier, Preprocessing, check_backbone
 from lpcam.errors import ClassifierError
+from lpcam.wrap import class_names
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest logit, that counts as rounding."""
@@ -58,7 +57,7 @@ def timm_classifier(
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         classifier = Classifier(
             model,
-            _names(model, head.out_features) if classes is None else classes,
+            class_names(model, head.out_features) if classes is None else classes,
             Preprocessing(
                 tuple(mean if mean is not None else config.get("mean", (0.485, 0.456, 0.406))),
                 tuple(std if std is not None else config.get("std", (0.229, 0.224, 0.225))),
@@ -131,14 +130,3 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
             f"{' '.join(str(error).split()):.300}; give a safetensors file of the whole model, "
             f"its head included, or {PRETRAINED!r}"
         ) from error
-
-
-def _names(model: nn.Module, count: int) -> list[str]:
-    """Short and distinct class names."""
-    subset = imagenet_info.infer_imagenet_subset(model)
-    info: Any = imagenet_info.ImageNetInfo(subset) if subset else None
-    if info is None or info.num_classes() != count:
-        return [f"class {index}" for index in range(count)]
-    names = [info.index_to_description(index).split(",")[0].strip() for index in range(count)]
-    uses = Counter(names)
-    return [f"{n} ({index})" if uses[n] > 1 else n for index, n in enumerate(names)]

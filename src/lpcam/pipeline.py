@@ -40,7 +40,7 @@ from lpcam.stages.refine import (
 )
 from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
-from lpcam.stages.segment import check, take_masks, test, train
+from lpcam.stages.segment import check, rehearse, take_masks, test, train
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,8 @@ def _left_out(recipe: Recipe) -> tuple[StageName, ...]:
 
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
     left_out = _left_out(run.recipe)
+    if "segment" in stages and "segment" not in left_out and run.only is None:
+        rehearse(run)
     for name in stages:
         if name in left_out:
             continue

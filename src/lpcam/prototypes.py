@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,9 @@ def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
     The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
     mu_b rely on it. Of spherical clusters give the plain means of the raw members.
 
+    Over one class a softmax is always 1. The one row of a binary classifier is therefore scored by
+    the sigmoid, which is the softmax of its logit and a zero.
+
     Args:
         centers: (K, C).
         weight: (N, C) rows of the classifier.
@@ -72,7 +75,10 @@ def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
     Returns:
         (K,) in [0, 1].
     """
-    return (centers @ weight.T).softmax(dim=1)[:, index]
+    logits = centers @ weight.T
+    if weight.shape[0] == 1:
+        return logits[:, 0].sigmoid()
+    return logits.softmax(dim=1)[:, index]
 
 
 def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
@@ -391,8 +397,8 @@ class Prototypes:
                 rows.append(unit_mean(selected))
         return torch.stack(rows)
 
-    def save(self, path: Path) -> None:
-        """Write to one safetensors file, atomically."""
+    def save(self, path: Path, beside: Mapping[str, Tensor] | None = None) -> None:
+        """Write to one safetensors file, atomically, with tensors to be kept beside."""
         tensors = {
             f"{side}.{part}": getattr(getattr(self, side), part).cpu().contiguous()
             for side in SIDES
@@ -405,6 +411,7 @@ class Prototypes:
             "made_by": self.made_by,
             "events": list(self.events),
         }
+        tensors.update({name: t.cpu().contiguous() for name, t in (beside or {}).items()})
         write_tensors(path, tensors, metadata)
 
     @classmethod

@@ -46,7 +46,8 @@ def _against_base(value: Any, info: ValidationInfo) -> Any:
     """Resolve a relative path against the folder of the recipe that names it."""
     base = (info.context or {}).get("base")
     if isinstance(value, str) and base is not None:
-        return Path(base) / Path(value).expanduser()
+        # Absolute, for the recipe that a run keeps lies in another folder.
+        return (Path(base) / Path(value).expanduser()).absolute()
     return value
 
 
@@ -244,6 +245,10 @@ class SegmentSection(WeightsSection):
             )
         if self.network == "wideresnet38" and self.backbone is not None:
             raise ValueError(f"wideresnet38 has no other backbone, got {self.backbone!r}")
+        if self.network != "deeplabv2" and self.output_stride is not None:
+            raise ValueError(
+                f"output_stride belongs to deeplabv2; {self.network} has one of its own"
+            )
         if self.checkpoint == "best" and not self.validations:
             raise ValueError("checkpoint 'best' needs validations above 0")
         return self

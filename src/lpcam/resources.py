@@ -55,6 +55,18 @@ def available_memory() -> int:
     return min([machine, *container_limits()])
 
 
+IMAGE_SHARE = 0.75
+"""Of the memory that may be used, for what images need while they are worked on."""
+
+
+def memory_of_an_image(device: torch.device, workers: int) -> int | None:
+    """Bytes that one image may need while ``workers`` are worked on at a time.
+
+    None on a GPU, where what is free when it comes to it decides.
+    """
+    return int(available_memory() * IMAGE_SHARE / workers) if device.type == "cpu" else None
+
+
 def container_limits(
     membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
 ) -> list[int]:

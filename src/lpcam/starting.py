@@ -117,6 +117,8 @@ def _flow(value: object) -> str:
 
 def _has_output_stride(backbone: str) -> bool:
     """Families of timm whose constructors take output_stride."""
+    if backbone == "wideresnet38":  # whose own is the only one
+        return False
     families = ("resnet", "resnext", "mobilenetv1", "mobilenetv2", "efficientnet", "regnet")
     return any(family in backbone for family in (*families, "convnext"))
 

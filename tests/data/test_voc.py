@@ -147,3 +147,26 @@ def test_missing_image_is_skipped_and_none_left_is_an_error(root: Path) -> None:
     write_list(root, "some", "2007_000001")
     with pytest.raises(DataError, match="no image of the lists some can be used: there is no"):
         read_voc(root, lists=["some"])
+
+
+def test_images_to_test_need_no_annotation(root: Path) -> None:
+    """But those of a list that does need them do, in whatever other list they are too."""
+    for name in ("2007_000002", "2008_000003"):
+        (root / "Annotations" / f"{name}.xml").unlink()
+    write_list(root, "train", "2007_000001\n2007_000002\n")
+    write_list(root, "test", "2007_000002\n2008_000003\n")
+    dataset = read_voc(root, lists=["train", "test"], unlabelled=["test"])
+    assert dataset.lists == {"train": ("2007_000001",), "test": ("2008_000003",)}
+    assert dataset.items["2008_000003"].labels == ()
+    assert [skip.id for skip in dataset.skipped] == ["2007_000002"]
+
+
+def test_a_folder_with_classes_of_its_own(root: Path) -> None:
+    (root / "class_names.txt").write_text("zebra\n\ncow\n", encoding="utf-8")
+    dataset = read_voc(root, lists=["train"])
+    assert (dataset.classes.names, dataset.classes.mask_ids) == (("zebra", "cow"), (1, 2))
+    assert dataset.items["2007_000002"].labels == (0, 1)
+    assert read_voc(root, lists=["train"], classes=["cow"]).classes.mask_ids == (2,)
+    (root / "class_names.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"class_names\.txt is no UTF-8 text; write one class"):
+        read_voc(root, lists=["train"])

@@ -18,7 +18,7 @@ from tiny import digests, recipe_values, times
 from lpcam import engine
 from lpcam.cli import main
 from lpcam.data.images import read_image, read_index_mask
-from lpcam.errors import ArtefactError, DataError, RecipeError
+from lpcam.errors import ArtefactError, ClassifierError, DataError, RecipeError
 from lpcam.metrics import confusion, scores, truth_labels
 from lpcam.pipeline import run, segment
 from lpcam.recipe import parse_recipe
@@ -131,6 +131,9 @@ def test_rows_are_the_scores_of_the_masks(finished: Values) -> None:
             assert protocol["threshold_source"] == "none: the most probable label"
             assert protocol["segmenter"]["training"]["iterations"] == 4
             assert protocol["segmenter"]["checkpoint"] == "last step"
+            assert protocol["segmenter"]["tested_on_training_images"] == 12
+            assert protocol["segmenter"]["mask_threshold"] == (None if name == "truth" else 0.5)
+            assert protocol["segmenter"]["crf"]["bilateral_sxy"] == 67.0
             assert ("scales" in protocol) == (name != "truth")
             assert (protocol["refine"] is None) == (name == "truth")
     assert recipe.segment is not None
@@ -202,6 +205,66 @@ def test_a_stopped_training_goes_on(
     monkeypatch.setattr(engine, "_save", save)
     go(values)
     assert made(values) == made(finished)
+
+
+def test_a_renamed_class_makes_the_segmenter_anew(values: Values) -> None:
+    """Its name is in the segmenter's file, and so in all that is made with it."""
+    root = folder_of(values).parent / "data"
+    shutil.copytree(values["data"]["root"], root)
+    labels = (root / "labels.csv").read_text().replace("green", "emerald")
+    (root / "labels.csv").write_text(labels)
+    (root / "classes.txt").write_text("blue\nemerald\nred\n")
+    go(changed(values, data={**values["data"], "root": str(root)}))
+    path = folder_of(values) / "segment" / "lpcam" / "segmenter.safetensors"
+    assert Segmenter.load(path).classes.names == ("blue", "emerald", "red")
+
+
+def test_the_best_weights_are_those_of_the_present_truth(values: Values) -> None:
+    best = changed(values, segment={**SEGMENT, "checkpoint": "best"})
+    go(best)
+    (folder_of(values) / "segment" / "lpcam" / "best.safetensors").unlink()
+    go(best)  # made again
+    assert (folder_of(values) / "segment" / "lpcam" / "best.safetensors").is_file()
+    maps = {**values["maps"], "maximum_side": 70}
+    with pytest.raises(ArtefactError, match=r"was chosen on other true masks .*; delete"):
+        go(changed(best, maps=maps, segment={**best["segment"], "masks": ["truth"]}))
+
+
+def test_what_is_refused_before_any_work(values: Values, tmp_path: Path) -> None:
+    def refused(kind: type[Exception], message: str, **section: Any) -> None:
+        folder = tmp_path / "new"
+        with pytest.raises(kind, match=message):
+            go(changed(in_folder(values, folder), segment={**SEGMENT, **section}))
+        assert not (folder / "classifier").exists()
+
+    own = str(tmp_path / "own.safetensors")
+    refused(ClassifierError, r"segment\.weights: there is no file .*own", weights=own)
+    refused(ClassifierError, "has no weights to fetch", backbone=None, weights="pretrained")
+    refused(ClassifierError, "timm has no model 'resnet_1'", backbone="resnet_1")
+    (tmp_path / "own.safetensors").write_bytes(b"no tensors")
+    refused(ClassifierError, r"own\.safetensors' cannot be read", weights=own)
+    training = {**SEGMENT["training"], "batch_size": 14, "accumulation": 14}
+    refused(ClassifierError, "12 images in 14 parts .* leaves a part empty", training=training)
+    swin = {"preset": "upernet.voc12.paper", "batch_size": 1}
+    tiny = {"network": "upernet", "backbone": "tiny", "training": swin}
+    tiny["arguments"] = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+    refused(ClassifierError, "need two images at a time, but a forward pass has 1", **tiny)
+
+
+def test_a_finished_segmenter_is_kept_where_other_masks_are_refused(
+    values: Values, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(in_folder(values, tmp_path / "given"), where="tiny.yaml")
+    segment(recipe, folder_of(values) / "pseudo" / "lpcam")
+    path = tmp_path / "given" / "segment" / "given" / "segmenter.safetensors"
+    before = path.read_bytes()
+    masks = tmp_path / "masks"
+    shutil.copytree(folder_of(values) / "pseudo" / "cam", masks)
+    whole = Image.open(masks / "i05.png")
+    Image.fromarray(np.full((whole.height, whole.width), 77, np.uint8)).save(masks / "i05.png")
+    with pytest.raises(DataError, match=r"i05.*77"):
+        segment(recipe, masks)
+    assert path.read_bytes() == before
 
 
 # -- Masks of other programs -------------------------------------------------------------------

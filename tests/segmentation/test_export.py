@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +172,15 @@ def test_nothing_of_this_machine_is_in_the_file(exported: Exported) -> None:
         assert trace.encode() not in content, trace
 
 
+@pytest.fixture
+def unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants stay unfolded, which takes a third of the time and changes no number."""
+    monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, optimize=False))
+
+
 TINY = {
     "deeplabv2": SegmenterSpec(
-        "deeplabv2",
-        "resnet101_caffe",
-        {"blocks": (1, 1, 1, 1), "width": 2},
-        pyramid=(0.75,),
+        "deeplabv2", "resnet101_caffe", {"blocks": (1, 1, 1, 1), "width": 2}
     ),
     "wideresnet38": SegmenterSpec(
         "wideresnet38",
@@ -187,7 +191,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_networks_are_exported_for_any_size(tmp_path: Path, name: str) -> None:
+def test_networks_are_exported_for_any_size(tmp_path: Path, name: str, unfolded: None) -> None:
     segmenter = build_segmenter(TINY[name], CLASSES, weights="random")
     export_onnx(segmenter, tmp_path / "s.onnx")
     check(segmenter, tmp_path / "s.onnx")
@@ -195,12 +199,12 @@ def test_networks_are_exported_for_any_size(tmp_path: Path, name: str) -> None:
     assert json.loads(metadata["spec"])["network"] == name
 
 
-def test_swin_is_exported_for_one_size(tmp_path: Path) -> None:
+def test_swin_is_exported_for_one_size(tmp_path: Path, unfolded: None) -> None:
     """For others the exporter makes a file that differs, which the check refuses."""
     pytest.importorskip("transformers")
     arguments = {
         "embed_dim": 4,
-        "depths": (2, 1, 1, 1),
+        "depths": (1, 1, 1, 1),
         "num_heads": (1, 1, 1, 1),
         "channels": 4,
         "auxiliary_channels": 4,
@@ -208,11 +212,11 @@ def test_swin_is_exported_for_one_size(tmp_path: Path) -> None:
     spec = SegmenterSpec("upernet", "tiny", arguments)
     segmenter = build_segmenter(spec, CLASSES, weights="random")
     path = tmp_path / "s.onnx"
-    parity = export_onnx(segmenter, path, dynamic=False, size=(70, 45))
-    assert parity.sizes == ((70, 45),)
-    check(segmenter, path, [(1, (70, 45)), (3, (70, 45))])
+    parity = export_onnx(segmenter, path, dynamic=False, size=(32, 45))
+    assert parity.sizes == ((32, 45),)
+    check(segmenter, path, [(1, (32, 45)), (3, (32, 45))])
     metadata = {e.key: e.value for e in onnx.load(path).metadata_props}
-    assert json.loads(metadata["sides"]) == "70 x 45 pixels only"
+    assert json.loads(metadata["sides"]) == "32 x 45 pixels only"
     with pytest.raises(Exception, match="Got invalid dimensions"):
         run(path, images(1, (64, 64)))
 

@@ -412,6 +412,13 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str | Path) -> None:
     if unknown := sorted(set(arguments) - {"blocks", "width"}):
         raise ClassifierError(f"{CAFFE} has no argument {unknown[0]!r}; it has blocks and width")
+    blocks, width = arguments.get("blocks", BLOCKS), arguments.get("width", WIDTH)
+    numbers = [*blocks, width] if isinstance(blocks, Sequence) else []
+    if len(numbers) != len(BLOCKS) + 1 or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ClassifierError(
+            f"{CAFFE} has blocks {blocks!r} and width {width!r}; expected {len(BLOCKS)} positive "
+            "whole numbers and one"
+        )
     if stride not in (None, OUTPUT_STRIDE):
         raise ClassifierError(
             f"{CAFFE} has output stride {OUTPUT_STRIDE}, got {stride}; set it to null, or take "

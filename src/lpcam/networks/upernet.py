@@ -147,6 +147,8 @@ class UperNetSwin(nn.Module):
         for part in (self.backbone, self.decode_head, self.auxiliary_head):
             for module in part.modules():
                 for name, parameter in module.named_parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        continue
                     if isinstance(module, norms) or name == "relative_position_bias_table":
                         group = "no_decay"
                     elif part is self.backbone:

@@ -120,7 +120,9 @@ def build_wideresnet38(
             "lpcam convert FILE FILE.safetensors and give its path as weights"
         )
     chosen = dict(arguments or {})
-    hidden = int(chosen.pop("hidden", HIDDEN))
+    hidden = chosen.pop("hidden", HIDDEN)
+    if not isinstance(hidden, int) or hidden < 1:
+        raise ClassifierError(f"hidden is {hidden!r}; give a positive whole number of channels")
     spec = BackboneSpec(BACKBONE, chosen)
     if str(weights) != RANDOM and _is_classifier(Path(weights)):
         classifier = _load_classifier(Path(weights), spec)

@@ -36,7 +36,7 @@ from lpcam.parallel import ordered_map
 from lpcam.presets import SegmentTestSettings
 from lpcam.progress import progress
 from lpcam.refine.crf import DenseCrf
-from lpcam.resources import available_memory
+from lpcam.resources import memory_of_an_image
 from lpcam.segmentation import predict
 from lpcam.segmentation.predict import SegmenterLike
 from lpcam.storage import read_bytes, write_bytes, write_json
@@ -158,7 +158,7 @@ def segment_files(
     }
     write_json(output / INDEX, index)  # first: after a stop, the next call knows what is its own
     if memory is None and segmenter.device.type == "cpu":
-        memory = available_memory() * 3 // 4 // workers
+        memory = memory_of_an_image(segmenter.device, workers)
     crf = predict.make_crf(settings, memory)
 
     def make(entry: tuple[str, Path]) -> dict[str, Any] | str:

@@ -167,12 +167,8 @@ def train_segmenter(
         raise DataError("there is no image to train on; give images with masks")
     processes = processes or Processes()
     device, network = segmenter.device, segmenter.network
+    check_batch(segmenter, settings, len(pairs), processes)
     if processes.count > 1 and _trains_batch_norms(network):
-        if device.type != "cuda":
-            raise ClassifierError(
-                f"{type(network).__name__} trains batch norms, whose statistics several processes "
-                "can share on GPUs alone; train it in one process on a CPU"
-            )
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         segmenter.network = network
     freeze(network, settings.freeze)
@@ -224,6 +220,31 @@ def train_segmenter(
     return history
 
 
+def check_batch(
+    segmenter: Segmenter, settings: SegmenterSettings, count: int, processes: Processes
+) -> None:
+    """Refuse batches of a list of ``count`` images that the network or the processes cannot take.
+
+    Raises:
+        ClassifierError: if a sub-batch has fewer images than there are processes, or batch norms
+            are trained on one image, or by several processes on CPUs.
+    """
+    network = segmenter.network
+    part = engine.smallest_part(plan_of(settings, count), count, processes, "segment.training")
+    if not _trains_batch_norms(network):
+        return
+    if processes.count > 1 and segmenter.device.type != "cuda":
+        raise ClassifierError(
+            f"{type(network).__name__} trains batch norms, whose statistics several processes "
+            "can share on GPUs alone; train it in one process on a CPU"
+        )
+    if part < 2:
+        raise ClassifierError(
+            f"{type(network).__name__} trains batch norms, which need two images at a time, but a "
+            f"forward pass has {part}; raise segment.training.batch_size or give more images"
+        )
+
+
 def _trains_batch_norms(network: nn.Module) -> bool:
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return any(p.requires_grad for norm in norms for p in norm.parameters())
@@ -234,9 +255,10 @@ def _trains_batch_norms(network: nn.Module) -> bool:
 
 def validation_steps(plan: engine.Plan, times: int) -> set[int]:
     """The steps, among those of a plan's records, after which a training is looked at."""
-    records = plan.steps // plan.record
+    records = -(-plan.steps // plan.record)
     count = min(times, records)
-    return {round((k + 1) * records / count) * plan.record for k in range(count)}
+    steps = {round((k + 1) * records / count) * plan.record for k in range(count)}
+    return {min(step, plan.steps) for step in steps}
 
 
 def best_so_far(path: Path) -> float:

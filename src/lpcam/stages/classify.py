@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import FEATURE_KEYS, STAGES, Run, remove_leftovers
+from lpcam.stages.context import FEATURE_KEYS, STAGES, Run, remove_leftovers, weights_key
 from lpcam.stages.prototypes import check_reservoir
 from lpcam.storage import digest_file
 from lpcam.version import versions
@@ -24,9 +23,7 @@ def classify(run: Run) -> bool:
     section = run.recipe.classifier
     settings = section.probe if run.training_method == "probe" else section.finetune
     training, validation = _validation(run)
-    weights = section.weights
-    if weights.endswith(".safetensors") and Path(weights).is_file():
-        weights = digest_file(Path(weights))
+    weights = weights_key(section.weights)
     run.stages["classify"] = Stage(
         run.folder / "classifier",
         {

@@ -30,7 +30,7 @@ from lpcam.resources import (
     choose_device,
     reuse_freed_memory,
 )
-from lpcam.storage import digest_json, read_json, write_bytes, write_json
+from lpcam.storage import digest_file, digest_json, read_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -358,6 +358,12 @@ class Run:
             "LPCAM-F": self.stages["lpcam_f"],
             "LPCAM": self.stages["lpcam"],
         }
+
+
+def weights_key(weights: str) -> str:
+    """What weights are: a word, or the digest of a file's contents."""
+    is_file = weights.endswith(".safetensors") and Path(weights).is_file()
+    return digest_file(Path(weights)) if is_file else weights
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -174,8 +174,7 @@ def _segmenter_keys(run: Run) -> dict[str, Any]:
 
 def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     """A row of a segmenter, with how it was trained and tested."""
-    section = segment_section(run)
-    figure = {k: v for k, v in row.items() if k not in ("crf", "teacher")}
+    figure = {k: v for k, v in row.items() if k not in ("crf", "teacher", "mask_threshold")}
     training = run.stages[f"{SEGMENT}/{row['teacher']}"].output
     shared = protocol(run)
     if row["teacher"] == TRUTH:  # on which neither maps nor their refinement have any bearing
@@ -194,8 +193,9 @@ def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
             "segmenter": {
                 **segmenter_protocol(run),
                 "images": training["images"],
+                "mask_threshold": row["mask_threshold"],
             },
-            "crf": section.test.crf if row["crf"] else False,
+            "crf": segment_section(run).test.crf if row["crf"] else False,
             "threshold": None,
             "threshold_source": "none: the most probable label",
             "command": run.command,

@@ -18,8 +18,8 @@ from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, seeds, to_mask, write_mask, write_plane
 from lpcam.progress import progress
 from lpcam.recipe import RefineSection
-from lpcam.resources import available_memory
-from lpcam.stages.context import Given, Run, remove_leftovers
+from lpcam.resources import memory_of_an_image
+from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 from lpcam.version import versions
 
@@ -164,7 +164,7 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
     from lpcam.refine.ternary import crf_labels, ternary  # noqa: PLC0415
 
-    crf = DenseCrf(refine_section(run).crf, memory=_crf_memory(run))
+    crf = DenseCrf(refine_section(run).crf, memory=crf_memory(run))
 
     @torch.inference_mode()
     def make(item: Item) -> None:
@@ -202,15 +202,9 @@ def _resized(planes: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(planes[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _crf_memory(run: Run) -> int | None:
+def crf_memory(run: Run) -> int | None:
     """Bytes that the CRF of one image may need: its thread's part; on a GPU what is free."""
-    if run.device.type != "cpu":
-        return None
-    return int(available_memory() * CRF_SHARE / (run.sharing.workers * run.processes.here))
-
-
-CRF_SHARE = 0.75
-"""Of the memory that may be used; the rest is for what else the process holds."""
+    return memory_of_an_image(run.device, run.sharing.workers * run.processes.here)
 
 
 def each(run: Run, label: str, items: Sequence[Item], make: Callable[[Item], None]) -> None:
@@ -239,9 +233,7 @@ def train_boundaries(run: Run) -> bool:
     """IRN's boundary branch (and displacement, where wanted) of each source's labels."""
     items, worked = run.items("maps"), False
     section, classifier = refine_section(run), run.recipe.classifier
-    weights = classifier.weights
-    if weights.endswith(".safetensors") and Path(weights).is_file():
-        weights = digest_file(Path(weights))
+    weights = weights_key(classifier.weights)
     for source in sources(run):
         labels = run.stages[f"{IR_LABELS}/{source.name}"]
         stage = run.stages[f"{IRN}/{source.name}"] = Stage(
@@ -423,7 +415,7 @@ def boundary_path(stage: Stage, item: Item) -> Path:
 def _crf(run: Run, source: Source, stage: Stage) -> Any:
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
 
-    crf = DenseCrf(refine_section(run).crf, memory=_crf_memory(run))
+    crf = DenseCrf(refine_section(run).crf, memory=crf_memory(run))
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
         image, planes = _refined_at(run, item, maps)

@@ -16,15 +16,24 @@ from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, write_mask
 from lpcam.metrics import confusion, scores, truth_labels
-from lpcam.presets import SegmentTestSettings
+from lpcam.presets import CrfSettings, SegmentTestSettings
 from lpcam.recipe import Recipe, SegmentSection, load_recipe
-from lpcam.resources import available_memory
-from lpcam.stages.context import Given, Run, remove_leftovers
-from lpcam.stages.refine import CRF_SHARE, GIVEN, PSEUDO, each, label_path, sources
+from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
+from lpcam.stages.refine import (
+    GIVEN,
+    PSEUDO,
+    crf_memory,
+    each,
+    label_path,
+    pseudo_threshold,
+    refine_section,
+    sources,
+)
 from lpcam.storage import digest_file, digest_json
 from lpcam.version import versions
 
 if TYPE_CHECKING:
+    from lpcam.segmentation.augment import CheckedMasks
     from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec
     from lpcam.segmentation.train import Validation
 
@@ -119,6 +128,35 @@ def check(recipe: Recipe, *, given: bool = False) -> None:
     check_segmenter(spec_of(section), section.weights)
 
 
+def rehearse(run: Run) -> None:
+    """Refuse, before the stages that come first, what only a training would find.
+
+    Nothing is done where a training has finished: its stage knows whether it still holds.
+
+    Raises:
+        ClassifierError: if the network cannot be built, or a batch cannot be shared out.
+        DataError: if the best weights are wanted and no image to test has a true mask.
+    """
+    section = segment_section(run)
+    if any((run.folder / SEGMENT / name / LAST).is_file() for name in NAMES):
+        return
+    if section.checkpoint == "best" and not _validation_items(run):
+        raise DataError(
+            f"no image of the list {run.recipe.data.list_of('test')!r} has a true mask to choose "
+            "the best weights on; set segment.checkpoint to last"
+        )
+    shared = _tested_on(run)
+    if shared:
+        logger.warning(
+            "%d images of the list to test are trained on too, so their scores say little of "
+            "other images; name another list: --data.lists.test",
+            len(shared),
+        )
+    from lpcam.segmentation.train import check_batch  # noqa: PLC0415
+
+    check_batch(build(run), section.training, len(run.items("segment")), run.processes)
+
+
 def take_masks(run: Run, folder: Path) -> None:
     """Train on the masks of another program instead of the run's own.
 
@@ -154,47 +192,37 @@ def train(run: Run) -> bool:
                 "revision": 1,
                 "masks": teacher.key,
                 "images": run.digest([item for item, _ in teacher.pairs]),
+                "classes": list(run.dataset.classes.names),
                 "mask_ids": list(run.dataset.classes.mask_ids),
                 "network": section.model_dump(
                     mode="json",
                     include={"network", "arguments", "output_stride", "mean", "std"},
                 ),
                 "backbone": section.backbone_name,
-                "weights": _weights(section),
+                "weights": weights_key(section.weights),
                 "training": section.training.model_dump(mode="json", exclude={"preset"}),
                 "precision": section.precision,
-                "validation": {
-                    "times": section.validations,
-                    "truth": run.digest(truth, truth=True),
-                    "settings": _validation_settings(section).model_dump(
-                        mode="json", exclude={"preset"}
-                    ),
-                    "maximum_side": run.recipe.maps.maximum_side if truth else None,
-                },
+                "validations": section.validations,
                 "seed": run.recipe.run.seed,
             },
         )
         path = stage.folder / LAST
-        if stage.done([path]):
+        if stage.done([path, *([stage.folder / BEST] if truth else [])]):
             if run.processes.first:
                 remove_leftovers(stage.folder)  # of a run that was stopped at its very end
             continue
         worked = True
+        run.refuse(stage)
+        masks, segmenter = _check_masks(run, teacher), build(run)  # before anything is removed
         run.begin(stage)
-        output = _train(run, teacher, stage, truth)
+        output = _train(run, masks, segmenter, stage, truth)
         if run.processes.first:
             output["digest"] = digest_file(path)
+            output["validation"] = _validation_key(run, truth)
         run.finish(stage, **output)
         if run.processes.first:
             remove_leftovers(stage.folder)
     return worked
-
-
-def _weights(section: SegmentSection) -> str:
-    """What the weights are, by the contents of a file."""
-    path = Path(section.weights)
-    given_file = section.weights.endswith(".safetensors") and path.is_file()
-    return digest_file(path) if given_file else section.weights
 
 
 def _validation_items(run: Run) -> list[Item]:
@@ -207,6 +235,18 @@ def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
     """Those of the test at scale 1 alone, so that other ways to test need no other training."""
     once: dict[str, Any] = {"scales": (1.0,), "flip": False, "window": None, "crf": None}
     return section.test.model_copy(update={**once, "fusion": "mean_logits"})
+
+
+def _validation_key(run: Run, truth: Sequence[Item]) -> str:
+    """Digest of what the choice of the best weights hangs on, beside the training."""
+    settings = _validation_settings(segment_section(run))
+    return digest_json(
+        [
+            run.digest(truth, truth=True),
+            settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"}),
+            run.recipe.maps.maximum_side,
+        ]
+    )
 
 
 def spec_of(section: SegmentSection) -> SegmenterSpec:
@@ -222,24 +262,41 @@ def spec_of(section: SegmentSection) -> SegmenterSpec:
     )
 
 
-def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> dict[str, Any]:
-    from lpcam.segmentation.augment import check_masks  # noqa: PLC0415
+def build(run: Run) -> Segmenter:
+    """The untrained segmenter, on the run's device."""
     from lpcam.segmentation.segmenter import build_segmenter  # noqa: PLC0415
-    from lpcam.segmentation.train import Validation, train_segmenter  # noqa: PLC0415
 
-    section, seed = segment_section(run), run.recipe.run.seed
+    section = segment_section(run)
+    return build_segmenter(
+        spec_of(section),
+        run.dataset.classes,
+        weights=section.weights,
+        mean=section.mean,
+        std=section.std,
+        seed=run.recipe.run.seed,
+    ).to(run.device)
+
+
+def _check_masks(run: Run, teacher: Teacher) -> CheckedMasks:
+    from lpcam.segmentation.augment import check_masks  # noqa: PLC0415
+
     classes = run.dataset.classes
     masks = check_masks(teacher.pairs, classes, strict=teacher.strict, workers=run.threads)
     for skip in masks.dropped:
         logger.info("%s is not trained on: %s", skip.id, skip.reason)
-    segmenter = build_segmenter(
-        spec_of(section),
-        classes,
-        weights=section.weights,
-        mean=section.mean,
-        std=section.std,
-        seed=seed,
-    ).to(run.device)
+    if masks.unknown:
+        ids = ", ".join(str(value) for value in masks.unknown)
+        logger.info("mask values of no class are not trained on: %s", ids)
+    logger.info("training on %d of %s", len(masks.pairs), teacher.title)
+    return masks
+
+
+def _train(
+    run: Run, masks: CheckedMasks, segmenter: Segmenter, stage: Stage, truth: Sequence[Item]
+) -> dict[str, Any]:
+    from lpcam.segmentation.train import Validation, train_segmenter  # noqa: PLC0415
+
+    section = segment_section(run)
     validation: Validation | None = None
     if truth:
         validation = Validation(
@@ -249,12 +306,11 @@ def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> d
             stage.folder / BEST,
             run.recipe.maps.maximum_side,
         )
-    logger.info("training on %d masks of %s", len(masks.pairs), teacher.title)
     history = train_segmenter(
         segmenter,
         masks.pairs,
         section.training,
-        seed=seed,
+        seed=run.recipe.run.seed,
         folder=stage.folder,
         precision=section.precision,
         workers=run.threads if run.device.type == "cuda" else 0,
@@ -263,7 +319,7 @@ def _train(run: Run, teacher: Teacher, stage: Stage, truth: Sequence[Item]) -> d
     )
     if run.processes.first:
         segmenter.save(stage.folder / LAST, {"stage": stage.key, "versions": versions()})
-    labels = ("background", *classes.names)
+    labels = ("background", *run.dataset.classes.names)
     return {
         "history": history,
         "images": len(masks.pairs),
@@ -280,12 +336,15 @@ def test(run: Run) -> bool:
     section, items, worked = segment_section(run), run.items("test"), False
     for teacher in teachers(run):
         trained = run.stages[f"{SEGMENT}/{teacher.name}"]
-        weights = trained.folder / (BEST if section.checkpoint == "best" else LAST)
-        if not weights.is_file():
-            raise DataError(
-                f"there is no {weights}: no image of the list "
-                f"{run.recipe.data.list_of('test')!r} has a true mask to choose the best weights "
-                "on; set segment.checkpoint to last"
+        weights = segmenter_path(trained.folder, section)
+        truth = _validation_items(run)
+        if section.checkpoint == "best" and trained.output["validation"] != _validation_key(
+            run, truth
+        ):
+            raise ArtefactError(
+                f"{weights} was chosen on other true masks or at another size than the recipe "
+                f"says now; delete {trained.folder} to train again, or set segment.checkpoint to "
+                "last"
             )
         stage = run.stages[f"{TEST}/{teacher.name}"] = Stage(
             run.folder / TEST / teacher.name,
@@ -293,6 +352,7 @@ def test(run: Run) -> bool:
                 "revision": 1,
                 "segmenter": digest_file(weights),
                 "test": section.test.model_dump(mode="json", exclude={"preset"}),
+                "crf": _crf_settings(section),
                 "maximum_side": run.recipe.maps.maximum_side,
                 "images": run.digest(items, truth=True),
             },
@@ -310,6 +370,16 @@ def test(run: Run) -> bool:
     return worked
 
 
+def segmenter_path(folder: Path, section: SegmentSection) -> Path:
+    """The weights that are used, in the folder of a training."""
+    return folder / (BEST if section.checkpoint == "best" else LAST)
+
+
+def _crf_settings(section: SegmentSection) -> dict[str, Any] | None:
+    preset = section.test.crf
+    return None if preset is None else CrfSettings.from_preset(preset).model_dump(mode="json")
+
+
 def _segment(
     run: Run, teacher: Teacher, weights: Path, stage: Stage, items: Sequence[Item]
 ) -> None:
@@ -318,11 +388,7 @@ def _segment(
 
     settings = segment_section(run).test
     segmenter: Segmenter = Segmenter.load(weights).to(run.device)
-    memory = None
-    if run.device.type == "cpu":
-        share = run.sharing.workers * run.processes.here
-        memory = int(available_memory() * CRF_SHARE / share)
-    crf = predict.make_crf(settings, memory)
+    crf = predict.make_crf(settings, crf_memory(run))
 
     @torch.inference_mode()
     def make(item: Item) -> None:
@@ -393,9 +459,16 @@ def segmenter_protocol(run: Run) -> dict[str, Any]:
         "backbone": section.backbone_name,
         "weights": Path(section.weights).name,
         "checkpoint": chosen,
+        "crf": _crf_settings(section),
         "list": lists.list_of("segment"),
+        "tested_on_training_images": len(_tested_on(run)),
         "maximum_side": run.recipe.maps.maximum_side,
     }
+
+
+def _tested_on(run: Run) -> set[str]:
+    """Images that the segmenters are trained on and tested on."""
+    return {item.id for item in run.items("segment")} & {item.id for item in run.items("test")}
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
@@ -426,9 +499,18 @@ def figures(run: Run) -> list[dict[str, Any]]:
                 "left_out": list(found.left_out),
                 "crf": folder.name == CRF,
                 "teacher": teacher.name,
+                "mask_threshold": mask_threshold(run, teacher),
             }
         )
     return rows
+
+
+def mask_threshold(run: Run, teacher: Teacher) -> float | None:
+    """Threshold of the refined maps that pseudo masks were cut at; None of other masks."""
+    for source in [] if run.given_masks is not None or teacher.name == TRUTH else sources(run):
+        if source.name == teacher.name:
+            return pseudo_threshold(refine_section(run), source)
+    return None
 
 
 # -- Of a finished run -------------------------------------------------------------------------
@@ -473,8 +555,8 @@ def find_segmenter(folder: Path, name: str | None = None) -> Finished:
             f"the run {folder} trained no segmenter; run it with --segment.network deeplabv2 (or "
             "wideresnet38, or upernet)"
         )
-    file = BEST if recipe.segment.checkpoint == "best" else LAST
-    found = [one for one in NAMES if (folder / SEGMENT / one / file).is_file()]
+    paths = {one: segmenter_path(folder / SEGMENT / one, recipe.segment) for one in NAMES}
+    found = [one for one, path in paths.items() if path.is_file()]
     if not found or (name is not None and name not in found):
         asked = "" if name is None else f" on {name}"
         raise ArtefactError(
@@ -482,4 +564,4 @@ def find_segmenter(folder: Path, name: str | None = None) -> Finished:
             f"{', '.join(found) or 'none, bring the run up to date'}"
         )
     chosen = name or found[0]
-    return Finished(chosen, folder / SEGMENT / chosen / file, recipe, recipe.segment, folder)
+    return Finished(chosen, paths[chosen], recipe, recipe.segment, folder)

@@ -1,0 +1,1 @@
+"""LPCAM behind the calling conventions of other libraries."""

@@ -1,0 +1,65 @@
+"""The solver of the linear probe: the head that is best on pooled features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.errors import ClassifierError
+from lpcam.parallel import one_thread
+from lpcam.presets import ProbeSettings
+
+
+def fit_head(
+    pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
+) -> Tensor:
+    """The head that minimises the multi-label soft margin loss on pooled features.
+
+    For each class apart, the mean over samples of the binary cross-entropy of its logit plus
+    weight_decay / 2 times the squared norm of its row; so a row does not depend on how many other
+    classes there are. (The mean over classes of the first term is the multi-label soft margin
+    loss.) The problem is convex: there is one answer and no epochs to choose. L-BFGS in double
+    precision, from zero.
+
+    Args:
+        pooled: (M, V, C), V views of each of M images.
+        labels: (M, N) multi-hot.
+
+    Returns:
+        (N, C) float32, the rows w_n.
+
+    Raises:
+        ClassifierError: if a class has no image, for its row would mean nothing.
+    """
+    rows = pooled.flatten(0, 1).double()
+    targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
+    counts = zip(classes, labels.sum(0).tolist(), strict=True)
+    absent = [name for name, total in counts if total == 0]
+    if absent:
+        raise ClassifierError(
+            f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
+            "data.classes"
+        )
+    weight = torch.zeros(labels.shape[1], rows.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        max_iter=settings.max_iterations,
+        history_size=20,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.multilabel_soft_margin_loss(rows @ weight.T, targets) * weight.shape[0]
+        loss = loss + settings.weight_decay / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad(), one_thread():
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+    return weight.detach().float()

@@ -1,0 +1,711 @@
+"""LPCAM as a layer: the maps of LPCAM itself, in torch, in one file of three kinds, in a folder."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from explaining import tiny_run
+from PIL import Image
+from tiny import BACKBONE, COLOURS
+from torch import Tensor, nn
+
+from lpcam import LPCAM, head, onnx_files
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
+from lpcam.explain.explainer import Explainer
+from lpcam.functional import foreground_minus_context
+from lpcam.head import (
+    ExportParity,
+    LPCAMHead,
+    LPCAMModel,
+    export_onnx,
+    export_program,
+    export_torchscript,
+)
+from lpcam.presets import LpcamSettings
+from lpcam.storage import read_tensors, write_tensors
+from lpcam.wrap import WrappedModel, wrap
+
+SETTINGS = LpcamSettings.from_preset(
+    "voc12.official", clusters=2, scales=[1.0], flip=False, mu_f=0.3, context_lower=0.0
+)
+SIZES = ((1, (97, 131)), (2, (32, 32)), (2, (150, 61)))
+
+
+def photographs(count: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """(B, H, W, 3) uint8, soft blobs."""
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    coarse = torch.rand(count, 3, 5, 4, generator=generator)
+    fine = nn.functional.interpolate(coarse, size=size, mode="bilinear")
+    return (255 * fine.permute(0, 2, 3, 1)).numpy().astype(np.uint8)
+
+
+def normalised(classifier: Classifier, images: np.ndarray) -> Tensor:
+    return torch.stack([classifier.preprocessing(image) for image in images])
+
+
+def fitted(source: Any, preprocess: Callable[[np.ndarray], Tensor], **options: Any) -> LPCAM:
+    images = preprocess(photographs(6, (96, 128)))
+    labels = torch.eye(3).repeat(2, 1)
+    return LPCAM(source, SETTINGS, **options).fit([(images, labels)])
+
+
+@pytest.fixture(scope="module")
+def lpcam() -> LPCAM:
+    classifier = build(BackboneSpec(BACKBONE, {}, 16), tuple(COLOURS), weights="random")
+    with torch.no_grad():
+        classifier.head.weight.mul_(3)
+    return fitted(classifier, lambda images: normalised(classifier, images))
+
+
+@pytest.fixture
+def model(lpcam: LPCAM) -> LPCAMModel:
+    return LPCAMModel.from_lpcam(lpcam)
+
+
+# -- The head ------------------------------------------------------------------------------------
+
+
+def small_head(**options: Any) -> LPCAMHead:
+    weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    vectors = torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
+    return LPCAMHead(weight, vectors, torch.tensor([0.5, 0.0]), **options)
+
+
+def test_logits_and_cosines_by_hand() -> None:
+    features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (3, 4) and (0, 2)
+    logits, maps = small_head(normalize=None)(features)
+    assert logits.tolist() == [[1.5 + 2 * 3 + 0.5, -3.0]]
+    # unit vectors (0.6, 0.8) and (0, 1)
+    torch.testing.assert_close(maps, torch.tensor([[[[1.0, 0.8]], [[0.0, 0.0]]]]))
+    again = small_head(normalize=None)(7 * features)[1]
+    torch.testing.assert_close(again, maps)  # the length of a feature does not count
+
+
+def test_maps_are_divided_by_their_maximum_and_zero_stays_zero() -> None:
+    features = torch.tensor([[[[0.0, -1.0]], [[2.0, 0.0]]], [[[0.0, 0.0]], [[0.0, 0.0]]]])
+    _, maps = small_head()(features)
+    assert maps[0].tolist() == [[[1.0, 0.0]], [[0.0, 1.0]]]
+    assert not maps[1].any()  # features of zero have no direction
+
+
+def test_the_head_of_prototypes_is_equation_six() -> None:
+    generator = torch.Generator().manual_seed(0)
+    foreground, context = (torch.randn(k, 5, generator=generator) for k in (3, 2))
+    features = torch.randn(2, 5, 3, 4, generator=generator)
+    vector = foreground_minus_context(foreground, context)[None]
+    _, maps = LPCAMHead(torch.zeros(1, 5), vector, normalize=None)(features)
+    cosine = nn.functional.cosine_similarity
+    rows = features[:, None], foreground[None, :, :, None, None], context[None, :, :, None, None]
+    expected = cosine(rows[0], rows[1], dim=2).mean(1) - cosine(rows[0], rows[2], dim=2).mean(1)
+    torch.testing.assert_close(maps[:, 0], expected.relu())
+
+
+def test_pooled_vectors_take_the_place_of_the_mean() -> None:
+    features = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits, _ = small_head()(features, None, torch.tensor([[1.0, 1.0]]))
+    assert logits.tolist() == [[3.5, -1.0]]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected weight and vectors \(N, C\).* got \(2, 3\)"):
+        LPCAMHead(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"a bias \(N,\) or None, got .*\(3,\)"):
+        LPCAMHead(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match="unknown normalisation 'range'; use 'max' or None"):
+        small_head(normalize="range")
+    with pytest.raises(ValueError, match=r"expected features \(B, 2, h, w\), got .*3"):
+        small_head()(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="1 names were given for 2 classes"):
+        LPCAMModel(nn.Identity(), small_head(), classes=["one"])
+
+
+def test_the_head_is_compiled_and_scripted() -> None:
+    features = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    for made in (torch.compile(small_head(), backend="eager"), torch.jit.script(small_head())):
+        for size in (None, (40, 51)):
+            for found, expected in zip(
+                made(features, size), small_head()(features, size), strict=True
+            ):
+                torch.testing.assert_close(found, expected)
+
+
+def test_half_precision_does_not_overflow() -> None:
+    features = torch.tensor([[[[3000.0, 300.0]], [[4000.0, 0.0]]]])  # their squares would
+    expected = small_head()(features)[1]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        logits, maps = small_head().to(dtype)(features.to(dtype))
+        assert logits.dtype == maps.dtype == dtype
+        torch.testing.assert_close(maps.float(), expected, atol=0.01, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(small_head()(features)[1].float(), expected, atol=0.01, rtol=0)
+
+
+# -- The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_context", [True, False])
+def test_the_model_gives_the_maps_of_lpcam_and_the_logits_of_its_classifier(
+    lpcam: LPCAM, with_context: bool
+) -> None:
+    extractor = copy.copy(lpcam)
+    extractor.with_context = with_context
+    model = LPCAMModel.from_lpcam(extractor)
+    assert model.made_by["method"] == ("LPCAM" if with_context else "LPCAM-F")
+    classifier = lpcam.source_
+    for count, size in (*SIZES, (1, (17, 200))):
+        images = normalised(classifier, photographs(count, size))
+        with torch.no_grad():
+            logits, maps = model(images)
+            torch.testing.assert_close(logits, classifier(images))
+        assert maps.shape == (count, 3, *size)
+        assert maps.any()
+        torch.testing.assert_close(maps, extractor(images), atol=1e-5, rtol=0)
+
+
+def test_the_model_shares_nothing_with_the_classifier(lpcam: LPCAM) -> None:
+    model = LPCAMModel.from_lpcam(lpcam)
+    before = lpcam.source_.fingerprint()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert lpcam.source_.fingerprint() == before
+
+
+def test_maps_on_the_feature_grid(lpcam: LPCAM) -> None:
+    model = LPCAMModel.from_lpcam(lpcam, enlarge=False, normalize=None)
+    images = normalised(lpcam.source_, photographs(1, (64, 96)))
+    _, maps = model(images)
+    assert maps.shape == (1, 3, 4, 6)
+    features = lpcam.source_.features(images)
+    torch.testing.assert_close(maps, model.head.activation(features))
+
+
+def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: LPCAMModel) -> None:
+    images = normalised(lpcam.source_, photographs(1, (64, 96)))
+    torch.compiler.reset()
+    torch.testing.assert_close(
+        torch.compile(coarse(), backend="eager")(images), coarse()(images), atol=1e-6, rtol=1e-5
+    )
+    with torch.no_grad():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            automatic = model(images)
+        half = copy.deepcopy(model).bfloat16()(images.bfloat16())
+    for found in (automatic, half):
+        assert float((found[1].float() - expected[1]).abs().mean()) < 0.02
+
+
+def test_an_unfitted_or_changed_lpcam_is_refused(lpcam: LPCAM) -> None:
+    with pytest.raises(NotFittedError, match=r"no prototypes yet; call fit"):
+        LPCAMModel.from_lpcam(LPCAM(lpcam.source_, SETTINGS))
+    changed = copy.deepcopy(lpcam)
+    with torch.no_grad():
+        changed.source_.head.weight.add_(1)
+    with pytest.raises(PrototypeError, match="the prototypes of this LPCAM were made from"):
+        LPCAMHead.from_lpcam(changed)
+
+
+# -- Models of others ----------------------------------------------------------------------------
+
+
+def zero_to_one(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+def foreign(name: str, **options: Any) -> tuple[nn.Module, WrappedModel, LPCAM]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=3).train()
+    wrapped = wrap(model, **options)
+    return model, wrapped, fitted(wrapped, zero_to_one)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("test_convnext", {}, (97, 131)),  # a layer norm after the pooling
+        ("test_vit", {"pool": "token"}, (96, 128)),  # its head reads the class token
+        ("test_vit2", {}, (96, 128)),  # tokens and their mean
+    ],
+)
+def test_models_of_others_keep_their_logits_and_their_state(
+    name: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    theirs, wrapped, lpcam = foreign(name, **options)
+    model = LPCAMModel.from_lpcam(lpcam)
+    assert theirs.training
+    assert not any(module._forward_hooks for module in theirs.modules())
+    images = zero_to_one(photographs(2, size))
+    for each in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            logits, maps = each(images)
+        torch.testing.assert_close(logits, wrapped.logits(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(maps, lpcam(images), atol=1e-5, rtol=0)
+
+
+def test_a_map_that_a_function_gives_is_refused() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=3)
+    by_function = wrap(model, feature_layer=lambda images: 1 * model.forward_features(images))
+    with pytest.raises(ClassifierError, match="given by a function, which cannot be copied"):
+        LPCAMModel.from_lpcam(fitted(by_function, zero_to_one))
+    by_method = fitted(wrap(model, feature_layer=model.forward_features), zero_to_one)
+    images = zero_to_one(photographs(1, (64, 64)))
+    torch.testing.assert_close(
+        LPCAMModel.from_lpcam(by_method)(images)[1], by_method(images), atol=1e-5, rtol=0
+    )
+
+
+# -- Files ---------------------------------------------------------------------------------------
+
+KINDS = {"onnx": export_onnx, "torchscript": export_torchscript, "torch-export": export_program}
+Run = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Exported:
+    path: Path
+    parity: ExportParity
+    kind: str
+
+    @cached_property
+    def loaded(self) -> Any:
+        if self.kind == "onnx":
+            onnxruntime = importlib.import_module("onnxruntime")
+            return onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        self.extra: dict[str, Any] = {"lpcam.json": ""}
+        if self.kind == "torchscript":
+            return torch.jit.load(self.path, _extra_files=self.extra)
+        return torch.export.load(self.path, extra_files=self.extra).module()
+
+    def run(self, images: Any) -> tuple[Tensor, Tensor]:
+        if self.kind == "onnx":
+            name = self.loaded.get_inputs()[0].name
+            return tuple(torch.from_numpy(each) for each in self.loaded.run(None, {name: images}))
+        found: tuple[Tensor, Tensor] = self.loaded(torch.from_numpy(images))
+        return found
+
+
+def needs(kind: str) -> None:
+    if kind == "onnx":
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(name)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(
+    request: pytest.FixtureRequest, lpcam: LPCAM, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    needs(request.param)
+    path = tmp_path_factory.mktemp("exported") / "new folder" / "boxes.pt2"
+    model = LPCAMModel.from_lpcam(lpcam).train()
+    parity = KINDS[request.param](model, path, made_by={"run": "boxes"})
+    assert model.training, "the model itself was changed"
+    return Exported(path, parity, request.param)
+
+
+def test_a_file_gives_the_maps_of_lpcam_at_other_sizes_and_batches(
+    exported: Exported, lpcam: LPCAM
+) -> None:
+    classifier = lpcam.source_
+    for count, size in SIZES:
+        images = photographs(count, size)
+        logits, maps = exported.run(images)
+        tensor = normalised(classifier, images)
+        assert logits.dtype == maps.dtype == torch.float32
+        torch.testing.assert_close(maps, lpcam(tensor), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, classifier(tensor).detach(), atol=1e-4, rtol=1e-4)
+    parity = exported.parity
+    assert parity.checked and parity.dynamic and len(set(parity.sizes)) == 2
+    assert parity.logit_error is not None and parity.logit_error <= 1e-4
+    assert parity.map_error is not None and parity.map_error <= 1e-4
+
+
+def metadata(exported: Exported) -> dict[str, Any]:
+    if exported.kind == "onnx":
+        model = importlib.import_module("onnx").load(exported.path)
+        assert model.doc_string.startswith("image: uint8 RGB (batch, height, width, 3). logits:")
+        return {e.key: json.loads(e.value) for e in model.metadata_props if e.key != "version"}
+    assert exported.loaded
+    described: dict[str, Any] = json.loads(exported.extra["lpcam.json"])
+    assert described["meaning"].startswith("image: uint8 RGB (batch, height, width, 3). logits:")
+    return described
+
+
+def test_a_file_says_what_it_is(exported: Exported, lpcam: LPCAM) -> None:
+    described = metadata(exported)
+    assert described["classes"] == list(COLOURS)
+    assert described["preprocessing"]["mean"] == list(lpcam.source_.preprocessing.mean)
+    assert described["sides"] == "any, from 32 pixels"
+    assert described["made_by"]["run"] == "boxes"
+    assert described["made_by"]["fingerprint"] == lpcam.source_.fingerprint()
+    assert described["made_by"]["settings"]["clusters"] == 2
+    assert "torch" in described["versions"]
+
+
+def test_nothing_of_this_machine_and_no_sample_is_in_a_file(exported: Exported) -> None:
+    content = exported.path.read_bytes()
+    for trace in ("site-packages", "test_head", str(Path.home()) + "/", "Traceback"):
+        assert trace.encode() not in content, trace
+    if exported.kind == "onnx":
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        pickled = [n for n in archive.namelist() if n.endswith((".pkl", ".pt", "_pkl"))]
+        names = {Path(n).name for n in pickled if archive.getinfo(n).file_size}
+    # TorchScript's own, read without Python
+    assert names == ({"data.pkl", "constants.pkl"} if exported.kind == "torchscript" else set())
+
+
+SCRIPT = """
+import sys
+sys.modules["lpcam"] = sys.modules["torch"] = None  # an import of either fails
+import numpy, onnxruntime, PIL.Image
+session = onnxruntime.InferenceSession(sys.argv[1])
+image = numpy.asarray(PIL.Image.open(sys.argv[2]).convert("RGB"))
+logits, maps = session.run(None, {"image": image[None]})
+best = int(logits[0].argmax())
+heat = PIL.Image.fromarray((255 * maps[0, best]).astype("uint8"))
+heat.save(sys.argv[3])
+print(best, heat.size)
+"""
+
+
+def test_onnx_shows_lpcam_with_nothing_of_ours_installed(
+    lpcam: LPCAM, exported: Exported, tmp_path: Path
+) -> None:
+    if exported.kind != "onnx":
+        pytest.skip("of ONNX alone")
+    image = photographs(1, (90, 70))
+    Image.fromarray(image[0]).save(tmp_path / "image.png")
+    command = [sys.executable, "-c", SCRIPT, exported.path, "image.png", "heat.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tensor = normalised(lpcam.source_, image)
+    best = int(lpcam.source_(tensor).argmax())
+    assert done.stdout.split(maxsplit=1) == [str(best), "(70, 90)\n"]
+    heat = np.asarray(Image.open(tmp_path / "heat.png"))
+    np.testing.assert_allclose(heat, 255 * lpcam(tensor)[0, best].numpy(), atol=1.01)
+
+
+def test_without_preprocessing_a_file_takes_normalised_images(tmp_path: Path) -> None:
+    theirs, _, lpcam = foreign("test_convnext")
+    model = LPCAMModel.from_lpcam(lpcam)
+    parity = export_torchscript(model, tmp_path / "m.pt")
+    assert parity.checked
+    images = photographs(1, (75, 90)).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    logits, maps = Exported(tmp_path / "m.pt", parity, "torchscript").run(images)
+    torch.testing.assert_close(maps, lpcam(torch.from_numpy(images)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, theirs.eval()(torch.from_numpy(images)).detach())
+
+
+def test_a_model_of_one_size_gets_a_file_of_one_size(tmp_path: Path) -> None:
+    backbone = nn.Conv2d(1, 2, 4, 4)
+    model = LPCAMModel(backbone, small_head(), channels=1, fixed_size=(48, 64))
+    path = tmp_path / "m.pt2"
+    with pytest.raises(ArtefactError, match=r"size 64 x 64 does not do: .* images of 48 x 64"):
+        export_program(model, path, size=(64, 64))
+    parity = export_program(model, path)
+    assert parity.sizes == ((48, 64),) and not parity.dynamic
+    images = np.random.default_rng(0).random((3, 1, 48, 64), np.float32)
+    _, maps = Exported(path, parity, "torch-export").run(images)
+    torch.testing.assert_close(maps, model(torch.from_numpy(images))[1].detach())
+    model = LPCAMModel(backbone, small_head(), channels=1, multiple=16)
+    with pytest.raises(ArtefactError, match=r"size 40 x 48 does not do: .* multiples of 16"):
+        export_program(model, path, size=(40, 48))
+    assert export_torchscript(model, path).sizes == ((112, 144), (128, 96))
+
+
+# -- Refused files -------------------------------------------------------------------------------
+
+
+def refuse(path: Path, message: str, export: Any, model: LPCAMModel, **options: Any) -> None:
+    """An earlier file stays, alone."""
+    path.write_bytes(b"earlier")
+    with pytest.raises(ArtefactError, match=message):
+        export(model, path, **options)
+    assert [p.read_bytes() for p in path.parent.iterdir()] == [b"earlier"]
+
+
+class Coarse(nn.Module):
+    """Features at stride 4."""
+
+    def __init__(self, factor: Callable[[Tensor], Any] = lambda images: 1.0) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 2, 4, 4)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters(), start=3):
+                generator = torch.Generator().manual_seed(number)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.convolution(images) * self.factor(images)
+        return found
+
+
+def coarse(factor: Callable[[Tensor], Any] = lambda images: 1.0) -> LPCAMModel:
+    return LPCAMModel(Coarse(factor), small_head())
+
+
+def at_traced_size(images: Tensor) -> float:
+    return 1.0 if tuple(map(int, images.shape[-2:])) == onnx_files.TRACED_SIZE else 1.01
+
+
+def test_a_file_that_fits_the_traced_size_alone_is_refused(tmp_path: Path) -> None:
+    message = r"differs from the model at 128 x 83 pixels: logits by .* is not written; give dynam"
+    refuse(tmp_path / "m.pt", message, export_torchscript, coarse(at_traced_size))
+    parity = export_torchscript(
+        coarse(at_traced_size), tmp_path / "m.pt", dynamic=False, size=(97, 131)
+    )
+    assert parity.sizes == ((97, 131),)
+
+
+def test_a_file_with_other_maps_or_nan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[Any] = [None]
+    monkeypatch.setattr(torch.jit, "load", lambda file: run[0])
+    model = coarse()
+
+    def with_changed(change: Callable[[Tensor], Tensor]) -> Run:
+        def changed(images: Any) -> tuple[Tensor, Tensor]:
+            logits, maps = model(images)
+            return logits, change(maps)
+
+        return changed
+
+    for change, message in (
+        (lambda maps: maps + 3e-4, r"differs from the model at 97 x 131 .* maps by 0.0002\d"),
+        (lambda maps: maps / 0.0, "differs from the model"),
+        (lambda maps: maps[..., 1:], r"gives \(1, 2\) and \(1, 2, 97, 130\) for \(1, 3, 97, 131\)"),
+        (lambda maps: maps.no_such_method(), "exported model cannot be run .*no_such_method"),
+    ):
+        run[0] = with_changed(change)
+        refuse(tmp_path / "m.pt", message, export_torchscript, model)
+
+
+def test_rounding_of_a_map_that_is_hardly_above_zero_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided by its maximum of 1e-5, a cosine's rounding error of 1e-7 is one of 1e-2."""
+    vectors = torch.tensor([[1e-5, 0.0], [0.0, 1.0]])
+    model = LPCAMModel(Coarse(), LPCAMHead(torch.eye(2), vectors))
+
+    def loaded(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = model(images)
+        return logits, maps * torch.tensor([0.99, 1.0])[:, None, None]
+
+    monkeypatch.setattr(torch.jit, "load", lambda file: loaded)
+    assert export_torchscript(model, tmp_path / "m.pt").checked
+
+
+def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    def of_the_image(images: Tensor) -> float:
+        return 1.0 if float(images.sum()) > 0 else -1.0
+
+    refuse(
+        tmp_path / "m.pt2",
+        r"cannot be exported with images of any size: .*; dynamic=False",
+        export_program,
+        coarse(of_the_image),
+    )
+
+
+def test_weights_that_torch_would_pickle_are_refused(tmp_path: Path) -> None:
+    for name, content in (
+        ("a/model_weights_config.json", json.dumps({"config": {"w": {"use_pickle": True}}})),
+        ("a/sample_inputs/model.pt", "pickled"),
+    ):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a/empty.pt", "")
+            archive.writestr(name, content)
+        with pytest.raises(ArtefactError, match=rf"would pickle a part of this model \({name}\)"):
+            head._refuse_pickles(file.getvalue(), tmp_path)
+
+
+def test_wrong_options_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_File", None)
+    path = tmp_path / "m"
+    refuse(path, "opset 11 is too old for the export; give 18", export_onnx, coarse(), opset=11)
+    for export in KINDS.values():
+        refuse(path, "size 31 x 64 is too small", export, coarse(), size=(31, 64))
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
+def test_provenance_that_is_no_json_is_refused(tmp_path: Path, kind: str) -> None:
+    refuse(
+        tmp_path / "m",
+        "made_by of the .* file is no JSON",
+        KINDS[kind],
+        coarse(),
+        made_by={"a": object()},
+    )
+
+
+# -- Folders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model: LPCAMModel, tmp_path: Path) -> Path:
+    folder = tmp_path / "boxes"
+    model.save_pretrained(folder, licence="cc0-1.0", training_data="Six blobs.", name="me/boxes")
+    return folder
+
+
+def test_a_folder_gives_the_model_back(saved: Path, model: LPCAMModel) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    found = LPCAMModel.from_pretrained(saved)
+    images = torch.randn(1, 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(found(images), model(images), strict=True):
+        assert torch.equal(one, other)
+    assert found.classes == tuple(COLOURS) and found.preprocessing == model.preprocessing
+    assert found.made_by == json.loads(json.dumps(model.made_by))
+    found.save_pretrained(saved.parent / "again", name="me/boxes")
+    for name in ("config.json", "model.safetensors"):
+        assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_the_card_says_what_it_is(saved: Path) -> None:
+    _, header, text = (saved / "README.md").read_text("utf-8").split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "cc0-1.0"
+    assert yaml.safe_load(header)["library_name"] == "lpcam"
+    for part in ("# me/boxes", "- `blue`\n- `green`", "Six blobs.", "cc0-1.0", '"clusters": 2'):
+        assert part in text, part
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    compile(code, "card", "exec")
+
+
+def test_a_half_precision_model_and_a_bias_come_back(lpcam: LPCAM, tmp_path: Path) -> None:
+    classifier = copy.deepcopy(lpcam.source_)
+    classifier.head.bias = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    model = LPCAMModel.from_lpcam(
+        fitted(classifier, lambda images: normalised(classifier, images)), normalize=None
+    )
+    assert model.head.bias is not None
+    backbone = copy.deepcopy(model.backbone)
+    model.half().save_pretrained(tmp_path)
+    found = LPCAMModel.from_pretrained(tmp_path, backbone=backbone)
+    assert found.head.normalize is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+
+
+def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
+    _, _, lpcam = foreign("test_convnext")
+    model = LPCAMModel.from_lpcam(lpcam, preprocessing=Preprocessing((0.5,) * 3, (0.25,) * 3))
+    model.save_pretrained(tmp_path)
+    assert "backbone=your_backbone" in (tmp_path / "README.md").read_text("utf-8")
+    with pytest.raises(ClassifierError, match=r"build it and give it: from_pretrained\(folder, b"):
+        LPCAMModel.from_pretrained(tmp_path)
+    images = zero_to_one(photographs(1, (64, 64)))
+    new = timm.create_model("test_convnext", num_classes=3)
+    before = copy.deepcopy(new.state_dict())
+    for given in (new, wrap(new)):
+        found = LPCAMModel.from_pretrained(tmp_path, backbone=given)
+        assert torch.equal(found(images)[1], model(images)[1])
+        assert found.preprocessing == model.preprocessing
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+    elsewhere = wrap(new, feature_layer="stages.0", classes=model.classes)
+    with pytest.raises(ArtefactError, match=r"the map in .* is stages.0, but its config.json was"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=elsewhere)
+    other = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(ArtefactError, match="does not fit its own description"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=other)
+
+
+def change(saved: Path, **values: Any) -> None:
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (saved / "config.json").write_text(json.dumps({**config, **values}), "utf-8")
+
+
+@pytest.mark.parametrize("part", ["backbone.classifier.backbone.conv1.0.weight", "head.vectors"])
+def test_other_weights_or_prototypes_are_refused(saved: Path, part: str) -> None:
+    state, description = read_tensors(saved / "model.safetensors")
+    part = next(name for name in state if name.startswith(part))
+    state[part] = state[part] + 1e-3
+    write_tensors(saved / "model.safetensors", state, description)
+    what = part.split(".")[0]
+    with pytest.raises(ArtefactError, match=f"the {what} in .* but its config.json was written"):
+        LPCAMModel.from_pretrained(saved)
+
+
+def test_damaged_folders_are_refused(saved: Path) -> None:
+    change(saved, format=2)
+    with pytest.raises(ArtefactError, match="has format 2, this version reads 1"):
+        LPCAMModel.from_pretrained(saved)
+    change(saved, format=1, classes=["one"])
+    with pytest.raises(ArtefactError, match="does not fit its own description"):
+        LPCAMModel.from_pretrained(saved)
+    change(saved, kind="bert")
+    with pytest.raises(ArtefactError, match="no configuration of a model with prototypes"):
+        LPCAMModel.from_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(ArtefactError, match="cannot read"):
+        LPCAMModel.from_pretrained(saved)
+
+
+def test_a_model_of_the_hub_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str, *, revision: str | None) -> str:
+        asked.append((repository, name, revision))
+        if repository == "me/nothing":
+            raise OSError("404")
+        return str(saved / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = LPCAMModel.from_pretrained("me/boxes", revision="v1")
+    assert found.classes == tuple(COLOURS)
+    assert asked == [("me/boxes", n, "v1") for n in ("config.json", "model.safetensors")]
+    with pytest.raises(ArtefactError, match=r"no folder 'me/nothing', and .* hub does not .* 404"):
+        LPCAMModel.from_pretrained("me/nothing")
+    with pytest.raises(ArtefactError, match=r"no folder './boxes', and it is no id"):
+        LPCAMModel.from_pretrained("./boxes")
+
+
+# -- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_its_model(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    model = LPCAMModel.from_run(run)
+    explainer = Explainer.from_run(run, device="cpu")
+    explainer.settings = explainer.settings.model_copy(update={"scales": (1.0,), "flip": False})
+    image = photographs(1, (64, 80))[0]
+    assert model.preprocessing is not None
+    with torch.no_grad():
+        _, maps = model(model.preprocessing(image)[None])
+    expected = explainer(image, labels=list(model.classes)).lpcam
+    np.testing.assert_allclose(maps[0], expected, atol=1e-4)
+    assert model.made_by["run"] == "tiny"
+    model.save_pretrained(tmp_path / "saved")
+    assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
+    with pytest.raises(ArtefactError, match="is no run folder"):
+        LPCAMModel.from_run(tmp_path)
