@@ -13,7 +13,7 @@ FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
     1: "backbones structure linear objects localisation "
     "functional clustering masks metrics storage progress processes parallel resources "
-    " refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
+    "refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
     2: "finder wrap faithfulness onnx_files "
     "networks.deeplabv2 networks.upernet networks.wideresnet38 "
     "data.check data.classes data.creatures data.folder data.images data.voc "

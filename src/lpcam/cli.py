@@ -186,10 +186,16 @@ def _segmenter_parsers(commands: Any) -> None:
     predict.add_argument("--no-crf", action="store_true", help="without the recipe's dense CRF")
     predict.add_argument("--threads", type=int, default=None, help="images worked on at a time")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    export = commands.add_parser("export", help="write a run's segmenter as one ONNX file")
-    export.add_argument("what", choices=("segmenter",))
+    export = commands.add_parser(
+        "export", help="write a run's segmenter, or its classifier with LPCAM, as one file"
+    )
+    export.add_argument(
+        "what",
+        choices=("segmenter", "onnx", "torchscript", "torch-export"),
+        help="the segmenter as ONNX, or classifier and prototypes in one of three formats",
+    )
     export.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
-    export.add_argument("output", type=Path, help="ONNX file to write")
+    export.add_argument("output", type=Path, help="file to write")
     export.add_argument(
         "--size",
         type=int,
@@ -405,7 +411,36 @@ def _predict(options: argparse.Namespace, given: Sequence[str]) -> int:
     return 1 if result.skipped else 0
 
 
+def _export_classifier(options: argparse.Namespace) -> int:
+    from lpcam import head  # noqa: PLC0415
+
+    if options.trained_on is not None:
+        raise LpcamError("--trained-on chooses among segmenters; leave it out for a classifier")
+    export = {
+        "onnx": head.export_onnx,
+        "torchscript": head.export_torchscript,
+        "torch-export": head.export_program,
+    }[options.what]
+    parity = export(head.LPCAMModel.from_run(options.run), options.output, **_size(options))
+    print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
+    if parity.checked:
+        print(
+            f"read back, logits differ by {parity.logit_error:.1e} of the largest, maps by "
+            f"{parity.map_error:.1e}"
+        )
+    else:
+        print("not checked: onnxruntime is not installed")
+    return 0
+
+
+def _size(options: argparse.Namespace) -> dict[str, Any]:
+    """The one size of an exported file, where one is wanted."""
+    return {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
+
+
 def _export(options: argparse.Namespace) -> int:
+    if options.what != "segmenter":
+        return _export_classifier(options)
     from lpcam.segmentation.export import export_onnx  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
     from lpcam.stages.segment import find_segmenter  # noqa: PLC0415
@@ -413,11 +448,10 @@ def _export(options: argparse.Namespace) -> int:
     found = find_segmenter(options.run, options.trained_on)
     if options.size is None and found.section.network == "upernet":
         raise LpcamError("UperNet can be exported for one size alone; give it: --size 512 512")
-    size: dict[str, Any] = (
-        {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
-    )
     made_by = {"run": found.recipe.name, "trained_on": found.name}
-    parity = export_onnx(Segmenter.load(found.path), options.output, made_by=made_by, **size)
+    parity = export_onnx(
+        Segmenter.load(found.path), options.output, made_by=made_by, **_size(options)
+    )
     print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
     if parity.checked:
         print(
