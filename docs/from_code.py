@@ -216,16 +216,19 @@ def _bars(
 def _by_its_last_name(
     app: Sphinx, env: Any, node: Any, inner: nodes.TextElement
 ) -> nodes.Element | None:
-    """What a docstring calls ``read_image``, of any module, if there is only one of the name."""
+    """What a docstring calls ``read_image``, if one module alone has it, or ``lpcam.LPCAM``."""
     if node.get("refdomain") != "py":
         return None
+    objects = env.domains["py"].objects
     if node["reftarget"].startswith("lpcam."):
         module, _, name = node["reftarget"].rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        return inner if isinstance(found, TypeVar) else None
-    objects = env.domains["py"].objects
-    found = [name for name in objects if name.endswith(f".{node['reftarget']}")]
-    if len(found) != 1:
+        if module != "lpcam" or name not in lpcam._HOMES:
+            thing = getattr(sys.modules.get(module), name, None)
+            return inner if isinstance(thing, TypeVar) else None
+        found = [f"{lpcam._HOMES[name]}.{name}"]  # the package's own names, where they live
+    else:
+        found = [name for name in objects if name.endswith(f".{node['reftarget']}")]
+    if len(found) != 1 or found[0] not in objects:
         return None
     place = objects[found[0]]
     return make_refnode(app.builder, node["refdoc"], place.docname, place.node_id, inner)

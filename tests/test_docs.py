@@ -246,6 +246,44 @@ def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
                 assert not [a.name for a in node.names if not hasattr(module, a.name)]
 
 
+# -- Models ------------------------------------------------------------------------------------
+
+
+def listed_families() -> dict[str, str]:
+    """Each "library family" of docs/models.md, in small letters, with the rest of its row."""
+    found = {}
+    for line in (DOCS / "models.md").read_text("utf-8").splitlines():
+        cells = line.strip("| ").split(" | ")
+        if len(cells) == 4 and cells[0] in ("timm", "torchvision", "transformers"):
+            for family in cells[1].split(", "):
+                name = f"{cells[0]} {family}".lower()
+                assert name not in found, name
+                found[name] = " | ".join(cells[2:])
+    return found
+
+
+def test_the_table_of_models_says_what_the_tests_of_models_find() -> None:
+    from test_wrap import HUGGING_FACE, MEAN, TOKEN  # noqa: PLC0415 - loads libraries of models
+
+    listed = listed_families()
+
+    def row(name: str) -> str:
+        name = name.replace(", mean", " with mean pooling").partition(",")[0]
+        name = name.removesuffix("-like").lower()
+        near = [one for one in listed if name == one or name.startswith(f"{one} ")]
+        assert near, f"docs/models.md has no {name}"
+        return listed[max(near, key=len)]
+
+    for name, (_, _, (height, width), _) in MEAN.items():
+        told = row(name)
+        assert "`LPCAM(model)`" in told, name
+        assert ("one size" in told) == ("scale 1" in told) == (height == width), name
+    for name in TOKEN:
+        assert '`LPCAM(model, pool="token")`' in row(name), name
+    for name in HUGGING_FACE:
+        assert row(f"transformers {name}").endswith("`LPCAM(model)`"), name
+
+
 # -- The site ----------------------------------------------------------------------------------
 
 
