@@ -54,6 +54,7 @@ from lpcam.faithfulness import (
     increase_in_confidence,
     insertion,
 )
+from lpcam.linear import fit_head
 from lpcam.localisation import (
     BoxAccuracy,
     PixelAveragePrecision,
@@ -64,7 +65,7 @@ from lpcam.localisation import (
 from lpcam.metrics import DEFAULT_THRESHOLDS, ThresholdSweep, best_threshold, scores, truth_labels
 from lpcam.peers import PACKAGE, peer_maps
 from lpcam.presets import LpcamSettings, ProbeSettings
-from lpcam.probe import fit_head, multi_hot
+from lpcam.probe import multi_hot
 from lpcam.recipe import load_recipe
 
 LIST = "train"

@@ -431,7 +431,17 @@ def test_a_model_of_one_size_gets_a_file_of_one_size(tmp_path: Path) -> None:
     model = LPCAMModel(backbone, small_head(), channels=1, multiple=16)
     with pytest.raises(ArtefactError, match=r"size 40 x 48 does not do: .* multiples of 16"):
         export_program(model, path, size=(40, 48))
-    assert export_torchscript(model, path).sizes == ((112, 144), (128, 96))
+    parity = export_torchscript(model, path)
+    assert parity.sizes == ((112, 144), (128, 96))
+    one = Exported(path, parity, "torchscript")
+    assert one.loaded is not None
+    sides = json.loads(one.extra["lpcam.json"])["sides"]
+    assert sides == "multiples of 16, from 32 pixels"
+    assert onnx_files.sides((98, 126), dynamic=True, multiple=14) == (
+        "multiples of 14, from 42 pixels"
+    )
+    model.save_pretrained(tmp_path / "card")
+    assert "Images are (B, 1, height" in (tmp_path / "card" / "README.md").read_text("utf-8")
 
 
 # -- Refused files -------------------------------------------------------------------------------
@@ -638,6 +648,52 @@ def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
     other = timm.create_model("test_resnet", num_classes=3)
     with pytest.raises(ArtefactError, match="does not fit its own description"):
         LPCAMModel.from_pretrained(tmp_path, backbone=other)
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_reads_a_class_token_comes_back(tmp_path: Path, device: str) -> None:
+    model = LPCAMModel.from_lpcam(foreign("test_vit", pool="token")[2])
+    model.save_pretrained(tmp_path)
+    images = zero_to_one(photographs(2, (96, 128))).to(device)
+    new = timm.create_model("test_vit", num_classes=3).to(device)
+    for given in (new, wrap(new, pool="token"), copy.deepcopy(model.backbone).to(device)):
+        found = LPCAMModel.from_pretrained(tmp_path, backbone=given)
+        assert {tensor.device.type for tensor in found.state_dict().values()} == {device}
+        with torch.no_grad():
+            for one, other in zip(found(images), model.to(device)(images), strict=True):
+                assert torch.equal(one, other)
+    on_the_mean = wrap(new, classes=["a", "b", "c"])
+    with pytest.raises(ArtefactError, match=r"the map in .*, but .* prefix tokens / token 0 read;"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=on_the_mean)
+    with pytest.raises(ClassifierError, match="does not read a class token"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=timm.create_model("test_vit2", num_classes=3))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])  # a token; a norm before the head
+@pytest.mark.parametrize("own", [3, 7])  # as many classes as the new head has, or others
+def test_a_new_head_comes_back(tmp_path: Path, name: str, own: int) -> None:
+    first = timm.create_model(name, num_classes=own)
+    source: Any = first
+    if own == 3:
+        weight = torch.randn(3, first.num_features, generator=torch.Generator().manual_seed(0))
+        found = wrap(first, pool="token" if name == "test_vit" else None)
+        source = found.with_head(weight, torch.tensor([1.0, 2.0, 3.0]))
+    lpcam = fitted(source, zero_to_one, **({"classes": ["a", "b", "c"]} if own == 7 else {}))
+    model = LPCAMModel.from_lpcam(lpcam)
+    model.half().save_pretrained(tmp_path)
+    new = timm.create_model(name, num_classes=own).double()
+    loaded = LPCAMModel.from_pretrained(tmp_path, backbone=new)
+    images = zero_to_one(photographs(2, (96, 128))).half()
+    with torch.no_grad():
+        for one, other in zip(loaded(images), model(images), strict=True):
+            assert one.dtype == torch.float16
+            assert torch.equal(one, other)
+    torch.testing.assert_close(
+        model(images)[0].float(), lpcam.source_.logits(images.float()), atol=0.05, rtol=0.02
+    )
 
 
 def change(saved: Path, **values: Any) -> None:

@@ -56,6 +56,7 @@ from lpcam.onnx_files import (
     tried_sizes,
 )
 from lpcam.storage import read_json, read_tensors, write_bytes, write_json, write_tensors
+from lpcam.structure import device_of, first_tensor
 from lpcam.version import versions
 from lpcam.wrap import WrappedModel, wrap
 
@@ -338,12 +339,16 @@ class LPCAMModel(nn.Module):
             ArtefactError: if a file cannot be written, or the provenance is no JSON.
         """
         folder = Path(folder)
+        backbone = self.backbone
+        wrapped = backbone.wrapped if isinstance(backbone, _WrappedFeatures) else None
         config = {
             "format": _FORMAT,
             "kind": _KIND,
             "library_name": "lpcam",
             "backbone": asdict(self.spec) if self.spec else None,
-            "wrapped": isinstance(self.backbone, _WrappedFeatures),
+            "wrapped": wrapped is not None,
+            "pool": wrapped.pool if wrapped else None,
+            "new_head": wrapped.new_head if wrapped else False,
             "classes": list(self.classes),
             "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
             "normalize": self.head.normalize,
@@ -377,16 +382,18 @@ class LPCAMModel(nn.Module):
             folder: or the id of a model on the Hugging Face hub, ``"owner/name"``, which is then
                 fetched over the network.
             backbone: the architecture, if the folder does not describe it, with any weights; a copy
-                takes those of the folder. It is what LPCAM was given: a model, or what
-                :func:`lpcam.wrap.wrap` makes of it, which is needed where layers were named. Of a
-                model that was put together by hand: the module that gives the features.
+                takes those of the folder, and their dtype. The whole model is on its device. It is
+                what LPCAM was given: a model, or what :func:`lpcam.wrap.wrap` makes of it, which is
+                needed where layers were named. Of a model that was put together by hand: the module
+                that gives the features.
             revision: of a model on the hub.
 
         Raises:
             ArtefactError: if a file is missing, damaged, of a newer version, or does not fit; if
                 weights or prototypes are others than those that were written; if the hub cannot
                 be reached.
-            ClassifierError: if the folder does not describe its backbone and none is given.
+            ClassifierError: if the folder does not describe its backbone and none is given, or the
+                map is not found in the one that is.
         """
         paths = _pretrained_files(str(folder), revision)
         config = read_json(paths[CONFIG])
@@ -430,10 +437,10 @@ class LPCAMModel(nn.Module):
         )
         spec = BackboneSpec(**config["backbone"]) if config["backbone"] else None
         backbone: nn.Module
+        device = torch.device("cpu")
         if given is not None:
-            if config["wrapped"] and isinstance(given, nn.Module):
-                given = wrap(given, classes=config["classes"])
-            backbone = copy.deepcopy(given) if isinstance(given, nn.Module) else _backbone(given)
+            device = given.device if isinstance(given, WrappedModel) else device_of(given)
+            backbone = _given_backbone(given, config, state)
         elif spec is None or preprocessing is None:
             raise ClassifierError(
                 "this model's backbone was a module of its maker's own, which no file describes; "
@@ -466,7 +473,7 @@ class LPCAMModel(nn.Module):
             fixed_size=tuple(config["fixed_size"]) if config["fixed_size"] else None,
             spec=spec,
             made_by=config["made_by"],
-        ).to(getattr(torch, config["dtype"]))
+        ).to(device, getattr(torch, config["dtype"]))
         model.load_state_dict(state, strict=True)
         return model
 
@@ -500,6 +507,7 @@ class LPCAMModel(nn.Module):
             architecture=architecture,
             method=self.made_by.get("method", "LPCAM"),
             count=len(self.classes),
+            channels=self.channels,
             classes="\n".join(f"- `{each.replace('`', ' ')}`" for each in self.classes),
             expected=expected,
             given=given,
@@ -524,7 +532,7 @@ from lpcam.head import LPCAMModel
 model = LPCAMModel.from_pretrained("{name}"{given})
 logits, maps = model(images)  # (B, N) and (B, N, height, width), maps from 0 to 1
 ```
-Images are (B, 3, height, width): {expected}.
+Images are (B, {channels}, height, width): {expected}.
 
 ## Classes
 {classes}
@@ -566,9 +574,9 @@ class _WrappedFeatures(nn.Module):
     def __init__(self, wrapped: WrappedModel) -> None:
         super().__init__()
         self.wrapped = copy.deepcopy(wrapped)
-        self.model = self.wrapped._core
-        self.source = self.wrapped._source
-        self.kept: list[Tensor] = []
+        self.model = self.wrapped.core
+        self.source = self.wrapped.place
+        self.kept: list[Tensor | None] = []
         layer = self.source.layer
         if isinstance(layer, nn.Module):
             layer.register_forward_hook(self._keep)  # a method, which a copy of this takes along
@@ -580,47 +588,53 @@ class _WrappedFeatures(nn.Module):
 
     def __str__(self) -> str:
         """Where the map comes from, in words."""
-        return " / ".join(map(str, (self.source, *self.wrapped._norms)))
+        token = [] if self.source.token is None else [f"token {self.source.token} read"]
+        return " / ".join(map(str, (self.source, *token, *self.wrapped.norms)))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         raw = self._raw(images)
-        size = (images.shape[-2], images.shape[-1])
-        features = self.source.map(raw, size)
-        if self.source.token is not None:
-            return self.source.map(self.wrapped._divided(raw), size), self.wrapped._divided(
-                self.source.vector(raw)
-            )
-        for norm in self.wrapped._norms:
-            if norm.kind != "affine":
-                features = features / norm.divide(features.mean((-2, -1)))[..., None, None]
-        return features
+        features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
+        if self.source.token is None:
+            return features
+        return features, self.wrapped.divided(self.source.vector(raw))
 
     def _raw(self, images: Tensor) -> Tensor:
         layer = self.source.layer
-        if not isinstance(layer, nn.Module):
-            found: Tensor = layer(images)
-            return found
-        self.kept.clear()
-        self.model(images)
-        found = self.kept[self.source.number]
-        self.kept.clear()
+        if isinstance(layer, nn.Module):
+            self.kept.clear()
+            self.model(images)
+            found = self.kept[self.source.number]
+            self.kept.clear()
+        else:
+            found = first_tensor(layer(images))
+        assert found is not None  # it gave one when it was wrapped
         return found
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.kept.append(output if isinstance(output, Tensor) else _first(output))
-
-
-def _first(output: Any) -> Tensor:
-    """The first tensor of a layer's output."""
-    values = list(output.values()) if isinstance(output, Mapping) else list(output)
-    found: Tensor = next(value for value in values if isinstance(value, Tensor))
-    return found
+        self.kept.append(first_tensor(output))
 
 
 def _backbone(source: Classifier | WrappedModel) -> nn.Module:
     if isinstance(source, WrappedModel):
         return _WrappedFeatures(source)
     return _Features(copy.deepcopy(source))
+
+
+def _given_backbone(
+    given: nn.Module | WrappedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The backbone of a saved model, a copy of what is given for it, its map found as at first."""
+    if isinstance(given, nn.Module):
+        if not config["wrapped"] or isinstance(given, _WrappedFeatures):
+            return copy.deepcopy(given)
+        example = None
+        if config["fixed_size"]:
+            example = torch.zeros(1, config["channels"], *config["fixed_size"])
+        given = wrap(given, classes=config["classes"], pool=config["pool"], example=example)
+    if config["new_head"] and not given.new_head:
+        # its rows read the mean of the bare map, whatever the model's own head reads
+        given = given.with_head(state["head.weight"], state.get("head.bias"))
+    return _WrappedFeatures(given)
 
 
 # -- Files of one model --------------------------------------------------------------------------
@@ -677,7 +691,7 @@ def export_onnx(
     size, dynamic = _size(model, size, dynamic)
     check_opset(opset)
     whole = _File(model)
-    taken = sides(size, dynamic=dynamic)
+    taken = sides(size, dynamic=dynamic, multiple=model.multiple)
     try:
         found = export_model(
             whole,
@@ -728,7 +742,8 @@ def export_torchscript(
     """
     size, dynamic = _size(model, size, dynamic)
     whole = _File(model)
-    extra = whole.extra_file(sides(size, dynamic=dynamic), made_by, "TorchScript")
+    taken = sides(size, dynamic=dynamic, multiple=model.multiple)
+    extra = whole.extra_file(taken, made_by, "TorchScript")
     try:
         with quiet(), torch.no_grad():
             trace: Any = torch.jit.trace
@@ -763,7 +778,8 @@ def export_program(
     """
     size, dynamic = _size(model, size, dynamic)
     whole = _File(model)
-    extra = whole.extra_file(sides(size, dynamic=dynamic), made_by, "torch.export")
+    taken = sides(size, dynamic=dynamic, multiple=model.multiple)
+    extra = whole.extra_file(taken, made_by, "torch.export")
     shapes = dict.fromkeys(whole.dimensions(dynamic), torch.export.Dim.AUTO)
     try:
         with quiet(), torch.no_grad():

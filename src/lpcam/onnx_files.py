@@ -86,9 +86,12 @@ def tried_sizes(size: tuple[int, int], *, dynamic: bool) -> tuple[tuple[int, int
     return (size, OTHER_SIZE if size != OTHER_SIZE else TRACED_SIZE) if dynamic else (size,)
 
 
-def sides(size: tuple[int, int], *, dynamic: bool) -> str:
-    """In words, which images a file takes."""
-    return f"any, from {SMALLEST_SIDE} pixels" if dynamic else f"{size[0]} x {size[1]} pixels only"
+def sides(size: tuple[int, int], *, dynamic: bool, multiple: int = 1) -> str:
+    """In words, which images a file takes; of ``multiple`` their sides must be multiples."""
+    if not dynamic:
+        return f"{size[0]} x {size[1]} pixels only"
+    which = "any" if multiple == 1 else f"multiples of {multiple}"
+    return f"{which}, from {-(-SMALLEST_SIDE // multiple) * multiple} pixels"
 
 
 def refusal(error: Exception, size: tuple[int, int], *, dynamic: bool) -> ArtefactError:

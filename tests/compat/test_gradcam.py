@@ -334,6 +334,31 @@ def test_self_fit_of_a_class_that_is_nowhere_gives_an_empty_map(images: Tensor) 
         cam(images * float("nan"))
 
 
+def test_self_fit_warns_of_no_class_that_is_absent(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    cam = LPCAM(Squares(), self_fit=True, settings=SETTINGS, classes=("red", "green"))
+    with caplog.at_level("WARNING"):
+        assert cam(images[:1], [0]).any()
+    assert not [text for text in caplog.messages if text.startswith("green: ")]
+    with caplog.at_level("WARNING"):
+        LPCAM(Squares(), settings=SETTINGS, classes=("red", "green")).fit(
+            [(images[:1], LABELS[:1])]
+        )
+    assert any(text.startswith("green: no foreground") for text in caplog.messages)
+
+
+def test_self_fit_still_warns_of_the_classes_that_are_there(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SETTINGS.model_copy(update={"clusters": 500})
+    cam = LPCAM(Squares(), self_fit=True, settings=settings, classes=("red", "green"))
+    with caplog.at_level("WARNING"):
+        cam(images[:1], [0])
+    assert caplog.messages
+    assert all(text.startswith("red: only ") for text in caplog.messages)
+
+
 def test_a_class_without_prototypes_is_named(images: Tensor) -> None:
     cam = LPCAM(Squares(), settings=SETTINGS, classes=("red", "green"))
     cam.fit([(images[:1], LABELS[:1])])

@@ -30,11 +30,13 @@ images, once.
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +54,7 @@ from lpcam.extract import Batches, FeaturePair, full_precision, tensor_pyramid
 from lpcam.functional import fuse_scales, lpcam_of_pair, unflip, unit
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
+from lpcam.structure import logits_of
 from lpcam.wrap import PROBE_SIZES, FeatureLayer, Head, Pool, WrappedModel, undisturbed, wrap
 
 BRIGHTNESS = (0.9, 1.0, 1.1)
@@ -121,7 +124,6 @@ class LPCAM:
         self.with_context = with_context
         self.batch_size = 32
         self.outputs: Tensor | None = None
-        self.settings = _settings(settings)
         options = {"classes": classes, "classifier": classifier, "pool": pool, "example": example}
         self.source = _source(model, self.target_layers, reshape_transform, options)
         if self.source.needs_head:
@@ -130,6 +132,11 @@ class LPCAM:
                 "targets name logits; lpcam.LPCAM(model, classes=[...]).fit(loader) fits a linear "
                 "head of its own and maps with it"
             )
+        if settings is None:
+            settings = LpcamSettings.from_preset(
+                "voc12.official", scales=[1.0], flip=False, split_maps="single_scale"
+            )
+        self.settings = extract.CAM(self.source, settings).settings_
         self._lpcam = self._new()
         self._given: Prototypes | None = None
         self._vectors: tuple[Prototypes, Tensor] | None = None
@@ -301,7 +308,8 @@ class LPCAM:
         for part, rows in zip(self._parts(images), self._parts(labels), strict=True):
             lpcam.partial_fit(part, rows)
         try:
-            vectors = lpcam.prototypes_.vectors(with_context=self.with_context)
+            with _warnings_of({self.source.classes[index] for index in indices.tolist()}):
+                vectors = lpcam.prototypes_.vectors(with_context=self.with_context)
         except PrototypeError:  # no CAM is positive anywhere, so no map has anything to show
             vectors = torch.zeros_like(self.source.weight)
         return vectors.to(self.source.weight)[indices]
@@ -388,14 +396,21 @@ def _view(images: Tensor, *, by: float, flip: Callable[[Tensor], Tensor]) -> Ten
     return flip(images) * by
 
 
-def _settings(settings: LpcamSettings | str | None) -> LpcamSettings:
-    if isinstance(settings, LpcamSettings):
-        return settings
-    if settings is not None:
-        return LpcamSettings.from_preset(settings)
-    return LpcamSettings.from_preset(
-        "voc12.official", scales=[1.0], flip=False, split_maps="single_scale"
-    )
+@contextmanager
+def _warnings_of(classes: Iterable[str]) -> Iterator[None]:
+    """Of what is logged of prototypes, what concerns these classes; the others are absent."""
+    starts = tuple(f"{name}: " for name in classes)
+    thread = threading.get_ident()
+    logger = logging.getLogger(Prototypes.__module__)
+
+    def concerns(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.getMessage().startswith(starts)
+
+    logger.addFilter(concerns)
+    try:
+        yield
+    finally:
+        logger.removeFilter(concerns)
 
 
 # -- The model ---------------------------------------------------------------------------------
@@ -507,20 +522,17 @@ def _reader(
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """What the model gives in evaluation mode."""
+    """The logits (B, N) that the model gives in evaluation mode, float32."""
     with undisturbed(model):
         output = model(images)
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    output = getattr(output, "logits", output)
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
+    logits = logits_of(output)
+    if logits is None:
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ClassifierError(
-            f"the model gives {type(output).__name__}, in which there are no logits; pass a model "
-            "that gives a tensor, or an object with logits"
+            f"the model gives {given}, in which there are no logits (B, N); pass a model that "
+            "gives them as a tensor, or an object with logits"
         )
-    return output.detach()
+    return logits.detach()
 
 
 # -- Targets -----------------------------------------------------------------------------------
