@@ -1,6 +1,7 @@
 """CAM and LPCAM from an image and a classifier."""
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam import CAM, LPCAM, extract
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
@@ -419,6 +421,8 @@ def test_a_new_head_is_saved_with_its_prototypes(tmp_path: Path) -> None:
     assert torch.equal(again.source_.weight, lpcam.source_.weight)
     with pytest.raises(PrototypeError, match="but this classifier is"):
         LPCAM(Patches(), SETTINGS, classes=["green", "red"]).load(path)
+    with pytest.raises(PrototypeError, match=r"has 2 classes, but 3 names .* with red, green"):
+        LPCAM(Patches(), SETTINGS, classes=["red", "green", "blue"]).load(path)
 
 
 def test_a_new_head_needs_two_passes_and_every_class() -> None:
@@ -452,6 +456,87 @@ def test_class_indices_are_labels_too(classifier: Classifier, batch: tuple[Tenso
         by_hot(images, torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2,\)"):
         by_hot(images, torch.tensor([0.0, 1.0]))  # not of an integer type
+
+
+def test_maps_serve_in_a_loss(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    for maps in (CAM(classifier, SETTINGS)(images), lpcam(images, labels)):
+        prediction = torch.ones_like(maps, requires_grad=True)
+        (prediction * maps).sum().backward()
+        assert prediction.grad is not None
+        assert torch.equal(prediction.grad, maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_classifier_in_half_precision(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    images, labels = batch
+    expected = CAM(classifier, SETTINGS)(images)
+    assert (CAM(classifier, SETTINGS)(images.to(dtype)) - expected).abs().mean() < 1e-2
+    classifier.to(dtype)
+    assert (CAM(classifier, SETTINGS)(images) - expected).abs().mean() < 1e-2
+    maps = LPCAM(classifier, SETTINGS).fit([batch])(images, labels)
+    assert maps.dtype == torch.float32
+
+
+def test_labels_of_minus_one_are_absent(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    fitted = LPCAM(classifier, SETTINGS).fit([batch])
+    signed = LPCAM(classifier, SETTINGS).fit([(images, labels * 2 - 1)])
+    assert torch.equal(fitted.prototypes_.vectors(), signed.prototypes_.vectors())
+    heads = [
+        LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit([(images, given)]).source_.weight
+        for given in (labels, labels * 2 - 1)
+    ]
+    assert torch.equal(*heads)
+
+
+def test_parts_in_and_out_of_inference_mode(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    settings = SETTINGS.model_copy(update={"max_features": 3})
+    lpcam = LPCAM(classifier, settings)
+    with torch.inference_mode():
+        lpcam.partial_fit(*batch)
+    for _ in range(6):  # of a full sample rows are replaced in their place
+        lpcam.partial_fit(*batch)
+    plain = LPCAM(classifier, settings)
+    for _ in range(7):
+        plain.partial_fit(*batch)
+    assert torch.equal(lpcam.prototypes_.vectors(), plain.prototypes_.vectors())
+
+
+def test_a_fit_that_fails_leaves_nothing(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    def broken() -> Iterator[tuple[Tensor, Tensor]]:
+        yield batch
+        raise OSError("the disk is gone")
+
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    with pytest.raises(OSError, match="the disk is gone"):
+        lpcam.fit(broken())
+    with pytest.raises(NotFittedError):
+        lpcam.prototypes_.vectors()
+    lpcam.partial_fit(*batch)
+    assert lpcam.prototypes_.made_by["images"] == 2
+
+
+def test_fit_and_fit_maps_draw_the_same_order(classifier: Classifier) -> None:
+    images = torch.cat([images for images, _ in colours()])
+    hot = torch.eye(2)[torch.cat([labels for _, labels in colours()])]
+    found = []
+    for fit in (LPCAM.fit, LPCAM.fit_maps):
+        torch.manual_seed(0)
+        loader = DataLoader(TensorDataset(images, hot), batch_size=4, shuffle=True)
+        lpcam = LPCAM(classifier, SETTINGS.model_copy(update={"max_features": 20}))
+        fit(lpcam, loader)  # type: ignore[operator]
+        found.append(lpcam.prototypes_.vectors())
+    assert torch.equal(*found)
 
 
 def test_fit_maps(classifier: Classifier) -> None:

@@ -19,6 +19,7 @@ from lpcam import CAM, LPCAM
 from lpcam.errors import ClassifierError, NotFittedError
 from lpcam.functional import class_activation, normalize
 from lpcam.presets import LpcamSettings
+from lpcam.structure import without_tf32
 from lpcam.wrap import WrappedModel, class_names, grid_of, unwrap, wrap
 
 ONE_SCALE = LpcamSettings.from_preset("voc12.official", scales=(1.0,), flip=False, clusters=2)
@@ -627,6 +628,12 @@ def test_an_example_gives_size_and_channels() -> None:
     assert wrap(shaken(Net()), example=(40, 60)).fixed_size is None
 
 
+def test_an_example_of_a_choosy_model_gives_its_multiple() -> None:
+    wrapped = wrap(shaken(timm.create_model("test_vit2", num_classes=3)), example=(64, 96))
+    assert (wrapped.fixed_size, wrapped.multiple) == (None, 16)
+    assert wrap(shaken(Net()), example=(40, 60)).multiple == 1
+
+
 def test_grids() -> None:
     assert grid_of(12, (30, 40)) == (3, 4)
     assert grid_of(12, (40, 30)) == (4, 3)
@@ -711,6 +718,72 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.head.weight.grad is not None
 
 
+class Caching(nn.Module):
+    """Keeps in evaluation what it has computed, and forgets it in ``train``, as some attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.1))
+        self.merges = 0
+        self.kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Caching:
+        super().train(mode)
+        self.scale.requires_grad_(False)
+        # what is taken off is not quite what was added
+        self.scale.data += -0.3 if mode else 0.3
+        self.merges += 1
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training:
+            return features * self.scale
+        if self.kept is None:
+            self.kept = self.scale.detach() * 1
+        return features * self.kept
+
+
+def test_a_train_of_a_class_is_called() -> None:
+    model = shaken(Net())
+    caching = Caching()
+    body = model.body
+    model.body = nn.Sequential(body, caching)
+    model.train()
+    caching.scale.requires_grad_(True)
+    with torch.no_grad():
+        caching.scale.fill_(0.1)
+    merges, before = caching.merges, caching.scale.detach().clone()
+    wrapped = wrap(model)
+    assert caching.merges > merges  # else it would have computed in training
+    assert caching.kept is None
+    assert caching.training
+    assert caching.scale.requires_grad
+    assert torch.equal(caching.scale, before)
+    with torch.no_grad():
+        caching.scale.fill_(0.7)
+    first = wrapped.features(pictures())
+    with torch.no_grad():
+        caching.scale.fill_(0.2)
+    assert not torch.equal(wrapped.features(pictures()), first)
+
+
+def test_a_model_that_caches_in_evaluation() -> None:
+    model: Any = timm.create_model(
+        "tiny_vit_5m_224",
+        num_classes=3,
+        embed_dims=(8, 8, 16, 16),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 2, 2),
+    ).train()
+    caches = [m for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    wrap(model).features(pictures(size=(64, 64)))
+    assert caches
+    assert not any(module.attention_bias_cache for module in caches)
+    assert all(module.training for module in model.modules())
+
+
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
     class Breaks(Net):
         broken = False
@@ -781,6 +854,87 @@ def test_models_of_other_precision(dtype: torch.dtype, bound: float) -> None:
     assert (wrapped.logits(pictures()) - expected).abs().max() < bound * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_models_in_half_precision(dtype: torch.dtype) -> None:
+    settings = LpcamSettings.from_preset("voc12.official", clusters=2)
+    images, labels = batches()[0]
+    model = shaken(Net(nn.LayerNorm(8)))
+    expected = CAM(model, settings)(images)
+    with_half_images = CAM(model, settings)(images.to(dtype))
+    maps = CAM(model.to(dtype), settings)(images)
+    assert maps.dtype == with_half_images.dtype == torch.float32
+    assert (maps - expected).abs().mean() < 2e-2
+    assert (with_half_images - expected).abs().mean() < 2e-2
+    halves = LPCAM(model, settings).fit([(images.to(dtype), labels)])
+    assert bool(torch.isfinite(halves(images.to(dtype), labels)).all())
+
+
+def test_a_model_that_takes_views_of_its_images() -> None:
+    class Viewing(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.view(-1).view(images.shape))
+
+    model = shaken(Viewing())
+    assert CAM(model, "small")(pictures()).shape == (2, 3, 70, 90)
+
+
+def test_logits_without_an_axis_of_classes() -> None:
+    class Squeezed(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).squeeze(1)
+
+    model = shaken(Squeezed(classes=1))
+    wrapped = wrap(model)
+    assert wrapped.logits(pictures()).shape == (2, 1)
+    torch.testing.assert_close(wrapped.logits(pictures())[:, 0], own_logits(model, pictures()))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, None, 0.3])
+def test_epsilon_of_a_norm(epsilon: float | None) -> None:
+    model = shaken(Net(nn.RMSNorm(8, eps=epsilon)))
+    wrapped = wrap(model)
+    (norm,) = wrapped.norms
+    assert norm.epsilon == (torch.finfo(torch.float32).eps if epsilon is None else epsilon)
+    check(wrapped, model, (70, 90))
+
+
+def test_autocast_of_the_caller_is_off() -> None:
+    wrapped = wrap(shaken(Net()))
+    features, logits = wrapped.features(pictures()), wrapped.logits(pictures())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(wrapped.features(pictures()), features)
+        assert torch.equal(wrapped.logits(pictures()), logits)
+
+
+def test_a_fingerprint_tells_the_place_and_not_its_description() -> None:
+    model = shaken(Net())
+    rows: Any = {"classifier": (model.head.weight, model.head.bias)}
+    # of one name, and with maps of one shape
+    flipped = wrap(model, feature_layer=lambda x: model.body(model.stem(x)).flip(1), **rows)
+    body = wrap(model, feature_layer=lambda x: model.body(model.stem(x)), **rows)
+    named = wrap(model, feature_layer="body", **rows)
+    prints = [one.fingerprint() for one in (flipped, body, named)]
+    assert len(set(prints)) == 3
+    again = wrap(model, feature_layer=lambda x: model.body(model.stem(x)), **rows)
+    for one in (again, named):
+        one.found = "in other words"
+    assert [again.fingerprint(), named.fingerprint()] == prints[1:]
+
+
+def test_tf32_is_off_while_heads_are_compared() -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            with pytest.raises(ZeroDivisionError), without_tf32():
+                assert matmul.fp32_precision == "ieee"
+                raise ZeroDivisionError
+            assert matmul.fp32_precision == precision
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_compiled_and_parallel_models() -> None:
     model = shaken(Net(nn.LayerNorm(8)))
     expected = wrap(model).features(pictures())
@@ -804,8 +958,13 @@ def test_a_prepared_model() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = shaken(Net())
     expected = wrap(model).features(pictures())
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    found = wrap(prepared).features(pictures())
+    # Another test may have set the precision that all accelerators of a process share.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        found = wrap(prepared).features(pictures())
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
 
@@ -868,6 +1027,7 @@ def test_random_parameters_change_the_map() -> None:
     """Sanity check of Adebayo et al. (2018): a map that survives does not look at the model."""
     model = shaken(timm.create_model("test_resnet", num_classes=3))
     images, labels = batches((64, 96))[0]
+    torch.manual_seed(0)
     before = LPCAM(model, ONE_SCALE).fit(batches((64, 96)))
     first, print_before = before(images, labels), before.source_.fingerprint()
     with torch.no_grad():

@@ -98,8 +98,8 @@ def tensor_pyramid(
         resized = images
         if size != (height, width):
             resized = F.interpolate(
-                images, size=size, mode="bicubic", align_corners=False, antialias=True
-            )
+                single(images), size=size, mode="bicubic", align_corners=False, antialias=True
+            ).to(images.dtype)
         yield _pair(source, resized, flip=flip, precision=None)
 
 
@@ -111,11 +111,13 @@ def _pair(
     source: Source, images: Tensor, *, flip: bool, precision: torch.dtype | None
 ) -> FeaturePair:
     stacked = torch.cat([images, images.flip(-1)]) if flip else images
-    with torch.autocast(images.device.type, precision, enabled=precision is not None):
+    if isinstance(source, Classifier):
         # The same numbers in a layout in which convolutions are a tenth faster on a CPU.
-        features = source.features(stacked.contiguous(memory_format=torch.channels_last))
-    if precision is not None:
-        features = features.float()
+        stacked = stacked.to(source.weight.dtype, memory_format=torch.channels_last)
+    else:
+        stacked = stacked.contiguous()  # a model of the user's may take views
+    with torch.autocast(images.device.type, precision, enabled=precision is not None):
+        features = single(source.features(stacked))
     if not all_finite(features):
         raise PrototypeError(
             "the backbone gave NaN or Inf features for this image; check its weights and the "
@@ -123,6 +125,11 @@ def _pair(
         )
     count = images.shape[0]
     return FeaturePair(features[:count], features[count:] if flip else None)
+
+
+def single(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values.float() if values.dtype.itemsize < torch.float32.itemsize else values
 
 
 def all_finite(values: Tensor) -> bool:
@@ -349,17 +356,17 @@ class CAM:
             return LpcamSettings.from_preset(PRESET, scales=(1.0,))
         return LpcamSettings.from_preset(PRESET)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors no loss can use
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Maps of a batch, computed in the model's own precision whatever the caller's autocast.
 
         Args:
             images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot, or (B,) int64 class indices; maps of absent classes are zero.
-                None maps every class.
+            labels: (B, N) multi-hot (what is not above 0 is absent), or (B,) int64 class indices;
+                maps of absent classes are zero. None maps every class.
 
         Returns:
-            (B, N, H, W) in [0, 1], on the device of ``images``.
+            (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 of such a model).
 
         Raises:
             ValueError: if the labels do not fit the batch.
@@ -367,7 +374,7 @@ class CAM:
                 the images.
         """
         source, settings = self.source_, self.settings_
-        return self._maps(images, labels, source.weight, settings.cam_epsilon)
+        return self._maps(images, labels, single(source.weight), settings.cam_epsilon)
 
     def _maps(
         self, images: Tensor, labels: Tensor | None, rows: Tensor, cam_epsilon: float | None
@@ -516,7 +523,7 @@ class LPCAM(CAM):
                 int64 class indices. Every image serves all its classes: ``images_per_class`` of the
                 settings is for a run, which draws from a list
                 (:func:`lpcam.prototypes.draw_images`). It is gone through twice where a new head is
-                fitted first.
+                fitted first. After an error nothing is kept of it.
 
         Raises:
             ValueError: if the labels do not fit a batch.
@@ -527,13 +534,21 @@ class LPCAM(CAM):
         """
         self._forget()
         self._resolve()
-        if isinstance(self.source_, WrappedModel) and self.source_.needs_head:
-            self._source = self._with_new_head(self.source_, loader)
-        for images, labels in loader:
-            self.partial_fit(images, labels)
-        if self._images == 0:
-            raise PrototypeError("the loader gave no image; give one that yields (images, labels)")
-        self._cluster()
+        try:
+            if isinstance(self.source_, WrappedModel) and self.source_.needs_head:
+                self._source = self._with_new_head(self.source_, loader)
+            for images, labels in loader:
+                self.partial_fit(images, labels)
+            if self._images == 0:
+                raise PrototypeError(
+                    "the loader gave no image; give one that yields (images, labels)"
+                )
+            self._cluster()
+        except BaseException:
+            # Part of a loader is not what was asked for, and nothing may be added to it.
+            self._forget()
+            self._source = self._settings = None
+            raise
         return self
 
     def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -560,8 +575,9 @@ class LPCAM(CAM):
         settings = ProbeSettings.from_preset("default")
         pooled, labels = [], []
         for images, given in loader:
-            labels.append(multi_hot_labels(given, images.shape[0], len(source.classes)).cpu())
-            with torch.inference_mode(), full_precision(source.device):
+            multi_hot = multi_hot_labels(given, images.shape[0], len(source.classes))
+            labels.append((multi_hot > 0).cpu())
+            with torch.no_grad(), full_precision(source.device):
                 (pair,) = tensor_pyramid(source, _on(images, source), (1.0,), flip=settings.mirror)
                 views = [view.mean((-2, -1)) for view in pair if view is not None]
                 pooled.append(torch.stack(views, dim=1).float().cpu())
@@ -589,7 +605,7 @@ class LPCAM(CAM):
 
         Args:
             images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot, or (B,) int64 class indices.
+            labels: (B, N) multi-hot (what is not above 0 is absent), or (B,) int64 class indices.
 
         Raises:
             ValueError: if the labels do not fit the batch.
@@ -599,7 +615,7 @@ class LPCAM(CAM):
             self._resolve()
         source, settings = self.source_, self.settings_
         labels = multi_hot_labels(labels, images.shape[0], len(source.classes))
-        weight = source.weight
+        weight = single(source.weight)
         if self._reservoir is None:
             self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
         multi_scale = settings.split_maps == "multi_scale"
@@ -619,7 +635,7 @@ class LPCAM(CAM):
                 maps = cam_maps(used, weight, _size(images), epsilon=settings.cam_epsilon).high_res
             self._prototypes = None
             for row in range(images.shape[0]):
-                present = labels[row].nonzero().flatten().tolist()
+                present = (labels[row] > 0).nonzero().flatten().tolist()
                 split_map = (
                     maps[row, present]
                     if maps is not None
@@ -640,7 +656,7 @@ class LPCAM(CAM):
         with full_precision(source.device):
             self._prototypes = make_prototypes(
                 self._reservoir,
-                source.weight,
+                single(source.weight),
                 source.classes,
                 settings,
                 seed=self.random_state,
@@ -667,7 +683,7 @@ class LPCAM(CAM):
             raise self._not_fitted()
         return self._cluster()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors no loss can use
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Maps of a batch, as :meth:`CAM.__call__`.
 
@@ -675,7 +691,7 @@ class LPCAM(CAM):
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
         """
         vectors = self.prototypes_.vectors(with_context=self.with_context)
-        return self._maps(images, labels, vectors.to(self.source_.weight), None)
+        return self._maps(images, labels, vectors.to(single(self.source_.weight)), None)
 
     def save(self, path: str | Path) -> None:
         """Write the prototypes to a safetensors file, with the head if ``fit`` made one.
@@ -694,10 +710,17 @@ class LPCAM(CAM):
             ArtefactError: if the file is missing or damaged.
             PrototypeError: if they belong to another classifier.
         """
-        tensors, _ = read_tensors(Path(path))
+        tensors, metadata = read_tensors(Path(path))
         source = self._find_source()
         if HEAD in tensors and isinstance(source, WrappedModel) and source.needs_head:
-            source = source.with_head(tensors[HEAD].to(source.device))
+            head = tensors[HEAD]
+            if head.shape[0] != len(source.classes):
+                names = ", ".join(map(str, metadata.get("classes", ())))
+                raise PrototypeError(
+                    f"the head in {path} has {head.shape[0]} classes, but {len(source.classes)} "
+                    f"names were given; give those of the file: classes=[...] with {names}"
+                )
+            source = source.with_head(head.to(source.device))
         prototypes = Prototypes.load(Path(path), fingerprint=source.fingerprint())
         self._forget()
         self._source, self._settings, self._prototypes = source, None, prototypes
@@ -747,7 +770,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _check_again(loader: Batches, why: str) -> None:
-    if iter(loader) is loader:
+    # iter(loader) would draw from the caller's random numbers
+    if isinstance(loader, Iterator):
         raise ClassifierError(
             f"the loader is an iterator, which is empty after one pass, but {why}; give a "
             "DataLoader or a list of (images, labels)"

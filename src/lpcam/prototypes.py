@@ -7,12 +7,13 @@ selects them, and :meth:`Prototypes.vectors` gives the rows that map an image.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from lpcam.storage import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SideName = Literal["foreground", "context"]
 SIDES: tuple[SideName, SideName] = ("foreground", "context")
 BEST_MARGIN = 1e-6
@@ -110,6 +113,17 @@ def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
 # -- Collecting local features -----------------------------------------------------------------
 
 
+def _ordinary(method: Callable[P, R]) -> Callable[P, R]:
+    """What a method makes are ordinary tensors, which can be changed in any mode."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
 class Reservoir:
     """A bounded uniform sample of the local features of each class and side.
 
@@ -148,6 +162,7 @@ class Reservoir:
             if sample.rows
         )
 
+    @_ordinary
     def add(
         self,
         index: int,
@@ -187,6 +202,7 @@ class Reservoir:
             raise _not_finite(taken, self.dtype, name)
         sample.take(keys[chosen], kept.cpu())
 
+    @_ordinary
     def merge(self, other: Reservoir) -> None:
         """Take in the sample of other images: the result is that of one reservoir for them all.
 
@@ -209,6 +225,7 @@ class Reservoir:
                 if len(chosen):
                     sample.take(keys[chosen], rows[chosen])
 
+    @_ordinary
     def checkpoint(self, path: Path, images: int) -> None:
         """Write the sample and how many images it has seen, to go on from after a stop."""
         tensors = {}
@@ -218,6 +235,7 @@ class Reservoir:
         seen = [[index, side, count] for (index, side), count in self.seen.items()]
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
+    @_ordinary
     def restore(self, path: Path) -> int:
         """Take the sample of a checkpoint and return how many images it has seen."""
         tensors, metadata = read_tensors(path)
@@ -230,6 +248,7 @@ class Reservoir:
                 )
         return int(metadata["images"])
 
+    @_ordinary
     def features(self, index: int, side: SideName) -> Tensor | None:
         """The sample (M, C) of a class and side in an order that is its own, or None."""
         sample = self._samples.get((index, side))

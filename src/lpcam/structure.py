@@ -51,10 +51,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; flags and random state come back, also after an error.
 
-    What was compiled runs as it was written, for compiled code may ignore hooks.
+    What was compiled runs as it was written, for compiled code may ignore hooks. A class with a
+    ``train`` of its own (one that keeps results for evaluation, or merges weights) has it called.
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    own = [module for module in modules if module.training and _has_own_train(module)]
+    # Weights that are merged and parted again come back rounded.
+    held = [
+        (tensor, tensor.detach().clone())
+        for module in own
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -63,15 +72,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             stance: Any = torch.compiler.set_stance("force_eager")
             stack.enter_context(stance)
         try:
+            for module in own:
+                module.train(False)
             for module in modules:
-                # not eval(), which a class may have redefined to leave some modules as they are
+                # not eval() alone, which a class may have redefined to leave some as they are
                 if module.training:
                     module.training = False
             yield
         finally:
-            for module, flag in zip(modules, flags, strict=True):
-                if module.training != flag:
-                    module.training = flag
+            try:
+                for module in own:
+                    module.train(True)
+            finally:
+                for module, flag in zip(modules, flags, strict=True):
+                    if module.training != flag:
+                        module.training = flag
+                for parameter, need in needed:
+                    if parameter.requires_grad != need:
+                        parameter.requires_grad_(need)
+                for tensor, value in held:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    return getattr(module.train, "__func__", None) is not nn.Module.train
 
 
 @contextmanager
@@ -83,6 +108,25 @@ def plainly(device: torch.device) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions on a GPU in float32: TF32 keeps three digits of the numbers.
+
+    The setting is one for all threads.
+    """
+    # The newer names: reading the older allow_tf32 raises where a caller has set these apart.
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -105,12 +149,17 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """What a model gave as (B, N), be it a tensor, an object or a mapping with logits."""
+    """What a model gave as (B, N), be it a tensor, an object or a mapping with logits.
+
+    (B,) is (B, 1), of one class.
+    """
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if logits is None:
         logits = first_tensor(output)
+    if isinstance(logits, Tensor) and logits.ndim == 1:
+        logits = logits[:, None]
     return flat(logits) if isinstance(logits, Tensor) else None
 
 
@@ -396,9 +445,7 @@ def norm_of(call: Call, record: Record) -> Norm | None:
         return None
     if record.same(after, before):  # dropout and the like
         return None
-    epsilon = next(
-        (float(e) for n in ("eps", "variance_epsilon") if (e := getattr(module, n, None))), 1e-6
-    )
+    epsilon = _epsilon(module, call.before.dtype if call.before is not None else before.dtype)
     channels = before.shape[1]
     kinds: list[Literal["affine", "layer", "rms"]] = ["layer", "rms"]
     if isinstance(getattr(module, "running_mean", None), Tensor):
@@ -414,6 +461,15 @@ def norm_of(call: Call, record: Record) -> Norm | None:
         if record.same(found, after):
             return norm
     return None
+
+
+def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+    """What a norm adds to a variance: of one that says None the rounding unit of the input."""
+    said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
+    numbers = [float(value) for value in said if isinstance(value, (int, float))]
+    if numbers:
+        return numbers[0]
+    return torch.finfo(dtype).eps if None in said else 1e-6
 
 
 # -- The head ----------------------------------------------------------------------------------

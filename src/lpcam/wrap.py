@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from lpcam.structure import (
     record_pass,
     undisturbed,
     unwrap,
+    without_tf32,
 )
 
 __all__ = [
@@ -80,6 +82,11 @@ class WrappedModel:
         multiple: of which the sides of an image must be multiples.
         output: what the model itself gives: ``"logits"``, ``"sigmoid"``, ``"softmax"`` or ``"log
             softmax"`` of them; ``"features"`` if it gives none.
+        core: the model without the wrappers that :func:`unwrap` takes off.
+        place: the layer of the map and how its output is read.
+        norms: those between the pooled vector and the head, the last one first; their weights are
+            in the rows, their divisions in :meth:`divided`.
+        probe_size: (H, W) of the random images by which all this was found.
     """
 
     def __init__(
@@ -95,6 +102,7 @@ class WrappedModel:
         fixed_size: tuple[int, int] | None,
         multiple: int,
         output: str,
+        probe_size: tuple[int, int],
     ) -> None:
         self.model = model
         self.classes = tuple(classes)
@@ -104,15 +112,16 @@ class WrappedModel:
         self.fixed_size = fixed_size
         self.multiple = multiple
         self.output = output
-        self._core = unwrap(model)
-        self._source = source
+        self.core = unwrap(model)
+        self.probe_size = probe_size
+        self.place = source
         self._head = head
-        self._norms = tuple(norms)
+        self.norms = tuple(norms)
         self._new_head = False
 
     def __repr__(self) -> str:
         return (
-            f"WrappedModel({type(self._core).__name__}, {len(self.classes)} classes: {self.found})"
+            f"WrappedModel({type(self.core).__name__}, {len(self.classes)} classes: {self.found})"
         )
 
     @property
@@ -141,12 +150,12 @@ class WrappedModel:
 
     @property
     def device(self) -> torch.device:
-        return device_of(self._core)
+        return device_of(self.core)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the images that the model takes."""
-        return dtype_of(self._core)
+        return dtype_of(self.core)
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         if self._head is None:
@@ -159,14 +168,15 @@ class WrappedModel:
             weight, bias = self._head.rows()
             weight = weight.to(self.device)
             bias = None if bias is None else bias.to(self.device)
-            for norm in self._norms:
+            for norm in self.norms:
                 weight, bias = norm.fold(weight, bias)
             return weight, bias
 
     def features(self, images: Tensor) -> Tensor:
         """The map whose products with the rows are the CAM of equation 1.
 
-        The model runs in evaluation mode without gradients, and is left as it was.
+        The model runs in evaluation mode without gradients, in its own precision whatever the
+        caller's autocast, and is left as it was.
 
         Args:
             images: (B, c, H, W), normalised as the model expects; brought to its device and dtype.
@@ -180,14 +190,24 @@ class WrappedModel:
         """
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
-            size = (images.shape[-2], images.shape[-1])
-            if self._source.token is not None:
-                return self._source.map(self._divided(raw), size)
-            features = self._source.map(raw, size)
-            for norm in self._norms:
-                if norm.kind != "affine":
-                    features = features / norm.divide(features.mean((-2, -1)))[..., None, None]
-            return features
+            return self.features_of(raw, (images.shape[-2], images.shape[-1]))
+
+    def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
+        """The map (B, C, h, w) of what the layer of :attr:`place` gave for images (H, W).
+
+        :meth:`features` without the pass: differentiable, and in the caller's grad mode.
+
+        Args:
+            raw: the layer's output, float32 or float64.
+            size: (H, W) of the images.
+        """
+        if self.place.token is not None:
+            return self.place.map(self.divided(raw), size)
+        features = self.place.map(raw, size)
+        for norm in self.norms:
+            if norm.kind != "affine":
+                features = features / norm.divide(features.mean((-2, -1)))[..., None, None]
+        return features
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (B, N) as the model's own: the head on the mean of the map or the class token.
@@ -198,7 +218,7 @@ class WrappedModel:
         weight, bias = self._rows()
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
-            vectors = self._divided(self._source.vector(raw))
+            vectors = self.divided(self.place.vector(raw))
             return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))
 
     def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
@@ -215,7 +235,7 @@ class WrappedModel:
             raise ValueError(
                 f"expected a weight of {len(self.classes)} rows, got {tuple(weight.shape)}"
             )
-        source = replace(self._source, token=None)
+        source = replace(self.place, token=None)
         with torch.inference_mode(False):
             tensors = weight.detach().clone(), None if bias is None else bias.detach().clone()
         made = WrappedModel(
@@ -229,16 +249,34 @@ class WrappedModel:
             fixed_size=self.fixed_size,
             multiple=self.multiple,
             output="features",
+            probe_size=self.probe_size,
         )
         made._new_head = True
         return made
 
     def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the classes or the place of the map."""
+        """32 hex digits that change with any weight, the classes, or the place of the map.
+
+        Where a callable gives the map, its place is told by what it gives for a fixed image.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        description = {"found": self.found, "classes": list(self.classes)}
+        place = {
+            field: getattr(self.place, field)
+            for field in ("layout", "prefix", "stride", "relu", "token")
+        }
+        if isinstance(self.place.layer, nn.Module):
+            place |= {"layer": self.place.name, "call": self.place.number}
+        else:
+            place["signs"] = self._signs()
+        head = None if self._head is None or self._head.module is None else self._head.name
+        description = {
+            "classes": list(self.classes),
+            "place": place,
+            "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
+            "head": head,
+        }
         digest.update(digest_json(description).encode())
-        tensors = dict(self._core.state_dict())
+        tensors = dict(self.core.state_dict())
         if self._head is not None and self._head.tensors is not None:
             tensors["head weight"], bias = self._head.tensors
             tensors.update({} if bias is None else {"head bias": bias})
@@ -249,20 +287,35 @@ class WrappedModel:
                 digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _divided(self, vectors: Tensor) -> Tensor:
-        for norm in self._norms:
+    def _signs(self) -> str:
+        """A map in 64 signs, which other maps do not share and rounding does not change."""
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(1, self.channels_in, *self.probe_size, generator=generator)
+        with plainly(self.device):
+            features = self.features(image)[0].cpu().double()
+        features = (features - features.mean()).flatten()
+        signs = ""
+        for _ in range(64):
+            direction = torch.randn(features.shape, generator=generator, dtype=torch.float64)
+            signs += "+" if float(features @ direction) > 0 else "-"
+        return f"{signs} {features.numel()}"
+
+    def divided(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., C) divided by the size that each norm between map and head gives them."""
+        for norm in self.norms:
             vectors = vectors / norm.divide(vectors)
         return vectors
 
     def _raw(self, images: Tensor) -> Tensor:
         self._check(images)
         try:
-            return self._source.raw(self._core, images.to(self.device, self.dtype))
+            with torch.autocast(self.device.type, enabled=False):
+                return self.place.raw(self.core, images.to(self.device, self.dtype))
         except (AssertionError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ClassifierError(
-                f"the model {type(self._core).__name__} cannot take images of "
+                f"the model {type(self.core).__name__} cannot take images of "
                 f"{tuple(images.shape)}: {error}"
             ) from error
 
@@ -274,7 +327,7 @@ class WrappedModel:
         size = (images.shape[-2], images.shape[-1])
         if self.fixed_size is not None and size != self.fixed_size:
             raise ClassifierError(
-                f"the model {type(self._core).__name__} takes images of {self.fixed_size[0]} x "
+                f"the model {type(self.core).__name__} takes images of {self.fixed_size[0]} x "
                 f"{self.fixed_size[1]} pixels alone, got {size[0]} x {size[1]}; resize them, and "
                 "map at the one scale with settings=None or scales=(1.0,); some models take any "
                 "size with an argument of their maker (timm: dynamic_img_size=True)"
@@ -325,7 +378,9 @@ def wrap(
     layer = _layer(core, feature_layer, "feature_layer")
     given = classifier if isinstance(classifier, tuple) else _layer(core, classifier, "classifier")
     always = [one for one in (layer, given) if isinstance(one, nn.Module)]
-    with plainly(device_of(core)):
+    device = device_of(core)
+    on_gpu = without_tf32() if device.type == "cuda" else nullcontext()
+    with plainly(device), on_gpu:
         record, images, fixed, multiple = _probe(core, example, always)
         finder = Finder(core, record, images, layer, given, pool, classes)
         source, head, norms, names, found, output = finder.find()
@@ -340,6 +395,7 @@ def wrap(
         fixed_size=fixed,
         multiple=multiple,
         output=output,
+        probe_size=(images.shape[-2], images.shape[-1]),
     )
 
 
@@ -426,8 +482,16 @@ def _probe(
                 raise
             first = first or error
             continue
-        fixed = size if only and (example is None or not _takes_another(model, images)) else None
-        return record, images, fixed, 1 if only else math.gcd(*size)
+        if not only:
+            return record, images, None, math.gcd(*size)
+        if example is None:
+            return record, images, size, 1
+        others = (other for other in PROBE_SIZES if _takes(model, images, other))
+        if (other := next(others, None)) is not None:
+            return record, images, None, math.gcd(*other)
+        if _takes(model, images, (2 * size[0], 2 * size[1])):
+            return record, images, None, math.gcd(*size)
+        return record, images, size, 1
     tried = ", ".join(f"{h} x {w}" for (h, w), _ in sizes)
     raise ClassifierError(
         f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
@@ -436,13 +500,14 @@ def _probe(
     ) from first
 
 
-def _takes_another(model: nn.Module, images: Tensor) -> bool:
-    """Whether images of double the size pass too."""
-    height, width = images.shape[-2:]
-    larger = F.interpolate(images.float(), size=(2 * height, 2 * width)).to(images)
+def _takes(model: nn.Module, images: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the images pass at another size too."""
+    resized = F.interpolate(images.float(), size=size).to(images)
     try:
         with undisturbed(model):
-            model(larger)
-    except Exception:
+            model(resized)
+    except Exception as error:  # a model may refuse a size in any way
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return False
     return True
