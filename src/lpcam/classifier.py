@@ -324,7 +324,12 @@ def _remove_dilation(model: nn.Module) -> None:
                 module.padding = tuple((k - 1) // 2 for k in module.kernel_size)
 
 
-def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ClassifierError: if it is missing, damaged or of another format.
+    """
     if not path.is_file():
         raise ClassifierError(
             f"no weights file {str(path)!r}; give the path of a safetensors file, "
@@ -336,11 +341,43 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
             "code and are not read: convert it first with lpcam convert FILE OUT.safetensors"
         )
     try:
-        state = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ClassifierError(
             f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
         ) from error
+
+
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """How a file's tensors differ from a network's in names and shapes, in words; or nothing."""
+    found = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(
+            k for k in own.keys() & state.keys() if own[k].shape != state[k].shape
+        ),
+    }
+    return ", ".join(
+        f"{len(names)} {what} (first: {names[0]})" for what, names in found.items() if names
+    )
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a file whose tensors hold NaN or Inf.
+
+    Raises:
+        ClassifierError: naming the first such tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ClassifierError(
+                f"the weights {str(path)!r} hold NaN or Inf in {name!r}; "
+                "the file is damaged, fetch it again"
+            )
+
+
+def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
+    state = read_weights(path)
     config: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
     for head in (heads,) if isinstance(heads, str) else heads:
@@ -349,22 +386,10 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
     # Files of old programs lack the counters of batches, which a frozen norm never reads.
     counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
     state = {**counters, **state}
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for what, names in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", shapes),
-            )
-            if names
-        ]
+    if difference := misfit(own, state):
         raise ClassifierError(
             f"the weights {path.name!r} do not fit {spec.name!r} with arguments "
-            f"{dict(spec.arguments)}: {', '.join(parts)}; check the backbone's name and arguments"
+            f"{dict(spec.arguments)}: {difference}; check the backbone's name and arguments"
         )
     backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
 

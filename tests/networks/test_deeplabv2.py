@@ -492,7 +492,7 @@ def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match=r"no weights file .*absent.safetensors"):
         tiny(weights=tmp_path / "absent.safetensors")
     (tmp_path / "w.pth").write_bytes(b"pickle")
-    with pytest.raises(ClassifierError, match=r"got 'w.pth'.*'lpcam convert"):
+    with pytest.raises(ClassifierError, match=r"got 'w.pth'.*lpcam convert"):
         tiny(weights=tmp_path / "w.pth")
     (tmp_path / "w.safetensors").write_bytes(b"torn")
     with pytest.raises(ClassifierError, match="cannot be read"):

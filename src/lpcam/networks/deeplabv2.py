@@ -12,13 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcam.classifier import PRETRAINED, RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import (
+    PRETRAINED,
+    RANDOM,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    misfit,
+    read_weights,
+    refuse_not_finite,
+)
 from lpcam.errors import ClassifierError
 
 logger = logging.getLogger(__name__)
@@ -431,54 +439,19 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
         )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ClassifierError(
-            f"no weights file {str(path)!r}; give the path of a safetensors file or {RANDOM!r}"
-        )
-    if path.suffix != ".safetensors":
-        raise ClassifierError(
-            f"weights must be a .safetensors file, got {path.name!r}; pickled checkpoints can run "
-            "code and are not read: convert it with 'lpcam convert FILE.pth FILE.safetensors'"
-        )
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ClassifierError(
-            f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
-        ) from error
-
-
 def _load(network: DeepLabV2, path: Path) -> None:
     """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
-    state = convert_names(_read(path))
+    state = convert_names(read_weights(path))
     state = {
         k: v for k, v in state.items() if not k.startswith(_CLASSIFIER) and not k.endswith(_COUNTER)
     }
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ClassifierError(
-                f"the weights {str(path)!r} hold NaN or Inf in {name!r}; "
-                "the file is damaged, fetch it again"
-            )
+    refuse_not_finite(state, path)
     head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
     state = {k: v for k, v in state.items() if not k.startswith("aspp.")}
     own = {k: v for k, v in network.backbone.state_dict().items() if not k.endswith(_COUNTER)}
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for what, names in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of another shape", shapes),
-            )
-            if names
-        ]
+    if difference := misfit(own, state):
         raise ClassifierError(
-            f"the weights {path.name!r} do not fit {CAFFE!r}: {', '.join(parts)}; it takes files "
+            f"the weights {path.name!r} do not fit {CAFFE!r}: {difference}; it takes files "
             "of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; for "
             "torchvision's or timm's weights the backbone is resnet101"
         )

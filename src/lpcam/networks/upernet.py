@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
-from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing
+from lpcam.classifier import (
+    PRETRAINED,
+    RANDOM,
+    Preprocessing,
+    misfit,
+    read_weights,
+    refuse_not_finite,
+)
 from lpcam.errors import ClassifierError
 
 PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
-STRIDE = 4
-"""Pixels a cell of the logits."""
 PATCH = 4
 WINDOW = 7
 DROP_PATH = 0.3
@@ -36,8 +39,6 @@ POOLS = (1, 2, 3, 6)
 CHANNELS = 512
 """Of the main head."""
 AUXILIARY_CHANNELS = 256
-AUXILIARY_STAGE = 2
-"""Index of the stage that the auxiliary head is on, the third."""
 AUXILIARY_WEIGHT = 0.4
 """Of the auxiliary head's loss."""
 DROPOUT = 0.1
@@ -64,8 +65,6 @@ SIZES = {
     "small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), "microsoft/swin-small-patch4-window7-224"),
     "base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), "microsoft/swin-base-patch4-window7-224"),
 }
-BASE_22K = "microsoft/swin-base-patch4-window7-224-in22k"
-"""Base, trained on ImageNet-22k: an argument ``checkpoint``."""
 
 ARGUMENTS = {
     "embed_dim",
@@ -249,7 +248,7 @@ def build_upernet(
         if str(weights) == PRETRAINED:
             _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
         elif str(weights) != RANDOM:
-            _load(network.backbone, _read(Path(weights)), Path(weights).name)
+            _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
     return network, Preprocessing(
         PREPROCESSING.mean if mean is None else tuple(mean),
         PREPROCESSING.std if std is None else tuple(std),
@@ -381,46 +380,14 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
     return state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ClassifierError(
-            f"no weights file {str(path)!r}; give the path of a safetensors file, "
-            f"{PRETRAINED!r} or {RANDOM!r}"
-        )
-    if path.suffix != ".safetensors":
-        raise ClassifierError(
-            f"weights must be a .safetensors file, got {path.name!r}; convert it by "
-            "lpcam convert FILE FILE.safetensors"
-        )
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ClassifierError(
-            f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
-        ) from error
-
-
 def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
     """Put a Swin's tensors into a backbone; the norms behind its stages stay as they are."""
     own = {k: v for k, v in backbone.swin.state_dict().items() if not _LEFT_OUT.search(k)}
     state = convert_names(found)
-    for what, names in (
-        ("misses", own.keys() - state.keys()),
-        ("has the unknown tensor", state.keys() - own.keys()),
-        (
-            "has in another shape",
-            {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape},
-        ),
-    ):
-        if names:
-            raise ClassifierError(
-                f"the weights {name!r} do not fit this Swin: the file {what} {min(names)!r} "
-                f"({len(names)} such); check the size and the arguments"
-            )
-    for key, tensor in state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ClassifierError(
-                f"the weights {name!r} hold NaN or Inf in {key!r}; the file is damaged, fetch it "
-                "again"
-            )
+    if difference := misfit(own, state):
+        raise ClassifierError(
+            f"the weights {name!r} do not fit this Swin: {difference}; check the size and the "
+            "arguments"
+        )
+    refuse_not_finite(state, Path(name))
     backbone.swin.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)

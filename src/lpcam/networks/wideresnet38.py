@@ -21,6 +21,7 @@ from lpcam.classifier import (
     Classifier,
     Preprocessing,
     build,
+    refuse_not_finite,
 )
 from lpcam.errors import ClassifierError
 
@@ -184,9 +185,5 @@ def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
                 f"not {tuple(tensor.shape)}; the file is of other labels or of another network: "
                 "check it, or take fc1 and fc2 out of it to train a new head"
             )
-        if not bool(torch.isfinite(state[name]).all()):
-            raise ClassifierError(
-                f"the weights {str(path)!r} hold NaN or Inf in {name!r}; the file is damaged, "
-                "fetch it again"
-            )
+    refuse_not_finite(state, path)
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
