@@ -16,7 +16,9 @@ from lpcam.errors import LpcamError, RecipeError
 from lpcam.version import __version__
 
 if TYPE_CHECKING:
+    from lpcam.head import ExportParity
     from lpcam.pipeline import RunResult
+    from lpcam.segmentation.export import Parity
 
 STAGE_HELP = {
     "classify": "train the classifier (linear probe or fine-tuning)",
@@ -422,14 +424,20 @@ def _export_classifier(options: argparse.Namespace) -> int:
         "torch-export": head.export_program,
     }[options.what]
     parity = export(head.LPCAMModel.from_run(options.run), options.output, **_size(options))
-    print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
-    if parity.checked:
-        print(
+    return _exported(
+        parity,
+        lambda: (
             f"read back, logits differ by {parity.logit_error:.1e} of the largest, maps by "
             f"{parity.map_error:.1e}"
-        )
-    else:
-        print("not checked: onnxruntime is not installed")
+        ),
+    )
+
+
+def _exported(parity: ExportParity | Parity, comparison: Callable[[], str]) -> int:
+    """Print what was written, and how it compares where that is known."""
+    print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
+    unknown = "not checked: onnxruntime is not installed"
+    print(comparison() if parity.checked else unknown)
     return 0
 
 
@@ -452,15 +460,13 @@ def _export(options: argparse.Namespace) -> int:
     parity = export_onnx(
         Segmenter.load(found.path), options.output, made_by=made_by, **_size(options)
     )
-    print(f"wrote {parity.path}, {'of any size' if parity.dynamic else 'of one size'}")
-    if parity.checked:
-        print(
+    return _exported(
+        parity,
+        lambda: (
             f"in onnxruntime {100 * (parity.label_agreement or 0):.2f} % of the labels are equal, "
             f"logits differ by {parity.logit_error:.1e} of the largest"
-        )
-    else:
-        print("not checked: onnxruntime is not installed")
-    return 0
+        ),
+    )
 
 
 def _voc_server(options: argparse.Namespace) -> int:

@@ -94,7 +94,7 @@ def score_maps(
             (best, "ground truth", best_scores),
             (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
         ):
-            row = _row(method, len(items), threshold, source, found)
+            row = row_of(method, len(items), threshold, source, found)
             if dataset.part_names:
                 row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
             rows.append(row)
@@ -113,7 +113,10 @@ def _truth(item: Item, dataset: Dataset) -> Tensor:
     return truth_labels(read_index_mask(item.mask), dataset.classes)
 
 
-def _row(method: str, images: int, threshold: float, source: str, found: Scores) -> dict[str, Any]:
+def row_of(
+    method: str, images: int, threshold: float | None, source: str | None, found: Scores
+) -> dict[str, Any]:
+    """A row of figures; masks that no threshold has made have neither one nor its source."""
     return {
         "method": method,
         "images": images,

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lpcam.data.folder import IMAGE_SUFFIXES
 from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
@@ -31,6 +31,31 @@ _LONGEST_NAME = 160
 """Bytes of a file's name, so that an ending still fits into the 255 of most file systems."""
 
 
+class Done(Protocol):
+    """What a command that works on image files did."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def found(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def skipped(self) -> Sequence[Mapping[str, str]]: ...
+
+
+def summarised(lines: Sequence[str], done: Done, pictures: str) -> str:
+    """Lines of at most `MOST_LINES` images, then how many more, what was left out and where."""
+    lines = [*lines]
+    if len(done.found) > MOST_LINES:
+        lines.append(f"... and {len(done.found) - MOST_LINES} more images")
+    if done.skipped:
+        lines.append(f"{len(done.skipped)} left out:")
+        lines += [f"  {skip['reason']}" for skip in done.skipped]
+    lines.append(f"results in {done.folder}")
+    if done.found:
+        lines.append(f"pictures in {done.folder / pictures}")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Explained:
     """What :func:`explain_files` did."""
@@ -50,15 +75,7 @@ class Explained:
                 for c in one["classes"]
             )
             lines.append(f"{one['image']}: {'; '.join([*filter(None, [classes]), *one['notes']])}")
-        if len(self.found) > MOST_LINES:
-            lines.append(f"... and {len(self.found) - MOST_LINES} more images")
-        if self.skipped:
-            lines.append(f"{len(self.skipped)} left out:")
-            lines += [f"  {skip['reason']}" for skip in self.skipped]
-        lines.append(f"results in {self.folder}")
-        if self.found:
-            lines.append(f"pictures in {self.folder / 'sheet.png'}")
-        return "\n".join(lines)
+        return summarised(lines, self, "sheet.png")
 
 
 def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:

@@ -30,6 +30,7 @@ from lpcam.explain.files import (
     find_images,
     outputs_by_image,
     read_index,
+    summarised,
 )
 from lpcam.masks import enlarge_labels, overlay_mask, write_mask
 from lpcam.parallel import ordered_map
@@ -83,15 +84,7 @@ class Segmented:
         for one in self.found[:MOST_LINES]:
             classes = [f"{c['name']} ({100 * c['area']:.0f} %)" for c in one["classes"]]
             lines.append(f"{one['image']}: {', '.join(classes) or 'background alone'}")
-        if len(self.found) > MOST_LINES:
-            lines.append(f"... and {len(self.found) - MOST_LINES} more images")
-        if self.skipped:
-            lines.append(f"{len(self.skipped)} left out:")
-            lines += [f"  {skip['reason']}" for skip in self.skipped]
-        lines.append(f"results in {self.folder}")
-        if self.found:
-            lines.append(f"pictures in {self.folder / 'overlays'}")
-        return "\n".join(lines)
+        return summarised(lines, self, "overlays")
 
 
 def segment_files(

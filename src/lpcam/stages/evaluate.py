@@ -22,6 +22,7 @@ from lpcam.stages.refine import (
 from lpcam.stages.seeds import seed_path
 from lpcam.stages.segment import (
     SEGMENT,
+    SEGMENTATION,
     TEST,
     TRUTH,
     figures,
@@ -183,7 +184,7 @@ def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
         shared |= {"refine": None, "labels": "true masks"}
     split = run.recipe.data.list_of("test")
     return {
-        "stage": "segmentation",
+        "stage": SEGMENTATION,
         "dataset": dataset_name(run),
         "split": split,
         **figure,

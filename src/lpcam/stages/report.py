@@ -15,15 +15,13 @@ from lpcam.stages.segment import (
     CRF,
     NETWORKS,
     SEGMENT,
+    SEGMENTATION,
     segment_section,
     segmented,
     segmenter_protocol,
 )
 from lpcam.storage import read_json, write_bytes
 from lpcam.version import versions
-
-SEGMENTATION = "segmentation"
-"""Stage of the rows of segmenters, which have no threshold."""
 
 
 def report_path(folder: Path) -> Path:

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 SEGMENT = "segment"
 TEST = "test"
 TRUTH = "truth"
+SEGMENTATION = "segmentation"
+"""Stage of the rows of segmenters, which have no threshold."""
 LAST, BEST = "segmenter.safetensors", "best.safetensors"
 CRF = "crf"
 """Folder of the masks after a dense CRF, in that of the masks before it."""
@@ -473,6 +475,8 @@ def _tested_on(run: Run) -> set[str]:
 
 def figures(run: Run) -> list[dict[str, Any]]:
     """Scores of every segmenter, as :func:`lpcam.stages.evaluate.evaluate` records them."""
+    from lpcam.evaluation import row_of  # noqa: PLC0415
+
     rows = []
     names = run.dataset.classes.names
     images = sum(item.mask is not None for item in run.items("test")) if segmented(run) else 0
@@ -481,22 +485,9 @@ def figures(run: Run) -> list[dict[str, Any]]:
         counts = stage.output["confusions"].get(folder.name)
         if counts is None:
             continue
-        found = scores(torch.tensor(counts), names)
         rows.append(
             {
-                "method": title,
-                "images": images,
-                "miou": found.miou,
-                "fp": found.fp,
-                "fn": found.fn,
-                "precision": found.precision,
-                "recall": found.recall,
-                "precision_with_background": found.precision_with_background,
-                "recall_with_background": found.recall_with_background,
-                "threshold": None,
-                "threshold_source": None,
-                "per_class": found.per_class,
-                "left_out": list(found.left_out),
+                **row_of(title, images, None, None, scores(torch.tensor(counts), names)),
                 "crf": folder.name == CRF,
                 "teacher": teacher.name,
                 "mask_threshold": mask_threshold(run, teacher),
