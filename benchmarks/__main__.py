@@ -26,6 +26,7 @@ ALL = (
     "walk",
     "crf",
     "localisation",
+    "coco_index",
 )
 TAKES = {
     "start_up": ("quick",),
@@ -37,6 +38,7 @@ TAKES = {
     "walk": ("quick",),
     "crf": ("quick", "data"),
     "localisation": ("quick", "data", "weights", "run"),
+    "coco_index": ("quick",),
 }
 """The arguments that are handed on to each."""
 HERE = Path(__file__).parent

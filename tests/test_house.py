@@ -11,22 +11,26 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "backbones structure linear objects localisation "
+    1: "arrays backbones structure linear objects localisation data.json_stream "
     "functional clustering masks metrics storage progress processes parallel resources "
-    "refine.crf refine.inputs refine.pamr refine.ternary refine.walk",
+    "refine.crf refine.inputs refine.pamr refine.saliency refine.ternary refine.walk",
     2: "finder wrap faithfulness onnx_files "
     "networks.deeplabv2 networks.upernet networks.wideresnet38 "
-    "data.check data.classes data.creatures data.folder data.images data.voc "
+    "data.check data.classes data.coco data.coco_masks data.creatures data.detect data.folder "
+    "data.huggingface data.images data.jitter data.labels data.saliency data.sbd data.truth data.voc "
+    "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
+    "formats.outlines formats.regions formats.yolo networks.mctformer "
     "classifier prototypes extract features",
     3: "probe train sheet evaluation pretraining ledger starting "
     "report.encode report.images report.meaning report.collect report.page "
-    "compat.gradcam head peers "
+    "compat.gradcam head peers data.estimate data.survey formats.masks "
+    "hosts.amn hosts.edam hosts.mctformer refine.psa "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
-    4: "pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
-    "stages.evaluate stages.refine stages.report stages.segment serve",
-    5: "cli __main__",
+    4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
+    "stages.evaluate stages.refine stages.report stages.segment stages.host serve",
+    5: "cli data_commands __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 MODULES = sorted(

@@ -367,6 +367,22 @@ def test_a_view_that_claims_more_than_its_memory_is_refused(tmp_path: Path, arch
         convert_weights(source, tmp_path / "w.safetensors")
 
 
+def test_arrays_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    content = b"c_codecs\nencode\n(" + text("\0" * 2048) + text("latin1") + b"tRq\x00"
+    entries = b"".join(
+        text(f"a{number}")
+        + b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01M\x00\x01\x85cnumpy\ndtype\n("
+        + text("f8")
+        + b"tR\x89"
+        + (b"h\x00" if number else content)
+        + b"tb"
+        for number in range(30)
+    )
+    in_archive(tmp_path / "w.pth", b"\x80\x02}(" + entries + b"u.")
+    with pytest.raises(ArtefactError, match=r"bytes claim tensors of 61,440, more than 4"):
+        convert_weights(tmp_path / "w.pth", tmp_path / "w.safetensors")
+
+
 def test_a_pickle_that_asks_for_all_memory_is_refused(tmp_path: Path) -> None:
     huge = (1 << 62).to_bytes(8, "little")
     in_archive(tmp_path / "w.pth", b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + huge + b"\x85R.")

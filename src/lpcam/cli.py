@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpcam.data_commands import MAP_FORMATS, MASK_FORMATS, add_parsers, export, run_command
 from lpcam.errors import LpcamError, RecipeError
 from lpcam.version import __version__
 
@@ -26,8 +27,14 @@ STAGE_HELP = {
     "prototypes": "... and cluster, score and select prototypes",
     "lpcam": "... and compute LPCAM-F and LPCAM maps",
     "seeds": "... and write seed masks",
+    "host-labels": "... and clean them by a CRF into labels for AMN, where the recipe wants it",
+    "host": "... and train the host's networks (AMN, MCTformer, EDAM), where the recipe has one",
+    "host-prototypes": "... and cluster the host's own features",
+    "host-maps": "... and compute the host's maps and their seeds",
     "ir-labels": "... and clean them by a CRF into labels for IRN, where the recipe wants it",
     "irn": "... and train IRN's boundaries on them",
+    "psa-labels": "... or score them by two CRFs for PSA, where the recipe wants it",
+    "psa": "... and train PSA's affinities on them",
     "pseudo": "... and write pseudo masks",
     "segment": "... and train a segmenter on them, where the recipe wants it",
     "test": "... and segment the list to test",
@@ -65,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "predict":
             return _predict(options, given)
         if options.command == "export":
-            return _export(options)
+            return _export(options, given)
+        if options.command in ("data", "import"):
+            return run_command(options, given)
         if options.command == "voc-server":
             return _voc_server(options)
         if options.command == "convert":
@@ -137,8 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--threads", type=int, default=None, help="of the numerics")
     serve.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     _segmenter_parsers(commands)
+    add_parsers(commands)
     init = commands.add_parser("init", help="check a folder of images and write a recipe for it")
-    init.add_argument("folder", type=Path, help="with images and labels.csv (image,labels)")
+    init.add_argument(
+        "folder",
+        type=Path,
+        help="images with labels.csv (image,labels), labels.jsonl or a folder a class; VOC2012; "
+        "COCO's annotations, or one JSON file of them",
+    )
     init.add_argument("--backbone", default="mobilenetv2_100", help="a timm model")
     init.add_argument("--weights", default="pretrained", help="'pretrained' or a safetensors file")
     show = commands.add_parser("recipe", help="print a bundled recipe, or list them")
@@ -189,15 +204,37 @@ def _segmenter_parsers(commands: Any) -> None:
     predict.add_argument("--threads", type=int, default=None, help="images worked on at a time")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     export = commands.add_parser(
-        "export", help="write a run's segmenter, or its classifier with LPCAM, as one file"
+        "export",
+        help="write a run's masks or maps for other tools, its segmenter, or its classifier",
     )
     export.add_argument(
         "what",
-        choices=("segmenter", "onnx", "torchscript", "torch-export"),
-        help="the segmenter as ONNX, or classifier and prototypes in one of three formats",
+        choices=("masks", "maps", "segmenter", "onnx", "torchscript", "torch-export"),
+        help="masks or maps in the format of --format, the segmenter as ONNX, or classifier and "
+        "prototypes in one of three formats",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
-    export.add_argument("output", type=Path, help="file to write")
+    export.add_argument("output", type=Path, help="file to write; of masks and maps a folder")
+    export.add_argument(
+        "--format",
+        choices=(*MASK_FORMATS, *MAP_FORMATS),
+        help="of masks: " + ", ".join(MASK_FORMATS) + "; of maps: " + ", ".join(MAP_FORMATS),
+    )
+    export.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        help="which of the run's, e.g. seeds, pseudo/cam, test/lpcam; of maps lpcam, cam, ...",
+    )
+    export.add_argument(
+        "--instances", action="store_true", help="of masks: an object is a connected component"
+    )
+    export.add_argument(
+        "--background", type=_fraction, help="of maps as amn or psa-crf: the score of every pixel"
+    )
+    export.add_argument(
+        "--bare-digits", action="store_true", help="of maps: COCO's files are 000000000009.npy"
+    )
     export.add_argument(
         "--size",
         type=int,
@@ -446,7 +483,22 @@ def _size(options: argparse.Namespace) -> dict[str, Any]:
     return {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace, given: Sequence[str]) -> int:
+    if options.what in ("masks", "maps"):
+        return export(options, given)
+    unfit = [
+        name
+        for name, value in (
+            ("format", options.format),
+            ("from", options.source),
+            ("instances", options.instances),
+            ("background", options.background is not None),
+            ("bare-digits", options.bare_digits),
+        )
+        if value
+    ]
+    if unfit:
+        raise LpcamError(f"--{unfit[0]} belongs to masks and maps; leave it out")
     if options.what != "segmenter":
         return _export_classifier(options)
     from lpcam.segmentation.export import export_onnx  # noqa: PLC0415

@@ -7,9 +7,9 @@ CVE-2025-32434 (torch before 2.6: code runs) and CVE-2026-24747 (before 2.10: me
 overwritten). torch 2.10 is therefore the floor, and this package asks for a newer one. A parser of
 this size may have further flaws: convert files of unknown origin where nothing is to be lost.
 
-NumPy's arrays and scalars, which training programs keep beside the weights, are rebuilt by the two
-stand-ins below, never by NumPy, whose own reconstruction trusts the file (a forged dtype makes
-bytes into pointers).
+NumPy's arrays and scalars, which training programs keep beside the weights, are rebuilt by the
+stand-ins of :mod:`lpcam.arrays`, never by NumPy, whose own reconstruction trusts the file (a forged
+dtype makes bytes into pointers).
 
 What a file can claim is bounded by its own size: neither the unpacked archive nor all tensors
 together may be larger than four times the file.
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lpcam.arrays import NUMPY_STAND_INS, ArrayStandIn
 from lpcam.errors import ArtefactError
 from lpcam.storage import digest_bytes, read_bytes, write_tensors
 from lpcam.version import __version__
@@ -55,7 +56,6 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )
-_ARRAY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1")
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
@@ -118,7 +118,7 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
 
     data = read_bytes(source)
     taken_from, entries = _unwrap(source, _load(source, data))
-    tensors, left_out = _split(source, entries)
+    tensors, left_out = _split(source, len(data), entries)
     parallel = all(name.startswith(_PARALLEL_PREFIX) for name in tensors)
     stripped = (_PARALLEL_PREFIX if parallel else "") + prefix
     taken = {n.removeprefix(stripped): t for n, t in tensors.items() if n.startswith(stripped)}
@@ -214,7 +214,7 @@ def _unwrap(source: Path, loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, An
     path: list[str] = []
     while isinstance(loaded, dict):
         found = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
-        if not found and any(isinstance(value, Tensor | _Array) for value in loaded.values()):
+        if not found and any(isinstance(value, Tensor | ArrayStandIn) for value in loaded.values()):
             return tuple(path), loaded
         if not found or len(path) == len(WRAPPERS):  # a dictionary may hold itself
             break
@@ -227,15 +227,19 @@ def _unwrap(source: Path, loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, An
     )
 
 
-def _split(source: Path, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
+def _split(
+    source: Path, size: int, entries: Mapping[Any, Any]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors, and the names of the plain values beside them."""
     tensors: dict[str, Tensor] = {}
     left_out = []
+    # before anything is copied: arrays may share their bytes
+    _check_claim(source, size, [v.claimed for v in entries.values() if type(v) is ArrayStandIn])
     for name, value in entries.items():
         if not isinstance(name, str):
             raise ArtefactError(f"{source} has the key {name!r:.80}; names of weights are text")
-        if type(value) is _Array:
-            tensors[name] = value.tensor()
+        if type(value) is ArrayStandIn:
+            tensors[name] = torch.from_numpy(np.array(value.numpy(), order="C"))
         elif type(value) in (Tensor, nn.Parameter):
             tensors[name] = value.detach()
         elif type(value) in _PLAIN:
@@ -260,15 +264,18 @@ def _check(source: Path, size: int, tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _DTYPES:
             raise refuse(name, f"has the dtype {tensor.dtype}; save real floats or integers")
     # before anything is copied: a view may claim any size
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if total > _GROWTH * size:
-        raise ArtefactError(
-            f"{source} is refused: its {size:,} bytes claim tensors of {total:,}, more than "
-            f"{_GROWTH} times as many"
-        )
+    _check_claim(source, size, [t.numel() * t.element_size() for t in tensors.values()])
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise refuse(name, "holds NaN or infinity; fetch the file again or train anew")
+
+
+def _check_claim(source: Path, size: int, claims: list[int]) -> None:
+    if sum(claims) > _GROWTH * size:
+        raise ArtefactError(
+            f"{source} is refused: its {size:,} bytes claim tensors of {sum(claims):,}, more than "
+            f"{_GROWTH} times as many"
+        )
 
 
 def _some(names: list[str] | tuple[str, ...], count: int = 5) -> str:
@@ -276,66 +283,7 @@ def _some(names: list[str] | tuple[str, ...], count: int = 5) -> str:
     return f"{shown} and {len(names) - count} more" if len(names) > count else shown or "none"
 
 
-class _Dtype:
-    """In the place of numpy.dtype: one of few names, and nothing that a file says of it."""
-
-    __slots__ = ("name", "order")
-
-    def __init__(self, name: str, *_: Any) -> None:
-        if name not in _ARRAY_DTYPES:
-            raise ValueError(f"arrays of dtype {name!r:.40} are not read")
-        self.name = name
-        self.order = "<"
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise ValueError(f"byte order {state[1]!r:.40} is unknown")
-        self.order = state[1]
-
-    def numpy(self) -> np.dtype[Any]:
-        return np.dtype(self.order + self.name)
-
-
-class _Array:
-    """In the place of numpy.ndarray: its state is kept, and checked when a tensor is made."""
-
-    __slots__ = ("values",)
-
-    def __init__(self) -> None:
-        self.values: np.ndarray[Any, Any] = np.zeros(0, np.uint8)
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, by_columns, content = state
-        if type(dtype) is not _Dtype or type(content) is not bytes:
-            raise ValueError("an array is not made of numbers")
-        # frombuffer and reshape check the count of bytes against the shape
-        flat = np.frombuffer(content, dtype.numpy())
-        self.values = flat.reshape(shape, order="F" if by_columns else "C")
-
-    def tensor(self) -> Tensor:
-        native = self.values.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(self.values, native, order="C"))
-
-
-def _new_array(*_: Any) -> _Array:
-    """In the place of numpy's _reconstruct, whose arguments say nothing yet."""
-    return _Array()
-
-
-def _new_scalar(dtype: Any, content: Any) -> float:
-    """In the place of numpy's scalar, as a plain number."""
-    if type(dtype) is not _Dtype or type(content) is not bytes:
-        raise ValueError("a scalar is not a number")
-    (value,) = np.frombuffer(content, dtype.numpy()).tolist()
-    return float(value)
-
-
-# NumPy 1 and 2 write different modules.
-_STAND_INS: list[Any] = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray")] + [
-    (stand_in, f"numpy.{core}.multiarray.{name}")
-    for core in ("core", "_core")
-    for stand_in, name in ((_new_array, "_reconstruct"), (_new_scalar, "scalar"))
-]
+_STAND_INS: list[Any] = [(stand_in, name) for name, stand_in in NUMPY_STAND_INS.items()]
 
 
 @contextmanager

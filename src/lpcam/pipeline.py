@@ -22,20 +22,26 @@ from lpcam.recipe import ListName, Recipe, load_recipe
 from lpcam.resources import peak_memory, reset_peak_memory
 from lpcam.stages.classify import classify
 from lpcam.stages.context import (
+    HOSTING,
     REFINING,
     SEGMENT_LISTS,
     SEGMENTING,
     STAGES,
     Run,
     StageName,
+    left_out_stages,
 )
 from lpcam.stages.evaluate import evaluate
+from lpcam.stages.host import cluster_host, map_host, train_host, write_host_labels
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
 from lpcam.stages.refine import (
+    check_saliency,
     take_maps,
+    train_affinities,
     train_boundaries,
     write_ir_labels,
+    write_psa_labels,
     write_pseudo_masks,
 )
 from lpcam.stages.report import report_path, write_report
@@ -50,8 +56,14 @@ WORK: Mapping[StageName, Callable[[Run], bool]] = {
     "prototypes": cluster,
     "lpcam": map_lpcam,
     "seeds": write_seeds,
+    "host-labels": write_host_labels,
+    "host": train_host,
+    "host-prototypes": cluster_host,
+    "host-maps": map_host,
     "ir-labels": write_ir_labels,
     "irn": train_boundaries,
+    "psa-labels": write_psa_labels,
+    "psa": train_affinities,
     "pseudo": write_pseudo_masks,
     "segment": train,
     "test": test,
@@ -89,10 +101,16 @@ def run(recipe: Recipe, *, until: StageName = "report", command: str = "") -> Ru
             f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section segment; "
             "add --segment.network deeplabv2 (or wideresnet38, or upernet)"
         )
-    if until in _left_out(recipe):
+    if until in HOSTING and recipe.host is None:
+        raise RecipeError(
+            f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section host; add "
+            "--host.method amn (or mctformer, or edam)"
+        )
+    if until in left_out_stages(recipe):
+        method = "psa" if until.startswith("psa") else "irn"
         raise RecipeError(
             f"the recipe {recipe.name} has no stage {until!r}: it belongs to a section refine with "
-            "method irn (pseudo: or crf, or pamr); add --refine.method irn"
+            f"method {method} (pseudo: or any other); add --refine.method {method}"
         )
     if STAGES.index(until) >= STAGES.index("segment"):
         check(recipe)
@@ -195,18 +213,12 @@ def _up_to(run: Run) -> RunResult:
     return _work(run, STAGES[: STAGES.index(run.until) + 1])
 
 
-def _left_out(recipe: Recipe) -> tuple[StageName, ...]:
-    """Stages that a recipe does not have."""
-    segmenting = SEGMENTING if recipe.segment is None else ()
-    if recipe.refine is None:
-        return (*REFINING, *segmenting)
-    return (*(() if recipe.refine.method == "irn" else ("ir-labels", "irn")), *segmenting)
-
-
 def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
-    left_out = _left_out(run.recipe)
+    left_out = left_out_stages(run.recipe)
     if "segment" in stages and "segment" not in left_out and run.only is None:
         rehearse(run)
+    if run.only is None and "pseudo" in stages:
+        check_saliency(run)
     for name in stages:
         if name in left_out:
             continue

@@ -393,3 +393,204 @@ class SegmentTestSettings(PresetModel):
     crf_image: Literal["image", "wrapped"]
     """``wrapped``: the image minus the mean colour in BGR, its negative values wrapped around as
     the stock program does, only to explain small differences to published figures."""
+
+
+class AmnSettings(PresetModel):
+    """AMN: a per-pixel classifier told the image's labels (specification of AMN)."""
+
+    table: ClassVar[str] = "amn"
+    preset: str = "default"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone, by Adam, without a schedule ..."""
+    head_learning_rate: Positive
+    """... and of the head and the label conditioning."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2, within Adam."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    scale: tuple[Positive, Positive]
+    """Range from which each image's scale is drawn."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side of the square crop, in pixels."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Part of the target that is shared among the other labels (section 3, epsilon)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of the features' elements, in training alone."""
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    """Of the head's parallel 3 x 3 convolutions."""
+    foreground_threshold: Fraction
+    """The teacher's labels, of LPCAM: as those of IRN's labels ..."""
+    background_threshold: Fraction
+    """... and of the background."""
+    cam_foreground_threshold: Fraction
+    """The same two for CAM."""
+    cam_background_threshold: Fraction
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the logits are averaged."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    gate: bool
+    """Where the teacher says background, probabilities are not stretched to [0, 1] (section 4)."""
+    reading: Literal["teacher", "features"]
+    """Where LPCAM enters (section 5). ``teacher``: its labels train AMN (Reading A). ``features``:
+    prototypes of AMN's own features map the image, AMN being taught by CAM (Reading B)."""
+    conditioned: bool
+    """Reading B: whether its features are those after the label conditioning."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
+
+class MctformerSettings(PresetModel):
+    """MCTformer: a vision transformer with a token for each class (specification of MCTformer)."""
+
+    table: ClassVar[str] = "mctformer"
+    preset: str = "default"
+
+    version: Literal["v1", "v2"]
+    """``v1``: class tokens alone. ``v2``: and PatchCAM, a convolution on the patch tokens."""
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of AdamW after the warm-up."""
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    warmup_learning_rate: Annotated[float, Field(ge=0.0)]
+    """From which the rate rises ..."""
+    floor_learning_rate: Annotated[float, Field(ge=0.0)]
+    """... and to which it falls by a half cosine."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """Of weights with two dimensions or more; not of tokens, positions, biases and norms."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Stochastic depth of the last block; it rises linearly from 0."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side, in pixels, of the image in training."""
+    augmentation: str | None
+    """timm's policy of RandAugment; null has none."""
+    erasing: Fraction
+    """Probability that a random rectangle is erased."""
+    pooling: Literal["mean", "ranked"]
+    """How PatchCAM becomes a score; ``ranked`` weighs sorted values by ``ranking_decay`` to the
+    power of their rank (MCTformer+)."""
+    ranking_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    contrast: Annotated[float, Field(ge=0.0)]
+    """Weight of the loss that keeps class tokens apart (MCTformer+); 0 leaves it out."""
+    attention_blocks: Annotated[int, Field(ge=1)]
+    """The last so many blocks give the attention of classes to patches."""
+    fusion: Literal["product", "square_root"]
+    """Of that attention and PatchCAM; ``square_root`` is MCTformer+'s."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the maps are summed."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    split_maps: Literal["refined", "patch"]
+    """Which map splits foreground from context for the prototypes: the refined one, or PatchCAM."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
+
+class EdamSettings(PresetModel):
+    """EDAM's network: class masks, and attention over pairs of images (specification of EDAM)."""
+
+    table: ClassVar[str] = "edam"
+    preset: str = "default"
+
+    iterations: Annotated[int, Field(ge=1)]
+    """Steps of SGD."""
+    pairs: Annotated[int, Field(ge=1)]
+    """Pairs of images with a common class, a step."""
+    learning_rate: Positive
+    """Of the backbone and the transformers."""
+    head_multiplier: Positive
+    """Of the new convolutions."""
+    bias_multiplier: Positive
+    """Of biases, on top of it; they have no weight decay."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power."""
+    warmup: Annotated[int, Field(ge=0)]
+    """Steps over which the rate rises linearly, from ``warmup_factor`` of it."""
+    warmup_factor: Fraction
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """Inclusive range, in pixels, from which each image's long side is drawn."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side of the square crop, in pixels; it fixes the table of positions."""
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
+    """Brightness, contrast, saturation and hue."""
+    width: Annotated[int, Field(ge=1)]
+    """Of the tokens."""
+    heads: Annotated[int, Field(ge=1)]
+    hidden: Annotated[int, Field(ge=1)]
+    """Of the transformers' feed-forward part."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the maps are summed."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
+
+class SaliencySettings(PresetModel):
+    """Fusion of maps with a saliency map (specification of EDAM, section 4)."""
+
+    table: ClassVar[str] = "saliency"
+    preset: str = "edam"
+
+    theta: Annotated[float, Field(ge=0.0, le=2.55)]
+    """A pixel is salient above the grey level 100 theta of 255."""
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """A class below it never wins ..."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """... and one above it wins even where nothing is salient."""
+    crf: bool
+    """Whether a dense CRF comes first; alpha and beta must fit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.alpha >= self.beta:
+            raise ValueError(f"alpha {self.alpha} must be below beta {self.beta}")
+        return self
+
+
+class PsaSettings(PresetModel):
+    """PSA's affinities and random walk (specification of MCTformer, section 4)."""
+
+    table: ClassVar[str] = "psa"
+    preset: str = "default"
+
+    low_alpha: Positive
+    """Power of the background's score (1 - the highest map) for the sure foreground ..."""
+    high_alpha: Positive
+    """... and for the sure background."""
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone; new layers have ``head_multiplier`` times it."""
+    head_multiplier: Positive
+    bias_multiplier: Positive
+    """Of biases, on top of it; they have no weight decay."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    crop: Annotated[int, Field(ge=16, multiple_of=8)]
+    """Side of the square crop, in pixels."""
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
+    """Brightness, contrast, saturation and hue."""
+    radius: Annotated[int, Field(ge=2)]
+    """Pairs of the loss and the walk are nearer than it, in cells of 8 pixels."""
+    beta: Positive
+    """Power of the affinities in the walk."""
+    exponent: Annotated[int, Field(ge=0, le=16)]
+    """The walk has 2^exponent steps."""
+    tolerance: Annotated[float, Field(ge=0.0)]
+    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    threshold: Fraction
+    """The background's constant score, which walks too."""

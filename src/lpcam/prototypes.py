@@ -61,7 +61,7 @@ def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
 # -- Equations 3 and 4: what the classifier thinks of a centre ---------------------------------
 
 
-def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
+def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
     """Equations 3-4: z_i = softmax over classes of centre . w, read at the class of the centre.
 
     The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
@@ -73,12 +73,15 @@ def score(centers: Tensor, weight: Tensor, index: int) -> Tensor:
     Args:
         centers: (K, C).
         weight: (N, C) rows of the classifier.
-        index: n, the class whose centres these are.
+        index: n, the row of the class whose centres these are.
+        bias: (N,) where the evaluator has one; the paper's has none.
 
     Returns:
         (K,) in [0, 1].
     """
     logits = centers @ weight.T
+    if bias is not None:
+        logits = logits + bias
     if weight.shape[0] == 1:
         return logits[:, 0].sigmoid()
     return logits.softmax(dim=1)[:, index]
@@ -489,6 +492,7 @@ def make_prototypes(
     settings: LpcamSettings,
     *,
     seed: int,
+    bias: Tensor | None = None,
     fingerprint: str = "",
     made_by: dict[str, Any] | None = None,
     device: torch.device | None = None,
@@ -498,8 +502,9 @@ def make_prototypes(
 
     Args:
         reservoir: filled with local features.
-        weight: (N, C) rows of the classifier.
+        weight: (N, C) rows of the classifier; or (N + 1, C), the background's before them.
         classes: the N names.
+        bias: of those rows, where the evaluator has one.
         seed: of the clustering; each class and side has a generator of its own.
         device: where to cluster; None: where the weight is.
         workers: threads on a CPU, each with a class and side; the result does not depend on it.
@@ -561,7 +566,8 @@ def make_prototypes(
             # members has it, and its logit is the mean logit of the members.
             means = torch.cat([result.means for result in results])
             with one_thread():
-                z = score(means, weight.to(means), index)
+                row = index + weight.shape[0] - len(classes)  # after the background's, if any
+                z = score(means, weight.to(means), row, None if bias is None else bias.to(means))
             made = means.shape[0]
             centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
             scores[index, :made] = z.cpu()

@@ -25,13 +25,18 @@ from pydantic import (
 
 from lpcam.errors import RecipeError
 from lpcam.presets import (
+    AmnSettings,
     CrfSettings,
+    EdamSettings,
     FinetuneSettings,
     Fraction,
     IrnSettings,
     LpcamSettings,
+    MctformerSettings,
     PamrSettings,
     ProbeSettings,
+    PsaSettings,
+    SaliencySettings,
     SegmenterSettings,
     SegmentTestSettings,
 )
@@ -40,6 +45,8 @@ VERSION = 1
 """The recipe version that this package reads and writes."""
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM"]
+MapName = Literal["CAM", "LPCAM", "AMN", "AMN+LPCAM", "MCTformer", "MCTformer+LPCAM", "EDAM"]
+"""Maps that pseudo masks can be made of: the run's own, and those of a host."""
 
 
 def _against_base(value: Any, info: ValidationInfo) -> Any:
@@ -54,6 +61,14 @@ def _against_base(value: Any, info: ValidationInfo) -> Any:
 RecipePath = Annotated[Path, BeforeValidator(_against_base)]
 
 
+def _word_or_path(value: Any, info: ValidationInfo) -> Any:
+    return value if value in ("folders", "computed") else _against_base(value, info)
+
+
+LabelSource = Annotated[Literal["folders"] | Path, BeforeValidator(_word_or_path)]
+Saliency = Annotated[Literal["computed"] | Path, BeforeValidator(_word_or_path)]
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change after loading."""
 
@@ -64,19 +79,19 @@ class Lists(Section):
     """Which list of the data set each stage works on; null takes the kind's usual one."""
 
     classify: str | None = None
-    """Trains the classifier (voc: train_aug; folder: all)."""
+    """Trains the classifier (voc: train_aug; folder, coco: all)."""
     validate_: str | None = Field(default=None, alias="validate")
     """Measures its mAP; null holds out a seeded tenth of the list above."""
     prototypes: str | None = None
-    """Is clustered (voc: train; folder: all)."""
+    """Is clustered (voc: train; folder, coco: all)."""
     maps: str | None = None
-    """Gets maps and seeds (voc: train; folder: all)."""
+    """Gets maps and seeds (voc: train; folder, coco: all)."""
     evaluate: str | None = None
-    """Is scored where masks exist; must lie within ``maps`` (voc: train; folder: all)."""
+    """Is scored where masks exist; must lie within ``maps`` (voc: train; folder, coco: all)."""
     segment: str | None = None
     """Trains the segmenter; must lie within ``maps`` (that of ``maps``)."""
     test: str | None = None
-    """Is segmented, and scored where masks exist (voc: val; folder: all)."""
+    """Is segmented, and scored where masks exist (voc: val; folder, coco: all)."""
 
 
 USUAL_LISTS: Mapping[str, Mapping[str, str]] = {
@@ -87,22 +102,54 @@ USUAL_LISTS: Mapping[str, Mapping[str, str]] = {
         "evaluate": "train",
         "test": "val",
     },
-    "folder": dict.fromkeys(("classify", "prototypes", "maps", "evaluate", "test"), "all"),
+    **dict.fromkeys(
+        ("folder", "coco"),
+        dict.fromkeys(("classify", "prototypes", "maps", "evaluate", "test"), "all"),
+    ),
 }
 ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "test"]
+
+
+class CocoSection(Section):
+    """How masks are painted from COCO's annotations (specification of data sets, section 3)."""
+
+    order: Literal["file", "area"] = "file"
+    """Which object covers which: ``file``: a later annotation an earlier one. ``area``: a smaller
+    one a larger one."""
+    crowds: Literal["background", "void"] = "background"
+    """What the region of a crowd is; ``void``: 255, where no object covers it."""
 
 
 class DataSection(Section):
     """Where the images and labels are."""
 
-    kind: Literal["voc", "folder"]
-    """``voc``: the PASCAL VOC layout. ``folder``: images and labels.csv."""
+    kind: Literal["voc", "folder", "coco"]
+    """``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv, labels.jsonl, or a folder
+    a class. ``coco``: COCO's annotations, of a folder or one JSON file."""
     root: RecipePath
+    labels: LabelSource | None = None
+    """A file of image-level labels (.csv, .jsonl) instead of the usual source; folder: or the word
+    ``folders``, where each class has one."""
+    masks: RecipePath | None = None
+    """A folder of true masks, ID.png, instead of the usual ones."""
+    coco: CocoSection = CocoSection()
+    """Of the kind coco, where ``masks`` names no folder."""
+    saliency: Saliency | None = None
+    """For refine.method saliency: a folder of ID.png, 0 to 255; or ``computed``, by a method that
+    needs no network (docs/hosts.md)."""
     name: str | None = None
     """What the data set is called in every figure's protocol; null takes the folder's name."""
     classes: tuple[str, ...] | None = None
     """A subset of the classes; mask ids of others are ignored. Null takes all."""
     lists: Lists = Lists()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.kind != "folder" and self.labels == "folders":
+            raise ValueError("labels 'folders' belongs to the kind folder; name a .csv or .jsonl")
+        if self.kind == "coco" and self.labels is not None:
+            raise ValueError("labels belongs to the kinds voc and folder; coco has its annotations")
+        return self
 
     def list_of(self, stage: ListName) -> str:
         """Name of the list that a stage works on."""
@@ -180,18 +227,86 @@ class SeedsSection(Section):
     """Pixels between this and the threshold become 255 (ignored in training); null: none do."""
 
 
+class HostSection(WeightsSection):
+    """A method with a network of its own that makes better maps: see hosts/."""
+
+    method: Literal["amn", "mctformer", "edam"]
+    """``amn``: a per-pixel classifier taught by the run's maps. ``mctformer``: a transformer with
+    class tokens. ``edam``: class masks learnt with attention over pairs of images."""
+    maps: Annotated[tuple[Literal["CAM", "LPCAM"], ...], Field(min_length=1)] | None = None
+    """What the host builds on: CAM (of MCTformer its own PatchCAM), or LPCAM in its place; each
+    makes maps of its own. Null: both. edam has neither: its refinement is refine.method
+    saliency."""
+    backbone: str | None = None
+    """Null: that of the classifier; mctformer: a timm vision transformer."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of timm.create_model, where ``backbone`` is given."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Of ``backbone``, where it is given; null leaves the model's own."""
+    weights: str = "pretrained"
+    """Of ``backbone``, where it is given: "pretrained", "random", or a safetensors file."""
+    mean: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1], where ``backbone`` is given; null takes timm's pretrained cfg."""
+    std: tuple[float, float, float] | None = None
+    """Of RGB in [0, 1], where ``backbone`` is given; null takes timm's pretrained cfg."""
+    amn: AmnSettings = AmnSettings.from_preset("default")
+    mctformer: MctformerSettings = MctformerSettings.from_preset("default")
+    edam: EdamSettings = EdamSettings.from_preset("default")
+    lpcam: LpcamSettings | None = None
+    """Of prototypes of the host's own features (mctformer; amn with reading features); null: as the
+    recipe's ``lpcam``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> HostSection:
+        if self.method == "edam" and self.maps is not None:
+            raise ValueError(
+                "edam builds on neither CAM nor LPCAM: leave host.maps out; LPCAM takes CAM's "
+                "place in its refinement: refine.method saliency, refine.maps [LPCAM]"
+            )
+        if self.method == "mctformer" and self.backbone is None:
+            raise ValueError("mctformer needs host.backbone, such as deit_small_patch16_224")
+        if self.maps is not None and len(set(self.maps)) != len(self.maps):
+            raise ValueError(f"host.maps {list(self.maps)} repeats")
+        return self
+
+    @property
+    def settings(self) -> AmnSettings | MctformerSettings | EdamSettings:
+        """Those of the method."""
+        own: dict[str, AmnSettings | MctformerSettings | EdamSettings] = {
+            "amn": self.amn,
+            "mctformer": self.mctformer,
+            "edam": self.edam,
+        }
+        return own[self.method]
+
+    @property
+    def arms(self) -> dict[MapName, Literal["CAM", "LPCAM"]]:
+        """The maps that the host makes, and what each builds on."""
+        if self.method == "edam":
+            return {"EDAM": "CAM"}
+        titles: dict[str, dict[str, MapName]] = {
+            "amn": {"CAM": "AMN", "LPCAM": "AMN+LPCAM"},
+            "mctformer": {"CAM": "MCTformer", "LPCAM": "MCTformer+LPCAM"},
+        }
+        return {titles[self.method][base]: base for base in self.maps or ("CAM", "LPCAM")}
+
+
 class RefineSection(Section):
     """Pseudo masks: what becomes of the maps before a segmenter is trained on them."""
 
-    method: Literal["irn", "crf", "pamr"] = "irn"
-    """``irn``: class boundaries learnt from the maps, and a random walk within them. ``crf``: a
-    dense CRF on the seeds. ``pamr``: the maps averaged over like-coloured neighbours."""
-    maps: Annotated[tuple[Literal["CAM", "LPCAM"], ...], Field(min_length=1)] = ("CAM", "LPCAM")
-    """Which maps are refined; every image that has maps gets a pseudo mask."""
+    method: Literal["irn", "crf", "pamr", "psa", "saliency"] = "irn"
+    """``irn``: class boundaries learnt from the maps, and a random walk within them. ``psa``:
+    affinities learnt from the maps, and a walk. ``saliency``: fused with a saliency map (EDAM).
+    ``crf``: a dense CRF on the seeds. ``pamr``: the maps averaged over like-coloured neighbours."""
+    maps: Annotated[tuple[MapName, ...], Field(min_length=1)] | None = None
+    """Which maps are refined; every image that has maps gets a pseudo mask. Null: the host's, or
+    CAM and LPCAM where there is no host."""
     irn: IrnSettings = IrnSettings.from_preset("default")
     crf: CrfSettings = CrfSettings.from_preset("irn")
-    """Of IRN's labels, and of the method ``crf``."""
+    """Of IRN's labels, and of the method ``crf``; psa and saliency have their own."""
     pamr: PamrSettings = PamrSettings.from_preset("default")
+    psa: PsaSettings = PsaSettings.from_preset("default")
+    saliency: SaliencySettings = SaliencySettings.from_preset("edam")
 
     @model_validator(mode="after")
     def _check(self) -> RefineSection:
@@ -220,12 +335,9 @@ class SegmentSection(WeightsSection):
     """Of RGB in [0, 1]; null takes the network's own."""
     std: tuple[float, float, float] | None = None
     """Of RGB in [0, 1]; null takes the network's own."""
-    masks: Annotated[tuple[Literal["CAM", "LPCAM", "truth"], ...], Field(min_length=1)] = (
-        "CAM",
-        "LPCAM",
-    )
+    masks: Annotated[tuple[MapName | Literal["truth"], ...], Field(min_length=1)] | None = None
     """A segmenter is trained on the pseudo masks of each of these maps; ``truth``: on the true
-    masks, which bounds from above what masks can give."""
+    masks, which bounds from above what masks can give. Null: of all that are refined."""
     training: SegmenterSettings = SegmenterSettings.from_preset("deeplabv2.voc12.official")
     test: SegmentTestSettings = SegmentTestSettings.from_preset("deeplabv2.official")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -315,6 +427,7 @@ class Recipe(Section):
     lpcam: LpcamSettings
     maps: MapsSection = MapsSection()
     seeds: SeedsSection = SeedsSection()
+    host: HostSection | None = None
     refine: RefineSection | None = None
     segment: SegmentSection | None = None
     sheet: SheetSection = SheetSection()
@@ -333,15 +446,49 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_masks(self) -> Recipe:
-        if self.segment is not None:
-            made = set() if self.refine is None else set(self.refine.maps)
-            missing = [m for m in self.segment.masks if m != "truth" and m not in made]
-            if missing and self.refine is not None:
+        made: tuple[str, ...] = ("CAM", "LPCAM", *(() if self.host is None else self.host.arms))
+        for name in self.refined:
+            if name not in made:
+                raise ValueError(
+                    f"refine.maps has {name}, which this run does not make: it makes "
+                    f"{', '.join(made)}; see host.method and host.maps"
+                )
+        if self.segment is not None and self.refine is not None:
+            missing = [m for m in self.segmented if m != "truth" and m not in self.refined]
+            if missing:
                 raise ValueError(
                     f"segment.masks has {missing[0]}, whose pseudo masks are not made; add it to "
                     "refine.maps"
                 )
+        if self.refine is not None and self.refine.method == "saliency":
+            if self.data.saliency is None:
+                raise ValueError(
+                    "refine.method saliency needs data.saliency: a folder of ID.png, or the word "
+                    "'computed'"
+                )
+        elif self.data.saliency is not None:
+            raise ValueError(
+                "data.saliency serves refine.method saliency alone; leave it out, or choose that"
+            )
         return self
+
+    @property
+    def refined(self) -> tuple[MapName, ...]:
+        """The maps that pseudo masks are made of."""
+        if self.refine is None:
+            return ()
+        if self.refine.maps is not None:
+            return self.refine.maps
+        return ("CAM", "LPCAM") if self.host is None else tuple(self.host.arms)
+
+    @property
+    def segmented(self) -> tuple[str, ...]:
+        """The masks that a segmenter is trained on each."""
+        if self.segment is None:
+            return ()
+        if self.segment.masks is not None:
+            return self.segment.masks
+        return self.refined or ("CAM", "LPCAM")
 
     @property
     def folder(self) -> Path:

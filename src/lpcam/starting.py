@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from lpcam.data.check import check_images
-from lpcam.data.folder import read_folder
+from lpcam.data.detect import kind_of, open_dataset
 from lpcam.data.items import Dataset
 from lpcam.errors import ClassifierError, DataError
 from lpcam.presets import preset_names
@@ -26,9 +26,9 @@ version: 1
 name: {name}
 
 data:
-  kind: folder          # images and labels.csv; masks/ID.png, where there are any, serve scoring
-  root: .               # from the folder of this file
-  # A subset to work with; labels and mask ids of other classes are then left out.
+  kind: {kind:<15} # {kind_means}
+  root: {root:<15} # from the folder of this file
+{lists}  # A subset to work with; labels and mask ids of other classes are then left out.
   classes: {classes}
 
 classifier:
@@ -55,13 +55,21 @@ run:
 """
 
 
+KIND_MEANS = {
+    "folder": "images and their labels; masks/ID.png, where there are any, serve scoring",
+    "voc": "the layout of PASCAL VOC 2012",
+    "coco": "COCO's annotations; masks are painted from them and serve scoring",
+}
+
+
 def write_recipe(
-    folder: Path, backbone: str, weights: str, preset: str = "frozen"
+    source: Path, backbone: str, weights: str, preset: str = "frozen"
 ) -> tuple[Path, str]:
-    """Check every image of a folder and write ``recipe.yaml`` into it.
+    """Check every image of a data set and write ``recipe.yaml`` beside it.
 
     Args:
-        folder: holds ``labels.csv`` and images (see :func:`lpcam.data.folder.read_folder`).
+        source: a folder that holds images and labels, or a COCO JSON file, as
+            :func:`lpcam.data.detect.open_dataset` opens them.
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
 
@@ -74,10 +82,12 @@ def write_recipe(
     """
     from lpcam.classifier import check_backbone  # noqa: PLC0415 - timm is slow to import
 
+    folder = source.parent if source.is_file() else source
     path = folder / "recipe.yaml"
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
-    dataset = read_folder(folder)
+    kind = kind_of(source)
+    dataset = open_dataset(source, kind)
     check_backbone(backbone)
     if weights.endswith(".safetensors"):
         weights = str(Path(weights).expanduser().absolute())
@@ -90,10 +100,15 @@ def write_recipe(
         dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
     shown = {index for item in dataset.items.values() for index in item.labels}
     if not shown:
-        raise DataError(f"no readable image of {folder} has a label; label some in labels.csv")
-    name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in folder.resolve().name)
+        raise DataError(f"no readable image of {source} has a label; label some in labels.csv")
+    title = source.stem if source.is_file() else source.resolve().name
+    name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in title)
     text = TEMPLATE.format(
         path=path,
+        kind=kind,
+        kind_means=KIND_MEANS[kind],
+        root=_flow(source.name if source.is_file() else "."),
+        lists=_lists(kind, dataset),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
@@ -106,6 +121,16 @@ def write_recipe(
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
     return path, _summary(dataset)
+
+
+def _lists(kind: str, dataset: Dataset) -> str:
+    """A line for a folder like VOC that has not VOC's own lists; else nothing."""
+    if kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+        return ""
+    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
+    test = "val" if "val" in dataset.lists else name
+    stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), name)
+    return f"  lists: {_flow({**stages, 'test': test})}\n"
 
 
 def _flow(value: object) -> str:

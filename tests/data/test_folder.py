@@ -252,3 +252,99 @@ def test_a_file_name_that_is_no_unicode_is_spelt_out(tmp_path: Path) -> None:
         pytest.skip("this file system refuses names that are no Unicode")
     (skip,) = read_folder(root).skipped
     assert skip.id.encode() == b"\\udcff"
+
+
+# -- Other sources of labels and masks -----------------------------------------------------------
+
+
+def make_files(root: Path, *files: str, **texts: str) -> Path:
+    """The same without labels.csv."""
+    make(root, "", *files, **texts)
+    (root / "labels.csv").unlink()
+    return root
+
+
+@pytest.mark.parametrize("images", ["images/", ""])
+def test_folders_are_classes(tmp_path: Path, images: str) -> None:
+    files = ("cow/1.jpg", "cow/barn/2.jpg", "dog /1.jpg", "stray.jpg")
+    root = make_files(tmp_path, *(images + name for name in files), "masks/cow/1.png")
+    dataset = read_folder(root)
+    assert dataset.classes == ClassTable(("cow", "dog"), (1, 2))
+    found = {i: item.labels for i, item in dataset.items.items()}
+    assert found == {"cow/1": (0,), "cow/barn/2": (0,), "dog /1": (1,)}
+    assert dataset.items["cow/1"].mask == root / "masks" / "cow" / "1.png"
+    assert dataset.label_source == "folders of the images"
+    (skip,) = dataset.skipped
+    assert skip.id == "stray" and "in no folder of a class" in skip.reason
+    (notice,) = dataset.notices
+    assert notice.startswith("there is no labels.csv") and notice.endswith("classes, cow, dog")
+
+
+def test_folders_are_classes_on_request_alone_where_there_is_a_table(tmp_path: Path) -> None:
+    root = make(tmp_path, "cow/1,hen\n", "cow/1.jpg", classes_txt="dog\ncow\nhen\n")
+    assert read_folder(root).items["cow/1"].labels == (2,)
+    dataset = read_folder(root, labels="folders", classes=["cow"])
+    assert dataset.classes == ClassTable(("cow",), (2,))
+    assert dataset.items["cow/1"].labels == (0,) and dataset.notices == ()
+
+
+def test_wrong_folders_of_classes(tmp_path: Path) -> None:
+    root = make_files(tmp_path, "images/cows/1.jpg", classes_txt="cow\n")
+    with pytest.raises(DataError, match=r"folders of .*images: unknown class 'cows'; did you mean"):
+        read_folder(root)
+    (root / "classes.txt").unlink()
+    (root / "images" / "Background").mkdir()
+    (root / "images" / "Background" / "1.jpg").touch()
+    with pytest.raises(DataError, match="images names the background; leave it out"):
+        read_folder(root)
+    with pytest.raises(DataError, match="labels are 'folder'; give the path of a table, or 'fold"):
+        read_folder(root, labels="folder")  # type: ignore[arg-type]
+
+
+def test_images_without_any_label(tmp_path: Path) -> None:
+    root = make_files(tmp_path, "images/1.jpg")
+    with pytest.raises(DataError, match=rf"no .*labels\.csv; .*{HOW}.* in one folder a class"):
+        read_folder(root)
+
+
+def test_jsonl_serves_where_there_is_no_csv(tmp_path: Path) -> None:
+    text = '{"image": "1.jpg", "labels": ["cow"]}\n{"image": "2.jpg", "labels": ["hen"]}\n'
+    root = make_files(tmp_path, "images/1.jpg", "images/3.jpg", labels_jsonl=text)
+    dataset = read_folder(root)
+    assert dataset.items["1"].labels == (0,) and dataset.classes.names == ("cow", "hen")
+    assert dataset.label_source == "labels.jsonl"
+    reasons = {skip.id: skip.reason for skip in dataset.skipped}
+    assert "labels.jsonl line 2 has no image" in reasons["2.jpg"]
+    assert reasons["3"] == "it has no line in labels.jsonl; add one"
+    (root / "labels.csv").write_text("image,labels\n1.jpg,hen\n")
+    assert read_folder(root).label_source == "labels.csv"
+
+
+def test_columns_give_the_classes_and_classes_txt_their_numbers(tmp_path: Path) -> None:
+    root = make_files(tmp_path / "farm", "1.jpg", "2.jpg")
+    path = tmp_path / "hot.csv"
+    path.write_text("image,hen,cow,ant\n1,1,1,0\n2,0,1,0\n")
+    dataset = read_folder(root, labels=path)
+    assert dataset.classes == ClassTable(("hen", "cow", "ant"), (1, 2, 3))
+    assert [item.labels for item in dataset.items.values()] == [(0, 1), (1,)]
+    assert dataset.label_source == "hot.csv"
+    (root / "classes.txt").write_text("cow\nhen\nant\n")
+    assert read_folder(root, labels=path).items["1"].labels == (0, 1)
+    assert read_folder(root, labels=path).classes.names == ("cow", "hen", "ant")
+    (root / "classes.txt").write_text("cow\nhen\n")
+    with pytest.raises(DataError, match=r"hot\.csv line 1: unknown class 'ant'"):
+        read_folder(root, labels=path)
+
+
+def test_masks_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it lies among the images, whatever way it is named."""
+    files = ("1.jpg", "masks/1.png", "truth/1.png", "truth/strange.png")
+    root = make(tmp_path / "farm", "1,cow\n", *files)
+    monkeypatch.chdir(root)
+    for masks in (root / "truth", Path("truth")):
+        dataset = read_folder(root, masks=masks)
+        assert dataset.items["1"].mask == masks / "1.png"
+        assert dataset.skipped == ()
+        assert dataset.notices[0].startswith("truth/: strange.png belong to no image")
+    with pytest.raises(DataError, match=r"there is no folder of masks .*gone; give the fol"):
+        read_folder(root, masks=root / "gone")

@@ -2,88 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from tiny import draw_image
+from tiny import small_run
 
 from lpcam.cli import main
 from lpcam.data.images import read_index_mask
-from lpcam.masks import write_mask
-from lpcam.pipeline import run
-from lpcam.recipe import ListName, Recipe, bundled_recipes, load_recipe
+from lpcam.data.items import Dataset
+from lpcam.pipeline import RunResult, run
+from lpcam.recipe import Recipe, bundled_recipes, load_recipe
 from lpcam.stages.context import read_dataset
+from lpcam.storage import map_path, read_maps
 
-OBJECTS = {"red": "cow", "green": "dog", "blue": "sheep"}
 WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1], hidden: 8}"
 SWIN = (
     "{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2], channels: 16, "
     "auxiliary_channels: 8}"
 )
 IDS = {"cow": 10, "dog": 12, "sheep": 17}
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten images: eight in train_aug, of which six with masks in train, and two in val."""
-    root = tmp_path_factory.mktemp("voc") / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    names = [f"2007_{number:06d}" for number in range(10)]
-    for number, name in enumerate(names):
-        colour = list(OBJECTS)[number % 3]
-        image, mask = draw_image([colour], (56 + 2 * number, 80), rng)
-        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
-        label = OBJECTS[colour]
-        if number not in (6, 7):
-            own = np.where(mask > 0, IDS[label], 0).astype(np.uint8)
-            write_mask(root / "SegmentationClass" / f"{name}.png", own)
-        text = f"<annotation><object><name>{label}</name></object></annotation>"
-        (root / "Annotations" / f"{name}.xml").write_text(text)
-    lists = {"train": names[:6], "train_aug": names[:8], "val": names[8:]}
-    for key, members in lists.items():
-        path = root / "ImageSets" / "Segmentation" / f"{key}.txt"
-        path.write_text("\n".join(members) + "\n")
-    return root
-
-
-@pytest.fixture(scope="module")
-def coco(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images under COCO's lists, with 80 classes of which three occur."""
-    root = tmp_path_factory.mktemp("coco") / "COCO2014"
-    shutil.copytree(voc, root)
-    lists = root / "ImageSets" / "Segmentation"
-    (lists / "train.txt").rename(lists / "train2014.txt")
-    (lists / "val.txt").rename(lists / "val2014.txt")
-    names = [f"class {number}" for number in range(1, 81)]
-    for name, number in IDS.items():
-        names[number - 1] = name
-    (root / "class_names.txt").write_text("\n".join(names) + "\n")
-    return root
-
-
-def small(root: Path, folder: Path) -> dict[str, str]:
-    """What is cut of the stages before the segmenter: sizes and lengths only."""
-    return {
-        "data.root": str(root),
-        "run.folder": str(folder),
-        "run.threads": "1",
-        "run.device": "cpu",
-        "classifier.weights": "random",
-        "classifier.finetune.epochs": "1",
-        "classifier.finetune.batch_size": "4",
-        "classifier.finetune.crop": "64",
-        "classifier.finetune.long_side": "[48, 64]",
-        "lpcam.max_features": "40",
-        "refine.irn.epochs": "1",
-        "refine.irn.batch_size": "4",
-        "refine.irn.crop": "80",
-        "report.images": "4",
-    }
 
 
 SEGMENTERS = {
@@ -124,7 +62,7 @@ def test_segmenters(
     for name, changes in SEGMENTERS.items():
         full = f"{data}-{name}"
         assert full in bundled_recipes()
-        values = {**small(root, tmp_path / "run"), **changes, "segment.validations": "1"}
+        values = {**small_run(root, tmp_path / "run"), **changes, "segment.validations": "1"}
         recipe = load_recipe(full, list(values.items()))
         assert recipe.segment is not None
         result = run(recipe, command=f"lpcam run {full}")
@@ -143,16 +81,19 @@ def test_segmenters(
         if name.startswith("upernet"):
             assert rows[0]["protocol"]["segmenter"]["backbone"] == name.split("-")[2].split(".")[0]
         masks = tmp_path / "run" / "test" / "lpcam"
-        for number in (8, 9):
-            mask = read_index_mask(masks / f"2007_{number:06d}.png")
-            assert mask.shape == (56 + 2 * number, 80)
+        tested = recipe_dataset(recipe).select(recipe.data.list_of("test"))
+        for item, height in zip(tested, (72, 74) if data == "voc12" else (56, 58), strict=True):
+            mask = read_index_mask(masks / f"{item.id}.png")
+            assert mask.shape == (height, 80)
             assert mask.max() <= (20 if data == "voc12" else 80)
     # What a finished run's segmenter is for.
-    image = root / "JPEGImages" / "2007_000009.jpg"
     out = tmp_path / "predicted"
-    assert main(["predict", str(image), "--run", str(tmp_path / "run"), "--output", str(out)]) == 0
-    found = read_index_mask(out / "masks" / "2007_000009.png")
-    assert np.array_equal(found, read_index_mask(masks / "2007_000009.png"))
+    image = str(item.image)
+    assert main(["predict", image, "--run", str(tmp_path / "run"), "--output", str(out)]) == 0
+    found = read_index_mask(out / "masks" / f"{item.id}.png")
+    assert np.array_equal(found, read_index_mask(masks / f"{item.id}.png"))
+    if data == "coco14":
+        check_coco(recipe, result)
     if data == "voc12":
         server = tmp_path / "server"
         assert main(["voc-server", str(tmp_path / "run"), str(server)]) == 0
@@ -160,15 +101,43 @@ def test_segmenters(
         assert sorted(p.name for p in packed.iterdir()) == ["2007_000008.png", "2007_000009.png"]
 
 
+def check_coco(recipe: Recipe, result: RunResult) -> None:
+    """What COCO has and VOC has not: images without a label, crowds, truth that is painted."""
+    folder = result.folder
+    ids = [f"COCO_train2014_{number:012d}" for number in range(2, 10)]
+    dataset = recipe_dataset(recipe)
+    assert list(dataset.lists["train2014"]) == ids  # ascending, whatever the file's order
+    assert list(dataset.lists["train2014.labelled"]) == ids[1:]
+    assert [dataset.items[name].labels for name in ids[:3]] == [(), (19,), (16,)]
+    # dog, cow and sheep are 17, 20 and 19 in masks; the crowd is background
+    values = {name: np.unique(read_index_mask(folder / "truth" / f"{name}.png")) for name in ids}
+    assert [values[name].tolist() for name in ids[:5]] == [[0], [0], [0, 17], [0, 19], [0, 20]]
+    # no label: an empty map, a mask of background, in every stage to the end
+    none = ids[0]
+    assert read_maps(map_path(folder / "lpcam", none)).keys.tolist() == []
+    for stage in ("seeds", "ir-labels/lpcam", "pseudo/lpcam"):
+        assert not read_index_mask(folder / stage / f"{none}.png").any()
+    seeds = [row for row in result.rows if row["stage"] != "segmentation"]
+    assert {row["images"] for row in seeds} == {8}
+    assert {row["split"] for row in seeds} == {"train2014"}
+    assert "instances_train2014.json" in seeds[0]["protocol"]["labels"]
+
+
+def recipe_dataset(recipe: Recipe) -> Dataset:
+    """With all of its lists; labels of images that are tested alone are not asked for."""
+    return read_dataset(recipe, ("maps", "segment", "test"))
+
+
 def recipe_items(recipe: Recipe) -> tuple[str, ...]:
     """Ids of the list that trains the segmenter."""
-    lists: tuple[ListName, ...] = ("maps", "segment")
-    return read_dataset(recipe, lists).lists[recipe.data.list_of("segment")]
+    return recipe_dataset(recipe).lists[recipe.data.list_of("segment")]
 
 
 def test_voc12_resnet50_irn_official(voc: Path, tmp_path: Path) -> None:
     """Every stage of the official recipe; only sizes and lengths are cut."""
-    recipe = load_recipe("voc12-resnet50-irn.official", list(small(voc, tmp_path / "run").items()))
+    recipe = load_recipe(
+        "voc12-resnet50-irn.official", list(small_run(voc, tmp_path / "run").items())
+    )
     assert recipe.refine is not None
     assert (recipe.refine.irn.preset, recipe.refine.irn.displacement) == ("official", True)
     result = run(recipe, command="lpcam run voc12-resnet50-irn.official")

@@ -14,6 +14,7 @@ from lpcam.presets import IrnSettings
 from lpcam.refine import walk
 from lpcam.refine.walk import (
     affinities,
+    affinity_walk,
     pair_offsets,
     path,
     path_maxima,
@@ -266,6 +267,73 @@ def test_arguments_out_of_range(changes: dict[str, float]) -> None:
     arguments = {"radius": 5, "beta": 10.0, "exponent": 8, **changes}
     with pytest.raises(ValueError, match="expected beta > 0, exponent >= 0 and tolerance >= 0"):
         random_walk(drawn(1, *SIZE), drawn(*SIZE), **arguments)
+
+
+# -- The walk by given affinities ---------------------------------------------------------------
+
+
+def drawn_pairs(*size: int, dtype: torch.dtype = torch.float64) -> dict[tuple[int, int], Tensor]:
+    """Affinities of all pairs nearer than 4, of no boundary."""
+    return {
+        (dy, dx): drawn(size[0] - dy, size[1] - abs(dx), seed=n, dtype=dtype)
+        for n, (dy, dx) in enumerate(pair_offsets(4))
+        if dy < size[0] and abs(dx) < size[1]
+    }
+
+
+@pytest.mark.parametrize("size", [(7, 9), (1, 8), (6, 2), (1, 1)])
+def test_walk_by_given_affinities(size: tuple[int, int]) -> None:
+    """The power of the dense matrix with a unit diagonal and columns that sum to 1."""
+    maps, pairs = drawn(2, *size), drawn_pairs(*size)
+    cells = torch.arange(size[0] * size[1]).reshape(size)
+    matrix = torch.eye(cells.numel()).double()
+    for (dy, dx), affinity in pairs.items():
+        corner = max(0, -dx)
+        own = cells[: size[0] - dy, corner : corner + size[1] - abs(dx)]
+        partner = own + dy * size[1] + dx
+        matrix[own, partner] = matrix[partner, own] = affinity
+    transition = matrix**8
+    transition = torch.matrix_power(transition / transition.sum(0), 64)
+    expected = (maps.flatten(1) @ transition).reshape(maps.shape)
+    found = affinity_walk(maps, pairs.items(), beta=8.0, exponent=6)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    halved = affinity_walk(maps.half(), pairs.items(), beta=8.0, exponent=6)
+    assert halved.dtype == torch.float16
+    torch.testing.assert_close(halved.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_both_sources_of_affinities_have_one_walk() -> None:
+    maps, edge = drawn(3, 2, *SIZE), drawn(3, *SIZE, seed=5)
+    arguments = {"beta": 10.0, "exponent": 8, "tolerance": 1e-6}
+    pairs = [(offset, 1 - maximum) for offset, maximum in path_maxima(edge, 5)]
+    expected = random_walk(maps, edge, radius=5, **arguments)
+    assert torch.equal(affinity_walk(maps, pairs, **arguments), expected)
+    none = affinity_walk(maps, [], **arguments)
+    torch.testing.assert_close(none, maps, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [(0, 1), (0, 0), (0, -1), (-1, 2), (7, 0), (0, 9), (1, -9)])
+def test_offsets_that_come_twice_or_are_not_of_the_grid(offset: tuple[int, int]) -> None:
+    pairs = [*drawn_pairs(7, 9).items(), (offset, drawn(7, 8))]
+    match = rf"the offset \({offset[0]}, {offset[1]}\) comes twice, points backwards or leaves"
+    with pytest.raises(DataError, match=match):
+        affinity_walk(drawn(1, 7, 9), pairs, beta=8.0, exponent=6)
+
+
+def test_affinities_that_do_not_fit() -> None:
+    pairs = drawn_pairs(7, 9)
+    with pytest.raises(DataError, match=r"at the offset \(0, 1\) are \(7, 8\); expected \(7, 9\)"):
+        affinity_walk(drawn(1, 7, 10), pairs.items(), beta=8.0, exponent=6)
+    for bad in (math.nan, -0.1, 1.1):
+        pairs[1, 1][2, 3] = bad
+        with pytest.raises(DataError, match=r"offset \(1, 1\) hold NaN or values outside \[0, 1\]"):
+            affinity_walk(drawn(1, 7, 9), pairs.items(), beta=8.0, exponent=6)
+    with pytest.raises(DataError, match="the maps hold NaN or Inf"):
+        affinity_walk(drawn(1, 7, 9) * math.nan, [], beta=8.0, exponent=6)
+    with pytest.raises(DataError, match=r"maps are \(7, 9\); expected \(..., K, h, w\)"):
+        affinity_walk(drawn(7, 9), [], beta=8.0, exponent=6)
+    with pytest.raises(ValueError, match="expected beta > 0"):
+        affinity_walk(drawn(1, 7, 9), [], beta=0.0, exponent=6)
 
 
 # -- Masks --------------------------------------------------------------------------------------

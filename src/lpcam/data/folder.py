@@ -1,29 +1,29 @@
-"""A user's own folder: images, ``labels.csv``, and optional classes, lists, masks and parts.
+"""A user's own folder: images, their labels, and optional classes, lists, masks and parts.
 
 ::
 
     folder/
-      labels.csv          image,labels      (several labels separated by ';', UTF-8)
+      labels.csv          image,labels      (or another form of lpcam.data.labels, or labels.jsonl)
       images/             images, in subfolders if wished; without it they lie in the folder itself
       classes.txt         optional: one class a line; the first has the value 1 in masks
       lists/NAME.txt      optional: one image a line
       masks/ID.png        optional: truth for the evaluation
       parts/ID.png        optional: truth of parts, with parts.json {"head": 1, ...}
 
+Without a table of labels the folders of the image folder are the classes: ``images/cow/7.jpg``.
+
 An image's id is its path below the image folder without the extension, in Unicode form NFC.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from lpcam.data.classes import choose_classes, unknown_name
 from lpcam.data.items import (
@@ -35,6 +35,15 @@ from lpcam.data.items import (
     Skip,
     check_unique,
     safe_id,
+)
+from lpcam.data.labels import (
+    LabelRow,
+    LabelTable,
+    how_to_write,
+    image_name,
+    normal_name,
+    read_labels,
+    read_text,
 )
 from lpcam.errors import DataError
 
@@ -57,77 +66,86 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Extensions of image files, in any case."""
 
-_HOW = (
-    "labels.csv must be UTF-8 text whose first line is 'image,labels' and then has one line an "
-    "image, several labels separated by ';', for example: cow_1.jpg,cow;grass"
-)
+FOLDERS: Literal["folders"] = "folders"
+"""In the place of a table of labels: the first folder of an image's id is its class."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    line: int
-    name: str
-    labels: tuple[str, ...]
-
-
-def read_folder(root: Path, *, classes: Sequence[str] | None = None) -> Dataset:
+def read_folder(
+    root: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    labels: Path | Literal["folders"] | None = None,
+    masks: Path | None = None,
+) -> Dataset:
     """Read a user's folder (layout above): every labelled image, and lists with one named ``all``.
 
-    An image may stand in ``labels.csv`` with or without its extension and a leading ``images/``;
-    an empty labels cell is an image that shows no class. Without ``classes.txt`` the classes are
-    all names of ``labels.csv``, sorted, with mask ids from 1. ``classes`` picks some of them in
-    label order; they keep their mask ids and other labels are dropped, with a notice.
+    An image may stand in the table of labels with or without its extension and a leading
+    ``images/``; an empty labels cell is an image that shows no class. The classes are those of
+    ``classes.txt``, else the columns of a multi-hot table, else all names of the table (or of the
+    folders), sorted; they have mask ids from 1. ``classes`` picks some of them in label order; they
+    keep their mask ids and other labels are dropped, with a notice.
 
-    A row without an image and an image without a row are left out, with the reason; the labels of
-    repeated rows are united, with a notice.
+    A row without an image and an image without a row (or, with ``"folders"``, in none of them) are
+    left out, with the reason; the labels of repeated rows are united, with a notice.
+
+    Args:
+        root: the folder.
+        classes: names to choose; all if None.
+        labels: a table that `lpcam.data.labels.read_labels` reads, wherever it is; or
+            ``"folders"``: the label of ``cow/barn/7`` is ``cow``. None: ``labels.csv`` of the
+            folder, else its ``labels.jsonl``, else ``"folders"``, with a notice.
+        masks: a folder of ``ID.png``, instead of ``masks`` of the folder.
 
     Raises:
-        DataError: naming the file and line, for a missing or wrong ``labels.csv``, no images, an
+        DataError: naming the file and line, for a missing or wrong table of labels, no images, an
             unknown class (with the nearest known name), a name that could leave the folder, two
-            images with the same id, or a wrong list, ``classes.txt`` or ``parts.json``.
+            images with the same id, a missing ``masks``, or a wrong list, ``classes.txt`` or
+            ``parts.json``.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give the folder that holds labels.csv")
-    rows = _read_rows(root / "labels.csv")
-    whole = _read_classes(root / "classes.txt", rows)
-    table = choose_classes(whole, None if classes is None else [_normal(c) for c in classes])
-
+    if masks is not None and not masks.is_dir():
+        raise DataError(f"there is no folder of masks {masks}; give the folder that holds ID.png")
     images_root = root / "images" if (root / "images").is_dir() else root
-    images, skipped = _find_images(images_root)
-    names = {image_id: image_id for image_id in images}
-    names |= {image_id + path.suffix: image_id for image_id, path in images.items()}
-
-    notices = []
-    labels: dict[str, set[str]] = {}
-    lines: dict[str, list[int]] = {}
-    for row in rows:
-        image_id = _resolve(row.name, names)
-        if image_id is None:
-            skipped.setdefault(
-                row.name,
-                Skip(row.name, f"labels.csv line {row.line} has no image below {images_root}"),
-            )
-            continue
-        labels.setdefault(image_id, set()).update(row.labels)
-        lines.setdefault(image_id, []).append(row.line)
-    if not labels:
+    named = _table_path(root, labels)
+    table = None if named is None else read_labels(named)
+    images, skipped = _find_images(images_root, masks)
+    if table is None:
+        table = _table_of_folders(root, images_root, images, skipped)
+    elif not images:
         raise DataError(
-            f"none of the {len(rows)} images of {root / 'labels.csv'} is below {images_root}: it "
-            f"names {rows[0].name!r}, the folder holds {next(iter(images))!r}; {_HOW}"
+            f"there are no images below {images_root}; put files such as cow_1.jpg there "
+            f"(extensions {' '.join(sorted(IMAGE_SUFFIXES))}) and name them in {table.path.name}"
         )
-    for image_id in images.keys() - labels.keys():
-        skipped[image_id] = Skip(image_id, "it has no line in labels.csv; add one")
-    repeated = [f"{i} (lines {', '.join(map(str, n))})" for i, n in lines.items() if len(n) > 1]
-    if repeated:
+    notices = []
+    if named is None and labels is None:
         notices.append(
-            f"labels.csv: {_some(repeated)} stand in more than one line; their labels were united"
+            f"there is no labels.csv or labels.jsonl: the folders below {images_root} are the "
+            f"classes, {_some(table.classes or ())}"
         )
-    dropped = Counter(n for of_image in labels.values() for n in of_image if n not in table.names)
+    whole = _read_classes(root / "classes.txt", table)
+    chosen = choose_classes(whole, None if classes is None else [normal_name(c) for c in classes])
+
+    names_of_images = {image_id: image_id for image_id in images}
+    names_of_images |= {image_id + path.suffix: image_id for image_id, path in images.items()}
+    if named is None:
+        present = {row.image: set(row.labels) for row in table.rows}
+    else:
+        present = _match(table, names_of_images, images_root, skipped, notices)
+    if not present:
+        raise DataError(
+            f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
+            f"names {table.rows[0].image!r}, the folder holds {next(iter(images))!r}; "
+            f"{how_to_write(table.path)}"
+        )
+    for image_id in images.keys() - present.keys() - skipped.keys():
+        skipped[image_id] = Skip(image_id, f"it has no line in {table.path.name}; add one")
+    dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
     if dropped:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
         notices.append(f"{dropped.total()} labels of classes not chosen were dropped: {counts}")
 
-    masks = _find_truth(root / "masks", images, notices)
+    truth = _find_truth(root / "masks" if masks is None else masks, images, notices)
     part_names = _read_parts(root / "parts.json")
     parts = _find_truth(root / "parts", images, notices)
     if parts and not part_names:
@@ -137,28 +155,90 @@ def read_folder(root: Path, *, classes: Sequence[str] | None = None) -> Dataset:
         image_id: Item(
             id=image_id,
             image=images[image_id],
-            labels=tuple(n for n, name in enumerate(table.names) if name in labels[image_id]),
-            mask=masks.get(image_id),
+            labels=tuple(n for n, name in enumerate(chosen.names) if name in present[image_id]),
+            mask=truth.get(image_id),
             parts=parts.get(image_id),
         )
-        for image_id in sorted(labels)
+        for image_id in sorted(present)
     }
-    lists = _read_lists(root / "lists", names, items, skipped)
+    lists = _read_lists(root / "lists", names_of_images, items, skipped)
     return Dataset(
         name=root.resolve().name,
-        classes=table,
+        classes=chosen,
         items=items,
         lists={**lists, "all": tuple(items)},
-        label_source="labels.csv",
+        label_source="folders of the images" if named is None else named.name,
         skipped=tuple(skipped[i] for i in sorted(skipped)),
         notices=tuple(notices),
         part_names=part_names if parts else {},
     )
 
 
-def _normal(text: str) -> str:
-    """Unicode form NFC: file systems and editors write the same name in different forms."""
-    return unicodedata.normalize("NFC", text.strip())
+def _table_path(root: Path, labels: Path | Literal["folders"] | None) -> Path | None:
+    """The table of labels; None where the folders are the classes."""
+    if labels == FOLDERS:
+        return None
+    if isinstance(labels, Path):
+        return labels
+    if labels is not None:
+        raise DataError(f"labels are {labels!r}; give the path of a table, or {FOLDERS!r}")
+    for name in ("labels.csv", "labels.jsonl"):
+        if (root / name).is_file():
+            return root / name
+    return None
+
+
+def _table_of_folders(
+    root: Path, images_root: Path, images: Mapping[str, Path], skipped: dict[str, Skip]
+) -> LabelTable:
+    """Every image in a folder, as if a table named it; the others are skipped."""
+    rows = []
+    for image_id in images:
+        folder, between, _ = image_id.partition("/")
+        if between:
+            rows.append(LabelRow(0, image_id, (normal_name(folder),)))
+        else:
+            skipped[image_id] = Skip(
+                image_id,
+                "it is in no folder of a class and no table of labels is used; move it into one",
+            )
+    if not rows:
+        path = root / "labels.csv"
+        raise DataError(
+            f"there is no {path}; {how_to_write(path)}. Without it images lie in one folder a "
+            f"class, such as {images_root / 'cow' / '1.jpg'}"
+        )
+    classes = tuple(sorted({name for row in rows for name in row.labels}))
+    return LabelTable(images_root, tuple(rows), classes)
+
+
+def _match(
+    table: LabelTable,
+    names: Mapping[str, str],
+    images_root: Path,
+    skipped: dict[str, Skip],
+    notices: list[str],
+) -> dict[str, set[str]]:
+    """Class names by image id, of all rows that name an image."""
+    file = table.path.name
+    present: dict[str, set[str]] = {}
+    lines: dict[str, list[int]] = {}
+    for row in table.rows:
+        image_id = _resolve(row.image, names)
+        if image_id is None:
+            skipped.setdefault(
+                row.image,
+                Skip(row.image, f"{file} line {row.line} has no image below {images_root}"),
+            )
+            continue
+        present.setdefault(image_id, set()).update(row.labels)
+        lines.setdefault(image_id, []).append(row.line)
+    repeated = [f"{i} (lines {', '.join(map(str, n))})" for i, n in lines.items() if len(n) > 1]
+    if repeated:
+        notices.append(
+            f"{file}: {_some(repeated)} stand in more than one line; their labels were united"
+        )
+    return present
 
 
 def _some(entries: Sequence[str]) -> str:
@@ -166,81 +246,44 @@ def _some(entries: Sequence[str]) -> str:
     return ", ".join(entries[:5]) + more
 
 
-def _read_text(path: Path, how: str) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text; save it as UTF-8. {how}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. {how}") from error
-
-
-def _read_rows(path: Path) -> list[_Row]:
-    if not path.is_file():
-        raise DataError(f"there is no {path}; {_HOW}")
-    reader = csv.reader(io.StringIO(_read_text(path, _HOW), newline=""), strict=True)
-    rows: list[_Row] = []
-    header = True
-    try:
-        for cells in reader:
-            where = f"{path} line {reader.line_num}"
-            if header:
-                header = False
-                if [cell.strip().casefold() for cell in cells] != ["image", "labels"]:
-                    raise DataError(f"{where} is {','.join(cells)!r}; {_HOW}")
-            elif any(cell.strip() for cell in cells):
-                if len(cells) != 2:
-                    raise DataError(f"{where} has {len(cells)} columns, expected 2; {_HOW}")
-                labels = [_normal(label) for label in cells[1].split(";")]
-                rows.append(
-                    _Row(reader.line_num, _safe(cells[0], where), tuple(n for n in labels if n))
-                )
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}; {_HOW}") from error
-    if not rows:
-        raise DataError(f"{path} names no image; {_HOW}")
-    return rows
-
-
-def _safe(text: str, where: str) -> str:
-    try:
-        return safe_id(_normal(text))
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _read_classes(path: Path, rows: Iterable[_Row]) -> ClassTable:
-    if path.is_file():
-        lines = _read_text(path, "Write one class name a line.").splitlines()
-        names = [_normal(line) for line in lines if line.strip()]
-        if "background" in (name.casefold() for name in names):
-            raise DataError(f"{path} names the background; leave it out, its mask value is 0")
+def _read_classes(path: Path, table: LabelTable) -> ClassTable:
+    """Those of classes.txt, else of the table."""
+    listed = path.is_file()
+    if listed:
+        lines = read_text(path, "Write one class name a line.").splitlines()
+        names = [normal_name(line) for line in lines if line.strip()]
+    elif table.classes is not None:
+        names = list(table.classes)
     else:
-        names = sorted({label for row in rows for label in row.labels})
+        names = sorted({label for row in table.rows for label in row.labels})
+    source = path if listed else table.path
+    if (listed or table.classes) and "background" in (name.casefold() for name in names):
+        raise DataError(f"{source} names the background; leave it out, its mask value is 0")
     try:
-        table = ClassTable(tuple(names), tuple(range(1, len(names) + 1)))
+        classes = ClassTable(tuple(names), tuple(range(1, len(names) + 1)))
     except DataError as error:
-        raise DataError(
-            f"{path if path.is_file() else path.parent / 'labels.csv'}: {error}"
-        ) from error
-    for row in rows:
-        for label in row.labels:
-            if label not in names:
-                raise DataError(
-                    f"{path.parent / 'labels.csv'} line {row.line}: unknown class "
-                    f"{unknown_name(label, names)} (classes.txt)"
-                )
-    return table
+        raise DataError(f"{source}: {error}") from error
+    if table.classes is not None:
+        where = f"folders of {table.path}" if table.path.is_dir() else f"{table.path} line 1"
+        used = [(where, name) for name in table.classes]
+    else:
+        used = [
+            (f"{table.path} line {row.line}", name) for row in table.rows for name in row.labels
+        ]
+    for where, name in used:
+        if name not in classes.names:
+            raise DataError(f"{where}: unknown class {unknown_name(name, names)} (classes.txt)")
+    return classes
 
 
-def _walk(folder: Path, ignored: Iterable[str] = ()) -> list[tuple[str, Path]]:
+def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]]:
     """Visible files below a folder: relative POSIX path in NFC, and the path on disk; sorted."""
     found = []
     for place, folders, files in os.walk(folder):
         kept = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         # what a run wrote below the images is not the user's
         kept = [name for name in kept if not _is_run(Path(place, name))]
-        folders[:] = [n for n in kept if Path(place) != folder or n not in ignored]
+        folders[:] = [name for name in kept if Path(place, name) not in ignored]
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)
@@ -255,10 +298,14 @@ def _is_run(folder: Path) -> bool:
     return (folder / ".lock").is_file() and (folder / "index.json").is_file()
 
 
-def _find_images(folder: Path) -> tuple[dict[str, Path], dict[str, Skip]]:
+def _find_images(folder: Path, masks: Path | None) -> tuple[dict[str, Path], dict[str, Skip]]:
+    """Images by id below a folder, but not its truth; and those of names that are refused."""
+    apart = [folder / name for name in ("masks", "parts", "lists")]
+    if masks is not None and masks.resolve().is_relative_to(folder.resolve()):
+        apart.append(folder / masks.resolve().relative_to(folder.resolve()))
     images: dict[str, Path] = {}
     skipped: dict[str, Skip] = {}
-    for name, path in _walk(folder, ignored=("masks", "parts", "lists")):
+    for name, path in _walk(folder, apart):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         image_id = name.removesuffix(path.suffix)
@@ -272,15 +319,10 @@ def _find_images(folder: Path) -> tuple[dict[str, Path], dict[str, Skip]]:
                 f"{images[image_id]} and {path} have the same id {image_id!r}; rename one of them"
             )
         images[image_id] = path
-    if not images:
-        raise DataError(
-            f"there are no images below {folder}; put files such as cow_1.jpg there "
-            f"(extensions {' '.join(sorted(IMAGE_SUFFIXES))}) and name them in labels.csv"
-        )
     return images, skipped
 
 
-def _resolve(text: str, names: dict[str, str]) -> str | None:
+def _resolve(text: str, names: Mapping[str, str]) -> str | None:
     """The id of an image named with or without its extension and a leading ``images/``."""
     for name in (text, text.removeprefix("images/")):
         path = PurePosixPath(name)
@@ -313,29 +355,29 @@ def _read_parts(path: Path) -> dict[str, int]:
         return {}
     how = 'Write {"NAME": VALUE, ...} with different values from 1 to 254.'
     try:
-        parts = json.loads(_read_text(path, how))
+        parts = json.loads(read_text(path, how))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}). {how}") from error
     values = list(parts.values()) if isinstance(parts, dict) else []
     right = all(type(value) is int and BACKGROUND < value < IGNORE for value in values)
     if not values or not right or len(set(values)) != len(values):
         raise DataError(f"{path} is wrong. {how}")
-    return {_normal(name): value for name, value in parts.items()}
+    return {normal_name(name): value for name, value in parts.items()}
 
 
 def _read_lists(
-    folder: Path, names: dict[str, str], items: dict[str, Item], skipped: dict[str, Skip]
+    folder: Path, names: Mapping[str, str], items: Mapping[str, Item], skipped: dict[str, Skip]
 ) -> dict[str, tuple[str, ...]]:
     lists = {}
     for path in sorted(folder.glob("*.txt")):
         if path.stem == "all":
             raise DataError(f"{path} is refused: 'all' is the list of every image; rename it")
         ids = []
-        for number, line in enumerate(_read_text(path, "Write one image a line.").splitlines(), 1):
+        for number, line in enumerate(read_text(path, "Write one image a line.").splitlines(), 1):
             if not line.strip():
                 continue
             where = f"lists/{path.name} line {number}"
-            name = _safe(line, where)
+            name = image_name(line, where)
             image_id = _resolve(name, names)
             if image_id is not None:
                 ids.append(image_id)

@@ -19,6 +19,7 @@ MAXIMUM_PIXELS = 100_000_000
 """Largest image that is read by default: 100 million pixels, 300 MB as RGB."""
 
 _EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,7 +67,7 @@ def _read_rgb(
     maximum_pixels: int,
     formats: tuple[str, ...] | None = None,
 ) -> NDArray[np.uint8]:
-    image = _load(name, source, maximum_pixels, formats)
+    image = load_image(name, source, maximum_pixels, formats)
     try:
         return to_rgb(image)
     except (ValueError, OSError) as error:
@@ -82,7 +83,7 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
         DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
             values above 255; the message says what to save instead.
     """
-    image = _load(path, path, maximum_pixels)
+    image = load_image(path, path, maximum_pixels)
     problem = None
     if image.format == "JPEG":
         problem = "it is a JPEG, whose values are not exact"
@@ -97,6 +98,17 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
             "pixel values are 0 (background), the class's number, or 255 (ignored)"
         )
     return values.astype(np.uint8)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an upright image, by the file's head alone; ImageError if it has none."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = _orientation(image) in _SIDEWAYS
+    except Exception as error:  # decoders raise anything on damaged data
+        raise _unreadable(path, str(error) or type(error).__name__) from error
+    return (width, height) if turned else (height, width)
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -128,7 +140,7 @@ def _unreadable(name: Path | str, reason: str) -> ImageError:
     return ImageError(f"cannot read image {name}: {reason}; replace the file or leave it out")
 
 
-def _load(
+def load_image(
     name: Path | str,
     source: Path | bytes,
     maximum_pixels: int,

@@ -7,12 +7,13 @@ difficult objects included, person parts not (specification of data sets, sectio
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
-from lpcam.data.classes import choose_classes
+from lpcam.data.classes import choose_classes, unknown_name
 from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id
+from lpcam.data.labels import read_labels
 from lpcam.errors import DataError
 
 CLASSES = (
@@ -51,6 +52,7 @@ def read_voc(
     lists: Sequence[str],
     classes: Sequence[str] | None = None,
     unlabelled: Sequence[str] = (),
+    labels: Path | None = None,
 ) -> Dataset:
     """Read lists of a VOC folder: ids, image-level labels and, where there are any, mask paths.
 
@@ -64,6 +66,7 @@ def read_voc(
             are not labelled; mask ids stay those of VOC.
         unlabelled: those of the lists whose images need no annotation; without one they have no
             label. VOC's own ``test`` comes without any.
+        labels: a file (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
 
     An image whose file or annotation is missing or damaged is left out, with the reason.
 
@@ -71,16 +74,25 @@ def read_voc(
         DataError: if the folder is none of VOC, a list is missing, damaged or empty, a class is
             unknown, or no image is left.
     """
-    root = _find_root(root)
+    root = find_root(root)
     names = _class_names(root)
     table = choose_classes(ClassTable(names, tuple(range(1, len(names) + 1))), classes)
-    wanted = {name: _read_list(root, name) for name in lists}
+    wanted = {name: read_list(root, name) for name in lists}
     labelled = {i for name, ids in wanted.items() if name not in unlabelled for i in ids}
+    given = None if labels is None else _given_labels(labels, names)
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
-            items[image_id] = _read_item(root, image_id, table, image_id in labelled)
+            image = _image(root, image_id)
+            present = _present(root, image_id, image_id in labelled, given)
+            mask = root / "SegmentationClass" / f"{image_id}.png"
+            items[image_id] = Item(
+                image_id,
+                image,
+                tuple(n for n, name in enumerate(table.names) if name in present),
+                mask if mask.is_file() else None,
+            )
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
     if not items:
@@ -91,13 +103,23 @@ def read_voc(
         classes=table,
         items=items,
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
-        label_source="Annotations (XML)",
+        label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
     )
 
 
-def _find_root(root: Path) -> Path:
-    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+def voc_lists(root: Path) -> tuple[str, ...]:
+    """Names of the lists of a VOC folder, sorted; none where it is no such folder."""
+    folders = [folder / _LISTS for folder in _places(root) if (folder / _LISTS).is_dir()]
+    return tuple(sorted(path.stem for path in folders[0].glob("*.txt"))) if folders else ()
+
+
+def _places(root: Path) -> tuple[Path, ...]:
+    return root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
+
+
+def find_root(root: Path) -> Path:
+    for folder in _places(root):
         if (folder / _LISTS).is_dir():
             return folder
     raise DataError(
@@ -118,7 +140,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def _read_list(root: Path, name: str) -> tuple[str, ...]:
+def read_list(root: Path, name: str) -> tuple[str, ...]:
     path = root / _LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
@@ -159,15 +181,35 @@ def _line_ids(line: str, where: str) -> list[str]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _read_item(root: Path, image_id: str, classes: ClassTable, labelled: bool) -> Item:
+def _image(root: Path, image_id: str) -> Path:
     image = root / "JPEGImages" / f"{image_id}.jpg"
     if not image.is_file():
         raise DataError(f"there is no image {image}")
+    return image
+
+
+def _given_labels(path: Path, names: Sequence[str]) -> dict[str, set[str]]:
+    """The labels of each image of a file, by id; all names must be known."""
+    found: dict[str, set[str]] = {}
+    for line, image, labels in read_labels(path).rows:
+        for label in labels:
+            if label not in names:
+                raise DataError(f"{path} line {line}: unknown class {unknown_name(label, names)}")
+        image_id = image.removeprefix("JPEGImages/").removesuffix(".jpg")
+        found.setdefault(image_id, set()).update(labels)
+    return found
+
+
+def _present(
+    root: Path, image_id: str, labelled: bool, given: Mapping[str, set[str]] | None
+) -> set[str]:
+    """Names of the classes that an image shows."""
+    if given is not None:
+        if labelled and image_id not in given:
+            raise DataError(f"the file of labels has no line of {image_id}; add one")
+        return given.get(image_id, set())
     annotation = root / "Annotations" / f"{image_id}.xml"
-    present = _object_names(annotation) if labelled or annotation.is_file() else set()
-    labels = tuple(n for n, name in enumerate(classes.names) if name in present)
-    mask = root / "SegmentationClass" / f"{image_id}.png"
-    return Item(image_id, image, labels, mask if mask.is_file() else None)
+    return _object_names(annotation) if labelled or annotation.is_file() else set()
 
 
 def _object_names(path: Path) -> set[str]:

@@ -1,17 +1,20 @@
-"""The random walk of IRN as a stencil, and masks from walked maps (specification of IRN, 5 and 8).
+"""The random walk of IRN and PSA as a stencil, and masks from IRN's walked maps.
 
-Two pixels are as alike as the weakest boundary between them is: a_ij = 1 - max over the path of e.
-Only pairs nearer than a radius count, so the transition matrix has a few dozen entries a row, and
-x T^256 needs no matrix. Squared as a dense matrix, as the released program has it, one VOC image
-takes 26 TFLOP and half a gigabyte a matrix; here it takes some hundredths of a second.
+Specifications: of IRN, sections 5, 6 and 8; of MCTformer, section 4. IRN takes two pixels to be as
+alike as the weakest boundary between them is: a_ij = 1 - max over the path of e. PSA
+(:mod:`lpcam.refine.psa`) takes its affinities from features. Only pairs nearer than a radius count,
+so the transition matrix has a few dozen entries a row, and x T^256 needs no matrix. Squared as a
+dense matrix, as the released program has it, one VOC image takes 26 TFLOP and half a gigabyte a
+matrix; here it takes some hundredths of a second.
 
-Shapes: K classes, h x w the grid of stride 4, n = h w; leading axes are images of one size.
+Shapes: K classes, h x w the grid (of stride 4 for IRN and 8 for PSA), n = h w; leading axes are
+images of one size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -21,14 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lpcam.data.items import BACKGROUND, IGNORE
 from lpcam.errors import DataError
 from lpcam.masks import seeds
 from lpcam.presets import IrnSettings
+from lpcam.refine.inputs import compute_dtype
 
 Offset = tuple[int, int]
 """(dy, dx) in grid cells."""
 STRIDE = 4
-"""Pixels a cell of the grid on which boundaries and walks live."""
+"""Pixels a cell of the grid on which IRN's boundaries and walks live."""
+EPSILON = 1e-5
+"""Added to each logarithm's argument of a loss over pairs, and to each mean's denominator."""
 PIECES_TRIED = 30
 """Longest pieces of a path of which all pairs are tried."""
 
@@ -226,6 +233,54 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
         )
 
 
+# -- Pairs of labels: what affinities are learnt from --------------------------------------------
+
+
+def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+    """For each offset bool (3, B, rows, columns): pairs of background, of a class, and different.
+
+    Of the pairs of :func:`source_window`; nothing where that is empty.
+
+    Args:
+        labels: (B, h, w) uint8; pairs with a label 255 are of no kind.
+    """
+    rows, columns = source_window(labels.shape[-2], labels.shape[-1], radius)
+    own = labels[:, rows, columns]
+    if not own.numel():
+        return
+    known = own != IGNORE
+    background = known & (own == BACKGROUND)
+    foreground = known & ~background
+    for dy, dx in pair_offsets(radius):
+        partner = labels[
+            :, rows.start + dy : rows.stop + dy, columns.start + dx : columns.stop + dx
+        ]
+        same = own == partner
+        different = known & ~same & (partner != IGNORE)
+        yield (dy, dx), torch.stack([background & same, foreground & same, different])
+
+
+def pair_counts(labels: Tensor, radius: int) -> Tensor:
+    """How many pairs there are of each of :func:`pair_kinds`: three float32 numbers.
+
+    Args:
+        labels: (B, h, w) uint8; pairs with a label 255 do not count.
+    """
+    counts = [kinds.sum((1, 2, 3)).float() for _, kinds in pair_kinds(labels, radius)]
+    return torch.stack(counts).sum(0) if counts else torch.zeros(3, device=labels.device)
+
+
+def likelihood_sums(affinity: Tensor, kinds: Tensor) -> Tensor:
+    """Sums (3,) of -log a over the alike pairs of one offset and of -log(1 - a) over the others.
+
+    Args:
+        affinity: (B, rows, columns) in [0, 1].
+        kinds: (3, B, rows, columns), of :func:`pair_kinds`.
+    """
+    likelihood = torch.where(kinds[2], 1 - affinity, affinity) + EPSILON
+    return kinds.flatten(1).to(affinity.dtype) @ -likelihood.log().flatten()
+
+
 # -- The walk ----------------------------------------------------------------------------------
 
 
@@ -239,12 +294,45 @@ def random_walk(
     exponent: int,
     tolerance: float = 0.0,
 ) -> Tensor:
+    """The walk of :func:`affinity_walk` with the affinities that boundaries leave.
+
+    With boundaries of 1 everywhere nothing moves. (The released program pads the boundaries with 1;
+    a path leaves no bounding box, so that changes no pair of the image.)
+
+    Args:
+        maps: (..., K, h, w) sources x, finite.
+        edge: (..., h, w) boundaries e in [0, 1] of the same images.
+        radius: pairs are nearer than it, in cells.
+        beta, exponent, tolerance: as :func:`affinity_walk`.
+
+    Returns:
+        (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
+
+    Raises:
+        DataError: if shapes do not fit, a boundary is outside [0, 1], or a value is NaN or Inf.
+        ValueError: if beta, exponent, radius or tolerance is out of range.
+    """
+    _check_power(beta, exponent, tolerance)
+    _check(maps, edge)
+    maxima = path_maxima(edge.to(compute_dtype(maps)), radius)
+    pairs = ((offset, 1 - maximum) for offset, maximum in maxima)
+    return _walk(maps, pairs, beta, exponent, tolerance)
+
+
+@torch.no_grad()
+def affinity_walk(
+    maps: Tensor,
+    pairs: Iterable[tuple[Offset, Tensor]],
+    *,
+    beta: float,
+    exponent: int,
+    tolerance: float = 0.0,
+) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
     T has a unit diagonal before it is normalised. As the affinities are symmetric, every output
     is a weighted mean of the sources around it: constants stay, and nothing leaves the range of
-    the sources. With boundaries of 1 everywhere nothing moves. (The released program pads the
-    boundaries with 1; a path leaves no bounding box, so that changes no pair of the image.)
+    the sources. With affinities of 0 everywhere nothing moves.
 
     The power is summed as a series of Chebyshev polynomials of T, which is exact with 2^exponent
     terms; their weights fall like a Gaussian's, so that 98 steps for 256 give a tolerance of
@@ -255,8 +343,9 @@ def random_walk(
 
     Args:
         maps: (..., K, h, w) sources x, finite.
-        edge: (..., h, w) boundaries e in [0, 1] of the same images.
-        radius: pairs are nearer than it, in cells.
+        pairs: offsets (dy, dx) to the right and below, each once, and the affinities a_ij in [0, 1]
+            of all pairs of the grid at that offset, (..., h - dy, w - abs(dx)) by the upper left
+            corner of the pair's bounding box. Taken one after the other.
         beta: power of the affinities, > 0.
         exponent: log2 of the number of steps.
         tolerance: largest error, as a part of the largest absolute source, that the terms left out
@@ -266,18 +355,29 @@ def random_walk(
         (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
 
     Raises:
-        DataError: if shapes do not fit, a boundary is outside [0, 1], or a value is NaN or Inf.
-        ValueError: if beta, exponent, radius or tolerance is out of range.
+        DataError: if shapes do not fit, an offset comes twice or points backwards, an affinity is
+            outside [0, 1], or a value is NaN or Inf.
+        ValueError: if beta, exponent or tolerance is out of range.
     """
-    if not beta > 0 or exponent < 0 or not tolerance >= 0:
-        raise ValueError(
-            f"expected beta > 0, exponent >= 0 and tolerance >= 0, got {beta}, {exponent} and "
-            f"{tolerance}"
-        )
-    _check(maps, edge)
-    dtype = maps.dtype if maps.dtype == torch.float64 else torch.float32
-    height, width = edge.shape[-2:]
-    shifts, weights, degree = _pair_weights(edge.to(dtype), radius, beta)
+    _check_power(beta, exponent, tolerance)
+    if maps.ndim < 3 or not maps.shape[-1] * maps.shape[-2]:
+        raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w)")
+    _check_finite(maps)
+    return _walk(maps, _checked(maps, pairs), beta, exponent, tolerance)
+
+
+def _walk(
+    maps: Tensor,
+    pairs: Iterable[tuple[Offset, Tensor]],
+    beta: float,
+    exponent: int,
+    tolerance: float,
+) -> Tensor:
+    """:func:`affinity_walk` of what was checked."""
+    dtype = compute_dtype(maps)
+    height, width = maps.shape[-2:]
+    plane = torch.zeros((*maps.shape[:-3], height, width), dtype=dtype, device=maps.device)
+    shifts, weights, degree = _pair_weights(plane, pairs, beta)
     factors = _series(2**exponent, _tail(tolerance, height * width, len(shifts)))
 
     current = maps.to(dtype).flatten(-2).clone()
@@ -332,20 +432,25 @@ class _Step:
             to_partner.addcmul_(weight, between, value=-1)
 
 
-def _pair_weights(edge: Tensor, radius: int, beta: float) -> tuple[list[int], list[Tensor], Tensor]:
+def _pair_weights(
+    zeros: Tensor, pairs: Iterable[tuple[Offset, Tensor]], beta: float
+) -> tuple[list[int], list[Tensor], Tensor]:
     """Of each offset the distance of a pair in the flat grid and (..., 1, n) weights a^beta.
 
     Zero where a cell has no partner at the offset. The third is the (..., 1, n) sum of each cell's
     weights with both its partners, and of 1 for itself: the columns' sums.
+
+    Args:
+        zeros: (..., h, w), for the shape, dtype and device.
     """
-    height, width = edge.shape[-2:]
+    height, width = zeros.shape[-2:]
     shifts, weights = [], []
-    degree = torch.ones_like(edge).flatten(-2)
-    for (dy, dx), maximum in path_maxima(edge, radius):
-        plane = torch.zeros_like(edge)
+    degree = torch.ones_like(zeros).flatten(-2)
+    for (dy, dx), affinity in pairs:
+        plane = torch.zeros_like(zeros)
         first = max(0, -dx)
         window = plane[..., : height - dy, first : first + width - abs(dx)]
-        torch.pow(1 - maximum, beta, out=window)
+        torch.pow(affinity, beta, out=window)
         weight, shift = plane.flatten(-2), dy * width + dx
         degree += weight
         degree[..., shift:] += weight[..., : weight.shape[-1] - shift]
@@ -380,6 +485,48 @@ def _series(steps: int, tail: float) -> tuple[float, ...]:
     return tuple(factor / kept for factor in factors)
 
 
+def _check_power(beta: float, exponent: int, tolerance: float) -> None:
+    if not beta > 0 or exponent < 0 or not tolerance >= 0:
+        raise ValueError(
+            f"expected beta > 0, exponent >= 0 and tolerance >= 0, got {beta}, {exponent} and "
+            f"{tolerance}"
+        )
+
+
+def _check_finite(maps: Tensor) -> None:
+    if not bool(torch.isfinite(maps).all()):
+        raise DataError("the maps hold NaN or Inf; make them again")
+
+
+def _checked(
+    maps: Tensor, pairs: Iterable[tuple[Offset, Tensor]]
+) -> Iterator[tuple[Offset, Tensor]]:
+    """The pairs, each refused if it does not fit the maps; in the dtype of the computation."""
+    height, width = maps.shape[-2:]
+    seen: set[Offset] = set()
+    for offset, affinity in pairs:
+        dy, dx = offset
+        if offset in seen or offset <= (0, 0) or dy >= height or abs(dx) >= width:
+            raise DataError(
+                f"the offset {offset} comes twice, points backwards or leaves the grid of "
+                f"{height} x {width} cells; give each pair of cells once"
+            )
+        seen.add(offset)
+        expected = (*maps.shape[:-3], height - dy, width - abs(dx))
+        if tuple(affinity.shape) != expected:
+            raise DataError(
+                f"affinities at the offset {offset} are {tuple(affinity.shape)}; expected "
+                f"{expected} for maps {tuple(maps.shape)}"
+            )
+        # of NaN both comparisons are false
+        if not bool(((affinity >= 0) & (affinity <= 1)).all()):
+            raise DataError(
+                f"affinities at the offset {offset} hold NaN or values outside [0, 1]; find what "
+                "made them"
+            )
+        yield offset, affinity.to(compute_dtype(maps))
+
+
 def _check(maps: Tensor, edge: Tensor) -> None:
     lead = edge.shape[:-2]
     if (
@@ -393,8 +540,7 @@ def _check(maps: Tensor, edge: Tensor) -> None:
             f"maps {tuple(maps.shape)} and boundaries {tuple(edge.shape)} do not fit; expected "
             "(..., K, h, w) and (..., h, w) of the same images"
         )
-    if not bool(torch.isfinite(maps).all()):
-        raise DataError("the maps hold NaN or Inf; make them again")
+    _check_finite(maps)
     # of NaN both comparisons are false
     if not bool(((edge >= 0) & (edge <= 1)).all()):
         raise DataError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lpcam.classifier import Preprocessing
-from lpcam.data.images import read_image, read_index_mask, scaled_size
+from lpcam.data.images import read_image, read_index_mask, scaled_size, upright_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item, Skip
 from lpcam.engine import Place
 from lpcam.errors import DataError
@@ -38,8 +38,6 @@ CONTRAST = SATURATION = (0.5, 1.5)
 HUE = 36.0
 """Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
 
-_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 # -- Scale -------------------------------------------------------------------------------------
@@ -366,7 +364,7 @@ def _count(item: Item, path: Path) -> NDArray[np.int64]:
         mask = read_index_mask(path)
     except DataError as error:
         raise DataError(f"mask of {item.id!r}: {error}") from error
-    _check_size(item, path, _upright_size(item.image), mask)
+    _check_size(item, path, upright_size(item.image), mask)
     return np.bincount(mask.ravel(), minlength=256)
 
 
@@ -376,17 +374,3 @@ def _check_size(item: Item, path: Path, size: tuple[int, ...], mask: NDArray[np.
             f"mask {path} of {item.id!r} is {mask.shape[0]} x {mask.shape[1]} (height x width) but "
             f"the upright image is {size[0]} x {size[1]}; make the mask again in its size"
         )
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image: by a JPEG's header alone, else by decoding it."""
-    try:
-        with Image.open(path, formats=("JPEG",)) as image:
-            if image.format == "JPEG":
-                width, height = image.size
-                sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-                return (width, height) if sideways else (height, width)
-    except Exception:  # no JPEG, or damaged, of which decoding says more
-        pass
-    height, width = read_image(path).shape[:2]
-    return height, width

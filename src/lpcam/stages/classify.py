@@ -22,7 +22,7 @@ def classify(run: Run) -> bool:
     """Train the classifier; whether there was anything to do."""
     section = run.recipe.classifier
     settings = section.probe if run.training_method == "probe" else section.finetune
-    training, validation = _validation(run)
+    training, held_out = validation(run)
     weights = weights_key(section.weights)
     run.stages["classify"] = Stage(
         run.folder / "classifier",
@@ -38,7 +38,7 @@ def classify(run: Run) -> bool:
             "maps": run.recipe.maps.model_dump(include=set(FEATURE_KEYS)),
             "seed": run.recipe.run.seed,
             "training": run.digest(training),
-            "validation": run.digest(validation),
+            "validation": run.digest(held_out),
         },
     )
     path = run.stages["classify"].folder / "classifier.safetensors"
@@ -60,7 +60,7 @@ def classify(run: Run) -> bool:
     if STAGES.index(run.until) >= STAGES.index("prototypes"):
         check_reservoir(run, classifier)
     run.begin(run.stages["classify"])
-    history = _train(run, classifier, training, validation)
+    history = _train(run, classifier, training, held_out)
     output: dict[str, Any] = {}
     if run.processes.first:
         classifier.save(path, {"stage": run.stages["classify"].key, "versions": versions()})
@@ -77,7 +77,7 @@ def classify(run: Run) -> bool:
 
 
 def _train(
-    run: Run, classifier: Any, training: list[Item], validation: list[Item]
+    run: Run, classifier: Any, training: list[Item], held_out: list[Item]
 ) -> list[dict[str, Any]]:
     folder = run.stages["classify"].folder
     if run.training_method == "finetune":
@@ -86,7 +86,7 @@ def _train(
         return finetune(
             classifier,
             training,
-            validation,
+            held_out,
             run.recipe.classifier.finetune,
             seed=run.recipe.run.seed,
             folder=folder,
@@ -97,15 +97,15 @@ def _train(
 
     settings = run.recipe.classifier.probe
     pooled = pooled_features(
-        [*training, *validation], settings, run.store(classifier), folder, run.sharing
+        [*training, *held_out], settings, run.store(classifier), folder, run.sharing
     )
     if pooled is None:
         return []  # the first process fits the head, the others read it
     refit = run.recipe.data.lists.validate_ is None
-    return fit_probe(classifier, training, validation, settings, pooled=pooled, refit=refit)
+    return fit_probe(classifier, training, held_out, settings, pooled=pooled, refit=refit)
 
 
-def _validation(run: Run) -> tuple[list[Item], list[Item]]:
+def validation(run: Run) -> tuple[list[Item], list[Item]]:
     """Training and validation items of the classifier."""
     items = run.items("classify")
     name = run.recipe.data.lists.validate_

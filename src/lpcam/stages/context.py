@@ -17,6 +17,7 @@ import yaml
 from lpcam.data.check import check_images
 from lpcam.data.folder import read_folder
 from lpcam.data.items import Dataset, Item
+from lpcam.data.truth import with_mask_folder
 from lpcam.data.voc import read_voc
 from lpcam.errors import ArtefactError, DataError
 from lpcam.ledger import Stage
@@ -40,8 +41,14 @@ StageName = Literal[
     "prototypes",
     "lpcam",
     "seeds",
+    "host-labels",
+    "host",
+    "host-prototypes",
+    "host-maps",
     "ir-labels",
     "irn",
+    "psa-labels",
+    "psa",
     "pseudo",
     "segment",
     "test",
@@ -53,7 +60,9 @@ LISTS: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
 """Those that every run needs."""
 SEGMENT_LISTS: tuple[ListName, ...] = ("segment", "test")
 """Those of recipes with a section segment."""
-REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "pseudo")
+HOSTING: tuple[StageName, ...] = ("host-labels", "host", "host-prototypes", "host-maps")
+"""Stages of recipes with a section host alone."""
+REFINING: tuple[StageName, ...] = ("ir-labels", "irn", "psa-labels", "psa", "pseudo")
 """Stages of recipes with a section refine alone."""
 SEGMENTING: tuple[StageName, ...] = ("segment", "test")
 """Stages of recipes with a section segment alone."""
@@ -67,15 +76,39 @@ MEMORY_SHARE = 0.5
 """Of the memory that this process may use, where the recipe does not say how much."""
 FEATURES_SHARE = 0.5
 """Of a run's memory for features that several stages need; the rest is for the reservoir."""
+TRUTH = "truth"
+"""Masks painted from annotations, in the run's folder."""
 FILE_SECONDS = 60.0
 """How long a file that another machine has written may take to be seen."""
 
 
-def read_dataset(recipe: Recipe, lists: Sequence[ListName] = LISTS) -> Dataset:
+def left_out_stages(recipe: Recipe) -> tuple[StageName, ...]:
+    """Stages that a recipe does not have."""
+    segmenting = SEGMENTING if recipe.segment is None else ()
+    hosting = HOSTING if recipe.host is None else ()
+    if recipe.refine is None:
+        return (*REFINING, *hosting, *segmenting)
+    learning: dict[StageName, str] = {
+        **dict.fromkeys(("ir-labels", "irn"), "irn"),
+        **dict.fromkeys(("psa-labels", "psa"), "psa"),
+    }
+    others = (name for name, method in learning.items() if method != recipe.refine.method)
+    return (*others, *hosting, *segmenting)
+
+
+def read_dataset(
+    recipe: Recipe,
+    lists: Sequence[ListName] = LISTS,
+    *,
+    painted: Path | None = None,
+    workers: int = 1,
+) -> Dataset:
     """The data set of a recipe, labels read, images not yet.
 
     Args:
         lists: those that are needed.
+        painted: folder for masks that must be painted (kind coco); None: they are left out.
+        workers: masks painted at a time.
 
     Raises:
         DataError: if folders, lists or labels do not fit together.
@@ -88,10 +121,19 @@ def read_dataset(recipe: Recipe, lists: Sequence[ListName] = LISTS) -> Dataset:
         free = {data.list_of(s) for s in lists if s in SEGMENT_LISTS}
         free -= {data.list_of(s) for s in lists if s in LISTS}
         dataset = read_voc(
-            data.root, lists=sorted(names), classes=data.classes, unlabelled=sorted(free)
+            data.root,
+            lists=sorted(names),
+            classes=data.classes,
+            unlabelled=sorted(free),
+            labels=_label_file(recipe),
         )
+    elif data.kind == "folder":
+        dataset = read_folder(data.root, classes=data.classes, labels=data.labels, masks=data.masks)
     else:
-        dataset = read_folder(data.root, classes=data.classes)
+        painted = None if data.masks is not None else painted
+        dataset = _read_coco(recipe, lists, sorted(names), painted, workers)
+    if data.masks is not None and data.kind != "folder":
+        dataset = with_mask_folder(dataset, data.masks)
     for name in sorted(names):
         dataset.select(name)
     within: tuple[tuple[ListName, str], ...] = (("evaluate", "evaluate"), ("segment", "segment"))
@@ -106,6 +148,42 @@ def read_dataset(recipe: Recipe, lists: Sequence[ListName] = LISTS) -> Dataset:
                 "set data.lists.maps to a list that holds them"
             )
     return dataset
+
+
+def _label_file(recipe: Recipe) -> Path | None:
+    labels = recipe.data.labels
+    return None if labels is None or isinstance(labels, str) else labels
+
+
+def _read_coco(
+    recipe: Recipe,
+    lists: Sequence[ListName],
+    names: Sequence[str],
+    painted: Path | None,
+    workers: int,
+) -> Dataset:
+    """COCO's annotations; masks for the lists that are scored, or trained on."""
+    from lpcam.data.coco import CocoFolder  # noqa: PLC0415
+
+    data = recipe.data
+    with progress("reading the annotations", 1) as advance:
+        folder = CocoFolder(data.root, lists=names, classes=data.classes)
+        advance(1, "")
+    if painted is None:
+        return folder.dataset
+    scored: list[ListName] = [s for s in ("evaluate", "test") if s in lists]
+    if "segment" in lists and "truth" in recipe.segmented:
+        scored.append("segment")
+    ids = [item.id for s in scored for item in folder.dataset.select(data.list_of(s))]
+    with progress("painting masks", len(set(ids))) as advance:
+        return folder.with_masks(
+            painted,
+            dict.fromkeys(ids),
+            order=data.coco.order,
+            crowds=data.coco.crowds,
+            workers=workers,
+            progress=lambda _done, _total: advance(1, ""),
+        )
 
 
 @dataclass(frozen=True)
@@ -250,10 +328,12 @@ class Run:
                 f"{path} was not written by a run, so it may be yours; choose another run folder "
                 "with --run.folder"
             )
-        dataset = read_dataset(self.recipe, self.lists)
         if not self.processes.first:
             self.processes.wait()  # the first looks at the images, the others read what it found
             before = read_json(path)
+        dataset = read_dataset(
+            self.recipe, self.lists, painted=self.folder / TRUTH, workers=self.threads
+        )
         with progress("looking at the images", len(dataset.items)) as advance:
             dataset, records = check_images(
                 dataset,

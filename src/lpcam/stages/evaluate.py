@@ -11,8 +11,10 @@ from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
 from lpcam.stages.context import Run
+from lpcam.stages.host import HOST, arms, host_section
 from lpcam.stages.refine import (
     GIVEN,
+    HOST_MAPS,
     IRN,
     MAPS,
     pseudo_threshold,
@@ -67,6 +69,9 @@ def scored(run: Run) -> dict[str, Scored]:
         for method, stage in run.stages_of_methods.items():
             fixed = run.recipe.fixed_threshold(method)
             found[method] = Scored("seed", stage.folder, stage.key, fixed)
+    for arm in arms(run):
+        stage, fixed = run.stages[f"{HOST_MAPS}/{arm.name}"], host_section(run).settings.threshold
+        found[arm.title] = Scored("seed", stage.folder, stage.key, fixed)
     for name, (source, stage) in refined(run).items():
         fixed = pseudo_threshold(refine_section(run), source)
         found[name] = Scored("pseudo", stage.folder / MAPS, stage.key, fixed)
@@ -115,6 +120,11 @@ def evaluate(run: Run) -> bool:
                 "skipped": [{"id": s.id, "reason": s.reason} for s in run.dataset.skipped],
                 "prototype_events": outcome.get("prototypes", {}).get("events", []),
                 "classifier_history": outcome.get("classify", {}).get("history", []),
+                "host_history": {
+                    name.removeprefix(f"{HOST}/"): output["history"]
+                    for name, output in outcome.items()
+                    if name.startswith(f"{HOST}/")
+                },
                 "irn_history": {
                     name.removeprefix(f"{IRN}/"): output["history"]
                     for name, output in outcome.items()
@@ -207,11 +217,16 @@ def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
 def _crf_in(run: Run, method: Scored) -> bool | str:
     """Where a dense CRF had a hand in a figure."""
     if method.stage == "seed":
-        return False
-    refinement = refine_section(run).method
-    if refinement == "pamr":
-        return False
-    return "on the seeds" if refinement == "crf" else "on the labels that IRN learns from"
+        return False  # what teaches AMN is in the protocol's host
+    section = refine_section(run)
+    places: dict[str, bool | str] = {
+        "pamr": False,
+        "crf": "on the seeds",
+        "irn": "on the labels that IRN learns from",
+        "psa": "on the labels that PSA learns from",
+        "saliency": "on the maps" if section.saliency.crf else False,
+    }
+    return places[section.method]
 
 
 def protocol(run: Run) -> dict[str, Any]:
@@ -223,6 +238,7 @@ def protocol(run: Run) -> dict[str, Any]:
         "labels": run.dataset.label_source,
         "classes": list(run.dataset.classes.names),
         **_protocol_of_source(run),
+        **_hosting(run),
         "refine": _refinement(run),
         "void": "255 and mask ids outside the classes are not counted",
         "seed": run.recipe.run.seed,
@@ -301,4 +317,20 @@ def _refinement(run: Run) -> dict[str, Any] | None:
     if section is None or run.given_masks is not None:
         return None
     used = {"method", section.method, *({"crf"} if section.method == "irn" else ())}
-    return section.model_dump(mode="json", include=used)
+    found = section.model_dump(mode="json", include=used)
+    if section.method == "saliency":
+        source = run.recipe.data.saliency
+        found["saliency_maps"] = source.name if isinstance(source, Path) else source
+    return found
+
+
+def _hosting(run: Run) -> dict[str, Any]:
+    """The host and its settings, where the run has one."""
+    section = run.recipe.host
+    if section is None or not run.makes_maps:
+        return {}
+    used = {"method", "backbone", "output_stride", section.method}
+    found = section.model_dump(mode="json", include=used)
+    settings = run.recipe.lpcam if section.lpcam is None else section.lpcam
+    found["lpcam"] = {"preset": settings.preset, "changes": settings.changes()}
+    return {"host": {**found, "weights": Path(section.weights).name}}

@@ -120,7 +120,7 @@ def _map_images(
             own = [_of_image(run, pair, row) for pair in pairs]
             maps = maps_of(item, own, _mapped_size(run, size)) if item.labels else {}
             for name, stage in stages.items():
-                fused = _at_size(maps[name], size) if maps else _no_maps(size)
+                fused = at_size(maps[name], size) if maps else no_maps(size)
                 write_maps(
                     map_path(stage.folder, item.id),
                     MapFile(
@@ -155,12 +155,13 @@ def _mapped_size(run: Run, size: tuple[int, int]) -> tuple[int, int]:
     return size if max(size) <= limit else scaled_size(*size, limit / max(size))
 
 
-def _no_maps(size: tuple[int, int]) -> FusedMaps:
+def no_maps(size: tuple[int, int]) -> FusedMaps:
+    """Of an image without a label."""
     height, width = size
     return FusedMaps(torch.zeros(0, -(-height // 4), -(-width // 4)), torch.zeros(0, height, width))
 
 
-def _at_size(maps: FusedMaps, size: tuple[int, int]) -> FusedMaps:
+def at_size(maps: FusedMaps, size: tuple[int, int]) -> FusedMaps:
     """Enlarge the maps of an image that was mapped at a smaller size (bilinear)."""
     if maps.high_res.shape[-2:] == size:
         return maps

@@ -16,8 +16,9 @@ from lpcam.data.items import IGNORE, Item, Skip
 from lpcam.errors import ArtefactError, DataError, LpcamError
 from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, seeds, to_mask, write_mask, write_plane
+from lpcam.presets import CrfSettings
 from lpcam.progress import progress
-from lpcam.recipe import RefineSection
+from lpcam.recipe import Method, RefineSection
 from lpcam.resources import memory_of_an_image
 from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
@@ -25,7 +26,10 @@ from lpcam.version import versions
 
 IR_LABELS = "ir-labels"
 IRN = "irn"
+PSA_LABELS = "psa-labels"
+PSA = "psa"
 PSEUDO = "pseudo"
+HOST_MAPS = "host-maps"
 BOUNDARIES = "boundaries"
 """IRN's boundary maps, in the folder of the pseudo masks."""
 MAPS = "maps"
@@ -49,7 +53,12 @@ class Source:
     @property
     def name(self) -> str:
         """Of the method's folders."""
-        return self.method.lower().replace("-", "_")
+        return folder_name(self.method)
+
+
+def folder_name(method: str) -> str:
+    """Of a method's folders: ``AMN+LPCAM`` has amn_lpcam."""
+    return method.lower().replace("-", "_").replace("+", "_")
 
 
 def refine_section(run: Run) -> RefineSection:
@@ -72,15 +81,23 @@ def sources(run: Run) -> list[Source]:
         thresholds = (irn.foreground_threshold, irn.background_threshold, irn.threshold)
         seed_threshold = run.recipe.fixed_threshold("LPCAM")
         return [Source(GIVEN, run.given.folder, run.given.key, seed_threshold, *thresholds)]
-    for method in section.maps:
-        stage = run.stages_of_methods[method]
+    host = run.recipe.host
+    for method in run.recipe.refined:
         irn = section.irn
-        own = (
-            (irn.cam_foreground_threshold, irn.cam_background_threshold, irn.cam_threshold)
-            if method == "CAM"
-            else (irn.foreground_threshold, irn.background_threshold, irn.threshold)
-        )
-        fixed = run.recipe.fixed_threshold(method)
+        own = (irn.foreground_threshold, irn.background_threshold, irn.threshold)
+        if host is not None and method in host.arms:
+            stage = run.stages[f"{HOST_MAPS}/{folder_name(method)}"]
+            found.append(Source(method, stage.folder, stage.key, host.settings.threshold, *own))
+            continue
+        if method == "CAM":
+            own = (
+                irn.cam_foreground_threshold,
+                irn.cam_background_threshold,
+                irn.cam_threshold,
+            )
+        base: Method = "CAM" if method == "CAM" else "LPCAM"
+        stage = run.stages_of_methods[base]
+        fixed = run.recipe.fixed_threshold(base)
         found.append(Source(method, stage.folder, stage.key, fixed, *own))
     return found
 
@@ -134,25 +151,48 @@ def write_ir_labels(run: Run) -> bool:
     """Ternary labels of every image (specification of IRN, section 3)."""
     items, worked = run.items("maps"), False
     for source in sources(run):
-        stage = run.stages[f"{IR_LABELS}/{source.name}"] = Stage(
-            run.folder / IR_LABELS / source.name,
-            {
-                "revision": 1,
-                "maps": source.key,
-                "thresholds": [source.foreground_threshold, source.background_threshold],
-                "crf": refine_section(run).crf.model_dump(mode="json", exclude={"preset"}),
-                "mask_ids": list(run.dataset.classes.mask_ids),
-                "maximum_side": run.recipe.maps.maximum_side,
-                "images": run.digest(items),
-            },
+        worked |= write_ternary(
+            run,
+            f"{IR_LABELS}/{source.name}",
+            f"IRN labels of {source.method}",
+            source.folder,
+            source.key,
+            (source.foreground_threshold, source.background_threshold),
+            refine_section(run).crf,
+            items,
         )
-        paths = [label_path(stage.folder, item) for item in items]
-        if not stage.done(paths):
-            worked = True
-            run.begin(stage)
-            _label(run, source, stage, items)
-            run.finish(stage)
     return worked
+
+
+def write_ternary(
+    run: Run,
+    name: str,
+    title: str,
+    maps: Path,
+    key: str,
+    thresholds: tuple[float, float],
+    settings: CrfSettings,
+    items: Sequence[Item],
+) -> bool:
+    """Ternary labels of one kind of maps, as the stage ``name``; whether any were to be made."""
+    stage = run.stages[name] = Stage(
+        run.folder / name,
+        {
+            "revision": 1,
+            "maps": key,
+            "thresholds": list(thresholds),
+            "crf": settings.model_dump(mode="json", exclude={"preset"}),
+            "mask_ids": list(run.dataset.classes.mask_ids),
+            "maximum_side": run.recipe.maps.maximum_side,
+            "images": run.digest(items),
+        },
+    )
+    if stage.done([label_path(stage.folder, item) for item in items]):
+        return False
+    run.begin(stage)
+    _label(run, title, maps, thresholds, settings, stage, items)
+    run.finish(stage)
+    return True
 
 
 def label_path(folder: Path, item: Item) -> Path:
@@ -160,20 +200,27 @@ def label_path(folder: Path, item: Item) -> Path:
     return folder / f"{item.id}.png"
 
 
-def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> None:
+def _label(
+    run: Run,
+    title: str,
+    folder: Path,
+    thresholds: tuple[float, float],
+    settings: CrfSettings,
+    stage: Stage,
+    items: Sequence[Item],
+) -> None:
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
     from lpcam.refine.ternary import crf_labels, ternary  # noqa: PLC0415
 
-    crf = DenseCrf(refine_section(run).crf, memory=crf_memory(run))
+    crf = DenseCrf(settings, memory=crf_memory(run))
 
     @torch.inference_mode()
     def make(item: Item) -> None:
         path = label_path(stage.folder, item)
         if path.is_file():
             return
-        maps = read_maps(map_path(source.folder, item.id))
+        maps = read_maps(map_path(folder, item.id))
         image, planes = _refined_at(run, item, maps)
-        thresholds = (source.foreground_threshold, source.background_threshold)
         labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
         labels = enlarge_labels(labels, maps.high_res.shape[-2:])
         unsure = labels == IGNORE
@@ -181,7 +228,7 @@ def _label(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> Non
         mask[unsure.numpy()] = IGNORE
         write_mask(path, mask)
 
-    each(run, f"IRN labels of {source.method}", items, make)
+    each(run, title, items, make)
 
 
 def _refined_at(run: Run, item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
@@ -274,8 +321,8 @@ TRAINING = {
 
 
 def network_path(stage: Stage) -> Path:
-    """Where the trained network of a source is."""
-    return stage.folder / "irn.safetensors"
+    """Where the trained network of a source is, IRN's or PSA's."""
+    return stage.folder / f"{stage.folder.parent.name}.safetensors"
 
 
 def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -295,6 +342,114 @@ def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list
         network,
         [(item, label_path(labels.folder, item)) for item in items],
         settings,
+        seed=run.recipe.run.seed,
+        folder=stage.folder,
+        workers=run.threads if run.device.type == "cuda" else 0,
+        processes=run.processes,
+    )
+    if run.processes.first:
+        network.save(network_path(stage), {"stage": stage.key, "versions": versions()})
+    return history
+
+
+# -- PSA ---------------------------------------------------------------------------------------
+
+
+def write_psa_labels(run: Run) -> bool:
+    """Scores of two CRFs an image, from which PSA takes its labels; whether any were made."""
+    items, worked = run.items("maps"), False
+    settings, crf_settings = refine_section(run).psa, CrfSettings.from_preset("psa")
+    for source in sources(run):
+        stage = run.stages[f"{PSA_LABELS}/{source.name}"] = Stage(
+            run.folder / PSA_LABELS / source.name,
+            {
+                "revision": 1,
+                "maps": source.key,
+                "alphas": [settings.low_alpha, settings.high_alpha],
+                "crf": crf_settings.model_dump(mode="json", exclude={"preset"}),
+                "maximum_side": run.recipe.maps.maximum_side,
+                "images": run.digest(items),
+            },
+        )
+        if stage.done([map_path(stage.folder, item.id) for item in items]):
+            continue
+        worked = True
+        run.begin(stage)
+        _score(run, source, stage, items, crf_settings)
+        run.finish(stage)
+    return worked
+
+
+def _score(
+    run: Run, source: Source, stage: Stage, items: Sequence[Item], crf_settings: CrfSettings
+) -> None:
+    from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
+    from lpcam.refine.psa import crf_scores, write_scores  # noqa: PLC0415
+
+    settings = refine_section(run).psa
+    crf = DenseCrf(crf_settings, memory=crf_memory(run))
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path = map_path(stage.folder, item.id)
+        if path.is_file():
+            return
+        maps = read_maps(map_path(source.folder, item.id))
+        image, planes = _refined_at(run, item, maps)
+        alphas = (settings.low_alpha, settings.high_alpha)
+        low, high = (crf_scores(crf, image, planes, alpha) for alpha in alphas)
+        write_scores(path, low, high)
+
+    each(run, f"PSA labels of {source.method}", items, make)
+
+
+def train_affinities(run: Run) -> bool:
+    """PSA's network of each source's labels; whether there was anything to do."""
+    items, worked = run.items("maps"), False
+    settings = refine_section(run).psa
+    for source in sources(run):
+        labels = run.stages[f"{PSA_LABELS}/{source.name}"]
+        stage = run.stages[f"{PSA}/{source.name}"] = Stage(
+            run.folder / PSA / source.name,
+            {
+                "revision": 1,
+                "labels": labels.key,
+                "classifier": run.stages["classify"].output["digest"],
+                "settings": settings.model_dump(
+                    mode="json",
+                    exclude={"preset", "beta", "exponent", "tolerance", "threshold"},
+                ),
+                "seed": run.recipe.run.seed,
+            },
+        )
+        path = network_path(stage)
+        if stage.done([path]):
+            if run.processes.first:
+                remove_leftovers(stage.folder)
+            continue
+        worked = True
+        run.begin(stage)
+        history = _train_affinities(run, labels, stage, items)
+        output: dict[str, Any] = {}
+        if run.processes.first:
+            output = {"history": history, "digest": digest_file(path)}
+        run.finish(stage, **output)
+        if run.processes.first:
+            remove_leftovers(stage.folder)
+    return worked
+
+
+def _train_affinities(
+    run: Run, labels: Stage, stage: Stage, items: Sequence[Item]
+) -> list[dict[str, Any]]:
+    from lpcam.refine.psa import build_psa, train_psa  # noqa: PLC0415
+
+    # from the classifier's own weights, as the specification starts from those of one
+    network = build_psa(run.classifier, seed=run.recipe.run.seed).to(run.device)
+    history = train_psa(
+        network,
+        [(item, map_path(labels.folder, item.id)) for item in items],
+        refine_section(run).psa,
         seed=run.recipe.run.seed,
         folder=stage.folder,
         workers=run.threads if run.device.type == "cuda" else 0,
@@ -342,8 +497,17 @@ def _pseudo_parts(run: Run, source: Source, items: Sequence[Item]) -> dict[str, 
         settings = section.irn.model_dump(mode="json")
         walk = ("walk_radius", "beta", "exponent", "tolerance", "sharpness")
         return parts | {name: settings[name] for name in walk}
-    own = section.crf if section.method == "crf" else section.pamr
+    if section.method == "psa":
+        parts["network"] = run.stages[f"{PSA}/{source.name}"].output["digest"]
+        settings = section.psa.model_dump(mode="json")
+        walk = ("radius", "beta", "exponent", "tolerance", "threshold")
+        return parts | {name: settings[name] for name in walk}
+    own = {"crf": section.crf, "pamr": section.pamr, "saliency": section.saliency}[section.method]
     parts["settings"] = own.model_dump(mode="json", exclude={"preset"})
+    if section.method == "saliency":
+        if section.saliency.crf:
+            parts["crf"] = CrfSettings.from_preset("edam").model_dump(mode="json")
+        return parts | {"saliency": _saliency_key(run, items)}
     return parts | {"seed_threshold": source.seed_threshold}
 
 
@@ -351,7 +515,7 @@ def pseudo_threshold(section: RefineSection, source: Source) -> float:
     """Of the refined maps: above it is foreground."""
     if section.method == "irn":
         return source.threshold
-    return DECIDED if section.method == "crf" else source.seed_threshold
+    return source.seed_threshold if section.method == "pamr" else DECIDED
 
 
 DECIDED = 0.5
@@ -360,7 +524,8 @@ DECIDED = 0.5
 
 def _refine(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> None:
     section = refine_section(run)
-    refine = {"irn": _walker, "crf": _crf, "pamr": _pamr}[section.method](run, source, stage)
+    makers = {"irn": _walker, "crf": _crf, "pamr": _pamr, "psa": _psa, "saliency": _fusion}
+    refine = makers[section.method](run, source, stage)
     threshold = pseudo_threshold(section, source)
 
     @torch.inference_mode()
@@ -423,11 +588,92 @@ def _crf(run: Run, source: Source, stage: Stage) -> Any:
             return planes, planes
         hard = seeds(planes, source.seed_threshold)
         marginals = crf.refine_labels(image, hard, len(planes) + 1)
-        classes, background = marginals[1:], marginals[:1]
-        tiny = torch.finfo(marginals.dtype).tiny
-        full = classes / (classes + background).clamp_min(tiny)
-        # Only the likeliest class of a pixel: near 1 the others would be told apart by rounding.
-        full = torch.where(classes == classes.amax(0), full, 0)
+        full = decided(marginals)
+        return full, full
+
+    return refine
+
+
+def decided(scores: Tensor) -> Tensor:
+    """Maps (K, H, W) above `DECIDED` where a class has the highest of scores (K + 1, H, W).
+
+    The background's scores come first. A map is p / (p + p of the background); only the likeliest
+    class of a pixel has one, for near 1 the others would be told apart by rounding.
+    """
+    classes, background = scores[1:], scores[:1]
+    tiny = torch.finfo(scores.dtype).tiny
+    full = classes / (classes + background).clamp_min(tiny)
+    return torch.where(classes == classes.amax(0), full, 0)
+
+
+def _psa(run: Run, source: Source, _: Stage) -> Any:
+    from lpcam.refine.psa import Psa, walk  # noqa: PLC0415
+
+    settings = refine_section(run).psa
+    network = Psa.load(network_path(run.stages[f"{PSA}/{source.name}"])).to(run.device).eval()
+
+    def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+        image, planes = _refined_at(run, item, maps)
+        if not len(planes):
+            return planes, planes
+        full = decided(walk(network, image.cpu().numpy(), planes, settings))
+        return full, full
+
+    return refine
+
+
+SALIENCY_REVISION = 1
+"""Of the saliency that is computed."""
+
+
+def check_saliency(run: Run) -> None:
+    """Refuse, before any work, saliency maps that are missing.
+
+    Raises:
+        DataError: naming the folder and the first image without one.
+    """
+    section, source = run.recipe.refine, run.recipe.data.saliency
+    if section is not None and section.method == "saliency" and isinstance(source, Path):
+        from lpcam.data.saliency import find_saliency  # noqa: PLC0415
+
+        find_saliency(source, (item.id for item in run.items("maps")))
+
+
+def _saliency_key(run: Run, items: Sequence[Item]) -> Any:
+    source = run.recipe.data.saliency
+    if not isinstance(source, Path):
+        return {"computed": SALIENCY_REVISION}
+    from lpcam.data.saliency import find_saliency  # noqa: PLC0415
+
+    paths = find_saliency(source, (item.id for item in items))
+    return digest_json([digest_file(path) for path in paths.values()])
+
+
+def _fusion(run: Run, _: Source, __: Stage) -> Any:
+    from lpcam.data.saliency import read_saliency  # noqa: PLC0415
+    from lpcam.hosts.edam import fuse_saliency  # noqa: PLC0415
+    from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
+    from lpcam.refine.saliency import saliency  # noqa: PLC0415
+
+    settings, folder = refine_section(run).saliency, run.recipe.data.saliency
+    crf = None
+    if settings.crf:
+        crf = DenseCrf(CrfSettings.from_preset("edam"), memory=crf_memory(run))
+
+    def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+        image, planes = _refined_at(run, item, maps)
+        if not len(planes):
+            return planes, planes
+        size = (image.shape[0], image.shape[1])
+        if isinstance(folder, Path):
+            levels = torch.from_numpy(read_saliency(folder, item.id, size).levels)
+        else:
+            levels = saliency(image.cpu())
+        fused = fuse_saliency(
+            planes, levels.to(run.device), settings, crf=None if crf is None else (image, crf)
+        )
+        numbers = torch.arange(1, len(planes) + 1, device=fused.device)
+        full = (fused == numbers[:, None, None]).to(planes)
         return full, full
 
     return refine
@@ -452,8 +698,16 @@ def refined(run: Run) -> Mapping[str, tuple[Source, Stage]]:
     """The refined maps by the name of their method, such as "LPCAM + IRN"."""
     if run.recipe.refine is None or run.given_masks is not None:
         return {}
-    suffix = run.recipe.refine.method.upper()
     return {
-        f"{source.method} + {suffix}": (source, run.stages[f"{PSEUDO}/{source.name}"])
+        refined_title(run.recipe.refine, source.method): (
+            source,
+            run.stages[f"{PSEUDO}/{source.name}"],
+        )
         for source in sources(run)
     }
+
+
+def refined_title(section: RefineSection, method: str) -> str:
+    """Of a row: ``LPCAM + IRN``, ``LPCAM + saliency``."""
+    acronym = section.method in ("irn", "crf", "pamr", "psa")
+    return f"{method} + {section.method.upper() if acronym else section.method}"

@@ -8,9 +8,10 @@ from typing import Any
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import METHODS, REFINING, SEGMENTING, STAGES, Run
+from lpcam.stages.context import METHODS, STAGES, Run, left_out_stages
 from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
-from lpcam.stages.refine import BOUNDARIES, refine_section, refined
+from lpcam.stages.host import SEEDS, arms
+from lpcam.stages.refine import BOUNDARIES, HOST_MAPS, refine_section, refined
 from lpcam.stages.segment import (
     CRF,
     NETWORKS,
@@ -73,10 +74,7 @@ def _page(run: Run) -> str:
             metrics["curves"],
             {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
         )
-    left_out = {
-        *(REFINING if run.recipe.refine is None else ()),
-        *(SEGMENTING if run.recipe.segment is None else ()),
-    }
+    left_out = left_out_stages(run.recipe)
     use_path = run.folder / "use.json"
     use: dict[str, Any] = read_json(use_path) if use_path.is_file() else {}
     return render(
@@ -118,6 +116,8 @@ def _further(run: Run) -> Any:
     from lpcam.report.images import Further  # noqa: PLC0415
 
     masks, planes = {}, {}
+    for arm in arms(run):
+        masks[f"seed of {arm.title}"] = run.stages[f"{HOST_MAPS}/{arm.name}"].folder / SEEDS
     for source, stage in refined(run).values():
         masks[f"pseudo mask of {source.method}"] = stage.folder
         if refine_section(run).method == "irn":

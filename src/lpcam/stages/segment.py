@@ -27,6 +27,7 @@ from lpcam.stages.refine import (
     label_path,
     pseudo_threshold,
     refine_section,
+    refined_title,
     sources,
 )
 from lpcam.storage import digest_file, digest_json
@@ -87,7 +88,7 @@ def teachers(run: Run) -> list[Teacher]:
         pairs = [(item, label_path(given.folder, item)) for item in items]
         return [Teacher("given masks", GIVEN, pairs, given.key)]
     made = {} if run.recipe.refine is None else {s.method: s for s in sources(run)}
-    for wanted in segment_section(run).masks:
+    for wanted in run.recipe.segmented:
         if wanted == TRUTH:
             pairs = [(item, item.mask) for item in items if item.mask is not None]
             if not pairs:
@@ -101,7 +102,7 @@ def teachers(run: Run) -> list[Teacher]:
         assert run.recipe.refine is not None
         stage = run.stages[f"{PSEUDO}/{made[wanted].name}"]
         pairs = [(item, label_path(stage.folder, item)) for item in items]
-        title = f"{wanted} + {run.recipe.refine.method.upper()}"
+        title = refined_title(run.recipe.refine, wanted)
         found.append(Teacher(title, made[wanted].name, pairs, stage.key))
     return found
 
@@ -121,7 +122,7 @@ def check(recipe: Recipe, *, given: bool = False) -> None:
     section = recipe.segment
     if section is None:
         return
-    wanted = [name for name in section.masks if name != TRUTH]
+    wanted = [name for name in recipe.segmented if name != TRUTH]
     if wanted and recipe.refine is None and not given:
         raise RecipeError(
             f"the recipe {recipe.name} makes no pseudo masks of {wanted[0]}; add a section "

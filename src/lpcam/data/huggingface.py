@@ -1,0 +1,270 @@
+"""Images and labels of a Hugging Face data set, made into a user's folder (extra ``huggingface``).
+
+The folder is one that `lpcam.data.folder.read_folder` reads. Data sets that come as programs are
+not run: the versions of the library that could do so are refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lpcam.data.images import decode_image
+from lpcam.data.items import ClassTable
+from lpcam.data.labels import normal_name
+from lpcam.errors import DataError, LpcamError
+from lpcam.storage import write_bytes, write_json
+from lpcam.version import __version__
+
+RECORD = "import.json"
+"""Beside the images: where they are from, and which rows were left out and why."""
+_OLDEST = 4
+"""First version of the library that runs no program of a data set."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_EXTENSIONS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
+"""By Pillow's name of a file's format. Images of other formats are saved as PNG."""
+
+
+def import_huggingface(
+    source: str | Path | Any,
+    output: Path,
+    *,
+    image: str = "image",
+    labels: str = "label",
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the images of a data set with their labels as a user's folder.
+
+    ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes as they
+    are; ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
+    ClassLabel) or a readable image are left out; an empty list of labels is an image that shows
+    none of the classes.
+
+    Args:
+        source: a ``datasets.Dataset`` (or DatasetDict), the folder of its ``save_to_disk``, or,
+            as text that is no such folder, its name on the hub.
+        output: the folder to write.
+        image: name of the column of images (``datasets.Image``).
+        labels: name of the column of labels: a ClassLabel or a text, or lists of these.
+        split: which one, where there are several.
+        progress: called after each row with the number done and the number of all.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
+            another kind, a class name cannot stand in ``labels.csv``, there are more than 254
+            classes, no row can be used, or ``output`` has a ``labels.csv`` already.
+        ArtefactError: if a file cannot be written.
+        LpcamError: if the library is not installed, or older than version 4.
+    """
+    library = _library()
+    if (output / "labels.csv").exists():
+        raise DataError(f"{output} has a labels.csv already; choose another output folder")
+    dataset = _open(library, source, split)
+    _check_image_column(library, dataset, image)
+    classes, label_sets = _labels(library, dataset, labels)
+
+    stored = dataset.with_format(None).select_columns([image])
+    stored = stored.cast_column(image, library.Image(decode=False))
+    digits = max(6, len(str(len(dataset) - 1)))
+    rows: list[tuple[str, str]] = []
+    left_out = []
+    for number, (row, names) in enumerate(zip(stored, label_sets, strict=True)):
+        try:
+            if names is None:
+                raise DataError(f"it has no label in the column {labels!r}")
+            data, extension = _image_file(row[image], f"of row {number}")
+        except DataError as error:
+            left_out.append({"row": number, "reason": str(error)})
+        else:
+            name = f"{number:0{digits}d}{extension}"
+            write_bytes(output / "images" / name, data)
+            rows.append((name, ";".join(names)))
+        if progress is not None:
+            progress(number + 1, len(dataset))
+    if not rows:
+        reason = left_out[0]["reason"] if left_out else "it has no rows"
+        raise DataError(f"no row of the data set can be used; the first: {reason}")
+    write_bytes(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+    record = {
+        "source": str(source) if isinstance(source, str | Path) else type(source).__name__,
+        "split": None if dataset.split is None else str(dataset.split),
+        "columns": {"image": image, "labels": labels},
+        "rows": len(dataset),
+        "left_out": left_out,
+        "made_by": {"lpcam": __version__, "datasets": library.__version__},
+    }
+    write_json(output / RECORD, record)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("image", "labels"), *rows])
+    write_bytes(output / "labels.csv", table.getvalue().encode())
+    return output
+
+
+def _library() -> Any:
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise LpcamError(
+            f"data sets of Hugging Face need its library ({error}): pip install "
+            "'lpcam[huggingface]'"
+        ) from error
+    if int(library.__version__.partition(".")[0]) < _OLDEST:
+        raise LpcamError(
+            f"datasets {library.__version__} can run programs that come with data sets; install "
+            f"version {_OLDEST} or newer: pip install 'lpcam[huggingface]'"
+        )
+    return library
+
+
+def _open(library: Any, source: Any, split: str | None) -> Any:
+    """One split, as a Dataset."""
+    found = source
+    if isinstance(source, str | Path):
+        found, split = _load(library, source, split)
+    if isinstance(found, library.DatasetDict):
+        names = sorted(map(str, found))
+        if split is None and len(names) == 1:
+            return found[names[0]]
+        if split is None:
+            raise DataError(f"the data set has the splits {', '.join(names)}; name one (split)")
+        if split not in names:
+            raise DataError(f"unknown split {split!r}; the splits are {', '.join(names)}")
+        return found[split]
+    if not isinstance(found, library.Dataset):
+        raise DataError(
+            f"{type(found).__name__} cannot be imported; give a datasets.Dataset (not a streamed "
+            "one), the folder of its save_to_disk, or a name on the hub"
+        )
+    if split is not None and split != str(found.split):
+        raise DataError(
+            f"unknown split {split!r}; the data set has none to choose from (it is "
+            f"{found.split or 'without a name'})"
+        )
+    return found
+
+
+def _load(library: Any, source: str | Path, split: str | None) -> tuple[Any, str | None]:
+    """What was opened, and the split that is still to be chosen of it."""
+    folder = Path(source)
+    try:
+        if isinstance(source, Path) or folder.is_dir():
+            return library.load_from_disk(str(folder)), split
+        if not _HUB_NAME.fullmatch(source):
+            raise DataError(
+                f"{source!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)"
+            )
+        return library.load_dataset(source, split=split), None
+    except DataError:
+        raise
+    except Exception as error:  # the library raises anything on damaged files and networks
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"cannot open the data set {str(source)!r}: {reason[:300] or type(error).__name__}; "
+            "give the folder that save_to_disk wrote, or a name on the hub"
+        ) from error
+
+
+def _check_image_column(library: Any, dataset: Any, image: str) -> None:
+    kind = _column(dataset, image)
+    if not isinstance(kind, library.Image):
+        images = [n for n, k in dataset.features.items() if isinstance(k, library.Image)]
+        raise DataError(
+            f"the column {image!r} holds {kind}, no images; the columns of images are "
+            f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
+        )
+
+
+def _column(dataset: Any, name: str) -> Any:
+    """What a column holds."""
+    if name not in dataset.features:
+        columns = ", ".join(dataset.features)
+        raise DataError(f"there is no column {name!r}; the columns are {columns}")
+    return dataset.features[name]
+
+
+def _labels(
+    library: Any, dataset: Any, labels: str
+) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
+    """The classes, and the class names of each row; None where its labels are unknown."""
+    kind = _column(dataset, labels)
+    several = isinstance(kind, library.List | library.LargeList)
+    one = kind.feature if several else kind
+    coded = isinstance(one, library.ClassLabel)
+    text = isinstance(one, library.Value) and one.dtype in ("string", "large_string")
+    if not coded and not text:
+        raise DataError(
+            f"the column {labels!r} holds {kind}; expected a ClassLabel or a text, or lists of "
+            "these. Cast it: cast_column(NAME, datasets.ClassLabel(names=[...]))"
+        )
+    classes = [normal_name(name) for name in one.names] if coded else []
+
+    def names_of(value: Any) -> tuple[str, ...] | None:
+        values = value if several else [value]
+        if values is None or any(v is None or (coded and v < 0) for v in values):
+            return None
+        names = [classes[v] if coded else normal_name(v) for v in values]
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    rows = dataset.with_format(None).select_columns([labels])
+    found = [names_of(row[labels]) for row in rows]
+    if not coded:
+        classes = sorted({name for names in found for name in names or ()})
+    _check_names(classes)
+    return tuple(classes), found
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if (
+            not name
+            or ";" in name
+            or len(name.splitlines()) != 1
+            or name.casefold() == "background"
+        ):
+            raise DataError(
+                f"the class name {name!r} cannot stand in labels.csv and classes.txt: it is empty, "
+                "the background, or has a ';' or a line break; rename the class in the data set"
+            )
+    ClassTable(tuple(names), tuple(range(1, len(names) + 1)))
+
+
+def _image_file(cell: Any, name: str) -> tuple[bytes, str]:
+    """The bytes of an image file and its extension; DataError where there is no image."""
+    data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if data is None and path is not None:
+        try:
+            data = Path(path).read_bytes()
+        except (OSError, ValueError) as error:
+            raise DataError(f"its file {path} cannot be read ({error})") from error
+    if not data:
+        raise DataError("it has no image")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            extension = _EXTENSIONS.get(opened.format or "")
+    except Exception as error:  # decoders raise anything on damaged data
+        raise DataError(f"its image is damaged or of an unknown format ({error})") from error
+    if extension is not None:
+        return data, extension
+    buffer = io.BytesIO()
+    Image.fromarray(decode_image(data, name)).save(buffer, "PNG")
+    return buffer.getvalue(), ".png"

@@ -1,0 +1,207 @@
+"""Tables of image-level labels, as people write them: three forms of one table.
+
+::
+
+    labels.csv                 multi_hot.csv              labels.jsonl
+    image,labels               image,cow,dog              {"image": "a.jpg", "labels": ["cow"]}
+    a.jpg,cow                  a.jpg,1,0                  {"image": "b.jpg", "labels": []}
+    b.jpg,                     b.jpg,0,0
+    c.jpg,cow;dog              c.jpg,1,1
+
+Names of images and classes are read without blanks at their ends, in Unicode form NFC: file systems
+and editors write the same name in different forms.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lpcam.data.items import safe_id
+from lpcam.errors import DataError
+
+_TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+_EXAMPLE_LINE = '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
+
+
+class LabelRow(NamedTuple):
+    """A line of a table: its number from 1, the image as it is named there, its class names."""
+
+    line: int
+    image: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What a file says of its images.
+
+    ``rows`` are in the order of the file; an image may stand in several. ``classes`` are those of a
+    multi-hot table, whose columns fix them and their order; None where the rows alone name them.
+    """
+
+    path: Path
+    rows: tuple[LabelRow, ...]
+    classes: tuple[str, ...] | None = None
+
+
+def read_labels(path: Path) -> LabelTable:
+    """Read a table of labels in one of the forms above.
+
+    ``.csv`` whose header is ``image,labels`` has the labels of an image in one cell, separated by
+    ``;``. With any other header that begins with ``image`` (or ``filename``) the further columns
+    are classes and the cells 0 or 1 (``1.0`` and ``true`` count as 1). ``.jsonl`` has one JSON
+    object a line; keys other than ``image`` and ``labels`` are not read. An image without labels
+    shows none of the classes.
+
+    Raises:
+        DataError: naming the file and line, if the file is missing, no UTF-8 text, of another form
+            or names no image, or an image's name could leave its folder.
+    """
+    how = how_to_write(path)
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise DataError(f"{path} is no table of labels; give a .csv or a .jsonl file. {how}")
+    if not path.is_file():
+        raise DataError(f"there is no {path}; {how}")
+    text = read_text(path, how)
+    classes = None
+    if path.suffix.lower() == ".csv":
+        rows, classes = _read_csv(path, text, how)
+    else:
+        rows = tuple(_read_jsonl(path, text, how))
+    if not rows:
+        raise DataError(f"{path} names no image; {how}")
+    return LabelTable(path, rows, classes)
+
+
+def how_to_write(path: Path) -> str:
+    """Words for an error: how a table of labels of this name is to be written."""
+    if path.suffix.lower() == ".jsonl":
+        return (
+            f"{path.name} must be UTF-8 text with one JSON object a line, for example: "
+            f"{_EXAMPLE_LINE}"
+        )
+    return (
+        f"{path.name} must be UTF-8 text whose first line is 'image,labels' and then has one line "
+        "an image, several labels separated by ';', for example: cow_1.jpg,cow;grass"
+    )
+
+
+def normal_name(text: str) -> str:
+    """A name without blanks at its ends, in Unicode form NFC."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def image_name(text: str, where: str) -> str:
+    """The name of an image in a table or list as an id; DataError says where it is refused."""
+    try:
+        return safe_id(normal_name(text))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def read_text(path: Path, how: str) -> str:
+    """A UTF-8 file as text, without a byte order mark; DataError ends with ``how``."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text; save it as UTF-8. {how}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. {how}") from error
+
+
+def _read_csv(
+    path: Path, text: str, how: str
+) -> tuple[tuple[LabelRow, ...], tuple[str, ...] | None]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[LabelRow] = []
+    classes: tuple[str, ...] | None = None
+    width = 0
+    try:
+        for cells in reader:
+            where = f"{path} line {reader.line_num}"
+            if not width:
+                width = len(cells)
+                classes = _columns(cells, where, how)
+            elif any(cell.strip() for cell in cells):
+                if len(cells) != width:
+                    raise DataError(f"{where} has {len(cells)} columns, expected {width}; {how}")
+                labels = (
+                    _split(cells[1]) if classes is None else _hot(cells[1:], classes, where, how)
+                )
+                rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: {error}; {how}") from error
+    return tuple(rows), classes
+
+
+def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
+    """The classes of a multi-hot header; None for ``image,labels``."""
+    names = [normal_name(cell) for cell in cells]
+    folded = [name.casefold() for name in names]
+    if folded == ["image", "labels"]:
+        return None
+    if len(cells) < 2 or folded[0] not in ("image", "filename") or "labels" in folded:
+        raise DataError(f"{where} is {','.join(cells)!r}; {how}")
+    repeated = sorted({name for name in names[1:] if names.count(name) > 1})
+    if repeated or "" in names:
+        problem = (
+            f"the columns {', '.join(repeated)} repeat" if repeated else "a column has no name"
+        )
+        raise DataError(f"{where}: {problem}; a table of 0 and 1 has one column a class")
+    return tuple(names[1:])
+
+
+def _split(cell: str) -> tuple[str, ...]:
+    return tuple(name for name in map(normal_name, cell.split(";")) if name)
+
+
+def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tuple[str, ...]:
+    labels = []
+    for name, cell in zip(classes, cells, strict=True):
+        value = _TRUE_FALSE.get(cell.strip().casefold())
+        if value is None:
+            raise DataError(
+                f"{where} has {cell.strip()!r} in the column {name!r}, expected 0 or 1 (the first "
+                f"line says that each column is a class); otherwise {how}"
+            )
+        if value:
+            labels.append(name)
+    return tuple(labels)
+
+
+def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
+    # not splitlines: text in JSON may hold other line ends, such as U+2028
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is no JSON ({error}); {how}") from error
+        image = entry.get("image") if isinstance(entry, dict) else None
+        labels = entry.get("labels") if isinstance(entry, dict) else None
+        if (
+            not isinstance(image, str)
+            or not isinstance(labels, list)
+            or not all(isinstance(label, str) for label in labels)
+            or not all(_is_unicode(text) for text in (image, *labels))
+        ):
+            raise DataError(
+                f"{where} reads {line.strip()[:120]!r}; expected an object with a text 'image' and "
+                f"a list of texts 'labels'; {how}"
+            )
+        names = tuple(name for name in map(normal_name, labels) if name)
+        yield LabelRow(number, image_name(image, where), names)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half of a character, which no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,0 +1,292 @@
+"""Commands on data sets and files of other programs: data, import, export of masks and maps."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lpcam.errors import LpcamError
+
+MASK_FORMATS = ("voc", "coco", "coco-polygons", "yolo", "label-studio", "cvat", "overlays")
+MAP_FORMATS = ("irn", "amn", "psa", "psa-crf")
+KINDS = ("voc", "folder", "coco")
+
+
+def add_parsers(commands: Any) -> None:
+    """Add ``data`` and ``import`` to the commands."""
+    data = commands.add_parser("data", help="look at a data set, or make parts of one")
+    works = data.add_subparsers(dest="work", required=True, metavar="WORK")
+    check = works.add_parser("check", help="what a data set holds, and what is wrong with it")
+    check.add_argument("path", type=Path, help="folder of images, VOC2012, COCO, or a COCO JSON")
+    check.add_argument("--kind", choices=KINDS, help="instead of what the path looks like")
+    check.add_argument("--lists", help="of VOC or COCO, e.g. train,val (default: all)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
+    check.add_argument("--recipe", help="whose run is estimated (default: the usual small one)")
+    check.add_argument(
+        "--no-estimate", action="store_true", help="of time and disk: no backbone is made"
+    )
+    train_aug = works.add_parser(
+        "train-aug", help="make the list train_aug and its masks of VOC 2012 and SBD"
+    )
+    train_aug.add_argument("voc", type=Path, help="VOC2012")
+    train_aug.add_argument("sbd", type=Path, help="benchmark_RELEASE")
+    train_aug.add_argument("--output", type=Path, help="folder to write (default: VOC2012 itself)")
+    masks = works.add_parser("masks", help="paint COCO's masks of its annotations, ID.png")
+    masks.add_argument("path", type=Path, help="folder of COCO, or a COCO JSON file")
+    masks.add_argument("output", type=Path, help="folder to write")
+    masks.add_argument("--lists", help="e.g. train2014,val2014 (default: all)")
+    masks.add_argument("--order", choices=("file", "area"), default="file", help="of painting")
+    masks.add_argument("--crowds", choices=("background", "void"), default="background")
+    for command in (check, train_aug, masks):
+        command.add_argument("--threads", type=int, default=None, help="files read at a time")
+
+    importer = commands.add_parser("import", help="read files of other programs, safely")
+    works = importer.add_subparsers(dest="work", required=True, metavar="WORK")
+    maps = works.add_parser("maps", help=".npy maps of IRN, AMN or PSA, for lpcam refine")
+    maps.add_argument("source", type=Path, help="folder of .npy files")
+    maps.add_argument("output", type=Path, help="folder to write")
+    maps.add_argument("--style", choices=("auto", *MAP_FORMATS), default="auto")
+    maps.add_argument(
+        "--data", type=Path, help="data set of the images: what is imported, checked against it"
+    )
+    maps.add_argument("--lists", help="of the data set, e.g. train (default: all)")
+    maps.add_argument(
+        "--no-file-no-class",
+        action="store_true",
+        help="an image without a file shows no class, as MCTformer means it; wants --data",
+    )
+    maps.add_argument(
+        "--normalise", action="store_true", help="divide each map by its maximum, as IRN does"
+    )
+    maps.add_argument("--threads", type=int, default=None, help="files read at a time")
+    labels = works.add_parser("labels", help="cls_labels.npy and the like, to labels.csv")
+    labels.add_argument("source", type=Path, help=".npy file")
+    labels.add_argument("output", type=Path, help="csv file to write")
+    labels.add_argument(
+        "--classes", default="voc12", help="voc12, coco14, or a file with one class name a line"
+    )
+    labels.add_argument(
+        "--coco-split",
+        choices=("train2014", "val2014"),
+        help="numbers are those of its images: COCO_train2014_000000000009",
+    )
+    labels.add_argument("--ids", type=Path, help="file of one id a line, of an array without names")
+    hub = works.add_parser("huggingface", help="a data set of the library datasets, to a folder")
+    hub.add_argument("source", help="folder of save_to_disk, or a name on the hub")
+    hub.add_argument("output", type=Path, help="folder to write")
+    hub.add_argument("--image", default="image", metavar="COLUMN", help="with the images")
+    hub.add_argument("--labels", default="label", metavar="COLUMN", help="with the labels")
+    hub.add_argument("--split", help="where there are several")
+
+
+def run_command(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Do what ``data`` or ``import`` asks for; returns the exit status."""
+    works = {
+        ("data", "check"): _check,
+        ("data", "train-aug"): _train_aug,
+        ("data", "masks"): _masks,
+        ("import", "maps"): _import_maps,
+        ("import", "labels"): _import_labels,
+        ("import", "huggingface"): _import_huggingface,
+    }
+    return works[options.command, options.work](options, shlex.join(["lpcam", *given]))
+
+
+def export(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Write a run's masks or maps for other tools; returns the exit status."""
+    from lpcam.exporting import maps_of, masks_of  # noqa: PLC0415
+    from lpcam.progress import progress  # noqa: PLC0415
+
+    known = MASK_FORMATS if options.what == "masks" else MAP_FORMATS
+    if options.format not in known:
+        what = "no format was given" if options.format is None else f"not {options.format}"
+        raise LpcamError(f"export {options.what}: {what}; choose one by --format {'|'.join(known)}")
+    command = shlex.join(["lpcam", *given])
+    if options.what == "masks":
+        from lpcam.formats.masks import export_masks  # noqa: PLC0415
+
+        masks = masks_of(options.run, options.source)
+        with progress(f"masks of {masks.name}", len(masks.entries)) as advance:
+            result = export_masks(
+                masks.entries,
+                masks.classes,
+                options.output,
+                options.format,
+                instances=options.instances,
+                workers=_threads(options),
+                progress=lambda _done, _total: advance(1, ""),
+                made_by={**masks.made_by, "command": command},
+            )
+        print(result.summary())
+        return 1 if result.left_out else 0
+    from lpcam.formats.maps import export_maps  # noqa: PLC0415
+
+    if options.instances:
+        raise LpcamError("--instances belongs to masks; leave it out for maps")
+    if (options.background is None) == (options.format in ("amn", "psa-crf")):
+        raise LpcamError(
+            f"maps of the format {options.format} "
+            + ("have no background" if options.background is not None else "have one")
+            + ": --background is its score, and belongs to amn and psa-crf"
+        )
+    maps = maps_of(options.run, options.source)
+    with progress(f"maps of {maps.name}", len(maps.ids)) as advance:
+        written = export_maps(
+            maps.folder,
+            options.output,
+            options.format,
+            maps.ids,
+            background=options.background,
+            bare_digits=options.bare_digits,
+            workers=_threads(options),
+            progress=lambda _done, _total: advance(1, ""),
+        )
+    print(written.summary())
+    return 0
+
+
+def _threads(options: argparse.Namespace) -> int:
+    from lpcam.resources import available_threads  # noqa: PLC0415
+
+    threads: int | None = getattr(options, "threads", None)
+    return threads or available_threads()
+
+
+def _lists(options: argparse.Namespace) -> list[str] | None:
+    return None if options.lists is None else [n.strip() for n in options.lists.split(",")]
+
+
+def _check(options: argparse.Namespace, command: str) -> int:
+    from lpcam.data.detect import open_dataset  # noqa: PLC0415
+    from lpcam.data.estimate import usual_recipe  # noqa: PLC0415
+    from lpcam.data.survey import survey  # noqa: PLC0415
+    from lpcam.progress import progress  # noqa: PLC0415
+    from lpcam.recipe import load_recipe  # noqa: PLC0415
+    from lpcam.storage import write_json  # noqa: PLC0415
+    from lpcam.version import versions  # noqa: PLC0415
+
+    recipe = None
+    if not options.no_estimate:
+        recipe = usual_recipe() if options.recipe is None else load_recipe(options.recipe)
+    dataset = open_dataset(options.path, options.kind, lists=_lists(options))
+    masks = sum(i.mask is not None or i.parts is not None for i in dataset.items.values())
+    with progress("looking at the files", len(dataset.items) + masks) as advance:
+        found = survey(
+            dataset,
+            recipe=recipe,
+            workers=_threads(options),
+            progress=lambda _done, _total: advance(1, ""),
+        )
+    print(found.summary())
+    if options.json is not None:
+        write_json(options.json, {**found.as_json(), "command": command, "versions": versions()})
+        print(f"wrote {options.json}")
+    return 1 if found.problems else 0
+
+
+def _train_aug(options: argparse.Namespace, _: str) -> int:
+    from lpcam.data.sbd import make_train_aug  # noqa: PLC0415
+
+    made = make_train_aug(options.voc, options.sbd, options.output, workers=_threads(options))
+    print(", ".join(f"{name}: {count:,}" for name, count in made.counts.items()))
+    print(f"list {made.list_path}\nmasks in {made.masks_folder}")
+    return 0
+
+
+def _masks(options: argparse.Namespace, _: str) -> int:
+    from lpcam.data.coco import CocoFolder  # noqa: PLC0415
+    from lpcam.progress import progress  # noqa: PLC0415
+
+    folder = CocoFolder(options.path, lists=_lists(options))
+    ids = list(folder.dataset.items)
+    with progress("painting masks", len(ids)) as advance:
+        folder.with_masks(
+            options.output,
+            ids,
+            order=options.order,
+            crowds=options.crowds,
+            workers=_threads(options),
+            progress=lambda _done, _total: advance(1, ""),
+        )
+    print(f"{len(ids)} masks in {options.output}")
+    return 0
+
+
+def _import_maps(options: argparse.Namespace, _: str) -> int:
+    from lpcam.formats.maps import import_maps  # noqa: PLC0415
+
+    if options.no_file_no_class and options.data is None:
+        raise LpcamError("--no-file-no-class wants the data set of the images: --data PATH")
+    about: dict[str, Any] = {}
+    if options.data is not None:
+        from lpcam.data.detect import open_dataset  # noqa: PLC0415
+        from lpcam.data.images import upright_size  # noqa: PLC0415
+
+        dataset = open_dataset(options.data, lists=_lists(options))
+        about["sizes"] = {i.id: upright_size(i.image) for i in dataset.items.values()}
+        about |= {"ids": list(dataset.items), "classes": len(dataset.classes)}
+    result = import_maps(
+        options.source,
+        options.output,
+        style=options.style,
+        without_file="no class" if options.no_file_no_class else "skip",
+        normalise=options.normalise,
+        workers=_threads(options),
+        **about,
+    )
+    print(result.summary())
+    return 1 if result.skipped else 0
+
+
+def _import_labels(options: argparse.Namespace, _: str) -> int:
+    from lpcam.formats.labels import import_labels  # noqa: PLC0415
+
+    result = import_labels(
+        options.source,
+        options.output,
+        classes=_class_names(options.classes),
+        ids=None if options.ids is None else _names_in(options.ids),
+        coco_split=options.coco_split,
+    )
+    print(result.summary())
+    return 0
+
+
+def _class_names(text: str) -> tuple[str, ...]:
+    """Names of a known data set, or of a file."""
+    if text == "voc12":
+        from lpcam.data.voc import CLASSES  # noqa: PLC0415
+
+        return CLASSES
+    if text == "coco14":
+        from lpcam.data.coco import COCO_CATEGORIES  # noqa: PLC0415
+
+        return tuple(name for _, name in COCO_CATEGORIES)
+    path = Path(text)
+    if not path.is_file():
+        raise LpcamError(f"no class names {text!r}: give voc12, coco14, or a file of names")
+    return _names_in(path)
+
+
+def _names_in(path: Path) -> tuple[str, ...]:
+    from lpcam.data.labels import read_text  # noqa: PLC0415
+
+    lines = read_text(path, "Write one name a line.").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _import_huggingface(options: argparse.Namespace, _: str) -> int:
+    from lpcam.data.huggingface import import_huggingface  # noqa: PLC0415
+
+    folder = import_huggingface(
+        options.source,
+        options.output,
+        image=options.image,
+        labels=options.labels,
+        split=options.split,
+    )
+    print(f"wrote {folder}\nnext: lpcam init {shlex.quote(str(folder))}")
+    return 0

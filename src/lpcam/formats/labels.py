@@ -1,0 +1,170 @@
+"""Image-level labels of other programs: ``cls_labels.npy`` and its relatives, as ``labels.csv``.
+
+The files are a dictionary {image: vector (N,)} or an array (n, N) in the order of a list
+(specification of data sets, sections 1 and 2). They are read by :mod:`lpcam.arrays`, which runs
+nothing of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.arrays import read_pickled_arrays
+from lpcam.data.items import check_unique, safe_id
+from lpcam.errors import DataError
+from lpcam.storage import write_bytes
+
+CLASSES_FILE = "classes.txt"
+"""Written beside ``labels.csv``: without it the classes would be sorted by name."""
+_VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
+_IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ImportedLabels:
+    """What `import_labels` wrote.
+
+    ``images`` in all, of them ``without_label``; ``counts`` are images by class, in label order.
+    """
+
+    path: Path
+    images: int
+    without_label: int
+    counts: tuple[int, ...]
+
+    def summary(self) -> str:
+        """In words, a line each."""
+        lines = [f"labels of {self.images:,} images in {self.path}"]
+        if self.without_label:
+            lines.append(f"{self.without_label:,} of them have none")
+        if unseen := self.counts.count(0):
+            lines.append(f"{unseen} of {len(self.counts)} classes are in none of them")
+        return "\n".join(lines)
+
+
+def import_labels(
+    source: Path,
+    output: Path,
+    *,
+    classes: Sequence[str],
+    ids: Sequence[str] | None = None,
+    coco_split: str | None = None,
+) -> ImportedLabels:
+    """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
+
+    A value above 0 is a label. Images keep the file's order. 10 digits become a VOC id
+    (2007000032: ``2007_000032``), whether a number or text; the ending of an image file is dropped.
+
+    Args:
+        source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
+            an array (n, N); vectors may be torch tensors.
+        output: the table, e.g. ``labels.csv``; several labels stand between ``;``.
+        classes: the N names in label order.
+        ids: names of the images of an array, in its order.
+        coco_split: ``"train2014"`` or ``"val2014"``: other numbers n become
+            ``COCO_<split>_%012d``.
+
+    Raises:
+        DataError: if the contents are of another form, do not fit the classes or ids, name an image
+            twice or not safely, or if ``output`` or ``classes.txt`` is there with other contents.
+        ArtefactError: if the file is missing, damaged or tries to run code, or the output cannot be
+            written.
+    """
+    _check_names(classes)
+    found = read_pickled_arrays(source, what="label file")
+    where = f"label file {source}"
+    if isinstance(found, dict):
+        if ids is not None:
+            raise DataError(f"{where} names its images itself; leave the ids out")
+        names = [_image_name(key, coco_split, where) for key in found]
+        rows: Iterable[Any] = found.values()
+    elif isinstance(found, np.ndarray) and found.ndim == 2:
+        if ids is None or len(ids) != len(found):
+            given = "none were" if ids is None else f"{len(ids)} were"
+            raise DataError(f"{where} has {len(found)} rows; give as many ids ({given} given)")
+        names = [_image_name(name, coco_split, where) for name in ids]
+        rows = found
+    else:
+        kind = found.shape if isinstance(found, np.ndarray) else type(found).__name__
+        raise DataError(
+            f"{where} holds {kind}; expected a dictionary of vectors or an array (n, N)"
+        )
+    check_unique(names, where)
+    if not names:
+        raise DataError(f"{where} names no image")
+    present = np.stack(
+        [_labels(row, len(classes), name, where) for name, row in zip(names, rows, strict=True)]
+    )
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "labels"])
+    for name, row in zip(names, present, strict=True):
+        table.writerow([name, ";".join(classes[n] for n in np.flatnonzero(row).tolist())])
+    contents: Mapping[Path, bytes] = {
+        output: text.getvalue().encode(),
+        output.with_name(CLASSES_FILE): "".join(f"{name}\n" for name in classes).encode(),
+    }
+    for path, data in contents.items():
+        if path.exists() and (not path.is_file() or path.read_bytes() != data):
+            raise DataError(f"{path} is there already with other contents; choose another output")
+    for path, data in contents.items():
+        write_bytes(path, data)
+    return ImportedLabels(
+        output,
+        len(names),
+        int((~present.any(axis=1)).sum()),
+        tuple(int(count) for count in present.sum(axis=0)),
+    )
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    if not classes:
+        raise DataError("no classes were given; name them in the order of the vectors")
+    check_unique(classes, "the list of classes")
+    for name in classes:
+        if not name.strip() or name != name.strip() or ";" in name or not name.isprintable():
+            raise DataError(
+                f"class name {name!r} is refused: it is empty, has blanks at its ends, a ';' or a "
+                "control character, which a table of labels cannot hold"
+            )
+
+
+def _image_name(key: Any, coco_split: str | None, where: str) -> str:
+    name = str(key)
+    if match := _VOC_NUMBER.fullmatch(name):
+        return f"{match[1]}_{match[2]}"
+    if isinstance(key, int):
+        if coco_split is None or not 0 <= key < 10**12:
+            raise DataError(
+                f"{where} names an image by the number {key}, which is none of VOC; give the split "
+                "of MS COCO ('train2014' or 'val2014') if it is one of its images"
+            )
+        return f"COCO_{coco_split}_{key:012d}"
+    name = _IMAGE_ENDING.sub("", name)
+    if not name.isprintable():  # a file may hold text that no other file can
+        raise DataError(f"{where} has the name {name!r:.80}; names are printable text")
+    try:
+        return safe_id(name)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _labels(row: Any, count: int, name: str, where: str) -> NDArray[np.bool_]:
+    if not isinstance(row, np.ndarray) or row.ndim != 1 or len(row) != count:
+        shape = row.shape if isinstance(row, np.ndarray) else f"a {type(row).__name__}"
+        raise DataError(
+            f"{where} has {shape} for {name!r}; expected one value for each of the {count} classes "
+            "(no background)"
+        )
+    if not np.isfinite(row).all():
+        raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
+    return np.asarray(row > 0)

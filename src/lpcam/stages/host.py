@@ -1,0 +1,484 @@
+"""Maps of a host, AMN, MCTformer or EDAM: its labels, its network, its prototypes, its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lpcam.data.images import limit_long_side, read_image, read_index_mask
+from lpcam.data.items import Item
+from lpcam.functional import FusedMaps
+from lpcam.ledger import Stage
+from lpcam.masks import seeds, to_mask, write_mask
+from lpcam.presets import AmnSettings, CrfSettings, LpcamSettings
+from lpcam.progress import progress
+from lpcam.recipe import HostSection, MapName
+from lpcam.stages.classify import validation
+from lpcam.stages.context import Run, remove_leftovers, weights_key
+from lpcam.stages.maps import at_size, no_maps
+from lpcam.stages.refine import HOST_MAPS, each, folder_name, label_path, write_ternary
+from lpcam.storage import MapFile, digest_file, map_path, read_maps, write_maps
+from lpcam.version import versions
+
+LABELS = "host-labels"
+HOST = "host"
+PROTOTYPES = "host-prototypes"
+MAPS = HOST_MAPS
+SEEDS = "seeds"
+"""Masks of the maps at their fixed threshold, in the folder of the maps."""
+NETWORK = "network.safetensors"
+_OF_MAPS = {
+    *("scales", "flip", "gate", "reading", "conditioned"),
+    *("attention_blocks", "fusion", "split_maps", "threshold"),
+}
+"""What of a host's settings its network does not hang on."""
+_OF_LABELS = {
+    *("foreground_threshold", "background_threshold"),
+    *("cam_foreground_threshold", "cam_background_threshold"),
+}
+"""What of AMN's settings is in the key of its labels already."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of maps that the host makes."""
+
+    title: MapName
+    base: Literal["CAM", "LPCAM"]
+    network: str
+    """Name of the network's folder."""
+    prototypes: bool
+    """Whether its maps are those of prototypes of the network's own features."""
+
+    @property
+    def name(self) -> str:
+        """Of the folders."""
+        return folder_name(self.title)
+
+
+def host_section(run: Run) -> HostSection:
+    """The recipe's section; there is one where a stage of this module has anything to do."""
+    assert run.recipe.host is not None
+    return run.recipe.host
+
+
+def arms(run: Run) -> list[Arm]:
+    """The maps that the recipe wants of its host; none where it has no host."""
+    section = run.recipe.host
+    if section is None or not run.makes_maps:
+        return []
+    found = []
+    taught_by_each = section.method == "amn" and section.amn.reading == "teacher"
+    for title, base in section.arms.items():
+        own = base == "LPCAM" and not taught_by_each
+        network = folder_name(title) if taught_by_each else section.method
+        found.append(Arm(title, base, network, own))
+    return found
+
+
+def networks(run: Run) -> dict[str, Literal["CAM", "LPCAM"]]:
+    """The networks that are trained, and whose maps teach each of them (of AMN alone)."""
+    return {a.network: "CAM" if a.prototypes else a.base for a in arms(run)}
+
+
+# -- What AMN learns from ----------------------------------------------------------------------
+
+
+def write_host_labels(run: Run) -> bool:
+    """Ternary labels that teach AMN (specification of AMN, section 1); whether any were made."""
+    section, worked = host_section(run), False
+    if section.method != "amn":
+        return False
+    items, settings = run.items("maps"), section.amn
+    crf = CrfSettings.from_preset("irn") if run.recipe.refine is None else run.recipe.refine.crf
+    for name, base in networks(run).items():
+        source = run.stages_of_methods[base]
+        thresholds = (
+            (settings.cam_foreground_threshold, settings.cam_background_threshold)
+            if base == "CAM"
+            else (settings.foreground_threshold, settings.background_threshold)
+        )
+        worked |= write_ternary(
+            run,
+            f"{LABELS}/{name}",
+            f"labels of AMN from {base}",
+            source.folder,
+            source.key,
+            thresholds,
+            crf,
+            items,
+        )
+    return worked
+
+
+# -- The networks ------------------------------------------------------------------------------
+
+
+def train_host(run: Run) -> bool:
+    """The host's networks; whether there was anything to do."""
+    section, worked = host_section(run), False
+    training, held_out = validation(run)
+    for name in networks(run):
+        labels = run.stages.get(f"{LABELS}/{name}")
+        stage = run.stages[f"{HOST}/{name}"] = Stage(
+            run.folder / HOST / name,
+            {
+                "revision": 1,
+                "method": section.method,
+                **_backbone_parts(run),
+                "settings": section.settings.model_dump(
+                    mode="json", exclude={"preset", *_OF_MAPS, *_OF_LABELS}
+                ),
+                "classes": list(run.dataset.classes.names),
+                "seed": run.recipe.run.seed,
+                **(
+                    {"training": run.digest(training), "validation": run.digest(held_out)}
+                    if labels is None
+                    else {"labels": labels.key, "images": run.digest(run.items("maps"))}
+                ),
+            },
+        )
+        path = stage.folder / NETWORK
+        if stage.done([path]):
+            if run.processes.first:
+                remove_leftovers(stage.folder)
+            continue
+        worked = True
+        run.refuse(stage)
+        network = _build(run)  # before anything is removed
+        run.begin(stage)
+        history = _train(run, network, stage, labels, training, held_out)
+        output: dict[str, Any] = {}
+        if run.processes.first:
+            network.save(path, {"stage": stage.key, "versions": versions()})
+            output = {
+                "history": history,
+                "digest": digest_file(path),
+                "fingerprint": network.fingerprint(),
+            }
+        run.finish(stage, **output)
+        if run.processes.first:
+            remove_leftovers(stage.folder)
+    return worked
+
+
+def _backbone_parts(run: Run) -> dict[str, Any]:
+    section, classifier = host_section(run), run.recipe.classifier
+    if section.backbone is None:
+        backbone = classifier.model_dump(
+            mode="json", exclude={"weights", "method", "probe", "finetune"}
+        )
+        return {"backbone": backbone, "weights": weights_key(classifier.weights)}
+    own = {"backbone", "arguments", "output_stride", "mean", "std"}
+    backbone = section.model_dump(mode="json", include=own)
+    return {"backbone": backbone, "weights": weights_key(section.weights)}
+
+
+def _build(run: Run) -> Any:
+    """The untrained network, on the run's device."""
+    from lpcam.classifier import BackboneSpec  # noqa: PLC0415
+
+    section, classifier = host_section(run), run.recipe.classifier
+    chosen = classifier if section.backbone is None else section
+    shared: dict[str, Any] = {
+        "weights": chosen.weights,
+        "mean": chosen.mean,
+        "std": chosen.std,
+        "seed": run.recipe.run.seed,
+    }
+    names = run.dataset.classes.names
+    backbone = section.backbone or classifier.backbone
+    if section.method == "mctformer":
+        from lpcam.hosts.mctformer import build_mctformer  # noqa: PLC0415
+
+        arguments = section.arguments
+        network: Any = build_mctformer(
+            backbone, names, section.mctformer, arguments=arguments, **shared
+        )
+        return network.to(run.device)
+    dilated = classifier.dilated if section.backbone is None else True
+    spec = BackboneSpec(backbone, chosen.arguments, chosen.output_stride, dilated)
+    if section.method == "amn":
+        from lpcam.hosts.amn import build_amn  # noqa: PLC0415
+
+        network = build_amn(spec, names, section.amn, **shared)
+    else:
+        from lpcam.hosts.edam import build_edam  # noqa: PLC0415
+
+        network = build_edam(spec, names, section.edam, **shared)
+    return network.to(run.device)
+
+
+def _train(
+    run: Run,
+    network: Any,
+    stage: Stage,
+    labels: Stage | None,
+    training: list[Item],
+    held_out: list[Item],
+) -> list[dict[str, Any]]:
+    section = host_section(run)
+    shared: dict[str, Any] = {
+        "seed": run.recipe.run.seed,
+        "folder": stage.folder,
+        "workers": run.threads if run.device.type == "cuda" else 0,
+        "processes": run.processes,
+    }
+    if section.method == "amn":
+        from lpcam.hosts.amn import train_amn  # noqa: PLC0415
+
+        assert labels is not None
+        labelled = [(item, label_path(labels.folder, item)) for item in run.items("maps")]
+        return train_amn(network, labelled, run.dataset.classes, section.amn, **shared)
+    if section.method == "mctformer":
+        from lpcam.hosts.mctformer import train_mctformer  # noqa: PLC0415
+
+        return train_mctformer(network, training, held_out, section.mctformer, **shared)
+    from lpcam.hosts.edam import train_edam  # noqa: PLC0415
+
+    return train_edam(network, training, section.edam, **shared)
+
+
+def _load(run: Run, name: str) -> Any:
+    """A trained network, in evaluation mode on the run's device; one for all stages."""
+    loaded: dict[str, Any] = run.__dict__.setdefault("host_networks", {})
+    if name not in loaded:
+        path = run.stages[f"{HOST}/{name}"].folder / NETWORK
+        method = host_section(run).method
+        name_of_class = {"amn": "Amn", "mctformer": "Mctformer", "edam": "Edam"}[method]
+        Network = getattr(import_module(f"lpcam.hosts.{method}"), name_of_class)  # noqa: N806
+        loaded.clear()  # one at a time is used
+        loaded[name] = Network.load(path).to(run.device).eval()
+    return loaded[name]
+
+
+# -- Prototypes of the host's own features -----------------------------------------------------
+
+
+def cluster_host(run: Run) -> bool:
+    """Prototypes of the host's own features, where LPCAM enters there; whether any were made."""
+    worked = False
+    items = run.items("prototypes")
+    for arm in arms(run):
+        if not arm.prototypes:
+            continue
+        network = run.stages[f"{HOST}/{arm.network}"]
+        settings = _lpcam(run)
+        stage = run.stages[f"{PROTOTYPES}/{arm.name}"] = Stage(
+            run.folder / PROTOTYPES / arm.name,
+            {
+                "revision": 1,
+                "network": network.output["digest"],
+                "labels": _label_key(run, arm),
+                "settings": settings.model_dump(
+                    mode="json", exclude={"preset", "scales", "flip", "threshold", "cam_threshold"}
+                ),
+                "host": _map_settings(run),
+                "seed": run.recipe.run.seed,
+                "maximum_side": run.recipe.maps.maximum_side,
+                "images": run.digest(items),
+            },
+        )
+        path = prototypes_path(stage)
+        if stage.done([path]):
+            continue
+        worked = True
+        run.begin(stage)
+        output: dict[str, Any] = {}
+        if run.processes.first:
+            # one process alone: a reservoir of few images is made in minutes
+            prototypes = _cluster(run, arm, stage, items, settings, network)
+            prototypes.save(path)
+            output = {"digest": digest_file(path), "events": list(prototypes.events)}
+        run.finish(stage, **output)
+    return worked
+
+
+def prototypes_path(stage: Stage) -> Path:
+    """Where an arm's prototypes are."""
+    return stage.folder / "prototypes.safetensors"
+
+
+def _lpcam(run: Run) -> LpcamSettings:
+    return host_section(run).lpcam or run.recipe.lpcam
+
+
+def _map_settings(run: Run) -> dict[str, Any]:
+    return host_section(run).settings.model_dump(
+        mode="json", include=_OF_MAPS, exclude={"threshold"}
+    )
+
+
+def _label_key(run: Run, arm: Arm) -> str | None:
+    labels = run.stages.get(f"{LABELS}/{arm.network}")
+    return None if labels is None else labels.key
+
+
+def _cluster(
+    run: Run, arm: Arm, stage: Stage, items: Sequence[Item], settings: LpcamSettings, made: Stage
+) -> Any:
+    from lpcam.extract import collect  # noqa: PLC0415
+    from lpcam.prototypes import Reservoir, draw_images, make_prototypes  # noqa: PLC0415
+
+    network, seed, classes = _load(run, arm.network), run.recipe.run.seed, run.dataset.classes
+    drawn = draw_images([(i.id, i.labels) for i in items], len(classes), settings, seed=seed)
+    used = [item for item in items if item.id in drawn]
+    reservoir = Reservoir(settings.max_features, seed)
+
+    @torch.inference_mode()
+    def local(item: Item) -> Any:
+        return _local_features(run, arm, network, item, _image(run, item))
+
+    with progress(f"local features of {arm.title}", len(used)) as advance:
+        for item, found in zip(used, run.sharing.map(local, used), strict=True):
+            features, split_map = found
+            collect(reservoir, features, item.labels, split_map, settings, item.id, drawn[item.id])
+            advance(1, "")
+    weight, bias = network.constant_response()
+    return make_prototypes(
+        reservoir,
+        weight,
+        classes.names,
+        settings,
+        seed=seed,
+        bias=bias,
+        fingerprint=made.output["fingerprint"],
+        made_by={"stage": stage.key, "versions": versions()},
+        workers=run.sharing.workers,
+    )
+
+
+def _local_features(
+    run: Run, arm: Arm, network: Any, item: Item, image: NDArray[np.uint8]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (C, h, w) of one image and the maps (K, H, W) that split them."""
+    section = host_section(run)
+    if section.method == "mctformer":
+        from lpcam.hosts.mctformer import local_features  # noqa: PLC0415
+
+        return local_features(network, image, item.labels, section.mctformer)
+    from lpcam.hosts.amn import features_of, maps_of  # noqa: PLC0415
+
+    features = features_of(network, image, item.labels, section.amn)
+    own = maps_of(network, image, item.labels, _seed(run, arm, item, image), section.amn)
+    return features, own.high_res
+
+
+# -- Maps --------------------------------------------------------------------------------------
+
+
+def map_host(run: Run) -> bool:
+    """The host's maps of every image, and seeds of them; whether there was anything to do."""
+    items, worked = run.items("maps"), False
+    for arm in arms(run):
+        made = run.stages.get(f"{PROTOTYPES}/{arm.name}")
+        stage = run.stages[f"{MAPS}/{arm.name}"] = Stage(
+            run.folder / MAPS / arm.name,
+            {
+                "revision": 1,
+                "network": run.stages[f"{HOST}/{arm.network}"].output["digest"],
+                "labels": _label_key(run, arm),
+                "prototypes": None if made is None else made.output["digest"],
+                "settings": _map_settings(run),
+                "threshold": host_section(run).settings.threshold,  # of the seeds beside
+                "mask_ids": list(run.dataset.classes.mask_ids),
+                "dtype": run.recipe.maps.dtype,
+                "maximum_side": run.recipe.maps.maximum_side,
+                "images": run.digest(items),
+            },
+        )
+        outputs = [map_path(stage.folder, item.id) for item in items]
+        outputs += [label_path(stage.folder / SEEDS, item) for item in items]
+        if not stage.done(outputs):
+            worked = True
+            run.begin(stage)
+            _map(run, arm, stage, items)
+            run.finish(stage)
+    return worked
+
+
+def _map(run: Run, arm: Arm, stage: Stage, items: Sequence[Item]) -> None:
+    threshold = host_section(run).settings.threshold
+    maps_of = _mapper(run, arm)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path, seed = map_path(stage.folder, item.id), label_path(stage.folder / SEEDS, item)
+        if path.is_file() and seed.is_file():
+            return
+        size = run.sharing.sizes[item.id]
+        maps = maps_of(item, _image(run, item)) if item.labels else no_maps(size)
+        fused = at_size(maps, size)
+        write_maps(
+            path,
+            MapFile(
+                np.array(item.labels, dtype=np.int64),
+                fused.cam.float().cpu().numpy(),
+                fused.high_res.float().cpu().numpy(),
+                {"stage": stage.key},
+            ),
+            dtype=run.recipe.maps.dtype,
+        )
+        # from the file's own rounded values, so that seeds and scores of the maps agree
+        planes = torch.from_numpy(read_maps(path).high_res)
+        keys = np.array(item.labels, dtype=np.int64)
+        write_mask(seed, to_mask(seeds(planes, threshold), keys, run.dataset.classes))
+
+    each(run, f"maps of {arm.title}", items, make)
+
+
+def _mapper(run: Run, arm: Arm) -> Callable[[Item, NDArray[np.uint8]], FusedMaps]:
+    section, network = host_section(run), _load(run, arm.network)
+    vectors = None
+    if arm.prototypes:
+        from lpcam.prototypes import Prototypes  # noqa: PLC0415
+
+        fingerprint = run.stages[f"{HOST}/{arm.network}"].output["fingerprint"]
+        path = prototypes_path(run.stages[f"{PROTOTYPES}/{arm.name}"])
+        vectors = Prototypes.load(path, fingerprint=fingerprint).vectors().to(run.device)
+    if section.method == "mctformer":
+        from lpcam.hosts import mctformer  # noqa: PLC0415
+
+        return lambda item, image: mctformer.maps_of(
+            network, image, item.labels, section.mctformer, vectors=vectors
+        )
+    if section.method == "edam":
+        from lpcam.hosts import edam  # noqa: PLC0415
+
+        return lambda item, image: edam.maps_of(network, image, item.labels, section.edam)
+    from lpcam.hosts import amn  # noqa: PLC0415
+
+    settings: AmnSettings = section.amn
+
+    def of_amn(item: Item, image: NDArray[np.uint8]) -> FusedMaps:
+        seed = _seed(run, arm, item, image)
+        if vectors is not None:
+            return amn.reading_b_maps(network, vectors, image, item.labels, seed, settings)
+        return amn.maps_of(network, image, item.labels, seed, settings)
+
+    return of_amn
+
+
+def _image(run: Run, item: Item) -> NDArray[np.uint8]:
+    """At the size at which images are mapped."""
+    return limit_long_side(read_image(item.image), run.recipe.maps.maximum_side)
+
+
+def _seed(run: Run, arm: Arm, item: Item, image: NDArray[np.uint8]) -> torch.Tensor | None:
+    """The label that taught AMN, at the image's size (PIL nearest); None where it has no gate."""
+    if not host_section(run).amn.gate:
+        return None
+    folder = run.stages[f"{LABELS}/{arm.network}"].folder
+    mask = read_index_mask(label_path(folder, item))
+    if mask.shape != image.shape[:2]:
+        size = (image.shape[1], image.shape[0])
+        mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return torch.from_numpy(mask.astype(np.int64)).to(run.device)

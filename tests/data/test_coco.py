@@ -1,0 +1,716 @@
+"""COCO: labels, order and painted masks are those of pycocotools; lists, layouts and bad files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lpcam.data.coco as module
+from lpcam.data import coco_masks
+from lpcam.data.coco import COCO_CATEGORIES, CocoAnnotations, CocoFolder
+from lpcam.data.coco_masks import paint
+from lpcam.data.images import read_index_mask
+from lpcam.errors import ArtefactError, DataError, LpcamError
+
+SIZE = (40, 60)
+CATEGORIES = [{"id": i, "name": name} for i, name in ((7, "train"), (2, "bicycle"), (90, "brush"))]
+
+
+def box(x: float, y: float, width: float, height: float) -> list[float]:
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """Lengths of runs of 0, 1, 0, ... down the columns."""
+    flat = mask.T.reshape(-1)
+    ends = np.flatnonzero(np.diff(flat.astype(int))) + 1
+    counts = np.diff([0, *ends, flat.size]).tolist()
+    return [0, *counts] if flat[0] else counts
+
+
+def whole(**changes: Any) -> dict[str, Any]:
+    """A small file: crowds, both run-length codes, several polygons, overlapping objects."""
+    coder = pytest.importorskip(
+        "pycocotools.mask", reason="pycocotools is not installed: pip install 'lpcam[coco]'"
+    )
+    generator = np.random.default_rng(0)
+    blobs = generator.random((3, *SIZE)) < 0.3
+    text = coder.encode(np.asfortranarray(blobs[1].astype(np.uint8)))["counts"].decode()
+    images = [
+        {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": SIZE[0], "width": SIZE[1]}
+        for i in (30, 9, 25, 581)
+    ]
+    shapes: list[tuple[int, int, int, Any]] = [
+        (9, 7, 0, [box(5, 5, 30, 20)]),
+        (30, 2, 0, [box(3.3, 1.7, 12.2, 30.1), box(30, 10, 45.5, 8)]),  # leaves the image
+        (9, 2, 0, [box(10, 8, 4, 4), [40, 2, 55, 2, 47.5, 30]]),
+        (9, 90, 1, {"size": [*SIZE], "counts": runs(blobs[0])}),
+        (25, 90, 1, {"size": [*SIZE], "counts": runs(blobs[2])}),
+        (30, 7, 0, {"size": [*SIZE], "counts": text}),
+        (9, 7, 0, [box(0, 0, 12, 12)]),
+    ]
+    annotations = [
+        {
+            "segmentation": shape,
+            "area": 1000.0 - number,
+            "iscrowd": crowd,
+            "image_id": image,
+            "bbox": [0, 0, 1, 1],
+            "category_id": category,
+            "id": 100 - number,
+        }
+        for number, (image, category, crowd, shape) in enumerate(shapes)
+    ]
+    content = {
+        "info": {},
+        "images": images,
+        "annotations": annotations,
+        "categories": CATEGORIES,
+        **changes,
+    }
+    return json.loads(json.dumps(content))  # a copy of its own, to be changed by a test
+
+
+def write(root: Path, name: str = "annotations/instances_train2014.json", **changes: Any) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole(**changes)))
+    return path
+
+
+def images(folder: Path, content: dict[str, Any] | None = None) -> None:
+    for image in (content or whole())["images"]:
+        path = folder / image["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "MSCOCO"
+    write(root)
+    images(root / "train2014")
+    return root
+
+
+def test_the_categories_of_coco_skip_the_ten_ids() -> None:
+    ids = [number for number, _ in COCO_CATEGORIES]
+    assert len(ids) == len({name for _, name in COCO_CATEGORIES}) == 80
+    assert ids == sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
+
+def test_labels_order_and_masks_are_those_of_pycocotools(root: Path, tmp_path: Path) -> None:
+    api_module = pytest.importorskip("pycocotools.coco")
+    api = api_module.COCO(str(root / "annotations/instances_train2014.json"))
+    folder = CocoFolder(root)
+    dataset = folder.dataset
+    numbers = sorted(api.imgs)
+    assert dataset.lists["train2014"] == tuple(f"COCO_train2014_{n:012d}" for n in numbers)
+    assert dataset.lists["all"] == dataset.lists["train2014"] == tuple(dataset.items)
+    assert dataset.lists["train2014.labelled"] == dataset.lists["all.labelled"]
+    assert dataset.lists["all"][:-1] == dataset.lists["all.labelled"]  # 581 shows nothing
+    categories = sorted(api.cats)
+    assert dataset.classes.names == ("bicycle", "train", "brush")
+    assert dataset.classes.mask_ids == (1, 2, 3)
+    assert dataset.label_source == "annotations (instances_train2014.json), crowds included"
+    painted = folder.with_masks(tmp_path / "masks", dataset.items)
+    for number, item in zip(numbers, painted.items.values(), strict=True):
+        annotations = api.loadAnns(api.getAnnIds(imgIds=[number]))
+        assert item.labels == tuple(
+            sorted({categories.index(a["category_id"]) for a in annotations})
+        )
+        assert item.image == root / "train2014" / f"{item.id}.jpg"
+        expected = np.zeros(SIZE, dtype=np.uint8)
+        for annotation in annotations:
+            if not annotation["iscrowd"]:
+                region = api.annToMask(annotation).astype(bool)
+                expected[region] = categories.index(annotation["category_id"]) + 1
+        assert item.mask == tmp_path / "masks" / f"{item.id}.png"
+        assert np.array_equal(read_index_mask(item.mask), expected)
+    assert all(item.mask is None for item in dataset.items.values())
+    assert not read_index_mask(tmp_path / "masks/COCO_train2014_000000000025.png").any()
+
+
+def test_the_index_holds_what_the_file_says(root: Path) -> None:
+    index = CocoAnnotations.read(root / "annotations/instances_train2014.json")
+    assert index.image_ids.tolist() == [9, 25, 30, 581]
+    assert index.file_names[1] == "COCO_train2014_000000000025.jpg"
+    assert index.heights.tolist() == [40] * 4 and index.widths.tolist() == [60] * 4
+    assert index.starts.tolist() == [0, 4, 5, 7, 7]
+    assert index.annotation_ids.tolist() == [100, 98, 97, 94, 96, 99, 95]
+    assert index.category_rows.tolist() == [1, 0, 2, 1, 2, 0, 1]
+    assert index.crowds.tolist() == [False, False, True, False, True, False, False]
+    assert index.areas.tolist() == [1000, 998, 997, 994, 996, 999, 995]
+    assert index.labels() == [(0, 1, 2), (2,), (0, 1), ()]
+    assert index.labels(crowds=False) == [(0, 1), (), (0, 1), ()]
+    everything = whole()["annotations"]
+    assert index.annotations(0) == [a for a in everything if a["image_id"] == 9]
+    assert index.annotations(3) == []
+
+
+def test_notices_say_what_masks_do_not_show(root: Path) -> None:
+    notices = CocoFolder(root, classes=["brush", "train"]).dataset.notices
+    assert notices == (
+        "2 annotations are of crowds: they count as labels and are not painted; 2 labels of images "
+        "come from crowds alone, and have no pixels in masks",
+        "of brush there are only crowds: labels, but no pixels in masks",
+        "2 annotations of classes not chosen give no label: bicycle 2",
+        "1 of 4 images have no label",
+    )
+
+
+def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> None:
+    folder = CocoFolder(root, classes=["brush", "bicycle"])
+    assert folder.dataset.classes.names == ("brush", "bicycle")
+    assert folder.dataset.classes.mask_ids == (3, 1)
+    assert [item.labels for item in folder.dataset.items.values()] == [(0, 1), (0,), (1,), ()]
+    one = folder.dataset.lists["all"][0]
+    masks = folder.with_masks(tmp_path / "masks", [one])
+    assert masks.items[one].mask is not None
+    assert set(np.unique(read_index_mask(masks.items[one].mask))) == {0, 1, 2}
+    assert sum(item.mask is not None for item in masks.items.values()) == 1
+    with pytest.raises(DataError, match=r"unknown class 'bicyle'; did you mean 'bicycle'"):
+        CocoFolder(root, classes=["bicyle"])
+
+
+def test_the_name_is_that_of_coco_only_for_coco(root: Path) -> None:
+    assert CocoFolder(root).dataset.name == "MSCOCO"
+    used = {a["category_id"] for a in whole()["annotations"]}
+    assert used <= {number for number, _ in COCO_CATEGORIES}
+    write(root, categories=[{"id": i, "name": name} for i, name in reversed(COCO_CATEGORIES)])
+    dataset = CocoFolder(root).dataset
+    assert dataset.name == "coco14"
+    assert dataset.classes.mask_ids == tuple(range(1, 81))
+    assert dataset.classes.names[:2] == ("person", "bicycle")
+
+
+# -- Where files are -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("annotations", "folder", "name"),
+    [
+        ("annotations/instances_mine.json", "mine", "mine"),
+        ("annotations/mine.json", "images/mine", "mine"),
+        ("mine/_annotations.coco.json", "mine", "mine"),
+        ("mine.json", "images", "mine"),
+        ("annotations.json", ".", "all"),
+        ("annotations/instances_mine.json", "annotations", "mine"),
+    ],
+)
+def test_layouts(tmp_path: Path, annotations: str, folder: str, name: str) -> None:
+    root = tmp_path / "set"
+    path = write(root, annotations)
+    images(root / folder)
+    for given in (root, path):
+        for lists in (None, [name], [f"{name}.labelled"], ["all"]):
+            dataset = CocoFolder(given, lists=lists).dataset
+            assert len(dataset.lists[name]) == len(dataset.lists["all"]) == 4
+            assert len(dataset.lists[f"{name}.labelled"]) == 3
+            first = dataset.items["COCO_train2014_000000000009"]
+            assert first.image.is_file()
+            assert first.image.parent.resolve() == (root / folder).resolve()
+
+
+def test_captions_and_key_points_are_no_annotation_files(root: Path) -> None:
+    (root / "annotations/captions_train2014.json").write_text('{"images": []}')
+    assert set(CocoFolder(root).dataset.lists) == {
+        f"{name}{ending}" for name in ("train2014", "all") for ending in ("", ".labelled")
+    }
+
+
+def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
+    other = [{**i, "id": i["id"] + 1, "file_name": f"v{i['id']}.jpg"} for i in whole()["images"]]
+    write(root, "annotations/instances_val2014.json", images=other, annotations=[])
+    images(root / "val2014", {"images": other})
+    both = CocoFolder(root).dataset
+    assert both.lists["val2014"] == ("v9", "v25", "v30", "v581")
+    assert both.lists["val2014.labelled"] == ()
+    assert both.lists["all"] == both.lists["train2014"] + both.lists["val2014"]
+    assert both.label_source == (
+        "annotations (instances_train2014.json, instances_val2014.json), crowds included"
+    )
+    (root / "annotations/instances_train2014.json").write_text("broken")
+    one = CocoFolder(root, lists=["val2014.labelled"]).dataset
+    assert set(one.items) == set(both.lists["val2014"])
+    with pytest.raises(DataError, match=r"instances_train2014.json cannot be read as JSON"):
+        CocoFolder(root, lists=["val2014", "all"])
+
+
+def test_equal_names_in_two_files_get_the_lists_name(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        write(tmp_path, f"{name}/_annotations.coco.json")
+        images(tmp_path / name)
+    dataset = CocoFolder(tmp_path).dataset
+    assert len(dataset.items) == 8
+    assert dataset.lists["valid"][0] == "valid/COCO_train2014_000000000009"
+    item = dataset.items["train/COCO_train2014_000000000009"]
+    assert item.image == tmp_path / "train" / "COCO_train2014_000000000009.jpg"
+    assert dataset.label_source == (
+        "annotations (train/_annotations.coco.json, valid/_annotations.coco.json), crowds included"
+    )
+    assert "COCO_train2014_000000000009" in CocoFolder(tmp_path, lists=["train"]).dataset.items
+
+
+def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
+    names = ["./a/Kühe 1.JPG", "b\\c\\x.y.png", "no_ending", "a/d.jpeg"]
+    content = whole()["images"]
+    for image, name in zip(content, names, strict=True):
+        image["file_name"] = name
+    path = write(tmp_path, "set.json", images=content)
+    for name in ("a/Ku\u0308he 1.JPG", "b/c/x.y.png", "no_ending", "a/d.jpeg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    dataset = CocoFolder(path).dataset
+    # ids 9, 25, 30, 581
+    assert dataset.lists["all"] == ("b/c/x.y", "no_ending", "a/K\u00fche 1", "a/d")
+    assert all(item.image.is_file() for item in dataset.items.values())
+
+
+def test_missing_images_are_left_out_with_one_reason(root: Path) -> None:
+    for number in (9, 25):
+        (root / "train2014" / f"COCO_train2014_{number:012d}.jpg").unlink()
+    dataset = CocoFolder(root).dataset
+    assert dataset.lists["all"] == tuple(f"COCO_train2014_{n:012d}" for n in (30, 581))
+    assert [skip.id[-3:] for skip in dataset.skipped] == ["009", "025"]
+    assert len({skip.reason for skip in dataset.skipped}) == 1
+    assert str(root / "train2014") in dataset.skipped[0].reason
+
+
+def test_no_image_at_all(root: Path) -> None:
+    for path in (root / "train2014").iterdir():
+        path.unlink()
+    message = r"none of the 4 images of .* is there: 'COCO_train2014_000000000009.jpg' is in none"
+    for lists in (None, ["train2014"]):
+        with pytest.raises(DataError, match=message):
+            CocoFolder(root, lists=lists)
+    write(root, "annotations/instances_val2014.json")
+    images(root / "val2014")
+    dataset = CocoFolder(root).dataset  # only what is asked for by name must be there
+    assert dataset.lists["train2014"] == ()
+    assert len(dataset.lists["val2014"]) == 4
+    with pytest.raises(DataError, match=message):
+        CocoFolder(root, lists=["train2014", "val2014"])
+
+
+def test_missing_files_and_lists(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no .*; give an annotation file or a folder"):
+        CocoFolder(tmp_path / "none")
+    with pytest.raises(DataError, match=r"list 'val' is missing: .*; the lists are train2014, all"):
+        CocoFolder(root, lists=["val"])
+    with pytest.raises(DataError, match=r"has no list 'val'; it has train2014, all"):
+        CocoFolder(root / "annotations/instances_train2014.json", lists=["val"])
+    with pytest.raises(DataError, match="could leave its folder"):
+        CocoFolder(root, lists=["../train2014"])
+    with pytest.raises(DataError, match=r"list 'all' is missing: .*; there is none at all"):
+        CocoFolder(root / "train2014")
+
+
+def test_progress_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        write(tmp_path, f"{name}/_annotations.coco.json")
+        images(tmp_path / name)
+    calls: list[tuple[int, int]] = []
+    CocoFolder(tmp_path, progress=lambda done, total: calls.append((done, total)))
+    size = (tmp_path / "train/_annotations.coco.json").stat().st_size
+    assert calls == [(size, 2 * size), (2 * size, 2 * size)]
+
+
+# -- Bad files -----------------------------------------------------------------------------------
+
+
+def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
+    """One entry changed; a field that is None is left out."""
+    content = whole()
+    content[kind][place].update(fields)
+    content[kind][place] = {k: v for k, v in content[kind][place].items() if v is not None}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: {**whole(), "images": []}, "has an empty 'images'"),
+        (lambda: {**whole(), "categories": [], "annotations": []}, "has an empty 'categories'"),
+        (lambda: {**whole(), "images": {"a": 1}}, "'images' is no array"),
+        (lambda: {**whole(), "annotations": [3]}, r"an annotation \(id None, byte .*it is 3, not"),
+        (lambda: changed("annotations", 2, id=100), "annotation id 100 stands twice"),
+        (lambda: changed("images", 2, id=9), "image id 9 stands twice"),
+        (lambda: changed("categories", 2, id=2), "category id 2 stands twice"),
+        (
+            lambda: changed("annotations", 2, category_id=3),
+            r"annotation 98 \(byte [\d,]+\) has category_id 3, which is not in 'categories'",
+        ),
+        (
+            lambda: changed("annotations", 2, image_id=10),
+            "annotation 98 .* has image_id 10, which is not in 'images'",
+        ),
+        (lambda: changed("annotations", 2, category_id=None), "it has no 'category_id'"),
+        (lambda: changed("annotations", 2, image_id="9"), "whole numbers"),
+        (lambda: changed("annotations", 2, id=2**70), r"\(id 1180591620717411303424, byte"),
+        (lambda: changed("annotations", 2, iscrowd=2), "iscrowd is 0 or 1"),
+        (lambda: changed("annotations", 2, area="big"), "an annotation .* is wrong"),
+        (lambda: changed("images", 1, height=None), r"an image \(id 9.*it has no 'height'"),
+        (lambda: changed("images", 1, width=0), "height 40 and width 0 are pixels"),
+        (lambda: changed("images", 1, width=60.0), "height 40 and width 60.0 are pixels"),
+        (lambda: changed("images", 1, width=True), "height 40 and width True are pixels"),
+        (lambda: changed("images", 1, file_name=7), "file_name is text"),
+        (lambda: changed("images", 1, id=2**70), "id is a whole number of 64 bits"),
+        (lambda: changed("images", 1, file_name="../a.jpg"), "could leave its folder"),
+        (lambda: changed("images", 1, file_name="/etc/a.jpg"), "is an absolute path"),
+        (lambda: changed("images", 1, file_name="..\\a.jpg"), "could leave its folder"),
+        (lambda: changed("images", 1, file_name="a\udc80.jpg"), "is no Unicode"),
+        (
+            lambda: changed("images", 1, file_name="COCO_train2014_000000000030.png"),
+            "have the same id 'COCO_train2014_000000000030'",
+        ),
+        (lambda: changed("categories", 1, name="train"), "class names repeat: train"),
+        (lambda: changed("categories", 1, name=" "), "name is text"),
+        (
+            lambda: {
+                **whole(),
+                "annotations": [],
+                "categories": [{"id": n, "name": str(n)} for n in range(255)],
+            },
+            "has 255 categories; a mask of 8 bits has room for 254",
+        ),
+    ],
+)
+def test_wrong_annotation_files(
+    root: Path, content: Callable[[], dict[str, Any]], message: str
+) -> None:
+    path = root / "annotations/instances_train2014.json"
+    path.write_text(json.dumps(content()))
+    with pytest.raises(DataError, match=message) as caught:
+        CocoFolder(root)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["images", "annotations", "categories"])
+def test_a_missing_array_is_named(root: Path, missing: str) -> None:
+    path = root / "annotations/instances_train2014.json"
+    content = whole()
+    del content[missing]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"has no '{missing}'; an annotation file has 'images'"):
+        CocoFolder(root)
+
+
+def test_files_with_different_categories(root: Path) -> None:
+    write(
+        root, "annotations/instances_val2014.json", categories=[*CATEGORIES, {"id": 5, "name": "x"}]
+    )
+    with pytest.raises(DataError, match=r"have different categories, first 5 \(x\)"):
+        CocoFolder(root)
+
+
+# -- Masks ---------------------------------------------------------------------------------------
+
+
+def annotation(shape: Any, category: int = 1, **fields: Any) -> dict[str, Any]:
+    return {"id": 5, "category_id": category, "iscrowd": 0, "segmentation": shape, **fields}
+
+
+def code(mask: np.ndarray) -> dict[str, Any]:
+    return {"size": [*mask.shape], "counts": runs(mask)}
+
+
+def test_order_and_crowds() -> None:
+    large, small, crowd = (np.zeros((4, 6), dtype=bool) for _ in range(3))
+    large[:3, :4] = True
+    small[1, 1] = True
+    crowd[:, 3:5] = True
+    objects = [
+        annotation(code(small), 2, area=1),
+        annotation(code(crowd), 1, iscrowd=1, area=8),
+        annotation(code(large), 1, area=12),
+    ]
+    values = {1: 10, 2: 20}
+    later = np.where(large, 10, 0)
+    assert np.array_equal(paint(objects, (4, 6), values), later)
+    sorted_ = np.where(small, 20, later)
+    assert np.array_equal(paint(objects, (4, 6), values, order="area"), sorted_)
+    void = np.where(crowd & (later == 0), 255, later)
+    assert np.array_equal(paint(objects, (4, 6), values, crowds="void"), void)
+    for one in objects:
+        del one["area"]
+    assert np.array_equal(paint(objects, (4, 6), values, order="area"), sorted_)
+    assert not paint([], (4, 6), values).any()
+
+
+def test_run_length_codes_are_those_of_pycocotools() -> None:
+    coder = pytest.importorskip("pycocotools.mask")
+    generator = np.random.default_rng(1)
+    for number in range(60):
+        size = tuple(generator.integers(1, 90, 2).tolist())
+        mask = generator.random(size) < generator.choice([0.02, 0.5, 0.98])
+        if number % 3 == 0:  # long runs: numbers of several characters
+            mask[:] = False
+            mask[: size[0] // 2, : size[1] // 2] = True
+        text = coder.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        for counts in (text, runs(mask)):
+            shape = {"size": [*size], "counts": counts}
+            assert np.array_equal(paint([annotation(shape)], size, {1: 1}), mask)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"size": [4, 5], "counts": [20]}, r"code is of size \[4, 5\], the image of \[4, 6\]"),
+        ({"size": [4, 6], "counts": [20]}, "code has 20 pixels, the image 24"),
+        ({"size": [4, 6], "counts": [30, -6]}, "are no whole numbers from 0 on"),
+        ({"size": [4, 6], "counts": [12.0, 12]}, "are no whole numbers from 0 on"),
+        ({"size": [4, 6]}, "are no whole numbers from 0 on"),
+        ({"size": [4, 6], "counts": "z"}, "the character 'z' where none fits"),
+        ({"size": [4, 6], "counts": "é"}, "the character 'é' where none fits"),
+        ({"size": [4, 6], "counts": "P"}, "code is cut off"),
+        ({"size": [4, 6], "counts": "o" * 30}, "the character 'o' where none fits"),
+        ({"size": [4, 6], "counts": "0000"}, "code has 0 pixels"),
+        ([[0, 0, 3, 3]], "a polygon has 4 coordinates; 3 points or more"),
+        ([[0, 0, 3, 3, 1, 1, 2]], "a polygon has 7 coordinates"),
+        ([[0, 0, 3, 0, 3, 3], []], "a polygon has 0 coordinates"),
+        ([[0, 0, 3, 0, 3, float("nan")]], "is further outside its image of 4 x 6"),
+        ([[0, 0, 3, 0, 3, 1e9]], "is further outside its image"),
+        ([[0, 0, 3, 0, 3, "3"]], "a polygon is a list of numbers"),
+        ([0, 0, 3, 0, 3, 3], "a polygon is a list of numbers"),
+        ([], "it has no segmentation, perhaps a box alone"),
+        (None, "it has no segmentation"),
+    ],
+)
+def test_wrong_segmentations(shape: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"annotation 5 cannot be painted: .*{message}"):
+        paint([annotation(shape)], (4, 6), {1: 1})
+
+
+def test_what_else_cannot_be_painted() -> None:
+    polygon = [[0, 0, 3, 0, 3, 3]]
+    with pytest.raises(DataError, match=r"annotation 5 .*its category 9 has no mask value"):
+        paint([annotation(polygon, 9)], (4, 6), {1: 1})
+    with pytest.raises(DataError, match=r"annotation 5 .*it is a crowd, whose segmentation is a"):
+        paint([annotation(polygon, iscrowd=1)], (4, 6), {1: 1})
+    with pytest.raises(DataError, match="a mask of 20000 x 20000 pixels is refused"):
+        paint([], (20_000, 20_000), {1: 1})
+    with pytest.raises(DataError, match="order 'size' or crowds 'background' is unknown"):
+        paint([], (4, 6), {1: 1}, order="size")  # type: ignore[arg-type]
+
+
+def test_polygons_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(coco_masks.importlib, "import_module", absent)
+    monkeypatch.setattr(coco_masks, "_pycocotools", coco_masks._pycocotools.__wrapped__)
+    with pytest.raises(LpcamError, match=r"need pycocotools .*: pip install 'lpcam\[coco\]'"):
+        paint([annotation([[0, 0, 3, 0, 3, 3]])], (4, 6), {1: 1})
+
+
+# -- Painting a folder ---------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The masks that are written from now on."""
+    written: list[Path] = []
+    original = module.write_mask
+
+    def write_mask(path: Path, mask: Any) -> None:
+        written.append(path)
+        original(path, mask)
+
+    monkeypatch.setattr(module, "write_mask", write_mask)
+    return written
+
+
+def test_any_number_of_workers_paints_equal_bytes(root: Path, tmp_path: Path) -> None:
+    folder = CocoFolder(root)
+    for workers in (1, 3):
+        folder.with_masks(tmp_path / str(workers), folder.dataset.items, workers=workers)
+    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "3")
+    assert len(bytes_of(tmp_path / "1")) == 4
+
+
+def test_only_missing_masks_are_painted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, masks = CocoFolder(root), tmp_path / "masks"
+    ids = folder.dataset.lists["all"]
+    folder.with_masks(masks, ids[:2])
+    written = counted(monkeypatch)
+    calls: list[tuple[int, int]] = []
+    dataset = CocoFolder(root).with_masks(
+        masks, ids, progress=lambda done, total: calls.append((done, total))
+    )
+    assert [path.stem for path in written] == [*ids[2:]]
+    assert calls == [(n, 4) for n in (1, 2, 3, 4)]
+    assert dataset.items[ids[0]].mask == masks / f"{ids[0]}.png"
+
+
+@pytest.mark.parametrize("change", ["order", "crowds", "file", "values"])
+def test_masks_of_something_else_are_painted_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    folder, masks = CocoFolder(root), tmp_path / "masks"
+    ids = folder.dataset.lists["all"]
+    folder.with_masks(masks, ids)
+    options: dict[str, Any] = {}
+    if change == "file":
+        write(root, info={"version": 2})
+    elif change == "values":
+        write(root, categories=[{"id": 1, "name": "new"}, *CATEGORIES])
+    else:
+        options = {"order": "area"} if change == "order" else {"crowds": "void"}
+    written = counted(monkeypatch)
+    folder = CocoFolder(root)
+    folder.with_masks(masks, ids[:1], **options)
+    assert [path.stem for path in written] == [ids[0]]
+    assert set(bytes_of(masks)) == {f"{ids[0]}.png"}  # no old one is left to be taken for new
+    folder.with_masks(masks, ids, **options)
+    folder.with_masks(tmp_path / "fresh", ids, **options)
+    assert bytes_of(masks) == bytes_of(tmp_path / "fresh")
+
+
+def test_a_stop_loses_no_mask_and_leaves_no_old_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, masks = CocoFolder(root), tmp_path / "masks"
+    ids = folder.dataset.lists["all"]
+    folder.with_masks(tmp_path / "fresh", ids, crowds="void")
+    folder.with_masks(masks, ids)
+    removed: list[Path] = []
+    original = Path.unlink
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".png":
+            if removed:
+                raise KeyboardInterrupt
+            removed.append(path)
+        original(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stop)
+        folder.with_masks(masks, ids, crowds="void")
+    assert len(bytes_of(masks)) == 3
+
+    painted: list[Path] = []
+    write_mask = module.write_mask
+
+    def stop_later(path: Path, mask: Any) -> None:
+        if len(painted) == 2:
+            raise KeyboardInterrupt
+        painted.append(path)
+        write_mask(path, mask)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "write_mask", stop_later)
+        folder.with_masks(masks, ids, crowds="void")
+    written = counted(monkeypatch)
+    folder.with_masks(masks, ids, crowds="void")
+    assert len(written) == 2
+    assert bytes_of(masks) == bytes_of(tmp_path / "fresh")
+
+
+def test_two_files_share_a_folder_of_masks(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = [{**image, "file_name": f"v{image['id']}.jpg"} for image in whole()["images"]]
+    write(root, "annotations/instances_val2014.json", images=other)
+    images(root / "val2014", {"images": other})
+    # the images of train2014 again, with nothing on them
+    write(root, "annotations/instances_empty.json", annotations=[])
+    images(root / "empty")
+    masks = tmp_path / "masks"
+
+    def paint_list(name: str) -> int:
+        written = counted(monkeypatch)
+        folder = CocoFolder(root, lists=[name])
+        folder.with_masks(masks, folder.dataset.lists[name])
+        return len(written)
+
+    assert [paint_list(name) for name in ("train2014", "val2014", "train2014", "val2014")] == [
+        4, 4, 0, 0
+    ]  # fmt: skip
+    assert paint_list("empty") == 4
+    assert not read_index_mask(masks / "COCO_train2014_000000000009.png").any()
+    assert paint_list("train2014") == 4
+    assert read_index_mask(masks / "COCO_train2014_000000000009.png").any()
+
+
+def test_masks_of_equal_names_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    root, masks = tmp_path / "set", tmp_path / "masks"
+    write(root, "train/_annotations.coco.json")
+    write(root, "valid/_annotations.coco.json", annotations=[])
+    for name in ("train", "valid"):
+        images(root / name)
+    shown = {}
+    for lists in (["train"], ["train", "valid"], ["valid"]):
+        folder = CocoFolder(root, lists=lists)
+        dataset = folder.with_masks(masks, folder.dataset.items)
+        shown |= {
+            (*lists, i): read_index_mask(item.mask).any()
+            for i, item in dataset.items.items()
+            if item.mask is not None and i.endswith("009")
+        }
+    name = "COCO_train2014_000000000009"
+    assert shown == {
+        ("train", name): True,
+        ("train", "valid", f"train/{name}"): True,
+        ("train", "valid", f"valid/{name}"): False,
+        ("valid", name): False,
+    }
+
+
+def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
+    folder = CocoFolder(root)
+    ids = folder.dataset.lists["all"]
+    Image.new("L", (60, 40)).save(tmp_path / f"{ids[1]}.png")
+    before = bytes_of(tmp_path)
+    with pytest.raises(ArtefactError, match=r"is there already and was not painted here"):
+        folder.with_masks(tmp_path, ids)
+    assert bytes_of(tmp_path) == before
+    (tmp_path / "painted.json").write_text('{"kind": "walls"}')
+    with pytest.raises(ArtefactError, match=r"painted.json is another's"):
+        folder.with_masks(tmp_path, ids)
+    assert bytes_of(tmp_path) == before
+
+
+def test_errors_of_painting_name_the_image(root: Path, tmp_path: Path) -> None:
+    content = whole()
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+    path = write(root, annotations=content["annotations"])
+    folder = CocoFolder(root)  # labels need no outline
+    assert folder.dataset.items["COCO_train2014_000000000009"].labels == (0, 1, 2)
+    message = (
+        rf"{path}, image COCO_train2014_000000000009.jpg: annotation 100 cannot be painted: a "
+        "polygon has 4 coordinates"
+    )
+    with pytest.raises(DataError, match=message):
+        folder.with_masks(tmp_path / "masks", folder.dataset.items)
+    with pytest.raises(DataError, match="'cow' is no image of MSCOCO"):
+        folder.with_masks(tmp_path / "masks", ["cow"])
+
+
+def test_an_annotation_file_that_changes_is_noticed(root: Path, tmp_path: Path) -> None:
+    folder = CocoFolder(root)
+    path = write(root, info={"a": "longer by some bytes"})
+    with pytest.raises(DataError, match="has changed since its index was read; read it again"):
+        folder.with_masks(tmp_path / "masks", folder.dataset.items)
+    with pytest.raises(DataError, match="has changed since its index was read"):
+        folder.annotations[0].annotations(0)
+    folder = CocoFolder(root)
+    text = path.read_text()
+    path.write_text(text.replace('"category_id": 7', '"category_id": 2'))
+    assert len(path.read_text()) == len(text)
+    with pytest.raises(DataError, match="has changed since its index was read"):
+        folder.with_masks(tmp_path / "masks", folder.dataset.items)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        folder.annotations[0].annotations(0)

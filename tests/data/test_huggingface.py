@@ -1,0 +1,214 @@
+"""Data sets of Hugging Face: what is written, what is left out, what is refused. No network."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from PIL import Image
+
+from lpcam.data.folder import read_folder
+from lpcam.data.huggingface import import_huggingface
+from lpcam.errors import DataError, LpcamError
+
+ANIMALS = ClassLabel(names=["hen", "cow", "dog"])
+
+
+def encoded(colour: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4), (colour, 0, 0)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make(labels: list[Any], kind: Any, images: list[Any] | None = None) -> Dataset:
+    """With the image of row n of colour n, unless images are given."""
+    images = images or [{"bytes": encoded(n), "path": None} for n in range(len(labels))]
+    features = Features({"image": datasets.Image(), "label": kind})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def record(output: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((output / "import.json").read_text())
+    return value
+
+
+def found(output: Path) -> dict[str, tuple[str, ...]]:
+    """Class names by image, as read_folder has them."""
+    dataset = read_folder(output)
+    names = dataset.classes.names
+    return {i: tuple(names[n] for n in item.labels) for i, item in dataset.items.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "classes", "expected"),
+    [
+        (ANIMALS, [2, 0], "hen\ncow\ndog\n", [("dog",), ("hen",)]),
+        (List(ANIMALS), [[2, 0, 2], []], "hen\ncow\ndog\n", [("hen", "dog"), ()]),
+        (Value("string"), ["pig, big", "ant"], "ant\npig, big\n", [("pig, big",), ("ant",)]),
+        (List(Value("string")), [["b ", "a"], [""]], "a\nb\n", [("a", "b"), ()]),
+    ],
+)
+def test_kinds_of_labels(
+    tmp_path: Path, kind: Any, labels: list[Any], classes: str, expected: list[Any]
+) -> None:
+    calls: list[tuple[int, int]] = []
+    output = import_huggingface(
+        make(labels, kind), tmp_path / "out", progress=lambda *n: calls.append(n)
+    )
+    assert (output / "classes.txt").read_text() == classes
+    assert list(found(output).values()) == expected
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_stored_bytes_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "disk.webp").write_bytes(encoded(7, "WEBP"))
+    images = [
+        {"bytes": encoded(1), "path": "../../x.exe"},
+        {"bytes": encoded(2, "PNG"), "path": None},
+        {"bytes": None, "path": str(tmp_path / "disk.webp")},
+        np.full((4, 6), 9, np.uint8),
+        {"bytes": encoded(200, "ICO"), "path": "a.ico"},
+    ]
+    output = import_huggingface(make([0] * 5, ANIMALS, images), tmp_path / "out")
+    files = sorted((output / "images").iterdir())
+    assert [f.name for f in files] == [
+        "000000.jpg",
+        "000001.png",
+        "000002.webp",
+        "000003.png",
+        "000004.png",
+    ]
+    assert files[0].read_bytes() == encoded(1)
+    assert files[2].read_bytes() == encoded(7, "WEBP")
+    assert np.array(Image.open(files[3])).tolist() == [[9] * 6] * 4
+    assert Image.open(files[4]).format == "PNG"
+    assert Image.open(files[4]).getpixel((0, 0)) == (200, 0, 0)
+
+
+def test_rows_left_out(tmp_path: Path) -> None:
+    images = [
+        {"bytes": encoded(1), "path": None},
+        {"bytes": encoded(2), "path": None},
+        None,
+        {"bytes": b"no image", "path": "b.jpg"},
+        {"bytes": None, "path": "https://nowhere.invalid/b.jpg"},
+    ]
+    output = import_huggingface(make([1, -1, 1, 1, 1], ANIMALS, images), tmp_path / "out")
+    assert found(output) == {"000000": ("cow",)}
+    reasons = {entry["row"]: entry["reason"] for entry in record(output)["left_out"]}
+    assert reasons[1] == "it has no label in the column 'label'"
+    assert reasons[2] == "it has no image"
+    assert "damaged or of an unknown format" in reasons[3]
+    assert "its file https://nowhere.invalid/b.jpg cannot be read" in reasons[4]
+    with pytest.raises(DataError, match="no row of the data set can be used; the first: it has no"):
+        import_huggingface(make([None, -1], ANIMALS), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    whole = make([0, 1], ANIMALS)
+    whole.save_to_disk(tmp_path / "one")
+    splits = DatasetDict({"train": whole, "test": whole.select([1])})
+    splits.save_to_disk(tmp_path / "two")
+    for n, source in enumerate((tmp_path / "one", str(tmp_path / "one"), whole)):
+        output = import_huggingface(source, tmp_path / f"out {n}")
+        assert found(output) == {"000000": ("hen",), "000001": ("cow",)}
+    test = import_huggingface(tmp_path / "two", tmp_path / "test", split="test")
+    assert found(test) == {"000000": ("cow",)}
+    assert record(test)["source"] == str(tmp_path / "two")
+    with pytest.raises(DataError, match=r"the splits test, train; name one \(split\)"):
+        import_huggingface(splits, tmp_path / "x")
+    with pytest.raises(DataError, match="unknown split 'val'; the splits are test, train"):
+        import_huggingface(tmp_path / "two", tmp_path / "x", split="val")
+    with pytest.raises(DataError, match="unknown split 'val'; the data set has none"):
+        import_huggingface(whole, tmp_path / "x", split="val")
+    only = DatasetDict({"train": whole})
+    assert len(found(import_huggingface(only, tmp_path / "only"))) == 2
+
+
+def test_names_on_the_hub_come_without_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(name: str, **options: Any) -> Dataset:
+        asked.append((name, options))
+        if name == "gone":
+            raise ConnectionError("no such host\nand more")
+        return make([0], ANIMALS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    import_huggingface("owner/name", tmp_path / "out", split="train[:10%]")
+    assert asked == [("owner/name", {"split": "train[:10%]"})]
+    with pytest.raises(DataError, match="cannot open the data set 'gone': no such host; give the"):
+        import_huggingface("gone", tmp_path / "x")
+    for name in ("../name", "a/b/c", "https://a/b", "-x/y"):
+        with pytest.raises(DataError, match="is neither a folder nor a name on the hub"):
+            import_huggingface(name, tmp_path / "x")
+    assert len(asked) == 2
+    with pytest.raises(DataError, match=r"cannot open the data set '.*nope': .*not found"):
+        import_huggingface(tmp_path / "nope", tmp_path / "x")
+
+
+def test_another_format_of_rows_changes_nothing(tmp_path: Path) -> None:
+    dataset = make([0, 1], ANIMALS).with_format("numpy")
+    assert len(found(import_huggingface(dataset, tmp_path / "out"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        (Value("int64"), [1], r"'label' holds Value\('int64'\); expected a ClassLabel or a text"),
+        (List(Value("float32")), [[1.0]], "expected a ClassLabel or a text, or lists of these"),
+        (ClassLabel(names=["a;b"]), [0], "the class name 'a;b' cannot stand in labels.csv"),
+        (ClassLabel(names=["Background", "a"]), [1], "the class name 'Background' cannot stand"),
+        (ClassLabel(names=["a\nb"]), [0], "has a ';' or a line break"),
+        (ClassLabel(names=["a", "a "]), [0], "class names repeat: a"),
+        (ClassLabel(num_classes=255), [0], r"mask ids \[255\] are outside 1..254"),
+        (Value("string"), [""], "no classes were given"),
+    ],
+)
+def test_wrong_labels(tmp_path: Path, kind: Any, labels: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        import_huggingface(make(labels, kind), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_columns_and_sources(tmp_path: Path) -> None:
+    dataset = make([0], ANIMALS)
+    with pytest.raises(DataError, match="there is no column 'img'; the columns are image, label"):
+        import_huggingface(dataset, tmp_path, image="img")
+    with pytest.raises(
+        DataError, match="there is no column 'labels'; the columns are image, label"
+    ):
+        import_huggingface(dataset, tmp_path, labels="labels")
+    with pytest.raises(
+        DataError, match=r"'label' holds ClassLabel.*; the columns of images are image"
+    ):
+        import_huggingface(dataset, tmp_path, image="label")
+    with pytest.raises(DataError, match="list cannot be imported; give a"):
+        import_huggingface([1], tmp_path)
+    with pytest.raises(DataError, match="IterableDataset cannot be imported"):
+        import_huggingface(dataset.to_iterable_dataset(), tmp_path)
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(DataError, match=r"has a labels\.csv already; choose another output folder"):
+        import_huggingface(dataset, tmp_path)
+
+
+def test_the_library_is_missing_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make([0], ANIMALS)
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(
+        LpcamError, match=r"datasets 3\.6\.0 can run programs that come with data sets"
+    ):
+        import_huggingface(dataset, tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LpcamError, match=r"need its library .*pip install 'lpcam\[huggingface\]'"):
+        import_huggingface(dataset, tmp_path)

@@ -1,0 +1,108 @@
+"""Tables of labels: three forms of one table, and what the errors say of each."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from lpcam.data.labels import LabelRow, LabelTable, read_labels
+from lpcam.errors import DataError
+
+FORMS = {
+    "labels.csv": "image,labels\na.jpg,cow\nbarn/b,\nc.png,cow;dog\n",
+    "hot.csv": "image,cow,dog\na.jpg,1,0\nbarn/b,0,0\nc.png,1,1\n",
+    "hot_2.CSV": "\ufefffilename, cow, dog\r\na.jpg, 1.0 ,False\r\nbarn/b,0.0,0\r\n"
+    "c.png,TRUE,1\r\n",
+    "labels.jsonl": '{"image": "a.jpg", "labels": ["cow"], "author": {"name": 1}}\n'
+    '{"image": "barn/b", "labels": []}\n{"labels": ["cow", "dog"], "image": "c.png"}',
+}
+
+
+def write(folder: Path, name: str, text: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_three_forms_say_the_same(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name, FORMS[name])
+    first = 1 if name.endswith("jsonl") else 2
+    assert read_labels(path) == LabelTable(
+        path,
+        (
+            LabelRow(first, "a.jpg", ("cow",)),
+            LabelRow(first + 1, "barn/b", ()),
+            LabelRow(first + 2, "c.png", ("cow", "dog")),
+        ),
+        ("cow", "dog") if "hot" in name else None,
+    )
+
+
+def test_columns_keep_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "image,hen,ant,cow\nx,1,0,1\n")
+    table = read_labels(path)
+    assert table.classes == ("hen", "ant", "cow")
+    assert table.rows[0].labels == ("hen", "cow")
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    csv = write(tmp_path, "a.csv", 'image,labels\n\n"a",cow\n,\nb,"big\ncow"\nc,cow\n')
+    assert [(r.line, r.image) for r in read_labels(csv).rows] == [(3, "a"), (6, "b"), (7, "c")]
+    # U+2028 ends a line of text, not one of JSON
+    lines = '\n{"image": "a\u2028b", "labels": []}\r\n\n{"image": "c", "labels": []}\n'
+    jsonl = write(tmp_path, "a.jsonl", lines)
+    rows = read_labels(jsonl).rows
+    assert [(r.line, r.image) for r in rows] == [(2, "a\u2028b"), (4, "c")]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "hot.csv", "a.jsonl"])
+def test_names_are_in_one_unicode_form(tmp_path: Path, name: str) -> None:
+    nfd = unicodedata.normalize("NFD", "kälbchen")
+    text = {
+        "a.csv": f"image,labels\n {nfd}.jpg,{nfd} ; \n",
+        "hot.csv": f"image, {nfd}\n{nfd}.jpg,1\n",
+        "a.jsonl": f'{{"image": " {nfd}.jpg", "labels": ["{nfd} ", ""]}}',
+    }[name]
+    (row,) = read_labels(write(tmp_path, name, text)).rows
+    assert (row.image, row.labels) == ("kälbchen.jpg", ("kälbchen",))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "image\nx\n", "line 1 is 'image'; a.csv must be UTF-8 text whose first line"),
+        ("a.csv", "name,cow\nx,1\n", r"line 1 is 'name,cow'; a\.csv must be"),
+        ("a.csv", "image,labels,cow\nx,,1\n", "line 1 is 'image,labels,cow'"),
+        ("a.csv", "image,cow,cow\nx,1,1\n", "line 1: the columns cow repeat"),
+        ("a.csv", "image,cow,\nx,1,1\n", "line 1: a column has no name"),
+        ("a.csv", "image,cow,dog\nx,1\n", "line 2 has 2 columns, expected 3"),
+        ("a.csv", "image,cow,dog\nx,1,0\ny,1,2\n", "line 3 has '2' in the column 'dog', expected"),
+        ("a.csv", "image,cow\nx,\n", "line 2 has '' in the column 'cow', expected 0 or 1"),
+        ("a.csv", "image,label\nx,cow\n", r"'cow' in the column 'label'.*'image,labels'"),
+        ("a.csv", "image,cow\n../x,1\n", r"line 2: image name '\.\./x' is refused"),
+        ("a.csv", "image,cow\n", r"a\.csv names no image"),
+        ("a.jsonl", "", r"names no image; a\.jsonl must be UTF-8 text with one JSON object a line"),
+        ("a.jsonl", '\n{"image": "x"', r"line 2 is no JSON \(.*\); a\.jsonl must be"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("a.jsonl", '["x", ["cow"]]', "line 1 reads .*; expected an object with a text 'image'"),
+        ("a.jsonl", '{"image": "x"}', "line 1 reads"),
+        ("a.jsonl", '{"image": "x", "labels": "cow"}', "a list of texts 'labels'"),
+        ("a.jsonl", '{"image": "x", "labels": [1]}', "a list of texts 'labels'"),
+        ("a.jsonl", '{"image": 7, "labels": []}', "a text 'image'"),
+        ("a.jsonl", '{"image": "x", "labels": ["\\ud800"]}', "a list of texts 'labels'"),
+        ("a.jsonl", '{"image": "/x", "labels": []}', "line 1: image name '/x' is refused"),
+        ("a.jsonl", b'{"image": "\xff"}', "no UTF-8 text; save it as UTF-8"),
+        ("a.json", "[]", r"is no table of labels; give a \.csv or a \.jsonl file"),
+    ],
+)
+def test_wrong_tables(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_labels(write(tmp_path, name, text))
+
+
+def test_a_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no .*a\.jsonl; a\.jsonl must be"):
+        read_labels(tmp_path / "a.jsonl")

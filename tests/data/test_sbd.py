@@ -1,0 +1,263 @@
+"""train_aug from VOC and SBD: which images, which masks, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import scipy.sparse
+from PIL import Image
+
+from lpcam.data.images import read_index_mask
+from lpcam.data.sbd import make_train_aug, read_segmentation
+from lpcam.data.truth import with_mask_folder
+from lpcam.data.voc import read_voc
+from lpcam.errors import DataError, LpcamError
+
+SIZE = (4, 6)
+TRAIN, VAL = ("2007_000001", "2007_000002"), ("2007_000003", "2007_000004")
+SBD_TRAIN = ("2008_000001", "2007_000002", "2007_000003")
+SBD_VAL = ("2008_000002",)
+
+
+def write_mat(path: Path, values: object, *, name: str = "GTcls") -> None:
+    """As SBD's own: a struct of the class mask, sparse boundaries and the classes."""
+    boundaries = np.empty((20, 1), object)
+    for n in range(20):
+        boundaries[n, 0] = scipy.sparse.csc_matrix(SIZE, dtype=bool)
+    fields = {"Boundaries": boundaries, "Segmentation": values, "CategoriesPresent": [[3]]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy.io.savemat(path, {name: fields}, do_compression=True)
+
+
+def voc_mask(image_id: str) -> np.ndarray:
+    mask = np.full(SIZE, int(image_id[-1]), np.uint8)
+    mask[0, 0] = 255
+    return mask
+
+
+def sbd_mask(image_id: str) -> np.ndarray:
+    mask = np.zeros(SIZE, np.uint8)
+    mask[1:, int(image_id[-1]) :] = 20
+    return mask
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "Annotations"):
+        (root / folder).mkdir(parents=True)
+    for image_id in {*TRAIN, *VAL, *SBD_TRAIN, *SBD_VAL}:
+        Image.new("RGB", SIZE[::-1]).save(root / "JPEGImages" / f"{image_id}.jpg")
+        (root / "Annotations" / f"{image_id}.xml").write_text("<annotation/>")
+    for name, ids in (("train", TRAIN), ("val", VAL)):
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text("\n".join(ids))
+        for image_id in ids:
+            image = Image.fromarray(voc_mask(image_id))
+            image.putpalette(bytes(range(256)) * 3)
+            image.save(root / "SegmentationClass" / f"{image_id}.png")
+    return root
+
+
+@pytest.fixture
+def sbd(tmp_path: Path) -> Path:
+    dataset = tmp_path / "benchmark_RELEASE" / "dataset"
+    for name, ids in (("train", SBD_TRAIN), ("val", SBD_VAL)):
+        for image_id in ids:
+            write_mat(dataset / "cls" / f"{image_id}.mat", sbd_mask(image_id))
+        (dataset / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
+    return dataset
+
+
+def test_list_and_masks(voc: Path, sbd: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    made = make_train_aug(voc, sbd, workers=2, progress=lambda *n: calls.append(n))
+    # all of train, of SBD what is not in val, sorted
+    assert made.ids == (*TRAIN, "2008_000001", "2008_000002")
+    assert made.list_path.read_text() == "".join(f"{i}\n" for i in made.ids)
+    assert made.masks_folder == voc / "SegmentationClassAug"
+    assert made.counts == {
+        "train": 2,
+        "val": 2,
+        "sbd": 4,
+        "sbd in val": 1,
+        "train_aug": 4,
+        "masks written": 6,
+        "masks kept": 0,
+    }
+    assert calls == [(n, 6) for n in range(1, 7)]
+    written = {path.stem: read_index_mask(path) for path in made.masks_folder.iterdir()}
+    assert written.keys() == {*TRAIN, *VAL, "2008_000001", "2008_000002"}
+    for image_id, mask in written.items():
+        own = voc_mask if image_id in (*TRAIN, *VAL) else sbd_mask
+        np.testing.assert_array_equal(mask, own(image_id), err_msg=image_id)
+    dataset = with_mask_folder(read_voc(voc, lists=["train_aug"]), made.masks_folder)
+    assert dataset.lists["train_aug"] == made.ids
+    assert all(item.mask is not None for item in dataset.items.values())
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_another_output_and_the_same_bytes_with_any_number_of_workers(
+    voc: Path, sbd: Path, tmp_path: Path, up: int
+) -> None:
+    outputs = [tmp_path / "one", tmp_path / "three"]
+    for output, workers in zip(outputs, (1, 3), strict=True):
+        make_train_aug(voc.parent, [sbd, *sbd.parents][up], output, workers=workers)
+    files = [
+        {p.relative_to(o): p.read_bytes() for p in o.rglob("*") if p.is_file()} for o in outputs
+    ]
+    assert files[0] == files[1] and len(files[0]) == 7
+    assert not (voc / "SegmentationClassAug").exists()
+
+
+def test_a_second_call_goes_on_where_the_first_was(voc: Path, sbd: Path) -> None:
+    first = make_train_aug(voc, sbd)
+    first.list_path.unlink()
+    lost = first.masks_folder / "2008_000002.png"
+    lost.unlink()
+    kept = first.masks_folder / "2008_000001.png"
+    Image.fromarray(sbd_mask("2008_000001")).save(kept)  # equal values, other bytes
+    before = kept.read_bytes()
+    again = make_train_aug(voc, sbd)
+    assert again.ids == first.ids and first.list_path.is_file() and lost.is_file()
+    assert (again.counts["masks written"], again.counts["masks kept"]) == (1, 5)
+    assert kept.read_bytes() == before
+
+
+def test_nothing_that_differs_is_replaced(voc: Path, sbd: Path) -> None:
+    made = make_train_aug(voc, sbd)
+    for text, how in (
+        ("2008_000001\n2007_000001\n2009_000009\n", "3 images, 1 others and without 2; VOC and"),
+        ("".join(f"{i}\n" for i in reversed(made.ids)), "4 images, in another order"),
+    ):
+        made.list_path.write_text(text)
+        with pytest.raises(DataError, match=f"is there already with {how}"):
+            make_train_aug(voc, sbd)
+        assert made.list_path.read_text() == text
+    # the same list as integers
+    made.list_path.write_text("\n".join(i.replace("_", "") for i in made.ids))
+    make_train_aug(voc, sbd)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(made.masks_folder / "2008_000001.png")
+    with pytest.raises(
+        DataError, match=r"2008_000001\.png is there already and differs from .*mat"
+    ):
+        make_train_aug(voc, sbd)
+
+
+def test_what_is_missing_is_told_before_anything_is_written(voc: Path, sbd: Path) -> None:
+    (sbd / "cls" / "2008_000001.mat").unlink()
+    (voc / "JPEGImages" / "2008_000002.jpg").unlink()
+    with pytest.raises(DataError, match=r"2 files .* missing, the first is .*2008_000001\.mat"):
+        make_train_aug(voc, sbd)
+    assert not (voc / "SegmentationClassAug").exists()
+    write_mat(sbd / "cls" / "2008_000001.mat", sbd_mask("2008_000001"))
+    # SBD has copies of its images
+    (sbd / "img").mkdir()
+    Image.new("RGB", SIZE[::-1]).save(sbd / "img" / "2008_000002.jpg")
+    make_train_aug(voc, sbd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sbd: (sbd / "val.txt").unlink(), r"cannot read .*val\.txt: No such file"),
+        (lambda sbd: (sbd / "val.txt").write_text("\n"), r"val\.txt is empty; fetch SBD again"),
+        (lambda sbd: (sbd / "val.txt").write_text("a\na\n"), "names 'a' more than once"),
+        (lambda sbd: (sbd / "val.txt").write_text("../a\n"), r"line 1: image name '\.\./a' is ref"),
+        (lambda sbd: (sbd / "cls").rename(sbd / "gone"), "is no SBD folder; expected benchmark_"),
+    ],
+)
+def test_wrong_folders_of_sbd(voc: Path, sbd: Path, change: object, message: str) -> None:
+    change(sbd)  # type: ignore[operator]
+    with pytest.raises(DataError, match=message):
+        make_train_aug(voc, sbd)
+
+
+def test_a_mask_of_another_size(voc: Path, sbd: Path) -> None:
+    write_mat(sbd / "cls" / "2008_000001.mat", np.ones((6, 4), np.uint8))
+    with pytest.raises(
+        DataError, match=r"2008_000001\.mat is 6 x 4 \(height x width\) but its .*4 x"
+    ):
+        make_train_aug(voc, sbd)
+    assert not (voc / "ImageSets" / "Segmentation" / "train_aug.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "message"),
+    [
+        (
+            np.full(SIZE, 21, np.uint8),
+            "GTcls",
+            r"is uint8 \(4, 6\) with values from 21 to 21; exp",
+        ),
+        (np.full(SIZE, -1, np.int16), "GTcls", "values from -1 to -1"),
+        (np.ones(SIZE), "GTcls", r"is float64 \(4, 6\); expected a matrix of whole numbers"),
+        (np.ones((4, 6, 2), np.uint8), "GTcls", r"is uint8 \(4, 6, 2\)"),
+        (np.zeros((0, 0), np.uint8), "GTcls", r"is uint8 \(0, 0\)"),
+        ({"a": 1}, "GTcls", "is .*; expected a matrix"),
+        (np.ones(SIZE, np.uint8), "GTinst", r"has no GTcls\.Segmentation \(KeyError"),
+    ],
+)
+def test_wrong_contents(tmp_path: Path, values: object, name: str, message: str) -> None:
+    path = tmp_path / "a.mat"
+    write_mat(path, values, name=name)
+    with pytest.raises(DataError, match=message):
+        read_segmentation(path)
+
+
+def test_every_cut_and_changed_byte_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "a.mat"
+    write_mat(path, sbd_mask("2008_000001"))
+    data = path.read_bytes()
+    np.testing.assert_array_equal(read_segmentation(path), sbd_mask("2008_000001"))
+    rng = np.random.default_rng(0)
+    wrong = [data[:n] for n in range(0, len(data), 9)]
+    for place in rng.integers(0, len(data), 100):
+        wrong.append(
+            data[:place] + bytes([data[place] ^ int(rng.integers(1, 256))]) + data[place + 1 :]
+        )
+    refused = 0
+    for damaged in wrong:
+        path.write_bytes(damaged)
+        try:
+            assert read_segmentation(path).max() <= 20
+        except DataError:
+            refused += 1
+    assert refused > len(wrong) / 2
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x89HDF\r\n\x1a\n", b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(512)]
+)
+def test_hdf5_files(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "a.mat"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(DataError, match=r"MATLAB 7\.3 \(HDF5\); .* save\(FILE, 'GTcls', '-v7'\)"):
+        read_segmentation(path)
+    with pytest.raises(DataError, match=r"cannot read .*gone\.mat: No such file"):
+        read_segmentation(tmp_path / "gone.mat")
+
+
+def test_without_scipy(voc: Path, sbd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(LpcamError, match=r"need SciPy .*pip install 'lpcam\[objects\]'"):
+        make_train_aug(voc, sbd)
+
+
+def test_objects_in_a_file_run_nothing(tmp_path: Path) -> None:
+    """A pickle under the name of a .mat file is no .mat file."""
+    canary = tmp_path / "canary"
+    path = tmp_path / "a.mat"
+    path.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
+    with pytest.raises(DataError, match="damaged"):
+        read_segmentation(path)
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"GTcls": {"Segmentation": np.array([[{"a": 1}]], object)}})
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match="expected a matrix"):
+        read_segmentation(path)
+    assert not canary.exists()

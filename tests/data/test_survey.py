@@ -1,0 +1,295 @@
+"""A survey of a data set: counts by hand, every kind of finding, words that fit."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import draw_folder
+
+from lpcam.data.estimate import usual_recipe
+from lpcam.data.folder import read_folder
+from lpcam.data.items import ClassTable, Dataset, Item, Skip
+from lpcam.data.survey import Finding, Survey, _may_be_one, survey
+from lpcam.data.voc import CLASSES, read_voc
+from lpcam.errors import DataError
+
+LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
+MASKS = {"a": [0, 1, 255], "b": [1, 2], "c": [0, 2]}
+"""Values in the mask of each image; d and e have none."""
+
+
+def make(
+    folder: Path,
+    labels: dict[str, tuple[int, ...]] | None = None,
+    masks: dict[str, list[int]] | None = None,
+    classes: tuple[str, ...] = ("cow", "dog"),
+    **more: object,
+) -> Dataset:
+    """A data set of images that all differ, 6 wide, the n-th 4 + n high."""
+    items = {}
+    for number, (name, of) in enumerate((LABELS if labels is None else labels).items()):
+        image = folder / f"{name}.png"
+        Image.new("RGB", (6, 4 + number), (number, 0, 0)).save(image)
+        values = (MASKS if masks is None else masks).get(name)
+        path = None
+        if values is not None:
+            path = folder / f"{name}-mask.png"
+            mask = np.full((4 + number, 6), values[0], np.uint8)
+            mask[0, : len(values)] = values
+            Image.fromarray(mask).save(path)
+        items[name] = Item(name, image, of, path)
+    lists = {"train": ("a", "b"), "val": ("c",), "all": tuple(items)}
+    table = ClassTable(classes, tuple(range(1, len(classes) + 1)))
+    kept = {of: tuple(i for i in ids if i in items) for of, ids in lists.items()}
+    dataset = Dataset("fields", table, items, kept, "labels.csv")
+    return replace(dataset, **more)  # type: ignore[arg-type]
+
+
+def found(result: Survey, kind: str) -> Finding:
+    (one,) = [finding for finding in result.findings if finding.kind == kind]
+    return one
+
+
+def kinds(result: Survey) -> list[str]:
+    return [finding.kind for finding in result.findings]
+
+
+def test_counts_are_those_by_hand(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    result = survey(make(tmp_path), workers=2, progress=lambda *done: calls.append(done))
+    assert calls == [(done, 8) for done in range(1, 9)]
+    assert result.suffixes == {".png": 5}
+    assert (result.smallest, result.median, result.largest) == ((4, 6), (6, 6), (8, 6))
+    assert (result.whole.images, result.whole.labelled, result.whole.masks) == (5, 4, 3)
+    assert result.together.tolist() == [[3, 2], [2, 3]]
+    assert result.alone == (1, 1)
+    train, val, everything = result.lists
+    assert (train.images, train.masks, train.classes, train.within) == (2, 2, (2, 1), ("all",))
+    assert (val.classes, everything.within, everything.labelled) == ((0, 1), (), 4)
+    assert kinds(result) == ["small classes", "no label"]
+    assert found(result, "small classes").names == ("cow (3)", "dog (3)")
+    assert found(result, "no label").names == ("d",)
+    assert result.problems == ()
+    assert "Nothing needs attention." in result.summary()
+
+
+def test_labels_and_masks_that_disagree(tmp_path: Path) -> None:
+    masks = {**MASKS, "a": [0, 2], "d": [1, 2], "c": [0, 255]}
+    result = survey(make(tmp_path, masks=masks))
+    unsaid, unseen = found(result, "mask without label"), found(result, "label without mask")
+    assert unsaid.names == ("a", "d")
+    assert unsaid.text.endswith("(dog 2, cow 1)")
+    assert unsaid.attention
+    assert unseen.names == ("a", "c")
+    assert unseen.text.endswith("(cow 1, dog 1)")
+    # two of three labelled masks lack an object: no longer some difficult ones
+    assert unseen.attention
+    few = survey(make(tmp_path, masks={**MASKS, "c": [0, 255]}))
+    assert not found(few, "label without mask").attention
+
+
+def test_mask_values_of_no_class(tmp_path: Path) -> None:
+    result = survey(make(tmp_path, masks={**MASKS, "a": [0, 1, 7], "b": [1, 2, 7, 9]}))
+    finding = found(result, "mask values")
+    assert finding.names == ("a", "b")
+    assert "(7 in 2, 9 in 1; of 3 masks)" in finding.text
+    assert finding.attention
+
+
+def test_masks_of_0_and_255_alone(tmp_path: Path) -> None:
+    result = survey(make(tmp_path, masks={name: [0, 255] for name in "abc"}))
+    assert "write the class's number instead (1 for cow)" in found(result, "mask values").text
+    # not one finding an image on top
+    assert "label without mask" not in kinds(result)
+
+
+def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    Image.new("RGB", (6, 4)).save(tmp_path / "a-mask.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "b-mask.png")
+    (tmp_path / "c-mask.png").unlink()
+    result = survey(dataset)
+    texts = {f.names: f.text for f in result.findings if f.kind == "mask"}
+    assert set(texts) == {("a",), ("b",), ("c",)}
+    assert "holds colours" in texts[("a",)]
+    assert "is 9 × 9 (height × width), the upright image 5 × 6" in texts[("b",)]
+    assert "No such file" in texts[("c",)]
+    assert all(str(tmp_path) not in text for text in texts.values())
+
+
+def test_part_masks_are_looked_at_too(tmp_path: Path) -> None:
+    dataset = make(tmp_path, masks={})
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "parts.png")
+    items = {**dataset.items, "d": replace(dataset.items["d"], parts=tmp_path / "parts.png")}
+    assert found(survey(replace(dataset, items=items)), "mask").names == ("d",)
+
+
+def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> None:
+    labels = {f"cow {n}": (0,) for n in range(6)}
+    dataset = make(tmp_path, labels, {}, lists={"all": tuple(labels)})
+    for name in ("cow 1", "cow 4"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    (tmp_path / "cow 2.png").write_bytes(b"text")
+    gone = [Skip(f"x_{n}", f"there is no image {tmp_path}/JPEGImages/x_{n}.jpg") for n in range(9)]
+    calls: list[tuple[int, int]] = []
+    result = survey(
+        replace(dataset, skipped=tuple(gone)), progress=lambda *done: calls.append(done)
+    )
+    assert calls[-1] == (6, 6)
+    texts = [(f.names, f.text) for f in result.findings if f.kind == "left out"]
+    assert [len(names) for names, _ in texts] == [9, 2, 1]
+    assert texts[0][1] == "9 images left out (e.g. there is no image x_0.jpg)"
+    assert texts[1][0] == ("cow 1", "cow 4")
+    assert "the file is empty" in texts[1][1]
+    assert texts[2][1].startswith("1 image left out (cannot read image ")
+    assert result.whole.images == 3
+    assert result.lists[0].images == 3
+    assert "x_0; x_1; x_2 and 6 more" in result.summary()
+    # the JSON has them all
+    assert len(result.as_json()["findings"][0]["names"]) == 9
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    labels = dict.fromkeys("abcdefgh", (0,)) | {"f": (1,), "h": (0,)}
+    dataset = make(tmp_path, labels, {})
+    for source, copy in (("a", "b"), ("e", "f"), ("a", "c"), ("g", "h")):
+        (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{source}.png").read_bytes())
+    dataset = replace(
+        dataset, lists={"train": ("a", "b", "d"), "val": ("c", "e", "f"), "more": ("d", "g")}
+    )
+    result = survey(dataset)
+    assert found(result, "duplicates with other labels").names == ("e = f",)
+    assert found(result, "duplicates across lists").names == ("a = b = c",)
+    plain = found(result, "duplicates")
+    assert (plain.names, plain.attention) == (("g = h",), False)
+    assert len(result.problems) == 2
+    # beside a list of all images nothing lies in lists that share nothing
+    whole = replace(dataset, lists={"train": ("a", "b"), "all": tuple(labels)})
+    assert "duplicates across lists" not in kinds(survey(whole))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "images", "same"),
+    [
+        ("Cow", "cow", 90, True),
+        ("dining table", "diningtable", 90, True),
+        ("dining-table", "dining_table", 90, True),
+        ("cow", "cows", 90, True),
+        ("bus", "buses", 90, True),
+        ("hrose", "horse", 3, True),
+        ("horse", "house", 90, False),
+        ("cat", "car", 3, False),
+        ("class 1", "class 2", 3, False),
+        ("type-1", "type 11", 90, False),
+    ],
+)
+def test_names_that_may_be_one_class(one: str, other: str, images: int, same: bool) -> None:
+    assert _may_be_one(one, other, images, 100) is same
+    assert _may_be_one(other, one, 100, images) is same
+
+
+def test_no_classes_of_voc_are_taken_for_one() -> None:
+    pairs = [(a, b) for a in CLASSES for b in CLASSES if a != b]
+    assert not [pair for pair in pairs if _may_be_one(*pair, 1, 1000)]
+
+
+def test_class_and_image_names_that_are_near(tmp_path: Path) -> None:
+    labels = {"a": (0,), "b": (1,), "img": (0,)}
+    dataset = make(tmp_path, labels, {}, ("cow", "Cow"))
+    items = {**dataset.items, "IMG": replace(dataset.items["a"], id="IMG")}
+    result = survey(replace(dataset, items=items))
+    assert found(result, "class names").names == ("cow (3), Cow (1)",)
+    assert found(result, "image names").names == ("img, IMG",)
+
+
+def test_classes_lists_and_labels_that_are_empty(tmp_path: Path) -> None:
+    labels = {"a": (), "b": (), "c": ()}
+    dataset = make(tmp_path, labels, {}, lists={"x": ("a", "b"), "y": ("b", "c"), "z": ()})
+    result = survey(replace(dataset, notices=("something was noticed",)))
+    assert found(result, "empty classes").names == ("cow", "dog")
+    assert found(result, "no label").attention  # of every image
+    lists = [f for f in result.findings if f.kind == "lists"]
+    assert [(f.names, f.attention) for f in lists] == [(("z",), True), (("b",), False)]
+    assert lists[1].text == "the lists x and y share 1 image"
+    assert found(result, "notice").text == "something was noticed"
+    # what needs attention comes first
+    order = [finding.attention for finding in result.findings]
+    assert order == sorted(order, reverse=True)
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    dataset = make(tmp_path, {"a": (0,)}, {})
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image of fields can be used: .*the file is empty"):
+        survey(dataset)
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    result = survey(make(tmp_path))
+    value = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert value["co_occurrence"] == {"cow": {"cow": 3, "dog": 2}, "dog": {"cow": 2, "dog": 3}}
+    assert value["sizes"]["largest"] == {"height": 8, "width": 6}
+    assert value["classes"][1] == {
+        "name": "dog",
+        "mask_id": 2,
+        "images": 3,
+        "alone": 1,
+        "lists": {"train": 1, "val": 1, "all": 3},
+    }
+    assert value["lists"][0]["within"] == ["all"]
+    assert value["needs_attention"] is False
+    assert value["estimate"] is None
+
+
+def test_summary_of_few_classes_shows_all_pairs(tmp_path: Path) -> None:
+    result = survey(make(tmp_path))
+    assert "+cow" not in result.summary(40)
+    lines = result.summary(100).splitlines()
+    assert lines[0].startswith(
+        "fields: 5 images (.png), 2 classes, 3 masks; labels from labels.csv"
+    )
+    head = next(line for line in lines if line.startswith("class")).split()
+    assert head == ["class", "images", "train", "val", "alone", "+cow", "+dog"]
+    rows = [line.split() for line in lines if line.startswith(("cow", "dog"))]
+    assert rows == [["cow", "3", "2", "0", "1", "·", "2"], ["dog", "3", "1", "1", "1", "2", "·"]]
+
+
+def test_summary_of_many_classes_is_short_and_narrow(tmp_path: Path) -> None:
+    names = tuple(f"class number {n}" for n in range(60))
+    labels = {f"i{n}": tuple(range(n, 60, 7)) for n in range(12)}
+    result = survey(make(tmp_path, labels, {}, names, lists={"all": tuple(labels)}))
+    text = result.summary(80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) < 45
+    assert "... 36 more" in text
+    assert "most often together with" in text
+    # a name with markup is words
+    odd = survey(make(tmp_path, {"a": (0,)}, {}, ("[red]cow :cow:",), lists={"all": ("a",)}))
+    assert "[red]cow :cow:" in odd.summary()
+
+
+def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
+    draw_folder(tmp_path, count=6)
+    result = survey(read_folder(tmp_path), recipe=usual_recipe("test_resnet"), workers=2)
+    text = " ".join(result.summary().split())
+    assert "time of a run" in text
+    assert "timed here with test_resnet, scales 1, 0.5, 1.5 and flip, 2 workers on" in text
+    assert result.as_json()["estimate"]["seconds"]["all"] > 0
+    # labels and masks of the drawing agree
+    assert [f.kind for f in result.problems] == []
+
+
+def test_the_photographs(shared: Path) -> None:
+    root = shared / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
+    started = time.monotonic()
+    result = survey(read_voc(root, lists=["val"]), workers=2)
+    assert time.monotonic() - started < 30
+    assert result.whole.images == 196
+    assert result.whole.classes[CLASSES.index("horse")] == 30
+    assert not [f for f in result.findings if f.kind in ("left out", "mask", "mask values")]

@@ -1,0 +1,36 @@
+"""Masks of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lpcam.data.items import ClassTable, Dataset, Item
+from lpcam.data.truth import with_mask_folder
+from lpcam.errors import DataError
+from lpcam.masks import write_mask
+
+
+def dataset(*ids: str) -> Dataset:
+    items = {name: Item(name, Path(f"{name}.jpg"), (0,), Path("old.png")) for name in ids}
+    return Dataset("d", ClassTable(("cow",), (1,)), items, {"all": ids}, "labels")
+
+
+def test_masks_are_found_by_id_and_by_the_numbers_of_coco(tmp_path: Path) -> None:
+    names = ["barn/cow 7", "COCO_train2014_000000000009", "COCO_train2014_000000000010", "other"]
+    for name in ("barn/cow 7", "9", "000000000010"):
+        write_mask(tmp_path / f"{name}.png", np.zeros((2, 2), np.uint8))
+    found = with_mask_folder(dataset(*names), tmp_path)
+    masks = [found.items[name].mask for name in names]
+    expected = [tmp_path / f"{name}.png" for name in ("barn/cow 7", "9", "000000000010")]
+    assert masks == [*expected, None]  # an image of another has none, not the old one
+
+
+def test_a_folder_without_masks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no folder .*missing of masks"):
+        with_mask_folder(dataset("a"), tmp_path / "missing")
+    write_mask(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
+    with pytest.raises(DataError, match=r"has no mask of any of the 1 images; .* such as a\.png"):
+        with_mask_folder(dataset("a"), tmp_path)

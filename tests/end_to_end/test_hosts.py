@@ -1,0 +1,176 @@
+"""The recipes of the hosts on tiny folders, with random weights: every stage, every arm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import small_run, times
+
+from lpcam.data.images import read_index_mask
+from lpcam.errors import DataError, RecipeError
+from lpcam.pipeline import run
+from lpcam.recipe import load_recipe
+from lpcam.stages.context import read_dataset
+from lpcam.storage import read_json
+
+WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1]}"
+AMN = {
+    "host.amn.epochs": "1",
+    "host.amn.batch_size": "4",
+    "host.amn.crop": "64",
+}
+MCTFORMER = {
+    "host.backbone": "test_vit",
+    "host.weights": "random",
+    "host.mctformer.epochs": "1",
+    "host.mctformer.warmup_epochs": "0",
+    "host.mctformer.batch_size": "4",
+    "host.mctformer.crop": "64",
+    "host.lpcam.max_features": "40",
+    "refine.psa.epochs": "1",
+    "refine.psa.batch_size": "4",
+    "refine.psa.crop": "64",
+}
+EDAM = {
+    "host.edam.iterations": "2",
+    "host.edam.pairs": "1",
+    "host.edam.warmup": "1",
+    "host.edam.crop": "64",
+    "host.edam.long_side": "[48, 64]",
+    "host.edam.width": "8",
+    "host.edam.hidden": "8",
+}
+NARROW = {"classifier.arguments": WIDE}
+RECIPES: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "voc12-amn.official": (AMN, ["AMN", "AMN+LPCAM"], "IRN"),
+    "coco14-amn.official": (AMN, ["AMN", "AMN+LPCAM"], "IRN"),
+    "voc12-mctformer.official": (
+        {**NARROW, **MCTFORMER},
+        ["MCTformer", "MCTformer+LPCAM"],
+        "PSA",
+    ),
+    "coco14-mctformer.official": (
+        {**NARROW, **MCTFORMER},
+        ["MCTformer", "MCTformer+LPCAM"],
+        "PSA",
+    ),
+    "voc12-edam.official": ({}, [], "saliency"),
+    "coco14-edam.official": ({}, [], "saliency"),
+    "voc12-edam-network.official": ({**NARROW, **EDAM}, ["EDAM"], "saliency"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_host(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The rows of both arms, masks of every image, and a second run that has nothing to do."""
+    changes, titles, refinement = RECIPES[name]
+    root: Path = request.getfixturevalue("voc" if name.startswith("voc12") else "coco")
+    folder = tmp_path / "run"
+    values = {**small_run(root, folder), **changes}
+    if refinement == "saliency":
+        values["data.saliency"] = str(saliency_of(root, tmp_path / "saliency", name, values))
+    recipe = load_recipe(name, list(values.items()))
+    result = run(recipe, command=f"lpcam run {name}")
+    refined = titles or ["CAM", "LPCAM"]
+    assert [(row["stage"], row["method"]) for row in result.rows[::2]] == [
+        *(("seed", method) for method in ("CAM", "LPCAM-F", "LPCAM", *titles)),
+        *(("pseudo", f"{method} + {refinement}") for method in refined),
+    ]
+    items = read_dataset(recipe, ("maps",)).select(recipe.data.list_of("maps"))
+    values_of_masks = {0, *read_dataset(recipe, ("maps",)).classes.mask_ids}
+    for title in refined:
+        own = title.lower().replace("+", "_")
+        folders = [folder / "pseudo" / own]
+        folders += [folder / "host-maps" / own / "seeds"] if titles else []
+        for masks in folders:
+            for item in items:
+                mask = read_index_mask(masks / f"{item.id}.png")
+                assert mask.shape == Image.open(item.image).size[::-1]
+                assert set(np.unique(mask).tolist()) <= values_of_masks
+                assert item.labels or not mask.any()
+    if titles:
+        protocol = result.rows[-1]["protocol"]
+        assert protocol["host"]["method"] in name
+        history = read_json(folder / "metrics.json")["host_history"]
+        assert all(history.values())
+    assert result.report is not None
+    before = times(folder)
+    run(recipe, command=f"lpcam run {name}")
+    assert times(folder) == before
+
+
+def saliency_of(root: Path, folder: Path, name: str, values: dict[str, str]) -> Path:
+    """The middle of each image is salient."""
+    folder.mkdir()
+    recipe = load_recipe(name, [*values.items(), ("data.saliency", str(folder))])
+    for item in read_dataset(recipe, ("maps",)).select(recipe.data.list_of("maps")):
+        width, height = Image.open(item.image).size
+        levels = np.zeros((height, width), np.uint8)
+        levels[height // 4 : -height // 4, width // 4 : -width // 4] = 255
+        Image.fromarray(levels).save(folder / f"{item.id}.png")
+    return folder
+
+
+def test_one_line_swaps_cam_for_lpcam(voc: Path, tmp_path: Path) -> None:
+    """``host.maps: [LPCAM]`` leaves the other arm out, and its files are those of both arms."""
+    both, one = tmp_path / "both", tmp_path / "one"
+    values = {**AMN, "refine.method": "pamr", "report.images": "0"}
+    for folder, maps in ((both, "[CAM, LPCAM]"), (one, "[LPCAM]")):
+        changes = {**small_run(voc, folder), **values, "host.maps": maps}
+        run(load_recipe("voc12-amn.official", list(changes.items())))
+    assert [p.name for p in sorted((one / "host-maps").iterdir())] == ["amn_lpcam"]
+    for path in sorted((one / "host-maps" / "amn_lpcam").glob("*.npz")):
+        assert path.read_bytes() == (both / "host-maps" / "amn_lpcam" / path.name).read_bytes()
+
+
+def test_reading_b_maps_prototypes_of_amn_taught_by_cam(voc: Path, tmp_path: Path) -> None:
+    """One network serves both arms; LPCAM's maps are those of its features."""
+    values = {
+        **small_run(voc, tmp_path / "run"),
+        **AMN,
+        "host.amn.reading": "features",
+        "host.lpcam.preset": "voc12.official",
+        "host.lpcam.max_features": "40",
+        "host.lpcam.tau": "0.25",
+        "report.images": "0",
+    }
+    result = run(load_recipe("voc12-amn.official", list(values.items())), until="evaluate")
+    folder = tmp_path / "run"
+    assert [p.name for p in (folder / "host").iterdir()] == ["amn"]
+    assert (folder / "host-prototypes" / "amn_lpcam" / "prototypes.safetensors").is_file()
+    one = (folder / "host-maps" / "amn" / "2007_000000.npz").read_bytes()
+    assert one != (folder / "host-maps" / "amn_lpcam" / "2007_000000.npz").read_bytes()
+    assert {row["method"] for row in result.rows} >= {"AMN", "AMN+LPCAM", "AMN+LPCAM + IRN"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refine.maps": "[CAM, EDAM]"}, "refine.maps has EDAM, which this run does not make"),
+        ({"host.method": "edam"}, "edam builds on neither CAM nor LPCAM: leave host.maps out"),
+        ({"host.method": "mctformer"}, "mctformer needs host.backbone"),
+        ({"host.maps": "[CAM, CAM]"}, r"host.maps \['CAM', 'CAM'\] repeats"),
+        ({"refine.method": "saliency"}, "refine.method saliency needs data.saliency"),
+        ({"data.saliency": "x"}, "data.saliency serves refine.method saliency alone"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_together(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("voc12-amn.official", list(changes.items()))
+
+
+def test_a_stage_of_a_host_that_the_recipe_has_not(voc: Path, tmp_path: Path) -> None:
+    values = list(small_run(voc, tmp_path / "run").items())
+    with pytest.raises(RecipeError, match="it belongs to a section host; add --host.method amn"):
+        run(load_recipe("voc12-resnet50-irn.official", values), until="host")
+
+
+def test_saliency_maps_that_are_missing(voc: Path, tmp_path: Path) -> None:
+    """Before any work."""
+    values = {**small_run(voc, tmp_path / "run"), "data.saliency": str(tmp_path / "none")}
+    with pytest.raises(DataError, match="there is no folder .*none of saliency maps"):
+        run(load_recipe("voc12-edam.official", list(values.items())))
+    assert not (tmp_path / "run" / "classifier").exists()

@@ -1,0 +1,150 @@
+"""Label files of other programs, as the table that this package reads."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lpcam.errors import ArtefactError, DataError
+from lpcam.formats.labels import import_labels
+
+CLASSES = ["zebra", "cow", "two, words"]
+
+
+def saved(path: Path, value: Any) -> Path:
+    whole = np.empty((), dtype=object)
+    whole[()] = value
+    np.save(path, value if isinstance(value, np.ndarray) else whole, allow_pickle=True)
+    return path
+
+
+def rows(path: Path) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def vector(*labels: int) -> np.ndarray[Any, Any]:
+    return np.isin(np.arange(3), labels).astype(np.float32)
+
+
+def test_a_dictionary_of_numbers_becomes_a_table_in_label_order(tmp_path: Path) -> None:
+    labels = {2008000001: vector(0, 1, 2), 2007000032: vector(1), 2007000033: vector()}
+    source = saved(tmp_path / "cls_labels.npy", labels)
+    done = import_labels(source, tmp_path / "new" / "labels.csv", classes=CLASSES)
+    assert rows(done.path) == [
+        ["image", "labels"],
+        ["2008_000001", "zebra;cow;two, words"],
+        ["2007_000032", "cow"],
+        ["2007_000033", ""],
+    ]
+    assert (done.images, done.without_label, done.counts) == (3, 1, (1, 2, 1))
+    assert done.summary() == f"labels of 3 images in {done.path}\n1 of them have none"
+    # sorted by name, zebra would not have the first mask value
+    assert (tmp_path / "new" / "classes.txt").read_text() == "zebra\ncow\ntwo, words\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "split", "name"),
+    [
+        ("2007_000032", None, "2007_000032"),
+        ("2007000032", None, "2007_000032"),
+        ("COCO_train2014_000000000009.jpg", None, "COCO_train2014_000000000009"),
+        ("COCO_train2014_000000000009", None, "COCO_train2014_000000000009"),
+        (9, "train2014", "COCO_train2014_000000000009"),
+        (np.int64(581929), "val2014", "COCO_val2014_000000581929"),
+        ("barn/Kühe.PNG", None, "barn/Kühe"),
+    ],
+)
+def test_images_are_named_as_the_data_sets_name_them(
+    tmp_path: Path, key: Any, split: str | None, name: str
+) -> None:
+    source = saved(tmp_path / "l.npy", {key: torch.tensor([0.0, 1.0, 0.0])})
+    import_labels(source, tmp_path / "labels.csv", classes=CLASSES, coco_split=split)
+    assert rows(tmp_path / "labels.csv")[1:] == [[name, "cow"]]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "u1", "?", "i8"])
+def test_an_array_takes_its_names_from_a_list(tmp_path: Path, dtype: str) -> None:
+    source = saved(tmp_path / "train_labels.npy", np.array([vector(2), vector(0)]).astype(dtype))
+    import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=["b", "a"])
+    assert rows(tmp_path / "labels.csv")[1:] == [["b", "two, words"], ["a", "zebra"]]
+    for ids, given in ((["a"], "1 were given"), (None, "none were given")):
+        with pytest.raises(DataError, match=rf"has 2 rows; give as many ids \({given}\)"):
+            import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({1: vector(0)}, "by the number 1, which is none of VOC; give the split"),
+        ({"a": vector(0)[:2]}, r"has \(2,\) for 'a'; expected one value for each of the 3 classes"),
+        ({"a": vector(0)[None]}, r"has \(1, 3\) for 'a'"),
+        ({"a": [1, 0, 0]}, "has a list for 'a'"),
+        ({"a": vector(0) * np.nan}, "has NaN or infinity for 'a'"),
+        ({"a.jpg": vector(0), "a": vector(0)}, "names 'a' more than once"),
+        ({"../a": vector(0)}, "could leave its folder"),
+        ({"a\nb": vector(0)}, r"has the name 'a\\nb'; names are printable text"),
+        ({"\ud800": vector(0)}, r"has the name '\\ud800'; names are printable text"),
+        ({}, "names no image"),
+        ([vector(0)], "holds list; expected a dictionary"),
+        ("text", "holds str; expected a dictionary"),
+        (np.ones(3), r"holds \(3,\); expected a dictionary"),
+    ],
+)
+def test_wrong_contents_are_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
+    source = saved(tmp_path / "l.npy", content)
+    with pytest.raises(DataError, match=message):
+        import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=None)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_other_files_are_not_replaced(tmp_path: Path) -> None:
+    source = saved(tmp_path / "l.npy", {"a": vector(1)})
+    target = tmp_path / "labels.csv"
+    import_labels(source, target, classes=CLASSES)
+    import_labels(source, target, classes=CLASSES)  # the same once more
+    for name in ("labels.csv", "classes.txt"):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(DataError, match=f"{name} is there already with other contents"):
+            import_labels(source, target, classes=CLASSES)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("classes", [[], ["a", "a"], ["a;b"], [" a"], [""], ["a\nb"]])
+def test_classes_that_a_table_cannot_hold_are_refused(tmp_path: Path, classes: list[str]) -> None:
+    with pytest.raises(DataError, match="class"):
+        import_labels(tmp_path / "l.npy", tmp_path / "labels.csv", classes=classes)
+
+
+def test_ids_and_names_do_not_go_together(tmp_path: Path) -> None:
+    source = saved(tmp_path / "l.npy", {"a": vector(1)})
+    with pytest.raises(DataError, match="names its images itself; leave the ids out"):
+        import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=["a"])
+
+
+class Harm:
+    """Pickled as a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_label_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    source = saved(tmp_path / "l.npy", {"a": Harm(f"echo > {marker}")})
+    with pytest.raises(ArtefactError, match=r"label file .*l.npy is refused: it asks for '\w+.sys"):
+        import_labels(source, tmp_path / "labels.csv", classes=CLASSES)
+    assert not marker.exists()
+    np.load(source, allow_pickle=True)
+    assert marker.exists(), "the file is a dud"

@@ -1,0 +1,396 @@
+"""Map files of other programs: every dialect in, every dialect out, and nothing mistaken."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from lpcam.errors import ArtefactError, DataError
+from lpcam.formats.maps import (
+    MapStyle,
+    export_maps,
+    import_maps,
+    read_foreign_maps,
+    write_foreign_maps,
+)
+from lpcam.storage import MapFile, map_path, read_maps, write_maps
+
+HEIGHT, WIDTH = 9, 13
+SIZE = (HEIGHT, WIDTH)
+
+
+def planes(count: int, *size: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).random((count, *(size or SIZE)), dtype=np.float32)
+
+
+def maps(*keys: int) -> MapFile:
+    return MapFile(
+        np.array(keys, dtype=np.int64), planes(len(keys), 3, 4, seed=1), planes(len(keys))
+    )
+
+
+def saved(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = np.empty((), dtype=object)
+    whole[()] = value
+    np.save(path, value if isinstance(value, np.ndarray) else whole, allow_pickle=True)
+    return path
+
+
+def irn(path: Path, *, keys: Any = (3, 14), extra: int = 0, torch_inside: bool = False) -> Path:
+    count = len(keys) + extra
+    cam, full = planes(count, 3, 4, seed=1), planes(count)
+    if torch_inside:
+        content = {
+            "keys": torch.tensor(keys),
+            "cam": torch.from_numpy(cam),
+            "high_res": full,
+        }
+    else:
+        content = {"keys": np.array(keys), "cam": cam, "high_res": torch.from_numpy(full)}
+    return saved(path, content)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("torch_inside", [True, False], ids=["of CAM", "of LPCAM"])
+def test_irn_files_are_read_as_they_are(tmp_path: Path, torch_inside: bool) -> None:
+    found = read_foreign_maps(irn(tmp_path / "a.npy", torch_inside=torch_inside), size=SIZE)
+    assert found.style == "irn" and found.background is None
+    assert found.maps.keys.tolist() == [3, 14] and found.maps.keys.dtype == np.int64
+    assert np.array_equal(found.maps.cam, planes(2, 3, 4, seed=1))
+    assert np.array_equal(found.maps.high_res, planes(2))
+    record = found.maps.made_by["imported"]
+    assert record["file"] == "a.npy" and record["style"] == "irn" and len(record["digest"]) == 32
+
+
+def test_amn_files_lose_their_first_plane_and_give_it_apart(tmp_path: Path) -> None:
+    found = read_foreign_maps(irn(tmp_path / "a.npy", extra=1))
+    assert found.style == "amn"
+    assert found.background is not None
+    assert np.array_equal(found.background, planes(3)[0])
+    assert np.array_equal(found.maps.high_res, planes(3)[1:])
+    assert np.array_equal(found.maps.cam, planes(3, 3, 4, seed=1)[1:])
+
+
+def test_psa_files_are_sorted_by_class_and_get_a_small_map(tmp_path: Path) -> None:
+    full = np.zeros((2, 8, 8), np.float32)
+    full[0] = 0.25
+    full[1, :4] = 1.0
+    found = read_foreign_maps(saved(tmp_path / "a.npy", {7: full[1], 0: torch.tensor(full[0])}))
+    assert found.style == "psa" and found.background is None
+    assert found.maps.keys.tolist() == [0, 7]
+    assert np.array_equal(found.maps.high_res, full)
+    # bilinear without aligned corners takes the mean of the four pixels in the middle of a cell
+    assert found.maps.cam.tolist() == [[[0.25, 0.25]] * 2, [[1, 1], [0, 0]]]
+
+
+def test_after_a_crf_the_style_has_to_be_named(tmp_path: Path) -> None:
+    full = planes(3) + 0.1
+    full /= full.sum(axis=0)
+    path = saved(tmp_path / "a.npy", {0: full[0], 3: full[1], 20: full[2]})
+    with pytest.raises(ArtefactError, match=r"a.npy is refused: its maps add up to 1 .*'psa-crf'"):
+        read_foreign_maps(path)
+    found = read_foreign_maps(path, style="psa-crf")
+    assert found.maps.keys.tolist() == [2, 19] and found.style == "psa-crf"
+    assert found.background is not None
+    assert np.array_equal(found.background, full[0])
+    assert np.array_equal(found.maps.high_res, full[1:])
+    assert read_foreign_maps(path, style="psa").maps.keys.tolist() == [0, 3, 20]
+    with pytest.raises(ArtefactError, match="has no plane 0, the background"):
+        read_foreign_maps(saved(tmp_path / "b.npy", {3: full[1]}), style="psa-crf")
+
+
+def test_the_published_ways_of_having_no_class(tmp_path: Path) -> None:
+    none = np.zeros(0, np.int64)
+    ways = {
+        "lpcam": {"keys": none, "cam": planes(0, 3, 4), "high_res": planes(0)},
+        "torch": {"keys": torch.zeros(0).long(), "cam": torch.zeros(0, 3, 4), "high_res": None},
+        "amn": {"keys": none},
+        "empty": {},
+        "background alone": {"keys": none, "cam": planes(1, 3, 4), "high_res": planes(1)},
+    }
+    for name, content in ways.items():
+        found = read_foreign_maps(saved(tmp_path / f"{name}.npy", content), size=SIZE).maps
+        assert found.keys.dtype == np.int64
+        assert (found.keys.shape, found.cam.shape, found.high_res.shape) == (
+            (0,),
+            (0, 3, 4),
+            (0, *SIZE),
+        )
+        write_maps(tmp_path / "a.npz", found, dtype="float16")
+    assert read_foreign_maps(tmp_path / "lpcam.npy").maps.high_res.shape == (0, *SIZE)
+    for name in ("amn", "empty"):
+        with pytest.raises(ArtefactError, match="the size of its image must be given"):
+            read_foreign_maps(tmp_path / f"{name}.npy")
+
+
+def test_a_missing_small_map_is_made(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npy", {"keys": np.array([1]), "high_res": np.ones((1, 9, 13), "f2")})
+    found = read_foreign_maps(path).maps
+    assert found.cam.dtype == np.float32 and found.cam.tolist() == np.ones((1, 3, 4)).tolist()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "array": (np.ones(3), r"it holds float64 \(3,\); expected a dictionary"),
+    "list": ([1], "it holds a list"),
+    "other keys": ({"a": 1, "b": 2}, "has the keys 'a', 'b'; expected 'keys' and 'high_res', or"),
+    "text among classes": ({1: planes(1)[0], "a": 1}, "has the keys 1, 'a'"),
+    "float keys": ({"keys": np.ones(2)}, r"'keys' are float64 \(2,\)"),
+    "flat keys": ({"keys": np.ones((2, 1), int)}, r"'keys' are int64 \(2, 1\)"),
+    "no maps": ({"keys": np.array([1])}, "has 1 classes, but no 'high_res'"),
+    "planes": ({"keys": np.array([1]), "high_res": planes(3)}, "has 3 planes and 'keys' 1 classes"),
+    "too few": ({"keys": np.array([1, 2]), "high_res": planes(1)}, "has 1 planes and 'keys' 2"),
+    "cam": (
+        {"keys": np.array([1]), "high_res": planes(1), "cam": planes(1, 4, 4)},
+        r"'cam' is \(1, 4, 4\) .* expected 'cam' of \(1, 3, 4\)",
+    ),
+    "repeats": ({"keys": np.array([1, 1]), "high_res": planes(2)}, r"classes \[1, 1\] repeat"),
+    "below 0": ({"keys": np.array([-1]), "high_res": planes(1)}, r"classes \[-1\] repeat or are"),
+    "class below 0": ({-1: planes(1)[0]}, "class below 0 or above any"),
+    "class above any": ({2**63: planes(1)[0]}, "class below 0 or above any"),
+    "bytes": ({"keys": np.array([1]), "high_res": np.ones((1, 9, 13), "u1")}, "expected floats"),
+    "no array": ({1: [1.0]}, r"class 1 is a list; expected floats \(H, W\)"),
+    "negative": ({1: -planes(1)[0]}, "class 1 has negative, NaN or infinite"),
+    "nan": ({1: np.full(SIZE, np.nan, "f4")}, "class 1 has negative, NaN or infinite"),
+    "too large": ({1: np.full(SIZE, 1e300)}, "class 1 has negative, NaN or infinite"),
+    "empty side": ({1: np.zeros((0, 5), "f4")}, r"class 1 is \(0, 5\); expected at most"),
+    "sizes": ({1: planes(1)[0], 2: planes(1, 4, 4)[0]}, r"different sizes \[\(4, 4\), \(9, 13\)\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    content, message = WRONG[name]
+    path = saved(tmp_path / "a.npy", content)
+    with pytest.raises(ArtefactError, match=f"map file .*a.npy is refused: .*{message}"):
+        read_foreign_maps(path)
+
+
+def test_the_sides_of_no_planes_are_bounded(tmp_path: Path) -> None:
+    content = {"keys": np.zeros(0, int), "high_res": np.zeros((0, 10**6, 10**6), np.float32)}
+    with pytest.raises(ArtefactError, match="expected at most 100,000,000 pixels"):
+        read_foreign_maps(saved(tmp_path / "a.npy", content))
+
+
+def test_maps_of_another_image_or_table_are_refused(tmp_path: Path) -> None:
+    path = irn(tmp_path / "a.npy")
+    with pytest.raises(ArtefactError, match="maps are 9 x 13 pixels, the image 9 x 14"):
+        read_foreign_maps(path, size=(9, 14))
+    with pytest.raises(ArtefactError, match=r"has class 14 .* there are 14 classes"):
+        read_foreign_maps(path, classes=14)
+    assert read_foreign_maps(path, classes=15).style == "irn"
+    with pytest.raises(ArtefactError, match="2 planes and 'keys' 2 classes; expected 3"):
+        read_foreign_maps(path, style="amn")
+    with pytest.raises(ArtefactError, match="expected 0-based classes of the style 'psa'"):
+        read_foreign_maps(path, style="psa")
+    with pytest.raises(DataError, match="'sem' is unknown; choose 'auto', 'irn', 'amn'"):
+        read_foreign_maps(path, style="sem")  # type: ignore[arg-type]
+
+
+class Harm:
+    """Pickled as a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_map_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    path = saved(tmp_path / "in" / "a.npy", {"keys": Harm(f"echo > {marker}")})
+    with pytest.raises(ArtefactError, match=r"a.npy is refused: it asks for '\w+.system'"):
+        read_foreign_maps(path)
+    with pytest.raises(ArtefactError, match=r"can be used: .* asks for '\w+.system'"):
+        import_maps(path.parent, tmp_path / "out")
+    assert not marker.exists()
+    np.load(path, allow_pickle=True)
+    assert marker.exists(), "the file is a dud"
+
+
+# Writing
+
+
+def loaded(path: Path) -> Any:
+    """As other programs read it."""
+    with warnings.catch_warnings(action="error"):
+        return np.load(path, allow_pickle=True).item()
+
+
+@pytest.mark.parametrize("style", ["irn", "amn", "psa", "psa-crf"])
+@pytest.mark.parametrize("keys", [(3, 14), (0,), ()])
+def test_what_is_written_is_read_again(
+    tmp_path: Path, style: MapStyle, keys: tuple[int, ...]
+) -> None:
+    whole = maps(*keys)
+    background = 0.25 if style in ("amn", "psa-crf") else None
+    write_foreign_maps(tmp_path / "a.npy", whole, style, background=background)
+    named: Any = style if style.startswith("psa") else "auto"
+    found = read_foreign_maps(tmp_path / "a.npy", size=SIZE, style=named)
+    assert found.style == style or not keys
+    assert np.array_equal(found.maps.keys, whole.keys)
+    assert np.array_equal(found.maps.high_res, whole.high_res)
+    if not style.startswith("psa"):
+        assert np.array_equal(found.maps.cam, whole.cam)
+    if background is not None and keys:
+        assert found.background is not None
+        assert np.array_equal(found.background, np.full(SIZE, 0.25))
+
+
+def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
+    whole = maps(3, 14)
+    write_foreign_maps(tmp_path / "a.npy", whole, "irn")
+    found = loaded(tmp_path / "a.npy")
+    assert list(found) == ["keys", "cam", "high_res"]
+    assert found["keys"].dtype == np.int64 and found["cam"].dtype == np.float32
+    # programs of the field work on them in place, and make tensors of them
+    found["high_res"] /= 2
+    torch.from_numpy(found["cam"]).mul_(2)
+
+    plane = planes(1, seed=5)[0]
+    write_foreign_maps(tmp_path / "a.npy", whole, "amn", background=plane)
+    found = loaded(tmp_path / "a.npy")
+    assert found["high_res"].shape == (3, *SIZE) and found["cam"].shape == (3, 3, 4)
+    assert np.array_equal(found["high_res"][0], plane) and found["keys"].tolist() == [3, 14]
+
+    write_foreign_maps(tmp_path / "a.npy", whole, "psa")
+    found = loaded(tmp_path / "a.npy")
+    assert list(found) == [3, 14] and np.array_equal(found[14], whole.high_res[1])
+
+    write_foreign_maps(tmp_path / "a.npy", whole, "psa-crf", background=0.5)
+    found = loaded(tmp_path / "a.npy")
+    assert list(found) == [0, 4, 15] and (found[0] == 0.5).all()
+
+    write_foreign_maps(tmp_path / "a.npy", maps(), "amn", background=0.5)
+    assert list(loaded(tmp_path / "a.npy")) == ["keys"]
+    write_foreign_maps(tmp_path / "a.npy", maps(), "psa")
+    assert loaded(tmp_path / "a.npy") == {}
+
+
+def test_the_background_belongs_to_its_styles(tmp_path: Path) -> None:
+    for style in ("amn", "psa-crf"):
+        with pytest.raises(DataError, match=f"'{style}' have a plane of the background; give its"):
+            write_foreign_maps(tmp_path / "a.npy", maps(1), style)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"background is \(3, 4\), the maps are \(9, 13\)"):
+            write_foreign_maps(tmp_path / "a.npy", maps(1), style, background=planes(1, 3, 4)[0])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="'irn' have none of it"):
+        write_foreign_maps(tmp_path / "a.npy", maps(1), "irn", background=0.5)
+    with pytest.raises(DataError, match="'sem' is unknown"):
+        write_foreign_maps(tmp_path / "a.npy", maps(1), "sem")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+# Folders
+
+
+def close(found: MapFile, expected: NDArray[np.float32]) -> bool:
+    return bool(np.allclose(found.high_res, expected, atol=expected.max() / 4000))
+
+
+def test_a_folder_is_imported_with_its_origin(tmp_path: Path) -> None:
+    irn(tmp_path / "in" / "2007_000032.npy")
+    irn(tmp_path / "in" / "barn" / "cow 7.npy", keys=(1,), extra=1)
+    saved(tmp_path / "in" / "c.npy", {5: planes(1)[0]})
+    saved(tmp_path / "in" / "d.npy", {"keys": np.zeros(0, int), "high_res": planes(0)})
+    (tmp_path / "in" / "e.npy").write_bytes(b"damaged")
+    calls: list[tuple[int, int]] = []
+    done = import_maps(
+        tmp_path / "in", tmp_path / "out", progress=lambda n, total: calls.append((n, total))
+    )
+    assert done.ids == ("2007_000032", "barn/cow 7", "c", "d") and done.without_class == ("d",)
+    assert done.styles == {"irn": 2, "amn": 1, "psa": 1}
+    assert [skip.id for skip in done.skipped] == ["e"] and "damaged" in done.skipped[0].reason
+    summary = done.summary().splitlines()
+    assert summary[0] == f"4 map files (1 amn, 2 irn, 1 psa) in {tmp_path / 'out'}"
+    assert summary[1:3] == ["1 of them of no class", "the plane of the background of 1 was dropped"]
+    assert summary[3].startswith("1 left out, the first: map file")
+    assert calls == [(n, 5) for n in range(1, 6)]
+    found = read_maps(map_path(tmp_path / "out", "barn/cow 7"))
+    assert found.keys.tolist() == [1] and close(found, planes(2)[1:])
+    assert found.made_by["imported"]["style"] == "amn"
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.npz")}
+    assert import_maps(tmp_path / "in", tmp_path / "out", workers=2).ids == done.ids
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.npz")} == before
+
+
+def test_files_are_found_however_their_images_are_named(tmp_path: Path) -> None:
+    for name in ("000000000009", "COCO_val2014_000000000042", "2007000032"):
+        irn(tmp_path / "in" / f"{name}.npy")
+    ids = ["COCO_train2014_000000000009", "000000000042", "2007_000032"]
+    assert import_maps(tmp_path / "in", tmp_path / "out", ids).ids == tuple(ids)
+    assert all(map_path(tmp_path / "out", i).is_file() for i in ids)
+    irn(tmp_path / "in" / "COCO_train2014_000000000009.npy")
+    with pytest.raises(DataError, match="of one image; keep one"):
+        import_maps(tmp_path / "in", tmp_path / "out", ids)
+
+
+def test_images_without_a_file(tmp_path: Path) -> None:
+    irn(tmp_path / "in" / "a.npy")
+    done = import_maps(tmp_path / "in", tmp_path / "out", ["a", "b"])
+    assert done.ids == ("a",) and "has no file of it" in done.skipped[0].reason
+    sizes = {"a": SIZE, "b": (5, 7)}
+    done = import_maps(
+        tmp_path / "in", tmp_path / "out", ["a", "b"], sizes=sizes, without_file="no class"
+    )
+    assert done.ids == ("a", "b") and done.without_class == ("b",)
+    assert done.styles == {"irn": 1, "no file": 1}
+    assert read_maps(map_path(tmp_path / "out", "b")).high_res.shape == (0, 5, 7)
+    with pytest.raises(DataError, match=r"none of the 1 images has a file .* 'a'.npy, .* 'b'"):
+        import_maps(tmp_path / "in", tmp_path / "out", ["b"], sizes=sizes, without_file="no class")
+    with pytest.raises(DataError, match="there is no folder"):
+        import_maps(tmp_path / "other", tmp_path / "out")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"there is no .npy file"):
+        import_maps(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(DataError, match="could leave its folder"):
+        import_maps(tmp_path / "in", tmp_path / "out", ["a", "../a"])
+    with pytest.raises(ArtefactError, match=r"can be used: .*the image 1 x 1"):
+        import_maps(tmp_path / "in", tmp_path / "out", ["a"], sizes={"a": (1, 1)})
+
+
+def test_maps_are_normalised_only_on_request(tmp_path: Path) -> None:
+    saved(tmp_path / "in" / "a.npy", {5: planes(1)[0] * 8})
+    import_maps(tmp_path / "in", tmp_path / "out")
+    assert close(read_maps(map_path(tmp_path / "out", "a")), planes(1) * 8)
+    import_maps(tmp_path / "in", tmp_path / "out", normalise=True)
+    found = read_maps(map_path(tmp_path / "out", "a"))
+    assert close(found, planes(1) / planes(1).max()) and found.cam.max() == 1
+    assert found.made_by["normalised"] == "max"
+
+
+def test_a_folder_goes_out_and_comes_back(tmp_path: Path) -> None:
+    ids = ["COCO_train2014_000000000009", "barn/cow"]
+    for item_id, keys in zip(ids, [(1, 79), ()], strict=True):
+        write_maps(map_path(tmp_path / "ours", item_id), maps(*keys), dtype="float16")
+    done = export_maps(
+        tmp_path / "ours", tmp_path / "theirs", "amn", ids, background=0.5, bare_digits=True
+    )
+    assert [f.relative_to(tmp_path / "theirs").as_posix() for f in done.files] == [
+        "000000000009.npy",
+        "barn/cow.npy",
+    ]
+    assert done.summary() == f"2 map files of the style amn in {tmp_path / 'theirs'}"
+    sizes = dict.fromkeys(ids, SIZE)
+    back = import_maps(tmp_path / "theirs", tmp_path / "back", ids, sizes=sizes)
+    assert back.ids == tuple(ids) and back.without_class == ("barn/cow",)
+    for item_id in ids:
+        first, again = (read_maps(map_path(tmp_path / f, item_id)) for f in ("ours", "back"))
+        assert np.array_equal(first.keys, again.keys)
+        assert np.allclose(first.high_res, again.high_res, atol=1e-6)
+        assert np.allclose(first.cam, again.cam, atol=1e-6)
+    with pytest.raises(DataError, match="would be written to one file"):
+        export_maps(tmp_path / "ours", tmp_path / "theirs", "psa", [ids[0], ids[0]])
+    with pytest.raises(DataError, match="give its score"):
+        export_maps(tmp_path / "ours", tmp_path / "theirs", "amn", ids)
+    with pytest.raises(ArtefactError, match=r"cannot read .*other.npz"):
+        export_maps(tmp_path / "ours", tmp_path / "theirs", "psa", ["other"])
