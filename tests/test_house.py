@@ -17,7 +17,8 @@ FLOORS: dict[int, str] = {
     2: "finder wrap faithfulness onnx_files "
     "networks.deeplabv2 networks.upernet networks.wideresnet38 "
     "data.check data.classes data.coco data.coco_masks data.creatures data.detect data.folder "
-    "data.huggingface data.images data.jitter data.labels data.saliency data.sbd data.truth data.voc "
+    "data.huggingface data.images data.jitter data.labels data.saliency data.sbd data.truth "
+    "data.voc "
     "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
     "formats.outlines formats.regions formats.yolo networks.mctformer "
     "classifier prototypes extract features",
@@ -28,8 +29,8 @@ FLOORS: dict[int, str] = {
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
-    4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes stages.seeds "
-    "stages.evaluate stages.refine stages.report stages.segment stages.host serve",
+    4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes "
+    "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host serve",
     5: "cli data_commands __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -480,6 +480,9 @@ class MctformerSettings(PresetModel):
     """The last so many blocks give the attention of classes to patches."""
     fusion: Literal["product", "square_root"]
     """Of that attention and PatchCAM; ``square_root`` is MCTformer+'s."""
+    affinity: bool
+    """Whether the fused map is refined by the attention of patches to patches; of a transformer
+    that has learnt little it says nothing."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """At which each image is mapped; the maps are summed."""
     flip: bool
@@ -533,6 +536,14 @@ class EdamSettings(PresetModel):
     """Whether the mirrored image is mapped too."""
     threshold: Fraction
     """Fixed threshold of the seeds of its maps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.long_side[0] > self.long_side[1]:
+            raise ValueError(f"long_side {list(self.long_side)} must be a range: the smaller first")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
 
 
 class SaliencySettings(PresetModel):
@@ -594,3 +605,12 @@ class PsaSettings(PresetModel):
     """Error that terms left out of the walk's power may make; 0 leaves out none."""
     threshold: Fraction
     """The background's constant score, which walks too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop <= 16 * (self.radius - 1):
+            raise ValueError(
+                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
+                f"{16 * (self.radius - 1)}"
+            )
+        return self

@@ -29,7 +29,7 @@ def test_masks_are_found_by_id_and_by_the_numbers_of_coco(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_masks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder .*missing of masks"):
+    with pytest.raises(DataError, match=r"there is no folder .*missing of masks"):
         with_mask_folder(dataset("a"), tmp_path / "missing")
     write_mask(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
     with pytest.raises(DataError, match=r"has no mask of any of the 1 images; .* such as a\.png"):

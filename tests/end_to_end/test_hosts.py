@@ -32,7 +32,7 @@ MCTFORMER = {
     "host.lpcam.max_features": "40",
     "refine.psa.epochs": "1",
     "refine.psa.batch_size": "4",
-    "refine.psa.crop": "64",
+    "refine.psa.crop": "72",
 }
 EDAM = {
     "host.edam.iterations": "2",
@@ -164,13 +164,13 @@ def test_a_recipe_that_does_not_fit_together(changes: dict[str, str], message: s
 
 def test_a_stage_of_a_host_that_the_recipe_has_not(voc: Path, tmp_path: Path) -> None:
     values = list(small_run(voc, tmp_path / "run").items())
-    with pytest.raises(RecipeError, match="it belongs to a section host; add --host.method amn"):
+    with pytest.raises(RecipeError, match=r"it belongs to a section host; add --host\.method amn"):
         run(load_recipe("voc12-resnet50-irn.official", values), until="host")
 
 
 def test_saliency_maps_that_are_missing(voc: Path, tmp_path: Path) -> None:
     """Before any work."""
     values = {**small_run(voc, tmp_path / "run"), "data.saliency": str(tmp_path / "none")}
-    with pytest.raises(DataError, match="there is no folder .*none of saliency maps"):
+    with pytest.raises(DataError, match=r"there is no folder .*none of saliency maps"):
         run(load_recipe("voc12-edam.official", list(values.items())))
     assert not (tmp_path / "run" / "classifier").exists()

@@ -441,7 +441,9 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
         train(labelled, classes=ClassTable(CLASSES.names[::-1], (1, 2, 3)))
     with pytest.raises(ClassifierError, match="freeze: no parameter of the backbone is below 'no'"):
         train(labelled, SETTINGS.model_copy(update={"freeze": ("no",)}))
-    with pytest.raises(ClassifierError, match=r"the loss is nan at step \d of 8; lower amn.learn"):
+    with pytest.raises(
+        ClassifierError, match=r"the loss is nan at step \d of 8; lower host.amn.learn"
+    ):
         train(labelled, SETTINGS.model_copy(update={"head_learning_rate": 1e30}))
 
 

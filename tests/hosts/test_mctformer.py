@@ -44,7 +44,7 @@ from lpcam.prototypes import Reservoir, make_prototypes
 
 CLASSES = ("blue", "green", "red")
 SETTINGS = MctformerSettings.from_preset(
-    "default", crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
+    "default", affinity=True, crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
 )
 OFFICIAL = MctformerSettings.from_preset("official")
 PLUS = MctformerSettings.from_preset("plus", crop=48)
@@ -320,24 +320,27 @@ def by_hand(
             activation = torch.einsum("chw,c->hw", unit, options["vector"]).relu()
             activation = activation / activation.max()
         fused = view.class_attention[0, label] * activation
-        refined = (view.patch_affinity[0] @ fused.flatten()).reshape(fused.shape)
+        refined = fused
+        if options.get("affinity", True):
+            refined = (view.patch_affinity[0] @ fused.flatten()).reshape(fused.shape)
         large = F.interpolate(refined[None, None], size=size, mode="bilinear")[0, 0]
         total += large if turned is image else large.flip(1)
     return (total - total.min()) / (total.max() - total.min() + 1e-8)
 
 
 @pytest.mark.parametrize("size", [(53, 70), (32, 48), (7, 90)])
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_maps_pass_by_pass(size: tuple[int, int], version: str) -> None:
-    settings = changed(version=version)
+@pytest.mark.parametrize(("version", "affinity"), [("v1", True), ("v2", True), ("v2", False)])
+def test_maps_pass_by_pass(size: tuple[int, int], version: str, affinity: bool) -> None:
+    settings = changed(version=version, affinity=affinity)
     network, image = fresh(settings), photograph(*size)
     found = maps_of(network, image, [2, 0], settings)
     assert found.high_res.shape == (2, *size)
     assert found.cam.shape == (2, -(-size[0] // 4), -(-size[1] // 4))
     for plane, label in enumerate([2, 0]):
-        expected = by_hand(network, image, label, size)
+        expected = by_hand(network, image, label, size, affinity=affinity)
         torch.testing.assert_close(found.high_res[plane], expected, atol=1e-4, rtol=0)
-        expected = by_hand(network, image, label, found.cam.shape[1:])
+        quarter = found.cam.shape[1:]
+        expected = by_hand(network, image, label, quarter, affinity=affinity)
         torch.testing.assert_close(found.cam[plane], expected, atol=1e-4, rtol=0)
 
 

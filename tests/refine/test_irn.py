@@ -23,8 +23,8 @@ from lpcam.errors import ArtefactError, ClassifierError, DataError
 from lpcam.presets import IrnSettings
 from lpcam.processes import Processes
 from lpcam.refine import irn
-from lpcam.refine.irn import Irn, Pyramid, boundary_maps, build_irn, irn_loss, pair_counts
-from lpcam.refine.walk import pair_offsets, path
+from lpcam.refine.irn import Irn, Pyramid, boundary_maps, build_irn, irn_loss
+from lpcam.refine.walk import pair_counts, pair_offsets, path
 from lpcam.storage import write_tensors
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
@@ -499,7 +499,9 @@ def test_bad_input(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -
         DataError, match=r"pixels but its labels .*small.png 9 x 9; make the labels"
     ):
         train(plain, [(pairs[0][0], small)])
-    with pytest.raises(ClassifierError, match=r"the loss is nan at step \d of 8; lower irn.learn"):
+    with pytest.raises(
+        ClassifierError, match=r"the loss is nan at step \d of 8; lower refine.irn.learn"
+    ):
         train(plain, pairs, PLAIN.model_copy(update={"learning_rate": 1e30}))
 
 

@@ -229,6 +229,7 @@ def test_wide_resnet_38_is_tapped_where_b5_and_b6_begin_and_at_its_end() -> None
         ("test_resnet", {}),
         ("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True}),
         ("test_efficientnet", {}),
+        ("test_convnext", {}),  # drops what is left over of a side
     ],
 )
 def test_images_of_any_size(name: str, arguments: dict[str, Any], size: tuple[int, int]) -> None:
@@ -237,6 +238,14 @@ def test_images_of_any_size(name: str, arguments: dict[str, Any], size: tuple[in
         found = network(drawn(1, 3, *size))
     assert found.shape == (1, network.channels, -(-size[0] // 8), -(-size[1] // 8))
     assert bool(torch.isfinite(found).all())
+
+
+def test_the_last_three_maps_are_taken() -> None:
+    arguments = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    network = build_psa(build(BackboneSpec("test_vit", arguments), ("one",), weights="random"))
+    count = len(network._all(network._zeros(32, 32)))
+    assert count > 3
+    assert [tap.index for tap in network.taps] == [count - 3, count - 2, count - 1]
 
 
 def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
@@ -446,7 +455,7 @@ def test_optimiser_of_the_specification(
     monkeypatch.setattr(torch.optim.SGD, "step", record)
     spec = BackboneSpec("test_convnext", {})
     network = build_psa(build(spec, ("one",), weights="random"))
-    settings = PsaSettings.from_preset("official", epochs=1, batch_size=6, crop=64, freeze=[])
+    settings = PsaSettings.from_preset("official", epochs=1, batch_size=6, crop=72, freeze=[])
     psa.train_psa(network, labelled, settings, seed=0, folder=tmp_path)
     assert len(seen) == 2
     for number, groups in enumerate(seen):
@@ -552,7 +561,9 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
         train([(labelled[0][0], other)])
     with pytest.raises(ClassifierError, match="no parameter of the backbone is below 'stem'"):
         train(labelled, SETTINGS.model_copy(update={"freeze": ("stem",)}))
-    with pytest.raises(ClassifierError, match=r"the loss is .* at step \d of 8; lower psa.learn"):
+    with pytest.raises(
+        ClassifierError, match=r"the loss is .* at step \d of 8; lower refine.psa.learn"
+    ):
         train(labelled, SETTINGS.model_copy(update={"learning_rate": 1e30}))
 
 
@@ -594,6 +605,13 @@ def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) ->
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     close = psa.walk(network, image, planes, settings.model_copy(update={"tolerance": 1e-6}))
     torch.testing.assert_close(close, expected, atol=2e-5, rtol=0)
+
+
+def test_walk_drops_nothing() -> None:
+    network = build_psa(build(BackboneSpec("wideresnet38", WIDE), ("one",), weights="random"))
+    image, planes = picture(32, 24), drawn(1, 32, 24)
+    found = [psa.walk(network.train(mode), image, planes, SETTINGS) for mode in (True, False)]
+    assert torch.equal(found[0], found[1])
 
 
 def test_walk_without_a_class(fresh: Any) -> None:

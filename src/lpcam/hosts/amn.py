@@ -415,7 +415,7 @@ def train_amn(
         loss,
         engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
         label="training AMN",
-        section="amn",
+        section="host.amn",
         seed=seed,
         folder=folder,
         workers=workers,

@@ -680,7 +680,7 @@ def train_edam(
             lambda step: learning_rate_factor(step, settings),
         ),
         label="training EDAM",
-        section="edam",
+        section="host.edam",
         seed=seed,
         folder=folder,
         workers=workers,

@@ -455,7 +455,7 @@ def _views(
 def _refined(
     view: Attended, labels: Sequence[int], settings: MctformerSettings, vectors: Tensor | None
 ) -> Tensor:
-    """Fused and refined maps (B, K, h, w) of the present classes, not normalised."""
+    """Fused maps (B, K, h, w) of the present classes, refined where wanted, not normalised."""
     present = list(labels)
     if vectors is not None:
         rows = vectors[present].to(view.features)
@@ -465,7 +465,7 @@ def _refined(
     else:
         activation = None
     fused = fuse(view.class_attention[:, present], activation, settings.fusion)
-    return refine(fused, view.patch_affinity)
+    return refine(fused, view.patch_affinity) if settings.affinity else fused
 
 
 def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,20 +26,27 @@ from torch.utils.data import Dataset
 from lpcam import engine
 from lpcam.classifier import PROBE_SIZE, RANDOM, BackboneSpec, Classifier, Preprocessing, build
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
-from lpcam.data.items import BACKGROUND, IGNORE, Item
+from lpcam.data.items import IGNORE, Item
 from lpcam.errors import ArtefactError, ClassifierError, DataError
 from lpcam.functional import unflip
 from lpcam.presets import IrnSettings
 from lpcam.processes import Processes
-from lpcam.refine.walk import STRIDE, Offset, affinities, pair_offsets, source_window
+from lpcam.refine.walk import (
+    EPSILON,
+    STRIDE,
+    Offset,
+    affinities,
+    likelihood_sums,
+    pair_counts,
+    pair_kinds,
+    source_window,
+)
 from lpcam.storage import digest_bytes, digest_json, read_tensors, write_tensors
 
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """Those in the displacement branch: of a level that was pooled, at stride 4, and beyond."""
-EPSILON = 1e-5
-"""Added to each logarithm's argument and each mean's denominator of the loss."""
 NO_CLASSES = ("none",)
 """A backbone comes with a classifier, whose head is not used here."""
 
@@ -409,37 +416,6 @@ def reduce_labels(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 
-def pair_counts(labels: Tensor, radius: int) -> Tensor:
-    """How many pairs are background, of one class, and different: three float32 numbers.
-
-    Args:
-        labels: (B, h, w) uint8; pairs with a label 255 do not count.
-    """
-    counts = [kinds.sum((1, 2, 3)).float() for _, kinds in _kinds(labels, radius)]
-    return torch.stack(counts).sum(0) if counts else torch.zeros(3, device=labels.device)
-
-
-def _kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """For each offset bool (3, B, rows, columns): pairs of background, of a class, and different.
-
-    Of the pairs of :func:`lpcam.refine.walk.source_window`; nothing where that is empty.
-    """
-    rows, columns = source_window(labels.shape[-2], labels.shape[-1], radius)
-    own = labels[:, rows, columns]
-    if not own.numel():
-        return
-    known = own != IGNORE
-    background = known & (own == BACKGROUND)
-    foreground = known & ~background
-    for dy, dx in pair_offsets(radius):
-        partner = labels[
-            :, rows.start + dy : rows.stop + dy, columns.start + dx : columns.stop + dx
-        ]
-        same = own == partner
-        different = known & ~same & (partner != IGNORE)
-        yield (dy, dx), torch.stack([background & same, foreground & same, different])
-
-
 def irn_loss(
     logits: Tensor,
     labels: Tensor,
@@ -457,7 +433,8 @@ def irn_loss(
         labels: (B, h, w) uint8, 0 background, 255 ignored, all else classes.
         radius: pairs are nearer than it, in cells.
         displacement: (B, 2, h, w), or None.
-        counts: of :func:`pair_counts` of the whole batch, where this is a part of it.
+        counts: of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part of
+            it.
     """
     if counts is None:
         counts = pair_counts(labels, radius)
@@ -465,12 +442,11 @@ def irn_loss(
     nothing = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
     sums, moves = [nothing.expand(3)], [nothing.expand(2)]
     for (offset, affinity), (_, kinds) in zip(
-        affinities(logits.sigmoid(), radius), _kinds(labels, radius), strict=True
+        affinities(logits.sigmoid(), radius), pair_kinds(labels, radius), strict=True
     ):
-        flat = kinds.flatten(1).to(affinity.dtype)
-        likelihood = torch.where(kinds[2], 1 - affinity, affinity) + EPSILON
-        sums.append(flat @ -likelihood.log().flatten())
+        sums.append(likelihood_sums(affinity, kinds))
         if displacement is not None:
+            flat = kinds.flatten(1).to(affinity.dtype)
             moves.append(_displacement_sums(displacement, offset, (rows, columns), flat))
     alike = counts.to(logits.dtype) + EPSILON
     background, foreground, negative = torch.stack(sums).sum(0) / alike
@@ -627,7 +603,7 @@ def train_irn(
         loss,
         engine.Plan.of_epochs(settings, len(pairs)),
         label="training IRN",
-        section="irn",
+        section="refine.irn",
         seed=seed,
         folder=folder,
         workers=workers,

@@ -676,7 +676,7 @@ def train_psa(
         loss,
         engine.Plan.of_epochs(settings, len(labelled)),
         label="training PSA",
-        section="psa",
+        section="refine.psa",
         seed=seed,
         folder=folder,
         workers=workers,
@@ -709,7 +709,8 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
         DataError: if image and maps do not fit, or maps or features are not finite.
     """
     network.eval()
-    check_image_and_maps(torch.from_numpy(image), planes.cpu(), "maps")
+    # on the CPU, where the image is
+    check_image_and_maps(torch.from_numpy(np.ascontiguousarray(image)), planes.cpu(), "maps")
     height, width = image.shape[:2]
     scores = planes.to(network.device, compute_dtype(planes))
     scores = torch.cat([scores.new_full((1, height, width), settings.threshold), scores])

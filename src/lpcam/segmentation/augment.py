@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,7 +36,6 @@ CONTRAST = SATURATION = (0.5, 1.5)
 """Ranges of the factors of RGB and of the saturation."""
 HUE = 36.0
 """Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
-
 
 
 # -- Scale -------------------------------------------------------------------------------------

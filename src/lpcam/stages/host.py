@@ -37,7 +37,7 @@ SEEDS = "seeds"
 NETWORK = "network.safetensors"
 _OF_MAPS = {
     *("scales", "flip", "gate", "reading", "conditioned"),
-    *("attention_blocks", "fusion", "split_maps", "threshold"),
+    *("attention_blocks", "fusion", "affinity", "split_maps", "threshold"),
 }
 """What of a host's settings its network does not hang on."""
 _OF_LABELS = {
@@ -256,7 +256,8 @@ def _load(run: Run, name: str) -> Any:
         name_of_class = {"amn": "Amn", "mctformer": "Mctformer", "edam": "Edam"}[method]
         Network = getattr(import_module(f"lpcam.hosts.{method}"), name_of_class)  # noqa: N806
         loaded.clear()  # one at a time is used
-        loaded[name] = Network.load(path).to(run.device).eval()
+        network = Network.load(path).to(run.device).eval()
+        loaded[name] = network if method == "mctformer" else network.folded()
     return loaded[name]
 
 

@@ -384,7 +384,7 @@ def _score(
     run: Run, source: Source, stage: Stage, items: Sequence[Item], crf_settings: CrfSettings
 ) -> None:
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
-    from lpcam.refine.psa import crf_scores, write_scores  # noqa: PLC0415
+    from lpcam.refine.psa import crf_score_stacks, write_scores  # noqa: PLC0415
 
     settings = refine_section(run).psa
     crf = DenseCrf(crf_settings, memory=crf_memory(run))
@@ -397,7 +397,7 @@ def _score(
         maps = read_maps(map_path(source.folder, item.id))
         image, planes = _refined_at(run, item, maps)
         alphas = (settings.low_alpha, settings.high_alpha)
-        low, high = (crf_scores(crf, image, planes, alpha) for alpha in alphas)
+        low, high = crf_score_stacks(crf, image, planes, alphas)
         write_scores(path, low, high)
 
     each(run, f"PSA labels of {source.method}", items, make)
@@ -610,7 +610,7 @@ def _psa(run: Run, source: Source, _: Stage) -> Any:
     from lpcam.refine.psa import Psa, walk  # noqa: PLC0415
 
     settings = refine_section(run).psa
-    network = Psa.load(network_path(run.stages[f"{PSA}/{source.name}"])).to(run.device).eval()
+    network = Psa.load(network_path(run.stages[f"{PSA}/{source.name}"])).to(run.device).folded()
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
         image, planes = _refined_at(run, item, maps)
