@@ -117,9 +117,22 @@ class Modules(_Made):
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command, in the order of the help."""
-    parser = _parser()
-    (chooser,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    """The parser of each command, ``data check`` and its like too, in the order of the help."""
+    (chooser,) = _choosers(_parser())
+    found = {}
+    for name, parser in _described(chooser).items():
+        found[name] = parser
+        for inner in _choosers(parser):
+            found |= {f"{name} {work}": one for work, one in _described(inner).items()}
+    return found
+
+
+def _choosers(parser: argparse.ArgumentParser) -> list[Any]:
+    return [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+
+
+def _described(chooser: Any) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a chooser, each with a description."""
     about = {choice.dest: choice.help for choice in chooser._choices_actions}
     previous = ""
     for name, inner in chooser.choices.items():

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 from lpcam.data.classes import choose_classes, unknown_name
+from lpcam.data.folder import IMAGE_SUFFIXES
 from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id
 from lpcam.data.labels import read_labels
 from lpcam.errors import DataError
@@ -195,7 +196,9 @@ def _given_labels(path: Path, names: Sequence[str]) -> dict[str, set[str]]:
         for label in labels:
             if label not in names:
                 raise DataError(f"{path} line {line}: unknown class {unknown_name(label, names)}")
-        image_id = image.removeprefix("JPEGImages/").removesuffix(".jpg")
+        name = PurePosixPath(image.removeprefix("JPEGImages/"))
+        ends = name.suffix.lower() in IMAGE_SUFFIXES
+        image_id = (name.with_suffix("") if ends else name).as_posix()
         found.setdefault(image_id, set()).update(labels)
     return found
 
