@@ -179,7 +179,7 @@ def check_command(line: str) -> None:
     if not words or (words[0] in chooser.choices and len(words) == 1):
         return  # the name of a command in a sentence
     options, rest = parser.parse_known_args(words)
-    if not hasattr(options, "recipe"):
+    if getattr(options, "recipe", None) is None:
         assert not rest, f"unknown arguments {rest}"
         return
     known = {key for key, _, _ in describe_fields()}

@@ -51,7 +51,7 @@ def refusal(whole: Any) -> str:
     ("path", "allowed"),
     [
         ("wheels", "version, name, data, classifier, lpcam"),
-        ("data.roots", "kind, root, name, classes, lists"),
+        ("data.roots", "kind, root, labels, masks, coco, saliency, name, classes, lists"),
         ("data.lists.valid", "classify, validate, prototypes, maps, evaluate"),
         ("classifier.probe.epochs", "preset, long_side, mirror"),
         ("lpcam.taus", "preset, clusters, restarts, tau,"),
@@ -69,7 +69,7 @@ def test_an_unknown_key_names_itself_and_those_allowed(path: str, allowed: str) 
     [
         ("lpcam.tau", 1.5, "lpcam.tau = 1.5: Input should be less than or equal to 1"),
         ("lpcam.tau", "much", "lpcam.tau = 'much': Input should be a valid number"),
-        ("data.kind", "coco", "data.kind = 'coco': Input should be 'voc' or 'folder'"),
+        ("data.kind", "zip", "data.kind = 'zip': Input should be 'voc', 'folder' or 'coco'"),
         ("classifier.output_stride", 12, "classifier.output_stride = 12: Input should be 8, 16 or"),
         ("seeds.method", "lpcam", "seeds.method = 'lpcam': Input should be 'CAM', 'LPCAM-F' or"),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
@@ -244,7 +244,7 @@ def test_there_are_bundled_recipes() -> None:
 
 
 def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"voc_animals-deeplabv2$"):
+    with pytest.raises(RecipeError, match=r"voc_animals-mctformer$"):
         load_recipe(tmp_path)
     (tmp_path / "recipe.yaml").write_text("version: 1\n")
     with pytest.raises(RecipeError, match=r"; did you mean '.*recipe\.yaml'\?$"):

@@ -279,7 +279,8 @@ def _names_in(path: Path) -> tuple[str, ...]:
 
 
 def _import_huggingface(options: argparse.Namespace, _: str) -> int:
-    from lpcam.data.huggingface import import_huggingface  # noqa: PLC0415
+    from lpcam.data.huggingface import RECORD, import_huggingface  # noqa: PLC0415
+    from lpcam.storage import read_json  # noqa: PLC0415
 
     folder = import_huggingface(
         options.source,
@@ -288,5 +289,12 @@ def _import_huggingface(options: argparse.Namespace, _: str) -> int:
         labels=options.labels,
         split=options.split,
     )
+    record = read_json(folder / RECORD)
+    if record["left_out"]:
+        first = record["left_out"][0]
+        print(
+            f"{len(record['left_out'])} of {record['rows']} rows were left out, the first: row "
+            f"{first['row']}, {first['reason']}"
+        )
     print(f"wrote {folder}\nnext: lpcam init {shlex.quote(str(folder))}")
     return 0

@@ -280,6 +280,14 @@ class HostSection(WeightsSection):
         return own[self.method]
 
     @property
+    def clusters(self) -> bool:
+        """Whether prototypes are made of the host's own features."""
+        by_features = self.method == "mctformer" or (
+            self.method == "amn" and self.amn.reading == "features"
+        )
+        return by_features and "LPCAM" in self.arms.values()
+
+    @property
     def arms(self) -> dict[MapName, Literal["CAM", "LPCAM"]]:
         """The maps that the host makes, and what each builds on."""
         if self.method == "edam":
@@ -612,8 +620,11 @@ def _replace(values: dict[str, Any], key: str, text: str) -> None:
             raise RecipeError(f"--{key}: {part!r} is a value, not a section")
         place = inner
     last = parts[-1]
-    is_path = (key in ("data.root", "run.folder") and value is not None) or (
-        key in ("classifier.weights", "segment.weights")
+    is_path = (
+        key in ("data.root", "data.labels", "data.masks", "data.saliency", "run.folder")
+        and value not in (None, "folders", "computed")
+    ) or (
+        key in ("classifier.weights", "host.weights", "segment.weights")
         and text.endswith(".safetensors")
         and ":" not in text
     )

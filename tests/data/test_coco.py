@@ -165,6 +165,24 @@ def test_notices_say_what_masks_do_not_show(root: Path) -> None:
     )
 
 
+def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> None:
+    """What many tools export: enough for labels, nothing to score masks with."""
+    content = json.loads((root / "annotations" / "instances_train2014.json").read_text())
+    first = content["annotations"][0]
+    del first["segmentation"]
+    write(root, annotations=content["annotations"])
+    folder = CocoFolder(root)
+    shown = next(i for i in content["images"] if i["id"] == first["image_id"])["file_name"]
+    bare = shown.removesuffix(".jpg")
+    assert folder.dataset.items[bare].labels
+    notice = "1 annotations have no outline, perhaps a box alone: their 1 images have labels"
+    assert any(text.startswith(notice) for text in folder.dataset.notices)
+    painted = folder.with_masks(tmp_path / "masks", folder.dataset.items)
+    without = [name for name, item in painted.items.items() if item.mask is None]
+    assert without == [bare]
+    assert not (tmp_path / "masks" / f"{bare}.png").exists()
+
+
 def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> None:
     folder = CocoFolder(root, classes=["brush", "bicycle"])
     assert folder.dataset.classes.names == ("brush", "bicycle")

@@ -164,6 +164,8 @@ class CocoAnnotations:
     """(A,) places in ``categories``."""
     crowds: NDArray[np.bool_]
     """(A,) whether the outline is of a group of objects."""
+    outlined: NDArray[np.bool_]
+    """(A,) whether there is an outline; some files have boxes alone."""
     areas: NDArray[np.float64]
     """(A,) pixels, as the file says; NaN where it says nothing."""
     offsets: NDArray[np.int64]
@@ -227,6 +229,7 @@ class CocoAnnotations:
             annotation_ids=_array(columns.ids, np.int64)[order],
             category_rows=rows[order].astype(np.int32),
             crowds=_array(columns.crowds, np.int8)[order].astype(np.bool_),
+            outlined=_array(columns.outlined, np.int8)[order].astype(np.bool_),
             areas=_array(columns.areas, np.float64)[order],
             offsets=_array(columns.offsets, np.int64)[order],
             lengths=_array(columns.lengths, np.int64)[order],
@@ -254,6 +257,12 @@ class CocoAnnotations:
         if [one["id"] if isinstance(one, dict) else None for one in found] != ids:
             raise _changed(self.path)
         return found
+
+    def paintable(self) -> NDArray[np.bool_]:
+        """(I,) whether every object of an image has an outline, so that it can have a mask."""
+        owners = np.repeat(np.arange(len(self.image_ids)), np.diff(self.starts))
+        bare = np.bincount(owners[~self.crowds & ~self.outlined], minlength=len(self.image_ids))
+        return bare == 0
 
     def labels(self, *, crowds: bool = True) -> list[tuple[int, ...]]:
         """Of each image row, the ascending rows of ``categories`` that its annotations have.
@@ -294,6 +303,7 @@ class _Columns:
         self.images = array("q")
         self.categories = array("q")
         self.crowds = array("b")
+        self.outlined = array("b")
         self.areas = array("d")
         self.offsets = array("q")
         self.lengths = array("q")
@@ -312,6 +322,7 @@ class _Columns:
                 self.images.append(image)
                 self.categories.append(category)
                 self.crowds.append(1 if crowd else 0)
+                self.outlined.append(1 if value.get("segmentation") else 0)
                 self.areas.append(math.nan if area is None else area)
                 self.offsets.append(offset)
                 self.lengths.append(length)
@@ -542,7 +553,8 @@ class CocoFolder:
                 all.
 
         Returns:
-            The data set with ``mask`` set for these items.
+            The data set with ``mask`` set for these items, but those of which an object has no
+            outline: they have no mask.
 
         Raises:
             DataError: naming the annotation file and image, as :func:`paint`; for an unknown id,
@@ -560,6 +572,8 @@ class CocoFolder:
             "mask_ids": [[number, value] for number, value in self._values.items()],
         }
         self._prepare(folder, options)
+        paintable = [index.paintable() for index in self.annotations]
+        wanted = [n for n in wanted if paintable[self._places[n][0]][self._places[n][1]]]
         paths = {name: folder / f"{name}.png" for name in wanted}
         listing = cache(_listing)
         missing = [n for n, path in paths.items() if path.name not in listing(path.parent)]
@@ -838,6 +852,13 @@ def _notices(
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
         notices.append(
             f"{sum(dropped.values())} annotations of classes not chosen give no label: {counts}"
+        )
+    boxes = sum(int((~index.outlined & ~index.crowds).sum()) for index in indices)
+    if boxes:
+        images = sum(int((~index.paintable()).sum()) for index in indices)
+        notices.append(
+            f"{boxes} annotations have no outline, perhaps a box alone: their {images} images have "
+            "labels, but no true masks"
         )
     unlabelled = sum(not item.labels for item in items.values())
     if unlabelled:

@@ -120,6 +120,7 @@ def _places(root: Path) -> tuple[Path, ...]:
 
 
 def find_root(root: Path) -> Path:
+    """The folder ``VOC2012`` itself; DataError if there is none at or below the path."""
     for folder in _places(root):
         if (folder / _LISTS).is_dir():
             return folder
@@ -142,6 +143,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 
 def read_list(root: Path, name: str) -> tuple[str, ...]:
+    """Ids of a list of a VOC folder, in any of the field's dialects, as `read_voc` takes them."""
     path = root / _LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"

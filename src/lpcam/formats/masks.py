@@ -306,17 +306,17 @@ def _earlier_files(output: Path, format: MaskFormat) -> list[str]:
     index = read_json(path)
     if not isinstance(index, dict) or index.get("kind") != KIND:
         raise ArtefactError(
-            f"{path} was not written by '{KIND}', so it may be yours; choose another --output"
+            f"{path} was not written by '{KIND}', so it may be yours; choose another output folder"
         )
     if index.get("masks") != format:
         raise ArtefactError(
-            f"{output} holds masks exported as {index.get('masks')}; choose another --output for "
+            f"{output} holds masks exported as {index.get('masks')}; choose another output folder for "
             f"{format}"
         )
     try:
         return [safe_id(name) for name in index["files"]]  # they are deleted by name
     except (KeyError, TypeError, DataError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}); choose another --output") from error
+        raise ArtefactError(f"{path} is damaged ({error}); choose another output folder") from error
 
 
 def _check_foreign(output: Path, planned: Iterable[str], before: Iterable[str]) -> None:
@@ -325,7 +325,7 @@ def _check_foreign(output: Path, planned: Iterable[str], before: Iterable[str]) 
         if name not in own and (output / name).exists():
             raise ArtefactError(
                 f"{output / name} is there already and was not written by an earlier '{KIND}', so "
-                "it may be yours; choose another --output"
+                "it may be yours; choose another output folder"
             )
 
 

@@ -84,16 +84,19 @@ FILE_SECONDS = 60.0
 
 def left_out_stages(recipe: Recipe) -> tuple[StageName, ...]:
     """Stages that a recipe does not have."""
-    segmenting = SEGMENTING if recipe.segment is None else ()
-    hosting = HOSTING if recipe.host is None else ()
-    if recipe.refine is None:
-        return (*REFINING, *hosting, *segmenting)
-    learning: dict[StageName, str] = {
-        **dict.fromkeys(("ir-labels", "irn"), "irn"),
-        **dict.fromkeys(("psa-labels", "psa"), "psa"),
+    host, refine = recipe.host, recipe.refine
+    method = None if refine is None else refine.method
+    there: dict[StageName, bool] = {
+        "host-labels": host is not None and host.method == "amn",
+        "host": host is not None,
+        "host-prototypes": host is not None and host.clusters,
+        "host-maps": host is not None,
+        **dict.fromkeys(("ir-labels", "irn"), method == "irn"),
+        **dict.fromkeys(("psa-labels", "psa"), method == "psa"),
+        "pseudo": method is not None,
+        **dict.fromkeys(SEGMENTING, recipe.segment is not None),
     }
-    others = (name for name, method in learning.items() if method != recipe.refine.method)
-    return (*others, *hosting, *segmenting)
+    return tuple(name for name, present in there.items() if not present)
 
 
 def read_dataset(

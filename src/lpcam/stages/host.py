@@ -78,7 +78,7 @@ def arms(run: Run) -> list[Arm]:
     found = []
     taught_by_each = section.method == "amn" and section.amn.reading == "teacher"
     for title, base in section.arms.items():
-        own = base == "LPCAM" and not taught_by_each
+        own = base == "LPCAM" and section.clusters
         network = folder_name(title) if taught_by_each else section.method
         found.append(Arm(title, base, network, own))
     return found
