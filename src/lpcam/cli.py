@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpcam.data_commands import MAP_FORMATS, MASK_FORMATS, add_parsers, export, run_command
+from lpcam.data_commands import (
+    MAP_FORMATS,
+    MASK_FORMATS,
+    add_parsers,
+    add_reading,
+    export,
+    from_one,
+    reading,
+    run_command,
+)
 from lpcam.errors import LpcamError, RecipeError
 from lpcam.version import __version__
 
@@ -127,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     demo = commands.add_parser("demo", help="draw the bundled data set and run LPCAM on it")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the run")
-    demo.add_argument("--threads", type=int, default=None, help="of the numerics")
+    demo.add_argument("--threads", type=from_one, help="of the numerics")
     refine = commands.add_parser(
         "refine",
         help="make pseudo masks of maps that another program made",
@@ -143,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="a page on this machine to drop photographs on")
     serve.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     serve.add_argument("--port", type=int, default=8765, help="on 127.0.0.1; 0 takes a free one")
-    serve.add_argument("--threads", type=int, default=None, help="of the numerics")
+    serve.add_argument("--threads", type=from_one, help="of the numerics")
     serve.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     _segmenter_parsers(commands)
     add_parsers(commands)
@@ -154,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images with labels.csv (image,labels), labels.jsonl or a folder a class; VOC2012; "
         "COCO's annotations, or one JSON file of them",
     )
+    add_reading(init)
     init.add_argument("--backbone", default="mobilenetv2_100", help="a timm model")
     init.add_argument("--weights", default="pretrained", help="'pretrained' or a safetensors file")
     show = commands.add_parser("recipe", help="print a bundled recipe, or list them")
@@ -163,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("output", type=Path, help="safetensors file to write")
     pretrain.add_argument("--seed", type=int, default=0)
     pretrain.add_argument("--steps", type=int, default=None)
-    pretrain.add_argument("--threads", type=int, default=1)
+    pretrain.add_argument("--threads", type=from_one, default=1)
     return parser
 
 
@@ -190,7 +200,7 @@ def _explain_parser(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--threshold", type=_fraction, help="of the masks; else the recipe's")
     command.add_argument("--output", type=Path, default=Path("explained"), help="folder")
-    command.add_argument("--threads", type=int, default=None, help="images worked on at a time")
+    command.add_argument("--threads", type=from_one, help="images worked on at a time")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
@@ -201,7 +211,7 @@ def _segmenter_parsers(commands: Any) -> None:
     predict.add_argument("--output", type=Path, default=Path("predicted"), help="folder")
     predict.add_argument("--probabilities", action="store_true", help="keep them, as npz files")
     predict.add_argument("--no-crf", action="store_true", help="without the recipe's dense CRF")
-    predict.add_argument("--threads", type=int, default=None, help="images worked on at a time")
+    predict.add_argument("--threads", type=from_one, help="images worked on at a time")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     export = commands.add_parser(
         "export",
@@ -234,6 +244,14 @@ def _segmenter_parsers(commands: Any) -> None:
     )
     export.add_argument(
         "--bare-digits", action="store_true", help="of maps: COCO's files are 000000000009.npy"
+    )
+    export.add_argument(
+        "--image-root",
+        metavar="PREFIX",
+        help="of masks as label-studio: the images' folder below the one that it serves",
+    )
+    export.add_argument(
+        "--threads", type=from_one, help="of masks and maps: images worked on at a time"
     )
     export.add_argument(
         "--size",
@@ -494,6 +512,8 @@ def _export(options: argparse.Namespace, given: Sequence[str]) -> int:
             ("instances", options.instances),
             ("background", options.background is not None),
             ("bare-digits", options.bare_digits),
+            ("image-root", options.image_root is not None),
+            ("threads", options.threads is not None),
         )
         if value
     ]
@@ -547,7 +567,9 @@ def _convert(options: argparse.Namespace) -> int:
 def _init(options: argparse.Namespace) -> int:
     from lpcam.starting import write_recipe  # noqa: PLC0415
 
-    path, summary = write_recipe(options.folder, options.backbone, options.weights)
+    path, summary = write_recipe(
+        options.folder, options.backbone, options.weights, **reading(options)
+    )
     print(summary)
     print(f"\nwrote {path}\nnext: lpcam run {shlex.quote(str(path))}")
     return 0

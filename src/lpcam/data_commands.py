@@ -6,12 +6,16 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lpcam.errors import LpcamError
 
+if TYPE_CHECKING:
+    from lpcam.data.items import ClassTable
+
 MASK_FORMATS = ("voc", "coco", "coco-polygons", "yolo", "label-studio", "cvat", "overlays")
 MAP_FORMATS = ("irn", "amn", "psa", "psa-crf")
+KNOWN_CLASSES = ("voc12", "coco14")
 KINDS = ("voc", "folder", "coco")
 
 
@@ -21,8 +25,7 @@ def add_parsers(commands: Any) -> None:
     works = data.add_subparsers(dest="work", required=True, metavar="WORK")
     check = works.add_parser("check", help="what a data set holds, and what is wrong with it")
     check.add_argument("path", type=Path, help="folder of images, VOC2012, COCO, or a COCO JSON")
-    check.add_argument("--kind", choices=KINDS, help="instead of what the path looks like")
-    check.add_argument("--lists", help="of VOC or COCO, e.g. train,val (default: all)")
+    add_reading(check)
     check.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     check.add_argument("--recipe", help="whose run is estimated (default: the usual small one)")
     check.add_argument(
@@ -37,11 +40,11 @@ def add_parsers(commands: Any) -> None:
     masks = works.add_parser("masks", help="paint COCO's masks of its annotations, ID.png")
     masks.add_argument("path", type=Path, help="folder of COCO, or a COCO JSON file")
     masks.add_argument("output", type=Path, help="folder to write")
-    masks.add_argument("--lists", help="e.g. train2014,val2014 (default: all)")
+    masks.add_argument("--lists", type=names, help="e.g. train2014,val2014 (default: all)")
     masks.add_argument("--order", choices=("file", "area"), default="file", help="of painting")
     masks.add_argument("--crowds", choices=("background", "void"), default="background")
     for command in (check, train_aug, masks):
-        command.add_argument("--threads", type=int, default=None, help="files read at a time")
+        command.add_argument("--threads", type=from_one, help="files read at a time")
 
     importer = commands.add_parser("import", help="read files of other programs, safely")
     works = importer.add_subparsers(dest="work", required=True, metavar="WORK")
@@ -52,7 +55,12 @@ def add_parsers(commands: Any) -> None:
     maps.add_argument(
         "--data", type=Path, help="data set of the images: what is imported, checked against it"
     )
-    maps.add_argument("--lists", help="of the data set, e.g. train (default: all)")
+    maps.add_argument("--lists", type=names, help="of the data set, e.g. train (default: all)")
+    maps.add_argument(
+        "--classes",
+        help="of the maps: voc12, coco14, or a file such as the exported classes.txt; or, with "
+        "--data, some of its classes, e.g. cow,dog",
+    )
     maps.add_argument(
         "--no-file-no-class",
         action="store_true",
@@ -61,7 +69,7 @@ def add_parsers(commands: Any) -> None:
     maps.add_argument(
         "--normalise", action="store_true", help="divide each map by its maximum, as IRN does"
     )
-    maps.add_argument("--threads", type=int, default=None, help="files read at a time")
+    maps.add_argument("--threads", type=from_one, help="files read at a time")
     labels = works.add_parser("labels", help="cls_labels.npy and the like, to labels.csv")
     labels.add_argument("source", type=Path, help=".npy file")
     labels.add_argument("output", type=Path, help="csv file to write")
@@ -80,6 +88,49 @@ def add_parsers(commands: Any) -> None:
     hub.add_argument("--image", default="image", metavar="COLUMN", help="with the images")
     hub.add_argument("--labels", default="label", metavar="COLUMN", help="with the labels")
     hub.add_argument("--split", help="where there are several")
+
+
+def add_reading(command: Any) -> None:
+    """Add the options that say how a data set is read (:func:`reading`)."""
+    command.add_argument("--kind", choices=KINDS, help="instead of what the path looks like")
+    command.add_argument(
+        "--lists", type=names, help="of VOC or COCO, e.g. train,val (default: all)"
+    )
+    command.add_argument(
+        "--labels",
+        type=_label_source,
+        help="a .csv or .jsonl instead of the usual labels; of a folder also 'folders'",
+    )
+    command.add_argument("--masks", type=Path, help="folder of true masks, ID.png")
+    command.add_argument("--classes", type=names, help="some of its classes, e.g. cow,dog")
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_reading` was given, as :func:`lpcam.data.detect.open_dataset` takes it."""
+    return {
+        name: getattr(options, name) for name in ("kind", "lists", "labels", "masks", "classes")
+    }
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty name; write names with commas between them, such as train,val"
+        )
+    return found
+
+
+def from_one(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _label_source(text: str) -> Path | Literal["folders"]:
+    return "folders" if text == "folders" else Path(text)
 
 
 def run_command(options: argparse.Namespace, given: Sequence[str]) -> int:
@@ -104,6 +155,7 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.format not in known:
         what = "no format was given" if options.format is None else f"not {options.format}"
         raise LpcamError(f"export {options.what}: {what}; choose one by --format {'|'.join(known)}")
+    _refuse_unfit(options)
     command = shlex.join(["lpcam", *given])
     if options.what == "masks":
         from lpcam.formats.masks import export_masks  # noqa: PLC0415
@@ -116,6 +168,7 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
                 options.output,
                 options.format,
                 instances=options.instances,
+                image_root=options.image_root or "",
                 workers=_threads(options),
                 progress=lambda _done, _total: advance(1, ""),
                 made_by={**masks.made_by, "command": command},
@@ -124,8 +177,6 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
         return 1 if result.left_out else 0
     from lpcam.formats.maps import export_maps  # noqa: PLC0415
 
-    if options.instances:
-        raise LpcamError("--instances belongs to masks; leave it out for maps")
     if (options.background is None) == (options.format in ("amn", "psa-crf")):
         raise LpcamError(
             f"maps of the format {options.format} "
@@ -139,6 +190,7 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
             options.output,
             options.format,
             maps.ids,
+            classes=maps.classes,
             background=options.background,
             bare_digits=options.bare_digits,
             workers=_threads(options),
@@ -148,15 +200,28 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
     return 0
 
 
+def _refuse_unfit(options: argparse.Namespace) -> None:
+    """Refuse options of export that would do nothing."""
+    masks, maps = options.what == "masks", options.what == "maps"
+    for name, fits, owner in (
+        ("instances", masks, "masks"),
+        ("image_root", masks, "masks"),
+        ("background", maps, "maps"),
+        ("bare_digits", maps, "maps"),
+        ("size", False, "networks"),
+        ("trained_on", False, "segmenters"),
+    ):
+        if not fits and getattr(options, name) not in (None, False):
+            raise LpcamError(
+                f"--{name.replace('_', '-')} belongs to {owner}; leave it out for {options.what}"
+            )
+
+
 def _threads(options: argparse.Namespace) -> int:
     from lpcam.resources import available_threads  # noqa: PLC0415
 
     threads: int | None = getattr(options, "threads", None)
     return threads or available_threads()
-
-
-def _lists(options: argparse.Namespace) -> list[str] | None:
-    return None if options.lists is None else [n.strip() for n in options.lists.split(",")]
 
 
 def _check(options: argparse.Namespace, command: str) -> int:
@@ -168,10 +233,12 @@ def _check(options: argparse.Namespace, command: str) -> int:
     from lpcam.storage import write_json  # noqa: PLC0415
     from lpcam.version import versions  # noqa: PLC0415
 
+    if options.no_estimate and options.recipe is not None:
+        raise LpcamError("--recipe says whose run is estimated; leave it or --no-estimate out")
     recipe = None
     if not options.no_estimate:
         recipe = usual_recipe() if options.recipe is None else load_recipe(options.recipe)
-    dataset = open_dataset(options.path, options.kind, lists=_lists(options))
+    dataset = open_dataset(options.path, **reading(options))
     masks = sum(i.mask is not None or i.parts is not None for i in dataset.items.values())
     with progress("looking at the files", len(dataset.items) + masks) as advance:
         found = survey(
@@ -200,7 +267,7 @@ def _masks(options: argparse.Namespace, _: str) -> int:
     from lpcam.data.coco import CocoFolder  # noqa: PLC0415
     from lpcam.progress import progress  # noqa: PLC0415
 
-    folder = CocoFolder(options.path, lists=_lists(options))
+    folder = CocoFolder(options.path, lists=options.lists)
     ids = list(folder.dataset.items)
     with progress("painting masks", len(ids)) as advance:
         folder.with_masks(
@@ -220,18 +287,32 @@ def _import_maps(options: argparse.Namespace, _: str) -> int:
 
     if options.no_file_no_class and options.data is None:
         raise LpcamError("--no-file-no-class wants the data set of the images: --data PATH")
+    if options.lists is not None and options.data is None:
+        raise LpcamError("--lists names lists of a data set; give it by --data PATH")
     about: dict[str, Any] = {}
+    given: str | None = options.classes
+    chosen, table = None, None
+    if given is not None and options.data is not None and not _is_table(given):
+        chosen = [name.strip() for name in given.split(",")]
+    elif given is not None:
+        table = _class_table(given)
     if options.data is not None:
+        from lpcam.data.classes import choose_classes  # noqa: PLC0415
         from lpcam.data.detect import open_dataset  # noqa: PLC0415
         from lpcam.data.images import upright_size  # noqa: PLC0415
 
-        dataset = open_dataset(options.data, lists=_lists(options))
+        dataset = open_dataset(options.data, lists=options.lists)
+        if table is not None:
+            choose_classes(dataset.classes, table.names)
         about["sizes"] = {i.id: upright_size(i.image) for i in dataset.items.values()}
-        about |= {"ids": list(dataset.items), "classes": len(dataset.classes)}
+        about["ids"] = list(dataset.items)
+        table = table or dataset.classes
     result = import_maps(
         options.source,
         options.output,
         style=options.style,
+        classes=table,
+        chosen=chosen,
         without_file="no class" if options.no_file_no_class else "skip",
         normalise=options.normalise,
         workers=_threads(options),
@@ -253,6 +334,21 @@ def _import_labels(options: argparse.Namespace, _: str) -> int:
     )
     print(result.summary())
     return 0
+
+
+def _is_table(text: str) -> bool:
+    return text in KNOWN_CLASSES or Path(text).is_file()
+
+
+def _class_table(text: str) -> ClassTable:
+    """Classes of a known data set, or of a file, with their mask values."""
+    from lpcam.data.items import ClassTable  # noqa: PLC0415
+    from lpcam.formats.maps import read_classes  # noqa: PLC0415
+
+    if text not in KNOWN_CLASSES and Path(text).is_file():
+        return read_classes(Path(text))
+    known = _class_names(text)
+    return ClassTable(known, tuple(range(1, len(known) + 1)))
 
 
 def _class_names(text: str) -> tuple[str, ...]:

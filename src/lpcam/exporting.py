@@ -60,7 +60,7 @@ def masks_of(folder: Path, name: str | None = None) -> Masks:
     if (folder / PREDICTED).is_file():
         return _predicted(folder, name)
     recipe = _recipe(folder)
-    patterns = (f"{PSEUDO}/*", "seeds", f"{HOST_MAPS}/*/{SEEDS}", f"{TEST}/*/crf", f"{TEST}/*")
+    patterns = (f"{PSEUDO}/*", "seeds", f"{SEEDS}/*", f"{TEST}/*/crf", f"{TEST}/*")
     chosen = _chosen(folder, name, "masks", patterns, ".png")
     stage: ListName = "test" if chosen.split("/")[0] == TEST else "maps"
     dataset = read_dataset(recipe, (stage,))

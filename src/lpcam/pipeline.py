@@ -32,7 +32,7 @@ from lpcam.stages.context import (
     left_out_stages,
 )
 from lpcam.stages.evaluate import evaluate
-from lpcam.stages.host import cluster_host, map_host, train_host, write_host_labels
+from lpcam.stages.host import cluster_host, map_host, rehearse_host, train_host, write_host_labels
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
 from lpcam.stages.refine import (
@@ -217,6 +217,8 @@ def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
     left_out = left_out_stages(run.recipe)
     if "segment" in stages and "segment" not in left_out and run.only is None:
         rehearse(run)
+    if run.only is None and "host" in stages and "host" not in left_out:
+        rehearse_host(run)
     if run.only is None and "pseudo" in stages:
         check_saliency(run)
     for name in stages:

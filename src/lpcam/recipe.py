@@ -243,6 +243,8 @@ class HostSection(WeightsSection):
     """Further arguments of timm.create_model, where ``backbone`` is given."""
     output_stride: Literal[8, 16, 32] | None = None
     """Of ``backbone``, where it is given; null leaves the model's own."""
+    dilated: bool = True
+    """Of ``backbone``, where it is given: false sets dilations back to 1."""
     weights: str = "pretrained"
     """Of ``backbone``, where it is given: "pretrained", "random", or a safetensors file."""
     mean: tuple[float, float, float] | None = None
@@ -253,8 +255,8 @@ class HostSection(WeightsSection):
     mctformer: MctformerSettings = MctformerSettings.from_preset("default")
     edam: EdamSettings = EdamSettings.from_preset("default")
     lpcam: LpcamSettings | None = None
-    """Of prototypes of the host's own features (mctformer; amn with reading features); null: as the
-    recipe's ``lpcam``."""
+    """How the host's own features are clustered (mctformer; amn with reading features), for which
+    it must be given: presets mctformer.voc12, mctformer.coco14, amn.voc12, amn.coco14."""
 
     @model_validator(mode="after")
     def _check(self) -> HostSection:
@@ -267,6 +269,28 @@ class HostSection(WeightsSection):
             raise ValueError("mctformer needs host.backbone, such as deit_small_patch16_224")
         if self.maps is not None and len(set(self.maps)) != len(self.maps):
             raise ValueError(f"host.maps {list(self.maps)} repeats")
+        if self.backbone is None:
+            own = ("arguments", "output_stride", "dilated", "weights", "mean", "std")
+            usual = {"arguments": {}, "dilated": True, "weights": "pretrained"}
+            given = [name for name in own if getattr(self, name) != usual.get(name)]
+            if given:
+                raise ValueError(
+                    f"host.{given[0]} belongs to host.backbone, which is not given; without one "
+                    "the host has the classifier's backbone, weights and preprocessing"
+                )
+        if self.method == "mctformer" and self.mctformer.version == "v1":
+            if "LPCAM" in self.arms.values():
+                raise ValueError(
+                    "mctformer.version v1 has no PatchCAM whose place LPCAM could take; set "
+                    "host.maps to [CAM]"
+                )
+            if self.mctformer.split_maps == "patch":
+                raise ValueError("mctformer.split_maps patch needs version v2")
+        if self.clusters and self.lpcam is None:
+            raise ValueError(
+                "host.lpcam must say how the host's own features are clustered: give it a preset "
+                "(mctformer.voc12, mctformer.coco14, amn.voc12, amn.coco14)"
+            )
         return self
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from lpcam.data.check import check_images
-from lpcam.data.detect import kind_of, open_dataset
+from lpcam.data.detect import Kind, kind_of, open_dataset
 from lpcam.data.items import Dataset
 from lpcam.errors import ClassifierError, DataError
 from lpcam.presets import preset_names
@@ -28,7 +30,7 @@ name: {name}
 data:
   kind: {kind:<15} # {kind_means}
   root: {root:<15} # from the folder of this file
-{lists}  # A subset to work with; labels and mask ids of other classes are then left out.
+{own}{lists}  # A subset to work with; labels and mask ids of other classes are then left out.
   classes: {classes}
 
 classifier:
@@ -63,7 +65,16 @@ KIND_MEANS = {
 
 
 def write_recipe(
-    source: Path, backbone: str, weights: str, preset: str = "frozen"
+    source: Path,
+    backbone: str,
+    weights: str,
+    preset: str = "frozen",
+    *,
+    kind: Kind | None = None,
+    lists: Sequence[str] | None = None,
+    labels: Path | Literal["folders"] | None = None,
+    masks: Path | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Path, str]:
     """Check every image of a data set and write ``recipe.yaml`` beside it.
 
@@ -72,6 +83,8 @@ def write_recipe(
             :func:`lpcam.data.detect.open_dataset` opens them.
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
+        kind, lists, labels, masks, classes: as of :func:`lpcam.data.detect.open_dataset`; what is
+            given stands in the recipe. Of COCO's lists the first is worked on, the last is tested.
 
     Returns:
         the recipe's path, and a summary of what was found, in words.
@@ -86,8 +99,8 @@ def write_recipe(
     path = folder / "recipe.yaml"
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
-    kind = kind_of(source)
-    dataset = open_dataset(source, kind)
+    kind = kind or kind_of(source)
+    dataset = open_dataset(source, kind, lists=lists, labels=labels, masks=masks, classes=classes)
     check_backbone(backbone)
     if weights.endswith(".safetensors"):
         weights = str(Path(weights).expanduser().absolute())
@@ -108,7 +121,8 @@ def write_recipe(
         kind=kind,
         kind_means=KIND_MEANS[kind],
         root=_flow(source.name if source.is_file() else "."),
-        lists=_lists(kind, dataset),
+        own=_own(folder, labels, masks),
+        lists=_lists(kind, dataset, lists),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
@@ -123,12 +137,30 @@ def write_recipe(
     return path, _summary(dataset)
 
 
-def _lists(kind: str, dataset: Dataset) -> str:
-    """A line for a folder like VOC that has not VOC's own lists; else nothing."""
-    if kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | None) -> str:
+    """Lines for labels and masks that lie elsewhere than usual; paths as the recipe takes them."""
+    lines = ""
+    for key, value in (("labels", labels), ("masks", masks)):
+        if isinstance(value, Path):
+            path, base = value.expanduser().absolute(), folder.absolute()
+            inside = path.is_relative_to(base)
+            lines += (
+                f"  {key}: {_flow(path.relative_to(base).as_posix() if inside else str(path))}\n"
+            )
+        elif value is not None:
+            lines += f"  {key}: {value}\n"
+    return lines
+
+
+def _lists(kind: str, dataset: Dataset, given: Sequence[str] | None) -> str:
+    """A line for COCO's lists that were given, or where VOC's own are not all there; or nothing."""
+    if kind == "coco" and given:
+        name, test = given[0], given[-1]
+    elif kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
         return ""
-    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
-    test = "val" if "val" in dataset.lists else name
+    else:
+        name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
+        test = "val" if "val" in dataset.lists else name
     stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), name)
     return f"  lists: {_flow({**stages, 'test': test})}\n"
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import small_run, times
 
 from lpcam.data.images import read_index_mask
-from lpcam.errors import DataError, RecipeError
+from lpcam.errors import DataError, LpcamError, RecipeError
 from lpcam.pipeline import run
 from lpcam.recipe import load_recipe
 from lpcam.stages.context import read_dataset
@@ -84,7 +84,7 @@ def test_host(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None
     for title in refined:
         own = title.lower().replace("+", "_")
         folders = [folder / "pseudo" / own]
-        folders += [folder / "host-maps" / own / "seeds"] if titles else []
+        folders += [folder / "host-seeds" / own] if titles else []
         for masks in folders:
             for item in items:
                 mask = read_index_mask(masks / f"{item.id}.png")
@@ -92,8 +92,14 @@ def test_host(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None
                 assert set(np.unique(mask).tolist()) <= values_of_masks
                 assert item.labels or not mask.any()
     if titles:
+        assert recipe.host is not None
         protocol = result.rows[-1]["protocol"]
         assert protocol["host"]["method"] in name
+        # what it was built of, not what the recipe's empty fields say
+        built = recipe.classifier if recipe.host.backbone is None else recipe.host
+        assert protocol["host"]["backbone"] == built.backbone
+        assert protocol["host"]["weights"] == "random"
+        assert "host" not in result.rows[0]["protocol"]  # CAM's
         history = read_json(folder / "metrics.json")["host_history"]
         assert all(history.values())
     assert result.report is not None
@@ -131,10 +137,11 @@ def test_reading_b_maps_prototypes_of_amn_taught_by_cam(voc: Path, tmp_path: Pat
     values = {
         **small_run(voc, tmp_path / "run"),
         **AMN,
+        "data.lists.prototypes": "train_aug",  # other images than those that get maps
+        "data.lists.maps": "train",
         "host.amn.reading": "features",
-        "host.lpcam.preset": "voc12.official",
+        "host.lpcam.preset": "amn.voc12",
         "host.lpcam.max_features": "40",
-        "host.lpcam.tau": "0.25",
         "report.images": "0",
     }
     result = run(load_recipe("voc12-amn.official", list(values.items())), until="evaluate")
@@ -155,11 +162,72 @@ def test_reading_b_maps_prototypes_of_amn_taught_by_cam(voc: Path, tmp_path: Pat
         ({"host.maps": "[CAM, CAM]"}, r"host.maps \['CAM', 'CAM'\] repeats"),
         ({"refine.method": "saliency"}, "refine.method saliency needs data.saliency"),
         ({"data.saliency": "x"}, "data.saliency serves refine.method saliency alone"),
+        ({"host.weights": "random"}, "host.weights belongs to host.backbone, which is not given"),
+        ({"host.output_stride": "8"}, "host.output_stride belongs to host.backbone"),
+        ({"host.amn.reading": "features"}, "host.lpcam must say how the host's own features are"),
     ],
 )
 def test_a_recipe_that_does_not_fit_together(changes: dict[str, str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("voc12-amn.official", list(changes.items()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host.mctformer.version": "v1"}, "version v1 has no PatchCAM whose place LPCAM could"),
+        (
+            {
+                "host.mctformer.version": "v1",
+                "host.maps": "[CAM]",
+                "host.mctformer.split_maps": "patch",
+            },
+            "split_maps patch needs version v2",
+        ),
+    ],
+)
+def test_what_version_1_of_mctformer_has_not(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("voc12-mctformer.official", list(changes.items()))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("voc12-amn.official", {"host.amn.freeze": "[conv_1]"}, "no parameter .* below 'conv_1'"),
+        (
+            "voc12-mctformer.official",
+            {"host.weights": "/nowhere/deit.safetensors"},
+            r"deit\.safetensors",
+        ),
+        (
+            "voc12-mctformer.official",
+            {"host.mctformer.attention_blocks": "99"},
+            "attention_blocks 99 is more than the",
+        ),
+        ("voc12-edam-network.official", {"host.edam.freeze": "[b99]"}, "no parameter .* 'b99'"),
+    ],
+)
+def test_a_host_that_cannot_be_trained_is_refused_before_any_work(
+    name: str, changes: dict[str, str], message: str, voc: Path, tmp_path: Path
+) -> None:
+    values = {**small_run(voc, tmp_path / "run"), **RECIPES[name][0], **changes}
+    if "edam" in name:
+        values["data.saliency"] = str(saliency_of(voc, tmp_path / "saliency", name, values))
+    with pytest.raises(LpcamError, match=message):
+        run(load_recipe(name, list(values.items())))
+    assert not (tmp_path / "run" / "classifier").exists()
+
+
+def test_another_threshold_makes_other_seeds_and_nothing_else(voc: Path, tmp_path: Path) -> None:
+    values = {**small_run(voc, tmp_path / "run"), **AMN, "host.maps": "[LPCAM]"}
+    values |= {"refine.method": "pamr", "report.images": "0"}
+    run(load_recipe("voc12-amn.official", list(values.items())))
+    before = times(tmp_path / "run")
+    run(load_recipe("voc12-amn.official", [*values.items(), ("host.amn.threshold", "0.6")]))
+    changed = {k.split("/")[0] for k, v in times(tmp_path / "run").items() if before.get(k) != v}
+    assert "host-seeds" in changed
+    assert not changed & {"classifier", "cam", "lpcam", "host-labels", "host", "host-maps"}
 
 
 def test_a_stage_of_a_host_that_the_recipe_has_not(voc: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -25,14 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.classes import choose_classes
-from lpcam.data.coco_masks import Crowds, Order, paint
+from lpcam.data.coco_masks import Crowds, Order, check_options, paint
 from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.images import upright_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Dataset, Item, Skip, safe_id
 from lpcam.data.json_stream import Member, stream_arrays
-from lpcam.errors import ArtefactError, DataError
+from lpcam.data.labels import relative_name
+from lpcam.errors import ArtefactError, DataError, ImageError
 from lpcam.masks import write_mask
 from lpcam.parallel import ordered_map
 from lpcam.storage import digest_file, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 ALL = "all"
 LABELLED = ".labelled"
@@ -128,6 +133,9 @@ _KIND = "masks painted from COCO annotations"
 _ROBOFLOW = "_annotations.coco.json"
 _INSTANCES = "instances_"
 _COCO_LIST = re.compile(r"(train|val)2014")
+_ANY_JSON = ("annotations.json", "*.json")
+_HEAD = 2**20
+_JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:(?=\s*\[))?|[\[\]{}]', re.DOTALL)
 _PLAIN = re.compile(r"(\w+)(\.\w+)", re.ASCII)
 _HOW = (
     "an annotation file has 'images' with id, file_name, height and width, 'annotations' with id, "
@@ -344,8 +352,9 @@ class _Columns:
         if len(wrong):
             raise DataError(
                 f"{path}: annotation {self.ids[wrong[0]]} (byte {self.offsets[wrong[0]]:,}) has "
-                f"{field} {ids[wrong[0]]}, which is not in {table!r} ({len(wrong)} annotations are "
-                f"like that); add it there or leave them out"
+                f"{field} {ids[wrong[0]]}, which is not in {table!r} "
+                f"({_count(len(wrong), 'annotation is', 'annotations are')} like that); add it "
+                "there or leave them out"
             )
         return rows
 
@@ -354,8 +363,9 @@ class _Columns:
         repeated = ids[1:][ids[1:] == ids[:-1]]
         if len(repeated):
             raise DataError(
-                f"{path}: annotation id {repeated[0]} stands twice ({len(repeated)} ids are like "
-                "that); give each annotation an id of its own"
+                f"{path}: annotation id {repeated[0]} stands twice "
+                f"({_count(len(repeated), 'id is', 'ids are')} like that); give each annotation an "
+                "id of its own"
             )
 
 
@@ -425,9 +435,11 @@ class CocoFolder:
 
     Each file gives the lists NAME, all its images in ascending order of their ids, and
     ``NAME.labelled``, those of them with a label; ``all`` and ``all.labelled`` unite the files that
-    were read. An item's id is its file name without extension (``COCO_train2014_000000000009``);
-    where two files have the same one, ``NAME/`` comes before the ids of every file. Classes are the
-    categories in ascending order of their ids, with mask values from 1 on.
+    were read. An item's id is its file name without extension, after ``NAME/``. Without it are the
+    ids of a file whose images all have COCO's own names (``COCO_NAME_000000000009``), of one that
+    is the only one of its folder, and of one that is itself the root. So an image has the same id
+    whichever lists are read. Classes are the categories in ascending order of their ids, with mask
+    values from 1 on.
     """
 
     dataset: Dataset
@@ -458,7 +470,7 @@ class CocoFolder:
                 images have the same id or a file name leaves the folder, and as
                 :meth:`CocoAnnotations.read`.
         """
-        folder, files = _find_files(root, lists)
+        folder, files, found = _find_files(root, lists)
         total = sum(_state(path)[0] for path in files.values())
         done = 0
 
@@ -478,10 +490,15 @@ class CocoFolder:
                 self.annotations[0].categories, whole.mask_ids, strict=True
             )
         }
+        self._paintable = [index.paintable() for index in indices]
         table = choose_classes(whole, classes)
-        ids, distinct = _item_ids(dict(zip(files, self.annotations, strict=True)))
-        # of files in painted.json: the same image has another id where it begins with the list's
-        self._names = [name if distinct else f"{name}/" for name in files]
+        begins = [
+            "" if [index.path] == [*found.values()] or _is_own(name, index) else f"{name}/"
+            for name, index in zip(files, self.annotations, strict=True)
+        ]
+        ids = _item_ids(self.annotations, begins)
+        # of files in painted.json: as the only one of its folder a file has other ids
+        self._names = [begin or name for name, begin in zip(files, begins, strict=True)]
         self._places = {
             name: (number, row) for number, of in enumerate(ids) for row, name in enumerate(of)
         }
@@ -540,10 +557,15 @@ class CocoFolder:
     ) -> Dataset:
         """Paint the masks of images as ``folder/ID.png`` where they are not there yet.
 
-        ``folder/painted.json`` says what the masks were painted from: the digest of each annotation
-        file, ``order``, ``crowds`` and the mask values. Where that is no longer so, the old masks
-        of this data set in the folder are removed first. A stopped call is taken up again by the
-        next one. The files are the same for any number of workers.
+        ``folder/painted.json`` says what the masks were painted from: of each annotation file the
+        digest, ``order``, ``crowds`` and the mask values. Where that is no longer so, the old masks
+        of that file's images in the folder are removed first; those of files that are not read now
+        stay, with what is said of them. A stopped call is taken up again by the next one. The files
+        are the same for any number of workers.
+
+        An image has no mask where an object of it has no outline or one that cannot be painted, and
+        where its file has another size than the annotations say. A notice and a warning tell how
+        many there are and the first reason. Outlines of crowds count with ``crowds="void"`` alone.
 
         Args:
             ids: of items.
@@ -553,15 +575,16 @@ class CocoFolder:
                 all.
 
         Returns:
-            The data set with ``mask`` set for these items, but those of which an object has no
-            outline: they have no mask.
+            The data set with ``mask`` set for these items.
 
         Raises:
-            DataError: naming the annotation file and image, as :func:`paint`; for an unknown id,
-                and where the annotation file has changed since it was read.
+            DataError: for an unknown id, ``order`` or ``crowds``, and where the annotation file has
+                changed since it was read.
             ArtefactError: if a file that would be written is there and was not painted here, or
                 one cannot be written.
+            LpcamError: if pycocotools is missing (for polygons).
         """
+        check_options(order, crowds)
         wanted = list(dict.fromkeys(ids))
         unknown = [name for name in wanted if name not in self.dataset.items]
         if unknown:
@@ -571,47 +594,147 @@ class CocoFolder:
             "crowds": crowds,
             "mask_ids": [[number, value] for number, value in self._values.items()],
         }
-        self._prepare(folder, options)
-        paintable = [index.paintable() for index in self.annotations]
-        wanted = [n for n in wanted if paintable[self._places[n][0]][self._places[n][1]]]
+        files = self._prepare(folder, options)
+        wanted = [
+            name for name in wanted if self._paintable[self._places[name][0]][self._places[name][1]]
+        ]
+        known = {n: why for of in self._names for n, why in files[of]["unpaintable"].items()}
+        faults = {name: known[name] for name in wanted if name in known}
+        wanted = [name for name in wanted if name not in faults]
         paths = {name: folder / f"{name}.png" for name in wanted}
         listing = cache(_listing)
         missing = [n for n, path in paths.items() if path.name not in listing(path.parent)]
 
-        def make(name: str) -> None:
+        def make(name: str) -> tuple[str, bool] | None:
+            """What is wrong, and whether it is so until the annotation file changes."""
+            if (other := self._other_size(name)) is not None:
+                return other, False
             number, row = self._places[name]
             index = self.annotations[number]
+            annotations = index.annotations(row)
+            if crowds == "background":
+                annotations = [one for one in annotations if not one.get("iscrowd")]
             size = int(index.heights[row]), int(index.widths[row])
             try:
-                annotations = index.annotations(row)
                 mask = paint(annotations, size, self._values, order=order, crowds=crowds)
             except DataError as error:
-                raise DataError(f"{index.path}, image {index.file_names[row]}: {error}") from error
+                return str(error), True
             write_mask(paths[name], mask)
+            return None
 
-        there = itertools.repeat(None, len(wanted) - len(missing))
-        painted = ordered_map(make, missing, workers)
-        for number, _ in enumerate(itertools.chain(there, painted), start=1):
+        there = [("", None)] * (len(wanted) - len(missing))
+        painted = zip(missing, ordered_map(make, missing, workers), strict=True)
+        lasting = False
+        for count, (name, fault) in enumerate(itertools.chain(there, painted), start=1):
+            if fault is not None:
+                faults[name], lasts = fault
+                if lasts:
+                    files[self._names[self._places[name][0]]]["unpaintable"][name] = faults[name]
+                lasting |= lasts
             if progress is not None:
-                progress(number, len(wanted))
+                progress(count, len(wanted))
+        if lasting:
+            _write_record(folder, files)
         items = {
-            name: replace(item, mask=paths[name]) if name in paths else item
+            name: replace(item, mask=paths[name]) if name in paths and name not in faults else item
             for name, item in self.dataset.items.items()
         }
-        return replace(self.dataset, items=items)
+        notices = self.dataset.notices
+        if faults:
+            first = next(name for name in self._places if name in faults)
+            number, row = self._places[first]
+            index = self.annotations[number]
+            notice = (
+                f"{_count(len(faults), 'image has', 'images have')} no true mask, the first for "
+                f"this reason: {index.path}, image {index.file_names[row]}: {faults[first]}"
+            )
+            logger.warning("%s", notice)
+            notices = (*notices, notice)
+        return replace(self.dataset, items=items, notices=notices)
 
-    def _prepare(self, folder: Path, options: Mapping[str, Any]) -> None:
-        """Make the folder one in which every mask of this data set is what ``options`` ask for."""
+    def true_mask(self, name: str) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
+        """The mask of an image as :meth:`with_masks` paints it, and all that is wrong with it.
+
+        Nothing is written. The mask, uint8 (H, W), is None where the image has none. Broken
+        outlines of crowds are told, though they spoil no mask; that an annotation has a box alone
+        is not, see ``dataset.notices``.
+
+        Raises:
+            DataError: if the annotation file has changed since it was read.
+            LpcamError: if pycocotools is missing (for polygons).
+        """
+        number, row = self._places[name]
+        index = self.annotations[number]
+        size = int(index.heights[row]), int(index.widths[row])
+        outlined = [one for one in index.annotations(row) if one.get("segmentation")]
+
+        def attempt(of: list[dict[str, Any]]) -> tuple[NDArray[np.uint8] | None, list[str]]:
+            try:
+                return paint(of, size, self._values, crowds="void"), []
+            except DataError as error:
+                if len(of) < 2:
+                    return None, [str(error)]
+                return None, [fault for one in of for fault in attempt([one])[1]]
+
+        mask, faults = attempt([one for one in outlined if not one.get("iscrowd")])
+        faults += attempt([one for one in outlined if one.get("iscrowd")])[1]
+        if (other := self._other_size(name)) is not None:
+            mask, faults = None, [other, *faults]
+        told = tuple(dict.fromkeys(f"{index.path}: {fault}" for fault in faults))
+        return mask if self._paintable[number][row] else None, told
+
+    def _other_size(self, name: str) -> str | None:
+        """Words for an image whose file has another size than the annotations say."""
+        number, row = self._places[name]
+        index = self.annotations[number]
+        try:
+            height, width = upright_size(self.dataset.items[name].image)
+        except ImageError:  # told where images are looked at
+            return None
+        told = int(index.heights[row]), int(index.widths[row])
+        if told == (height, width):
+            return None
+        turned = told == (width, height)
+        return (
+            f"the file says {told[0]} x {told[1]} (height x width), the upright image is "
+            f"{height} x {width}; "
+            + (
+                "if it was outlined without its EXIF rotation, remove that from the image"
+                if turned
+                else "give the image that was outlined"
+            )
+        )
+
+    def _prepare(self, folder: Path, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Make the folder one in which every mask of this data set is what ``options`` ask for.
+
+        Returns what is recorded of each annotation file, by its name in the record.
+        """
         path = folder / PAINTED
         before = read_json(path) if path.exists() else None
         if before is not None and (not isinstance(before, dict) or before.get("kind") != _KIND):
             raise ArtefactError(f"{path} is another's, so it may be yours; choose another folder")
-        same = before is not None and before.get("options") == options
-        known: dict[str, str] = before["annotations"] if before and same else {}
-        digests = {name: _digest(i) for name, i in zip(self._names, self.annotations, strict=True)}
-        stale = [known.get(name) != digest for name, digest in digests.items()]
-        if not any(stale):
-            return
+        known: dict[str, dict[str, Any]] = before.get("files", {}) if before else {}
+        ids: list[list[str]] = [[] for _ in self.annotations]
+        for image_id, (number, _) in self._places.items():
+            ids[number].append(image_id)
+        files = {
+            name: {
+                "digest": _digest(index),
+                "options": options,
+                "ids_begin": os.path.commonprefix(of),  # noqa: RUF071 - of characters
+                "unpaintable": {},
+            }
+            for name, index, of in zip(self._names, self.annotations, ids, strict=True)
+        }
+        same = {
+            name
+            for name, of in files.items()
+            if all(known.get(name, {}).get(key) == of[key] for key in ("digest", "options"))
+        }
+        if len(same) == len(files):
+            return known
+        stale = [name not in same for name in self._names]
         listing = cache(_listing)
         masks = [folder / f"{i}.png" for i, (number, _) in self._places.items() if stale[number]]
         old = [mask for mask in masks if mask.name in listing(mask.parent)]
@@ -623,10 +746,20 @@ class CocoFolder:
         # A stop before the record is written leaves only masks that the old one is right about.
         for mask in old:
             mask.unlink(missing_ok=True)
-        if old:  # a file that is not read now may have had some of them
-            known = {name: digest for name, digest in known.items() if digests.get(name) == digest}
-        record = {"format": 1, "kind": _KIND, "options": options}
-        write_json(path, {**record, "annotations": {**known, **digests}})
+        removed = [mask.relative_to(folder).as_posix() for mask in old]
+        known = {
+            name: of
+            for name, of in known.items()
+            # a file that is not read now may have had some of them
+            if name in same or not any(mask.startswith(of["ids_begin"]) for mask in removed)
+        }
+        files = {**known, **{name: of for name, of in files.items() if name not in same}}
+        _write_record(folder, files)
+        return files
+
+
+def _write_record(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    write_json(folder / PAINTED, {"format": 2, "kind": _KIND, "files": files})
 
 
 def _digest(index: CocoAnnotations) -> str:
@@ -665,19 +798,30 @@ def _table(indices: Sequence[CocoAnnotations]) -> ClassTable:
             f"{_MOST_CLASSES}: leave categories out of the file"
         )
     names = tuple(name for _, name in first.categories)
+    if "background" in (name.casefold() for name in names):
+        raise DataError(
+            f"{first.path}, categories, names the background; leave it out, its mask value is 0"
+        )
     try:
         return ClassTable(names, tuple(range(1, len(names) + 1)))
     except DataError as error:
         raise DataError(f"{first.path}, categories: {error}") from error
 
 
-def _item_ids(indices: Mapping[str, CocoAnnotations]) -> tuple[list[list[str]], bool]:
-    """Ids of the items of each file, and whether they are distinct without the list's name."""
+def _is_own(name: str, index: CocoAnnotations) -> bool:
+    """Whether all images of a list have the names that COCO gives them, which no other list has."""
+    own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
+    return all(map(own.fullmatch, index.file_names))
+
+
+def _item_ids(indices: Sequence[CocoAnnotations], begins: Sequence[str]) -> list[list[str]]:
+    """Ids of the items of each file, each with its beginning."""
     ids = []
-    for index in indices.values():
+    owners: dict[str, CocoAnnotations] = {}
+    for index, begin in zip(indices, begins, strict=True):
         of: dict[str, str] = {}
         for file_name in index.file_names:
-            image_id = _item_id(index.path, file_name)
+            image_id = begin + _item_id(index.path, file_name)
             if image_id in of:
                 raise DataError(
                     f"{index.path}: images {of[image_id]!r} and {file_name!r} have the same id "
@@ -685,14 +829,13 @@ def _item_ids(indices: Mapping[str, CocoAnnotations]) -> tuple[list[list[str]], 
                 )
             of[image_id] = file_name
         ids.append(list(of))
-    if len({image_id for of in ids for image_id in of}) == sum(map(len, ids)):
-        return ids, True
-    return [[f"{name}/{i}" for i in of] for name, of in zip(indices, ids, strict=True)], False
-
-
-def _relative(file_name: str) -> str:
-    """A file name with forward slashes, as annotation tools on Windows do not write it."""
-    return file_name.replace("\\", "/").removeprefix("./")
+        for image_id in owners.keys() & of.keys():
+            raise DataError(
+                f"{owners[image_id].path} and {index.path} both have an image of the id "
+                f"{image_id!r}; rename one of them"
+            )
+        owners |= dict.fromkeys(of, index)
+    return ids
 
 
 def _item_id(path: Path, file_name: str) -> str:
@@ -700,7 +843,7 @@ def _item_id(path: Path, file_name: str) -> str:
     if plain and plain[2].lower() in IMAGE_SUFFIXES:  # as all of COCO: much quicker
         return plain[1]
     try:
-        name = safe_id(unicodedata.normalize("NFC", _relative(file_name)))
+        name = safe_id(unicodedata.normalize("NFC", relative_name(file_name)))
         name.encode()
     except DataError as error:
         raise DataError(f"{path}, file_name: {error}") from error
@@ -710,8 +853,10 @@ def _item_id(path: Path, file_name: str) -> str:
     return safe_id(name.removesuffix(suffix)) if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def _find_files(root: Path, lists: Sequence[str] | None) -> tuple[Path, dict[str, Path]]:
-    """The data set's folder, and the annotation files that are to be read, by list."""
+def _find_files(
+    root: Path, lists: Sequence[str] | None
+) -> tuple[Path, dict[str, Path], dict[str, Path]]:
+    """The data set's folder, and by list the annotation files to be read, and all it has."""
     if root.is_file():
         name = _list_name(root)
         wrong = [n for n in lists or () if n.removesuffix(LABELLED) not in (name, ALL)]
@@ -720,9 +865,8 @@ def _find_files(root: Path, lists: Sequence[str] | None) -> tuple[Path, dict[str
                 f"{root} has no list {wrong[0]!r}; it has {name}, {ALL} and, of images with a "
                 f"label, {name}{LABELLED} and {ALL}{LABELLED}"
             )
-        return root.parent.parent if root.parent.name == "annotations" else root.parent, {
-            name: root
-        }
+        folder = root.parent.parent if root.parent.name == "annotations" else root.parent
+        return folder, {name: root}, {name: root}
     if not root.is_dir():
         raise DataError(f"there is no {root}; give an annotation file or a folder that holds one")
     found = annotation_files(root)
@@ -743,7 +887,7 @@ def _find_files(root: Path, lists: Sequence[str] | None) -> tuple[Path, dict[str
             )
     if not wanted:
         raise DataError(f"no list of {root} was named; the lists are {', '.join([*found, ALL])}")
-    return root, wanted
+    return root, wanted, found
 
 
 def _places(root: Path, name: str) -> list[Path]:
@@ -759,7 +903,8 @@ def _places(root: Path, name: str) -> list[Path]:
 def annotation_files(root: Path) -> dict[str, Path]:
     """The annotation files of a folder, by list, of the first place that has any.
 
-    COCO's own ``annotations`` has captions and key points too, which are none.
+    COCO's own ``annotations`` has captions and key points too, which are none. Of files that may
+    be anything by their names those count that have arrays of images and annotations.
     """
     for pattern in (
         f"annotations/{_INSTANCES}*.json",
@@ -769,10 +914,35 @@ def annotation_files(root: Path) -> dict[str, Path]:
         "annotations.json",
         "*.json",
     ):
-        found = {_list_name(path): path for path in sorted(root.glob(pattern)) if path.is_file()}
+        found = {
+            _list_name(path): path
+            for path in sorted(root.glob(pattern))
+            if path.is_file() and (pattern not in _ANY_JSON or _has_annotations(path))
+        }
         if found:
             return found
     return {}
+
+
+def _has_annotations(path: Path) -> bool:
+    """Whether the object of a JSON file has arrays of images and annotations.
+
+    Only the head is read: where it is not all, one of them is enough, as an array may be large.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD + 1)
+    except OSError:
+        return False
+    depth, found = 0, set()
+    for token in _JSON_TOKEN.finditer(head[:_HEAD].decode("utf-8-sig", "replace")):
+        if token[0] in "{[":
+            depth += 1
+        elif token[0] in "}]":
+            depth -= 1
+        elif depth == 1 and token[1] in ("images", "annotations") and token[2]:
+            found.add(token[1])
+    return len(found) == 2 or (bool(found) and len(head) > _HEAD)
 
 
 def _list_name(path: Path) -> str:
@@ -800,7 +970,7 @@ def _listing(folder: Path) -> dict[str, str]:
 def _find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
 ) -> Path | None:
-    parent, _, name = unicodedata.normalize("NFC", _relative(file_name)).rpartition("/")
+    parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
     for place in places:
         folder = place / parent if parent else place
         stored = listing(folder).get(name)
@@ -831,18 +1001,22 @@ def _notices(
             for index in indices
             for whole, seen in zip(index.labels(), index.labels(crowds=False), strict=True)
         )
-        notices.append(
-            f"{sum(crowds)} annotations are of crowds: they count as labels and are not painted; "
-            f"{alone} labels of images come from crowds alone, and have no pixels in masks"
+        of_crowds = _count(
+            sum(crowds),
+            "annotation is of a crowd: it counts as a label and is not painted",
+            "annotations are of crowds: they count as labels and are not painted",
         )
+        from_crowds = _count(
+            alone,
+            "label of an image comes from a crowd alone, and has no pixels in masks",
+            "labels of images come from crowds alone, and have no pixels in masks",
+        )
+        notices.append(f"{of_crowds}; {from_crowds}")
     only_crowds = [names[row] for row in labelled if crowds[row] and not objects[row]]
     if only_crowds:
         notices.append(
             f"of {', '.join(only_crowds)} there are only crowds: labels, but no pixels in masks"
         )
-    empty = [names[row] for row in labelled if not crowds[row] and not objects[row]]
-    if empty:
-        notices.append(f"no annotation shows {', '.join(empty)}")
     dropped = {
         name: objects[row] + crowds[row]
         for row, name in enumerate(names)
@@ -851,16 +1025,26 @@ def _notices(
     if dropped:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
         notices.append(
-            f"{sum(dropped.values())} annotations of classes not chosen give no label: {counts}"
+            _count(
+                sum(dropped.values()),
+                "annotation of a class not chosen gives no label",
+                "annotations of classes not chosen give no label",
+            )
+            + f": {counts}"
         )
     boxes = sum(int((~index.outlined & ~index.crowds).sum()) for index in indices)
     if boxes:
         images = sum(int((~index.paintable()).sum()) for index in indices)
         notices.append(
-            f"{boxes} annotations have no outline, perhaps a box alone: their {images} images have "
-            "labels, but no true masks"
+            f"{_count(boxes, 'annotation has', 'annotations have')} no outline, perhaps a box "
+            f"alone: {_count(images, 'image has', 'images have')} labels, but no true masks"
         )
     unlabelled = sum(not item.labels for item in items.values())
     if unlabelled:
-        notices.append(f"{unlabelled} of {len(items)} images have no label")
+        have = "has" if unlabelled == 1 else "have"
+        notices.append(f"{unlabelled} of {len(items)} images {have} no label")
     return tuple(notices)
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"

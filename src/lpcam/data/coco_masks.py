@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +49,11 @@ def paint(
 
     Raises:
         DataError: naming the annotation, for a category without value, a polygon of fewer than 3
-            points, with odd, infinite or far outlying coordinates, a run-length code of another
-            size or with wrong counts, a crowd with polygons, or no segmentation.
+            points, with an odd number of coordinates, NaN or far outlying ones, a run-length code
+            of another size or with wrong counts, a crowd with polygons, or no segmentation.
         LpcamError: if pycocotools is missing (for polygons).
     """
-    if order not in ("file", "area") or crowds not in ("background", "void"):
-        raise DataError(
-            f"order {order!r} or crowds {crowds!r} is unknown; choose 'file' or 'area', and "
-            "'background' or 'void'"
-        )
+    check_options(order, crowds)
     height, width = size
     if height < 1 or width < 1 or height * width > MAXIMUM_PIXELS:
         raise DataError(
@@ -82,6 +78,15 @@ def paint(
         canvas[_region(one, size)] = values[one["category_id"]]
     canvas[void & (canvas == BACKGROUND)] = IGNORE
     return canvas
+
+
+def check_options(order: Order, crowds: Crowds) -> None:
+    """Refuse words that :func:`paint` does not know; DataError lists those it knows."""
+    if order not in get_args(Order) or crowds not in get_args(Crowds):
+        raise DataError(
+            f"order {order!r} or crowds {crowds!r} is unknown; choose 'file' or 'area', and "
+            "'background' or 'void'"
+        )
 
 
 def _area(annotation: Mapping[str, Any], size: tuple[int, int]) -> float:
@@ -122,7 +127,9 @@ def _decode(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
                 f"a polygon has {len(polygon)} coordinates; 3 points or more have 6 or more, an "
                 "even number"
             )
-        # Filling a polygon takes memory in proportion to its outline. Of NaN this is false.
+        if any(type(v) is float and math.isnan(v) for v in polygon):
+            raise ValueError("a polygon has a coordinate that is no number (NaN)")
+        # Filling a polygon takes memory in proportion to its outline.
         reach = max(size)
         if not all(-reach <= v <= 2 * reach for v in polygon):
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lpcam.data.folder import read_folder
 from lpcam.data.items import Dataset
+from lpcam.data.truth import with_mask_folder
 from lpcam.data.voc import read_voc, voc_lists
 from lpcam.errors import DataError
 
@@ -45,6 +46,9 @@ def open_dataset(
     kind: Kind | None = None,
     *,
     lists: Sequence[str] | None = None,
+    labels: Path | Literal["folders"] | None = None,
+    masks: Path | None = None,
+    classes: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """A data set whole: labels read, images not yet.
@@ -53,16 +57,37 @@ def open_dataset(
         path: as `kind_of` takes it.
         kind: None: as `kind_of` finds.
         lists: those to read of VOC and COCO; None: all. Images of VOC's ``test`` need no label.
+        labels: of VOC and folders: a table instead of the usual labels; of a folder also
+            ``"folders"``, where each class has one.
+        masks: a folder of true masks, ``ID.png``, instead of the usual ones.
+        classes: names of those to choose; None: all.
         progress: of reading COCO's annotations, called with the bytes done and the bytes of all.
 
     Raises:
-        DataError: as the reader of the kind.
+        DataError: if ``lists`` or ``labels`` do not belong to the kind, and as its reader.
     """
     kind = kind or kind_of(path)
     if kind == "folder":
-        return read_folder(path)
+        if lists is not None:
+            raise DataError(
+                f"lists ({', '.join(lists)}) are chosen of the kinds voc and coco; a folder such "
+                f"as {path} is read whole, so leave them out"
+            )
+        return read_folder(path, classes=classes, labels=labels, masks=masks)
     if kind == "voc":
-        return read_voc(path, lists=lists or voc_lists(path), unlabelled=("test",))
-    from lpcam.data.coco import CocoFolder  # noqa: PLC0415
+        if isinstance(labels, str):
+            raise DataError("labels 'folders' belongs to the kind folder; name a .csv or .jsonl")
+        dataset = read_voc(
+            path,
+            lists=lists or voc_lists(path),
+            classes=classes,
+            unlabelled=("test",),
+            labels=labels,
+        )
+    else:
+        from lpcam.data.coco import CocoFolder  # noqa: PLC0415
 
-    return CocoFolder(path, lists=lists, progress=progress).dataset
+        if labels is not None:
+            raise DataError("labels belongs to the kinds voc and folder; coco has its annotations")
+        dataset = CocoFolder(path, lists=lists, classes=classes, progress=progress).dataset
+    return dataset if masks is None else with_mask_folder(dataset, masks)

@@ -9,7 +9,7 @@
     c.jpg,cow;dog              c.jpg,1,1
 
 Names of images and classes are read without blanks at their ends, in Unicode form NFC: file systems
-and editors write the same name in different forms.
+and editors write the same name in different forms. In names of images a backslash is a slash.
 """
 
 from __future__ import annotations
@@ -98,10 +98,15 @@ def normal_name(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
+def relative_name(text: str) -> str:
+    """A path with forward slashes, as programs on Windows do not write it, without ``./``."""
+    return text.replace("\\", "/").removeprefix("./")
+
+
 def image_name(text: str, where: str) -> str:
     """The name of an image in a table or list as an id; DataError says where it is refused."""
     try:
-        return safe_id(normal_name(text))
+        return safe_id(relative_name(normal_name(text)))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 

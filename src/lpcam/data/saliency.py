@@ -22,6 +22,8 @@ from lpcam.errors import DataError
 
 SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 """Extensions of map files."""
+LOOKED_AT = 300
+"""Files that `saliency_maximum` opens at most."""
 _FULL = {("b", 1): 1.0, ("u", 1): 255.0, ("u", 2): 65535.0}
 """Most salient value of an array's kind and bytes a value; of floats it is 1."""
 
@@ -69,6 +71,37 @@ def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
     return found
 
 
+def saliency_maximum(paths: Iterable[Path]) -> float | None:
+    """What means 1 in the maps of one folder, for `read_saliency` and `read_values`.
+
+    A map of 8 bits whose largest value is 1 may be a mask of 0 and 1, or dark. The other maps of
+    its folder tell: at most `LOOKED_AT` of them, spread evenly, are opened until one has other
+    values.
+
+    Args:
+        paths: of `find_saliency`.
+
+    Returns:
+        1 where all have 0 and 1 alone; 255 where they are of 8 bits and some have other values;
+        None, each kind's own, where they are of several kinds, of another one, or all 0.
+
+    Raises:
+        DataError: if a map that is opened cannot be read (ImageError) or is transparent.
+    """
+    paths = list(paths)
+    kinds = {path.suffix: path for path in paths}.values()
+    spread = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
+    whole, salient = set(), False
+    for number, path in enumerate([*kinds, *spread]):
+        plane, full = _plane(path)
+        whole.add(full)
+        if not np.isin(plane, (0, 1)).all():
+            rest = [_plane(other)[1] for other in list(kinds)[number + 1 :]]
+            return 255.0 if {*whole, *rest} == {255.0} else None
+        salient = salient or bool(plane.any())
+    return 1.0 if salient else None
+
+
 def read_saliency(
     folder: Path, item_id: str, size: tuple[int, int], *, maximum: float | None = None
 ) -> Saliency:
@@ -83,15 +116,26 @@ def read_saliency(
         size: (height, width) of the upright image.
         maximum: the value that means 1. None: 255 of 8 bits, 65535 of 16, and 1 of floats, 1-bit
             images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
-            may be one of 0 and 1.
+            may be one of 0 and 1; `saliency_maximum` tells by its folder.
 
     Raises:
         DataError: if the map is missing or there are two, cannot be read (ImageError), is
             transparent, has NaN, negative values or values above ``maximum``, or its range is
             unknown.
     """
-    path = find_saliency(folder, [item_id])[item_id]
-    plane, full = _array(path) if path.suffix == ".npy" else _picture(path)
+    values = read_values(find_saliency(folder, [item_id])[item_id], maximum=maximum)
+    if values.shape != tuple(size):
+        height, width = size
+        values = np.array(
+            Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
+        )
+        values = np.clip(values, 0, 1)
+    return Saliency(np.rint(values * 255).astype(np.uint8), values)
+
+
+def read_values(path: Path, *, maximum: float | None = None) -> NDArray[np.float32]:
+    """The map of a file in its own size, float32 (h, w) in [0, 1]; otherwise as `read_saliency`."""
+    plane, full = _plane(path)
     top = full if maximum is None else maximum
     lowest, highest = float(plane.min()), float(plane.max())
     # maps that were divided by their maximum overshoot by rounding; of NaN both are false
@@ -105,18 +149,16 @@ def read_saliency(
             f"saliency map {path} has no value above 1 of 255; if 1 is salient, save it as 255 or "
             "give maximum=1; if it is really so dark, save zeros or give maximum=255"
         )
-    values = np.clip(plane / np.float32(top), 0, 1)
-    if values.shape != tuple(size):
-        height, width = size
-        values = np.array(
-            Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
-        )
-        values = np.clip(values, 0, 1)
-    return Saliency(np.rint(values * 255).astype(np.uint8), values)
+    values: NDArray[np.float32] = np.clip(plane / np.float32(top), 0, 1)
+    return values
+
+
+def _plane(path: Path) -> tuple[NDArray[np.float32], float]:
+    """Values of a file, one channel, and the value that means 1."""
+    return _array(path) if path.suffix == ".npy" else _picture(path)
 
 
 def _picture(path: Path) -> tuple[NDArray[np.float32], float]:
-    """Values of an image file, one channel, and the value that means 1."""
     image = load_image(path, path, MAXIMUM_PIXELS)
     if image.mode in ("F", "1"):
         return np.array(image, dtype=np.float32), 1.0

@@ -1,7 +1,7 @@
 """Masks as predictions of Label Studio tasks: brush strokes, exact, which people then correct.
 
 A project takes them with the labelling configuration of :func:`configuration` and with its local
-files served from the folder of the images.
+files served from a folder above that of the images.
 """
 
 from __future__ import annotations

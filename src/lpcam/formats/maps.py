@@ -12,8 +12,9 @@ psa         {class: float32 (H, W)}; of PSA, SEAM, MCTformer and EDAM
 psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after the CRF
 ==========  ==================================================================================
 
-Classes are 0-based. Files are read by :mod:`lpcam.arrays`, which runs nothing of them; what is
-written needs no torch to be read.
+A key k is the class of the value k + 1 in masks, also where a run has some of the classes alone and
+its own label indices are others. Files are read by :mod:`lpcam.arrays`, which runs nothing of them;
+what is written needs no torch to be read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,9 +32,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lpcam.arrays import dictionary_file, read_pickled_arrays
+from lpcam.data.classes import choose_classes
 from lpcam.data.images import MAXIMUM_PIXELS
-from lpcam.data.items import Skip, safe_id
+from lpcam.data.items import ClassTable, Skip, safe_id
+from lpcam.data.labels import read_text
 from lpcam.errors import ArtefactError, DataError
+from lpcam.formats.labels import CLASSES_FILE
 from lpcam.functional import normalize, strided
 from lpcam.parallel import ordered_map
 from lpcam.storage import (
@@ -74,13 +78,17 @@ class ForeignMaps:
 
 @dataclass(frozen=True)
 class ImportedMaps:
-    """What `import_maps` did: ids written, by style; those of no class; what was left out."""
+    """What `import_maps` did: ids written, by style; those of no class; what was left out.
+
+    ``not_chosen`` counts the maps that were left out of their files, by class.
+    """
 
     folder: Path
     ids: tuple[str, ...]
     styles: Mapping[str, int]
     without_class: tuple[str, ...]
     skipped: tuple[Skip, ...]
+    not_chosen: Mapping[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
         """In words, a line each."""
@@ -90,6 +98,9 @@ class ImportedMaps:
             lines.append(f"{len(self.without_class)} of them of no class")
         if dropped := sum(self.styles.get(style, 0) for style in _WITH_BACKGROUND):
             lines.append(f"the plane of the background of {dropped} was dropped")
+        if self.not_chosen:
+            counts = ", ".join(f"{n} {self.not_chosen[n]}" for n in sorted(self.not_chosen))
+            lines.append(f"maps of classes not chosen were dropped: {counts}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left out, the first: {self.skipped[0].reason}")
         return "\n".join(lines)
@@ -116,7 +127,7 @@ def read_foreign_maps(
     *,
     size: tuple[int, int] | None = None,
     style: MapStyle | Literal["auto"] = "auto",
-    classes: int | None = None,
+    classes: ClassTable | None = None,
 ) -> ForeignMaps:
     """Read the maps of one image; values stay as they are (no ReLU, no normalisation).
 
@@ -129,14 +140,16 @@ def read_foreign_maps(
         size: (H, W) of the image; a file of another size is refused. Needed where an image has no
             class and its file no size.
         style: "auto": told by the contents. "psa-crf" looks like "psa" and has to be named.
-        classes: how many there are; a larger class is refused.
+        classes: a key k becomes the label index of the class of mask value k + 1; a key of none is
+            refused. None: keys stay as they are.
 
     Returns:
-        The maps, with ``made_by`` {"imported": {"file", "digest", "style"}, "lpcam": version}.
+        The maps, with ``made_by`` {"imported": {"file", "digest", "style"}, "lpcam": version}, and
+        "classes", their names in label order, where they are given.
 
     Raises:
         ArtefactError: naming the file, if it is missing, damaged, tries to run code, is of no such
-            style or another size, has negative or infinite values, or could be either psa style.
+            style, class or size, has negative or infinite values, or could be either psa style.
     """
     if style not in ("auto", *get_args(MapStyle)):
         raise DataError(f"map style {style!r} is unknown; choose 'auto', {_STYLES}")
@@ -149,14 +162,21 @@ def read_foreign_maps(
     keys = maps.keys.tolist()
     if len(set(keys)) != len(keys) or (keys and min(keys) < 0):
         raise ArtefactError(f"map file {path} is refused: its classes {keys[:9]} repeat or are < 0")
-    if classes is not None and keys and max(keys) >= classes:
-        raise ArtefactError(
-            f"map file {path} is refused: it has class {max(keys)} (0-based), there are {classes} "
-            "classes; give the classes that the maps were made with"
-        )
-    record = {"file": path.name, "digest": digest_bytes(data), "style": kind}
-    made_by = {"imported": record, "lpcam": __version__}
-    return ForeignMaps(MapFile(maps.keys, maps.cam, maps.high_res, made_by), kind, background)
+    made_by: dict[str, Any] = {
+        "imported": {"file": path.name, "digest": digest_bytes(data), "style": kind},
+        "lpcam": __version__,
+    }
+    labels = maps.keys
+    if classes is not None:
+        unknown = [key for key in keys if key + 1 not in classes.mask_ids]
+        if unknown:
+            raise ArtefactError(
+                f"map file {path} is refused: it has the key {unknown[0]}, and no class has the "
+                f"mask value {unknown[0] + 1}; give the classes that the maps were made with"
+            )
+        labels = np.array([classes.mask_ids.index(key + 1) for key in keys], dtype=np.int64)
+        made_by["classes"] = list(classes.names)
+    return ForeignMaps(MapFile(labels, maps.cam, maps.high_res, made_by), kind, background)
 
 
 _STYLES = ", ".join(map(repr, get_args(MapStyle)))
@@ -324,7 +344,12 @@ def _resized(planes: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
 
 
 def write_foreign_maps(
-    path: Path, maps: MapFile, style: MapStyle, *, background: Background | None = None
+    path: Path,
+    maps: MapFile,
+    style: MapStyle,
+    *,
+    background: Background | None = None,
+    classes: ClassTable | None = None,
 ) -> None:
     """Write the maps of one image for other programs, whole or not at all.
 
@@ -338,12 +363,22 @@ def write_foreign_maps(
         style: one of `MapStyle`.
         background: score of the background where the style has one (amn, psa-crf), such as the
             threshold of the seeds; a plane is resized for ``cam``, bilinear.
+        classes: those whose label indices the maps have: each becomes its mask value less 1. None:
+            keys stay as they are.
 
     Raises:
-        DataError: if the style is unknown, lacks its background or has none, or the background is
-            of another size.
+        DataError: if the style is unknown, lacks its background or has none, the background is of
+            another size, or a map is of none of the classes.
         ArtefactError: if the file cannot be written.
     """
+    if classes is not None:
+        if maps.keys.size and maps.keys.max() >= len(classes):
+            raise DataError(
+                f"maps of {path.stem!r} have the class index {maps.keys.max()}; there are "
+                f"{len(classes)} classes"
+            )
+        keys = np.array([classes.mask_ids[n] - 1 for n in maps.keys.tolist()], dtype=np.int64)
+        maps = replace(maps, keys=keys)
     write_bytes(path, dictionary_file(_dictionary(maps, style, background)))
 
 
@@ -388,7 +423,8 @@ def import_maps(
     *,
     sizes: Mapping[str, tuple[int, int]] | None = None,
     style: MapStyle | Literal["auto"] = "auto",
-    classes: int | None = None,
+    classes: ClassTable | None = None,
+    chosen: Sequence[str] | None = None,
     without_file: Literal["skip", "no class"] = "skip",
     normalise: bool = False,
     dtype: Literal["uint8", "float16"] = "float16",
@@ -407,6 +443,8 @@ def import_maps(
         ids: of the images; None: the names of the files.
         sizes: (H, W) by id, checked against the files.
         style, classes: as of `read_foreign_maps`, for all files.
+        chosen: names of some of ``classes``, which then are the classes of what is written, in this
+            order; maps of the others are dropped and counted.
         without_file: what an image of ``ids`` is without a file: left out, or, as MCTformer means
             it, one that shows no class (``sizes`` must have it).
         normalise: divide each map by its maximum (:func:`lpcam.functional.normalize`), as IRN does.
@@ -415,10 +453,11 @@ def import_maps(
         progress: called after each image.
 
     Raises:
-        DataError: if there is no such folder or file in it, an id is not safe, or two files are of
-            one image.
+        DataError: if there is no such folder or file in it, an id is not safe, two files are of one
+            image, or a chosen class is none of ``classes``.
         ArtefactError: if none of the files can be read, or an output cannot be written.
     """
+    table = None if classes is None else choose_classes(classes, chosen)
     files = _find_files(source)
     named = {_image_of(name): name for name in files}
     if ids is None:
@@ -430,11 +469,15 @@ def import_maps(
             f"{next(iter(files))!r}.npy, the first image is {next(iter(ids), '')!r}"
         )
 
-    def convert(item_id: str) -> tuple[str, int] | Skip:
+    def convert(item_id: str) -> tuple[str, int, list[str]] | Skip:
         path, size = paths[item_id], (sizes or {}).get(item_id)
         try:
             if path is None:
-                made_by = {"imported": {"file": None}, "lpcam": __version__}
+                made_by = {
+                    "imported": {"file": None},
+                    "lpcam": __version__,
+                    **({} if table is None else {"classes": list(table.names)}),
+                }
                 if without_file == "skip" or size is None:
                     wanted = "" if without_file == "skip" else ", and the size of its image neither"
                     return Skip(item_id, f"{source} has no file of it{wanted}")
@@ -446,7 +489,9 @@ def import_maps(
                 found = read_foreign_maps(path, size=size, style=style, classes=classes)
         except ArtefactError as error:
             return Skip(item_id, str(error))
-        maps = found.maps
+        maps, others = found.maps, list[str]()
+        if classes is not None and table is not None:
+            maps, others = _chosen(maps, classes, table)
         if normalise:
             maps = MapFile(
                 maps.keys,
@@ -455,12 +500,13 @@ def import_maps(
                 {**maps.made_by, "normalised": "max"},
             )
         write_maps(map_path(output, item_id), maps, dtype=dtype)
-        return "no file" if path is None else found.style, len(maps.keys)
+        return "no file" if path is None else found.style, len(maps.keys), others
 
     done: list[str] = []
     empty: list[str] = []
     skipped: list[Skip] = []
     styles: Counter[str] = Counter()
+    not_chosen: Counter[str] = Counter()
     for number, (item_id, result) in enumerate(
         zip(ids, ordered_map(convert, ids, workers), strict=True), start=1
     ):
@@ -469,13 +515,26 @@ def import_maps(
         else:
             done.append(item_id)
             styles[result[0]] += 1
+            not_chosen.update(result[2])
             if not result[1]:
                 empty.append(item_id)
         if progress is not None:
             progress(number, len(ids))
     if not done:
         raise ArtefactError(f"no map file of {source} can be used: {skipped[0].reason}")
-    return ImportedMaps(output, tuple(done), dict(styles), tuple(empty), tuple(skipped))
+    return ImportedMaps(
+        output, tuple(done), dict(styles), tuple(empty), tuple(skipped), dict(not_chosen)
+    )
+
+
+def _chosen(maps: MapFile, classes: ClassTable, table: ClassTable) -> tuple[MapFile, list[str]]:
+    """The maps of the classes of ``table`` with its label indices, and the names of the others."""
+    names = [classes.names[key] for key in maps.keys.tolist()]
+    kept = [row for row, name in enumerate(names) if name in table.names]
+    keys = np.array([table.names.index(names[row]) for row in kept], dtype=np.int64)
+    made_by = {**maps.made_by, "classes": list(table.names)}
+    others = [name for name in names if name not in table.names]
+    return MapFile(keys, maps.cam[kept], maps.high_res[kept], made_by), others
 
 
 def _normalised(planes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -520,6 +579,7 @@ def export_maps(
     style: MapStyle,
     ids: Sequence[str],
     *,
+    classes: ClassTable | None = None,
     background: float | None = None,
     bare_digits: bool = False,
     workers: int = 1,
@@ -530,7 +590,8 @@ def export_maps(
     Args:
         source: a folder of map files (:func:`lpcam.storage.write_maps`).
         output: the folder to write to; files of the same names are replaced.
-        style, background: as of `write_foreign_maps`.
+        style, classes, background: as of `write_foreign_maps`. Where classes are given,
+            `CLASSES_FILE` beside the maps has their names and mask values (`read_classes`).
         ids: of the images.
         bare_digits: name the file of ``COCO_train2014_000000000009`` ``000000000009.npy``, as AMN
             does.
@@ -538,7 +599,8 @@ def export_maps(
         progress: called after each image.
 
     Raises:
-        DataError: as `write_foreign_maps`, or if an id is not safe or two ids give one file.
+        DataError: as `write_foreign_maps`, or if an id is not safe, two ids give one file, or there
+            is another `CLASSES_FILE` already.
         ArtefactError: if a map file is missing or damaged, or an output cannot be written.
     """
     names = {}
@@ -548,10 +610,13 @@ def export_maps(
     if len(set(names.values())) != len(ids):
         raise DataError("two of the images would be written to one file; give each id once")
 
+    if classes is not None:
+        _write_classes(output / CLASSES_FILE, classes)
+
     def convert(item_id: str) -> Path:
         path = output / f"{names[item_id]}.npy"
         maps = read_maps(map_path(source, item_id))
-        write_foreign_maps(path, maps, style, background=background)
+        write_foreign_maps(path, maps, style, background=background, classes=classes)
         return path
 
     files = []
@@ -560,3 +625,35 @@ def export_maps(
         if progress is not None:
             progress(len(files), len(ids))
     return ExportedMaps(output, style, tuple(files))
+
+
+def _write_classes(path: Path, classes: ClassTable) -> None:
+    lines = zip(classes.names, classes.mask_ids, strict=True)
+    data = "".join(f"{name}\t{value}\n" for name, value in lines).encode()
+    if path.exists() and (not path.is_file() or path.read_bytes() != data):
+        raise DataError(f"{path} is there already with other contents; choose another output")
+    write_bytes(path, data)
+
+
+def read_classes(path: Path) -> ClassTable:
+    """Read class names, one a line, from mask value 1 on; a tab and a number give another value.
+
+    Raises:
+        DataError: naming the file, if it is missing or no UTF-8 text, a value is no whole number,
+            and as :class:`lpcam.data.items.ClassTable`.
+    """
+    names, values = [], []
+    for number, line in enumerate(read_text(path, "Write one name a line.").splitlines(), start=1):
+        name, tab, value = line.strip().rpartition("\t")
+        if tab and not value.isdecimal():
+            raise DataError(
+                f"{path} line {number}: {value!r} after the tab is no whole number; expected the "
+                "value of the class in masks"
+            )
+        if value:
+            names.append(name.strip() if tab else value)
+            values.append(int(value) if tab else len(names))
+    try:
+        return ClassTable(tuple(names), tuple(values))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -151,6 +151,7 @@ def export_masks(
     format: MaskFormat,
     *,
     instances: bool = False,
+    image_root: str = "",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
     made_by: Mapping[str, Any] | None = None,
@@ -167,19 +168,22 @@ def export_masks(
         classes: their mask ids are the values in the masks.
         instances: an object is a connected component of a class, not all of a class in an image.
             ``yolo`` has a line a component in either case, ``overlays`` shows none.
+        image_root: of ``label-studio``: path of the folder of the images below the one that is
+            served; it stands before each image's name.
         workers: images worked on at a time; the files do not depend on it.
         progress: called with how many images are done and how many there are.
         made_by: JSON, what the masks were made from; recorded.
 
     Raises:
         DataError: if the format is unknown, there is no mask, an id repeats or is unsafe, a format
-            cannot name an image, ``overlays`` lacks an image, or every image would be left out.
+            cannot name an image, ``overlays`` lacks an image, ``image_root`` is of another format
+            or no plain relative path, or every image would be left out.
         ArtefactError: if a file would be replaced that is not an earlier call's, or one cannot be
             written.
         LpcamError: for ``instances``, if SciPy is not installed.
     """
     _check_entries(entries, format)
-    writer = _writer(format, classes)
+    writer = _writer(format, classes, _image_prefix(image_root, format))
     planned = [*writer.beside, *([writer.document[0]] if writer.document else [])]
     planned += [path for entry in entries for path in writer.paths(entry)]
     before = _earlier_files(output, format)
@@ -283,6 +287,20 @@ def _check_entries(entries: Sequence[MaskEntry], format: MaskFormat) -> None:
             )
 
 
+def _image_prefix(root: str, format: MaskFormat) -> str:
+    if not root:
+        return ""
+    if format != "label-studio":
+        raise DataError(f"the image root belongs to label-studio, not to {format}; leave it out")
+    try:
+        return f"{safe_id(root.rstrip('/') or root)}/"
+    except DataError as error:
+        raise DataError(
+            f"the image root {root!r} is refused; expected the path of the images' folder below "
+            "the folder that Label Studio serves, such as 'images'"
+        ) from error
+
+
 def _read(entry: MaskEntry) -> NDArray[np.uint8]:
     mask = read_index_mask(entry.mask)
     if entry.image is not None:
@@ -310,8 +328,8 @@ def _earlier_files(output: Path, format: MaskFormat) -> list[str]:
         )
     if index.get("masks") != format:
         raise ArtefactError(
-            f"{output} holds masks exported as {index.get('masks')}; choose another output folder for "
-            f"{format}"
+            f"{output} holds masks exported as {index.get('masks')}; choose another output folder "
+            f"for {format}"
         )
     try:
         return [safe_id(name) for name in index["files"]]  # they are deleted by name
@@ -365,7 +383,7 @@ def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
 # -- The formats -------------------------------------------------------------------------------
 
 
-def _writer(format: MaskFormat, classes: ClassTable) -> _Writer:
+def _writer(format: MaskFormat, classes: ClassTable, prefix: str) -> _Writer:
     made = f"lpcam {__version__}"
     if format == "voc":
         return _Writer(
@@ -396,7 +414,7 @@ def _writer(format: MaskFormat, classes: ClassTable) -> _Writer:
     if format == "label-studio":
         return _Writer(
             record=lambda picture: label_studio.task(
-                picture.entry.name, picture.size, picture.objects, classes, made
+                prefix + picture.entry.name, picture.size, picture.objects, classes, made
             ),
             document=("tasks.json", label_studio.document),
             beside={"label_config.xml": lambda ids: label_studio.configuration(classes).encode()},

@@ -442,7 +442,7 @@ def _views(
         resized = image if size == image.shape[:2] else resize_image(image, size)
         tensor = network.preprocessing(resized)[None].to(network.device)
         pair = torch.cat([tensor, tensor.flip(-1)]) if settings.flip else tensor
-        view = network.attend(pair, settings.attention_blocks)
+        view = network.attend(pair, settings.attention_blocks, affinity=settings.affinity)
         if not all_finite(view.features):
             raise ClassifierError(
                 "MCTformer gave NaN or Inf for this image; check its weights and the preprocessing "
@@ -465,7 +465,7 @@ def _refined(
     else:
         activation = None
     fused = fuse(view.class_attention[:, present], activation, settings.fusion)
-    return refine(fused, view.patch_affinity) if settings.affinity else fused
+    return fused if view.patch_affinity is None else refine(fused, view.patch_affinity)
 
 
 def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

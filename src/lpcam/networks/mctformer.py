@@ -65,7 +65,7 @@ class Attended(NamedTuple):
     scores: Scores
     class_attention: Tensor
     """(B, N, h, w), from class tokens to patches, summed over the last blocks."""
-    patch_affinity: Tensor
+    patch_affinity: Tensor | None
     """(B, P, P), between patches, summed over all blocks; rows are the asking patches."""
     features: Tensor
     """(B, C, h, w), the last block's patch tokens, signed; what PatchCAM is a convolution of."""
@@ -256,21 +256,23 @@ class Mctformer(nn.Module):
         scores = self.scores(tokens, self._patch_cam(self._as_map(tokens, grid)))
         return scores, tokens[:, : len(self.classes)]
 
-    def attend(self, images: Tensor, blocks: int) -> Attended:
+    def attend(self, images: Tensor, blocks: int, *, affinity: bool = True) -> Attended:
         """What maps are made of (section 3, steps 1 to 3).
 
         Args:
             images: (B, 3, H, W), normalised.
             blocks: the last so many give the attention of classes to patches.
+            affinity: whether that of patches to patches is added up; it takes P x P numbers.
         """
         tokens, grid = self.embed(images)
         count, depth = len(self.classes), len(self.blocks)
         batch, patches = tokens.shape[0], grid[0] * grid[1]
         class_attention = tokens.new_zeros(batch, count, patches)
-        affinity = tokens.new_zeros(batch, patches, patches)
+        between = tokens.new_zeros(batch, patches, patches) if affinity else None
         for number, block in enumerate(self.blocks):
             tokens, attention = attend_block(block, tokens)
-            affinity += attention[:, count:, count:]
+            if between is not None:
+                between += attention[:, count:, count:]
             if number >= depth - blocks:
                 class_attention += attention[:, :count, count:]
         features = self._as_map(tokens, grid)
@@ -278,7 +280,7 @@ class Mctformer(nn.Module):
         return Attended(
             self.scores(tokens, cam),
             class_attention.reshape(batch, count, *grid),
-            affinity,
+            between,
             features,
             cam,
         )

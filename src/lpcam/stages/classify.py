@@ -10,7 +10,7 @@ import numpy as np
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
 from lpcam.stages.context import FEATURE_KEYS, STAGES, Run, remove_leftovers, weights_key
-from lpcam.stages.prototypes import check_reservoir
+from lpcam.stages.prototypes import check_memory
 from lpcam.storage import digest_file
 from lpcam.version import versions
 
@@ -58,7 +58,7 @@ def classify(run: Run) -> bool:
         seed=run.recipe.run.seed,
     ).to(run.device)
     if STAGES.index(run.until) >= STAGES.index("prototypes"):
-        check_reservoir(run, classifier)
+        check_memory(run, run.recipe.lpcam, classifier.weight.shape)
     run.begin(run.stages["classify"])
     history = _train(run, classifier, training, held_out)
     output: dict[str, Any] = {}

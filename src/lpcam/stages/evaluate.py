@@ -11,12 +11,13 @@ from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
 from lpcam.stages.context import Run
-from lpcam.stages.host import HOST, arms, host_section
+from lpcam.stages.host import HOST, PROTOTYPES, arms, built, host_section
 from lpcam.stages.refine import (
     GIVEN,
     HOST_MAPS,
     IRN,
     MAPS,
+    PSA,
     pseudo_threshold,
     refine_section,
     refined,
@@ -55,6 +56,8 @@ class Scored:
     """Of the stage that made them."""
     threshold: float
     """Fixed by the preset or the recipe."""
+    hosted: bool = False
+    """Whether a host made the maps, or those they were refined from."""
 
 
 def scored(run: Run) -> dict[str, Scored]:
@@ -71,10 +74,11 @@ def scored(run: Run) -> dict[str, Scored]:
             found[method] = Scored("seed", stage.folder, stage.key, fixed)
     for arm in arms(run):
         stage, fixed = run.stages[f"{HOST_MAPS}/{arm.name}"], host_section(run).settings.threshold
-        found[arm.title] = Scored("seed", stage.folder, stage.key, fixed)
+        found[arm.title] = Scored("seed", stage.folder, stage.key, fixed, hosted=True)
     for name, (source, stage) in refined(run).items():
         fixed = pseudo_threshold(refine_section(run), source)
-        found[name] = Scored("pseudo", stage.folder / MAPS, stage.key, fixed)
+        hosted = source.method in {arm.title for arm in arms(run)}
+        found[name] = Scored("pseudo", stage.folder / MAPS, stage.key, fixed, hosted)
     return found
 
 
@@ -118,7 +122,14 @@ def evaluate(run: Run) -> bool:
                 "rows": run.rows,
                 "curves": found.curves if found else {},
                 "skipped": [{"id": s.id, "reason": s.reason} for s in run.dataset.skipped],
-                "prototype_events": outcome.get("prototypes", {}).get("events", []),
+                "prototype_events": [
+                    *outcome.get("prototypes", {}).get("events", []),
+                    *(
+                        f"{arm.title}: {event}"
+                        for arm in arms(run)
+                        for event in outcome.get(f"{PROTOTYPES}/{arm.name}", {}).get("events", [])
+                    ),
+                ],
                 "classifier_history": outcome.get("classify", {}).get("history", []),
                 "host_history": {
                     name.removeprefix(f"{HOST}/"): output["history"]
@@ -129,6 +140,11 @@ def evaluate(run: Run) -> bool:
                     name.removeprefix(f"{IRN}/"): output["history"]
                     for name, output in outcome.items()
                     if name.startswith(f"{IRN}/")
+                },
+                "psa_history": {
+                    name.removeprefix(f"{PSA}/"): output["history"]
+                    for name, output in outcome.items()
+                    if name.startswith(f"{PSA}/")
                 },
                 "segmenter_history": {
                     name.removeprefix(f"{SEGMENT}/"): output["history"]
@@ -159,6 +175,8 @@ def _with_protocol(run: Run, method: Scored, row: dict[str, Any]) -> dict[str, A
     shared = protocol(run)
     if method.stage == "seed":
         shared["refine"] = None
+    if not method.hosted:
+        shared.pop("host", None)
     return {
         "stage": method.stage,
         "dataset": dataset_name(run),
@@ -190,7 +208,7 @@ def _of_segmenter(run: Run, row: dict[str, Any]) -> dict[str, Any]:
     shared = protocol(run)
     if row["teacher"] == TRUTH:  # on which neither maps nor their refinement have any bearing
         of_maps = _protocol_of_source(run)
-        shared = {k: v for k, v in shared.items() if k not in of_maps}
+        shared = {k: v for k, v in shared.items() if k not in (*of_maps, "host")}
         shared |= {"refine": None, "labels": "true masks"}
     split = run.recipe.data.list_of("test")
     return {
@@ -329,8 +347,8 @@ def _hosting(run: Run) -> dict[str, Any]:
     section = run.recipe.host
     if section is None or not run.makes_maps:
         return {}
-    used = {"method", "backbone", "output_stride", section.method}
-    found = section.model_dump(mode="json", include=used)
-    settings = run.recipe.lpcam if section.lpcam is None else section.lpcam
-    found["lpcam"] = {"preset": settings.preset, "changes": settings.changes()}
-    return {"host": {**found, "weights": Path(section.weights).name}}
+    found = section.model_dump(mode="json", include={"method", section.method, "lpcam"})
+    if section.method == "amn":  # of the labels that teach it
+        crf = "irn" if run.recipe.refine is None else run.recipe.refine.crf.preset
+        found["labels_crf"] = crf
+    return {"host": {**found, **built(run)}}

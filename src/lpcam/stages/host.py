@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -15,31 +16,31 @@ from PIL import Image
 
 from lpcam.data.images import limit_long_side, read_image, read_index_mask
 from lpcam.data.items import Item
+from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.functional import FusedMaps
 from lpcam.ledger import Stage
-from lpcam.masks import seeds, to_mask, write_mask
 from lpcam.presets import AmnSettings, CrfSettings, LpcamSettings
-from lpcam.progress import progress
 from lpcam.recipe import HostSection, MapName
 from lpcam.stages.classify import validation
 from lpcam.stages.context import Run, remove_leftovers, weights_key
 from lpcam.stages.maps import at_size, no_maps
+from lpcam.stages.prototypes import check_memory, gather
 from lpcam.stages.refine import HOST_MAPS, each, folder_name, label_path, write_ternary
-from lpcam.storage import MapFile, digest_file, map_path, read_maps, write_maps
+from lpcam.stages.seeds import write_masks_of_maps
+from lpcam.storage import MapFile, digest_file, map_path, write_maps
 from lpcam.version import versions
 
 LABELS = "host-labels"
 HOST = "host"
 PROTOTYPES = "host-prototypes"
 MAPS = HOST_MAPS
-SEEDS = "seeds"
-"""Masks of the maps at their fixed threshold, in the folder of the maps."""
+SEEDS = "host-seeds"
+"""Masks of the maps at their fixed threshold; made with the maps, as a stage of their own."""
 NETWORK = "network.safetensors"
-_OF_MAPS = {
-    *("scales", "flip", "gate", "reading", "conditioned"),
-    *("attention_blocks", "fusion", "affinity", "split_maps", "threshold"),
-}
-"""What of a host's settings its network does not hang on."""
+_OF_MAPS = {"scales", "flip", "gate", "attention_blocks", "fusion", "affinity"}
+"""What of a host's settings its maps hang on, and its network does not."""
+_OF_PROTOTYPES = {"reading", "conditioned", "split_maps"}
+"""What only maps of its own features hang on, beside."""
 _OF_LABELS = {
     *("foreground_threshold", "background_threshold"),
     *("cam_foreground_threshold", "cam_background_threshold"),
@@ -89,6 +90,52 @@ def networks(run: Run) -> dict[str, Literal["CAM", "LPCAM"]]:
     return {a.network: "CAM" if a.prototypes else a.base for a in arms(run)}
 
 
+def rehearse_host(run: Run) -> None:
+    """Refuse, before the stages that come first, what only the host's training would find.
+
+    Nothing is done where its networks are there: their stages know whether they still hold.
+
+    Raises:
+        ClassifierError: if the network or its weights cannot be had, a prefix to freeze matches
+            nothing, or a batch cannot be shared out.
+        DataError: if EDAM has no pair of images.
+    """
+    section = host_section(run)
+    if all((run.folder / HOST / name / NETWORK).is_file() for name in networks(run)):
+        return
+    from lpcam.train import names_below  # noqa: PLC0415
+
+    network, count = _build(run), len(validation(run)[0])
+    size = section.edam.pairs
+    if section.method == "mctformer":
+        size = section.mctformer.batch_size
+        wanted, there = section.mctformer.attention_blocks, len(network.blocks)
+        if wanted > there:
+            raise ClassifierError(
+                f"host.mctformer.attention_blocks {wanted} is more than the {there} blocks of "
+                f"{section.backbone}"
+            )
+    else:
+        prefixes = section.edam.freeze
+        if section.method == "amn":
+            size, count, prefixes = (
+                section.amn.batch_size,
+                len(run.items("maps")),
+                section.amn.freeze,
+            )
+        names_below(dict(network.classifier.backbone.named_parameters()), prefixes)
+    if section.method == "edam":
+        from lpcam.hosts.edam import Partners  # noqa: PLC0415
+
+        count = len(Partners(validation(run)[0]).firsts)
+    if min(size, count) < run.processes.count:
+        what = "pairs" if section.method == "edam" else "batch_size"
+        raise ClassifierError(
+            f"{min(size, count)} images a step cannot be shared out among {run.processes.count} "
+            f"processes; start fewer, or raise host.{section.method}.{what}"
+        )
+
+
 # -- What AMN learns from ----------------------------------------------------------------------
 
 
@@ -97,7 +144,7 @@ def write_host_labels(run: Run) -> bool:
     section, worked = host_section(run), False
     if section.method != "amn":
         return False
-    items, settings = run.items("maps"), section.amn
+    items, settings = _labelled(run), section.amn
     crf = CrfSettings.from_preset("irn") if run.recipe.refine is None else run.recipe.refine.crf
     for name, base in networks(run).items():
         source = run.stages_of_methods[base]
@@ -119,6 +166,14 @@ def write_host_labels(run: Run) -> bool:
     return worked
 
 
+def _labelled(run: Run) -> list[Item]:
+    """Images with labels of AMN: those that get maps, and those whose features are clustered."""
+    items = run.items("maps")
+    if host_section(run).clusters:
+        items = [*items, *run.items("prototypes")]
+    return list({item.id: item for item in items}.values())
+
+
 # -- The networks ------------------------------------------------------------------------------
 
 
@@ -135,7 +190,8 @@ def train_host(run: Run) -> bool:
                 "method": section.method,
                 **_backbone_parts(run),
                 "settings": section.settings.model_dump(
-                    mode="json", exclude={"preset", *_OF_MAPS, *_OF_LABELS}
+                    mode="json",
+                    exclude={"preset", "threshold", *_OF_MAPS, *_OF_PROTOTYPES, *_OF_LABELS},
                 ),
                 "classes": list(run.dataset.classes.names),
                 "seed": run.recipe.run.seed,
@@ -177,9 +233,17 @@ def _backbone_parts(run: Run) -> dict[str, Any]:
             mode="json", exclude={"weights", "method", "probe", "finetune"}
         )
         return {"backbone": backbone, "weights": weights_key(classifier.weights)}
-    own = {"backbone", "arguments", "output_stride", "mean", "std"}
+    own = {"backbone", "arguments", "output_stride", "dilated", "mean", "std"}
     backbone = section.model_dump(mode="json", include=own)
     return {"backbone": backbone, "weights": weights_key(section.weights)}
+
+
+def built(run: Run) -> dict[str, Any]:
+    """What the network is built of, for the protocol."""
+    section, classifier = host_section(run), run.recipe.classifier
+    chosen = classifier if section.backbone is None else section
+    own = {"backbone", "arguments", "output_stride", "dilated", "mean", "std"}
+    return {**chosen.model_dump(mode="json", include=own), "weights": Path(chosen.weights).name}
 
 
 def _build(run: Run) -> Any:
@@ -204,8 +268,7 @@ def _build(run: Run) -> Any:
             backbone, names, section.mctformer, arguments=arguments, **shared
         )
         return network.to(run.device)
-    dilated = classifier.dilated if section.backbone is None else True
-    spec = BackboneSpec(backbone, chosen.arguments, chosen.output_stride, dilated)
+    spec = BackboneSpec(backbone, chosen.arguments, chosen.output_stride, chosen.dilated)
     if section.method == "amn":
         from lpcam.hosts.amn import build_amn  # noqa: PLC0415
 
@@ -282,7 +345,8 @@ def cluster_host(run: Run) -> bool:
                 "settings": settings.model_dump(
                     mode="json", exclude={"preset", "scales", "flip", "threshold", "cam_threshold"}
                 ),
-                "host": _map_settings(run),
+                "host": _map_settings(run, arm),
+                "features": run.recipe.maps.features,
                 "seed": run.recipe.run.seed,
                 "maximum_side": run.recipe.maps.maximum_side,
                 "images": run.digest(items),
@@ -292,14 +356,26 @@ def cluster_host(run: Run) -> bool:
         if stage.done([path]):
             continue
         worked = True
+        loaded = _load(run, arm.network)
+        weight, bias = loaded.constant_response()
+        check_memory(run, settings, (len(run.dataset.classes), weight.shape[1]))
         run.begin(stage)
+        reservoir, _ = gather(
+            run,
+            items,
+            stage.folder,
+            settings,
+            partial(_local, run, arm, loaded),
+            f"local features of {arm.title}",
+        )
         output: dict[str, Any] = {}
         if run.processes.first:
-            # one process alone: a reservoir of few images is made in minutes
-            prototypes = _cluster(run, arm, stage, items, settings, network)
+            prototypes = _cluster(run, arm, stage, reservoir, settings, network, weight, bias)
             prototypes.save(path)
             output = {"digest": digest_file(path), "events": list(prototypes.events)}
         run.finish(stage, **output)
+        if run.processes.first:
+            remove_leftovers(stage.folder)
     return worked
 
 
@@ -309,13 +385,14 @@ def prototypes_path(stage: Stage) -> Path:
 
 
 def _lpcam(run: Run) -> LpcamSettings:
-    return host_section(run).lpcam or run.recipe.lpcam
+    settings = host_section(run).lpcam
+    assert settings is not None  # the recipe says so where there are prototypes
+    return settings
 
 
-def _map_settings(run: Run) -> dict[str, Any]:
-    return host_section(run).settings.model_dump(
-        mode="json", include=_OF_MAPS, exclude={"threshold"}
-    )
+def _map_settings(run: Run, arm: Arm) -> dict[str, Any]:
+    used = _OF_MAPS | (_OF_PROTOTYPES if arm.prototypes else set())
+    return host_section(run).settings.model_dump(mode="json", include=used)
 
 
 def _label_key(run: Run, arm: Arm) -> str | None:
@@ -324,37 +401,41 @@ def _label_key(run: Run, arm: Arm) -> str | None:
 
 
 def _cluster(
-    run: Run, arm: Arm, stage: Stage, items: Sequence[Item], settings: LpcamSettings, made: Stage
+    run: Run,
+    arm: Arm,
+    stage: Stage,
+    reservoir: Any,
+    settings: LpcamSettings,
+    made: Stage,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
 ) -> Any:
-    from lpcam.extract import collect  # noqa: PLC0415
-    from lpcam.prototypes import Reservoir, draw_images, make_prototypes  # noqa: PLC0415
+    from lpcam.prototypes import make_prototypes  # noqa: PLC0415
 
-    network, seed, classes = _load(run, arm.network), run.recipe.run.seed, run.dataset.classes
-    drawn = draw_images([(i.id, i.labels) for i in items], len(classes), settings, seed=seed)
-    used = [item for item in items if item.id in drawn]
-    reservoir = Reservoir(settings.max_features, seed)
+    try:
+        return make_prototypes(
+            reservoir,
+            weight,
+            run.dataset.classes.names,
+            settings,
+            seed=run.recipe.run.seed,
+            bias=bias,
+            fingerprint=made.output["fingerprint"],
+            made_by={"stage": stage.key, "versions": versions()},
+            workers=run.sharing.workers,
+        )
+    except PrototypeError as error:
+        raise PrototypeError(
+            f"{arm.title}: {error}. Here the features and maps are the host's own: train it longer "
+            "(host.*.epochs), lower host.lpcam.tau, or set host.maps to [CAM]"
+        ) from error
 
-    @torch.inference_mode()
-    def local(item: Item) -> Any:
-        return _local_features(run, arm, network, item, _image(run, item))
 
-    with progress(f"local features of {arm.title}", len(used)) as advance:
-        for item, found in zip(used, run.sharing.map(local, used), strict=True):
-            features, split_map = found
-            collect(reservoir, features, item.labels, split_map, settings, item.id, drawn[item.id])
-            advance(1, "")
-    weight, bias = network.constant_response()
-    return make_prototypes(
-        reservoir,
-        weight,
-        classes.names,
-        settings,
-        seed=seed,
-        bias=bias,
-        fingerprint=made.output["fingerprint"],
-        made_by={"stage": stage.key, "versions": versions()},
-        workers=run.sharing.workers,
-    )
+@torch.inference_mode()
+def _local(
+    run: Run, arm: Arm, network: Any, batch: list[Item]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [_local_features(run, arm, network, item, _image(run, item)) for item in batch]
 
 
 def _local_features(
@@ -388,32 +469,35 @@ def map_host(run: Run) -> bool:
                 "network": run.stages[f"{HOST}/{arm.network}"].output["digest"],
                 "labels": _label_key(run, arm),
                 "prototypes": None if made is None else made.output["digest"],
-                "settings": _map_settings(run),
-                "threshold": host_section(run).settings.threshold,  # of the seeds beside
-                "mask_ids": list(run.dataset.classes.mask_ids),
+                "settings": _map_settings(run, arm),
                 "dtype": run.recipe.maps.dtype,
                 "maximum_side": run.recipe.maps.maximum_side,
                 "images": run.digest(items),
             },
         )
-        outputs = [map_path(stage.folder, item.id) for item in items]
-        outputs += [label_path(stage.folder / SEEDS, item) for item in items]
-        if not stage.done(outputs):
+        if not stage.done([map_path(stage.folder, item.id) for item in items]):
             worked = True
             run.begin(stage)
             _map(run, arm, stage, items)
             run.finish(stage)
+        worked |= write_masks_of_maps(
+            run,
+            f"{SEEDS}/{arm.name}",
+            f"seeds of {arm.title}",
+            stage,
+            host_section(run).settings.threshold,
+            items,
+        )
     return worked
 
 
 def _map(run: Run, arm: Arm, stage: Stage, items: Sequence[Item]) -> None:
-    threshold = host_section(run).settings.threshold
     maps_of = _mapper(run, arm)
 
     @torch.inference_mode()
     def make(item: Item) -> None:
-        path, seed = map_path(stage.folder, item.id), label_path(stage.folder / SEEDS, item)
-        if path.is_file() and seed.is_file():
+        path = map_path(stage.folder, item.id)
+        if path.is_file():
             return
         size = run.sharing.sizes[item.id]
         maps = maps_of(item, _image(run, item)) if item.labels else no_maps(size)
@@ -428,10 +512,6 @@ def _map(run: Run, arm: Arm, stage: Stage, items: Sequence[Item]) -> None:
             ),
             dtype=run.recipe.maps.dtype,
         )
-        # from the file's own rounded values, so that seeds and scores of the maps agree
-        planes = torch.from_numpy(read_maps(path).high_res)
-        keys = np.array(item.labels, dtype=np.int64)
-        write_mask(seed, to_mask(seeds(planes, threshold), keys, run.dataset.classes))
 
     each(run, f"maps of {arm.title}", items, make)
 

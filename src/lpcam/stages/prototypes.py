@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from lpcam.data.items import Item
 from lpcam.errors import RecipeError
 from lpcam.ledger import Stage
+from lpcam.presets import LpcamSettings
 from lpcam.progress import progress
 from lpcam.stages.context import FEATURE_KEYS, Run, remove_leftovers
 from lpcam.storage import digest_file, map_path, read_maps
@@ -53,7 +54,9 @@ def cluster(run: Run) -> bool:
     from lpcam.prototypes import make_prototypes  # noqa: PLC0415
 
     run.begin(run.stages["prototypes"])
-    reservoir, images = _reservoir(run, items, folder)
+    check_memory(run, settings, run.classifier.weight.shape)
+    local = partial(_local, run)
+    reservoir, images = gather(run, items, folder, settings, local, "local features")
     output: dict[str, Any] = {}
     if run.processes.first:
         prototypes = make_prototypes(
@@ -78,12 +81,17 @@ def cluster(run: Run) -> bool:
     return True
 
 
-def _reservoir(run: Run, items: Sequence[Item], folder: Path) -> tuple[Any, int]:
+Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
+"""Of a batch of images the features (C, h, w) of each, and the maps (K, H, W) that split them."""
+
+
+def gather(
+    run: Run, items: Sequence[Item], folder: Path, settings: LpcamSettings, local: Local, label: str
+) -> tuple[Any, int]:
     """The sample of all processes' local features (in the first), and of how many images."""
     from lpcam.extract import collect  # noqa: PLC0415
     from lpcam.prototypes import draw_images  # noqa: PLC0415
 
-    settings = run.recipe.lpcam
     drawn = draw_images(
         [(item.id, item.labels) for item in items],
         len(run.dataset.classes),
@@ -99,14 +107,14 @@ def _reservoir(run: Run, items: Sequence[Item], folder: Path) -> tuple[Any, int]
         for rank in range(count)
     ]
     checkpoint = parts[run.processes.rank]
-    reservoir = _new_reservoir(run)
+    reservoir = _new_reservoir(run, settings)
     done = reservoir.restore(checkpoint) if checkpoint.is_file() else 0
     next_save = time.monotonic() + CHECKPOINT_SECONDS
     todo = batches[done:]
     total = sum(len(batch) for batch in batches)
     left = sum(len(batch) for batch in todo)
-    with progress("local features", total, done=total - left) as advance:
-        for batch, found in zip(todo, run.sharing.map(partial(_local, run), todo), strict=True):
+    with progress(label, total, done=total - left) as advance:
+        for batch, found in zip(todo, run.sharing.map(local, todo), strict=True):
             for item, (features, split_map) in zip(batch, found, strict=True):
                 collect(
                     reservoir,
@@ -131,30 +139,33 @@ def _reservoir(run: Run, items: Sequence[Item], folder: Path) -> tuple[Any, int]
         run.processes.wait()
         if run.processes.first:
             for part in parts[1:]:
-                theirs = _new_reservoir(run)
+                theirs = _new_reservoir(run, settings)
                 theirs.restore(part)
                 reservoir.merge(theirs)
     return reservoir, len(used)
 
 
-def _new_reservoir(run: Run) -> Any:
+def _new_reservoir(run: Run, settings: LpcamSettings) -> Any:
     from lpcam.features import DTYPES  # noqa: PLC0415
     from lpcam.prototypes import Reservoir  # noqa: PLC0415
 
-    check_reservoir(run, run.classifier)
     dtype = DTYPES[run.recipe.maps.features]
-    return Reservoir(run.recipe.lpcam.max_features, run.recipe.run.seed, dtype=dtype)
+    return Reservoir(settings.max_features, run.recipe.run.seed, dtype=dtype)
 
 
-def check_reservoir(run: Run, classifier: Any) -> None:
-    """Refuse a sample that could not be held in memory when it is full."""
+def check_memory(run: Run, settings: LpcamSettings, shape: Sequence[int]) -> None:
+    """Refuse a sample that could not be held in memory when it is full.
+
+    Args:
+        shape: classes and channels.
+    """
     from lpcam.features import DTYPES  # noqa: PLC0415
     from lpcam.prototypes import SIDES  # noqa: PLC0415
 
-    bound = run.recipe.lpcam.max_features
+    bound = settings.max_features
     if bound is None:
         return
-    classes, channels = classifier.weight.shape
+    classes, channels = shape
     # Twice the bound: a reservoir is cut back when it holds so many.
     rows = 2 * bound * len(SIDES) * classes
     needed = rows * channels * DTYPES[run.recipe.maps.features].itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from lpcam.resources import memory_of_an_image
 from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 from lpcam.version import versions
+
+logger = logging.getLogger(__name__)
 
 IR_LABELS = "ir-labels"
 IRN = "irn"
@@ -105,7 +108,9 @@ def sources(run: Run) -> list[Source]:
 def take_maps(run: Run, folder: Path) -> None:
     """Take the maps of another program instead of those of the run's own stages.
 
-    Images whose map file is missing, damaged or of another size are left out with the reason.
+    Images whose map file is missing, damaged, of another size, made with other classes (where it
+    records their names, as imported files do) or of classes that the image is not labelled with are
+    left out with the reason.
 
     Args:
         folder: with one map file (:func:`lpcam.storage.write_maps`) an image of the list for maps,
@@ -114,7 +119,8 @@ def take_maps(run: Run, folder: Path) -> None:
     Raises:
         DataError: if no image has maps.
     """
-    count, kept, skipped, digests = len(run.dataset.classes), [], [], {}
+    names, kept, skipped, digests = run.dataset.classes.names, [], [], {}
+    count, unlabelled = len(names), 0
     for item in run.items("maps"):
         path, record = map_path(folder, item.id), run.records[item.id]
         try:
@@ -126,8 +132,16 @@ def take_maps(run: Run, folder: Path) -> None:
         if maps.high_res.shape[1:] != size:
             found = " x ".join(str(side) for side in maps.high_res.shape[1:])
             problem = f"has {found} pixels, but the image {size[0]} x {size[1]}; resize it"
+        elif (own := maps.made_by.get("classes")) is not None and list(own) != list(names):
+            problem = (
+                f"is of the classes {', '.join(own)}, not of {', '.join(names)}; import it for the "
+                "recipe's: lpcam import maps --data PATH --classes NAMES"
+            )
         elif maps.keys.size and maps.keys.max() >= count:
             problem = f"has the class index {maps.keys.max()}; there are {count} classes"
+        elif others := [names[key] for key in maps.keys.tolist() if key not in item.labels]:
+            problem = f"has classes that the image is not labelled with: {', '.join(others)}"
+            unlabelled += 1
         elif maps.high_res.size and maps.high_res.max() > HIGHEST:
             problem = f"has values up to {maps.high_res.max():.4g}; divide each map by its maximum"
         else:
@@ -139,6 +153,11 @@ def take_maps(run: Run, folder: Path) -> None:
         raise DataError(
             f"no image of the list {run.recipe.data.list_of('maps')!r} can be refined: "
             f"{skipped[0].reason}"
+        )
+    if unlabelled:
+        logger.info(
+            "%d images are left out: their maps are of classes that they are not labelled with",
+            unlabelled,
         )
     run.dataset = run.dataset.without(skipped)
     run.given = Given(folder, digest_json(digests))
@@ -414,7 +433,7 @@ def train_affinities(run: Run) -> bool:
             {
                 "revision": 1,
                 "labels": labels.key,
-                "classifier": run.stages["classify"].output["digest"],
+                **_classifier_parts(run),
                 "settings": settings.model_dump(
                     mode="json",
                     exclude={"preset", "beta", "exponent", "tolerance", "threshold"},
@@ -439,13 +458,38 @@ def train_affinities(run: Run) -> bool:
     return worked
 
 
+def _classifier_parts(run: Run) -> dict[str, Any]:
+    if "classify" in run.stages:
+        return {"classifier": run.stages["classify"].output["digest"]}
+    section = run.recipe.classifier
+    backbone = section.model_dump(mode="json", exclude={"weights", "method", "probe", "finetune"})
+    return {"backbone": backbone, "weights": weights_key(section.weights)}
+
+
+def _classifier(run: Run) -> Any:
+    """The trained classifier; for maps of another program its backbone alone is of use."""
+    if "classify" in run.stages:
+        return run.classifier
+    from lpcam.classifier import BackboneSpec, build  # noqa: PLC0415
+
+    section = run.recipe.classifier
+    return build(
+        BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated),
+        run.dataset.classes.names,
+        weights=section.weights,
+        mean=section.mean,
+        std=section.std,
+        seed=run.recipe.run.seed,
+    )
+
+
 def _train_affinities(
     run: Run, labels: Stage, stage: Stage, items: Sequence[Item]
 ) -> list[dict[str, Any]]:
     from lpcam.refine.psa import build_psa, train_psa  # noqa: PLC0415
 
     # from the classifier's own weights, as the specification starts from those of one
-    network = build_psa(run.classifier, seed=run.recipe.run.seed).to(run.device)
+    network = build_psa(_classifier(run), seed=run.recipe.run.seed).to(run.device)
     history = train_psa(
         network,
         [(item, map_path(labels.folder, item.id)) for item in items],

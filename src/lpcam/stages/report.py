@@ -11,7 +11,7 @@ from lpcam.ledger import Stage
 from lpcam.stages.context import METHODS, STAGES, Run, left_out_stages
 from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
 from lpcam.stages.host import SEEDS, arms
-from lpcam.stages.refine import BOUNDARIES, HOST_MAPS, refine_section, refined
+from lpcam.stages.refine import BOUNDARIES, refine_section, refined
 from lpcam.stages.segment import (
     CRF,
     NETWORKS,
@@ -117,7 +117,7 @@ def _further(run: Run) -> Any:
 
     masks, planes = {}, {}
     for arm in arms(run):
-        masks[f"seed of {arm.title}"] = run.stages[f"{HOST_MAPS}/{arm.name}"].folder / SEEDS
+        masks[f"seed of {arm.title}"] = run.stages[f"{SEEDS}/{arm.name}"].folder
     for source, stage in refined(run).values():
         masks[f"pseudo mask of {source.method}"] = stage.folder
         if refine_section(run).method == "irn":

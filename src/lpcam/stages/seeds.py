@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,25 +17,43 @@ from lpcam.storage import map_path, read_maps
 
 def write_seeds(run: Run) -> bool:
     """Threshold the maps of the recipe's method; whether there was anything to do."""
-    items = run.items("maps")
     section = run.recipe.seeds
-    source = run.stages_of_methods[section.method]
-    threshold = run.recipe.fixed_threshold(section.method)
-    run.stages["seeds"] = Stage(
-        run.folder / "seeds",
+    return write_masks_of_maps(
+        run,
+        "seeds",
+        "seeds",
+        run.stages_of_methods[section.method],
+        run.recipe.fixed_threshold(section.method),
+        run.items("maps"),
+        section.ignore_threshold,
+    )
+
+
+def write_masks_of_maps(
+    run: Run,
+    name: str,
+    title: str,
+    source: Stage,
+    threshold: float,
+    items: Sequence[Item],
+    ignore_threshold: float | None = None,
+) -> bool:
+    """Masks of one kind of maps, as the stage ``name``; whether any were to be made."""
+    stage = run.stages[name] = Stage(
+        run.folder / name,
         {
             "revision": 1,
             "maps": source.key,
             "threshold": threshold,
-            "ignore_threshold": section.ignore_threshold,
+            "ignore_threshold": ignore_threshold,
             "mask_ids": list(run.dataset.classes.mask_ids),
             "images": [item.id for item in items],
         },
     )
-    paths = {item.id: seed_path(run, item) for item in items}
-    if run.stages["seeds"].done(paths.values()):
+    paths = {item.id: stage.folder / f"{item.id}.png" for item in items}
+    if stage.done(paths.values()):
         return False
-    run.begin(run.stages["seeds"])
+    run.begin(stage)
 
     def make(item: Item) -> None:
         if paths[item.id].is_file():
@@ -45,16 +64,16 @@ def write_seeds(run: Run) -> bool:
             seeds(planes, threshold),
             maps.keys,
             run.dataset.classes,
-            maps=planes if section.ignore_threshold is not None else None,
-            ignore_threshold=section.ignore_threshold,
+            maps=planes if ignore_threshold is not None else None,
+            ignore_threshold=ignore_threshold,
         )
         write_mask(paths[item.id], mask)
 
     mine = run.sharing.mine(items)
-    with progress("seeds", len(mine)) as advance:
+    with progress(title, len(mine)) as advance:
         for _ in run.sharing.map(make, mine):
             advance(1, "")
-    run.finish(run.stages["seeds"])
+    run.finish(stage)
     return True
 
 
