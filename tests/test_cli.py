@@ -163,6 +163,25 @@ def test_threads_and_memory_that_cannot_be(
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("demo", "serve R", "predict I --run R", "explain I --run R", "pretrain O"),
+        *("export masks R O --format coco", "data check P", "data train-aug V S"),
+        *("data masks P O", "import maps S O"),
+    ],
+)
+@pytest.mark.parametrize("threads", ["0", "-1", "two", "1.5"])
+def test_threads_are_whole_numbers_from_1_on(
+    words: str, threads: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*words.split(), f"--threads={threads}"])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"argument --threads: {threads!r} is no whole number from 1 on")
+
+
 # -- Errors -------------------------------------------------------------------------------------
 
 
@@ -175,7 +194,7 @@ def test_threads_and_memory_that_cannot_be(
         (["run", "RECIPE", "--data.root", "none"], "there is no folder "),
         (["run", "--run.seed", "3", "RECIPE"], "the recipe comes first: lpcam run RECIPE --sec"),
         (["cam", "RECIPE", "--classifier.backbone", "x9"], "timm has no model 'x9'"),
-        (["init", "none"], "there is no folder none; give the folder that holds labels.csv"),
+        (["init", "none"], "there is no none; give a folder of images, or a COCO JSON file"),
         (["recipe", "none"], "no bundled recipe 'none'; there are "),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from tiny import draw_folder, recipe_values, write_weights
 
 from lpcam.cli import main
 from lpcam.data.images import read_index_mask
+from lpcam.formats import maps as maps_module
+from lpcam.formats import masks as masks_module
 from lpcam.masks import write_mask
+from lpcam.parallel import ordered_map
 from lpcam.pipeline import run
-from lpcam.recipe import parse_recipe
+from lpcam.recipe import load_recipe, parse_recipe
 from lpcam.storage import read_json, read_maps, write_json
 
 
@@ -25,6 +29,18 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("commands")
     folder, weights = draw_folder(base / "boxes"), write_weights(base / "weights.safetensors")
     run(parse_recipe(recipe_values(folder, base / "run", weights), where="tiny"), until="seeds")
+    return base / "run"
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of some of its data set's classes, in an order of its own."""
+    base = tmp_path_factory.mktemp("part")
+    folder, weights = draw_folder(base / "boxes"), write_weights(base / "weights.safetensors")
+    (folder / "classes.txt").write_text("pink\nblue\nblack\ngreen\nred\n")
+    values = recipe_values(folder, base / "run", weights)
+    values["data"]["classes"] = ["red", "blue"]
+    run(parse_recipe(values, where="tiny"), until="cam")
     return base / "run"
 
 
@@ -64,6 +80,89 @@ def test_maps_of_a_run_go_out_and_come_back(format: str, done: Path, tmp_path: P
     theirs = read_maps(back / "i00.npz")
     assert theirs.keys.tolist() == own.keys.tolist()
     np.testing.assert_allclose(theirs.high_res, own.high_res, atol=1e-3)
+
+
+def test_keys_of_some_classes_are_those_of_the_whole_data_set(
+    part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "npy", part.parent / "boxes"
+    assert main(["export", "maps", str(part), str(out), "--format", "psa", "--from", "cam"]) == 0
+    assert (out / "classes.txt").read_text() == "red\t5\nblue\t2\n"
+    own = {path.stem: read_maps(path).keys.tolist() for path in (part / "cam").glob("*.npz")}
+    assert own["i00"] == [1] and own["i08"] == [0, 1]
+    for name, keys in own.items():
+        stored = np.load(out / f"{name}.npy", allow_pickle=True).item()
+        assert list(stored) == [[4, 1][key] for key in keys]
+
+    def back(*options: str) -> dict[str, list[str]]:
+        folder = tmp_path / f"npz{len(list(tmp_path.iterdir()))}"
+        assert main(["import", "maps", str(out), str(folder), "--style", "psa", *options]) in (0, 1)
+        found = {path.stem: read_maps(path) for path in folder.glob("*.npz")}
+        return {
+            name: [maps.made_by["classes"][key] for key in maps.keys.tolist()]
+            for name, maps in found.items()
+        }
+
+    expected = {name: [["red", "blue"][key] for key in keys] for name, keys in own.items() if keys}
+    table = ["--classes", str(out / "classes.txt")]
+    assert {k: sorted(v) for k, v in back(*table).items()} == {
+        k: sorted(v) for k, v in expected.items()
+    }
+    for options in (["--data", str(data)], ["--data", str(data), *table]):
+        found = back(*options)
+        assert {k: sorted(v) for k, v in found.items() if v} == {
+            k: sorted(v) for k, v in expected.items()
+        }
+    capsys.readouterr()
+    only = back("--data", str(data), "--classes", "blue")
+    assert {k for k, v in only.items() if v} == {k for k, v in expected.items() if "blue" in v}
+    reds = sum("red" in names for names in expected.values())
+    assert f"maps of classes not chosen were dropped: red {reds}" in capsys.readouterr().out
+    (tmp_path / "two.txt").write_text("pink\nblue\n")
+    irn = str(tmp_path / "irn")
+    assert main(["export", "maps", str(part), irn, "--format", "irn", "--from", "cam"]) == 0
+    arguments = ["import", "maps", irn, str(tmp_path / "refused")]
+    assert main([*arguments, "--classes", str(tmp_path / "two.txt")]) == 1
+    message = "i02.npy is refused: it has the key 4, and no class has the mask value 5; give the"
+    assert message in capsys.readouterr().out
+    assert not (tmp_path / "refused" / "i02.npz").exists()
+    (tmp_path / "kow.txt").write_text("kow\n")
+    message = refused(
+        capsys, *arguments, "--data", str(data), "--classes", str(tmp_path / "kow.txt")
+    )
+    assert "unknown class 'kow'" in message
+    message = refused(capsys, *arguments, "--classes", "blue")
+    assert "no class names 'blue': give voc12, coco14, or a file" in message
+    message = refused(capsys, *arguments, "--lists", "train")
+    assert "--lists names lists of a data set; give it by --data PATH" in message
+    message = refused(capsys, *arguments, "--data", str(data), "--lists", "train")
+    assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+
+
+def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
+    part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "npy", ["--data", str(part.parent / "boxes")]
+    assert main(["export", "maps", str(part), str(out), "--format", "irn"]) == 2  # no LPCAM yet
+    assert main(["export", "maps", str(part), str(out), "--format", "irn", "--from", "cam"]) == 0
+    refine = ["refine", str(part / "recipe.yaml")]
+    words = ["--refine.method", "crf", "--run.folder", str(tmp_path / "run")]
+    assert main(["import", "maps", str(out), str(tmp_path / "all"), *data]) == 0
+    message = refused(capsys, *refine, str(tmp_path / "all"), *words)
+    assert "is of the classes pink, blue, black, green, red, not of red, blue; import" in message
+    for name, given in (
+        ("chosen", [*data, "--classes", "red,blue"]),
+        ("file", ["--classes", str(out / "classes.txt")]),
+    ):
+        assert main(["import", "maps", str(out), str(tmp_path / name), *given]) == 0
+    assert main([*refine, str(tmp_path / "chosen"), *words]) == 0
+    assert "skipped" not in capsys.readouterr().out
+    for path in (part / "cam").glob("*.npz"):
+        own = read_maps(path)
+        for name in ("chosen", "file"):
+            found = read_maps(tmp_path / name / path.name)
+            assert found.keys.tolist() == own.keys.tolist()
+            np.testing.assert_allclose(found.high_res, own.high_res, atol=1e-3)
 
 
 def test_images_without_a_class_come_back_where_the_data_set_is_known(
@@ -112,12 +211,48 @@ def test_what_cannot_be_exported(
     message = refused(capsys, *maps, "--format", "irn", "--background", "0.2")
     assert "have no background: --background" in message
     message = refused(capsys, *maps, "--format", "irn", "--instances")
-    assert "--instances belongs to masks" in message
+    assert "--instances belongs to masks; leave it out for maps" in message
+    for words in ("--background 0.2", "--bare-digits"):
+        message = refused(capsys, *masks, "--format", "coco", *words.split())
+        assert "belongs to maps; leave it out for masks" in message
+    for what, format in ((masks, "coco"), (maps, "irn")):
+        message = refused(capsys, *what, "--format", format, "--size", "64", "64")
+        assert "--size belongs to networks; leave it out for" in message
+        message = refused(capsys, *what, "--format", format, "--trained-on", "lpcam")
+        assert "--trained-on belongs to segmenters; leave it out for" in message
+    message = refused(capsys, *maps, "--format", "irn", "--image-root", "images")
+    assert "--image-root belongs to masks; leave it out for maps" in message
+    message = refused(capsys, *masks, "--format", "cvat", "--image-root", "images")
+    assert "the image root belongs to label-studio, not to cvat" in message
     message = refused(capsys, "export", "masks", str(tmp_path), out, "--format", "coco")
     assert "holds neither a run nor what 'lpcam predict' wrote" in message
     message = refused(capsys, "export", "onnx", str(done), out, "--format", "coco")
     assert "--format belongs to masks and maps; leave it out" in message
+    message = refused(capsys, "export", "onnx", str(done), out, "--threads", "1")
+    assert "--threads belongs to masks and maps; leave it out" in message
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("what", ["masks", "maps"])
+def test_exports_use_the_threads_that_are_asked_for(
+    what: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    module = {"masks": masks_module, "maps": maps_module}[what]
+
+    def recorded(function: Any, items: Any, workers: int) -> Any:
+        used.append(workers)
+        return ordered_map(function, items, workers)
+
+    monkeypatch.setattr(module, "ordered_map", recorded)
+    format = {"masks": "label-studio", "maps": "irn"}[what]
+    words = ["export", what, str(done), str(tmp_path / "out"), "--format", format]
+    words += ["--image-root", "boxes/images"] if what == "masks" else []
+    assert main([*words, "--threads", "3"]) == 0
+    assert used == [3]
+    if what == "masks":
+        tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
+        assert tasks[0]["data"]["image"] == "/data/local-files/?d=boxes/images/i00.png"
 
 
 # -- Import ------------------------------------------------------------------------------------
@@ -176,6 +311,125 @@ def test_a_check_tells_and_writes_what_it_found(
     values = read_json(found)
     assert values["images"] == 11 and values["needs_attention"]
     assert values["command"].startswith("lpcam data check")
+
+
+def move_labels_and_masks(folder: Path) -> Path:
+    """A table and masks beside the folder; in the folder other ones."""
+    tables = folder.parent / "tables"
+    tables.mkdir()
+    (tables / "mine.jsonl").write_text('{"image": "i00.png", "labels": ["red"]}\n')
+    (folder / "masks").rename(tables / "drawn")
+    return tables
+
+
+def test_labels_masks_and_classes_are_those_that_were_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw_folder(tmp_path / "boxes")
+    (folder / "classes.txt").write_text("blue\ngreen\nred\n")
+    tables, found = move_labels_and_masks(folder), tmp_path / "found.json"
+    words = ["--labels", str(tables / "mine.jsonl"), "--masks", str(tables / "drawn")]
+    words += ["--classes", "red,blue", "--kind", "folder"]
+    check = ["data", "check", str(folder), "--no-estimate", "--json", str(found)]
+    assert main([*check, *words]) == 1  # the labels are wrong
+    assert "1 image (.png), 2 classes, 1 mask; labels from mine.jsonl" in capsys.readouterr().out
+    weights = write_weights(tmp_path / "weights.safetensors")
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    assert main(["init", str(folder), *model, *words]) == 0
+    assert "1 images with labels, 1 of them with masks" in capsys.readouterr().out
+    data = load_recipe(folder / "recipe.yaml").data
+    assert (data.kind, data.labels, data.masks) == (
+        "folder",
+        tables / "mine.jsonl",
+        tables / "drawn",
+    )
+    assert data.classes == ("red",)  # no image shows blue
+    (folder / "recipe.yaml").unlink()
+    (tables / "drawn").rename(folder / "drawn")
+    assert main(["init", str(folder), *model, "--masks", str(folder / "drawn")]) == 0
+    assert "\n  masks: drawn\n" in (folder / "recipe.yaml").read_text()
+
+
+def make_voc(root: Path) -> Path:
+    """i00 with a cow and i01 with a dog, lists train, more and val."""
+    for name, label in (("i00", "cow"), ("i01", "dog")):
+        text = f"<annotation><object><name>{label}</name></object></annotation>"
+        for folder in ("Annotations", "JPEGImages", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "Annotations" / f"{name}.xml").write_text(text)
+        Image.new("RGB", (40, 40)).save(root / "JPEGImages" / f"{name}.jpg")
+    for name, ids in (("train", "i00"), ("more", "i00\ni01"), ("val", "i01")):
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(ids)
+    return root
+
+
+def test_voc_takes_labels_masks_classes_and_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, table = make_voc(tmp_path / "voc"), tmp_path / "mine.csv"
+    table.write_text("image,labels\ni00,sheep;cow\ni01,dog\n")
+    write_mask(tmp_path / "drawn" / "i01.png", np.full((40, 40), 12, np.uint8))
+    weights = write_weights(tmp_path / "weights.safetensors")
+    words = ["--classes", "sheep,dog", "--lists", "more", "--labels", str(table)]
+    words += ["--masks", str(tmp_path / "drawn")]
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    assert main(["init", str(root), *model, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "2 images with labels, 1 of them with masks" in printed and "sheep: 1" in printed
+    data = load_recipe(root / "recipe.yaml").data
+    assert (data.kind, data.labels, data.masks) == ("voc", table, tmp_path / "drawn")
+    assert data.classes == ("sheep", "dog")
+    assert {data.list_of("classify"), data.list_of("maps"), data.list_of("test")} == {"more"}
+    check = ["data", "check", str(root), "--no-estimate"]
+    assert main([*check, "--lists", "val", "--classes", "dog"]) in (0, 1)
+    assert "1 image (.jpg), 1 class" in capsys.readouterr().out
+    message = refused(capsys, *check, "--labels", "folders")
+    assert "labels 'folders' belongs to the kind folder; name a .csv or .jsonl" in message
+    message = refused(capsys, *check, "--masks", str(tmp_path / "gone"))
+    assert "of masks; give one that holds ID.png" in message
+
+
+def test_lists_and_classes_of_coco_stand_in_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "annotations").mkdir()
+    for number, name in enumerate(("first", "second", "third")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / f"{name}.png")
+        one = {"id": 1, "image_id": 5, "category_id": 7 + number % 2, "iscrowd": 0, "area": 1}
+        document = {
+            "images": [{"id": 5, "file_name": f"{name}.png", "height": 40, "width": 40}],
+            "annotations": [{**one, "bbox": [0, 0, 1, 1]}],
+            "categories": [{"id": 7, "name": "cow"}, {"id": 8, "name": "dog"}],
+        }
+        (tmp_path / "annotations" / f"{name}.json").write_text(json.dumps(document))
+    weights = write_weights(tmp_path / "weights.safetensors")
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    words = ["--lists", "first,second", "--classes", "cow"]
+    assert main(["init", str(tmp_path), *model, *words]) == 0
+    assert "2 images with labels" in capsys.readouterr().out
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert (data.kind, data.classes) == ("coco", ("cow",))
+    assert data.list_of("maps") == "first" and data.list_of("test") == "second"
+    message = refused(capsys, "data", "check", str(tmp_path), "--labels", "x.csv")
+    assert "labels belongs to the kinds voc and folder; coco has its annotations" in message
+
+
+def test_options_of_a_check_that_do_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(draw_folder(tmp_path / "boxes"))
+    message = refused(capsys, "data", "check", folder, "--recipe", "voc12", "--no-estimate")
+    assert "--recipe says whose run is estimated; leave it or --no-estimate out" in message
+    for command in (["data", "check"], ["init"]):
+        message = refused(capsys, *command, folder, "--lists", "train")
+        assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+        for option in ("--lists", "--classes"):
+            with pytest.raises(SystemExit):
+                main([*command, folder, option, "train,"])
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert f"argument {option}: 'train,' has an empty name; write names with" in message
+    assert not (tmp_path / "boxes" / "recipe.yaml").exists()
 
 
 def test_masks_are_painted_of_annotations(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_an_existing_recipe_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_used_gets_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder"):
+    with pytest.raises(DataError, match=r"there is no .*none; give a folder of images"):
         write(tmp_path / "none")
     folder = draw_folder(tmp_path / "boxes")
     (folder / "labels.csv").unlink()
@@ -182,3 +183,50 @@ def test_without_any_label_there_is_nothing_to_learn(tmp_path: Path) -> None:
     (folder / "labels.csv").write_text("image,labels\ni00.png,\n")
     with pytest.raises(DataError, match=r"no readable image of .* has a label; label some"):
         write(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("train2014", "val2014"), ("train2014", "val2014")),
+        (("test", "train", "valid"), ("train", "valid")),
+        (("test", "train"), ("train", "test")),
+        (("test2017", "train2017", "val2014"), ("train2017", "test2017")),
+        (("train",), None),
+        (("val", "trainer"), None),
+    ],
+)
+def test_annotations_for_training_and_validation_are_kept_apart(
+    tmp_path: Path, names: tuple[str, ...], expected: tuple[str, str] | None
+) -> None:
+    """What is tested on is not trained on; a class that it alone shows cannot be learnt."""
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "_annotations.coco.json").write_text(
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}],
+                    "annotations": [
+                        {"id": 1, "image_id": 1, "category_id": 1 + ("train" not in name)}
+                    ],
+                    "categories": [{"id": 1, "name": "cow"}, {"id": 2, "name": "hen"}],
+                }
+            )
+        )
+    path, summary = write(tmp_path)
+    data = load_recipe(path).data
+    stages = ("classify", "prototypes", "maps", "evaluate", "test")
+    if expected is None:
+        assert [data.list_of(stage) for stage in stages] == ["all"] * 5
+        assert "lists:" not in summary + path.read_text()
+        return
+    train, test = expected
+    assert [data.list_of(stage) for stage in stages] == [train] * 4 + [test]
+    assert data.classes == ("cow",)
+    assert summary.splitlines()[1:5] == [
+        f"lists: {train} to learn from, to map and to score; {test} to test",
+        f"images per class, of {train}:",
+        "  cow: 1   few: expect weak maps",
+        "  hen: 0   none: left out of the recipe",
+    ]

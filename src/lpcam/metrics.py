@@ -216,7 +216,8 @@ def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
     if confusion[1:].sum() == 0:
         raise DataError(
             "the truth has no pixel of any class; check that the masks hold the classes' mask ids "
-            "(0 is background, 255 is ignored) and that the list has images with masks"
+            "(0 is background, 255 is ignored) and that the list has images with masks and labels; "
+            "COCO's crowds are no truth: they are background, or ignored"
         )
     truth, predicted = confusion.sum(1).double(), confusion.sum(0).double()
     hit = confusion.diagonal().double()

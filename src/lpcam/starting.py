@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import yaml
 
 from lpcam.data.check import check_images
 from lpcam.data.detect import Kind, kind_of, open_dataset
-from lpcam.data.items import Dataset
+from lpcam.data.items import Dataset, Item
 from lpcam.errors import ClassifierError, DataError
 from lpcam.presets import preset_names
 from lpcam.progress import progress
@@ -84,7 +85,8 @@ def write_recipe(
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
         kind, lists, labels, masks, classes: as of :func:`lpcam.data.detect.open_dataset`; what is
-            given stands in the recipe. Of COCO's lists the first is worked on, the last is tested.
+            given stands in the recipe. Of COCO's lists the first is worked on, the last is tested;
+            where none is given and there are files such as ``train`` and ``val``, these.
 
     Returns:
         the recipe's path, and a summary of what was found, in words.
@@ -111,7 +113,9 @@ def write_recipe(
             )
     with progress("looking at the images", len(dataset.items)) as advance:
         dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
-    shown = {index for item in dataset.items.values() for index in item.labels}
+    chosen = _lists(kind, dataset, lists)
+    learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
+    shown = {index for item in learnt for index in item.labels}
     if not shown:
         raise DataError(f"no readable image of {source} has a label; label some in labels.csv")
     title = source.stem if source.is_file() else source.resolve().name
@@ -122,7 +126,7 @@ def write_recipe(
         kind_means=KIND_MEANS[kind],
         root=_flow(source.name if source.is_file() else "."),
         own=_own(folder, labels, masks),
-        lists=_lists(kind, dataset, lists),
+        lists=_lists_line(chosen),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
@@ -134,7 +138,7 @@ def write_recipe(
     )
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
-    return path, _summary(dataset)
+    return path, _summary(dataset, learnt, chosen)
 
 
 def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | None) -> str:
@@ -152,17 +156,31 @@ def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | N
     return lines
 
 
-def _lists(kind: str, dataset: Dataset, given: Sequence[str] | None) -> str:
-    """A line for COCO's lists that were given, or where VOC's own are not all there; or nothing."""
-    if kind == "coco" and given:
-        name, test = given[0], given[-1]
-    elif kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+def _lists(kind: str, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
+    """The list to work on and the one to test on; None: those that are usual for the kind."""
+    if kind == "coco":
+        return (given[0], given[-1]) if given else _parts_of_coco(dataset)
+    if kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+        return None
+    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
+    return name, "val" if "val" in dataset.lists else name
+
+
+def _parts_of_coco(dataset: Dataset) -> tuple[str, str] | None:
+    """A list such as train2014, and that of the same year to test on; None without such a pair."""
+    for name in dataset.lists:
+        if found := re.fullmatch(r"train(\d*)", name):
+            for test in ("val", "valid", "test"):
+                if test + found[1] in dataset.lists:
+                    return name, test + found[1]
+    return None
+
+
+def _lists_line(chosen: tuple[str, str] | None) -> str:
+    if chosen is None:
         return ""
-    else:
-        name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
-        test = "val" if "val" in dataset.lists else name
-    stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), name)
-    return f"  lists: {_flow({**stages, 'test': test})}\n"
+    stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), chosen[0])
+    return f"  lists: {_flow({**stages, 'test': chosen[1]})}\n"
 
 
 def _flow(value: object) -> str:
@@ -180,12 +198,15 @@ def _has_output_stride(backbone: str) -> bool:
     return any(family in backbone for family in (*families, "convnext"))
 
 
-def _summary(dataset: Dataset) -> str:
+def _summary(dataset: Dataset, learnt: Sequence[Item], chosen: tuple[str, str] | None) -> str:
     items = list(dataset.items.values())
     masks = sum(item.mask is not None for item in items)
-    lines = [f"{len(items)} images with labels, {masks} of them with masks", "images per class:"]
+    lines = [f"{len(items)} images with labels, {masks} of them with masks"]
+    if chosen is not None:
+        lines.append(f"lists: {chosen[0]} to learn from, to map and to score; {chosen[1]} to test")
+    lines.append(f"images per class{'' if chosen is None else f', of {chosen[0]}'}:")
     for index, name in enumerate(dataset.classes.names):
-        count = sum(index in item.labels for item in items)
+        count = sum(index in item.labels for item in learnt)
         note = "   few: expect weak maps" if count < FEW_IMAGES else ""
         note = note if count else "   none: left out of the recipe"
         lines.append(f"  {name}: {count}{note}")

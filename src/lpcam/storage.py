@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -176,6 +177,20 @@ def digest_file(path: Path) -> str:
 def digest_json(value: Any) -> str:
     """Digest of a value's canonical JSON: the order of keys does not count, tuples are lists."""
     return digest_bytes(_json_text(value, "a value to digest", indent=None).encode())
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """Digest of tensors by name, bit by bit, and of JSON that describes them."""
+    digests = {
+        # as bytes: NumPy has no bfloat16
+        name: digest_bytes(_bytes_of(t))
+        for name, t in tensors.items()
+    }
+    return digest_json({"tensors": digests, **description})
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,7 +161,22 @@ def test_notices_say_what_masks_do_not_show(root: Path) -> None:
         "come from crowds alone, and have no pixels in masks",
         "of brush there are only crowds: labels, but no pixels in masks",
         "2 annotations of classes not chosen give no label: bicycle 2",
-        "1 of 4 images have no label",
+        "1 of 4 images has no label",
+    )
+
+
+def test_one_of_a_kind_is_told_in_the_singular(root: Path) -> None:
+    content = whole()
+    content["annotations"] = content["annotations"][2:4]  # of image 9: an object and a crowd
+    del content["annotations"][0]["segmentation"]
+    write(root, annotations=content["annotations"])
+    assert CocoFolder(root, classes=["brush"]).dataset.notices == (
+        "1 annotation is of a crowd: it counts as a label and is not painted; 1 label of an image "
+        "comes from a crowd alone, and has no pixels in masks",
+        "of brush there are only crowds: labels, but no pixels in masks",
+        "1 annotation of a class not chosen gives no label: bicycle 1",
+        "1 annotation has no outline, perhaps a box alone: 1 image has labels, but no true masks",
+        "3 of 4 images have no label",
     )
 
 
@@ -175,7 +190,7 @@ def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> Non
     shown = next(i for i in content["images"] if i["id"] == first["image_id"])["file_name"]
     bare = shown.removesuffix(".jpg")
     assert folder.dataset.items[bare].labels
-    notice = "1 annotations have no outline, perhaps a box alone: their 1 images have labels"
+    notice = "1 annotation has no outline, perhaps a box alone: 1 image has labels"
     assert any(text.startswith(notice) for text in folder.dataset.notices)
     painted = folder.with_masks(tmp_path / "masks", folder.dataset.items)
     without = [name for name, item in painted.items.items() if item.mask is None]
@@ -248,7 +263,7 @@ def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
     write(root, "annotations/instances_val2014.json", images=other, annotations=[])
     images(root / "val2014", {"images": other})
     both = CocoFolder(root).dataset
-    assert both.lists["val2014"] == ("v9", "v25", "v30", "v581")
+    assert both.lists["val2014"] == tuple(f"val2014/v{n}" for n in (9, 25, 30, 581))
     assert both.lists["val2014.labelled"] == ()
     assert both.lists["all"] == both.lists["train2014"] + both.lists["val2014"]
     assert both.label_source == (
@@ -261,7 +276,7 @@ def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
         CocoFolder(root, lists=["val2014", "all"])
 
 
-def test_equal_names_in_two_files_get_the_lists_name(tmp_path: Path) -> None:
+def test_names_that_are_not_cocos_own_get_the_lists_name(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         write(tmp_path, f"{name}/_annotations.coco.json")
         images(tmp_path / name)
@@ -273,7 +288,34 @@ def test_equal_names_in_two_files_get_the_lists_name(tmp_path: Path) -> None:
     assert dataset.label_source == (
         "annotations (train/_annotations.coco.json, valid/_annotations.coco.json), crowds included"
     )
-    assert "COCO_train2014_000000000009" in CocoFolder(tmp_path, lists=["train"]).dataset.items
+    # whatever is read: an image is called the same in every command
+    for name in ("train", "valid"):
+        one = CocoFolder(tmp_path, lists=[name]).dataset
+        assert one.lists[name] == tuple(one.items) == dataset.lists[name]
+    # a file that is itself the root is the only one of its data set
+    path = tmp_path / "train" / "_annotations.coco.json"
+    assert "COCO_train2014_000000000009" in CocoFolder(path).dataset.items
+
+
+def test_cocos_own_names_stay_beside_other_lists(root: Path) -> None:
+    write(root, "annotations/instances_mine.json")
+    images(root / "mine")
+    own = tuple(f"COCO_train2014_{n:012d}" for n in (9, 25, 30, 581))
+    for lists in (None, ["train2014"], ["mine"], ["mine", "train2014"]):
+        dataset = CocoFolder(root, lists=lists).dataset
+        assert dataset.lists.get("train2014", own) == own
+        others = tuple(f"mine/{name}" for name in own)
+        assert dataset.lists.get("mine", others) == others
+
+
+def test_one_id_of_two_files_is_refused(tmp_path: Path) -> None:
+    """A list that is named beside the only one that is found."""
+    for name, image in (("annotations/instances_a.json", "b/1.jpg"), ("b.json", "1.jpg")):
+        write(tmp_path, name, images=[{**whole()["images"][0], "file_name": image}], annotations=[])
+    with pytest.raises(
+        DataError, match=r"instances_a\.json and .*b\.json both have .*id 'b/1'; re"
+    ):
+        CocoFolder(tmp_path, lists=["a", "b"])
 
 
 def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
@@ -363,7 +405,8 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
         (lambda: changed("categories", 2, id=2), "category id 2 stands twice"),
         (
             lambda: changed("annotations", 2, category_id=3),
-            r"annotation 98 \(byte [\d,]+\) has category_id 3, which is not in 'categories'",
+            r"annotation 98 \(byte [\d,]+\) has category_id 3, which is not in 'categories' \(1 "
+            r"annotation is like that\)",
         ),
         (
             lambda: changed("annotations", 2, image_id=10),
@@ -390,6 +433,10 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
         ),
         (lambda: changed("categories", 1, name="train"), "class names repeat: train"),
         (lambda: changed("categories", 1, name=" "), "name is text"),
+        (
+            lambda: changed("categories", 1, name="Background"),
+            "categories, names the background; leave it out, its mask value is 0",
+        ),
         (
             lambda: {
                 **whole(),
@@ -493,7 +540,9 @@ def test_run_length_codes_are_those_of_pycocotools() -> None:
         ([[0, 0, 3, 3]], "a polygon has 4 coordinates; 3 points or more"),
         ([[0, 0, 3, 3, 1, 1, 2]], "a polygon has 7 coordinates"),
         ([[0, 0, 3, 0, 3, 3], []], "a polygon has 0 coordinates"),
-        ([[0, 0, 3, 0, 3, float("nan")]], "is further outside its image of 4 x 6"),
+        ([[0, 0, 3, 0, 3, float("nan")]], r"a polygon has a coordinate that is no number \(NaN\)"),
+        ([[0, 0, 3, 0, 3, float("inf")]], "is further outside its image of 4 x 6"),
+        ([[0, 0, 3, 0, 3, 10**400]], "is further outside its image of 4 x 6"),
         ([[0, 0, 3, 0, 3, 1e9]], "is further outside its image"),
         ([[0, 0, 3, 0, 3, "3"]], "a polygon is a list of numbers"),
         ([0, 0, 3, 0, 3, 3], "a polygon is a list of numbers"),
@@ -643,23 +692,43 @@ def test_two_files_share_a_folder_of_masks(
     write(root, "annotations/instances_val2014.json", images=other)
     images(root / "val2014", {"images": other})
     # the images of train2014 again, with nothing on them
-    write(root, "annotations/instances_empty.json", annotations=[])
-    images(root / "empty")
+    empty = write(tmp_path, "empty.json", annotations=[])
+    images(tmp_path / "empty")
     masks = tmp_path / "masks"
 
-    def paint_list(name: str) -> int:
-        written = counted(monkeypatch)
-        folder = CocoFolder(root, lists=[name])
-        folder.with_masks(masks, folder.dataset.lists[name])
+    def paint_list(name: str, **options: Any) -> int:
+        with monkeypatch.context() as patch:
+            written = counted(patch)
+            folder = CocoFolder(empty) if name == "empty" else CocoFolder(root, lists=[name])
+            folder.with_masks(masks, folder.dataset.lists[name], **options)
         return len(written)
 
     assert [paint_list(name) for name in ("train2014", "val2014", "train2014", "val2014")] == [
         4, 4, 0, 0
     ]  # fmt: skip
+    # other options of one list are its own, and the other's masks are what is said of them
+    assert paint_list("val2014", crowds="void") == 4
+    record = json.loads((masks / "painted.json").read_text())["files"]
+    crowds = {name: of["options"]["crowds"] for name, of in record.items()}
+    assert crowds == {"train2014": "background", "val2014/": "void"}
+    assert [paint_list("train2014"), paint_list("val2014", crowds="void")] == [0, 0]
     assert paint_list("empty") == 4
     assert not read_index_mask(masks / "COCO_train2014_000000000009.png").any()
+    assert paint_list("val2014", crowds="void") == 0
     assert paint_list("train2014") == 4
     assert read_index_mask(masks / "COCO_train2014_000000000009.png").any()
+
+
+def test_a_record_of_an_earlier_form_makes_all_masks_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, masks = CocoFolder(root), tmp_path / "masks"
+    folder.with_masks(masks, folder.dataset.items)
+    record = {"format": 1, "kind": "masks painted from COCO annotations", "annotations": {}}
+    (masks / "painted.json").write_text(json.dumps(record))
+    written = counted(monkeypatch)
+    folder.with_masks(masks, folder.dataset.items)
+    assert len(written) == 4
 
 
 def test_masks_of_equal_names_are_not_taken_for_each_other(tmp_path: Path) -> None:
@@ -669,8 +738,9 @@ def test_masks_of_equal_names_are_not_taken_for_each_other(tmp_path: Path) -> No
     for name in ("train", "valid"):
         images(root / name)
     shown = {}
-    for lists in (["train"], ["train", "valid"], ["valid"]):
-        folder = CocoFolder(root, lists=lists)
+    path = root / "train" / "_annotations.coco.json"
+    for given, lists in ((path, ["train"]), (root, ["train", "valid"]), (root, ["valid"])):
+        folder = CocoFolder(given, lists=lists)
         dataset = folder.with_masks(masks, folder.dataset.items)
         shown |= {
             (*lists, i): read_index_mask(item.mask).any()
@@ -682,7 +752,7 @@ def test_masks_of_equal_names_are_not_taken_for_each_other(tmp_path: Path) -> No
         ("train", name): True,
         ("train", "valid", f"train/{name}"): True,
         ("train", "valid", f"valid/{name}"): False,
-        ("valid", name): False,
+        ("valid", f"valid/{name}"): False,
     }
 
 
@@ -700,20 +770,120 @@ def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
     assert bytes_of(tmp_path) == before
 
 
-def test_errors_of_painting_name_the_image(root: Path, tmp_path: Path) -> None:
-    content = whole()
-    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
-    path = write(root, annotations=content["annotations"])
-    folder = CocoFolder(root)  # labels need no outline
-    assert folder.dataset.items["COCO_train2014_000000000009"].labels == (0, 1, 2)
-    message = (
-        rf"{path}, image COCO_train2014_000000000009.jpg: annotation 100 cannot be painted: a "
-        "polygon has 4 coordinates"
+def broken(root: Path, **shapes: Any) -> tuple[CocoFolder, Path]:
+    """Other outlines of annotations: a100 of image 9, a97 its crowd, a95 of image 30."""
+    content = whole()["annotations"]
+    for one in content:
+        one["segmentation"] = shapes.get(f"a{one['id']}", one["segmentation"])
+    path = write(root, annotations=content)
+    return CocoFolder(root), path
+
+
+def test_an_outline_that_cannot_be_painted_costs_the_mask_of_its_image_alone(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = {"size": [9, 9], "counts": [81]}
+    folder, path = broken(root, a100=[[1, 2, 3, 4]], a95=other)
+    masks, tried = tmp_path / "masks", []
+    paint_ = module.paint
+    monkeypatch.setattr(module, "paint", lambda *a, **k: tried.append(a) or paint_(*a, **k))
+    names = [f"COCO_train2014_{number:012d}" for number in (9, 25, 30, 581)]
+    text = (
+        f"2 images have no true mask, the first for this reason: {path}, image {names[0]}.jpg: "
+        "annotation 100 cannot be painted: a polygon has 4 coordinates; 3 points or more"
     )
-    with pytest.raises(DataError, match=message):
-        folder.with_masks(tmp_path / "masks", folder.dataset.items)
+    for count in (4, 0):  # the second call knows them
+        tried.clear()
+        caplog.clear()
+        dataset = folder.with_masks(masks, folder.dataset.items, workers=2)
+        assert len(tried) == count
+        assert dataset.items[names[0]].labels == (0, 1, 2)
+        with_mask = [name for name in names if dataset.items[name].mask is not None]
+        assert with_mask == [names[1], names[3]]
+        assert {p.stem for p in masks.glob("*.png")} == {*with_mask}
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert caplog.records[0].getMessage().startswith(text)
+        assert dataset.notices[-1] == caplog.records[0].getMessage()
+        folder = CocoFolder(root)
+    write(root)  # mended
+    folder = CocoFolder(root)
+    assert all(item.mask for item in folder.with_masks(masks, names).items.values())
     with pytest.raises(DataError, match="'cow' is no image of MSCOCO"):
-        folder.with_masks(tmp_path / "masks", ["cow"])
+        folder.with_masks(masks, ["cow"])
+    with pytest.raises(DataError, match="order 'size' or crowds 'background' is unknown"):
+        folder.with_masks(masks, names, order="size")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [[[1, 2, 3, 4]], [[0, 0, 9, 0, 9, 9]], {"size": [1, 1]}])
+def test_what_crowds_are_does_not_matter_where_they_are_background(
+    root: Path, tmp_path: Path, shape: Any
+) -> None:
+    folder, _ = broken(root, a97=shape)
+    name = "COCO_train2014_000000000009"
+    assert folder.with_masks(tmp_path / "masks", [name]).items[name].mask is not None
+    void = folder.with_masks(tmp_path / "void", [name], crowds="void")
+    assert void.items[name].mask is None
+    assert "annotation 97 cannot be painted" in void.notices[-1]
+    # a check tells of it, and has the mask all the same
+    mask, (fault,) = folder.true_mask(name)
+    assert mask is not None and set(np.unique(mask)) == {0, 1, 2}
+    assert "annotation 97 cannot be painted" in fault
+
+
+def test_missing_pycocotools_stays_an_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise LpcamError("masks from polygons need pycocotools")
+
+    monkeypatch.setattr(coco_masks, "_pycocotools", absent)
+    folder = CocoFolder(root)
+    with pytest.raises(LpcamError, match="masks from polygons need pycocotools"):
+        folder.with_masks(tmp_path / "masks", folder.dataset.items)
+
+
+def test_an_image_of_another_size_than_its_annotations_has_no_mask(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"COCO_train2014_{number:012d}" for number in (9, 25, 30)]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for name, size, more in zip(
+        names, ((60, 40), (60, 40), (30, 20)), ({"exif": exif}, {}, {}), strict=True
+    ):
+        Image.new("RGB", size).save(root / "train2014" / f"{name}.jpg", **more)
+    folder, masks = CocoFolder(root), tmp_path / "masks"
+    dataset = folder.with_masks(masks, names)
+    assert [dataset.items[name].mask is not None for name in names] == [False, True, False]
+    path = root / "annotations" / "instances_train2014.json"
+    assert caplog.records[0].getMessage() == (
+        f"2 images have no true mask, the first for this reason: {path}, image {names[0]}.jpg: the "
+        "file says 40 x 60 (height x width), the upright image is 60 x 40; if it was outlined "
+        "without its EXIF rotation, remove that from the image"
+    )
+    mask, (fault,) = folder.true_mask(names[2])
+    assert mask is None
+    assert fault == (
+        f"{path}: the file says 40 x 60 (height x width), the upright image is 20 x 30; give the "
+        "image that was outlined"
+    )
+    # an image that was mended has its mask without more ado
+    Image.new("RGB", (60, 40)).save(root / "train2014" / f"{names[0]}.jpg")
+    assert folder.with_masks(masks, names).items[names[0]].mask is not None
+
+
+def test_all_that_is_wrong_with_an_image_is_told(root: Path) -> None:
+    folder, path = broken(root, a100=[[1, 2, 3, 4]], a98=[[1, 2, 3, 4, 5]], a97=[[1, 2]])
+    name = "COCO_train2014_000000000009"
+    mask, faults = folder.true_mask(name)
+    assert mask is None
+    assert [fault.split(" cannot")[0] for fault in faults] == [
+        f"{path}: annotation {number}" for number in (100, 98, 97)
+    ]
+    assert folder.true_mask("COCO_train2014_000000000025")[1] == ()
 
 
 def test_an_annotation_file_that_changes_is_noticed(root: Path, tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_classes_txt_gives_mask_ids_and_a_subset_keeps_them(tmp_path: Path) -> N
     assert dataset.classes == ClassTable(("cow", "hen"), (3, 1))
     assert [item.labels for item in dataset.items.values()] == [(0,), (1,)]
     assert dataset.notices == ("2 labels of classes not chosen were dropped: dog 2",)
+    (root / "labels.csv").write_text("image,labels\na,cow;dog\nb,\n")
+    notice = "1 label of a class not chosen was dropped: dog 1"
+    assert notice in read_folder(root, classes=["cow"]).notices
     with pytest.raises(DataError, match=r"unknown class 'Hens'; did you mean 'hen'\?"):
         read_folder(root, classes=["Hens"])
 
@@ -203,7 +206,8 @@ HOW = "first line is 'image,labels'"
         (b"image,labels\na,\n", r"labels\.csv: no classes were given"),
         (b"image,labels\n../a,cow\n", r"line 2: image name '\.\./a' is refused"),
         (b"image,labels\na,cow\n/etc/a,cow\n", "line 3: image name '/etc/a' is refused"),
-        (b"image,labels\nb\\a,cow\n", "line 2: .* backslash"),
+        (b"image,labels\n..\\a,cow\n", "line 2: .* could leave its folder"),
+        (b"image,labels\nC:\\a,cow\n", "line 2: .* is an absolute path"),
         (b"image,labels\nz,cow\n", "none of the 1 images .* names 'z', the folder holds 'a'"),
     ],
 )
@@ -286,6 +290,44 @@ def test_folders_are_classes_on_request_alone_where_there_is_a_table(tmp_path: P
     dataset = read_folder(root, labels="folders", classes=["cow"])
     assert dataset.classes == ClassTable(("cow",), (2,))
     assert dataset.items["cow/1"].labels == (0,) and dataset.notices == ()
+
+
+@pytest.mark.parametrize("images", ["images/", ""])
+def test_folders_of_a_train_and_a_val_set_are_no_classes(tmp_path: Path, images: str) -> None:
+    names = ("train/cow/1.jpg", "train/hen/2.jpg", "Val/cow/3.jpg")
+    root = make_files(tmp_path, *(images + name for name in names))
+    message = r"folders of .* are Val, train and hold the folders of the classes; give .*train$"
+    with pytest.raises(DataError, match=message):
+        read_folder(root)
+    assert read_folder(root / images / "train").classes.names == ("cow", "hen")
+    # a class may be called so
+    (root / images / "bus").mkdir()
+    (root / images / "bus" / "4.jpg").touch()
+    assert read_folder(root).classes.names == ("Val", "bus", "train")
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    root = make_files(tmp_path / "set", "cow/1.jpg", "masks/cow/1.png")
+    (tmp_path / "hens" / "barn").mkdir(parents=True)
+    (tmp_path / "hens" / "barn" / "2.jpg").touch()
+    for link, target in (
+        ("hen", tmp_path / "hens"),
+        ("up", tmp_path),
+        ("here", root),
+        ("cow/again", root / "cow"),
+        ("truth", root / "masks"),
+    ):
+        (root / link).symlink_to(target, target_is_directory=True)
+    (tmp_path / "hens" / "back").symlink_to(root / "cow", target_is_directory=True)
+    (root / "cow" / "over").symlink_to(tmp_path / "hens", target_is_directory=True)
+    dataset = read_folder(root)
+    assert dataset.classes.names == ("cow", "hen")
+    assert set(dataset.items) == {
+        *("cow/1", "hen/barn/2"),
+        # in either direction once
+        *("cow/over/barn/2", "hen/back/1"),
+    }
+    assert dataset.items["hen/barn/2"].image == root / "hen" / "barn" / "2.jpg"
 
 
 def test_wrong_folders_of_classes(tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def test_names_are_in_one_unicode_form(tmp_path: Path, name: str) -> None:
     assert (row.image, row.labels) == ("kälbchen.jpg", ("kälbchen",))
 
 
+@pytest.mark.parametrize("name", ["a.csv", "hot.csv", "a.jsonl"])
+def test_backslashes_of_windows_are_slashes(tmp_path: Path, name: str) -> None:
+    text = {
+        "a.csv": "image,labels\n.\\barn\\1.jpg,a\\b\n",
+        "hot.csv": "image,a\\b\nbarn\\1.jpg,1\n",
+        "a.jsonl": '{"image": "barn\\\\1.jpg", "labels": ["a\\\\b"]}',
+    }[name]
+    (row,) = read_labels(write(tmp_path, name, text)).rows
+    assert (row.image, row.labels) == ("barn/1.jpg", ("a\\b",))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

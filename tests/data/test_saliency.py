@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.data.saliency import find_saliency, read_saliency
+from lpcam.data import saliency
+from lpcam.data.saliency import find_saliency, read_saliency, read_values, saliency_maximum
 from lpcam.errors import DataError
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -97,6 +98,38 @@ def test_a_binary_map_of_8_bits_needs_a_word(tmp_path: Path) -> None:
     assert read_saliency(tmp_path, "a", (1, 2)).levels.tolist() == [[0, 0]]
     save(tmp_path, np.array([[0, 100]], np.float32), "c.npy")
     assert read_saliency(tmp_path, "c", (1, 2), maximum=100).values.tolist() == [[0, 1]]
+
+
+def test_the_folder_tells_masks_of_0_and_1_from_dark_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = np.array([[0, 1]], np.uint8)
+
+    def maximum(**files: np.ndarray) -> float | None:
+        folder = tmp_path / "-".join(files)
+        names = {name: f"{name}.{'npy' if name.startswith('n') else 'png'}" for name in files}
+        for name, values in files.items():
+            save(folder, values, names[name])
+        return saliency_maximum(folder / name for name in names.values())
+
+    assert maximum(a=mask, b=mask, c=0 * mask) == 1
+    assert maximum(a=mask.astype(np.uint16), n=mask.astype(np.float32)) == 1
+    assert maximum(a=mask, b=mask, d=LEVELS) == 255
+    assert read_values(tmp_path / "a-b-d" / "a.png", maximum=255).tolist() == [
+        [0, pytest.approx(1 / 255)]
+    ]
+    assert maximum(a=0 * mask) is None  # a later one may be of either kind
+    assert maximum(e=LEVELS.astype(np.uint16) * 257) is None
+    assert maximum(d=LEVELS, n=LEVELS / np.float32(255)) is None
+    assert maximum(n=LEVELS / np.float32(255), d=LEVELS) is None
+    assert maximum() is None
+    # a part of many files, from one end to the other
+    opened: list[Path] = []
+    plane = saliency._plane
+    monkeypatch.setattr(saliency, "LOOKED_AT", 4)
+    monkeypatch.setattr(saliency, "_plane", lambda path: opened.append(path) or plane(path))
+    assert maximum(**{f"m{n}": mask for n in range(10)}) == 1
+    assert [path.stem for path in opened] == ["m9", "m0", "m3", "m6", "m9"]
 
 
 @pytest.mark.parametrize(

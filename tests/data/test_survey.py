@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 from tiny import draw_folder
 
+from lpcam.data.detect import Truth, open_with_truth
 from lpcam.data.estimate import usual_recipe
 from lpcam.data.folder import read_folder
 from lpcam.data.items import ClassTable, Dataset, Item, Skip
 from lpcam.data.survey import Finding, Survey, _may_be_one, survey
 from lpcam.data.voc import CLASSES, read_voc
-from lpcam.errors import DataError
+from lpcam.errors import DataError, LpcamError
 
 LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
 MASKS = {"a": [0, 1, 255], "b": [1, 2], "c": [0, 2]}
@@ -153,6 +154,83 @@ def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> Non
     assert "x_0; x_1; x_2 and 6 more" in result.summary()
     # the JSON has them all
     assert len(result.as_json()["findings"][0]["names"]) == 9
+
+
+def test_quotes_around_what_a_reason_names_stay(tmp_path: Path) -> None:
+    gone = (Skip("cow/q", f"cannot read {tmp_path}/q.png of 'cow/q': \"a/b\" is refused"),)
+    result = survey(replace(make(tmp_path), skipped=gone))
+    text = found(result, "left out").text
+    assert text == "1 image left out (cannot read q.png of 'q': \"b\" is refused)"
+
+
+def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
+    """As of COCO, where masks are not files yet."""
+
+    def mask(*values: int) -> np.ndarray:
+        return np.array([values], np.uint8)
+
+    def without_extra() -> tuple[None, tuple[str, ...]]:
+        raise LpcamError("masks from polygons need pycocotools")
+
+    text = "/data/x.json: annotation {} cannot be painted: it is cut off"
+    truth: Truth = {
+        "a": lambda: (mask(0, 1, 2), ()),  # labelled with 1 alone
+        "b": lambda: (None, (text.format(4), text.format(5))),
+        "c": lambda: (mask(0, 2), (text.format(6),)),
+        "d": lambda: (None, ()),  # a box alone
+        "e": without_extra,
+    }
+    calls: list[tuple[int, int]] = []
+    dataset = make(tmp_path, masks={})
+    result = survey(dataset, truth=truth, workers=2, progress=lambda *done: calls.append(done))
+    assert calls == [(done, 10) for done in range(1, 11)]
+    wrong = [(f.names, f.text, f.attention) for f in result.findings if f.kind == "annotations"]
+    assert wrong == [
+        (
+            ("b", "c"),
+            "2 images with wrong annotations (e.g. x.json: annotation 4 cannot be painted: it is "
+            "cut off)",
+            True,
+        ),
+        (
+            ("e",),
+            "1 image with wrong annotations (masks from polygons need pycocotools)",
+            True,
+        ),
+    ]
+    assert found(result, "mask without label").names == ("a",)
+    assert result.whole.masks == 2
+    assert [one.masks for one in result.lists] == [1, 1, 2]
+    assert survey(dataset).whole.masks == 0
+
+
+def test_annotations_of_coco_are_tried_and_classes_told_once(tmp_path: Path) -> None:
+    images = []
+    for number, size in enumerate(((6, 4), (6, 4), (4, 6)), start=1):
+        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 4, "width": 6})
+    annotations = [
+        {"id": n, "image_id": n, "category_id": 7, "iscrowd": 0, "segmentation": shape}
+        for n, shape in enumerate(
+            ({"size": [4, 6], "counts": [0, 24]}, [[1, 2]], {"size": [4, 6], "counts": [24]}),
+            start=1,
+        )
+    ]
+    names = [{"id": 7, "name": "cow"}, {"id": 8, "name": "yak"}]
+    content = {"images": images, "annotations": annotations, "categories": names}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    dataset, truth = open_with_truth(tmp_path / "mine.json")
+    result = survey(dataset, truth=truth)
+    wrong = {f.names: f.text for f in result.findings if f.kind == "annotations"}
+    assert set(wrong) == {("2",), ("3",)}
+    assert "(mine.json: annotation 2 cannot be painted: a polygon has 2" in wrong[("2",)]
+    assert (
+        "mine.json: the file says 4 x 6 (height x width), the upright image is 6 x 4"
+        in (wrong[("3",)])
+    )
+    assert result.whole.masks == 1
+    assert [f.kind for f in result.findings if "yak" in (f.text, *f.names)] == ["empty classes"]
+    assert not [f for f in result.findings if "yak" in f.text]
 
 
 def test_duplicates(tmp_path: Path) -> None:

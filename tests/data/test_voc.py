@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -161,12 +162,48 @@ def test_images_to_test_need_no_annotation(root: Path) -> None:
     assert [skip.id for skip in dataset.skipped] == ["2007_000002"]
 
 
+def test_objects_of_no_class_are_counted(root: Path) -> None:
+    for image_id, names in (
+        ("2007_000001", ("dog", "motorcycle", "zebra", "head")),
+        ("2007_000002", ("zebra", "hand", "foot")),
+    ):
+        (root / "Annotations" / f"{image_id}.xml").write_text(annotation(*names))
+    dataset = read_voc(root, lists=["train"], classes=["dog"])
+    assert dataset.notices == (
+        "objects of no class give no label: 'zebra' in 2 images, 'motorcycle' in 1 image (did you "
+        f"mean 'motorbike'?); classes of your own stand in {root / 'class_names.txt'}, one a line "
+        "(there is none)",
+    )
+    assert dataset.name == "voc12"
+    (root / "class_names.txt").write_text("dog\nmotorcycle\naeroplane\nhead\n")
+    (notice,) = read_voc(root, lists=["train"]).notices
+    assert "'zebra' in 2 images; " in notice and notice.endswith("one a line (it lacks them)")
+    labels = root / "labels.csv"
+    labels.write_text("image,labels\n2007_000001,dog\n2007_000002,\n2008_000003,\n")
+    assert read_voc(root, lists=["train"], labels=labels).notices == ()
+
+
+def test_many_objects_of_no_class_are_told_in_short(root: Path) -> None:
+    names = [f"thing {n}" for n in range(9)]
+    (root / "Annotations" / "2007_000002.xml").write_text(annotation(*names))
+    (notice,) = read_voc(root, lists=["train"]).notices
+    assert "'thing 4' in 1 image and 4 more; classes of your own" in notice
+
+
 def test_a_folder_with_classes_of_its_own(root: Path) -> None:
     (root / "class_names.txt").write_text("zebra\n\ncow\n", encoding="utf-8")
     dataset = read_voc(root, lists=["train"])
     assert (dataset.classes.names, dataset.classes.mask_ids) == (("zebra", "cow"), (1, 2))
     assert dataset.items["2007_000002"].labels == (0, 1)
     assert read_voc(root, lists=["train"], classes=["cow"]).classes.mask_ids == (2,)
+    assert dataset.name == "VOC2012"
+    nfd = unicodedata.normalize("NFD", "kälbchen")
+    (root / "class_names.txt").write_text(f"{nfd}\ncow\n", encoding="utf-8")
+    (root / "Annotations" / "2007_000002.xml").write_text(annotation(nfd), encoding="utf-8")
+    (root / "Annotations" / "2008_000003.xml").write_text(annotation("kälbchen"), encoding="utf-8")
+    dataset = read_voc(root, lists=["train"])
+    assert dataset.classes.names == ("kälbchen", "cow")
+    assert [dataset.items[i].labels for i in ("2007_000002", "2008_000003")] == [(0,), (0,)]
     (root / "class_names.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"class_names\.txt is no UTF-8 text; write one class"):
         read_voc(root, lists=["train"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,12 @@ def test_large_images_are_refined_smaller(plain: Values, tmp_path: Path, method:
 # -- Maps of other programs ---------------------------------------------------------------------
 
 
-def test_given_maps(plain: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_given_maps(
+    plain: Values,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """The same masks as a run makes of the same maps; what does not fit is left out and told."""
     maps = tmp_path / "maps"
     shutil.copytree(Path(plain["run"]["folder"], "lpcam"), maps)
@@ -333,6 +339,17 @@ def test_given_maps(plain: Values, tmp_path: Path, capsys: pytest.CaptureFixture
     )
     one = read_maps(map_path(maps, "i08"))
     write_maps(map_path(maps, "i08"), MapFile(one.keys + 9, one.cam, one.high_res), dtype="uint8")
+    for image, own in (("i01", ["blue", "green", "red"]), ("i02", ["green", "blue", "red"])):
+        one = read_maps(map_path(maps, image))
+        made_by = {"imported": {}, "classes": own}
+        write_maps(
+            map_path(maps, image),
+            MapFile(one.keys, one.cam, one.high_res, made_by),
+            dtype="uint8",
+        )
+    one = read_maps(map_path(maps, "i10"))
+    assert one.keys.tolist() == [1]
+    write_maps(map_path(maps, "i10"), MapFile(one.keys * 0, one.cam, one.high_res), dtype="uint8")
     one = read_maps(map_path(maps, "i09"))
     write_maps(
         map_path(maps, "i09"), MapFile(one.keys, 255 * one.cam, 255 * one.high_res), dtype="uint8"
@@ -341,12 +358,16 @@ def test_given_maps(plain: Values, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     folder = tmp_path / "refined"
     command = ["refine", str(tmp_path / "tiny.yaml"), str(maps), "--run.folder", str(folder)]
-    assert main(command) == 0
+    with caplog.at_level(logging.INFO):
+        assert main(command) == 0
+    assert "1 images are left out: their maps are of classes that they are" in caplog.text
     printed = capsys.readouterr().out
-    assert "5 skipped" in printed
+    assert "7 skipped" in printed
     for words in (
         *("i05.npz", "i06.npz is damaged", "8 x 8 pixels, but", "class index"),
         "values up to 255; divide each map by its maximum",
+        "i02.npz is of the classes green, blue, red, not of blue, green, red; import it for",
+        "i10.npz has classes that the image is not labelled with: blue",
     ):
         assert words in printed
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
@@ -354,7 +375,7 @@ def test_given_maps(plain: Values, tmp_path: Path, capsys: pytest.CaptureFixture
         ("seed", "given"),
         ("pseudo", "given + CRF"),
     }
-    assert all(r["images"] == 7 and len(r["protocol"]["given_maps"]) == 32 for r in rows)
+    assert all(r["images"] == 5 and len(r["protocol"]["given_maps"]) == 32 for r in rows)
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     go(changed(in_folder(recipe, tmp_path / "run"), refine={"method": "crf", "maps": ["LPCAM"]}))
     for image in ("i00", "i03", "i11"):

@@ -12,11 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError, DataError
 from lpcam.formats.maps import (
     MapStyle,
     export_maps,
     import_maps,
+    read_classes,
     read_foreign_maps,
     write_foreign_maps,
 )
@@ -24,6 +26,8 @@ from lpcam.storage import MapFile, map_path, read_maps, write_maps
 
 HEIGHT, WIDTH = 9, 13
 SIZE = (HEIGHT, WIDTH)
+FARM = ClassTable(("dog", "cow", "sheep"), (12, 10, 17))
+"""Some classes of VOC, not in its order."""
 
 
 def planes(count: int, *size: int, seed: int = 0) -> NDArray[np.float32]:
@@ -181,13 +185,74 @@ def test_the_sides_of_no_planes_are_bounded(tmp_path: Path) -> None:
         read_foreign_maps(saved(tmp_path / "a.npy", content))
 
 
+def test_keys_are_mask_values_less_1(tmp_path: Path) -> None:
+    """Of a part of a larger data set they are not the label indices."""
+    whole = maps(2, 0)
+    for style, keys in (("irn", [16, 11]), ("psa", [16, 11]), ("psa-crf", [0, 17, 12])):
+        background = 0.5 if style == "psa-crf" else None
+        path = tmp_path / "a.npy"
+        write_foreign_maps(path, whole, style, background=background, classes=FARM)  # type: ignore[arg-type]
+        dictionary = loaded(path)
+        assert (dictionary["keys"].tolist() if "keys" in dictionary else list(dictionary)) == keys
+        back = read_foreign_maps(path, style=style, classes=FARM).maps  # type: ignore[arg-type]
+        order = [back.keys.tolist().index(key) for key in (2, 0)]
+        assert np.array_equal(back.high_res[order], whole.high_res)
+        assert back.made_by["classes"] == ["dog", "cow", "sheep"]
+    assert "classes" not in read_foreign_maps(path, style="psa").maps.made_by
+    with pytest.raises(DataError, match="'a' have the class index 3; there are 3 classes"):
+        write_foreign_maps(path, maps(3), "irn", classes=FARM)
+
+
+def test_maps_of_classes_that_are_not_chosen_are_dropped(tmp_path: Path) -> None:
+    irn(tmp_path / "in" / "a.npy", keys=(9, 11, 16))
+    irn(tmp_path / "in" / "b.npy", keys=(9,))
+    irn(tmp_path / "in" / "c.npy", keys=(9, 3))  # bird's
+    done = import_maps(
+        tmp_path / "in", tmp_path / "out", classes=FARM, chosen=["sheep", "dog"], normalise=True
+    )
+    found = read_maps(map_path(tmp_path / "out", "a"))
+    assert found.keys.tolist() == [1, 0] and found.made_by["classes"] == ["sheep", "dog"]
+    expected = planes(3)[1:]
+    assert close(found, expected / expected.max(axis=(1, 2), keepdims=True))
+    assert read_maps(map_path(tmp_path / "out", "b")).high_res.shape == (0, *SIZE)
+    assert done.ids == ("a", "b") and done.without_class == ("b",)
+    assert "it has the key 3, and no class has the mask value 4;" in done.skipped[0].reason
+    assert "maps of classes not chosen were dropped: cow 2" in done.summary().splitlines()
+    with pytest.raises(DataError, match="unknown class 'cot'"):
+        import_maps(tmp_path / "in", tmp_path / "out", classes=FARM, chosen=["cot"])
+
+
+def test_classes_go_out_beside_the_maps_and_come_back(tmp_path: Path) -> None:
+    write_maps(map_path(tmp_path / "ours", "a"), maps(1), dtype="float16")
+    out = tmp_path / "out"
+    export_maps(tmp_path / "ours", out, "irn", ["a"], classes=FARM)
+    assert (out / "classes.txt").read_bytes() == b"dog\t12\ncow\t10\nsheep\t17\n"
+    assert read_classes(out / "classes.txt") == FARM
+    export_maps(tmp_path / "ours", out, "irn", ["a"], classes=FARM)
+    (out / "classes.txt").write_text("\ufeffa b 3\n\n c \n", "utf-8")
+    assert read_classes(out / "classes.txt") == ClassTable(("a b 3", "c"), (1, 2))
+    with pytest.raises(DataError, match=r"classes\.txt is there already with other contents"):
+        export_maps(tmp_path / "ours", out, "irn", ["a"], classes=FARM)
+    for text, message in (
+        ("a\t1\nb\tx\n", r"classes\.txt line 2: 'x' after the tab is no whole number"),
+        ("a\t1\nb\t1\n", r"classes\.txt: mask ids repeat: 1"),
+        ("a\t0\n", r"classes\.txt: mask ids \[0\] are outside 1\.\.254"),
+        ("", r"classes\.txt: no classes were given"),
+    ):
+        (out / "classes.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_classes(out / "classes.txt")
+
+
 def test_maps_of_another_image_or_table_are_refused(tmp_path: Path) -> None:
     path = irn(tmp_path / "a.npy")
     with pytest.raises(ArtefactError, match="maps are 9 x 13 pixels, the image 9 x 14"):
         read_foreign_maps(path, size=(9, 14))
-    with pytest.raises(ArtefactError, match=r"has class 14 .* there are 14 classes"):
-        read_foreign_maps(path, classes=14)
-    assert read_foreign_maps(path, classes=15).style == "irn"
+    table = ClassTable(tuple("abcdefghijklmno"), tuple(range(1, 16)))
+    short = ClassTable(table.names[:14], table.mask_ids[:14])
+    with pytest.raises(ArtefactError, match="has the key 14, and no class has the mask value 15;"):
+        read_foreign_maps(path, classes=short)
+    assert read_foreign_maps(path, classes=table).maps.keys.tolist() == [3, 14]
     with pytest.raises(ArtefactError, match="2 planes and 'keys' 2 classes; expected 3"):
         read_foreign_maps(path, style="amn")
     with pytest.raises(ArtefactError, match="expected 0-based classes of the style 'psa'"):

@@ -358,6 +358,29 @@ def test_label_studio_names_the_image_as_an_address(
     assert task["data"]["image"].endswith("/local-files/?d=barn/cow%207.png")
 
 
+def test_label_studio_images_may_lie_below_the_served_folder(
+    entries: list[MaskEntry], tmp_path: Path
+) -> None:
+    """It refuses a storage that is the served folder itself."""
+
+    def address(root: str) -> str:
+        output = tmp_path / root.replace("/", "-")
+        export_masks(entries[:1], TABLE, output, "label-studio", image_root=root)
+        task = json.loads((output / "tasks.json").read_text("utf-8"))[0]
+        return str(task["data"]["image"])
+
+    name = entries[0].name
+    assert address("images") == f"/data/local-files/?d=images/{name}"
+    assert address("images/") == address("images")
+    assert address("my photos/1") == f"/data/local-files/?d=my%20photos/1/{name}"
+    for wrong in ("/home/me/images", "../images", "/"):
+        with pytest.raises(DataError, match=r"the image root .* is refused; expected the path of"):
+            address(wrong)
+    with pytest.raises(DataError, match="the image root belongs to label-studio, not to cvat"):
+        export_masks(entries, TABLE, tmp_path / "out", "cvat", image_root="images")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_overlay_is_the_image_with_its_mask(entries: list[MaskEntry], tmp_path: Path) -> None:
     export_masks(entries, TABLE, tmp_path / "out", "overlays")
     laid = overlay_mask(np.full((5, 6, 3), 90, dtype=np.uint8), DRAWN["full"])

@@ -403,6 +403,9 @@ def sample(
         "notices": [text] if meaning else [],
         "events": [text] if meaning else [],
         "history": [{"epoch": 1, "loss": 0.0174, "validation_map": 0.762}] if meaning else [],
+        "networks": [{"title": "the network of AMN", "history": [{"epoch": 2, "loss": 1.6893}]}]
+        if meaning
+        else [],
         "stages": [
             {"name": "cam", "seconds": 70.1, "peak_memory": 3 * 2**30},
             {"name": "evaluate", "seconds": 3754.0, "peak_memory": None},

@@ -176,6 +176,7 @@ def test_times_and_memory(page: Page) -> None:
     text = words(page.text)
     assert "cam 70.1 s 3.0 GiB" in text and "evaluate 1 h 02 min –" in text
     assert "0.0174 76.2" in text
+    assert "How the network of AMN learned" in text and "1.6893" in text
 
 
 def test_nothing_is_loaded(page: Page) -> None:

@@ -270,7 +270,8 @@ class CocoAnnotations:
         """(I,) whether every object of an image has an outline, so that it can have a mask."""
         owners = np.repeat(np.arange(len(self.image_ids)), np.diff(self.starts))
         bare = np.bincount(owners[~self.crowds & ~self.outlined], minlength=len(self.image_ids))
-        return bare == 0
+        paintable: NDArray[np.bool_] = bare == 0
+        return paintable
 
     def labels(self, *, crowds: bool = True) -> list[tuple[int, ...]]:
         """Of each image row, the ascending rows of ``categories`` that its annotations have.

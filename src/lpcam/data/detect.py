@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lpcam.data.folder import read_folder
 from lpcam.data.items import Dataset
@@ -13,6 +17,9 @@ from lpcam.data.voc import read_voc, voc_lists
 from lpcam.errors import DataError
 
 Kind = Literal["voc", "folder", "coco"]
+Truth = Mapping[str, Callable[[], tuple[NDArray[np.uint8] | None, tuple[str, ...]]]]
+"""By id, a call that makes the true mask (H, W) of an image that has no file of one: None where it
+cannot be made, and beside it what is wrong with the image's annotations, in words."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -66,6 +73,23 @@ def open_dataset(
     Raises:
         DataError: if ``lists`` or ``labels`` do not belong to the kind, and as its reader.
     """
+    dataset, _ = open_with_truth(
+        path, kind, lists=lists, labels=labels, masks=masks, classes=classes, progress=progress
+    )
+    return dataset
+
+
+def open_with_truth(
+    path: Path,
+    kind: Kind | None = None,
+    *,
+    lists: Sequence[str] | None = None,
+    labels: Path | Literal["folders"] | None = None,
+    masks: Path | None = None,
+    classes: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Dataset, Truth]:
+    """A data set as `open_dataset` gives it, and the true masks that annotations (COCO's) give."""
     kind = kind or kind_of(path)
     if kind == "folder":
         if lists is not None:
@@ -73,7 +97,8 @@ def open_dataset(
                 f"lists ({', '.join(lists)}) are chosen of the kinds voc and coco; a folder such "
                 f"as {path} is read whole, so leave them out"
             )
-        return read_folder(path, classes=classes, labels=labels, masks=masks)
+        return read_folder(path, classes=classes, labels=labels, masks=masks), {}
+    truth: Truth = {}
     if kind == "voc":
         if isinstance(labels, str):
             raise DataError("labels 'folders' belongs to the kind folder; name a .csv or .jsonl")
@@ -89,5 +114,7 @@ def open_dataset(
 
         if labels is not None:
             raise DataError("labels belongs to the kinds voc and folder; coco has its annotations")
-        dataset = CocoFolder(path, lists=lists, classes=classes, progress=progress).dataset
-    return dataset if masks is None else with_mask_folder(dataset, masks)
+        folder = CocoFolder(path, lists=lists, classes=classes, progress=progress)
+        dataset = folder.dataset
+        truth = {name: partial(folder.true_mask, name) for name in dataset.items}
+    return (dataset, truth) if masks is None else (with_mask_folder(dataset, masks), {})

@@ -21,7 +21,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -66,6 +66,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Extensions of image files, in any case."""
 
+_PARTS_OF_DATA = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 FOLDERS: Literal["folders"] = "folders"
 """In the place of a table of labels: the first folder of an image's id is its class."""
 
@@ -99,8 +100,8 @@ def read_folder(
     Raises:
         DataError: naming the file and line, for a missing or wrong table of labels, no images, an
             unknown class (with the nearest known name), a name that could leave the folder, two
-            images with the same id, a missing ``masks``, or a wrong list, ``classes.txt`` or
-            ``parts.json``.
+            images with the same id, folders such as ``train`` and ``val`` where those of classes
+            should be, a missing ``masks``, or a wrong list, ``classes.txt`` or ``parts.json``.
     """
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give the folder that holds labels.csv")
@@ -143,7 +144,10 @@ def read_folder(
     dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
     if dropped:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
-        notices.append(f"{dropped.total()} labels of classes not chosen were dropped: {counts}")
+        were = "label of a class not chosen was"
+        if dropped.total() > 1:
+            were = "labels of classes not chosen were"
+        notices.append(f"{dropped.total()} {were} dropped: {counts}")
 
     truth = _find_truth(root / "masks" if masks is None else masks, images, notices)
     part_names = _read_parts(root / "parts.json")
@@ -193,6 +197,7 @@ def _table_of_folders(
 ) -> LabelTable:
     """Every image in a folder, as if a table named it; the others are skipped."""
     rows = []
+    _refuse_parts_of_data(images_root, images)
     for image_id in images:
         folder, between, _ = image_id.partition("/")
         if between:
@@ -210,6 +215,19 @@ def _table_of_folders(
         )
     classes = tuple(sorted({name for row in rows for name in row.labels}))
     return LabelTable(images_root, tuple(rows), classes)
+
+
+def _refuse_parts_of_data(images_root: Path, images: Iterable[str]) -> None:
+    """Folders of a train and a val set hold the folders of the classes."""
+    deep = [image_id.split("/") for image_id in images if "/" in image_id]
+    tops = sorted({parts[0] for parts in deep})
+    nested = sorted({parts[0] for parts in deep if len(parts) > 2})
+    if nested and all(top.casefold() in _PARTS_OF_DATA for top in tops):
+        first = "train" if "train" in nested else nested[0]
+        raise DataError(
+            f"the folders of {images_root} are {', '.join(tops)} and hold the folders of the "
+            f"classes; give one of them, {images_root / first}"
+        )
 
 
 def _match(
@@ -277,13 +295,22 @@ def _read_classes(path: Path, table: LabelTable) -> ClassTable:
 
 
 def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]]:
-    """Visible files below a folder: relative POSIX path in NFC, and the path on disk; sorted."""
+    """Visible files below a folder: relative POSIX path in NFC, and the path on disk; sorted.
+
+    Links to folders are followed, but not to one that the link lies in.
+    """
     found = []
-    for place, folders, files in os.walk(folder):
+    apart = {os.path.realpath(path) for path in ignored}
+    top = folder.resolve()
+    above = {folder: frozenset(map(str, (top, *top.parents)))}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(Path(place, name)) for name in folders}
         kept = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         # what a run wrote below the images is not the user's
         kept = [name for name in kept if not _is_run(Path(place, name))]
-        folders[:] = [name for name in kept if Path(place, name) not in ignored]
+        around = above.pop(Path(place))
+        folders[:] = [name for name in kept if real[name] not in apart and real[name] not in around]
+        above |= {Path(place, name): around | {real[name]} for name in folders}
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)

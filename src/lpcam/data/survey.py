@@ -7,7 +7,7 @@ import itertools
 import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lpcam.data.check import check_images
+from lpcam.data.detect import Truth
 from lpcam.data.estimate import Estimate, estimate_run
 from lpcam.data.images import read_index_mask
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Dataset, Item, Skip
-from lpcam.errors import DataError
+from lpcam.errors import DataError, LpcamError
 from lpcam.parallel import ordered_map
 from lpcam.recipe import Recipe
 from lpcam.starting import FEW_IMAGES
@@ -235,6 +236,7 @@ class Survey:
 def survey(
     dataset: Dataset,
     *,
+    truth: Truth | None = None,
     recipe: Recipe | None = None,
     workers: int = 1,
     memory: int | None = None,
@@ -246,6 +248,8 @@ def survey(
 
     Args:
         dataset: as a reader gave it.
+        truth: true masks that annotations give, as :func:`lpcam.data.detect.open_with_truth` gives
+            them. Each is made in memory, and what is wrong with it is a finding.
         recipe: of the run whose time and disk are estimated, see
             :func:`lpcam.data.estimate.estimate_run`; None: no estimate.
         workers: files read, and images timed, at a time.
@@ -256,8 +260,8 @@ def survey(
         DataError: if no image can be used.
         ClassifierError: if the backbone of the recipe cannot be made.
     """
-    masks = sum(item.mask is not None or item.parts is not None for item in dataset.items.values())
-    total = len(dataset.items) + masks
+    truth = truth or {}
+    total = len(dataset.items) + sum(_has_truth(item, truth) for item in dataset.items.values())
 
     def advance(done: int, _: int) -> None:
         if progress is not None:
@@ -271,10 +275,12 @@ def survey(
     sizes = {name: (record["height"], record["width"]) for name, record in records.items()}
 
     findings = [*_left_out(dataset)]
-    findings += _mask_findings(dataset, sizes, workers, lambda left: advance(total - left, 0))
+    masks = _look_at_masks(dataset, sizes, truth, workers, lambda left: advance(total - left, 0))
+    findings += _mask_findings(dataset, masks)
     findings += _duplicates(dataset, {n: record["image_digest"] for n, record in records.items()})
-    whole = _counts("", list(usable), dataset, ())
-    lists = _lists(dataset)
+    made = {name for name, look in masks.items() if look.made and look.values is not None}
+    whole = _counts("", list(usable), dataset, made, ())
+    lists = _lists(dataset, made)
     labels = _multi_hot(dataset, usable)
     # in float32 as BLAS wants it: exact up to 16 million images
     together = (labels.T @ labels).astype(np.int64)
@@ -317,45 +323,72 @@ def _by_reason(skipped: Iterable[Skip]) -> Iterator[tuple[str, tuple[str, ...]]]
     groups: dict[str, list[str]] = defaultdict(list)
     first: dict[str, str] = {}
     for skip in skipped:
-        text = re.sub(r"\S*[/\\](?=\S)", "", skip.reason)  # of a path only the name
+        text = re.sub(r"[^\s'\"]*[/\\](?=\S)", "", skip.reason)  # of a path only the name
         name = skip.id.rsplit("/", 1)[-1]
-        key = re.sub(r"\d+", "#", re.sub(rf"{re.escape(name)}(\.\w+)?", "#", text))
+        key = re.sub(r"\d+", "#", re.sub(rf"(?<!\w){re.escape(name)}(\.\w+)?(?!\w)", "#", text))
         first.setdefault(key, text)
         groups[key].append(skip.id)
     for key, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-        yield ("e.g. " if len(names) > 1 else "") + first[key], tuple(names)
+        yield ("e.g. " if len(names) > 1 else "") + first[key], tuple(dict.fromkeys(names))
 
 
-def _mask_findings(
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the true mask of an image holds."""
+
+    values: frozenset[int] | None
+    """None where there is none that can be used, of a class."""
+    faults: tuple[str, ...]
+    made: bool
+    """Of annotations, not read from a file."""
+
+
+def _has_truth(item: Item, truth: Truth) -> bool:
+    return item.mask is not None or item.parts is not None or item.id in truth
+
+
+def _look_at_masks(
     dataset: Dataset,
     sizes: Mapping[str, tuple[int, int]],
+    truth: Truth,
     workers: int,
     advance: Callable[[int], None],
-) -> Iterator[Finding]:
+) -> dict[str, _Look]:
+    """What the mask of each image that has one holds."""
+
+    def look(item: Item) -> _Look:
+        made = item.mask is None and item.parts is None
+        try:
+            if not made:
+                values = _values(item, sizes[item.id])
+                return _Look(frozenset(values) if item.mask is not None else None, (), made)
+            mask, faults = truth[item.id]()
+            return _Look(None if mask is None else frozenset(_held(mask)), faults, made)
+        except LpcamError as error:
+            return _Look(None, (str(error),), made)
+
+    items = [item for item in dataset.items.values() if _has_truth(item, truth)]
+    found = {}
+    for number, look_of in enumerate(ordered_map(look, items, workers), start=1):
+        found[items[number - 1].id] = look_of
+        advance(len(items) - number)
+    return found
+
+
+def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Finding]:
     """Masks that cannot be used, values of no class, and what labels and masks disagree on."""
-    items = [i for i in dataset.items.values() if i.mask is not None or i.parts is not None]
     table = dataset.classes
     known = {BACKGROUND, IGNORE, *table.mask_ids}
-    bad: list[Skip] = []
+    bad = [Skip(i, why) for i, look in masks.items() if not look.made for why in look.faults]
+    wrong = [Skip(i, why) for i, look in masks.items() if look.made for why in look.faults]
     strange: dict[int, list[str]] = defaultdict(list)
     unseen: dict[str, list[str]] = defaultdict(list)
     unsaid: dict[str, list[str]] = defaultdict(list)
     values_of_all: set[int] = set()
     labelled = 0
-
-    def look(item: Item) -> set[int] | str:
-        try:
-            return _values(item, sizes[item.id])
-        except DataError as error:
-            return str(error)
-
-    looked = zip(items, ordered_map(look, items, workers), strict=True)
-    for number, (item, found) in enumerate(looked, start=1):
-        advance(len(items) - number)
-        if isinstance(found, str):
-            bad.append(Skip(item.id, found))
-            continue
-        if item.mask is None:
+    for name_of, look in masks.items():
+        item, found = dataset.items[name_of], look.values
+        if found is None:
             continue
         values_of_all |= found
         labelled += bool(item.labels)
@@ -367,6 +400,9 @@ def _mask_findings(
     for text, names in _by_reason(bad):
         count = _count(len(names), "mask cannot be used", "masks cannot be used")
         yield Finding("mask", f"{count} ({text})", names)
+    for text, names in _by_reason(wrong):
+        images = _count(len(names), "image")
+        yield Finding("annotations", f"{images} with wrong annotations ({text})", names)
     if labelled and values_of_all == {BACKGROUND, IGNORE}:
         yield Finding(
             "mask values",
@@ -382,7 +418,7 @@ def _mask_findings(
         yield Finding(
             "mask values",
             f"mask values of no class here, whose pixels no score counts ({parts}; of "
-            f"{_count(len(items), 'mask')})",
+            f"{_count(len(masks), 'mask')})",
             _united(strange.values()),
         )
     if unsaid:
@@ -417,8 +453,12 @@ def _values(item: Item, size: tuple[int, int]) -> set[int]:
                 f"{path} is {mask.shape[0]} × {mask.shape[1]} (height × width), the upright image "
                 f"{size[0]} × {size[1]}"
             )
-        found = set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+        found = _held(mask)
     return found
+
+
+def _held(mask: NDArray[np.uint8]) -> set[int]:
+    return set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
 
 
 def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Finding]:
@@ -530,25 +570,32 @@ def _multi_hot(dataset: Dataset, ids: Iterable[str]) -> NDArray[np.float32]:
     return labels
 
 
-def _counts(name: str, ids: Sequence[str], dataset: Dataset, within: tuple[str, ...]) -> ListCounts:
+def _counts(
+    name: str,
+    ids: Sequence[str],
+    dataset: Dataset,
+    made: Collection[str],
+    within: tuple[str, ...],
+) -> ListCounts:
     items = [dataset.items[i] for i in ids]
     return ListCounts(
         name,
         len(items),
         sum(bool(item.labels) for item in items),
-        sum(item.mask is not None for item in items),
+        sum(item.mask is not None or item.id in made for item in items),
         within,
         tuple(_multi_hot(dataset, ids).sum(0).astype(int).tolist()),
     )
 
 
-def _lists(dataset: Dataset) -> tuple[ListCounts, ...]:
+def _lists(dataset: Dataset, made: Collection[str]) -> tuple[ListCounts, ...]:
     sets = {name: frozenset(ids) for name, ids in dataset.lists.items()}
     return tuple(
         _counts(
             name,
             ids,
             dataset,
+            made,
             tuple(o for o, others in sets.items() if o != name and ids and sets[name] <= others),
         )
         for name, ids in dataset.lists.items()

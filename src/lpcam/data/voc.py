@@ -6,7 +6,9 @@ difficult objects included, person parts not (specification of data sets, sectio
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -14,7 +16,7 @@ from xml.etree import ElementTree
 from lpcam.data.classes import choose_classes, unknown_name
 from lpcam.data.folder import IMAGE_SUFFIXES
 from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id
-from lpcam.data.labels import read_labels
+from lpcam.data.labels import normal_name, read_labels
 from lpcam.errors import DataError
 
 CLASSES = (
@@ -43,6 +45,9 @@ CLASSES = (
 
 CLASS_NAMES = "class_names.txt"
 """Of a folder laid out like VOC with classes of its own: one a line, from mask value 1 on."""
+_PERSON_PARTS = ("head", "hand", "foot")
+"""What VOC's person layout names beside objects; they are no objects of a class."""
+_MOST_NAMED = 5
 _LISTS = PurePosixPath("ImageSets/Segmentation")
 _INTEGER_ID = re.compile(r"\d{10}")
 
@@ -69,7 +74,8 @@ def read_voc(
             label. VOC's own ``test`` comes without any.
         labels: a file (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
 
-    An image whose file or annotation is missing or damaged is left out, with the reason.
+    An image whose file or annotation is missing or damaged is left out, with the reason. Names of
+    objects that are no class give no label; a notice counts them.
 
     Raises:
         DataError: if the folder is none of VOC, a list is missing, damaged or empty, a class is
@@ -83,10 +89,12 @@ def read_voc(
     given = None if labels is None else _given_labels(labels, names)
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
+    strange: Counter[str] = Counter()
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
             image = _image(root, image_id)
             present = _present(root, image_id, image_id in labelled, given)
+            strange.update(present - {*names, *_PERSON_PARTS})
             mask = root / "SegmentationClass" / f"{image_id}.png"
             items[image_id] = Item(
                 image_id,
@@ -100,12 +108,31 @@ def read_voc(
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
         raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
     return Dataset(
-        name="voc12",
+        name="voc12" if names == CLASSES else root.resolve().name,
         classes=table,
         items=items,
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
         label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
+        notices=_notices(strange, names, root),
+    )
+
+
+def _notices(strange: Counter[str], names: Sequence[str], root: Path) -> tuple[str, ...]:
+    """The names of objects that are no class, by the number of their images."""
+    if not strange:
+        return ()
+    folded = {name.casefold(): name for name in names}
+    parts = []
+    for name, count in sorted(strange.items(), key=lambda one: (-one[1], one[0])):
+        near = difflib.get_close_matches(name.casefold(), folded, n=1)
+        hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
+        parts.append(f"{name!r} in {count} image{'' if count == 1 else 's'}{hint}")
+    more = f" and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
+    where = "there is none" if names == CLASSES else "it lacks them"
+    return (
+        f"objects of no class give no label: {', '.join(parts[:_MOST_NAMED])}{more}; classes of "
+        f"your own stand in {root / CLASS_NAMES}, one a line ({where})",
     )
 
 
@@ -139,7 +166,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
         lines = path.read_text("utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} is no UTF-8 text; write one class name a line") from error
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(normal_name(line) for line in lines if line.strip())
 
 
 def read_list(root: Path, name: str) -> tuple[str, ...]:
@@ -228,4 +255,4 @@ def _object_names(path: Path) -> set[str]:
         raise DataError(f"there is no annotation {path}") from error
     except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
         raise DataError(f"annotation {path} cannot be read: {error}") from error
-    return {(name.text or "").strip() for name in document.findall("object/name")}
+    return {normal_name(name.text or "") for name in document.findall("object/name")}

@@ -37,7 +37,7 @@ from lpcam.processes import Processes
 from lpcam.refine.walk import STRIDE
 from lpcam.segmentation.augment import check_masks
 from lpcam.segmentation.losses import reduce_labels
-from lpcam.storage import digest_bytes, digest_json, read_tensors, write_tensors
+from lpcam.storage import digest_tensors, read_tensors, write_tensors
 from lpcam.train import freeze
 
 EPSILON = 1e-5
@@ -142,11 +142,7 @@ class Amn(nn.Module):
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        tensors = {
-            name: digest_bytes(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            for name, t in self.state_dict().items()
-        }
-        return digest_json({"tensors": tensors, **self._description()})
+        return digest_tensors(self.state_dict(), self._description())
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights, architecture and provenance to one safetensors file.

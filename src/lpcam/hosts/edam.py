@@ -43,7 +43,7 @@ from lpcam.processes import Processes
 from lpcam.refine.crf import DenseCrf
 from lpcam.refine.inputs import compute_dtype
 from lpcam.refine.psa import crf_scores
-from lpcam.storage import digest_bytes, digest_json, read_tensors, write_tensors
+from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (section 4, step 4)."""
@@ -342,11 +342,7 @@ class Edam(nn.Module):
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        tensors = {
-            name: digest_bytes(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            for name, t in self.state_dict().items()
-        }
-        return digest_json({"tensors": tensors, **self._description()})
+        return digest_tensors(self.state_dict(), self._description())
 
     def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
         """Write weights (the backbone's too), architecture and provenance to a safetensors file.

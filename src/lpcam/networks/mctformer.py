@@ -36,7 +36,7 @@ from lpcam.classifier import (
 )
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.presets import MctformerSettings
-from lpcam.storage import digest_bytes, digest_json, read_tensors, write_tensors
+from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 TOKEN_DEVIATION = 0.02
 """Standard deviation of random class tokens and their positions."""
@@ -340,11 +340,7 @@ class Mctformer(nn.Module):
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        tensors = {
-            name: digest_bytes(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            for name, t in self.state_dict().items()
-        }
-        return digest_json({"tensors": tensors, **self._description()})
+        return digest_tensors(self.state_dict(), self._description())
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights, architecture, classes and provenance to one safetensors file.

@@ -41,7 +41,7 @@ from lpcam.refine.walk import (
     pair_kinds,
     source_window,
 )
-from lpcam.storage import digest_bytes, digest_json, read_tensors, write_tensors
+from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
@@ -297,11 +297,7 @@ class Irn(nn.Module):
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        tensors = {
-            name: digest_bytes(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            for name, t in self.state_dict().items()
-        }
-        return digest_json({"tensors": tensors, **self._description()})
+        return digest_tensors(self.state_dict(), self._description())
 
     def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
         """Write weights (the backbone's too), architecture and provenance to a safetensors file.

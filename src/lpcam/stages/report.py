@@ -99,6 +99,7 @@ def _page(run: Run) -> str:
                 "notices": list(run.dataset.notices),
                 "events": metrics["prototype_events"],
                 "history": metrics["classifier_history"],
+                "networks": _networks(run, metrics),
                 "stages": [
                     {"name": name, **use[name]}
                     for name in STAGES
@@ -110,6 +111,22 @@ def _page(run: Run) -> str:
             _trained(run, metrics),
         )
     )
+
+
+def _networks(run: Run, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How the networks of a host, and PSA's, learned."""
+    titles: dict[str, str] = {}
+    for arm in arms(run):  # one network may serve several
+        titles[arm.network] = " and ".join(filter(None, [titles.get(arm.network), arm.title]))
+    found = [
+        {"title": f"the network of {title}", "history": metrics["host_history"][name]}
+        for name, title in titles.items()
+    ]
+    names = {source.name: source.method for source, _ in refined(run).values()}
+    return found + [
+        {"title": f"PSA's network on {names[name]}", "history": history}
+        for name, history in metrics["psa_history"].items()
+    ]
 
 
 def _further(run: Run) -> Any:
