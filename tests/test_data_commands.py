@@ -143,7 +143,6 @@ def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
     part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = tmp_path / "npy", ["--data", str(part.parent / "boxes")]
-    assert main(["export", "maps", str(part), str(out), "--format", "irn"]) == 2  # no LPCAM yet
     assert main(["export", "maps", str(part), str(out), "--format", "irn", "--from", "cam"]) == 0
     refine = ["refine", str(part / "recipe.yaml")]
     words = ["--refine.method", "crf", "--run.folder", str(tmp_path / "run")]

@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
     0: "errors version presets recipe data.items",
-    1: "arrays backbones structure linear objects localisation data.json_stream "
+    1: "arrays backbones network_files structure linear objects localisation "
+    "data.json_stream "
     "functional clustering masks metrics storage progress processes parallel resources "
     "refine.crf refine.inputs refine.pamr refine.saliency refine.ternary refine.walk",
     2: "finder wrap faithfulness onnx_files "

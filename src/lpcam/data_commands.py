@@ -225,7 +225,7 @@ def _threads(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, command: str) -> int:
-    from lpcam.data.detect import open_dataset  # noqa: PLC0415
+    from lpcam.data.detect import open_with_truth  # noqa: PLC0415
     from lpcam.data.estimate import usual_recipe  # noqa: PLC0415
     from lpcam.data.survey import survey  # noqa: PLC0415
     from lpcam.progress import progress  # noqa: PLC0415
@@ -238,11 +238,14 @@ def _check(options: argparse.Namespace, command: str) -> int:
     recipe = None
     if not options.no_estimate:
         recipe = usual_recipe() if options.recipe is None else load_recipe(options.recipe)
-    dataset = open_dataset(options.path, **reading(options))
-    masks = sum(i.mask is not None or i.parts is not None for i in dataset.items.values())
+    dataset, truth = open_with_truth(options.path, **reading(options))
+    masks = sum(
+        i.mask is not None or i.parts is not None or i.id in truth for i in dataset.items.values()
+    )
     with progress("looking at the files", len(dataset.items) + masks) as advance:
         found = survey(
             dataset,
+            truth=truth,
             recipe=recipe,
             workers=_threads(options),
             progress=lambda _done, _total: advance(1, ""),
@@ -270,7 +273,7 @@ def _masks(options: argparse.Namespace, _: str) -> int:
     folder = CocoFolder(options.path, lists=options.lists)
     ids = list(folder.dataset.items)
     with progress("painting masks", len(ids)) as advance:
-        folder.with_masks(
+        painted = folder.with_masks(
             options.output,
             ids,
             order=options.order,
@@ -278,7 +281,8 @@ def _masks(options: argparse.Namespace, _: str) -> int:
             workers=_threads(options),
             progress=lambda _done, _total: advance(1, ""),
         )
-    print(f"{len(ids)} masks in {options.output}")
+    count = sum(item.mask is not None for item in painted.items.values())
+    print(f"{count} masks of {len(ids)} images in {options.output}")
     return 0
 
 

@@ -44,7 +44,14 @@ from lpcam.prototypes import Reservoir, make_prototypes
 
 CLASSES = ("blue", "green", "red")
 SETTINGS = MctformerSettings.from_preset(
-    "default", affinity=True, crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
+    "default",
+    fusion="product",
+    affinity=True,
+    crop=48,
+    epochs=2,
+    batch_size=3,
+    warmup_epochs=0,
+    learning_rate=1e-3,
 )
 OFFICIAL = MctformerSettings.from_preset("official")
 PLUS = MctformerSettings.from_preset("plus", crop=48)

@@ -42,5 +42,5 @@ def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
 
 
 def _names(item_id: str) -> list[str]:
-    number = _COCO_NUMBER.fullmatch(item_id)
+    number = _COCO_NUMBER.fullmatch(item_id.rpartition("/")[2])
     return [item_id] if number is None else [item_id, number[1], str(int(number[1]))]

@@ -605,7 +605,7 @@ def export_maps(
     """
     names = {}
     for item_id in ids:
-        match = _COCO_ID.fullmatch(safe_id(item_id)) if bare_digits else None
+        match = _COCO_ID.fullmatch(safe_id(item_id).rpartition("/")[2]) if bare_digits else None
         names[item_id] = match[1] if match else item_id
     if len(set(names.values())) != len(ids):
         raise DataError("two of the images would be written to one file; give each id once")

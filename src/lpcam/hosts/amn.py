@@ -26,10 +26,11 @@ from lpcam import engine
 from lpcam.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
-from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.errors import ClassifierError, DataError
 from lpcam.extract import FeaturePair, image_pyramid
 from lpcam.functional import FusedMaps, lpcam_of_pair, normalize, strided, unflip
 from lpcam.metrics import truth_labels
+from lpcam.network_files import SavedNetwork
 from lpcam.networks.deeplabv2 import Aspp
 from lpcam.presets import AmnSettings
 from lpcam.probe import multi_hot
@@ -37,7 +38,6 @@ from lpcam.processes import Processes
 from lpcam.refine.walk import STRIDE
 from lpcam.segmentation.augment import check_masks
 from lpcam.segmentation.losses import reduce_labels
-from lpcam.storage import digest_tensors, read_tensors, write_tensors
 from lpcam.train import freeze
 
 EPSILON = 1e-5
@@ -47,7 +47,7 @@ EPSILON = 1e-5
 # -- Network -----------------------------------------------------------------------------------
 
 
-class Amn(nn.Module):
+class Amn(SavedNetwork):
     """Backbone, label conditioning and head (section 2).
 
     A linear layer makes of an image's labels a factor for each channel; dilated convolutions,
@@ -59,6 +59,11 @@ class Amn(nn.Module):
         dropout: of the features' elements, in training alone.
         seed: of the first weights of conditioning and head.
     """
+
+    kind = "amn"
+    title = "AMN"
+    stage = "host"
+    builder = "lpcam.hosts.amn.build_amn"
 
     def __init__(
         self,
@@ -140,42 +145,11 @@ class Amn(nn.Module):
         twin.classifier = self.classifier.folded()
         return twin.eval()
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
-
-    def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        """Write weights, architecture and provenance to one safetensors file.
-
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
-        """
-        if self.classifier.spec is None:
-            raise ClassifierError(
-                "this network's backbone was passed in or folded, so a file cannot describe it; "
-                "build it with lpcam.hosts.amn.build_amn to save it"
-            )
-        metadata = {
-            "kind": "amn",
-            "fingerprint": self.fingerprint(),
-            "made_by": dict(made_by or {}),
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+    def _can_be_described(self) -> bool:
+        return self.classifier.spec is not None
 
     @classmethod
-    def load(cls, path: Path) -> Amn:
-        """Read a file of :meth:`save`; needs no network connection.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of AMN.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != "amn":
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of AMN; give the file that "
-                "the host stage wrote"
-            )
+    def _described(cls, metadata: Mapping[str, Any]) -> Amn:
         classifier = build(
             BackboneSpec(**metadata["backbone"]),
             metadata["classes"],
@@ -183,15 +157,7 @@ class Amn(nn.Module):
             mean=metadata["preprocessing"]["mean"],
             std=metadata["preprocessing"]["std"],
         )
-        network = cls(classifier, dilations=metadata["dilations"], dropout=metadata["dropout"])
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
-        return network
+        return cls(classifier, dilations=metadata["dilations"], dropout=metadata["dropout"])
 
     def _description(self) -> dict[str, Any]:
         return {

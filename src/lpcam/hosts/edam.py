@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,16 +34,16 @@ from lpcam.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, bu
 from lpcam.data.images import read_image
 from lpcam.data.items import Item
 from lpcam.data.jitter import jitter_colours
-from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.errors import ClassifierError, DataError
 from lpcam.extract import image_pyramid
 from lpcam.functional import FusedMaps, fuse_scales, unflip
+from lpcam.network_files import SavedNetwork
 from lpcam.presets import EdamSettings, SaliencySettings
 from lpcam.probe import multi_hot
 from lpcam.processes import Processes
 from lpcam.refine.crf import DenseCrf
 from lpcam.refine.inputs import compute_dtype
 from lpcam.refine.psa import crf_scores
-from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (section 4, step 4)."""
@@ -59,8 +59,6 @@ HEADS = ("activation.", "reduction.", "logits.")
 """The new convolutions, which have a higher learning rate."""
 WIDE_RESNET = "wideresnet38"
 """EDAM's own backbone."""
-KIND = "edam"
-"""Of the network's files."""
 RECORDS = 25
 """Of the history over a whole training, about one an epoch of the released list (section 2)."""
 NO_CLASSES = ("none",)
@@ -237,7 +235,7 @@ class Encoder(nn.Module):
         return F.dropout(tokens, self.dropout, self.training)
 
 
-class Edam(nn.Module):
+class Edam(SavedNetwork):
     """A backbone, the discriminative activation layer and collaborative multi-attention.
 
     Args:
@@ -252,6 +250,11 @@ class Edam(nn.Module):
     Raises:
         ClassifierError: if the width is no multiple of the heads.
     """
+
+    kind = "edam"
+    title = "EDAM"
+    stage = "host"
+    builder = "lpcam.hosts.edam.build_edam"
 
     def __init__(
         self,
@@ -340,59 +343,19 @@ class Edam(nn.Module):
         twin.classifier = self.classifier.folded()
         return twin
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
-
-    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
-        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
-
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
-        """
-        if self.classifier.spec is None:
-            raise ClassifierError(
-                "this network's backbone was passed in or folded, so a file cannot describe it; "
-                "build it with lpcam.hosts.edam.build_edam to save it"
-            )
-        metadata = {
-            "kind": KIND,
-            "fingerprint": self.fingerprint(),
-            "made_by": made_by or {},
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+    def _can_be_described(self) -> bool:
+        return self.classifier.spec is not None
 
     @classmethod
-    def load(cls, path: Path) -> Edam:
-        """Read a file of :meth:`save`; needs no network.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of EDAM.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != KIND:
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of EDAM; give the file that "
-                "the host stage wrote"
-            )
-        preprocessing = metadata["preprocessing"]
+    def _described(cls, metadata: Mapping[str, Any]) -> Edam:
         classifier = build(
             BackboneSpec(**metadata["backbone"]),
             NO_CLASSES,
             weights=RANDOM,
-            mean=preprocessing["mean"],
-            std=preprocessing["std"],
+            mean=metadata["preprocessing"]["mean"],
+            std=metadata["preprocessing"]["std"],
         )
-        network = cls(classifier, metadata["classes"], **metadata["sizes"])
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
-        return network
+        return cls(classifier, metadata["classes"], **metadata["sizes"])
 
     def _description(self) -> dict[str, Any]:
         spec = self.classifier.spec

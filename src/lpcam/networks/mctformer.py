@@ -34,9 +34,9 @@ from lpcam.classifier import (
     read_weights,
     refuse_not_finite,
 )
-from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.errors import ClassifierError
+from lpcam.network_files import SavedNetwork
 from lpcam.presets import MctformerSettings
-from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 TOKEN_DEVIATION = 0.02
 """Standard deviation of random class tokens and their positions."""
@@ -188,7 +188,7 @@ class Stem(nn.Module):
         return tokens
 
 
-class Mctformer(nn.Module):
+class Mctformer(SavedNetwork):
     """Class tokens on a vision transformer, V1 or V2.
 
     The score of a class is the mean over the channels of its token; V2 scores the classes by
@@ -209,6 +209,11 @@ class Mctformer(nn.Module):
     Raises:
         ClassifierError: if the transformer is of another kind.
     """
+
+    kind = "mctformer"
+    title = "MCTformer"
+    stage = "host"
+    builder = "lpcam.networks.mctformer.build_mctformer"
 
     def __init__(
         self,
@@ -338,56 +343,15 @@ class Mctformer(nn.Module):
                 (none if special or parameter.ndim < 2 else decay).append(parameter)
         return decay, none
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
-
-    def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        """Write weights, architecture, classes and provenance to one safetensors file.
-
-        Raises:
-            ClassifierError: for a transformer of the caller's own, which no file can describe.
-        """
-        if self.spec is None:
-            raise ClassifierError(
-                "this network's transformer was passed in, so a file cannot describe it; build it "
-                "with lpcam.networks.mctformer.build_mctformer to save it"
-            )
-        metadata = {
-            "kind": "mctformer",
-            "fingerprint": self.fingerprint(),
-            "made_by": dict(made_by or {}),
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+    def _can_be_described(self) -> bool:
+        return self.spec is not None
 
     @classmethod
-    def load(cls, path: Path) -> Mctformer:
-        """Read a file of :meth:`save`; needs no network.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of MCTformer.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != "mctformer":
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of MCTformer; give the file "
-                "that the host stage wrote"
-            )
+    def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
         given = metadata["preprocessing"]
         preprocessing = Preprocessing(tuple(given["mean"]), tuple(given["std"]))
         with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
-            network = _network(
-                MctformerSpec(**metadata["spec"]), metadata["classes"], preprocessing
-            )
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
-        return network
+            return _network(MctformerSpec(**metadata["spec"]), metadata["classes"], preprocessing)
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,9 @@ from lpcam import engine
 from lpcam.classifier import PROBE_SIZE, RANDOM, BackboneSpec, Classifier, Preprocessing, build
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import IGNORE, Item
-from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.errors import ClassifierError, DataError
 from lpcam.functional import unflip
+from lpcam.network_files import SavedNetwork
 from lpcam.presets import IrnSettings
 from lpcam.processes import Processes
 from lpcam.refine.walk import (
@@ -41,7 +42,6 @@ from lpcam.refine.walk import (
     pair_kinds,
     source_window,
 )
-from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
@@ -259,7 +259,7 @@ class Branches(nn.Module):
         return self.boundary(features, size), field
 
 
-class Irn(nn.Module):
+class Irn(SavedNetwork):
     """The network: a frozen pyramid and the branches.
 
     Args:
@@ -267,6 +267,11 @@ class Irn(nn.Module):
         displacement: whether there is a displacement branch.
         seed: of the branches' first weights.
     """
+
+    kind = "irn"
+    title = "IRN"
+    stage = "irn"
+    builder = "lpcam.refine.irn.build_irn"
 
     def __init__(self, pyramid: Pyramid, *, displacement: bool = True, seed: int = 0) -> None:
         super().__init__()
@@ -295,57 +300,18 @@ class Irn(nn.Module):
         twin.pyramid.spec = None
         return twin
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
-
-    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
-        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
-
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
-        """
-        if self.pyramid.spec is None:
-            raise ClassifierError(
-                "this network's backbone was passed in or folded, so a file cannot describe it; "
-                "build it with lpcam.refine.irn.build_irn to save it"
-            )
-        metadata = {
-            "kind": "irn",
-            "fingerprint": self.fingerprint(),
-            "made_by": made_by or {},
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+    def _can_be_described(self) -> bool:
+        return self.pyramid.spec is not None
 
     @classmethod
-    def load(cls, path: Path) -> Irn:
-        """Read a file of :meth:`save`; needs no network.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of IRN.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != "irn":
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of IRN; give the file that "
-                "the irn stage wrote"
-            )
-        network = build_irn(
+    def _described(cls, metadata: Mapping[str, Any]) -> Irn:
+        return build_irn(
             BackboneSpec(**metadata["backbone"]),
             weights=RANDOM,
             mean=metadata["preprocessing"]["mean"],
             std=metadata["preprocessing"]["std"],
             displacement=metadata["displacement"],
         )
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
-        return network
 
     def _description(self) -> dict[str, Any]:
         spec, backbone = self.pyramid.spec, self.pyramid.backbone

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import BACKGROUND, IGNORE, Item
 from lpcam.data.jitter import jitter_colours
 from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.network_files import SavedNetwork
 from lpcam.presets import PsaSettings
 from lpcam.processes import Processes
 from lpcam.refine.crf import DenseCrf
@@ -48,11 +49,8 @@ from lpcam.refine.walk import (
     source_window,
 )
 from lpcam.storage import (
-    digest_tensors,
     read_bytes,
-    read_tensors,
     write_bytes,
-    write_tensors,
 )
 from lpcam.train import names_below
 
@@ -68,8 +66,6 @@ CHANNELS_A_TIME = 64
 """Of which differences are taken at a time: all of a large image would fill the memory."""
 HEADS = ("reductions.", "last.")
 """The new convolutions, which have a higher learning rate."""
-KIND = "psa"
-"""Of the network's files."""
 NO_CLASSES = ("none",)
 """A backbone comes with a classifier, whose head is not used here."""
 
@@ -207,7 +203,7 @@ class Tap:
     """Pixels a cell, a multiple of 8."""
 
 
-class Psa(nn.Module):
+class Psa(SavedNetwork):
     """A backbone, 1 x 1 convolutions of its last three feature maps, and one of them together.
 
     Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged
@@ -220,6 +216,11 @@ class Psa(nn.Module):
     Raises:
         ClassifierError: if the backbone does not give feature maps at stride 8, 16, ...
     """
+
+    kind = "psa"
+    title = "PSA"
+    stage = "psa"
+    builder = "lpcam.refine.psa.build_psa, from a classifier of lpcam.classifier.build,"
 
     def __init__(self, classifier: Classifier, *, seed: int = 0) -> None:
         super().__init__()
@@ -291,59 +292,19 @@ class Psa(nn.Module):
         twin.spec = None
         return twin
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
-
-    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
-        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
-
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
-        """
-        if self.spec is None:
-            raise ClassifierError(
-                "this network's backbone was passed in or folded, so a file cannot describe it; "
-                "build it from a classifier of lpcam.classifier.build to save it"
-            )
-        metadata = {
-            "kind": KIND,
-            "fingerprint": self.fingerprint(),
-            "made_by": made_by or {},
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+    def _can_be_described(self) -> bool:
+        return self.spec is not None
 
     @classmethod
-    def load(cls, path: Path) -> Psa:
-        """Read a file of :meth:`save`; needs no network.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of PSA.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != KIND:
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of PSA; give the file that "
-                "the psa stage wrote"
-            )
-        preprocessing = metadata["preprocessing"]
+    def _described(cls, metadata: Mapping[str, Any]) -> Psa:
         classifier = build(
             BackboneSpec(**metadata["backbone"]),
             NO_CLASSES,
             weights=RANDOM,
-            mean=preprocessing["mean"],
-            std=preprocessing["std"],
+            mean=metadata["preprocessing"]["mean"],
+            std=metadata["preprocessing"]["std"],
         )
-        network = cls(classifier)
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
-        return network
+        return cls(classifier)
 
     def _description(self) -> dict[str, Any]:
         return {

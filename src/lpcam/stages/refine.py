@@ -678,9 +678,16 @@ def check_saliency(run: Run) -> None:
     """
     section, source = run.recipe.refine, run.recipe.data.saliency
     if section is not None and section.method == "saliency" and isinstance(source, Path):
-        from lpcam.data.saliency import find_saliency  # noqa: PLC0415
+        from lpcam.data.saliency import (  # noqa: PLC0415
+            find_saliency,
+            read_values,
+            saliency_maximum,
+        )
 
-        find_saliency(source, (item.id for item in run.items("maps")))
+        paths = find_saliency(source, (item.id for item in run.items("maps"))).values()
+        top = saliency_maximum(paths)
+        for _ in run.sharing.map(lambda path: read_values(path, maximum=top), list(paths)):
+            pass
 
 
 def _saliency_key(run: Run, items: Sequence[Item]) -> Any:
@@ -694,13 +701,20 @@ def _saliency_key(run: Run, items: Sequence[Item]) -> Any:
 
 
 def _fusion(run: Run, _: Source, __: Stage) -> Any:
-    from lpcam.data.saliency import read_saliency  # noqa: PLC0415
+    from lpcam.data.saliency import (  # noqa: PLC0415
+        find_saliency,
+        read_saliency,
+        saliency_maximum,
+    )
     from lpcam.hosts.edam import fuse_saliency  # noqa: PLC0415
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
     from lpcam.refine.saliency import saliency  # noqa: PLC0415
 
     settings, folder = refine_section(run).saliency, run.recipe.data.saliency
-    crf = None
+    crf = top = None
+    if isinstance(folder, Path):
+        paths = find_saliency(folder, (item.id for item in run.items("maps")))
+        top = saliency_maximum(paths.values())
     if settings.crf:
         crf = DenseCrf(CrfSettings.from_preset("edam"), memory=crf_memory(run))
 
@@ -710,7 +724,7 @@ def _fusion(run: Run, _: Source, __: Stage) -> Any:
             return planes, planes
         size = (image.shape[0], image.shape[1])
         if isinstance(folder, Path):
-            levels = torch.from_numpy(read_saliency(folder, item.id, size).levels)
+            levels = torch.from_numpy(read_saliency(folder, item.id, size, maximum=top).levels)
         else:
             levels = saliency(image.cpu())
         fused = fuse_saliency(

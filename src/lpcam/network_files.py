@@ -1,0 +1,85 @@
+"""Networks whose file holds everything to build them again: architecture, weights, provenance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.storage import digest_tensors, read_tensors, write_tensors
+
+
+class SavedNetwork(nn.Module):
+    """A network with one safetensors file that describes it whole."""
+
+    kind: ClassVar[str]
+    """In the file."""
+    title: ClassVar[str]
+    """Of the method, in messages."""
+    stage: ClassVar[str]
+    """Of a run that writes the file."""
+    builder: ClassVar[str]
+    """What builds a network that can be saved."""
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any weight, the architecture or the preprocessing."""
+        return digest_tensors(self.state_dict(), self._description())
+
+    def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
+        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
+
+        Raises:
+            ClassifierError: for a backbone of the caller's own, which no file can describe.
+        """
+        if not self._can_be_described():
+            raise ClassifierError(
+                "this network's backbone was passed in or folded, so a file cannot describe it; "
+                f"build it with {self.builder} to save it"
+            )
+        metadata = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint(),
+            "made_by": dict(made_by or {}),
+            **self._description(),
+        }
+        write_tensors(path, self.state_dict(), metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of :meth:`save`; needs no network connection.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or not of this method.
+        """
+        state, metadata = read_tensors(path)
+        if metadata.get("kind") != cls.kind:
+            raise ArtefactError(
+                f"{path} holds {metadata.get('kind')!r}, not a network of {cls.title}; give the "
+                f"file that the {cls.stage} stage wrote"
+            )
+        network = cls._described(metadata)
+        try:
+            network.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise ArtefactError(
+                f"{path} does not fit its own description "
+                f"({' '.join(str(error).split()):.200}...); make it again"
+            ) from None
+        return network
+
+    @abstractmethod
+    def _can_be_described(self) -> bool:
+        """Whether :meth:`_description` says everything."""
+
+    @abstractmethod
+    def _description(self) -> dict[str, Any]:
+        """What :meth:`_described` builds the network of, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Self:
+        """A network with first weights, as a file's metadata describe it."""
