@@ -17,7 +17,10 @@ from lpcam.stages.context import read_dataset
 from lpcam.storage import read_json
 
 WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1]}"
+TINY = {"classifier.backbone": "test_resnet"}
+"""The whole ResNet-50 runs in test_recipes.py."""
 AMN = {
+    **TINY,
     "host.amn.epochs": "1",
     "host.amn.batch_size": "4",
     "host.amn.crop": "64",
@@ -57,8 +60,19 @@ RECIPES: dict[str, tuple[dict[str, str], list[str], str]] = {
         ["MCTformer", "MCTformer+LPCAM"],
         "PSA",
     ),
-    "voc12-edam.official": ({}, [], "saliency"),
-    "coco14-edam.official": ({}, [], "saliency"),
+    "voc12-edam.official": (TINY, [], "saliency"),
+    "coco14-edam.official": (TINY, [], "saliency"),
+    "voc_animals-amn": (
+        {**{k: v for k, v in AMN.items() if k not in TINY}, "host.amn.dilations": "[1, 2]"},
+        ["AMN", "AMN+LPCAM"],
+        "IRN",
+    ),
+    "voc_animals-mctformer": (
+        {k: v for k, v in MCTFORMER.items() if k not in ("host.backbone",)},
+        ["MCTformer", "MCTformer+LPCAM"],
+        "PSA",
+    ),
+    "voc_animals-edam": ({}, [], "saliency"),
     "voc12-edam-network.official": ({**NARROW, **EDAM}, ["EDAM"], "saliency"),
 }
 
@@ -67,10 +81,12 @@ RECIPES: dict[str, tuple[dict[str, str], list[str], str]] = {
 def test_host(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The rows of both arms, masks of every image, and a second run that has nothing to do."""
     changes, titles, refinement = RECIPES[name]
-    root: Path = request.getfixturevalue("voc" if name.startswith("voc12") else "coco")
+    root: Path = request.getfixturevalue("voc" if name.startswith("voc") else "coco")
     folder = tmp_path / "run"
     values = {**small_run(root, folder), **changes}
-    if refinement == "saliency":
+    if "animals" in name:
+        values["data.classes"] = "[cow, dog, sheep]"
+    if refinement == "saliency" and "animals" not in name:  # whose saliency is computed
         values["data.saliency"] = str(saliency_of(root, tmp_path / "saliency", name, values))
     recipe = load_recipe(name, list(values.items()))
     result = run(recipe, command=f"lpcam run {name}")
