@@ -132,7 +132,7 @@ def test_rows_have_every_field(base: Values) -> None:
     found = metrics(base)
     assert set(found) == {
         *("rows", "curves", "skipped", "prototype_events", "classifier_history", "command"),
-        *("irn_history", "segmenter_history", "protocol"),
+        *("host_history", "irn_history", "psa_history", "segmenter_history", "protocol"),
     }
     assert found["command"] == COMMAND
     assert found["skipped"] == []
