@@ -31,7 +31,8 @@ FLOORS: dict[int, str] = {
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
     4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes "
-    "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host serve",
+    "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host "
+    "stages.training serve",
     5: "cli data_commands __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -136,11 +136,11 @@ def test_learning_rates_of_every_step(
 
 
 def test_freeze_by_prefix(classifier: Classifier) -> None:
-    train.freeze(classifier, ["conv1.0", "layer1"])
+    train.freeze(classifier.backbone, ["conv1.0", "layer1"])
     for name, parameter in classifier.backbone.named_parameters():
         below = name.startswith(("conv1.0.", "layer1."))
         assert parameter.requires_grad != below, name
-    train.freeze(classifier, [])
+    train.freeze(classifier.backbone, [])
     assert all(p.requires_grad for p in classifier.parameters())
 
 
@@ -148,7 +148,7 @@ def test_freeze_by_prefix(classifier: Classifier) -> None:
 def test_freeze_that_matches_nothing(classifier: Classifier, prefix: str) -> None:
     match = rf"freeze: no parameter of the backbone is below '{prefix}'; there are .*layer1\.0"
     with pytest.raises(ClassifierError, match=match):
-        train.freeze(classifier, [prefix])
+        train.freeze(classifier.backbone, [prefix])
 
 
 def test_frozen_stages_do_not_move(fresh: Any, items: list[Item], tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from lpcam.storage import digest_json, read_tensors, write_tensors
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
+NO_CLASSES = ("none",)
+"""Of a classifier of which the backbone alone is wanted."""
 PROBE_SIZE = (97, 131)
 """On which a backbone is tried; a multiple of nothing, as the sides of photographs are."""
 
@@ -186,13 +188,7 @@ class Classifier(nn.Module):
                 f"{path} holds {metadata.get('kind')!r}, not a classifier; give the file that "
                 "the classify stage wrote"
             )
-        spec = BackboneSpec(**metadata["backbone"])
-        preprocessing = Preprocessing(
-            tuple(metadata["preprocessing"]["mean"]), tuple(metadata["preprocessing"]["std"])
-        )
-        with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
-            backbone = _create(spec, pretrained=False)
-            classifier = cls(backbone, metadata["classes"], preprocessing, spec)
+        classifier = described(metadata, metadata["classes"])
         try:
             classifier.load_state_dict(state, strict=True)
         except RuntimeError as error:
@@ -204,8 +200,7 @@ class Classifier(nn.Module):
 
     def _description(self) -> dict[str, Any]:
         return {
-            "backbone": asdict(self.spec) if self.spec else type(self.backbone).__name__,
-            "preprocessing": asdict(self.preprocessing),
+            **description(self.backbone, self.spec, self.preprocessing),
             "classes": list(self.classes),
         }
 
@@ -280,6 +275,38 @@ def build(
             tuple(std if std is not None else config.get("std", (0.229, 0.224, 0.225))),
         )
         return Classifier(backbone, classes, preprocessing, spec)
+
+
+def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
+    """A classifier with random weights, as :func:`description` of its backbone says."""
+    preprocessing = Preprocessing(*(tuple(metadata["preprocessing"][k]) for k in ("mean", "std")))
+    spec = BackboneSpec(**metadata["backbone"])
+    with torch.random.fork_rng(devices=[]):  # the weights are going to be replaced
+        return Classifier(_create(spec, pretrained=False), classes, preprocessing, spec)
+
+
+def description(
+    backbone: nn.Module, spec: BackboneSpec | None, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    """Architecture and preprocessing as JSON, for files and fingerprints."""
+    return {
+        "backbone": asdict(spec) if spec else type(backbone).__name__,
+        "preprocessing": asdict(preprocessing),
+    }
+
+
+def folded_backbone(backbone: nn.Module) -> nn.Module:
+    """A copy of a backbone for inference, as :meth:`Classifier.folded`."""
+    with torch.random.fork_rng(devices=[]):  # a head, of no use here, is drawn at random
+        classifier = Classifier(backbone, NO_CLASSES, Preprocessing((), ()))
+    return classifier.folded().backbone
+
+
+def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """All maps (B, C, h, w) that a timm backbone makes of images (B, 3, H, W), in its order."""
+    intermediates: Any = backbone.forward_intermediates
+    found: list[Tensor] = intermediates(images, intermediates_only=True, output_fmt="NCHW")
+    return found
 
 
 def check_backbone(name: str) -> None:

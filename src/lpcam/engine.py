@@ -48,6 +48,19 @@ class Schedule(Protocol):
     def power(self) -> float: ...
 
 
+class Rates(Protocol):
+    """What the settings of a network hold whose new layers and biases learn faster."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def head_multiplier(self) -> float: ...
+    @property
+    def bias_multiplier(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
 # -- Order and schedule ------------------------------------------------------------------------
 
 
@@ -129,6 +142,29 @@ def random_window(length: int, crop: int, generator: np.random.Generator) -> tup
     return (moved, first) if length > crop else (first, moved)
 
 
+def mirror_and_crop(
+    planes: Sequence[tuple[Tensor, int]], crop: int, generator: np.random.Generator
+) -> list[Tensor]:
+    """Mirror tensors in half of the cases, and take the same square crop of each at random.
+
+    Args:
+        planes: tensors (..., H, W) of one size, each with its value beyond them.
+        crop: side of the crop; a shorter axis is placed at random in it.
+
+    Returns:
+        a tensor (..., crop, crop) of each.
+    """
+    mirrored = generator.random() < 0.5
+    rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
+    found = []
+    for tensor, beyond in planes:
+        canvas = tensor.new_full((*tensor.shape[:-2], crop, crop), beyond)
+        source = tensor.flip(-1) if mirrored else tensor
+        canvas[..., rows[1], columns[1]] = source[..., rows[0], columns[0]]
+        found.append(canvas)
+    return found
+
+
 # -- Training ----------------------------------------------------------------------------------
 
 
@@ -139,6 +175,33 @@ def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Opt
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
+
+
+def parameter_groups(
+    network: nn.Module, heads: Sequence[str], settings: Rates
+) -> list[dict[str, Any]]:
+    """What is trained: the new layers and the rest, of each the weights and the biases.
+
+    Biases have a rate of their own and no weight decay.
+
+    Args:
+        heads: beginnings of the names of the new layers' parameters.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(tuple(heads)), name.endswith("bias"))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.learning_rate
+            * (settings.head_multiplier if head else 1.0)
+            * (settings.bias_multiplier if bias else 1.0),
+            "weight_decay": 0.0 if bias else settings.weight_decay,
+        }
+        for (head, bias), parameters in groups.items()
+    ]
 
 
 def run(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpcam import engine
@@ -47,13 +47,8 @@ def augment(
     low, high = settings.long_side
     long_side = int(generator.integers(low, high + 1))
     tensor = preprocessing(resize_long_side(image, long_side))
-    if generator.random() < 0.5:
-        tensor = tensor.flip(-1)
-    crop = settings.crop
-    canvas = torch.zeros(3, crop, crop)  # zero is the mean colour after normalisation
-    rows, columns = (engine.random_window(n, crop, generator) for n in tensor.shape[-2:])
-    canvas[:, rows[1], columns[1]] = tensor[:, rows[0], columns[0]]
-    return canvas
+    # zero is the mean colour after normalisation
+    return engine.mirror_and_crop([(tensor, 0)], settings.crop, generator)[0]
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
@@ -81,16 +76,22 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 # -- Freezing ----------------------------------------------------------------------------------
 
 
-def freeze(classifier: Classifier, prefixes: Sequence[str]) -> None:
-    """Stop the gradient of backbone parameters whose names begin with a prefix.
+def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:
+    """Train all parameters of a backbone but those whose names begin with a prefix.
+
+    Args:
+        norms: whether those of its batch norms are frozen too.
 
     Raises:
         ClassifierError: if a prefix matches nothing; the message lists the stages there are.
     """
-    named = dict(classifier.backbone.named_parameters())
+    named = dict(backbone.named_parameters())
     frozen = names_below(named, prefixes)
     for name, parameter in named.items():
         parameter.requires_grad_(name not in frozen)
+    for module in backbone.modules() if norms else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.requires_grad_(False)
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
@@ -146,7 +147,7 @@ def finetune(
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
     processes = processes or Processes()
-    freeze(classifier, settings.freeze)
+    freeze(classifier.backbone, settings.freeze)
     groups = [
         {
             "params": [p for p in classifier.backbone.parameters() if p.requires_grad],

@@ -38,6 +38,7 @@ from lpcam.hosts.edam import (
 from lpcam.presets import CrfSettings, EdamSettings, SaliencySettings
 from lpcam.processes import Processes
 from lpcam.refine.crf import DenseCrf
+from lpcam.train import freeze
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = tuple(COLOURS)
@@ -297,7 +298,7 @@ def test_images_of_a_pair_see_each_other_and_no_other(fresh: Any) -> None:
 def test_a_class_without_attention_still_has_a_gradient(fresh: Any) -> None:
     """Every class is evaluated for every pair, and its encoder learns."""
     network = fresh().train()
-    edam.freeze(network, ["conv1"])
+    freeze(network.classifier.backbone, ["conv1"], norms=True)
     network(drawn(2, 3, 48, 48)).sum().backward()
     trained = {name for name, p in network.named_parameters() if p.grad is not None}
     assert {f"encoders.{row}.query.weight" for row in range(3)} <= trained

@@ -15,7 +15,7 @@ from tiny import together
 from torch import Tensor
 
 from lpcam import engine
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build, feature_maps
 from lpcam.data.folder import read_folder
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import Item
@@ -27,6 +27,7 @@ from lpcam.refine.crf import DenseCrf
 from lpcam.refine.psa import Psa, build_psa, feature_distances, label_pairs, psa_loss
 from lpcam.refine.walk import pair_counts, pair_offsets
 from lpcam.storage import write_tensors
+from lpcam.train import freeze
 
 RAW = Preprocessing((0.0,) * 3, (1.0,) * 3)
 SETTINGS = PsaSettings.from_preset(
@@ -243,7 +244,7 @@ def test_images_of_any_size(name: str, arguments: dict[str, Any], size: tuple[in
 def test_the_last_three_maps_are_taken() -> None:
     arguments = {"dynamic_img_size": True, "dynamic_img_pad": True}
     network = build_psa(build(BackboneSpec("test_vit", arguments), ("one",), weights="random"))
-    count = len(network._all(network._zeros(32, 32)))
+    count = len(feature_maps(network.backbone, network._zeros(32, 32)))
     assert count > 3
     assert [tap.index for tap in network.taps] == [count - 3, count - 2, count - 1]
 
@@ -261,7 +262,7 @@ def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
 
 def test_batch_norms_stay_frozen(fresh: Any) -> None:
     network = fresh().train()
-    psa.freeze(network, ["conv1"])
+    freeze(network.backbone, ["conv1"], norms=True)
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     assert not any(m.training or m.weight.requires_grad or m.bias.requires_grad for m in norms)
@@ -269,7 +270,7 @@ def test_batch_norms_stay_frozen(fresh: Any) -> None:
     assert network.backbone.layer1[0].conv1.weight.requires_grad
     assert all(p.requires_grad for p in network.reductions.parameters())
     with pytest.raises(ClassifierError, match="no parameter of the backbone is below 'conv9'"):
-        psa.freeze(network, ["conv9"])
+        freeze(network.backbone, ["conv9"])
 
 
 # -- Affinities ---------------------------------------------------------------------------------
@@ -505,7 +506,7 @@ def test_processes_take_the_steps_of_one(
     untrained = fresh().state_dict()
     own = [fresh(), fresh()]
     for network in own:  # as hooks are for parameters with a gradient
-        psa.freeze(network, settings.freeze)
+        freeze(network.backbone, settings.freeze, norms=True)
 
     def work(processes: Processes) -> list[dict[str, Any]]:
         return psa.train_psa(

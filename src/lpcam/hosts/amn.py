@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpcam import engine
-from lpcam.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build, described
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.errors import ClassifierError, DataError
@@ -150,13 +150,7 @@ class Amn(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Amn:
-        classifier = build(
-            BackboneSpec(**metadata["backbone"]),
-            metadata["classes"],
-            weights=RANDOM,
-            mean=metadata["preprocessing"]["mean"],
-            std=metadata["preprocessing"]["std"],
-        )
+        classifier = described(metadata, metadata["classes"])
         return cls(classifier, dilations=metadata["dilations"], dropout=metadata["dropout"])
 
     def _description(self) -> dict[str, Any]:
@@ -266,14 +260,8 @@ def augment(
     """
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
     tensor, resized = preprocessing(resize_image(image, size)), reduce_labels(labels, size)
-    if generator.random() < 0.5:
-        tensor, resized = tensor.flip(-1), resized.flip(-1)
-    crop = settings.crop
-    canvas = torch.zeros(3, crop, crop)
-    target = torch.full((crop, crop), IGNORE)
-    rows, columns = (engine.random_window(n, crop, generator) for n in size)
-    canvas[:, rows[1], columns[1]] = tensor[:, rows[0], columns[0]]
-    target[rows[1], columns[1]] = resized[rows[0], columns[0]]
+    planes = [(tensor, 0), (resized, IGNORE)]
+    canvas, target = engine.mirror_and_crop(planes, settings.crop, generator)
     return canvas, target
 
 
@@ -347,7 +335,7 @@ def train_amn(
             f"{', '.join(classes.names)}; build it with the same classes in the same order"
         )
     pairs = check_masks(labelled, classes, strict=True).pairs
-    freeze(network.classifier, settings.freeze)
+    freeze(network.classifier.backbone, settings.freeze)
     backbone = [p for p in network.classifier.backbone.parameters() if p.requires_grad]
     rest = [*network.conditioning.parameters(), *network.head.parameters()]
     groups = [

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpcam import engine, train
-from lpcam.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import (
+    NO_CLASSES,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    described,
+    description,
+)
 from lpcam.data.images import read_image
 from lpcam.data.items import Item
 from lpcam.data.jitter import jitter_colours
@@ -61,8 +69,6 @@ WIDE_RESNET = "wideresnet38"
 """EDAM's own backbone."""
 RECORDS = 25
 """Of the history over a whole training, about one an epoch of the released list (section 2)."""
-NO_CLASSES = ("none",)
-"""A backbone comes with a classifier, whose head is not used here."""
 
 
 # -- Fusion with saliency ----------------------------------------------------------------------
@@ -348,20 +354,12 @@ class Edam(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Edam:
-        classifier = build(
-            BackboneSpec(**metadata["backbone"]),
-            NO_CLASSES,
-            weights=RANDOM,
-            mean=metadata["preprocessing"]["mean"],
-            std=metadata["preprocessing"]["std"],
-        )
-        return cls(classifier, metadata["classes"], **metadata["sizes"])
+        return cls(described(metadata), metadata["classes"], **metadata["sizes"])
 
     def _description(self) -> dict[str, Any]:
-        spec = self.classifier.spec
+        classifier = self.classifier
         return {
-            "backbone": asdict(spec) if spec else type(self.classifier.backbone).__name__,
-            "preprocessing": asdict(self.preprocessing),
+            **description(classifier.backbone, classifier.spec, classifier.preprocessing),
             "classes": list(self.classes),
             "sizes": self.sizes,
         }
@@ -547,28 +545,6 @@ def learning_rate_factor(step: int, settings: EdamSettings) -> float:
     )
 
 
-def parameter_groups(network: Edam, settings: EdamSettings) -> list[dict[str, Any]]:
-    """What is trained: new convolutions, and the rest; of each the weights, and the biases.
-
-    Biases have a rate of their own and no weight decay (section 2).
-    """
-    rates = {False: settings.learning_rate}
-    rates[True] = settings.learning_rate * settings.head_multiplier
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            key = (name.startswith(HEADS), name.endswith("bias"))
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": rates[head] * (settings.bias_multiplier if bias else 1.0),
-            "weight_decay": 0.0 if bias else settings.weight_decay,
-        }
-        for (head, bias), parameters in groups.items()
-    ]
-
-
 def train_edam(
     network: Edam,
     items: Sequence[Item],
@@ -608,7 +584,7 @@ def train_edam(
             f"{len(wrong)} images have labels that are none of the network's {count} classes: "
             f"{', '.join(wrong[:3])}; build the network for the classes of the data set"
         )
-    freeze(network, settings.freeze)
+    train.freeze(network.classifier.backbone, settings.freeze, norms=True)
     labels = multi_hot(items, count)
     size = min(settings.pairs, len(partners.firsts))
     steps = settings.iterations
@@ -625,7 +601,7 @@ def train_edam(
     history = engine.run(
         network,
         torch.optim.SGD(
-            parameter_groups(network, settings),
+            engine.parameter_groups(network, HEADS, settings),
             lr=settings.learning_rate,
             momentum=settings.momentum,
         ),
@@ -647,18 +623,6 @@ def train_edam(
     )
     network.eval()
     return history
-
-
-def freeze(network: Edam, prefixes: Sequence[str]) -> None:
-    """Train all but the backbone's parameters below a prefix and its batch norms (section 1).
-
-    Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
-    """
-    train.freeze(network.classifier, prefixes)
-    for module in network.classifier.backbone.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.requires_grad_(False)
 
 
 # -- Maps --------------------------------------------------------------------------------------

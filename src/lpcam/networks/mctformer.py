@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.classifier import (
+    NO_CLASSES,
     PRETRAINED,
     RANDOM,
     BackboneSpec,
@@ -44,8 +45,6 @@ MARGIN = 0.1
 """Cells added to the wanted grid when the table of positions is scaled to it (section 3)."""
 STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 """Arguments of a network that timm's transformers do not have."""
-NO_CLASSES = ("none",)
-"""A stem comes with a classifier, whose head is not used here."""
 CELL_AXES = 4
 """Of the weights of the head, a convolution; a linear head of a checkpoint has two."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD, WideResNet38
 from lpcam.classifier import (
+    NO_CLASSES,
     PRETRAINED,
     RANDOM,
     BackboneSpec,
@@ -31,8 +32,6 @@ HIDDEN = 512
 """Channels between the two convolutions of the head."""
 DILATION = 12
 """Of both."""
-NO_CLASSES = ("none",)
-"""The backbone comes with a classifier, whose head is not used here."""
 
 
 class WideResNet38LargeFov(nn.Module):

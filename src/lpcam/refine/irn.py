@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpcam import engine
-from lpcam.classifier import PROBE_SIZE, RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import (
+    NO_CLASSES,
+    PROBE_SIZE,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    described,
+    description,
+    feature_maps,
+    folded_backbone,
+)
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import IGNORE, Item
 from lpcam.errors import ClassifierError, DataError
@@ -47,8 +58,6 @@ BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """Those in the displacement branch: of a level that was pooled, at stride 4, and beyond."""
-NO_CLASSES = ("none",)
-"""A backbone comes with a classifier, whose head is not used here."""
 
 
 # -- The pyramid -------------------------------------------------------------------------------
@@ -90,8 +99,8 @@ class Pyramid(nn.Module):
                 f"the backbone {type(self.backbone).__name__} does not give the feature maps "
                 "between its stages; IRN needs a timm model that has forward_intermediates"
             )
-        strides = [side // f.shape[-1] for f in self._all(self._zeros(side, side))]
-        channels = [f.shape[1] for f in self._all(self._zeros(side, side))]
+        found = feature_maps(self.backbone, self._zeros(side, side))
+        strides, channels = [side // f.shape[-1] for f in found], [f.shape[1] for f in found]
         finest = [n for n, stride in enumerate(strides) if stride == STRIDE // 2][-1:]
         self.levels = [
             Level(n, channels[n], max(stride, STRIDE), stride < STRIDE)
@@ -120,7 +129,7 @@ class Pyramid(nn.Module):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-        found = self._all(images)
+        found = feature_maps(self.backbone, images)
         return [
             F.max_pool2d(found[level.index], 3, 2, 1) if level.pooled else found[level.index]
             for level in self.levels
@@ -133,16 +142,8 @@ class Pyramid(nn.Module):
         """
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
-        with torch.random.fork_rng(devices=[]):  # the head, of no use here, is drawn at random
-            classifier = Classifier(self.backbone, NO_CLASSES, self.preprocessing)
-        twin.backbone = classifier.folded().backbone
+        twin.backbone = folded_backbone(self.backbone)
         return twin.requires_grad_(False)
-
-    def _all(self, images: Tensor) -> list[Tensor]:
-        found: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
-            images, intermediates_only=True, output_fmt="NCHW"
-        )
-        return found
 
     @torch.no_grad()
     def _zeros(self, height: int, width: int) -> Tensor:
@@ -305,19 +306,12 @@ class Irn(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Irn:
-        return build_irn(
-            BackboneSpec(**metadata["backbone"]),
-            weights=RANDOM,
-            mean=metadata["preprocessing"]["mean"],
-            std=metadata["preprocessing"]["std"],
-            displacement=metadata["displacement"],
-        )
+        return cls(Pyramid(described(metadata)), displacement=metadata["displacement"])
 
     def _description(self) -> dict[str, Any]:
-        spec, backbone = self.pyramid.spec, self.pyramid.backbone
+        pyramid = self.pyramid
         return {
-            "backbone": asdict(spec) if spec else type(backbone).__name__,
-            "preprocessing": asdict(self.pyramid.preprocessing),
+            **description(pyramid.backbone, pyramid.spec, pyramid.preprocessing),
             "displacement": self.branches.displacement is not None,
         }
 
@@ -370,7 +364,7 @@ class IrnLoss(NamedTuple):
         return boundary / 2 + (self.displacement_foreground + self.displacement_background) / 2
 
 
-def reduce_labels(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def reduce_labels(labels: Tensor) -> Tensor:
     """Labels (H, W), sides multiples of 4, at stride 4: the pixel (4 i + 2, 4 j + 2) of each cell.
 
     This is what Pillow's nearest neighbour takes; other programs' takes the corner.
@@ -460,15 +454,9 @@ def augment(
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
     tensor = preprocessing(resize_image(image, size))
     resized = np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
-    if generator.random() < 0.5:
-        tensor, resized = tensor.flip(-1), resized[:, ::-1]
-    crop = settings.crop
-    canvas = torch.zeros(3, crop, crop)
-    labels = np.full((crop, crop), IGNORE, np.uint8)
-    rows, columns = (engine.random_window(n, crop, generator) for n in size)
-    canvas[:, rows[1], columns[1]] = tensor[:, rows[0], columns[0]]
-    labels[rows[1], columns[1]] = resized[rows[0], columns[0]]
-    return canvas, torch.from_numpy(reduce_labels(labels).copy())
+    planes = [(tensor, 0), (torch.from_numpy(resized), IGNORE)]
+    canvas, labels = engine.mirror_and_crop(planes, settings.crop, generator)
+    return canvas, reduce_labels(labels)
 
 
 class _Labelled(Dataset[tuple[Tensor, Tensor]]):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import Dataset
 
 from lpcam import engine
-from lpcam.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifier import (
+    Classifier,
+    Preprocessing,
+    described,
+    description,
+    feature_maps,
+    folded_backbone,
+)
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import BACKGROUND, IGNORE, Item
 from lpcam.data.jitter import jitter_colours
@@ -52,7 +59,7 @@ from lpcam.storage import (
     read_bytes,
     write_bytes,
 )
-from lpcam.train import names_below
+from lpcam.train import freeze
 
 STRIDE = 8
 """Pixels a cell of the grid on which features, labels and walks live."""
@@ -66,8 +73,6 @@ CHANNELS_A_TIME = 64
 """Of which differences are taken at a time: all of a large image would fill the memory."""
 HEADS = ("reductions.", "last.")
 """The new convolutions, which have a higher learning rate."""
-NO_CLASSES = ("none",)
-"""A backbone comes with a classifier, whose head is not used here."""
 
 
 # -- Scores of the CRFs ------------------------------------------------------------------------
@@ -258,7 +263,7 @@ class Psa(SavedNetwork):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-        maps = self._all(images)
+        maps = feature_maps(self.backbone, images)
         rows, columns = -(-height // STRIDE), -(-width // STRIDE)
         parts = []
         for tap, reduction in zip(self.taps, self.reductions, strict=True):
@@ -286,9 +291,7 @@ class Psa(SavedNetwork):
         """
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
-        with torch.random.fork_rng(devices=[]):  # the head, of no use here, is drawn at random
-            classifier = Classifier(self.backbone, NO_CLASSES, self.preprocessing)
-        twin.backbone = classifier.folded().backbone
+        twin.backbone = folded_backbone(self.backbone)
         twin.spec = None
         return twin
 
@@ -297,26 +300,10 @@ class Psa(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Psa:
-        classifier = build(
-            BackboneSpec(**metadata["backbone"]),
-            NO_CLASSES,
-            weights=RANDOM,
-            mean=metadata["preprocessing"]["mean"],
-            std=metadata["preprocessing"]["std"],
-        )
-        return cls(classifier)
+        return cls(described(metadata))
 
     def _description(self) -> dict[str, Any]:
-        return {
-            "backbone": asdict(self.spec) if self.spec else type(self.backbone).__name__,
-            "preprocessing": asdict(self.preprocessing),
-        }
-
-    def _all(self, images: Tensor) -> list[Tensor]:
-        found: list[Tensor] = self.backbone.forward_intermediates(  # type: ignore[operator]
-            images, intermediates_only=True, output_fmt="NCHW"
-        )
-        return found
+        return description(self.backbone, self.spec, self.preprocessing)
 
     def _zeros(self, height: int, width: int) -> Tensor:
         return next(self.backbone.parameters()).new_zeros(1, 3, height, width)
@@ -330,7 +317,7 @@ class Psa(SavedNetwork):
                 f"the backbone {name} does not give the feature maps between its stages; PSA needs "
                 "a timm model that has forward_intermediates"
             )
-        maps = self._all(self._zeros(side, side))
+        maps = feature_maps(self.backbone, self._zeros(side, side))
         strides = [side // found.shape[-1] for found in maps]
         taps = [
             Tap(number, found.shape[1], stride)
@@ -348,7 +335,7 @@ class Psa(SavedNetwork):
     def _multiple(self) -> int:
         """What the sides of images must be multiples of: 8 where strides round up."""
         size = (13 * STRIDE, 17 * STRIDE)
-        maps = self._all(self._zeros(*size))
+        maps = feature_maps(self.backbone, self._zeros(*size))
         for tap in self.taps:
             if tuple(maps[tap.index].shape[-2:]) != tuple(-(-side // tap.stride) for side in size):
                 return max(tap.stride for tap in self.taps)
@@ -496,20 +483,11 @@ def augment(
     Returns:
         (3, crop, crop) float32, normalised, and labels (crop / 8, crop / 8) uint8.
     """
-    image = jitter_colours(image, settings.jitter, generator)
-    if generator.random() < 0.5:
-        image, low, high = image[:, ::-1], low[..., ::-1], high[..., ::-1]
-    crop = settings.crop
-    rows, columns = (engine.random_window(n, crop, generator) for n in image.shape[:2])
-    canvas = np.zeros((crop, crop, 3), np.uint8)
-    canvas[rows[1], columns[1]] = image[rows[0], columns[0]]
-    cells = []
-    for scores in (low, high):
-        stack = torch.zeros(len(scores), crop, crop)
-        taken = np.ascontiguousarray(scores[:, rows[0], columns[0]])
-        stack[:, rows[1], columns[1]] = torch.from_numpy(taken) / 255
-        cells.append(pooled(stack))
-    return preprocessing(canvas), label_pairs(cells[0], cells[1])
+    colours = torch.from_numpy(jitter_colours(image, settings.jitter, generator)).permute(2, 0, 1)
+    planes = (colours, torch.from_numpy(low), torch.from_numpy(high))
+    canvas, *scores = engine.mirror_and_crop([(p, 0) for p in planes], settings.crop, generator)
+    cells = [pooled(stack / 255) for stack in scores]
+    return preprocessing(canvas.permute(1, 2, 0).numpy()), label_pairs(cells[0], cells[1])
 
 
 class _Labelled(Dataset[tuple[Tensor, Tensor]]):
@@ -539,43 +517,6 @@ class _Labelled(Dataset[tuple[Tensor, Tensor]]):
                 f"{path} {low.shape[1]} x {low.shape[2]}; make the scores again"
             )
         return augment(image, low, high, self.preprocessing, self.settings, generator)
-
-
-def freeze(network: Psa, prefixes: Sequence[str]) -> None:
-    """Train all but the backbone's parameters below a prefix and the batch norms.
-
-    Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
-    """
-    named = dict(network.backbone.named_parameters())
-    frozen = names_below(named, prefixes)
-    for name, parameter in named.items():
-        parameter.requires_grad_(name not in frozen)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.requires_grad_(False)
-
-
-def parameter_groups(network: Psa, settings: PsaSettings) -> list[dict[str, Any]]:
-    """What is trained: the new convolutions and the backbone, of each the weights and the biases.
-
-    Biases have a rate of their own and no weight decay.
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            key = (name.startswith(HEADS), name.endswith("bias"))
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": settings.learning_rate
-            * (settings.head_multiplier if head else 1.0)
-            * (settings.bias_multiplier if bias else 1.0),
-            "weight_decay": 0.0 if bias else settings.weight_decay,
-        }
-        for (head, bias), parameters in groups.items()
-    ]
 
 
 def train_psa(
@@ -613,7 +554,7 @@ def train_psa(
             f"{len(missing)} of {len(labelled)} images have no scores: {', '.join(missing[:3])}; "
             "give images whose score files exist"
         )
-    freeze(network, settings.freeze)
+    freeze(network.backbone, settings.freeze, norms=True)
     model = processes.replicate(network)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -626,7 +567,7 @@ def train_psa(
 
     history = engine.run(
         network,
-        engine.sgd(parameter_groups(network, settings), settings),
+        engine.sgd(engine.parameter_groups(network, HEADS, settings), settings),
         _Labelled(labelled, network.preprocessing, settings, seed),
         len(labelled),
         loss,

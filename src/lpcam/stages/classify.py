@@ -9,10 +9,15 @@ import numpy as np
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.stages.context import FEATURE_KEYS, STAGES, Run, remove_leftovers, weights_key
+from lpcam.stages.context import FEATURE_KEYS, STAGES, Run
 from lpcam.stages.prototypes import check_memory
-from lpcam.storage import digest_file
-from lpcam.version import versions
+from lpcam.stages.training import (
+    backbone_parts,
+    backbone_spec,
+    first_weights,
+    train_network,
+    training_options,
+)
 
 HELD_OUT = 10
 """Every how many-th image is held out for the validation mAP where no list is named."""
@@ -23,16 +28,12 @@ def classify(run: Run) -> bool:
     section = run.recipe.classifier
     settings = section.probe if run.training_method == "probe" else section.finetune
     training, held_out = validation(run)
-    weights = weights_key(section.weights)
-    run.stages["classify"] = Stage(
+    stage = run.stages["classify"] = Stage(
         run.folder / "classifier",
         {
             "revision": 3,
             "classes": list(run.dataset.classes.names),
-            "backbone": section.model_dump(
-                mode="json", exclude={"weights", "method", "probe", "finetune"}
-            ),
-            "weights": weights,
+            **backbone_parts(section),
             "method": run.training_method,
             "settings": settings.model_dump(mode="json", exclude={"preset"}),
             "maps": run.recipe.maps.model_dump(include=set(FEATURE_KEYS)),
@@ -41,68 +42,51 @@ def classify(run: Run) -> bool:
             "validation": run.digest(held_out),
         },
     )
-    path = run.stages["classify"].folder / "classifier.safetensors"
-    if run.stages["classify"].done([path]):
-        if run.processes.first:
-            remove_leftovers(path.parent)  # of a run that was stopped at its very end
-        return False
-    run.refuse(run.stages["classify"])
-    from lpcam.classifier import BackboneSpec, build  # noqa: PLC0415 - timm is slow to import
 
-    classifier = build(
-        BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated),
-        run.dataset.classes.names,
-        weights=section.weights,
-        mean=section.mean,
-        std=section.std,
-        seed=run.recipe.run.seed,
-    ).to(run.device)
+    def train(classifier: Any) -> list[dict[str, Any]]:
+        history = _train(run, classifier, stage, training, held_out)
+        if run.processes.first:
+            run.__dict__["classifier"] = classifier
+        return history
+
+    path = stage.folder / "classifier.safetensors"
+    return train_network(run, stage, path, lambda: _build(run), train)
+
+
+def _build(run: Run) -> Any:
+    """The untrained classifier, on the run's device."""
+    classifier = build_classifier(run)
     if STAGES.index(run.until) >= STAGES.index("prototypes"):
         check_memory(run, run.recipe.lpcam, classifier.weight.shape)
-    run.begin(run.stages["classify"])
-    history = _train(run, classifier, training, held_out)
-    output: dict[str, Any] = {}
-    if run.processes.first:
-        classifier.save(path, {"stage": run.stages["classify"].key, "versions": versions()})
-        output = {
-            "fingerprint": classifier.fingerprint(),
-            "digest": digest_file(path),
-            "history": history,
-        }
-    run.finish(run.stages["classify"], **output)
-    if run.processes.first:
-        run.__dict__["classifier"] = classifier
-        remove_leftovers(path.parent)
-    return True
+    return classifier
+
+
+def build_classifier(run: Run) -> Any:
+    """A classifier with its first weights, on the run's device."""
+    from lpcam.classifier import build  # noqa: PLC0415 - timm is slow to import
+
+    section, names = run.recipe.classifier, run.dataset.classes.names
+    return build(backbone_spec(section), names, **first_weights(run, section)).to(run.device)
 
 
 def _train(
-    run: Run, classifier: Any, training: list[Item], held_out: list[Item]
+    run: Run, classifier: Any, stage: Stage, training: list[Item], held_out: list[Item]
 ) -> list[dict[str, Any]]:
-    folder = run.stages["classify"].folder
     if run.training_method == "finetune":
         from lpcam.train import finetune  # noqa: PLC0415
 
-        return finetune(
-            classifier,
-            training,
-            held_out,
-            run.recipe.classifier.finetune,
-            seed=run.recipe.run.seed,
-            folder=folder,
-            workers=run.threads if run.device.type == "cuda" else 0,
-            processes=run.processes,
-        )
+        settings = run.recipe.classifier.finetune
+        return finetune(classifier, training, held_out, settings, **training_options(run, stage))
     from lpcam.probe import fit_probe, pooled_features  # noqa: PLC0415
 
-    settings = run.recipe.classifier.probe
+    probe = run.recipe.classifier.probe
     pooled = pooled_features(
-        [*training, *held_out], settings, run.store(classifier), folder, run.sharing
+        [*training, *held_out], probe, run.store(classifier), stage.folder, run.sharing
     )
     if pooled is None:
         return []  # the first process fits the head, the others read it
     refit = run.recipe.data.lists.validate_ is None
-    return fit_probe(classifier, training, held_out, settings, pooled=pooled, refit=refit)
+    return fit_probe(classifier, training, held_out, probe, pooled=pooled, refit=refit)
 
 
 def validation(run: Run) -> tuple[list[Item], list[Item]]:

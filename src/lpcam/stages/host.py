@@ -20,13 +20,21 @@ from lpcam.errors import ClassifierError, PrototypeError
 from lpcam.functional import FusedMaps
 from lpcam.ledger import Stage
 from lpcam.presets import AmnSettings, CrfSettings, LpcamSettings
-from lpcam.recipe import HostSection, MapName
+from lpcam.recipe import ClassifierSection, HostSection, MapName
 from lpcam.stages.classify import validation
-from lpcam.stages.context import Run, remove_leftovers, weights_key
+from lpcam.stages.context import Run, remove_leftovers
 from lpcam.stages.maps import at_size, no_maps
 from lpcam.stages.prototypes import check_memory, gather
 from lpcam.stages.refine import HOST_MAPS, each, folder_name, label_path, write_ternary
 from lpcam.stages.seeds import write_masks_of_maps
+from lpcam.stages.training import (
+    BACKBONE,
+    backbone_parts,
+    backbone_spec,
+    first_weights,
+    train_network,
+    training_options,
+)
 from lpcam.storage import MapFile, digest_file, map_path, write_maps
 from lpcam.version import versions
 
@@ -188,7 +196,7 @@ def train_host(run: Run) -> bool:
             {
                 "revision": 1,
                 "method": section.method,
-                **_backbone_parts(run),
+                **backbone_parts(_backbone_section(run)),
                 "settings": section.settings.model_dump(
                     mode="json",
                     exclude={"preset", "threshold", *_OF_MAPS, *_OF_PROTOTYPES, *_OF_LABELS},
@@ -202,99 +210,62 @@ def train_host(run: Run) -> bool:
                 ),
             },
         )
-        path = stage.folder / NETWORK
-        if stage.done([path]):
-            if run.processes.first:
-                remove_leftovers(stage.folder)
-            continue
-        worked = True
-        run.refuse(stage)
-        network = _build(run)  # before anything is removed
-        run.begin(stage)
-        history = _train(run, network, stage, labels, training, held_out)
-        output: dict[str, Any] = {}
-        if run.processes.first:
-            network.save(path, {"stage": stage.key, "versions": versions()})
-            output = {
-                "history": history,
-                "digest": digest_file(path),
-                "fingerprint": network.fingerprint(),
-            }
-        run.finish(stage, **output)
-        if run.processes.first:
-            remove_leftovers(stage.folder)
+        build = partial(_build, run)
+        train = partial(_train, run, stage, labels, training, held_out)
+        worked |= train_network(run, stage, stage.folder / NETWORK, build, train)
     return worked
 
 
-def _backbone_parts(run: Run) -> dict[str, Any]:
-    section, classifier = host_section(run), run.recipe.classifier
-    if section.backbone is None:
-        backbone = classifier.model_dump(
-            mode="json", exclude={"weights", "method", "probe", "finetune"}
-        )
-        return {"backbone": backbone, "weights": weights_key(classifier.weights)}
-    own = {"backbone", "arguments", "output_stride", "dilated", "mean", "std"}
-    backbone = section.model_dump(mode="json", include=own)
-    return {"backbone": backbone, "weights": weights_key(section.weights)}
+def _backbone_section(run: Run) -> HostSection | ClassifierSection:
+    """The section that names the network's backbone."""
+    section = host_section(run)
+    return run.recipe.classifier if section.backbone is None else section
 
 
 def built(run: Run) -> dict[str, Any]:
     """What the network is built of, for the protocol."""
-    section, classifier = host_section(run), run.recipe.classifier
-    chosen = classifier if section.backbone is None else section
-    own = {"backbone", "arguments", "output_stride", "dilated", "mean", "std"}
-    return {**chosen.model_dump(mode="json", include=own), "weights": Path(chosen.weights).name}
+    chosen = _backbone_section(run)
+    return {
+        **chosen.model_dump(mode="json", include=BACKBONE),
+        "weights": Path(chosen.weights).name,
+    }
 
 
 def _build(run: Run) -> Any:
     """The untrained network, on the run's device."""
-    from lpcam.classifier import BackboneSpec  # noqa: PLC0415
-
-    section, classifier = host_section(run), run.recipe.classifier
-    chosen = classifier if section.backbone is None else section
-    shared: dict[str, Any] = {
-        "weights": chosen.weights,
-        "mean": chosen.mean,
-        "std": chosen.std,
-        "seed": run.recipe.run.seed,
-    }
-    names = run.dataset.classes.names
-    backbone = section.backbone or classifier.backbone
+    section, chosen = host_section(run), _backbone_section(run)
+    names, spec, first = (
+        run.dataset.classes.names,
+        backbone_spec(chosen),
+        first_weights(run, chosen),
+    )
+    network: Any
     if section.method == "mctformer":
         from lpcam.hosts.mctformer import build_mctformer  # noqa: PLC0415
 
-        arguments = section.arguments
-        network: Any = build_mctformer(
-            backbone, names, section.mctformer, arguments=arguments, **shared
+        network = build_mctformer(
+            spec.name, names, section.mctformer, arguments=spec.arguments, **first
         )
-        return network.to(run.device)
-    spec = BackboneSpec(backbone, chosen.arguments, chosen.output_stride, chosen.dilated)
-    if section.method == "amn":
+    elif section.method == "amn":
         from lpcam.hosts.amn import build_amn  # noqa: PLC0415
 
-        network = build_amn(spec, names, section.amn, **shared)
+        network = build_amn(spec, names, section.amn, **first)
     else:
         from lpcam.hosts.edam import build_edam  # noqa: PLC0415
 
-        network = build_edam(spec, names, section.edam, **shared)
+        network = build_edam(spec, names, section.edam, **first)
     return network.to(run.device)
 
 
 def _train(
     run: Run,
-    network: Any,
     stage: Stage,
     labels: Stage | None,
     training: list[Item],
     held_out: list[Item],
+    network: Any,
 ) -> list[dict[str, Any]]:
-    section = host_section(run)
-    shared: dict[str, Any] = {
-        "seed": run.recipe.run.seed,
-        "folder": stage.folder,
-        "workers": run.threads if run.device.type == "cuda" else 0,
-        "processes": run.processes,
-    }
+    section, shared = host_section(run), training_options(run, stage)
     if section.method == "amn":
         from lpcam.hosts.amn import train_amn  # noqa: PLC0415
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,16 @@ from lpcam.presets import CrfSettings
 from lpcam.progress import progress
 from lpcam.recipe import Method, RefineSection
 from lpcam.resources import memory_of_an_image
-from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
+from lpcam.stages.classify import build_classifier
+from lpcam.stages.context import Given, Run
+from lpcam.stages.training import (
+    backbone_parts,
+    backbone_spec,
+    first_weights,
+    train_network,
+    training_options,
+)
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
-from lpcam.version import versions
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +306,7 @@ def each(run: Run, label: str, items: Sequence[Item], make: Callable[[Item], Non
 def train_boundaries(run: Run) -> bool:
     """IRN's boundary branch (and displacement, where wanted) of each source's labels."""
     items, worked = run.items("maps"), False
-    section, classifier = refine_section(run), run.recipe.classifier
-    weights = weights_key(classifier.weights)
+    settings = refine_section(run).irn
     for source in sources(run):
         labels = run.stages[f"{IR_LABELS}/{source.name}"]
         stage = run.stages[f"{IRN}/{source.name}"] = Stage(
@@ -307,28 +314,14 @@ def train_boundaries(run: Run) -> bool:
             {
                 "revision": 2,
                 "labels": labels.key,
-                "backbone": classifier.model_dump(
-                    mode="json", exclude={"weights", "method", "probe", "finetune"}
-                ),
-                "weights": weights,
-                "settings": section.irn.model_dump(mode="json", include=TRAINING),
+                **backbone_parts(run.recipe.classifier),
+                "settings": settings.model_dump(mode="json", include=TRAINING),
                 "seed": run.recipe.run.seed,
             },
         )
-        path = network_path(stage)
-        if stage.done([path]):
-            if run.processes.first:
-                remove_leftovers(stage.folder)  # of a run that was stopped at its very end
-            continue
-        worked = True
-        run.begin(stage)
-        history = _train(run, labels, stage, items)
-        output: dict[str, Any] = {}
-        if run.processes.first:
-            output = {"history": history, "digest": digest_file(path)}
-        run.finish(stage, **output)
-        if run.processes.first:
-            remove_leftovers(stage.folder)
+        labelled = [(item, label_path(labels.folder, item)) for item in items]
+        build, train = partial(_build_irn, run), partial(_train_irn, run, stage, labelled)
+        worked |= train_network(run, stage, network_path(stage), build, train)
     return worked
 
 
@@ -344,31 +337,20 @@ def network_path(stage: Stage) -> Path:
     return stage.folder / f"{stage.folder.parent.name}.safetensors"
 
 
-def _train(run: Run, labels: Stage, stage: Stage, items: Sequence[Item]) -> list[dict[str, Any]]:
-    from lpcam.classifier import BackboneSpec  # noqa: PLC0415
-    from lpcam.refine.irn import build_irn, train_irn  # noqa: PLC0415
+def _build_irn(run: Run) -> Any:
+    from lpcam.refine.irn import build_irn  # noqa: PLC0415
 
-    section, settings = run.recipe.classifier, refine_section(run).irn
-    network = build_irn(
-        BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated),
-        weights=section.weights,
-        mean=section.mean,
-        std=section.std,
-        displacement=settings.displacement,
-        seed=run.recipe.run.seed,
-    ).to(run.device)
-    history = train_irn(
-        network,
-        [(item, label_path(labels.folder, item)) for item in items],
-        settings,
-        seed=run.recipe.run.seed,
-        folder=stage.folder,
-        workers=run.threads if run.device.type == "cuda" else 0,
-        processes=run.processes,
-    )
-    if run.processes.first:
-        network.save(network_path(stage), {"stage": stage.key, "versions": versions()})
-    return history
+    section, displacement = run.recipe.classifier, refine_section(run).irn.displacement
+    first = first_weights(run, section)
+    return build_irn(backbone_spec(section), displacement=displacement, **first).to(run.device)
+
+
+def _train_irn(
+    run: Run, stage: Stage, labelled: Sequence[tuple[Item, Path]], network: Any
+) -> list[dict[str, Any]]:
+    from lpcam.refine.irn import train_irn  # noqa: PLC0415
+
+    return train_irn(network, labelled, refine_section(run).irn, **training_options(run, stage))
 
 
 # -- PSA ---------------------------------------------------------------------------------------
@@ -441,67 +423,35 @@ def train_affinities(run: Run) -> bool:
                 "seed": run.recipe.run.seed,
             },
         )
-        path = network_path(stage)
-        if stage.done([path]):
-            if run.processes.first:
-                remove_leftovers(stage.folder)
-            continue
-        worked = True
-        run.begin(stage)
-        history = _train_affinities(run, labels, stage, items)
-        output: dict[str, Any] = {}
-        if run.processes.first:
-            output = {"history": history, "digest": digest_file(path)}
-        run.finish(stage, **output)
-        if run.processes.first:
-            remove_leftovers(stage.folder)
+        labelled = [(item, map_path(labels.folder, item.id)) for item in items]
+        build, train = partial(_build_psa, run), partial(_train_psa, run, stage, labelled)
+        worked |= train_network(run, stage, network_path(stage), build, train)
     return worked
 
 
 def _classifier_parts(run: Run) -> dict[str, Any]:
     if "classify" in run.stages:
         return {"classifier": run.stages["classify"].output["digest"]}
-    section = run.recipe.classifier
-    backbone = section.model_dump(mode="json", exclude={"weights", "method", "probe", "finetune"})
-    return {"backbone": backbone, "weights": weights_key(section.weights)}
+    return backbone_parts(run.recipe.classifier)
 
 
-def _classifier(run: Run) -> Any:
-    """The trained classifier; for maps of another program its backbone alone is of use."""
-    if "classify" in run.stages:
-        return run.classifier
-    from lpcam.classifier import BackboneSpec, build  # noqa: PLC0415
+def _build_psa(run: Run) -> Any:
+    """From the classifier's own weights, as the specification starts from those of one.
 
-    section = run.recipe.classifier
-    return build(
-        BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated),
-        run.dataset.classes.names,
-        weights=section.weights,
-        mean=section.mean,
-        std=section.std,
-        seed=run.recipe.run.seed,
-    )
+    For maps of another program there is none, and its backbone's first weights serve.
+    """
+    from lpcam.refine.psa import build_psa  # noqa: PLC0415
+
+    classifier = run.classifier if "classify" in run.stages else build_classifier(run)
+    return build_psa(classifier, seed=run.recipe.run.seed)
 
 
-def _train_affinities(
-    run: Run, labels: Stage, stage: Stage, items: Sequence[Item]
+def _train_psa(
+    run: Run, stage: Stage, labelled: Sequence[tuple[Item, Path]], network: Any
 ) -> list[dict[str, Any]]:
-    from lpcam.refine.psa import build_psa, train_psa  # noqa: PLC0415
+    from lpcam.refine.psa import train_psa  # noqa: PLC0415
 
-    # from the classifier's own weights, as the specification starts from those of one
-    network = build_psa(_classifier(run), seed=run.recipe.run.seed).to(run.device)
-    history = train_psa(
-        network,
-        [(item, map_path(labels.folder, item.id)) for item in items],
-        refine_section(run).psa,
-        seed=run.recipe.run.seed,
-        folder=stage.folder,
-        workers=run.threads if run.device.type == "cuda" else 0,
-        processes=run.processes,
-    )
-    if run.processes.first:
-        network.save(network_path(stage), {"stage": stage.key, "versions": versions()})
-    return history
+    return train_psa(network, labelled, refine_section(run).psa, **training_options(run, stage))
 
 
 # -- Pseudo masks ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from lpcam.stages.refine import (
     refined_title,
     sources,
 )
+from lpcam.stages.training import training_options
 from lpcam.storage import digest_file, digest_json
 from lpcam.version import versions
 
@@ -313,12 +314,9 @@ def _train(
         segmenter,
         masks.pairs,
         section.training,
-        seed=run.recipe.run.seed,
-        folder=stage.folder,
         precision=section.precision,
-        workers=run.threads if run.device.type == "cuda" else 0,
-        processes=run.processes,
         validation=validation,
+        **training_options(run, stage),
     )
     if run.processes.first:
         segmenter.save(stage.folder / LAST, {"stage": stage.key, "versions": versions()})
