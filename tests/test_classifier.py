@@ -127,6 +127,13 @@ def test_without_dilation_same_size_and_other_values() -> None:
         assert torch.equal(one, other), name
 
 
+def test_own_dilations_stay_without_an_output_stride() -> None:
+    arguments = {"channels": [4, 4, 8, 8, 8, 8, 16], "depths": [1, 1, 1, 1]}
+    spec = BackboneSpec("wideresnet38", arguments, dilated=False)
+    modules = build(spec, CLASSES, weights="random").modules()
+    assert {m.dilation[0] for m in modules if isinstance(m, nn.Conv2d)} == {1, 2, 4}
+
+
 def test_batch_norm_stays_frozen_in_training() -> None:
     classifier = make()
     norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lpcam import engine
+from lpcam.presets import PsaSettings
 from lpcam.processes import Processes
 
 
@@ -75,3 +78,44 @@ def test_random_window(length: int, crop: int) -> None:
         assert 0 <= target.start <= target.stop <= crop
         starts.add(source.start + target.start)
     assert starts == set(range(abs(length - crop) + 1))
+
+
+@pytest.mark.parametrize("size", [(7, 12), (3, 4), (9, 2)])
+def test_mirror_and_crop_moves_all_planes_alike(size: tuple[int, int]) -> None:
+    numbers = torch.arange(1, 1 + size[0] * size[1]).reshape(size)
+    planes = [(torch.stack([numbers, -numbers]).float(), 0), (numbers.to(torch.uint8), 255)]
+    mirrored = set()
+    for seed in range(40):
+        image, label = engine.mirror_and_crop(planes, 5, np.random.default_rng(seed))
+        assert image.dtype == torch.float32 and label.dtype == torch.uint8
+        assert image.shape == (2, 5, 5) and label.shape == (5, 5)
+        inside = label != 255
+        assert torch.equal(image[0][inside], label[inside].float())
+        assert torch.equal(image[0], -image[1])
+        assert not image[:, ~inside].any()
+        assert int(inside.sum()) == min(size[0], 5) * min(size[1], 5)
+        steps = label.int().diff(dim=1)[inside[:, 1:] & inside[:, :-1]].unique().tolist()
+        assert steps in ([1], [-1])
+        mirrored.add(steps[0])
+    assert mirrored == {1, -1}
+
+
+def test_rates_of_weights_and_biases_of_old_and_new_layers() -> None:
+    network = nn.ModuleDict(
+        {"old": nn.Linear(2, 3), "new": nn.Linear(3, 4), "still": nn.Linear(1, 1)}
+    )
+    network["still"].requires_grad_(False)
+    update = {"learning_rate": 0.1, "head_multiplier": 10.0, "bias_multiplier": 2.0}
+    settings = PsaSettings.from_preset("official").model_copy(
+        update={**update, "weight_decay": 0.25}
+    )
+    found = {
+        tuple(p.shape for p in group["params"]): (group["lr"], group["weight_decay"])
+        for group in engine.parameter_groups(network, ("new.",), settings)
+    }
+    assert found == {
+        ((3, 2),): (0.1, 0.25),
+        ((3,),): (0.2, 0.0),
+        ((4, 3),): (1.0, 0.25),
+        ((4,),): (2.0, 0.0),
+    }

@@ -55,7 +55,8 @@ class BackboneSpec:
     """What makes a backbone, apart from its weights.
 
     ``dilated=False`` sets every dilation back to 1 after ``output_stride`` has removed strides, as
-    the released programs' ResNet-50 has it (specification of LPCAM, section 2).
+    the released programs' ResNet-50 has it (specification of LPCAM, section 2). Without an
+    ``output_stride`` a model's dilations are its own and stay.
     """
 
     name: str
@@ -338,7 +339,7 @@ def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
             "Check the arguments (not every model has output_stride); without a network, give "
             "weights as the path of a safetensors file"
         ) from error
-    if not spec.dilated:
+    if spec.output_stride is not None and not spec.dilated:
         _remove_dilation(model)
     return model
 

@@ -37,6 +37,7 @@ from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
 from lpcam.stages.refine import (
     check_saliency,
+    rehearse_psa,
     take_maps,
     train_affinities,
     train_boundaries,
@@ -221,6 +222,8 @@ def _work(run: Run, stages: Sequence[StageName]) -> RunResult:
         rehearse_host(run)
     if run.only is None and "pseudo" in stages:
         check_saliency(run)
+    if run.only is None and "psa" in stages:
+        rehearse_psa(run)
     for name in stages:
         if name in left_out:
             continue

@@ -524,8 +524,8 @@ class EdamSettings(PresetModel):
     """Side of the square crop, in pixels; it fixes the table of positions."""
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
     """Brightness, contrast, saturation and hue."""
-    width: Annotated[int, Field(ge=1)]
-    """Of the tokens."""
+    width: Annotated[int, Field(ge=2)]
+    """Of the tokens; their norm needs two values."""
     heads: Annotated[int, Field(ge=1)]
     hidden: Annotated[int, Field(ge=1)]
     """Of the transformers' feed-forward part."""

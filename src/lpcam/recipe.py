@@ -186,7 +186,7 @@ class ClassifierSection(WeightsSection):
     output_stride: Literal[8, 16, 32] | None = None
     """Null leaves the model's own; not every model has another."""
     dilated: bool = True
-    """False sets dilations back to 1 where output_stride removed a stride."""
+    """False sets dilations back to 1 where output_stride is given and removed a stride."""
     weights: str
     """"pretrained" (timm's), "random", or the path of a safetensors file."""
     mean: tuple[float, float, float] | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,22 @@ from lpcam.processes import Processes
 # -- Augmentation ------------------------------------------------------------------------------
 
 
+class Sizes(Protocol):
+    """What settings hold of the sizes that images are trained at, in pixels."""
+
+    @property
+    def long_side(self) -> tuple[int, int]: ...
+    @property
+    def crop(self) -> int: ...
+
+
 def augment(
     image: NDArray[np.uint8],
     preprocessing: Preprocessing,
-    settings: FinetuneSettings,
+    settings: Sizes,
     generator: np.random.Generator,
+    *,
+    change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Tensor:
     """The augmentation of the specification, in its order.
 
@@ -40,13 +51,14 @@ def augment(
 
     Args:
         image: (H, W, 3) uint8 RGB.
+        change: of the resized image's colours.
 
     Returns:
         (3, crop, crop) float32.
     """
     low, high = settings.long_side
-    long_side = int(generator.integers(low, high + 1))
-    tensor = preprocessing(resize_long_side(image, long_side))
+    resized = resize_long_side(image, int(generator.integers(low, high + 1)))
+    tensor = preprocessing(resized if change is None else change(resized))
     # zero is the mean colour after normalisation
     return engine.mirror_and_crop([(tensor, 0)], settings.crop, generator)[0]
 

@@ -16,7 +16,7 @@ from lpcam.recipe import load_recipe
 from lpcam.stages.context import read_dataset
 from lpcam.storage import read_json
 
-WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1]}"
+WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [3, 1, 1, 1]}"
 TINY = {"classifier.backbone": "test_resnet"}
 """The whole ResNet-50 runs in test_recipes.py."""
 AMN = {
@@ -232,6 +232,16 @@ def test_a_host_that_cannot_be_trained_is_refused_before_any_work(
         values["data.saliency"] = str(saliency_of(voc, tmp_path / "saliency", name, values))
     with pytest.raises(LpcamError, match=message):
         run(load_recipe(name, list(values.items())))
+    assert not (tmp_path / "run" / "classifier").exists()
+
+
+def test_a_backbone_that_psa_cannot_use_is_refused_before_any_work(
+    voc: Path, tmp_path: Path
+) -> None:
+    values = {**small_run(voc, tmp_path / "run"), "refine.method": "psa", **TINY}
+    values["refine.psa.freeze"] = "[b99]"
+    with pytest.raises(LpcamError, match="no parameter of the backbone is below 'b99'"):
+        run(load_recipe("voc12-resnet50-irn.official", list(values.items())))
     assert not (tmp_path / "run" / "classifier").exists()
 
 

@@ -177,6 +177,8 @@ def test_folded_twin(fresh: Any, tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match="passed in or folded, so a file cannot describe it"):
         twin.save(tmp_path / "amn.safetensors")
     network.save(tmp_path / "amn.safetensors")  # as it was
+    network.train().folded()
+    assert network.dropout.training and network.head.training
 
 
 # -- Loss ---------------------------------------------------------------------------------------
@@ -487,6 +489,15 @@ def test_bad_logits_and_seeds() -> None:
         export_maps([drawn(3, 2, 2)], [3], None, (4, 4))
     with pytest.raises(DataError, match=r"gate the maps have \(4, 5\) pixels but the image \(4, 4"):
         export_maps([drawn(3, 2, 2)], [1], torch.zeros(4, 5), (4, 4))
+
+
+def test_damaged_weights_make_no_maps(fresh: Any) -> None:
+    network = fresh()
+    with torch.no_grad():
+        network.conditioning.bias[0] = torch.nan
+    settings = SETTINGS.model_copy(update={"gate": False})
+    with pytest.raises(ClassifierError, match="conditioning or head gave NaN or Inf"):
+        amn.maps_of(network, drawn_image(40, 50), [0], None, settings)
 
 
 def test_maps_of_an_image(fresh: Any) -> None:

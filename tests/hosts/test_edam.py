@@ -548,6 +548,21 @@ def test_augmented_images(size: tuple[int, int]) -> None:
     assert not torch.equal(found, edam.augment(image, RAW, SETTINGS, np.random.default_rng(2)))
 
 
+def test_colours_are_those_of_the_resized_image() -> None:
+    """Section 2: a change that clips does not commute with the filter that resizes."""
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[:, ::2] = 250
+    settings = SETTINGS.model_copy(
+        update={"jitter": (1.0, 0.0, 0.0, 0.0), "long_side": (30, 30), "crop": 30}
+    )
+    found = [
+        edam.augment(image, RAW, settings, np.random.default_rng(seed)) * 127.5 + 127.5
+        for seed in range(20)
+    ]
+    brightest = max(float(levels.median()) for levels in found)
+    assert brightest > 200  # of a grey of 125; of black and white, first clipped, it were 127
+
+
 def test_augmented_colours() -> None:
     image = np.full((60, 60, 3), (90, 120, 160), np.uint8)
     still = SETTINGS.model_copy(update={"jitter": (0.0,) * 4, "long_side": (60, 60)})
@@ -624,6 +639,14 @@ def test_maps_of_the_folded_network(fresh: Any, items: list[Item]) -> None:
     network, image = fresh(), read_image(items[1].image)
     whole, folded = (maps_of(n, image, [1], SETTINGS) for n in (network, network.folded()))
     torch.testing.assert_close(folded.high_res, whole.high_res, atol=1e-4, rtol=1e-3)
+
+
+def test_damaged_weights_make_no_maps(fresh: Any) -> None:
+    network = fresh()
+    with torch.no_grad():
+        network.activation.weight[0, 0] = torch.nan
+    with pytest.raises(ClassifierError, match="activation layer gave NaN or Inf"):
+        maps_of(network, np.zeros((40, 50, 3), np.uint8), [0], SETTINGS)
 
 
 def test_maps_without_mirror_image_and_without_classes(fresh: Any) -> None:

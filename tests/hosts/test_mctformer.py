@@ -392,10 +392,19 @@ def test_labels_and_weights_that_make_no_maps() -> None:
         maps_of(network, photograph(), [0, 3, -1], SETTINGS)
     with pytest.raises(ValueError, match=r"expected vectors \(3, 64\), got \(2, 64\)"):
         maps_of(network, photograph(), [0], SETTINGS, vectors=drawn(2, 64))
-    with torch.no_grad():
-        network.cls_token[0, 0, 0] = torch.nan
     with pytest.raises(ClassifierError, match="gave NaN or Inf for this image"):
-        maps_of(network, photograph(), [0], SETTINGS)
+        maps_of(network, photograph(), [0], SETTINGS, vectors=torch.full((3, 64), torch.nan))
+    with pytest.raises(ClassifierError, match=r"attention_blocks 9 is more than the \d+ blocks"):
+        maps_of(network, photograph(), [0], changed(attention_blocks=9))
+    for damaged in (network.cls_token, network.head.weight):
+        before = damaged.detach().clone()
+        with torch.no_grad():
+            damaged.view(-1)[0] = torch.nan
+        with pytest.raises(ClassifierError, match="gave NaN or Inf for this image"):
+            maps_of(network, photograph(), [0], SETTINGS)
+        with torch.no_grad():
+            damaged.copy_(before)
+    assert float(maps_of(network, photograph(), [0], SETTINGS).cam.max()) > 0
 
 
 # -- LPCAM in PatchCAM's place -----------------------------------------------------------------

@@ -17,9 +17,13 @@ from lpcam.errors import ClassifierError
 from lpcam.extract import CAM, LPCAM
 from lpcam.networks.wideresnet38 import PREPROCESSING, WideResNet38LargeFov, build_wideresnet38
 from lpcam.presets import LpcamSettings
+from lpcam.recipe import bundled_recipes, load_recipe
 from lpcam.refine.irn import Irn, build_irn
+from lpcam.train import freeze
 
 TINY = {"channels": [4, 6, 8, 10, 12, 16, 20], "depths": [2, 1, 2, 2]}
+WHOLE = {"channels": TINY["channels"]}
+"""Narrow, with as many blocks as the real one."""
 SPEC = BackboneSpec("wideresnet38", TINY)
 CLASSES = ("blue", "green")
 SIZES = [(32, 32), (33, 41), (97, 131), (50, 39)]
@@ -107,6 +111,42 @@ def test_strides_dilations_and_dropout() -> None:
     dropouts = {n: m.p for n, m in backbone.named_modules() if isinstance(m, nn.Dropout2d)}
     assert sorted(dropouts.values()) == [0.3, 0.3, 0.5, 0.5]
     assert {n.split(".")[0] for n, p in dropouts.items() if p == 0.5} == {"b7"}
+
+
+RECIPES = [
+    name for name in bundled_recipes() if "wideresnet38" in str(load_recipe(name).classifier)
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_keep_dilations_and_train_what_the_specification_trains(name: str) -> None:
+    """Sections 1 of EDAM and 4 of MCTformer: conv1a and all of b2 are frozen, later blocks not."""
+    recipe = load_recipe(name)
+    section = recipe.classifier
+    spec = BackboneSpec(section.backbone, WHOLE, section.output_stride, section.dilated)
+    backbone = build(spec, CLASSES, weights="random").backbone
+    dilations = {
+        n.split(".")[0]: m.dilation[0]
+        for n, m in backbone.named_modules()
+        if isinstance(m, nn.Conv2d) and m.dilation != (1, 1)
+    }
+    assert dilations == {"b5": 2, "b5_1": 2, "b5_2": 2, "b6": 4, "b7": 4}
+    lists = [section.finetune.freeze]
+    if recipe.refine is not None and recipe.refine.method == "psa":
+        lists.append(recipe.refine.psa.freeze)
+    if recipe.host is not None and recipe.host.method == "edam":
+        lists.append(recipe.host.edam.freeze)
+    assert len(lists) == 2
+    for prefixes in lists:
+        freeze(backbone, prefixes)
+        trained = {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
+        frozen = {n.split(".")[0] for n, p in backbone.named_parameters() if not p.requires_grad}
+        assert frozen == {"conv1a", "b2", "b2_1", "b2_2"}
+        assert {"b3", "b3_1", "b7", "bn7"} <= trained
+
+
+def test_there_are_recipes_on_this_backbone() -> None:
+    assert len(RECIPES) == 3
 
 
 @pytest.mark.parametrize("size", SIZES)

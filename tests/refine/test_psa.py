@@ -698,7 +698,7 @@ def test_official_settings_are_those_of_the_specification() -> None:
         "momentum": 5e-4,
         "weight_decay": 5e-4,
         "power": 0.9,
-        "freeze": ("conv1a", "b2"),
+        "freeze": ("conv1a", "b2", "b2_1", "b2_2"),
         "crop": 448,
         "jitter": (0.3, 0.3, 0.3, 0.1),
         "radius": 5,

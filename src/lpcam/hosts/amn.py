@@ -27,7 +27,7 @@ from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build, des
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import FeaturePair, image_pyramid
+from lpcam.extract import FeaturePair, all_finite, image_pyramid
 from lpcam.functional import FusedMaps, lpcam_of_pair, normalize, strided, unflip
 from lpcam.metrics import truth_labels
 from lpcam.network_files import SavedNetwork
@@ -143,7 +143,9 @@ class Amn(SavedNetwork):
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         twin.classifier = self.classifier.folded()
-        return twin.eval()
+        twin.dropout = nn.Dropout(self.dropout.p).eval()  # not shared, for its mode is not either
+        twin.training = False
+        return twin
 
     def _can_be_described(self) -> bool:
         return self.classifier.spec is not None
@@ -440,7 +442,8 @@ def maps_of(
 
     Raises:
         DataError: if the seed is missing or has another size, or a label is no class.
-        PrototypeError: if the features hold NaN or Inf.
+        ClassifierError: if the logits hold NaN or Inf.
+        PrototypeError: if the features do.
     """
     seed = _checked_seed(seed, image, settings)
     if not labels:
@@ -450,6 +453,11 @@ def maps_of(
         found = network.logits(pair.features)[0]
         if pair.mirrored is not None:
             found = (found + unflip(network.logits(pair.mirrored)[0])) / 2
+        if not all_finite(found):
+            raise ClassifierError(
+                "AMN's conditioning or head gave NaN or Inf for this image; its weights are "
+                "damaged: train it again"
+            )
         logits.append(found)
     cam, high_res = export_maps(logits, labels, seed, _size(image))
     return FusedMaps(cam[1:], high_res[1:])

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from lpcam.data.images import read_image
 from lpcam.data.items import Item
 from lpcam.data.jitter import jitter_colours
 from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import image_pyramid
+from lpcam.extract import all_finite, image_pyramid
 from lpcam.functional import FusedMaps, fuse_scales, unflip
 from lpcam.network_files import SavedNetwork
 from lpcam.presets import EdamSettings, SaliencySettings
@@ -519,10 +519,7 @@ def augment(
     settings: EdamSettings,
     generator: np.random.Generator,
 ) -> Tensor:
-    """Random colours, and then all that :func:`lpcam.train.augment` does (section 2).
-
-    The released program changes the colours of the resized image, with the same result but for
-    rounding.
+    """What :func:`lpcam.train.augment` does, with random colours of the resized image (section 2).
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -530,9 +527,13 @@ def augment(
     Returns:
         (3, crop, crop) float32.
     """
-    changed = jitter_colours(image, settings.jitter, generator)
-    # Of the settings it takes the long side and the crop alone.
-    return train.augment(changed, preprocessing, cast(Any, settings), generator)
+    return train.augment(
+        image,
+        preprocessing,
+        settings,
+        generator,
+        change=lambda resized: jitter_colours(resized, settings.jitter, generator),
+    )
 
 
 def learning_rate_factor(step: int, settings: EdamSettings) -> float:
@@ -647,7 +648,8 @@ def maps_of(
 
     Raises:
         DataError: if a label is of no class of the network.
-        PrototypeError: if the backbone's features hold NaN or Inf.
+        ClassifierError: if the masks hold NaN or Inf.
+        PrototypeError: if the backbone's features do.
     """
     if any(not 0 <= label < len(network.classes) for label in labels):
         raise DataError(
@@ -660,6 +662,11 @@ def maps_of(
         found = network.masks(pair.features)[0, chosen]
         if pair.mirrored is not None:
             found = found + unflip(network.masks(pair.mirrored)[0, chosen])
+        if not all_finite(found):
+            raise ClassifierError(
+                "EDAM's activation layer gave NaN or Inf for this image; its weights are damaged: "
+                "train it again"
+            )
         maps.append(found)
     # At stride 1 the sizes are the image's own, which the released program resizes to.
     return fuse_scales(maps, (image.shape[0], image.shape[1]), stride=1)

@@ -359,11 +359,12 @@ def maps_of(
 
     Raises:
         DataError: if a label is no class.
-        ClassifierError: if the network gives NaN or Inf.
+        ClassifierError: if the network or the vectors give NaN or Inf, or the network has fewer
+            blocks than ``attention_blocks``.
         ValueError: if the vectors do not fit the network.
     """
     size = (image.shape[0], image.shape[1])
-    _check(network, labels, vectors)
+    _check(network, labels, settings, vectors)
     views = _views(network, image, settings.scales, settings) if labels else ()
     maps = [_refined(view, labels, settings, vectors) for view in views]
     quarter = (strided(size[0], 4), strided(size[1], 4))
@@ -398,9 +399,10 @@ def local_features(
 
     Raises:
         DataError: if a label is no class.
-        ClassifierError: if the network gives NaN or Inf, or PatchCAM is wanted of V1.
+        ClassifierError: if the network gives NaN or Inf, has fewer blocks than
+            ``attention_blocks``, or PatchCAM is wanted of V1.
     """
-    _check(network, labels, None)
+    _check(network, labels, settings, None)
     scales = settings.scales if 1.0 in settings.scales else (*settings.scales, 1.0)
     views = _views(network, image, scales, settings)
     features = views[scales.index(1.0)].features[0]
@@ -412,6 +414,8 @@ def local_features(
         maps = [_refined(view, labels, settings, None) for view in used]
         return features, normalize(_summed(maps, grid), "minmax", EPSILON)
     cams = [view.patch_cam for view in used if view.patch_cam is not None]
+    for cam in cams:
+        _check_finite(cam)
     if not cams:
         raise ClassifierError(
             "MCTformer V1 has no PatchCAM that could split its features; set "
@@ -420,12 +424,20 @@ def local_features(
     return features, normalize(_summed([cam[:, list(labels)].relu() for cam in cams], grid), "max")
 
 
-def _check(network: Mctformer, labels: Sequence[int], vectors: Tensor | None) -> None:
+def _check(
+    network: Mctformer,
+    labels: Sequence[int],
+    settings: MctformerSettings,
+    vectors: Tensor | None,
+) -> None:
+    check_blocks(network, settings)
     count, width = network.cls_token.shape[1:]
     if wrong := [label for label in labels if not 0 <= label < count]:
         raise DataError(f"labels {wrong} are no classes of this network; expected 0 to {count - 1}")
     if vectors is not None and tuple(vectors.shape) != (count, width):
         raise ValueError(f"expected vectors {(count, width)}, got {tuple(vectors.shape)}")
+    if vectors is not None:
+        _check_finite(vectors)
 
 
 def _views(
@@ -443,11 +455,7 @@ def _views(
         tensor = network.preprocessing(resized)[None].to(network.device)
         pair = torch.cat([tensor, tensor.flip(-1)]) if settings.flip else tensor
         view = network.attend(pair, settings.attention_blocks, affinity=settings.affinity)
-        if not all_finite(view.features):
-            raise ClassifierError(
-                "MCTformer gave NaN or Inf for this image; check its weights and the preprocessing "
-                "(mean and std)"
-            )
+        _check_finite(view.features)
         found.append(view)
     return found
 
@@ -465,7 +473,30 @@ def _refined(
     else:
         activation = None
     fused = fuse(view.class_attention[:, present], activation, settings.fusion)
-    return fused if view.patch_affinity is None else refine(fused, view.patch_affinity)
+    found = fused if view.patch_affinity is None else refine(fused, view.patch_affinity)
+    _check_finite(found)
+    return found
+
+
+def _check_finite(values: Tensor) -> None:
+    if not all_finite(values):
+        raise ClassifierError(
+            "MCTformer gave NaN or Inf for this image; check its weights, its prototypes and the "
+            "preprocessing (mean and std)"
+        )
+
+
+def check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
+    """Refuse attention of more blocks than there are.
+
+    Raises:
+        ClassifierError: with both numbers.
+    """
+    if settings.attention_blocks > len(network.blocks):
+        raise ClassifierError(
+            f"mctformer.attention_blocks {settings.attention_blocks} is more than the "
+            f"{len(network.blocks)} blocks of the network; lower it"
+        )
 
 
 def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -113,16 +113,13 @@ def rehearse_host(run: Run) -> None:
         return
     from lpcam.train import names_below  # noqa: PLC0415
 
-    network, count = _build(run), len(validation(run)[0])
+    network, count = _build(run), len(_lists(run)[0])
     size = section.edam.pairs
     if section.method == "mctformer":
+        from lpcam.hosts.mctformer import check_blocks  # noqa: PLC0415
+
         size = section.mctformer.batch_size
-        wanted, there = section.mctformer.attention_blocks, len(network.blocks)
-        if wanted > there:
-            raise ClassifierError(
-                f"host.mctformer.attention_blocks {wanted} is more than the {there} blocks of "
-                f"{section.backbone}"
-            )
+        check_blocks(network, section.mctformer)
     else:
         prefixes = section.edam.freeze
         if section.method == "amn":
@@ -135,7 +132,7 @@ def rehearse_host(run: Run) -> None:
     if section.method == "edam":
         from lpcam.hosts.edam import Partners  # noqa: PLC0415
 
-        count = len(Partners(validation(run)[0]).firsts)
+        count = len(Partners(_lists(run)[0]).firsts)
     if min(size, count) < run.processes.count:
         what = "pairs" if section.method == "edam" else "batch_size"
         raise ClassifierError(
@@ -188,7 +185,7 @@ def _labelled(run: Run) -> list[Item]:
 def train_host(run: Run) -> bool:
     """The host's networks; whether there was anything to do."""
     section, worked = host_section(run), False
-    training, held_out = validation(run)
+    training, held_out = _lists(run)
     for name in networks(run):
         labels = run.stages.get(f"{LABELS}/{name}")
         stage = run.stages[f"{HOST}/{name}"] = Stage(
@@ -214,6 +211,13 @@ def train_host(run: Run) -> bool:
         train = partial(_train, run, stage, labels, training, held_out)
         worked |= train_network(run, stage, stage.folder / NETWORK, build, train)
     return worked
+
+
+def _lists(run: Run) -> tuple[list[Item], list[Item]]:
+    """Images that train MCTformer or EDAM, and those on which MCTformer is measured meanwhile."""
+    if host_section(run).method == "edam":
+        return run.items("classify"), []  # nothing of it is measured, so it learns from all
+    return validation(run)
 
 
 def _backbone_section(run: Run) -> HostSection | ClassifierSection:

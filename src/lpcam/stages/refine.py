@@ -435,6 +435,25 @@ def _classifier_parts(run: Run) -> dict[str, Any]:
     return backbone_parts(run.recipe.classifier)
 
 
+def rehearse_psa(run: Run) -> None:
+    """Refuse, before the stages that come first, a backbone of which PSA cannot be made.
+
+    Nothing is done where there are networks: their stage knows whether they still hold.
+
+    Raises:
+        ClassifierError: if the backbone has not the feature maps that PSA needs, or a prefix to
+            freeze matches nothing.
+    """
+    section = run.recipe.refine
+    if section is None or section.method != "psa" or any(run.folder.glob(f"{PSA}/*/{PSA}.*")):
+        return
+    from lpcam.refine.psa import build_psa  # noqa: PLC0415
+    from lpcam.train import names_below  # noqa: PLC0415
+
+    network = build_psa(build_classifier(run))
+    names_below(dict(network.backbone.named_parameters()), section.psa.freeze)
+
+
 def _build_psa(run: Run) -> Any:
     """From the classifier's own weights, as the specification starts from those of one.
 
