@@ -17,9 +17,9 @@ FLOORS: dict[int, str] = {
     "refine.crf refine.inputs refine.pamr refine.saliency refine.ternary refine.walk",
     2: "finder wrap faithfulness onnx_files "
     "networks.deeplabv2 networks.upernet networks.wideresnet38 "
-    "data.check data.classes data.coco data.coco_masks data.creatures data.detect data.folder "
-    "data.huggingface data.images data.jitter data.labels data.saliency data.sbd data.truth "
-    "data.voc "
+    "data.check data.classes data.coco data.coco_files data.coco_index data.coco_masks "
+    "data.creatures data.detect data.folder data.huggingface data.images data.jitter data.labels "
+    "data.saliency data.sbd data.truth data.voc "
     "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
     "formats.outlines formats.regions formats.yolo networks.mctformer "
     "classifier prototypes extract features",
@@ -32,7 +32,7 @@ FLOORS: dict[int, str] = {
     "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
     4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes "
     "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host "
-    "stages.training serve",
+    "stages.training stages.irn stages.psa serve",
     5: "cli data_commands __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}

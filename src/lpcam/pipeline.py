@@ -33,18 +33,11 @@ from lpcam.stages.context import (
 )
 from lpcam.stages.evaluate import evaluate
 from lpcam.stages.host import cluster_host, map_host, rehearse_host, train_host, write_host_labels
+from lpcam.stages.irn import train_boundaries, write_ir_labels
 from lpcam.stages.maps import map_cam, map_lpcam
 from lpcam.stages.prototypes import cluster
-from lpcam.stages.refine import (
-    check_saliency,
-    rehearse_psa,
-    take_maps,
-    train_affinities,
-    train_boundaries,
-    write_ir_labels,
-    write_psa_labels,
-    write_pseudo_masks,
-)
+from lpcam.stages.psa import rehearse_psa, train_affinities, write_psa_labels
+from lpcam.stages.refine import check_saliency, take_maps, write_pseudo_masks
 from lpcam.stages.report import report_path, write_report
 from lpcam.stages.seeds import write_seeds
 from lpcam.stages.segment import check, rehearse, take_masks, test, train

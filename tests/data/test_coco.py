@@ -13,7 +13,8 @@ from PIL import Image
 
 import lpcam.data.coco as module
 from lpcam.data import coco_masks
-from lpcam.data.coco import COCO_CATEGORIES, CocoAnnotations, CocoFolder
+from lpcam.data.coco import COCO_CATEGORIES, CocoFolder
+from lpcam.data.coco_index import CocoAnnotations
 from lpcam.data.coco_masks import paint
 from lpcam.data.images import read_index_mask
 from lpcam.errors import ArtefactError, DataError, LpcamError

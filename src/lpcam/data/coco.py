@@ -9,15 +9,12 @@ masks are painted. Outlines need pycocotools (extra ``coco``), labels do not.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import math
 import os
 import re
 import unicodedata
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,11 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.classes import choose_classes
+from lpcam.data.coco_files import (
+    ALL,
+    LABELLED,
+    find_files,
+    find_image,
+    image_folders,
+    listing_of,
+)
+from lpcam.data.coco_index import CocoAnnotations, changed, counted, file_state
 from lpcam.data.coco_masks import Crowds, Order, check_options, paint
 from lpcam.data.folder import IMAGE_SUFFIXES
 from lpcam.data.images import upright_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Dataset, Item, Skip, safe_id
-from lpcam.data.json_stream import Member, stream_arrays
 from lpcam.data.labels import relative_name
 from lpcam.errors import ArtefactError, DataError, ImageError
 from lpcam.masks import write_mask
@@ -39,9 +44,6 @@ from lpcam.storage import digest_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-ALL = "all"
-LABELLED = ".labelled"
-"""Ending of the list of those images that show at least one class."""
 PAINTED = "painted.json"
 
 COCO_CATEGORIES = (
@@ -130,299 +132,8 @@ COCO_CATEGORIES = (
 
 _MOST_CLASSES = IGNORE - BACKGROUND - 1
 _KIND = "masks painted from COCO annotations"
-_ROBOFLOW = "_annotations.coco.json"
-_INSTANCES = "instances_"
 _COCO_LIST = re.compile(r"(train|val)2014")
-_ANY_JSON = ("annotations.json", "*.json")
-_HEAD = 2**20
-_JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:(?=\s*\[))?|[\[\]{}]', re.DOTALL)
 _PLAIN = re.compile(r"(\w+)(\.\w+)", re.ASCII)
-_HOW = (
-    "an annotation file has 'images' with id, file_name, height and width, 'annotations' with id, "
-    "image_id, category_id, iscrowd and segmentation, and 'categories' with id and name"
-)
-
-
-# -- The index of an annotation file -------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class CocoAnnotations:
-    """An index of one annotation file: everything but its outlines, whose places are kept.
-
-    Images are rows in ascending order of their ids. The annotations of image row ``i`` are the
-    entries ``starts[i]`` to ``starts[i + 1]`` of the arrays per annotation, in the order of the
-    file.
-    """
-
-    path: Path
-    image_ids: NDArray[np.int64]
-    """(I,) ascending."""
-    file_names: tuple[str, ...]
-    """(I,) as they stand in the file."""
-    heights: NDArray[np.int32]
-    """(I,) pixels."""
-    widths: NDArray[np.int32]
-    """(I,) pixels."""
-    starts: NDArray[np.int64]
-    """(I + 1,)."""
-    annotation_ids: NDArray[np.int64]
-    """(A,)."""
-    category_rows: NDArray[np.int32]
-    """(A,) places in ``categories``."""
-    crowds: NDArray[np.bool_]
-    """(A,) whether the outline is of a group of objects."""
-    outlined: NDArray[np.bool_]
-    """(A,) whether there is an outline; some files have boxes alone."""
-    areas: NDArray[np.float64]
-    """(A,) pixels, as the file says; NaN where it says nothing."""
-    offsets: NDArray[np.int64]
-    """(A,) of the annotation in the file, in bytes."""
-    lengths: NDArray[np.int64]
-    """(A,) bytes."""
-    categories: tuple[tuple[int, str], ...]
-    """Ids and names, ascending by id."""
-    state: tuple[int, int]
-    """Size and time of change of the file when it was read, to know it again."""
-
-    @classmethod
-    def read(
-        cls, path: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> CocoAnnotations:
-        """Stream an annotation file once.
-
-        Args:
-            progress: called with the bytes read so far and those of the file.
-
-        Raises:
-            DataError: naming the file and place, if it is no JSON, lacks one of the three arrays,
-                or an entry of them lacks a field or has a wrong one: an id that stands twice, a
-                size that is not positive, an annotation of an image or a category that the file
-                does not have.
-        """
-        state = _state(path)
-        images: dict[int, tuple[str, int, int]] = {}
-        categories: dict[int, str] = {}
-        columns = _Columns()
-        seen = set()
-        readers: dict[str, Callable[[Iterator[Member]], None]] = {
-            "images": lambda members: _read_images(path, members, images),
-            "annotations": lambda members: columns.read(path, members),
-            "categories": lambda members: _read_categories(path, members, categories),
-        }
-        for key, members in stream_arrays(path, readers, progress=progress):
-            seen.add(key)
-            readers[key](members)
-        for key in readers:
-            if key not in seen:
-                raise DataError(f"{path} has no {key!r}; {_HOW}")
-        if not images or not categories:
-            empty = "categories" if images else "images"
-            raise DataError(f"{path} has an empty {empty!r}; {_HOW}")
-
-        image_ids = np.array(sorted(images), dtype=np.int64)
-        category_ids = np.array(sorted(categories), dtype=np.int64)
-        owners = columns.rows(path, columns.images, image_ids, "image_id", "images")
-        rows = columns.rows(path, columns.categories, category_ids, "category_id", "categories")
-        columns.check_unique(path)
-        order = np.argsort(owners, kind="stable")
-        places = np.arange(len(image_ids) + 1)
-        return cls(
-            path=path,
-            image_ids=image_ids,
-            file_names=tuple(images[i][0] for i in image_ids.tolist()),
-            heights=np.array([images[i][1] for i in image_ids.tolist()], dtype=np.int32),
-            widths=np.array([images[i][2] for i in image_ids.tolist()], dtype=np.int32),
-            starts=np.searchsorted(owners[order], places),
-            annotation_ids=_array(columns.ids, np.int64)[order],
-            category_rows=rows[order].astype(np.int32),
-            crowds=_array(columns.crowds, np.int8)[order].astype(np.bool_),
-            outlined=_array(columns.outlined, np.int8)[order].astype(np.bool_),
-            areas=_array(columns.areas, np.float64)[order],
-            offsets=_array(columns.offsets, np.int64)[order],
-            lengths=_array(columns.lengths, np.int64)[order],
-            categories=tuple((i, categories[i]) for i in category_ids.tolist()),
-            state=state,
-        )
-
-    def annotations(self, image_row: int) -> list[dict[str, Any]]:
-        """The annotations of an image, read again from the file, in the order of the file.
-
-        Raises:
-            DataError: if the file cannot be read or has changed since it was indexed.
-        """
-        found = []
-        try:
-            with open(self.path, "rb") as file:
-                for row in range(self.starts[image_row], self.starts[image_row + 1]):
-                    file.seek(int(self.offsets[row]))
-                    found.append(json.loads(file.read(int(self.lengths[row]))))
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise _changed(self.path) from error
-        ids = self.annotation_ids[self.starts[image_row] : self.starts[image_row + 1]].tolist()
-        if [one["id"] if isinstance(one, dict) else None for one in found] != ids:
-            raise _changed(self.path)
-        return found
-
-    def paintable(self) -> NDArray[np.bool_]:
-        """(I,) whether every object of an image has an outline, so that it can have a mask."""
-        owners = np.repeat(np.arange(len(self.image_ids)), np.diff(self.starts))
-        bare = np.bincount(owners[~self.crowds & ~self.outlined], minlength=len(self.image_ids))
-        paintable: NDArray[np.bool_] = bare == 0
-        return paintable
-
-    def labels(self, *, crowds: bool = True) -> list[tuple[int, ...]]:
-        """Of each image row, the ascending rows of ``categories`` that its annotations have.
-
-        Args:
-            crowds: whether those of crowds count.
-        """
-        count = len(self.categories)
-        owners = np.repeat(np.arange(len(self.image_ids)), np.diff(self.starts))
-        pairs = owners * count + self.category_rows
-        pairs = np.unique(pairs if crowds else pairs[~self.crowds])
-        rows = (pairs % count).tolist()
-        ends = np.searchsorted(pairs, np.arange(len(self.image_ids) + 1) * count).tolist()
-        return [tuple(rows[a:b]) for a, b in itertools.pairwise(ends)]
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _changed(path: Path) -> DataError:
-    return DataError(f"{path} has changed since its index was read; read it again")
-
-
-def _array(values: array[Any], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.frombuffer(values, dtype=dtype)
-
-
-class _Columns:
-    """What is kept of annotations, in the order of the file: a few numbers each."""
-
-    def __init__(self) -> None:
-        self.ids = array("q")
-        self.images = array("q")
-        self.categories = array("q")
-        self.crowds = array("b")
-        self.outlined = array("b")
-        self.areas = array("d")
-        self.offsets = array("q")
-        self.lengths = array("q")
-
-    def read(self, path: Path, members: Iterator[Member]) -> None:
-        for value, offset, length in members:
-            try:
-                number, image, category = value["id"], value["image_id"], value["category_id"]
-                crowd, area = value.get("iscrowd"), value.get("area")
-                if not (type(number) is int and type(image) is int and type(category) is int):
-                    raise TypeError("id, image_id and category_id are whole numbers")
-                if crowd not in (0, 1, None):
-                    raise TypeError("iscrowd is 0 or 1")
-                # an array refuses a number that it cannot hold
-                self.ids.append(number)
-                self.images.append(image)
-                self.categories.append(category)
-                self.crowds.append(1 if crowd else 0)
-                self.outlined.append(1 if value.get("segmentation") else 0)
-                self.areas.append(math.nan if area is None else area)
-                self.offsets.append(offset)
-                self.lengths.append(length)
-            except (KeyError, TypeError, AttributeError, OverflowError) as error:
-                raise _wrong(path, "an annotation", value, offset, error) from error
-
-    def rows(
-        self,
-        path: Path,
-        values: array[int],
-        known: NDArray[np.int64],
-        field: str,
-        table: str,
-    ) -> NDArray[np.int64]:
-        """Places of the ids in the ascending ids that are known."""
-        ids = _array(values, np.int64)
-        rows = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        wrong = np.flatnonzero(known[rows] != ids)
-        if len(wrong):
-            raise DataError(
-                f"{path}: annotation {self.ids[wrong[0]]} (byte {self.offsets[wrong[0]]:,}) has "
-                f"{field} {ids[wrong[0]]}, which is not in {table!r} "
-                f"({_count(len(wrong), 'annotation is', 'annotations are')} like that); add it "
-                "there or leave them out"
-            )
-        return rows
-
-    def check_unique(self, path: Path) -> None:
-        ids = np.sort(_array(self.ids, np.int64))
-        repeated = ids[1:][ids[1:] == ids[:-1]]
-        if len(repeated):
-            raise DataError(
-                f"{path}: annotation id {repeated[0]} stands twice "
-                f"({_count(len(repeated), 'id is', 'ids are')} like that); give each annotation an "
-                "id of its own"
-            )
-
-
-def _wrong(path: Path, what: str, value: Any, offset: int, error: Exception) -> DataError:
-    number = value.get("id") if isinstance(value, dict) else None
-    reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    if not isinstance(value, dict):
-        reason = f"it is {json.dumps(value):.40}, not an object"
-    return DataError(f"{path}: {what} (id {number}, byte {offset:,}) is wrong: {reason}; {_HOW}")
-
-
-def _read_images(
-    path: Path, members: Iterator[Member], images: dict[int, tuple[str, int, int]]
-) -> None:
-    for value, offset, _ in members:
-        try:
-            number, name = value["id"], value["file_name"]
-            height, width = value["height"], value["width"]
-            if type(number) is not int or not -(2**63) <= number < 2**63:
-                raise TypeError("id is a whole number of 64 bits")
-            if not isinstance(name, str):
-                raise TypeError("file_name is text")
-            for size in (height, width):
-                if type(size) is not int or not 0 < size < 2**31:
-                    raise TypeError(
-                        f"height {height!r} and width {width!r} are pixels, whole numbers from 1 on"
-                    )
-        except (KeyError, TypeError) as error:
-            raise _wrong(path, "an image", value, offset, error) from error
-        if number in images:
-            raise DataError(
-                f"{path}: image id {number} stands twice (byte {offset:,}); give each image an id "
-                "of its own"
-            )
-        images[number] = name, height, width
-
-
-def _read_categories(path: Path, members: Iterator[Member], categories: dict[int, str]) -> None:
-    for value, offset, _ in members:
-        try:
-            number, name = value["id"], value["name"]
-            if type(number) is not int or not -(2**63) <= number < 2**63:
-                raise TypeError("id is a whole number of 64 bits")
-            if not isinstance(name, str) or not name.strip():
-                raise TypeError("name is text")
-        except (KeyError, TypeError) as error:
-            raise _wrong(path, "a category", value, offset, error) from error
-        if number in categories:
-            raise DataError(
-                f"{path}: category id {number} stands twice (byte {offset:,}); give each category "
-                "an id of its own"
-            )
-        categories[number] = unicodedata.normalize("NFC", name.strip())
-
-
-# -- A data set ----------------------------------------------------------------------------------
 
 
 class CocoFolder:
@@ -471,8 +182,8 @@ class CocoFolder:
                 images have the same id or a file name leaves the folder, and as
                 :meth:`CocoAnnotations.read`.
         """
-        folder, files, found = _find_files(root, lists)
-        total = sum(_state(path)[0] for path in files.values())
+        folder, files, found = find_files(root, lists)
+        total = sum(file_state(path)[0] for path in files.values())
         done = 0
 
         def advance(read: int, _: int) -> None:
@@ -514,13 +225,13 @@ class CocoFolder:
         items: dict[str, Item] = {}
         skipped: list[Skip] = []
         named: dict[str, list[str]] = {}
-        listing = cache(_listing)
+        listing = cache(listing_of)
         for (name, path), index, of in zip(files.items(), self.annotations, ids, strict=True):
-            places = _image_folders(folder, name, path)
+            places = image_folders(folder, name, path)
             missing = Skip("", f"its image is not in {' or '.join(map(str, places))}")
             named[name] = []
             for image_id, file_name, rows in zip(of, index.file_names, index.labels(), strict=True):
-                image = _find_image(places, file_name, listing)
+                image = find_image(places, file_name, listing)
                 if image is None:
                     skipped.append(replace(missing, id=image_id))
                 else:
@@ -603,7 +314,7 @@ class CocoFolder:
         faults = {name: known[name] for name in wanted if name in known}
         wanted = [name for name in wanted if name not in faults]
         paths = {name: folder / f"{name}.png" for name in wanted}
-        listing = cache(_listing)
+        listing = cache(listing_of)
         missing = [n for n, path in paths.items() if path.name not in listing(path.parent)]
 
         def make(name: str) -> tuple[str, bool] | None:
@@ -646,7 +357,7 @@ class CocoFolder:
             number, row = self._places[first]
             index = self.annotations[number]
             notice = (
-                f"{_count(len(faults), 'image has', 'images have')} no true mask, the first for "
+                f"{counted(len(faults), 'image has', 'images have')} no true mask, the first for "
                 f"this reason: {index.path}, image {index.file_names[row]}: {faults[first]}"
             )
             logger.warning("%s", notice)
@@ -736,7 +447,7 @@ class CocoFolder:
         if len(same) == len(files):
             return known
         stale = [name not in same for name in self._names]
-        listing = cache(_listing)
+        listing = cache(listing_of)
         masks = [folder / f"{i}.png" for i, (number, _) in self._places.items() if stale[number]]
         old = [mask for mask in masks if mask.name in listing(mask.parent)]
         if old and before is None:
@@ -765,8 +476,8 @@ def _write_record(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _digest(index: CocoAnnotations) -> str:
     digest = digest_file(index.path)
-    if _state(index.path) != index.state:
-        raise _changed(index.path)
+    if file_state(index.path) != index.state:
+        raise changed(index.path)
     return digest
 
 
@@ -854,132 +565,6 @@ def _item_id(path: Path, file_name: str) -> str:
     return safe_id(name.removesuffix(suffix)) if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def _find_files(
-    root: Path, lists: Sequence[str] | None
-) -> tuple[Path, dict[str, Path], dict[str, Path]]:
-    """The data set's folder, and by list the annotation files to be read, and all it has."""
-    if root.is_file():
-        name = _list_name(root)
-        wrong = [n for n in lists or () if n.removesuffix(LABELLED) not in (name, ALL)]
-        if wrong:
-            raise DataError(
-                f"{root} has no list {wrong[0]!r}; it has {name}, {ALL} and, of images with a "
-                f"label, {name}{LABELLED} and {ALL}{LABELLED}"
-            )
-        folder = root.parent.parent if root.parent.name == "annotations" else root.parent
-        return folder, {name: root}, {name: root}
-    if not root.is_dir():
-        raise DataError(f"there is no {root}; give an annotation file or a folder that holds one")
-    found = annotation_files(root)
-    wanted: dict[str, Path] = {}
-    for given in lists if lists is not None else (ALL,):
-        name = safe_id(given.removesuffix(LABELLED))
-        path = next((p for p in _places(root, name) if p.is_file()), found.get(name))
-        if path is not None:
-            wanted[name] = path
-        elif name == ALL and found:
-            wanted |= found
-        else:
-            known = f"the lists are {', '.join([*found, ALL])}" if found else "there is none at all"
-            raise DataError(
-                f"list {given!r} is missing: there is no "
-                f"{' or '.join(p.relative_to(root).as_posix() for p in _places(root, name))} in "
-                f"{root}; {known}"
-            )
-    if not wanted:
-        raise DataError(f"no list of {root} was named; the lists are {', '.join([*found, ALL])}")
-    return root, wanted, found
-
-
-def _places(root: Path, name: str) -> list[Path]:
-    """Where the annotation file of a list may be."""
-    return [
-        root / "annotations" / f"{_INSTANCES}{name}.json",
-        root / "annotations" / f"{name}.json",
-        root / name / _ROBOFLOW,
-        root / f"{name}.json",
-    ]
-
-
-def annotation_files(root: Path) -> dict[str, Path]:
-    """The annotation files of a folder, by list, of the first place that has any.
-
-    COCO's own ``annotations`` has captions and key points too, which are none. Of files that may
-    be anything by their names those count that have arrays of images and annotations.
-    """
-    for pattern in (
-        f"annotations/{_INSTANCES}*.json",
-        "annotations/*.json",
-        f"*/{_ROBOFLOW}",
-        _ROBOFLOW,
-        "annotations.json",
-        "*.json",
-    ):
-        found = {
-            _list_name(path): path
-            for path in sorted(root.glob(pattern))
-            if path.is_file() and (pattern not in _ANY_JSON or _has_annotations(path))
-        }
-        if found:
-            return found
-    return {}
-
-
-def _has_annotations(path: Path) -> bool:
-    """Whether the object of a JSON file has arrays of images and annotations.
-
-    Only the head is read: where it is not all, one of them is enough, as an array may be large.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD + 1)
-    except OSError:
-        return False
-    depth, found = 0, set()
-    for token in _JSON_TOKEN.finditer(head[:_HEAD].decode("utf-8-sig", "replace")):
-        if token[0] in "{[":
-            depth += 1
-        elif token[0] in "}]":
-            depth -= 1
-        elif depth == 1 and token[1] in ("images", "annotations") and token[2]:
-            found.add(token[1])
-    return len(found) == 2 or (bool(found) and len(head) > _HEAD)
-
-
-def _list_name(path: Path) -> str:
-    if path.name == _ROBOFLOW:
-        return path.resolve().parent.name or ALL
-    if path.name == "annotations.json":
-        return ALL
-    return safe_id(path.stem.removeprefix(_INSTANCES))
-
-
-def _image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
-    places = (root / name, root / "images" / name, root / "images", root, path.parent)
-    return tuple(dict.fromkeys(places))
-
-
-def _listing(folder: Path) -> dict[str, str]:
-    """The names of a folder's files, by their form NFC; none where there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {unicodedata.normalize("NFC", e.name): e.name for e in entries if e.is_file()}
-    except OSError:
-        return {}
-
-
-def _find_image(
-    places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
-) -> Path | None:
-    parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
-    for place in places:
-        folder = place / parent if parent else place
-        stored = listing(folder).get(name)
-        if stored is not None:
-            return folder / stored
-    return None
-
-
 def _notices(
     indices: Sequence[CocoAnnotations],
     labelled: Mapping[int, int],
@@ -1002,12 +587,12 @@ def _notices(
             for index in indices
             for whole, seen in zip(index.labels(), index.labels(crowds=False), strict=True)
         )
-        of_crowds = _count(
+        of_crowds = counted(
             sum(crowds),
             "annotation is of a crowd: it counts as a label and is not painted",
             "annotations are of crowds: they count as labels and are not painted",
         )
-        from_crowds = _count(
+        from_crowds = counted(
             alone,
             "label of an image comes from a crowd alone, and has no pixels in masks",
             "labels of images come from crowds alone, and have no pixels in masks",
@@ -1026,7 +611,7 @@ def _notices(
     if dropped:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
         notices.append(
-            _count(
+            counted(
                 sum(dropped.values()),
                 "annotation of a class not chosen gives no label",
                 "annotations of classes not chosen give no label",
@@ -1037,15 +622,11 @@ def _notices(
     if boxes:
         images = sum(int((~index.paintable()).sum()) for index in indices)
         notices.append(
-            f"{_count(boxes, 'annotation has', 'annotations have')} no outline, perhaps a box "
-            f"alone: {_count(images, 'image has', 'images have')} labels, but no true masks"
+            f"{counted(boxes, 'annotation has', 'annotations have')} no outline, perhaps a box "
+            f"alone: {counted(images, 'image has', 'images have')} labels, but no true masks"
         )
     unlabelled = sum(not item.labels for item in items.values())
     if unlabelled:
         have = "has" if unlabelled == 1 else "have"
         notices.append(f"{unlabelled} of {len(items)} images {have} no label")
     return tuple(notices)
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"

@@ -30,7 +30,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         DataError: if there is nothing at the path, or a file that is no JSON.
     """
-    from lpcam.data.coco import annotation_files  # noqa: PLC0415
+    from lpcam.data.coco_files import annotation_files  # noqa: PLC0415
 
     if path.is_file():
         if path.suffix.lower() == ".json":

@@ -1,11 +1,10 @@
-"""From maps to pseudo masks: labels for IRN, its boundaries, the walk; or a CRF or PAMR alone."""
+"""From maps to pseudo masks: ternary labels, and the walks of IRN and PSA, a CRF, PAMR or saliency."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,12 @@ from lpcam.presets import CrfSettings
 from lpcam.progress import progress
 from lpcam.recipe import Method, RefineSection
 from lpcam.resources import memory_of_an_image
-from lpcam.stages.classify import build_classifier
 from lpcam.stages.context import Given, Run
-from lpcam.stages.training import (
-    backbone_parts,
-    backbone_spec,
-    first_weights,
-    train_network,
-    training_options,
-)
 from lpcam.storage import MapFile, digest_file, digest_json, map_path, read_maps, write_maps
 
 logger = logging.getLogger(__name__)
 
-IR_LABELS = "ir-labels"
 IRN = "irn"
-PSA_LABELS = "psa-labels"
 PSA = "psa"
 PSEUDO = "pseudo"
 HOST_MAPS = "host-maps"
@@ -171,24 +160,7 @@ def take_maps(run: Run, folder: Path) -> None:
     run.given = Given(folder, digest_json(digests))
 
 
-# -- Labels for IRN ----------------------------------------------------------------------------
-
-
-def write_ir_labels(run: Run) -> bool:
-    """Ternary labels of every image (specification of IRN, section 3)."""
-    items, worked = run.items("maps"), False
-    for source in sources(run):
-        worked |= write_ternary(
-            run,
-            f"{IR_LABELS}/{source.name}",
-            f"IRN labels of {source.method}",
-            source.folder,
-            source.key,
-            (source.foreground_threshold, source.background_threshold),
-            refine_section(run).crf,
-            items,
-        )
-    return worked
+# -- Ternary labels ----------------------------------------------------------------------------
 
 
 def write_ternary(
@@ -247,7 +219,7 @@ def _label(
         if path.is_file():
             return
         maps = read_maps(map_path(folder, item.id))
-        image, planes = _refined_at(run, item, maps)
+        image, planes = refined_at(run, item, maps)
         labels = ternary(*crf_labels(crf, image, planes, thresholds)).cpu()
         labels = enlarge_labels(labels, maps.high_res.shape[-2:])
         unsure = labels == IGNORE
@@ -258,7 +230,7 @@ def _label(
     each(run, title, items, make)
 
 
-def _refined_at(run: Run, item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
+def refined_at(run: Run, item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
     """Image (H, W, 3) and maps (K, H, W) at the size of refinement, on the run's device.
 
     That is the image's own, or that at which it was mapped where ``maps.maximum_side`` says so: a
@@ -300,177 +272,9 @@ def each(run: Run, label: str, items: Sequence[Item], make: Callable[[Item], Non
             advance(1, "")
 
 
-# -- Training ----------------------------------------------------------------------------------
-
-
-def train_boundaries(run: Run) -> bool:
-    """IRN's boundary branch (and displacement, where wanted) of each source's labels."""
-    items, worked = run.items("maps"), False
-    settings = refine_section(run).irn
-    for source in sources(run):
-        labels = run.stages[f"{IR_LABELS}/{source.name}"]
-        stage = run.stages[f"{IRN}/{source.name}"] = Stage(
-            run.folder / IRN / source.name,
-            {
-                "revision": 2,
-                "labels": labels.key,
-                **backbone_parts(run.recipe.classifier),
-                "settings": settings.model_dump(mode="json", include=TRAINING),
-                "seed": run.recipe.run.seed,
-            },
-        )
-        labelled = [(item, label_path(labels.folder, item)) for item in items]
-        build, train = partial(_build_irn, run), partial(_train_irn, run, stage, labelled)
-        worked |= train_network(run, stage, network_path(stage), build, train)
-    return worked
-
-
-TRAINING = {
-    *("epochs", "batch_size", "learning_rate", "displacement_multiplier", "momentum"),
-    *("weight_decay", "power", "crop", "scale", "radius", "displacement"),
-}
-"""What of IRN's settings the network hangs on; the others are of its labels or of the walk."""
-
-
 def network_path(stage: Stage) -> Path:
     """Where the trained network of a source is, IRN's or PSA's."""
     return stage.folder / f"{stage.folder.parent.name}.safetensors"
-
-
-def _build_irn(run: Run) -> Any:
-    from lpcam.refine.irn import build_irn  # noqa: PLC0415
-
-    section, displacement = run.recipe.classifier, refine_section(run).irn.displacement
-    first = first_weights(run, section)
-    return build_irn(backbone_spec(section), displacement=displacement, **first).to(run.device)
-
-
-def _train_irn(
-    run: Run, stage: Stage, labelled: Sequence[tuple[Item, Path]], network: Any
-) -> list[dict[str, Any]]:
-    from lpcam.refine.irn import train_irn  # noqa: PLC0415
-
-    return train_irn(network, labelled, refine_section(run).irn, **training_options(run, stage))
-
-
-# -- PSA ---------------------------------------------------------------------------------------
-
-
-def write_psa_labels(run: Run) -> bool:
-    """Scores of two CRFs an image, from which PSA takes its labels; whether any were made."""
-    items, worked = run.items("maps"), False
-    settings, crf_settings = refine_section(run).psa, CrfSettings.from_preset("psa")
-    for source in sources(run):
-        stage = run.stages[f"{PSA_LABELS}/{source.name}"] = Stage(
-            run.folder / PSA_LABELS / source.name,
-            {
-                "revision": 1,
-                "maps": source.key,
-                "alphas": [settings.low_alpha, settings.high_alpha],
-                "crf": crf_settings.model_dump(mode="json", exclude={"preset"}),
-                "maximum_side": run.recipe.maps.maximum_side,
-                "images": run.digest(items),
-            },
-        )
-        if stage.done([map_path(stage.folder, item.id) for item in items]):
-            continue
-        worked = True
-        run.begin(stage)
-        _score(run, source, stage, items, crf_settings)
-        run.finish(stage)
-    return worked
-
-
-def _score(
-    run: Run, source: Source, stage: Stage, items: Sequence[Item], crf_settings: CrfSettings
-) -> None:
-    from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
-    from lpcam.refine.psa import crf_score_stacks, write_scores  # noqa: PLC0415
-
-    settings = refine_section(run).psa
-    crf = DenseCrf(crf_settings, memory=crf_memory(run))
-
-    @torch.inference_mode()
-    def make(item: Item) -> None:
-        path = map_path(stage.folder, item.id)
-        if path.is_file():
-            return
-        maps = read_maps(map_path(source.folder, item.id))
-        image, planes = _refined_at(run, item, maps)
-        alphas = (settings.low_alpha, settings.high_alpha)
-        low, high = crf_score_stacks(crf, image, planes, alphas)
-        write_scores(path, low, high)
-
-    each(run, f"PSA labels of {source.method}", items, make)
-
-
-def train_affinities(run: Run) -> bool:
-    """PSA's network of each source's labels; whether there was anything to do."""
-    items, worked = run.items("maps"), False
-    settings = refine_section(run).psa
-    for source in sources(run):
-        labels = run.stages[f"{PSA_LABELS}/{source.name}"]
-        stage = run.stages[f"{PSA}/{source.name}"] = Stage(
-            run.folder / PSA / source.name,
-            {
-                "revision": 1,
-                "labels": labels.key,
-                **_classifier_parts(run),
-                "settings": settings.model_dump(
-                    mode="json",
-                    exclude={"preset", "beta", "exponent", "tolerance", "threshold"},
-                ),
-                "seed": run.recipe.run.seed,
-            },
-        )
-        labelled = [(item, map_path(labels.folder, item.id)) for item in items]
-        build, train = partial(_build_psa, run), partial(_train_psa, run, stage, labelled)
-        worked |= train_network(run, stage, network_path(stage), build, train)
-    return worked
-
-
-def _classifier_parts(run: Run) -> dict[str, Any]:
-    if "classify" in run.stages:
-        return {"classifier": run.stages["classify"].output["digest"]}
-    return backbone_parts(run.recipe.classifier)
-
-
-def rehearse_psa(run: Run) -> None:
-    """Refuse, before the stages that come first, a backbone of which PSA cannot be made.
-
-    Nothing is done where there are networks: their stage knows whether they still hold.
-
-    Raises:
-        ClassifierError: if the backbone has not the feature maps that PSA needs, or a prefix to
-            freeze matches nothing.
-    """
-    section = run.recipe.refine
-    if section is None or section.method != "psa" or any(run.folder.glob(f"{PSA}/*/{PSA}.*")):
-        return
-    from lpcam.refine.psa import build_psa  # noqa: PLC0415
-    from lpcam.train import names_below  # noqa: PLC0415
-
-    network = build_psa(build_classifier(run))
-    names_below(dict(network.backbone.named_parameters()), section.psa.freeze)
-
-
-def _build_psa(run: Run) -> Any:
-    """From the classifier's own weights, as the specification starts from those of one.
-
-    For maps of another program there is none, and its backbone's first weights serve.
-    """
-    from lpcam.refine.psa import build_psa  # noqa: PLC0415
-
-    classifier = run.classifier if "classify" in run.stages else build_classifier(run)
-    return build_psa(classifier, seed=run.recipe.run.seed)
-
-
-def _train_psa(
-    run: Run, stage: Stage, labelled: Sequence[tuple[Item, Path]], network: Any
-) -> list[dict[str, Any]]:
-    from lpcam.refine.psa import train_psa  # noqa: PLC0415
-
-    return train_psa(network, labelled, refine_section(run).psa, **training_options(run, stage))
 
 
 # -- Pseudo masks ------------------------------------------------------------------------------
@@ -596,7 +400,7 @@ def _crf(run: Run, source: Source, stage: Stage) -> Any:
     crf = DenseCrf(refine_section(run).crf, memory=crf_memory(run))
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        image, planes = _refined_at(run, item, maps)
+        image, planes = refined_at(run, item, maps)
         if not len(planes):
             return planes, planes
         hard = seeds(planes, source.seed_threshold)
@@ -626,7 +430,7 @@ def _psa(run: Run, source: Source, _: Stage) -> Any:
     network = Psa.load(network_path(run.stages[f"{PSA}/{source.name}"])).to(run.device).folded()
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        image, planes = _refined_at(run, item, maps)
+        image, planes = refined_at(run, item, maps)
         if not len(planes):
             return planes, planes
         full = decided(walk(network, image.cpu().numpy(), planes, settings))
@@ -688,7 +492,7 @@ def _fusion(run: Run, _: Source, __: Stage) -> Any:
         crf = DenseCrf(CrfSettings.from_preset("edam"), memory=crf_memory(run))
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        image, planes = _refined_at(run, item, maps)
+        image, planes = refined_at(run, item, maps)
         if not len(planes):
             return planes, planes
         size = (image.shape[0], image.shape[1])
@@ -712,7 +516,7 @@ def _pamr(run: Run, source: Source, stage: Stage) -> Any:
     settings = refine_section(run).pamr
 
     def refine(item: Item, maps: MapFile) -> tuple[Tensor, Tensor]:
-        image, planes = _refined_at(run, item, maps)
+        image, planes = refined_at(run, item, maps)
         if not len(planes):
             return planes, planes
         full = pamr(image, planes, settings)

@@ -1,0 +1,163 @@
+"""Where the annotation files and the images of a COCO folder are: COCO's layout and others'."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lpcam.data.items import safe_id
+from lpcam.data.labels import relative_name
+from lpcam.errors import DataError
+
+ALL = "all"
+LABELLED = ".labelled"
+"""Ending of the list of those images that show at least one class."""
+_ROBOFLOW = "_annotations.coco.json"
+_INSTANCES = "instances_"
+_ANY_JSON = ("annotations.json", "*.json")
+_HEAD = 2**20
+_JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:(?=\s*\[))?|[\[\]{}]', re.DOTALL)
+
+
+def find_files(
+    root: Path, lists: Sequence[str] | None
+) -> tuple[Path, dict[str, Path], dict[str, Path]]:
+    """The data set's folder, and by list the annotation files to be read, and all it has.
+
+    Args:
+        root: an annotation file, or a folder with some.
+        lists: those that are wanted; None: all.
+
+    Raises:
+        DataError: if there is no file, or none of a list.
+    """
+    if root.is_file():
+        name = _list_name(root)
+        wrong = [n for n in lists or () if n.removesuffix(LABELLED) not in (name, ALL)]
+        if wrong:
+            raise DataError(
+                f"{root} has no list {wrong[0]!r}; it has {name}, {ALL} and, of images with a "
+                f"label, {name}{LABELLED} and {ALL}{LABELLED}"
+            )
+        folder = root.parent.parent if root.parent.name == "annotations" else root.parent
+        return folder, {name: root}, {name: root}
+    if not root.is_dir():
+        raise DataError(f"there is no {root}; give an annotation file or a folder that holds one")
+    found = annotation_files(root)
+    wanted: dict[str, Path] = {}
+    for given in lists if lists is not None else (ALL,):
+        name = safe_id(given.removesuffix(LABELLED))
+        path = next((p for p in _places(root, name) if p.is_file()), found.get(name))
+        if path is not None:
+            wanted[name] = path
+        elif name == ALL and found:
+            wanted |= found
+        else:
+            known = f"the lists are {', '.join([*found, ALL])}" if found else "there is none at all"
+            raise DataError(
+                f"list {given!r} is missing: there is no "
+                f"{' or '.join(p.relative_to(root).as_posix() for p in _places(root, name))} in "
+                f"{root}; {known}"
+            )
+    if not wanted:
+        raise DataError(f"no list of {root} was named; the lists are {', '.join([*found, ALL])}")
+    return root, wanted, found
+
+
+def _places(root: Path, name: str) -> list[Path]:
+    """Where the annotation file of a list may be."""
+    return [
+        root / "annotations" / f"{_INSTANCES}{name}.json",
+        root / "annotations" / f"{name}.json",
+        root / name / _ROBOFLOW,
+        root / f"{name}.json",
+    ]
+
+
+def annotation_files(root: Path) -> dict[str, Path]:
+    """The annotation files of a folder, by list, of the first place that has any.
+
+    COCO's own ``annotations`` has captions and key points too, which are none. Of files that may
+    be anything by their names those count that have arrays of images and annotations.
+    """
+    for pattern in (
+        f"annotations/{_INSTANCES}*.json",
+        "annotations/*.json",
+        f"*/{_ROBOFLOW}",
+        _ROBOFLOW,
+        "annotations.json",
+        "*.json",
+    ):
+        found = {
+            _list_name(path): path
+            for path in sorted(root.glob(pattern))
+            if path.is_file() and (pattern not in _ANY_JSON or _has_annotations(path))
+        }
+        if found:
+            return found
+    return {}
+
+
+def _has_annotations(path: Path) -> bool:
+    """Whether the object of a JSON file has arrays of images and annotations.
+
+    Only the head is read: where it is not all, one of them is enough, as an array may be large.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD + 1)
+    except OSError:
+        return False
+    depth, found = 0, set()
+    for token in _JSON_TOKEN.finditer(head[:_HEAD].decode("utf-8-sig", "replace")):
+        if token[0] in "{[":
+            depth += 1
+        elif token[0] in "}]":
+            depth -= 1
+        elif depth == 1 and token[1] in ("images", "annotations") and token[2]:
+            found.add(token[1])
+    return len(found) == 2 or (bool(found) and len(head) > _HEAD)
+
+
+def _list_name(path: Path) -> str:
+    if path.name == _ROBOFLOW:
+        return path.resolve().parent.name or ALL
+    if path.name == "annotations.json":
+        return ALL
+    return safe_id(path.stem.removeprefix(_INSTANCES))
+
+
+def image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
+    """Where the images of a list are looked for, in this order; ``path`` is its annotation file."""
+    places = (root / name, root / "images" / name, root / "images", root, path.parent)
+    return tuple(dict.fromkeys(places))
+
+
+def listing_of(folder: Path) -> dict[str, str]:
+    """The names of a folder's files, by their form NFC; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {unicodedata.normalize("NFC", e.name): e.name for e in entries if e.is_file()}
+    except OSError:
+        return {}
+
+
+def find_image(
+    places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
+) -> Path | None:
+    """The first file of that name in some folders; None where there is none.
+
+    Args:
+        file_name: relative, as the annotation file has it, in whatever Unicode form.
+        listing: :func:`listing_of`, or what remembers its answers.
+    """
+    parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
+    for place in places:
+        folder = place / parent if parent else place
+        stored = listing(folder).get(name)
+        if stored is not None:
+            return folder / stored
+    return None
