@@ -105,7 +105,8 @@ def upright_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = _orientation(image) in _SIDEWAYS
+            # Pillow gives the upright size of a TIFF, and that of other files as it is stored.
+            turned = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(path, str(error) or type(error).__name__) from error
     return (width, height) if turned else (height, width)
