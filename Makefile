@@ -1,6 +1,7 @@
 # Two commands on a fresh machine with Python and make: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: help install demo test check docs bench fault-test clean
@@ -29,8 +30,9 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 
+# Tests of one file stay together: they share what is costly to make.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 docs: install
 	$(BIN)/sphinx-build -q -W --keep-going -d build/docs-trees docs build/docs
