@@ -268,6 +268,21 @@ def test_cls_labels_become_a_table(tmp_path: Path) -> None:
     assert row == {"image": "2007_000032", "labels": "cat;person"}
 
 
+def test_ids_that_are_paths_are_told_by_their_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array, ids = tmp_path / "arr.npy", tmp_path / "ids.txt"
+    np.save(array, np.ones((2, 20)))
+    ids.write_text("2007_000032\n\n/JPEGImages/2007_000033.jpg /Masks/2007_000033.png\n")
+    command = ["import", "labels", str(array), str(tmp_path / "l.csv"), "--ids", str(ids)]
+    message = refused(capsys, *command)
+    assert f"{ids} line 3 (one id a line, such as 2007_000032): image name '/JPEG" in message
+    assert "arr.npy" not in message
+    ids.write_text("2007_000032\n2007_000033.jpg\n")
+    assert main(command) == 0
+    assert "\n2007_000033,aero" in (tmp_path / "l.csv").read_text()
+
+
 def test_names_of_classes_that_are_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,6 +460,14 @@ def test_masks_are_painted_of_annotations(tmp_path: Path) -> None:
     output = tmp_path / "masks"
     assert main(["data", "masks", str(tmp_path / "mine.json"), str(output)]) == 0
     assert read_index_mask(output / "a.png").tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_masks_of_a_folder_without_annotations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=2)
+    message = refused(capsys, "data", "masks", str(folder), str(tmp_path / "masks"))
+    assert f"{folder} has no annotations of COCO, of which masks are painted" in message
 
 
 def test_a_recipe_for_a_json_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from tiny import together
 
 from lpcam.data.items import ClassTable, Dataset, Item
 from lpcam.errors import ArtefactError, DataError
-from lpcam.evaluation import Evaluation, score_maps
+from lpcam.evaluation import Evaluation, score_maps, why_not_scored
 from lpcam.parallel import Sharing
 from lpcam.processes import Processes
 from lpcam.recipe import Method
@@ -219,3 +219,28 @@ def test_no_truth_and_missing_maps(items: list[Item]) -> None:
     with pytest.raises(DataError, match="the truth has no pixel of any class"):
         folders: dict[Method, Path] = {"LPCAM": items[0].image.parent / "LPCAM"}
         score_maps(items, dataset_of(items), folders, {"LPCAM": 0.5}, Sharing())
+
+
+def test_masks_that_show_no_class_are_told_by_their_values(items: list[Item]) -> None:
+    classes = dataset_of(items).classes
+    assert why_not_scored(items, classes) is None
+    Image.fromarray(np.zeros((1, 4), np.uint8)).save(items[0].image)
+    assert why_not_scored(items, classes) is None  # the other one shows both
+    Image.fromarray(np.array([[0, 0, 255, 0]], np.uint8)).save(items[1].image)
+    assert why_not_scored(items[:1], classes) == (
+        "none of its true masks (1) shows a class: the values in them are 0 (0 is background, 255 "
+        "is not counted)"
+    )
+    assert str(why_not_scored(items, classes)).count("are 0, 255 (0 is") == 1
+    Image.fromarray(np.array([[1, 0, 255, 9]], np.uint8)).save(items[1].image)
+    assert str(why_not_scored(items, classes)).endswith(
+        "are 0, 1, 9, 255 (0 is background, 255 is not counted). Values of no class here: 1, 9; "
+        "write the classes' numbers instead, such as 3 for cow"
+    )
+    Image.fromarray(np.arange(100, 120, dtype=np.uint8)[None]).save(items[1].image)
+    assert "are 0, 100, 101, 102, 103, 104, 105, 106, ... (0 is" in str(
+        why_not_scored(items, classes)
+    )
+    assert "no class here: 100, 101, 102, 103, 104, 105, 106, 107, ...;" in str(
+        why_not_scored(items, classes)
+    )

@@ -70,6 +70,34 @@ def test_the_summary_counts_and_lists_what_is_left_out(tmp_path: Path) -> None:
     assert "i05: cannot read image" in skipped
 
 
+def test_outlines_of_annotations_are_counted_as_masks(tmp_path: Path) -> None:
+    shapes: list[object] = [{"size": [8, 8], "counts": [60, 4]}, []]  # the second is a box alone
+    for number in range(3):  # the last shows nothing: its mask is the background alone
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    document = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in range(3)],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "iscrowd": 0, "segmentation": shape}
+            for n, shape in enumerate(shapes)
+        ],
+        "categories": [{"id": 1, "name": "cow"}],
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    _, summary = write(tmp_path / "mine.json")
+    assert summary.splitlines()[0] == "3 images with labels, 2 of them with masks"
+
+
+def test_the_first_wrong_mask_names_the_command_that_lists_all(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path / "my boxes")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "masks" / "i02.png")
+    message = (
+        r"mask of 'i02', .* is 5 x 5 .*; save the mask in the size of the image\. All that is "
+        r"wrong is listed by: lpcam data check '.*my boxes'$"
+    )
+    with pytest.raises(DataError, match=message):
+        write(folder)
+
+
 def test_an_existing_recipe_is_kept(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path / "boxes")
     (folder / "recipe.yaml").write_text("mine")

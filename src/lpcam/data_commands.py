@@ -197,7 +197,13 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
             progress=lambda _done, _total: advance(1, ""),
         )
     print(written.summary())
-    return 0
+    if maps.missing:
+        total = len(maps.missing) + len(maps.ids)
+        print(
+            f"{len(maps.missing)} of {total} images have no map in {maps.folder}, such as "
+            f"{maps.missing[0]}; bring the run up to date first"
+        )
+    return 1 if maps.missing else 0
 
 
 def _refuse_unfit(options: argparse.Namespace) -> None:
@@ -268,8 +274,14 @@ def _train_aug(options: argparse.Namespace, _: str) -> int:
 
 def _masks(options: argparse.Namespace, _: str) -> int:
     from lpcam.data.coco import CocoFolder  # noqa: PLC0415
+    from lpcam.data.coco_files import annotation_files  # noqa: PLC0415
     from lpcam.progress import progress  # noqa: PLC0415
 
+    if options.path.is_dir() and not annotation_files(options.path):
+        raise LpcamError(
+            f"{options.path} has no annotations of COCO, of which masks are painted; give a folder "
+            "that holds some, or a COCO JSON file"
+        )
     folder = CocoFolder(options.path, lists=options.lists)
     ids = list(folder.dataset.items)
     with progress("painting masks", len(ids)) as advance:
@@ -333,7 +345,7 @@ def _import_labels(options: argparse.Namespace, _: str) -> int:
         options.source,
         options.output,
         classes=_class_names(options.classes),
-        ids=None if options.ids is None else _names_in(options.ids),
+        ids=None if options.ids is None else _ids_in(options.ids),
         coco_split=options.coco_split,
     )
     print(result.summary())
@@ -376,6 +388,17 @@ def _names_in(path: Path) -> tuple[str, ...]:
 
     lines = read_text(path, "Write one name a line.").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def _ids_in(path: Path) -> list[str]:
+    from lpcam.data.labels import image_name, read_text  # noqa: PLC0415
+
+    lines = read_text(path, "Write one id a line.").splitlines()
+    return [
+        image_name(line, f"{path} line {number} (one id a line, such as 2007_000032)")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
 
 
 def _import_huggingface(options: argparse.Namespace, _: str) -> int:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lpcam.data.images import read_index_mask
-from lpcam.data.items import Dataset, Item
+from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Dataset, Item
 from lpcam.masks import seeds
 from lpcam.metrics import (
     DEFAULT_THRESHOLDS,
@@ -28,6 +29,9 @@ from lpcam.parallel import Sharing
 from lpcam.progress import progress
 from lpcam.storage import map_path, read_maps
 
+MOST_VALUES = 8
+"""Values of masks that a message lists."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -42,6 +46,38 @@ class Evaluation:
     image_scores: dict[str, list[float | None]]
     """For each image the mean IoU of its labels at the method's fixed threshold; None where none of
     them is in the truth or the seed."""
+
+
+def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
+    """What is wrong with true masks none of which shows a class, in words; None where one does.
+
+    Masks are read up to the first that shows a class.
+
+    Args:
+        items: the images, each with a mask.
+    """
+    held: set[int] = set()
+    for item in items:
+        assert item.mask is not None
+        held |= set(np.unique(read_index_mask(item.mask)).tolist())
+        if not held.isdisjoint(classes.mask_ids):
+            return None
+    text = (
+        f"none of its true masks ({len(items)}) shows a class: the values in them are "
+        f"{_listed(held)} (0 is background, 255 is not counted)"
+    )
+    strange = held - {BACKGROUND, IGNORE}
+    if strange:
+        text += (
+            f". Values of no class here: {_listed(strange)}; write the classes' numbers instead, "
+            f"such as {classes.mask_ids[0]} for {classes.names[0]}"
+        )
+    return text
+
+
+def _listed(values: set[int]) -> str:
+    shown = [str(value) for value in sorted(values)[:MOST_VALUES]]
+    return ", ".join([*shown, "..."] if len(values) > MOST_VALUES else shown)
 
 
 def score_maps(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.items import ClassTable
+from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.items import ClassTable, Dataset, Skip
 from lpcam.errors import ArtefactError
 from lpcam.formats.masks import MaskEntry
 from lpcam.recipe import ListName, load_recipe
@@ -16,7 +18,7 @@ from lpcam.stages.context import read_dataset
 from lpcam.stages.host import MAPS as HOST_MAPS
 from lpcam.stages.host import SEEDS
 from lpcam.stages.refine import MAPS, PSEUDO
-from lpcam.stages.segment import TEST
+from lpcam.stages.segment import CRF, TEST
 from lpcam.storage import map_path, read_json
 
 LPCAM_FIRST = "lpcam"
@@ -29,7 +31,8 @@ class Masks:
 
     name: str
     """Of the folder within that of the run, such as ``pseudo/lpcam``."""
-    entries: tuple[MaskEntry, ...]
+    entries: tuple[MaskEntry | Skip, ...]
+    """In the order of the images' list; a `Skip` has no mask, or its image has gone."""
     classes: ClassTable
     made_by: Mapping[str, Any]
 
@@ -41,12 +44,20 @@ class Maps:
     name: str
     folder: Path
     ids: tuple[str, ...]
+    missing: tuple[str, ...]
+    """Images of the list that have no map."""
     classes: ClassTable
     made_by: Mapping[str, Any]
 
 
 def masks_of(folder: Path, name: str | None = None) -> Masks:
     """The masks of a run, or of what ``lpcam predict`` wrote.
+
+    Every image of the list that the masks are of should have one. Those that have none, those that
+    the run skipped, and masks of images that the list does not have now come with the reason.
+
+    Images are named by their paths below the folder that the data have for them; where there are
+    several such folders, by their paths below the one that holds them all.
 
     Args:
         folder: of either.
@@ -64,14 +75,16 @@ def masks_of(folder: Path, name: str | None = None) -> Masks:
     chosen = _chosen(folder, name, "masks", patterns, ".png")
     stage: ListName = "test" if chosen.split("/")[0] == TEST else "maps"
     dataset = read_dataset(recipe, (stage,))
-    items = dataset.select(recipe.data.list_of(stage))
-    entries = [MaskEntry(i.id, i.image, folder / chosen / f"{i.id}.png") for i in items]
-    entries = [entry for entry in entries if entry.mask.is_file()]
-    if not entries:
+    name_of_list = recipe.data.list_of(stage)
+    items = dataset.select(name_of_list)
+    masks = [MaskEntry(i.id, i.image, folder / chosen / f"{i.id}.png", i.file_name) for i in items]
+    entries = _present(_apart(masks), "bring the run up to date first", _reasons(folder))
+    if not any(isinstance(entry, MaskEntry) for entry in entries):
         raise ArtefactError(
-            f"{folder / chosen} has no mask of any image of the list "
-            f"{recipe.data.list_of(stage)!r}; bring the run up to date first"
+            f"{folder / chosen} has no mask of any image of the list {name_of_list!r}; bring the "
+            "run up to date first"
         )
+    entries += [*dataset.skipped, *_gone(folder, chosen, name_of_list, dataset)]
     made_by = {"run": recipe.name, "masks": chosen}
     return Masks(chosen, tuple(entries), dataset.classes, made_by)
 
@@ -99,7 +112,9 @@ def maps_of(folder: Path, name: str | None = None) -> Maps:
             f"{recipe.data.list_of('maps')!r}; bring the run up to date first"
         )
     made_by = {"run": recipe.name, "maps": chosen}
-    return Maps(chosen, folder / chosen, present, dataset.classes, made_by)
+    there = set(present)
+    missing = tuple(image_id for image_id in ids if image_id not in there)
+    return Maps(chosen, folder / chosen, present, missing, dataset.classes, made_by)
 
 
 def _recipe(folder: Path) -> Any:
@@ -144,15 +159,85 @@ def _predicted(folder: Path, name: str | None) -> Masks:
         classes = ClassTable(tuple(names), tuple(table[name] for name in names))
         images = {str(key): Path(value) for key, value in index["images"].items()}
         made_by = {"run": index["made_by"].get("run"), "masks": "masks"}
+        skipped = [Skip(str(one["image"]), str(one["reason"])) for one in index["skipped"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(
             f"{folder / PREDICTED} is damaged ({error}); write it again with 'lpcam predict'"
         ) from error
-    entries = [
-        MaskEntry(key, image if image.is_file() else None, folder / "masks" / f"{key}.png")
+    masks = [
+        # a key has the folders of its image, and may have an ending or other signs
+        MaskEntry(
+            key,
+            image,
+            folder / "masks" / f"{key}.png",
+            "/".join(image.parts[-1 - key.count("/") :]),
+        )
         for key, image in images.items()
     ]
-    entries = [entry for entry in entries if entry.mask.is_file()]
-    if not entries:
+    there = [
+        entry if entry.image is not None and entry.image.is_file() else replace(entry, image=None)
+        for entry in _apart(masks)
+    ]
+    entries = _present(there, "run 'lpcam predict' again", {})
+    if not any(isinstance(entry, MaskEntry) for entry in entries):
         raise ArtefactError(f"{folder} has no masks; run 'lpcam predict' first")
-    return Masks("masks", tuple(entries), classes, made_by)
+    return Masks("masks", (*entries, *skipped), classes, made_by)
+
+
+# -- Names of images ---------------------------------------------------------------------------
+
+
+def _apart(entries: Sequence[MaskEntry]) -> list[MaskEntry]:
+    """Names that begin at one folder: two lists of a data set may each have an image 0.jpg."""
+    folders = [entry.images_below for entry in entries]
+    if len({*folders} - {None}) < 2:
+        return [*entries]
+    above = os.path.commonpath([folder for folder in folders if folder is not None])
+    return [
+        entry
+        if folder is None
+        else replace(entry, file_name=(folder / entry.name).relative_to(above).as_posix())
+        for entry, folder in zip(entries, folders, strict=True)
+    ]
+
+
+# -- What has no mask --------------------------------------------------------------------------
+
+
+def _present(
+    entries: Sequence[MaskEntry], remedy: str, reasons: Mapping[str, str]
+) -> list[MaskEntry | Skip]:
+    """Entries, and in the place of those whose mask is missing the reason."""
+
+    def why(entry: MaskEntry) -> str:
+        if entry.id in reasons:
+            return f"the run skipped it: {reasons[entry.id]}"
+        return f"there is no mask {entry.mask}; {remedy}"
+
+    return [e if e.mask.is_file() else Skip(e.id, why(e)) for e in entries]
+
+
+def _reasons(folder: Path) -> dict[str, str]:
+    """Why a run skipped images: files that cannot be read, maps of another program that misfit."""
+    records = [
+        read_json(path)
+        for path in (folder / "metrics.json", folder / "index.json")
+        if path.is_file()
+    ]
+    return {one["id"]: one["reason"] for record in records for one in record.get("skipped", ())}
+
+
+def _gone(folder: Path, chosen: str, name_of_list: str, dataset: Dataset) -> Iterator[Skip]:
+    """Masks of images that the list had when they were made."""
+    known = {*dataset.lists[name_of_list]}
+    for skip in dataset.skipped:
+        known |= {skip.id, *(skip.id.removesuffix(ending) for ending in IMAGE_SUFFIXES)}
+    for path in sorted((folder / chosen).rglob("*.png")):
+        image_id = path.relative_to(folder / chosen).as_posix().removesuffix(".png")
+        refined = chosen.startswith(f"{TEST}/") and image_id.startswith(f"{CRF}/")
+        if image_id not in known and not refined:
+            yield Skip(
+                image_id,
+                f"the run made a mask of it, and the list {name_of_list!r} has no such image now; "
+                "put image and label back, or bring the run up to date",
+            )

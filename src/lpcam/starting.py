@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 import yaml
 
 from lpcam.data.check import check_images
-from lpcam.data.detect import Kind, kind_of, open_dataset
+from lpcam.data.detect import Kind, kind_of, open_with_truth
 from lpcam.data.items import Dataset, Item
 from lpcam.errors import ClassifierError, DataError
 from lpcam.presets import preset_names
@@ -102,7 +103,9 @@ def write_recipe(
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
     kind = kind or kind_of(source)
-    dataset = open_dataset(source, kind, lists=lists, labels=labels, masks=masks, classes=classes)
+    dataset, truth = open_with_truth(
+        source, kind, lists=lists, labels=labels, masks=masks, classes=classes
+    )
     check_backbone(backbone)
     if weights.endswith(".safetensors"):
         weights = str(Path(weights).expanduser().absolute())
@@ -111,8 +114,13 @@ def write_recipe(
                 f"no weights file {weights!r}; give the path of a safetensors file of {backbone}, "
                 "or 'pretrained'"
             )
-    with progress("looking at the images", len(dataset.items)) as advance:
-        dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    try:
+        with progress("looking at the images", len(dataset.items)) as advance:
+            dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    except DataError as error:
+        raise DataError(
+            f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"
+        ) from error
     chosen = _lists(kind, dataset, lists)
     learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
     shown = {index for item in learnt for index in item.labels}
@@ -138,7 +146,8 @@ def write_recipe(
     )
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
-    return path, _summary(dataset, learnt, chosen)
+    masked = sum(i.mask is not None or i.id in truth for i in dataset.items.values())
+    return path, _summary(dataset, learnt, chosen, masked)
 
 
 def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | None) -> str:
@@ -198,9 +207,10 @@ def _has_output_stride(backbone: str) -> bool:
     return any(family in backbone for family in (*families, "convnext"))
 
 
-def _summary(dataset: Dataset, learnt: Sequence[Item], chosen: tuple[str, str] | None) -> str:
+def _summary(
+    dataset: Dataset, learnt: Sequence[Item], chosen: tuple[str, str] | None, masks: int
+) -> str:
     items = list(dataset.items.values())
-    masks = sum(item.mask is not None for item in items)
     lines = [f"{len(items)} images with labels, {masks} of them with masks"]
     if chosen is not None:
         lines.append(f"lists: {chosen[0]} to learn from, to map and to score; {chosen[1]} to test")

@@ -332,6 +332,9 @@ def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
     # ids 9, 25, 30, 581
     assert dataset.lists["all"] == ("b/c/x.y", "no_ending", "a/K\u00fche 1", "a/d")
     assert all(item.image.is_file() for item in dataset.items.values())
+    named = {item.file_name: item.image for item in dataset.items.values()}
+    assert list(named) == ["b/c/x.y.png", "no_ending", "a/Ku\u0308he 1.JPG", "a/d.jpeg"]
+    assert all(path == tmp_path / "images" / (name or "") for name, path in named.items())
 
 
 def test_missing_images_are_left_out_with_one_reason(root: Path) -> None:

@@ -217,7 +217,8 @@ def test_wrong_labels_csv(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_missing_things(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder"):
+    message = r"no folder .*none; give the .* or, in a run, set data\.root in its recipe\.yaml"
+    with pytest.raises(DataError, match=message):
         read_folder(tmp_path / "none")
     with pytest.raises(DataError, match=rf"there is no .*labels\.csv; .*{HOW}"):
         read_folder(tmp_path)
@@ -337,7 +338,11 @@ def test_wrong_folders_of_classes(tmp_path: Path) -> None:
     (root / "classes.txt").unlink()
     (root / "images" / "Background").mkdir()
     (root / "images" / "Background" / "1.jpg").touch()
-    with pytest.raises(DataError, match="images names the background; leave it out"):
+    message = (
+        r"images/Background names the background; images that show no class have empty labels in "
+        r"a table: labels\.csv must be UTF-8 .* 'image,labels'"
+    )
+    with pytest.raises(DataError, match=message):
         read_folder(root)
     with pytest.raises(DataError, match="labels are 'folder'; give the path of a table, or 'fold"):
         read_folder(root, labels="folder")  # type: ignore[arg-type]
@@ -390,3 +395,23 @@ def test_masks_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert dataset.notices[0].startswith("truth/: strange.png belong to no image")
     with pytest.raises(DataError, match=r"there is no folder of masks .*gone; give the fol"):
         read_folder(root, masks=root / "gone")
+    (root / "empty").mkdir()
+    for wrong in ("empty", "lists"):
+        make(tmp_path / "farm", "1,cow\n", "lists/strange.png")
+        message = rf"{wrong} has no mask of any of the 1 images; .* ID\.png, such as 1\.png"
+        with pytest.raises(DataError, match=message):
+            read_folder(root, masks=root / wrong)
+
+
+def test_an_image_of_an_extension_that_is_not_read_is_told(tmp_path: Path) -> None:
+    rows = "a,cow\nb.HEIC,cow\nimages/c,cow\nd.heic,cow\ngone.heic,cow\n"
+    files = ("images/a.jpg", "images/b.HEIC", "images/c.heic", "images/x/d.heic")
+    dataset = read_folder(make(tmp_path, rows, *files))
+    reasons = {skip.id: skip.reason for skip in dataset.skipped}
+    assert set(reasons) == {"b.HEIC", "images/c", "d.heic", "gone.heic"}
+    assert reasons["b.HEIC"].startswith(
+        "labels.csv line 3: images that end in .HEIC are not read; save it as one of .bmp .gif .jf"
+    )
+    assert "line 4: images that end in .heic are not read" in reasons["images/c"]
+    assert "labels.csv line 5 has no image below" in reasons["d.heic"]
+    assert "labels.csv line 6 has no image below" in reasons["gone.heic"]

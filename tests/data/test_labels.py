@@ -92,7 +92,12 @@ def test_backslashes_of_windows_are_slashes(tmp_path: Path, name: str) -> None:
         ("a.csv", "image,cow,dog\nx,1\n", "line 2 has 2 columns, expected 3"),
         ("a.csv", "image,cow,dog\nx,1,0\ny,1,2\n", "line 3 has '2' in the column 'dog', expected"),
         ("a.csv", "image,cow\nx,\n", "line 2 has '' in the column 'cow', expected 0 or 1"),
-        ("a.csv", "image,label\nx,cow\n", r"'cow' in the column 'label'.*'image,labels'"),
+        (
+            "a.csv",
+            "image,label\nx,cow\n",
+            r"'cow' in the column 'label', expected 0 or 1 \(.*\); if the column holds names of "
+            r"classes, call it 'labels'; otherwise a\.csv must be .*'image,labels'",
+        ),
         ("a.csv", "image,cow\n../x,1\n", r"line 2: image name '\.\./x' is refused"),
         ("a.csv", "image,cow\n", r"a\.csv names no image"),
         ("a.jsonl", "", r"names no image; a\.jsonl must be UTF-8 text with one JSON object a line"),

@@ -110,6 +110,30 @@ def test_masks_of_0_and_255_alone(tmp_path: Path) -> None:
     assert "label without mask" not in kinds(result)
 
 
+@pytest.mark.parametrize(
+    ("masks", "values"),
+    [({"d": [0]}, "0"), ({"a": [0], "d": [0]}, "0"), ({"a": [9], "d": [0, 255]}, "0, 9, 255")],
+)
+def test_masks_that_show_no_class(tmp_path: Path, masks: dict[str, list[int]], values: str) -> None:
+    """A run scores nothing by them; d has no label, a is labelled with a cow."""
+    result = survey(make(tmp_path, masks=masks))
+    finding = found(result, "no truth")
+    assert finding.attention and finding.names == tuple(masks)
+    assert finding.text == (
+        f"none of the true masks ({len(masks)}) shows a class, so a run is not scored (the values "
+        f"in them: {values}; 0 is background, 255 is not counted)"
+    )
+    assert "label without mask" not in kinds(result)
+    assert ("mask values" in kinds(result)) == ("9" in values)
+
+
+def test_masks_painted_of_crowds_alone_are_not_told_to_be_drawn(tmp_path: Path) -> None:
+    truth: Truth = {"a": lambda: (np.array([[0, 255]], np.uint8), ())}
+    result = survey(make(tmp_path, masks={}), truth=truth)
+    assert found(result, "no truth").names == ("a",)
+    assert "mask values" not in kinds(result)
+
+
 def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
     dataset = make(tmp_path)
     Image.new("RGB", (6, 4)).save(tmp_path / "a-mask.png")
@@ -286,6 +310,18 @@ def test_class_and_image_names_that_are_near(tmp_path: Path) -> None:
     assert found(result, "image names").names == ("img, IMG",)
 
 
+def test_classes_that_are_several_with_a_wrong_separator(tmp_path: Path) -> None:
+    classes = ("cow", "dog", "cow,dog", "dog | cow", "cow,hen", "a|b")
+    labels = {name: (row,) for row, name in enumerate("abcdef")}
+    finding = found(survey(make(tmp_path, labels, {}, classes)), "class names")
+    assert finding.names == ("cow,dog", "dog | cow")
+    assert finding.attention
+    assert finding.text == (
+        "2 classes whose names are those of others with ',' or '|' between them; the labels of an "
+        "image are separated by ';'"
+    )
+
+
 def test_classes_lists_and_labels_that_are_empty(tmp_path: Path) -> None:
     labels = {"a": (), "b": (), "c": ()}
     dataset = make(tmp_path, labels, {}, lists={"x": ("a", "b"), "y": ("b", "c"), "z": ()})
@@ -299,6 +335,21 @@ def test_classes_lists_and_labels_that_are_empty(tmp_path: Path) -> None:
     # what needs attention comes first
     order = [finding.attention for finding in result.findings]
     assert order == sorted(order, reverse=True)
+
+
+def test_lists_that_others_make_up_are_not_compared(tmp_path: Path) -> None:
+    """As COCO's: NAME.labelled, and all of its files together."""
+    labels = {"a": (0,), "b": (), "c": (1,), "d": (), "e": (0,)}
+    lists = {"train": ("a", "b"), "test": ("c", "d"), "all": tuple("abcd")}
+    lists |= {f"{of}.labelled": tuple(i for i in ids if labels[i]) for of, ids in lists.items()}
+    lists |= {"mine.labelled": ("c", "e")}
+    notice = "2 of 5 images have no label"
+    result = survey(make(tmp_path, labels, {}, lists=lists, notices=(notice, "other")))
+    texts = [f.text for f in result.findings if f.kind == "lists"]
+    assert texts == ["the lists test and mine.labelled share 1 image"]
+    # of images without a label a finding tells already
+    assert found(result, "no label").names == ("b", "d")
+    assert found(result, "notice").text == "other"
 
 
 def test_nothing_usable(tmp_path: Path) -> None:

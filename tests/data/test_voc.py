@@ -98,6 +98,28 @@ def test_wrong_lists(root: Path, text: str, message: str) -> None:
         read_voc(root, lists=["some"])
 
 
+def test_an_id_with_blanks_is_one_whose_image_is_there(root: Path) -> None:
+    for name in ("cow 7", "barn/cow  8", "my.jpg copy"):
+        path = root / "JPEGImages" / f"{name}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        annotated = root / "Annotations" / f"{name}.xml"
+        annotated.parent.mkdir(exist_ok=True)
+        annotated.write_text(annotation("cow"))
+    write_list(root, "some", " cow 7\r\nbarn/cow  8\nmy.jpg copy\n2007_000001\n")
+    dataset = read_voc(root, lists=["some"])
+    assert dataset.lists["some"] == ("cow 7", "barn/cow  8", "my.jpg copy", "2007_000001")
+    assert dataset.items["cow 7"].image == root / "JPEGImages/cow 7.jpg"
+    for line, message in (
+        ("cow 9", rf"reads 'cow 9'; expected an id \(of one with blanks .*{root}/JPEGImages/cow 9"),
+        ("a " * 300, "expected an id"),
+        ("../JPEGImages/cow 7", "could leave its folder"),
+    ):
+        write_list(root, "some", line)
+        with pytest.raises(DataError, match=message):
+            read_voc(root, lists=["some"])
+
+
 def test_missing_list_names_the_lists(root: Path) -> None:
     write_list(root, "val", "2007_000001")
     with pytest.raises(DataError, match=r"list 'test' is missing.*the lists are train, val"):

@@ -394,3 +394,11 @@ def test_given_maps_are_refused(plain: Values, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"no image of the list 'all' can be refined: cannot read"):
         refine(recipe, tmp_path)
+    (tmp_path / "theirs" / "barn").mkdir(parents=True)
+    np.save(tmp_path / "theirs" / "barn" / "i00.npy", np.ones((2, 2)))
+    message = (
+        r"can be refined: .*theirs holds \.npy files of another program; import them first: lpcam "
+        r"import maps .*theirs FOLDER --data PATH$"
+    )
+    with pytest.raises(DataError, match=message):
+        refine(recipe, tmp_path / "theirs")

@@ -1021,6 +1021,45 @@ def test_a_damaged_image_of_the_list_leaves_the_others(own: Values) -> None:
     assert (folder / "seeds" / "i05.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [
+        (0, "the values in them are 0 (0 is background"),
+        (50, "Values of no class here: 50, 100, 150; write the classes' numbers"),
+    ],
+)
+def test_masks_that_show_no_class_are_no_truth(
+    own: Values,
+    tmp_path: Path,
+    factor: int,
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The run ends as one without masks, report included, and says why; figures come back."""
+    root, folder = Path(own["data"]["root"]), Path(own["run"]["folder"])
+    own = with_change(own, "report.images", 4)
+    shutil.copytree(root / "masks", tmp_path / "right")
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) * np.uint8(factor)).save(path)
+    for _ in range(2):  # made, and up to date
+        caplog.clear()
+        result = go(own)
+        assert result.rows == [] and result.skipped == []
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert warning.startswith(
+            "the list 'all' is not scored: none of its true masks (12) shows a class"
+        )
+        assert told in warning
+    found = metrics(own)
+    assert (found["rows"], found["curves"]) == ([], {})
+    assert not (folder / "evaluation" / "images.json").exists()
+    assert result.report is not None
+    page = result.report.read_text("utf-8")
+    assert "nothing can be scored" in page and "is not scored: none of its true" in page
+    shutil.copytree(tmp_path / "right", root / "masks", dirs_exist_ok=True)
+    assert [row["images"] for row in go(own).rows] == [12] * 6
+
+
 Spoil = Callable[[Path], None]
 
 
@@ -1030,11 +1069,6 @@ def classes_of_two(root: Path) -> None:
 
 def wrong_mask(root: Path) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "masks" / "i02.png")
-
-
-def empty_masks(root: Path) -> None:
-    for path in (root / "masks").iterdir():
-        Image.fromarray(np.array(Image.open(path)) * 0).save(path)
 
 
 def only_blue(root: Path) -> None:
@@ -1051,11 +1085,10 @@ def only_blue(root: Path) -> None:
         (lambda root: label(root, "/etc/i01.png,red"), r"line 14: .* it is an absolute path"),
         (classes_of_two, r"unknown class 'green'; .*blue, red"),
         (wrong_mask, r"mask of 'i02', .*, is 5 x 5 \(height x width\) but the upright image is"),
-        (empty_masks, r"the truth has no pixel of any class; check that the masks hold"),
         (only_blue, r"no training image is labelled green, red; label some, or leave them out"),
         (lambda root: (root / "labels.csv").unlink(), r"there is no .*labels\.csv; labels\.csv mu"),
     ],
-    ids=["dots", "slash", "class", "mask size", "masks empty", "no image of a class", "no labels"],
+    ids=["dots", "slash", "class", "mask size", "no image of a class", "no labels"],
 )
 def test_data_that_stop_a_run(weights: Path, tmp_path: Path, spoil: Spoil, message: str) -> None:
     root = draw_folder(tmp_path / "boxes")

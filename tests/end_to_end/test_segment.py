@@ -85,6 +85,21 @@ def segmentation_rows(values: Values) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in rows if row["stage"] == "segmentation"}
 
 
+def test_masks_that_show_no_class_score_no_segmenter(
+    pictures: Path, weights: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "boxes"
+    shutil.copytree(pictures, root)
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) * np.uint8(0)).save(path)
+    section = {**SEGMENT, "masks": ["LPCAM"], "validations": 0}
+    values = recipe_values(root, tmp_path / "run", weights)
+    values |= {"refine": {"method": "crf", "maps": ["LPCAM"]}, "segment": section}
+    result = go(changed(values, report={"images": 4}))
+    assert result.rows == [] and result.report is not None
+    assert "so the segmenters cannot be scored" in result.report.read_text("utf-8")
+
+
 def test_masks_are_those_of_the_trained_network(finished: Values) -> None:
     folder = folder_of(finished)
     recipe = parse_recipe(finished, where="tiny.yaml")

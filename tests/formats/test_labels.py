@@ -130,6 +130,29 @@ def test_ids_and_names_do_not_go_together(tmp_path: Path) -> None:
         import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=["a"])
 
 
+def test_the_names_of_a_list_are_not_blamed_on_the_array(tmp_path: Path) -> None:
+    source = saved(tmp_path / "l.npy", np.ones((2, 3)))
+    for ids, message in (
+        (["a", "/b"], r"^the list of ids: image name '/b' is refused"),
+        (["a", "a.jpg"], r"^the list of ids names 'a' more than once"),
+    ):
+        with pytest.raises(DataError, match=message):
+            import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=ids)
+
+
+@pytest.mark.parametrize("name", ["labels.CSV", "labels.jsonl"])
+def test_a_table_of_text_is_not_imported(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("image,labels\na,cow\n")
+    message = rf"{name} is a table of labels already and needs no import; name it in data\.labels"
+    with pytest.raises(DataError, match=message):
+        import_labels(tmp_path / name, tmp_path / "new.csv", classes=CLASSES)
+
+
+def test_a_table_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"labels\.txt is no name of a table; give one that ends i"):
+        import_labels(tmp_path / "missing.npy", tmp_path / "labels.txt", classes=CLASSES)
+
+
 class Harm:
     """Pickled as a call of os.system."""
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from lpcam.data.images import read_image, read_index_mask
-from lpcam.data.items import ClassTable
+from lpcam.data.items import ClassTable, Skip
 from lpcam.data.voc import CLASSES, read_voc
 from lpcam.errors import ArtefactError, DataError
 from lpcam.formats import masks as masks_module
@@ -287,6 +287,19 @@ def test_supervision_and_the_voc_reader_read_voc(entries: list[MaskEntry], tmp_p
     assert boxes["full"] == [[0, 0, 6, 5]]
 
 
+def test_the_voc_reader_reads_ids_with_blanks(entries: list[MaskEntry], tmp_path: Path) -> None:
+    voc = tmp_path / "voc"
+    export_masks(entries, TABLE, voc, "voc")
+    for entry in entries:
+        path = voc / f"JPEGImages/{entry.id}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(read_image(entry.image or Path())).save(path)
+    dataset = read_voc(voc, lists=["all"])
+    assert dataset.lists["all"] == tuple(DRAWN) and dataset.skipped == ()
+    for name, mask in DRAWN.items():
+        assert (read_index_mask(dataset.items[name].mask or Path()) == mask).all()
+
+
 # -- What is written ---------------------------------------------------------------------------
 
 
@@ -333,6 +346,34 @@ def test_yolo_is_ready_for_training(entries: list[MaskEntry], tmp_path: Path) ->
     data = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text("utf-8"))
     assert data == {"train": "images", "val": "images", "names": {0: "cow", 1: "wild & <horse>"}}
     assert done.files == 4 + 3 + 1
+
+
+def test_formats_that_copy_or_pair_by_ids_do_not_use_the_datas_names(
+    entries: list[MaskEntry], tmp_path: Path
+) -> None:
+    named = [replace(entry, file_name=f"{n}.png") for n, entry in enumerate(entries)]
+    export_masks(named, TABLE, tmp_path / "yolo", "yolo")
+    assert (tmp_path / "yolo/images/barn/cow 7.png").is_file()
+    export_masks(named, TABLE, tmp_path / "voc", "voc")
+    annotation = ElementTree.parse(tmp_path / "voc/Annotations/barn/cow 7.xml")
+    assert annotation.findtext("filename") == "barn/cow 7.png"
+    export_masks(named, TABLE, tmp_path / "coco", "coco")
+    assert list(read_coco(tmp_path / "coco", TABLE, named)) == ["0", "1", "2", "3"]
+
+
+def test_yolo_drops_a_leading_folder_images(entries: list[MaskEntry], tmp_path: Path) -> None:
+    """As in file names of Label Studio's COCO."""
+    moved = [replace(entry, id=f"images/{entry.id}") for entry in entries]
+    export_masks(moved, TABLE, tmp_path / "yolo", "yolo")
+    assert (tmp_path / "yolo/images/barn/cow 7.png").is_file()
+    found = read_yolo(tmp_path / "yolo", TABLE, entries)
+    assert all((found[name] == mask).all() for name, mask in OBJECTS.items())
+    both = [entries[0], moved[0], moved[1]]
+    with pytest.raises(DataError, match="'images/a' has a folder 'images', which YOLO's readers"):
+        export_masks(both, TABLE, tmp_path / "both", "yolo")
+    with pytest.raises(DataError, match="'images/images/a' has a folder 'images'"):
+        export_masks([replace(moved[0], id="images/images/a")], TABLE, tmp_path / "both", "yolo")
+    assert not (tmp_path / "both").exists()
 
 
 def test_label_studio_packing_by_hand() -> None:
@@ -461,6 +502,26 @@ def test_what_cannot_be_exported_is_left_out_with_its_reason(
     found = json.loads((tmp_path / "out/annotations.json").read_text("utf-8"))
     assert [one["id"] for one in found["images"]] == [1, 2, 3, 4]
     assert "5 left out, the first: cannot read image" in done.summary()
+
+
+def test_an_image_without_a_mask_is_left_out_with_its_reason(
+    entries: list[MaskEntry], tmp_path: Path
+) -> None:
+    # no id of a file: a row of a table, say
+    skip = Skip("../b.png", "it has no image")
+    seen: list[int] = []
+    done = export_masks(
+        [skip, *entries],
+        TABLE,
+        tmp_path / "out",
+        "coco",
+        progress=lambda number, total: seen.append(number),
+    )
+    assert done.images == 4 and done.left_out == (skip,) and seen == [1, 2, 3, 4, 5]
+    index = json.loads((tmp_path / "out/exported.json").read_text())
+    assert index["left_out"] == [{"image": "../b.png", "reason": "it has no image"}]
+    with pytest.raises(DataError, match="there is no mask"):
+        export_masks([skip], TABLE, tmp_path / "none", "coco")
 
 
 def test_nothing_is_written_where_every_mask_is_left_out(tmp_path: Path) -> None:

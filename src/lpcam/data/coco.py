@@ -235,7 +235,9 @@ class CocoFolder:
                 if image is None:
                     skipped.append(replace(missing, id=image_id))
                 else:
-                    items[image_id] = Item(image_id, image, labels_of(rows))
+                    items[image_id] = Item(
+                        image_id, image, labels_of(rows), file_name=_on_disk(image, file_name)
+                    )
                     named[name].append(image_id)
             if not named[name] and (name in asked or (not items and path == [*files.values()][-1])):
                 raise DataError(
@@ -307,9 +309,7 @@ class CocoFolder:
             "mask_ids": [[number, value] for number, value in self._values.items()],
         }
         files = self._prepare(folder, options)
-        wanted = [
-            name for name in wanted if self._paintable[self._places[name][0]][self._places[name][1]]
-        ]
+        wanted = [name for name in wanted if self.outlined(name)]
         known = {n: why for of in self._names for n, why in files[of]["unpaintable"].items()}
         faults = {name: known[name] for name in wanted if name in known}
         wanted = [name for name in wanted if name not in faults]
@@ -394,6 +394,11 @@ class CocoFolder:
             mask, faults = None, [other, *faults]
         told = tuple(dict.fromkeys(f"{index.path}: {fault}" for fault in faults))
         return mask if self._paintable[number][row] else None, told
+
+    def outlined(self, name: str) -> bool:
+        """Whether every object of an image has an outline, so that it can have a true mask."""
+        number, row = self._places[name]
+        return bool(self._paintable[number][row])
 
     def _other_size(self, name: str) -> str | None:
         """Words for an image whose file has another size than the annotations say."""
@@ -563,6 +568,11 @@ def _item_id(path: Path, file_name: str) -> str:
         raise DataError(f"{path}: file_name {file_name!r} is no Unicode; rename it") from error
     suffix = PurePosixPath(name).suffix
     return safe_id(name.removesuffix(suffix)) if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def _on_disk(image: Path, file_name: str) -> str:
+    """A file name as it is spelt on disk, in whatever Unicode form and with whatever slashes."""
+    return "/".join(image.parts[-1 - relative_name(file_name).count("/") :])
 
 
 def _notices(

@@ -116,5 +116,6 @@ def open_with_truth(
             raise DataError("labels belongs to the kinds voc and folder; coco has its annotations")
         folder = CocoFolder(path, lists=lists, classes=classes, progress=progress)
         dataset = folder.dataset
-        truth = {name: partial(folder.true_mask, name) for name in dataset.items}
+        outlined = filter(folder.outlined, dataset.items)
+        truth = {name: partial(folder.true_mask, name) for name in outlined}
     return (dataset, truth) if masks is None else (with_mask_folder(dataset, masks), {})

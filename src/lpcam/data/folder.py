@@ -45,6 +45,7 @@ from lpcam.data.labels import (
     read_labels,
     read_text,
 )
+from lpcam.data.truth import no_mask_in
 from lpcam.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
@@ -101,16 +102,20 @@ def read_folder(
         DataError: naming the file and line, for a missing or wrong table of labels, no images, an
             unknown class (with the nearest known name), a name that could leave the folder, two
             images with the same id, folders such as ``train`` and ``val`` where those of classes
-            should be, a missing ``masks``, or a wrong list, ``classes.txt`` or ``parts.json``.
+            should be, ``masks`` that are missing or of no image, or a wrong list, ``classes.txt``
+            or ``parts.json``.
     """
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}; give the folder that holds labels.csv")
+        raise DataError(
+            f"there is no folder {root}; give the folder that holds labels.csv or, in a run, set "
+            "data.root in its recipe.yaml"
+        )
     if masks is not None and not masks.is_dir():
         raise DataError(f"there is no folder of masks {masks}; give the folder that holds ID.png")
     images_root = root / "images" if (root / "images").is_dir() else root
     named = _table_path(root, labels)
     table = None if named is None else read_labels(named)
-    images, skipped = _find_images(images_root, masks)
+    images, skipped, unread = _find_images(images_root, masks)
     if table is None:
         table = _table_of_folders(root, images_root, images, skipped)
     elif not images:
@@ -132,7 +137,7 @@ def read_folder(
     if named is None:
         present = {row.image: set(row.labels) for row in table.rows}
     else:
-        present = _match(table, names_of_images, images_root, skipped, notices)
+        present = _match(table, names_of_images, images_root, unread, skipped, notices)
     if not present:
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
@@ -150,6 +155,8 @@ def read_folder(
         notices.append(f"{dropped.total()} {were} dropped: {counts}")
 
     truth = _find_truth(root / "masks" if masks is None else masks, images, notices)
+    if masks is not None and truth.keys().isdisjoint(present):
+        raise no_mask_in(masks, sorted(present))
     part_names = _read_parts(root / "parts.json")
     parts = _find_truth(root / "parts", images, notices)
     if parts and not part_names:
@@ -162,6 +169,7 @@ def read_folder(
             labels=tuple(n for n, name in enumerate(chosen.names) if name in present[image_id]),
             mask=truth.get(image_id),
             parts=parts.get(image_id),
+            file_name=images[image_id].relative_to(images_root).as_posix(),
         )
         for image_id in sorted(present)
     }
@@ -234,20 +242,28 @@ def _match(
     table: LabelTable,
     names: Mapping[str, str],
     images_root: Path,
+    unread: Mapping[str, str],
     skipped: dict[str, Skip],
     notices: list[str],
 ) -> dict[str, set[str]]:
-    """Class names by image id, of all rows that name an image."""
+    """Class names by image id, of all rows that name an image.
+
+    Args:
+        unread: as of :func:`_find_images`.
+    """
     file = table.path.name
     present: dict[str, set[str]] = {}
     lines: dict[str, list[int]] = {}
     for row in table.rows:
         image_id = _resolve(row.image, names)
         if image_id is None:
-            skipped.setdefault(
-                row.image,
-                Skip(row.image, f"{file} line {row.line} has no image below {images_root}"),
-            )
+            reason = f"{file} line {row.line} has no image below {images_root}"
+            if ending := unread.get(row.image) or unread.get(row.image.removeprefix("images/")):
+                reason = (
+                    f"{file} line {row.line}: images that end in {ending} are not read; save it "
+                    f"as one of {' '.join(sorted(IMAGE_SUFFIXES))}"
+                )
+            skipped.setdefault(row.image, Skip(row.image, reason))
             continue
         present.setdefault(image_id, set()).update(row.labels)
         lines.setdefault(image_id, []).append(row.line)
@@ -275,6 +291,13 @@ def _read_classes(path: Path, table: LabelTable) -> ClassTable:
     else:
         names = sorted({label for row in table.rows for label in row.labels})
     source = path if listed else table.path
+    folders = not listed and table.path.is_dir()
+    for name in names if folders else ():
+        if name.casefold() == "background":
+            raise DataError(
+                f"the folder {table.path / name} names the background; images that show no class "
+                f"have empty labels in a table: {how_to_write(Path('labels.csv'))}"
+            )
     if (listed or table.classes) and "background" in (name.casefold() for name in names):
         raise DataError(f"{source} names the background; leave it out, its mask value is 0")
     try:
@@ -325,15 +348,23 @@ def _is_run(folder: Path) -> bool:
     return (folder / ".lock").is_file() and (folder / "index.json").is_file()
 
 
-def _find_images(folder: Path, masks: Path | None) -> tuple[dict[str, Path], dict[str, Skip]]:
-    """Images by id below a folder, but not its truth; and those of names that are refused."""
+def _find_images(
+    folder: Path, masks: Path | None
+) -> tuple[dict[str, Path], dict[str, Skip], dict[str, str]]:
+    """Images by id below a folder, but not its truth; and those of names that are refused.
+
+    The third are the endings of all other files, by their name and by that without its ending.
+    """
     apart = [folder / name for name in ("masks", "parts", "lists")]
     if masks is not None and masks.resolve().is_relative_to(folder.resolve()):
         apart.append(folder / masks.resolve().relative_to(folder.resolve()))
     images: dict[str, Path] = {}
     skipped: dict[str, Skip] = {}
+    unread: dict[str, str] = {}
     for name, path in _walk(folder, apart):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
+            if path.suffix:
+                unread |= dict.fromkeys((name, name.removesuffix(path.suffix)), path.suffix)
             continue
         image_id = name.removesuffix(path.suffix)
         try:
@@ -346,7 +377,7 @@ def _find_images(folder: Path, masks: Path | None) -> tuple[dict[str, Path], dic
                 f"{images[image_id]} and {path} have the same id {image_id!r}; rename one of them"
             )
         images[image_id] = path
-    return images, skipped
+    return images, skipped, unread
 
 
 def _resolve(text: str, names: Mapping[str, str]) -> str | None:

@@ -64,7 +64,9 @@ class Item:
 
     ``id`` is a relative POSIX path without extension (``2007_000063``, ``barn/cow 7``) and names
     the image in every list and output file. ``labels`` holds sorted 0-based class indices, possibly
-    none. ``mask`` and ``parts`` are optional truth for evaluation only.
+    none. ``mask`` and ``parts`` are optional truth for evaluation only. ``file_name`` is what the
+    data call the image, its path below their folder of images, spelt as on disk; None: ``id`` with
+    the ending of ``image``.
     """
 
     id: str
@@ -72,6 +74,7 @@ class Item:
     labels: tuple[int, ...]
     mask: Path | None = None
     parts: Path | None = None
+    file_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,9 +172,11 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
     for name, cell in zip(classes, cells, strict=True):
         value = _TRUE_FALSE.get(cell.strip().casefold())
         if value is None:
+            named = "if the column holds names of classes, call it 'labels'; "
             raise DataError(
                 f"{where} has {cell.strip()!r} in the column {name!r}, expected 0 or 1 (the first "
-                f"line says that each column is a class); otherwise {how}"
+                "line says that each column is a class); "
+                f"{named if len(classes) == 1 else ''}otherwise {how}"
             )
         if value:
             labels.append(name)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lpcam.data.check import check_images
+from lpcam.data.coco_files import ALL, LABELLED
 from lpcam.data.detect import Truth
 from lpcam.data.estimate import Estimate, estimate_run
 from lpcam.data.images import read_index_mask
@@ -38,6 +39,8 @@ COMPANIONS = 2
 RARE = 0.1
 """A class with less than this share of the images of one that is spelt nearly alike may be a slip
 of the pen."""
+_UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")
+"""A reader's notice of what is a finding here."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,11 @@ def survey(
     together = (labels.T @ labels).astype(np.int64)
     alone = labels[labels.sum(1) == 1].sum(0).astype(np.int64)
     findings += [*_name_findings(dataset, whole), *_list_findings(dataset, whole, lists)]
-    findings += [Finding("notice", notice, (), False) for notice in dataset.notices]
+    findings += [
+        Finding("notice", notice, (), False)
+        for notice in dataset.notices
+        if not _UNLABELLED.fullmatch(notice)
+    ]
     return Survey(
         name=dataset.name,
         label_source=dataset.label_source,
@@ -403,7 +410,9 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
     for text, names in _by_reason(wrong):
         images = _count(len(names), "image")
         yield Finding("annotations", f"{images} with wrong annotations ({text})", names)
-    if labelled and values_of_all == {BACKGROUND, IGNORE}:
+    usable = [name for name, look in masks.items() if look.values is not None]
+    drawn = any(not masks[name].made for name in usable)
+    if drawn and labelled and values_of_all == {BACKGROUND, IGNORE}:
         yield Finding(
             "mask values",
             "the masks hold 0 and 255 alone, and 255 is not counted; write the class's number "
@@ -421,6 +430,16 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
             f"{_count(len(masks), 'mask')})",
             _united(strange.values()),
         )
+    if usable and values_of_all.isdisjoint(table.mask_ids):
+        values = ", ".join(map(str, sorted(values_of_all)[: 2 * MOST_NAMED]))
+        yield Finding(
+            "no truth",
+            f"none of the true masks ({len(usable):,}) shows a class, so a run is not scored (the "
+            f"values in them: {values}{', ...' * (len(values_of_all) > 2 * MOST_NAMED)}; 0 is "
+            "background, 255 is not counted)",
+            tuple(usable),
+        )
+        return
     if unsaid:
         names = _united(unsaid.values())
         yield Finding(
@@ -503,6 +522,13 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
     if close:
         text = f"{_count(len(close), 'pair')} of classes that may be one, spelt in two ways"
         yield Finding("class names", text, tuple(close))
+    joined = tuple(name for name in names if _is_several(name, names))
+    if joined:
+        text = (
+            f"{_count(len(joined), 'class whose name is', 'classes whose names are')} those of "
+            "others with ',' or '|' between them; the labels of an image are separated by ';'"
+        )
+        yield Finding("class names", text, joined)
     folded: dict[str, list[str]] = defaultdict(list)
     for name in dataset.items:
         folded[name.casefold()].append(name)
@@ -513,6 +539,12 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
             "outputs are one file on some systems"
         )
         yield Finding("image names", text, same)
+
+
+def _is_several(name: str, names: Sequence[str]) -> bool:
+    """Whether a class name is made of other classes' names with a wrong separator."""
+    parts = [part.strip() for part in re.split(r"[,|]", name)]
+    return len(parts) > 1 and all(part in names for part in parts)
 
 
 def _may_be_one(one: str, other: str, images: int, others: int) -> bool:
@@ -550,7 +582,12 @@ def _list_findings(
     if empty:
         text = _count(len(empty), "list without a usable image", "lists without a usable image")
         yield Finding("lists", text, empty)
-    sets = {of: frozenset(ids) for of, ids in dataset.lists.items()}
+    sets = {
+        of: frozenset(ids)
+        for of, ids in dataset.lists.items()
+        # what is made up of other lists shares images with them
+        if of != ALL and not (of.endswith(LABELLED) and of.removesuffix(LABELLED) in dataset.lists)
+    }
     for a, b in itertools.combinations(sets, 2):
         both = sets[a] & sets[b]
         if both and both != sets[a] and both != sets[b]:

@@ -7,6 +7,7 @@ difficult objects included, person parts not (specification of data sets, sectio
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,8 @@ def read_voc(
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
         lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
             as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
-            of images and a class (an id of a list of pairs then stands once).
+            of images and a class (an id of a list of pairs then stands once). An id with blanks is
+            one whose image is there.
         classes: names out of `CLASSES` (or of the folder's `CLASS_NAMES`, where it has that file),
             in label order; all if None. Objects of other classes
             are not labelled; mask ids stay those of VOC.
@@ -179,7 +181,7 @@ def read_list(root: Path, name: str) -> tuple[str, ...]:
     pairs = False
     try:
         for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
-            found = _line_ids(line, f"{path} line {number}")
+            found = _line_ids(root, line, f"{path} line {number}")
             pairs = pairs or len(found) > 1
             ids += found
     except UnicodeDecodeError as error:
@@ -192,14 +194,19 @@ def read_list(root: Path, name: str) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def _line_ids(line: str, where: str) -> list[str]:
+def _line_ids(root: Path, line: str, where: str) -> list[str]:
     words = line.split()
     images = [word for word in words if word.lower().endswith(".jpg")]
-    if images:
+    whole = line.strip()
+    # no error for a line too long for a name
+    if len(words) > 1 and os.path.isfile(_image_path(root, whole)):  # noqa: PTH113
+        names = [whole]
+    elif images:
         names = [PurePosixPath(image).stem for image in images]
     elif len(words) > 1:
         raise DataError(
-            f"{where} reads {line!r}; expected an id, or the paths of an image and a mask"
+            f"{where} reads {line!r}; expected an id (of one with blanks the image "
+            f"{_image_path(root, whole)} must be there), or the paths of an image and a mask"
         )
     else:
         names = words
@@ -211,8 +218,12 @@ def _line_ids(line: str, where: str) -> list[str]:
         raise DataError(f"{where}: {error}") from error
 
 
+def _image_path(root: Path, image_id: str) -> Path:
+    return root / "JPEGImages" / f"{image_id}.jpg"
+
+
 def _image(root: Path, image_id: str) -> Path:
-    image = root / "JPEGImages" / f"{image_id}.jpg"
+    image = _image_path(root, image_id)
     if not image.is_file():
         raise DataError(f"there is no image {image}")
     return image

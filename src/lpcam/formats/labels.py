@@ -67,19 +67,27 @@ def import_labels(
     Args:
         source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
             an array (n, N); vectors may be torch tensors.
-        output: the table, e.g. ``labels.csv``; several labels stand between ``;``.
+        output: the table, a ``.csv``; several labels stand between ``;``.
         classes: the N names in label order.
         ids: names of the images of an array, in its order.
         coco_split: ``"train2014"`` or ``"val2014"``: other numbers n become
             ``COCO_<split>_%012d``.
 
     Raises:
-        DataError: if the contents are of another form, do not fit the classes or ids, name an image
-            twice or not safely, or if ``output`` or ``classes.txt`` is there with other contents.
+        DataError: if ``source`` is a table already, ``output`` is no ``.csv``, the contents are of
+            another form, do not fit the classes or ids, name an image twice or not safely, or if
+            ``output`` or ``classes.txt`` is there with other contents.
         ArtefactError: if the file is missing, damaged or tries to run code, or the output cannot be
             written.
     """
     _check_names(classes)
+    if output.suffix.lower() != ".csv":
+        raise DataError(f"{output} is no name of a table; give one that ends in .csv")
+    if source.suffix.lower() in (".csv", ".jsonl"):
+        raise DataError(
+            f"{source} is a table of labels already and needs no import; name it in data.labels of "
+            "a recipe, or by lpcam init FOLDER --labels FILE"
+        )
     found = read_pickled_arrays(source, what="label file")
     where = f"label file {source}"
     if isinstance(found, dict):
@@ -91,7 +99,9 @@ def import_labels(
         if ids is None or len(ids) != len(found):
             given = "none were" if ids is None else f"{len(ids)} were"
             raise DataError(f"{where} has {len(found)} rows; give as many ids ({given} given)")
-        names = [_image_name(name, coco_split, where) for name in ids]
+        listed = "the list of ids"
+        names = [_image_name(name, coco_split, listed) for name in ids]
+        check_unique(names, listed)
         rows = found
     else:
         kind = found.shape if isinstance(found, np.ndarray) else type(found).__name__

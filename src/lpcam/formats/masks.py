@@ -17,8 +17,9 @@ What each holds, below the output folder:
 ``overlays``
     ``overlays/ID.jpg``: the image with its mask over it, in VOC colours.
 
-An image's name in them is its id with the ending of its file, with ``/`` between folders. Beside
-them lies ``exported.json``: what was written, what from, and what was left out.
+COCO, CVAT and Label Studio name an image as its data do (:attr:`MaskEntry.name`); elsewhere its
+name is its id with the ending of its file. Both have ``/`` between folders. Beside them lies
+``exported.json``: what was written, what from, and what was left out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ _IGNORED = {
     "overlays": "drawn in the colour of 255",
 }
 _IGNORED_OTHERWISE = "of no object: the format has no such pixels, its readers take background"
+_NAMING = ("coco", "coco-polygons", "label-studio", "cvat")
+"""Formats that name images which stay where they are."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,25 @@ class MaskEntry:
     image: Path | None
     """None: its name is taken to end in ``.jpg``."""
     mask: Path
+    file_name: str | None = None
+    """As of :class:`lpcam.data.items.Item`."""
 
     @property
     def name(self) -> str:
-        """File name of the image in what is written."""
+        """What the image is called where it is: its path below some folder, with its ending."""
+        return self.file_name or self.name_by_id
+
+    @property
+    def name_by_id(self) -> str:
+        """What the image is called where ids name files."""
         return self.id + (self.image.suffix if self.image is not None else ".jpg")
+
+    @property
+    def images_below(self) -> Path | None:
+        """The folder below which `name` is the image's path; None: there is no such folder."""
+        image = "" if self.image is None else os.path.normpath(self.image.absolute())
+        folder = image.removesuffix(f"/{self.name}")
+        return None if folder == image else Path(folder or "/")
 
 
 @dataclass(frozen=True)
@@ -89,12 +106,16 @@ class ExportedMasks:
     """Pixels of 255."""
     ignored: str
     """What became of them."""
+    images_below: Path | None = None
+    """The one folder that names of images begin at, of formats that name images elsewhere."""
 
     def summary(self) -> str:
         """In words, a line each."""
         lines = [
             f"{self.images} masks, {self.annotations} objects, as {self.format} in {self.folder}"
         ]
+        if self.images_below is not None:
+            lines.append(f"images are named by their paths below {self.images_below}")
         if self.ignored_pixels:
             lines.append(f"{self.ignored_pixels:,} ignored pixels (255) are {self.ignored}")
         if self.left_out:
@@ -145,7 +166,7 @@ class _Writer:
 
 
 def export_masks(
-    entries: Sequence[MaskEntry],
+    entries: Sequence[MaskEntry | Skip],
     classes: ClassTable,
     output: Path,
     format: MaskFormat,
@@ -164,12 +185,13 @@ def export_masks(
     one document, only their names and sizes.
 
     Args:
-        entries: in the order in which they are written; ids as of data sets.
+        entries: in the order in which they are written; ids as of data sets. A `Skip` is an image
+            that has no mask, which is left out for its reason.
         classes: their mask ids are the values in the masks.
         instances: an object is a connected component of a class, not all of a class in an image.
             ``yolo`` has a line a component in either case, ``overlays`` shows none.
         image_root: of ``label-studio``: path of the folder of the images below the one that is
-            served; it stands before each image's name.
+            served (``images_below`` of what is returned); it stands before each image's name.
         workers: images worked on at a time; the files do not depend on it.
         progress: called with how many images are done and how many there are.
         made_by: JSON, what the masks were made from; recorded.
@@ -182,13 +204,18 @@ def export_masks(
             written.
         LpcamError: for ``instances``, if SciPy is not installed.
     """
-    _check_entries(entries, format)
+    if format in _NAMING:
+        entries = _named_once(entries)
+    masks = [entry for entry in entries if isinstance(entry, MaskEntry)]
+    _check_entries(masks, format)
     writer = _writer(format, classes, _image_prefix(image_root, format))
     planned = [*writer.beside, *([writer.document[0]] if writer.document else [])]
-    planned += [path for entry in entries for path in writer.paths(entry)]
+    planned += [path for entry in masks for path in writer.paths(entry)]
     before = _earlier_files(output, format)
     _check_foreign(output, planned, before)
-    _check_sources(entries, output, {*before, *planned})
+    _check_sources(masks, output, {*before, *planned})
+    folders = {entry.images_below for entry in masks} - {None}
+    images_below = folders.pop() if format in _NAMING and len(folders) == 1 else None
     index = {
         "format": 1,
         "kind": KIND,
@@ -196,12 +223,15 @@ def export_masks(
         "instances": instances,
         "classes": {"names": classes.names, "mask_ids": classes.mask_ids},
         "ignored": _IGNORED.get(format, _IGNORED_OTHERWISE),
+        "images_below": None if images_below is None else str(images_below),
         "made_by": dict(made_by or {}),
     }
     # First: after a stop, the next call knows what is its own.
     write_json(output / INDEX, {**index, "files": sorted({*before, *planned})})
 
-    def work(entry: MaskEntry) -> _Written | Skip:
+    def work(entry: MaskEntry | Skip) -> _Written | Skip:
+        if isinstance(entry, Skip):
+            return entry
         return _export(entry, writer, classes, output, instances)
 
     left_out: list[Skip] = []
@@ -246,6 +276,7 @@ def export_masks(
         tuple(left_out),
         counts["ignored_pixels"],
         str(index["ignored"]),
+        images_below,
     )
 
 
@@ -276,15 +307,34 @@ def _check_entries(entries: Sequence[MaskEntry], format: MaskFormat) -> None:
         )
     if not entries:
         raise DataError("there is no mask to export; give at least one")
+    ids = {entry.id for entry in entries}
     check_unique([safe_id(entry.id) for entry in entries], "what is to be exported")
     for entry in entries:
         if format == "overlays" and entry.image is None:
             raise DataError(f"{entry.id!r} has no image to lay its mask over; give its image")
-        if format == "yolo" and "images" in entry.id.split("/")[:-1]:
+        short = yolo.below_images(entry.id)
+        if format == "yolo" and (
+            "images" in short.split("/")[:-1] or (short != entry.id and short in ids)
+        ):
             raise DataError(
                 f"{entry.id!r} has a folder 'images', which YOLO's readers take for the one beside "
                 "'labels'; rename that folder"
             )
+
+
+def _named_once(entries: Iterable[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
+    """Leave out an image that two lists of a data set share: it has two ids, and one name."""
+    found: list[MaskEntry | Skip] = []
+    owners: dict[str, str] = {}
+    for entry in entries:
+        if isinstance(entry, MaskEntry):
+            owner = owners.setdefault(entry.name, entry.id)
+            if owner != entry.id:
+                reason = f"its image {entry.name} is that of {owner!r}, whose mask is exported"
+                found.append(Skip(entry.id, reason))
+                continue
+        found.append(entry)
+    return found
 
 
 def _image_prefix(root: str, format: MaskFormat) -> str:
@@ -441,8 +491,10 @@ def _coco_record(picture: _Picture, classes: ClassTable, polygons: bool) -> Any:
 
 
 def _yolo_paths(entry: MaskEntry) -> tuple[str, ...]:
-    label = f"labels/{entry.id}.txt"
-    return (label,) if entry.image is None else (label, f"images/{entry.name}")
+    label = f"labels/{yolo.below_images(entry.id)}.txt"
+    if entry.image is None:
+        return (label,)
+    return label, f"images/{yolo.below_images(entry.name_by_id)}"
 
 
 def _write_yolo(picture: _Picture, paths: Sequence[Path]) -> None:
@@ -463,7 +515,7 @@ def _write_voc(picture: _Picture, paths: Sequence[Path], classes: ClassTable) ->
     write_mask(paths[0], picture.mask)
     height, width = picture.size
     annotation = ElementTree.Element("annotation")
-    ElementTree.SubElement(annotation, "filename").text = picture.entry.name
+    ElementTree.SubElement(annotation, "filename").text = picture.entry.name_by_id
     size = ElementTree.SubElement(annotation, "size")
     for name, value in (("width", width), ("height", height), ("depth", 3)):
         ElementTree.SubElement(size, name).text = str(value)

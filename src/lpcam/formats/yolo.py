@@ -21,6 +21,11 @@ WITHIN_PIXEL = 0.45
 the same pixel as those that cut the fraction off."""
 
 
+def below_images(image_id: str) -> str:
+    """An id without a leading ``images/``, as the folder of the copies has that name itself."""
+    return image_id.removeprefix("images/")
+
+
 def label_lines(regions: Sequence[Region], size: tuple[int, int]) -> str:
     """The label file of an image: a line for each piece of each object.
 

@@ -1,8 +1,9 @@
-"""From maps to pseudo masks: ternary labels, and the walks of IRN and PSA, a CRF, PAMR or saliency."""
+"""From maps to pseudo masks: ternary labels; the walks of IRN and PSA, a CRF, PAMR, saliency."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +148,14 @@ def take_maps(run: Run, folder: Path) -> None:
             continue
         skipped.append(Skip(item.id, f"the map {path} {problem}"))
     if not kept:
+        reason = skipped[0].reason
+        if not map_path(folder, skipped[0].id).is_file() and any(folder.rglob("*.npy")):
+            reason = (
+                f"{folder} holds .npy files of another program; import them first: lpcam import "
+                f"maps {shlex.quote(str(folder))} FOLDER --data PATH"
+            )
         raise DataError(
-            f"no image of the list {run.recipe.data.list_of('maps')!r} can be refined: "
-            f"{skipped[0].reason}"
+            f"no image of the list {run.recipe.data.list_of('maps')!r} can be refined: {reason}"
         )
     if unlabelled:
         logger.info(

@@ -232,7 +232,10 @@ def train(run: Run) -> bool:
 def _validation_items(run: Run) -> list[Item]:
     if not segment_section(run).validations:
         return []
-    return [item for item in run.items("test") if item.mask is not None]
+    from lpcam.evaluation import why_not_scored  # noqa: PLC0415
+
+    items = [item for item in run.items("test") if item.mask is not None]
+    return [] if items and why_not_scored(items, run.dataset.classes) else items
 
 
 def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
