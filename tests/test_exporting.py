@@ -310,6 +310,17 @@ def test_a_mask_whose_image_has_gone_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_boundaries_are_no_masks_of_images_that_have_gone(tmp_path: Path) -> None:
+    root = table(tmp_path / "data", ["a.png"])
+    run = run_of(tmp_path / "run", {"kind": "folder", "root": str(root)}, ["a"])
+    for name in ("a", "boundaries/a"):
+        write_mask(run / f"pseudo/lpcam/{name}.png", np.ones(SIZE, np.uint8))
+    masks = masks_of(run)
+    assert masks.name == "pseudo/lpcam"
+    assert [entry.id for entry in masks.entries] == ["a"]
+    assert not any(isinstance(entry, Skip) for entry in masks.entries)
+
+
 def test_masks_after_a_crf_are_not_those_of_images_that_have_gone(tmp_path: Path) -> None:
     root = table(tmp_path / "data", ["a.png"])
     run = run_of(tmp_path / "run", {"kind": "folder", "root": str(root)}, [])

@@ -17,7 +17,7 @@ from lpcam.segmentation.files import INDEX as PREDICTED
 from lpcam.stages.context import read_dataset
 from lpcam.stages.host import MAPS as HOST_MAPS
 from lpcam.stages.host import SEEDS
-from lpcam.stages.refine import MAPS, PSEUDO
+from lpcam.stages.refine import BOUNDARIES, MAPS, PSEUDO
 from lpcam.stages.segment import CRF, TEST
 from lpcam.storage import map_path, read_json
 
@@ -232,10 +232,11 @@ def _gone(folder: Path, chosen: str, name_of_list: str, dataset: Dataset) -> Ite
     known = {*dataset.lists[name_of_list]}
     for skip in dataset.skipped:
         known |= {skip.id, *(skip.id.removesuffix(ending) for ending in IMAGE_SUFFIXES)}
+    # what lies in the folder of the masks beside them
+    beside = {PSEUDO: BOUNDARIES, TEST: CRF}.get(chosen.partition("/")[0])
     for path in sorted((folder / chosen).rglob("*.png")):
         image_id = path.relative_to(folder / chosen).as_posix().removesuffix(".png")
-        refined = chosen.startswith(f"{TEST}/") and image_id.startswith(f"{CRF}/")
-        if image_id not in known and not refined:
+        if image_id not in known and image_id.partition("/")[0] != beside:
             yield Skip(
                 image_id,
                 f"the run made a mask of it, and the list {name_of_list!r} has no such image now; "

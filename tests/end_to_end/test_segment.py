@@ -92,12 +92,13 @@ def test_masks_that_show_no_class_score_no_segmenter(
     shutil.copytree(pictures, root)
     for path in (root / "masks").iterdir():
         Image.fromarray(np.array(Image.open(path)) * np.uint8(0)).save(path)
-    section = {**SEGMENT, "masks": ["LPCAM"], "validations": 0}
+    section = {**SEGMENT, "masks": ["LPCAM", "truth"], "validations": 1}
     values = recipe_values(root, tmp_path / "run", weights)
     values |= {"refine": {"method": "crf", "maps": ["LPCAM"]}, "segment": section}
-    result = go(changed(values, report={"images": 4}))
-    assert result.rows == [] and result.report is not None
-    assert "so the segmenters cannot be scored" in result.report.read_text("utf-8")
+    for _ in range(2):  # made, and up to date
+        result = go(changed(values, report={"images": 4}))
+        assert result.rows == [] and result.report is not None
+        assert "so the segmenters cannot be scored" in result.report.read_text("utf-8")
 
 
 def test_masks_are_those_of_the_trained_network(finished: Values) -> None:

@@ -19,6 +19,7 @@ from lpcam.networks.wideresnet38 import PREPROCESSING, WideResNet38LargeFov, bui
 from lpcam.presets import LpcamSettings
 from lpcam.recipe import bundled_recipes, load_recipe
 from lpcam.refine.irn import Irn, build_irn
+from lpcam.stages.training import backbone_parts, backbone_spec
 from lpcam.train import freeze
 
 TINY = {"channels": [4, 6, 8, 10, 12, 16, 20], "depths": [2, 1, 2, 2]}
@@ -143,6 +144,16 @@ def test_recipes_keep_dilations_and_train_what_the_specification_trains(name: st
         frozen = {n.split(".")[0] for n, p in backbone.named_parameters() if not p.requires_grad}
         assert frozen == {"conv1a", "b2", "b2_1", "b2_2"}
         assert {"b3", "b3_1", "b7", "bn7"} <= trained
+
+
+def test_a_stage_without_output_stride_has_the_dilations_in_its_key() -> None:
+    changes = [("classifier.dilated", "false"), ("classifier.weights", "random")]
+    section = load_recipe(RECIPES[0], changes).classifier
+    assert backbone_spec(section).dilated
+    assert backbone_parts(section)["backbone"]["dilated"] is True
+    strided = section.model_copy(update={"backbone": "resnet18", "output_stride": 16})
+    assert not backbone_spec(strided).dilated
+    assert backbone_parts(strided)["backbone"]["dilated"] is False
 
 
 def test_there_are_recipes_on_this_backbone() -> None:

@@ -61,12 +61,14 @@ def _build(run: Run) -> Any:
     return classifier
 
 
-def build_classifier(run: Run) -> Any:
-    """A classifier with its first weights, on the run's device."""
+def build_classifier(run: Run, *, weights: str | None = None) -> Any:
+    """A classifier with its first weights, the recipe's or others, on the run's device."""
     from lpcam.classifier import build  # noqa: PLC0415 - timm is slow to import
 
     section, names = run.recipe.classifier, run.dataset.classes.names
-    return build(backbone_spec(section), names, **first_weights(run, section)).to(run.device)
+    first = first_weights(run, section)
+    first["weights"] = weights or first["weights"]
+    return build(backbone_spec(section), names, **first).to(run.device)
 
 
 def _train(

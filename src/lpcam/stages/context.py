@@ -6,7 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -244,6 +244,8 @@ class Run:
         self.given_masks: Given | None = None
         """Masks instead of the run's own."""
         self.rows: list[dict[str, Any]] = []
+        self._unscored: dict[str, str | None] = {}
+        """By list, why its true masks are of no use; None where they are."""
         values = recipe.model_dump(mode="json", by_alias=True)
         # What "auto" has come to: on another machine it may be something else.
         values["classifier"]["method"] = self.training_method
@@ -370,6 +372,28 @@ class Run:
         if not items:
             raise DataError(f"the list {name!r} ({stage}) has no usable image")
         return items
+
+    def truth(self, stage: ListName) -> list[Item]:
+        """The images of a list that have a true mask; none where no mask shows a class.
+
+        Such a list is not scored, as one without masks, and a notice tells why.
+
+        Raises:
+            ImageError: if a mask cannot be read.
+        """
+        from lpcam.evaluation import why_not_scored  # noqa: PLC0415
+
+        name = self.recipe.data.list_of(stage)
+        items = [item for item in self.items(stage) if item.mask is not None]
+        if items and name not in self._unscored:
+            why = self._unscored[name] = why_not_scored(items, self.dataset.classes)
+            if why is not None:
+                notice = f"the list {name!r} is not scored: {why}"
+                if self.processes.first:
+                    logger.warning("%s", notice)
+                notices = (*self.dataset.notices, notice)
+                self.dataset = replace(self.dataset, notices=notices)
+        return [] if self._unscored.get(name) else items
 
     @property
     def makes_maps(self) -> bool:

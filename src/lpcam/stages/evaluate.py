@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
-from lpcam.recipe import ListName
 from lpcam.stages.context import Run
 from lpcam.stages.host import HOST, PROTOTYPES, arms, built, host_section
 from lpcam.stages.refine import (
@@ -41,7 +39,6 @@ from lpcam.version import versions
 if TYPE_CHECKING:
     from lpcam.evaluation import Evaluation
 
-logger = logging.getLogger(__name__)
 REPORT = "report.html"
 """Of a run, in its folder; stale as soon as the figures change."""
 IMAGE_SCORES = "images.json"
@@ -88,9 +85,9 @@ def scored(run: Run) -> dict[str, Scored]:
 def evaluate(run: Run) -> bool:
     """Score the maps and draw the sheet; whether there was anything to do."""
     methods = scored(run)
-    # before masks that show nothing are set aside: those of the list to test are counted
-    tested = figures(run) if segmented(run) and not _unseen(run, "test") else []
-    items = _with_truth(run) if methods else []
+    items = run.truth("evaluate") if methods else []
+    if segmented(run):
+        run.truth("test")  # so that a pass with nothing to do tells it too, if it is not scored
     draws = bool(run.recipe.sheet.images) and run.makes_maps
     run.stages["evaluate"] = Stage(
         run.folder / "evaluation",
@@ -116,7 +113,7 @@ def evaluate(run: Run) -> bool:
     run.begin(run.stages["evaluate"])
     found = _score(run, methods, items) if items else None
     run.rows = [_with_protocol(run, methods[r["method"]], r) for r in found.rows] if found else []
-    run.rows += [_of_segmenter(run, row) for row in tested]
+    run.rows += [_of_segmenter(run, row) for row in figures(run)]
     if run.processes.first:
         if found:
             write_json(image_scores, {"ids": [item.id for item in items], **found.image_scores})
@@ -165,35 +162,6 @@ def evaluate(run: Run) -> bool:
         if draws:
             _write_sheet(run, sheet)
     run.finish(run.stages["evaluate"])
-    return True
-
-
-def _with_truth(run: Run) -> list[Item]:
-    """The images to score; none where their true masks show no class, which is told.
-
-    Such masks leave the data set, so that the report is that of images without masks.
-    """
-    items = [item for item in run.items("evaluate") if item.mask is not None]
-    if not _unseen(run, "evaluate"):
-        return items
-    bare = {item.id: replace(item, mask=None) for item in items}
-    run.dataset = replace(run.dataset, items={**run.dataset.items, **bare})
-    return []
-
-
-def _unseen(run: Run, stage: ListName) -> bool:
-    """Whether the true masks of a list show no class; if so a warning and a notice say it."""
-    from lpcam.evaluation import why_not_scored  # noqa: PLC0415
-
-    items = [item for item in run.items(stage) if item.mask is not None]
-    why = why_not_scored(items, run.dataset.classes) if items else None
-    if why is None:
-        return False
-    notice = f"the list {run.recipe.data.list_of(stage)!r} is not scored: {why}"
-    if notice not in run.dataset.notices:  # as where one list serves both
-        if run.processes.first:
-            logger.warning("%s", notice)
-        run.dataset = replace(run.dataset, notices=(*run.dataset.notices, notice))
     return True
 
 

@@ -124,7 +124,7 @@ def rehearse_psa(run: Run) -> None:
     from lpcam.refine.psa import build_psa  # noqa: PLC0415
     from lpcam.train import names_below  # noqa: PLC0415
 
-    network = build_psa(build_classifier(run))
+    network = build_psa(build_classifier(run, weights="random"))
     names_below(dict(network.backbone.named_parameters()), section.psa.freeze)
 
 

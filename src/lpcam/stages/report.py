@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _page(run: Run) -> str:
     from lpcam.report.page import render  # noqa: PLC0415
 
     metrics = read_json(run.folder / "metrics.json")
-    scored = [item for item in run.items("evaluate") if item.mask is not None]
+    scored = run.truth("evaluate")
     figures = Figures()
     if scored:
         scores = read_json(run.stages["evaluate"].folder / IMAGE_SCORES)
@@ -80,7 +81,7 @@ def _page(run: Run) -> str:
     return render(
         collect(
             dataset_name(run),
-            scored or _with_labels(run.items("maps")),
+            scored or _without_masks(_with_labels(run.items("maps"))),
             run.dataset,
             {method: stage.folder for method, stage in run.stages_of_methods.items()},
             figures,
@@ -169,7 +170,7 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
     return Trained(
         taught,
         rows,
-        run.items("test"),
+        run.items("test") if run.truth("test") else _without_masks(run.items("test")),
         metrics["segmenter_history"],
         metrics["irn_history"],
         {
@@ -189,3 +190,8 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
 
 def _with_labels(items: list[Item]) -> list[Item]:
     return [item for item in items if item.labels]
+
+
+def _without_masks(items: list[Item]) -> list[Item]:
+    """Those of a list that is not scored, whatever masks it has."""
+    return [replace(item, mask=None) for item in items]

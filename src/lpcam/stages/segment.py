@@ -232,10 +232,7 @@ def train(run: Run) -> bool:
 def _validation_items(run: Run) -> list[Item]:
     if not segment_section(run).validations:
         return []
-    from lpcam.evaluation import why_not_scored  # noqa: PLC0415
-
-    items = [item for item in run.items("test") if item.mask is not None]
-    return [] if items and why_not_scored(items, run.dataset.classes) else items
+    return run.truth("test")
 
 
 def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
@@ -481,7 +478,9 @@ def figures(run: Run) -> list[dict[str, Any]]:
 
     rows = []
     names = run.dataset.classes.names
-    images = sum(item.mask is not None for item in run.items("test")) if segmented(run) else 0
+    images = len(run.truth("test")) if segmented(run) else 0
+    if not images:
+        return []
     for title, (teacher, folder) in segmented(run).items():
         stage = run.stages[f"{TEST}/{teacher.name}"]
         counts = stage.output["confusions"].get(folder.name)

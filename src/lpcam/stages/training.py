@@ -19,10 +19,10 @@ Network = TypeVar("Network")
 
 def backbone_parts(section: ClassifierSection | HostSection) -> dict[str, Any]:
     """What a network's first weights hang on, for the key of a stage."""
-    return {
-        "backbone": section.model_dump(mode="json", include=BACKBONE),
-        "weights": weights_key(section.weights),
-    }
+    backbone = section.model_dump(mode="json", include=BACKBONE)
+    # Without an output stride no dilation is removed, whatever the section says.
+    backbone["dilated"] |= section.output_stride is None
+    return {"backbone": backbone, "weights": weights_key(section.weights)}
 
 
 def backbone_spec(section: ClassifierSection | HostSection) -> Any:
@@ -30,7 +30,8 @@ def backbone_spec(section: ClassifierSection | HostSection) -> Any:
     from lpcam.classifier import BackboneSpec  # noqa: PLC0415 - timm is slow to import
 
     assert section.backbone is not None
-    return BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated)
+    dilated = section.dilated or section.output_stride is None
+    return BackboneSpec(section.backbone, section.arguments, section.output_stride, dilated)
 
 
 def first_weights(run: Run, section: ClassifierSection | HostSection) -> dict[str, Any]:
