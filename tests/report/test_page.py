@@ -125,6 +125,13 @@ def test_the_protocol_is_told(page: Page) -> None:
         assert told in text
 
 
+def test_each_setting_of_a_host_is_told_by_itself() -> None:
+    data = sample()
+    data["protocol"]["host"] = {"amn": {"epochs": 3}, "lpcam": {"tau": 0.25}, "method": "amn"}
+    text = words(Page(render(data)).text)
+    assert "Host amn: epochs 3 lpcam: tau 0.25 method amn" in text
+
+
 def test_the_refinement_is_told() -> None:
     text = words(Page(render(sample(refined=True))).text)
     assert "Refinement of the maps method irn irn: beta 10 crf: steps 10" in text

@@ -48,6 +48,7 @@ _PROTOCOL_LABELS = {
 }
 _PROTOCOL_WIDE = {
     "classifier": "Classifier",
+    "host": "Host",
     "refine": _PROTOCOL_LABELS["refine"],
     "versions": "Versions",
 }
