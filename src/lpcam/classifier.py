@@ -26,7 +26,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import lpcam.backbones  # noqa: F401 - registers with timm what it lacks
 from lpcam.errors import ArtefactError, ClassifierError
-from lpcam.storage import digest_json, read_tensors, write_tensors
+from lpcam.network_files import load_weights
+from lpcam.storage import digest_json, read_tensors, tensor_bytes, write_tensors
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
@@ -151,9 +152,7 @@ class Classifier(nn.Module):
         digest.update(digest_json(self._description()).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
-            # as bytes: NumPy has no bfloat16
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
@@ -190,13 +189,7 @@ class Classifier(nn.Module):
                 "the classify stage wrote"
             )
         classifier = described(metadata, metadata["classes"])
-        try:
-            classifier.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
+        load_weights(classifier, state, path)
         return classifier
 
     def _description(self) -> dict[str, Any]:

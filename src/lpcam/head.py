@@ -55,7 +55,14 @@ from lpcam.onnx_files import (
     sides,
     tried_sizes,
 )
-from lpcam.storage import read_json, read_tensors, write_bytes, write_json, write_tensors
+from lpcam.storage import (
+    read_json,
+    read_tensors,
+    tensor_bytes,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from lpcam.structure import device_of, first_tensor
 from lpcam.version import versions
 from lpcam.wrap import WrappedModel, wrap
@@ -1019,9 +1026,8 @@ def _digest(module: nn.Module) -> str:
     """32 hex digits that change with any tensor of a module."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

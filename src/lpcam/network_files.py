@@ -7,10 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.storage import digest_tensors, read_tensors, write_tensors
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a network all the tensors of a file that describes it.
+
+    Args:
+        path: of the file, for the message.
+
+    Raises:
+        ArtefactError: if a tensor is missing, left over or of another shape.
+    """
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ArtefactError(
+            f"{path} does not fit its own description "
+            f"({' '.join(str(error).split()):.200}...); make it again"
+        ) from None
 
 
 class SavedNetwork(nn.Module):
@@ -62,13 +80,7 @@ class SavedNetwork(nn.Module):
                 f"file that the {cls.stage} stage wrote"
             )
         network = cls._described(metadata)
-        try:
-            network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
+        load_weights(network, state, path)
         return network
 
     @abstractmethod

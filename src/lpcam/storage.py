@@ -181,15 +181,12 @@ def digest_json(value: Any) -> str:
 
 def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
     """Digest of tensors by name, bit by bit, and of JSON that describes them."""
-    digests = {
-        # as bytes: NumPy has no bfloat16
-        name: digest_bytes(_bytes_of(t))
-        for name, t in tensors.items()
-    }
+    digests = {name: digest_bytes(tensor_bytes(t)) for name, t in tensors.items()}
     return digest_json({"tensors": digests, **description})
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers as they lie in memory, of types too that NumPy has not (bfloat16)."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lpcam.errors import ClassifierError
 from lpcam.finder import Finder, Pool, class_names
-from lpcam.storage import digest_json
+from lpcam.storage import digest_json, tensor_bytes
 from lpcam.structure import (
     Linear,
     Norm,
@@ -283,8 +283,7 @@ class WrappedModel:
         for name, tensor in sorted(tensors.items()):
             if isinstance(tensor, Tensor):
                 digest.update(name.encode())
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
+                digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def _signs(self) -> str:

@@ -266,15 +266,27 @@ def _wrong(path: Path, what: str, value: Any, offset: int, error: Exception) -> 
     return DataError(f"{path}: {what} (id {number}, byte {offset:,}) is wrong: {reason}; {_HOW}")
 
 
+def _checked_id(value: Any) -> int:
+    number = value["id"]
+    if type(number) is not int or not -(2**63) <= number < 2**63:
+        raise TypeError("id is a whole number of 64 bits")
+    return number
+
+
+def _twice(path: Path, what: str, number: int, offset: int) -> DataError:
+    return DataError(
+        f"{path}: {what} id {number} stands twice (byte {offset:,}); give each {what} an id of its "
+        "own"
+    )
+
+
 def _read_images(
     path: Path, members: Iterator[Member], images: dict[int, tuple[str, int, int]]
 ) -> None:
     for value, offset, _ in members:
         try:
-            number, name = value["id"], value["file_name"]
+            number, name = _checked_id(value), value["file_name"]
             height, width = value["height"], value["width"]
-            if type(number) is not int or not -(2**63) <= number < 2**63:
-                raise TypeError("id is a whole number of 64 bits")
             if not isinstance(name, str):
                 raise TypeError("file_name is text")
             for size in (height, width):
@@ -285,28 +297,20 @@ def _read_images(
         except (KeyError, TypeError) as error:
             raise _wrong(path, "an image", value, offset, error) from error
         if number in images:
-            raise DataError(
-                f"{path}: image id {number} stands twice (byte {offset:,}); give each image an id "
-                "of its own"
-            )
+            raise _twice(path, "image", number, offset)
         images[number] = name, height, width
 
 
 def _read_categories(path: Path, members: Iterator[Member], categories: dict[int, str]) -> None:
     for value, offset, _ in members:
         try:
-            number, name = value["id"], value["name"]
-            if type(number) is not int or not -(2**63) <= number < 2**63:
-                raise TypeError("id is a whole number of 64 bits")
+            number, name = _checked_id(value), value["name"]
             if not isinstance(name, str) or not name.strip():
                 raise TypeError("name is text")
         except (KeyError, TypeError) as error:
             raise _wrong(path, "a category", value, offset, error) from error
         if number in categories:
-            raise DataError(
-                f"{path}: category id {number} stands twice (byte {offset:,}); give each category "
-                "an id of its own"
-            )
+            raise _twice(path, "category", number, offset)
         categories[number] = unicodedata.normalize("NFC", name.strip())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing, check_backbone
 from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.network_files import load_weights
 from lpcam.networks.deeplabv2 import CAFFE
 from lpcam.storage import read_tensors, write_tensors
 
@@ -138,13 +139,7 @@ class Segmenter(nn.Module):
             mean=preprocessing["mean"],
             std=preprocessing["std"],
         )
-        try:
-            segmenter.network.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise ArtefactError(
-                f"{path} does not fit its own description "
-                f"({' '.join(str(error).split()):.200}...); make it again"
-            ) from None
+        load_weights(segmenter.network, state, path)
         return segmenter
 
 
