@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo   set up, then run LPCAM on the bundled creatures (runs/demo/)"
 	@echo "make test   set up, then lint, check types and run the tests"
+	@echo "            WORKERS=3 in three processes, ORDER=7 in a random order that 7 fixes"
 	@echo "make check  lint and types alone"
 	@echo "make docs   build the documentation (build/docs/index.html)"
 	@echo "make bench  set up with the peers, then every benchmark (DATA=VOC folder WEIGHTS=safetensors file)"
@@ -32,7 +33,8 @@ check: install
 
 # Tests of one file stay together: they share what is costly to make.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		$(if $(ORDER),--random-order-seed=$(ORDER) --no-loadscope-reorder)
 
 docs: install
 	$(BIN)/sphinx-build -q -W --keep-going -d build/docs-trees docs build/docs

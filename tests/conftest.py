@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import BACKBONE, COLOURS, draw_folder, write_weights
@@ -13,17 +16,40 @@ from tiny import BACKBONE, COLOURS, draw_folder, write_weights
 from lpcam.classifier import BackboneSpec, Classifier, build
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Equal bytes and no fight over processors."""
-    torch.set_num_threads(1)
+def start_process_state() -> None:
+    """Same random numbers and settings for every test, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # equal bytes, and workers do not compete for the processors
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """Fixtures that several tests share do not depend on which of them comes first."""
+    if fixturedef.scope != "function":
+        start_process_state()
+    return (yield)
 
 
 @pytest.fixture(autouse=True)
-def threads_again() -> Iterator[None]:
-    """Whatever number a test has set."""
+def process_state() -> Iterator[None]:
+    """Starts every test alike and restores the environment and working directory after it."""
+    start_process_state()
+    environment, folder = dict(os.environ), Path.cwd()
     yield
-    torch.set_num_threads(1)
+    os.chdir(folder)
+    now = os.environ.get("PYTEST_CURRENT_TEST")
+    os.environ.clear()
+    os.environ.update(environment)
+    if now is not None:
+        os.environ["PYTEST_CURRENT_TEST"] = now
+    start_process_state()
 
 
 @pytest.fixture(scope="session")

@@ -1025,9 +1025,9 @@ def test_one_image_is_mapped_as_among_eight() -> None:
 
 def test_random_parameters_change_the_map() -> None:
     """Sanity check of Adebayo et al. (2018): a map that survives does not look at the model."""
+    torch.manual_seed(0)
     model = shaken(timm.create_model("test_resnet", num_classes=3))
     images, labels = batches((64, 96))[0]
-    torch.manual_seed(0)
     before = LPCAM(model, ONE_SCALE).fit(batches((64, 96)))
     first, print_before = before(images, labels), before.source_.fingerprint()
     with torch.no_grad():

@@ -143,7 +143,8 @@ def test_dropout_of_whole_channels_before_both_classifiers() -> None:
         x = torch.ones(1, 400, 2, 3)
         with torch.no_grad():
             found = classifier(x) / 400
-            assert torch.equal(found[..., 0, 0], found[..., 1, 2])  # a channel as a whole
+            # a channel is dropped as a whole; the sums of two places may be rounded otherwise
+            assert torch.allclose(found[..., 0, 0], found[..., 1, 2], rtol=1e-4)
             kept = float(found[0, 0, 0, 0]) * 0.9
             assert kept != 1.0
             assert abs(kept - 0.9) < 0.08
