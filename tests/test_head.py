@@ -1,4 +1,4 @@
-"""LPCAM as a layer: the maps of LPCAM itself, in torch, in one file of three kinds, in a folder."""
+"""The head and model of LPCAM, their exported files, and folders of a model hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from PIL import Image
 from tiny import BACKBONE, COLOURS
 from torch import Tensor, nn
 
-from lpcam import LPCAM, head, onnx_files
+from lpcam import LPCAM, head
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.explain.explainer import Explainer
@@ -36,7 +38,6 @@ from lpcam.head import (
     LPCAMModel,
     export_onnx,
     export_program,
-    export_torchscript,
 )
 from lpcam.presets import LpcamSettings
 from lpcam.storage import read_tensors, write_tensors
@@ -124,27 +125,15 @@ def test_pooled_vectors_take_the_place_of_the_mean() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected weight and vectors \(N, C\).* got \(2, 3\)"):
-        LPCAMHead(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"a bias \(N,\) or None, got .*\(3,\)"):
-        LPCAMHead(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
-    with pytest.raises(ValueError, match="unknown normalisation 'range'; use 'max' or None"):
+    for shapes in (((2, 3), (2, 4)), ((2, 3), (2, 3), (3,))):
+        with pytest.raises(ValueError, match=re.escape(str(shapes[-1]))):
+            LPCAMHead(*map(torch.zeros, shapes))
+    with pytest.raises(ValueError, match="'range'"):
         small_head(normalize="range")
-    with pytest.raises(ValueError, match=r"expected features \(B, 2, h, w\), got .*3"):
+    with pytest.raises(ValueError, match="3, 4, 4"):
         small_head()(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="1 names were given for 2 classes"):
+    with pytest.raises(ValueError, match="1 names for 2"):
         LPCAMModel(nn.Identity(), small_head(), classes=["one"])
-
-
-def test_the_head_is_compiled_and_scripted() -> None:
-    features = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    torch.compiler.reset()
-    for made in (torch.compile(small_head(), backend="eager"), torch.jit.script(small_head())):
-        for size in (None, (40, 51)):
-            for found, expected in zip(
-                made(features, size), small_head()(features, size), strict=True
-            ):
-                torch.testing.assert_close(found, expected)
 
 
 def test_half_precision_does_not_overflow() -> None:
@@ -214,12 +203,12 @@ def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: L
 
 
 def test_an_unfitted_or_changed_lpcam_is_refused(lpcam: LPCAM) -> None:
-    with pytest.raises(NotFittedError, match=r"no prototypes yet; call fit"):
+    with pytest.raises(NotFittedError, match="no prototypes"):
         LPCAMModel.from_lpcam(LPCAM(lpcam.source_, SETTINGS))
     changed = copy.deepcopy(lpcam)
     with torch.no_grad():
         changed.source_.head.weight.add_(1)
-    with pytest.raises(PrototypeError, match="the prototypes of this LPCAM were made from"):
+    with pytest.raises(PrototypeError, match="this LPCAM"):
         LPCAMHead.from_lpcam(changed)
 
 
@@ -266,7 +255,7 @@ def test_a_map_that_a_function_gives_is_refused() -> None:
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=3)
     by_function = wrap(model, feature_layer=lambda images: 1 * model.forward_features(images))
-    with pytest.raises(ClassifierError, match="given by a function, which cannot be copied"):
+    with pytest.raises(ClassifierError, match="function"):
         LPCAMModel.from_lpcam(fitted(by_function, zero_to_one))
     by_method = fitted(wrap(model, feature_layer=model.forward_features), zero_to_one)
     images = zero_to_one(photographs(1, (64, 64)))
@@ -277,7 +266,7 @@ def test_a_map_that_a_function_gives_is_refused() -> None:
 
 # -- Files ---------------------------------------------------------------------------------------
 
-KINDS = {"onnx": export_onnx, "torchscript": export_torchscript, "torch-export": export_program}
+KINDS = {"onnx": export_onnx, "torch-export": export_program}
 Run = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 
 
@@ -293,8 +282,6 @@ class Exported:
             onnxruntime = importlib.import_module("onnxruntime")
             return onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         self.extra: dict[str, Any] = {"lpcam.json": ""}
-        if self.kind == "torchscript":
-            return torch.jit.load(self.path, _extra_files=self.extra)
         return torch.export.load(self.path, extra_files=self.extra).module()
 
     def run(self, images: Any) -> tuple[Tensor, Tensor]:
@@ -336,8 +323,7 @@ def test_a_file_gives_the_maps_of_lpcam_at_other_sizes_and_batches(
         torch.testing.assert_close(logits, classifier(tensor).detach(), atol=1e-4, rtol=1e-4)
     parity = exported.parity
     assert parity.checked and parity.dynamic and len(set(parity.sizes)) == 2
-    assert parity.logit_error is not None and parity.logit_error <= 1e-4
-    assert parity.map_error is not None and parity.map_error <= 1e-4
+    assert parity.errors.keys() == {"logits", "maps"} and max(parity.errors.values()) <= 1e-4
 
 
 def metadata(exported: Exported) -> dict[str, Any]:
@@ -370,9 +356,7 @@ def test_nothing_of_this_machine_and_no_sample_is_in_a_file(exported: Exported) 
         return
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         pickled = [n for n in archive.namelist() if n.endswith((".pkl", ".pt", "_pkl"))]
-        names = {Path(n).name for n in pickled if archive.getinfo(n).file_size}
-    # TorchScript's own, read without Python
-    assert names == ({"data.pkl", "constants.pkl"} if exported.kind == "torchscript" else set())
+        assert not any(archive.getinfo(n).file_size for n in pickled)
 
 
 SCRIPT = """
@@ -409,10 +393,10 @@ def test_onnx_shows_lpcam_with_nothing_of_ours_installed(
 def test_without_preprocessing_a_file_takes_normalised_images(tmp_path: Path) -> None:
     theirs, _, lpcam = foreign("test_convnext")
     model = LPCAMModel.from_lpcam(lpcam)
-    parity = export_torchscript(model, tmp_path / "m.pt")
+    parity = export_program(model, tmp_path / "m.pt2")
     assert parity.checked
     images = photographs(1, (75, 90)).transpose(0, 3, 1, 2).astype(np.float32) / 255
-    logits, maps = Exported(tmp_path / "m.pt", parity, "torchscript").run(images)
+    logits, maps = Exported(tmp_path / "m.pt2", parity, "torch-export").run(images)
     torch.testing.assert_close(maps, lpcam(torch.from_numpy(images)), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits, theirs.eval()(torch.from_numpy(images)).detach())
 
@@ -421,7 +405,7 @@ def test_a_model_of_one_size_gets_a_file_of_one_size(tmp_path: Path) -> None:
     backbone = nn.Conv2d(1, 2, 4, 4)
     model = LPCAMModel(backbone, small_head(), channels=1, fixed_size=(48, 64))
     path = tmp_path / "m.pt2"
-    with pytest.raises(ArtefactError, match=r"size 64 x 64 does not do: .* images of 48 x 64"):
+    with pytest.raises(ArtefactError, match="48 x 64"):
         export_program(model, path, size=(64, 64))
     parity = export_program(model, path)
     assert parity.sizes == ((48, 64),) and not parity.dynamic
@@ -429,22 +413,16 @@ def test_a_model_of_one_size_gets_a_file_of_one_size(tmp_path: Path) -> None:
     _, maps = Exported(path, parity, "torch-export").run(images)
     torch.testing.assert_close(maps, model(torch.from_numpy(images))[1].detach())
     model = LPCAMModel(backbone, small_head(), channels=1, multiple=16)
-    with pytest.raises(ArtefactError, match=r"size 40 x 48 does not do: .* multiples of 16"):
+    with pytest.raises(ArtefactError, match="multiples of 16"):
         export_program(model, path, size=(40, 48))
-    parity = export_torchscript(model, path)
+    parity = export_program(model, path)
     assert parity.sizes == ((112, 144), (128, 96))
-    one = Exported(path, parity, "torchscript")
+    one = Exported(path, parity, "torch-export")
     assert one.loaded is not None
     sides = json.loads(one.extra["lpcam.json"])["sides"]
     assert sides == "multiples of 16, from 32 pixels"
-    assert onnx_files.sides((98, 126), dynamic=True, multiple=14) == (
-        "multiples of 14, from 42 pixels"
-    )
     model.save_pretrained(tmp_path / "card")
     assert "Images are (B, 1, height" in (tmp_path / "card" / "README.md").read_text("utf-8")
-
-
-# -- Refused files -------------------------------------------------------------------------------
 
 
 def refuse(path: Path, message: str, export: Any, model: LPCAMModel, **options: Any) -> None:
@@ -476,41 +454,32 @@ def coarse(factor: Callable[[Tensor], Any] = lambda images: 1.0) -> LPCAMModel:
     return LPCAMModel(Coarse(factor), small_head())
 
 
-def at_traced_size(images: Tensor) -> float:
-    return 1.0 if tuple(map(int, images.shape[-2:])) == onnx_files.TRACED_SIZE else 1.01
+def patch_loaded(monkeypatch: pytest.MonkeyPatch, run: Callable[[Tensor], Any]) -> None:
+    """Let exported files give other outputs when they are read back."""
+    loaded = SimpleNamespace(module=lambda: run)
+    monkeypatch.setattr(torch.export, "load", lambda file: loaded)
 
 
-def test_a_file_that_fits_the_traced_size_alone_is_refused(tmp_path: Path) -> None:
-    message = r"differs from the model at 128 x 83 pixels: logits by .* is not written; give dynam"
-    refuse(tmp_path / "m.pt", message, export_torchscript, coarse(at_traced_size))
-    parity = export_torchscript(
-        coarse(at_traced_size), tmp_path / "m.pt", dynamic=False, size=(97, 131)
-    )
-    assert parity.sizes == ((97, 131),)
-
-
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda maps: maps + 3e-4, r"97 x 131 .* maps by 0.0002\d"),
+        (lambda maps: maps / 0.0, "differs"),
+        (lambda maps: maps[..., 1:], r"\(1, 2, 97, 130\)"),
+        (lambda maps: maps.no_such_method(), "no_such_method"),
+    ],
+)
 def test_a_file_with_other_maps_or_nan_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any], message: str
 ) -> None:
-    run: list[Any] = [None]
-    monkeypatch.setattr(torch.jit, "load", lambda file: run[0])
     model = coarse()
 
-    def with_changed(change: Callable[[Tensor], Tensor]) -> Run:
-        def changed(images: Any) -> tuple[Tensor, Tensor]:
-            logits, maps = model(images)
-            return logits, change(maps)
+    def changed(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = model(images)
+        return logits, change(maps)
 
-        return changed
-
-    for change, message in (
-        (lambda maps: maps + 3e-4, r"differs from the model at 97 x 131 .* maps by 0.0002\d"),
-        (lambda maps: maps / 0.0, "differs from the model"),
-        (lambda maps: maps[..., 1:], r"gives \(1, 2\) and \(1, 2, 97, 130\) for \(1, 3, 97, 131\)"),
-        (lambda maps: maps.no_such_method(), "exported model cannot be run .*no_such_method"),
-    ):
-        run[0] = with_changed(change)
-        refuse(tmp_path / "m.pt", message, export_torchscript, model)
+    patch_loaded(monkeypatch, changed)
+    refuse(tmp_path / "m.pt2", message, export_program, model)
 
 
 def test_rounding_of_a_map_that_is_hardly_above_zero_is_no_difference(
@@ -524,8 +493,8 @@ def test_rounding_of_a_map_that_is_hardly_above_zero_is_no_difference(
         logits, maps = model(images)
         return logits, maps * torch.tensor([0.99, 1.0])[:, None, None]
 
-    monkeypatch.setattr(torch.jit, "load", lambda file: loaded)
-    assert export_torchscript(model, tmp_path / "m.pt").checked
+    patch_loaded(monkeypatch, loaded)
+    assert export_program(model, tmp_path / "m.pt2").checked
 
 
 def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
@@ -534,7 +503,7 @@ def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
 
     refuse(
         tmp_path / "m.pt2",
-        r"cannot be exported with images of any size: .*; dynamic=False",
+        "cannot be exported",
         export_program,
         coarse(of_the_image),
     )
@@ -549,29 +518,16 @@ def test_weights_that_torch_would_pickle_are_refused(tmp_path: Path) -> None:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("a/empty.pt", "")
             archive.writestr(name, content)
-        with pytest.raises(ArtefactError, match=rf"would pickle a part of this model \({name}\)"):
+        with pytest.raises(ArtefactError, match=name):
             head._refuse_pickles(file.getvalue(), tmp_path)
 
 
-def test_wrong_options_are_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(head, "_File", None)
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    refuse(path, "opset 11 is too old for the export; give 18", export_onnx, coarse(), opset=11)
+    refuse(path, "opset 11", export_onnx, coarse(), opset=11)
     for export in KINDS.values():
-        refuse(path, "size 31 x 64 is too small", export, coarse(), size=(31, 64))
-
-
-@pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
-def test_provenance_that_is_no_json_is_refused(tmp_path: Path, kind: str) -> None:
-    refuse(
-        tmp_path / "m",
-        "made_by of the .* file is no JSON",
-        KINDS[kind],
-        coarse(),
-        made_by={"a": object()},
-    )
+        refuse(path, "31 x 64", export, coarse(), size=(31, 64))
+    refuse(path, "made_by", export_program, coarse(), made_by={"a": object()})
 
 
 # -- Folders -------------------------------------------------------------------------------------
@@ -632,7 +588,7 @@ def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
     model = LPCAMModel.from_lpcam(lpcam, preprocessing=Preprocessing((0.5,) * 3, (0.25,) * 3))
     model.save_pretrained(tmp_path)
     assert "backbone=your_backbone" in (tmp_path / "README.md").read_text("utf-8")
-    with pytest.raises(ClassifierError, match=r"build it and give it: from_pretrained\(folder, b"):
+    with pytest.raises(ClassifierError, match="backbone=module"):
         LPCAMModel.from_pretrained(tmp_path)
     images = zero_to_one(photographs(1, (64, 64)))
     new = timm.create_model("test_convnext", num_classes=3)
@@ -643,10 +599,10 @@ def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
         assert found.preprocessing == model.preprocessing
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
     elsewhere = wrap(new, feature_layer="stages.0", classes=model.classes)
-    with pytest.raises(ArtefactError, match=r"the map in .* is stages.0, but its config.json was"):
+    with pytest.raises(ArtefactError, match=r"stages\.0"):
         LPCAMModel.from_pretrained(tmp_path, backbone=elsewhere)
     other = timm.create_model("test_resnet", num_classes=3)
-    with pytest.raises(ArtefactError, match="does not fit its own description"):
+    with pytest.raises(ArtefactError, match="does not fit"):
         LPCAMModel.from_pretrained(tmp_path, backbone=other)
 
 
@@ -666,7 +622,7 @@ def test_a_model_that_reads_a_class_token_comes_back(tmp_path: Path, device: str
             for one, other in zip(found(images), model.to(device)(images), strict=True):
                 assert torch.equal(one, other)
     on_the_mean = wrap(new, classes=["a", "b", "c"])
-    with pytest.raises(ArtefactError, match=r"the map in .*, but .* prefix tokens / token 0 read;"):
+    with pytest.raises(ArtefactError, match="token 0 read"):
         LPCAMModel.from_pretrained(tmp_path, backbone=on_the_mean)
     with pytest.raises(ClassifierError, match="does not read a class token"):
         LPCAMModel.from_pretrained(tmp_path, backbone=timm.create_model("test_vit2", num_classes=3))
@@ -708,19 +664,19 @@ def test_other_weights_or_prototypes_are_refused(saved: Path, part: str) -> None
     state[part] = state[part] + 1e-3
     write_tensors(saved / "model.safetensors", state, description)
     what = part.split(".")[0]
-    with pytest.raises(ArtefactError, match=f"the {what} in .* but its config.json was written"):
+    with pytest.raises(ArtefactError, match=what):
         LPCAMModel.from_pretrained(saved)
 
 
 def test_damaged_folders_are_refused(saved: Path) -> None:
     change(saved, format=2)
-    with pytest.raises(ArtefactError, match="has format 2, this version reads 1"):
+    with pytest.raises(ArtefactError, match="format 2"):
         LPCAMModel.from_pretrained(saved)
     change(saved, format=1, classes=["one"])
-    with pytest.raises(ArtefactError, match="does not fit its own description"):
+    with pytest.raises(ArtefactError, match="does not fit"):
         LPCAMModel.from_pretrained(saved)
     change(saved, kind="bert")
-    with pytest.raises(ArtefactError, match="no configuration of a model with prototypes"):
+    with pytest.raises(ArtefactError, match="no configuration"):
         LPCAMModel.from_pretrained(saved)
     (saved / "config.json").unlink()
     with pytest.raises(ArtefactError, match="cannot read"):
@@ -736,13 +692,13 @@ def test_a_model_of_the_hub_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPa
             raise OSError("404")
         return str(saved / name)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(head, "hf_hub_download", download)
     found = LPCAMModel.from_pretrained("me/boxes", revision="v1")
     assert found.classes == tuple(COLOURS)
     assert asked == [("me/boxes", n, "v1") for n in ("config.json", "model.safetensors")]
-    with pytest.raises(ArtefactError, match=r"no folder 'me/nothing', and .* hub does not .* 404"):
+    with pytest.raises(ArtefactError, match="404"):
         LPCAMModel.from_pretrained("me/nothing")
-    with pytest.raises(ArtefactError, match=r"no folder './boxes', and it is no id"):
+    with pytest.raises(ArtefactError, match="boxes"):
         LPCAMModel.from_pretrained("./boxes")
 
 
