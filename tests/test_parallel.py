@@ -31,7 +31,7 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
 
 def test_workers_work_at_the_same_time() -> None:
     """Three calls that wait for each other would never end on two threads."""
-    barrier = threading.Barrier(3, timeout=20)
+    barrier = threading.Barrier(3, timeout=300)
     assert len(list(ordered_map(lambda _: barrier.wait(), range(6), 3))) == 6
 
 
@@ -66,7 +66,7 @@ def test_the_first_error_in_order_ends_it(workers: int) -> None:
                 raise ValueError("two")
             if number == 1:
                 if workers > 1:
-                    assert failed.wait(20)  # the later item fails first
+                    assert failed.wait(300)  # the later item fails first
                 raise KeyError("one")
             time.sleep(0.05)
             return number

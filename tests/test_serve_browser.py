@@ -58,13 +58,13 @@ class Served:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self.thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not self.server.started and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(120)
         self.socket.close()
 
 
@@ -100,7 +100,7 @@ def page(browser: Any, served: Served, request: pytest.FixtureRequest) -> Iterat
     """The page; at the end, that nothing complained and nothing was asked of anybody else."""
     options = getattr(request, "param", {})
     context = browser.new_context(**options)
-    context.set_default_timeout(15000)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     complaints: list[str] = []
     page.on("console", lambda m: complaints.append(m.text) if m.type != "log" else None)

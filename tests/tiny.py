@@ -128,7 +128,7 @@ class Meeting:
     """Where the threads that stand for the processes of a run exchange their tensors."""
 
     def __init__(self, count: int) -> None:
-        self.barrier = threading.Barrier(count, timeout=60)
+        self.barrier = threading.Barrier(count, timeout=600)
         self.brought: list[Tensor] = [torch.zeros(())] * count
 
     def sum(self, rank: int, tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -416,9 +415,7 @@ def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
 
 def test_the_photographs(shared: Path) -> None:
     root = shared / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
-    started = time.monotonic()
     result = survey(read_voc(root, lists=["val"]), workers=2)
-    assert time.monotonic() - started < 30
     assert result.whole.images == 196
     assert result.whole.classes[CLASSES.index("horse")] == 30
     assert not [f for f in result.findings if f.kind in ("left out", "mask", "mask values")]

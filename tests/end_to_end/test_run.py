@@ -687,21 +687,22 @@ def test_a_run_that_is_killed(base: Values, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(values))
     source = str(Path(__file__).parents[2] / "src")
-    # each written file takes a little longer, so that the kill meets a run at work
-    slow = (
+    # the run waits for the kill once the file is there
+    waiting = (
         "import os, sys, time\n"
         "replace = os.replace\n"
-        "os.replace = lambda a, b: (time.sleep(0.02), replace(a, b))\n"
+        f"wait = lambda b: str(b).endswith({kept!r}) and time.sleep(600)\n"
+        "os.replace = lambda a, b: (replace(a, b), wait(b))\n"
         "from lpcam.cli import main\n"
         f"main(['run', {str(recipe)!r}])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", slow],
+        [sys.executable, "-c", waiting],
         env={**os.environ, "PYTHONPATH": source},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (folder / kept).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
