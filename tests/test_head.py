@@ -254,10 +254,10 @@ def test_a_map_that_a_function_gives_is_refused() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=3)
-    by_function = wrap(model, feature_layer=lambda images: 1 * model.forward_features(images))
+    by_function = wrap(model, target_layer=lambda images: 1 * model.forward_features(images))
     with pytest.raises(ClassifierError, match="function"):
         LPCAMModel.from_lpcam(fitted(by_function, zero_to_one))
-    by_method = fitted(wrap(model, feature_layer=model.forward_features), zero_to_one)
+    by_method = fitted(wrap(model, target_layer=model.forward_features), zero_to_one)
     images = zero_to_one(photographs(1, (64, 64)))
     torch.testing.assert_close(
         LPCAMModel.from_lpcam(by_method)(images)[1], by_method(images), atol=1e-5, rtol=0
@@ -598,7 +598,7 @@ def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
         assert torch.equal(found(images)[1], model(images)[1])
         assert found.preprocessing == model.preprocessing
     assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
-    elsewhere = wrap(new, feature_layer="stages.0", classes=model.classes)
+    elsewhere = wrap(new, target_layer="stages.0", classes=model.classes)
     with pytest.raises(ArtefactError, match=r"stages\.0"):
         LPCAMModel.from_pretrained(tmp_path, backbone=elsewhere)
     other = timm.create_model("test_resnet", num_classes=3)

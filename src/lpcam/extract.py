@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lpcam.classifier import Classifier
 from lpcam.data.images import resize_image, scaled_size
 from lpcam.errors import ClassifierError, NotFittedError, PrototypeError
+from lpcam.finder import Pool
 from lpcam.functional import (
     FusedMaps,
     cam_of_pair,
@@ -33,7 +34,7 @@ from lpcam.linear import fit_head
 from lpcam.presets import LpcamSettings, ProbeSettings
 from lpcam.prototypes import Prototypes, Reservoir, make_prototypes, split
 from lpcam.storage import read_tensors
-from lpcam.wrap import FeatureLayer, Head, Pool, WrappedModel, wrap
+from lpcam.wrap import Head, TargetLayer, WrappedModel, wrap
 
 logger = logging.getLogger(__name__)
 Source = Classifier | WrappedModel
@@ -236,8 +237,8 @@ class CAM:
         settings: an :class:`~lpcam.presets.LpcamSettings` or the name of a preset; None:
             ``voc12.official``, at scale 1 alone if the model takes one size of image only.
         classes: names of the classes.
-        feature_layer: name, module or callable that gives the map before the pooling.
-        classifier: name, module or (weight, bias) of the linear head.
+        target_layer: name, module or callable that gives the map before the pooling.
+        head: name, module or (weight, bias) of the linear head.
         pool: ``"token"`` for a head that reads a class token.
         example: images the model takes, or their size (H, W).
 
@@ -253,8 +254,8 @@ class CAM:
         settings: LpcamSettings | str | None = None,
         *,
         classes: Sequence[str] | None = None,
-        feature_layer: FeatureLayer | None = None,
-        classifier: Head | None = None,
+        target_layer: TargetLayer | None = None,
+        head: Head | None = None,
         pool: Pool | None = None,
         example: Tensor | tuple[int, int] | None = None,
     ) -> None:
@@ -262,8 +263,8 @@ class CAM:
         self.model = model
         self.settings = settings
         self.classes = classes
-        self.feature_layer = feature_layer
-        self.classifier = classifier
+        self.target_layer = target_layer
+        self.head = head
         self.pool = pool
         self.example = example
         self._source: Source | None = None
@@ -273,8 +274,8 @@ class CAM:
         "model",
         "settings",
         "classes",
-        "feature_layer",
-        "classifier",
+        "target_layer",
+        "head",
         "pool",
         "example",
     )
@@ -412,7 +413,7 @@ class LPCAM(CAM):
     pooled features of the frozen model (as the linear probe of a run), and then the prototypes.
 
     Args:
-        model, settings, classes, feature_layer, classifier, pool, example: as of :class:`CAM`.
+        model, settings, classes, target_layer, head, pool, example: as of :class:`CAM`.
         random_state: seed of the reservoir and the clustering.
         dtype: in which the sample of local features is kept; half precision ends at 65504.
         with_context: False gives LPCAM-F, the foreground term alone.
@@ -431,8 +432,8 @@ class LPCAM(CAM):
         settings: LpcamSettings | str | None = None,
         *,
         classes: Sequence[str] | None = None,
-        feature_layer: FeatureLayer | None = None,
-        classifier: Head | None = None,
+        target_layer: TargetLayer | None = None,
+        head: Head | None = None,
         pool: Pool | None = None,
         example: Tensor | tuple[int, int] | None = None,
         random_state: int = 0,
@@ -443,8 +444,8 @@ class LPCAM(CAM):
             model,
             settings,
             classes=classes,
-            feature_layer=feature_layer,
-            classifier=classifier,
+            target_layer=target_layer,
+            head=head,
             pool=pool,
             example=example,
         )

@@ -612,7 +612,7 @@ class _WrappedFeatures(nn.Module):
         super().__init__()
         self.wrapped = copy.deepcopy(wrapped)
         self.model = self.wrapped.core
-        self.source = self.wrapped.place
+        self.source = self.wrapped.map_layer
         self.kept: list[Tensor | None] = []
         layer = self.source.layer
         if isinstance(layer, nn.Module):
@@ -620,7 +620,7 @@ class _WrappedFeatures(nn.Module):
         elif all(getattr(layer, "__self__", None) is not module for module in self.model.modules()):
             raise ClassifierError(
                 "the feature map of this model is given by a function, which cannot be copied; "
-                "give the layer instead: LPCAM(model, feature_layer='name of the layer')"
+                "give the layer instead: LPCAM(model, target_layer='name of the layer')"
             )
 
     def __str__(self) -> str:

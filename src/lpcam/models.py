@@ -14,7 +14,7 @@ from torch import nn
 
 from lpcam.classifier import PRETRAINED, PROBE_SIZE, Classifier, Preprocessing, check_backbone
 from lpcam.errors import ClassifierError
-from lpcam.wrap import class_names
+from lpcam.finder import class_names
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest logit, that counts as rounding."""

@@ -181,8 +181,11 @@ def digest_json(value: Any) -> str:
 
 def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
     """Digest of tensors by name, bit by bit, and of JSON that describes them."""
-    digests = {name: digest_bytes(tensor_bytes(t)) for name, t in tensors.items()}
-    return digest_json({"tensors": digests, **description})
+    digest = hashlib.blake2b(digest_json(description).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

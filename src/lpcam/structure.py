@@ -1,8 +1,8 @@
-"""What a forward pass of a model consists of: its modules' calls, maps, norms and linear layers.
+"""Parts of a model seen in one forward pass: calls of modules, maps, norms and linear layers.
 
-A :class:`Record` holds what every module gave in one pass. A :class:`Place` says where in the model
-a feature map comes from, a :class:`Norm` and a :class:`Linear` what follows its pooling. Each is
-recognised by its numbers, whatever its class is called.
+A :class:`Record` holds the output of every module in one pass. A :class:`MapLayer` is the layer
+that gives the feature map. A :class:`Norm` and a :class:`Linear` follow the pooling. All are
+recognised by their numbers, not by the name of their class.
 """
 
 from __future__ import annotations
@@ -23,20 +23,29 @@ from torch import Tensor, nn
 from lpcam.errors import ClassifierError
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
+NormKind = Literal["affine", "layer", "rms", "length"]
+Rows = tuple[Tensor, Tensor | None]
+"""Weight (N, C) and bias (N,) of a linear head."""
 
 TOLERANCE = 1e-4
-"""Largest difference, as a share of the largest number (of logits: and of 1), that is rounding."""
+"""Largest difference that counts as rounding, relative to the largest number (of logits: or 1)."""
 COARSE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """The same for a model that computes in half precision."""
 KEPT_MAPS = 64
-"""Outputs that a record keeps; the map before the pooling is among the last."""
+"""Number of last maps that a record keeps, to bound its memory."""
 
 
-# -- The model, undisturbed --------------------------------------------------------------------
+# -- The state of the model --------------------------------------------------------------------
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DataParallel, DistributedDataParallel or torch.compile."""
+    """The module inside DataParallel, DistributedDataParallel or torch.compile.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> unwrap(nn.DataParallel(layer)) is layer
+        True
+    """
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):
@@ -48,22 +57,42 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; flags and random state come back, also after an error.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; restores flags, weights and random state on exit.
 
-    What was compiled runs as it was written, for compiled code may ignore hooks. A class with a
-    ``train`` of its own (one that keeps results for evaluation, or merges weights) has it called.
+    Compiled modules run uncompiled, because compiled code may ignore hooks. If a class overrides
+    ``train`` (to clear caches or merge weights), its method is called.
+
+    Example:
+        >>> layer = nn.Dropout().train()
+        >>> with evaluation_mode(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    own = [module for module in modules if module.training and _has_own_train(module)]
-    # Weights that are merged and parted again come back rounded.
-    held = [
+    overriding = [module for module in modules if module.training and _overrides_train(module)]
+    # Merging weights and undoing it changes them by rounding.
+    saved = [
         (tensor, tensor.detach().clone())
-        for module in own
+        for module in overriding
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
+
+    def restore() -> None:
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training != flag:
+                module.training = flag
+        for parameter, need in needed:
+            if parameter.requires_grad != need:
+                parameter.requires_grad_(need)
+        for tensor, value in saved:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -71,37 +100,38 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if any(_is_compiled(module) for module in modules):
             stance: Any = torch.compiler.set_stance("force_eager")
             stack.enter_context(stance)
-        try:
-            for module in own:
-                module.train(False)
-            for module in modules:
-                # not eval() alone, which a class may have redefined to leave some as they are
-                if module.training:
-                    module.training = False
-            yield
-        finally:
-            try:
-                for module in own:
-                    module.train(True)
-            finally:
-                for module, flag in zip(modules, flags, strict=True):
-                    if module.training != flag:
-                        module.training = flag
-                for parameter, need in needed:
-                    if parameter.requires_grad != need:
-                        parameter.requires_grad_(need)
-                for tensor, value in held:
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+        stack.callback(restore)
+        for module in overriding:
+            stack.callback(module.train, True)
+            module.train(False)
+        for module in modules:
+            # A class may override eval() to leave some modules in training mode.
+            if module.training:
+                module.training = False
+        yield
 
 
-def _has_own_train(module: nn.Module) -> bool:
+def _overrides_train(module: nn.Module) -> bool:
     return getattr(module.train, "__func__", None) is not nn.Module.train
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 @contextmanager
-def plainly(device: torch.device) -> Iterator[None]:
-    """Ordinary tensors without gradients, whatever the caller's inference mode and autocast."""
+def without_grad_and_autocast(device: torch.device) -> Iterator[None]:
+    """Ordinary tensors without gradients, inside inference mode and autocast too.
+
+    Example:
+        >>> with torch.inference_mode(), without_grad_and_autocast(torch.device("cpu")):
+        ...     torch.ones(1).is_inference()
+        False
+    """
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -112,11 +142,14 @@ def plainly(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions on a GPU in float32: TF32 keeps three digits of the numbers.
+    """Products and convolutions on a GPU in full float32; the setting applies to all threads.
 
-    The setting is one for all threads.
+    Example:
+        >>> with without_tf32():
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
     """
-    # The newer names: reading the older allow_tf32 raises where a caller has set these apart.
+    # Reading the older allow_tf32 raises if a caller has set these to different values.
     cudnn: Any = torch.backends.cudnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [backend.fp32_precision for backend in backends]
@@ -129,16 +162,34 @@ def without_tf32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first tensor."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the model's first floating-point tensor.
+
+    Example:
+        >>> model = nn.Linear(2, 3).double()
+        >>> device_of(model), dtype_of(model)
+        (device(type='cpu'), torch.float64)
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+# -- Outputs of modules ------------------------------------------------------------------------
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module gave, or the first of several."""
+    """The tensor that a module gave, or the first one of a list, tuple or mapping.
+
+    Example:
+        >>> first_tensor({"a": None, "b": [torch.tensor(2)]})
+        tensor(2)
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -149,9 +200,15 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """What a model gave as (B, N), be it a tensor, an object or a mapping with logits.
+    """The model's output as logits (B, N); (B,) becomes (B, 1).
 
-    (B,) is (B, 1), of one class.
+    Args:
+        output: a tensor, an object or mapping with ``logits``, or a collection whose first tensor
+            is taken.
+
+    Example:
+        >>> logits_of({"features": torch.ones(2, 8), "logits": torch.ones(2, 3)}).shape
+        torch.Size([2, 3])
     """
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
@@ -164,7 +221,12 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def flat(tensor: Tensor | None) -> Tensor | None:
-    """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes."""
+    """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
+
+    Example:
+        >>> flat(torch.ones(2, 3, 1, 1)).shape
+        torch.Size([2, 3])
+    """
     if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
     longest = max(tensor.shape[1:])
@@ -173,24 +235,25 @@ def flat(tensor: Tensor | None) -> Tensor | None:
     return tensor.reshape(tensor.shape[0], longest).float()
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where its first tensor is."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+def vector_of(tensor: Tensor | None) -> Tensor | None:
+    """(B, C) as by :func:`flat`; a map (B, C, h, w) gives its mean.
+
+    Example:
+        >>> vector_of(torch.ones(2, 3, 4, 4)).shape
+        torch.Size([2, 3])
+    """
+    vector = flat(tensor)
+    if vector is None and tensor is not None and tensor.ndim == 4:
+        vector = tensor.float().mean((-2, -1))
+    return vector
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of its first floating-point tensor, hence of the images that it takes."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-# -- A forward pass, recorded ------------------------------------------------------------------
+# -- A recorded forward pass -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one module: the ``number``-th in its forward pass."""
+    """One call of a module: its ``number``-th in the pass, from 0, with input and output."""
 
     name: str
     module: nn.Module
@@ -204,33 +267,42 @@ class Call:
 
 @dataclass(frozen=True)
 class Record:
-    """What modules gave in one pass, in the order in which they ended."""
+    """Calls of one pass in the order in which they ended, and the model's output."""
 
-    model: nn.Module
     calls: tuple[Call, ...]
     output: Any
     size: tuple[int, int]
+    """(H, W) of the images"""
     grids: tuple[tuple[int, int], ...]
     """(h, w) of every map, the last first"""
     tolerance: float
 
     def same(self, one: Tensor | None, other: Tensor | None) -> bool:
-        """Whether two tensors are equal but for rounding."""
+        """Whether two tensors are equal up to rounding; never true for NaN."""
         if one is None or other is None or one.shape != other.shape:
             return False
-        largest = float(other.abs().max())
-        return float((one - other).abs().max()) <= self.tolerance * largest  # never true of NaN
+        return float((one - other).abs().max()) <= self.tolerance * float(other.abs().max())
 
-    def last(self, module: nn.Module) -> Call | None:
-        """The last call of a module."""
-        return next((call for call in reversed(self.calls) if call.module is module), None)
+    def same_logits(self, found: Tensor, wanted: Tensor | None) -> bool:
+        """As :meth:`same`, relative to at least 1."""
+        if wanted is None or wanted.shape != found.shape:
+            return False
+        largest = max(1.0, float(wanted.abs().max()))
+        return float((found - wanted).abs().max()) <= self.tolerance * largest
 
 
 def record_pass(model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
-    """Pass images through a model and keep what its modules give, the model left as it was.
+    """Pass images through a model and keep the outputs of its modules.
 
     Args:
-        always: modules whose output is kept even if many others follow.
+        model: runs in evaluation mode and is restored afterwards.
+        images: (B, c, H, W).
+        always: modules whose output is kept even if more than KEPT_MAPS maps follow.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+        >>> [str(call) for call in record_pass(model, torch.zeros(1, 3, 4, 4)).calls]
+        ['0 (Conv2d)', '1 (ReLU)', 'the model (Sequential)']
     """
     calls: list[Call] = []
     maps: deque[int] = deque()
@@ -260,7 +332,7 @@ def record_pass(model: nn.Module, images: Tensor, always: Sequence[nn.Module] = 
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    with undisturbed(model):
+    with evaluation_mode(model):
         try:
             for name, module in model.named_modules():
                 watch(name, module)
@@ -271,28 +343,30 @@ def record_pass(model: nn.Module, images: Tensor, always: Sequence[nn.Module] = 
                 handle.remove()
     tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
     height, width = images.shape[-2:]
-    return Record(model, tuple(calls), output, (height, width), tuple(grids[::-1]), tolerance)
+    return Record(tuple(calls), output, (height, width), tuple(grids[::-1]), tolerance)
 
 
-# -- From a module's output to a map -----------------------------------------------------------
+# -- The layer of the feature map --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the feature map comes from, and how to read it as (B, C, h, w)."""
+class MapLayer:
+    """The layer that gives the feature map, and how to read its output as (B, C, h, w)."""
 
     layer: nn.Module | Callable[[Tensor], Any]
     name: str
     number: int
+    """Which call of the layer in a pass, from 0"""
     layout: Layout
     prefix: int = 0
+    """Tokens before the patches"""
     stride: tuple[float, float] = (1.0, 1.0)
     relu: bool = False
     token: int | None = None
-    """Which prefix token the head reads; None where it reads the mean."""
+    """Prefix token that the head reads; None: it reads the mean"""
 
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
-        """What the layer gives for images, read in evaluation mode without a trace."""
+        """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
         kept: list[Tensor | None] = []
         count, thread = 0, threading.get_ident()
 
@@ -304,7 +378,7 @@ class Place:
                 kept.append(first_tensor(output))
             count += 1
 
-        with undisturbed(model):
+        with evaluation_mode(model):
             if not isinstance(self.layer, nn.Module):
                 kept.append(first_tensor(self.layer(images)))
             else:
@@ -316,7 +390,7 @@ class Place:
         if not kept or kept[0] is None:
             raise ClassifierError(
                 f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
-                "model has changed since it was looked at, wrap it again"
+                "model has changed since it was wrapped, wrap it again"
             )
         found = kept[0]
         return found if found.dtype == torch.float64 else found.float()
@@ -328,7 +402,10 @@ class Place:
         return self.map(raw).mean((-2, -1))
 
     def map(self, raw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, h, w) of what the layer gave for images of a size (H, W)."""
+        """(B, C, h, w) from the layer's output for images of a size (H, W).
+
+        Without a size, tokens give one row of cells.
+        """
         if self.layout == "NHWC":
             raw = raw.movedim(-1, 1)
         elif self.layout == "tokens":
@@ -350,8 +427,12 @@ def grid_of(
 ) -> tuple[int, int]:
     """Rows and columns of ``count`` patches of an image (H, W).
 
-    Those of the stride if it gives as many, whichever way a part of a patch is counted; else the
-    two factors whose ratio is nearest to that of the image.
+    The grid of the stride if it has ``count`` cells (with incomplete patches dropped, counted or
+    rounded); else the two factors of ``count`` whose ratio is nearest to the image's.
+
+    Example:
+        >>> grid_of(12, (30, 40)), grid_of(6, (20, 36), (16.0, 16.0))
+        ((3, 4), (2, 3))
     """
     if stride is not None:
         for rounding in (math.floor, math.ceil, round):
@@ -366,21 +447,24 @@ def grid_of(
     return rows, count // rows
 
 
-def probe_grid(count: int, record: Record) -> tuple[int, int]:
-    """The grid of patches in a probe: that of a map with as many cells, if there was one."""
+def token_stride(count: int, record: Record) -> tuple[float, float]:
+    """Pixels per patch of ``count`` patches in a recorded pass, vertical and horizontal.
+
+    Their grid is that of a map in the pass with as many cells, if there is one. The stride is a
+    whole number if one explains the grid.
+
+    Example:
+        >>> token_stride(6, Record((), None, (32, 50), ((2, 3),), TOLERANCE))
+        (16.0, 16.0)
+    """
+    size = record.size
     fitting = [grid for grid in record.grids if grid[0] * grid[1] == count]
-    fitting.append(grid_of(count, record.size))
-    wanted = math.log(record.size[0] / record.size[1])
-    return min(fitting, key=lambda grid: abs(math.log(grid[0] / grid[1]) - wanted))
-
-
-def stride_of(grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """Pixels a cell; a whole number where it is one but for a border."""
+    wanted = math.log(size[0] / size[1])
+    grid = min([*fitting, grid_of(count, size)], key=lambda g: abs(math.log(g[0] / g[1]) - wanted))
     exact = [s / g for s, g in zip(size, grid, strict=True)]
-    for rounding in (math.floor, math.ceil):
-        whole = rounding(min(exact) if rounding is math.floor else max(exact))
-        for count in (math.floor, math.ceil):
-            if whole and tuple(count(s / whole) for s in size) == grid:
+    for whole in (math.floor(min(exact)), math.ceil(max(exact))):
+        for rounding in (math.floor, math.ceil):
+            if whole and tuple(rounding(s / whole) for s in size) == grid:
                 return float(whole), float(whole)
     return exact[0], exact[1]
 
@@ -390,17 +474,12 @@ def stride_of(grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Norm:
-    """``affine``: batch norm in evaluation. ``layer``, ``rms``, ``length``: (v - mean?) / size."""
+    """A norm: ``affine`` is batch norm in evaluation; the others divide a vector by its size."""
 
-    kind: Literal["affine", "layer", "rms", "length"]
+    kind: NormKind
     module: nn.Module | None = None
     epsilon: float = 0.0
     name: str = ""
-
-    def parameter(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """A parameter or statistic (C,) of the norm as it is now, or None."""
-        value = getattr(self.module, name, None)
-        return value.detach().to(dtype) if isinstance(value, Tensor) else None
 
     def divide(self, vectors: Tensor) -> Tensor:
         """The positive number that each vector (..., C) is divided by, (..., 1)."""
@@ -412,11 +491,15 @@ class Norm:
             return vectors.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
         return vectors.new_ones(*vectors.shape[:-1], 1)
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows and bias for vectors that have been divided: W(norm(v)) + b = W'(v / size) + b'."""
-        gamma, beta, mean, variance = (
-            self.parameter(name, weight.dtype)
+    def fold(self, weight: Tensor, bias: Tensor | None) -> Rows:
+        """Rows and bias for divided vectors: W(norm(v)) + b = W'(v / size) + b'."""
+        found = (
+            getattr(self.module, name, None)
             for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        gamma, beta, mean, variance = (
+            value.detach().to(weight.dtype) if isinstance(value, Tensor) else None
+            for value in found
         )
         if self.kind == "affine":
             assert mean is not None and variance is not None  # noqa: PT018 - as found
@@ -431,40 +514,36 @@ class Norm:
             weight = weight - weight.mean(1, keepdim=True)
         return weight, bias
 
+    @classmethod
+    def of(cls, call: Call, record: Record) -> Norm | None:
+        """The norm that a call computes, if the numbers agree."""
+        before, after = flat(call.before), flat(call.after)
+        module = call.module
+        if call.before is None or before is None or after is None or before.shape != after.shape:
+            return None
+        if record.same(after, before):  # dropout and the like
+            return None
+        channels = before.shape[1]
+        given = [getattr(module, name, None) for name in ("weight", "bias")]
+        if any(isinstance(p, Tensor) and p.shape != (channels,) for p in given):
+            return None
+        is_batch_norm = isinstance(getattr(module, "running_mean", None), Tensor)
+        kinds: tuple[NormKind, ...] = ("affine",) if is_batch_norm else ("layer", "rms")
+        for kind in kinds:
+            norm = cls(kind, module, _epsilon(module, call.before.dtype), call.name)
+            weight, bias = norm.fold(torch.eye(channels, device=before.device), None)
+            if record.same(F.linear(before / norm.divide(before), weight, bias), after):
+                return norm
+        return None
+
     def __str__(self) -> str:
         if self.module is None:
             return "L2 normalisation"
         return f"{self.name} ({type(self.module).__name__})"
 
 
-def norm_of(call: Call, record: Record) -> Norm | None:
-    """The norm that a call is, if numbers say that it is one."""
-    before, after = flat(call.before), flat(call.after)
-    module = call.module
-    if before is None or after is None or before.shape != after.shape:
-        return None
-    if record.same(after, before):  # dropout and the like
-        return None
-    epsilon = _epsilon(module, call.before.dtype if call.before is not None else before.dtype)
-    channels = before.shape[1]
-    kinds: list[Literal["affine", "layer", "rms"]] = ["layer", "rms"]
-    if isinstance(getattr(module, "running_mean", None), Tensor):
-        kinds = ["affine"]
-    for kind in kinds:
-        norm = Norm(kind, module, epsilon, call.name)
-        given = [getattr(module, name, None) for name in ("weight", "bias")]
-        if any(isinstance(p, Tensor) and p.shape != (channels,) for p in given):
-            return None
-        eye = torch.eye(channels, device=before.device)
-        weight, bias = norm.fold(eye, None)
-        found = F.linear(before / norm.divide(before), weight, bias)
-        if record.same(found, after):
-            return norm
-    return None
-
-
 def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
-    """What a norm adds to a variance: of one that says None the rounding unit of the input."""
+    """Number that a norm adds to a variance; for None the rounding unit of the input."""
     said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
     numbers = [float(value) for value in said if isinstance(value, (int, float))]
     if numbers:
@@ -480,11 +559,29 @@ class Linear:
     """A linear layer, or its tensors."""
 
     module: nn.Module | None = None
-    tensors: tuple[Tensor, Tensor | None] | None = None
+    tensors: Rows | None = None
     name: str = ""
 
-    def rows(self) -> tuple[Tensor, Tensor | None]:
-        """(N, C) and (N,) float32, detached, as they are now."""
+    @classmethod
+    def of(cls, call: Call, record: Record) -> Linear | None:
+        """The matrix or 1 x 1 convolution that a call computes, if the numbers agree."""
+        weight = getattr(call.module, "weight", None)
+        if not isinstance(weight, Tensor) or not hasattr(call.module, "bias"):
+            return None
+        if weight.ndim not in (2, 4) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
+            return None
+        before, after = vector_of(call.before), vector_of(call.after)
+        if before is None or after is None:
+            return None
+        if (after.shape[1], before.shape[1]) != tuple(weight.shape[:2]):
+            return None
+        linear = cls(call.module, None, call.name)
+        weight, bias = linear.rows()
+        found = F.linear(before, weight.to(before), None if bias is None else bias.to(before))
+        return linear if record.same(found, after) else None
+
+    def rows(self) -> Rows:
+        """Current weight (N, C) and bias (N,), detached, float32 or float64."""
         if self.module is not None:
             given: tuple[Any, Any] = self.module.weight, self.module.bias
         else:
@@ -492,9 +589,8 @@ class Linear:
             given = self.tensors
         weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in given)
         assert weight is not None
-        weight = weight.flatten(1)
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
 
     def __str__(self) -> str:
         if self.module is None:
@@ -502,35 +598,33 @@ class Linear:
         return f"{self.name} ({type(self.module).__name__})"
 
 
-def linear_of(call: Call, record: Record) -> Linear | None:
-    """The linear layer that a call is: a matrix or a 1 x 1 convolution, if numbers agree."""
-    weight = getattr(call.module, "weight", None)
-    if not isinstance(weight, Tensor) or call.before is None or call.after is None:
-        return None
-    if weight.ndim not in (2, 4) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
-        return None
-    before, after = vector_of(call.before), vector_of(call.after)
-    if before is None or after is None or before.shape[1] != weight.shape[1]:
-        return None
-    if after.shape[1] != weight.shape[0]:
-        return None
-    if not hasattr(call.module, "bias"):
-        return None
-    linear = Linear(call.module, None, call.name)
-    return (
-        linear if record.same(F.linear(before, *cast_rows(linear.rows(), before)), after) else None
-    )
+@dataclass(eq=False)
+class Reading:
+    """How logits are read from a layer's output: the map layer, norms and the linear head."""
 
+    map_layer: MapLayer
+    head: Linear | None
+    """None while a head is still to be fitted"""
+    norms: tuple[Norm, ...]
+    """Norms between the pooled vector and the head, the head's neighbour first"""
 
-def cast_rows(rows: tuple[Tensor, Tensor | None], like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias on the device and in the dtype of a tensor."""
-    weight, bias = rows
-    return weight.to(like), None if bias is None else bias.to(like)
+    def rows(self, device: torch.device) -> Rows:
+        """Rows of the head with the norms folded in: for vectors that :meth:`divided` gives."""
+        assert self.head is not None
+        weight, bias = self.head.rows()
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
+        for norm in self.norms:
+            weight, bias = norm.fold(weight, bias)
+        return weight, bias
 
+    def divided(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., C) divided by the size that each norm gives them."""
+        for norm in self.norms:
+            vectors = vectors / norm.divide(vectors)
+        return vectors
 
-def vector_of(tensor: Tensor) -> Tensor | None:
-    """(B, C) of a vector; of a map (B, C, h, w) its mean, as of a head that stands before it."""
-    vector = flat(tensor)
-    if vector is None and tensor.ndim == 4:
-        vector = tensor.float().mean((-2, -1))
-    return vector
+    def logits_of(self, raw: Tensor) -> Tensor:
+        """Logits (B, N) from the output of the map layer."""
+        vectors = self.divided(self.map_layer.vector(raw))
+        weight, bias = self.rows(raw.device)
+        return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))

@@ -3,17 +3,16 @@
 :func:`wrap` passes two random images through the model and follows its logits back: to the linear
 layer that gives them, to the vector that this layer reads, and to the feature map whose mean (or
 whose class token) is that vector. A norm between the two is folded into the rows. Nothing about a
-model's family is known here; what is found is accepted because the numbers agree, else refused.
+model's family is known here; a result is accepted only if the numbers agree.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,103 +20,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcam.errors import ClassifierError
-from lpcam.finder import Finder, Pool, class_names
-from lpcam.storage import digest_json, tensor_bytes
+from lpcam.finder import Finder, Pool
+from lpcam.storage import digest_tensors
 from lpcam.structure import (
     Linear,
-    Norm,
-    Place,
+    Reading,
     Record,
     device_of,
     dtype_of,
-    grid_of,
-    plainly,
+    evaluation_mode,
     record_pass,
-    undisturbed,
     unwrap,
+    without_grad_and_autocast,
     without_tf32,
 )
 
-__all__ = [
-    "PROBE_SIZES",
-    "FeatureLayer",
-    "Head",
-    "Pool",
-    "WrappedModel",
-    "class_names",
-    "grid_of",
-    "undisturbed",
-    "unwrap",
-    "wrap",
-]
-
 Layer = str | nn.Module
-FeatureLayer = Layer | Callable[[Tensor], Any]
+TargetLayer = Layer | Callable[[Tensor], Any]
 Head = Layer | tuple[Tensor, Tensor | None]
 
 PROBE_SIZES = ((97, 131), (104, 136), (112, 144), (98, 126), (96, 160), (224, 448))
-"""Tried in turn, none of them square. The common divisor (1, 8, 16, 14, 32, 224) of the first that
-the model takes is the multiple that its sides must have."""
+"""Sizes (H, W) tried in turn. The common divisor (1, 8, 16, 14, 32, 224) of the first one that the
+model takes is the number that its sides must be multiples of."""
 FALLBACK_SIDE = 224
-"""Of a model that takes no probe size and does not say which it takes."""
+"""Side tried last, for models that do not state their size."""
 
 
 # -- The wrapped model -------------------------------------------------------------------------
 
 
-class WrappedModel:
-    """A model of the user's with the place of its feature map and the rows of its head.
+@dataclass(eq=False, repr=False)
+class WrappedModel(Reading):
+    """A user's model with the layer of its feature map and the rows of its head.
 
-    It neither owns nor moves the model, and reads its weights at each call: later changes of them
-    count. Made by :func:`wrap`.
+    Holds a reference to the model. Weights are read at every call, so later updates take effect.
+    Made by :func:`wrap`.
 
     Attributes:
-        model: the user's, untouched.
+        map_layer: the layer of the map and how its output is read.
+        norms: norms between the pooled vector and the head; their weights are in the rows, their
+            divisions in :meth:`divided`.
+        model: the user's model.
         classes: the N names.
-        pool: ``"mean"``: logits are linear in the mean of the map. ``"token"``: they are linear in
-            the class token, and the map is that of the patch tokens.
-        found: in words, which layer gives the map, which the logits, and what lies between.
-        channels_in: of an image.
-        fixed_size: (H, W) of the only images that the model takes; None: it takes others too.
-        multiple: of which the sides of an image must be multiples.
-        output: what the model itself gives: ``"logits"``, ``"sigmoid"``, ``"softmax"`` or ``"log
-            softmax"`` of them; ``"features"`` if it gives none.
-        core: the model without the wrappers that :func:`unwrap` takes off.
-        place: the layer of the map and how its output is read.
-        norms: those between the pooled vector and the head, the last one first; their weights are
-            in the rows, their divisions in :meth:`divided`.
-        probe_size: (H, W) of the random images by which all this was found.
+        output: what the model returns: ``"logits"``, or their ``"sigmoid"``, ``"softmax"`` or
+            ``"log softmax"``; ``"features"`` if it returns none of these.
+        channels_in: channels of an image.
+        fixed_size: (H, W) of the only images that the model takes; None if it takes other sizes.
+        multiple: number that the sides of an image must be multiples of.
+        probe_size: (H, W) of the random images of the search.
+        new_head: whether the head comes from :meth:`with_head`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        source: Place,
-        head: Linear | None,
-        norms: Sequence[Norm],
-        classes: Sequence[str],
-        *,
-        found: str,
-        channels_in: int,
-        fixed_size: tuple[int, int] | None,
-        multiple: int,
-        output: str,
-        probe_size: tuple[int, int],
-    ) -> None:
-        self.model = model
-        self.classes = tuple(classes)
-        self.pool: Pool = "mean" if source.token is None else "token"
-        self.found = found
-        self.channels_in = channels_in
-        self.fixed_size = fixed_size
-        self.multiple = multiple
-        self.output = output
-        self.core = unwrap(model)
-        self.probe_size = probe_size
-        self.place = source
-        self._head = head
-        self.norms = tuple(norms)
-        self._new_head = False
+    model: nn.Module
+    classes: tuple[str, ...]
+    output: str
+    channels_in: int
+    fixed_size: tuple[int, int] | None
+    multiple: int
+    probe_size: tuple[int, int]
+    new_head: bool = False
 
     def __repr__(self) -> str:
         return (
@@ -125,14 +86,32 @@ class WrappedModel:
         )
 
     @property
-    def needs_head(self) -> bool:
-        """Whether the classes have no rows yet, and a linear head is to be fitted."""
-        return self._head is None
+    def found(self) -> str:
+        """Which layer gives the map, which the logits, and what lies between, in words."""
+        if self.head is None:
+            return f"map: {self.map_layer}; no head for the given classes yet"
+        token = self.map_layer.token
+        read = "pooled by its mean" if token is None else f"token {token} of it read"
+        between = "".join(f", then {norm}" for norm in reversed(self.norms))
+        head = "a new linear layer" if self.new_head else str(self.head)
+        is_function = self.output not in ("logits", "features")
+        given = f"; the model gives the {self.output} of its logits" if is_function else ""
+        return f"map: {self.map_layer}; {read}{between}; head: {head}{given}"
 
     @property
-    def new_head(self) -> bool:
-        """Whether the rows are those of :meth:`with_head`."""
-        return self._new_head
+    def core(self) -> nn.Module:
+        """The model without the wrappers that :func:`~lpcam.structure.unwrap` removes."""
+        return unwrap(self.model)
+
+    @property
+    def pool(self) -> Pool:
+        """``"token"`` if logits are linear in the class token, ``"mean"`` if in the map's mean."""
+        return "mean" if self.map_layer.token is None else "token"
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a linear head for the classes is still to be fitted."""
+        return self.head is None
 
     @property
     def weight(self) -> Tensor:
@@ -154,36 +133,31 @@ class WrappedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images that the model takes."""
+        """Dtype of the images that the model takes."""
         return dtype_of(self.core)
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
-        if self._head is None:
+        if self.head is None:
             raise ClassifierError(
                 "this model has no linear head for "
                 f"{', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''} yet; "
                 "LPCAM(model, classes=[...]).fit(loader) fits one"
             )
-        with plainly(self.device):
-            weight, bias = self._head.rows()
-            weight = weight.to(self.device)
-            bias = None if bias is None else bias.to(self.device)
-            for norm in self.norms:
-                weight, bias = norm.fold(weight, bias)
-            return weight, bias
+        with without_grad_and_autocast(self.device):
+            return self.rows(self.device)
 
     def features(self, images: Tensor) -> Tensor:
         """The map whose products with the rows are the CAM of equation 1.
 
         The model runs in evaluation mode without gradients, in its own precision whatever the
-        caller's autocast, and is left as it was.
+        caller's autocast, and its state is restored.
 
         Args:
-            images: (B, c, H, W), normalised as the model expects; brought to its device and dtype.
+            images: (B, c, H, W), normalised as the model expects, on any device and of any dtype.
 
         Returns:
-            (B, C, h, w) on the model's device, float32 (float64 of such a model). With a norm after
-            the pooling it is divided by the size of each image's own pooled vector.
+            (B, C, h, w) on the model's device, float32 (float64 for a float64 model). With a norm
+            after the pooling it is divided by the size of each image's pooled vector.
 
         Raises:
             ClassifierError: if the images do not fit the model.
@@ -193,104 +167,88 @@ class WrappedModel:
             return self.features_of(raw, (images.shape[-2], images.shape[-1]))
 
     def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
-        """The map (B, C, h, w) of what the layer of :attr:`place` gave for images (H, W).
-
-        :meth:`features` without the pass: differentiable, and in the caller's grad mode.
+        """The map (B, C, h, w) from the output of :attr:`map_layer`; differentiable.
 
         Args:
             raw: the layer's output, float32 or float64.
             size: (H, W) of the images.
         """
-        if self.place.token is not None:
-            return self.place.map(self.divided(raw), size)
-        features = self.place.map(raw, size)
+        if self.map_layer.token is not None:
+            return self.map_layer.map(self.divided(raw), size)
+        features = self.map_layer.map(raw, size)
         for norm in self.norms:
             if norm.kind != "affine":
                 features = features / norm.divide(features.mean((-2, -1)))[..., None, None]
         return features
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (B, N) as the model's own: the head on the mean of the map or the class token.
+        """The model's logits (B, N): the head on the mean of the map or on the class token.
 
         Raises:
-            ClassifierError: if the images do not fit the model.
+            ClassifierError: if the images do not fit the model, or a head is still to be fitted.
         """
-        weight, bias = self._rows()
+        self._rows()
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
-            vectors = self.divided(self.place.vector(raw))
-            return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))
+            return self.logits_of(raw)
 
     def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
-        """The same model with a linear head of one's own on the map.
+        """The same model with another linear head on the mean of the map.
 
         Args:
-            weight: (N, C).
+            weight: (N, C); a copy is kept.
             bias: (N,), or None.
 
         Raises:
-            ValueError: if there is not one row a class.
+            ValueError: if the weight does not have one row per class.
         """
         if weight.ndim != 2 or weight.shape[0] != len(self.classes):
             raise ValueError(
                 f"expected a weight of {len(self.classes)} rows, got {tuple(weight.shape)}"
             )
-        source = replace(self.place, token=None)
         with torch.inference_mode(False):
             tensors = weight.detach().clone(), None if bias is None else bias.detach().clone()
-        made = WrappedModel(
-            self.model,
-            source,
-            Linear(tensors=tensors),
-            (),
-            self.classes,
-            found=f"map: {source}; pooled by its mean; head: a linear layer of its own",
-            channels_in=self.channels_in,
-            fixed_size=self.fixed_size,
-            multiple=self.multiple,
+        return replace(
+            self,
+            map_layer=replace(self.map_layer, token=None),
+            head=Linear(tensors=tensors),
+            norms=(),
             output="features",
-            probe_size=self.probe_size,
+            new_head=True,
         )
-        made._new_head = True
-        return made
 
     def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the classes, or the place of the map.
+        """32 hex digits that change with any weight, the classes, or the layer of the map.
 
-        Where a callable gives the map, its place is told by what it gives for a fixed image.
+        A callable that gives the map is identified by its output for a fixed image.
         """
-        digest = hashlib.blake2b(digest_size=16)
         place = {
-            field: getattr(self.place, field)
+            field: getattr(self.map_layer, field)
             for field in ("layout", "prefix", "stride", "relu", "token")
         }
-        if isinstance(self.place.layer, nn.Module):
-            place |= {"layer": self.place.name, "call": self.place.number}
+        if isinstance(self.map_layer.layer, nn.Module):
+            place |= {"layer": self.map_layer.name, "call": self.map_layer.number}
         else:
             place["signs"] = self._signs()
-        head = None if self._head is None or self._head.module is None else self._head.name
+        head = None if self.head is None or self.head.module is None else self.head.name
         description = {
             "classes": list(self.classes),
             "place": place,
             "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
             "head": head,
         }
-        digest.update(digest_json(description).encode())
-        tensors = dict(self.core.state_dict())
-        if self._head is not None and self._head.tensors is not None:
-            tensors["head weight"], bias = self._head.tensors
+        state = self.core.state_dict()
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        if self.head is not None and self.head.tensors is not None:
+            tensors["head weight"], bias = self.head.tensors
             tensors.update({} if bias is None else {"head bias": bias})
-        for name, tensor in sorted(tensors.items()):
-            if isinstance(tensor, Tensor):
-                digest.update(name.encode())
-                digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
+        return digest_tensors(tensors, description)
 
     def _signs(self) -> str:
-        """A map in 64 signs, which other maps do not share and rounding does not change."""
+        """A map as 64 signs, which differ for other maps and do not change by rounding."""
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, self.channels_in, *self.probe_size, generator=generator)
-        with plainly(self.device):
+        with without_grad_and_autocast(self.device):
             features = self.features(image)[0].cpu().double()
         features = (features - features.mean()).flatten()
         signs = ""
@@ -299,111 +257,107 @@ class WrappedModel:
             signs += "+" if float(features @ direction) > 0 else "-"
         return f"{signs} {features.numel()}"
 
-    def divided(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., C) divided by the size that each norm between map and head gives them."""
-        for norm in self.norms:
-            vectors = vectors / norm.divide(vectors)
-        return vectors
-
     def _raw(self, images: Tensor) -> Tensor:
-        self._check(images)
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                return self.place.raw(self.core, images.to(self.device, self.dtype))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ClassifierError(
-                f"the model {type(self.core).__name__} cannot take images of "
-                f"{tuple(images.shape)}: {error}"
-            ) from error
-
-    def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != self.channels_in:
             raise ClassifierError(
                 f"expected images (B, {self.channels_in}, H, W), got {tuple(images.shape)}"
             )
-        size = (images.shape[-2], images.shape[-1])
+        name, size = type(self.core).__name__, (images.shape[-2], images.shape[-1])
         if self.fixed_size is not None and size != self.fixed_size:
             raise ClassifierError(
-                f"the model {type(self.core).__name__} takes images of {self.fixed_size[0]} x "
-                f"{self.fixed_size[1]} pixels alone, got {size[0]} x {size[1]}; resize them, and "
-                "map at the one scale with settings=None or scales=(1.0,); some models take any "
-                "size with an argument of their maker (timm: dynamic_img_size=True)"
+                f"the model {name} takes only images of {self.fixed_size[0]} x "
+                f"{self.fixed_size[1]} pixels, got {size[0]} x {size[1]}; resize them, and map at "
+                "one scale with settings=None or scales=(1.0,); some models take any size with an "
+                "argument of their constructor (timm: dynamic_img_size=True)"
             )
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                return self.map_layer.raw(self.core, images.to(self.device, self.dtype))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ClassifierError(
+                f"the model {name} cannot take images of {tuple(images.shape)}: {error}"
+            ) from error
 
 
-# -- Finding it --------------------------------------------------------------------------------
+# -- Wrapping a model --------------------------------------------------------------------------
 
 
 def wrap(
     model: nn.Module,
     *,
-    feature_layer: FeatureLayer | None = None,
-    classifier: Head | None = None,
+    target_layer: TargetLayer | None = None,
+    head: Head | None = None,
     classes: Sequence[str] | None = None,
     pool: Pool | None = None,
     example: Tensor | tuple[int, int] | None = None,
 ) -> WrappedModel:
     """Find a model's feature map and its linear head, and check that they give its logits.
 
-    Two random images are passed through the model, which is left as it was. The layer whose output
+    Two random images are passed through the model, whose state is restored. The layer whose output
     is the logits is followed back to the map whose mean it reads, through what may lie between:
     ReLU before the pooling; batch norm (in evaluation), layer norm, RMS norm or L2 normalisation
     after it.
 
     Args:
-        model: an image classifier, or with ``classes`` a backbone; its logits may be a tensor, the
-            first of a tuple, or the ``logits`` of an object. DataParallel, DistributedDataParallel
-            and torch.compile are looked into.
-        feature_layer: the layer of the map where none is to be looked for: its name, the module, or
-            a callable from images to the map. (B, C, h, w), channels last, or tokens (B, T, C).
-        classifier: the head where none is to be looked for: its name, the module (whose output then
-            counts as the logits), or a pair (weight (N, C), bias (N,) or None).
-        classes: names. As many as the logits: those of the model's own classes; by default those of
-            its configuration, of ImageNet where timm knows the model, else numbers. If the model
-            has no such head, a new one is to be fitted (:class:`lpcam.LPCAM` does).
-        pool: ``"token"``: the head reads a class token, and its rows are taken on the patch tokens.
-        example: images the model takes, or their size (H, W), if none of the common sizes will do.
+        model: an image classifier, or with ``classes`` a backbone. Its logits may be a tensor, the
+            first one of a tuple, or ``logits`` of an object. DataParallel, DistributedDataParallel
+            and torch.compile are unwrapped.
+        target_layer: the layer of the map: its name, the module, or a callable from images to the
+            map, as (B, C, h, w), channels last, or tokens (B, T, C). None searches for it.
+        head: the linear head: its name, the module (whose output then counts as the logits), or a
+            pair (weight (N, C), bias (N,) or None). None searches for it.
+        classes: names. If there are as many as logits, they name the model's classes (default:
+            names of its configuration, of ImageNet if timm knows the model, else numbers).
+            Otherwise a new head is to be fitted, as :class:`lpcam.LPCAM` does.
+        pool: ``"token"``: the head reads a class token, and its rows are used on the patch tokens.
+        example: images that the model takes, or their size (H, W), if it takes no common size.
 
     Raises:
-        ClassifierError: if nothing was found; the message says what was, and what to pass.
+        ClassifierError: if nothing fits; the message says what was found and what to pass.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        >>> wrapped = wrap(nn.Sequential(*layers), classes=["cat", "dog"])
+        >>> wrapped.found
+        'map: 0; pooled by its mean; head: 3 (Linear)'
+        >>> wrapped.features(torch.rand(1, 3, 12, 16)).shape
+        torch.Size([1, 8, 10, 14])
     """
     if not isinstance(model, nn.Module):
         raise ClassifierError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if pool not in (None, "mean", "token"):
-        raise ClassifierError(f"unknown pool {pool!r}; use 'mean' or 'token'")
+        raise ClassifierError(f"pool must be 'mean' or 'token', got {pool!r}")
     core = unwrap(model)
-    layer = _layer(core, feature_layer, "feature_layer")
-    given = classifier if isinstance(classifier, tuple) else _layer(core, classifier, "classifier")
+    layer = _layer(core, target_layer, "target_layer")
+    given = head if isinstance(head, tuple) else _layer(core, head, "head")
     always = [one for one in (layer, given) if isinstance(one, nn.Module)]
     device = device_of(core)
     on_gpu = without_tf32() if device.type == "cuda" else nullcontext()
-    with plainly(device), on_gpu:
+    with without_grad_and_autocast(device), on_gpu:
         record, images, fixed, multiple = _probe(core, example, always)
         finder = Finder(core, record, images, layer, given, pool, classes)
-        source, head, norms, names, found, output = finder.find()
+        reading, names, output = finder.find()
     return WrappedModel(
-        model,
-        source,
-        head,
-        norms,
-        names,
-        found=found,
+        **vars(reading),
+        model=model,
+        classes=tuple(names),
+        output=output,
         channels_in=images.shape[1],
         fixed_size=fixed,
         multiple=multiple,
-        output=output,
         probe_size=(images.shape[-2], images.shape[-1]),
     )
 
 
 def _layer(model: nn.Module, given: Any, argument: str) -> Any:
-    """A module by its name; what is none is handed on."""
+    """The module of a name; modules of the model, callables and None are returned as given."""
     if isinstance(given, nn.Module):
         given = unwrap(given)
         if all(given is not module for module in model.modules()):
-            raise ClassifierError(f"the module given as {argument} is no part of the model")
+            raise ClassifierError(f"the module given as {argument} is not a part of the model")
         return given
     if not isinstance(given, str):
         if given is not None and not callable(given):
@@ -412,11 +366,8 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
     modules = dict(model.named_modules())
     if given not in modules:
         near = difflib.get_close_matches(given, [n for n in modules if n], n=5, cutoff=0.3)
-        raise ClassifierError(
-            f"the model has no layer {given!r} for {argument}; near it are {', '.join(near)}"
-            if near
-            else f"the model has no layer {given!r} for {argument}"
-        )
+        hint = f"; similar names are {', '.join(near)}" if near else ""
+        raise ClassifierError(f"the model has no layer {given!r} for {argument}{hint}")
     return modules[given]
 
 
@@ -425,73 +376,65 @@ def _channels_in(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
-    config = getattr(model, "config", None)
-    return int(getattr(config, "num_channels", 3))
+    return int(getattr(getattr(model, "config", None), "num_channels", 3))
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    """A size (H, W) from what a configuration says."""
-    if isinstance(value, int) and value > 0:
-        return value, value
-    if isinstance(value, (list, tuple)) and len(value) >= 2:
-        height, width = value[-2:]
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
-    return None
-
-
-def _fixed_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Sizes that a model says it takes, the surest first."""
-    said = [
+def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Sizes (H, W) that a model states, the surest first, then FALLBACK_SIDE."""
+    stated = [
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(getattr(model, "config", None), "image_size", None),
         getattr(model, "image_size", None),
         (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
         FALLBACK_SIDE,
     ]
-    return list(dict.fromkeys(size for value in said if (size := _pair(value)) is not None))
+    sizes: list[tuple[int, int]] = []
+    for value in stated:
+        pair = [value, value] if isinstance(value, int) else value
+        if isinstance(pair, (list, tuple)) and len(pair) >= 2:
+            height, width = pair[-2:]
+            if isinstance(height, int) and isinstance(width, int) and height > 0:
+                sizes.append((height, width))
+    return list(dict.fromkeys(sizes))
 
 
 def _probe(
     model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
 ) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
     """A recorded pass of two random images, the only size the model takes, and the multiple."""
-    channels = _channels_in(model)
-    sizes: list[tuple[tuple[int, int], bool]] = [(size, False) for size in PROBE_SIZES]
-    sizes += [(size, True) for size in _fixed_sizes(model)]
-    if isinstance(example, Tensor):
-        if example.ndim not in (3, 4):
-            raise ClassifierError(
-                f"expected example images (B, c, H, W), got {tuple(example.shape)}"
-            )
-        channels = example.shape[-3]
-        sizes = [((example.shape[-2], example.shape[-1]), True)]
-    elif example is not None:
+    channels, probes, stated = _channels_in(model), list(PROBE_SIZES), _stated_sizes(model)
+    if example is not None:
+        if isinstance(example, Tensor):
+            if example.ndim not in (3, 4):
+                raise ClassifierError(
+                    f"expected example images (B, c, H, W), got {tuple(example.shape)}"
+                )
+            channels = example.shape[-3]
+            example = (example.shape[-2], example.shape[-1])
         height, width = example
-        sizes = [((height, width), True)]
-    device = device_of(model)
+        probes, stated = [], [(height, width)]
     first: Exception | None = None
-    for size, only in sizes:
+    for size in (*probes, *stated):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, channels, *size, generator=generator).to(device, dtype_of(model))
+        images = torch.randn(2, channels, *size, generator=generator)
+        images = images.to(device_of(model), dtype_of(model))
         try:
             record = record_pass(model, images, always)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model may refuse a size in any way
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             first = first or error
             continue
-        if not only:
+        if size in probes:
             return record, images, None, math.gcd(*size)
         if example is None:
             return record, images, size, 1
-        others = (other for other in PROBE_SIZES if _takes(model, images, other))
-        if (other := next(others, None)) is not None:
-            return record, images, None, math.gcd(*other)
-        if _takes(model, images, (2 * size[0], 2 * size[1])):
-            return record, images, None, math.gcd(*size)
+        for other in (*PROBE_SIZES, (2 * size[0], 2 * size[1])):
+            if _takes(model, images, other):
+                of_probe = other in PROBE_SIZES
+                return record, images, None, math.gcd(*(other if of_probe else size))
         return record, images, size, 1
-    tried = ", ".join(f"{h} x {w}" for (h, w), _ in sizes)
+    tried = ", ".join(f"{h} x {w}" for h, w in (*probes, *stated))
     raise ClassifierError(
         f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
         f". The first error was {type(first).__name__}: {' '.join(str(first).split()):.300}. Give "
@@ -500,13 +443,13 @@ def _probe(
 
 
 def _takes(model: nn.Module, images: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the images pass at another size too."""
+    """Whether the model takes the images at another size too."""
     resized = F.interpolate(images.float(), size=size).to(images)
     try:
-        with undisturbed(model):
+        with evaluation_mode(model):
             model(resized)
-    except Exception as error:  # a model may refuse a size in any way
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model may refuse a size in any way
         return False
     return True

@@ -51,11 +51,12 @@ from torch import Tensor, nn
 from lpcam import extract
 from lpcam.errors import ClassifierError, NotFittedError, PrototypeError
 from lpcam.extract import Batches, FeaturePair, full_precision, tensor_pyramid
+from lpcam.finder import Pool
 from lpcam.functional import fuse_scales, lpcam_of_pair, unflip, unit
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
-from lpcam.structure import logits_of
-from lpcam.wrap import PROBE_SIZES, FeatureLayer, Head, Pool, WrappedModel, undisturbed, wrap
+from lpcam.structure import evaluation_mode, logits_of
+from lpcam.wrap import PROBE_SIZES, Head, TargetLayer, WrappedModel, wrap
 
 BRIGHTNESS = (0.9, 1.0, 1.1)
 """By which ``aug_smooth`` multiplies the normalised images, as pytorch-grad-cam does."""
@@ -83,7 +84,7 @@ class LPCAM:
         settings: an :class:`~lpcam.presets.LpcamSettings` or the name of a preset; None: those of
             ``voc12.official`` with one pass an image, at scale 1 and without its mirror image.
         classes: the N class names; None: as :func:`lpcam.wrap.wrap` finds them.
-        classifier, pool, example: of :func:`lpcam.wrap.wrap`, for models that it cannot read.
+        head, pool, example: of :func:`lpcam.wrap.wrap`, for models that it cannot read.
         random_state: seed of the reservoir and the clustering.
         with_context: False gives LPCAM-F, the foreground term alone.
 
@@ -109,7 +110,7 @@ class LPCAM:
         self_fit: bool = False,
         settings: LpcamSettings | str | None = None,
         classes: Sequence[str] | None = None,
-        classifier: Head | None = None,
+        head: Head | None = None,
         pool: Pool | None = None,
         example: Tensor | tuple[int, int] | None = None,
         random_state: int = 0,
@@ -124,7 +125,7 @@ class LPCAM:
         self.with_context = with_context
         self.batch_size = 32
         self.outputs: Tensor | None = None
-        options = {"classes": classes, "classifier": classifier, "pool": pool, "example": example}
+        options = {"classes": classes, "head": head, "pool": pool, "example": example}
         self.source = _source(model, self.target_layers, reshape_transform, options)
         if self.source.needs_head:
             raise ClassifierError(
@@ -431,11 +432,11 @@ def _source(
             "from the very object that is passed as model"
         )
     for layer in reversed(layers):  # the deepest one is commonly the last
-        feature_layer: FeatureLayer = layer
+        target_layer: TargetLayer = layer
         if reshape is not None:
-            feature_layer = _reader(model, layer, reshape)
+            target_layer = _reader(model, layer, reshape)
         try:
-            source = wrap(model, feature_layer=feature_layer, **options)
+            source = wrap(model, target_layer=target_layer, **options)
         except ClassifierError:
             continue
         others = [repr(names[id(other)]) for other in layers if other is not layer]
@@ -523,7 +524,7 @@ def _reader(
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The logits (B, N) that the model gives in evaluation mode, float32."""
-    with undisturbed(model):
+    with evaluation_mode(model):
         output = model(images)
     logits = logits_of(output)
     if logits is None:
