@@ -427,7 +427,7 @@ def test_a_layer_and_a_head_that_are_named() -> None:
         wrap(model, target_layer="stem")
     with pytest.raises(ClassifierError, match=r"layer 'boody' for target_layer.* body"):
         wrap(model, target_layer="boody")
-    with pytest.raises(ClassifierError, match="head .* part of the model"):
+    with pytest.raises(ClassifierError, match="head is not a part"):
         wrap(model, head=nn.Linear(8, 3))
     with pytest.raises(ClassifierError, match="head is not a linear"):
         wrap(model, head="norm")
@@ -570,7 +570,7 @@ def test_the_map_for_a_new_head(make: Callable[[], nn.Module], shape: tuple[int,
 def test_arguments_that_are_wrong() -> None:
     with pytest.raises(ClassifierError, match=r"expected a torch\.nn\.Module, got str"):
         wrap("resnet50")  # type: ignore[arg-type]
-    with pytest.raises(ClassifierError, match="pool .*'max'"):
+    with pytest.raises(ClassifierError, match="'max'"):
         wrap(Net(), pool="max")  # type: ignore[arg-type]
     with pytest.raises(ClassifierError, match="target_layer cannot be int"):
         wrap(Net(), target_layer=3)  # type: ignore[arg-type]
