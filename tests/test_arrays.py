@@ -158,7 +158,7 @@ def storage(
     """A pickled tensor of two floats whose inner file is changed."""
     buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
-        torch.save(torch.ones(2).storage(), buffer, _use_new_zipfile_serialization=False)
+        torch.save(torch.ones(2).storage(), buffer, _use_new_zipfile_serialization=False)  # type: ignore[no-untyped-call]
     inner = Call(torch.storage._load_from_bytes, change(buffer.getvalue()))
     return pickle.dumps(Call(torch._utils._rebuild_tensor_v2, inner, *view, False, None), 4)
 
