@@ -384,9 +384,9 @@ def check_folded(classifier: Classifier) -> Classifier:
     """The copy has the features of the original, which stays as it was.
 
     Double precision shows that the difference is rounding, which 50 layers of single precision
-    let grow.
+    let grow; how far depends on the processor.
     """
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         classifier.to(dtype)
         before = classifier.fingerprint()
         twin = classifier.folded()
@@ -396,7 +396,7 @@ def check_folded(classifier: Classifier) -> Classifier:
             images = torch.randn(2, 3, *size, generator=generator, dtype=dtype)
             with torch.no_grad():
                 expected, found = classifier.features(images), twin.features(images)
-                assert (found - expected).norm() <= 1e-5 * expected.norm()
+                assert (found - expected).norm() <= bound * expected.norm()
                 assert (found - expected).abs().max() <= bound * expected.abs().max()
                 torch.testing.assert_close(twin(images), classifier(images), atol=1e-4, rtol=1e-4)
         assert classifier.fingerprint() == before
