@@ -39,8 +39,8 @@ EXTRA = 'pip install "lpcam[benchmarks]"'
 MARGIN = 1e-3
 """Mean cosines this close count as equal."""
 SAME_ITERATIONS = 3
-WARM_START = 5
-"""The sample of a warm start is this part of all rows."""
+SAMPLE = 5
+"""*ours* clusters one row in this many first."""
 MOST_ITERATIONS = 40
 OWN_SETS = {"scikit-learn": 1, "kmeans_pytorch": 1}
 """Sets of first centres on which a slow contender's own rule is timed; the others: all sets."""
@@ -85,15 +85,15 @@ Contender = Callable[[torch.Tensor, torch.Tensor, int | None], torch.Tensor]
 
 
 def ours(rows: torch.Tensor, first: torch.Tensor, limit: int | None) -> torch.Tensor:
-    """Warm start on a sample, then all rows, until the objective gains little."""
-    return cosine_kmeans(
-        rows,
-        len(first),
-        init=first,
-        centers="unit",
-        warm_start=len(rows) // WARM_START,
-        max_iterations=limit or 100,
-    ).centers
+    """Clusters a sample of the rows first, then all rows from the centres of the sample."""
+    size = max(len(rows) // SAMPLE, len(first))
+    generator = torch.Generator().manual_seed(size)
+    sample = rows[torch.randint(len(rows), (size,), generator=generator)]
+    for part, tolerance in ((sample[: max(size // 4, len(first))], 1e-3), (sample, 1e-4)):
+        first = cosine_kmeans(
+            part, len(first), init=first, centers="unit", tolerance=tolerance
+        ).centers
+    return ours_every_row(rows, first, limit)
 
 
 def ours_every_row(rows: torch.Tensor, first: torch.Tensor, limit: int | None) -> torch.Tensor:

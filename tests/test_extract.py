@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lpcam import CAM, LPCAM, extract
+from lpcam import CAM, LPCAM
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
-from lpcam.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
+from lpcam.errors import ArtefactError, ClassifierError, DataError, NotFittedError, PrototypeError
 from lpcam.extract import (
     cam_maps,
     collect,
     image_pyramid,
     lpcam_maps,
-    single_scale_cam,
     tensor_pyramid,
 )
 from lpcam.functional import class_activation, normalize
 from lpcam.linear import fit_head
 from lpcam.presets import LpcamSettings, ProbeSettings
-from lpcam.prototypes import Prototypes, Reservoir
+from lpcam.prototypes import Reservoir
 from lpcam.wrap import WrappedModel
 
 SETTINGS = LpcamSettings.from_preset(
@@ -193,19 +191,6 @@ def test_collect_serves_only_the_classes_that_were_drawn() -> None:
     collect(reservoir, torch.ones(1, 1, 3), [], torch.zeros(0, 1, 3), SETTINGS, "image")
 
 
-def test_single_scale_cam_by_hand() -> None:
-    found = single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.tensor([[1.0]]), epsilon=0.0)
-    assert found.tolist() == [[[0.25, 1.0, 0.0]]]
-
-
-def test_paper_preset_needs_no_multi_scale_cam(
-    classifier: Classifier, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = LpcamSettings.from_preset("voc12.paper", clusters=2, scales=[1.0])
-    monkeypatch.setattr(CAM, "__call__", lambda *_: pytest.fail("the multi-scale CAM was asked"))
-    LPCAM(classifier, settings).fit([batch])
-
-
 def test_save_and_load(
     tmp_path: Path, classifier: Classifier, batch: tuple[Tensor, Tensor]
 ) -> None:
@@ -224,16 +209,29 @@ def test_save_and_load(
 def test_not_fitted(classifier: Classifier) -> None:
     lpcam = LPCAM(classifier, SETTINGS)
     for call in (lambda: lpcam(torch.rand(1, 3, 32, 32)), lambda: lpcam.save("p.safetensors")):
-        with pytest.raises(NotFittedError, match=r"no prototypes yet; call fit\(loader\) .*load\("):
+        with pytest.raises(NotFittedError):
             call()
 
 
-def test_labels_that_do_not_fit(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
-    images, _ = batch
-    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
-        CAM(classifier, SETTINGS)(images, torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(1, 2\)"):
-        LPCAM(classifier, SETTINGS).fit([(images, torch.ones(1, 2))])
+def test_maps_of_an_image_to_draw(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    image = batch[0][0]
+    shown = (image.repeat_interleave(2, 1).repeat_interleave(2, 2) * 255).byte()
+    picture = shown.permute(1, 2, 0).numpy()
+    found = lpcam.image_maps(image, picture, ["green", "red"], scoring="softmax", name="square")
+    assert (found.classes, found.mask_ids) == (("green", "red"), (2, 1))
+    assert sum(found.scores) == pytest.approx(1)
+    expected = lpcam(image[None])[0].numpy()[[1, 0]]
+    np.testing.assert_array_equal(found.lpcam, expected)
+    np.testing.assert_array_equal(found.cam, CAM(classifier, SETTINGS)(image[None])[0][[1, 0]])
+    assert found.mask(classes=["red"])[64, 80] == 1
+    assert found.save(tmp_path)["kind"] == "lpcam explain"
+    (best,) = lpcam.image_maps(image, picture).classes
+    assert best == "red"
+    with pytest.raises(DataError, match="blue"):
+        lpcam.image_maps(image, picture, ["blue"])
 
 
 def test_nan_in_an_image_is_named(classifier: Classifier) -> None:
@@ -308,32 +306,16 @@ def test_parts_give_the_bytes_of_one_fit(
     assert piecewise.prototypes_.made_by["images"] == 6
 
 
-def test_clustering_waits_until_it_is_needed(
-    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
-    make = extract.make_prototypes
-
-    def counted(*arguments: Any, **options: Any) -> Prototypes:
-        calls.append(1)
-        return make(*arguments, **options)
-
-    monkeypatch.setattr(extract, "make_prototypes", counted)
+def test_clustering_waits_until_it_is_needed(classifier: Classifier) -> None:
     lpcam = LPCAM(classifier, SETTINGS)
     first, second, _ = parts()
-    lpcam.partial_fit(*first)
-    lpcam.partial_fit(*second)
-    assert calls == []
+    lpcam.partial_fit(*first).partial_fit(*second)
     before = lpcam.prototypes_
-    assert lpcam.prototypes_ is before
+    assert before.made_by["images"] == 3
     lpcam(first[0])
-    assert calls == [1]
-    lpcam.partial_fit(*second)  # more of it: what was clustered is out of date
-    assert lpcam.prototypes_ is not before
+    assert lpcam.prototypes_ is before
+    lpcam.partial_fit(*second)  # makes the prototypes out of date
     assert lpcam.prototypes_.made_by["images"] == 4
-    assert calls == [1, 1]
-    LPCAM(classifier, SETTINGS).fit([first])
-    assert calls == [1, 1, 1]  # fit clusters at once
 
 
 def test_fit_starts_anew(classifier: Classifier) -> None:
@@ -358,7 +340,7 @@ def test_load_forgets_what_was_collected(classifier: Classifier, tmp_path: Path)
     lpcam.partial_fit(*second)
     assert lpcam.prototypes_.made_by["images"] == 1
     lpcam.partial_fit(*third)
-    with pytest.raises(ArtefactError, match="cannot read"):
+    with pytest.raises(ArtefactError, match=r"none\.safetensors"):
         lpcam.load(tmp_path / "none.safetensors")
     assert lpcam.prototypes_.made_by["images"] == 4  # a load that failed changes nothing
 
@@ -368,7 +350,7 @@ def test_a_part_that_does_not_fit_changes_nothing(classifier: Classifier) -> Non
     first, *_ = parts()
     lpcam.partial_fit(*first)
     before = lpcam.prototypes_
-    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
         lpcam.partial_fit(first[0], torch.ones(2, 3))
     assert lpcam.prototypes_ is before
 
@@ -421,23 +403,20 @@ def test_a_new_head_is_saved_with_its_prototypes(tmp_path: Path) -> None:
     assert torch.equal(again.source_.weight, lpcam.source_.weight)
     with pytest.raises(PrototypeError, match="but this classifier is"):
         LPCAM(Patches(), SETTINGS, classes=["green", "red"]).load(path)
-    with pytest.raises(PrototypeError, match=r"has 2 classes, but 3 names .* with red, green"):
+    with pytest.raises(PrototypeError, match="2 classes, but 3 names"):
         LPCAM(Patches(), SETTINGS, classes=["red", "green", "blue"]).load(path)
 
 
 def test_a_new_head_needs_two_passes_and_every_class() -> None:
     names = ["red", "green"]
-    with pytest.raises(ClassifierError, match=r"is an iterator.* a new head is fitted in a pass"):
+    with pytest.raises(ClassifierError, match="iterator"):
         LPCAM(Patches(), SETTINGS, classes=names).fit(iter(colours()))
-    with pytest.raises(ClassifierError, match="no image of the loader is labelled blue"):
+    with pytest.raises(ClassifierError, match="blue"):
         LPCAM(Patches(), SETTINGS, classes=[*names, "blue"]).fit(colours())
-    with pytest.raises(
-        ClassifierError, match=r"no linear head for red, green yet; .*fit\(loader\)"
-    ):
+    with pytest.raises(ClassifierError, match="red, green"):
         LPCAM(Patches(), SETTINGS, classes=names).partial_fit(*colours()[0])
-    for empty in (LPCAM(Patches(), SETTINGS, classes=names),):
-        with pytest.raises(PrototypeError, match="the loader gave no image"):
-            empty.fit([])
+    with pytest.raises(PrototypeError, match="no image"):
+        LPCAM(Patches(), SETTINGS, classes=names).fit([])
 
 
 def test_a_new_head_under_inference_mode() -> None:
@@ -452,10 +431,11 @@ def test_class_indices_are_labels_too(classifier: Classifier, batch: tuple[Tenso
     by_index = LPCAM(classifier, SETTINGS).fit([(images, torch.tensor([0, 1]))])
     assert torch.equal(by_hot.prototypes_.vectors(), by_index.prototypes_.vectors())
     assert torch.equal(by_hot(images, labels), by_hot(images, torch.tensor([0, 1])))
-    with pytest.raises(ValueError, match="class indices from 0 to 1, got 0 to 2"):
+    with pytest.raises(ValueError, match="from 0 to 1, got 0 to 2"):
         by_hot(images, torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match=r"shape \(2, 2\), got \(2,\)"):
-        by_hot(images, torch.tensor([0.0, 1.0]))  # not of an integer type
+    for wrong in (torch.tensor([0.0, 1.0]), torch.ones(2, 3), torch.ones(1, 2)):
+        with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
+            by_hot(images, wrong)
 
 
 def test_maps_serve_in_a_loss(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
@@ -549,7 +529,7 @@ def test_fit_maps(classifier: Classifier) -> None:
     for (images, labels, maps), (wanted, _) in zip(batches, loader, strict=True):
         assert torch.equal(images, wanted)
         assert torch.equal(maps, lpcam(images, labels))
-    with pytest.raises(ClassifierError, match=r"is an iterator.* fit_maps goes through it twice"):
+    with pytest.raises(ClassifierError, match="iterator"):
         lpcam.fit_maps(iter(loader))
 
 
@@ -560,7 +540,7 @@ def test_parameters_are_those_of_the_constructor(classifier: Classifier) -> None
         assert list(extractor.get_params()) == names
         assert extractor.get_params()["settings"] == "small"
         assert kind(**extractor.get_params()).get_params() == extractor.get_params()
-        with pytest.raises(ValueError, match="has no parameter 'clusters'; it has model, settings"):
+        with pytest.raises(ValueError, match="'clusters'"):
             extractor.set_params(clusters=3)
 
 
@@ -574,7 +554,7 @@ def test_set_params(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> Non
     assert lpcam.set_params(settings=one).settings_.scales == (1.0,)
     assert not torch.equal(lpcam(images, labels), without(images, labels))
     lpcam.set_params(model=Patches(), classes=["red", "green"])
-    with pytest.raises(NotFittedError, match="no prototypes yet"):
+    with pytest.raises(NotFittedError, match="no prototypes"):
         lpcam(images)
 
 
@@ -590,7 +570,7 @@ def test_clones(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
 
 
 def test_a_classifier_has_its_own_head(classifier: Classifier) -> None:
-    with pytest.raises(ClassifierError, match="classes, pool cannot be given beside a Classifier"):
+    with pytest.raises(ClassifierError, match="classes, pool"):
         CAM(classifier, SETTINGS, classes=["a"], pool="mean")(torch.rand(1, 3, 32, 32))
 
 

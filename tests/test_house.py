@@ -22,14 +22,14 @@ FLOORS: dict[int, str] = {
     "data.saliency data.sbd data.truth data.voc "
     "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
     "formats.outlines formats.regions formats.yolo networks.mctformer "
-    "classifier prototypes extract features",
-    3: "probe train sheet evaluation pretraining ledger starting "
+    "classifier prototypes extract features sheet explain.maps",
+    3: "probe train evaluation pretraining ledger starting "
     "report.encode report.images report.meaning report.collect report.page "
     "compat.gradcam head peers data.estimate data.survey formats.masks "
     "hosts.amn hosts.edam hosts.mctformer refine.psa "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
-    "report.segmenters refine.irn explain.explainer explain.files explain.maps models",
+    "report.segmenters refine.irn explain.explainer explain.files models",
     4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes "
     "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host "
     "stages.training stages.irn stages.psa serve",

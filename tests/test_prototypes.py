@@ -1,25 +1,24 @@
-"""Split, score, selection, the reservoir, and prototypes on disk."""
+"""The reservoir, the making of prototypes, and prototypes on disk."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from lpcam.clustering import Clusters
 from lpcam.errors import ArtefactError, PrototypeError
 from lpcam.functional import foreground_minus_context, unit_mean
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import (
+    CLUSTERINGS,
     Centers,
     Prototypes,
     Reservoir,
     draw_images,
     make_prototypes,
-    score,
-    select_context,
-    select_foreground,
-    split,
 )
 from lpcam.storage import write_tensors
 
@@ -28,65 +27,6 @@ SETTINGS = LpcamSettings.from_preset("voc12.official", clusters=3)
 
 def rows(count: int, channels: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, channels, generator=torch.Generator().manual_seed(seed))
-
-
-# -- equations 2 to 4 ----------------------------------------------------------------------------
-
-
-def test_split_by_hand() -> None:
-    cam = torch.tensor([[0.0, 0.1, 0.2]])
-    foreground, context = split(cam, 0.1, inclusive=True)
-    assert foreground.tolist() == [[False, True, True]]
-    assert context.tolist() == [[True, False, False]]
-    foreground, context = split(cam, 0.1, inclusive=False)
-    assert foreground.tolist() == [[False, False, True]]
-    assert context.tolist() == [[True, False, False]]
-
-
-def test_score_by_hand() -> None:
-    """Softmax over classes of the raw centre's logits (2, 1) and (0, 3)."""
-    centers = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
-    weight = torch.eye(2)
-    found = score(centers, weight, 0)
-    expected = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(3))]
-    assert found.tolist() == pytest.approx(expected)
-
-
-def test_score_depends_on_the_length_of_the_centre() -> None:
-    center, weight = torch.tensor([[1.0, 0.0]]), torch.eye(2)
-    assert score(10 * center, weight, 0).item() > 0.99 > score(center, weight, 0).item()
-
-
-def test_score_of_one_class_is_the_sigmoid() -> None:
-    """A softmax over one class would be 1 for every centre."""
-    centers = torch.tensor([[2.0], [0.0], [-3.0]])
-    found = score(centers, torch.tensor([[1.0]]), 0)
-    two = score(centers, torch.tensor([[1.0], [0.0]]), 0)
-    torch.testing.assert_close(found, two)
-    assert found.tolist() == pytest.approx([1 / (1 + math.exp(-z)) for z in (2.0, 0.0, -3.0)])
-
-
-def test_selection_bounds_are_strict() -> None:
-    scores = torch.tensor([0.9, 0.91, 0.05, 0.06])
-    assert select_foreground(scores, 0.9).tolist() == [False, True, False, False]
-    assert select_context(scores, 0.9, 0.05).tolist() == [False, False, False, True]
-
-
-def test_the_paper_has_no_lower_bound() -> None:
-    scores = torch.tensor([0.0, 0.5, 0.9, float("nan")])  # 0: the softmax has underflowed
-    assert select_context(scores, 0.9, None).tolist() == [True, True, False, False]
-    assert select_context(scores, 0.9, 0.0).tolist() == [False, True, False, False]
-
-
-def test_best_foreground_is_kept_when_none_passes() -> None:
-    scores = torch.tensor([0.2, 0.5, float("nan"), 0.5 - 5e-7])
-    assert select_foreground(scores, 0.9).tolist() == [False, True, False, True]
-
-
-def test_places_without_a_centre_are_never_selected() -> None:
-    nothing = torch.full((3,), float("nan"))
-    assert not select_foreground(nothing, 0.1).any()
-    assert not select_context(nothing, 0.9, 0.0).any()
 
 
 # -- the reservoir -------------------------------------------------------------------------------
@@ -118,6 +58,10 @@ def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
     assert first.shape == (10, 2)
     assert torch.equal(first, second)
     assert forth.seen[0, "context"] == 280
+    assert forth.nbytes == 10 * 2 * 2
+    other = Reservoir(10, 4)
+    fill(other, list(range(40)))
+    assert not torch.equal(first, other.features(0, "context"))
 
 
 def test_reservoir_is_uniform() -> None:
@@ -134,39 +78,17 @@ def test_reservoir_is_uniform() -> None:
     assert chi_square < 75  # 39 degrees of freedom: mean 39, 99.9 % below 73
 
 
-def test_reservoir_seed_matters() -> None:
-    samples = []
-    for seed in (0, 1):
-        reservoir = Reservoir(10, seed)
-        fill(reservoir, list(range(40)))
-        samples.append(reservoir.features(0, "context"))
-    assert not torch.equal(samples[0], samples[1])
-
-
-def test_reservoir_checkpoint_goes_on(tmp_path: Path) -> None:
-    whole, stopped, resumed = (Reservoir(10, 0) for _ in range(3))
-    fill(whole, list(range(40)))
-    fill(stopped, list(range(25)))
-    stopped.checkpoint(tmp_path / "r.safetensors", 25)
-    assert resumed.restore(tmp_path / "r.safetensors") == 25
-    fill(resumed, list(range(25, 40)))
-    assert torch.equal(whole.features(0, "context"), resumed.features(0, "context"))
-    assert whole.seen == resumed.seen
-
-
 def test_reservoir_refuses_nan_and_bad_bounds() -> None:
     reservoir = Reservoir(None, 0)
-    with pytest.raises(PrototypeError, match="image 'a' hold NaN or Inf"):
+    with pytest.raises(PrototypeError, match="'a' contain NaN or Inf"):
         reservoir.add(0, "context", torch.tensor([[float("nan")]]), "a")
-    with pytest.raises(ValueError, match="at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="max_features"):
         Reservoir(0, 0)
 
 
 def test_reservoir_refuses_what_half_precision_cannot_hold() -> None:
     large = torch.tensor([[7e4, 1.0]])
-    with pytest.raises(
-        PrototypeError, match=r"reach 7e\+04, more than float16.*maps\.features: float32"
-    ):
+    with pytest.raises(PrototypeError, match=r"7e\+04.*float16"):
         Reservoir(None, 0).add(0, "context", large, "a")
     for dtype in (torch.float32, torch.bfloat16):
         reservoir = Reservoir(None, 0, dtype)
@@ -205,23 +127,6 @@ def test_reservoirs_that_differ_are_not_merged() -> None:
             Reservoir(10, 0).merge(other)
 
 
-def test_a_full_reservoir_is_of_bounded_size_and_looks_at_few_rows() -> None:
-    """The bound holds after every image, and most images offer nothing that is copied."""
-    reservoir = Reservoir(5, 0)
-    copied = 0
-    for image in range(200):
-        values = torch.full((50, 2), 1.0)
-        before = torch.tensor(0.0)
-        sample = reservoir._samples.get((0, "context"))
-        if sample is not None:
-            before = sample.keys[0].sum()
-        reservoir.add(0, "context", values, f"image {image}")
-        sample = reservoir._samples[0, "context"]
-        assert sum(len(part) for part in sample.rows) == 5
-        copied += int(sample.keys[0].sum() != before)
-    assert copied < 60  # 5 of the first n images' rows: about 5 ln 200 exchanges
-
-
 def test_rows_that_cannot_stay_are_not_looked_at() -> None:
     reservoir = Reservoir(1, 0)
     fill(reservoir, list(range(200)))
@@ -231,6 +136,19 @@ def test_rows_that_cannot_stay_are_not_looked_at() -> None:
     reservoir.add(0, "context", torch.full((1, 2), float("nan")), "late")
     assert torch.equal(kept, reservoir.features(0, "context"))
     assert reservoir.seen[0, "context"] == 1401
+
+
+def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
+    rows = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+    where = rows[:, 0] > 0.4
+    by_mask, by_rows = Reservoir(12, 0), Reservoir(12, 0)
+    by_mask.add(0, "context", rows, "a", where=where)
+    by_rows.add(0, "context", rows[where], "a")
+    assert by_mask.seen == by_rows.seen == {(0, "context"): int(where.sum())}
+    one, other = (r.features(0, "context") for r in (by_mask, by_rows))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other)
 
 
 # -- which images serve --------------------------------------------------------------------------
@@ -372,6 +290,37 @@ def test_threads_do_not_change_prototypes() -> None:
     assert torch.equal(one.context.centers, many.context.centers)
 
 
+def test_a_clustering_method_is_one_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class First:
+        """Each of the first k points is a centre."""
+
+        def fit(
+            self, points: torch.Tensor, k: int, generators: Sequence[torch.Generator]
+        ) -> list[Clusters]:
+            sizes = torch.ones(k, dtype=torch.int64)
+            nearest = torch.zeros(len(points), dtype=torch.int64)
+            return [Clusters(points[:k], points[:k], nearest, sizes, 1, False, 0.0)]
+
+    monkeypatch.setitem(CLUSTERINGS, "first", lambda settings: First())
+    values = rows(9)
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): values}),
+        torch.eye(2, 4),
+        ("a", "b"),
+        SETTINGS,
+        seed=0,
+        clustering="first",
+    )
+    assert all(any(torch.equal(c, v) for v in values) for c in found.foreground.centers[0])
+
+
+def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    reservoir = reservoir_of({(0, "foreground"): rows(500, 16)})
+    settings = SETTINGS.model_copy(update={"clusters": 12, "max_iterations": 1, "tolerance": 1e-9})
+    make_prototypes(reservoir, torch.eye(2, 16), ("a", "b"), settings, seed=0)
+    assert "1 of 1 clusterings stopped at max_iterations=1" in caplog.text
+
+
 def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
     apart = torch.eye(3, 4).repeat(20, 1)  # no row is near the border of two clusters
     places = {(0, "foreground"): apart + 0.1 * rows(60), (0, "context"): apart + rows(60) / 10}
@@ -388,9 +337,9 @@ def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
 
 
 def test_nothing_collected_and_wrong_channels() -> None:
-    with pytest.raises(PrototypeError, match="no class has any foreground feature"):
+    with pytest.raises(PrototypeError, match="no class has any foreground"):
         make_prototypes(Reservoir(None, 0), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
-    with pytest.raises(PrototypeError, match="features have 4 channels but the classifier 5"):
+    with pytest.raises(PrototypeError, match="4 channels but the classifier 5"):
         make_prototypes(
             reservoir_of({(0, "foreground"): rows(9)}),
             torch.eye(2, 5),
@@ -438,7 +387,7 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, prototypes: Prototypes) 
     with pytest.raises(ArtefactError, match="missing"):
         Prototypes.load(tmp_path / "missing.safetensors")
     write_tensors(path, {"x": torch.ones(1)}, {"kind": "classifier"})
-    with pytest.raises(ArtefactError, match="holds 'classifier', not prototypes"):
+    with pytest.raises(ArtefactError, match="'classifier'"):
         Prototypes.load(path)
     write_tensors(path, {"x": torch.ones(1)}, {"kind": "prototypes"})
     with pytest.raises(ArtefactError, match="fit again"):
@@ -446,17 +395,3 @@ def test_load_refuses_what_does_not_fit(tmp_path: Path, prototypes: Prototypes) 
     path.write_bytes(b"no tensors")
     with pytest.raises(ArtefactError, match="damaged"):
         Prototypes.load(path)
-
-
-def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
-    rows = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
-    where = rows[:, 0] > 0.4
-    by_mask, by_rows = Reservoir(12, 0), Reservoir(12, 0)
-    by_mask.add(0, "context", rows, "a", where=where)
-    by_rows.add(0, "context", rows[where], "a")
-    assert by_mask.seen == by_rows.seen == {(0, "context"): int(where.sum())}
-    one, other = (r.features(0, "context") for r in (by_mask, by_rows))
-    assert one is not None
-    assert other is not None
-    assert torch.equal(one, other)
-    assert by_mask.nbytes == 12 * 5 * 2

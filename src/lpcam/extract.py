@@ -1,16 +1,16 @@
-"""CAM and LPCAM: an image and a classifier in, class maps out.
+"""CAM and LPCAM as extractors: an image and a classifier in, class maps out.
 
-The functions work on the features of one image at several scales and are what a run uses; the
-classes :class:`CAM` and :class:`LPCAM` wrap them for tensors and data loaders, with any classifier.
+The functions map the features of one image at several scales; a run uses them. The classes
+:class:`CAM` and :class:`LPCAM` wrap them for tensors and data loaders, with any classifier.
 """
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lpcam.classifier import Classifier
 from lpcam.data.images import resize_image, scaled_size
-from lpcam.errors import ClassifierError, NotFittedError, PrototypeError
+from lpcam.errors import ClassifierError, DataError, NotFittedError, PrototypeError
 from lpcam.finder import Pool
 from lpcam.functional import (
     FusedMaps,
@@ -29,27 +29,33 @@ from lpcam.functional import (
     fuse_scales,
     lpcam_of_pair,
     normalize,
+    split,
 )
 from lpcam.linear import fit_head
 from lpcam.presets import LpcamSettings, ProbeSettings
-from lpcam.prototypes import Prototypes, Reservoir, make_prototypes, split
+from lpcam.prototypes import Prototypes, Reservoir, make_prototypes
 from lpcam.storage import read_tensors
 from lpcam.wrap import Head, TargetLayer, WrappedModel, wrap
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lpcam.explain.maps import ImageMaps
+
 Source = Classifier | WrappedModel
-"""What gives a feature map and the rows of its classes."""
+"""A classifier that gives a feature map and the rows of its classes."""
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
 PRESET = "voc12.official"
+HEAD = "head.weight"
+"""Name of the rows of a new head in a file of prototypes."""
 
 
 class FeaturePair(NamedTuple):
-    """Features of one scale: of the image, and of the mirrored image if flip is used."""
+    """Features of one scale, of the image and of the mirrored image."""
 
     features: Tensor
     """(..., C, h, w)"""
     mirrored: Tensor | None
+    """(..., C, h, w), or None without flip"""
 
 
 # -- One image at several scales ---------------------------------------------------------------
@@ -63,17 +69,20 @@ def image_pyramid(
     flip: bool,
     precision: torch.dtype | None = None,
 ) -> Iterator[FeaturePair]:
-    """Features of images at each scale, with PIL bicubic resizing of the uint8 images.
+    """Features of uint8 images at each scale, resized by Pillow's bicubic filter.
 
     Args:
+        classifier: whose backbone and preprocessing are used.
         images: (B, H, W, 3) uint8 RGB.
-        precision: float16 or bfloat16 passes the backbone under autocast; None as it is.
+        scales: factors of the sides.
+        flip: whether the mirrored images pass too.
+        precision: float16 or bfloat16 runs the backbone under autocast; None: in its own precision.
 
     Yields:
-        one pair of (B, C, h, w) a scale, float32, in the order of ``scales``.
+        Features (B, C, h, w) float32 of each scale, in the order of ``scales``.
 
     Raises:
-        PrototypeError: if the features hold NaN or Inf.
+        PrototypeError: if the features contain NaN or Inf.
     """
     height, width = images.shape[1:3]
     for scale in scales:
@@ -86,17 +95,17 @@ def image_pyramid(
 def tensor_pyramid(
     source: Source, images: Tensor, scales: Sequence[float], *, flip: bool
 ) -> Iterator[FeaturePair]:
-    """The same for a batch of normalised images (B, c, H, W), resized by antialiased bicubic.
+    """Features of normalised images (B, c, H, W) at each scale, resized by antialiased bicubic.
 
-    Sides that are resized become the nearest multiples of what the model takes, if it is choosy.
+    Resized sides are rounded to multiples of ``source.multiple``, if the model requires them.
     """
     height, width = images.shape[-2:]
     multiple = source.multiple if isinstance(source, WrappedModel) else 1
     for scale in scales:
         size = scaled_size(height, width, scale)
-        if multiple > 1 and size != (height, width):
-            size = (_nearest_multiple(size[0], multiple), _nearest_multiple(size[1], multiple))
         resized = images
+        if size != (height, width):
+            size = (_nearest_multiple(size[0], multiple), _nearest_multiple(size[1], multiple))
         if size != (height, width):
             resized = F.interpolate(
                 single(images), size=size, mode="bicubic", align_corners=False, antialias=True
@@ -113,10 +122,10 @@ def _pair(
 ) -> FeaturePair:
     stacked = torch.cat([images, images.flip(-1)]) if flip else images
     if isinstance(source, Classifier):
-        # The same numbers in a layout in which convolutions are a tenth faster on a CPU.
+        # Convolutions on a CPU are a tenth faster in this layout, with the same results.
         stacked = stacked.to(source.weight.dtype, memory_format=torch.channels_last)
     else:
-        stacked = stacked.contiguous()  # a model of the user's may take views
+        stacked = stacked.contiguous()  # the model may call view
     with torch.autocast(images.device.type, precision, enabled=precision is not None):
         features = single(source.features(stacked))
     if not all_finite(features):
@@ -129,49 +138,92 @@ def _pair(
 
 
 def single(values: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Convert half precision to float32; keep float32 and float64.
+
+    Example:
+        >>> single(torch.ones(1, dtype=torch.float16)).dtype
+        torch.float32
+    """
     return values.float() if values.dtype.itemsize < torch.float32.itemsize else values
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or Inf, in one cheap pass where that is so."""
-    # A NaN or Inf makes the sum NaN or Inf; a sum that has overflowed is looked at more closely.
+    """Check that no value is NaN or Inf.
+
+    Example:
+        >>> all_finite(torch.tensor([1.0, float("nan")]))
+        False
+    """
+    # A NaN or Inf makes the sum NaN or Inf; so does an overflow, which needs a second look.
     total = values.sum(dtype=torch.float32)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context without the caller's autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return context
 
 
 # -- Maps --------------------------------------------------------------------------------------
 
 
 def cam_maps(
-    pairs: Iterable[FeaturePair],
-    weight: Tensor,
-    size: tuple[int, int],
-    *,
-    epsilon: float,
+    pairs: Iterable[FeaturePair], weight: Tensor, size: tuple[int, int], *, epsilon: float
 ) -> FusedMaps:
     """CAM of equation 1 over scales and flip (specification of LPCAM, section 3b).
 
     Args:
         pairs: features of each scale.
-        weight: (N, C) the rows w_n of the classes wanted.
+        weight: (N, C), rows w_n of the wanted classes.
         size: (H, W) of the image.
         epsilon: added to the maximum before the division.
+
+    Example:
+        >>> maps = cam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.ones(1, 3), (8, 8),
+        ...                 epsilon=0.0)
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([1, 8, 8]), 1.0)
     """
     maps = [cam_of_pair(pair.features, pair.mirrored, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
 
 
 def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
-    """LPCAM of equations 5-6 over scales and flip (specification of LPCAM, section 3i).
+    """LPCAM of equations 5 and 6 over scales and flip (specification of LPCAM, section 3i).
 
     Args:
         pairs: features of each scale.
-        vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`, the classes wanted.
+        vectors: (N, C), rows of :meth:`lpcam.prototypes.Prototypes.vectors` of the wanted classes.
         size: (H, W) of the image.
+
+    Example:
+        >>> maps = lpcam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.eye(3)[:2], (8, 8))
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([2, 8, 8]), 1.0)
     """
     maps = [lpcam_of_pair(pair.features, pair.mirrored, vectors) for pair in pairs]
     return fuse_scales(maps, size)
+
+
+def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+    """Equation 1 on the feature grid, one scale, no flip.
+
+    Args:
+        features: (C, h, w).
+        weight: (K, C), rows w_n of the wanted classes.
+        epsilon: added to the maximum before the division.
+
+    Returns:
+        (K, h, w) in [0, 1].
+
+    Example:
+        >>> single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.ones(1, 1), epsilon=0.0)
+        tensor([[[0.2500, 1.0000, 0.0000]]])
+    """
+    return normalize(class_activation(features, weight).relu(), "max", epsilon)
 
 
 def collect(
@@ -183,16 +235,26 @@ def collect(
     name: str,
     times: Mapping[int, int] | None = None,
 ) -> None:
-    """Split one image's features by its CAM (eq. 2) and offer them to the reservoir.
+    """Split one image's features by its CAM (equation 2) and offer them to the reservoir.
 
     Args:
+        reservoir: changed in place.
         features: (C, h, w) at scale 1, without flip.
-        classes: the K present classes.
-        split_map: (K, H', W') max-normalised CAM of those classes at any size; brought to the
+        classes: indices of the K present classes.
+        split_map: (K, H', W'), max-normalised CAM of those classes at any size; resized to the
             feature grid by ``settings.split_resize``.
+        settings: how prototypes are fitted.
         name: of the image.
-        times: how often the image serves each class; None: once each. A class that is not in it is
-            not served.
+        times: how often the image was drawn for each class (:func:`lpcam.prototypes.draw_images`);
+            None: once for each.
+
+    Example:
+        >>> reservoir = Reservoir(None, seed=0)
+        >>> settings = LpcamSettings.from_preset("voc12.official")
+        >>> cam = torch.tensor([[[0.0, 0.9]]])
+        >>> collect(reservoir, torch.ones(3, 1, 2), [4], cam, settings, "image")
+        >>> reservoir.seen
+        {(4, 'foreground'): 1, (4, 'context'): 1}
     """
     if not classes:
         return
@@ -209,17 +271,12 @@ def collect(
 
 
 def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Tensor:
-    """Maps (K, H, W) that split features (C, h, w), brought to their grid as the settings say."""
+    """Resize maps (K, H, W) to the grid of features (C, h, w) by ``settings.split_resize``."""
     grid = features.shape[-2:]
     if split_map.shape[-2:] == grid:
         return split_map
     options = {} if settings.split_resize == "nearest" else {"align_corners": False}
     return F.interpolate(split_map[None], size=grid, mode=settings.split_resize, **options)[0]
-
-
-def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """Equation 1 on the feature grid, one scale, no flip: (C, h, w) to (K, h, w) in [0, 1]."""
-    return normalize(class_activation(features, weight).relu(), "max", epsilon)
 
 
 # -- Extractors --------------------------------------------------------------------------------
@@ -228,24 +285,30 @@ def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Ten
 class CAM:
     """Class activation maps of equation 1, over scales and flip.
 
-    The model is looked at when it is first needed, and left as it was: see
-    :func:`lpcam.wrap.wrap`, whose arguments these are.
+    The model is inspected when it is first needed and not changed: see :func:`lpcam.wrap.wrap`,
+    which takes the keyword arguments.
 
     Args:
         model: a :class:`~lpcam.classifier.Classifier`, a :class:`~lpcam.wrap.WrappedModel`, or any
             image classifier.
         settings: an :class:`~lpcam.presets.LpcamSettings` or the name of a preset; None:
-            ``voc12.official``, at scale 1 alone if the model takes one size of image only.
+            ``voc12.official``, at scale 1 only if the model takes a fixed size of image.
         classes: names of the classes.
         target_layer: name, module or callable that gives the map before the pooling.
         head: name, module or (weight, bias) of the linear head.
         pool: ``"token"`` for a head that reads a class token.
-        example: images the model takes, or their size (H, W).
+        example: images that the model takes, or their size (H, W).
 
     Attributes:
-        source_: the :class:`~lpcam.classifier.Classifier` or :class:`~lpcam.wrap.WrappedModel` that
-            maps are made with.
+        source_: the :class:`~lpcam.classifier.Classifier` or :class:`~lpcam.wrap.WrappedModel`
+            that gives features and class rows.
         settings_: the :class:`~lpcam.presets.LpcamSettings` in use.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(8, 2))
+        >>> CAM(model, example=(32, 32))(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 2, 32, 32])
     """
 
     def __init__(
@@ -259,7 +322,7 @@ class CAM:
         pool: Pool | None = None,
         example: Tensor | tuple[int, int] | None = None,
     ) -> None:
-        # As they are, for clones; what they mean is found when it is needed.
+        # Stored as given, so that sklearn.base.clone works.
         self.model = model
         self.settings = settings
         self.classes = classes
@@ -267,19 +330,12 @@ class CAM:
         self.head = head
         self.pool = pool
         self.example = example
-        self._source: Source | None = None
-        self._settings: LpcamSettings | None = None
+        self._reset()
 
-    _parameters: tuple[str, ...] = (
-        "model",
-        "settings",
-        "classes",
-        "target_layer",
-        "head",
-        "pool",
-        "example",
-    )
-    _of_source = frozenset(_parameters) - {"settings"}
+    def _reset(self) -> None:
+        self._source: Source | None = None
+
+    _model_parameters = ("model", "classes", "target_layer", "head", "pool", "example")
 
     def __repr__(self) -> str:
         model = (
@@ -288,34 +344,36 @@ class CAM:
         return f"{type(self).__name__}({model}, {self.settings!r})"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor, as they were given."""
-        return {name: getattr(self, name) for name in self._parameters}
+        """Arguments of the constructor as they were given."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change arguments of the constructor; what was made with others is forgotten.
+        """Change arguments of the constructor.
+
+        ``with_context`` and the scales and flip of ``settings`` apply from the next call on;
+        ``random_state``, ``dtype`` and the other settings from the next ``fit`` on. Any other
+        change discards what was found and fitted.
 
         Raises:
             ValueError: if there is no such argument.
         """
+        known = self.get_params()
         for name, value in parameters.items():
-            if name not in self._parameters:
+            if name not in known:
                 raise ValueError(
-                    f"{type(self).__name__} has no parameter {name!r}; it has "
-                    f"{', '.join(self._parameters)}"
+                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}"
                 )
             setattr(self, name, value)
-        if self._of_source & parameters.keys():
-            self._source = self._settings = None
-        if "settings" in parameters:
-            self._settings = None
+        if not parameters.keys().isdisjoint(self._model_parameters):
+            self._reset()
         return self
 
     @property
     def source_(self) -> Source:
-        """What gives features and rows; found now if it has not been needed yet.
+        """Classifier that gives features and class rows.
 
         Raises:
-            ClassifierError: if the model has no map or no head that can be found.
+            ClassifierError: if no feature map or linear head is found in the model.
         """
         if self._source is None:
             self._source = self._find_source()
@@ -323,39 +381,30 @@ class CAM:
 
     @property
     def settings_(self) -> LpcamSettings:
-        """The settings in use, those of a preset by its name.
+        """Settings in use.
 
         Raises:
-            RecipeError: if there is no such preset.
+            RecipeError: if there is no preset of that name.
             ClassifierError: as ``source_``.
         """
-        if self._settings is None:
-            self._settings = self._find_settings()
-        return self._settings
+        source = self.source_
+        if isinstance(self.settings, LpcamSettings):
+            return self.settings
+        if self.settings is None and isinstance(source, WrappedModel) and source.fixed_size:
+            return LpcamSettings.from_preset(PRESET, scales=(1.0,))
+        return LpcamSettings.from_preset(self.settings or PRESET)
 
     def _find_source(self) -> Source:
-        options = {name: getattr(self, name) for name in self._of_source if name != "model"}
-        model = self.model
-        if not isinstance(model, (Classifier, WrappedModel)):
-            return wrap(model, **options)
+        options = {name: getattr(self, name) for name in self._model_parameters[1:]}
+        if not isinstance(self.model, (Classifier, WrappedModel)):
+            return wrap(self.model, **options)
         given = sorted(name for name, value in options.items() if value is not None)
         if given:
             raise ClassifierError(
-                f"{', '.join(given)} cannot be given beside a {type(model).__name__}, which "
+                f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
                 "has its own; leave it out, or give the bare model"
             )
-        return model
-
-    def _find_settings(self) -> LpcamSettings:
-        if isinstance(self.settings, LpcamSettings):
-            return self.settings
-        if isinstance(self.settings, str):
-            return LpcamSettings.from_preset(self.settings)
-        source = self.source_
-        if isinstance(source, WrappedModel) and source.fixed_size is not None:
-            logger.info("%s takes one size of image alone: maps are made at scale 1", source)
-            return LpcamSettings.from_preset(PRESET, scales=(1.0,))
-        return LpcamSettings.from_preset(PRESET)
+        return self.model
 
     @torch.no_grad()  # not inference mode, whose tensors no loss can use
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -363,67 +412,64 @@ class CAM:
 
         Args:
             images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot (what is not above 0 is absent), or (B,) int64 class indices;
-                maps of absent classes are zero. None maps every class.
+            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices. Maps of
+                absent classes are zero. None maps every class.
 
         Returns:
-            (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 of such a model).
+            (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 for such a model).
 
         Raises:
             ValueError: if the labels do not fit the batch.
-            ClassifierError: if the model has no map or no head that can be found, or cannot take
-                the images.
+            ClassifierError: if no feature map or linear head is found in the model, or it cannot
+                take the images.
+            NotFittedError: for an LPCAM without prototypes.
         """
-        source, settings = self.source_, self.settings_
-        return self._maps(images, labels, single(source.weight), settings.cam_epsilon)
-
-    def _maps(
-        self, images: Tensor, labels: Tensor | None, rows: Tensor, cam_epsilon: float | None
-    ) -> Tensor:
-        """CAM with the rows of the classifier, or LPCAM with vectors if there is no epsilon."""
         present = None
         if labels is not None:
             present = multi_hot_labels(labels, images.shape[0], len(self.source_.classes))
-        device = self.source_.device
-        with full_precision(device):
-            pairs = self._pairs(images)
-            if cam_epsilon is None:
-                fused = lpcam_maps(pairs, rows, _size(images))
-            else:
-                fused = cam_maps(pairs, rows, _size(images), epsilon=cam_epsilon)
-            maps = fused.high_res
+        with full_precision(self.source_.device):
+            maps = self._maps(self._pairs(images), _size(images)).high_res
             if present is not None:
                 maps = maps * (present > 0).to(maps)[:, :, None, None]
         return maps.to(images.device)
 
     def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
-        settings = self.settings_
-        return tensor_pyramid(
-            self.source_, _on(images, self.source_), settings.scales, flip=settings.flip
+        source, settings = self.source_, self.settings_
+        return tensor_pyramid(source, images.to(source.device), settings.scales, flip=settings.flip)
+
+    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
+        return cam_maps(
+            pairs, single(self.source_.weight), size, epsilon=self.settings_.cam_epsilon
         )
 
 
 class LPCAM(CAM):
-    """LPCAM of equations 2-6: fit prototypes on a labelled loader, then map images.
+    """LPCAM of equations 2 to 6: fit prototypes on a labelled loader, then map images.
 
-    >>> lpcam = LPCAM(model).fit(loader)  # doctest: +SKIP
-    >>> maps = lpcam(images, labels)  # doctest: +SKIP
-
-    With ``classes`` and a model that has no linear head for them, ``fit`` fits one first, on the
-    pooled features of the frozen model (as the linear probe of a run), and then the prototypes.
+    With ``classes`` and a model without a linear head for them, ``fit`` first fits a head on the
+    pooled features of the frozen model (as the linear probe of a run).
 
     Args:
-        model, settings, classes, target_layer, head, pool, example: as of :class:`CAM`.
-        random_state: seed of the reservoir and the clustering.
-        dtype: in which the sample of local features is kept; half precision ends at 65504.
-        with_context: False gives LPCAM-F, the foreground term alone.
+        model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
+        random_state: random seed of the reservoir and the clustering.
+        dtype: precision in which local features are kept. float16 halves the memory; its largest
+            value is 65504.
+        with_context: False leaves the context out (LPCAM-F).
 
     Attributes:
         prototypes_: :class:`~lpcam.prototypes.Prototypes`, after ``fit``, ``partial_fit`` or
             ``load``.
-        source_: the :class:`~lpcam.classifier.Classifier` or :class:`~lpcam.wrap.WrappedModel` they
-            belong to.
+        source_: the :class:`~lpcam.classifier.Classifier` or :class:`~lpcam.wrap.WrappedModel`
+            that they belong to.
         settings_: the :class:`~lpcam.presets.LpcamSettings` in use.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(8, 2))
+        >>> images, labels = torch.rand(4, 3, 32, 32), torch.ones(4, 2)
+        >>> lpcam = LPCAM(model, example=(32, 32)).fit([(images, labels)])
+        >>> lpcam(images, labels).shape
+        torch.Size([4, 2, 32, 32])
     """
 
     def __init__(
@@ -452,145 +498,91 @@ class LPCAM(CAM):
         self.random_state = random_state
         self.dtype = dtype
         self.with_context = with_context
-        self._forget()
 
-    _parameters = (*CAM._parameters, "random_state", "dtype", "with_context")
-
-    def set_params(self, **parameters: Any) -> Self:
-        """Change arguments of the constructor.
-
-        A change of ``with_context`` serves the next call and one of ``settings`` too (scales and
-        flip; prototypes stay as they are until the next ``fit``). ``random_state`` and ``dtype``
-        serve the next ``fit``. Any other forgets the prototypes.
-
-        Raises:
-            ValueError: if there is no such argument.
-        """
-        super().set_params(**parameters)
-        if self._of_source & parameters.keys():
-            self._forget()
-        return self
-
-    def _forget(self) -> None:
+    def _reset(self) -> None:
+        super()._reset()
         self._reservoir: Reservoir | None = None
         self._images = 0
         self._prototypes: Prototypes | None = None
 
-    def _not_fitted(self) -> NotFittedError:
-        return NotFittedError(
-            "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
-            "load(path) a file that save wrote"
-        )
-
     @property
     def source_(self) -> Source:
-        """What gives features and rows.
+        """Classifier that the prototypes belong to.
 
         Raises:
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
         """
         if self._source is None:
-            raise self._not_fitted()
+            raise NotFittedError(
+                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
+                "load(path) with a file that save wrote"
+            )
         return self._source
 
-    @property
-    def settings_(self) -> LpcamSettings:
-        """The settings in use.
-
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-        """
-        if self._settings is None:
-            if self._source is None:
-                raise self._not_fitted()
-            self._settings = self._find_settings()
-        return self._settings
-
-    def _resolve(self) -> None:
-        """Look at the model and the settings, before anything is asked of a loader."""
-        source = self._find_source()
-        self._source, self._settings = source, None
-        try:
-            self._settings = self._find_settings()
-        except BaseException:
-            self._source = None
-            raise
-
     def fit(self, loader: Batches) -> Self:
-        """Collect local features, cluster, score and select (eqs 2-4).
+        """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
         Args:
             loader: yields normalised images (B, c, H, W) and labels: multi-hot (B, N), or (B,)
-                int64 class indices. Every image serves all its classes: ``images_per_class`` of the
-                settings is for a run, which draws from a list
-                (:func:`lpcam.prototypes.draw_images`). It is gone through twice where a new head is
-                fitted first. After an error nothing is kept of it.
+                int64 class indices. It is read twice if a new head is fitted. Every image is used
+                for all its classes; ``images_per_class`` applies to runs only.
 
         Raises:
             ValueError: if the labels do not fit a batch.
-            ClassifierError: if the model has no map or no head that can be found; for a new head,
-                if the loader is an iterator, which cannot be gone through twice, or a class has no
-                image.
-            PrototypeError: if no class has any foreground feature.
+            ClassifierError: if no feature map or linear head is found in the model. For a new head:
+                if the loader is an iterator, which cannot be read twice, or a class has no image.
+            PrototypeError: if no class has a foreground feature.
         """
-        self._forget()
-        self._resolve()
+        self._reset()
         try:
-            if isinstance(self.source_, WrappedModel) and self.source_.needs_head:
-                self._source = self._with_new_head(self.source_, loader)
+            self._source = source = self._find_source()
+            _ = self.settings_  # an unknown preset raises before the loader is read
+            if isinstance(source, WrappedModel) and source.needs_head:
+                self._source = self._with_new_head(source, loader)
             for images, labels in loader:
                 self.partial_fit(images, labels)
             if self._images == 0:
-                raise PrototypeError(
-                    "the loader gave no image; give one that yields (images, labels)"
-                )
+                raise PrototypeError(NO_IMAGE)
             self._cluster()
         except BaseException:
-            # Part of a loader is not what was asked for, and nothing may be added to it.
-            self._forget()
-            self._source = self._settings = None
+            # A later partial_fit must not add to a part of this loader.
+            self._reset()
             raise
         return self
 
     def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Fit on a loader, then map its images: ``fit`` at once, the maps as they are asked for.
+        """Fit on a loader at once, then map its images lazily.
 
         Args:
-            loader: as of :meth:`fit`; gone through again for the maps, in whatever order it has
-                then, so each batch comes with its images and labels.
+            loader: as for :meth:`fit`; read again for the maps, in whatever order it has then.
 
         Returns:
-            an iterator of (images, labels, maps (B, N, H, W)).
+            Iterator of (images, labels, maps (B, N, H, W)).
 
         Raises:
-            ClassifierError: if the loader is an iterator, which cannot be gone through twice.
+            ClassifierError: if the loader is an iterator, which cannot be read twice.
             ValueError, PrototypeError: as :meth:`fit`.
         """
-        _check_again(loader, "fit_maps goes through it twice")
+        _check_readable_twice(loader, "fit_maps")
         self.fit(loader)
         return ((images, labels, self(images, labels)) for images, labels in loader)
 
     def _with_new_head(self, source: WrappedModel, loader: Batches) -> WrappedModel:
-        """The model with a linear head, fitted to the pooled features of a loader's images."""
-        _check_again(loader, "a new head is fitted in a pass of its own")
+        """Fit a linear head to the pooled features of a loader's images."""
+        _check_readable_twice(loader, "fitting a new head")
         settings = ProbeSettings.from_preset("default")
         pooled, labels = [], []
         for images, given in loader:
             multi_hot = multi_hot_labels(given, images.shape[0], len(source.classes))
             labels.append((multi_hot > 0).cpu())
             with torch.no_grad(), full_precision(source.device):
-                (pair,) = tensor_pyramid(source, _on(images, source), (1.0,), flip=settings.mirror)
+                (pair,) = tensor_pyramid(
+                    source, images.to(source.device), (1.0,), flip=settings.mirror
+                )
                 views = [view.mean((-2, -1)) for view in pair if view is not None]
                 pooled.append(torch.stack(views, dim=1).float().cpu())
         if not pooled:
-            raise PrototypeError("the loader gave no image; give one that yields (images, labels)")
-        counts = torch.cat(labels).sum(0).tolist()
-        absent = [n for n, count in zip(source.classes, counts, strict=True) if count == 0]
-        if absent:
-            raise ClassifierError(
-                f"no image of the loader is labelled {', '.join(absent)}, so no head can be fitted "
-                "for it; label some, or leave it out of classes"
-            )
+            raise PrototypeError(NO_IMAGE)
         with torch.inference_mode(False), full_precision(torch.device("cpu")):
             weight = fit_head(
                 torch.cat(pooled).clone(), torch.cat(labels).float(), settings, source.classes
@@ -599,24 +591,24 @@ class LPCAM(CAM):
 
     @torch.no_grad()
     def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
-        """Collect the local features of one more batch (eq. 2), for data that arrives in parts.
+        """Collect the local features of one more batch (equation 2), for data in parts.
 
-        The clustering waits until ``prototypes_`` is first needed. Parts that are fitted in the
-        same order give the prototypes of one ``fit`` over them all.
+        Clustering is postponed until ``prototypes_`` is needed. Parts in the same order give the
+        prototypes of one ``fit``.
 
         Args:
             images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot (what is not above 0 is absent), or (B,) int64 class indices.
+            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices.
 
         Raises:
             ValueError: if the labels do not fit the batch.
-            ClassifierError: if the model has no map or no head that can be found.
+            ClassifierError: if no feature map or linear head is found in the model.
         """
         if self._source is None:
-            self._resolve()
+            self._source = self._find_source()
         source, settings = self.source_, self.settings_
         labels = multi_hot_labels(labels, images.shape[0], len(source.classes))
-        weight = single(source.weight)
+        weight, epsilon = single(source.weight), settings.cam_epsilon
         if self._reservoir is None:
             self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
         multi_scale = settings.split_maps == "multi_scale"
@@ -626,31 +618,27 @@ class LPCAM(CAM):
         with full_precision(source.device):
             pairs = list(
                 tensor_pyramid(
-                    source, _on(images, source), scales, flip=settings.flip and multi_scale
+                    source, images.to(source.device), scales, flip=settings.flip and multi_scale
                 )
             )
             features = pairs[scales.index(1.0)].features
             maps = None
             if multi_scale:
                 used = pairs[: len(settings.scales)]
-                maps = cam_maps(used, weight, _size(images), epsilon=settings.cam_epsilon).high_res
+                maps = cam_maps(used, weight, _size(images), epsilon=epsilon).high_res
             self._prototypes = None
             for row in range(images.shape[0]):
                 present = (labels[row] > 0).nonzero().flatten().tolist()
                 split_map = (
                     maps[row, present]
                     if maps is not None
-                    else single_scale_cam(
-                        features[row], weight[present], epsilon=settings.cam_epsilon
-                    )
+                    else single_scale_cam(features[row], weight[present], epsilon=epsilon)
                 )
                 name = f"image {self._images}"
                 collect(self._reservoir, features[row], present, split_map, settings, name)
                 self._images += 1
         return self
 
-    @torch.inference_mode(False)  # first needed in a call, they are to serve outside it too
-    @torch.no_grad()
     def _cluster(self) -> Prototypes:
         source, settings = self.source_, self.settings_
         assert self._reservoir is not None
@@ -672,30 +660,83 @@ class LPCAM(CAM):
 
     @property
     def prototypes_(self) -> Prototypes:
-        """The prototypes; clusters first what :meth:`partial_fit` has collected since.
+        """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
 
         Raises:
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-            PrototypeError: if no class has any foreground feature.
+            PrototypeError: if no class has a foreground feature.
         """
-        if self._prototypes is not None:
-            return self._prototypes
-        if self._images == 0:
-            raise self._not_fitted()
-        return self._cluster()
+        _ = self.source_
+        return self._cluster() if self._prototypes is None else self._prototypes
 
-    @torch.no_grad()  # not inference mode, whose tensors no loss can use
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Maps of a batch, as :meth:`CAM.__call__`.
+    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
+        return lpcam_maps(pairs, self._vectors(), size)
 
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-        """
+    def _vectors(self) -> Tensor:
         vectors = self.prototypes_.vectors(with_context=self.with_context)
-        return self._maps(images, labels, vectors.to(single(self.source_.weight)), None)
+        return vectors.to(single(self.source_.weight))
+
+    @torch.no_grad()
+    def image_maps(
+        self,
+        image: Tensor,
+        picture: NDArray[np.uint8],
+        classes: Sequence[str] | None = None,
+        *,
+        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
+        name: str = "image",
+    ) -> ImageMaps:
+        """CAM and LPCAM of one image as :class:`~lpcam.explain.maps.ImageMaps`, to draw and save.
+
+        Args:
+            image: (c, H, W), normalised as the model expects.
+            picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
+            classes: names of at most 254 classes to map; None: the class with the highest score.
+            scoring: turns the logits into scores; "softmax" if exactly one class is present.
+            name: of the image, for file names.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+            DataError: if a class is unknown.
+        """
+        from lpcam.explain.maps import ImageMaps  # noqa: PLC0415 - explain is built on this module
+
+        vectors, source, settings = self._vectors(), self.source_, self.settings_
+        images = image[None].to(source.device)
+        with full_precision(source.device):
+            logits = source(images) if isinstance(source, Classifier) else source.logits(images)
+            logits = logits[0].double().cpu()
+            scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)
+            order = scores.argsort(descending=True, stable=True).tolist()
+            wanted = [source.classes[order[0]]] if classes is None else list(classes)
+            unknown = sorted(set(wanted) - set(source.classes))
+            if unknown:
+                raise DataError(
+                    f"unknown classes {', '.join(unknown)}; expected some of the classifier's: "
+                    f"{', '.join(source.classes)}"
+                )
+            chosen = [source.classes.index(one) for one in wanted]
+            pairs, size = list(self._pairs(images)), _size(images)
+            rows = single(source.weight)[chosen]
+            cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon).high_res[0]
+            lpcam = lpcam_maps(pairs, vectors[chosen], size).high_res[0]
+        few = len(source.classes) <= MOST_MASK_VALUES
+        return ImageMaps(
+            image=picture,
+            classes=tuple(wanted),
+            mask_ids=tuple(n + 1 for n in chosen) if few else tuple(range(1, len(chosen) + 1)),
+            scores=tuple(scores[chosen].tolist()),
+            cam=cam.float().cpu().numpy(),
+            lpcam=lpcam.float().cpu().numpy(),
+            threshold=settings.threshold,
+            cam_threshold=settings.cam_threshold,
+            ranking=tuple((source.classes[n], float(scores[n])) for n in order),
+            name=name,
+            made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write the prototypes to a safetensors file, with the head if ``fit`` made one.
+        """Write the prototypes, and the head if ``fit`` made one, to a safetensors file.
 
         Raises:
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
@@ -723,13 +764,14 @@ class LPCAM(CAM):
                 )
             source = source.with_head(head.to(source.device))
         prototypes = Prototypes.load(Path(path), fingerprint=source.fingerprint())
-        self._forget()
-        self._source, self._settings, self._prototypes = source, None, prototypes
+        self._reset()
+        self._source, self._prototypes = source, prototypes
         return self
 
 
-HEAD = "head.weight"
-"""Name of a new head's rows in a file of prototypes."""
+NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
+MOST_MASK_VALUES = 254
+"""Values of a mask that can name a class; 0 is background and 255 ignored."""
 
 
 # -- Labels and images of a caller -------------------------------------------------------------
@@ -739,18 +781,22 @@ def multi_hot_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
     """Image-level labels as (B, N) multi-hot.
 
     Args:
-        labels: (B, N) multi-hot, as they are; or (B,) of an integer type, the index of each
-            image's one class (not for a single class: give (B, 1), 1 where it is present).
+        labels: (B, N) multi-hot, returned unchanged; or (B,) integers, the index of each image's
+            only class. For a single class give (B, 1).
+        batch: B.
+        classes: N.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if the labels have another shape, or an index is out of range.
+
+    Example:
+        >>> multi_hot_labels(torch.tensor([1, 0]), 2, 2).tolist()
+        [[0, 1], [1, 0]]
     """
     if tuple(labels.shape) == (batch, classes):
         return labels
-    whole = (
-        not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
-    )
-    if tuple(labels.shape) == (batch,) and whole and classes > 1:
+    integers = labels.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64)
+    if tuple(labels.shape) == (batch,) and integers and classes > 1:
         if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
                 f"expected class indices from 0 to {classes - 1}, got {int(labels.min())} to "
@@ -762,25 +808,13 @@ def multi_hot_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
     )
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Without the caller's autocast, if there is one."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-    return context
-
-
-def _check_again(loader: Batches, why: str) -> None:
+def _check_readable_twice(loader: Batches, what: str) -> None:
     # iter(loader) would draw from the caller's random numbers
     if isinstance(loader, Iterator):
         raise ClassifierError(
-            f"the loader is an iterator, which is empty after one pass, but {why}; give a "
-            "DataLoader or a list of (images, labels)"
+            f"the loader is an iterator, which is empty after one pass, but {what} reads it twice; "
+            "give a DataLoader or a list of (images, labels)"
         )
-
-
-def _on(images: Tensor, source: Source) -> Tensor:
-    return images.to(source.device)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -1,147 +1,85 @@
-"""From local features to prototypes: split (eq. 2), cluster, score (eqs 3-4), select.
+"""From local features to prototypes: collect, cluster, score and select.
 
-Order of use: :func:`split` sends each location of an image to the foreground or the context of a
-class, a :class:`Reservoir` collects the features, :func:`make_prototypes` clusters, scores and
-selects them, and :meth:`Prototypes.vectors` gives the rows that map an image.
+A :class:`Reservoir` holds a sample of the local features of each class and side (foreground or
+context, equation 2). :func:`make_prototypes` clusters it, then scores and selects the centres
+(equations 3 and 4). :meth:`Prototypes.vectors` gives the vectors that map an image (equations 5
+and 6).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lpcam.clustering import Group, cosine_kmeans_groups
+from lpcam.clustering import Clustering, Clusters, CosineKMeans
 from lpcam.errors import ArtefactError, PrototypeError
-from lpcam.functional import foreground_minus_context, unit_mean
-from lpcam.parallel import one_thread
+from lpcam.functional import (
+    foreground_minus_context,
+    score,
+    select_context,
+    select_foreground,
+    unit_mean,
+)
+from lpcam.parallel import one_thread, ordered_map
 from lpcam.presets import LpcamSettings
 from lpcam.storage import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
 SideName = Literal["foreground", "context"]
 SIDES: tuple[SideName, SideName] = ("foreground", "context")
-BEST_MARGIN = 1e-6
-"""Scores this close to the best count as best when no prototype passes mu_f."""
+PARTS = ("centers", "scores", "sizes", "keep")
+"""Fields of :class:`Centers`, which are tensors in a file of prototypes."""
 
 
-# -- Equation 2: foreground and context --------------------------------------------------------
+def _cosine_kmeans(settings: LpcamSettings) -> Clustering:
+    return CosineKMeans(
+        settings.init,
+        settings.centers,
+        settings.max_iterations,
+        settings.tolerance,
+        settings.tolerance_kind,
+    )
 
 
-def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
-    """Equation 2: which locations of a class are foreground and which context.
-
-    Args:
-        cam: (..., h, w) max-normalised CAM of a class, in [0, 1].
-        tau: the threshold.
-        inclusive: True: foreground is cam >= tau and context the rest, as the paper has it.
-            False: cam > tau and cam < tau, so that equality joins neither, as the released program
-            has it.
-
-    Returns:
-        two boolean tensors of cam's shape.
-    """
-    if inclusive:
-        foreground = cam >= tau
-        return foreground, ~foreground
-    return cam > tau, cam < tau
-
-
-# -- Equations 3 and 4: what the classifier thinks of a centre ---------------------------------
-
-
-def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
-    """Equations 3-4: z_i = softmax over classes of centre . w, read at the class of the centre.
-
-    The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
-    mu_b rely on it. Of spherical clusters give the plain means of the raw members.
-
-    Over one class a softmax is always 1. The one row of a binary classifier is therefore scored by
-    the sigmoid, which is the softmax of its logit and a zero.
-
-    Args:
-        centers: (K, C).
-        weight: (N, C) rows of the classifier.
-        index: n, the row of the class whose centres these are.
-        bias: (N,) where the evaluator has one; the paper's has none.
-
-    Returns:
-        (K,) in [0, 1].
-    """
-    logits = centers @ weight.T
-    if bias is not None:
-        logits = logits + bias
-    if weight.shape[0] == 1:
-        return logits[:, 0].sigmoid()
-    return logits.softmax(dim=1)[:, index]
-
-
-def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
-    """F' = {F_i : z_i > mu_f}; if none passes, the centre(s) of the best score.
-
-    Args:
-        scores: (K,); NaN marks a place without a centre and is never selected.
-
-    Returns:
-        (K,) bool.
-    """
-    keep = scores > mu_f
-    if keep.any() or not torch.isfinite(scores).any():
-        return keep
-    best = scores[torch.isfinite(scores)].max()
-    return (scores - best).abs() < BEST_MARGIN
-
-
-def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
-    """B' = {B_i : lower < z_i < mu_b}; possibly none. NaN is never selected.
-
-    The paper has no lower bound (None); the released program uses 0.05 on VOC and 0 on COCO, where
-    it drops a score that has underflowed to 0.
-    """
-    below = scores < mu_b
-    return below if lower is None else below & (scores > lower)
+CLUSTERINGS: dict[str, Callable[[LpcamSettings], Clustering]] = {"cosine_kmeans": _cosine_kmeans}
+"""Clustering methods by name. A new one is a class with ``fit`` in its own file and a line here."""
 
 
 # -- Collecting local features -----------------------------------------------------------------
 
 
-def _ordinary(method: Callable[P, R]) -> Callable[P, R]:
-    """What a method makes are ordinary tensors, which can be changed in any mode."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return run
-
-
 class Reservoir:
-    """A bounded uniform sample of the local features of each class and side.
+    """Uniform random sample of the local features of each class and side, of bounded size.
 
-    Every feature draws a random key from a generator that depends on the seed, the image, the
-    class and the side alone; the ``max_features`` smallest keys stay. So the sample does not
-    depend on the order of the images or on how they are shared among processes.
+    Every feature gets a random key from a generator that is seeded with the seed, the image, the
+    class and the side. The features of the ``max_features`` smallest keys are kept, so the sample
+    depends neither on the order of the images nor on how they are shared among processes.
 
-    The sample lies in the machine's memory, and of a class and side never more than twice
-    ``max_features`` rows. Keys are drawn before any row is looked at, so a full reservoir copies
-    only the few rows that take another's place.
+    The sample is in main memory, with at most twice ``max_features`` rows for each class and side.
 
     Args:
-        max_features: bound of each class and side; None keeps everything.
-        seed: of the keys.
-        dtype: in which rows are kept.
+        max_features: size of the sample of each class and side. Larger values need more memory and
+            a longer clustering; None keeps all features.
+        seed: random seed of the keys.
+        dtype: precision in which features are kept. float16 halves the memory.
+
+    Raises:
+        ValueError: if ``max_features`` is less than 1.
+
+    Example:
+        >>> reservoir = Reservoir(2, seed=0)
+        >>> reservoir.add(0, "context", torch.ones(5, 3), "image 1")
+        >>> reservoir.features(0, "context").shape, reservoir.seen
+        (torch.Size([2, 3]), {(0, 'context'): 5})
     """
 
     def __init__(
@@ -153,19 +91,21 @@ class Reservoir:
         self.seed = seed
         self.dtype = dtype
         self.seen: dict[tuple[int, SideName], int] = {}
+        """Number of features offered, by class and side."""
         self._samples: dict[tuple[int, SideName], _Sample] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows that are kept."""
-        # Not part by part: a sample of everything has one for each image, and is asked as often.
+        """Size of all kept features in bytes."""
+        # Not summed over the parts, of which there are as many as images.
         return sum(
             sample.count * sample.rows[0].shape[1] * self.dtype.itemsize
             for sample in self._samples.values()
             if sample.rows
         )
 
-    @_ordinary
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(
         self,
         index: int,
@@ -174,15 +114,19 @@ class Reservoir:
         name: str,
         where: Tensor | None = None,
     ) -> None:
-        """Offer rows (M, C) of class ``index`` and one side, from the image called ``name``.
+        """Offer local features of one image.
 
         Args:
-            where: (M,) bool, which of the rows are offered; None: all.
+            index: of the class.
+            rows: (M, C), features.
+            name: of the image; seeds the keys.
+            where: (M,) bool, the rows that are offered; None: all.
 
         Raises:
-            PrototypeError: if a row that would stay holds NaN or Inf, or a value too large for
+            PrototypeError: if a row that would be kept contains NaN, Inf or a value too large for
                 ``dtype``.
         """
+        # Keys are drawn first, so that a full sample copies only the few rows that it takes.
         place = (index, side)
         offered = None if where is None else torch.nonzero(where).flatten()
         count = rows.shape[0] if offered is None else len(offered)
@@ -205,9 +149,10 @@ class Reservoir:
             raise _not_finite(taken, self.dtype, name)
         sample.take(keys[chosen], kept.cpu())
 
-    @_ordinary
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, other: Reservoir) -> None:
-        """Take in the sample of other images: the result is that of one reservoir for them all.
+        """Add the sample of other images; the result is that of one reservoir for all images.
 
         Raises:
             ValueError: if the two differ in ``max_features``, ``seed`` or ``dtype``.
@@ -216,8 +161,8 @@ class Reservoir:
         others = (other.max_features, other.seed, other.dtype)
         if mine != others:
             raise ValueError(
-                f"reservoirs of (max_features, seed, dtype) {mine} and {others} cannot be merged; "
-                "make them alike"
+                f"reservoirs with (max_features, seed, dtype) {mine} and {others} cannot be "
+                "merged; make all with the same values"
             )
         for place, count in other.seen.items():
             self.seen[place] = self.seen.get(place, 0) + count
@@ -228,9 +173,10 @@ class Reservoir:
                 if len(chosen):
                     sample.take(keys[chosen], rows[chosen])
 
-    @_ordinary
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def checkpoint(self, path: Path, images: int) -> None:
-        """Write the sample and how many images it has seen, to go on from after a stop."""
+        """Write the sample and the number of images it has seen, to resume from."""
         tensors = {}
         for (index, side), sample in self._samples.items():
             keys, rows = sample.whole()
@@ -238,9 +184,10 @@ class Reservoir:
         seen = [[index, side, count] for (index, side), count in self.seen.items()]
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
-    @_ordinary
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def restore(self, path: Path) -> int:
-        """Take the sample of a checkpoint and return how many images it has seen."""
+        """Read a checkpoint and return the number of images it has seen."""
         tensors, metadata = read_tensors(path)
         for index, side, count in metadata["seen"]:
             self.seen[index, side] = count
@@ -251,15 +198,16 @@ class Reservoir:
                 )
         return int(metadata["images"])
 
-    @_ordinary
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def features(self, index: int, side: SideName) -> Tensor | None:
-        """The sample (M, C) of a class and side in an order that is its own, or None."""
+        """Sample (M, C) of a class and side, ordered by the keys; None if there is none."""
         sample = self._samples.get((index, side))
         return None if sample is None else sample.whole()[1]
 
 
 class _Sample:
-    """The rows of the smallest keys: in parts until there are ``bound``, then in one block."""
+    """Rows of the ``bound`` smallest keys: parts until there are ``bound``, then one block."""
 
     def __init__(self, bound: int | None) -> None:
         self.bound = bound
@@ -270,14 +218,14 @@ class _Sample:
         self._sorted = False
 
     def candidates(self, keys: Tensor) -> Tensor:
-        """Places (int64) of the keys that can still stay."""
+        """Indices (int64) of the keys that can still be kept."""
         chosen = torch.nonzero(keys < self._largest).flatten()
         if self.bound is not None and len(chosen) > self.bound:
             chosen = chosen[keys[chosen].argsort()[: self.bound]]
         return chosen
 
     def take(self, keys: Tensor, rows: Tensor) -> None:
-        """Keep rows, in the machine's memory, that :meth:`candidates` chose."""
+        """Keep rows in main memory that :meth:`candidates` chose."""
         self._sorted = False
         if self._largest == float("inf"):
             self.keys.append(keys)
@@ -287,7 +235,7 @@ class _Sample:
                 return
             self.whole()
         else:
-            # The new rows take the places of those whose keys are now too large.
+            # New rows replace those whose keys are now too large.
             (held,), (block,), bound = self.keys, self.rows, len(self.keys[0])
             stays = torch.zeros(bound + len(keys), dtype=torch.bool)
             stays[torch.cat([held, keys]).argsort()[:bound]] = True
@@ -296,14 +244,14 @@ class _Sample:
         self._largest = float(self.keys[0].max())
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Keys in rising order and their rows, at most ``bound``; one block from now on."""
+        """Keys in increasing order and their rows, at most ``bound``, as one block."""
         if not self._sorted:
             keys = torch.cat(self.keys)
             order = keys.argsort()[: self.bound]
             places = torch.full((len(keys),), -1)
             places[order] = torch.arange(len(order))
             block = self.rows[0].new_empty(len(order), self.rows[0].shape[1])
-            # Part by part, so that there are never three copies.
+            # One part at a time, so that there are never three copies.
             targets = torch.split(places, [len(part) for part in self.rows])
             for part, to in zip(self.rows, targets, strict=True):
                 block[to[to >= 0]] = part[to >= 0]
@@ -315,13 +263,13 @@ class _Sample:
 def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
     if not bool(torch.isfinite(rows).all()):
         return PrototypeError(
-            f"the features of image {name!r} hold NaN or Inf; check the weights and the "
+            f"the features of image {name!r} contain NaN or Inf; check the weights and the "
             "preprocessing of the classifier"
         )
     return PrototypeError(
         f"the features of image {name!r} reach {float(rows.abs().max()):.3g}, more than "
-        f"{str(dtype).removeprefix('torch.')} can hold; keep them in float32 (maps.features: "
-        "float32 in a recipe, dtype=torch.float32 of LPCAM)"
+        f"{str(dtype).removeprefix('torch.')} can represent; use float32 (maps.features: float32 "
+        "in a recipe, dtype=torch.float32 of LPCAM)"
     )
 
 
@@ -332,17 +280,22 @@ def draw_images(
     *,
     seed: int,
 ) -> dict[str, dict[int, int]]:
-    """Which images serve which classes, and how often (specification of LPCAM, section 4).
+    """Draw the images that are clustered for each class (specification of LPCAM, section 4).
 
     Args:
         labels: name and class indices of each image.
         classes: N.
-        settings: ``images_per_class`` (None: every image with the class, once) and
+        settings: ``images_per_class`` (None: every image of the class, once) and
             ``images_with_replacement``.
-        seed: of the draw; each class has a generator of its own.
+        seed: random seed; each class has its own generator.
 
     Returns:
-        for each image that serves at all, how often it serves each class.
+        For each drawn image, how often it was drawn for each class.
+
+    Example:
+        >>> settings = LpcamSettings.from_preset("voc12.official")
+        >>> draw_images([("a", (0, 1)), ("b", (1,))], 2, settings, seed=0)
+        {'a': {0: 1, 1: 1}, 'b': {1: 1}}
     """
     drawn: dict[str, dict[int, int]] = {}
     for index in range(classes):
@@ -364,46 +317,56 @@ def draw_images(
 
 @dataclass(frozen=True)
 class Centers:
-    """All cluster centres of every class for one side, and which of them are prototypes.
+    """Cluster centres of every class for one side, and the selection of prototypes among them.
 
-    K is ``clusters`` times ``restarts`` of the settings: the centres of every clustering. A class
-    with fewer features than K has fewer centres; the rest of its rows are zero with score NaN, size
-    0 and keep False.
+    K is ``clusters`` times ``restarts`` of the settings. A class with fewer features has fewer
+    centres; its other rows are zero, with score NaN, size 0 and keep False.
     """
 
     centers: Tensor
     """(N, K, C)"""
     scores: Tensor
-    """(N, K), z of eqs 3-4"""
+    """(N, K), z of equations 3 and 4, in [0, 1]"""
     sizes: Tensor
     """(N, K) int64, local features in the cluster"""
     keep: Tensor
     """(N, K) bool, True for prototypes"""
 
     def prototypes(self, index: int) -> Tensor:
-        """The selected centres (K', C) of a class; K' may be 0."""
+        """Selected centres (K', C) of a class; K' may be 0."""
         return self.centers[index][self.keep[index]]
 
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Class and context prototypes of every class, and what made them.
+    """Class and context prototypes of every class.
 
-    ``fingerprint`` is that of the classifier whose features were clustered; ``events`` tells, in
-    words, of every class where the ordinary rule could not be followed.
+    Example:
+        >>> reservoir = Reservoir(None, seed=0)
+        >>> reservoir.add(0, "foreground", 9 * torch.eye(2)[[0, 0, 0]], "image")
+        >>> settings = LpcamSettings.from_preset("voc12.official", clusters=2)
+        >>> prototypes = make_prototypes(reservoir, torch.eye(2), ("cat", "dog"), settings, seed=0)
+        >>> prototypes.vectors().tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
     """
 
     classes: tuple[str, ...]
     foreground: Centers
     context: Centers
     fingerprint: str
+    """Fingerprint of the classifier whose features were clustered."""
     made_by: dict[str, Any]
+    """Settings and seeds, as plain values."""
     events: tuple[str, ...] = ()
+    """A sentence for each class where the ordinary rule of selection could not be followed."""
 
     def vectors(self, *, with_context: bool = True) -> Tensor:
-        """One vector a class: v_n of equation 6 (LPCAM), or of equation 5 alone (LPCAM-F).
+        """One vector for each class: v_n of equation 6.
 
-        A class without any prototype has a zero vector, hence an empty map.
+        A class without a prototype has a zero vector, hence an empty map.
+
+        Args:
+            with_context: False leaves the context out (LPCAM-F, equation 5).
 
         Returns:
             (N, C).
@@ -419,13 +382,12 @@ class Prototypes:
                 rows.append(unit_mean(selected))
         return torch.stack(rows)
 
-    def save(self, path: Path, beside: Mapping[str, Tensor] | None = None) -> None:
-        """Write to one safetensors file, atomically, with tensors to be kept beside."""
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write a safetensors file atomically, with ``extra`` tensors if given."""
         tensors = {
-            f"{side}.{part}": getattr(getattr(self, side), part).cpu().contiguous()
-            for side in SIDES
-            for part in ("centers", "scores", "sizes", "keep")
+            f"{side}.{part}": getattr(getattr(self, side), part) for side in SIDES for part in PARTS
         }
+        tensors.update(extra or {})
         metadata = {
             "kind": "prototypes",
             "classes": list(self.classes),
@@ -433,58 +395,52 @@ class Prototypes:
             "made_by": self.made_by,
             "events": list(self.events),
         }
-        tensors.update({name: t.cpu().contiguous() for name, t in (beside or {}).items()})
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
 
     @classmethod
     def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
-        """Read a file of :meth:`save`.
+        """Read a file that :meth:`save` wrote.
 
         Args:
-            fingerprint: of the classifier that shall use them; None skips the check.
+            fingerprint: of the classifier that will use the prototypes; None skips the check.
 
         Raises:
-            ArtefactError: if the file is missing, damaged or holds something else.
+            ArtefactError: if the file is missing, damaged or of another kind.
             PrototypeError: if the prototypes belong to another classifier.
         """
         tensors, metadata = read_tensors(path)
         try:
             if metadata["kind"] != "prototypes":
                 raise ArtefactError(
-                    f"{path} holds {metadata['kind']!r}, not prototypes; give the file that "
-                    "LPCAM.save or the prototypes stage wrote"
+                    f"{path} contains {metadata['kind']!r}; expected prototypes, as LPCAM.save or "
+                    "the prototypes stage writes them"
                 )
-            sides = {
-                side: Centers(
-                    *(tensors[f"{side}.{part}"] for part in ("centers", "scores", "sizes", "keep"))
-                )
-                for side in SIDES
-            }
             prototypes = cls(
                 tuple(metadata["classes"]),
-                sides["foreground"],
-                sides["context"],
+                *(Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES),
                 metadata["fingerprint"],
                 metadata["made_by"],
                 tuple(metadata["events"]),
             )
         except KeyError as missing:
             raise ArtefactError(
-                f"{path} lacks {missing}; it is no prototypes file of this version, fit again"
+                f"{path} has no {missing}; it was written by another version, fit again"
             ) from None
         prototypes.check_fingerprint(fingerprint, str(path))
         return prototypes
 
     def check_fingerprint(self, fingerprint: str | None, where: str) -> None:
-        """Refuse to serve a classifier other than the one whose features were clustered."""
+        """Raise PrototypeError if the prototypes belong to another classifier."""
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise PrototypeError(
                 f"the prototypes of {where} were made from the features of classifier "
                 f"{self.fingerprint}, but this classifier is {fingerprint}; fit prototypes for it, "
-                "or load the classifier that they belong to"
+                "or load the other classifier"
             )
 
 
+@torch.inference_mode(False)  # the prototypes can be used in any mode
+@torch.no_grad()
 def make_prototypes(
     reservoir: Reservoir,
     weight: Tensor,
@@ -497,23 +453,31 @@ def make_prototypes(
     made_by: dict[str, Any] | None = None,
     device: torch.device | None = None,
     workers: int = 1,
+    clustering: str = "cosine_kmeans",
 ) -> Prototypes:
-    """Cluster the collected features of every class and side, score the centres and select.
+    """Cluster the features of every class and side, score the centres and select prototypes.
 
     Args:
         reservoir: filled with local features.
-        weight: (N, C) rows of the classifier; or (N + 1, C), the background's before them.
+        weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
         classes: the N names.
-        bias: of those rows, where the evaluator has one.
-        seed: of the clustering; each class and side has a generator of its own.
-        device: where to cluster; None: where the weight is.
-        workers: threads on a CPU, each with a class and side; the result does not depend on it.
+        settings: how prototypes are fitted.
+        seed: random seed of the clustering; each class and side has its own generator.
+        bias: of the rows, or None.
+        fingerprint: of the classifier.
+        made_by: stored with the prototypes.
+        device: used for clustering; None: the device of ``weight``.
+        workers: CPU threads, each with one class and side; the result does not depend on them.
+        clustering: name of a method in ``CLUSTERINGS``.
 
     Raises:
-        PrototypeError: if the channel numbers of features and classifier differ, or no class has
-            any foreground feature.
+        PrototypeError: if the numbers of channels of features and classifier differ, or no class
+            has a foreground feature.
+
+    Example:
+        See :class:`Prototypes`.
     """
-    groups: dict[tuple[SideName, int], Group] = {}
+    features: dict[tuple[SideName, int], Tensor] = {}
     for side in SIDES:
         for index in range(len(classes)):
             rows = reservoir.features(index, side)
@@ -524,89 +488,105 @@ def make_prototypes(
                     f"the features have {rows.shape[1]} channels but the classifier "
                     f"{weight.shape[1]}; collect them with the classifier's own backbone"
                 )
-            starts = tuple(
-                torch.Generator().manual_seed(
-                    ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
-                )
-                for restart in range(settings.restarts)
-            )
-            groups[side, index] = Group(rows, min(settings.clusters, rows.shape[0]), starts)
-    found = cosine_kmeans_groups(
-        list(groups.values()),
-        init=settings.init,
-        centers=settings.centers,
-        max_iterations=settings.max_iterations,
-        tolerance=settings.tolerance,
-        tolerance_kind=settings.tolerance_kind,
-        device=weight.device if device is None else device,
-        workers=workers,
+            features[side, index] = rows
+    device = weight.device if device is None else device
+    clustered = _cluster(
+        features, settings, CLUSTERINGS[clustering](settings), seed, device, workers
     )
-    clustered = dict(zip(groups, found, strict=True))
-
     events: list[str] = []
-    sides = {}
+    sides = []
     for side in SIDES:
         shape = (len(classes), settings.clusters * settings.restarts)
-        centers = torch.zeros(*shape, weight.shape[1])
-        scores = torch.full(shape, float("nan"))
-        sizes = torch.zeros(shape, dtype=torch.int64)
-        keep = torch.zeros(shape, dtype=torch.bool)
+        found = Centers(
+            torch.zeros(*shape, weight.shape[1]),
+            torch.full(shape, float("nan")),
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.bool),
+        )
+        sides.append(found)
         for index, name in enumerate(classes):
             if (side, index) not in clustered:
-                events.append(_no_features(name, side))
+                effect = "empty" if side == "foreground" else "the foreground term alone"
+                events.append(f"{name}: no {side} feature was collected; its map is {effect}")
                 continue
             results = clustered[side, index]
-            count = groups[side, index].clusters
+            count = len(results[0].sizes)
             if count < settings.clusters:
                 events.append(
                     f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
                     f"{count} clusters were made"
                 )
-            # A unit centre has lost the length that the score relies on; the plain mean of its
-            # members has it, and its logit is the mean logit of the members.
+            # A unit centre has lost the length that the score depends on; the plain mean has it.
             means = torch.cat([result.means for result in results])
             with one_thread():
-                row = index + weight.shape[0] - len(classes)  # after the background's, if any
+                row = index + weight.shape[0] - len(classes)  # after a row of the background
                 z = score(means, weight.to(means), row, None if bias is None else bias.to(means))
-            made = means.shape[0]
-            centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
-            scores[index, :made] = z.cpu()
-            sizes[index, :made] = torch.cat([result.sizes for result in results]).cpu()
+            made = len(means)
+            found.centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
+            found.scores[index, :made] = z.cpu()
+            found.sizes[index, :made] = torch.cat([result.sizes for result in results]).cpu()
+            scores = found.scores[index]
             if side == "foreground":
-                keep[index] = select_foreground(scores[index], settings.mu_f)
-                if not bool((z > settings.mu_f).any()):
+                found.keep[index] = select_foreground(scores, settings.mu_f)
+                if not bool((scores > settings.mu_f).any()):
                     events.append(
                         f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
                         f"best one ({float(z.max()):.3f}) is kept"
                     )
             else:
-                keep[index] = select_context(scores[index], settings.mu_b, settings.context_lower)
-                if not bool(keep[index].any()):
+                found.keep[index] = select_context(scores, settings.mu_b, settings.context_lower)
+                if not bool(found.keep[index].any()):
                     events.append(
                         f"{name}: no context centre scores between {settings.context_lower or 0:g} "
                         f"and mu_b={settings.mu_b:g}; its map is the foreground term alone"
                     )
-        sides[side] = Centers(centers, scores, sizes, keep)
-    if not bool(sides["foreground"].keep.any()):
+    foreground, context = sides
+    if not bool(foreground.keep.any()):
         raise PrototypeError(
-            "no class has any foreground feature: either the list to be clustered holds no image "
-            f"with a label of {', '.join(classes)}, or the CAM of every one of them is flat or "
-            f"below tau={settings.tau:g}; look at the maps of the cam stage and at the "
-            "classifier's validation mAP"
+            "no class has any foreground feature: either no image to cluster has a label of "
+            f"{', '.join(classes)}, or their CAMs are flat or below tau={settings.tau:g}; check "
+            "the maps of the cam stage and the classifier's validation mAP"
         )
     for event in events:
         logger.warning("%s", event)
     return Prototypes(
-        tuple(classes),
-        sides["foreground"],
-        sides["context"],
-        fingerprint,
-        made_by or {},
-        tuple(events),
+        tuple(classes), foreground, context, fingerprint, made_by or {}, tuple(events)
     )
 
 
-def _no_features(name: str, side: SideName) -> str:
-    if side == "foreground":
-        return f"{name}: no foreground feature was collected; its map is empty"
-    return f"{name}: no context feature was collected; its map is the foreground term alone"
+def _cluster(
+    features: Mapping[tuple[SideName, int], Tensor],
+    settings: LpcamSettings,
+    method: Clustering,
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> dict[tuple[SideName, int], list[Clusters]]:
+    """Cluster the features of each class and side, one result for each restart."""
+
+    def fit(place: tuple[SideName, int]) -> list[Clusters]:
+        side, index = place
+        rows = features[place].to(device)
+        generators = [
+            torch.Generator().manual_seed(
+                ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
+            )
+            for restart in range(settings.restarts)
+        ]
+        return method.fit(rows, min(settings.clusters, len(rows)), generators)
+
+    # The largest first, so that no thread works alone at the end.
+    order = sorted(features, key=lambda place: -len(features[place]))
+    found = ordered_map(fit, order, workers if device.type == "cpu" else 1)
+    clustered = dict(zip(order, found, strict=True))
+    results = [one for restarts in clustered.values() for one in restarts]
+    stopped = sum(not one.converged for one in results)
+    if stopped:
+        logger.warning(
+            "%d of %d clusterings stopped at max_iterations=%d before they converged; raise "
+            "max_iterations or the tolerance",
+            stopped,
+            len(results),
+            settings.max_iterations,
+        )
+    return clustered

@@ -18,12 +18,11 @@ from lpcam.classifier import BackboneSpec, Classifier, Preprocessing
 from lpcam.data.folder import read_folder
 from lpcam.data.items import ClassTable, Item
 from lpcam.errors import ArtefactError, ClassifierError, DataError
-from lpcam.functional import FusedMaps
+from lpcam.functional import FusedMaps, score
 from lpcam.hosts import amn
 from lpcam.hosts.amn import Amn, amn_loss, build_amn, export_maps, label_counts, maps_of
 from lpcam.presets import AmnSettings
 from lpcam.processes import Processes
-from lpcam.prototypes import score
 from lpcam.storage import write_tensors
 
 SPEC = BackboneSpec("test_resnet", {}, 16)

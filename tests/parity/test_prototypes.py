@@ -5,8 +5,8 @@ import torch
 from parity.golden import load
 
 from lpcam.clustering import cosine_kmeans
+from lpcam.functional import score, select_context, select_foreground
 from lpcam.presets import LpcamSettings
-from lpcam.prototypes import score, select_context, select_foreground
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("", None), ("_tight", 1e-4)])

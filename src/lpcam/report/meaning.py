@@ -18,9 +18,9 @@ from lpcam.classifier import Classifier
 from lpcam.data.images import read_image
 from lpcam.data.items import Item
 from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, on_grid, single_scale_cam
-from lpcam.functional import FusedMaps, normalize
+from lpcam.functional import FusedMaps, normalize, split
 from lpcam.presets import LpcamSettings
-from lpcam.prototypes import SIDES, Centers, Prototypes, SideName, split
+from lpcam.prototypes import SIDES, Centers, Prototypes, SideName
 from lpcam.report.encode import encode_picture, encode_unit, fit
 from lpcam.report.images import PICTURE, small_planes
 from lpcam.storage import map_path, read_maps
