@@ -415,9 +415,13 @@ class Prototypes:
                     f"{path} contains {metadata['kind']!r}; expected prototypes, as LPCAM.save or "
                     "the prototypes stage writes them"
                 )
+            foreground, context = (
+                Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES
+            )
             prototypes = cls(
                 tuple(metadata["classes"]),
-                *(Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES),
+                foreground,
+                context,
                 metadata["fingerprint"],
                 metadata["made_by"],
                 tuple(metadata["events"]),
