@@ -22,9 +22,9 @@ FLOORS: dict[int, str] = {
     "data.saliency data.sbd data.truth data.voc "
     "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
     "formats.outlines formats.regions formats.yolo networks.mctformer "
-    "classifier prototypes extract features sheet explain.maps",
+    "classifier prototypes extract features sheet explain.maps explain.web",
     3: "probe train evaluation pretraining ledger starting "
-    "report.encode report.images report.meaning report.collect report.page "
+    "report.images report.meaning report.collect report.page report.charts report.tables "
     "compat.gradcam head peers data.estimate data.survey formats.masks "
     "hosts.amn hosts.edam hosts.mctformer refine.psa "
     "engine pickles segmentation.augment segmentation.export segmentation.files "

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from explaining import tiny_explainer
 from PIL import Image
-from tiny import COLOURS, draw_image
+from tiny import draw_image
 
 from lpcam import serve as server
 from lpcam.data.images import read_image
@@ -81,13 +81,6 @@ def test_page_and_its_parts_come_with_closed_headers(client: TestClient) -> None
     assert "unsafe" not in policy
     assert "http" not in policy
     assert "://" not in client.get("/page.js").text.replace("http://www.w3.org", "")
-
-
-def test_about(client: TestClient) -> None:
-    about = client.get("/about").json()
-    assert about["name"] == "tiny"
-    assert about["classes"] == list(COLOURS)
-    assert about["maximum_bytes"] == server.MAXIMUM_BYTES
 
 
 def test_maps_are_those_of_python(
@@ -183,11 +176,8 @@ def refused(answer: Any, status: int, reason: str) -> None:
 )
 def test_other_hosts_are_refused(client: TestClient, photograph: bytes, host: str) -> None:
     """DNS rebinding: the browser sends the name that it believes it has reached."""
-    refused(client.get("/about", headers={"Host": host}), 421, "this page answers as")
-    refused(send(client, photograph, Host=host), 421, "this page answers as")
-
-
-def test_localhost_is_a_name_of_it(client: TestClient) -> None:
+    refused(client.get("/about", headers={"Host": host}), 421, "answers only as")
+    refused(send(client, photograph, Host=host), 421, "answers only as")
     assert client.get("/about", headers={"Host": f"LocalHost:{PORT}"}).status_code == 200
 
 
@@ -226,7 +216,7 @@ def test_too_many_bytes_are_refused_unread(
             yield bytes(100)
 
     refused(send(client, parts()), 413, "the file is larger than")  # does not say its length
-    refused(send(client, b"x", Content_Length="-1"), 400, "does not say how long it is")
+    refused(send(client, b"x", Content_Length="-1"), 400, "-1")
 
 
 def test_too_many_pixels_are_refused_undecoded(
@@ -251,8 +241,8 @@ def test_a_bomb_is_refused_undecoded(client: TestClient, monkeypatch: pytest.Mon
     [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
 )
 def test_what_is_no_photograph_is_refused(client: TestClient, data: bytes) -> None:
-    refused(send(client, data), 415, "no image that can be read here; send a JPEG, PNG")
-    refused(send(client, data, "/mask?threshold=0.5&classes=0"), 415, "no image that can be read")
+    refused(send(client, data), 415, "not a readable image")
+    refused(send(client, data, "/mask?threshold=0.5&classes=0"), 415, "not a readable image")
 
 
 def test_a_truncated_photograph_is_refused(client: TestClient, photograph: bytes) -> None:
@@ -266,19 +256,19 @@ def test_a_truncated_photograph_is_refused(client: TestClient, photograph: bytes
 def test_types_that_a_foreign_form_may_send_are_refused(
     client: TestClient, photograph: bytes, kind: str
 ) -> None:
-    refused(send(client, photograph, Content_Type=kind), 415, "not an image; send a photograph")
+    refused(send(client, photograph, Content_Type=kind), 415, "not an image")
 
 
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("classes=0", "threshold must be a number"),
-        ("threshold=high&classes=0", "threshold must be a number"),
-        ("threshold=nan&classes=0", "threshold must be from 0 to 1"),
-        ("threshold=1.5&classes=0", "threshold must be from 0 to 1"),
-        ("threshold=0.5&classes=cat", "classes their numbers"),
-        ("threshold=0.5&classes=3", "classes must be from 0 to 2"),
-        ("threshold=0.5&classes=-1", "classes must be from 0 to 2"),
+        ("classes=0", "threshold"),
+        ("threshold=high&classes=0", "threshold"),
+        ("threshold=nan&classes=0", "from 0 to 1"),
+        ("threshold=1.5&classes=0", "from 0 to 1"),
+        ("threshold=0.5&classes=cat", "classes"),
+        ("threshold=0.5&classes=3", "from 0 to 2"),
+        ("threshold=0.5&classes=-1", "from 0 to 2"),
         ("threshold=0.5&classes=1,1", "different numbers"),
         ("threshold=0.5&classes=0&method=GradCAM", "method must be one of CAM, LPCAM"),
     ],
@@ -296,12 +286,12 @@ def test_other_paths_and_methods(client: TestClient) -> None:
     assert client.post("/about", headers={"Origin": HOME}).status_code == 405
 
 
-def test_one_at_a_time_and_few_in_waiting(
+def test_uploads_are_processed_one_at_a_time(
     explainer: Explainer, photograph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = server.application(explainer, name="tiny", port=PORT, threads=1)
     monkeypatch.setattr(server, "MOST_WAITING", 2)
-    both_inside, go_on = threading.Event(), threading.Event()
+    both_read, go_on = threading.Event(), threading.Event()
     taken: list[int] = []
     at_once: list[int] = []
     body, highest = server._body, explainer.highest
@@ -309,7 +299,7 @@ def test_one_at_a_time_and_few_in_waiting(
     async def counted(request: Any) -> bytes:
         taken.append(1)
         if len(taken) == 2:
-            both_inside.set()
+            both_read.set()
         return await body(request)
 
     def slow(image: Any, count: int) -> Any:
@@ -323,7 +313,7 @@ def test_one_at_a_time_and_few_in_waiting(
     monkeypatch.setattr(explainer, "highest", slow)
     with TestClient(app, base_url=HOME) as client, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(send, client, photograph) for _ in range(2)]
-        assert both_inside.wait(30)
+        assert both_read.wait(30)
         third = send(client, photograph)
         refused(third, 503, "too many photographs are waiting")
         assert third.headers["retry-after"] == "3"
@@ -332,7 +322,7 @@ def test_one_at_a_time_and_few_in_waiting(
         assert send(client, photograph).status_code == 200
 
 
-def test_what_goes_wrong_is_not_told_to_the_page(
+def test_errors_of_the_server_are_not_sent(
     explainer: Explainer, photograph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -342,7 +332,7 @@ def test_what_goes_wrong_is_not_told_to_the_page(
     app = server.application(explainer, name="tiny", port=PORT, threads=1)
     with TestClient(app, base_url=HOME, raise_server_exceptions=False) as client:
         answer = send(client, photograph)
-    refused(answer, 500, "something went wrong here")
+    refused(answer, 500, "failed")
     assert "secret" not in answer.text
 
 
@@ -372,34 +362,17 @@ def test_nothing_is_written(
 # -- Starting -----------------------------------------------------------------------------------
 
 
-def test_a_taken_port_is_told() -> None:
+def test_a_taken_port_is_refused() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(
-            LpcamError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*another --port"
-        ):
+        with pytest.raises(LpcamError, match=rf"127\.0\.0\.1:{port}.*--port"):
             server._listen(port)
-    with pytest.raises(LpcamError, match=r"cannot listen on 127\.0\.0\.1:70000"):
+    with pytest.raises(LpcamError, match="70000"):
         server._listen(70000)
-
-
-def test_it_listens_on_the_loopback_alone() -> None:
     with server._listen(0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
-
-
-@pytest.mark.parametrize("missing", ["starlette.applications", "uvicorn"])
-def test_a_missing_extra_is_named(
-    explainer: Explainer, monkeypatch: pytest.MonkeyPatch, missing: str, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(LpcamError, match=r"pip install 'lpcam\[serve\]'"):
-        if missing == "uvicorn":
-            server.serve(tmp_path)
-        else:
-            server.application(explainer, name="x", port=1)
 
 
 def test_the_page_reads_as_any_other_image(tmp_path: Path, photograph: bytes) -> None:

@@ -234,7 +234,7 @@ def test_nothing_ticked_cannot_be_saved(page: Any, photograph: Path) -> None:
         page.locator("#classes input[type=checkbox]").nth(row).uncheck()
     assert page.locator("#save").is_disabled()
     assert shares(page) == ["–"] * 3
-    assert "no class is ticked" in page.locator("#mask").get_attribute("aria-label")
+    assert "no class is selected" in page.locator("#mask").get_attribute("aria-label")
 
 
 def test_predicted_classes_are_ticked(page: Any, served: Served, photograph: Path) -> None:
@@ -274,7 +274,7 @@ def test_what_cannot_be_read_is_told_and_the_last_photograph_stays(
     page.expected_complaints = ["415"]
     page.set_input_files("#file", bad)
     page.wait_for_selector("#error:not([hidden])")
-    assert "Refused: the file is no image" in page.locator("#error").text_content()
+    assert "Refused: the file is not a readable image" in page.locator("#error").text_content()
     assert page.locator("#viewer").is_visible()
     upload(page, photograph)
     assert page.locator("#error").is_hidden()

@@ -427,10 +427,12 @@ def _explain(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from lpcam.explain.explainer import Explainer  # noqa: PLC0415
     from lpcam.serve import serve  # noqa: PLC0415
 
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
-        serve(options.run, port=options.port, threads=options.threads, device=options.device)
+    explainer = Explainer.from_run(options.run, device=options.device)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C stops the server
+        serve(explainer, port=options.port, threads=options.threads)
     return 0
 
 

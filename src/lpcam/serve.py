@@ -1,20 +1,16 @@
-"""``lpcam serve``: a page on this machine where a photograph is dropped and its maps are seen.
+"""``lpcam serve``: a page on this machine that shows the maps of an uploaded photograph.
 
-It answers on the loopback address alone, and only to its own page: a request that names another
-host (DNS rebinding) or comes from another site is refused. A photograph is held in memory while it
-is worked on, and nothing of it is kept afterwards.
+The server answers on the loopback address only, and only to its own page: requests that name
+another host (DNS rebinding) or come from another site are refused. A photograph is held in memory
+while it is processed, and nothing of it is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import socket
-import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -22,10 +18,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import decode_image, resize_image, scaled_size
+from lpcam.data.images import decode_image, limit_long_side, scaled_size
 from lpcam.errors import ImageError, LpcamError
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
-from lpcam.explain.maps import METHOD_NAMES, ImageMaps, resized
+from lpcam.explain.maps import METHOD_NAMES, ImageMaps, resize_maps
+from lpcam.explain.web import (
+    encode_picture,
+    encode_unit,
+    page_environment,
+    page_file,
+    png_bytes,
+)
 from lpcam.masks import HEAT, voc_palette
 from lpcam.resources import available_threads
 
@@ -39,27 +42,21 @@ T = TypeVar("T")
 ADDRESS = "127.0.0.1"
 PORT = 8765
 MAXIMUM_BYTES = 32 * 2**20
-"""Of an upload."""
+"""Largest upload."""
 MAXIMUM_PIXELS = 50_000_000
-"""Of an uploaded image."""
+"""Largest uploaded image."""
 BODY_SECONDS = 60.0
-"""In which a photograph must have arrived."""
-
+"""Time in which an upload must arrive."""
 MOST_WAITING = 4
-"""Uploads that wait or are worked on; more are sent away."""
+"""Uploads in work or waiting; further ones are refused."""
 MOST_CLASSES = 24
-"""Whose maps one answer holds: those of the highest scores."""
+"""Classes whose maps one answer holds: those of the highest scores."""
 PLANE_SIDE = 512
-"""Long side, in pixels, of the maps that the page draws."""
+"""Long side in pixels of the maps that the page draws."""
 PICTURE_SIDE = 1024
-"""Long side, in pixels, of the picture that the page shows."""
+"""Long side in pixels of the picture that the page shows."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Of Pillow, as far as it has them: formats of photographs, whose readers start no program."""
-PAGE = {
-    "index.html": "text/html; charset=utf-8",
-    "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-}
+"""Pillow's readers that are used: formats of photographs that start no other program."""
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -70,37 +67,38 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
+_NEEDED = "serve needs starlette and uvicorn; install them with pip install 'lpcam[serve]'"
 
 
 class RefusedError(LpcamError):
-    """A request that is not answered, with its HTTP status."""
+    """A request that is refused, with its HTTP status."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
 
 
-def serve(run: Path, *, port: int = PORT, threads: int | None = None, device: str = "auto") -> None:
-    """Serve the page of a run until interrupted.
+def serve(
+    explainer: Explainer, *, name: str = "", port: int = PORT, threads: int | None = None
+) -> None:
+    """Serve the page of an explainer until interrupted.
 
     Args:
-        run: the folder of a run that has reached its prototypes.
-        port: on the loopback address; 0 takes any that is free.
-        threads: of the numerics; None: the processors that this process may use.
+        name: of the run or model, for the page's title; empty: that of the explainer's run.
+        port: on the loopback address; 0: any free port.
+        threads: number of CPU threads; None: the processors that this process may use.
 
     Raises:
-        LpcamError: if the extra ``serve`` is not installed, the run cannot be used, or the port is
-            taken.
+        LpcamError: if the extra ``serve`` is not installed or the port is taken.
     """
     try:
         import uvicorn  # noqa: PLC0415 - an extra
     except ImportError:
-        raise _missing() from None
-    explainer = Explainer.from_run(run, device=device)
-    listener = _listen(port)
-    with listener:
+        raise LpcamError(_NEEDED) from None
+    name = name or str(explainer.made_by.get("run", "a model"))
+    with _listen(port) as listener:
         port = listener.getsockname()[1]
-        app = application(explainer, name=_name(explainer, run), port=port, threads=threads)
+        app = application(explainer, name=name, port=port, threads=threads)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -109,18 +107,8 @@ def serve(run: Path, *, port: int = PORT, threads: int | None = None, device: st
             lifespan="off",
             ws="none",
         )
-        print(f"LPCAM of {run} on http://{ADDRESS}:{port}/ (Ctrl+C ends it)", flush=True)
+        print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _name(explainer: Explainer, run: Path) -> str:
-    return str(explainer.made_by.get("run", run.name))
-
-
-def _missing() -> LpcamError:
-    return LpcamError(
-        "serve needs starlette and uvicorn; install them with pip install 'lpcam[serve]'"
-    )
 
 
 def _listen(port: int) -> socket.socket:
@@ -131,8 +119,8 @@ def _listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise LpcamError(
-            f"cannot listen on {ADDRESS}:{port}: {error}; choose another --port, or 0 for any that "
-            "is free"
+            f"cannot listen on {ADDRESS}:{port}: {error}; choose another --port, or 0 for any free "
+            "port"
         ) from None
     return listener
 
@@ -143,9 +131,9 @@ def application(
     """The web application.
 
     Args:
-        name: of the run, for the page's title.
+        name: of the run or model, for the page's title.
         port: at which it is reached; requests that name another host or port are refused.
-        threads: of the numerics; None: the processors that this process may use.
+        threads: number of CPU threads; None: the processors that this process may use.
 
     Raises:
         LpcamError: if the extra ``serve`` is not installed.
@@ -155,8 +143,8 @@ def application(
         from starlette.responses import JSONResponse, Response  # noqa: PLC0415
         from starlette.routing import Route  # noqa: PLC0415
     except ImportError:
-        raise _missing() from None
-    desk = _Desk(threads or available_threads())
+        raise LpcamError(_NEEDED) from None
+    queue = _Queue(threads or available_threads())
     about = {
         "name": name,
         "classes": list(explainer.classes),
@@ -165,11 +153,9 @@ def application(
         "heat": HEAT.astype(int).tolist(),
     }
 
-    def page(file: str) -> Callable[[Request], Awaitable[Response]]:
-        content = resources.files("lpcam").joinpath("serve_page", file).read_bytes()
-
+    def static(content: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(_request: Request) -> Response:
-            return Response(content, media_type=PAGE[file])
+            return Response(content, media_type=f"text/{kind}")
 
         return answer
 
@@ -178,21 +164,21 @@ def application(
 
     async def maps(request: Request) -> Response:
         def work(data: bytes) -> bytes:
-            image = _decoded(data)
             count = len(explainer.classes)
             count = count if count <= MOST_CLASSES else MOST_CLASSES // 2
-            return bytes(JSONResponse(answer_of(explainer.highest(image, count), explainer)).body)
+            found = explainer.highest(_decoded(data), count)
+            return bytes(JSONResponse(answer_of(found, explainer)).body)
 
-        return Response(await desk.work(request, work), media_type="application/json")
+        return Response(await queue.work(request, work), media_type="application/json")
 
     async def mask(request: Request) -> Response:
-        asked = _mask_request(request.query_params, explainer)
+        labels, threshold, method = _mask_request(request.query_params, explainer)
 
         def work(data: bytes) -> bytes:
-            found = explainer(_decoded(data), labels=asked["labels"])
-            return _mask_file(found.mask(asked["threshold"], method=asked["method"]))
+            found = explainer(_decoded(data), labels=labels)
+            return png_bytes(found.mask(threshold, method=method), voc_palette().tobytes())
 
-        return Response(await desk.work(request, work), media_type="image/png")
+        return Response(await queue.work(request, work), media_type="image/png")
 
     async def refuse(_request: Request, error: Exception) -> Response:
         status = error.status if isinstance(error, RefusedError) else 422
@@ -200,14 +186,15 @@ def application(
         return JSONResponse({"error": str(error)}, status, headers=retry)
 
     async def fail(_request: Request, _error: Exception) -> Response:
-        reason = "something went wrong here; the terminal says what"
-        return JSONResponse({"error": reason}, 500)
+        return JSONResponse({"error": "the server failed; see its terminal"}, 500)
 
+    page = page_environment().get_template("serve.html.jinja").render()
+    script = page_file("shared.js") + page_file("serve.js")
     app = Starlette(
         routes=[
-            Route("/", page("index.html")),
-            Route("/page.css", page("page.css")),
-            Route("/page.js", page("page.js")),
+            Route("/", static(page, "html")),
+            Route("/page.css", static(page_file("page.css"), "css")),
+            Route("/page.js", static(script, "javascript")),
             Route("/about", describe),
             Route("/maps", maps, methods=["POST"]),
             Route("/mask", mask, methods=["POST"]),
@@ -217,11 +204,11 @@ def application(
     return _OnlyOwnPage(app, port)
 
 
-# -- Who may ask ---------------------------------------------------------------------------------
+# -- Which requests are answered -----------------------------------------------------------------
 
 
 class _OnlyOwnPage:
-    """Refuses other hosts and other sites, and adds the headers of a page that is closed."""
+    """Refuses other hosts and other sites, and adds the security headers."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app = app
@@ -241,14 +228,14 @@ class _OnlyOwnPage:
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        reason = self._refusal(scope)
-        if reason is None:
+        refusal = self._refusal(scope)
+        if refusal is None:
             await self.app(scope, receive, send_closed)
             return
-        from starlette.responses import JSONResponse  # noqa: PLC0415
+        from starlette.responses import JSONResponse  # noqa: PLC0415 - an extra
 
-        status, text = reason
-        await JSONResponse({"error": text}, status)(scope, receive, send_closed)
+        status, reason = refusal
+        await JSONResponse({"error": reason}, status)(scope, receive, send_closed)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers: dict[str, list[str]] = {}
@@ -256,12 +243,12 @@ class _OnlyOwnPage:
             headers.setdefault(key.decode("latin-1").lower(), []).append(value.decode("latin-1"))
         hosts = headers.get("host", [])
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return 421, f"this page answers as {min(self.origins)} only"
+            return 421, f"this page answers only as {min(self.origins)}"
         if scope["method"] in ("GET", "HEAD"):
             return None
         origins = headers.get("origin", [])
         sites = headers.get("sec-fetch-site", [])
-        # A program on this machine sends neither; a browser sends what the page cannot change.
+        # Programs on this machine send neither; browsers send what a page cannot change.
         if any(o not in self.origins for o in origins) or any(s != "same-origin" for s in sites):
             return 403, "only the page itself may send photographs"
         return None
@@ -270,56 +257,56 @@ class _OnlyOwnPage:
 # -- Uploads -------------------------------------------------------------------------------------
 
 
-class _Desk:
-    """Takes one upload after another, and few in waiting."""
+class _Queue:
+    """Processes uploads one at a time; rejects them when too many wait."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.inside = 0
+        self.waiting = 0
         self.lock = asyncio.Lock()
 
     async def work(self, request: Request, work: Callable[[bytes], T]) -> T:
-        """The result of ``work`` on the body of a request, in a thread."""
-        from starlette.concurrency import run_in_threadpool  # noqa: PLC0415
+        """The result of ``work`` on the body of a request, computed in a thread."""
+        from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - an extra
 
         _check_type(request.headers)
-        if self.inside >= MOST_WAITING:
+        if self.waiting >= MOST_WAITING:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
-        self.inside += 1
+        self.waiting += 1
         try:
             try:
                 data = await asyncio.wait_for(_body(request), BODY_SECONDS)
             except TimeoutError:
                 raise RefusedError(408, "the photograph did not arrive in time") from None
 
-            def numbered() -> T:
-                torch.set_num_threads(self.threads)  # each thread has a number of its own
+            def with_threads() -> T:
+                torch.set_num_threads(self.threads)  # holds for the calling thread only
                 return work(data)
 
             async with self.lock:
-                return await run_in_threadpool(numbered)
+                return await run_in_threadpool(with_threads)
         finally:
-            self.inside -= 1
+            self.waiting -= 1
 
 
 def _check_type(headers: Mapping[str, str]) -> None:
-    # No type that a form of another site could send without asking first.
+    # Forms of other sites cannot send these types without asking first.
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if not kind.startswith("image/") and kind != "application/octet-stream":
         raise RefusedError(
-            415, f"the upload is {kind or 'of no type'}, not an image; send a photograph"
+            415, f"the upload has the type {kind or 'none'}, not an image; send a photograph"
         )
 
 
 async def _body(request: Request) -> bytes:
-    from starlette.requests import ClientDisconnect  # noqa: PLC0415
+    from starlette.requests import ClientDisconnect  # noqa: PLC0415 - an extra
 
     too_large = RefusedError(
         413, f"the file is larger than {MAXIMUM_BYTES // 2**20} MB; send a smaller one"
     )
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal():
-        raise RefusedError(400, "the request does not say how long it is")
+        raise RefusedError(400, f"content-length must be a number, got {declared!r}")
     if int(declared) > MAXIMUM_BYTES:
         raise too_large
     parts, total = [], 0
@@ -330,15 +317,12 @@ async def _body(request: Request) -> bytes:
                 raise too_large
             parts.append(part)
     except ClientDisconnect:
-        raise RefusedError(400, "the upload was broken off") from None
+        raise RefusedError(400, "the upload was interrupted") from None
     return b"".join(parts)
 
 
 def _decoded(data: bytes) -> NDArray[np.uint8]:
-    """Pixels of an upload, whose format and size are looked at before it is decoded."""
-    no_image = RefusedError(
-        415, "the file is no image that can be read here; send a JPEG, PNG, WebP, TIFF, GIF or BMP"
-    )
+    """Pixels of an upload; its format and size are checked before it is decoded."""
     too_many = f"the image has more than {MAXIMUM_PIXELS // 10**6} million pixels"
     Image.init()
     formats = tuple(name for name in FORMATS if name in Image.OPEN)
@@ -348,7 +332,9 @@ def _decoded(data: bytes) -> NDArray[np.uint8]:
     except Image.DecompressionBombError:
         raise RefusedError(413, f"{too_many}; send a smaller one") from None
     except Exception:  # readers raise anything on damaged data
-        raise no_image from None
+        raise RefusedError(
+            415, "the file is not a readable image; send a JPEG, PNG, WebP, TIFF, GIF or BMP"
+        ) from None
     if width * height > MAXIMUM_PIXELS:
         raise RefusedError(413, f"{too_many} ({width} x {height}); send a smaller one")
     try:
@@ -357,13 +343,13 @@ def _decoded(data: bytes) -> NDArray[np.uint8]:
         raise RefusedError(415, str(error).removeprefix("cannot read image ")) from None
 
 
-def _mask_request(query: Mapping[str, str], explainer: Explainer) -> dict[str, Any]:
-    """Classes, threshold and method of a mask that is asked for."""
+def _mask_request(query: Mapping[str, str], explainer: Explainer) -> tuple[list[str], float, Any]:
+    """Classes, threshold and method of a requested mask."""
     try:
         threshold = float(query.get("threshold", ""))
         indices = [int(n) for n in query.get("classes", "").split(",") if n]
     except ValueError:
-        raise RefusedError(422, "threshold must be a number and classes their numbers") from None
+        raise RefusedError(422, "threshold and classes must be numbers") from None
     if not 0 <= threshold <= 1:
         raise RefusedError(422, f"threshold must be from 0 to 1, got {threshold}")
     if len(indices) > MOST_CLASSES or len(set(indices)) < len(indices):
@@ -373,15 +359,11 @@ def _mask_request(query: Mapping[str, str], explainer: Explainer) -> dict[str, A
     method = query.get("method", "LPCAM")
     if method not in METHOD_NAMES:
         raise RefusedError(422, f"method must be one of {', '.join(METHOD_NAMES)}")
-    labels = [explainer.classes[n] for n in indices]
-    return {"threshold": threshold, "labels": labels, "method": method}
-
-
-# -- Answers -------------------------------------------------------------------------------------
+    return [explainer.classes[n] for n in indices], threshold, method
 
 
 def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
-    """What the page draws: picture, classes with scores and colours, and planes of 8 bits."""
+    """What the page draws: picture, classes with scores and colours, and maps as uint8."""
     height, width = maps.size
     mapped = maps.cam.shape[1], maps.cam.shape[2]
     small = scaled_size(*mapped, min(1.0, PLANE_SIDE / max(mapped)))
@@ -389,7 +371,7 @@ def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
     return {
         "width": width,
         "height": height,
-        "picture": _picture(maps.image),
+        "picture": encode_picture(limit_long_side(maps.image, PICTURE_SIDE), quality=88),
         "threshold": {"CAM": maps.cam_threshold, "LPCAM": maps.threshold},
         "notes": list(maps.notes),
         "classes": [
@@ -402,31 +384,8 @@ def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
             }
             for name, score, value in zip(maps.classes, maps.scores, maps.mask_ids, strict=True)
         ],
-        "planes": {"CAM": _planes(maps.cam, small), "LPCAM": _planes(maps.lpcam, small)},
+        "planes": {
+            method: encode_unit(resize_maps(planes, small, antialias=True), level=1)
+            for method, planes in (("CAM", maps.cam), ("LPCAM", maps.lpcam))
+        },
     }
-
-
-def _planes(planes: NDArray[np.float32], size: tuple[int, int]) -> dict[str, Any]:
-    values = np.stack([np.rint(255 * resized(p, size).clip(0, 1)).astype(np.uint8) for p in planes])
-    return {
-        "shape": list(values.shape),
-        "type": "uint8",
-        "data": base64.b64encode(zlib.compress(values.tobytes(), 1)).decode(),
-    }
-
-
-def _picture(image: NDArray[np.uint8]) -> str:
-    size = image.shape[0], image.shape[1]
-    if max(size) > PICTURE_SIDE:
-        image = resize_image(image, scaled_size(*size, PICTURE_SIDE / max(size)))
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _mask_file(mask: NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(mask)
-    image.putpalette(voc_palette().tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -13,16 +13,23 @@ from explaining import tiny_run
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import BACKBONE, COLOURS, draw_image
+from torch import nn
 
 from lpcam import CAM, LPCAM
 from lpcam.classifier import BackboneSpec, Classifier, build
 from lpcam.data.images import decode_image
-from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError, RecipeError
+from lpcam.errors import (
+    ArtefactError,
+    DataError,
+    ImageError,
+    NotFittedError,
+    PrototypeError,
+    RecipeError,
+)
 from lpcam.explain.explainer import Explainer
 from lpcam.models import timm_classifier
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
-from lpcam.recipe import MapsSection
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +108,6 @@ def test_labels_are_predicted_above_a_score(explainer: Explainer, image: np.ndar
     assert explainer.highest(image, 2).classes == tuple(name for name, _ in ranking[:2])
 
 
-def test_one_class_alone_is_mapped_as_among_others(
-    explainer: Explainer, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = explainer(image, labels=list(COLOURS))
-    monkeypatch.setattr("lpcam.explain.explainer.CLASSES_TOGETHER", 1)
-    apart = explainer(image, labels=list(COLOURS))
-    np.testing.assert_allclose(whole.lpcam, apart.lpcam, atol=1e-6)
-    np.testing.assert_allclose(whole.cam, apart.cam, atol=1e-6)
-
-
 def test_threshold_is_the_recipes_unless_given(explainer: Explainer, image: np.ndarray) -> None:
     settings = explainer.settings
     maps = explainer(image)
@@ -131,10 +128,12 @@ def test_every_way_to_give_an_image(
     np.testing.assert_array_equal(explainer(turned).image, image)
     data = path.read_bytes()
     np.testing.assert_array_equal(decode_image(data, "x", maximum_pixels=10_000), image)
-    with pytest.raises(ImageError, match=r"cannot read image x: 90 x 70 pixels are more than 100 "):
+    with pytest.raises(ImageError, match="90 x 70"):
         decode_image(data, "x", maximum_pixels=100)
-    with pytest.raises(ImageError, match="cannot read image x: the file is empty"):
+    with pytest.raises(ImageError, match="empty"):
         decode_image(b"", "x", maximum_pixels=100)
+    with pytest.raises(ImageError, match="32-bit float"):
+        explainer(Image.fromarray(np.zeros((5, 5), np.float32)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 200), (16, 16)])
@@ -142,13 +141,6 @@ def test_any_size(explainer: Explainer, size: tuple[int, int]) -> None:
     maps = explainer(np.full((*size, 3), 90, np.uint8), labels=["blue"])
     assert maps.mask().shape == size
     assert np.isfinite(maps.lpcam).all()
-
-
-def test_large_images_are_mapped_smaller(explainer: Explainer) -> None:
-    assert explainer.maximum_side == 128
-    maps = explainer(np.zeros((100, 256, 3), np.uint8), labels=["blue"])
-    assert maps.lpcam.shape == (1, 50, 128)
-    assert maps.mask().shape == (100, 256)
 
 
 def test_images_are_scored_as_the_classifier_was_trained(run: Path, image: np.ndarray) -> None:
@@ -162,20 +154,13 @@ def test_images_are_scored_as_the_classifier_was_trained(run: Path, image: np.nd
     assert sum(score for _, score in softmax) == pytest.approx(1)
 
 
-def test_a_class_without_prototypes_is_told(run: Path, image: np.ndarray) -> None:
+def test_a_class_without_prototypes_has_a_note(run: Path, image: np.ndarray) -> None:
     classifier, prototypes = loaded(run)
     prototypes.foreground.keep[1] = False
     maps = Explainer(classifier, prototypes)(image, labels=["green", "red"])
     assert maps.notes == ("green has no prototypes, so its LPCAM is empty",)
     assert not maps.lpcam[0].any()
     assert maps.cam[0].any()
-
-
-def test_foreground_only_is_lpcam_f(run: Path, image: np.ndarray) -> None:
-    classifier, prototypes = loaded(run)
-    only = Explainer(classifier, prototypes, foreground_only=True)
-    torch.testing.assert_close(only.vectors, prototypes.vectors(with_context=False))
-    assert only(image).made_by["method"] == "LPCAM-F"
 
 
 def test_the_classifier_is_left_as_it_was(run: Path, image: np.ndarray) -> None:
@@ -192,7 +177,7 @@ def test_more_classes_than_a_mask_can_hold(run: Path, image: np.ndarray) -> None
     explainer = Explainer(classifier, prototypes)
     explainer.classes = tuple(f"class {n}" for n in range(300))
     assert explainer._values([7, 299]) == (1, 2)
-    with pytest.raises(DataError, match="255 classes are asked for, more than the 254 that a mask"):
+    with pytest.raises(DataError, match="255 classes"):
         explainer._values(range(255))
 
 
@@ -200,43 +185,36 @@ def test_more_classes_than_a_mask_can_hold(run: Path, image: np.ndarray) -> None
 
 
 def test_unknown_labels(explainer: Explainer, image: np.ndarray) -> None:
-    with pytest.raises(
-        DataError, match="unknown class 'gren'; the classifier's 3 classes are gree"
-    ):
+    with pytest.raises(DataError, match=r"'gren'.*green"):
         explainer(image, labels=["red", "gren"])
     assert explainer.indices(["red", "blue", "red"]) == [2, 0]
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (5, 5, 4), (0, 5, 3)])
 def test_arrays_that_are_no_image(explainer: Explainer, shape: tuple[int, ...]) -> None:
-    with pytest.raises(DataError, match=r"image is uint8 .* expected uint8 \(H, W, 3\) RGB"):
+    with pytest.raises(DataError, match="expected uint8"):
         explainer(np.zeros(shape, np.uint8))
-
-
-def test_pillow_images_of_unknown_range(explainer: Explainer) -> None:
-    with pytest.raises(ImageError, match="cannot use this Pillow image: it has 32-bit float"):
-        explainer(Image.fromarray(np.zeros((5, 5), np.float32)))
 
 
 def test_prototypes_of_another_classifier(run: Path, weights: Path) -> None:
     _, prototypes = loaded(run)
     other = build(BackboneSpec(BACKBONE, {}, 16), tuple(COLOURS), weights=weights)
-    with pytest.raises(PrototypeError, match="were made from the features of classifier"):
+    with pytest.raises(PrototypeError, match="features of classifier"):
         Explainer(other, prototypes)
 
 
 def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"is no run folder: it holds no recipe\.yaml; give"):
+    with pytest.raises(ArtefactError, match=r"recipe\.yaml"):
         Explainer.from_run(tmp_path)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "prototypes" / "prototypes.safetensors").unlink()
-    with pytest.raises(ArtefactError, match=r"has no prototypes yet .*run 'lpcam prototypes .*rec"):
+    with pytest.raises(ArtefactError, match="lpcam prototypes"):
         Explainer.from_run(copy)
     (copy / "classifier" / "classifier.safetensors").unlink()
-    with pytest.raises(ArtefactError, match="has no classifier yet"):
+    with pytest.raises(ArtefactError, match="no classifier"):
         Explainer.from_run(copy)
-    with pytest.raises(RecipeError, match="the device 'abacus' cannot be used here"):
+    with pytest.raises(RecipeError, match="abacus"):
         Explainer.from_run(run, device="abacus")
 
 
@@ -257,7 +235,58 @@ def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
     assert Explainer.from_run(copy, device="cpu").mask_ids == (10, 8, 12)
 
 
-# -- Without a run ------------------------------------------------------------------------------
+# -- Other models ------------------------------------------------------------------------------
+
+
+def small_model(*end: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *end, nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_any_model_that_lpcam_takes(image: np.ndarray, new_head: bool) -> None:
+    """Maps and scores are those of the fitted LPCAM and of the model itself."""
+    model = small_model(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    names = ["cat", "dog"] if new_head else ["cat", "dog", "cow"]
+    lpcam = LPCAM(model, "small", classes=names, feature_layer="1" if new_head else None)
+    labels = torch.eye(len(names))
+    explainer = Explainer(lpcam.fit([(torch.rand(len(names), 3, 40, 48), labels)]))
+    assert explainer.scoring == ("sigmoid" if new_head else "softmax")
+    tensor = explainer.preprocessing(image)[None]
+    maps = explainer(image, labels=names)
+    np.testing.assert_allclose(maps.lpcam, lpcam(tensor)[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(maps.cam, CAM(lpcam.source_, "small")(tensor)[0].numpy(), atol=1e-5)
+    logits = lpcam.source_.logits(tensor)[0].double()  # type: ignore[union-attr]
+    if not new_head:
+        torch.testing.assert_close(logits, model(tensor)[0].detach().double(), atol=1e-4, rtol=0)
+    expected = logits.sigmoid() if new_head else logits.softmax(0)
+    assert maps.scores == pytest.approx(expected.tolist(), abs=1e-6)
+    again = Explainer(lpcam.source_, lpcam.prototypes_)  # settings are stored with prototypes
+    np.testing.assert_array_equal(again(image, labels=names).lpcam, maps.lpcam)
+
+
+def test_a_model_of_one_image_size(image: np.ndarray) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = small_model(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[-2:] == (32, 32)
+            return self.layers(images)  # type: ignore[no-any-return]
+
+    lpcam = LPCAM(Fixed(), example=(32, 32), classes=["cat", "dog", "cow"])
+    explainer = Explainer(lpcam.fit([(torch.rand(3, 3, 32, 32), torch.eye(3))]))
+    maps = explainer(image, labels=["dog"])
+    assert maps.lpcam.shape == (1, 70, 90)
+    assert np.isfinite(maps.scores).all()
+
+
+def test_prototypes_are_needed() -> None:
+    with pytest.raises(PrototypeError, match="prototypes"):
+        Explainer(small_model())
+    with pytest.raises(NotFittedError):
+        Explainer(LPCAM(small_model()))
 
 
 def test_files_of_save(run: Path, image: np.ndarray, tmp_path: Path) -> None:
@@ -280,7 +309,7 @@ def test_files_of_save(run: Path, image: np.ndarray, tmp_path: Path) -> None:
     assert other.scoring == "softmax"
     of_run = run / "prototypes" / "prototypes.safetensors"
     assert Explainer.from_files(model, of_run).settings.preset == "voc12.official"
-    with pytest.raises(ArtefactError, match=r"cannot read .*none\.safetensors"):
+    with pytest.raises(ArtefactError, match=r"none\.safetensors"):
         Explainer.from_files(model, tmp_path / "none.safetensors")
 
 
@@ -311,11 +340,15 @@ def test_a_timm_model_with_its_own_head(image: np.ndarray, tmp_path: Path) -> No
     assert explainer(image, labels=[classifier.classes[3]]).lpcam.any()
 
 
-def test_maps_section_sets_precision_and_size(run: Path, image: np.ndarray) -> None:
+def test_precision_size_and_foreground_only(run: Path, image: np.ndarray) -> None:
     classifier, prototypes = loaded(run)
-    section = MapsSection(precision="bfloat16", maximum_side=40)
-    rough = Explainer(classifier, prototypes, maps=section)(image, labels=["red"])
-    assert max(rough.lpcam.shape) == 40
+    options = {"precision": "bfloat16", "maximum_side": 40, "foreground_only": True}
+    only = Explainer(classifier, prototypes, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(only.vectors, prototypes.vectors(with_context=False))
+    rough = only(image, labels=["red"])
+    assert rough.lpcam.shape == (1, 31, 40)
+    assert rough.mask().shape == (70, 90)
+    assert rough.made_by["method"] == "LPCAM-F"
     assert rough.made_by["precision"] == "bfloat16"
 
 

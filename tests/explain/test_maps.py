@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +13,8 @@ import torch
 from PIL import Image
 
 from lpcam.data.images import read_image, read_index_mask
-from lpcam.errors import DataError, LpcamError
-from lpcam.explain.maps import METHOD_NAMES, ImageMaps, enlarged, file_parts
+from lpcam.errors import DataError
+from lpcam.explain.maps import METHOD_NAMES, ImageMaps, file_parts
 from lpcam.masks import overlay, overlay_mask, seeds
 
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -55,7 +53,7 @@ def test_mask_of_some_classes(maps: ImageMaps) -> None:
     expected = np.where(maps.lpcam[1] > 0.5, 7, 0)
     np.testing.assert_array_equal(maps.mask(classes=["dog"]), expected)
     assert not maps.mask(classes=[]).any()
-    with pytest.raises(DataError, match="'barn/cow 7' has no map of 'cat'; it has those of cow, d"):
+    with pytest.raises(DataError, match="'cat'"):
         maps.mask(classes=["cat"])
 
 
@@ -68,7 +66,7 @@ def test_the_first_of_equal_maps_wins_and_the_threshold_itself_is_background(
     assert not same.mask(0.75).any()
 
 
-def test_maps_of_a_smaller_size_are_enlarged(maps: ImageMaps) -> None:
+def test_maps_smaller_than_the_image(maps: ImageMaps, tmp_path: Path) -> None:
     large = replace(maps, image=np.zeros((60, 100, 3), np.uint8))
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(maps.lpcam)[None], size=(60, 100), mode="bilinear", align_corners=False
@@ -78,10 +76,16 @@ def test_maps_of_a_smaller_size_are_enlarged(maps: ImageMaps) -> None:
         large.mask(), np.array([0, 3, 7], np.uint8)[seeds(expected, 0.5).numpy()]
     )
     assert large.overlay().shape == (60, 100, 3)
-    assert enlarged(maps.cam[0], (24, 40)).shape == (24, 40)
+    files = large.save(tmp_path, "x")["classes"][0]["files"]
+    assert Image.open(tmp_path / files["cam_overlay"]).size == (40, 24)  # of the maps
+    assert Image.open(tmp_path / files["cam_heatmap"]).size == (100, 60)
+    row = large.sheet_rows(long_side=20)[0]
+    assert row.image.shape == (12, 20, 3)
+    assert row.lpcam.shape == row.seed.shape == (12, 20)
+    assert set(np.unique(row.seed)) <= {0, 3, 7}
 
 
-def test_overlay_takes_the_highest_class_unless_told(maps: ImageMaps) -> None:
+def test_overlay_takes_the_highest_class_by_default(maps: ImageMaps) -> None:
     np.testing.assert_array_equal(maps.overlay(), overlay(maps.image, maps.lpcam[1]))
     np.testing.assert_array_equal(
         maps.overlay(name="cow", method="CAM", opacity=0.3),
@@ -89,15 +93,15 @@ def test_overlay_takes_the_highest_class_unless_told(maps: ImageMaps) -> None:
     )
     black = np.zeros_like(maps.image)
     np.testing.assert_array_equal(maps.overlay(black), overlay(black, maps.lpcam[1]))
-    with pytest.raises(DataError, match=r"image is uint8 \(5, 5, 3\)"):
+    with pytest.raises(DataError, match=r"5, 5, 3"):
         maps.overlay(np.zeros((5, 5, 3), np.uint8))
-    with pytest.raises(DataError, match="has no map of 'cat'"):
+    with pytest.raises(DataError, match="'cat'"):
         maps.overlay(name="cat")
-    with pytest.raises(DataError, match="unknown method 'GradCAM'; choose one of CAM, LPCAM"):
+    with pytest.raises(DataError, match="GradCAM"):
         maps.overlay(method="GradCAM")  # type: ignore[arg-type]
 
 
-def test_found_tells_areas_and_boxes(maps: ImageMaps) -> None:
+def test_found_has_areas_and_boxes(maps: ImageMaps) -> None:
     lpcam = np.zeros((2, 24, 40), np.float32)
     lpcam[0, 2:12, 5:25] = 1
     found = replace(maps, lpcam=lpcam).found()
@@ -127,7 +131,7 @@ def test_no_class(maps: ImageMaps, tmp_path: Path) -> None:
     assert not none.mask().any()
     assert [row.name for row in none.sheet_rows()] == ["no class"]
     assert repr(none) == "ImageMaps('barn/cow 7', 40 x 24 pixels: no class)"
-    with pytest.raises(DataError, match="no class was found in 'barn/cow 7', so there is no map"):
+    with pytest.raises(DataError, match="barn/cow 7"):
         none.overlay()
     assert none.save(tmp_path)["classes"] == []
     assert len(list(tmp_path.rglob("*.png"))) == 2
@@ -136,10 +140,10 @@ def test_no_class(maps: ImageMaps, tmp_path: Path) -> None:
 def test_save_writes_what_it_says(maps: ImageMaps, tmp_path: Path) -> None:
     found = maps.save(tmp_path)
     assert json.loads((tmp_path / "found/barn/cow 7.json").read_text()) == found
-    told = {*found["files"].values()}.union(*(c["files"].values() for c in found["classes"]))
+    named = {*found["files"].values()}.union(*(c["files"].values() for c in found["classes"]))
     there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
-    assert told == there
-    assert len(told) == 2 + 2 * 4
+    assert named == there
+    assert len(named) == 2 + 2 * 4
     mask = tmp_path / found["files"]["mask"]
     np.testing.assert_array_equal(read_index_mask(mask), maps.mask())
     assert Image.open(mask).getpalette()[9:12] == [128, 128, 0]  # type: ignore[index]
@@ -157,13 +161,6 @@ def test_save_writes_what_it_says(maps: ImageMaps, tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
-def test_overlays_are_no_larger_than_the_maps(maps: ImageMaps, tmp_path: Path) -> None:
-    large = replace(maps, image=np.zeros((60, 100, 3), np.uint8))
-    files = large.save(tmp_path, "x")["classes"][0]["files"]
-    assert Image.open(tmp_path / files["cam_overlay"]).size == (40, 24)
-    assert Image.open(tmp_path / files["cam_heatmap"]).size == (100, 60)
-
-
 def test_names_of_classes_become_parts_of_file_names() -> None:
     names = ["cow", "a/b", "a.b", "..", HOSTILE, "Kuh (braun)", "COW", "牛", "x" * 90]
     parts = file_parts(names)
@@ -171,15 +168,6 @@ def test_names_of_classes_become_parts_of_file_names() -> None:
     assert parts[6] == "COW-2"
     assert len({part.casefold() for part in parts}) == len(names)
     assert not [part for part in parts if set(part) & set('./<>"') or len(part) > 42]
-
-
-def test_sheet_rows_shrink(maps: ImageMaps) -> None:
-    rows = maps.sheet_rows(long_side=20)
-    assert [row.name for row in rows] == ["cow 0.60", "dog 0.90"]
-    assert rows[0].image.shape == (12, 20, 3)
-    assert rows[0].lpcam.shape == rows[0].seed.shape == (12, 20)
-    assert set(np.unique(rows[0].seed)) <= {0, 3, 7}
-    assert maps.sheet_rows()[0].image is maps.image
 
 
 def test_notebooks_see_a_picture_and_inert_text(maps: ImageMaps) -> None:
@@ -205,16 +193,3 @@ def test_plot_has_a_row_for_each_class(maps: ImageMaps, monkeypatch: pytest.Monk
         figure.axes[6].images[0].get_array(), overlay(maps.image, maps.lpcam[1])
     )
     plt.close(figure)
-
-
-def test_plot_names_the_extra(maps: ImageMaps, monkeypatch: pytest.MonkeyPatch) -> None:
-    importer = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return importer(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(LpcamError, match=r"pip install 'lpcam\[plot\]'"):
-        maps.plot()

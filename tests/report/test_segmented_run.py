@@ -43,7 +43,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(json.loads(json.dumps(data)))
         return render(data)
 
-    monkeypatch.setattr("lpcam.report.page.render", note)
+    monkeypatch.setattr("lpcam.stages.report.render", note)
     return made
 
 

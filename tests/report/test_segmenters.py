@@ -16,8 +16,8 @@ from lpcam.masks import write_mask
 from lpcam.parallel import Sharing
 from lpcam.report.segmenters import (
     PICTURE,
-    Taught,
-    Trained,
+    SegmenterResults,
+    TrainedSegmenter,
     choose_images,
     image_miou,
     segmenter_records,
@@ -80,7 +80,7 @@ def test_without_a_comparison_the_choice_is_even() -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Trained:
+def trained(tmp_path: Path) -> SegmenterResults:
     """Of a, all is right on LPCAM's masks; b has no truth. An image has two halves."""
     items = []
     for name, size in (("a", (300, 400)), ("b", (40, 30))):
@@ -94,18 +94,19 @@ def trained(tmp_path: Path) -> Trained:
         items.append(Item(name, image, (0,), true if name == "a" else None))
         write_mask(tmp_path / "cam" / f"{name}.png", np.zeros(size, np.uint8))
         write_mask(tmp_path / "lpcam" / f"{name}.png", halves)
-    taught = [
-        Taught(name, f"{name.upper()} + IRN", 10, tmp_path / name) for name in ("cam", "lpcam")
+    made = [
+        TrainedSegmenter(name, f"{name.upper()} + IRN", 10, tmp_path / name)
+        for name in ("cam", "lpcam")
     ]
     history = {"cam": [{"step": 1, "loss": 0.5}]}
-    return Trained(taught, [], items, history, {}, {"network": "DeepLabV2"})
+    return SegmenterResults(made, [], items, history, {}, {"network": "DeepLabV2"})
 
 
 def pixels(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
 
 
-def test_records_have_masks_in_their_colours(trained: Trained) -> None:
+def test_records_have_masks_in_their_colours(trained: SegmenterResults) -> None:
     found = segmenter_records(trained, CLASSES, Sharing())
     assert found["teachers"] == [
         {"name": "cam", "title": "CAM + IRN", "images": 10},
@@ -131,12 +132,12 @@ def test_records_have_masks_in_their_colours(trained: Trained) -> None:
     assert second["masks"]["lpcam"]["classes"] == [0]
 
 
-def test_no_more_images_than_asked_for(trained: Trained) -> None:
+def test_no_more_images_than_asked_for(trained: SegmenterResults) -> None:
     assert len(segmenter_records(trained, CLASSES, Sharing(), 1)["images"]) == 1
 
 
-def test_a_missing_mask_is_named(trained: Trained) -> None:
-    path = trained.taught[0].folder / "b.png"
+def test_a_missing_mask_is_named(trained: SegmenterResults) -> None:
+    path = trained.segmenters[0].folder / "b.png"
     path.unlink()
     with pytest.raises(DataError, match=path.name):
         segmenter_records(trained, CLASSES, Sharing())

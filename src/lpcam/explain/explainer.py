@@ -1,10 +1,13 @@
-"""From an image to its maps, with labels of the classifier's own."""
+"""Maps of new images: choose the classes, compute CAM and LPCAM, score the classes."""
 
 from __future__ import annotations
 
 import difflib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -13,94 +16,139 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
-from lpcam.classifier import PRETRAINED, Classifier
+from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.classifier import PRETRAINED, Classifier, Preprocessing
 from lpcam.data.folder import read_folder
-from lpcam.data.images import limit_long_side, read_image, resize_long_side, to_rgb
+from lpcam.data.images import (
+    limit_long_side,
+    read_image,
+    resize_image,
+    resize_long_side,
+    to_rgb,
+)
 from lpcam.data.voc import CLASSES as VOC_CLASSES
-from lpcam.errors import ArtefactError, DataError, ImageError
+from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
 from lpcam.explain.maps import METHOD_NAMES, ImageMaps
-from lpcam.extract import FeaturePair, cam_maps, image_pyramid, lpcam_maps
+from lpcam.extract import (
+    CAM,
+    LPCAM,
+    FeaturePair,
+    cam_maps,
+    image_pyramid,
+    lpcam_maps,
+    single,
+    tensor_pyramid,
+)
 from lpcam.features import PRECISIONS
+from lpcam.models import timm_classifier
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
-from lpcam.recipe import MapsSection, Recipe, load_recipe
+from lpcam.recipe import Recipe, load_recipe
 from lpcam.resources import choose_device
 from lpcam.storage import digest_file, read_json
 from lpcam.version import versions
+from lpcam.wrap import WrappedModel
 
 logger = logging.getLogger(__name__)
 
 Scoring = Literal["sigmoid", "softmax"]
 MINIMUM_SCORE = 0.5
-"""A class is predicted if its score is above it: more likely there than not."""
+"""A class is predicted if its score is above this value."""
 MOST_MASK_VALUES = 254
-"""Between background (0) and ignored (255)."""
+"""Values a mask has between background (0) and ignored (255)."""
 CLASSES_TOGETHER = 4
-"""Whose maps are fused together: all of many classes at once would need gigabytes."""
+"""Classes whose maps are computed in one step; more are faster and need more memory."""
 
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
 
 class Explainer:
-    """Maps new images with a classifier and its prototypes; may be called from several threads.
+    """Computes CAM, LPCAM, scores and masks of new images. Calls from several threads are safe.
 
     Args:
-        classifier: as :class:`~lpcam.classifier.Classifier`; later changes do not reach the maps.
-        prototypes: made from the features of that classifier.
-        settings: scales, flip and thresholds; an :class:`~lpcam.presets.LpcamSettings` or the name
-            of a preset.
-        mask_ids: the value of each class in masks; None: 1, 2, ... in the order of the classes.
-        scoring: how logits become scores: ``"sigmoid"``, each class apart, or ``"softmax"``.
-        score_side: long side, in pixels, at which images are scored; None: as they are mapped.
-        maps: precision, and the long side above which an image is mapped smaller.
-        foreground_only: maps LPCAM-F, the foreground term alone, in the place of LPCAM.
-        made_by: provenance that goes into every result.
+        model: a fitted :class:`~lpcam.extract.LPCAM`, or the model that ``prototypes`` belong to: a
+            :class:`~lpcam.classifier.Classifier` (copied: later changes have no effect), a
+            :class:`~lpcam.wrap.WrappedModel`, or any image classifier that LPCAM accepts.
+        prototypes: made from the features of ``model``; None: those of the fitted LPCAM.
+        settings: scales, flip and thresholds, or the name of a preset; None: those of the LPCAM,
+            else those stored with the prototypes, else the default preset.
+        preprocessing: mean and standard deviation; None: those of the Classifier, of timm's
+            ``pretrained_cfg``, or of ImageNet. A Classifier always uses its own.
+        mask_ids: value of each class in masks, 1 to 254; None: 1, 2, ... in the order of classes.
+        scoring: ``"sigmoid"`` scores each class independently, ``"softmax"`` makes the scores sum
+            to 1. None: sigmoid for a Classifier or a head that LPCAM fitted, else softmax unless
+            the model itself ends with a sigmoid.
+        score_side: long side in pixels at which images are scored; None: that of the maps.
+        precision: precision of a Classifier's forward passes.
+        maximum_side: long side in pixels; longer images are mapped at this size.
+        foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
+        made_by: provenance, added to every result.
 
     Raises:
-        PrototypeError: if the prototypes belong to another classifier.
+        PrototypeError: if there are no prototypes or they belong to another classifier.
+        ClassifierError: if the model has no map or no linear head that can be found.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> lpcam = LPCAM(nn.Sequential(*layers, nn.Linear(4, 2)), classes=["cat", "dog"])
+        >>> explain = Explainer(lpcam.fit([(torch.rand(2, 3, 64, 64), torch.eye(2))]))
+        >>> explain(np.zeros((40, 60, 3), np.uint8), labels=["cat"]).mask().shape
+        (40, 60)
     """
 
     def __init__(
         self,
-        classifier: Classifier,
-        prototypes: Prototypes,
-        settings: LpcamSettings | str = "voc12.official",
+        model: LPCAM | WrappedModel | nn.Module,
+        prototypes: Prototypes | None = None,
+        settings: LpcamSettings | str | None = None,
         *,
+        preprocessing: Preprocessing | None = None,
         mask_ids: Sequence[int] | None = None,
-        scoring: Scoring = "sigmoid",
+        scoring: Scoring | None = None,
         score_side: int | None = None,
-        maps: MapsSection | None = None,
+        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        maximum_side: int = 1024,
         foreground_only: bool = False,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(settings, str):
-            settings = LpcamSettings.from_preset(settings)
-        maps = maps or MapsSection()
-        fingerprint = classifier.fingerprint()
+        if isinstance(model, LPCAM):
+            prototypes = prototypes or model.prototypes_
+            settings = settings or model.settings_
+            foreground_only = foreground_only or not model.with_context
+            model = model.source_
+        if prototypes is None:
+            raise PrototypeError("no prototypes given; pass them, or pass a fitted LPCAM")
+        extractor = CAM(model, settings or _stored_settings(prototypes))
+        source, self.settings = extractor.source_, extractor.settings_
+        fingerprint = source.fingerprint()
         prototypes.check_fingerprint(fingerprint, "this explainer")
-        self.classes = classifier.classes
-        self.classifier = classifier.folded()
-        self.settings = settings
+        self.classes = source.classes
+        self.classifier = source.folded() if isinstance(source, Classifier) else source
+        self.preprocessing = _preprocessing(source, preprocessing)
+        # A wrapped model is read by hooks, which two threads would share.
+        self._lock = threading.Lock() if isinstance(source, WrappedModel) else nullcontext()
         self.mask_ids = None if mask_ids is None else tuple(mask_ids)
-        self.scoring: Scoring = scoring
+        self.scoring: Scoring = scoring or _usual_scoring(source)
         self.score_side = score_side
-        self.maximum_side = maps.maximum_side
-        self.precision = PRECISIONS[maps.precision]
-        self.vectors = prototypes.vectors(with_context=not foreground_only).to(classifier.weight)
+        self.maximum_side = maximum_side
+        self.precision = PRECISIONS[precision]
+        vectors = prototypes.vectors(with_context=not foreground_only)
+        self.vectors = vectors.to(single(source.weight))
         self.made_by = {
             "fingerprint": fingerprint,
-            "preset": settings.preset,
-            "changed_from_preset": settings.model_dump(
-                mode="json", include=set(settings.changes())
+            "preset": self.settings.preset,
+            "changed_from_preset": self.settings.model_dump(
+                mode="json", include=set(self.settings.changes())
             ),
             "method": "LPCAM-F" if foreground_only else "LPCAM",
-            "scales": list(settings.scales),
-            "flip": settings.flip,
-            "maximum_side": maps.maximum_side,
-            "precision": maps.precision,
-            "scoring": scoring,
+            "scales": list(self.settings.scales),
+            "flip": self.settings.flip,
+            "maximum_side": maximum_side,
+            "precision": precision,
+            "scoring": self.scoring,
             "score_side": score_side,
             "versions": versions(),
             **(made_by or {}),
@@ -108,16 +156,16 @@ class Explainer:
 
     @classmethod
     def from_run(cls, folder: Path | str, *, device: str = "auto") -> Self:
-        """The classifier, prototypes and settings of a run, which must have reached prototypes.
+        """Use the classifier, prototypes and settings of a run that has reached its prototypes.
 
         Raises:
-            ArtefactError: if something is missing or damaged; the message says what to run.
+            ArtefactError: if a file is missing or damaged.
             PrototypeError: if the prototypes belong to another classifier.
         """
         folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise ArtefactError(
-                f"{folder} is no run folder: it holds no recipe.yaml; give the folder that "
+                f"{folder} is not a run folder: it has no recipe.yaml; give a folder that "
                 "'lpcam run' wrote"
             )
         recipe = load_recipe(folder / "recipe.yaml")
@@ -132,19 +180,16 @@ class Explainer:
                     f"prototypes {folder / 'recipe.yaml'}' first"
                 )
         classifier = Classifier.load(paths["classifier"])
-        record = folder / "classifier" / "stage.json"
-        parts = read_json(record).get("parts", {}) if record.is_file() else {}
-        method = parts.get("method", recipe.classifier.method)
+        method = _parts(folder / "classifier").get("method", recipe.classifier.method)
         foreground_only = recipe.seeds.method == "LPCAM-F"
+        thresholds = {
+            "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
+            "cam_threshold": recipe.fixed_threshold("CAM"),
+        }
         return cls(
             classifier.to(choose_device(device)),
             Prototypes.load(paths["prototypes"], fingerprint=classifier.fingerprint()),
-            recipe.lpcam.model_copy(
-                update={
-                    "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
-                    "cam_threshold": recipe.fixed_threshold("CAM"),
-                }
-            ),
+            recipe.lpcam.model_copy(update=thresholds),
             mask_ids=_mask_ids(folder, recipe, len(classifier.classes)),
             # whole images at the middle training size, as the classifier is validated
             score_side=(
@@ -152,7 +197,8 @@ class Explainer:
                 if method == "finetune"
                 else recipe.classifier.probe.long_side
             ),
-            maps=recipe.maps,
+            precision=recipe.maps.precision,
+            maximum_side=recipe.maps.maximum_side,
             foreground_only=foreground_only,
             made_by={
                 "run": recipe.name,
@@ -172,50 +218,32 @@ class Explainer:
         scoring: Scoring | None = None,
         device: str = "auto",
     ) -> Self:
-        """A classifier by file or timm name, and prototypes of :meth:`lpcam.extract.LPCAM.save`.
+        """Load a classifier by file or timm name, and prototypes of :meth:`lpcam.LPCAM.save`.
 
         Args:
-            model: a file of :meth:`~lpcam.classifier.Classifier.save`, or the name of a timm model
-                that is used with the head that it was trained with.
+            model: a file of :meth:`~lpcam.classifier.Classifier.save`, or the name of a timm model,
+                which keeps the head that it was trained with.
             weights: of a timm model: ``"pretrained"`` or a safetensors file.
-            preset: scales, flip and thresholds; None: the settings that made the prototypes, where
-                the file has them, else the default preset.
+            preset: name of the settings; None: those stored with the prototypes, else the default.
             scoring: None: softmax for a timm model, sigmoid for a file.
 
         Raises:
-            ClassifierError: if the model cannot be had or its head is not linear.
+            ClassifierError: if the model cannot be loaded or its head is not linear.
             ArtefactError: if a file is missing or damaged.
             PrototypeError: if the prototypes belong to another classifier.
         """
-        if Path(model).suffix == ".safetensors":
-            classifier = Classifier.load(Path(model))
-            usual: Scoring = "sigmoid"
-        else:
-            from lpcam.models import timm_classifier  # noqa: PLC0415 - timm's lists of names
-
-            classifier = timm_classifier(str(model), weights=weights)
-            usual = "softmax"
-        loaded = Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint())
-        kept = loaded.made_by.get("settings")
-        if preset is None and isinstance(kept, Mapping):
-            try:
-                settings = LpcamSettings.model_validate(dict(kept))
-            except ValidationError as error:
-                raise ArtefactError(
-                    f"the settings in {prototypes} are not those of this version "
-                    f"({error.error_count()} differ); name a preset, or fit the prototypes again"
-                ) from None
-        else:
-            settings = LpcamSettings.from_preset(preset or "voc12.official")
+        from_file = Path(model).suffix == ".safetensors"
+        classifier = (
+            Classifier.load(Path(model))
+            if from_file
+            else timm_classifier(str(model), weights=weights)
+        )
         return cls(
             classifier.to(choose_device(device)),
-            loaded,
-            settings,
-            scoring=scoring or usual,
-            made_by={
-                "model": Path(model).name,
-                "prototypes": digest_file(Path(prototypes)),
-            },
+            Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint()),
+            preset,
+            scoring=scoring or ("sigmoid" if from_file else "softmax"),
+            made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
         )
 
     def __call__(
@@ -232,14 +260,14 @@ class Explainer:
 
         Args:
             image: a file, a Pillow image, or uint8 (H, W, 3) RGB.
-            labels: the classes to map; None: those whose score is above ``minimum_score``.
-            at_least_one: take the class of the highest score where none is above.
-            threshold: of the LPCAM mask; None: that of the settings.
-            name: None: the file's name without extension.
+            labels: classes to map; None: those whose score is above ``minimum_score``.
+            at_least_one: if no score is above ``minimum_score``, map the class of the highest.
+            threshold: of the LPCAM mask, 0 to 1; None: that of the settings.
+            name: of the image in results; None: the file's name without extension.
 
         Raises:
             ImageError: if the image cannot be read.
-            DataError: if a label is unknown or the array is no RGB image.
+            DataError: if a label is unknown or the array is not an RGB image.
             PrototypeError: if the features hold NaN or Inf.
         """
         wanted = None if labels is None else self.indices(labels)
@@ -247,34 +275,33 @@ class Explainer:
         def choose(scores: NDArray[np.float64]) -> list[int]:
             if wanted is not None:
                 return wanted
-            order = np.argsort(-scores, kind="stable")
-            above = [int(n) for n in order if scores[n] > minimum_score]
-            return above or ([int(order[0])] if at_least_one else [])
+            order = _falling(scores)
+            return [n for n in order if scores[n] > minimum_score] or order[: int(at_least_one)]
 
         maps = self._map(image, choose, threshold, name)
-        asked = "given" if wanted is not None else f"predicted, score above {minimum_score:g}"
-        if wanted is None and at_least_one:
-            asked += " or the highest"
-        maps.made_by["labels"] = asked
-        if not maps.classes:
-            return _with_note(
-                maps,
-                f"no class scores above {minimum_score:g} (the highest: {maps.ranking[0][0]} "
-                f"{maps.ranking[0][1]:.2f}), so the mask is all background",
+        maps.made_by["labels"] = "given"
+        if wanted is None:
+            maps.made_by["labels"] = f"predicted, score above {minimum_score:g}" + (
+                " or the highest" if at_least_one else ""
             )
+        if not maps.classes:
+            best, score = maps.ranking[0]
+            note = (
+                f"no class scores above {minimum_score:g} (the highest: {best} {score:.2f}), so "
+                "the mask is all background"
+            )
+            return replace(maps, notes=(*maps.notes, note))
         return maps
 
     def highest(self, image: ImageSource, count: int, *, name: str | None = None) -> ImageMaps:
-        """Map the ``count`` classes of the highest scores; raises as a call does."""
-        return self._map(
-            image, lambda scores: np.argsort(-scores, kind="stable")[:count].tolist(), None, name
-        )
+        """Map the ``count`` classes of the highest scores. Raises as :meth:`__call__` does."""
+        return self._map(image, lambda scores: _falling(scores)[:count], None, name)
 
     def indices(self, labels: Sequence[str]) -> list[int]:
-        """Indices of class names, each once, in the order given.
+        """Indices of class names in the order given, without repetition.
 
         Raises:
-            DataError: naming an unknown class and what is near it.
+            DataError: naming an unknown class and similar names.
         """
         for label in labels:
             if label not in self.classes:
@@ -300,13 +327,14 @@ class Explainer:
         mapped = limit_long_side(image, self.maximum_side)
         size = (mapped.shape[0], mapped.shape[1])
         settings = self.settings
-        features = self._pyramid(mapped, settings.scales)
-        pairs = dict(zip(settings.scales, features, strict=True))
-        scores = self._scores(mapped, pairs.get(1.0))
+        with self._lock:
+            features = self._pyramid(mapped, settings.scales, flip=settings.flip)
+            pairs = dict(zip(settings.scales, features, strict=True))
+            scores = self._scores(mapped, pairs.get(1.0))
         chosen = choose(scores)
-        # A result may be used outside inference mode, so it is NumPy's.
+        # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
-        weight = self.classifier.weight
+        weight = single(self.classifier.weight)
         for start in range(0, len(chosen), CLASSES_TOGETHER):
             part = chosen[start : start + CLASSES_TOGETHER]
             to = slice(start, start + len(part))
@@ -314,7 +342,6 @@ class Explainer:
             cam[to] = _array(cams.high_res)
             lpcam[to] = _array(lpcam_maps(features, self.vectors[part], size).high_res)
         empty = [self.classes[n] for n in chosen if not bool(self.vectors[n].any())]
-        order = np.argsort(-scores, kind="stable")
         return ImageMaps(
             image=image,
             classes=tuple(self.classes[n] for n in chosen),
@@ -324,57 +351,101 @@ class Explainer:
             lpcam=lpcam,
             threshold=settings.threshold if threshold is None else threshold,
             cam_threshold=settings.cam_threshold,
-            ranking=tuple((self.classes[n], float(scores[n])) for n in order),
+            ranking=tuple((self.classes[n], float(scores[n])) for n in _falling(scores)),
             notes=tuple(f"{c} has no prototypes, so its LPCAM is empty" for c in empty),
             name=own_name if name is None else name,
             made_by={**self.made_by, **made_from},
         )
 
     def _pyramid(
-        self, image: NDArray[np.uint8], scales: Sequence[float], *, flip: bool | None = None
+        self, image: NDArray[np.uint8], scales: Sequence[float], *, flip: bool
     ) -> list[FeaturePair]:
         """Features (C, h, w) of one image at each scale."""
-        pairs = image_pyramid(
-            self.classifier,
-            image[None],
-            scales,
-            flip=self.settings.flip if flip is None else flip,
-            precision=self.precision,
-        )
+        if isinstance(self.classifier, Classifier):
+            pairs = image_pyramid(
+                self.classifier, image[None], scales, flip=flip, precision=self.precision
+            )
+        else:
+            pairs = tensor_pyramid(self.classifier, self._input(image), scales, flip=flip)
         return [
             FeaturePair(p.features[0], None if p.mirrored is None else p.mirrored[0]) for p in pairs
         ]
 
+    def _input(self, image: NDArray[np.uint8]) -> Tensor:
+        """An image (H, W, 3) as a batch (1, 3, H', W') of a size that the wrapped model takes."""
+        model = cast(WrappedModel, self.classifier)
+        height, width = (
+            max(1, round(side / model.multiple)) * model.multiple for side in image.shape[:2]
+        )
+        size = model.fixed_size or (height, width)
+        if size != image.shape[:2]:
+            image = resize_image(image, size)
+        return self.preprocessing(image)[None].to(model.device)
+
     def _scores(self, image: NDArray[np.uint8], pair: FeaturePair | None) -> NDArray[np.float64]:
-        """(N,) in [0, 1]; from the features at scale 1 where they are of the right size."""
+        """Scores (N,) in [0, 1]; uses the features at scale 1 where they have the right size."""
         if self.score_side not in (None, max(image.shape[:2])):
             image, pair = resize_long_side(image, self.score_side), None
-        if pair is None:
-            (pair,) = self._pyramid(image, (1.0,), flip=False)
-        logits = self.classifier.head(pair.features.mean((-2, -1))).double().cpu()
+        if isinstance(self.classifier, WrappedModel):
+            logits = self.classifier.logits(self._input(image))[0]
+        else:
+            if pair is None:
+                (pair,) = self._pyramid(image, (1.0,), flip=False)
+            logits = self.classifier.head(pair.features.mean((-2, -1)))
+        logits = logits.double().cpu()
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(0)
         return cast(NDArray[np.float64], scores.numpy())
 
     def _values(self, chosen: Sequence[int]) -> tuple[int, ...]:
-        """Mask values of classes; of more classes than a mask can hold, of the chosen ones."""
+        """Mask values; only the chosen are numbered if all classes exceed what a mask can hold."""
         if self.mask_ids is not None:
             return tuple(self.mask_ids[n] for n in chosen)
         if len(self.classes) <= MOST_MASK_VALUES:
             return tuple(n + 1 for n in chosen)
         if len(chosen) > MOST_MASK_VALUES:
             raise DataError(
-                f"{len(chosen)} classes are asked for, more than the {MOST_MASK_VALUES} that a "
-                "mask can hold; raise the score or name fewer labels"
+                f"{len(chosen)} classes were chosen, but a mask can hold {MOST_MASK_VALUES}; raise "
+                "the minimum score or name fewer labels"
             )
         return tuple(range(1, len(chosen) + 1))
+
+
+def _falling(scores: NDArray[np.float64]) -> list[int]:
+    """Indices of the scores from the highest to the lowest."""
+    return cast(list[int], np.argsort(-scores, kind="stable").tolist())
 
 
 def _array(maps: Tensor) -> NDArray[np.float32]:
     return cast(NDArray[np.float32], maps.float().cpu().numpy())
 
 
-def _with_note(maps: ImageMaps, note: str) -> ImageMaps:
-    return ImageMaps(**{**vars(maps), "notes": (*maps.notes, note)})
+def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
+    """The settings that :meth:`lpcam.LPCAM.save` stored with the prototypes, if any."""
+    stored = prototypes.made_by.get("settings")
+    if not isinstance(stored, Mapping):
+        return None
+    try:
+        return LpcamSettings.model_validate(dict(stored))
+    except ValidationError as error:
+        raise ArtefactError(
+            f"the settings stored with the prototypes do not fit this version "
+            f"({error.error_count()} differ); name a preset, or fit the prototypes again"
+        ) from None
+
+
+def _preprocessing(source: Classifier | WrappedModel, given: Preprocessing | None) -> Preprocessing:
+    if isinstance(source, Classifier):
+        return source.preprocessing
+    config: Mapping[str, Any] = getattr(source.core, "pretrained_cfg", None) or {}
+    return given or Preprocessing(
+        tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+    )
+
+
+def _usual_scoring(source: Classifier | WrappedModel) -> Scoring:
+    if isinstance(source, Classifier) or source.new_head or source.output == "sigmoid":
+        return "sigmoid"
+    return "softmax"
 
 
 def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:
@@ -391,16 +462,20 @@ def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:
     return source, "image"
 
 
+def _parts(stage: Path) -> dict[str, Any]:
+    """What the record of a stage says about it; empty if there is no record."""
+    record = stage / "stage.json"
+    return cast(dict[str, Any], read_json(record).get("parts", {})) if record.is_file() else {}
+
+
 def _mask_ids(folder: Path, recipe: Recipe, count: int) -> tuple[int, ...] | None:
-    """The mask values of a run's classes, also where its data are no longer there."""
+    """Mask values of a run's classes: from its seeds if its data are no longer there."""
     if recipe.data.kind == "voc":
         names = recipe.data.classes or VOC_CLASSES
         return tuple(VOC_CLASSES.index(name) + 1 for name in names)
-    record = folder / "seeds" / "stage.json"
-    if record.is_file():
-        ids = read_json(record).get("parts", {}).get("mask_ids", ())
-        if len(ids) == count:
-            return tuple(int(value) for value in ids)
+    ids = _parts(folder / "seeds").get("mask_ids", ())
+    if len(ids) == count:
+        return tuple(int(value) for value in ids)
     try:
         ids = read_folder(recipe.data.root, classes=recipe.data.classes).classes.mask_ids
     except DataError as error:
@@ -410,5 +485,10 @@ def _mask_ids(folder: Path, recipe: Recipe, count: int) -> tuple[int, ...] | Non
 
 
 def printable(path: Path) -> str:
-    """A path as text that UTF-8 can write, whatever bytes its file name has."""
+    """A path as text that can be written as UTF-8; bytes that are not UTF-8 become U+FFFD.
+
+    Example:
+        >>> printable(Path("images/a.png"))
+        'images/a.png'
+    """
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")

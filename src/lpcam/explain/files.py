@@ -1,17 +1,18 @@
-"""Explain image files and whole folders, onto disk."""
+"""Explain image files and whole folders, and write the results below an output folder."""
 
 from __future__ import annotations
 
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lpcam.data.folder import IMAGE_SUFFIXES
-from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.errors import ArtefactError, DataError, PrototypeError
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer, printable
 from lpcam.explain.maps import KIND
 from lpcam.parallel import ordered_map
@@ -22,107 +23,115 @@ from lpcam.storage import digest_bytes, read_json, write_bytes, write_json
 logger = logging.getLogger(__name__)
 
 SHEET_ROWS = 24
-"""Of the contact sheet."""
+"""Rows of the contact sheet."""
+SHEET = "sheet.png"
 MOST_LINES = 20
-"""Images whose findings a summary lists."""
+"""Images that a summary lists."""
 INDEX = "explained.json"
-FOLDERS = ("found", "heatmaps", "masks", "overlays")
+OUTPUT_FOLDERS = ("found", "heatmaps", "masks", "overlays", "probabilities")
 _LONGEST_NAME = 160
-"""Bytes of a file's name, so that an ending still fits into the 255 of most file systems."""
+"""Bytes of an output's name, so that an ending still fits into the 255 of most file systems."""
 
 
-class Done(Protocol):
-    """What a command that works on image files did."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def found(self) -> Sequence[Mapping[str, Any]]: ...
-    @property
-    def skipped(self) -> Sequence[Mapping[str, str]]: ...
-
-
-def summarised(lines: Sequence[str], done: Done, pictures: str) -> str:
-    """Lines of at most `MOST_LINES` images, then how many more, what was left out and where."""
-    lines = [*lines]
-    if len(done.found) > MOST_LINES:
-        lines.append(f"... and {len(done.found) - MOST_LINES} more images")
-    if done.skipped:
-        lines.append(f"{len(done.skipped)} left out:")
-        lines += [f"  {skip['reason']}" for skip in done.skipped]
-    lines.append(f"results in {done.folder}")
-    if done.found:
-        lines.append(f"pictures in {done.folder / pictures}")
-    return "\n".join(lines)
+# -- Any command that writes files for each image ----------------------------------------------
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What :func:`explain_files` did."""
+class OutputKind:
+    """How a command names what it writes.
 
+    Args:
+        command: the command, such as ``lpcam explain``; the index records it as its kind.
+        index: file name of the index.
+        forms: patterns of output paths below the output folder; the group ``name`` is the image's.
+        describe: the findings of one image in words, for the summary.
+        pictures: file or folder to look at, below the output folder.
+        others: files of the output folder that are not of one image.
+    """
+
+    command: str
+    index: str
+    forms: Sequence[re.Pattern[str]]
+    describe: Callable[[Mapping[str, Any]], str]
+    pictures: str
+    others: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ImageResults:
+    """What a command that works on image files did."""
+
+    kind: OutputKind
     folder: Path
     found: list[dict[str, Any]]
-    """Of each image that was mapped, as in its JSON file."""
+    """The contents of each image's JSON file."""
     skipped: list[dict[str, str]]
-    """``image`` and ``reason`` of each that could not be."""
+    """``image`` and ``reason`` of each image that failed."""
 
     def summary(self) -> str:
-        """What was found and where it is, in lines of which there are not too many."""
-        lines = []
-        for one in self.found[:MOST_LINES]:
-            classes = ", ".join(
-                f"{c['name']} {c['score']:.2f} ({100 * c['area']:.0f} % of the image)"
-                for c in one["classes"]
-            )
-            lines.append(f"{one['image']}: {'; '.join([*filter(None, [classes]), *one['notes']])}")
-        return summarised(lines, self, "sheet.png")
+        """One line an image, at most `MOST_LINES`, then what was left out and where results are."""
+        describe = self.kind.describe
+        lines = [f"{one['image']}: {describe(one)}" for one in self.found[:MOST_LINES]]
+        if len(self.found) > MOST_LINES:
+            lines.append(f"... and {len(self.found) - MOST_LINES} more images")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} left out:")
+            lines += [f"  {skip['reason']}" for skip in self.skipped]
+        lines.append(f"results in {self.folder}")
+        if self.found:
+            lines.append(f"pictures in {self.folder / self.kind.pictures}")
+        return "\n".join(lines)
 
 
 def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     """Image files by the names of their outputs.
 
-    Folders are searched below, hidden files and ``output`` left out; a name is the path below the
-    folder without its extension. A file that is named itself has its own name. Where two would
-    have the same name, all of these keep their extensions, and are numbered if that does not help.
+    Folders are searched recursively, without hidden files and ``output``; the name is the path
+    below the folder without its extension. A file given directly keeps its own name. Images that
+    would share a name keep their extensions, and are numbered if that is not enough.
 
     Raises:
-        DataError: if a source is not there, there is no image at all, or one is an output of an
+        DataError: if a source does not exist, there is no image, or a source is an output of an
             earlier call.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> for name in ("a.png", "b.png", "b.jpg"):
+        ...     (folder / name).touch()
+        >>> list(find_images([folder], folder / "out"))
+        ['a', 'b.jpg', 'b.png']
     """
-    own = [(output / folder).resolve() for folder in FOLDERS]
-    files: list[tuple[str, Path]] = []
-    seen: set[Path] = set()
+    own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
+    files: dict[Path, tuple[str, Path]] = {}
+    sources = list(sources)
     for source in sources:
         if source.is_dir():
-            below = [
-                path
+            found = [
+                (path.relative_to(source).as_posix(), path)
                 for path in sorted(source.rglob("*"))
                 if path.suffix.lower() in IMAGE_SUFFIXES
                 and path.is_file()
                 and not any(part.startswith(".") for part in path.relative_to(source).parts)
                 and not path.resolve().is_relative_to(output.resolve())
             ]
-            found = [(path.relative_to(source).as_posix(), path) for path in below]
         elif source.is_file():
             if any(source.resolve().is_relative_to(folder) for folder in own):
                 raise DataError(
-                    f"{source} lies in {output}, where the results go and would replace it; choose "
-                    "another --output"
+                    f"{source} is in the output folder {output}, where the results would replace "
+                    "it; choose another --output"
                 )
             found = [(source.name, source)]
         else:
             raise DataError(f"there is no image or folder {source}")
         for name, path in found:
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                files.append((name, path))
+            files.setdefault(path.resolve(), (name, path))
     if not files:
         raise DataError(
             f"there is no image below {', '.join(str(s) for s in sources)}; files with the endings "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))} are taken"
+            f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
         )
     alike: dict[str, list[tuple[str, str, Path]]] = {}
-    for whole, path in files:
+    for whole, path in files.values():
         short = _safe_name(whole.removesuffix(Path(whole).suffix))
         alike.setdefault(short.casefold(), []).append((short, whole, path))
     taken = {key for key, same in alike.items() if len(same) == 1}
@@ -138,6 +147,141 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     return names
 
 
+def process_images(
+    images: Mapping[str, Path],
+    output: Path,
+    make: Callable[[str, Path], dict[str, Any]],
+    kind: OutputKind,
+    *,
+    made_by: Mapping[str, Any],
+    command: str,
+    workers: int,
+    title: str,
+) -> ImageResults:
+    """Write the outputs of every image and an index of them; an image that fails is left out.
+
+    A later call replaces files of the same images that an earlier call wrote, and no others.
+
+    Args:
+        images: files by output name, as :func:`find_images` gives them.
+        make: writes the outputs of an image, given its name and file, and returns its findings.
+        made_by, command: recorded in the index.
+        workers: images processed at the same time.
+        title: of the progress bar.
+
+    Raises:
+        ArtefactError: if a file that no earlier call wrote would be replaced, or a file cannot be
+            written.
+    """
+    before = _read_index(output / kind.index, kind.command)
+    outputs = _outputs_by_image(output, kind.forms)
+    foreign = [path for name in images if name not in (before or {}) for path in outputs[name]]
+    if before is None:
+        foreign += [output / name for name in kind.others if (output / name).exists()]
+    if foreign:
+        raise ArtefactError(
+            f"{foreign[0]} is there already and was not written by an earlier '{kind.command}' of "
+            "this image, so it may be yours; choose another --output"
+        )
+    index: dict[str, Any] = {
+        "format": 1,
+        "kind": kind.command,
+        "command": command,
+        "made_by": made_by,
+        "skipped": [],
+        "images": {**(before or {}), **{name: printable(path) for name, path in images.items()}},
+    }
+    # first: after an interruption, the next call knows which files are its own
+    write_json(output / kind.index, index)
+
+    def work(entry: tuple[str, Path]) -> dict[str, Any] | str:
+        for old in outputs[entry[0]]:  # the new outputs may have other names
+            old.unlink(missing_ok=True)
+        try:
+            return make(*entry)
+        except (DataError, PrototypeError) as error:
+            return str(error)
+
+    found, skipped = [], []
+    with progress(title, len(images)) as advance:
+        for name, result in zip(images, ordered_map(work, images.items(), workers), strict=True):
+            if isinstance(result, str):
+                skipped.append({"image": printable(images[name]), "reason": result})
+                del index["images"][name]
+                logger.warning("left out: %s", result)
+            else:
+                found.append(result)
+            advance(1, name)
+    write_json(output / kind.index, {**index, "skipped": skipped})
+    return ImageResults(kind, output, found, skipped)
+
+
+def _read_index(path: Path, command: str) -> dict[str, str] | None:
+    """Names and sources of the images that earlier calls processed; None if there is no index."""
+    if not path.exists():
+        return None
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("kind") != command:
+        raise ArtefactError(
+            f"{path} was not written by '{command}', so it may be yours; choose another --output"
+        )
+    return dict(index["images"])
+
+
+def _outputs_by_image(
+    output: Path, forms: Sequence[re.Pattern[str]]
+) -> defaultdict[str, list[Path]]:
+    """Files below a folder whose paths have the form of outputs, by the image's name."""
+    outputs: defaultdict[str, list[Path]] = defaultdict(list)
+    for folder in OUTPUT_FOLDERS:
+        for path in sorted((output / folder).rglob("*")):
+            relative = path.relative_to(output).as_posix()
+            match = next(filter(None, (form.fullmatch(relative) for form in forms)), None)
+            if match is not None:
+                outputs[match["name"]].append(path)
+    return outputs
+
+
+def _safe_name(text: str) -> str:
+    """A relative path that any file system accepts, made of a path below a folder."""
+    text = unicodedata.normalize("NFC", printable(Path(text)))
+    parts = []
+    for part in text.split("/"):
+        safe = re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "_", part).strip() or "_"
+        if len(safe.encode()) > _LONGEST_NAME:
+            head = safe.encode()[: _LONGEST_NAME - 10].decode("utf-8", "ignore")
+            safe = f"{head}-{digest_bytes(part.encode())[:8]}"
+        parts.append(safe)
+    return "/".join(parts)
+
+
+# -- lpcam explain -----------------------------------------------------------------------------
+
+
+def _describe(found: Mapping[str, Any]) -> str:
+    """The findings of one image in words."""
+    classes = ", ".join(
+        f"{c['name']} {c['score']:.2f} ({100 * c['area']:.0f} % of the image)"
+        for c in found["classes"]
+    )
+    return "; ".join([*filter(None, [classes]), *found["notes"]])
+
+
+_EXPLAINED = OutputKind(
+    KIND,
+    INDEX,
+    (
+        re.compile(r"found/(?P<name>.+)\.json"),
+        re.compile(r"masks/(?P<name>.+)\.png"),
+        re.compile(r"overlays/(?P<name>.+)\.mask\.png"),
+        re.compile(r"(heatmaps|overlays)/(?P<name>.+)\.[^./]+\.l?p?cam\.png"),
+    ),
+    describe=_describe,
+    pictures=SHEET,
+    others=(SHEET,),
+)
+
+
 def explain_files(
     explainer: Explainer,
     sources: Iterable[Path],
@@ -149,166 +293,52 @@ def explain_files(
     threshold: float | None = None,
     workers: int = 1,
     command: str = "",
-) -> Explained:
-    """Explain image files and the images of folders; a broken one is left out, with the reason.
+) -> ImageResults:
+    """Explain image files and the images of folders, as :func:`process_images` does.
 
-    Below ``output``: what :meth:`ImageMaps.save` writes of each, ``sheet.png`` of the first, and
-    ``explained.json``, which names the images, what was left out and what made the maps. A later
-    call replaces the files of the same names that an earlier one wrote, and no others.
+    Writes below ``output`` what :meth:`ImageMaps.save` writes for each image, ``sheet.png`` (a
+    contact sheet of the first images) and the index ``explained.json``.
 
     Args:
-        labels, minimum_score, at_least_one, threshold: as of :class:`Explainer`.
-        workers: images worked on at a time.
-        command: recorded.
+        labels, minimum_score, at_least_one, threshold: as of :meth:`Explainer.__call__`.
+        workers: images processed at the same time.
+        command: recorded in the index.
 
     Raises:
         DataError: if there is no image or a label is unknown.
-        ArtefactError: if a file that is not an earlier call's would be replaced, or one cannot be
-            written.
+        ArtefactError: as :func:`process_images`.
     """
     if labels is not None:
         explainer.indices(labels)
     images = find_images(sources, output)
-    before = read_index(output / INDEX, KIND)
-    outputs = outputs_by_image(output, FOLDERS, _OUTPUTS)
-    check_foreign(output, images, before, outputs, KIND, others=("sheet.png",))
-    index: dict[str, Any] = {
-        "format": 1,
-        "kind": KIND,
-        "command": command,
-        "made_by": explainer.made_by,
-        "skipped": [],
-        "images": {**(before or {}), **{name: printable(path) for name, path in images.items()}},
-    }
-    write_json(output / INDEX, index)  # first: after a stop, the next call knows what is its own
+    rows: dict[str, list[SheetRow]] = {name: [] for name in list(images)[:SHEET_ROWS]}
 
-    def make(entry: tuple[int, tuple[str, Path]]) -> tuple[dict[str, Any], list[SheetRow]] | str:
-        number, (name, path) = entry
-        for old in outputs.get(name, ()):  # perhaps of other classes
-            old.unlink(missing_ok=True)
-        try:
-            maps = explainer(
-                path,
-                labels=labels,
-                minimum_score=minimum_score,
-                at_least_one=at_least_one,
-                threshold=threshold,
-                name=name,
-            )
-        except (ImageError, PrototypeError) as error:
-            return str(error)
-        rows = maps.sheet_rows(long_side=2 * CELL) if number < SHEET_ROWS else []
-        return maps.save(output), rows
+    def make(name: str, path: Path) -> dict[str, Any]:
+        maps = explainer(
+            path,
+            labels=labels,
+            minimum_score=minimum_score,
+            at_least_one=at_least_one,
+            threshold=threshold,
+            name=name,
+        )
+        if name in rows:
+            rows[name] = maps.sheet_rows(long_side=2 * CELL)
+        return maps.save(output)
 
-    found, rows, skipped = [], [], []
-    with progress("explaining", len(images)) as advance:
-        results = ordered_map(make, enumerate(images.items()), workers)
-        for name, result in zip(images, results, strict=True):
-            if isinstance(result, str):
-                skipped.append({"image": printable(images[name]), "reason": result})
-                del index["images"][name]
-                logger.warning("left out: %s", result)
-            else:
-                found.append(result[0])
-                rows += result[1]
-            advance(1, name)
-    if rows:
-        write_bytes(output / "sheet.png", sheet(rows[:SHEET_ROWS], mask_title="mask"))
+    result = process_images(
+        images,
+        output,
+        make,
+        _EXPLAINED,
+        made_by=explainer.made_by,
+        command=command,
+        workers=workers,
+        title="explaining",
+    )
+    drawn = [row for own in rows.values() for row in own]
+    if drawn:
+        write_bytes(output / SHEET, sheet(drawn[:SHEET_ROWS], mask_title="mask"))
     else:
-        (output / "sheet.png").unlink(missing_ok=True)
-    write_json(output / INDEX, {**index, "skipped": skipped})
-    return Explained(output, found, skipped)
-
-
-def read_index(path: Path, kind: str) -> dict[str, str] | None:
-    """Names and sources of the images of which earlier calls wrote into a folder.
-
-    Args:
-        path: of the index; None is returned where there is none.
-        kind: the command that writes such an index, as it stands in it.
-
-    Raises:
-        ArtefactError: if it is damaged or another's.
-    """
-    if not path.exists():
-        return None
-    index = read_json(path)
-    if not isinstance(index, dict) or index.get("kind") != kind:
-        raise ArtefactError(
-            f"{path} was not written by '{kind}', so it may be yours; choose another --output"
-        )
-    return dict(index["images"])
-
-
-_OUTPUTS = (
-    re.compile(r"found/(?P<name>.+)\.json"),
-    re.compile(r"masks/(?P<name>.+)\.png"),
-    re.compile(r"overlays/(?P<name>.+)\.mask\.png"),
-    re.compile(r"(heatmaps|overlays)/(?P<name>.+)\.[^./]+\.l?p?cam\.png"),
-)
-
-
-def outputs_by_image(
-    output: Path, folders: Iterable[str], forms: Sequence[re.Pattern[str]]
-) -> dict[str, list[Path]]:
-    """The files below a folder that have the form of outputs, by the image they would be of.
-
-    Args:
-        folders: of outputs, in ``output``.
-        forms: of their paths below ``output``, the image's name being the group ``name``.
-    """
-    outputs: dict[str, list[Path]] = {}
-    for folder in folders:
-        for path in sorted((output / folder).rglob("*")):
-            relative = path.relative_to(output).as_posix()
-            for form in forms:
-                if (match := form.fullmatch(relative)) is not None:
-                    outputs.setdefault(match["name"], []).append(path)
-                    break
-    return outputs
-
-
-def check_foreign(
-    output: Path,
-    images: Iterable[str],
-    before: Mapping[str, str] | None,
-    outputs: Mapping[str, Sequence[Path]],
-    kind: str,
-    *,
-    others: Iterable[str] = (),
-) -> None:
-    """Refuse to replace files that are not an earlier call's.
-
-    Args:
-        images: names of those that are to be written.
-        before: what :func:`read_index` found.
-        outputs: what :func:`outputs_by_image` found.
-        kind: the command, for the message.
-        others: files of ``output`` that a first call writes too.
-
-    Raises:
-        ArtefactError: naming a file that is in the way.
-    """
-    foreign = [
-        path for name in images if name not in (before or {}) for path in outputs.get(name, ())
-    ]
-    if before is None:
-        foreign += [output / name for name in others if (output / name).exists()]
-    if foreign:
-        raise ArtefactError(
-            f"{foreign[0]} is there already and was not written by an earlier '{kind}' of this "
-            "image, so it may be yours; choose another --output"
-        )
-
-
-def _safe_name(text: str) -> str:
-    """A relative path that any file system takes, of a path below a folder."""
-    text = unicodedata.normalize("NFC", printable(Path(text)))
-    parts = []
-    for part in text.split("/"):
-        safe = re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "_", part).strip() or "_"
-        if len(safe.encode()) > _LONGEST_NAME:
-            head = safe.encode()[: _LONGEST_NAME - 10].decode("utf-8", "ignore")
-            safe = f"{head}-{digest_bytes(part.encode())[:8]}"
-        parts.append(safe)
-    return "/".join(parts)
+        (output / SHEET).unlink(missing_ok=True)
+    return result

@@ -1,10 +1,9 @@
-"""The maps of one image: drawn, shown in a notebook, and saved."""
+"""The maps of one image: masks, pictures, findings, and files of them."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from PIL import Image
 from lpcam.data.images import resize_image, scaled_size
 from lpcam.data.items import ClassTable
 from lpcam.errors import DataError, LpcamError
+from lpcam.explain.web import png_bytes
 from lpcam.masks import overlay, overlay_mask, to_mask, write_mask
 from lpcam.sheet import CELL, SheetRow, sheet
 from lpcam.storage import write_bytes, write_json
@@ -31,37 +31,45 @@ MethodName = Literal["CAM", "LPCAM"]
 METHOD_NAMES: tuple[MethodName, MethodName] = ("CAM", "LPCAM")
 KIND = "lpcam explain"
 RANKING_LENGTH = 20
-"""Classes whose scores a file of findings lists."""
+"""Classes whose scores are listed in the findings."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageMaps:
-    """The maps of K classes on one image, and what made them.
+    """CAM and LPCAM of K classes on one image; a notebook shows it as a picture.
 
-    In a notebook it shows itself. Maps are kept at the size at which the image was mapped, which is
-    its own unless that is longer than ``maps.maximum_side``; whatever is drawn or saved is at full
-    size.
+    Maps have the size at which the image was mapped, which is smaller than the image if that is
+    longer than ``maximum_side``. Masks and heat maps have the size of the image.
+
+    Example:
+        >>> cam, lpcam = np.zeros((1, 2, 4), np.float32), np.ones((1, 2, 4), np.float32)
+        >>> image = np.zeros((2, 4, 3), np.uint8)
+        >>> maps = ImageMaps(image, ("cat",), (3,), (0.9,), cam, lpcam, 0.5, 0.3)
+        >>> maps.mask().tolist()
+        [[3, 3, 3, 3], [3, 3, 3, 3]]
+        >>> maps.found()["classes"][0]["box"]
+        [0, 0, 4, 2]
     """
 
     image: NDArray[np.uint8]
     """(H, W, 3) upright RGB"""
     classes: tuple[str, ...]
     mask_ids: tuple[int, ...]
-    """The value of each class in a mask, 1..254."""
+    """Value of each class in a mask, 1 to 254."""
     scores: tuple[float, ...]
-    """The classifier's, in [0, 1]."""
+    """The classifier's scores, in [0, 1]."""
     cam: NDArray[np.float32]
     """(K, h, w) in [0, 1]"""
     lpcam: NDArray[np.float32]
     """(K, h, w) in [0, 1]"""
     threshold: float
-    """Of an LPCAM mask: foreground is above it."""
+    """Threshold of LPCAM masks: foreground is above it. Masks shrink when it grows."""
     cam_threshold: float
-    """Of a CAM mask."""
+    """Threshold of CAM masks."""
     ranking: tuple[tuple[str, float], ...] = ()
     """Every class of the classifier and its score, the highest first."""
     notes: tuple[str, ...] = ()
-    """What a reader of the maps should know, in words."""
+    """Remarks for the reader, such as classes without prototypes."""
     name: str = "image"
     made_by: dict[str, Any] = field(default_factory=dict)
 
@@ -78,15 +86,15 @@ class ImageMaps:
         return self.image.shape[0], self.image.shape[1]
 
     def plane(self, name: str | None = None, method: MethodName = "LPCAM") -> NDArray[np.float32]:
-        """The map of one class at full size, (H, W) in [0, 1].
+        """The map of one class at the size of the image, (H, W) in [0, 1].
 
         Args:
-            name: of the class; None takes the one of the highest score.
+            name: of the class; None: the class of the highest score.
 
         Raises:
             DataError: if the class has no map here.
         """
-        return enlarged(self._maps(method)[self._place(name)], self.size)
+        return self._plane(self._place(name), method)
 
     def overlay(
         self,
@@ -99,8 +107,8 @@ class ImageMaps:
         """A class's map in colours over the image, uint8 (H, W, 3).
 
         Args:
-            image: to lay it over, of the same size; None: the image that was mapped.
-            name: of the class; None takes the one of the highest score.
+            image: uint8 (H, W, 3) to draw on; None: the image that was mapped.
+            name: of the class; None: the class of the highest score.
 
         Raises:
             DataError: if the class has no map here or the image has another size.
@@ -118,8 +126,8 @@ class ImageMaps:
         """Mask values, uint8 (H, W): the best class where its map is above the threshold, else 0.
 
         Args:
-            threshold: None takes the method's own.
-            classes: of which the mask is made; None: all that have maps.
+            threshold: None: that of the method.
+            classes: that compete for pixels; None: all that have maps.
 
         Raises:
             DataError: if a class has no map here.
@@ -127,25 +135,25 @@ class ImageMaps:
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold
         places = range(len(self.classes)) if classes is None else [self._place(n) for n in classes]
-        ids = [self.mask_ids[place] for place in places]
-        # As lpcam.masks.seeds, one class after another: a photograph of 20 megapixels has 80 MB of
-        # each.
+        if not places:
+            return np.zeros(self.size, np.uint8)
+        # As lpcam.masks.seeds, one class at a time: a map of 20 megapixels takes 80 MB.
         best = torch.full(self.size, threshold)
         seed = torch.zeros(self.size, dtype=torch.uint8)  # at most 254 classes
         for number, place in enumerate(places, start=1):
-            plane = torch.from_numpy(enlarged(self._maps(method)[place], self.size))
+            plane = torch.from_numpy(self._plane(place, method))
             seed[plane > best] = number
             best = torch.maximum(best, plane)
-        if not ids:
-            return np.zeros(self.size, np.uint8)
-        table = ClassTable(tuple(self.classes[p] for p in places), tuple(ids))
-        return to_mask(seed, np.arange(len(ids)), table)
+        table = ClassTable(
+            tuple(self.classes[p] for p in places), tuple(self.mask_ids[p] for p in places)
+        )
+        return to_mask(seed, np.arange(len(places)), table)
 
     def found(self, threshold: float | None = None) -> dict[str, Any]:
-        """What was found, as JSON: classes, scores, areas and boxes of the LPCAM mask, provenance.
+        """Classes, scores, areas and boxes of the LPCAM mask, and provenance, as JSON.
 
-        ``area`` is the share of the image's pixels, ``box`` the tightest one around them, in pixels
-        from the upper left corner: left, top, right, bottom, the last two exclusive; or null.
+        ``area`` is the share of the image's pixels. ``box`` is [left, top, right, bottom] in pixels
+        from the upper left corner, the last two exclusive, or None if there is no pixel.
         """
         return self._found(self.mask(threshold), threshold)
 
@@ -186,35 +194,29 @@ class ImageMaps:
         """Image, CAM, LPCAM and mask of each class as rows of a sheet; one row without a class.
 
         Args:
-            long_side: shrinks them, to keep many in memory; None: full size.
+            long_side: pixels, to which larger pictures are reduced; None: the image's size.
         """
-        mask = self.mask()
-        size = self.size
+        mask, size = self.mask(), self.size
         if long_side is not None and max(size) > long_side:
             size = scaled_size(*size, long_side / max(size))
-            # of the nearest pixel: values of a mask have no mean
+            # nearest pixel: mask values cannot be averaged
             shrunk = Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
             mask = np.array(shrunk)
         image = self.image if size == self.size else resize_image(self.image, size)
-        nothing = np.zeros(size, np.float32)
-        rows = [
-            SheetRow(
-                image,
-                f"{name} {score:.2f}",
-                resized(self.cam[place], size),
-                resized(self.lpcam[place], size),
-                mask,
-                None,
-            )
-            for place, (name, score) in enumerate(zip(self.classes, self.scores, strict=True))
+        if not self.classes:
+            nothing = np.zeros(size, np.float32)
+            return [SheetRow(image, "no class", nothing, nothing, mask, None)]
+        cams, lpcams = (resize_maps(m, size, antialias=True) for m in (self.cam, self.lpcam))
+        return [
+            SheetRow(image, f"{name} {score:.2f}", cam, lpcam, mask, None)
+            for name, score, cam, lpcam in zip(self.classes, self.scores, cams, lpcams, strict=True)
         ]
-        return rows or [SheetRow(image, "no class", nothing, nothing, mask, None)]
 
     def plot(self) -> Figure:
         """Image, CAM, LPCAM and mask of each class as a matplotlib figure.
 
         Raises:
-            LpcamError: if matplotlib, of the extra ``plot``, is not installed.
+            LpcamError: if matplotlib (extra ``plot``) is not installed.
         """
         try:
             from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
@@ -226,22 +228,20 @@ class ImageMaps:
         figure, axes = plt.subplots(
             len(rows), 4, figsize=(12, 3.2 * len(rows)), squeeze=False, layout="constrained"
         )
-        titles = ("image", "CAM", "LPCAM", "mask")
-        for number, row in enumerate(rows):
+        for axis, title in zip(axes[0], ("image", "CAM", "LPCAM", "mask"), strict=True):
+            axis.set_title(title)
+        for row, line in zip(rows, axes, strict=True):
             pictures = (
                 row.image,
                 overlay(row.image, row.cam),
                 overlay(row.image, row.lpcam),
                 overlay_mask(row.image, row.seed),
             )
-            for axis, title, picture in zip(axes[number], titles, pictures, strict=True):
+            for axis, picture in zip(line, pictures, strict=True):
                 axis.imshow(picture)
                 axis.set_xticks([])
                 axis.set_yticks([])
-                if number == 0:
-                    axis.set_title(title)
-            # a dollar sign would begin a formula
-            axes[number, 0].set_ylabel(row.name.replace("$", r"\$"))
+            line[0].set_ylabel(row.name.replace("$", r"\$"))  # a dollar sign begins a formula
         return figure
 
     def _repr_png_(self) -> bytes:
@@ -257,15 +257,15 @@ class ImageMaps:
         )
 
     def save(self, folder: Path | str, name: str | None = None) -> dict[str, Any]:
-        """Write heat maps, overlays, mask and findings below a folder, each whole or not at all.
+        """Write heat maps, overlays, mask and findings below a folder; each file atomically.
 
-        ``masks/NAME.png`` has the VOC palette, ``heatmaps/NAME.CLASS.cam.png`` and ``.lpcam.png``
-        are 8-bit grey (a value is round(255 times the map)), ``overlays/`` has the same in colours
-        over the image (at the size at which it was mapped) and ``NAME.mask.png``, and
-        ``found/NAME.json`` what :meth:`found` tells and the names of these files.
+        ``masks/NAME.png`` has the VOC palette. ``heatmaps/NAME.CLASS.cam.png`` and ``.lpcam.png``
+        are 8-bit grey, round(255 * map). ``overlays/`` has the maps and ``NAME.mask.png`` over the
+        image, at the size at which it was mapped. ``found/NAME.json`` holds :meth:`found` and the
+        names of these files.
 
         Args:
-            name: relative path without extension; None: that of the image.
+            name: relative path without extension; None: the image's name.
 
         Returns:
             the contents of the JSON file.
@@ -278,22 +278,21 @@ class ImageMaps:
         picture = resize_image(self.image, self.cam.shape[1:])
         files = {"mask": f"masks/{name}.png", "mask_overlay": f"overlays/{name}.mask.png"}
         write_mask(folder / files["mask"], mask)
-        shown = overlay_mask(self.image, mask)
-        write_bytes(folder / files["mask_overlay"], _png(resize_image(shown, picture.shape[:2])))
+        shown = resize_image(overlay_mask(self.image, mask), picture.shape[:2])
+        write_bytes(folder / files["mask_overlay"], png_bytes(shown))
         found = self._found(mask, None)
         for place, part in enumerate(file_parts(self.classes)):
             own = {}
             for method in METHOD_NAMES:
-                small = method.lower()
-                plane = self._maps(method)[place]
-                own[f"{small}_heatmap"] = f"heatmaps/{name}.{part}.{small}.png"
-                own[f"{small}_overlay"] = f"overlays/{name}.{part}.{small}.png"
-                values = np.rint(255 * enlarged(plane, self.size).clip(0, 1)).astype(np.uint8)
-                write_bytes(folder / own[f"{small}_heatmap"], _png(values))
-                write_bytes(folder / own[f"{small}_overlay"], _png(overlay(picture, plane)))
+                end = f"{name}.{part}.{method.lower()}.png"
+                heat = np.rint(255 * self._plane(place, method).clip(0, 1)).astype(np.uint8)
+                drawn = overlay(picture, self._maps(method)[place])
+                for kind, values in (("heatmap", heat), ("overlay", drawn)):
+                    own[f"{method.lower()}_{kind}"] = f"{kind}s/{end}"
+                    write_bytes(folder / f"{kind}s/{end}", png_bytes(values))
             found["classes"][place]["files"] = own
         found["files"] = files
-        write_json(folder / "found" / f"{name}.json", found)  # last: it says that the rest is there
+        write_json(folder / "found" / f"{name}.json", found)  # last: the others are complete
         return found
 
     def _maps(self, method: MethodName) -> NDArray[np.float32]:
@@ -301,17 +300,24 @@ class ImageMaps:
             raise DataError(f"unknown method {method!r}; choose one of {', '.join(METHOD_NAMES)}")
         return self.cam if method == "CAM" else self.lpcam
 
+    def _plane(self, place: int, method: MethodName) -> NDArray[np.float32]:
+        """One map at the size of the image, enlarged as a run enlarges its maps."""
+        plane: NDArray[np.float32] = resize_maps(self._maps(method)[place : place + 1], self.size)[
+            0
+        ]
+        return plane
+
     def _place(self, name: str | None) -> int:
         if not self.classes:
             raise DataError(
                 f"no class was found in {self.name!r}, so there is no map to draw; lower the "
-                "score, ask for at least one class or give labels"
+                "minimum score, ask for at least one class or give labels"
             )
         if name is None:
             return int(np.argmax(self.scores))
         if name not in self.classes:
             raise DataError(
-                f"{self.name!r} has no map of {name!r}; it has those of {', '.join(self.classes)}"
+                f"{self.name!r} has no map of {name!r}; it has maps of {', '.join(self.classes)}"
             )
         return self.classes.index(name)
 
@@ -323,34 +329,37 @@ def _box(where: NDArray[np.bool_]) -> list[int] | None:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
+def resize_maps(
+    maps: NDArray[np.float32], size: tuple[int, int], *, antialias: bool = False
+) -> NDArray[np.float32]:
+    """Maps (K, h, w) at another size (height, width), bilinear.
 
+    Args:
+        antialias: for pictures: average over the pixels that one smaller pixel replaces.
 
-def enlarged(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """A map at the size of its image (bilinear, as a run enlarges its maps)."""
-    if plane.shape == size:
-        return plane
-    tensor = torch.from_numpy(plane)[None, None]
-    enlarged: NDArray[np.float32] = F.interpolate(
-        tensor, size=size, mode="bilinear", align_corners=False
-    )[0, 0].numpy()
-    return enlarged
-
-
-def resized(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """A map at any size, for the eye: antialiased where it shrinks."""
-    tensor = torch.from_numpy(plane)[None, None]
+    Example:
+        >>> resize_maps(np.ones((2, 4, 4), np.float32), (6, 3)).shape
+        (2, 6, 3)
+    """
+    if maps.shape[1:] == size or not len(maps):
+        return maps
     resized: NDArray[np.float32] = F.interpolate(
-        tensor, size=size, mode="bilinear", align_corners=False, antialias=True
-    )[0, 0].numpy()
+        torch.from_numpy(maps)[None],
+        size,
+        mode="bilinear",
+        align_corners=False,
+        antialias=antialias,
+    )[0].numpy()
     return resized
 
 
 def file_parts(classes: Sequence[str]) -> list[str]:
-    """Class names as parts of file names, without dots and each another."""
+    """Class names as parts of file names: without dots, and all different.
+
+    Example:
+        >>> file_parts(["cow", "a/b", "a.b"])
+        ['cow', 'a-b', 'a-b-2']
+    """
     parts: list[str] = []
     for name in classes:
         part = re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "class"

@@ -1,4 +1,4 @@
-"""Everything that a report shows of a run, as plain data for the page."""
+"""Gathers everything that a report shows of a run, as plain data for the page."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from lpcam.data.items import Dataset, Item
 from lpcam.masks import voc_palette
 from lpcam.parallel import Sharing
 from lpcam.presets import LpcamSettings
-from lpcam.progress import progress
 from lpcam.prototypes import Prototypes
 from lpcam.recipe import Method, ReportSection
-from lpcam.report.images import Further, Scores, choose, highlights, image_records, in_turn
-from lpcam.report.meaning import Pairs, Shown, confusion_records, prototype_records
-from lpcam.report.segmenters import SHOWN, Trained, segmenter_records
+from lpcam.report.images import (
+    NO_OUTPUTS,
+    LaterOutputs,
+    Scores,
+    choose,
+    highlights,
+    image_records,
+    in_turn,
+    run_all,
+)
+from lpcam.report.meaning import Pairs, confusion_records, prototype_records
+from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
 from lpcam.sheet import choose_rows
 from lpcam.version import __version__
 
 FORMAT = 1
-"""Of the data that a page is made from."""
+"""Version of the data that a page is made from."""
 MOST_BYTES = 12_000_000
-"""Of the images in a page, so that it stays below 15 MB with all the rest."""
+"""Size of the images in a page, which with the rest stays below 15 MB."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a run; empty where its images have no masks."""
+    """The scores of a run; empty if its images have no true masks."""
 
     rows: Sequence[Mapping[str, Any]] = ()
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
@@ -56,8 +64,8 @@ def collect(
     section: ReportSection,
     sharing: Sharing,
     about: Mapping[str, Any],
-    further: Further | None = None,
-    trained: Trained | None = None,
+    later: LaterOutputs = NO_OUTPUTS,
+    trained: SegmenterResults | None = None,
 ) -> dict[str, Any]:
     """Gather the data of a report.
 
@@ -66,10 +74,9 @@ def collect(
         folders: of each method's maps.
         fixed: threshold of each method.
         pairs: features of images, as :meth:`lpcam.features.FeatureStore.pairs` gives them.
-        about: what else the page tells: protocol, skipped, notices, events, history, stages,
-            command.
-        further: masks and planes of later stages.
-        trained: segmenters, where the run has any.
+        about: protocol, skipped, notices, events, history, networks, stages and command.
+        later: masks and planes of later stages.
+        trained: the segmenters of the run, if any.
 
     Raises:
         LpcamError: if an image or its maps cannot be read.
@@ -79,19 +86,17 @@ def collect(
     shown = choose(items, section.images, wanted)
     palette = voc_palette()
     searched = [item for item, _ in choose_rows(shown, section.searched)]
-    with progress("report: features", len(searched)) as advance:
-        # The store keeps them: below they are asked for one by one, and on one thread.
-        for _ in sharing.map(lambda item: list(pairs([item], (1.0,))), searched):
-            advance(1, "")
-    tested, room = {}, MOST_BYTES
+    # The store keeps these features; below they are read one by one, on one thread.
+    run_all(sharing, lambda item: list(pairs([item], (1.0,))), searched, "report: features")
+    tested, most_bytes = {}, MOST_BYTES
     if trained is not None:
         most = min(SHOWN, section.images)
         tested = {"segmenters": segmenter_records(trained, dataset.classes, sharing, most)}
-        room -= _size(tested)
-    records = image_records(shown, dataset, folders, figures.scores, sharing, further)
+        most_bytes -= _size(tested)
+    records = image_records(shown, dataset, folders, figures.scores, sharing, later)
     size = sum(map(_size, records))
-    if size > room:
-        fewer = max(1, int(len(records) * room / size))
+    if size > most_bytes:
+        fewer = max(1, int(len(records) * most_bytes / size))
         kept = {item.id for item in choose(shown, fewer, wanted)}
         records = [record for record in records if record["id"] in kept]
     ids = {record["id"] for record in records}
@@ -108,7 +113,7 @@ def collect(
         "rows": list(figures.rows),
         "curves": {m: dict(curve) for m, curve in figures.curves.items() if m in folders},
         "images": records,
-        "limited": size > room,
+        "limited": size > most_bytes,
         "searched": len(searched),
         "images_total": len(items),
         "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
@@ -127,8 +132,9 @@ def collect(
                 searched,
                 pairs,
                 settings,
-                Shown(section.prototypes, section.patches),
                 folders["CAM"],
+                count=section.prototypes,
+                patches=section.patches,
             ),
         },
         "confusions": confusion_records(

@@ -1,55 +1,66 @@
-"""What the report's viewer shows of each image: a thumbnail, small maps, masks, and its IoU."""
+"""Data of the report's image viewer: thumbnails, small maps, masks, and IoU of each image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import read_image, read_index_mask
+from lpcam.data.images import read_image, read_index_mask, scaled_size
 from lpcam.data.items import Dataset, Item
+from lpcam.explain.maps import METHOD_NAMES, resize_maps
+from lpcam.explain.web import encode_array, encode_picture, encode_unit, fit
 from lpcam.metrics import DEFAULT_THRESHOLDS, ThresholdSweep, truth_labels
 from lpcam.parallel import Sharing
 from lpcam.progress import progress
 from lpcam.recipe import Method
-from lpcam.report.encode import encode_array, encode_picture, encode_unit, fit
 from lpcam.storage import map_path, read_maps
 
 PICTURE = 256
 """Long side of a thumbnail, in pixels."""
 PLANE = 64
-"""Long side of a map in the page; the maps come from a feature grid that is coarser still."""
+"""Long side of a map in the page; feature grids are coarser."""
 UNDEFINED = 65535
-"""Of an IoU whose class is neither in the truth nor in the seed."""
+"""Stored for an IoU whose class is neither in the truth nor in the seed."""
 IOU_STEPS = 10_000
+"""Steps in which an IoU from 0 to 1 is stored."""
 HIGHLIGHTS = 12
-"""Images of each kind that the report points at."""
-SHOWN_METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
+"""Images in each list of highlights."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 Scores = Mapping[Method, Mapping[str, float | None]]
-"""For each method the mean IoU of each image by id."""
+"""Mean IoU of each image by method and id."""
 
 
 @dataclass(frozen=True)
-class Further:
-    """What stages after the seeds made of each image: folders of ID.png by the name to show."""
+class LaterOutputs:
+    """Outputs of stages after the seeds: folders of ID.png by the name to show."""
 
     masks: Mapping[str, Path] = field(default_factory=dict)
+    """Mask values."""
     planes: Mapping[str, Path] = field(default_factory=dict)
     """Grey pictures, 0 to 255."""
 
 
+NO_OUTPUTS = LaterOutputs()
+
+
 def highlights(scores: Scores) -> dict[str, list[str]]:
-    """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst."""
-    cam, lpcam = ({k: v for k, v in scores[m].items() if v is not None} for m in SHOWN_METHODS)
+    """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst.
+
+    Example:
+        >>> highlights({"CAM": {"a": 0.5}, "LPCAM": {"a": 0.6}})["most improved"]
+        ['a']
+    """
+    cam, lpcam = ({k: v for k, v in scores[m].items() if v is not None} for m in METHOD_NAMES)
     gains = {name: lpcam[name] - cam[name] for name in lpcam if name in cam}
     by_gain = sorted(gains, key=lambda name: (-gains[name], name))
     by_score = sorted(lpcam, key=lambda name: (-lpcam[name], name))
@@ -62,16 +73,26 @@ def highlights(scores: Scores) -> dict[str, list[str]]:
 
 
 def choose(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Item]:
-    """At most ``count`` images in list order: those wanted first, then an even choice."""
+    """At most ``count`` images in list order: the wanted ids first, then an even choice.
+
+    Example:
+        >>> [item.id for item in choose([Item(n, Path(n), ()) for n in "abcd"], 2, ["d"])]
+        ['a', 'd']
+    """
     picked = set(list(dict.fromkeys(wanted))[:count])
     others = [item.id for item in items if item.id not in picked]
-    room = max(0, min(count - len(picked), len(others)))
-    picked |= {others[place * len(others) // room] for place in range(room)}
+    more = max(0, min(count - len(picked), len(others)))
+    picked |= {others[place * len(others) // more] for place in range(more)}
     return [item for item in items if item.id in picked]
 
 
 def in_turn(lists: Iterable[Sequence[str]]) -> list[str]:
-    """The first of each list, then the second of each, and so on."""
+    """The first of each list, then the second of each, and so on.
+
+    Example:
+        >>> in_turn([["a", "b"], [], ["c"]])
+        ['a', 'c', 'b']
+    """
     return [name for turn in zip_longest(*lists) for name in turn if name is not None]
 
 
@@ -81,26 +102,23 @@ def image_records(
     folders: Mapping[Method, Path],
     scores: Scores,
     sharing: Sharing,
-    further: Further | None = None,
+    later: LaterOutputs = NO_OUTPUTS,
 ) -> list[dict[str, Any]]:
-    """One record an image, as the page wants them.
+    """One record for each image, as the page reads it.
 
     Args:
         folders: of the maps of each method.
-        scores: of each image where there is truth.
-        further: masks and planes that later stages made.
+        scores: of the images with true masks.
+        later: masks and planes of later stages.
     """
-    further = further or Further()
 
     def record(item: Item) -> dict[str, Any]:
-        picture = fit(read_image(item.image), PICTURE)
-        height, width = picture.shape[:2]
-        maps = {method: read_maps(map_path(folders[method], item.id)) for method in SHOWN_METHODS}
+        picture = thumbnail_record(read_image(item.image))
+        size = picture["height"], picture["width"]
+        maps = {method: read_maps(map_path(folders[method], item.id)) for method in METHOD_NAMES}
         found: dict[str, Any] = {
             "id": item.id,
-            "picture": encode_picture(picture),
-            "width": width,
-            "height": height,
+            **picture,
             "labels": list(item.labels),
             "planes": {method: encode_unit(small_planes(one.cam)) for method, one in maps.items()},
             "masks": {},
@@ -110,46 +128,71 @@ def image_records(
         }
         if item.mask is not None:
             truth = truth_labels(read_index_mask(item.mask), dataset.classes)
-            found["masks"]["truth"] = encode_array(_thumbnail(truth.numpy(), (height, width)))
+            found["masks"]["truth"] = encode_array(nearest(truth.numpy(), size))
             for method, one in maps.items():
                 sweep = ThresholdSweep(len(dataset.classes), DEFAULT_THRESHOLDS)
                 planes, keys = torch.from_numpy(one.high_res), torch.from_numpy(one.keys)
                 sweep.update(truth, planes, keys)
                 found["iou"][method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
                 found["score"][method] = scores[method].get(item.id)
-        for name, folder in further.masks.items():
+        for name, folder in later.masks.items():
             mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), dataset.classes)
-            found["masks"][name] = encode_array(_thumbnail(mask.numpy(), (height, width)))
-        for name, folder in further.planes.items():
+            found["masks"][name] = encode_array(nearest(mask.numpy(), size))
+        for name, folder in later.planes.items():
             plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
             found["extra"][name] = encode_unit(small_planes(plane[None])[0])
         return found
 
-    records = []
-    with progress("report: images", len(items)) as advance:
-        for one in sharing.map(record, items):
-            records.append(one)
+    return run_all(sharing, record, items, "report: images")
+
+
+def run_all(sharing: Sharing, work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
+    """The results of ``work`` on all items, in order, with a progress bar.
+
+    Example:
+        >>> run_all(Sharing(), abs, [-1, 2], "numbers")
+        [1, 2]
+    """
+    results = []
+    with progress(title, len(items)) as advance:
+        for result in sharing.map(work, items):
+            results.append(result)
             advance(1, "")
-    return records
+    return results
+
+
+def thumbnail_record(image: NDArray[np.uint8], long_side: int = PICTURE) -> dict[str, Any]:
+    """A reduced picture of an image (H, W, 3), its width and height.
+
+    Example:
+        >>> thumbnail_record(np.zeros((40, 60, 3), np.uint8), 30)["height"]
+        20
+    """
+    small = fit(image, long_side)
+    return {"picture": encode_picture(small), "width": small.shape[1], "height": small.shape[0]}
 
 
 def small_planes(planes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Maps (K, h, w) with their long side at most PLANE (bilinear, antialiased)."""
+    """Maps (K, h, w) reduced to a long side of at most PLANE (bilinear, antialiased).
+
+    Example:
+        >>> small_planes(np.zeros((2, 100, 200), np.float32)).shape
+        (2, 32, 64)
+    """
     height, width = planes.shape[1:]
-    if max(height, width) <= PLANE or not len(planes):
-        return planes
-    scale = PLANE / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = F.interpolate(
-        torch.from_numpy(planes)[None], size, mode="bilinear", antialias=True, align_corners=False
-    )
-    return small[0].numpy()
+    size = scaled_size(height, width, min(1.0, PLANE / max(height, width)))
+    return resize_maps(planes, size, antialias=True)
 
 
-def _thumbnail(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A mask of values below 256 at another size (nearest)."""
+def nearest(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A mask of values below 256 at another size (height, width), to the nearest pixel.
+
+    Example:
+        >>> nearest(np.eye(2), (4, 4))[0].tolist()
+        [1, 1, 0, 0]
+    """
     small = Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(small.resize((size[1], size[0]), Image.Resampling.NEAREST))
+    return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _steps(ious: NDArray[np.float64]) -> NDArray[np.uint16]:

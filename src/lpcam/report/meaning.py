@@ -1,10 +1,10 @@
-"""What prototypes look like, and where a classifier takes one class for another."""
+"""Patches and maps of prototypes, and images in which a classifier confuses two classes."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,23 +17,23 @@ from torch import Tensor
 from lpcam.classifier import Classifier
 from lpcam.data.images import read_image
 from lpcam.data.items import Item
+from lpcam.explain.web import encode_picture, encode_unit, fit
 from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, on_grid, single_scale_cam
-from lpcam.functional import FusedMaps, normalize, split
+from lpcam.functional import normalize, split
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import SIDES, Centers, Prototypes, SideName
-from lpcam.report.encode import encode_picture, encode_unit, fit
-from lpcam.report.images import PICTURE, small_planes
+from lpcam.report.images import small_planes, thumbnail_record
 from lpcam.storage import map_path, read_maps
 
 PATCH = 64
 """Side of a patch in the page, in pixels."""
 PATCH_CELLS = 5
-"""Side of a patch in the image, in cells of the feature grid: what a location sees best."""
+"""Side of a patch in the image, in cells of the feature grid."""
 MOST_PATCHES = 1600
-"""In a page, about 2 MB; with many classes fewer prototypes of each are shown."""
+"""Patches in a page (about 2 MB); with many classes fewer prototypes of each are shown."""
 
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
-"""Features of images of equal size at each scale, as :meth:`lpcam.features.FeatureStore.pairs`."""
+"""Features of images of equal size at each scale: :meth:`lpcam.features.FeatureStore.pairs`."""
 
 
 class Place(NamedTuple):
@@ -52,15 +52,22 @@ class Place(NamedTuple):
 def nearest_places(
     features: Iterator[tuple[str, Tensor, Tensor]], centers: Tensor, count: int
 ) -> list[list[Place]]:
-    """For each centre the ``count`` images with the nearest location, and that location.
+    """The ``count`` images with the nearest location to each centre, and that location.
 
     Args:
-        features: of each image its name, features (C, h, w), and where each centre may look, bool
-            (K, h, w). An image without such a location is left out.
+        features: name of each image, features (C, h, w), and locations where each centre is
+            searched, bool (K, h, w). An image without such a location is left out.
         centers: (K, C).
 
     Returns:
-        K lists of places in falling cosine, one an image.
+        K lists of places by falling cosine, one place an image.
+
+    Example:
+        >>> grid = torch.tensor([[[3.0, 1.0]], [[0.0, 1.0]]])
+        >>> anywhere = torch.ones(1, 1, 2, dtype=torch.bool)
+        >>> ((place,),) = nearest_places(iter([("a", grid, anywhere)]), torch.eye(2)[:1], 1)
+        >>> place.column, place.cosine
+        (0.25, 1.0)
     """
     unit = F.normalize(centers, dim=1)
     found: list[list[Place]] = [[] for _ in range(len(centers))]
@@ -80,7 +87,12 @@ def nearest_places(
 
 
 def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
-    """The square patch (PATCH, PATCH, 3) around a place, moved inside the image at its border."""
+    """The square patch (PATCH, PATCH, 3) around a place, moved inside the image at its border.
+
+    Example:
+        >>> crop(np.zeros((400, 600, 3), np.uint8), Place("a", 0.5, 0.5, 0.1, 1.0)).shape
+        (64, 64, 3)
+    """
     height, width = picture.shape[:2]
     side = min(height, width, max(8, round(PATCH_CELLS * place.cell * height)))
     top, left = (
@@ -91,7 +103,12 @@ def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
 
 
 def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:
-    """Why a centre is a prototype or not, in words."""
+    """Why a centre was kept as a prototype or rejected, in words.
+
+    Example:
+        >>> rule_of("foreground", 0.95, True, LpcamSettings.from_preset("small", mu_f=0.9))
+        'score 0.95 > μ_f 0.9'
+    """
     if side == "foreground":
         if kept and score > settings.mu_f:
             return f"score {score:.2f} > μ_f {settings.mu_f:g}"
@@ -108,28 +125,20 @@ def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -
 
 
 def shown_numbers(centers: Centers, index: int, count: int) -> list[int]:
-    """Numbers of the centres to show: the largest prototypes, and a third for rejected ones."""
+    """Numbers of the centres to show: the largest prototypes, and a third for rejected ones.
+
+    Example:
+        >>> keep = torch.tensor([[True, False, True]])
+        >>> one = Centers(torch.ones(1, 3, 2), torch.ones(1, 3), torch.tensor([[5, 7, 9]]), keep)
+        >>> shown_numbers(one, 0, 3)
+        [2, 0, 1]
+    """
     exists = (centers.sizes[index] > 0).nonzero().flatten().tolist()
     by_size = sorted(exists, key=lambda k: (-int(centers.sizes[index, k]), k))
     kept = [k for k in by_size if centers.keep[index, k]]
     rejected = [k for k in by_size if not centers.keep[index, k]]
     room = min(len(rejected), max(count // 3, count - len(kept)))
     return kept[: count - room] + rejected[:room]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How much of the prototypes a page shows."""
-
-    prototypes: int
-    """Of each class and side."""
-    patches: int
-    """Of each prototype."""
-
-    def within_bounds(self, classes: int) -> Shown:
-        """The same, or fewer prototypes where there are many classes."""
-        most = MOST_PATCHES // max(1, classes * len(SIDES) * self.patches)
-        return Shown(max(1, min(self.prototypes, most)), self.patches)
 
 
 @torch.inference_mode()
@@ -139,101 +148,115 @@ def prototype_records(
     items: Sequence[Item],
     pairs: Pairs,
     settings: LpcamSettings,
-    shown: Shown,
     cams: Path,
+    *,
+    count: int,
+    patches: int,
 ) -> list[dict[str, Any]]:
-    """For each class its prototypes, with the nearest patches of ``items`` and a map of each.
+    """The prototypes of each class, each with its nearest patches in ``items`` and a map.
 
-    Foreground prototypes look at the foreground of their class (equation 2), context at the rest.
+    Foreground prototypes are searched in the foreground of their class (equation 2), context
+    prototypes in the rest.
 
     Args:
-        cams: folder of the CAM maps, which split the images where the settings say so.
+        cams: folder of the CAM maps, which split the images if the settings say so.
+        count: prototypes of each class and side, fewer if there are many classes.
+        patches: nearest patches of each prototype.
     """
-    shown = shown.within_bounds(len(prototypes.classes))
+    most = MOST_PATCHES // max(1, len(prototypes.classes) * len(SIDES) * patches)
+    count = max(1, min(count, most))
     records = []
     for index in range(len(prototypes.classes)):
         own = [item for item in items if index in item.labels]
-        numbers = {
-            side: shown_numbers(getattr(prototypes, side), index, shown.prototypes)
+        shown = [
+            (side, number)
             for side in SIDES
-        }
-        centers = torch.cat(
-            [getattr(prototypes, side).centers[index][numbers[side]] for side in SIDES]
-        )
-        places: list[list[Place]] = [[] for _ in range(len(centers))]
-        maps: list[Any] = [None] * len(centers)
-        ranges: list[Any] = [None] * len(centers)
+            for number in shown_numbers(getattr(prototypes, side), index, count)
+        ]
+        found: list[dict[str, Any]] = [{"patches": [], "map": None, "range": None} for _ in shown]
         example = None
-        if own and len(centers):
-            weight = classifier.weight[[index]]
-            sides_of = [side for side in SIDES for _ in numbers[side]]
-
-            def look(
-                item: Item, weight: Tensor = weight, index: int = index, sides: Any = sides_of
-            ) -> tuple[str, Tensor, Tensor]:
-                features = _features(pairs, item)
-                if settings.split_maps == "multi_scale":
-                    found = read_maps(map_path(cams, item.id))
-                    plane = found.high_res[found.keys.tolist().index(index)]
-                    cam = on_grid(torch.from_numpy(plane)[None], features, settings)[0]
-                else:
-                    cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
-                parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
-                own_side = dict(zip(SIDES, parts, strict=True))
-                return item.id, features, torch.stack([own_side[side] for side in sides]).cpu()
-
-            grids = (look(item) for item in own)
-            places = nearest_places(grids, centers, shown.patches)
-            chosen = _example(own, places, len(numbers["foreground"]))
-            picture = fit(read_image(chosen.image), PICTURE)
-            example = {
-                "id": chosen.id,
-                "picture": encode_picture(picture),
-                "width": picture.shape[1],
-                "height": picture.shape[0],
-            }
+        if own and shown:
+            centers = torch.stack(
+                [getattr(prototypes, side).centers[index][number] for side, number in shown]
+            )
+            sides_of = [side for side, _ in shown]
+            grids = (
+                _where_to_look(classifier, item, index, sides_of, pairs, settings, cams)
+                for item in own
+            )
+            places = nearest_places(grids, centers, patches)
+            foreground = sides_of.count("foreground")
+            chosen = _example(own, [place.image for near in places[:foreground] for place in near])
+            example = {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}
             grid = F.normalize(_features(pairs, chosen).to(centers), dim=0)
             cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
-            low, high = (edge.tolist() for edge in cosines.flatten(1).aminmax(dim=1))
-            ranges = [[round(a, 4), round(b, 4)] for a, b in zip(low, high, strict=True)]
-            # Of the range of each, for between the least and the largest lies little.
-            maps = [encode_unit(one.cpu().numpy()) for one in normalize(cosines, "minmax")]
-        pictures = _patches(own, places)
+            # each map has its own range, because all values are close together
+            scaled = normalize(cosines, "minmax").cpu().numpy()
+            pictures = _patches(own, places)
+            for row, near in enumerate(places):
+                low, high = (edge.item() for edge in cosines[row].aminmax())
+                found[row] = {
+                    "patches": [
+                        {
+                            "picture": pictures[place],
+                            "image": place.image,
+                            "cosine": round(place.cosine, 4),
+                        }
+                        for place in near
+                    ],
+                    "map": encode_unit(scaled[row]),
+                    "range": [round(low, 4), round(high, 4)],
+                }
         sides = {}
-        start = 0
         for side in SIDES:
-            found: Centers = getattr(prototypes, side)
-            rows = []
-            for offset, number in enumerate(numbers[side]):
-                score, kept = float(found.scores[index, number]), bool(found.keep[index, number])
-                row = start + offset
-                rows.append(
-                    {
-                        "number": number,
-                        "score": score,
-                        "size": int(found.sizes[index, number]),
-                        "kept": kept,
-                        "rule": rule_of(side, score, kept, settings),
-                        "patches": [
-                            {
-                                "picture": pictures[place],
-                                "image": place.image,
-                                "cosine": round(place.cosine, 4),
-                            }
-                            for place in places[row]
-                        ],
-                        "map": maps[row],
-                        "range": ranges[row],
-                    }
-                )
-            start += len(rows)
+            of_side: Centers = getattr(prototypes, side)
             sides[side] = {
-                "total": int((found.sizes[index] > 0).sum()),
-                "kept": int(found.keep[index].sum()),
-                "prototypes": rows,
+                "total": int((of_side.sizes[index] > 0).sum()),
+                "kept": int(of_side.keep[index].sum()),
+                "prototypes": [
+                    {**_describe(of_side, side, index, number, settings), **one}
+                    for (own_side, number), one in zip(shown, found, strict=True)
+                    if own_side == side
+                ],
             }
         records.append({"class": index, "example": example, "sides": sides})
     return records
+
+
+def _describe(
+    centers: Centers, side: SideName, index: int, number: int, settings: LpcamSettings
+) -> dict[str, Any]:
+    score, kept = float(centers.scores[index, number]), bool(centers.keep[index, number])
+    return {
+        "number": number,
+        "score": score,
+        "size": int(centers.sizes[index, number]),
+        "kept": kept,
+        "rule": rule_of(side, score, kept, settings),
+    }
+
+
+def _where_to_look(
+    classifier: Classifier,
+    item: Item,
+    index: int,
+    sides: Sequence[SideName],
+    pairs: Pairs,
+    settings: LpcamSettings,
+    cams: Path,
+) -> tuple[str, Tensor, Tensor]:
+    """An image's name, its features (C, h, w), and where a prototype of each side may lie."""
+    features = _features(pairs, item)
+    if settings.split_maps == "multi_scale":
+        stored = read_maps(map_path(cams, item.id))
+        plane = stored.high_res[stored.keys.tolist().index(index)]
+        cam = on_grid(torch.from_numpy(plane)[None], features, settings)[0]
+    else:
+        weight = classifier.weight[[index]]
+        cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
+    parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
+    by_side = dict(zip(SIDES, parts, strict=True))
+    return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()
 
 
 def _features(pairs: Pairs, item: Item) -> Tensor:
@@ -241,28 +264,21 @@ def _features(pairs: Pairs, item: Item) -> Tensor:
     return pair.features[0]
 
 
-def _example(items: Sequence[Item], places: Sequence[Sequence[Place]], foreground: int) -> Item:
-    """The image that is nearest to most foreground prototypes; of one class where there is one."""
-    counts = dict.fromkeys((item.id for item in items), 0)
-    for own in places[:foreground]:
-        for place in own:
-            counts[place.image] += 1
+def _example(items: Sequence[Item], nearest: Sequence[str]) -> Item:
+    """The image named most often; one with a single label if there is any."""
+    counts = Counter(nearest)
     return max(items, key=lambda item: (len(item.labels) == 1, counts[item.id]))
 
 
 def _patches(items: Sequence[Item], places: Sequence[Sequence[Place]]) -> dict[Place, str]:
     """The picture of each place; every image is read once."""
-    wanted: dict[str, set[Place]] = {}
-    for own in places:
-        for place in own:
-            wanted.setdefault(place.image, set()).add(place)
+    wanted = {place for own in places for place in own}
     pictures: dict[Place, str] = {}
     for item in items:
-        if item.id in wanted:
+        here = [place for place in wanted if place.image == item.id]
+        if here:
             picture = read_image(item.image)
-            pictures |= {
-                place: encode_picture(crop(picture, place)) for place in sorted(wanted[item.id])
-            }
+            pictures |= {place: encode_picture(crop(picture, place)) for place in here}
     return pictures
 
 
@@ -278,10 +294,13 @@ def confusion_records(
     settings: LpcamSettings,
     count: int,
 ) -> list[dict[str, Any]]:
-    """Images in which the classifier scores an absent class high, with the maps of both classes.
+    """Images in which the classifier scores an absent class high, with maps of both classes.
 
-    One image for each pair of classes, the highest scores of absent classes first (the paper's
+    One image for each pair of classes, the highest scores of absent classes first (paper,
     Figure 1).
+
+    Args:
+        count: pairs of classes, at most.
     """
     best: dict[tuple[int, int], tuple[float, float, Item]] = {}
     for item in items:
@@ -312,21 +331,17 @@ def confusion_records(
         ]
         cam = cam_maps(scales, classifier.weight[both], size, epsilon=settings.cam_epsilon)
         lpcam = lpcam_maps(scales, vectors[both], size)
-        small = fit(picture, PICTURE)
         records.append(
             {
                 "id": item.id,
-                "picture": encode_picture(small),
-                "width": small.shape[1],
-                "height": small.shape[0],
+                **thumbnail_record(picture),
                 "present": present,
                 "lookalike": absent,
                 "scores": [round(score, 4), round(false_score, 4)],
-                "maps": {"CAM": _plane(cam), "LPCAM": _plane(lpcam)},
+                "maps": {
+                    name: encode_unit(small_planes(maps.cam.cpu().numpy()))
+                    for name, maps in (("CAM", cam), ("LPCAM", lpcam))
+                },
             }
         )
     return records
-
-
-def _plane(maps: FusedMaps) -> dict[str, Any]:
-    return encode_unit(small_planes(maps.cam.cpu().numpy()))

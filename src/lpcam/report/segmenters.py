@@ -1,4 +1,4 @@
-"""What the report shows of segmenters: their figures, and their masks of some images to test."""
+"""Data of the report on segmenters: their scores, and their masks of some test images."""
 
 from __future__ import annotations
 
@@ -9,57 +9,55 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lpcam.data.images import read_image, read_index_mask
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
+from lpcam.explain.web import encode_picture, fit
 from lpcam.masks import overlay_mask
 from lpcam.metrics import confusion, truth_labels
 from lpcam.parallel import Sharing
-from lpcam.progress import progress
-from lpcam.report.encode import encode_picture, fit
-from lpcam.report.images import choose, highlights
+from lpcam.report.images import choose, highlights, nearest, run_all, thumbnail_record
 
 PICTURE = 176
 """Long side of a picture, in pixels."""
 SHOWN = 48
-"""Images at most: those of largest gain and of largest loss, and an even choice of the others."""
+"""Images shown at most."""
 EACH = 6
-"""One in so many is of largest gain, and one in so many of largest loss."""
+"""One in EACH images has one of the largest gains, and one in EACH one of the largest losses."""
 BASELINE, COMPARED = "cam", "lpcam"
-"""Teachers whose segmenters are compared image by image, where there are both."""
+"""Training masks whose segmenters are compared image by image."""
 KINDS = {"most improved": "gain", "most worsened": "loss"}
-"""Of images, by the names of :func:`lpcam.report.images.highlights`."""
+"""Kinds of images by their names in :func:`lpcam.report.images.highlights`."""
 
 
 @dataclass(frozen=True)
-class Taught:
-    """A segmenter, by the masks that it was trained on."""
+class TrainedSegmenter:
+    """A segmenter, named by the masks that it was trained on."""
 
     name: str
-    """Of the masks, in the names of folders: ``cam``, ``lpcam`` or ``truth``."""
+    """``cam``, ``lpcam`` or ``truth``."""
     title: str
-    """Of the masks, such as "LPCAM + IRN"."""
+    """The masks in words, such as "LPCAM + IRN"."""
     images: int
-    """How many masks there were."""
+    """Number of training masks."""
     folder: Path
-    """Of what it made of the list to test: ID.png with mask ids."""
+    """Its predictions for the test list: ID.png with mask ids."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The segmenters of a run, and what they were tested on."""
+class SegmenterResults:
+    """The segmenters of a run and their tests."""
 
-    taught: Sequence[Taught]
+    segmenters: Sequence[TrainedSegmenter]
     rows: Sequence[Mapping[str, Any]]
-    """As in metrics.json, each with ``teacher`` (a name) and ``crf`` (whether there was one) too;
-    empty where the images have no masks."""
+    """Rows of metrics.json, each with ``teacher`` (a name) and ``crf`` (bool); empty without true
+    masks."""
     items: Sequence[Item]
-    """The list to test."""
+    """The test list."""
     history: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Of each training by name: ``step``, ``loss`` and, now and then, ``validation_miou``."""
+    """``step``, ``loss`` and sometimes ``validation_miou`` of each training by name."""
     irn_history: Mapping[str, Sequence[Mapping[str, Any]]]
-    """The same of IRN's boundaries; may be empty."""
+    """The same for IRN; may be empty."""
     about: Mapping[str, Any]
     """``network``, ``split``, ``list``, ``checkpoint``, ``crf`` and ``settings``."""
 
@@ -78,6 +76,11 @@ def image_miou(
 
     Raises:
         DataError: if the sizes differ or the mask has an id of no class.
+
+    Example:
+        >>> mask, truth = np.array([[0, 3, 3, 0]], np.uint8), np.array([[0, 3, 0, 0]], np.uint8)
+        >>> round(image_miou(mask, truth, ClassTable(("cat",), (3,))), 3)
+        0.583
     """
     counts = confusion(
         truth_labels(truth, classes), truth_labels(mask, classes), len(classes) + 1
@@ -93,20 +96,24 @@ def choose_images(
     scores: Mapping[str, Mapping[str, float | None]],
     count: int = SHOWN,
 ) -> list[tuple[str, Item]]:
-    """Images to show, at most ``count``, each with why: ``gain``, ``loss`` or ``even``.
+    """Images to show, at most ``count``, each with its kind: ``gain``, ``loss`` or ``even``.
 
     Args:
-        scores: mean IoU of images by name of the teacher and id; of images without truth none.
+        scores: mean IoU by training masks and image id, of images with true masks.
 
     Returns:
-        the largest gains first, then the largest losses, then the others in list order.
+        the largest gains first, then the largest losses, then an even choice in list order.
+
+    Example:
+        >>> [kind for kind, _ in choose_images([Item("a", Path("a"), ())], {})]
+        ['even']
     """
     found = {}
     if BASELINE in scores and COMPARED in scores:
         found = highlights({"CAM": scores[BASELINE], "LPCAM": scores[COMPARED]})
-    by_id, room = {item.id: item for item in items}, count // EACH
+    by_id, most = {item.id: item for item in items}, count // EACH
     shown = [
-        (kind, by_id[name]) for key, kind in KINDS.items() for name in found.get(key, [])[:room]
+        (kind, by_id[name]) for key, kind in KINDS.items() for name in found.get(key, [])[:most]
     ]
     taken = {item.id for _, item in shown}
     others = [item for item in items if item.id not in taken]
@@ -114,7 +121,7 @@ def choose_images(
 
 
 def segmenter_records(
-    trained: Trained, classes: ClassTable, sharing: Sharing, count: int = SHOWN
+    trained: SegmenterResults, classes: ClassTable, sharing: Sharing, count: int = SHOWN
 ) -> dict[str, Any]:
     """The data of the page's section on segmenters.
 
@@ -125,15 +132,17 @@ def segmenter_records(
         LpcamError: if an image or a mask cannot be read.
     """
     shown = choose_images(trained.items, _scores(trained, classes, sharing), count)
-    with progress("report: images of segmenters", len(shown)) as advance:
-        pictures = []
-        for one in sharing.map(lambda pair: _record(*pair, trained, classes), shown):
-            pictures.append(one)
-            advance(1, "")
+    pictures = run_all(
+        sharing,
+        lambda pair: _record(*pair, trained, classes),
+        shown,
+        "report: images of segmenters",
+    )
     return {
         **trained.about,
         "teachers": [
-            {"name": one.name, "title": one.title, "images": one.images} for one in trained.taught
+            {"name": one.name, "title": one.title, "images": one.images}
+            for one in trained.segmenters
         ],
         "rows": list(trained.rows),
         "history": {name: list(records) for name, records in trained.history.items()},
@@ -144,10 +153,10 @@ def segmenter_records(
 
 
 def _scores(
-    trained: Trained, classes: ClassTable, sharing: Sharing
+    trained: SegmenterResults, classes: ClassTable, sharing: Sharing
 ) -> dict[str, dict[str, float | None]]:
     """Each image's mean IoU by the two segmenters that are compared."""
-    compared = [one for one in trained.taught if one.name in (BASELINE, COMPARED)]
+    compared = [one for one in trained.segmenters if one.name in (BASELINE, COMPARED)]
     scored = [item for item in trained.items if item.mask is not None]
     if len(compared) < 2 or not scored:
         return {}
@@ -157,26 +166,24 @@ def _scores(
         truth = read_index_mask(item.mask)
         return [image_miou(_mask(one, item), truth, classes) for one in compared]
 
-    found: dict[str, dict[str, float | None]] = {one.name: {} for one in compared}
-    with progress("report: scores of segmenters", len(scored)) as advance:
-        for item, values in zip(scored, sharing.map(score, scored), strict=True):
-            for one, value in zip(compared, values, strict=True):
-                found[one.name][item.id] = value
-            advance(1, "")
-    return found
+    rows = run_all(sharing, score, scored, "report: scores of segmenters")
+    return {
+        one.name: {item.id: row[n] for item, row in zip(scored, rows, strict=True)}
+        for n, one in enumerate(compared)
+    }
 
 
-def _record(kind: str, item: Item, trained: Trained, classes: ClassTable) -> dict[str, Any]:
+def _record(
+    kind: str, item: Item, trained: SegmenterResults, classes: ClassTable
+) -> dict[str, Any]:
     picture = fit(read_image(item.image), PICTURE)
-    height, width = picture.shape[:2]
-    masks = {one.name: _mask(one, item) for one in trained.taught}
+    masks = {one.name: _mask(one, item) for one in trained.segmenters}
     truth = None if item.mask is None else read_index_mask(item.mask)
 
     def view(mask: NDArray[np.uint8]) -> dict[str, Any]:
         known = np.isin(mask, [BACKGROUND, *classes.mask_ids])
-        small = Image.fromarray(np.where(known, mask, IGNORE).astype(np.uint8))
-        values = np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
-        # of the whole mask: an object may be too small for the picture
+        values = nearest(np.where(known, mask, IGNORE), picture.shape[:2])
+        # from the whole mask: an object may be too small for the picture
         there = [n for n, value in enumerate(classes.mask_ids) if (mask == value).any()]
         return {
             "picture": encode_picture(overlay_mask(picture, values)),
@@ -187,9 +194,7 @@ def _record(kind: str, item: Item, trained: Trained, classes: ClassTable) -> dic
     return {
         "id": item.id,
         "kind": kind,
-        "picture": encode_picture(picture),
-        "width": width,
-        "height": height,
+        **thumbnail_record(picture, PICTURE),
         "truth": None if truth is None else view(truth),
         "masks": {name: view(mask) for name, mask in masks.items()},
         "miou": {}
@@ -198,5 +203,5 @@ def _record(kind: str, item: Item, trained: Trained, classes: ClassTable) -> dic
     }
 
 
-def _mask(taught: Taught, item: Item) -> NDArray[np.uint8]:
-    return read_index_mask(taught.folder / f"{item.id}.png")
+def _mask(segmenter: TrainedSegmenter, item: Item) -> NDArray[np.uint8]:
+    return read_index_mask(segmenter.folder / f"{item.id}.png")

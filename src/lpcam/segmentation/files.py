@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 import re
 import tarfile
 import zipfile
@@ -24,18 +23,9 @@ from lpcam.data.items import ClassTable, check_unique
 from lpcam.data.voc import CLASSES as VOC_CLASSES
 from lpcam.errors import ArtefactError, DataError
 from lpcam.explain.explainer import printable
-from lpcam.explain.files import (
-    MOST_LINES,
-    check_foreign,
-    find_images,
-    outputs_by_image,
-    read_index,
-    summarised,
-)
+from lpcam.explain.files import ImageResults, OutputKind, find_images, process_images
 from lpcam.masks import enlarge_labels, overlay_mask, write_mask
-from lpcam.parallel import ordered_map
 from lpcam.presets import SegmentTestSettings
-from lpcam.progress import progress
 from lpcam.refine.crf import DenseCrf
 from lpcam.resources import memory_of_an_image
 from lpcam.segmentation import predict
@@ -43,11 +33,8 @@ from lpcam.segmentation.predict import SegmenterLike
 from lpcam.storage import read_bytes, write_bytes, write_json
 from lpcam.version import versions
 
-logger = logging.getLogger(__name__)
-
 KIND = "lpcam predict"
 INDEX = "predicted.json"
-FOLDERS = ("found", "masks", "overlays", "probabilities")
 MAXIMUM_SIDE = 1024
 """Pixels. A longer image is segmented at this long side, as a run maps it."""
 BACKGROUND_NAME = "background"
@@ -57,34 +44,29 @@ Competition = Literal["comp5", "comp6"]
 """Of the VOC test server: trained on VOC's own data alone, or on any."""
 ARCHIVE = "{}_test_cls.tar.gz"
 
-_OUTPUTS = (
-    re.compile(r"found/(?P<name>.+)\.json"),
-    re.compile(r"(masks|overlays)/(?P<name>.+)\.png"),
-    re.compile(r"probabilities/(?P<name>.+)\.npz"),
-)
 _ZLIB_LEVEL = 1
 _VOC_ID = re.compile(r"\d{4}_\d{6}")
 _MOST_NAMED = 5
 """Ids that a message names."""
 
 
-@dataclass(frozen=True)
-class Segmented:
-    """What :func:`segment_files` did."""
+def _describe(found: Mapping[str, Any]) -> str:
+    """The findings of one image in words."""
+    classes = [f"{c['name']} ({100 * c['area']:.0f} %)" for c in found["classes"]]
+    return ", ".join(classes) or "background alone"
 
-    folder: Path
-    found: list[dict[str, Any]]
-    """Of each image that was segmented, as in its JSON file."""
-    skipped: list[dict[str, str]]
-    """``image`` and ``reason`` of each that could not be."""
 
-    def summary(self) -> str:
-        """What was found and where it is, in lines of which there are not too many."""
-        lines = []
-        for one in self.found[:MOST_LINES]:
-            classes = [f"{c['name']} ({100 * c['area']:.0f} %)" for c in one["classes"]]
-            lines.append(f"{one['image']}: {', '.join(classes) or 'background alone'}")
-        return summarised(lines, self, "overlays")
+_PREDICTED = OutputKind(
+    KIND,
+    INDEX,
+    (
+        re.compile(r"found/(?P<name>.+)\.json"),
+        re.compile(r"(masks|overlays)/(?P<name>.+)\.png"),
+        re.compile(r"probabilities/(?P<name>.+)\.npz"),
+    ),
+    describe=_describe,
+    pictures="overlays",
+)
 
 
 def segment_files(
@@ -99,7 +81,7 @@ def segment_files(
     memory: int | None = None,
     command: str = "",
     made_by: Mapping[str, Any] | None = None,
-) -> Segmented:
+) -> ImageResults:
     """Segment image files and the images of folders; a broken one is left out, with the reason.
 
     Below ``output``, by the names of :func:`lpcam.explain.files.find_images`: ``masks/NAME.png`` at
@@ -130,9 +112,6 @@ def segment_files(
             written.
     """
     images = find_images(sources, output)
-    before = read_index(output / INDEX, KIND)
-    outputs = outputs_by_image(output, FOLDERS, _OUTPUTS)
-    check_foreign(output, images, before, outputs, KIND)
     made = {
         "classes": dict(zip(segmenter.classes.names, segmenter.classes.mask_ids, strict=True)),
         "settings": settings.model_dump(mode="json"),
@@ -141,29 +120,14 @@ def segment_files(
         "versions": versions(),
         **(made_by or {}),
     }
-    index: dict[str, Any] = {
-        "format": 1,
-        "kind": KIND,
-        "command": command,
-        "made_by": made,
-        "skipped": [],
-        "images": {**(before or {}), **{name: printable(path) for name, path in images.items()}},
-    }
-    write_json(output / INDEX, index)  # first: after a stop, the next call knows what is its own
     if memory is None and segmenter.device.type == "cpu":
         memory = memory_of_an_image(segmenter.device, workers)
     crf = predict.make_crf(settings, memory)
 
-    def make(entry: tuple[str, Path]) -> dict[str, Any] | str:
-        name, path = entry
-        for old in outputs.get(name, ()):  # perhaps of a call that kept probabilities
-            old.unlink(missing_ok=True)
-        try:
-            image = read_image(path)
-            seen = limit_long_side(image, maximum_side)
-            scores = _probabilities(segmenter, seen, settings, crf, path)
-        except DataError as error:
-            return str(error)
+    def make(name: str, path: Path) -> dict[str, Any]:
+        image = read_image(path)
+        seen = limit_long_side(image, maximum_side)
+        scores = _probabilities(segmenter, seen, settings, crf, path)
         labels = predict.labels(scores).cpu()
         small = predict.label_mask(labels, segmenter.classes)
         mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
@@ -189,19 +153,16 @@ def segment_files(
         write_json(output / "found" / f"{name}.json", found)
         return found
 
-    all_found, skipped = [], []
-    with progress("segmenting", len(images)) as advance:
-        results = ordered_map(make, images.items(), workers)
-        for name, result in zip(images, results, strict=True):
-            if isinstance(result, str):
-                skipped.append({"image": printable(images[name]), "reason": result})
-                del index["images"][name]
-                logger.warning("left out: %s", result)
-            else:
-                all_found.append(result)
-            advance(1, name)
-    write_json(output / INDEX, {**index, "skipped": skipped})
-    return Segmented(output, all_found, skipped)
+    return process_images(
+        images,
+        output,
+        make,
+        _PREDICTED,
+        made_by=made,
+        command=command,
+        workers=workers,
+        title="segmenting",
+    )
 
 
 def _probabilities(

@@ -1,4 +1,4 @@
-"""The report: one HTML file of everything that the run made."""
+"""Stage ``report``: one HTML file of the results of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
+from lpcam.prototypes import Prototypes
+from lpcam.report.collect import Figures, collect
+from lpcam.report.images import LaterOutputs
+from lpcam.report.page import render
+from lpcam.report.segmenters import SegmenterResults, TrainedSegmenter
 from lpcam.stages.context import METHODS, STAGES, Run, left_out_stages
 from lpcam.stages.evaluate import IMAGE_SCORES, REPORT, dataset_name
 from lpcam.stages.host import SEEDS, arms
@@ -27,12 +32,21 @@ from lpcam.version import versions
 
 
 def report_path(folder: Path) -> Path:
-    """Where a run's report is."""
+    """The file of a run's report.
+
+    Example:
+        >>> report_path(Path("runs/demo")).as_posix()
+        'runs/demo/report.html'
+    """
     return folder / REPORT
 
 
 def write_report(run: Run) -> bool:
-    """Gather the run's figures and pictures into one page; whether there was anything to do."""
+    """Write the page with the figures and pictures of a run.
+
+    Returns:
+        True if it was written, False if it was up to date or the recipe asks for none.
+    """
     section, path = run.recipe.report, report_path(run.folder)
     if not section.images:
         if run.processes.first:
@@ -51,8 +65,9 @@ def write_report(run: Run) -> bool:
             "versions": versions(),
         },
     )
+    # a report that was asked for by name is always written again
     if run.stages["report"].done([path]) and run.only != "report":
-        return False  # unless it was asked for by name
+        return False
     run.begin(run.stages["report"])
     if run.processes.first:
         write_bytes(path, _page(run).encode())
@@ -61,10 +76,6 @@ def write_report(run: Run) -> bool:
 
 
 def _page(run: Run) -> str:
-    from lpcam.prototypes import Prototypes  # noqa: PLC0415
-    from lpcam.report.collect import Figures, collect  # noqa: PLC0415
-    from lpcam.report.page import render  # noqa: PLC0415
-
     metrics = read_json(run.folder / "metrics.json")
     scored = run.truth("evaluate")
     figures = Figures()
@@ -81,7 +92,7 @@ def _page(run: Run) -> str:
     return render(
         collect(
             dataset_name(run),
-            scored or _without_masks(_with_labels(run.items("maps"))),
+            scored or _without_masks([item for item in run.items("maps") if item.labels]),
             run.dataset,
             {method: stage.folder for method, stage in run.stages_of_methods.items()},
             figures,
@@ -108,14 +119,14 @@ def _page(run: Run) -> str:
                 ],
                 "command": metrics["command"],
             },
-            _further(run),
-            _trained(run, metrics),
+            _later_outputs(run),
+            _segmenters(run, metrics),
         )
     )
 
 
 def _networks(run: Run, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How the networks of a host, and PSA's, learned."""
+    """Training histories of the networks of a host and of PSA."""
     titles: dict[str, str] = {}
     for arm in arms(run):  # one network may serve several
         titles[arm.network] = " and ".join(filter(None, [titles.get(arm.network), arm.title]))
@@ -130,30 +141,26 @@ def _networks(run: Run, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _further(run: Run) -> Any:
-    from lpcam.report.images import Further  # noqa: PLC0415
-
+def _later_outputs(run: Run) -> LaterOutputs:
     masks, planes = {}, {}
     for arm in arms(run):
         masks[f"seed of {arm.title}"] = run.stages[f"{SEEDS}/{arm.name}"].folder
     for source, stage in refined(run).values():
         masks[f"pseudo mask of {source.method}"] = stage.folder
         if refine_section(run).method == "irn":
-            planes[f"boundaries learnt from {source.method}"] = stage.folder / BOUNDARIES
-    return Further(masks, planes)
+            planes[f"boundaries learned from {source.method}"] = stage.folder / BOUNDARIES
+    return LaterOutputs(masks, planes)
 
 
-def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
-    from lpcam.report.segmenters import Taught, Trained  # noqa: PLC0415
-
+def _segmenters(run: Run, metrics: Mapping[str, Any]) -> SegmenterResults | None:
     found = segmented(run)
     if not found:
         return None
     section, lists = segment_section(run), run.recipe.data
     refined_by_crf = section.test.crf is not None
-    # after the CRF where there is one: what a user of the masks gets
-    taught = [
-        Taught(
+    # after the CRF if there is one, as users of the masks get them
+    trained = [
+        TrainedSegmenter(
             teacher.name,
             teacher.title,
             run.stages[f"{SEGMENT}/{teacher.name}"].output["images"],
@@ -167,8 +174,8 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
         if row["stage"] == SEGMENTATION:
             teacher, folder = found[row["method"]]
             rows.append({**row, "teacher": teacher.name, "crf": folder.name == CRF})
-    return Trained(
-        taught,
+    return SegmenterResults(
+        trained,
         rows,
         run.items("test") if run.truth("test") else _without_masks(run.items("test")),
         metrics["segmenter_history"],
@@ -188,10 +195,6 @@ def _trained(run: Run, metrics: Mapping[str, Any]) -> Any:
     )
 
 
-def _with_labels(items: list[Item]) -> list[Item]:
-    return [item for item in items if item.labels]
-
-
 def _without_masks(items: list[Item]) -> list[Item]:
-    """Those of a list that is not scored, whatever masks it has."""
+    """Items of a list that is not scored."""
     return [replace(item, mask=None) for item in items]

@@ -1,22 +1,11 @@
-"use strict";
-// Draws what the page cannot have as a table: the viewer, the prototypes, the look-alike classes.
-// Every text goes in as text, never as HTML.
+// Draws the parts of the report that are not tables: viewer, prototypes and look-alike classes.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const baseline = data.methods[0];
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
   const name = (index) => data.classes[index]?.name ?? `class ${index}`;
-  const byId = (id) => document.getElementById(id);
   const place = (method) => Math.max(0, data.methods.indexOf(method)) % 6;
 
-  const make = (tag, properties = {}, ...children) => {
-    const { dataset, aria, ...plain } = properties;
-    const made = Object.assign(document.createElement(tag), plain);
-    Object.assign(made.dataset, dataset);
-    for (const [key, value] of Object.entries(aria ?? {})) made.setAttribute(key, value);
-    made.append(...children);
-    return made;
-  };
   const drawing = (tag, attributes, ...children) => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -28,16 +17,8 @@
   // -- Data ------------------------------------------------------------------------------------
 
   const unpacked = new WeakMap();
-  const unpack = (array) => {
-    if (!unpacked.has(array)) {
-      unpacked.set(array, (async () => {
-        const bytes = Uint8Array.from(atob(array.data), (letter) => letter.charCodeAt(0));
-        const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-        const buffer = await new Response(stream).arrayBuffer();
-        const values = array.type === "uint16" ? new Uint16Array(buffer) : new Uint8Array(buffer);
-        return { shape: array.shape, values };
-      })());
-    }
+  const unpackOnce = (array) => {
+    if (!unpacked.has(array)) unpacked.set(array, unpack(array));
     return unpacked.get(array);
   };
   const picture = async (uri) => {
@@ -47,12 +28,7 @@
     return image;
   };
 
-  // 256 colours from the control points that the package's own overlays use
-  const heat = Array.from({ length: 256 }, (_, value) => {
-    const at = (value / 255) * (data.heat.length - 1);
-    const low = Math.min(Math.floor(at), data.heat.length - 2);
-    return data.heat[low].map((from, c) => from + (at - low) * (data.heat[low + 1][c] - from));
-  });
+  const heat = heatColours(data.heat);
   const colours = data.classes.map(({ color }) => {
     const value = parseInt(color.slice(1), 16);
     return [value >> 16, (value >> 8) & 255, value & 255];
@@ -108,37 +84,14 @@
 
   // -- Canvases --------------------------------------------------------------------------------
 
-  const background = (image, width, height) => {
-    const canvas = new OffscreenCanvas(width, height);
-    const context = canvas.getContext("2d", { willReadFrequently: true });
-    context.imageSmoothingQuality = "high";
-    context.drawImage(image, 0, 0, width, height);
-    return context.getImageData(0, 0, width, height);
-  };
   const blank = (properties) => make("canvas", { ...properties, aria: { role: "img", "aria-label": "" } });
-  const paint = (canvas, base, change) => {
-    if (canvas.width !== base.width || canvas.height !== base.height) {
-      canvas.width = base.width;
-      canvas.height = base.height;
-    }
-    const result = new ImageData(new Uint8ClampedArray(base.data), base.width, base.height);
-    change?.(result.data);
-    canvas.getContext("2d").putImageData(result, 0, 0);
-  };
-  const paintHeat = (pixels, plane, opacity) => {
-    for (let i = 0; i < plane.length; i++) {
-      const colour = heat[Math.round(plane[i])], weight = (opacity * (1 + (2 * plane[i]) / 255)) / 3;
-      for (let c = 0; c < 3; c++) pixels[4 * i + c] += weight * (colour[c] - pixels[4 * i + c]);
-    }
-  };
   const paintMask = (pixels, mask, width, strength) => {
-    const opacity = 0.8 * strength; // the object is to be seen through its mask
+    const opacity = 0.8 * strength; // the object stays visible through its mask
     for (let i = 0; i < mask.length; i++) {
       if (!mask[i]) continue;
-      const colour = maskColour(mask[i]);
-      for (let c = 0; c < 3; c++) pixels[4 * i + c] += opacity * (colour[c] - pixels[4 * i + c]);
+      blend(pixels, i, maskColour(mask[i]), opacity);
     }
-    // a light edge keeps dark colours apart from dark images
+    // a light edge separates dark colours from dark images
     if (opacity > 0) {
       for (const i of edges(mask, width)) {
         const colour = maskColour(mask[i]);
@@ -246,18 +199,18 @@
       const planes = {}, tops = {}, iou = {}, masks = {}, extra = {};
       for (const method of shownMethods) {
         if (!entry.planes[method]) continue;
-        const { shape: [k, h, w], values } = await unpack(entry.planes[method]);
+        const { shape: [k, h, w], values } = await unpackOnce(entry.planes[method]);
         planes[method] = Array.from({ length: k }, (_, n) => enlarge(values, n * h * w, h, w, height, width));
         tops[method] = brightest(planes[method]);
-        if (entry.iou[method]) iou[method] = (await unpack(entry.iou[method])).values;
+        if (entry.iou[method]) iou[method] = (await unpackOnce(entry.iou[method])).values;
       }
       for (const [title, array] of Object.entries(entry.masks)) {
-        const { shape: [h, w], values } = await unpack(array);
+        const { shape: [h, w], values } = await unpackOnce(array);
         masks[title] = Uint8Array.from({ length: height * width }, (_, i) =>
           values[Math.floor((Math.floor(i / width) * h) / height) * w + Math.floor(((i % width) * w) / width)]);
       }
       for (const [title, array] of Object.entries(entry.extra ?? {})) {
-        const { shape: [h, w], values } = await unpack(array);
+        const { shape: [h, w], values } = await unpackOnce(array);
         extra[title] = enlarge(values, 0, h, w, height, width);
       }
       return { entry, width, height, base, planes, tops, iou, masks, extra };
@@ -351,7 +304,7 @@
         const t = limit(method), { best, which } = state.tops[method] ?? { best: [], which: [] };
         const map = panel(`map ${method}`), seed = panel(`seed ${method}`);
         const plane = k === null ? best : state.planes[method]?.[k] ?? [];
-        paint(map.canvas, base, (pixels) => { paintHeat(pixels, plane, strength); paintOutline(pixels, line); });
+        paint(map.canvas, base, (pixels) => { paintHeat(pixels, plane, heat, strength); paintOutline(pixels, line); });
         map.canvas.setAttribute("aria-label", `Heat map of ${method} for ${who}`);
         const mask = new Uint8Array(width * state.height);
         for (let i = 0; i < best.length; i++) {
@@ -376,12 +329,12 @@
       const real = panel("truth");
       real.canvas.hidden = !truth;
       real.missing.hidden = Boolean(truth);
-      real.missing.textContent = "No true mask for this image";
+      real.missing.textContent = "This image has no true mask";
       if (truth) {
         paint(real.canvas, base, (pixels) => paintMask(pixels, truth, width, strength));
         real.canvas.setAttribute("aria-label", `True mask for ${who}`);
       }
-      // whatever further masks and planes this image has
+      // masks and planes of later stages
       for (const [key, { figure }] of panels) if (key.startsWith("more ")) figure.hidden = true;
       const further = (title, change) => {
         const more = panel(`more ${title}`, title[0].toUpperCase() + title.slice(1), "more");
@@ -397,7 +350,7 @@
         });
       }
       for (const [title, plane] of Object.entries(state.extra)) {
-        further(title, (pixels) => paintHeat(pixels, plane, strength));
+        further(title, (pixels) => paintHeat(pixels, plane, heat, strength));
       }
 
       byId("threshold-value").textContent = isOwn()
@@ -407,7 +360,7 @@
         ` with ${entry.labels.length ? "" : "no label"}`,
         ...entry.labels.flatMap((label, n) => (n ? [", ", isolated(name(label))] : [isolated(name(label))])),
         said.length ? `. IoU ${k === null && entry.labels.length > 1 ? "(mean over labels) " : ""}${said.join(", ")}` : "",
-        isOwn() && rounded.length ? `. Shown at the nearest step: ${rounded.map((method) =>
+        isOwn() && rounded.length ? `. Shown at the nearest step of 0.01: ${rounded.map((method) =>
           `${method} at ${limit(method).toFixed(2)}, fixed is ${data.fixed[method]}`).join("; ")}` : "");
       spark();
     };
@@ -439,11 +392,7 @@
     });
     new ResizeObserver(soon).observe(byId("spark"));
 
-    const ramp = byId("ramp").getContext("2d");
-    heat.forEach((colour, value) => {
-      ramp.fillStyle = `rgb(${colour.map(Math.round).join(" ")})`;
-      ramp.fillRect(value / 2, 0, 1, 10);
-    });
+    drawRamp(byId("ramp"), heat);
     const first = lists.findIndex(([title, found]) => title === "Most improved" && found.length);
     filter.value = String(Math.max(first, 0));
     relist();
@@ -459,7 +408,7 @@
     let turn = 0;
     chooser.append(...all.map((one, index) => make("option", { value: String(index), textContent: name(one.class) })));
 
-    const titles = { foreground: "Foreground: what belongs to the class", context: "Context: what surrounds it" };
+    const titles = { foreground: "Foreground prototypes", context: "Context prototypes" };
     const limits = {
       foreground: [rule.mu_f],
       context: [rule.mu_b_lower, rule.mu_b],
@@ -482,7 +431,7 @@
           make("span", { textContent: `No. ${one.number}` }),
           make("span", { className: one.kept ? "kept" : "gone", textContent: one.kept ? "✓ kept" : "✕ rejected" })),
         bar(side, one),
-        make("span", { className: "why" }, ...symbols(one.rule), make("br"), `${one.size.toLocaleString("en")} place${one.size === 1 ? "" : "s"} in the group`));
+        make("span", { className: "why" }, ...symbols(one.rule), make("br"), `${one.size.toLocaleString("en")} region${one.size === 1 ? "" : "s"} in the group`));
       button.addEventListener("click", () => choose(side, one, button));
       return make("li", {}, button);
     };
@@ -500,15 +449,15 @@
         const factor = zoom(one.example);
         const width = one.example.width * factor, height = one.example.height * factor;
         const base = background(await image, width, height);
-        const array = prototype.map && await unpack(prototype.map);
+        const array = prototype.map && await unpackOnce(prototype.map);
         if (mine !== turn || wanted !== chosen) return;
         paint(canvas, base, array && ((pixels) =>
-          paintHeat(pixels, enlarge(array.values, 0, array.shape[0], array.shape[1], height, width), 0.75)));
+          paintHeat(pixels, enlarge(array.values, 0, array.shape[0], array.shape[1], height, width), heat, 0.75)));
         const what = `${side} prototype no. ${prototype.number}`;
-        canvas.setAttribute("aria-label", `Image ${one.example.id}${array ? ` and where it resembles ${what} of ${name(one.class)}` : ""}`);
+        canvas.setAttribute("aria-label", `Image ${one.example.id}${array ? ` and its similarity to ${what} of ${name(one.class)}` : ""}`);
         const [low, high] = (prototype.range ?? []).map((value) => value.toFixed(2).replace("-", "−"));
-        const told = high ? `: cosine from ${low} (dark) to ${high} (bright)` : "";
-        caption.replaceChildren(array ? `Where this image resembles ${what}${told}. ` : `No map was kept for ${what}. `, isolated(one.example.id));
+        const range = high ? `: cosine from ${low} (dark) to ${high} (bright)` : "";
+        caption.replaceChildren(array ? `Similarity of this image to ${what}${range}. ` : `There is no map of ${what}. `, isolated(one.example.id));
       };
       example.replaceChildren(make("figure", {},
         make("div", { className: "frame" }, one.example ? canvas : make("p", { textContent: "No example image of this class" })), caption));
@@ -524,7 +473,7 @@
         return make("div", {},
           make("h3", {}, titles[side], make("small", { textContent: counted })),
           cards.length ? make("ul", { className: "cards" }, ...cards)
-            : make("p", { className: "empty", textContent: total ? "None of them can be shown." : "This class has no prototypes on this side." }));
+            : make("p", { className: "empty", textContent: total ? "None of them is shown." : "This class has no prototypes of this kind." }));
       }));
       if (first) choose(...first);
       else if (one.example) {
@@ -557,11 +506,11 @@
         `score ${percent(entry.scores[n])}`)));
       const maps = [];
       for (const method of data.methods.filter((one) => entry.maps[one])) {
-        const { shape: [, h, w], values } = await unpack(entry.maps[method]);
+        const { shape: [, h, w], values } = await unpackOnce(entry.maps[method]);
         pair.forEach((index, n) => {
           const canvas = blank({});
           paint(canvas, base, (pixels) =>
-            paintHeat(pixels, enlarge(values, n * h * w, h, w, height, width), 0.75));
+            paintHeat(pixels, enlarge(values, n * h * w, h, w, height, width), heat, 0.75));
           canvas.setAttribute("aria-label", `Heat map of ${method} for ${name(index)}, ${n ? "not " : ""}a label of the image`);
           maps.push(make("figure", {}, make("figcaption", {}, `${method}, `, isolated(name(index))),
             make("div", { className: "frame" }, canvas)));

@@ -1,0 +1,116 @@
+"""What the pages of report and server share: templates, styles, and pictures and arrays as text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lpcam.data.images import scaled_size
+
+QUALITY = 60
+"""WebP quality, 0 to 100; a picture of 256 pixels takes about 8 kB. Files grow with it."""
+
+
+def page_file(name: str) -> str:
+    """The text of a template, style sheet or script of the pages.
+
+    Example:
+        >>> page_file("base.html.jinja").startswith("<!doctype html>")
+        True
+    """
+    return resources.files("lpcam").joinpath("pages", name).read_text("utf-8")
+
+
+def page_environment() -> jinja2.Environment:
+    """Where templates of pages are found; every value in them is escaped.
+
+    Example:
+        >>> page_environment().from_string("{{ name }}").render(name="<b>")
+        '&lt;b&gt;'
+    """
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(page_file),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
+    """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes.
+
+    Args:
+        level: of the compression, 1 (fast) to 9 (small).
+
+    Example:
+        >>> encode_array(np.zeros((2, 3), np.uint8))["shape"]
+        [2, 3]
+    """
+    if values.dtype not in (np.uint8, np.uint16):
+        raise TypeError(f"a page holds uint8 and uint16 arrays, got {values.dtype}")
+    data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
+    return {
+        "shape": list(values.shape),
+        "type": values.dtype.name,
+        "data": base64.b64encode(zlib.compress(data, level)).decode(),
+    }
+
+
+def encode_unit(values: NDArray[np.floating[Any]], *, level: int = 9) -> dict[str, Any]:
+    """Values in [0, 1] as uint8, round(255 * value); values outside are clipped.
+
+    Example:
+        >>> encode_unit(np.ones((2, 3)))["type"]
+        'uint8'
+    """
+    return encode_array(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8), level=level)
+
+
+def encode_picture(picture: NDArray[np.uint8], *, quality: int = QUALITY) -> str:
+    """An RGB image (H, W, 3) as the data URI of a WebP file.
+
+    Example:
+        >>> encode_picture(np.zeros((2, 3, 3), np.uint8))[:23]
+        'data:image/webp;base64,'
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:
+    """A PNG file of values (H, W) or (H, W, 3), with a palette of 256 RGB colours if given.
+
+    Example:
+        >>> png_bytes(np.zeros((2, 3), np.uint8))[1:4]
+        b'PNG'
+    """
+    image = Image.fromarray(values)
+    if palette is not None:
+        image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def fit(picture: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
+    """An image (H, W, 3) reduced to a long side of ``long_side`` pixels (Lanczos), if longer.
+
+    Example:
+        >>> fit(np.zeros((50, 100, 3), np.uint8), 20).shape
+        (10, 20, 3)
+    """
+    height, width = picture.shape[:2]
+    if max(height, width) <= long_side:
+        return picture
+    size = scaled_size(height, width, long_side / max(height, width))
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
