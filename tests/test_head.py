@@ -719,5 +719,5 @@ def test_a_run_gives_its_model(tmp_path: Path) -> None:
     assert model.made_by["run"] == "tiny"
     model.save_pretrained(tmp_path / "saved")
     assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
-    with pytest.raises(ArtefactError, match="is no run folder"):
+    with pytest.raises(ArtefactError, match="is not a run folder"):
         LPCAMModel.from_run(tmp_path)
