@@ -248,7 +248,7 @@ def test_any_model_that_lpcam_takes(image: np.ndarray, new_head: bool) -> None:
     """Maps and scores are those of the fitted LPCAM and of the model itself."""
     model = small_model(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     names = ["cat", "dog"] if new_head else ["cat", "dog", "cow"]
-    lpcam = LPCAM(model, "small", classes=names, feature_layer="1" if new_head else None)
+    lpcam = LPCAM(model, "small", classes=names, target_layer="1" if new_head else None)
     labels = torch.eye(len(names))
     explainer = Explainer(lpcam.fit([(torch.rand(len(names), 3, 40, 48), labels)]))
     assert explainer.scoring == ("sigmoid" if new_head else "softmax")
