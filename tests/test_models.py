@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import BACKBONE
 
+from lpcam.classifier import timm_classifier
 from lpcam.errors import ClassifierError
-from lpcam.models import timm_classifier
 
 
 def file_of(name: str, folder: Path, **options: object) -> tuple[torch.nn.Module, Path]:
@@ -22,7 +23,7 @@ def file_of(name: str, folder: Path, **options: object) -> tuple[torch.nn.Module
 
 
 @pytest.mark.parametrize("name", [BACKBONE, "test_efficientnet", "test_byobnet"])
-def test_logits_are_the_models_own(name: str, tmp_path: Path) -> None:
+def test_logits_and_names_are_the_models_own(name: str, tmp_path: Path) -> None:
     model, path = file_of(name, tmp_path)
     before = torch.get_rng_state()
     classifier = timm_classifier(name, weights=path)
@@ -34,56 +35,38 @@ def test_logits_are_the_models_own(name: str, tmp_path: Path) -> None:
     # weight and bias, once
     assert sum(len(value) == 1000 for value in classifier.state_dict().values() if value.ndim) == 2
     assert timm_classifier(name, weights=path).fingerprint() == classifier.fingerprint()
-
-
-def test_names_are_those_of_imagenet_and_each_another(tmp_path: Path) -> None:
-    _, path = file_of(BACKBONE, tmp_path)
-    names = timm_classifier(BACKBONE, weights=path).classes
-    assert names[0] == "tench"
-    assert names[134] == "crane (134)"
-    assert len(set(names)) == 1000
+    assert (classifier.classes[0], classifier.classes[134]) == ("tench", "crane (134)")
+    assert len(set(classifier.classes)) == 1000
 
 
 def test_names_of_another_head(tmp_path: Path) -> None:
-    _, path = file_of(BACKBONE, tmp_path, num_classes=3)
-    three = {"num_classes": 3}
-    assert timm_classifier(BACKBONE, weights=path, arguments=three).classes == (
-        "class 0",
-        "class 1",
-        "class 2",
-    )
-    named = timm_classifier(BACKBONE, weights=path, arguments=three, classes=["a", "b", "c"])
-    assert named.classes == ("a", "b", "c")
-    with pytest.raises(ClassifierError, match="has 3 classes, but 2 names were given"):
-        timm_classifier(BACKBONE, weights=path, arguments=three, classes=["a", "b"])
+    _, path = file_of(BACKBONE, tmp_path, num_classes=2)
+    options: dict[str, Any] = {"weights": path, "arguments": {"num_classes": 2}}
+    assert timm_classifier(BACKBONE, **options).classes == ("class 0", "class 1")
+    assert timm_classifier(BACKBONE, **options, classes=["a", "b"]).classes == ("a", "b")
+    with pytest.raises(ClassifierError, match="2 classes, but 1"):
+        timm_classifier(BACKBONE, **options, classes=["a"])
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "arguments", "named"),
     [
-        ("test_convnext", r"on the mean of its feature map gives logits that differ by 0\.\d+"),
-        ("test_mambaout", r"feature map has 64 channels and its head takes 256, so something"),
+        ("test_convnext", {}, r"differ by 0\.\d+"),
+        ("test_mambaout", {}, "256"),
+        (BACKBONE, {"num_classes": 0}, "Identity"),
     ],
 )
-def test_heads_that_are_not_linear_on_the_mean(name: str, found: str, tmp_path: Path) -> None:
-    _, path = file_of(name, tmp_path)
-    with pytest.raises(ClassifierError, match=f"{found}.*or train a linear head on this backbone"):
-        timm_classifier(name, weights=path)
-
-
-def test_a_model_without_a_head(tmp_path: Path) -> None:
-    _, path = file_of(BACKBONE, tmp_path, num_classes=0)
-    with pytest.raises(ClassifierError, match="its head is Identity, not one linear layer"):
-        timm_classifier(BACKBONE, weights=path, arguments={"num_classes": 0})
+def test_heads_that_are_not_linear_on_the_mean(
+    name: str, arguments: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    _, path = file_of(name, tmp_path, **arguments)
+    with pytest.raises(ClassifierError, match=named):
+        timm_classifier(name, weights=path, arguments=arguments)
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ClassifierError, match=r"none\.safetensors' cannot be used for"):
-        timm_classifier(BACKBONE, weights=tmp_path / "none.safetensors")
     _, path = file_of("test_efficientnet", tmp_path)
-    with pytest.raises(ClassifierError, match="give a safetensors file of the whole model"):
+    with pytest.raises(ClassifierError, match=path.name):
         timm_classifier(BACKBONE, weights=path)
-    with pytest.raises(ClassifierError, match="timm has no model 'resnet5O'; near it are"):
+    with pytest.raises(ClassifierError, match="'resnet5O'"):
         timm_classifier("resnet5O")
-    with pytest.raises(ClassifierError, match="timm could not make 'test_resnet'"):
-        timm_classifier(BACKBONE, weights=path, arguments={"wheels": 3})

@@ -92,13 +92,8 @@ def test_fit_head_does_not_depend_on_the_threads() -> None:
 def test_fit_head_names_classes_without_images() -> None:
     pooled, labels = data()
     labels[:, 1:] = 0
-    with pytest.raises(ClassifierError, match="no training image is labelled green, red; label so"):
+    with pytest.raises(ClassifierError, match="green, red"):
         probe.fit_head(pooled, labels, SETTINGS, NAMES)
-
-
-def test_multi_hot() -> None:
-    items = [Item("a", Path(), (0, 2)), Item("b", Path(), ())]
-    assert probe.multi_hot(items, 3).tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
 def store(classifier: Classifier, *, flip: bool = True, **options: Any) -> FeatureStore:
@@ -120,43 +115,28 @@ def pooled_features(
     return found
 
 
-def test_pooled_features_of_image_and_mirror(
-    classifier: Classifier, items: list[Item], tmp_path: Path
-) -> None:
-    found = pooled_features(items[:2], SETTINGS, tmp_path, store(classifier))
-    image = read_image(items[1].image)
-    height, width = image.shape[:2]
-    side = max(height, width)
-    image = resize_image(image, (round(height * 64 / side), round(width * 64 / side)))
-    with torch.no_grad():
-        for view, pixels in enumerate((image, image[:, ::-1])):
-            features = classifier.features(classifier.preprocessing(pixels)[None])
-            assert torch.allclose(found[1, view], features[0].mean((1, 2)), atol=1e-5)
-    assert not torch.allclose(found[:, 0], found[:, 1])
-    plain = SETTINGS.model_copy(update={"mirror": False})
-    without = pooled_features(items[:2], plain, tmp_path / "plain", store(classifier))
-    assert without.shape == (2, 1, found.shape[2])
-    assert torch.allclose(without[:, 0], found[:, 0], atol=1e-5)
-
-
+@pytest.mark.parametrize("long_side", [64, None])
 @pytest.mark.parametrize("mirror", [True, False])
-def test_pooled_features_at_the_images_own_size(
-    classifier: Classifier, items: list[Item], tmp_path: Path, *, mirror: bool
+def test_pooled_features_of_image_and_mirror(
+    classifier: Classifier, items: list[Item], tmp_path: Path, mirror: bool, long_side: int | None
 ) -> None:
     """Without a long side the features come from the store that the maps use as well."""
-    settings = SETTINGS.model_copy(update={"long_side": None, "mirror": mirror})
+    settings = SETTINGS.model_copy(update={"mirror": mirror, "long_side": long_side})
+    odd = replace(items[1], id="__metadata__")  # a name that safetensors reserves
     shared = store(classifier, budget=10**9, keep=[items[0].id])
-    found = pooled_features(items[:2], settings, tmp_path, shared)
-    assert found.shape[:2] == (2, 2 if mirror else 1)
+    found = pooled_features([items[0], odd], settings, tmp_path, shared)
     image = read_image(items[1].image)
+    if long_side is not None:
+        height, width = image.shape[:2]
+        side = max(height, width)
+        image = resize_image(image, (round(height * 64 / side), round(width * 64 / side)))
+    views = (image, image[:, ::-1]) if mirror else (image,)
+    assert found.shape[:2] == (2, len(views))
     with torch.no_grad():
-        features = classifier.features(classifier.preprocessing(image)[None])
-    assert torch.allclose(found[1, 0], features[0].mean((1, 2)), atol=1e-5)
-    (pair,) = shared.pairs([items[0]], (1.0,))
-    assert torch.allclose(found[0, 0], pair.features[0].mean((1, 2)), atol=1e-6)
-    if mirror:
-        assert pair.mirrored is not None
-        assert torch.allclose(found[0, 1], pair.mirrored[0].mean((1, 2)), atol=1e-6)
+        for view, pixels in enumerate(views):
+            features = classifier.features(classifier.preprocessing(pixels)[None])
+            assert torch.allclose(found[1, view], features[0].mean((1, 2)), atol=1e-5)
+    assert (shared.used > 0) == (long_side is None)
 
 
 def test_pooled_features_go_on_after_a_stop(
@@ -215,17 +195,6 @@ def test_pooled_features_of_several_threads(
     assert torch.equal(one, many)
 
 
-def test_pooled_features_of_any_name(
-    classifier: Classifier, items: list[Item], tmp_path: Path
-) -> None:
-    """An image may have a name that safetensors keeps for itself."""
-    names = ("__metadata__", "barn/Kühe 牛", "a.b")
-    odd = [replace(item, id=name) for item, name in zip(items, names, strict=False)]
-    found = pooled_features(odd, SETTINGS, tmp_path / "odd", store(classifier))
-    expected = pooled_features(items[:3], SETTINGS, tmp_path / "plain", store(classifier))
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("long_side", [64, None])
 def test_pooled_features_of_batches(
     classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
@@ -274,7 +243,7 @@ def test_pooled_features_that_are_not_finite(
     classifier.preprocessing = type(classifier.preprocessing)(mean, std)
     settings = SETTINGS.model_copy(update={"long_side": long_side})
     expected = ClassifierError if long_side else PrototypeError
-    with pytest.raises(expected, match=r"^image 'i00': the backbone gave NaN or Inf features"):
+    with pytest.raises(expected, match=r"'i00'.*NaN"):
         pooled_features(items, settings, tmp_path, store(classifier))
 
 
@@ -307,11 +276,5 @@ def test_fit_probe(
     z = pooled[:9, 0].double() @ measured.double().T
     loss = -(labels[:9] * torch.log(z.sigmoid()) + (1 - labels[:9]) * torch.log((-z).sigmoid()))
     assert record["loss"] == pytest.approx(loss.mean().item(), abs=1e-6)
-
-
-def test_fit_probe_without_validation(
-    classifier: Classifier, items: list[Item], tmp_path: Path
-) -> None:
-    pooled = pooled_features(items, SETTINGS, tmp_path, store(classifier))
     [record] = probe.fit_probe(classifier, items, [], SETTINGS, pooled=pooled, refit=True)
     assert record["validation_map"] is None

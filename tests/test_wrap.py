@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from lpcam import CAM, LPCAM
-from lpcam.errors import ClassifierError, NotFittedError
+from lpcam.errors import ClassifierError
 from lpcam.finder import class_names
 from lpcam.functional import class_activation, normalize
 from lpcam.presets import LpcamSettings
@@ -88,12 +86,8 @@ MEAN: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], tuple[int, 
     "timm ResNet": (of_timm("test_resnet"), "layer4", (70, 90), (3, 3)),
     "timm RegNet-like": (of_timm("test_byobnet"), "final_conv", (70, 90), (3, 3)),
     "timm ConvNeXt": (of_timm("test_convnext"), "norm_pre", (70, 90), (2, 2)),
-    "timm ConvNeXt v2": (of_timm("test_convnext2"), "norm_pre", (70, 90), (2, 2)),
     "timm EfficientNet": (of_timm("test_efficientnet"), "bn2", (70, 90), (3, 3)),
-    "timm EfficientNet LN": (of_timm("test_efficientnet_ln"), "bn2", (70, 90), (3, 3)),
-    "timm MobileNetV2": (of_timm("mobilenetv2_035"), "bn2", (70, 90), (3, 3)),
     "timm NFNet": (of_timm("test_nfnet"), "final_act", (70, 90), (3, 3)),
-    "timm CoAtNet": (of_timm("test_coatnet"), "norm", (160, 160), (5, 5)),
     "timm MaxViT": (of_timm("test_maxvit"), "norm", (160, 160), (5, 5)),
     "timm ViT, mean": (of_timm("test_vit2"), "norm", (64, 96), (4, 6)),
     "timm ViT, mean, RMS norm": (of_timm("test_vit4"), "norm", (64, 96), (4, 6)),
@@ -120,18 +114,6 @@ MEAN: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], tuple[int, 
         "features",
         (70, 90),
         (9, 11),
-    ),
-    "torchvision EfficientNet": (
-        lambda: tv.efficientnet_b0(num_classes=5),
-        "features",
-        (70, 90),
-        (3, 3),
-    ),
-    "torchvision MobileNetV2": (
-        lambda: tv.MobileNetV2(num_classes=5, width_mult=0.25),
-        "features",
-        (70, 90),
-        (3, 3),
     ),
     "torchvision ConvNeXt": (
         lambda: tv.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5),
@@ -262,22 +244,6 @@ def test_transformers_classifiers(name: str) -> None:
     assert wrapped.classes == ("cat", "dog (1)", "dog (2)")
 
 
-def test_transformers_vit() -> None:
-    options = {**HUGGING_FACE["Beit"][0]}
-    model = of_transformers("ViT", **options)
-    with pytest.raises(ClassifierError, match=TOKEN_ERROR):
-        wrap(model)
-    wrapped = wrap(model, pool="token")
-    assert wrapped.fixed_size == (32, 32)
-    assert check(wrapped, model, (32, 32)).shape == (2, 16, 4, 4)
-    backbone = model.vit
-    assert isinstance(backbone, nn.Module)
-    bare = wrap(backbone, classes=["a"])
-    torch.testing.assert_close(
-        bare.features(pictures(size=(32, 32))), wrapped.features(pictures(size=(32, 32)))
-    )
-
-
 # -- Modules of a user's own -------------------------------------------------------------------
 
 
@@ -326,7 +292,8 @@ class Length(nn.Module):
         nn.BatchNorm1d(8, affine=False),
         nn.LayerNorm(8),
         nn.LayerNorm(8, elementwise_affine=False),
-        nn.RMSNorm(8, eps=1e-3),
+        nn.RMSNorm(8),
+        nn.RMSNorm(8, eps=0.3),
         Length(),
         nn.Sequential(nn.LayerNorm(8), nn.BatchNorm1d(8)),
         nn.Sequential(Length(), nn.BatchNorm1d(8), nn.Dropout(0.5)),
@@ -341,11 +308,6 @@ def test_norms_between_pooling_and_head_are_folded(between: nn.Module) -> None:
     raw = model.maps(pictures(size=(41, 67))).relu()
     torch.testing.assert_close(F.normalize(features, dim=1), F.normalize(raw, dim=1))
     assert "after ReLU" in wrapped.found
-
-
-def test_a_norm_after_a_norm_that_cannot_be_folded() -> None:
-    with pytest.raises(ClassifierError, match="is not the mean of any feature map"):
-        wrap(shaken(Net(nn.Sequential(nn.BatchNorm1d(8), nn.LayerNorm(8)))))
 
 
 @pytest.mark.parametrize(
@@ -375,13 +337,27 @@ def test_images_of_other_channels(channels: int) -> None:
         wrapped.features(pictures(channels=3))
 
 
-def test_a_convolution_as_the_head() -> None:
+@pytest.mark.parametrize("first", ["pool", "head"])
+def test_a_convolution_as_the_head(first: str) -> None:
+    pool, head = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1)
+    after = (pool, head) if first == "pool" else (head, pool)
     body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU())
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1), nn.Flatten())
-    model = shaken(nn.Sequential(body, pool))
+    model = shaken(nn.Sequential(body, *after, nn.Flatten()))
     check(wrap(model), model, (33, 47))
-    before = shaken(nn.Sequential(body, nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    check(wrap(before), before, (33, 47))
+
+
+def test_channels_last_maps() -> None:
+    class Last(Net):
+        def pool(self, maps: Tensor) -> Tensor:
+            return self.between(maps.relu().permute(0, 2, 3, 1)).mean((1, 2))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.pool(self.maps(images)))  # type: ignore[no-any-return]
+
+    model = shaken(Last())
+    wrapped = wrap(model)
+    assert "between, channels last" in wrapped.found
+    assert check(wrapped, model, (41, 67)).shape == (2, 8, 11, 17)
 
 
 def test_outputs_that_are_no_tensor() -> None:
@@ -397,21 +373,6 @@ def test_outputs_that_are_no_tensor() -> None:
         wrapped = wrap(shaken(model))
         expected = Net.forward(model, pictures())
         torch.testing.assert_close(wrapped.logits(pictures()), expected.detach())
-
-
-def test_channels_last_maps() -> None:
-    class Last(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.permuted = nn.Identity()
-
-        def pool(self, maps: Tensor) -> Tensor:
-            return self.permuted(maps.relu().permute(0, 2, 3, 1)).mean((1, 2))
-
-    model = shaken(Last())
-    wrapped = wrap(model)
-    assert "permuted, channels last" in wrapped.found
-    assert check(wrapped, model, (41, 67)).shape == (2, 8, 11, 17)
 
 
 def test_a_layer_and_a_head_that_are_named() -> None:
@@ -508,36 +469,55 @@ def test_one_of_several_heads() -> None:
 # -- Heads that cannot serve -------------------------------------------------------------------
 
 
-def test_heads_of_several_layers_are_named() -> None:
-    layers = r"network of several layers \(classifier\.0 .*classifier\.3.* Pass classes=\[\.\.\.\]"
-    with pytest.raises(ClassifierError, match=layers):
-        wrap(tv.mobilenet_v3_small(num_classes=3))
-    with pytest.raises(ClassifierError, match=r"classifier\.0 .*classifier\.3 .*classifier\.6"):
-        wrap(tv.vgg11(num_classes=3, init_weights=False))
-    maxvit = tv.MaxVit((64, 64), 8, 2, [8, 16], [1, 1], 4, 0.0, num_classes=3)
-    with pytest.raises(ClassifierError, match=r"several layers \(classifier\.3 \(Linear\), clas"):
-        wrap(maxvit, example=(64, 64))
+def of_torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(tv, name)(**{"num_classes": 3, **options})
 
 
-def test_heads_on_other_pools_are_named() -> None:
-    with pytest.raises(ClassifierError, match="reads the maximum of layer4"):
-        wrap(timm.create_model("test_resnet", num_classes=3, global_pool="max"))
-    with pytest.raises(ClassifierError, match=r"several layers \(attn_pool\.proj"):
-        wrap(timm.create_model("test_vit3", num_classes=3))  # attention pooling
-    with pytest.raises(ClassifierError, match="no linear layer was found in SqueezeNet"):
-        wrap(tv.squeezenet1_1(num_classes=3))
-    with pytest.raises(ClassifierError, match="does not read a class token"):
-        wrap(timm.create_model("test_resnet", num_classes=3), pool="token")
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (of_torchvision("mobilenet_v3_small"), {}, r"classifier\.0 .*classifier\.3"),
+        (
+            of_torchvision("vgg11", init_weights=False),
+            {},
+            r"classifier\.0 .*classifier\.3 .*classifier\.6",
+        ),
+        (
+            lambda: tv.MaxVit((64, 64), 8, 2, [8, 16], [1, 1], 4, 0.0, num_classes=3),
+            {"example": (64, 64)},
+            r"classifier\.3 \(Linear\)",
+        ),
+        (of_timm("test_vit3"), {}, r"attn_pool\.proj"),  # attention pooling
+        (of_timm("test_resnet", global_pool="max"), {}, "maximum of layer4"),
+        (of_torchvision("squeezenet1_1"), {}, "SqueezeNet"),
+        (of_timm("test_resnet"), {"pool": "token"}, "class token"),
+        (lambda: Net(nn.Sequential(nn.BatchNorm1d(8), nn.LayerNorm(8))), {}, "8 channels"),
+        (Net, {"head": "head", "classes": ["a", "b"]}, "3 classes, but 2 names"),
+        (
+            of_timm("test_vit", num_classes=3),
+            {"pool": "token", "classes": ["a", "b"]},
+            "3 classes, but 2 names",
+        ),
+        (Net, {"pool": "max"}, "'max'"),
+        (Net, {"target_layer": 3}, "target_layer"),
+        (Net, {"example": torch.ones(3, 4)}, r"\(3, 4\)"),
+        (lambda: "resnet50", {}, "str"),
+    ],
+)
+def test_what_cannot_be_wrapped(
+    make: Callable[[], nn.Module], options: dict[str, Any], named: str
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+    with pytest.raises(ClassifierError, match=named):
+        wrap(model if isinstance(model, str) else shaken(model), **options)
+
+
+def test_a_head_that_reads_two_vectors() -> None:
     small = {**HUGGING_FACE["Beit"][0], "image_size": 28, "patch_size": 14}
-    with pytest.raises(ClassifierError, match="reads two vectors at once, the first of them the c"):
+    with pytest.raises(ClassifierError, match="two vectors"):
         wrap(of_transformers("Dinov2", **small))
-
-
-def test_as_many_names_as_the_head_that_is_asked_for_has_classes() -> None:
-    with pytest.raises(ClassifierError, match="has 3 classes, but 2 names were given; give one"):
-        wrap(Net(), head="head", classes=["a", "b"])
-    with pytest.raises(ClassifierError, match="has 3 classes, but 2 names were given; give one"):
-        wrap(timm.create_model("test_vit", num_classes=3), pool="token", classes=["a", "b"])
 
 
 def test_another_number_of_names_asks_for_a_new_head(caplog: pytest.LogCaptureFixture) -> None:
@@ -567,27 +547,32 @@ def test_the_map_for_a_new_head(make: Callable[[], nn.Module], shape: tuple[int,
     assert tuple(wrapped.features(pictures(size=size)).shape[1:]) == shape
 
 
-def test_arguments_that_are_wrong() -> None:
-    with pytest.raises(ClassifierError, match=r"expected a torch\.nn\.Module, got str"):
-        wrap("resnet50")  # type: ignore[arg-type]
-    with pytest.raises(ClassifierError, match="'max'"):
-        wrap(Net(), pool="max")  # type: ignore[arg-type]
-    with pytest.raises(ClassifierError, match="target_layer cannot be int"):
-        wrap(Net(), target_layer=3)  # type: ignore[arg-type]
-    with pytest.raises(ClassifierError, match=r"expected example images \(B, c, H, W\), got \(3,"):
-        wrap(Net(), example=torch.ones(3, 4))
-
-    class Refuses(Net):
-        def forward(self, images: Tensor) -> Tensor:
-            raise KeyError("nothing will do")
-
-    with pytest.raises(
-        ClassifierError, match=r"took no image of 3 channels; .*nothing will do.*ex"
-    ):
-        wrap(Refuses())
-
-
 # -- Sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"example": (64, 96)}])
+def test_a_model_that_takes_multiples(options: dict[str, Any]) -> None:
+    wrapped = wrap(shaken(timm.create_model("test_vit2", num_classes=3)), **options)
+    assert (wrapped.fixed_size, wrapped.multiple) == (None, 16)
+    assert CAM(wrapped)(pictures(size=(48, 80))).shape == (2, 3, 48, 80)  # scale 0.5: 24 x 40
+    with pytest.raises(ClassifierError, match="50, 80"):
+        wrapped.features(pictures(size=(50, 80)))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "stride", "grid"),
+    [
+        (12, (30, 40), None, (3, 4)),
+        (12, (40, 30), None, (4, 3)),
+        (7, (10, 70), None, (1, 7)),
+        (6, (20, 36), (16.0, 16.0), (2, 3)),  # incomplete patches count
+        (2, (20, 36), (16.0, 16.0), (1, 2)),  # whole patches only
+    ],
+)
+def test_grids(
+    count: int, size: tuple[int, int], stride: tuple[float, float] | None, grid: tuple[int, int]
+) -> None:
+    assert grid_of(count, size, stride) == grid
 
 
 def test_a_model_of_one_size() -> None:
@@ -601,15 +586,6 @@ def test_a_model_of_one_size() -> None:
     assert cam.settings_.scales == (1.0,)
     with pytest.raises(ClassifierError, match="32 x 32 pixels"):
         CAM(model, "small", pool="token")(pictures(size=(32, 32)))
-
-
-def test_a_model_that_takes_multiples() -> None:
-    model = shaken(timm.create_model("test_vit2", num_classes=3))
-    wrapped = wrap(model)
-    assert (wrapped.fixed_size, wrapped.multiple) == (None, 16)
-    assert CAM(wrapped)(pictures(size=(48, 80))).shape == (2, 3, 48, 80)  # 0.5: 24 x 40
-    with pytest.raises(ClassifierError, match="cannot take images of"):
-        wrapped.features(pictures(size=(50, 80)))
 
 
 def test_an_example_gives_size_and_channels() -> None:
@@ -629,21 +605,6 @@ def test_an_example_gives_size_and_channels() -> None:
     assert wrap(shaken(Net()), example=(40, 60)).fixed_size is None
 
 
-def test_an_example_of_a_choosy_model_gives_its_multiple() -> None:
-    wrapped = wrap(shaken(timm.create_model("test_vit2", num_classes=3)), example=(64, 96))
-    assert (wrapped.fixed_size, wrapped.multiple) == (None, 16)
-    assert wrap(shaken(Net()), example=(40, 60)).multiple == 1
-
-
-def test_grids() -> None:
-    assert grid_of(12, (30, 40)) == (3, 4)
-    assert grid_of(12, (40, 30)) == (4, 3)
-    assert grid_of(7, (10, 70)) == (1, 7)
-    assert grid_of(6, (20, 36), (16.0, 16.0)) == (2, 3)  # each begun patch counts
-    assert grid_of(2, (20, 36), (16.0, 16.0)) == (1, 2)  # whole patches alone
-    assert grid_of(36, (64, 144), (16.0, 16.0)) == (4, 9)
-
-
 # -- Names of classes --------------------------------------------------------------------------
 
 
@@ -652,9 +613,7 @@ def test_names_of_classes() -> None:
     assert wrap(shaken(Net()), classes=("a", "b", "c")).classes == ("a", "b", "c")
     model = timm.create_model("test_resnet")
     names = class_names(model, 1000)
-    assert names[0] == "tench"
-    assert names[134] == "crane (134)"
-    assert class_names(model, 3) == ["class 0", "class 1", "class 2"]
+    assert (names[0], names[134]) == ("tench", "crane (134)")
 
 
 # -- The model stays as it was -----------------------------------------------------------------
@@ -770,21 +729,6 @@ def test_a_train_of_a_class_is_called() -> None:
     assert not torch.equal(wrapped.features(pictures()), first)
 
 
-def test_a_model_that_caches_in_evaluation() -> None:
-    model: Any = timm.create_model(
-        "tiny_vit_5m_224",
-        num_classes=3,
-        embed_dims=(8, 8, 16, 16),
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
-    ).train()
-    caches = [m for m in model.modules() if hasattr(m, "attention_bias_cache")]
-    wrap(model).features(pictures(size=(64, 64)))
-    assert caches
-    assert not any(module.attention_bias_cache for module in caches)
-    assert all(module.training for module in model.modules())
-
-
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
     class Breaks(Net):
         broken = False
@@ -855,21 +799,6 @@ def test_models_of_other_precision(dtype: torch.dtype, bound: float) -> None:
     assert (wrapped.logits(pictures()) - expected).abs().max() < bound * expected.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_maps_of_models_in_half_precision(dtype: torch.dtype) -> None:
-    settings = LpcamSettings.from_preset("voc12.official", clusters=2)
-    images, labels = batches()[0]
-    model = shaken(Net(nn.LayerNorm(8)))
-    expected = CAM(model, settings)(images)
-    with_half_images = CAM(model, settings)(images.to(dtype))
-    maps = CAM(model.to(dtype), settings)(images)
-    assert maps.dtype == with_half_images.dtype == torch.float32
-    assert (maps - expected).abs().mean() < 2e-2
-    assert (with_half_images - expected).abs().mean() < 2e-2
-    halves = LPCAM(model, settings).fit([(images.to(dtype), labels)])
-    assert bool(torch.isfinite(halves(images.to(dtype), labels)).all())
-
-
 def test_a_model_that_takes_views_of_its_images() -> None:
     class Viewing(Net):
         def forward(self, images: Tensor) -> Tensor:
@@ -888,23 +817,6 @@ def test_logits_without_an_axis_of_classes() -> None:
     wrapped = wrap(model)
     assert wrapped.logits(pictures()).shape == (2, 1)
     torch.testing.assert_close(wrapped.logits(pictures())[:, 0], own_logits(model, pictures()))
-
-
-@pytest.mark.parametrize("epsilon", [0.0, None, 0.3])
-def test_epsilon_of_a_norm(epsilon: float | None) -> None:
-    model = shaken(Net(nn.RMSNorm(8, eps=epsilon)))
-    wrapped = wrap(model)
-    (norm,) = wrapped.norms
-    assert norm.epsilon == (torch.finfo(torch.float32).eps if epsilon is None else epsilon)
-    check(wrapped, model, (70, 90))
-
-
-def test_autocast_of_the_caller_is_off() -> None:
-    wrapped = wrap(shaken(Net()))
-    features, logits = wrapped.features(pictures()), wrapped.logits(pictures())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(wrapped.features(pictures()), features)
-        assert torch.equal(wrapped.logits(pictures()), logits)
 
 
 def test_a_fingerprint_tells_the_place_and_not_its_description() -> None:
@@ -953,47 +865,6 @@ def test_compiled_and_parallel_models() -> None:
     assert model._compiled_call_impl is not None
 
 
-def test_a_prepared_model() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = shaken(Net())
-    expected = wrap(model).features(pictures())
-    # Another test may have set the precision that all accelerators of a process share.
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-        found = wrap(prepared).features(pictures())
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    assert found.dtype == torch.float32
-    assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
-
-
-def test_many_calls_leave_no_memory() -> None:
-    model = shaken(Net())
-    lpcam = LPCAM(model, ONE_SCALE).fit(batches())
-    images, labels = batches()[0]
-
-    def tensors() -> int:
-        gc.collect()
-        # by type: isinstance asks lazy modules of torch for their class
-        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
-
-    for _ in range(5):
-        lpcam(images, labels)
-    count = tensors()
-    tracemalloc.start()
-    lpcam(images, labels)
-    start = tracemalloc.get_traced_memory()[0]
-    for _ in range(200):
-        lpcam(images, labels)
-        wrap(model) if _ % 50 == 0 else None
-    gc.collect()
-    grown = tracemalloc.get_traced_memory()[0] - start
-    tracemalloc.stop()
-    assert tensors() <= count
-    assert grown < 50_000  # bytes
-
-
 # -- Maps --------------------------------------------------------------------------------------
 
 
@@ -1010,35 +881,6 @@ def test_the_map_is_the_one_made_by_hand() -> None:
     by_hand = F.interpolate(by_hand, size=(96, 128), mode="bilinear", align_corners=False)
     settings = ONE_SCALE.model_copy(update={"cam_epsilon": 0.0})
     torch.testing.assert_close(CAM(model, settings)(images), normalize(by_hand))
-
-
-def test_one_image_is_mapped_as_among_eight() -> None:
-    model = shaken(timm.create_model("test_convnext", num_classes=3))
-    lpcam = LPCAM(model, ONE_SCALE).fit(batches((64, 96)))
-    images = pictures(8, size=(64, 96))
-    together = lpcam(images)
-    single = torch.cat([lpcam(image[None]) for image in images])
-    assert together.shape == (8, 3, 64, 96)
-    torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
-
-
-def test_random_parameters_change_the_map() -> None:
-    """Sanity check of Adebayo et al. (2018): a map that survives does not look at the model."""
-    torch.manual_seed(0)
-    model = shaken(timm.create_model("test_resnet", num_classes=3))
-    images, labels = batches((64, 96))[0]
-    before = LPCAM(model, ONE_SCALE).fit(batches((64, 96)))
-    first, print_before = before(images, labels), before.source_.fingerprint()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=float(parameter.std()))
-    after = LPCAM(model, ONE_SCALE).fit(batches((64, 96)))
-    assert (after(images, labels) - first).abs().mean() > 0.05
-    assert after.source_.fingerprint() != print_before
-    assert (
-        before.source_.fingerprint() == after.source_.fingerprint()
-    )  # weights are read as they are
 
 
 def test_cells_of_a_token_map_are_where_the_image_is() -> None:
@@ -1066,10 +908,3 @@ def test_maps_of_a_binary_head() -> None:
         lpcam(images, labels[:, 0])
     activation = class_activation(lpcam.source_.features(images), lpcam.source_.weight)
     assert activation.shape[1] == 1
-
-
-def test_not_fitted_says_the_way_out() -> None:
-    lpcam = LPCAM(Net())
-    for look in (lambda: lpcam.source_, lambda: lpcam.settings_, lambda: lpcam.prototypes_):
-        with pytest.raises(NotFittedError, match=r"call fit\(loader\) .*load\(path\)"):
-            look()

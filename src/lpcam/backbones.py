@@ -1,11 +1,8 @@
-"""Backbones that the field uses and timm lacks, registered with timm under their names.
-
-Importing this module is enough: ``timm.create_model("wideresnet38")`` works from then on.
-"""
+"""WideResNet-38, registered with timm: ``timm.create_model("wideresnet38")``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -15,23 +12,41 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Of conv1a, b2, b3, b4, b5, b6 and b7 of WideResNet-38."""
+"""Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
 DEPTHS = (3, 3, 6, 3)
-"""Blocks of b2, b3, b4 and b5."""
+"""Number of blocks of b2, b3, b4 and b5."""
 DROPOUTS = (0.3, 0.5)
-"""Of b6 and b7, where whole channels are dropped."""
+"""Rates at which b6 and b7 drop whole channels in training."""
 STRIDE = 8
-"""Pixels a cell of WideResNet-38's features."""
+"""Pixels per cell of the features."""
 HEADS = ("fc8", "fc1", "fc2")
-"""Layers behind the backbone that files of it may hold, of a classifier or of a segmenter."""
+"""Layers after the backbone that weight files may hold, of a classifier or of a segmenter."""
 
 
-class PlainBlock(nn.Module):
-    """Pre-activation block: twice batch norm, ReLU and a 3 x 3 convolution.
+class _Block(nn.Module):
+    """Pre-activation block: a branch of convolutions, and a shortcut.
 
-    The shortcut is the input itself, or a 1 x 1 convolution of the *activated* input where shapes
-    differ.
+    The shortcut is the input, or a 1 x 1 convolution of the *activated* input if shapes differ.
     """
+
+    bn_branch2a: nn.BatchNorm2d
+    conv_branch1: nn.Conv2d | None
+    branch: Callable[[Tensor], Tensor]
+
+    def activated(self, features: Tensor) -> Tensor:
+        """The input after batch norm and ReLU, which affinity networks read."""
+        found: Tensor = self.bn_branch2a(features)
+        return found.relu()
+
+    def forward(self, features: Tensor, activated: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to (B, C', h', w'); ``activated`` may be given if already computed."""
+        active = self.activated(features) if activated is None else activated
+        shortcut: Tensor = features if self.conv_branch1 is None else self.conv_branch1(active)
+        return shortcut + self.branch(active)
+
+
+class PlainBlock(_Block):
+    """Block of two 3 x 3 convolutions, each after batch norm and ReLU."""
 
     def __init__(
         self, before: int, middle: int, after: int, stride: int, dilations: tuple[int, int]
@@ -46,24 +61,13 @@ class PlainBlock(nn.Module):
             _convolution(before, after, 1, stride) if before != after or stride > 1 else None
         )
 
-    def activated(self, features: Tensor) -> Tensor:
-        """The input after batch norm and ReLU, which the field taps for affinities."""
-        found: Tensor = self.bn_branch2a(features)
-        return found.relu()
-
-    def forward(self, features: Tensor, activated: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) to (B, C', h', w'); ``activated``, if it is there already, saves time."""
-        active = self.activated(features) if activated is None else activated
-        shortcut: Tensor = features if self.conv_branch1 is None else self.conv_branch1(active)
-        found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
-        branch: Tensor = self.conv_branch2b1(found)
-        return shortcut + branch
+    def branch(self, active: Tensor) -> Tensor:
+        found: Tensor = self.bn_branch2b1(self.conv_branch2a(active)).relu()
+        return self.conv_branch2b1(found)  # type: ignore[no-any-return]
 
 
-class BottleneckBlock(nn.Module):
-    """Pre-activation block of 1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after
-    dropout of whole channels. The shortcut is a 1 x 1 convolution of the activated input.
-    """
+class BottleneckBlock(_Block):
+    """Block of 1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after channel dropout."""
 
     def __init__(self, before: int, after: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -77,19 +81,10 @@ class BottleneckBlock(nn.Module):
         self.conv_branch2b2 = _convolution(after // 2, after, 1)
         self.conv_branch1 = _convolution(before, after, 1)
 
-    def activated(self, features: Tensor) -> Tensor:
-        """As :meth:`PlainBlock.activated`."""
-        found: Tensor = self.bn_branch2a(features)
-        return found.relu()
-
-    def forward(self, features: Tensor, activated: Tensor | None = None) -> Tensor:
-        """As :meth:`PlainBlock.forward`."""
-        active = self.activated(features) if activated is None else activated
+    def branch(self, active: Tensor) -> Tensor:
         found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
         found = self.conv_branch2b1(self.dropout_2b1(found))
-        branch: Tensor = self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))
-        shortcut: Tensor = self.conv_branch1(active)
-        return shortcut + branch
+        return self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))  # type: ignore[no-any-return]
 
 
 def _convolution(
@@ -105,18 +100,22 @@ def _convolution(
 class WideResNet38(nn.Module):
     """WideResNet-38 at stride 8 (specification of EDAM, section 1), for images of any size.
 
-    Its parameters have the names of the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7.
-    A side of H pixels becomes ceil(H / 8) cells.
+    Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7.
 
     Args:
-        channels: of conv1a and b2 to b7; smaller ones are for tests.
-        depths: blocks of b2 to b5.
-        final_relu: whether features are what the last batch norm gives, cut at zero; EDAM keeps
-            them signed.
+        channels: channels of conv1a and b2 to b7; smaller ones are for tests.
+        depths: number of blocks of b2 to b5.
+        final_relu: apply ReLU to the features. EDAM keeps them signed.
 
     Raises:
-        ValueError: if there are not seven channels and four depths, or they are no positive whole
-            numbers, those of b5 not even or those of b6 and b7 no multiples of 4.
+        ValueError: if there are not seven channels and four depths, all positive, with an even
+            number of channels of b5 and multiples of 4 for b6 and b7.
+
+    Example:
+        >>> import torch
+        >>> model = WideResNet38((4, 4, 8, 8, 8, 8, 16), (1, 1, 1, 1)).eval()
+        >>> model(torch.zeros(1, 3, 30, 41)).shape
+        torch.Size([1, 16, 4, 6])
     """
 
     output_fmt = "NCHW"
@@ -183,16 +182,15 @@ class WideResNet38(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The activations that enter b3, b4, b5 and b6, and the features.
+        """The activations that enter b3, b4, b5 and b6 (strides 2, 4, 8, 8), and the features.
 
-        They come at strides 2, 4, 8, 8 and 8. The arguments are those of timm's models; ``norm``
-        changes nothing, for all are normalised already.
+        The arguments are those of timm's models. ``norm`` has no effect: all are normalised.
 
         Returns:
             a list of (B, C, h, w), or the features and that list.
 
         Raises:
-            ValueError: if another layout than NCHW is wanted.
+            ValueError: if ``output_fmt`` is not NCHW.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -204,11 +202,10 @@ class WideResNet38(nn.Module):
         return chosen if intermediates_only else (maps[-1], chosen)
 
     def get_classifier(self) -> nn.Module:
-        """There is none: an identity, as timm's models without a head have it."""
+        """An identity, as for timm's models without a head."""
         return nn.Identity()
 
     def _maps(self, images: Tensor, last: int | None = None) -> list[Tensor]:
-        """What :meth:`forward_intermediates` tells, up to number ``last``."""
         maps: list[Tensor] = []
         features = self.conv1a(images)
         for number, names in enumerate(self.stages):
@@ -241,24 +238,27 @@ def _check_sizes(channels: Sequence[int], depths: Sequence[int]) -> None:
 
 @register_model  # type: ignore[untyped-decorator, unused-ignore]
 def wideresnet38(
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: Any = None,
-    cache_dir: Any = None,
-    *,
-    num_classes: int = 0,
-    output_stride: int = STRIDE,
-    **arguments: Any,
+    pretrained: bool = False, *, num_classes: int = 0, output_stride: int = STRIDE, **arguments: Any
 ) -> nn.Module:
-    """WideResNet-38 for ``timm.create_model``; ``arguments`` are those of :class:`WideResNet38`.
+    """WideResNet-38 for ``timm.create_model``.
+
+    Args:
+        pretrained, num_classes, output_stride: must be False, 0 and 8.
+        arguments: arguments of :class:`WideResNet38`; those that timm adds to every model are
+            ignored.
 
     Raises:
-        ValueError: if pre-trained weights, a classification head or another output stride than 8 is
-            wanted.
+        ValueError: if pre-trained weights, a classification head or another output stride than 8
+            are requested.
+
+    Example:
+        >>> wideresnet38(num_classes=10)
+        Traceback (most recent call last):
+        ValueError: num_classes 10 and output_stride 8: ...
     """
     if pretrained:
         raise ValueError(
-            "WideResNet-38's weights cannot be downloaded: convert the field's file by "
+            "WideResNet-38's weights cannot be downloaded: convert the released file by "
             "lpcam convert FILE FILE.safetensors and give its path as weights"
         )
     if num_classes or output_stride != STRIDE:
@@ -266,4 +266,5 @@ def wideresnet38(
             f"num_classes {num_classes} and output_stride {output_stride}: WideResNet-38 has no "
             f"classification head here and works at output stride {STRIDE} alone"
         )
-    return WideResNet38(**arguments)
+    of_timm = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    return WideResNet38(**{k: v for k, v in arguments.items() if k not in of_timm})

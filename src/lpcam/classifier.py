@@ -1,13 +1,12 @@
-"""A backbone with global average pooling and a bias-free linear head.
+"""Image classifiers: a backbone, global average pooling and a linear head.
 
-The head's rows are the w_n of equation 1, and the feature block before pooling is its f(x).
+The head's rows are the w_n of equation 1, and the feature map before pooling is its f(x).
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,22 +23,31 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import lpcam.backbones  # noqa: F401 - registers with timm what it lacks
-from lpcam.errors import ArtefactError, ClassifierError
-from lpcam.network_files import load_weights
-from lpcam.storage import digest_json, read_tensors, tensor_bytes, write_tensors
+# Importing backbones registers WideResNet-38 with timm.
+from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.errors import ClassifierError
+from lpcam.finder import class_names
+from lpcam.network_files import SavedNetwork
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
 NO_CLASSES = ("none",)
-"""Of a classifier of which the backbone alone is wanted."""
+"""Class names of a classifier whose backbone alone is used."""
 PROBE_SIZE = (97, 131)
-"""On which a backbone is tried; a multiple of nothing, as the sides of photographs are."""
+"""(H, W) of the image that tests a backbone; like sides of photographs, not a round number."""
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest, that counts as rounding."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Per-channel mean and standard deviation of RGB in [0, 1]."""
+    """Per-channel mean and standard deviation of RGB in [0, 1].
+
+    Example:
+        >>> normalise = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> normalise(np.zeros((2, 2, 3), np.uint8))[:, 0, 0]
+        tensor([-2., -2., -2.])
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -53,11 +61,15 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What makes a backbone, apart from its weights.
+    """Name and arguments of a timm backbone.
 
-    ``dilated=False`` sets every dilation back to 1 after ``output_stride`` has removed strides, as
-    the released programs' ResNet-50 has it (specification of LPCAM, section 2). Without an
-    ``output_stride`` a model's dilations are its own and stay.
+    Attributes:
+        name: timm name.
+        arguments: arguments of ``timm.create_model``.
+        output_stride: pixels per cell of the features, for models that can remove strides.
+        dilated: False sets every dilation back to 1 after ``output_stride`` has removed strides, as
+            in the released programs' ResNet-50 (specification of LPCAM, section 2). It has no
+            effect without an ``output_stride``.
     """
 
     name: str
@@ -66,19 +78,30 @@ class BackboneSpec:
     dilated: bool = True
 
 
-class Classifier(nn.Module):
+class Classifier(SavedNetwork):
     """Backbone, global average pooling, linear head without bias.
 
     Args:
         backbone: a module that maps images (B, 3, H, W) to (B, C, h, w).
         classes: the N class names, in label order.
-        preprocessing: what the backbone expects of RGB.
-        spec: how to build the backbone again; None for a module of the caller's own, which can
-            then not be saved.
+        preprocessing: normalisation that the backbone expects.
+        spec: how to build the backbone again; None for a module passed in by the caller. Such a
+            classifier cannot be saved.
 
     Raises:
         ClassifierError: if the backbone gives no spatial map, or NaN or Inf.
+
+    Example:
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> classifier = Classifier(nn.AvgPool2d(8), ["cat", "dog"], plain)
+        >>> classifier.features(torch.ones(1, 3, 32, 48)).shape, classifier.weight.shape
+        (torch.Size([1, 3, 4, 6]), torch.Size([2, 3]))
     """
+
+    kind = "classifier"
+    title = "the classify stage"
+    stage = "classify"
+    builder = "lpcam.classifier.build"
 
     def __init__(
         self,
@@ -92,7 +115,7 @@ class Classifier(nn.Module):
         self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.spec = spec
-        self._tokens = False
+        self._gives_tokens = False
         channels = self._probe_channels()
         self.head = nn.Linear(channels, len(self.classes), bias=False)
         self.eval()
@@ -108,7 +131,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
-        if self._tokens:
+        if self._gives_tokens:
             return _token_map(self.backbone, images)
         return _as_map(self.backbone, _forward(self.backbone, images))
 
@@ -126,10 +149,10 @@ class Classifier(nn.Module):
         return self
 
     def folded(self) -> Classifier:
-        """A copy for inference: batch norms folded into convolutions, no padding of its own.
+        """A copy for inference, a third faster: batch norms are folded into convolutions.
 
-        Its features are the same but for rounding, in two thirds of the time. It shares nothing
-        with this classifier, is of no use for training, and cannot be saved.
+        Its features are the same up to rounding. It shares no weights with this classifier, must
+        not be trained and cannot be saved.
         """
         twin = copy.deepcopy(self).eval()
         twin.spec = None
@@ -140,63 +163,23 @@ class Classifier(nn.Module):
         # TensorFloat-32, which cuDNN takes where it can, rounds more coarsely than this test.
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             expected, found = self.features(image), twin.features(image)
-        # Nothing says that a convolution's neighbour in the module tree is its neighbour in
-        # forward, so the whole is tried.
+        # Neighbours in the module tree need not be neighbours in forward, so the result is tested.
         if not torch.allclose(expected, found, rtol=0.0, atol=1e-4 * float(expected.abs().max())):
             twin.backbone = copy.deepcopy(self.backbone).eval()
         return twin
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(digest_json(self._description()).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
-
-    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
-        """Write weights, architecture and provenance to one safetensors file.
-
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
-        """
-        if self.spec is None:
-            raise ClassifierError(
-                "this classifier wraps a module that was passed in, so a file cannot describe it; "
-                "build it with lpcam.classifier.build to save it"
-            )
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        metadata = {
-            "kind": "classifier",
-            "fingerprint": self.fingerprint(),
-            "made_by": made_by or {},
-            **self._description(),
-        }
-        write_tensors(path, state, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> Classifier:
-        """Read a file of :meth:`save`; needs no network.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not a classifier.
-        """
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != "classifier":
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a classifier; give the file that "
-                "the classify stage wrote"
-            )
-        classifier = described(metadata, metadata["classes"])
-        load_weights(classifier, state, path)
-        return classifier
+    def _can_be_described(self) -> bool:
+        return self.spec is not None
 
     def _description(self) -> dict[str, Any]:
         return {
             **description(self.backbone, self.spec, self.preprocessing),
             "classes": list(self.classes),
         }
+
+    @classmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Classifier:
+        return described(metadata, metadata["classes"])
 
     def _probe_channels(self) -> int:
         was_training = self.backbone.training
@@ -205,13 +188,16 @@ class Classifier(nn.Module):
             parameter = next(self.backbone.parameters(), torch.zeros(()))
             image = parameter.new_zeros(1, 3, *PROBE_SIZE)
             with torch.no_grad():
-                features = _forward(self.backbone, image)
-                self._tokens = _gives_tokens(self.backbone, features)
-                features = (
-                    _token_map(self.backbone, image)
-                    if self._tokens
-                    else _as_map(self.backbone, features)
+                given = _forward(self.backbone, image)
+                self._gives_tokens = (
+                    isinstance(given, Tensor)
+                    and given.ndim == 3
+                    and hasattr(self.backbone, "forward_intermediates")
                 )
+                if self._gives_tokens:
+                    features = _token_map(self.backbone, image)
+                else:
+                    features = _as_map(self.backbone, given)
         except (AssertionError, RuntimeError) as error:
             raise ClassifierError(
                 f"the backbone {type(self.backbone).__name__} cannot take an image of "
@@ -229,6 +215,9 @@ class Classifier(nn.Module):
         return features.shape[1]
 
 
+# -- Building a classifier ---------------------------------------------------------------------
+
+
 def build(
     spec: BackboneSpec,
     classes: Sequence[str],
@@ -238,51 +227,137 @@ def build(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Classifier:
-    """Build a classifier on a timm backbone.
+    """Build a classifier on a timm backbone, with a random head.
 
     Args:
         spec: timm name, its arguments, output stride.
         classes: N class names.
-        weights: ``"pretrained"`` (timm's, over the network on first use), ``"random"``, or the path
-            of a safetensors file of this architecture (with or without its classification head).
+        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
+            safetensors file of this architecture (with or without its classification head).
         mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
-        seed: of a random backbone and of the head.
+        seed: seed of the random head and of a random backbone.
 
     Raises:
         ClassifierError: if timm does not know the name or refuses an argument, if the weights
             cannot be had, do not fit or hold NaN or Inf, or if the backbone has no spatial map.
+
+    Example:
+        >>> classifier = build(BackboneSpec("test_resnet", {}), ["cat", "dog"], weights="random")
+        >>> classifier(torch.zeros(1, 3, 64, 96)).shape
+        torch.Size([1, 2])
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = _create(spec, pretrained=str(weights) == PRETRAINED)
+        # Only the part before pooling is used; num_classes=0 leaves the old head out.
+        backbone = _create(spec, pretrained=str(weights) == PRETRAINED, num_classes=0)
         if str(weights) not in (PRETRAINED, RANDOM):
             _load_weights(backbone, Path(weights), spec)
-        for name, tensor in backbone.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ClassifierError(
-                    f"the weights {str(weights)!r} hold NaN or Inf in {name!r}; "
-                    "the file is damaged, fetch it again"
-                )
-        config: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-        preprocessing = Preprocessing(
-            tuple(mean if mean is not None else config.get("mean", (0.485, 0.456, 0.406))),
-            tuple(std if std is not None else config.get("std", (0.229, 0.224, 0.225))),
+        refuse_not_finite(backbone.state_dict(), weights)
+        return Classifier(backbone, classes, _preprocessing(backbone, mean, std), spec)
+
+
+def timm_classifier(
+    name: str,
+    *,
+    weights: str | Path = PRETRAINED,
+    classes: Sequence[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Classifier:
+    """A timm model with the head that it was trained with; such a classifier cannot be saved.
+
+    The head must be linear in the mean of the feature map: head and mean must give the model's own
+    logits, which is checked. A bias counts in the scores, but not in the maps (equation 1).
+
+    Args:
+        name: timm name.
+        weights: ``"pretrained"`` (timm's, downloaded on first use) or a safetensors file of the
+            whole model.
+        classes: N names; default: those of ImageNet if the model has its classes, else numbers.
+        arguments: arguments of ``timm.create_model``.
+        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+
+    Raises:
+        ClassifierError: if timm does not know the name, the weights cannot be had or do not fit,
+            or the head is not linear in the mean of the feature map.
+
+    Example:
+        >>> timm_classifier("resnet5")
+        Traceback (most recent call last):
+        lpcam.errors.ClassifierError: timm has no model 'resnet5'; ...
+    """
+    spec = BackboneSpec(name, arguments or {})
+    with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
+        model: Any = _create(spec, pretrained=str(weights) == PRETRAINED).eval()
+        if str(weights) != PRETRAINED:
+            _load_weights(model, Path(weights), spec, with_head=True)
+        head = model.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise _no_linear_head(name, f"it is {type(head).__name__}, not one linear layer")
+        names = class_names(model, head.out_features) if classes is None else classes
+        if head.out_features != len(names):
+            raise ClassifierError(
+                f"{name!r} has {head.out_features} classes, but {len(names)} names were given; "
+                "give one name per class, in the order of its logits"
+            )
+        classifier = Classifier(model, names, _preprocessing(model, mean, std))
+    if head.in_features != classifier.head.in_features:
+        raise _no_linear_head(
+            name,
+            f"it takes {head.in_features} channels and the feature map has "
+            f"{classifier.head.in_features}, so something lies between",
         )
-        return Classifier(backbone, classes, preprocessing, spec)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
+    with torch.no_grad():
+        expected = model(image)
+        classifier.head = head
+        difference = float((classifier(image) - expected).abs().max())
+    largest = float(expected.abs().max())
+    if not difference <= TOLERANCE * max(1.0, largest):  # true for NaN
+        raise _no_linear_head(
+            name,
+            f"on the mean of the feature map it gives logits that differ by {difference:.3g} "
+            f"from the model's own, which reach {largest:.3g}",
+        )
+    model.reset_classifier(0)  # else the head's weights would be twice among the parameters
+    return classifier
+
+
+def _no_linear_head(name: str, found: str) -> ClassifierError:
+    return ClassifierError(
+        f"the head of {name!r} cannot be used: {found}. CAM needs logits that are a linear layer "
+        "on the mean of the feature map, as those of ResNet, RegNet, EfficientNet and MobileNetV2 "
+        "are; or train a linear head on this backbone ('lpcam classify')"
+    )
 
 
 def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
-    """A classifier with random weights, as :func:`description` of its backbone says."""
+    """A classifier with random weights, from the :func:`description` of its backbone.
+
+    Example:
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> text = description(nn.Identity(), BackboneSpec("test_resnet", {}), plain)
+        >>> described(text).spec
+        BackboneSpec(name='test_resnet', arguments={}, output_stride=None, dilated=True)
+    """
     preprocessing = Preprocessing(*(tuple(metadata["preprocessing"][k]) for k in ("mean", "std")))
     spec = BackboneSpec(**metadata["backbone"])
-    with torch.random.fork_rng(devices=[]):  # the weights are going to be replaced
-        return Classifier(_create(spec, pretrained=False), classes, preprocessing, spec)
+    with torch.random.fork_rng(devices=[]):  # the weights will be replaced
+        backbone = _create(spec, pretrained=False, num_classes=0)
+        return Classifier(backbone, classes, preprocessing, spec)
 
 
 def description(
     backbone: nn.Module, spec: BackboneSpec | None, preprocessing: Preprocessing
 ) -> dict[str, Any]:
-    """Architecture and preprocessing as JSON, for files and fingerprints."""
+    """Architecture and preprocessing as JSON, for files and fingerprints.
+
+    Example:
+        >>> description(nn.Identity(), None, Preprocessing((0.5,), (1.0,)))
+        {'backbone': 'Identity', 'preprocessing': {'mean': (0.5,), 'std': (1.0,)}}
+    """
     return {
         "backbone": asdict(spec) if spec else type(backbone).__name__,
         "preprocessing": asdict(preprocessing),
@@ -290,14 +365,26 @@ def description(
 
 
 def folded_backbone(backbone: nn.Module) -> nn.Module:
-    """A copy of a backbone for inference, as :meth:`Classifier.folded`."""
-    with torch.random.fork_rng(devices=[]):  # a head, of no use here, is drawn at random
+    """A copy of a backbone for inference, as :meth:`Classifier.folded`.
+
+    Example:
+        >>> layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        >>> len(list(folded_backbone(nn.Sequential(*layers))[1].parameters()))
+        0
+    """
+    with torch.random.fork_rng(devices=[]):  # a random head is drawn, which is not used
         classifier = Classifier(backbone, NO_CLASSES, Preprocessing((), ()))
     return classifier.folded().backbone
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    """All maps (B, C, h, w) that a timm backbone makes of images (B, 3, H, W), in its order."""
+    """All intermediate maps (B, C, h, w) of a timm backbone for images (B, 3, H, W).
+
+    Example:
+        >>> backbone = timm.create_model("test_resnet")
+        >>> [m.shape[-1] for m in feature_maps(backbone, torch.zeros(1, 3, 64, 64))]
+        [32, 16, 8, 4, 2]
+    """
     intermediates: Any = backbone.forward_intermediates
     found: list[Tensor] = intermediates(images, intermediates_only=True, output_fmt="NCHW")
     return found
@@ -307,25 +394,27 @@ def check_backbone(name: str) -> None:
     """Refuse a name that timm does not know.
 
     Raises:
-        ClassifierError: with the nearest names that it knows.
+        ClassifierError: with similar names that it knows.
+
+    Example:
+        >>> check_backbone("resnet50")
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() lists all"
+        hint = f"similar names are {', '.join(near)}" if near else "timm.list_models() lists all"
         raise ClassifierError(f"timm has no model {name!r}; {hint}")
 
 
-def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
+def _create(spec: BackboneSpec, *, pretrained: bool, **options: Any) -> nn.Module:
     arguments = dict(spec.arguments)
     if spec.output_stride is not None:
         arguments["output_stride"] = spec.output_stride
     check_backbone(spec.name)
     try:
-        # Only the part before pooling is used; num_classes=0 leaves the old head out.
         model: nn.Module = timm.create_model(
-            spec.name, pretrained=pretrained, num_classes=0, **arguments
+            spec.name, pretrained=pretrained, **options, **arguments
         )
-    except Exception as error:  # whatever timm, torch or a hub client raises, one message serves
+    except Exception as error:  # timm, torch or the hub client may raise anything
         what = "with its pretrained weights " if pretrained else ""
         raise ClassifierError(
             f"timm could not make {spec.name!r} {what}with arguments {arguments}: {error}. "
@@ -333,16 +422,25 @@ def _create(spec: BackboneSpec, *, pretrained: bool) -> nn.Module:
             "weights as the path of a safetensors file"
         ) from error
     if spec.output_stride is not None and not spec.dilated:
-        _remove_dilation(model)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+                module.dilation = (1, 1)
+                if isinstance(module.padding, tuple) and any(module.padding):
+                    module.padding = tuple((k - 1) // 2 for k in module.kernel_size)
     return model
 
 
-def _remove_dilation(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
-            module.dilation = (1, 1)
-            if isinstance(module.padding, tuple) and any(module.padding):
-                module.padding = tuple((k - 1) // 2 for k in module.kernel_size)
+def _preprocessing(
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return Preprocessing(
+        tuple(config.get("mean", IMAGENET_MEAN) if mean is None else mean),
+        tuple(config.get("std", IMAGENET_STD) if std is None else std),
+    )
+
+
+# -- Weights -----------------------------------------------------------------------------------
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -350,6 +448,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         ClassifierError: if it is missing, damaged or of another format.
+
+    Example:
+        >>> read_weights(Path("resnet.pth"))
+        Traceback (most recent call last):
+        lpcam.errors.ClassifierError: no weights file 'resnet.pth'; ...
     """
     if not path.is_file():
         raise ClassifierError(
@@ -370,7 +473,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """How a file's tensors differ from a network's in names and shapes, in words; or nothing."""
+    """Differences of a file's tensors from a network's in names and shapes; "" if there are none.
+
+    Example:
+        >>> misfit({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(2)})
+        '1 missing (first: b), 1 of another shape (first: a)'
+    """
     found = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -383,11 +491,18 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     )
 
 
-def refuse_not_finite(state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a file whose tensors hold NaN or Inf.
+def refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse weights with NaN or Inf.
+
+    Args:
+        state: tensors by name.
+        path: name of the weights, for the message.
 
     Raises:
         ClassifierError: naming the first such tensor.
+
+    Example:
+        >>> refuse_not_finite({"a": torch.ones(1)}, "w.safetensors")
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -397,13 +512,15 @@ def refuse_not_finite(state: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
+def _load_weights(
+    model: nn.Module, path: Path, spec: BackboneSpec, *, with_head: bool = False
+) -> None:
     state = read_weights(path)
-    config: Mapping[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
-    for head in (heads,) if isinstance(heads, str) else heads:
+    for head in () if with_head else (heads,) if isinstance(heads, str) else heads:
         state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
-    own = backbone.state_dict()
+    own = model.state_dict()
     # Files of old programs lack the counters of batches, which a frozen norm never reads.
     counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
     state = {**counters, **state}
@@ -412,7 +529,10 @@ def _load_weights(backbone: nn.Module, path: Path, spec: BackboneSpec) -> None:
             f"the weights {path.name!r} do not fit {spec.name!r} with arguments "
             f"{dict(spec.arguments)}: {difference}; check the backbone's name and arguments"
         )
-    backbone.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+
+
+# -- A copy for inference ----------------------------------------------------------------------
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
@@ -441,11 +561,11 @@ def _pad_within(module: nn.Module) -> None:
 
 
 class _SameConvolution(nn.Module):
-    """A convolution with "same" padding, without a padded copy of its input.
+    """A convolution with "same" padding, without timm's padded copy of the input.
 
-    Where "same" needs more zeros after an image than before it, it convolves with symmetric padding
-    that is larger by whole strides and drops the first outputs. On a CPU the copy costs more than
-    the convolution.
+    On a CPU the copy takes longer than the convolution. Where "same" needs more zeros after an
+    image than before it, symmetric padding is larger by whole strides and the first outputs are
+    dropped.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -472,16 +592,9 @@ def _forward(backbone: nn.Module, images: Tensor) -> Any:
     return getattr(backbone, "forward_features", backbone)(images)
 
 
-def _gives_tokens(backbone: nn.Module, features: Any) -> bool:
-    tokens_axes = 3
-    is_tokens = isinstance(features, Tensor) and features.ndim == tokens_axes
-    return is_tokens and hasattr(backbone, "forward_intermediates")
-
-
 def _as_map(backbone: nn.Module, features: Any) -> Tensor:
     """What a convolutional backbone gave, as (B, C, h, w)."""
-    map_axes = 4
-    if not isinstance(features, Tensor) or features.ndim != map_axes:
+    if not isinstance(features, Tensor) or features.ndim != 4:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ClassifierError(
             f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "

@@ -1,8 +1,7 @@
-"""The training loop that all networks here share: order, schedule, checkpoints, processes.
+"""The training loop that all networks share: order, schedule, checkpoints, processes.
 
-What happens to each image depends on the seed, the epoch and the image alone, and each epoch's
-order on the seed and the epoch, so that a run that was stopped in the middle of an epoch goes on to
-the very same weights.
+The augmentation of an image depends only on seed, epoch and image, and the order of an epoch only
+on seed and epoch, so a run that is stopped within an epoch resumes to exactly the same weights.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_FORMAT = 2
 CHECKPOINT_STEPS = 50
-"""Steps between checkpoints; beside them, one is written with every record."""
+"""Steps between checkpoints; one is also written with every record."""
 
 Sample = TypeVar("Sample")
 
 
 class Schedule(Protocol):
-    """What the settings of a network that is trained for some epochs by SGD hold."""
+    """Settings of a network that is trained by SGD for a number of epochs."""
 
     @property
     def epochs(self) -> int: ...
@@ -49,7 +48,7 @@ class Schedule(Protocol):
 
 
 class Rates(Protocol):
-    """What the settings of a network hold whose new layers and biases learn faster."""
+    """Settings of a network whose new layers and biases have their own learning rates."""
 
     @property
     def learning_rate(self) -> float: ...
@@ -65,7 +64,7 @@ class Rates(Protocol):
 
 
 class Place(NamedTuple):
-    """Which sample is wanted: of which epoch, which one of the list, and for which step."""
+    """A sample of the list, in an epoch and a step; the key of a training data set."""
 
     epoch: int
     sample: int
@@ -74,17 +73,23 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are, of what, and at which rate."""
+    """Number and size of the training steps, and their learning rates.
+
+    Example:
+        >>> plan = Plan(steps=100, batch=16, record=10, rate=lambda step: poly(step, 100, 0.9))
+        >>> plan.rate(0)
+        1.0
+    """
 
     steps: int
     batch: int
-    """Samples a step, over all processes; more than there are in the list take them all."""
+    """Samples per step over all processes, at most those of the list."""
     record: int
-    """Steps from one record of the history to the next."""
+    """Steps between records of the history."""
     rate: Callable[[int], float]
-    """Factor of the learning rates at a step, from 0."""
+    """Factor of the learning rates at a step, counted from 0."""
     accumulation: int = 1
-    """Equal parts of a step's samples, each with a forward pass of its own."""
+    """Forward passes per step, each with an equal part of its samples."""
     checkpoint: int | None = None
     """Steps between checkpoints; None: CHECKPOINT_STEPS."""
 
@@ -98,7 +103,7 @@ class Plan:
 
 
 class Order:
-    """Places of each forward pass from a given step to the end, this process's share of each."""
+    """This process's samples of each forward pass, from a given step to the end."""
 
     def __init__(
         self, count: int, plan: Plan, seed: int, first_step: int, processes: Processes
@@ -124,17 +129,24 @@ class Order:
 
 
 def poly(step: int, steps: int, power: float) -> float:
-    """Factor (1 - t/T)^power of the learning rate at step t of T."""
+    """Factor (1 - t/T)^power of the learning rate at step t of T.
+
+    Example:
+        >>> poly(25, 100, 1.0)
+        0.75
+    """
     return math.pow(1.0 - step / steps, power)
 
 
 def random_window(length: int, crop: int, generator: np.random.Generator) -> tuple[slice, slice]:
-    """Where along one axis a crop is taken from, and where in the crop it goes.
-
-    A longer axis is cut at random, a shorter one is placed at random in the crop.
+    """Random crop along one axis; an axis shorter than the crop is placed in it at random.
 
     Returns:
-        the part of the image's axis and that of the crop's, equally long.
+        the part of the image's axis and the part of the crop's axis, of equal length.
+
+    Example:
+        >>> random_window(4, 4, np.random.default_rng(0))
+        (slice(0, 4, None), slice(0, 4, None))
     """
     offset = int(generator.integers(0, abs(length - crop) + 1))
     taken = min(length, crop)
@@ -145,14 +157,21 @@ def random_window(length: int, crop: int, generator: np.random.Generator) -> tup
 def mirror_and_crop(
     planes: Sequence[tuple[Tensor, int]], crop: int, generator: np.random.Generator
 ) -> list[Tensor]:
-    """Mirror tensors in half of the cases, and take the same square crop of each at random.
+    """Mirror tensors with probability one half, and take the same random square crop of each.
 
     Args:
-        planes: tensors (..., H, W) of one size, each with its value beyond them.
+        planes: tensors (..., H, W) of one size, each with the value that fills the canvas around
+            it.
         crop: side of the crop; a shorter axis is placed at random in it.
+        generator: source of the random choices.
 
     Returns:
-        a tensor (..., crop, crop) of each.
+        one tensor (..., crop, crop) per plane.
+
+    Example:
+        >>> image = (torch.ones(3, 20, 30), 0)
+        >>> [found.shape for found in mirror_and_crop([image], 16, np.random.default_rng(0))]
+        [torch.Size([3, 16, 16])]
     """
     mirrored = generator.random() < 0.5
     rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
@@ -169,7 +188,12 @@ def mirror_and_crop(
 
 
 def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay; groups without parameters are left out."""
+    """SGD with momentum and weight decay; groups without parameters are left out.
+
+    Args:
+        groups: parameter groups with ``params`` and ``lr``.
+        settings: momentum and weight decay.
+    """
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         momentum=settings.momentum,
@@ -180,12 +204,14 @@ def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Opt
 def parameter_groups(
     network: nn.Module, heads: Sequence[str], settings: Rates
 ) -> list[dict[str, Any]]:
-    """What is trained: the new layers and the rest, of each the weights and the biases.
+    """Trainable parameters in groups: weights and biases of new layers, and of the others.
 
-    Biases have a rate of their own and no weight decay.
+    Biases have no weight decay.
 
     Args:
-        heads: beginnings of the names of the new layers' parameters.
+        network: the network to train.
+        heads: prefixes of the names of the new layers' parameters.
+        settings: learning rate, its multipliers, and weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
@@ -221,19 +247,24 @@ def run(
     scaler: torch.amp.GradScaler | None = None,
     at_record: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train, with checkpoints in ``folder`` from which a stopped run goes on.
+    """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
     Args:
-        module: whose state a checkpoint holds.
-        optimizer: whose groups have the learning rates that the plan's factor is applied to.
-        samples: by :class:`Place`, ``sample`` below ``count``.
-        loss: of one forward pass of this process: its part of the mean over the samples of all
-            processes, so that the processes' parts add up to it. It sets the training mode.
-        label: of the progress, as "fine-tuning".
-        section: of the recipe, where the settings are, for messages.
+        module: module whose state a checkpoint holds.
+        optimizer: its groups' learning rates are multiplied by the plan's factor.
+        samples: data set by :class:`Place`.
+        count: number of samples in the list.
+        loss: loss of one forward pass of this process: its part of the mean over the samples of
+            all processes, so that the parts add up to the mean. It sets the training mode.
+        plan: steps, batches and rates.
+        label: name of the training in progress messages, such as "fine-tuning".
+        section: recipe section of the settings, for messages.
+        seed: seed of order and dropout.
+        folder: folder of the checkpoint.
         workers: processes that make samples; 0 makes them in this one.
-        scaler: of losses in float16; a step whose gradients overflow is left out.
-        at_record: what else a record holds, of the number of steps done.
+        processes: processes that share each step.
+        scaler: scaler of losses in float16; a step whose gradients overflow is skipped.
+        at_record: more values of a record, from the number of steps done.
 
     Returns:
         one record every ``plan.record`` steps and at the end: ``epoch``, ``step``, mean ``loss``,
@@ -258,7 +289,7 @@ def run(
         torch.random.fork_rng(devices=devices),
     ):
         for turn, batch in enumerate(loader):
-            # What a network drops is drawn anew from the seed and the place in the training.
+            # Dropout depends only on the seed and the step, so that a resumed run repeats it.
             torch.manual_seed(_mixed(seed, step, turn % parts, processes.rank))
             if turn % parts == 0:
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -302,7 +333,7 @@ def run(
 
 
 def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
-    """Images of the smallest forward pass over all processes, of a list of ``count``.
+    """Images in the smallest forward pass over all processes, of a list of ``count`` images.
 
     Raises:
         ClassifierError: if that is fewer than there are processes.
@@ -322,7 +353,7 @@ def smallest_part(plan: Plan, count: int, processes: Processes, section: str) ->
 
 
 def _mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """Combine several integers into one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -375,7 +406,7 @@ def _resume(
     except RuntimeError as error:
         raise ArtefactError(
             f"the checkpoint {path} does not fit this {type(module).__name__.lower()} "
-            f"({' '.join(str(error).split()):.200}...); delete it to start anew"
+            f"({' '.join(str(error).split()):.200}...); delete it to start again"
         ) from None
     state = optimizer.state_dict()
     state["state"] = {}
@@ -386,5 +417,5 @@ def _resume(
     optimizer.load_state_dict(state)
     if scaler is not None:
         scaler.load_state_dict(metadata["scaler"])
-    logger.info("%s goes on at step %d", label, metadata["step"])
+    logger.info("%s: resuming at step %d", label, metadata["step"])
     return metadata["step"], metadata["running"], metadata["history"]

@@ -1,8 +1,7 @@
-"""Features of the images of a run, computed once and kept as long as they fit a budget.
+"""Features of the images of a run, computed once and kept within a memory budget.
 
-The probe, the prototypes and the maps all need the features of the same images, and on a CPU the
-backbone's passes are nearly all of a run's time. The store rounds every feature to half precision
-whether it is kept or not, so that the budget changes the time of a run and never its bytes.
+Every feature is rounded whether it is kept or not, so the budget changes the time of a run and
+never its bytes.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 class FeatureStore:
-    """Features of images at several scales, from memory or from the backbone.
+    """Features of images at several scales, from memory or from the backbone; thread-safe.
 
-    It may be used from several threads at once. The backbone's batch norms are folded into its
-    convolutions when the store is made; later changes of the classifier's weights do not reach it.
+    The backbone's batch norms are folded into its convolutions when the store is made; later
+    changes of the classifier's weights have no effect.
 
     Args:
-        classifier: whose backbone is used.
-        flip: whether the mirrored image is wanted too.
-        maximum_side: a longer image is shrunk to this long side first, in pixels.
-        dtype: of what is kept; results are handed out as float32.
+        classifier: gives the backbone.
+        flip: give features of the mirrored image too.
+        maximum_side: longest side in pixels; larger images are resized to it first.
+        dtype: precision in which features are kept; results are float32.
         budget: bytes that may be kept in memory.
-        keep: ids of the images that will be asked for again; others are never kept.
-        precision: of the backbone's passes; other than float32 they run under autocast.
+        keep: ids of the images that will be requested again; others are never kept.
+        precision: precision of the backbone's passes; other than float32 they run under autocast.
     """
 
     def __init__(
@@ -116,6 +115,6 @@ class FeatureStore:
             if known or name not in self.keep or self.used + size > self.budget:
                 return
             self.used += size
-            # In the machine's memory: a quarter of that may be more than a GPU has. And a copy, for
-            # a row of a batch would hold the whole batch.
+            # On the CPU, because the budget is one of main memory. A copy, because a row of a batch
+            # would keep the whole batch.
             self._kept[name, scale] = stacked.to("cpu", copy=True)

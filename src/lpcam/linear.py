@@ -1,4 +1,4 @@
-"""The solver of the linear probe: the head that is best on pooled features."""
+"""Solver of the linear probe."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from lpcam.presets import ProbeSettings
 def fit_head(
     pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
 ) -> Tensor:
-    """The head that minimises the multi-label soft margin loss on pooled features.
+    """Fit the rows that minimise the multi-label soft margin loss on pooled features.
 
-    For each class apart, the mean over samples of the binary cross-entropy of its logit plus
-    weight_decay / 2 times the squared norm of its row; so a row does not depend on how many other
-    classes there are. (The mean over classes of the first term is the multi-label soft margin
-    loss.) The problem is convex: there is one answer and no epochs to choose. L-BFGS in double
-    precision, from zero.
+    For each class, the mean over samples of the binary cross-entropy of its logit plus
+    weight_decay / 2 times the squared norm of its row; so a row does not depend on the number of
+    other classes. The problem is convex. L-BFGS in double precision, from zero.
 
     Args:
         pooled: (M, V, C), V views of each of M images.
         labels: (M, N) multi-hot.
+        settings: weight decay and most iterations.
+        classes: the N names, for the message.
 
     Returns:
         (N, C) float32, the rows w_n.
 
     Raises:
-        ClassifierError: if a class has no image, for its row would mean nothing.
+        ClassifierError: if a class has no image.
+
+    Example:
+        >>> settings = ProbeSettings.from_preset("default", weight_decay=0.1)
+        >>> rows = fit_head(torch.eye(2)[:, None], torch.eye(2), settings, ["cat", "dog"])
+        >>> (rows > 0).tolist()
+        [[True, False], [False, True]]
     """
     rows = pooled.flatten(0, 1).double()
     targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()

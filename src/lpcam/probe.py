@@ -1,7 +1,4 @@
-"""The linear probe: a head fitted to pooled features of a frozen backbone, in seconds.
-
-The solver is :func:`lpcam.linear.fit_head`.
-"""
+"""The linear probe: a head fitted to pooled features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from lpcam.storage import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 SHARD = 128
-"""Images whose pooled features share a file, so that a stopped run goes on near where it was."""
+"""Images whose pooled features share a file; a resumed run skips complete files."""
 
 
 @one_thread()
@@ -43,13 +40,15 @@ def fit_probe(
     pooled: Tensor,
     refit: bool,
 ) -> list[dict[str, Any]]:
-    """Fit the classifier's head in place, its backbone untouched.
+    """Fit the classifier's head in place; its backbone does not change.
 
     Args:
+        classifier: whose head is fitted.
+        training: images to fit the head to.
         validation: images whose mAP is measured with the head fitted to ``training``.
-        pooled: of training and then validation images, from :func:`pooled_features`.
-        refit: fit once more to training and validation images together after the measurement
-            (the validation images are then a held-out part of the training list).
+        settings: penalty and iterations of the solver.
+        pooled: (M, V, C) of training and then validation images, from :func:`pooled_features`.
+        refit: after the measurement, fit again to training and validation images together.
 
     Returns:
         one record: ``epoch`` 1, ``loss`` on the training images without the penalty,
@@ -57,6 +56,17 @@ def fit_probe(
 
     Raises:
         ClassifierError: if a class has no training image.
+
+    Example:
+        >>> from lpcam.classifier import Preprocessing
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> classifier = Classifier(torch.nn.AvgPool2d(8), ["cat", "dog"], plain)
+        >>> items = [Item("a", Path("a.png"), (0,)), Item("b", Path("b.png"), (1,))]
+        >>> settings = ProbeSettings.from_preset("default")
+        >>> pooled = torch.eye(3)[:2, None]
+        >>> [record] = fit_probe(classifier, items, [], settings, pooled=pooled, refit=False)
+        >>> record["validation_map"], (classifier.weight[:, 0] > 0).tolist()
+        (None, [True, False])
     """
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
@@ -76,7 +86,12 @@ def fit_probe(
 
 
 def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
-    """Image-level labels (len(items), classes) float32, 1 for present classes."""
+    """Image-level labels (len(items), classes) float32, 1 for present classes.
+
+    Example:
+        >>> multi_hot([Item("a", Path("a.png"), (0, 2))], 3)
+        tensor([[1., 0., 1.]])
+    """
     labels = torch.zeros(len(items), classes)
     for row, item in enumerate(items):
         labels[row, list(item.labels)] = 1.0
@@ -90,15 +105,18 @@ def pooled_features(
     folder: Path,
     sharing: Sharing,
 ) -> Tensor | None:
-    """Globally pooled features of each image and, if asked for, its mirror.
+    """Globally pooled features of each image and, with ``settings.mirror``, of its mirror image.
 
-    Finished shards in ``folder`` are read instead of computed again.
+    Complete shards in ``folder`` are read instead of computed again.
 
     Args:
-        store: serves the features where ``settings.long_side`` is None, with flip where
-            ``settings.mirror``; else its classifier does.
-        folder: for the shards; must belong to this classifier, list and settings alone, and to all
-            processes together.
+        items: the images.
+        settings: ``long_side`` (pixels) that images are resized to, and ``mirror``.
+        store: gives the features if ``settings.long_side`` is None (with its flip if
+            ``settings.mirror``); otherwise its classifier does.
+        folder: folder of the shards, used for this classifier, list and settings only, by all
+            processes.
+        sharing: how images are shared among processes, threads and batches.
 
     Returns:
         (len(items), 1 or 2, C) float32 in the first process, None in the others.
@@ -108,7 +126,7 @@ def pooled_features(
     """
     mine = sharing.mine(items)
     processes = sharing.processes
-    shards = f"of-{processes.count}-by-{sharing.batch}"  # other shares are of no use
+    shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 
     @torch.inference_mode()
     def pool(batch: list[Item]) -> Tensor:
@@ -125,7 +143,7 @@ def pooled_features(
             batches = sharing.batches(part)
             for batch, pooled in zip(batches, sharing.map(pool, batches), strict=True):
                 for item, row in zip(batch, pooled, strict=True):
-                    rows[f"image {item.id}"] = row  # a bare id may be a name that is reserved
+                    rows[f"image {item.id}"] = row  # a bare id may be a reserved name
                 advance(len(batch), "")
             write_tensors(path, rows, {"kind": "pooled features"})
     processes.wait()

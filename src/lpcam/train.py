@@ -27,7 +27,7 @@ from lpcam.processes import Processes
 
 
 class Sizes(Protocol):
-    """What settings hold of the sizes that images are trained at, in pixels."""
+    """Settings of the sizes of training images, in pixels."""
 
     @property
     def long_side(self) -> tuple[int, int]: ...
@@ -43,18 +43,28 @@ def augment(
     *,
     change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Tensor:
-    """The augmentation of the specification, in its order.
+    """Augment one image (specification of IRN, section 1).
 
-    The long side goes to a random integer of ``settings.long_side`` (PIL bicubic), RGB is
-    normalised, the image is mirrored in half of the cases, and a random square crop is taken, or
-    the image is placed at random in a canvas of the mean colour where it is smaller.
+    The long side is resized to a random length in ``settings.long_side`` (PIL bicubic), RGB is
+    normalised, and the image is mirrored with probability one half. Then a random square crop is
+    taken; a smaller image is placed at random on a canvas of the mean colour.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        change: of the resized image's colours.
+        preprocessing: normalisation.
+        settings: range of long sides and side of the crop.
+        generator: source of all random choices.
+        change: function applied to the resized image, to change its colours.
 
     Returns:
         (3, crop, crop) float32.
+
+    Example:
+        >>> settings = FinetuneSettings.from_preset("official", long_side=[40, 64], crop=48)
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> image, generator = np.zeros((20, 30, 3), np.uint8), np.random.default_rng(0)
+        >>> augment(image, plain, settings, generator).shape
+        torch.Size([3, 48, 48])
     """
     low, high = settings.long_side
     resized = resize_long_side(image, int(generator.integers(low, high + 1)))
@@ -89,13 +99,21 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 
 
 def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:
-    """Train all parameters of a backbone but those whose names begin with a prefix.
+    """Freeze the parameters of a backbone whose names begin with a prefix; the others train.
 
     Args:
-        norms: whether those of its batch norms are frozen too.
+        backbone: changed in place.
+        prefixes: dotted names of stages or layers.
+        norms: freeze the parameters of its batch norms too.
 
     Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
+        ClassifierError: if a prefix matches nothing; the message lists the stages.
+
+    Example:
+        >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> freeze(backbone, ["0"])
+        >>> [name for name, p in backbone.named_parameters() if p.requires_grad]
+        ['1.weight', '1.bias']
     """
     named = dict(backbone.named_parameters())
     frozen = names_below(named, prefixes)
@@ -107,10 +125,14 @@ def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False)
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
-    """Those of some dotted names that are, or are below, a prefix.
+    """The dotted names that are, or are below, one of the prefixes.
 
     Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
+        ClassifierError: if a prefix matches nothing; the message lists the stages.
+
+    Example:
+        >>> names_below(["layer1.0.weight", "layer10.0.weight"], ["layer1"])
+        {'layer1.0.weight'}
     """
     found: set[str] = set()
     for prefix in prefixes:
@@ -139,19 +161,24 @@ def finetune(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Fine-tune in place, with checkpoints in ``folder`` from which a stopped run goes on.
+    """Fine-tune in place, with checkpoints in ``folder`` from which a stopped run resumes.
 
-    SGD on the multi-label soft margin loss, poly schedule every step, head learning rate
+    SGD on the multi-label soft margin loss, poly schedule per step, head learning rate
     ``head_multiplier`` times the backbone's, batch-norm statistics frozen.
 
     Args:
+        classifier: the classifier, on the device to train on.
+        items: training images.
         validation: images whose mAP is measured after each epoch.
+        settings: schedule, rates and sizes.
+        seed: seed of the order of the images and of their augmentation.
+        folder: folder of the checkpoint.
         workers: processes that read and augment images.
-        processes: those that share each batch; default: this one alone. The step is that of the
-            whole batch, whatever their number, but for rounding.
+        processes: processes that share each batch; default: this one alone. The result does not
+            depend on their number, up to rounding.
 
     Returns:
-        one record an epoch: ``epoch``, mean ``loss``, ``validation_map``.
+        one record per epoch: ``epoch``, ``step``, mean ``loss``, ``validation_map``.
 
     Raises:
         ClassifierError: if ``freeze`` matches nothing, a batch has fewer images than there are
@@ -210,7 +237,7 @@ def validation_map(
     settings: FinetuneSettings,
     processes: Processes | None = None,
 ) -> float | None:
-    """Mean over classes of average precision, whole images at the middle training size."""
+    """Mean average precision on whole images at the middle training size; None without images."""
     processes = processes or Processes()
     classifier.eval()
     side = sum(settings.long_side) // 2

@@ -16,7 +16,7 @@ from tiny import BACKBONE, COLOURS, draw_image
 from torch import nn
 
 from lpcam import CAM, LPCAM
-from lpcam.classifier import BackboneSpec, Classifier, build
+from lpcam.classifier import BackboneSpec, Classifier, build, timm_classifier
 from lpcam.data.images import decode_image
 from lpcam.errors import (
     ArtefactError,
@@ -27,7 +27,6 @@ from lpcam.errors import (
     RecipeError,
 )
 from lpcam.explain.explainer import Explainer
-from lpcam.models import timm_classifier
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
-from lpcam.classifier import PRETRAINED, Classifier, Preprocessing
+from lpcam.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
 from lpcam.data.folder import read_folder
 from lpcam.data.images import (
     limit_long_side,
@@ -42,7 +42,6 @@ from lpcam.extract import (
     tensor_pyramid,
 )
 from lpcam.features import PRECISIONS
-from lpcam.models import timm_classifier
 from lpcam.presets import LpcamSettings
 from lpcam.prototypes import Prototypes
 from lpcam.recipe import Recipe, load_recipe
