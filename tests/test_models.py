@@ -49,18 +49,14 @@ def test_names_of_another_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "named"),
-    [
-        ("test_convnext", {}, r"differ by 0\.\d+"),
-        ("test_mambaout", {}, "256"),
-        (BACKBONE, {"num_classes": 0}, "Identity"),
-    ],
+    ("name", "arguments"),
+    [("test_convnext", {}), ("test_mambaout", {}), (BACKBONE, {"num_classes": 0})],
 )
 def test_heads_that_are_not_linear_on_the_mean(
-    name: str, arguments: dict[str, Any], named: str, tmp_path: Path
+    name: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     _, path = file_of(name, tmp_path, **arguments)
-    with pytest.raises(ClassifierError, match=named):
+    with pytest.raises(ClassifierError, match=rf"'{name}' .* linear"):
         timm_classifier(name, weights=path, arguments=arguments)
 
 

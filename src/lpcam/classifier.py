@@ -36,7 +36,7 @@ NO_CLASSES = ("none",)
 PROBE_SIZE = (97, 131)
 """(H, W) of the image that tests a backbone; like sides of photographs, not a round number."""
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest, that counts as rounding."""
+"""Largest relative difference of logits that counts as rounding."""
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,13 @@ def timm_classifier(
         if str(weights) != PRETRAINED:
             _load_weights(model, Path(weights), spec, with_head=True)
         head = model.get_classifier()
+        not_linear = ClassifierError(
+            f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
+            "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
+            "head on this backbone ('lpcam classify')"
+        )
         if not isinstance(head, nn.Linear):
-            raise _no_linear_head(name, f"it is {type(head).__name__}, not one linear layer")
+            raise not_linear
         names = class_names(model, head.out_features) if classes is None else classes
         if head.out_features != len(names):
             raise ClassifierError(
@@ -303,34 +308,17 @@ def timm_classifier(
             )
         classifier = Classifier(model, names, _preprocessing(model, mean, std))
     if head.in_features != classifier.head.in_features:
-        raise _no_linear_head(
-            name,
-            f"it takes {head.in_features} channels and the feature map has "
-            f"{classifier.head.in_features}, so something lies between",
-        )
+        raise not_linear
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
     with torch.no_grad():
         expected = model(image)
         classifier.head = head
         difference = float((classifier(image) - expected).abs().max())
-    largest = float(expected.abs().max())
-    if not difference <= TOLERANCE * max(1.0, largest):  # true for NaN
-        raise _no_linear_head(
-            name,
-            f"on the mean of the feature map it gives logits that differ by {difference:.3g} "
-            f"from the model's own, which reach {largest:.3g}",
-        )
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # true for NaN
+        raise not_linear
     model.reset_classifier(0)  # else the head's weights would be twice among the parameters
     return classifier
-
-
-def _no_linear_head(name: str, found: str) -> ClassifierError:
-    return ClassifierError(
-        f"the head of {name!r} cannot be used: {found}. CAM needs logits that are a linear layer "
-        "on the mean of the feature map, as those of ResNet, RegNet, EfficientNet and MobileNetV2 "
-        "are; or train a linear head on this backbone ('lpcam classify')"
-    )
 
 
 def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
@@ -563,9 +551,8 @@ def _pad_within(module: nn.Module) -> None:
 class _SameConvolution(nn.Module):
     """A convolution with "same" padding, without timm's padded copy of the input.
 
-    On a CPU the copy takes longer than the convolution. Where "same" needs more zeros after an
-    image than before it, symmetric padding is larger by whole strides and the first outputs are
-    dropped.
+    On a CPU the copy takes longer than the convolution. Padding is symmetric; where "same" needs
+    more zeros after an image than before it, the first outputs are dropped.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -598,8 +585,7 @@ def _as_map(backbone: nn.Module, features: Any) -> Tensor:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ClassifierError(
             f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "
-            "(B, C, h, w); LPCAM needs the spatial map before pooling: choose a backbone that has "
-            "one"
+            "(B, C, h, w) before pooling; choose a backbone that has one"
         )
     if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
         return features.permute(0, 3, 1, 2)

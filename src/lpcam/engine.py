@@ -73,13 +73,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Number and size of the training steps, and their learning rates.
-
-    Example:
-        >>> plan = Plan(steps=100, batch=16, record=10, rate=lambda step: poly(step, 100, 0.9))
-        >>> plan.rate(0)
-        1.0
-    """
+    """Number and size of the training steps, and their learning rates."""
 
     steps: int
     batch: int

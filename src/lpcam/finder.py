@@ -27,8 +27,6 @@ from lpcam.structure import (
     first_tensor,
     flat,
     logits_of,
-    token_stride,
-    vector_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -147,7 +145,8 @@ class Finder:
         """The layer with the stride of its tokens, which gives the grid for other sizes."""
         if layer.layout != "tokens":
             return layer
-        return replace(layer, stride=token_stride(raw.shape[1] - layer.prefix, self.record))
+        stride = self.record.token_stride(raw.shape[1] - layer.prefix)
+        return replace(layer, stride=stride)
 
     def _mean_match(self, target: Tensor, *, length: bool = False) -> Candidate | None:
         """The last map whose mean (with ``length``: normalised mean) is the target (B, C)."""
@@ -194,7 +193,7 @@ class Finder:
         """The given head, or linear layers whose output is the logits, the last first."""
         for call in reversed(self.record.calls):
             linear = Linear.of(call, self.record)
-            before, after = vector_of(call.before), vector_of(call.after)
+            before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
             if linear is None or before is None or after is None:
                 continue
             if self.given is not None:
@@ -369,28 +368,18 @@ class Finder:
                 'Pass pool="token" to take its rows on the patch tokens, or classes=[...] to fit a '
                 "new linear head on the mean of the patch tokens"
             )
-        not_linear = "so its logits are not linear in the mean of a feature map. Pass"
         if layers := self._layers_before(heads[0].linear):
             return ClassifierError(
                 f"the head of {name} is a network of several layers "
-                f"({', '.join([*layers, str(heads[0].linear)])}), {not_linear} {new}"
+                f"({', '.join([*layers, str(heads[0].linear)])}), so its logits are not linear in "
+                f"the mean of a feature map. Pass {new}"
             )
-        first, *second = vector.chunk(2, dim=1)
-        if second and (token := self._trace(first, token=True)) is not None:
-            return ClassifierError(
-                f"{start} reads two vectors at once, the first of them the class token "
-                f"(token {token[0].token} of {token[0].name}), {not_linear} {new}"
-            )
-        for layer, raw in self.candidates:
-            if layer.layout != "tokens" and self.record.same(layer.map(raw).amax((-2, -1)), vector):
-                return ClassifierError(
-                    f"{start} reads the maximum of {layer}, not its mean, {not_linear} {new}"
-                )
         where = "the given target_layer" if self.layer is not None else "any feature map"
         return ClassifierError(
             f"the vector ({vector.shape[1]} channels) that {start} reads is not the mean of "
-            f"{where} (as it is, after ReLU, or before a batch, layer, RMS or L2 norm; images were "
-            f"{self.record.size[0]} x {self.record.size[1]}). Pass {new}, or {own}"
+            f"{where} (as it is, after ReLU, or before a batch, layer, RMS or L2 norm); it may be "
+            f"a maximum, or two vectors joined. Images were {self.record.size[0]} x "
+            f"{self.record.size[1]}. Pass {new}, or {own}"
         )
 
     def _layers_before(self, head: Linear) -> list[str]:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -64,12 +65,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     ``train`` (to clear caches or merge weights), its method is called.
 
     Example:
-        >>> layer = nn.Dropout().train()
-        >>> with evaluation_mode(layer):
+        >>> with evaluation_mode(layer := nn.Dropout()):
         ...     layer.training
         False
-        >>> layer.training
-        True
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]
@@ -132,11 +130,7 @@ def without_grad_and_autocast(device: torch.device) -> Iterator[None]:
         ...     torch.ones(1).is_inference()
         False
     """
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -220,32 +214,23 @@ def logits_of(output: Any) -> Tensor | None:
     return flat(logits) if isinstance(logits, Tensor) else None
 
 
-def flat(tensor: Tensor | None) -> Tensor | None:
+def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
     """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
 
+    Args:
+        tensor: the tensor, or None.
+        pooled: reduce a map (B, C, h, w) to its mean.
+
     Example:
-        >>> flat(torch.ones(2, 3, 1, 1)).shape
-        torch.Size([2, 3])
+        >>> flat(torch.ones(2, 3, 1, 1)).shape, flat(torch.ones(2, 3, 4, 4))
+        (torch.Size([2, 3]), None)
     """
     if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
     longest = max(tensor.shape[1:])
-    if tensor.shape[1:].numel() != longest:
-        return None
-    return tensor.reshape(tensor.shape[0], longest).float()
-
-
-def vector_of(tensor: Tensor | None) -> Tensor | None:
-    """(B, C) as by :func:`flat`; a map (B, C, h, w) gives its mean.
-
-    Example:
-        >>> vector_of(torch.ones(2, 3, 4, 4)).shape
-        torch.Size([2, 3])
-    """
-    vector = flat(tensor)
-    if vector is None and tensor is not None and tensor.ndim == 4:
-        vector = tensor.float().mean((-2, -1))
-    return vector
+    if tensor.shape[1:].numel() == longest:
+        return tensor.reshape(tensor.shape[0], longest).float()
+    return tensor.float().mean((-2, -1)) if pooled and tensor.ndim == 4 else None
 
 
 # -- A recorded forward pass -------------------------------------------------------------------
@@ -277,42 +262,22 @@ class Record:
     """(h, w) of every map, the last first"""
     tolerance: float
 
-    def same(self, one: Tensor | None, other: Tensor | None) -> bool:
-        """Whether two tensors are equal up to rounding; never true for NaN."""
-        if one is None or other is None or one.shape != other.shape:
-            return False
-        return float((one - other).abs().max()) <= self.tolerance * float(other.abs().max())
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
+        """Pass images (B, c, H, W) through a model in evaluation mode and keep its outputs.
 
-    def same_logits(self, found: Tensor, wanted: Tensor | None) -> bool:
-        """As :meth:`same`, relative to at least 1."""
-        if wanted is None or wanted.shape != found.shape:
-            return False
-        largest = max(1.0, float(wanted.abs().max()))
-        return float((found - wanted).abs().max()) <= self.tolerance * largest
+        Args:
+            model: restored afterwards.
+            images: (B, c, H, W).
+            always: modules whose output is kept even if more than KEPT_MAPS maps follow.
+        """
+        calls: list[Call] = []
+        maps: deque[int] = deque()
+        grids: list[tuple[int, int]] = []
+        counts: Counter[nn.Module] = Counter()
+        dtypes: set[torch.dtype] = set()
 
-
-def record_pass(model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
-    """Pass images through a model and keep the outputs of its modules.
-
-    Args:
-        model: runs in evaluation mode and is restored afterwards.
-        images: (B, c, H, W).
-        always: modules whose output is kept even if more than KEPT_MAPS maps follow.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
-        >>> [str(call) for call in record_pass(model, torch.zeros(1, 3, 4, 4)).calls]
-        ['0 (Conv2d)', '1 (ReLU)', 'the model (Sequential)']
-    """
-    calls: list[Call] = []
-    maps: deque[int] = deque()
-    grids: list[tuple[int, int]] = []
-    counts: Counter[nn.Module] = Counter()
-    dtypes: set[torch.dtype] = set()
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before, after = first_tensor((args, list(kwargs.values()))), first_tensor(output)
             call = Call(name, module, counts[module], before, after)
             counts[module] += 1
@@ -330,20 +295,47 @@ def record_pass(model: nn.Module, images: Tensor, always: Sequence[nn.Module] = 
                 old = maps.popleft()
                 calls[old] = replace(calls[old], before=None, after=None)
 
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    with evaluation_mode(model):
-        try:
+        with evaluation_mode(model), ExitStack() as hooks:
             for name, module in model.named_modules():
-                watch(name, module)
+                handle = module.register_forward_hook(partial(hook, name), with_kwargs=True)
+                hooks.callback(handle.remove)
             with torch.autocast(images.device.type, enabled=False):
                 output = model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-    tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
-    height, width = images.shape[-2:]
-    return Record(tuple(calls), output, (height, width), tuple(grids[::-1]), tolerance)
+        tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
+        size = (images.shape[-2], images.shape[-1])
+        return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
+
+    def same(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether two tensors are equal up to rounding; never true for NaN."""
+        if one is None or other is None or one.shape != other.shape:
+            return False
+        return float((one - other).abs().max()) <= self.tolerance * float(other.abs().max())
+
+    def same_logits(self, found: Tensor, wanted: Tensor | None) -> bool:
+        """As :meth:`same`, relative to at least 1."""
+        if wanted is None or wanted.shape != found.shape:
+            return False
+        largest = max(1.0, float(wanted.abs().max()))
+        return float((found - wanted).abs().max()) <= self.tolerance * largest
+
+    def token_stride(self, count: int) -> tuple[float, float]:
+        """Pixels per patch of ``count`` patches, vertical and horizontal.
+
+        Their grid is that of a map with as many cells, if there is one. The stride is a whole
+        number if one explains the grid.
+        """
+        fitting = [grid for grid in self.grids if grid[0] * grid[1] == count]
+        wanted = math.log(self.size[0] / self.size[1])
+        grid = min(
+            [*fitting, grid_of(count, self.size)],
+            key=lambda g: abs(math.log(g[0] / g[1]) - wanted),
+        )
+        exact = [s / g for s, g in zip(self.size, grid, strict=True)]
+        for whole in (math.floor(min(exact)), math.ceil(max(exact))):
+            for rounding in (math.floor, math.ceil):
+                if whole and tuple(rounding(s / whole) for s in self.size) == grid:
+                    return float(whole), float(whole)
+        return exact[0], exact[1]
 
 
 # -- The layer of the feature map --------------------------------------------------------------
@@ -447,28 +439,6 @@ def grid_of(
     return rows, count // rows
 
 
-def token_stride(count: int, record: Record) -> tuple[float, float]:
-    """Pixels per patch of ``count`` patches in a recorded pass, vertical and horizontal.
-
-    Their grid is that of a map in the pass with as many cells, if there is one. The stride is a
-    whole number if one explains the grid.
-
-    Example:
-        >>> token_stride(6, Record((), None, (32, 50), ((2, 3),), TOLERANCE))
-        (16.0, 16.0)
-    """
-    size = record.size
-    fitting = [grid for grid in record.grids if grid[0] * grid[1] == count]
-    wanted = math.log(size[0] / size[1])
-    grid = min([*fitting, grid_of(count, size)], key=lambda g: abs(math.log(g[0] / g[1]) - wanted))
-    exact = [s / g for s, g in zip(size, grid, strict=True)]
-    for whole in (math.floor(min(exact)), math.ceil(max(exact))):
-        for rounding in (math.floor, math.ceil):
-            if whole and tuple(rounding(s / whole) for s in size) == grid:
-                return float(whole), float(whole)
-    return exact[0], exact[1]
-
-
 # -- Norms between the pooled vector and the head ----------------------------------------------
 
 
@@ -570,7 +540,7 @@ class Linear:
             return None
         if weight.ndim not in (2, 4) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
             return None
-        before, after = vector_of(call.before), vector_of(call.after)
+        before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
         if before is None or after is None:
             return None
         if (after.shape[1], before.shape[1]) != tuple(weight.shape[:2]):

@@ -29,7 +29,6 @@ from lpcam.structure import (
     device_of,
     dtype_of,
     evaluation_mode,
-    record_pass,
     unwrap,
     without_grad_and_autocast,
     without_tf32,
@@ -419,7 +418,7 @@ def _probe(
         images = torch.randn(2, channels, *size, generator=generator)
         images = images.to(device_of(model), dtype_of(model))
         try:
-            record = record_pass(model, images, always)
+            record = Record.of(model, images, always)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model may refuse a size in any way
