@@ -11,7 +11,8 @@ from tiny import together
 
 from lpcam.data.items import ClassTable, Dataset, Item
 from lpcam.errors import ArtefactError, DataError
-from lpcam.evaluation import Evaluation, score_maps, why_not_scored
+from lpcam.evaluation import Evaluation, evaluate_masks, score_maps, why_not_scored
+from lpcam.masks import write_mask
 from lpcam.parallel import Sharing
 from lpcam.processes import Processes
 from lpcam.recipe import Method
@@ -156,14 +157,6 @@ def test_an_image_without_labels_has_no_score(many: list[Item]) -> None:
     assert [place for place, value in enumerate(found) if value is None] == [4]
 
 
-def test_fixed_thresholds_off_the_grid(items: list[Item]) -> None:
-    folders: dict[Method, Path] = {"CAM": items[0].image.parent / "CAM"}
-    rows = score_maps(items, dataset_of(items), folders, {"CAM": 0.123456}, Sharing()).rows
-    assert rows[1]["threshold"] == 0.123456
-    # guess  cow cow cow | dog dog bg dog
-    assert rows[1]["per_class"]["cow"]["iou"] == pytest.approx(2 / 4)
-
-
 @pytest.fixture
 def many(tmp_path: Path) -> list[Item]:
     """Eleven random images, every third without parts, one without a class."""
@@ -205,11 +198,6 @@ def test_every_process_has_the_rows_of_all(many: list[Item], count: int) -> None
     assert together(count, work) == [one] * count
 
 
-def test_a_process_without_images_has_the_rows_too(items: list[Item]) -> None:
-    found = together(3, lambda processes: score(items, PARTS, Sharing(processes)))
-    assert found == [score(items, PARTS, Sharing())] * 3
-
-
 def test_no_truth_and_missing_maps(items: list[Item]) -> None:
     (items[0].image.parent / "CAM" / "a.npz").unlink()
     with pytest.raises(ArtefactError, match=r"cannot read .*CAM/a\.npz"):
@@ -221,26 +209,47 @@ def test_no_truth_and_missing_maps(items: list[Item]) -> None:
         score_maps(items, dataset_of(items), folders, {"LPCAM": 0.5}, Sharing())
 
 
-def test_masks_that_show_no_class_are_told_by_their_values(items: list[Item]) -> None:
+def test_why_masks_are_not_scored(items: list[Item]) -> None:
     classes = dataset_of(items).classes
     assert why_not_scored(items, classes) is None
     Image.fromarray(np.zeros((1, 4), np.uint8)).save(items[0].image)
     assert why_not_scored(items, classes) is None  # the other one shows both
-    Image.fromarray(np.array([[0, 0, 255, 0]], np.uint8)).save(items[1].image)
-    assert why_not_scored(items[:1], classes) == (
-        "none of its true masks (1) shows a class: the values in them are 0 (0 is background, 255 "
-        "is not counted)"
+    for values, listed in (
+        (np.array([[1, 0, 255, 9]], np.uint8), "1, 9;"),
+        (np.arange(100, 120, dtype=np.uint8)[None], "100, 101, 102, 103, 104, 105, 106, 107, ...;"),
+    ):
+        Image.fromarray(values).save(items[1].image)
+        assert f"Values of no class here: {listed}" in str(why_not_scored(items, classes))
+
+
+def masks(folder: Path, **values: list[list[int]]) -> Path:
+    for name, mask in values.items():
+        write_mask(folder / "sub" / f"{name}.png", np.array(mask, np.uint8))
+    return folder
+
+
+def test_two_folders_of_masks(tmp_path: Path) -> None:
+    truth = masks(tmp_path / "truth", a=[[3, 3, 0, 255]], b=[[7, 3, 0, 0]])
+    found = masks(tmp_path / "found", a=[[3, 255, 0, 3]], b=[[7, 7, 0, 0]], unused=[[3]])
+    result = evaluate_masks(found, str(truth))
+    assert {name: one["iou"] for name, one in result.per_class.items()} == pytest.approx(
+        {"background": 3 / 4, "3": 1 / 3, "7": 1 / 2}
     )
-    assert str(why_not_scored(items, classes)).count("are 0, 255 (0 is") == 1
-    Image.fromarray(np.array([[1, 0, 255, 9]], np.uint8)).save(items[1].image)
-    assert str(why_not_scored(items, classes)).endswith(
-        "are 0, 1, 9, 255 (0 is background, 255 is not counted). Values of no class here: 1, 9; "
-        "write the classes' numbers instead, such as 3 for cow"
-    )
-    Image.fromarray(np.arange(100, 120, dtype=np.uint8)[None]).save(items[1].image)
-    assert "are 0, 100, 101, 102, 103, 104, 105, 106, ... (0 is" in str(
-        why_not_scored(items, classes)
-    )
-    assert "no class here: 100, 101, 102, 103, 104, 105, 106, 107, ...;" in str(
-        why_not_scored(items, classes)
-    )
+    named = evaluate_masks(found, truth, ClassTable(("cow", "dog"), (3, 7)))
+    assert named.per_class["cow"] == result.per_class["3"]
+    assert evaluate_masks(truth, truth).miou == 1
+
+
+def test_mask_folders_that_do_not_fit(tmp_path: Path) -> None:
+    truth = masks(tmp_path / "truth", a=[[3, 0]], b=[[3, 0]])
+    with pytest.raises(DataError, match="no PNG"):
+        evaluate_masks(truth, tmp_path / "none")
+    found = masks(tmp_path / "found", a=[[3, 0]])
+    with pytest.raises(DataError, match=r"1 of 2 masks: sub.b\.png"):
+        evaluate_masks(found, truth)
+    masks(found, b=[[3, 0, 0]])
+    with pytest.raises(DataError, match=r"b\.png: .*\(1, 3\)"):
+        evaluate_masks(found, truth)
+    masks(found, b=[[9, 0]])
+    with pytest.raises(DataError, match=r"b\.png .* 9;"):
+        evaluate_masks(found, truth)

@@ -1,9 +1,9 @@
-"""Scoring the maps of a run against the truth, wherever there are masks."""
+"""Scores of masks and of the maps of a run against true masks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from lpcam.data.images import read_index_mask
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Dataset, Item
+from lpcam.errors import DataError
 from lpcam.masks import seeds
 from lpcam.metrics import (
     DEFAULT_THRESHOLDS,
     Scores,
     ThresholdSweep,
     best_threshold,
+    confusion,
     part_counts,
     part_coverage,
     scores,
@@ -30,31 +32,93 @@ from lpcam.progress import progress
 from lpcam.storage import map_path, read_maps
 
 MOST_VALUES = 8
-"""Values of masks that a message lists."""
+"""Number of values or files that a message lists."""
+
+
+def evaluate_masks(
+    predictions: str | Path, truth: str | Path, classes: ClassTable | None = None
+) -> Scores:
+    """Score a folder of predicted masks against a folder of true masks.
+
+    Each PNG below ``truth`` is compared with the file of the same relative path below
+    ``predictions``. Both store the class of a pixel as grey value or palette index: 0 is
+    background; 255 in the truth is not counted, in a prediction it counts as background.
+
+    Args:
+        predictions: folder of predicted masks. Further files in it are not read.
+        truth: folder of true masks, of the same sizes.
+        classes: names and mask values of the classes. Other values in the truth are not counted.
+            None: every value in the true masks is a class, named after the value.
+
+    Raises:
+        DataError: if a folder has no PNG, a prediction is missing, has another size or a value that
+            is no class, or the truth shows no class.
+
+    Example:
+        >>> import tempfile
+        >>> from lpcam.masks import write_mask
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_mask(folder / "truth" / "a.png", np.array([[0, 0, 1, 1]], np.uint8))
+        >>> write_mask(folder / "found" / "a.png", np.array([[0, 0, 0, 1]], np.uint8))
+        >>> evaluate_masks(folder / "found", folder / "truth").per_class["1"]["iou"]
+        0.5
+    """
+    predictions, truth = Path(predictions), Path(truth)
+    names = sorted(path.relative_to(truth) for path in truth.rglob("*.png"))
+    if not names:
+        raise DataError(f"{truth} contains no PNG; give the folder of the true masks")
+    missing = [str(name) for name in names if not (predictions / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{predictions} lacks {len(missing)} of {len(names)} masks: {_listed(missing)}; "
+            "predict every image of the truth, or give a folder with fewer true masks"
+        )
+    if classes is None:
+        values = set().union(*(np.unique(read_index_mask(truth / n)).tolist() for n in names))
+        ids = tuple(sorted(values - {BACKGROUND, IGNORE}))
+        classes = ClassTable(tuple(str(value) for value in ids), ids)
+    labels = len(classes) + 1
+    matrix = torch.zeros(labels, labels, dtype=torch.int64)
+    for name in names:
+        found = read_index_mask(predictions / name)
+        found = np.where(found == IGNORE, BACKGROUND, found)
+        unknown = sorted(set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids})
+        if unknown:
+            raise DataError(
+                f"{predictions / name} has values of no class: {_listed(unknown)}; the values of "
+                f"the classes are {_listed(classes.mask_ids)}"
+            )
+        true = truth_labels(read_index_mask(truth / name), classes)
+        try:
+            matrix += confusion(true, truth_labels(found, classes), labels)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    return scores(matrix, classes.names)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the maps of a run are worth; the same in every process."""
+    """Scores of the maps of a run, the same in every process."""
 
     rows: list[dict[str, Any]]
-    """Two a method: of ``method``, ``threshold``, ``threshold_source`` ("ground truth" or "fixed"),
-    ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` where the data
-    set has parts."""
+    """Two for each method: ``method``, ``threshold``, ``threshold_source`` ("ground truth" or
+    "fixed"), ``images``, the fields of :class:`lpcam.metrics.Scores`, and ``part_coverage`` if the
+    data set has parts."""
     curves: dict[str, dict[str, list[float]]]
-    """Of :meth:`lpcam.metrics.ThresholdSweep.curves`."""
+    """:meth:`lpcam.metrics.ThresholdSweep.curves` of each method."""
     image_scores: dict[str, list[float | None]]
-    """For each image the mean IoU of its labels at the method's fixed threshold; None where none of
-    them is in the truth or the seed."""
+    """For each image, the mean IoU of its labels at the fixed threshold of the method; None if no
+    label is in the truth or the seed mask."""
 
 
 def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
-    """What is wrong with true masks none of which shows a class, in words; None where one does.
+    """Explain why no true mask shows a class; None if one does.
 
     Masks are read up to the first that shows a class.
 
     Args:
         items: the images, each with a mask.
+        classes: names and mask values.
     """
     held: set[int] = set()
     for item in items:
@@ -75,9 +139,10 @@ def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
     return text
 
 
-def _listed(values: set[int]) -> str:
-    shown = [str(value) for value in sorted(values)[:MOST_VALUES]]
-    return ", ".join([*shown, "..."] if len(values) > MOST_VALUES else shown)
+def _listed(values: Iterable[Any]) -> str:
+    shown = sorted(values)
+    ending = ", ..." if len(shown) > MOST_VALUES else ""
+    return ", ".join(map(str, shown[:MOST_VALUES])) + ending
 
 
 def score_maps(
@@ -87,12 +152,18 @@ def score_maps(
     fixed: Mapping[str, float],
     sharing: Sharing,
 ) -> Evaluation:
-    """Score each method at its own best threshold by the truth, and at the fixed one.
+    """Score the maps of each method at its best threshold by the truth, and at a fixed one.
 
     Args:
         items: the images, each with a mask.
-        folders: of each method's maps.
+        dataset: of the images.
+        folders: folder of maps of each method.
         fixed: threshold of each method.
+        sharing: how the images are shared among processes and threads.
+
+    Raises:
+        ArtefactError: if a map file is missing or damaged.
+        DataError: if the truth shows no class.
     """
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
@@ -152,15 +223,20 @@ def _truth(item: Item, dataset: Dataset) -> Tensor:
 def row_of(
     method: str, images: int, threshold: float | None, source: str | None, found: Scores
 ) -> dict[str, Any]:
-    """A row of figures; masks that no threshold has made have neither one nor its source."""
+    """One row of :attr:`Evaluation.rows`.
+
+    Args:
+        method: name of the method.
+        images: number of images.
+        threshold: None for masks that were not cut from maps.
+        source: how the threshold was chosen, or None.
+        found: the scores.
+    """
+    names = ("miou", "fp", "fn", "precision", "recall")
     return {
         "method": method,
         "images": images,
-        "miou": found.miou,
-        "fp": found.fp,
-        "fn": found.fn,
-        "precision": found.precision,
-        "recall": found.recall,
+        **{name: getattr(found, name) for name in names},
         "precision_with_background": found.precision_with_background,
         "recall_with_background": found.recall_with_background,
         "threshold": threshold,
