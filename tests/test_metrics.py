@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from lpcam.metrics import (
     scores,
     truth_labels,
 )
-from lpcam.storage import write_json
 
 CLASSES = ClassTable(("cow", "dog"), (10, 12))
 
@@ -106,19 +104,12 @@ def test_a_class_only_predicted_or_never_predicted_counts_with_0() -> None:
     assert found.per_class["dog"] == {"iou": 0, "fp": 1, "fn": 0, "precision": 0, "recall": 0}
 
 
-def test_scores_can_be_written(tmp_path: Path) -> None:
-    write_json(tmp_path / "metrics.json", dataclasses.asdict(scores(BY_HAND, ["cow", "dog"])))
-
-
 def test_scores_refuse() -> None:
-    with pytest.raises(DataError, match=r"\(3, 3\) does not fit the labels background, cow;"):
+    with pytest.raises(DataError, match=r"\(3, 3\)"):
         scores(BY_HAND, ["cow"])
     with pytest.raises(DataError, match="all different"):
         scores(BY_HAND, ["cow", "background"])
-    with pytest.raises(
-        DataError,
-        match=r"the truth has no pixel of any class; check that the mask.*COCO's crowds are no tr",
-    ):
+    with pytest.raises(DataError, match="no pixel of any class"):
         scores(torch.tensor([[10, 5], [0, 0]]), ["cow"])
 
 
@@ -161,18 +152,6 @@ def test_sweep_equals_a_recount_of_the_seeds_at_every_threshold(dtype: torch.dty
         assert torch.equal(matrix, expected), threshold
 
 
-def test_sweep_equals_confusion_at_one_threshold() -> None:
-    data = images()
-    sweep = run_sweep(data)
-    expected = torch.zeros(5, 5, dtype=torch.int64)
-    for truth, maps, keys in data:
-        labels = torch.cat([torch.tensor([0]), keys + 1])[seeds(maps, 0.3)]
-        expected += confusion(truth, labels, 5)
-    assert torch.equal(sweep.confusion(0.3), expected)
-    with pytest.raises(DataError, match=r"threshold 0\.301 is not on the grid of this sweep"):
-        sweep.confusion(0.301)
-
-
 def test_order_of_images_and_planes_does_not_count() -> None:
     generator = torch.Generator().manual_seed(1)
     data = [(t, m + torch.rand(m.shape, generator=generator) / 1000, k) for t, m, k in images()]
@@ -205,6 +184,8 @@ def test_best_threshold_by_hand() -> None:
     threshold, found = best_threshold(sweep, ["cow"])
     assert threshold == 0.3  # 0.4 is as good: the lowest of equal ones
     assert found.miou == 1
+    with pytest.raises(DataError, match=r"0\.301"):
+        sweep.confusion(0.301)
     assert sweep.confusion(0.5).tolist() == [[2, 0], [1, 1]]
     assert sweep.confusion(0.1).tolist() == [[0, 2], [0, 2]]
 
@@ -213,7 +194,7 @@ def test_best_threshold_by_hand() -> None:
     ("num_classes", "thresholds"), [(0, (0.1,)), (2, ()), (2, (0.2, 0.2)), (2, (0.2, 0.1))]
 )
 def test_sweep_refuses_a_grid(num_classes: int, thresholds: tuple[float, ...]) -> None:
-    with pytest.raises(DataError, match="strictly increasing thresholds"):
+    with pytest.raises(DataError, match="increasing"):
         ThresholdSweep(num_classes, thresholds)
 
 

@@ -1,12 +1,12 @@
-"""Whether a map shows what the classifier looks at: scores as pixels come, go or fade.
+"""Faithfulness metrics: how the score of a classifier reacts to the pixels a map marks.
 
-Nothing here knows the truth. Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018);
+No truth is needed. Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018);
 average drop and increase in confidence of Chattopadhay et al., Grad-CAM++ (WACV 2018).
 
 ``score`` is any function of images (B, c, H, W) to scores (B, N), such as a classifier followed by
-a sigmoid or a softmax; it is called without gradients, in batches. Images are in the space that it
-expects, so a value of 0 is the mean colour where images are normalised, and black where they are
-not. Everything stays on the device of the images and is deterministic.
+a sigmoid or a softmax; it is called without gradients, in batches. Images are as it expects them: 0
+is the mean colour if they are normalised, otherwise black. Results are deterministic, on the device
+of the images.
 """
 
 from __future__ import annotations
@@ -25,20 +25,25 @@ Score = Callable[[Tensor], Tensor]
 Fill = Literal["zero", "mean", "blur"]
 FILLS: tuple[Fill, ...] = ("zero", "mean", "blur")
 BLUR_SIZE = 11
-"""Side of the Gaussian's window in pixels, as RISE has it."""
+"""Window of the Gaussian in pixels, as in RISE."""
 BLUR_SIGMA = 5.0
 STEPS = 50
 
 
 def filled(images: Tensor, fill: Fill) -> Tensor:
-    """Images (B, c, H, W) without their content, as the ground of insertion and deletion.
+    """Images without content, in which pixels are inserted or by which they are replaced.
 
     Args:
-        fill: "zero": 0 everywhere; "mean": each image's own mean colour; "blur": the image, blurred
-            by a Gaussian (window BLUR_SIZE, standard deviation BLUR_SIGMA, reflected borders).
+        images: (B, c, H, W).
+        fill: "zero": 0; "mean": the mean colour of each image; "blur": the image, blurred by a
+            Gaussian (window BLUR_SIZE, standard deviation BLUR_SIGMA, reflected borders).
 
     Raises:
         DataError: if the fill is unknown, or an image too small to blur.
+
+    Example:
+        >>> filled(torch.tensor([[[[0.0, 1.0]]]]), "mean").tolist()
+        [[[[0.5, 0.5]]]]
     """
     if fill == "zero":
         return torch.zeros_like(images)
@@ -50,7 +55,7 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
     if min(images.shape[-2:]) <= reach:
         raise DataError(
             f"images of {images.shape[-2]} x {images.shape[-1]} pixels are too small for a blur "
-            f"of {BLUR_SIZE}; take the fill 'mean'"
+            f"of {BLUR_SIZE}; use the fill 'mean'"
         )
     offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
@@ -65,16 +70,16 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelCurve:
-    """Scores of each pair as pixels come or go."""
+    """Scores while pixels are inserted or deleted."""
 
     fractions: Tensor
-    """(S + 1,) of the pixels that have come or gone, from 0 to 1."""
+    """(S + 1,) fractions of the changed pixels, from 0 to 1"""
     scores: Tensor
-    """(B, S + 1) of each image's class."""
+    """(B, S + 1) scores of each image's class"""
 
     @property
     def auc(self) -> Tensor:
-        """(B,) area below each curve, by trapezoids; the mean score along the way."""
+        """(B,) area under each curve, by trapezoids."""
         return torch.trapezoid(self.scores, self.fractions, dim=1)
 
 
@@ -88,22 +93,28 @@ def insertion(
     fill: Fill = "blur",
     batch: int = 16,
 ) -> PixelCurve:
-    """Score as the image's pixels come onto its ground, those of the highest map values first.
+    """Scores while pixels are inserted, those with the highest map values first.
 
-    A map is the better the higher the area (``auc``).
+    A larger area (``auc``) is better.
 
     Args:
         score: images (B, c, H, W) to scores (B, N).
         images: (B, c, H, W), as ``score`` expects them.
-        maps: (B, H, W), of any range: only their order counts; equal values in reading order.
-        classes: int64 (B,), the class that each map is of.
-        steps: S; after step k, round(k H W / S) pixels have come.
-        fill: the ground, see :func:`filled`.
-        batch: how many images ``score`` is given at once.
+        maps: (B, H, W), in any range: only the order counts; equal values in reading order.
+        classes: int64 (B,), the class of each map.
+        steps: S; after step k, round(k H W / S) pixels are inserted.
+        fill: initial images, see :func:`filled`.
+        batch: maximum number of images in a call of ``score``.
 
     Raises:
-        DataError: if shapes do not fit, a map holds NaN, or the scores are no (B, N) with these
-            classes.
+        DataError: if shapes do not fit, a map contains NaN, or the scores are not (B, N) with
+            these classes.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> insertion(score, image, image[:, 0], torch.tensor([0]), steps=2, fill="zero").scores
+        tensor([[0.0000, 0.5000, 1.0000]])
     """
     return _curve(score, filled(images, fill), images, maps, classes, steps, batch)
 
@@ -118,10 +129,15 @@ def deletion(
     fill: Fill = "zero",
     batch: int = 16,
 ) -> PixelCurve:
-    """Score as the image's pixels go from it, those of the highest map values first.
+    """Scores while pixels are replaced by ``fill``, those with the highest map values first.
 
-    A map is the better the lower the area (``auc``). Arguments as :func:`insertion`; ``fill`` is
-    what stays where a pixel has gone.
+    A smaller area (``auc``) is better. Arguments and errors as for :func:`insertion`.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> deletion(score, image, image[:, 0], torch.tensor([0]), steps=2).scores
+        tensor([[1.0000, 0.5000, 0.0000]])
     """
     return _curve(score, images, filled(images, fill), maps, classes, steps, batch)
 
@@ -165,23 +181,27 @@ def _curve(
 def confidences(
     score: Score, images: Tensor, maps: Tensor, classes: Tensor, *, batch: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Score of each class on the image, and on the product of image and map.
+    """Scores of the classes on the images, and on the products of image and map.
 
     Args:
         score: images (B, c, H, W) to scores (B, N).
-        images: (B, c, H, W), as ``score`` expects them: where the map is 0 the product is 0, the
-            mean colour of normalised images.
+        images: (B, c, H, W), as ``score`` expects them.
         maps: (B, H, W) in [0, 1].
-        classes: int64 (B,), the class that each map is of.
-        batch: how many images ``score`` is given at once.
+        classes: int64 (B,), the class of each map.
+        batch: maximum number of images in a call of ``score``.
 
     Returns:
-        two tensors (B,), for :func:`average_drop` and :func:`increase_in_confidence`; those of a
-        set's batches can be joined.
+        Two tensors (B,), for :func:`average_drop` and :func:`increase_in_confidence`.
 
     Raises:
-        DataError: if shapes do not fit, a map is not in [0, 1], or the scores are no (B, N) with
+        DataError: if shapes do not fit, a map is not in [0, 1], or the scores are not (B, N) with
             these classes.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> confidences(score, image, image[:, 0] / 2, torch.tensor([0]))
+        (tensor([1.]), tensor([0.5000]))
     """
     _check(images, maps, classes)
     if len(maps) and not (maps.min() >= -1e-5 and maps.max() <= 1 + 1e-5):
@@ -200,31 +220,39 @@ def confidences(
 
 
 def average_drop(whole: Tensor, shown: Tensor) -> float:
-    """Mean of max(0, whole - shown) / whole over pairs, a fraction: the lower the better.
+    """Mean of max(0, whole - shown) / whole over pairs, a fraction; smaller is better.
 
     Args:
-        whole, shown: (M,) of :func:`confidences`, probabilities.
+        whole, shown: (M,) probabilities from :func:`confidences`.
 
     Raises:
         DataError: if there is no pair, or a score of a whole image is not positive.
+
+    Example:
+        >>> average_drop(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
+        0.25
     """
     _check_pairs(whole, shown)
     if not bool((whole > 0).all()):
         raise DataError(
-            f"scores of whole images go down to {float(whole.min())}; a drop is a part of a "
-            "positive score: give probabilities (sigmoid or softmax), not logits"
+            f"whole has values down to {float(whole.min())}; expected positive ones: give "
+            "probabilities (sigmoid or softmax), not logits"
         )
     return float(((whole - shown).clamp(min=0) / whole).mean())
 
 
 def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
-    """Fraction of pairs whose score is higher on the product than on the image: high is good.
+    """Fraction of pairs with a higher score on the product than on the image; larger is better.
 
     Args:
-        whole, shown: (M,) of :func:`confidences`.
+        whole, shown: (M,) from :func:`confidences`.
 
     Raises:
         DataError: if there is no pair.
+
+    Example:
+        >>> increase_in_confidence(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
+        0.5
     """
     _check_pairs(whole, shown)
     return float((shown > whole).double().mean())
@@ -242,7 +270,7 @@ def _check(images: Tensor, maps: Tensor, classes: Tensor) -> None:
             f"{tuple(classes.shape)}; expected (B, c, H, W), (B, H, W) and (B,), B >= 1"
         )
     if not bool(torch.isfinite(maps).all()):
-        raise DataError("maps have NaN or infinite values; make them again")
+        raise DataError("maps have NaN or infinite values; compute them again")
 
 
 def _of_class(scores: Tensor, classes: Tensor) -> Tensor:

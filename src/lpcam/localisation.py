@@ -1,9 +1,9 @@
-"""How well class maps say where an object is: boxes, peaks and pixels, over a whole set.
+"""Localisation metrics of class maps: boxes, peaks and pixels.
 
-Each metric takes pairs of one class map and that class's truth, one after the other (``update``),
-keeps counts alone (those of several processes can be added up), and gives fractions (``compute``).
-Maps are (H, W) in [0, 1] at the size of the truth. Truth is int64 (H, W) as :func:`class_truth`
-gives it: 1 on the class, 0 elsewhere, :data:`lpcam.data.items.IGNORE` where nothing counts (void).
+``update`` counts one pair of a class map and the truth of that class, ``compute`` returns
+fractions. Counts of several processes can be summed. Maps are (H, W) in [0, 1] at the size of the
+truth. The truth is int64 (H, W) from :func:`class_truth`: 1 on the class, 0 elsewhere, and
+:data:`lpcam.data.items.IGNORE` on void pixels, which are not counted.
 
 Sources: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020):
 MaxBoxAcc, MaxBoxAccV2, PxAP. Zhang et al., Top-Down Neural Attention by Excitation Backprop (IJCV
@@ -25,52 +25,65 @@ from lpcam.errors import DataError
 from lpcam.objects import component_boxes
 
 MAP_THRESHOLDS = tuple(step / 100 for step in range(100))
-"""Of a map, for boxes: 0.00, 0.01, ..., 0.99. The paper's authors take 1000."""
+"""Thresholds of a map for boxes: 0.00, 0.01, ..., 0.99. Choe et al. use 1000."""
 PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))
-"""Of a map, for pixels: 0.000, 0.001, ..., 1.000."""
+"""Thresholds of a map for pixels: 0.000, 0.001, ..., 1.000."""
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
-"""Of MaxBoxAccV2."""
+"""IoU thresholds of MaxBoxAccV2."""
 TOLERANCE = 15.0
-"""Of the pointing game, in pixels."""
+"""Tolerance of the pointing game, in pixels."""
 ROUNDING = 1e-5
-"""By which resized maps may leave [0, 1]; they are clipped."""
+"""Resized maps may leave [0, 1] by this much; they are clipped."""
 
 
 # -- Truth -------------------------------------------------------------------------------------
 
 
 def class_truth(labels: Tensor, index: int) -> Tensor:
-    """Truth of one class from a label map.
+    """Truth of one class, from a label map.
 
     Args:
         labels: int64 (H, W) of :func:`lpcam.metrics.truth_labels`: 0, n + 1 for class n, IGNORE.
         index: n, the 0-based class.
 
     Returns:
-        int64 (H, W): 1 on the class, 0 on everything else that counts, IGNORE.
+        int64 (H, W): 1 on the class, 0 elsewhere, IGNORE on void pixels.
+
+    Example:
+        >>> class_truth(torch.tensor([[0, 1, 2, 255]]), 1).tolist()
+        [[0, 0, 1, 255]]
     """
     return torch.where(labels == IGNORE, IGNORE, (labels == index + 1).long())
 
 
 def truth_boxes(truth: Tensor) -> Tensor:
-    """Tightest boxes of the connected components (8 neighbours) of a class in a truth.
+    """Tightest boxes of the connected components (8 neighbours) of a class.
 
-    Objects that touch share a box, an object in two pieces has two: where a data set has boxes of
-    its own, take those.
+    Objects that touch share a box, and an object in two pieces has two: prefer the boxes of a data
+    set if it has some.
+
+    Args:
+        truth: int64 (H, W) from :func:`class_truth`.
 
     Returns:
-        int64 (M, 4) of x0, y0, x1, y1 as :mod:`lpcam.objects` counts them; M may be 0.
+        int64 (M, 4) of x0, y0, x1, y1 (see :mod:`lpcam.objects`); M may be 0.
 
     Raises:
         LpcamError: if SciPy (extra ``objects``) is not installed.
+
+    Example:
+        >>> truth_boxes(torch.tensor([[1, 1, 255, 0]])).tolist()
+        [[0, 0, 2, 1]]
     """
     return torch.from_numpy(component_boxes(truth == 1))
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of every box (A, 4) with every box (B, 4): float64 (A, B).
+    """IoU of boxes (A, 4) with boxes (B, 4) of x0, y0, x1, y1: float64 (A, B).
 
-    Boxes are x0, y0, x1, y1 with x1 and y1 one past the last pixel.
+    Example:
+        >>> box_iou(torch.tensor([[0, 0, 4, 4]]), torch.tensor([[0, 0, 4, 2]])).tolist()
+        [[0.5]]
     """
     a, b = first.double()[:, None], second.double()[None]
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
@@ -84,16 +97,16 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BoxScores:
-    """Fractions of pairs, each at the threshold of the maps that is best for it."""
+    """Fractions of pairs, each at its best threshold of the maps."""
 
     max_box_acc: dict[float, float]
-    """MaxBoxAcc by IoU threshold: the largest component's box."""
+    """MaxBoxAcc by IoU threshold."""
     max_box_acc_threshold: dict[float, float]
-    """The threshold of the maps where each was found, the lowest of equal ones."""
+    """Best threshold of the maps by IoU threshold, the lowest of equal ones."""
     max_box_acc_v2: float
-    """The mean of ``any_box_acc``: MaxBoxAccV2."""
+    """MaxBoxAccV2, the mean of ``any_box_acc``."""
     any_box_acc: dict[float, float]
-    """The same with every component's box, by IoU threshold."""
+    """As ``max_box_acc``, for the boxes of all components."""
     any_box_acc_threshold: dict[float, float]
     pairs: int
 
@@ -101,24 +114,24 @@ class BoxScores:
 class BoxAccuracy:
     """MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, the latter in their extended article).
 
-    At a threshold t of the maps, the foreground is where the map is >= t, and each connected
-    component (8 neighbours) has its tightest box. With the boxes of the truth, at an IoU threshold
-    d a pair counts
+    At a threshold t, the foreground is map >= t, and each connected component (8 neighbours) has
+    its tightest box. A pair is correct at the IoU threshold d for MaxBoxAcc if the box of the
+    largest component has an IoU >= d with any box of the truth; for MaxBoxAccV2 if the box of any
+    component has. Both are the maximum over t of the fraction of correct pairs; MaxBoxAccV2 is also
+    averaged over d. The best t is chosen with the truth.
 
-    - for MaxBoxAcc(d), if the box of the component of most pixels has an IoU >= d with any box of
-      the truth;
-    - for MaxBoxAccV2, if the box of any component has.
-
-    BoxAcc(t, d) is the fraction of pairs that count, MaxBoxAcc(d) = max over t of BoxAcc(t, d),
-    MaxBoxAccV2 = the mean over d of its maxima, each over t on its own. The best t is known by the
-    truth alone.
-
-    Void pixels are in no box of the truth. They do not cut the maps: a band of void around an
-    object would cut the object out of any map.
+    Void pixels are in no box of the truth, but they are not removed from the maps: a band of void
+    around an object would cut it out of any map.
 
     Args:
-        thresholds: of the maps, strictly increasing.
+        thresholds: t, strictly increasing.
         iou_thresholds: d.
+
+    Example:
+        >>> metric = BoxAccuracy([0.5], [0.5])
+        >>> metric.update(torch.tensor([[0.9, 0.8, 0.0]]), torch.tensor([[0, 0, 3, 1]]))
+        >>> metric.compute().max_box_acc
+        {0.5: 1.0}
     """
 
     def __init__(
@@ -130,9 +143,9 @@ class BoxAccuracy:
         self.iou_thresholds = tuple(iou_thresholds)
         shape = (len(self.thresholds), len(self.iou_thresholds))
         self.largest_hits = torch.zeros(shape, dtype=torch.int64)
-        """(T, D) pairs that count for MaxBoxAcc."""
+        """(T, D) correct pairs for MaxBoxAcc"""
         self.any_hits = torch.zeros(shape, dtype=torch.int64)
-        """(T, D) pairs that count for MaxBoxAccV2."""
+        """(T, D) correct pairs for MaxBoxAccV2"""
         self.pairs = 0
 
     def update(self, values: Tensor, truth: Tensor) -> None:
@@ -140,27 +153,26 @@ class BoxAccuracy:
 
         Args:
             values: map (H, W) in [0, 1].
-            truth: int64 boxes (M, 4), M >= 1, as :func:`truth_boxes` gives them: x0, y0, x1, y1
-                with x1 and y1 one past the last pixel.
+            truth: int64 boxes (M, 4), M >= 1, as from :func:`truth_boxes`.
 
         Raises:
-            DataError: if the map is no plane in [0, 1], or there is no box or an empty one.
+            DataError: if the map is not (H, W) in [0, 1], or there is no box or an empty one.
             LpcamError: if SciPy (extra ``objects``) is not installed.
         """
         if truth.ndim != 2 or truth.shape[1:] != (4,) or not len(truth):
             raise DataError(
-                f"boxes of the truth are {tuple(truth.shape)}; expected (M, 4) with M >= 1: leave "
-                "out a class that the truth does not show"
+                f"boxes of the truth are {tuple(truth.shape)}; expected (M, 4) with M >= 1: skip "
+                "classes that the truth does not show"
             )
         if bool((truth[:, 2:] <= truth[:, :2]).any()):
             raise DataError(
-                f"boxes {truth.tolist()} of the truth hold an empty one; expected x0 < x1, y0 < y1"
+                f"boxes {truth.tolist()} include an empty one; expected x0 < x1, y0 < y1"
             )
         plane = _checked(values).cpu().numpy()
         ious = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)
         left, top = 0, 0
         for row, threshold in enumerate(self.thresholds):
-            # Foreground only shrinks as the threshold rises, so what is outside is left behind.
+            # The foreground only shrinks as the threshold increases: continue in its box.
             inside = plane >= threshold
             rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
             if not len(rows):
@@ -184,22 +196,14 @@ class BoxAccuracy:
         """
         if not self.pairs:
             raise DataError("no pair of map and boxes was counted; call update first")
-        tables = []
+        fractions, best = [], []
         for hits in (self.largest_hits, self.any_hits):
-            most, place = hits.numpy().max(0), hits.numpy().argmax(0)
-            tables.append(
-                [
-                    dict(zip(self.iou_thresholds, (most / self.pairs).tolist(), strict=True)),
-                    dict(
-                        zip(
-                            self.iou_thresholds,
-                            (self.thresholds[at] for at in place.tolist()),
-                            strict=True,
-                        )
-                    ),
-                ]
+            most, at = hits.max(0).values.double() / self.pairs, hits.numpy().argmax(0).tolist()
+            fractions.append(dict(zip(self.iou_thresholds, most.tolist(), strict=True)))
+            best.append(
+                {d: self.thresholds[t] for d, t in zip(self.iou_thresholds, at, strict=True)}
             )
-        (largest, largest_at), (every, every_at) = tables
+        (largest, every), (largest_at, every_at) = fractions, best
         mean = sum(every.values()) / len(every)
         return BoxScores(largest, largest_at, mean, every, every_at, self.pairs)
 
@@ -209,12 +213,12 @@ class BoxAccuracy:
 
 @dataclass(frozen=True)
 class PointingScores:
-    """Fractions of hits, means over the classes that have a pair."""
+    """Fractions of hits, means over the classes that have pairs."""
 
     tolerant: float
-    """A hit may be ``tolerance`` pixels away from the object."""
+    """Hits within ``tolerance`` pixels of the object."""
     exact: float
-    """A hit is on the object."""
+    """Hits on the object."""
     tolerant_per_class: dict[int, float]
     exact_per_class: dict[int, float]
     pairs: int
@@ -223,25 +227,31 @@ class PointingScores:
 class PointingGame:
     """The pointing game (Zhang et al. 2018): is the map's highest pixel on the object?
 
-    A pair of map and mask is a hit if the highest pixel of the map, among those that are not void
-    (of equal ones the first in reading order), is at most ``tolerance`` pixels (Euclidean) from a
-    pixel of the class; and an exact hit if it is one. A constant map points nowhere: a miss. The
-    accuracy of a class is hits / (hits + misses), the score the mean over classes.
+    A pair is a hit if the highest pixel of the map that is not void (the first of equal ones in
+    reading order) is at most ``tolerance`` pixels (Euclidean) from a pixel of the class, and an
+    exact hit if it is on the class. A constant map is a miss. The score is the mean over classes of
+    hits / pairs.
 
     Args:
         num_classes: N.
         tolerance: in pixels.
+
+    Example:
+        >>> game = PointingGame(1, tolerance=1)
+        >>> game.update(torch.tensor([[0.1, 0.9, 0.2]]), torch.tensor([[1, 0, 0]]), 0)
+        >>> game.compute().tolerant, game.compute().exact
+        (1.0, 0.0)
     """
 
     def __init__(self, num_classes: int, tolerance: float = TOLERANCE) -> None:
         if num_classes < 1 or tolerance < 0:
             raise DataError(
-                f"a pointing game of {num_classes} classes with tolerance {tolerance} cannot be "
-                "played; give at least one class and no negative tolerance"
+                f"num_classes is {num_classes} and tolerance {tolerance}; expected at least 1 and "
+                "no negative tolerance"
             )
         self.tolerance = tolerance
         self.counts = torch.zeros(num_classes, 3, dtype=torch.int64)
-        """(N, 3) pairs, hits within the tolerance, exact hits."""
+        """(N, 3) pairs, hits within the tolerance, exact hits"""
 
     def update(self, values: Tensor, truth: Tensor, index: int) -> None:
         """Count one pair.
@@ -260,13 +270,13 @@ class PointingGame:
         counted = _fits(plane, truth)
         on = (truth == 1).nonzero()
         if not len(on):
-            raise DataError("the truth does not show the class; leave the pair out")
+            raise DataError("the truth does not show the class; skip the pair")
         shown = plane[counted]
         self.counts[index, 0] += 1
         if shown.min() == shown.max():
             return
         flat = torch.where(counted, plane, -1.0).flatten()
-        # argmax of a tensor promises no order among equals
+        # argmax of a tensor gives any of equal pixels
         peak = int((flat == shown.max()).nonzero()[0])
         row, column = divmod(peak, plane.shape[1])
         away = int((on - on.new_tensor([row, column])).square().sum(1).min())
@@ -297,18 +307,21 @@ class PointingGame:
 
 
 class PixelAveragePrecision:
-    """PxAP (Choe et al. 2020): the area below the pixels' precision-recall curve.
+    """PxAP (Choe et al. 2020): area under the precision-recall curve of the pixels.
 
-    Over all pixels of all pairs together, at a threshold t of the maps, with foreground where the
-    map is >= t: PxPrec(t) = foreground on the class / foreground (1 without foreground), PxRec(t) =
-    foreground on the class / pixels of the class. With thresholds t_1 > t_2 > ...,
-    PxAP = sum_l PxPrec(t_l) (PxRec(t_l) - PxRec(t_(l-1))), PxRec(t_0) = 0.
-
-    Void pixels are in no count. Pairs whose truth does not show the class count as pixels that are
-    none of the class.
+    With foreground map >= t, over the pixels of all pairs: PxPrec(t) = foreground on the class /
+    foreground (1 without foreground), PxRec(t) = foreground on the class / pixels of the class. For
+    thresholds t_1 > t_2 > ..., PxAP = sum_l PxPrec(t_l) (PxRec(t_l) - PxRec(t_(l-1))), PxRec(t_0) =
+    0. Void pixels are not counted.
 
     Args:
-        thresholds: of the maps, strictly increasing, the first 0, so that recall ends at 1.
+        thresholds: t, strictly increasing, the first 0, so that recall ends at 1.
+
+    Example:
+        >>> metric = PixelAveragePrecision([0.0, 0.5])
+        >>> metric.update(torch.tensor([[0.9, 0.8, 0.1]]), torch.tensor([[1, 0, 0]]))
+        >>> metric.compute()
+        0.5
     """
 
     def __init__(self, thresholds: Sequence[float] = PIXEL_THRESHOLDS) -> None:
@@ -316,7 +329,7 @@ class PixelAveragePrecision:
         if self.thresholds[0] != 0:
             raise DataError(f"the first threshold is {self.thresholds[0]}; expected 0")
         self.histogram = torch.zeros(2, len(self.thresholds), dtype=torch.int64)
-        """(2, T) pixels off and on the class, by the highest threshold that they reach."""
+        """(2, T) pixels off and on the class, by the highest threshold <= their value"""
 
     def update(self, values: Tensor, truth: Tensor) -> None:
         """Count one pair.
@@ -330,7 +343,7 @@ class PixelAveragePrecision:
         """
         plane = _checked(values)
         counted = _fits(plane, truth)
-        # in the type of the maps, as a comparison of a map with one number is
+        # in the dtype of the maps, in which a map is compared with one number too
         grid = torch.tensor(self.thresholds, dtype=plane.dtype, device=plane.device)
         cells = torch.searchsorted(grid, plane[counted], right=True) - 1
         index = truth[counted].long() * len(self.thresholds) + cells
@@ -377,7 +390,7 @@ def _checked(values: Tensor) -> Tensor:
     plane = values.detach()
     if plane.ndim != 2 or not plane.is_floating_point() or not plane.numel():
         raise DataError(f"map is {plane.dtype} {tuple(plane.shape)}; expected float (H, W)")
-    # of NaN both comparisons are false
+    # both comparisons are false for NaN
     if not (plane.min() >= -ROUNDING and plane.max() <= 1 + ROUNDING):
         raise DataError(
             f"map has values from {float(plane.min())} to {float(plane.max())}; expected 0 to 1, "
@@ -387,7 +400,7 @@ def _checked(values: Tensor) -> Tensor:
 
 
 def _fits(plane: Tensor, truth: Tensor) -> Tensor:
-    """Which pixels count."""
+    """Pixels that are counted, (H, W) bool."""
     if truth.shape != plane.shape:
         raise DataError(
             f"map is {tuple(plane.shape)} but the truth {tuple(truth.shape)}; they must have the "
@@ -395,5 +408,5 @@ def _fits(plane: Tensor, truth: Tensor) -> Tensor:
         )
     counted = truth != IGNORE
     if bool(((truth != 0) & (truth != 1) & counted).any()):
-        raise DataError("truth has values other than 0, 1 and 255; make it with class_truth")
+        raise DataError("truth has values other than 0, 1 and 255; use class_truth")
     return counted

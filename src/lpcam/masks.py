@@ -1,4 +1,4 @@
-"""Seeds from maps, mask values, palette PNGs, and pictures of maps and masks laid over images."""
+"""Seed masks from maps, mask files, and maps and masks drawn over images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from lpcam.data.items import BACKGROUND, IGNORE, ClassTable
 from lpcam.errors import DataError
 from lpcam.storage import write_bytes
 
-# Control points of the heat map's colours at equal steps from 0 to 1: lightness rises steadily from
-# dark violet over red and orange to pale yellow, so that it also reads in grey and to the
-# colour-blind.
+# Colours of the heat map at equal steps from 0 to 1. Lightness increases steadily, so that it can
+# be read in grey and by the colour-blind.
 HEAT = np.array(
     [
         (16, 8, 48),
@@ -36,9 +35,11 @@ HEAT = np.array(
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """The VOC colours, uint8 (256, 3): bits 0, 1, 2 of a value go to red, green, blue from the top.
+    """VOC colours, uint8 (256, 3) (specification of data sets, section 1).
 
-    Value 0 is black, 1 (128, 0, 0), 255 (224, 224, 192) (specification of data sets, section 1).
+    Example:
+        >>> voc_palette()[[0, 1, 255]].tolist()
+        [[0, 0, 0], [128, 0, 0], [224, 224, 192]]
     """
     palette = np.zeros((256, 3), dtype=np.uint8)
     values = np.arange(256)
@@ -50,17 +51,24 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 def seeds(maps: Tensor, threshold: float) -> Tensor:
-    """Seed of an image: the best class where its value is > ``threshold``, else 0 (background).
+    """Seed mask of an image: the best class where its value is > ``threshold``, else background.
 
-    This is the argmax over a constant background plane of ``threshold`` in front of the maps, where
-    the first of equal planes wins (specification LPCAM, section 5).
+    This is the argmax over a background plane of ``threshold`` and the maps; the first of equal
+    planes wins (specification of LPCAM, section 5).
 
     Args:
-        maps: float (K, H, W), the maps of the present classes; K may be 0.
-        threshold: background score, in the units of the maps.
+        maps: (K, H, W) floating point, maps of the present classes; K may be 0.
+        threshold: background score, in the units of the maps. Larger values give smaller objects.
 
     Returns:
         int64 (H, W), 0 for background and k + 1 for the k-th plane, on the device of the maps.
+
+    Raises:
+        DataError: if the maps have another number of dimensions.
+
+    Example:
+        >>> seeds(torch.tensor([[[0.1, 0.6, 0.2]], [[0.2, 0.4, 0.9]]]), 0.3).tolist()
+        [[0, 1, 2]]
     """
     if maps.ndim != 3:
         raise DataError(f"maps are {tuple(maps.shape)}; expected (K, H, W)")
@@ -78,20 +86,28 @@ def to_mask(
     maps: Tensor | None = None,
     ignore_threshold: float | None = None,
 ) -> NDArray[np.uint8]:
-    """Turn a seed into mask values.
+    """Convert a seed mask to the values of a mask file.
 
     Args:
-        seed: int64 (H, W) of `seeds`, values 0..K.
+        seed: int64 (H, W) from :func:`seeds`, values 0..K.
         keys: int64 (K,), the 0-based class index of each plane.
         classes: their mask ids.
-        maps: (K, H, W), the maps that the seed was made from; needed for ``ignore_threshold``.
+        maps: (K, H, W), the maps that the seed was cut from; required for ``ignore_threshold``.
         ignore_threshold: background pixels whose best map value is above it become 255 (ignored).
 
     Returns:
         uint8 (H, W): 0, mask ids of ``classes``, and 255 if ``ignore_threshold`` is given.
+
+    Raises:
+        DataError: if the seed has values above K, or only one of the last two arguments is given.
+
+    Example:
+        >>> table = ClassTable(("cat", "dog"), (8, 12))
+        >>> to_mask(torch.tensor([[0, 1, 2]]), torch.tensor([1, 0]), table).tolist()
+        [[0, 12, 8]]
     """
     if (maps is None) != (ignore_threshold is None):
-        raise DataError("maps and ignore_threshold belong together; give both or neither")
+        raise DataError("maps and ignore_threshold must be given together; give both or neither")
     ids = [BACKGROUND, *(classes.mask_ids[key] for key in keys.tolist())]
     values = seed.cpu().numpy()
     if values.size and not 0 <= values.min() <= values.max() < len(ids):
@@ -107,7 +123,12 @@ def to_mask(
 
 
 def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Integer labels (H, W) at another size (height, width), to the nearest pixel."""
+    """Resize integer labels (H, W) to ``size`` (height, width) by nearest neighbour.
+
+    Example:
+        >>> enlarge_labels(torch.tensor([[1, 2]]), (1, 4)).tolist()
+        [[1, 1, 2, 2]]
+    """
     if tuple(labels.shape) == tuple(size):
         return labels
     # float32 holds every label exactly
@@ -116,10 +137,10 @@ def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write mask values, uint8 (H, W), as a PNG with the VOC palette, whole or not at all.
+    """Write mask values, uint8 (H, W), atomically as a PNG with the VOC palette.
 
     Raises:
-        DataError: if the mask is no uint8 (H, W) array.
+        DataError: if the mask is not a uint8 (H, W) array.
         ArtefactError: if the file cannot be written.
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
@@ -128,13 +149,13 @@ def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
 
 
 def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
-    """Write values in [0, 1], (H, W), as a grey PNG of 0 to 255, whole or not at all.
+    """Write values (H, W) in [0, 1] atomically as a grey PNG of 0 to 255.
 
     Raises:
         DataError: if the plane has another shape or values outside [0, 1].
         ArtefactError: if the file cannot be written.
     """
-    # of NaN both comparisons are false
+    # both comparisons are false for NaN
     if plane.ndim != 2 or (plane.size and not (plane.min() >= 0 and plane.max() <= 1)):
         raise DataError(
             f"plane is {plane.shape} with values from {plane.min()} to {plane.max()}; expected "
@@ -155,21 +176,26 @@ def _write_png(path: Path, values: NDArray[np.uint8], palette: bytes | None) -> 
 def overlay(
     image: NDArray[np.uint8], heat: NDArray[np.float32], *, opacity: float = 0.7
 ) -> NDArray[np.uint8]:
-    """Lay one map over its image as a heat map, for the eye.
-
-    The colour and its opacity both grow with the value, so that the image stays visible where the
-    map is low.
+    """Draw a map over its image as a heat map.
 
     Args:
         image: uint8 (H, W, 3).
         heat: (H, W) in [0, 1].
         opacity: of the colour where the map is 1; a third of it where the map is 0.
 
+    Returns:
+        uint8 (H, W, 3).
+
     Raises:
         DataError: if the sizes differ or a value is outside [0, 1].
+
+    Example:
+        >>> image, heat = np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), np.float32)
+        >>> overlay(image, heat, opacity=1.0).tolist()
+        [[[254, 248, 170]]]
     """
     _check_sizes(image, heat)
-    # interpolated maps overshoot by rounding; of NaN both comparisons are false
+    # interpolated maps overshoot by rounding; both comparisons are false for NaN
     if heat.size and not (heat.min() >= -1e-6 and heat.max() <= 1 + 1e-6):
         raise DataError(
             f"map has values from {heat.min()} to {heat.max()}; expected 0 to 1, normalise it first"
@@ -184,9 +210,14 @@ def overlay(
 def overlay_mask(
     image: NDArray[np.uint8], mask: NDArray[np.uint8], *, opacity: float = 0.6
 ) -> NDArray[np.uint8]:
-    """Lay mask values, uint8 (H, W), in VOC colours over an image, uint8 (H, W, 3), for the eye.
+    """Draw mask values, uint8 (H, W), in VOC colours over an image, uint8 (H, W, 3).
 
-    Background stays as it is. DataError if the sizes differ.
+    Background is not drawn. Raises DataError if the sizes differ.
+
+    Example:
+        >>> image, mask = np.zeros((1, 2, 3), np.uint8), np.array([[0, 1]], np.uint8)
+        >>> overlay_mask(image, mask, opacity=1.0).tolist()
+        [[[0, 0, 0], [128, 0, 0]]]
     """
     _check_sizes(image, mask)
     weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]

@@ -1,7 +1,7 @@
-"""Segmentation metrics from one confusion matrix over a whole set (specification, section 5).
+"""Segmentation metrics from the confusion matrix of a data set (specification, section 5).
 
-Labels are 0 for the background, 1..N for the classes of a `ClassTable`, and `IGNORE` in the truth
-for pixels that do not count. Rows of a confusion matrix are truth, columns are prediction.
+Labels are 0 for the background, 1..N for the classes of a ``ClassTable``, and ``IGNORE`` in the
+truth for pixels that do not count. Rows of a confusion matrix are truth, columns are prediction.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from lpcam.data.items import BACKGROUND, IGNORE, ClassTable
 from lpcam.errors import DataError
 
 DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))
-"""Grid of a threshold sweep: 0.00, 0.01, ..., 0.99."""
+"""Thresholds of a sweep: 0.00, 0.01, ..., 0.99."""
 
 
 def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tensor:
-    """Turn mask values into labels: int64 (H, W) with 0, 1..N, and IGNORE.
+    """Convert mask values to labels, int64 (H, W) with 0, 1..N and IGNORE.
 
-    Mask values that are neither 0 nor of a class of the table (other classes of a larger data set,
-    and 255) become IGNORE: no metric counts them.
+    Values that are neither 0 nor a class of the table become IGNORE.
+
+    Example:
+        >>> mask = np.array([[0, 8, 12, 255]], np.uint8)
+        >>> truth_labels(mask, ClassTable(("dog",), (12,))).tolist()
+        [[0, 255, 1, 255]]
     """
     table = torch.full((256,), IGNORE, dtype=torch.int64)
     table[BACKGROUND] = 0
@@ -38,15 +42,19 @@ def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tenso
 
 
 def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
-    """Confusion matrix int64 (L, L) of two label maps of equal shape; add up those of a set.
+    """Confusion matrix, int64 (L, L), of two label maps. The matrices of a data set are summed.
 
     Args:
         truth: integer labels 0..L-1, or IGNORE for pixels that do not count.
-        prediction: integer labels 0..L-1.
+        prediction: integer labels 0..L-1, of the same shape.
         num_labels: L, classes and background.
 
     Raises:
         DataError: if the shapes differ or a label is out of range.
+
+    Example:
+        >>> confusion(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 0, 1, 1]), 2).tolist()
+        [[1, 0], [1, 1]]
     """
     if truth.shape != prediction.shape:
         raise DataError(
@@ -70,15 +78,24 @@ def _check_range(what: str, labels: Tensor, count: int) -> None:
 
 
 class ThresholdSweep:
-    """Exact confusion matrices at every threshold of a grid, from one pass over the set.
+    """Exact confusion matrices at every threshold of a grid, from one pass over the data set.
 
-    At a threshold t the label of a pixel is its best class if that class's value is > t, else
-    background, as `lpcam.masks.seeds` has it. Only the joint histogram of truth, best class and the
-    grid cell of the best value is kept: int64 (N+1, N, T+1) for T thresholds, in ``histogram``.
+    The label of a pixel at a threshold is that of :func:`lpcam.masks.seeds`. ``histogram``, int64
+    (N+1, N, T+1), counts pixels by truth, best class and grid cell of the best value, for T
+    thresholds. Histograms of several processes can be summed.
 
     Args:
         num_classes: N, without background.
         thresholds: strictly increasing.
+
+    Raises:
+        DataError: if there is no class, or the thresholds do not increase.
+
+    Example:
+        >>> sweep = ThresholdSweep(1, [0.25, 0.5])
+        >>> sweep.update(torch.tensor([[0, 1]]), torch.tensor([[[0.375, 0.75]]]), torch.tensor([0]))
+        >>> sweep.confusions().tolist()
+        [[[0, 1], [0, 1]], [[1, 0], [0, 1]]]
     """
 
     def __init__(self, num_classes: int, thresholds: Sequence[float] = DEFAULT_THRESHOLDS) -> None:
@@ -120,9 +137,9 @@ class ThresholdSweep:
             best = best[counted]
             if not torch.isfinite(best).all():
                 raise DataError("maps have NaN or infinite values; make them again")
-            # in the type of the maps, as a comparison of a map with one number is
+            # in the dtype of the maps, in which a map is compared with one number too
             grid = torch.tensor(self.thresholds, dtype=maps.dtype, device=maps.device)
-            cells = torch.searchsorted(grid, best)  # how many thresholds are < the value
+            cells = torch.searchsorted(grid, best)  # number of thresholds < the value
             index = (labels * self.num_classes + keys[plane[counted]]) * bins + cells
         else:
             index = labels * self.num_classes * bins  # background at every threshold
@@ -137,7 +154,7 @@ class ThresholdSweep:
         return torch.cat([background.unsqueeze(1), above], dim=1).permute(2, 0, 1)
 
     def confusion(self, threshold: float) -> Tensor:
-        """Confusion matrix int64 (N+1, N+1) at one threshold of the grid; DataError if off it."""
+        """Confusion matrix, int64 (N+1, N+1), at one threshold; DataError if not on the grid."""
         if threshold not in self.thresholds:
             raise DataError(
                 f"threshold {threshold} is not on the grid of this sweep "
@@ -148,7 +165,7 @@ class ThresholdSweep:
     def ious(self, classes: Sequence[int]) -> Tensor:
         """IoU of some 0-based classes at every threshold, float64 (K, T).
 
-        NaN where a class is neither in the truth nor in the prediction.
+        NaN if a class is neither in the truth nor in the prediction.
         """
         rows = self.histogram[:, list(classes)]  # (N+1, K, T+1)
         above = rows.flip(2).cumsum(2).flip(2)[:, :, 1:]
@@ -160,10 +177,7 @@ class ThresholdSweep:
         return hits.double() / union
 
     def curves(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """``thresholds`` and the macro ``miou``, ``precision`` and ``recall`` at each of them.
-
-        As :class:`Scores` has them, of classes ``names``: Figure 5(d) of the paper.
-        """
+        """Lists ``miou``, ``precision`` and ``recall`` over ``thresholds`` (paper, Figure 5(d))."""
         found = [scores(confusion, names) for confusion in self.confusions()]
         return {
             "thresholds": list(self.thresholds),
@@ -176,13 +190,12 @@ class ThresholdSweep:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as fractions, each a mean over classes (macro), never over images.
+    """Scores as fractions, each a mean over classes, not over images.
 
-    ``miou`` is the mean over background and classes. ``fp`` and ``fn`` are false positives and
-    false negatives over the union, ``precision`` and ``recall`` the usual quotients, all four means
-    over the classes without background; ``..._with_background`` have it. ``per_class`` has iou, fp,
-    fn, precision and recall of the background and each class that counts. ``left_out`` names those
-    without any pixel in truth and prediction: no mean counts them.
+    ``miou`` is the mean over background and classes; ``fp``, ``fn`` (false positives and false
+    negatives over the union), ``precision`` and ``recall`` are means over the classes without
+    background. ``per_class`` has all five for the background and each class that is counted.
+    ``left_out`` names classes without a pixel in truth and prediction; no mean counts them.
     """
 
     miou: float
@@ -199,13 +212,17 @@ class Scores:
 def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
     """Scores of a confusion matrix (N+1, N+1) whose classes 1..N are ``names``.
 
-    With gt and pr the row and column sums, TP the diagonal and U = gt + pr - TP of a class:
+    With gt and pr the row and column sums, TP the diagonal and U = gt + pr - TP of a class,
     IoU = TP / U, FP = (pr - TP) / U, FN = (gt - TP) / U (so the three add up to 1), precision =
     TP / pr, recall = TP / gt. A class with U > 0 but pr = 0 or gt = 0 has precision or recall 0, so
     that every mean is over the same classes (specification of segmentation, section 5).
 
     Raises:
         DataError: if the shape does not fit the names, or the truth has no pixel of any class.
+
+    Example:
+        >>> scores(torch.tensor([[6, 2], [0, 2]]), ["cow"]).per_class["cow"]["iou"]
+        0.5
     """
     labels = ("background", *names)
     if tuple(confusion.shape) != (len(labels), len(labels)) or len(set(labels)) != len(labels):
@@ -250,9 +267,9 @@ def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
 
 
 def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, Scores]:
-    """The threshold of highest mIoU, the lowest of equal ones, and the scores there.
+    """Threshold with the highest mIoU (the lowest of equal ones) and its scores.
 
-    It is chosen by the truth: report it with ``threshold_source`` "ground truth".
+    It is chosen with the truth: report it with ``threshold_source`` "ground truth".
     """
     every = [scores(matrix, names) for matrix in sweep.confusions()]
     best = int(np.argmax([one.miou for one in every]))
@@ -262,13 +279,13 @@ def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, 
 def part_counts(
     truth: Tensor, prediction: Tensor, parts: Tensor, part_names: Mapping[str, int]
 ) -> Tensor:
-    """Covered and all pixels of each part of one image, int64 (P, 2); add up those of a set.
+    """Covered and all pixels of each part of one image, int64 (P, 2), to be summed over images.
 
     Args:
-        truth: labels 0..N or IGNORE, int64 (H, W). Only pixels of a class count.
-        prediction: labels 0..N, int64 (H, W). A pixel is covered if it has the truth's class.
-        parts: part values, (H, W), 0 for no part.
-        part_names: value of each part; its order is that of the rows.
+        truth: int64 (H, W), labels 0..N or IGNORE. Only pixels of a class count.
+        prediction: int64 (H, W), labels 0..N. A pixel is covered if it has the truth's class.
+        parts: (H, W), part values, 0 for no part.
+        part_names: value of each part, in the order of the rows.
 
     Raises:
         DataError: if the shapes differ.
@@ -287,9 +304,11 @@ def part_counts(
 
 
 def part_coverage(counts: Tensor, part_names: Mapping[str, int]) -> dict[str, float]:
-    """Fraction of each part's pixels that has the right class, of summed `part_counts` (P, 2).
+    """Fraction of each part's pixels with the right class, from summed :func:`part_counts`.
 
-    A part without any pixel is left out.
+    Example:
+        >>> part_coverage(torch.tensor([[1, 4], [0, 0]]), {"head": 1, "tail": 2})
+        {'head': 0.25}
     """
     return {
         name: covered / total
@@ -302,14 +321,18 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
     """Mean over classes of the average precision of image-level predictions.
 
     The average precision of a class is the mean, over its positive images, of the precision among
-    the images that score at least as high; equal scores count together.
+    the images that score at least as high.
 
     Args:
         logits: (M, N).
-        labels: (M, N), positive where > 0. A class without a positive image is left out.
+        labels: (M, N), positive if > 0. A class without a positive image is not counted.
 
     Returns:
-        a fraction, or None if no class has a positive image.
+        A fraction, or None if no class has a positive image.
+
+    Example:
+        >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
+        0.5
     """
     values = []
     for scored, present in zip(logits.T, labels.T > 0, strict=True):

@@ -1,11 +1,11 @@
-"""From map to answer: boxes, points, candidate instances and outlines of one map or mask.
+"""Boxes, points, candidate instances and outlines of one map or mask.
 
 Pixels: row y and column x, from 0 at the top left. Pixel (y, x) is the square from (x, y) to
-(x + 1, y + 1), so a box ``x0, y0, x1, y1`` holds the pixels x0 <= x < x1 and y0 <= y < y1, its
-width is x1 - x0, and outlines run along the edges of pixels. A pixel is foreground where its value
-is > the threshold, as :func:`lpcam.masks.seeds` has it; a mask (bool) needs no threshold.
+(x + 1, y + 1), so a box ``x0, y0, x1, y1`` contains the pixels x0 <= x < x1 and y0 <= y < y1, and
+outlines run along the edges of pixels. A pixel is foreground if its value is > the threshold, as in
+:func:`lpcam.masks.seeds`; a boolean mask needs no threshold.
 
-Everything is computed on the CPU. Components and peaks need SciPy (extra ``objects``).
+Everything is computed on the CPU. Components and peaks require SciPy (extra ``objects``).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from lpcam.errors import DataError, LpcamError
 
 Connectivity = Literal[4, 8]
-"""Whether pixels that touch at a corner alone are connected (8) or not (4)."""
+"""8: pixels that touch at a corner are connected. 4: they are not."""
 ScoreKind = Literal["max", "mean"]
 
 
 @dataclass(frozen=True)
 class Box:
-    """The tightest box around a connected component, its score and its pixels."""
+    """Tightest box around a connected component."""
 
     x0: int
     y0: int
@@ -37,9 +37,9 @@ class Box:
     y1: int
     """One past the last row."""
     score: float
-    """Of the map in the component: its maximum or mean."""
+    """Maximum or mean of the map in the component."""
     area: int
-    """Pixels of the component, not of the box."""
+    """Number of pixels of the component, not of the box."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain numbers."""
@@ -48,7 +48,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Point:
-    """A peak: its pixel and its value."""
+    """Pixel and value of a peak."""
 
     x: int
     y: int
@@ -61,15 +61,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Instance:
-    """A candidate for one object: the pixels of a component that belong to one peak."""
+    """Candidate for one object: the pixels of a component that belong to one peak."""
 
     box: Box
     peak: Point
     mask: NDArray[np.bool_] = field(repr=False, compare=False)
-    """(H, W), of the whole image."""
+    """(H, W) of the whole image"""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of the box, and ``peak``; not the mask: see :func:`polygons`."""
+        """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""
         return {**self.box.as_dict(), "peak": self.peak.as_dict()}
 
 
@@ -83,13 +83,20 @@ def components(
 
     Args:
         mask: (H, W), foreground where it is not 0.
+        connectivity: 4 or 8.
 
     Returns:
-        int32 (H, W), 0 outside and 1..K inside, numbered by their first pixel in reading order; K.
+        int32 (H, W), 0 outside and 1..K inside, numbered by their first pixel in reading order; and
+        K.
 
     Raises:
-        DataError: if the mask is not (H, W), or ``connectivity`` neither 4 nor 8.
+        DataError: if the mask is not (H, W), or ``connectivity`` is neither 4 nor 8.
         LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> labels, count = components(np.array([[1, 0, 1], [0, 0, 1]]))
+        >>> labels.tolist(), count
+        ([[1, 0, 2], [0, 0, 2]], 2)
     """
     values = _plane(mask) != 0
     if connectivity not in (4, 8):
@@ -102,7 +109,7 @@ def components(
 
 
 def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
-    """Each label that has pixels, and the rows and columns of its box."""
+    """Labels that have pixels, with the rows and columns of their boxes."""
     found = _ndimage().find_objects(labels, count) if count else []
     return [(label, place) for label, place in enumerate(found, start=1) if place is not None]
 
@@ -110,13 +117,17 @@ def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slic
 def component_boxes(
     mask: NDArray[Any] | Tensor, *, connectivity: Connectivity = 8
 ) -> NDArray[np.int64]:
-    """The tightest boxes of a mask's components alone, those of most pixels first.
+    """Tightest boxes of the connected components of a mask, the largest component first.
 
     Returns:
-        (K, 4) of x0, y0, x1, y1, in the order of :func:`boxes`.
+        (K, 4) int64 of x0, y0, x1, y1, in the order of :func:`boxes`.
 
     Raises:
-        As :func:`components`.
+        DataError, LpcamError: as :func:`components`.
+
+    Example:
+        >>> component_boxes(np.array([[1, 0, 1], [0, 0, 1]])).tolist()
+        [[2, 0, 3, 2], [0, 0, 1, 1]]
     """
     labels, count = components(mask, connectivity=connectivity)
     places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in _places(labels, count)]
@@ -134,20 +145,25 @@ def boxes(
     minimum_area: int = 1,
     connectivity: Connectivity = 8,
 ) -> list[Box]:
-    """Tightest boxes of the connected components of a map, those of most pixels first.
+    """Tightest boxes of the connected components of a map, the largest component first.
 
     Args:
         values: map or mask (H, W).
-        threshold: foreground is where the map is above it.
-        score: the maximum or the mean of the map in a component.
-        minimum_area: components of fewer pixels are left out.
+        threshold: foreground is > threshold.
+        score: maximum or mean of the map in a component.
+        minimum_area: components with fewer pixels are dropped.
+        connectivity: 4 or 8.
 
     Returns:
-        boxes by falling area; of equal ones the upper, then the left one first.
+        Boxes by decreasing area, then from top to bottom and left to right.
 
     Raises:
-        DataError: if the map is not (H, W) or holds NaN or Inf.
+        DataError: if the map is not (H, W) or contains NaN or Inf.
         LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> boxes(np.array([[0.9, 0.0, 0.4], [0.0, 0.0, 0.8]]), 0.3)[0]
+        Box(x0=2, y0=0, x1=3, y1=2, score=0.8, area=2)
     """
     plane = _finite(values)
     labels, count = components(plane > threshold, connectivity=connectivity)
@@ -161,7 +177,7 @@ def _boxes(
     score: ScoreKind,
     minimum_area: int,
 ) -> list[tuple[Box, int]]:
-    """Boxes in order, each with its label."""
+    """Boxes in the order of :func:`boxes`, each with its label."""
     if score not in ("max", "mean"):
         raise DataError(f"score is {score!r}; expected 'max' or 'mean'")
     found = []
@@ -187,20 +203,23 @@ def points(
 ) -> list[Point]:
     """Peaks of a map, the highest first.
 
-    A peak is a local maximum: a plateau of equal pixels, often of one, all of whose neighbours (8)
-    are lower. Its point is the plateau's pixel nearest to the plateau's centre. Points are taken by
-    falling value (equal ones in reading order); one nearer than ``distance`` to a taken one is
-    dropped. A constant map has one plateau and so one point, at its centre.
+    A peak is a plateau of equal pixels (often one) whose 8-neighbours are all lower; its point is
+    the pixel of the plateau nearest to its centre. Points are selected by decreasing value, equal
+    ones in reading order; a point closer than ``distance`` to a selected one is dropped.
 
     Args:
         values: map (H, W).
-        threshold: peaks have a value above it.
-        distance: least Euclidean distance in pixels between two points.
-        most: how many points at most; None: all.
+        threshold: peaks are > threshold.
+        distance: minimum Euclidean distance between two points, in pixels.
+        most: maximum number of points; None: all.
 
     Raises:
-        DataError: if the map is not (H, W) or holds NaN or Inf.
+        DataError: if the map is not (H, W) or contains NaN or Inf.
         LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
+        [Point(x=1, y=0, score=0.9), Point(x=4, y=0, score=0.5)]
     """
     plane = _finite(values)
     kept: list[Point] = []
@@ -213,15 +232,14 @@ def points(
 
 
 def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
-    """Every local maximum above the threshold, by falling value, then in reading order."""
+    """Local maxima above the threshold by decreasing value, then in reading order."""
     if not plane.size:
         return []
     ndimage = _ndimage()
     outside = {"size": 3, "mode": "constant", "cval": -np.inf}
     highest = (plane == ndimage.maximum_filter(plane, **outside)) & (plane > threshold)
     labels, count = components(highest)
-    # A flat part of a slope: next to one of its pixels lies an equal one that has a higher
-    # neighbour itself.
+    # On a flat part of a slope, a pixel has an equal neighbour that has a higher neighbour.
     slope = ndimage.maximum_filter(np.where(highest, -np.inf, plane), **outside) == plane
     no_peak = set(np.unique(labels[highest & slope]).tolist())
     found = []
@@ -253,26 +271,31 @@ def instances(
 ) -> list[Instance]:
     """Candidates for the objects of one class: connected components, split at their peaks.
 
-    A component with several peaks at least ``distance`` apart is split among them: each pixel goes
-    to the nearest peak (Euclidean; of equally near ones to the higher). It is no watershed: it
-    looks at no valley between the peaks, and a part of a component that is not convex may itself be
-    in several pieces. A map of a class does not tell objects apart that touch, so these are
-    candidates.
+    A component with several peaks at least ``distance`` apart is split among them: each pixel
+    belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
+    watershed: valleys between peaks are ignored, and a part of a component that is not convex may
+    be in several pieces. A class map does not separate objects that touch.
 
     Args:
         values: map (H, W).
-        threshold: foreground is where the map is above it.
-        distance: least Euclidean distance in pixels between two peaks of one component.
-        score: the maximum or the mean of the map in an instance.
-        minimum_area: instances of fewer pixels are left out.
+        threshold: foreground is > threshold.
+        distance: minimum Euclidean distance between two peaks of a component, in pixels.
+        score: maximum or mean of the map in an instance.
+        minimum_area: instances with fewer pixels are dropped.
+        connectivity: 4 or 8.
 
     Returns:
-        instances by falling area; their masks do not overlap and, with ``minimum_area`` 1, together
-        are the foreground.
+        Instances by decreasing area. Their masks do not overlap; with ``minimum_area`` 1 they
+        cover the foreground.
 
     Raises:
-        DataError: if the map is not (H, W) or holds NaN or Inf.
+        DataError: if the map is not (H, W) or contains NaN or Inf.
         LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
+        >>> [(one.box.x0, one.box.x1) for one in found]
+        [(2, 5), (0, 2)]
     """
     plane = _finite(values)
     labels, count = components(plane > threshold, connectivity=connectivity)
@@ -299,28 +322,30 @@ def instances(
 
 
 def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
-    """Outlines of a mask along the edges of its pixels, exact: nothing is smoothed or left out.
+    """Exact outlines of a mask along the edges of its pixels.
 
-    Each ring is one closed line (the first point is not repeated) whose points are the corners at
-    which it turns. Rings around foreground have a positive shoelace area 1/2 sum (x_i y_(i+1) -
-    x_(i+1) y_i) (clockwise on the screen), rings around holes a negative one; the areas add up to
-    the number of pixels. Filling all rings by the even-odd or the non-zero rule gives the mask
-    back. Pixels that touch at a corner alone lie in rings of their own, as far as no other path
-    joins them.
+    A ring lists the corners at which a closed line turns; the first is not repeated. Rings around
+    foreground have a positive shoelace area (clockwise on the screen), rings around holes a
+    negative one; the areas sum to the number of pixels. Filling all rings by the even-odd or
+    non-zero rule gives the mask. Pixels that only touch at a corner are in different rings.
 
     Args:
         mask: (H, W), foreground where it is not 0.
 
     Returns:
-        rings (K, 2) of x and y, in the reading order of their first corners.
+        Rings (K, 2) float64 of x and y, in the reading order of their first corners.
 
     Raises:
         DataError: if the mask is not (H, W).
+
+    Example:
+        >>> polygons(np.array([[0, 1, 1]]))[0].tolist()
+        [[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]]
     """
-    # No library: contours at a level cut the corners of pixels, so their areas are not exact.
+    # Contours at a level, as libraries compute them, cut the corners of pixels.
     inside = np.pad(_plane(mask) != 0, 1)
-    # Each edge between a pixel inside and one outside, from corner to corner, the inside to the
-    # right of its direction on the screen: top edges go right, right edges down, and so on.
+    # Edges between pixels inside and outside, from corner to corner, with the inside on the right:
+    # top edges go right, right edges down, and so on.
     here = inside[1:-1, 1:-1]
     steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up
     starts = ((0, 0), (1, 0), (1, 1), (0, 1))  # corner of the pixel where that edge begins
@@ -342,7 +367,7 @@ def _ring(
     leaving: dict[tuple[int, int], list[int]],
     steps: Sequence[tuple[int, int]],
 ) -> NDArray[np.float64]:
-    """Follow edges from a corner until it is met again; they are taken out of ``leaving``."""
+    """Follow edges from a corner back to it, removing them from ``leaving``."""
     corners = []
     corner, direction = first, leaving[first].pop()
     beginning = direction
@@ -350,7 +375,7 @@ def _ring(
         corner = (corner[0] + steps[direction][0], corner[1] + steps[direction][1])
         if corner == first:
             break
-        # Where two pixels touch at this corner, two edges leave: turning right stays with ours.
+        # If two pixels touch at this corner, two edges leave it: turning right stays with ours.
         onward = leaving[corner]
         turn = (direction + 1) % 4
         if turn not in onward:
@@ -377,7 +402,7 @@ def _plane(values: NDArray[Any] | Tensor) -> NDArray[Any]:
 def _finite(values: NDArray[Any] | Tensor) -> NDArray[np.float64]:
     array = _plane(values).astype(np.float64)
     if not np.isfinite(array).all():
-        raise DataError("map has NaN or infinite values; make it again")
+        raise DataError("map has NaN or infinite values; compute it again")
     return array
 
 
@@ -386,5 +411,5 @@ def _ndimage() -> Any:
         return importlib.import_module("scipy.ndimage")
     except ImportError as error:
         raise LpcamError(
-            f"components and peaks need SciPy ({error}): pip install 'lpcam[objects]'"
+            f"components and peaks need SciPy ({error}); run pip install 'lpcam[objects]'"
         ) from error
