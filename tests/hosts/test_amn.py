@@ -474,8 +474,9 @@ def test_scales_are_averaged_before_the_softmax() -> None:
 
 
 def test_flat_maps_are_zero_where_they_are_stretched() -> None:
-    found = export_maps([torch.zeros(3, 2, 2)], [0], torch.tensor([[0, 1], [255, 2]]), (2, 2))
-    expected = torch.tensor([[1 / 3, 0], [0, 0]])
+    # of four planes, so that no softmax is rounded
+    found = export_maps([torch.zeros(4, 2, 2)], [0], torch.tensor([[0, 1], [255, 2]]), (2, 2))
+    expected = torch.tensor([[1 / 4, 0], [0, 0]])
     torch.testing.assert_close(found.high_res, expected.expand(2, 2, 2))
 
 

