@@ -14,7 +14,7 @@ from tiny import draw_folder, recipe_values, write_weights
 
 from lpcam.cli import main
 from lpcam.data.images import read_index_mask
-from lpcam.formats import maps as maps_module
+from lpcam.formats import map_folders as maps_module
 from lpcam.formats import masks as masks_module
 from lpcam.masks import write_mask
 from lpcam.parallel import ordered_map

@@ -20,7 +20,7 @@ from lpcam.cli import main
 from lpcam.data.items import Skip
 from lpcam.errors import ArtefactError
 from lpcam.exporting import masks_of
-from lpcam.formats.masks import MaskFormat, export_masks
+from lpcam.formats.masks import export_masks
 from lpcam.masks import write_mask
 from lpcam.recipe import parse_recipe
 from lpcam.storage import MapFile, map_path, read_json, write_json, write_maps
@@ -143,7 +143,7 @@ def test_an_image_of_two_lists_is_named_once(tmp_path: Path) -> None:
     data = {"kind": "coco", "root": str(root), "lists": lists("all")}
     ids = ["train/0", "train/train", "val/0", "val/val"]
     masks = masks_of(run_of(tmp_path / "run", data, ids))
-    naming: tuple[MaskFormat, ...] = ("coco", "coco-polygons", "cvat", "label-studio")
+    naming: tuple[str, ...] = ("coco", "coco-polygons", "cvat", "label-studio")
     for format in naming:
         done = export_masks(masks.entries, masks.classes, tmp_path / format, format)
         assert done.images == 3

@@ -20,8 +20,9 @@ FLOORS: dict[int, str] = {
     "data.check data.classes data.coco data.coco_files data.coco_index data.coco_masks "
     "data.creatures data.detect data.folder data.huggingface data.images data.jitter data.labels "
     "data.saliency data.sbd data.truth data.voc "
-    "formats.coco_json formats.cvat formats.label_studio formats.labels formats.maps "
-    "formats.outlines formats.regions formats.yolo networks.mctformer "
+    "formats.base formats.coco_json formats.cvat formats.label_studio formats.labels "
+    "formats.map_folders formats.maps formats.outlines formats.overlays formats.regions "
+    "formats.voc formats.yolo networks.mctformer "
     "classifier prototypes extract features sheet explain.maps explain.web",
     3: "probe train evaluation pretraining ledger starting "
     "report.images report.meaning report.collect report.page report.charts report.tables "

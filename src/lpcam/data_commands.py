@@ -175,7 +175,7 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
             )
         print(result.summary())
         return 1 if result.left_out else 0
-    from lpcam.formats.maps import export_maps  # noqa: PLC0415
+    from lpcam.formats.map_folders import export_maps  # noqa: PLC0415
 
     if (options.background is None) == (options.format in ("amn", "psa-crf")):
         raise LpcamError(
@@ -299,7 +299,7 @@ def _masks(options: argparse.Namespace, _: str) -> int:
 
 
 def _import_maps(options: argparse.Namespace, _: str) -> int:
-    from lpcam.formats.maps import import_maps  # noqa: PLC0415
+    from lpcam.formats.map_folders import import_maps  # noqa: PLC0415
 
     if options.no_file_no_class and options.data is None:
         raise LpcamError("--no-file-no-class wants the data set of the images: --data PATH")
@@ -359,7 +359,7 @@ def _is_table(text: str) -> bool:
 def _class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
     from lpcam.data.items import ClassTable  # noqa: PLC0415
-    from lpcam.formats.maps import read_classes  # noqa: PLC0415
+    from lpcam.formats.labels import read_classes  # noqa: PLC0415
 
     if text not in KNOWN_CLASSES and Path(text).is_file():
         return read_classes(Path(text))

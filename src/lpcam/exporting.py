@@ -11,7 +11,7 @@ from typing import Any
 from lpcam.data.folder import IMAGE_SUFFIXES
 from lpcam.data.items import ClassTable, Dataset, Skip
 from lpcam.errors import ArtefactError
-from lpcam.formats.masks import MaskEntry
+from lpcam.formats.base import MaskEntry
 from lpcam.recipe import ListName, load_recipe
 from lpcam.segmentation.files import INDEX as PREDICTED
 from lpcam.stages.context import read_dataset

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,8 +20,9 @@ from lpcam.data.items import ClassTable, Skip
 from lpcam.data.voc import CLASSES, read_voc
 from lpcam.errors import ArtefactError, DataError
 from lpcam.formats import masks as masks_module
+from lpcam.formats.base import MaskEntry
 from lpcam.formats.label_studio import packed_runs
-from lpcam.formats.masks import ExportedMasks, MaskEntry, MaskFormat, export_masks
+from lpcam.formats.masks import FORMATS, ExportedMasks, export_masks
 from lpcam.masks import overlay_mask, voc_palette, write_mask
 
 TABLE = ClassTable(("cow", "wild & <horse>"), (10, 3))
@@ -176,7 +177,7 @@ def read_cvat(output: Path, table: ClassTable, entries: Sequence[MaskEntry]) -> 
     return found
 
 
-READERS: dict[MaskFormat, Callable[[Path, ClassTable, Sequence[MaskEntry]], Masks]] = {
+READERS: dict[str, Callable[[Path, ClassTable, Sequence[MaskEntry]], Masks]] = {
     "voc": read_voc_masks,
     "coco": read_coco,
     "coco-polygons": read_coco,
@@ -189,7 +190,7 @@ READERS: dict[MaskFormat, Callable[[Path, ClassTable, Sequence[MaskEntry]], Mask
 @pytest.mark.parametrize("instances", [False, True])
 @pytest.mark.parametrize("format", READERS)
 def test_a_round_trip_gives_every_pixel_back(
-    format: MaskFormat, instances: bool, entries: list[MaskEntry], tmp_path: Path
+    format: str, instances: bool, entries: list[MaskEntry], tmp_path: Path
 ) -> None:
     done = export_masks(entries, TABLE, tmp_path / "out", format, instances=instances)
     found = READERS[format](tmp_path / "out", TABLE, entries)
@@ -202,7 +203,7 @@ def test_a_round_trip_gives_every_pixel_back(
 
 
 def test_all_formats_but_pictures_have_a_reader() -> None:
-    assert {*READERS, "overlays"} == set(get_args(MaskFormat))
+    assert {*READERS, "overlays"} == set(FORMATS)
 
 
 def test_the_photographs_masks_come_back_whole(shared: Path, tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_label_studio_images_may_lie_below_the_served_folder(
     assert address("images/") == address("images")
     assert address("my photos/1") == f"/data/local-files/?d=my%20photos/1/{name}"
     for wrong in ("/home/me/images", "../images", "/"):
-        with pytest.raises(DataError, match=r"the image root .* is refused; expected the path of"):
+        with pytest.raises(DataError, match="the image root"):
             address(wrong)
     with pytest.raises(DataError, match="the image root belongs to label-studio, not to cvat"):
         export_masks(entries, TABLE, tmp_path / "out", "cvat", image_root="images")
@@ -434,9 +435,9 @@ def test_an_overlay_is_the_image_with_its_mask(entries: list[MaskEntry], tmp_pat
     assert (tmp_path / "out/overlays/barn/cow 7.jpg").is_file()
 
 
-@pytest.mark.parametrize("format", get_args(MaskFormat))
+@pytest.mark.parametrize("format", FORMATS)
 def test_files_do_not_depend_on_the_number_of_workers(
-    format: MaskFormat, entries: list[MaskEntry], tmp_path: Path
+    format: str, entries: list[MaskEntry], tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
     for workers in (1, 3):
@@ -535,14 +536,14 @@ def test_nothing_is_written_where_every_mask_is_left_out(tmp_path: Path) -> None
 def test_what_is_asked_for_wrongly_is_refused(entries: list[MaskEntry], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DataError, match="'png' is unknown; choose one of voc, coco, coco-polygons"):
-        export_masks(entries, TABLE, out, "png")  # type: ignore[arg-type]
+        export_masks(entries, TABLE, out, "png")
     with pytest.raises(DataError, match="there is no mask"):
         export_masks([], TABLE, out, "voc")
     with pytest.raises(DataError, match="names 'a' more than once"):
         export_masks([entries[0], entries[0]], TABLE, out, "voc")
     with pytest.raises(DataError, match="could leave its folder"):
         export_masks([replace(entries[0], id="../a")], TABLE, out, "voc")
-    with pytest.raises(DataError, match="'a' has no image to lay its mask over"):
+    with pytest.raises(DataError, match="'a' has no image"):
         export_masks([replace(entries[0], image=None)], TABLE, out, "overlays")
     with pytest.raises(DataError, match="folder 'images', which YOLO's readers"):
         export_masks([replace(entries[0], id="b/images/a")], TABLE, out, "yolo")
@@ -587,7 +588,7 @@ def test_an_export_is_not_exported_onto_itself(entries: list[MaskEntry], tmp_pat
     out = tmp_path / "out"
     export_masks(entries, TABLE, out, "voc")
     own = [replace(entries[0], mask=out / "SegmentationClass/a.png")]
-    with pytest.raises(ArtefactError, match="lies where the export goes"):
+    with pytest.raises(ArtefactError, match="would be overwritten"):
         export_masks(own, TABLE, out, "voc")
     assert export_masks(own, TABLE, tmp_path / "other", "voc").images == 1
 

@@ -1,7 +1,6 @@
 """Masks as one COCO annotations file, as run lengths or as polygons.
 
-A category's id is the value of its class in mask files. ``file_name`` is relative to the folder of
-the images. An annotation's order means nothing: no two of an image overlap.
+A category's id is the value of its class in mask files. Objects of an image never overlap.
 """
 
 from __future__ import annotations
@@ -11,68 +10,70 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lpcam.data.items import ClassTable
+from lpcam.formats.base import MADE, Format, Picture
 from lpcam.formats.outlines import outlines
 from lpcam.formats.regions import Region, runs
 
 
-def annotation(
-    region: Region, size: tuple[int, int], classes: ClassTable, *, polygons: bool
-) -> dict[str, Any]:
-    """An object as COCO has it, without the ids of the annotation and of its image.
+class Coco(Format):
+    """``annotations.json``.
 
     Args:
-        size: (height, width) of the image.
-        polygons: outlines along the edges of the pixels, one a piece, with holes cut open (COCO has
-            no holes, and what several polygons cover counts), instead of run lengths. Both are
-            exact for pycocotools; readers that draw the outline's own pixels add a row below and a
-            column to the right.
+        polygons: write outlines along the edges of the pixels, one a piece, with holes cut open
+            (COCO has no holes), instead of run lengths. Both are exact for pycocotools; readers
+            that draw the outline's own pixels add a row below and a column to the right.
     """
-    segmentation: Any
-    if polygons:
-        offset = (region.x0, region.y0)
-        segmentation = [
-            (outline + offset).astype(int).ravel().tolist()
-            for outline in outlines(region.pixels, "edges")
+
+    refers_to_images = True
+    document_name = "annotations.json"
+
+    def __init__(self, *, polygons: bool) -> None:
+        self.polygons = polygons
+
+    def record(self, picture: Picture) -> Any:
+        """File name, (height, width) and the annotations without their ids."""
+        annotations = [self._annotation(one, picture) for one in picture.objects]
+        return picture.name, picture.size, annotations
+
+    def _annotation(self, region: Region, picture: Picture) -> dict[str, Any]:
+        segmentation: Any
+        if self.polygons:
+            offset = (region.x0, region.y0)
+            segmentation = [
+                (outline + offset).astype(int).ravel().tolist()
+                for outline in outlines(region.pixels, "edges")
+            ]
+        else:
+            # Down the columns, uncompressed, as COCO writes crowds: every reader takes this form.
+            pixels = region.whole(picture.size).ravel(order="F")
+            segmentation = {"size": list(picture.size), "counts": runs(pixels)}
+        return {
+            "category_id": picture.classes.mask_ids[region.label],
+            "segmentation": segmentation,
+            "area": region.area,
+            "bbox": [region.x0, region.y0, region.width, region.height],
+            "iscrowd": 0,
+        }
+
+    def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
+        """The file, one annotation a line; ids of images and annotations count from 1."""
+        categories = [
+            {"id": number, "name": name, "supercategory": ""}
+            for name, number in zip(classes.names, classes.mask_ids, strict=True)
         ]
-    else:
-        # Down the columns, uncompressed: the form of COCO's own crowds, which every reader takes.
-        segmentation = {"size": list(size), "counts": runs(region.whole(size).ravel(order="F"))}
-    return {
-        "category_id": classes.mask_ids[region.label],
-        "segmentation": segmentation,
-        "area": region.area,
-        "bbox": [region.x0, region.y0, region.width, region.height],
-        "iscrowd": 0,
-    }
-
-
-def document(
-    images: Iterable[tuple[str, tuple[int, int], list[dict[str, Any]]]],
-    classes: ClassTable,
-    description: str,
-) -> Iterator[bytes]:
-    """The parts of the file, an annotation a line; ids of images and annotations count from 1.
-
-    Args:
-        images: file name, (height, width) and what :func:`annotation` gave, of each.
-        description: of the whole, in ``info``.
-    """
-    categories = [
-        {"id": number, "name": name, "supercategory": ""}
-        for name, number in zip(classes.names, classes.mask_ids, strict=True)
-    ]
-    head = f'{{"info": {_text({"description": description})},\n"categories": {_text(categories)},\n'
-    yield (head + '"annotations": [').encode()
-    entries = []
-    number = 0
-    for image_id, (name, (height, width), objects) in enumerate(images, start=1):
-        entries.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for one in objects:
-            number += 1
-            line = _text({"id": number, "image_id": image_id, **one})
-            yield f"{',' if number > 1 else ''}\n{line}".encode()
-    lines = ",\n".join(map(_text, entries))
-    yield f'\n],\n"images": [\n{lines}\n]}}\n'.encode()
+        info = _text({"description": f"masks written by {MADE}"})
+        head = f'{{"info": {info},\n"categories": {_text(categories)},\n"annotations": ['
+        yield head.encode()
+        images = []
+        number = 0
+        for image_id, (name, (height, width), objects) in enumerate(records, start=1):
+            images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+            for one in objects:
+                number += 1
+                line = _text({"id": number, "image_id": image_id, **one})
+                yield f"{',' if number > 1 else ''}\n{line}".encode()
+        lines = ",\n".join(map(_text, images))
+        yield f'\n],\n"images": [\n{lines}\n]}}\n'.encode()
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Image-level labels of other programs: ``cls_labels.npy`` and its relatives, as ``labels.csv``.
+"""Image-level labels of other programs (``cls_labels.npy``), imported as ``labels.csv``.
 
 The files are a dictionary {image: vector (N,)} or an array (n, N) in the order of a list
-(specification of data sets, sections 1 and 2). They are read by :mod:`lpcam.arrays`, which runs
-nothing of them.
+(specification of data sets, sections 1 and 2). They are read by :mod:`lpcam.arrays` without running
+code of them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.arrays import read_pickled_arrays
-from lpcam.data.items import check_unique, safe_id
+from lpcam.data.items import ClassTable, check_unique, safe_id
+from lpcam.data.labels import read_text
 from lpcam.errors import DataError
 from lpcam.storage import write_bytes
 
 CLASSES_FILE = "classes.txt"
-"""Written beside ``labels.csv``: without it the classes would be sorted by name."""
+"""Class names beside ``labels.csv``; without it the classes would be sorted by name."""
 _VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ImportedLabels:
-    """What `import_labels` wrote.
-
-    ``images`` in all, of them ``without_label``; ``counts`` are images by class, in label order.
-    """
+    """Result of `import_labels`: numbers of images in total, without a label, and by class."""
 
     path: Path
     images: int
@@ -42,7 +40,7 @@ class ImportedLabels:
     counts: tuple[int, ...]
 
     def summary(self) -> str:
-        """In words, a line each."""
+        """A text of one line per fact."""
         lines = [f"labels of {self.images:,} images in {self.path}"]
         if self.without_label:
             lines.append(f"{self.without_label:,} of them have none")
@@ -62,27 +60,35 @@ def import_labels(
     """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
 
     A value above 0 is a label. Images keep the file's order. 10 digits become a VOC id
-    (2007000032: ``2007_000032``), whether a number or text; the ending of an image file is dropped.
+    (2007000032: ``2007_000032``), as number or text; the suffix of an image file is dropped.
 
     Args:
         source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
             an array (n, N); vectors may be torch tensors.
-        output: the table, a ``.csv``; several labels stand between ``;``.
-        classes: the N names in label order.
-        ids: names of the images of an array, in its order.
+        output: the ``.csv`` table; ``;`` separates the labels of an image.
+        classes: the N class names in label order.
+        ids: names of the images, only for an array, in its order.
         coco_split: ``"train2014"`` or ``"val2014"``: other numbers n become
             ``COCO_<split>_%012d``.
 
     Raises:
-        DataError: if ``source`` is a table already, ``output`` is no ``.csv``, the contents are of
-            another form, do not fit the classes or ids, name an image twice or not safely, or if
-            ``output`` or ``classes.txt`` is there with other contents.
+        DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
+            not fit the classes or ids, name an image twice or unsafely, or if ``output`` or
+            ``classes.txt`` exists with other contents.
         ArtefactError: if the file is missing, damaged or tries to run code, or the output cannot be
             written.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp())
+        >>> np.save(folder / "labels.npy", np.array([[1, 0], [1, 1]]), allow_pickle=False)
+        >>> names = {"classes": ["cow", "dog"], "ids": ["a", "b"]}
+        >>> import_labels(folder / "labels.npy", folder / "labels.csv", **names).counts
+        (2, 1)
     """
     _check_names(classes)
     if output.suffix.lower() != ".csv":
-        raise DataError(f"{output} is no name of a table; give one that ends in .csv")
+        raise DataError(f"{output} is not the name of a table; give one that ends in .csv")
     if source.suffix.lower() in (".csv", ".jsonl"):
         raise DataError(
             f"{source} is a table of labels already and needs no import; name it in data.labels of "
@@ -123,17 +129,26 @@ def import_labels(
         output: text.getvalue().encode(),
         output.with_name(CLASSES_FILE): "".join(f"{name}\n" for name in classes).encode(),
     }
-    for path, data in contents.items():
-        if path.exists() and (not path.is_file() or path.read_bytes() != data):
-            raise DataError(f"{path} is there already with other contents; choose another output")
-    for path, data in contents.items():
-        write_bytes(path, data)
+    write_unchanged(contents)
     return ImportedLabels(
         output,
         len(names),
         int((~present.any(axis=1)).sum()),
         tuple(int(count) for count in present.sum(axis=0)),
     )
+
+
+def write_unchanged(contents: Mapping[Path, bytes]) -> None:
+    """Write files that may exist only with the same contents.
+
+    Raises:
+        DataError: if one exists with other contents; then nothing is written.
+    """
+    for path, data in contents.items():
+        if path.exists() and (not path.is_file() or path.read_bytes() != data):
+            raise DataError(f"{path} is there already with other contents; choose another output")
+    for path, data in contents.items():
+        write_bytes(path, data)
 
 
 def _check_names(classes: Sequence[str]) -> None:
@@ -155,7 +170,7 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
     if isinstance(key, int):
         if coco_split is None or not 0 <= key < 10**12:
             raise DataError(
-                f"{where} names an image by the number {key}, which is none of VOC; give the split "
+                f"{where} names an image by the number {key}, which is not of VOC; give the split "
                 "of MS COCO ('train2014' or 'val2014') if it is one of its images"
             )
         return f"COCO_{coco_split}_{key:012d}"
@@ -178,3 +193,34 @@ def _labels(row: Any, count: int, name: str, where: str) -> NDArray[np.bool_]:
     if not np.isfinite(row).all():
         raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
     return np.asarray(row > 0)
+
+
+def read_classes(path: Path) -> ClassTable:
+    """Read class names, one a line, with mask values from 1 on or given after a tab.
+
+    Raises:
+        DataError: if the file is missing or not UTF-8 text, a value is not an integer, or the
+            classes do not make a :class:`lpcam.data.items.ClassTable`.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> path = Path(mkdtemp()) / "classes.txt"
+        >>> _ = path.write_text("cow\\ndog\\t12\\n")
+        >>> read_classes(path).mask_ids
+        (1, 12)
+    """
+    names, values = [], []
+    for number, line in enumerate(read_text(path, "Write one name a line.").splitlines(), start=1):
+        name, tab, value = line.strip().rpartition("\t")
+        if tab and not value.isdecimal():
+            raise DataError(
+                f"{path} line {number}: {value!r} after the tab is not an integer; expected the "
+                "value of the class in masks"
+            )
+        if value:
+            names.append(name.strip() if tab else value)
+            values.append(int(value) if tab else len(names))
+    try:
+        return ClassTable(tuple(names), tuple(values))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

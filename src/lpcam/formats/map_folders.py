@@ -1,0 +1,290 @@
+"""Folders of map files of other programs, imported and exported."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lpcam.data.classes import choose_classes
+from lpcam.data.items import ClassTable, Skip, safe_id
+from lpcam.errors import ArtefactError, DataError
+from lpcam.formats.labels import CLASSES_FILE, write_unchanged
+from lpcam.formats.maps import (
+    WITH_BACKGROUND,
+    ForeignMaps,
+    MapStyle,
+    maps_without_class,
+    read_foreign_maps,
+    write_foreign_maps,
+)
+from lpcam.functional import normalize
+from lpcam.parallel import ordered_map
+from lpcam.storage import MapFile, map_path, read_maps, write_maps
+from lpcam.version import __version__
+
+Progress = Callable[[int, int], None]
+"""Called with the number of images done and their total."""
+
+_COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
+_VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
+
+
+@dataclass(frozen=True)
+class ImportedMaps:
+    """Result of `import_maps`.
+
+    ``ids`` were written, ``without_class`` are those of them without a map, ``styles`` counts files
+    by style, ``skipped`` are images that were left out, and ``not_chosen`` counts maps of classes
+    that were not chosen, by class.
+    """
+
+    folder: Path
+    ids: tuple[str, ...]
+    styles: Mapping[str, int]
+    without_class: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    not_chosen: Mapping[str, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """A text of one line per fact."""
+        styles = ", ".join(f"{count} {style}" for style, count in sorted(self.styles.items()))
+        lines = [f"{len(self.ids)} map files ({styles}) in {self.folder}"]
+        if self.without_class:
+            lines.append(f"{len(self.without_class)} of them without a class")
+        if dropped := sum(self.styles.get(style, 0) for style in WITH_BACKGROUND):
+            lines.append(f"the background plane of {dropped} was dropped")
+        if self.not_chosen:
+            counts = ", ".join(f"{n} {self.not_chosen[n]}" for n in sorted(self.not_chosen))
+            lines.append(f"maps of classes not chosen were dropped: {counts}")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} left out, the first: {self.skipped[0].reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ExportedMaps:
+    """Result of `export_maps`."""
+
+    folder: Path
+    style: MapStyle
+    files: tuple[Path, ...]
+
+    def summary(self) -> str:
+        """A text of one line."""
+        return f"{len(self.files)} map files of the style {self.style} in {self.folder}"
+
+
+def import_maps(
+    source: Path,
+    output: Path,
+    ids: Sequence[str] | None = None,
+    *,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    style: MapStyle | Literal["auto"] = "auto",
+    classes: ClassTable | None = None,
+    chosen: Sequence[str] | None = None,
+    without_file: Literal["skip", "no class"] = "skip",
+    normalise: bool = False,
+    dtype: Literal["uint8", "float16"] = "float16",
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> ImportedMaps:
+    """Import a folder of map files, ``source/ID.npy``, as ``output/ID.npz``.
+
+    A file may also be named by the 12 digits of a COCO image, with or without ``COCO_train2014_``,
+    or by the 10 digits of a VOC image. The background of amn and psa-crf is dropped. Files that
+    cannot be read are left out, with the reason.
+
+    Args:
+        source: the folder, searched recursively.
+        output: the folder for map files of this package (:func:`lpcam.storage.write_maps`).
+        ids: ids of the images. None: the names of the files.
+        sizes: (H, W) by id, checked against the files.
+        style, classes: as in `read_foreign_maps`, for all files.
+        chosen: names of some of ``classes``, in the order that their label indices get; maps of
+            other classes are dropped and counted.
+        without_file: how an image of ``ids`` without a file is treated: left out, or as having no
+            class (MCTformer's convention; ``sizes`` must have its size).
+        normalise: divide each map by its maximum (:func:`lpcam.functional.normalize`), as IRN does.
+        dtype: precision in which maps are stored.
+        workers: number of files read at a time.
+        progress: called after each image.
+
+    Raises:
+        DataError: if there is no such folder or no file in it, an id is not safe, two files are of
+            one image, or a chosen class is not in ``classes``.
+        ArtefactError: if no file can be read, or an output cannot be written.
+    """
+    table = None if classes is None else choose_classes(classes, chosen)
+    files = _find_files(source)
+    named = {_image_of(name): name for name in files}
+    if ids is None:
+        ids = tuple(files)
+    paths = {i: files.get(safe_id(i), files.get(named.get(_image_of(i), ""))) for i in ids}
+    if not any(paths.values()):
+        raise DataError(
+            f"none of the {len(ids)} images has a file in {source}: it holds "
+            f"{next(iter(files))!r}.npy, the first image is {next(iter(ids), '')!r}"
+        )
+
+    def convert(item_id: str) -> tuple[str, int, list[str]] | Skip:
+        path, size = paths[item_id], (sizes or {}).get(item_id)
+        try:
+            if path is None:
+                if without_file == "skip" or size is None:
+                    wanted = "" if without_file == "skip" else ", and its size was not given"
+                    return Skip(item_id, f"{source} has no file of it{wanted}")
+                made_by: dict[str, Any] = {"imported": {"file": None}, "lpcam": __version__}
+                if table is not None:
+                    made_by["classes"] = list(table.names)
+                found = ForeignMaps(replace(maps_without_class(size), made_by=made_by), "psa", None)
+            else:
+                found = read_foreign_maps(path, size=size, style=style, classes=classes)
+        except ArtefactError as error:
+            return Skip(item_id, str(error))
+        maps, others = found.maps, list[str]()
+        if classes is not None and table is not None:
+            maps, others = _chosen(maps, classes, table)
+        if normalise:
+            maps = MapFile(
+                maps.keys,
+                _normalised(maps.cam),
+                _normalised(maps.high_res),
+                {**maps.made_by, "normalised": "max"},
+            )
+        write_maps(map_path(output, item_id), maps, dtype=dtype)
+        return "no file" if path is None else found.style, len(maps.keys), others
+
+    done: list[str] = []
+    empty: list[str] = []
+    skipped: list[Skip] = []
+    styles: Counter[str] = Counter()
+    not_chosen: Counter[str] = Counter()
+    for number, (item_id, result) in enumerate(
+        zip(ids, ordered_map(convert, ids, workers), strict=True), start=1
+    ):
+        if isinstance(result, Skip):
+            skipped.append(result)
+        else:
+            done.append(item_id)
+            styles[result[0]] += 1
+            not_chosen.update(result[2])
+            if not result[1]:
+                empty.append(item_id)
+        if progress is not None:
+            progress(number, len(ids))
+    if not done:
+        raise ArtefactError(f"no map file of {source} can be used: {skipped[0].reason}")
+    return ImportedMaps(
+        output, tuple(done), dict(styles), tuple(empty), tuple(skipped), dict(not_chosen)
+    )
+
+
+def _chosen(maps: MapFile, classes: ClassTable, table: ClassTable) -> tuple[MapFile, list[str]]:
+    """The maps of the classes of ``table`` with its label indices, and the dropped names."""
+    names = [classes.names[key] for key in maps.keys.tolist()]
+    kept = [row for row, name in enumerate(names) if name in table.names]
+    keys = np.array([table.names.index(names[row]) for row in kept], dtype=np.int64)
+    made_by = {**maps.made_by, "classes": list(table.names)}
+    others = [name for name in names if name not in table.names]
+    return MapFile(keys, maps.cam[kept], maps.high_res[kept], made_by), others
+
+
+def _normalised(planes: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not planes.size:
+        return planes
+    found: NDArray[np.float32] = normalize(torch.from_numpy(planes)).numpy()
+    return found
+
+
+def _find_files(source: Path) -> dict[str, Path]:
+    """Files by their names, which are ids."""
+    if not source.is_dir():
+        raise DataError(f"there is no folder {source}; give the folder of ID.npy files")
+    files = {
+        safe_id(path.relative_to(source).with_suffix("").as_posix()): path
+        for path in sorted(source.rglob("*.npy"))
+        if not any(part.startswith(".") for part in path.relative_to(source).parts)
+    }
+    if not files:
+        raise DataError(f"there is no .npy file in {source}; give the folder of ID.npy files")
+    images: dict[str, str] = {}
+    for name in files:
+        other = images.setdefault(_image_of(name), name)
+        if other != name:
+            raise DataError(f"{source} has {other!r}.npy and {name!r}.npy of one image; keep one")
+    return files
+
+
+def _image_of(name: str) -> str:
+    """One name for an image, however its file is named."""
+    folder, slash, last = name.rpartition("/")
+    if match := _COCO_ID.fullmatch(last):
+        last = f"coco {match[1]}"
+    elif match := _VOC_ID.fullmatch(last):
+        last = f"voc {match[1]}_{match[2]}"
+    return folder + slash + last
+
+
+def export_maps(
+    source: Path,
+    output: Path,
+    style: MapStyle,
+    ids: Sequence[str],
+    *,
+    classes: ClassTable | None = None,
+    background: float | None = None,
+    bare_digits: bool = False,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> ExportedMaps:
+    """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
+
+    Args:
+        source: a folder of map files (:func:`lpcam.storage.write_maps`).
+        output: the folder to write to; files of the same names are replaced.
+        style, classes, background: as in `write_foreign_maps`. If classes are given, their names
+            and mask values are written to `CLASSES_FILE` beside the maps (`read_classes`).
+        ids: ids of the images.
+        bare_digits: name the file of ``COCO_train2014_000000000009`` ``000000000009.npy``, as AMN
+            does.
+        workers: number of files written at a time.
+        progress: called after each image.
+
+    Raises:
+        DataError: as `write_foreign_maps`, or if an id is not safe, two ids give one file, or the
+            folder has a different `CLASSES_FILE`.
+        ArtefactError: if a map file is missing or damaged, or an output cannot be written.
+    """
+    names = {}
+    for item_id in ids:
+        match = _COCO_ID.fullmatch(safe_id(item_id).rpartition("/")[2]) if bare_digits else None
+        names[item_id] = match[1] if match else item_id
+    if len(set(names.values())) != len(ids):
+        raise DataError("two of the images would be written to one file; give each id once")
+
+    if classes is not None:
+        lines = zip(classes.names, classes.mask_ids, strict=True)
+        data = "".join(f"{name}\t{value}\n" for name, value in lines).encode()
+        write_unchanged({output / CLASSES_FILE: data})
+
+    def convert(item_id: str) -> Path:
+        path = output / f"{names[item_id]}.npy"
+        maps = read_maps(map_path(source, item_id))
+        write_foreign_maps(path, maps, style, background=background, classes=classes)
+        return path
+
+    files = []
+    for path in ordered_map(convert, ids, workers):
+        files.append(path)
+        if progress is not None:
+            progress(len(files), len(ids))
+    return ExportedMaps(output, style, tuple(files))
