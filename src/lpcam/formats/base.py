@@ -69,8 +69,7 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        height, width = self.mask.shape
-        return height, width
+        return self.mask.shape[0], self.mask.shape[1]
 
 
 class Format:
