@@ -14,7 +14,7 @@ FLOORS: dict[int, str] = {
     1: "arrays backbones network_files structure linear objects localisation "
     "data.json_stream "
     "functional clustering masks metrics storage progress processes parallel resources "
-    "refine.crf refine.inputs refine.pamr refine.saliency refine.ternary refine.walk",
+    "refine.permutohedral refine.saliency_maps",
     2: "finder wrap faithfulness onnx_files "
     "networks.deeplabv2 networks.upernet networks.wideresnet38 "
     "data.check data.classes data.coco data.coco_files data.coco_index data.coco_masks "
@@ -27,7 +27,8 @@ FLOORS: dict[int, str] = {
     3: "probe train evaluation pretraining ledger starting "
     "report.images report.meaning report.collect report.page report.charts report.tables "
     "compat.gradcam head peers data.estimate data.survey formats.masks "
-    "hosts.amn hosts.edam hosts.mctformer refine.psa "
+    "hosts.amn hosts.base hosts.edam hosts.mctformer refine.psa refine.base refine.crf refine.levels "
+    "refine.pamr refine.saliency_fusion refine.ternary refine.walk "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files models",

@@ -24,10 +24,9 @@ from lpcam.pipeline import refine, run
 from lpcam.presets import CrfSettings, IrnSettings, PamrSettings
 from lpcam.recipe import parse_recipe
 from lpcam.refine.crf import DenseCrf
-from lpcam.refine.irn import Irn, boundary_maps
+from lpcam.refine.irn import Irn, boundary_maps, propagate, pseudo_maps
 from lpcam.refine.pamr import pamr
 from lpcam.refine.ternary import crf_labels, ternary
-from lpcam.refine.walk import propagate, pseudo_maps
 from lpcam.storage import MapFile, map_path, read_maps, write_maps
 
 Values = dict[str, Any]

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
-from lpcam.errors import ArtefactError, ClassifierError
-from lpcam.networks import mctformer
+from lpcam.classifier import BackboneSpec, Preprocessing, build
+from lpcam.errors import ClassifierError
 from lpcam.networks.mctformer import (
     Mctformer,
     attend_block,
@@ -22,7 +21,6 @@ from lpcam.networks.mctformer import (
     scale_positions,
 )
 from lpcam.presets import MctformerSettings
-from lpcam.storage import write_tensors
 
 CLASSES = ("blue", "green", "red")
 SETTINGS = MctformerSettings.from_preset("default", crop=64)
@@ -63,11 +61,6 @@ def test_positions_at_any_grid(grid: tuple[int, int]) -> None:
     assert scale_positions(table, grid).shape == (1, grid[0] * grid[1], 5)
     flat = scale_positions(torch.full((1, 14 * 14, 2), 3.0), grid)
     torch.testing.assert_close(flat, torch.full_like(flat, 3.0))
-
-
-def test_positions_of_their_own_grid_are_untouched() -> None:
-    table = drawn(1, 16, 5)
-    assert torch.equal(scale_positions(table, (4, 4)), table)
 
 
 def test_positions_keep_rows_and_columns_apart() -> None:
@@ -290,40 +283,6 @@ def test_transformers_of_another_kind(changes: dict[str, Any], message: str) -> 
         fresh(**changes)
 
 
-def test_a_module_that_is_no_transformer() -> None:
-    preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(ClassifierError, match="Linear is not a vision transformer of timm"):
-        Mctformer(torch.nn.Linear(2, 2), CLASSES, preprocessing)
-    model = timm.create_model("test_vit", dynamic_img_size=False)
-    with pytest.raises(ClassifierError, match="made without dynamic_img_size"):
-        Mctformer(model, CLASSES, preprocessing)
-
-
-def test_pretrained_weights_come_from_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    state, create = vit_state(), timm.create_model
-
-    def fake(name: str, **options: Any) -> torch.nn.Module:
-        pretrained = options.pop("pretrained", False)
-        model = create(name, **{"img_size": 64, **options})
-        if pretrained:
-            model.load_state_dict(without(without(state, "head.weight"), "head.bias"))
-        return model
-
-    monkeypatch.setattr(mctformer.timm, "create_model", fake)
-    network = fresh(weights="pretrained")
-    assert torch.equal(network.cls_token[0, 2], state["cls_token"][0, 0])
-
-
-def test_random_weights_depend_on_the_seed_alone() -> None:
-    torch.manual_seed(0)
-    first = fresh()
-    torch.manual_seed(1)
-    state = torch.random.get_rng_state()
-    assert fresh().fingerprint() == first.fingerprint() != fresh(seed=2).fingerprint()
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not torch.equal(first.cls_token[0, 0], first.cls_token[0, 1])
-
-
 def test_deit_small_is_that_of_the_specification() -> None:
     settings = MctformerSettings.from_preset("official")
     network = build_mctformer(
@@ -390,37 +349,6 @@ def test_stems_that_do_not_fit(weights: Path) -> None:
 
 
 # -- Files -------------------------------------------------------------------------------------
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    settings = MctformerSettings.from_preset("plus", crop=64)
-    network = fresh(
-        settings=settings, arguments={"depth": 2}, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5)
-    )
-    network.save(tmp_path / "network.safetensors", {"by": "test"})
-    state = torch.random.get_rng_state()
-    again = Mctformer.load(tmp_path / "network.safetensors")
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert again.fingerprint() == network.fingerprint()
-    assert again.classes == CLASSES and again.preprocessing.mean == (0.1, 0.2, 0.3)
-    assert again.ranking_decay == 0.996 and not again.training
-    image = drawn(1, 3, 40, 90)
-    with torch.no_grad():
-        assert torch.equal(again(image).classes, network(image).classes)
-        network.cls_token[0, 0, 0] += 1
-    assert again.fingerprint() != network.fingerprint()
-
-
-def test_files_that_do_not_fit(classifier: Classifier, tmp_path: Path) -> None:
-    classifier.save(tmp_path / "classifier.safetensors")
-    with pytest.raises(ArtefactError, match="'classifier', not a network of MCTformer"):
-        Mctformer.load(tmp_path / "classifier.safetensors")
-    network = fresh()
-    state = without(dict(network.state_dict()), "cls_token")
-    metadata = {"kind": "mctformer", **network._description()}
-    write_tensors(tmp_path / "half.safetensors", state, metadata)
-    with pytest.raises(ArtefactError, match=r"does not fit its own description .*cls_token"):
-        Mctformer.load(tmp_path / "half.safetensors")
 
 
 def test_a_transformer_of_the_callers_own_cannot_be_saved(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.hosts.edam import saliency_labels
 from lpcam.presets import SaliencySettings
+from lpcam.refine.saliency_fusion import saliency_labels
 
 
 @pytest.mark.parametrize(("preset", "name"), [("edam", "plain"), ("edam.crf", "posterior")])

@@ -1,8 +1,8 @@
-"""AMN: a per-pixel classifier that is told which classes an image shows (specification of AMN).
+"""AMN: a per-pixel classifier that is given the classes of an image (specification of AMN).
 
-It is taught by ternary labels, and its probabilities become the maps. LPCAM enters in one of two
-places (section 5): its maps make the labels that teach (Reading A), or prototypes of AMN's own
-features map the image (Reading B).
+It is trained on ternary labels, and its probabilities are the maps. LPCAM is used in one of two
+ways (section 5): its maps make the labels (Reading A), or prototypes of AMN's own features map the
+image (Reading B).
 
 Shapes: B images of H x W pixels, N classes, L = N + 1 labels with the background first, K present
 classes, C channels, h x w the feature grid.
@@ -10,8 +10,8 @@ classes, C channels, h x w the feature grid.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lpcam import engine
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build, described
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import FeaturePair, all_finite, image_pyramid
-from lpcam.functional import FusedMaps, lpcam_of_pair, normalize, strided, unflip
+from lpcam.extract import FeaturePair, image_pyramid
+from lpcam.functional import FusedMaps, lpcam_of_pair, normalize, unflip
+from lpcam.hosts.base import check_finite, check_labels, quarter
 from lpcam.metrics import truth_labels
 from lpcam.network_files import SavedNetwork
 from lpcam.networks.deeplabv2 import Aspp
 from lpcam.presets import AmnSettings
 from lpcam.probe import multi_hot
 from lpcam.processes import Processes
-from lpcam.refine.walk import STRIDE
+from lpcam.refine.base import Samples, shallow_copy
 from lpcam.segmentation.augment import check_masks
 from lpcam.segmentation.losses import reduce_labels
 from lpcam.train import freeze
@@ -50,14 +50,14 @@ EPSILON = 1e-5
 class Amn(SavedNetwork):
     """Backbone, label conditioning and head (section 2).
 
-    A linear layer makes of an image's labels a factor for each channel; dilated convolutions,
-    summed, make logits of the features times the factors.
+    A linear layer turns an image's labels into a factor for each channel; summed dilated
+    convolutions turn the features times the factors into logits.
 
     Args:
-        classifier: whose backbone is used, with its classes; its own head is not.
+        classifier: its backbone and classes are used; its head is not.
         dilations: of the head's parallel 3 x 3 convolutions.
-        dropout: of the features' elements, in training alone.
-        seed: of the first weights of conditioning and head.
+        dropout: probability of dropping a feature, in training only.
+        seed: random seed of the first weights of conditioning and head.
     """
 
     kind = "amn"
@@ -98,18 +98,13 @@ class Amn(SavedNetwork):
         return self.conditioning.weight.device
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, L, h, w) of normalised images (B, 3, H, W) and their labels.
-
-        Args:
-            labels: (B, N) multi-hot.
-        """
+        """Logits (B, L, h, w) of normalised images (B, 3, H, W) with labels (B, N) multi-hot."""
         return self.logits(self.features(images, labels))
 
     def features(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) of normalised images (B, 3, H, W).
+        """Features (B, C, h, w) of normalised images (B, 3, H, W).
 
-        Args:
-            labels: (B, N) multi-hot, for the features after the conditioning; None: those before.
+        With labels (B, N) multi-hot they are those after the conditioning, without those before.
         """
         features = self.classifier.features(images)
         return features if labels is None else self.condition(features, labels)
@@ -125,10 +120,10 @@ class Amn(SavedNetwork):
         return found
 
     def constant_response(self) -> tuple[Tensor, Tensor]:
-        """The head on an input that is the same everywhere: weight (L, C) and bias (L,).
+        """Weight (L, C) and bias (L,) of the head on an input that is the same everywhere.
 
-        Far from the border the logits of conditioned features F are weight . F + bias. This scores
-        the prototypes of Reading B, whose head is no 1 x 1 convolution (section 5, inferred).
+        They score the prototypes of Reading B, whose head is no 1 x 1 convolution (section 5,
+        inferred).
         """
         branches = [b for b in self.head.children() if isinstance(b, nn.Conv2d)]
         weight = torch.stack([b.weight.detach().sum((2, 3)) for b in branches]).sum(0)
@@ -136,14 +131,10 @@ class Amn(SavedNetwork):
         return weight, bias
 
     def folded(self) -> Amn:
-        """The same network for inference, its backbone as :meth:`Classifier.folded`.
-
-        It shares conditioning and head with this one and cannot be saved.
-        """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        """A copy for inference with a folded backbone; shares the head, cannot be saved."""
+        twin = shallow_copy(self)
         twin.classifier = self.classifier.folded()
-        twin.dropout = nn.Dropout(self.dropout.p).eval()  # not shared, for its mode is not either
+        twin.dropout = nn.Dropout(self.dropout.p).eval()  # not shared, as its mode is not
         twin.training = False
         return twin
 
@@ -173,16 +164,22 @@ def build_amn(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Amn:
-    """Build AMN on a timm backbone, with first weights of conditioning and head.
+    """Build AMN on a timm backbone, with untrained conditioning and head.
 
     Args:
-        spec, classes, weights, mean, std: as :func:`lpcam.classifier.build`; the weights are
-            ImageNet's and not those of the classifier that made the maps (section 2).
-        settings: whose ``dilations`` and ``dropout`` the network has.
-        seed: of the first weights.
+        spec, classes, weights, mean, std: as for :func:`lpcam.classifier.build`; the weights are
+            ImageNet's, not those of the classifier that made the maps (section 2).
+        settings: ``dilations`` and ``dropout`` are used.
+        seed: random seed of the first weights.
 
     Raises:
         ClassifierError: as :func:`lpcam.classifier.build`.
+
+    Example:
+        >>> spec, settings = BackboneSpec("test_resnet", {}, 16), AmnSettings.from_preset("default")
+        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
+        >>> network(torch.zeros(1, 3, 32, 48), torch.ones(1, 2)).shape
+        torch.Size([1, 3, 2, 3])
     """
     classifier = build(spec, classes, weights=weights, mean=mean, std=std, seed=seed)
     return Amn(classifier, dilations=settings.dilations, dropout=settings.dropout, seed=seed)
@@ -192,7 +189,12 @@ def build_amn(
 
 
 def label_counts(labels: Tensor) -> Tensor:
-    """(2,) int64: how many pixels of labels (B, h, w) are background, and how many of a class."""
+    """Number of pixels (2,) int64 of labels (B, h, w) that are background, and of a class.
+
+    Example:
+        >>> label_counts(torch.tensor([[[0, 0, 0, 5, 255]]])).tolist()
+        [3, 1]
+    """
     return _sides(labels).sum((1, 2, 3))
 
 
@@ -205,7 +207,7 @@ def _sides(labels: Tensor) -> Tensor:
 def amn_loss(
     logits: Tensor, labels: Tensor, smoothing: float, counts: Tensor | None = None
 ) -> Tensor:
-    """The balanced cross-entropy with smoothed labels (section 3).
+    """Balanced cross-entropy with smoothed labels (section 3).
 
     Half the mean over background pixels and half the mean over those of a class, each over the
     whole batch. A mean without a pixel is 0, and so is its gradient.
@@ -221,6 +223,10 @@ def amn_loss(
 
     Raises:
         ValueError: if the shapes do not fit.
+
+    Example:
+        >>> amn_loss(torch.zeros(1, 2, 1, 1), torch.full((1, 1, 1), 255), 0.4)
+        tensor(0.)
     """
     if logits.ndim != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
@@ -248,10 +254,10 @@ def augment(
     settings: AmnSettings,
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Random scale, mirror image and square crop of an image and its labels (section 3).
+    """Scale, mirror and crop an image and its labels at random (section 3).
 
-    The image is resized by Pillow's bicubic filter and the labels by its nearest neighbour; a crop
-    that reaches beyond the image is the mean colour there and ignored.
+    Labels are resized by Pillow's nearest neighbour. A crop that reaches beyond the image has the
+    mean colour and ignored labels there.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -267,34 +273,23 @@ def augment(
     return canvas, target
 
 
-class _Labelled(Dataset[tuple[Tensor, Tensor, int]]):
-    """Augmented images, their labels and their numbers by place."""
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Item, Path]],
-        classes: ClassTable,
-        preprocessing: Preprocessing,
-        settings: AmnSettings,
-        seed: int,
-    ) -> None:
-        self.pairs = pairs
-        self.classes = classes
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, Tensor, int]:
-        epoch, index, _ = place
-        item, path = self.pairs[index]
-        image, labels = augment(
-            read_image(item.image),
-            truth_labels(read_index_mask(path), self.classes),
-            self.preprocessing,
-            self.settings,
-            np.random.default_rng([self.seed, epoch, index]),
-        )
-        return image, labels, index
+def _sample(
+    pairs: Sequence[tuple[Item, Path]],
+    classes: ClassTable,
+    preprocessing: Preprocessing,
+    settings: AmnSettings,
+    seed: int,
+    place: engine.Place,
+) -> tuple[Tensor, Tensor, int]:
+    item, path = pairs[place.sample]
+    image, labels = augment(
+        read_image(item.image),
+        truth_labels(read_index_mask(path), classes),
+        preprocessing,
+        settings,
+        np.random.default_rng([seed, place.epoch, place.sample]),
+    )
+    return image, labels, place.sample
 
 
 def train_amn(
@@ -308,24 +303,24 @@ def train_amn(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place, with checkpoints in ``folder`` from which a stopped run goes on (section 3).
+    """Train in place; a stopped training resumes from the checkpoints in ``folder`` (section 3).
 
-    Adam without a schedule, its rates for the backbone and for conditioning and head; batch-norm
-    statistics frozen. The labels are read at the centre of each cell of the logits' grid.
+    Adam without a schedule, with one rate for the backbone and one for conditioning and head;
+    batch-norm statistics are frozen. A cell of the logits' grid is compared with the label at its
+    centre.
 
     Args:
+        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
             Those without a pixel that counts are left out.
         classes: of the network, with their mask ids.
-        workers: processes that read and augment images.
-        processes: those that share each batch; the step is that of the whole batch, whatever their
-            number, but for rounding.
+        settings: of the training.
 
     Returns:
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: as :func:`lpcam.segmentation.augment.check_masks`, before any training.
+        DataError: as :func:`lpcam.segmentation.augment.check_masks`.
         ClassifierError: if the classes are not the network's, ``freeze`` matches nothing, or as
             :func:`lpcam.engine.run`.
         ArtefactError: if a checkpoint is damaged or of another network.
@@ -362,7 +357,7 @@ def train_amn(
     history = engine.run(
         network,
         torch.optim.Adam([g for g in groups if g["params"]], weight_decay=settings.weight_decay),
-        _Labelled(pairs, classes, network.preprocessing, settings, seed),
+        Samples(partial(_sample, pairs, classes, network.preprocessing, settings, seed)),
         len(pairs),
         loss,
         engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
@@ -388,33 +383,37 @@ def export_maps(
 ) -> FusedMaps:
     """Probabilities of an image's labels, stretched to [0, 1] (section 4).
 
-    The logits of the scales are enlarged, bilinearly and straight to each size, and averaged; of
-    the softmax over all L labels the background's plane and those of the present classes are kept.
-    Each plane is stretched by its minimum and maximum, but where the seed says background.
+    The logits of the scales are enlarged to each size and averaged; after the softmax over all L
+    labels the planes of the background and the present classes are kept. Each plane is stretched by
+    its minimum and maximum, except where the seed mask says background.
 
     Args:
         logits: (L, h, w) of each scale, the mean of the image's and its mirror image's.
         labels: the K present classes, from 0.
-        seed: (H, W) the labels that taught the network, of which 0 matters; None stretches every
-            pixel. They are brought to each size by Pillow's nearest neighbour.
+        seed: (H, W) labels that the network was trained on, of which only 0 matters; None stretches
+            every pixel.
         size: (H, W) of the image.
 
     Returns:
         ``cam`` (K + 1, ceil(H/4), ceil(W/4)) and ``high_res`` (K + 1, H, W), background first.
 
     Raises:
-        DataError: if there is no scale, the seed has another size, or the logits lack a label.
+        DataError: if there is no scale, the seed has another size, or a label is not a class.
+
+    Example:
+        >>> export_maps([torch.zeros(3, 2, 2)], [1], None, (8, 12)).high_res.shape
+        torch.Size([2, 8, 12])
     """
     if not logits:
         raise DataError("there are no logits; give those of at least one scale")
-    _check_labels(labels, logits[0].shape[0] - 1)
+    check_labels(labels, logits[0].shape[0] - 1)
     kept = [0, *(index + 1 for index in labels)]
 
     def planes(target: tuple[int, int]) -> Tensor:
         found = _mean_at(logits, target).softmax(0)[kept]
         return _gated(found, normalize(found, "minmax", EPSILON), seed, size)
 
-    return FusedMaps(planes(_quarter(size)), planes(size))
+    return FusedMaps(planes(quarter(size)), planes(size))
 
 
 @torch.no_grad()
@@ -422,105 +421,78 @@ def maps_of(
     network: Amn,
     image: NDArray[np.uint8],
     labels: Sequence[int],
-    seed: Tensor | None,
     settings: AmnSettings,
+    *,
+    seed: Tensor | None = None,
+    vectors: Tensor | None = None,
 ) -> FusedMaps:
-    """AMN's maps of one image over scales and mirror images, in evaluation mode without dropout.
+    """Maps of one image over scales and mirror images, without dropout.
 
-    (In the released program dropout stays on; that is noise, section 3.) Give the network's
-    :meth:`Amn.folded` twin, which is faster.
+    Without vectors they are AMN's probabilities. (The released program leaves dropout on, section
+    3.) With vectors (Reading B, section 5) they are LPCAM (equations 5 and 6) on AMN's features,
+    each plane divided by its maximum. :meth:`Amn.folded` is faster.
 
     Args:
+        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
-        seed: (H, W) integers, the labels that taught the network; None where ``settings.gate`` is
-            off.
+        settings: ``scales``, ``flip``, ``gate`` and, with vectors, ``conditioned`` are used.
+        seed: (H, W) integers, the labels that the network was trained on. With ``gate`` no plane is
+            stretched or raised where they are background.
+        vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`, of :func:`local_features`.
 
     Returns:
-        the K foreground planes: ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in
-        [0, 1], on the network's device. Without a class they are empty.
+        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in [0, 1], on the network's
+        device.
 
     Raises:
-        DataError: if the seed is missing or has another size, or a label is no class.
+        DataError: if the seed is missing or has another size, or a label is not a class.
         ClassifierError: if the logits hold NaN or Inf.
         PrototypeError: if the features do.
+
+    Example:
+        >>> settings = AmnSettings.from_preset("default", gate=False)
+        >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
+        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
+        >>> maps_of(network, image, [1], settings).cam.shape
+        torch.Size([1, 8, 12])
     """
-    seed = _checked_seed(seed, image, settings)
+    size = (image.shape[0], image.shape[1])
     if not labels:
-        return _no_maps(network, image)
+        nothing = torch.zeros(0, device=network.device)
+        return FusedMaps(nothing.new_zeros(0, *quarter(size)), nothing.new_zeros(0, *size))
+    check_labels(labels, len(network.classes))
+    if not settings.gate:
+        seed = None
+    elif seed is None:
+        raise DataError(
+            "the image has no labels, which say where its maps are not stretched; make them, or "
+            "set amn.gate to false"
+        )
+    conditioned = vectors is None or settings.conditioned
+    pairs = _pairs(network, image, labels, settings.scales, settings.flip, conditioned)
+    if vectors is not None:
+        return _lpcam_maps(pairs, vectors[list(labels)].to(network.device), seed, size)
     logits = []
-    for pair in _pairs(network, image, labels, settings.scales, settings, conditioned=True):
+    for pair in pairs:
         found = network.logits(pair.features)[0]
         if pair.mirrored is not None:
             found = (found + unflip(network.logits(pair.mirrored)[0])) / 2
-        if not all_finite(found):
-            raise ClassifierError(
-                "AMN's conditioning or head gave NaN or Inf for this image; its weights are "
-                "damaged: train it again"
-            )
+        check_finite(found, "AMN's conditioning or head")
         logits.append(found)
-    cam, high_res = export_maps(logits, labels, seed, _size(image))
+    cam, high_res = export_maps(logits, labels, seed, size)
     return FusedMaps(cam[1:], high_res[1:])
 
 
-# -- Reading B: LPCAM on AMN's features --------------------------------------------------------
-
-
-@torch.no_grad()
-def features_of(
-    network: Amn, image: NDArray[np.uint8], labels: Sequence[int], settings: AmnSettings
-) -> Tensor:
-    """Local features (C, h, w) of an image at scale 1, for :func:`lpcam.extract.collect`.
-
-    After the conditioning, then signed, or before it, as ``settings.conditioned`` says.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: the K present classes, from 0.
-
-    Raises:
-        DataError: if a label is no class.
-        PrototypeError: if the features hold NaN or Inf.
-    """
-    settings = settings.model_copy(update={"flip": False})
-    (pair,) = _pairs(network, image, labels, (1.0,), settings, conditioned=settings.conditioned)
-    return pair.features[0]
-
-
-@torch.no_grad()
-def reading_b_maps(
-    network: Amn,
-    vectors: Tensor,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    seed: Tensor | None,
-    settings: AmnSettings,
+def _lpcam_maps(
+    pairs: Iterable[FeaturePair], vectors: Tensor, seed: Tensor | None, size: tuple[int, int]
 ) -> FusedMaps:
-    """LPCAM (equations 5 and 6) on AMN's features, in the place of :func:`maps_of` (section 5).
-
-    Scales and sizes as there; each plane is divided by its maximum. With ``settings.gate`` that
-    division raises nothing where the seed says background.
-
-    Args:
-        vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`, of :func:`features_of`.
-        image, labels, seed: as :func:`maps_of`.
-
-    Returns:
-        as :func:`maps_of`.
-
-    Raises:
-        DataError, PrototypeError: as :func:`maps_of`.
-    """
-    seed = _checked_seed(seed, image, settings)
-    if not labels:
-        return _no_maps(network, image)
-    _check_labels(labels, len(vectors))
-    size, rows = _size(image), vectors[list(labels)].to(network.device)
+    """LPCAM of vectors (K, C) on the features of all scales."""
     maps = [
-        lpcam_of_pair(pair.features[0], None if pair.mirrored is None else pair.mirrored[0], rows)
-        for pair in _pairs(
-            network, image, labels, settings.scales, settings, conditioned=settings.conditioned
+        lpcam_of_pair(
+            pair.features[0], None if pair.mirrored is None else pair.mirrored[0], vectors
         )
+        for pair in pairs
     ]
 
     def planes(target: tuple[int, int]) -> Tensor:
@@ -529,10 +501,40 @@ def reading_b_maps(
         # A cosine difference reaches 2; the plane is then divided by more than 1 everywhere.
         return _gated(torch.minimum(found, stretched), stretched, seed, size)
 
-    return FusedMaps(planes(_quarter(size)), planes(size))
+    return FusedMaps(planes(quarter(size)), planes(size))
 
 
-# -- What both share ---------------------------------------------------------------------------
+@torch.no_grad()
+def local_features(
+    network: Amn,
+    image: NDArray[np.uint8],
+    labels: Sequence[int],
+    settings: AmnSettings,
+    *,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features of an image for prototypes, and the maps that split them (section 5).
+
+    Args:
+        network, image, labels, seed: as for :func:`maps_of`.
+        settings: with ``conditioned`` the features are those after the conditioning, and signed.
+
+    Returns:
+        features (C, h, w) at scale 1, and maps (K, H, W) of :func:`maps_of` without vectors.
+
+    Raises:
+        DataError, ClassifierError, PrototypeError: as :func:`maps_of`.
+
+    Example:
+        >>> settings = AmnSettings.from_preset("default", gate=False)
+        >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
+        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
+        >>> [part.shape[1:] for part in local_features(network, image, [1], settings)]
+        [torch.Size([2, 3]), torch.Size([32, 48])]
+    """
+    check_labels(labels, len(network.classes))
+    (pair,) = _pairs(network, image, labels, (1.0,), False, settings.conditioned)
+    return pair.features[0], maps_of(network, image, labels, settings, seed=seed).high_res
 
 
 def _pairs(
@@ -540,29 +542,19 @@ def _pairs(
     image: NDArray[np.uint8],
     labels: Sequence[int],
     scales: Sequence[float],
-    settings: AmnSettings,
-    *,
+    flip: bool,
     conditioned: bool,
 ) -> Iterator[FeaturePair]:
-    """Features (1, C, h, w) of each scale in evaluation mode, conditioned on the labels if said."""
-    _check_labels(labels, len(network.classes))
+    """Features (1, C, h, w) of each scale in evaluation mode, optionally conditioned."""
     network.eval()
     shown = torch.zeros(1, len(network.classes), device=network.device)
     shown[0, list(labels)] = 1.0
-    for pair in image_pyramid(network.classifier, image[None], scales, flip=settings.flip):
+    for pair in image_pyramid(network.classifier, image[None], scales, flip=flip):
         if not conditioned:
             yield pair
             continue
         mirrored = None if pair.mirrored is None else network.condition(pair.mirrored, shown)
         yield FeaturePair(network.condition(pair.features, shown), mirrored)
-
-
-def _check_labels(labels: Sequence[int], count: int) -> None:
-    if any(not 0 <= index < count for index in labels):
-        raise DataError(
-            f"labels {list(labels)} are not all of the network's classes, 0 to {count - 1}; give "
-            "indices of its classes"
-        )
 
 
 def _mean_at(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -577,42 +569,10 @@ def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None, size: tuple[i
     """The stretched planes, but the plain ones where a seed of the image's size is background."""
     if seed is None:
         return stretched
-    _check_seed_size(seed, size)
-    sure = reduce_labels(seed, planes.shape[-2:]).to(planes.device) == BACKGROUND
-    return torch.where(sure, planes, stretched)
-
-
-def _check_seed_size(seed: Tensor, size: tuple[int, int]) -> None:
     if tuple(seed.shape) != size:
         raise DataError(
             f"the labels that gate the maps have {tuple(seed.shape)} pixels but the image {size}; "
             "make the labels again"
         )
-
-
-def _checked_seed(
-    seed: Tensor | None, image: NDArray[np.uint8], settings: AmnSettings
-) -> Tensor | None:
-    """The seed where it is needed, else None."""
-    if not settings.gate:
-        return None
-    if seed is None:
-        raise DataError(
-            "the image has no labels, which say where its maps are not stretched; make them, or "
-            "set amn.gate to false"
-        )
-    _check_seed_size(seed, _size(image))
-    return seed
-
-
-def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
-    return image.shape[0], image.shape[1]
-
-
-def _quarter(size: tuple[int, int]) -> tuple[int, int]:
-    return strided(size[0], STRIDE), strided(size[1], STRIDE)
-
-
-def _no_maps(network: Amn, image: NDArray[np.uint8]) -> FusedMaps:
-    size, nothing = _size(image), torch.zeros(0, device=network.device)
-    return FusedMaps(nothing.new_zeros(0, *_quarter(size)), nothing.new_zeros(0, *size))
+    sure = reduce_labels(seed, planes.shape[-2:]).to(planes.device) == BACKGROUND
+    return torch.where(sure, planes, stretched)

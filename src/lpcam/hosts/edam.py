@@ -1,24 +1,23 @@
-"""EDAM: fusion of maps with saliency, and a network that learns class masks from pairs of images.
+"""EDAM: a network that learns class masks from pairs of images (specification of EDAM, 1 to 3).
 
-Specification of EDAM. The fusion (section 4) takes any maps and is what LPCAM's rows of EDAM use;
-the network (sections 1 to 3) is EDAM's own baseline. Its backbone's features f give
+From a backbone's features f it computes a mask for each class
 
     M = |g / |g||,  g = a 3 x 3 convolution of f to N + 1 channels,
 
-a mask for each of the N classes and, last, one of an implicit background that nothing supervises.
-Each class's masked features of *both* images of a pair that share a class go through a transformer
-block of its own, which sees the tokens of both, and must tell whether each image shows the class.
+the last channel being an implicit background. Each class's masked features of *both* images of a
+pair that share a class go through a transformer block of that class, which must tell whether each
+image shows the class. The fusion with saliency is :mod:`lpcam.refine.saliency_fusion`.
 
-Shapes: B images of H x W pixels, of which each two that follow each other are a pair; C channels of
-the backbone on a grid of h x w cells; D the width of a token.
+Shapes: B images of H x W pixels, each two consecutive ones a pair; C channels of the backbone on a
+grid of h x w cells; D the width of a token; N classes.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lpcam import engine, train
 from lpcam.classifier import (
@@ -43,143 +41,50 @@ from lpcam.data.images import read_image
 from lpcam.data.items import Item
 from lpcam.data.jitter import jitter_colours
 from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import all_finite, image_pyramid
+from lpcam.extract import image_pyramid
 from lpcam.functional import FusedMaps, fuse_scales, unflip
+from lpcam.hosts.base import check_finite, check_labels
 from lpcam.network_files import SavedNetwork
-from lpcam.presets import EdamSettings, SaliencySettings
+from lpcam.presets import EdamSettings
 from lpcam.probe import multi_hot
 from lpcam.processes import Processes
-from lpcam.refine.crf import DenseCrf
-from lpcam.refine.inputs import compute_dtype
-from lpcam.refine.psa import crf_scores
+from lpcam.refine.base import Samples, shallow_copy
 
-NEVER, ALWAYS = -2.0, 2.0
-"""Scores below and above the indicator of the background, which is 0 or 1 (section 4, step 4)."""
-BACKGROUND_POWER = 1.0
-"""Of 1 - the highest map, the background's score before a CRF (section 4, step 1)."""
 PAIR = 2
-"""Images that a class is learnt from at a time."""
+"""Images from which a class is learnt together."""
 WAVELENGTHS = 10000.0
-"""Ratio of the longest wavelength of the positions' code to the shortest."""
+"""Ratio of the longest wavelength of the position code to the shortest."""
 NORM_EPSILON = 1e-6
 """Added to the standard deviation in the transformers' layer norms."""
 HEADS = ("activation.", "reduction.", "logits.")
-"""The new convolutions, which have a higher learning rate."""
-WIDE_RESNET = "wideresnet38"
-"""EDAM's own backbone."""
+"""Name prefixes of the new convolutions, which have a higher learning rate."""
 RECORDS = 25
-"""Of the history over a whole training, about one an epoch of the released list (section 2)."""
-
-
-# -- Fusion with saliency ----------------------------------------------------------------------
-
-
-def fuse_saliency(
-    maps: Tensor,
-    saliency: Tensor,
-    settings: SaliencySettings,
-    *,
-    crf: tuple[Tensor, DenseCrf] | None = None,
-) -> Tensor:
-    """Labels of maps whose background is what is not salient (section 4).
-
-    Args:
-        maps: (K, H, W) in [0, 1] of the image's own classes, each divided by its maximum, in
-            ascending order of the classes, for the first of equal scores wins.
-        saliency: (H, W) uint8, grey levels of a saliency map of the image.
-        settings: whose ``crf`` says whether there is one; its alpha and beta must fit.
-        crf: the image, (H, W, 3) uint8 RGB, and the CRF whose posteriors take the maps' place.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th map. Without a class all are background.
-
-    Raises:
-        DataError: if a CRF is given that the settings do not want, or the other way round, or as
-            :func:`lpcam.refine.psa.crf_scores` and :func:`saliency_labels`.
-    """
-    if settings.crf != (crf is not None):
-        raise DataError(
-            f"saliency.crf is {settings.crf}, but {'a' if crf else 'no'} CRF was given; alpha and "
-            "beta fit one case alone: give "
-            + ("the image and a CRF" if settings.crf else "none, or take the preset edam.crf")
-        )
-    _check_maps(maps, saliency)
-    scores = maps
-    if crf is not None:
-        scores = crf_scores(crf[1], crf[0], maps, BACKGROUND_POWER)[1:]
-    return saliency_labels(
-        scores, saliency, theta=settings.theta, alpha=settings.alpha, beta=settings.beta
-    )
-
-
-def saliency_labels(
-    scores: Tensor, saliency: Tensor, *, theta: float, alpha: float, beta: float
-) -> Tensor:
-    """The best class of each pixel, or the background (steps 2 to 5).
-
-    What is not salient is background unless a class has more than ``beta``; what is salient has the
-    best class unless all have less than ``alpha``. The first of equal classes wins.
-
-    Args:
-        scores: (K, H, W) maps or posteriors in [0, 1].
-        saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-        alpha: above 0, so that the classes that have no map never win.
-        beta: below 1.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th class.
-
-    Raises:
-        DataError: if the shapes or dtypes are others, sizes or devices differ, or a score is not
-            finite.
-    """
-    _check_maps(scores, saliency)
-    # alpha and beta of posteriors are nearer to 0 and 1 than half precision can tell
-    wide = scores.to(compute_dtype(scores))
-    decided = torch.where(wide > beta, ALWAYS, torch.where(wide < alpha, NEVER, wide))
-    # in float32, in which 100 times 0.29 is the grey level 29
-    background = (saliency.float() <= 100 * theta).to(wide.dtype)
-    return torch.cat([background[None], decided]).argmax(0)
-
-
-def _check_maps(maps: Tensor, saliency: Tensor) -> None:
-    if maps.ndim != 3 or not maps.is_floating_point() or not bool(torch.isfinite(maps).all()):
-        raise DataError(
-            f"maps are {maps.dtype} {tuple(maps.shape)}; expected finite floating-point numbers of "
-            "the shape (classes, height, width)"
-        )
-    if saliency.dtype != torch.uint8 or saliency.ndim != 2:
-        raise DataError(
-            f"the saliency map is {saliency.dtype} {tuple(saliency.shape)}; expected grey levels, "
-            "uint8 of the shape (height, width): multiply a map in [0, 1] by 255"
-        )
-    if saliency.shape != maps.shape[1:] or saliency.device != maps.device:
-        raise DataError(
-            f"the saliency map {tuple(saliency.shape)} on {saliency.device} and the maps "
-            f"{tuple(maps.shape)} on {maps.device} differ in size or device; read it with "
-            "lpcam.data.saliency.read_saliency at the size of the image"
-        )
+"""Records in the history of a training, about one an epoch of the released list (section 2)."""
 
 
 # -- The network -------------------------------------------------------------------------------
 
 
 def class_masks(scores: Tensor) -> Tensor:
-    """M, the absolute values of scores divided by their length over the channels (section 1).
+    """M (B, N + 1, h, w) in [0, 1] of scores of that shape (section 1).
 
-    Args:
-        scores: (B, N + 1, h, w).
+    The scores are divided by their length over the channels; M are the absolute values.
 
-    Returns:
-        the same shape, in [0, 1]; the squares of a pixel's channels add up to 1.
+    Example:
+        >>> class_masks(torch.tensor([3.0, -4.0]).reshape(1, 2, 1, 1)).flatten()
+        tensor([0.6000, 0.8000])
     """
     return F.normalize(scores, dim=1).abs()
 
 
 def sinusoidal_positions(count: int, width: int) -> Tensor:
-    """The code (count, width) float32 of positions 0, 1, ...: sines in even columns, then cosines.
+    """Code (count, width) float32 of positions 0, 1, ...: sines in even columns, cosines in odd.
 
-    Column 2 i and the next have the wavelength 2 pi 10000^(2 i / width) (Vaswani et al. 2017).
+    Columns 2 i and 2 i + 1 have the wavelength 2 pi 10000^(2 i / width) (Vaswani et al. 2017).
+
+    Example:
+        >>> sinusoidal_positions(1, 4)
+        tensor([[0., 1., 0., 1.]])
     """
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(WAVELENGTHS) / width))
     angles = torch.arange(count)[:, None] * rates
@@ -190,7 +95,7 @@ def sinusoidal_positions(count: int, width: int) -> Tensor:
 
 
 class _Norm(nn.Module):
-    """Layer norm with the unbiased standard deviation, a constant added to it (section 1)."""
+    """Layer norm with the unbiased standard deviation plus a constant (section 1)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -207,6 +112,7 @@ class Encoder(nn.Module):
 
     Args:
         width: D, a multiple of ``heads``.
+        heads: of the attention.
         hidden: width of the feed-forward part, with a GELU by its tanh approximation.
         dropout: of attention, of both parts' outputs, of the hidden layer, and of the result.
     """
@@ -245,16 +151,13 @@ class Edam(SavedNetwork):
     """A backbone, the discriminative activation layer and collaborative multi-attention.
 
     Args:
-        classifier: whose backbone is used; its head is not.
+        classifier: its backbone is used; its head is not.
         classes: the N class names, in label order.
-        width: D, of the tokens.
-        heads: of the attention.
-        hidden: width of the transformers' feed-forward part.
-        dropout: of tokens and transformers.
-        seed: of the first weights of all but the backbone.
+        width, heads, hidden, dropout: as for :class:`Encoder`.
+        seed: random seed of the first weights of all but the backbone.
 
     Raises:
-        ClassifierError: if the width is no multiple of the heads.
+        ClassifierError: if the width is not a multiple of the heads.
     """
 
     kind = "edam"
@@ -317,7 +220,7 @@ class Edam(SavedNetwork):
             ValueError: if the number of images is odd.
         """
         if len(images) % PAIR:
-            raise ValueError(f"{len(images)} images are no pairs; give an even number of them")
+            raise ValueError(f"{len(images)} images are not pairs; give an even number of them")
         features = self.classifier.features(images)
         masks = self.masks(features)[:, :-1]
         reduced = self.reduction(features)
@@ -334,18 +237,14 @@ class Edam(SavedNetwork):
         return (torch.stack(pooled, 1) * self.logits.weight).sum(-1)
 
     def train(self, mode: bool = True) -> Edam:
-        """Training mode with every batch norm in evaluation mode."""
+        """Set training mode, but keep every batch norm in evaluation mode."""
         super().train(mode)
         self.classifier.train(mode)
         return self
 
     def folded(self) -> Edam:
-        """The same network for inference, its backbone as :meth:`Classifier.folded`.
-
-        It shares the other layers with this one and cannot be saved.
-        """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        """A copy for inference with a folded backbone; shares the rest, cannot be saved."""
+        twin = shallow_copy(self)
         twin.classifier = self.classifier.folded()
         return twin
 
@@ -378,50 +277,54 @@ def build_edam(
     """Build EDAM's network on a timm backbone.
 
     Args:
-        spec: of the backbone; WideResNet-38 loses its last ReLU (section 1) unless the arguments
-            say otherwise.
+        spec: of the backbone; WideResNet-38 is used without its last ReLU (section 1) unless the
+            arguments say otherwise.
         classes: N class names.
-        settings: whose width, heads, hidden and dropout are used.
-        weights, mean, std, seed: as :func:`lpcam.classifier.build`; the weights are ImageNet's.
+        settings: ``width``, ``heads``, ``hidden`` and ``dropout`` are used.
+        weights, mean, std, seed: as for :func:`lpcam.classifier.build`; the weights are ImageNet's.
 
     Raises:
         ClassifierError: as :func:`lpcam.classifier.build` and :class:`Edam`.
+
+    Example:
+        >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
+        >>> network = build_edam(spec, ("cat", "dog"), settings, weights="random")
+        >>> network(torch.zeros(2, 3, 32, 48)).shape
+        torch.Size([2, 2])
     """
-    if spec.name == WIDE_RESNET:
+    if spec.name == "wideresnet38":
         spec = replace(spec, arguments={"final_relu": False, **spec.arguments})
     classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
-    return Edam(
-        classifier,
-        classes,
-        width=settings.width,
-        heads=settings.heads,
-        hidden=settings.hidden,
-        dropout=settings.dropout,
-        seed=seed,
-    )
+    sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
+    return Edam(classifier, classes, **sizes, seed=seed)
 
 
 # -- Pairs -------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
-    """Two different images that show one class."""
+    """Two different images that share a class."""
 
     first: int
-    """Its number among the images."""
+    """Index among the images."""
     second: int
     label: int
     """A class of both."""
 
 
 class Partners:
-    """Draws for an image another one that shares a class with it.
+    """Draws another image that shares a class with an image.
 
     Args:
         items: images with their labels.
 
     Raises:
         DataError: if no two images share a class.
+
+    Example:
+        >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
+        >>> Partners(items).draw(0, np.random.default_rng(0))
+        Pair(first=0, second=1, label=0)
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -435,37 +338,32 @@ class Partners:
         """Images that have a partner."""
         if not self.firsts:
             raise DataError(
-                f"among {len(items)} images no two share a class, so there are no pairs to train "
-                "EDAM on; give two labelled images of a class at least"
+                f"no two of {len(items)} images share a class, so there are no pairs to train EDAM "
+                "on; give at least two images of a class"
             )
 
     def draw(self, first: int, generator: np.random.Generator) -> Pair:
-        """A class of the image and another image of that class, both uniformly.
-
-        Args:
-            first: one of ``firsts``.
-        """
+        """Draw a class of an image of ``firsts`` and another image of it, both uniformly."""
         label = self.labels[first][int(generator.integers(len(self.labels[first])))]
         others = self.of_class[label]
-        # a step of 1 to all but one round the list never comes back to the image itself
+        # a cyclic step between 1 and len - 1 never returns to the image itself
         step = int(generator.integers(1, len(others)))
         return Pair(first, others[(others.index(first) + step) % len(others)], label)
 
 
 def pairs_of(items: Sequence[Item], steps: int, pairs: int, seed: int) -> list[Pair]:
-    """The pairs that a training of so many steps sees, in their order (section 2).
+    """The pairs of a training, in their order: ``pairs`` for each of ``steps`` steps (section 2).
 
-    In an epoch each image that has a partner comes first once, in random order; an epoch's partners
-    are drawn anew. (The released list is fixed and not public.)
-
-    Args:
-        pairs: a step; if there are fewer images than that, all of them.
-
-    Returns:
-        ``steps`` times as many pairs as a step has.
+    In an epoch each image that has a partner comes first once, in random order, with a new partner.
+    (The released list is fixed and not public.) A step has fewer pairs if there are fewer images.
 
     Raises:
         DataError: if no two images share a class.
+
+    Example:
+        >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
+        >>> sorted(pairs_of(items, 1, 2, seed=0))
+        [Pair(first=0, second=1, label=0), Pair(first=1, second=0, label=0)]
     """
     partners = Partners(items)
     plan = engine.Plan(steps, pairs, steps, lambda _: 1.0)
@@ -484,33 +382,22 @@ def _generator(seed: int, place: engine.Place) -> np.random.Generator:
 # -- Training ----------------------------------------------------------------------------------
 
 
-class _Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images (2, 3, crop, crop) of a pair and their numbers (2,), by their place."""
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        partners: Partners,
-        preprocessing: Preprocessing,
-        settings: EdamSettings,
-        seed: int,
-    ) -> None:
-        self.items = items
-        self.partners = partners
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, Tensor]:
-        generator = _generator(self.seed, place)
-        pair = self.partners.draw(self.partners.firsts[place.sample], generator)
-        images = [
-            augment(
-                read_image(self.items[number].image), self.preprocessing, self.settings, generator
-            )
-            for number in (pair.first, pair.second)
-        ]
-        return torch.stack(images), torch.tensor([pair.first, pair.second])
+def _sample(
+    items: Sequence[Item],
+    partners: Partners,
+    preprocessing: Preprocessing,
+    settings: EdamSettings,
+    seed: int,
+    place: engine.Place,
+) -> tuple[Tensor, Tensor]:
+    """Augmented images (2, 3, crop, crop) of a pair and their numbers (2,)."""
+    generator = _generator(seed, place)
+    pair = partners.draw(partners.firsts[place.sample], generator)
+    images = [
+        augment(read_image(items[number].image), preprocessing, settings, generator)
+        for number in (pair.first, pair.second)
+    ]
+    return torch.stack(images), torch.tensor([pair.first, pair.second])
 
 
 def augment(
@@ -519,13 +406,10 @@ def augment(
     settings: EdamSettings,
     generator: np.random.Generator,
 ) -> Tensor:
-    """What :func:`lpcam.train.augment` does, with random colours of the resized image (section 2).
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
+    """:func:`lpcam.train.augment` with random colours of the resized image (section 2).
 
     Returns:
-        (3, crop, crop) float32.
+        (3, crop, crop) float32 of an image (H, W, 3) uint8 RGB.
     """
     return train.augment(
         image,
@@ -537,7 +421,12 @@ def augment(
 
 
 def learning_rate_factor(step: int, settings: EdamSettings) -> float:
-    """Factor of the learning rates at a step: a linear warm-up, and then the poly schedule."""
+    """Factor of the learning rates at a step: a linear warm-up, then the poly schedule.
+
+    Example:
+        >>> learning_rate_factor(0, EdamSettings.from_preset("default", warmup=0))
+        1.0
+    """
     if step < settings.warmup:
         low = settings.warmup_factor
         return low + (1.0 - low) * step / settings.warmup
@@ -556,22 +445,20 @@ def train_edam(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place, with checkpoints in ``folder`` from which a stopped training goes on.
+    """Train in place; a stopped training resumes from the checkpoints in ``folder``.
 
     SGD on the binary cross-entropy of every class and image of the pairs of :func:`pairs_of`.
 
     Args:
+        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
         items: images with their labels; one that shares a class with no other is left out.
-        settings: whose sizes must be those of the network.
-        workers: processes that read and augment images.
-        processes: those that share each step's pairs; the step is that of all pairs, whatever their
-            number, but for rounding.
+        settings: its sizes must be those of the network.
 
     Returns:
         some records: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: if no two images share a class, or a label is of no class of the network.
+        DataError: if no two images share a class, or a label is not a class of the network.
         ClassifierError: if ``freeze`` matches nothing, the loss is no longer finite, or a step has
             fewer pairs than there are processes.
         ArtefactError: if a checkpoint is damaged or of another network.
@@ -579,12 +466,8 @@ def train_edam(
     processes = processes or Processes()
     partners = Partners(items)
     count = len(network.classes)
-    wrong = [item.id for item in items if any(not 0 <= label < count for label in item.labels)]
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} images have labels that are none of the network's {count} classes: "
-            f"{', '.join(wrong[:3])}; build the network for the classes of the data set"
-        )
+    for item in items:
+        check_labels(item.labels, count)
     train.freeze(network.classifier.backbone, settings.freeze, norms=True)
     labels = multi_hot(items, count)
     size = min(settings.pairs, len(partners.firsts))
@@ -606,7 +489,7 @@ def train_edam(
             lr=settings.learning_rate,
             momentum=settings.momentum,
         ),
-        _Pairs(items, partners, network.preprocessing, settings, seed),
+        Samples(partial(_sample, items, partners, network.preprocessing, settings, seed)),
         len(partners.firsts),
         loss,
         engine.Plan(
@@ -635,26 +518,30 @@ def maps_of(
 ) -> FusedMaps:
     """The masks M of an image's classes, summed over scales and mirror images (section 3).
 
-    Each sum is divided by its maximum. Give the network's :meth:`Edam.folded` twin, which takes
-    two thirds of the time.
+    Each sum is divided by its maximum. :meth:`Edam.folded` takes two thirds of the time.
 
     Args:
+        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes.
+        settings: ``scales`` and ``flip`` are used.
 
     Returns:
         ``cam`` (K, ceil(H / 4), ceil(W / 4)) and ``high_res`` (K, H, W) in [0, 1], float32, on the
         network's device.
 
     Raises:
-        DataError: if a label is of no class of the network.
+        DataError: if a label is not a class of the network.
         ClassifierError: if the masks hold NaN or Inf.
         PrototypeError: if the backbone's features do.
+
+    Example:
+        >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
+        >>> network = build_edam(spec, ("cat", "dog"), settings, weights="random")
+        >>> maps_of(network, np.zeros((30, 50, 3), np.uint8), [1], settings).cam.shape
+        torch.Size([1, 8, 13])
     """
-    if any(not 0 <= label < len(network.classes) for label in labels):
-        raise DataError(
-            f"labels {list(labels)} are not all among the network's {len(network.classes)} classes"
-        )
+    check_labels(labels, len(network.classes))
     network.eval()
     chosen = list(labels)
     maps = []
@@ -662,11 +549,7 @@ def maps_of(
         found = network.masks(pair.features)[0, chosen]
         if pair.mirrored is not None:
             found = found + unflip(network.masks(pair.mirrored)[0, chosen])
-        if not all_finite(found):
-            raise ClassifierError(
-                "EDAM's activation layer gave NaN or Inf for this image; its weights are damaged: "
-                "train it again"
-            )
+        check_finite(found, "EDAM's activation layer")
         maps.append(found)
-    # At stride 1 the sizes are the image's own, which the released program resizes to.
+    # At stride 1 the sizes are the image's, to which the released program resizes.
     return fuse_scales(maps, (image.shape[0], image.shape[1]), stride=1)

@@ -1,8 +1,8 @@
 """MCTformer: class attention, PatchCAM and patch affinity as maps (specification of MCTformer).
 
-Training is that of section 2, maps are those of section 3, and LPCAM takes PatchCAM's place as in
+Training is that of section 2, maps are those of section 3, and LPCAM replaces PatchCAM as in
 section 6. The network is :mod:`lpcam.networks.mctformer`. Options of MCTformer+ (2023) that are not
-established are marked as inferred.
+published are marked as inferred.
 
 Shapes: B images, N classes, K present classes, C channels of a token, h x w patches of an image of
 H x W pixels, P = h w.
@@ -11,19 +11,16 @@ H x W pixels, P = h w.
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from random import getstate, setstate
-from random import seed as seed_python
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.random import get_state, set_state
-from numpy.random import seed as seed_numpy
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -35,8 +32,8 @@ from lpcam.classifier import Preprocessing
 from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
 from lpcam.data.items import Item
 from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import all_finite
-from lpcam.functional import FusedMaps, cosine_activation, normalize, strided, unflip, unit
+from lpcam.functional import FusedMaps, cosine_activation, normalize, unflip, unit
+from lpcam.hosts.base import check_finite, check_labels, quarter
 from lpcam.metrics import mean_average_precision
 from lpcam.networks.mctformer import Attended, Mctformer, Scores, build_mctformer
 from lpcam.presets import MctformerSettings
@@ -46,11 +43,13 @@ from lpcam.processes import Processes
 __all__ = [
     "Mctformer",
     "build_mctformer",
+    "check_blocks",
     "fuse",
     "learning_rate",
     "local_features",
     "maps_of",
     "mctformer_loss",
+    "plan_of",
     "refine",
     "token_contrast",
     "train_mctformer",
@@ -70,6 +69,10 @@ def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
     Args:
         scores: logits (B, N).
         labels: (B, N), 1 for present classes.
+
+    Example:
+        >>> mctformer_loss(Scores(torch.full((1, 2), 999.0), None), torch.ones(1, 2))
+        tensor(0.)
     """
     loss = F.multilabel_soft_margin_loss(scores.classes, labels)
     if scores.patches is not None:
@@ -78,13 +81,17 @@ def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
 
 
 def token_contrast(tokens: Tensor) -> Tensor:
-    """What keeps class tokens apart: MCTformer+'s contrast, whose form here is inferred.
+    """Contrastive loss of MCTformer+ that separates class tokens; its form here is inferred.
 
     The cross-entropy of the softmax over each row of the tokens' cosines, whose target is the token
     itself.
 
     Args:
         tokens: (B, N, C), class tokens of the last block.
+
+    Example:
+        >>> bool(token_contrast(torch.eye(3)[None]) < token_contrast(torch.ones(1, 3, 3)))
+        True
     """
     directions = unit(tokens, dim=-1)
     cosines = directions @ directions.transpose(1, 2)
@@ -93,9 +100,13 @@ def token_contrast(tokens: Tensor) -> Tensor:
 
 
 def learning_rate(epoch: int, settings: MctformerSettings) -> float:
-    """The rate of an epoch: a linear warm-up, then a half cosine, renewed every epoch (section 2).
+    """Learning rate of an epoch: a linear warm-up, then a half cosine (section 2).
 
-    The cosine counts from the first epoch of all, not from the end of the warm-up.
+    The cosine counts from the first epoch, not from the end of the warm-up.
+
+    Example:
+        >>> learning_rate(0, MctformerSettings.from_preset("official"))
+        1e-06
     """
     top, low, warmup = settings.learning_rate, settings.warmup_learning_rate, settings.warmup_epochs
     if epoch < warmup:
@@ -105,7 +116,12 @@ def learning_rate(epoch: int, settings: MctformerSettings) -> float:
 
 
 def plan_of(settings: MctformerSettings, count: int) -> engine.Plan:
-    """The epochs of a list of ``count`` images; an incomplete last batch is dropped."""
+    """Plan of a training on ``count`` images; an incomplete last batch is dropped.
+
+    Example:
+        >>> plan_of(MctformerSettings.from_preset("official", epochs=2, batch_size=4), 10).steps
+        4
+    """
     batch = min(settings.batch_size, count)
     an_epoch = count // batch
     return engine.Plan(
@@ -123,30 +139,25 @@ _AUGMENTING = threading.Lock()
 
 @contextmanager
 def _seeded(seed: Sequence[int]) -> Iterator[None]:
-    """Global random numbers that depend on the seed alone, and are afterwards as they were.
+    """Seed the global generators of Python, NumPy and torch, and restore them afterwards.
 
-    timm's augmentation draws from the global generators of Python, NumPy and torch, and takes no
-    others.
+    timm's augmentation draws from these and accepts no others.
     """
     numbers = np.random.SeedSequence(seed).generate_state(3).tolist()
     with _AUGMENTING, torch.random.fork_rng(devices=[]):
-        before = getstate(), get_state()
+        before = random.getstate(), np.random.get_state()
         try:
-            seed_python(numbers[0])
-            seed_numpy(numbers[1])
+            random.seed(numbers[0])
+            np.random.seed(numbers[1])
             torch.manual_seed(numbers[2])
             yield
         finally:
-            setstate(before[0])
-            set_state(before[1])
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
-    """Images (3, crop, crop), augmented by timm's ImageNet transform, by their place (section 2).
-
-    A random part of random aspect is resized by PIL bicubic, mirrored in half of the cases, changed
-    by RandAugment, normalised, and in some cases a rectangle is filled with noise.
-    """
+    """Images (3, crop, crop) augmented by timm's ImageNet transform (section 2)."""
 
     def __init__(
         self,
@@ -186,14 +197,13 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class _Outputs(nn.Module):
-    """A network's training outputs as a forward pass, which is what processes replicate."""
+    """A network whose forward pass gives its training outputs, for replication."""
 
     def __init__(self, network: Mctformer) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Scores, Tensor]:
-        """As :meth:`lpcam.networks.mctformer.Mctformer.outputs`."""
         return self.network.outputs(images)
 
 
@@ -208,17 +218,15 @@ def train_mctformer(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place by AdamW, with checkpoints in ``folder`` to go on from after a stop.
+    """Train in place by AdamW; a stopped training resumes from the checkpoints in ``folder``.
 
-    The weights of the last epoch are those that maps are made with (section 2).
+    The weights of the last epoch are kept (section 2).
 
     Args:
+        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
         items: images and their image-level labels.
         validation: images whose mAP is measured after each epoch.
-        settings: whose ``version`` must be that of the network.
-        workers: processes that read and augment images.
-        processes: those that share each batch; the step is that of the whole batch, whatever their
-            number, but for rounding.
+        settings: ``version`` must be that of the network.
 
     Returns:
         one record an epoch: ``epoch``, ``step``, mean ``loss`` and ``validation_map``.
@@ -285,10 +293,15 @@ def validation_map(
     settings: MctformerSettings,
     processes: Processes | None = None,
 ) -> float | None:
-    """Mean over classes of the average precision of the class scores; None without images.
+    """Mean average precision over the classes of the class scores; None without images.
 
-    Of whole images whose long side is ``settings.crop``. (The released program takes the mean over
-    images of each one's average precision over the classes, another figure.)
+    Whole images are scored, their long side being ``settings.crop``. (The released program averages
+    over images instead.)
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat",), settings, weights="random")
+        >>> validation_map(network, [], settings)
     """
     processes = processes or Processes()
     network.eval()
@@ -312,8 +325,12 @@ def fuse(
 
     Args:
         attention: (..., h, w), non-negative.
-        activation: PatchCAM or LPCAM, of the same shape; None (V1) gives the attention alone.
+        activation: PatchCAM or LPCAM, of the same shape; None (V1) returns the attention.
         fusion: ``"square_root"`` is MCTformer+'s.
+
+    Example:
+        >>> fuse(torch.tensor([[4.0]]), torch.tensor([[9.0]]), "square_root")
+        tensor([[6.]])
     """
     if activation is None:
         return attention
@@ -322,7 +339,7 @@ def fuse(
 
 
 def refine(maps: Tensor, affinity: Tensor) -> Tensor:
-    """Each patch's sum of a map over all patches, weighted by its affinity (section 3, step 3).
+    """Sum of a map over all patches, weighted by the affinity of each patch (section 3, step 3).
 
     Args:
         maps: (..., K, h, w).
@@ -330,6 +347,10 @@ def refine(maps: Tensor, affinity: Tensor) -> Tensor:
 
     Returns:
         (..., K, h, w).
+
+    Example:
+        >>> refine(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0, 10.0], [0.5, 0.0]]))
+        tensor([[[21.0000,  0.5000]]])
     """
     flat = maps.flatten(-2).transpose(-2, -1)
     return (affinity @ flat).transpose(-2, -1).reshape(maps.shape)
@@ -347,32 +368,38 @@ def maps_of(
     """MCTformer's maps of one image, summed over scales and mirror images, min-max normalised.
 
     Args:
+        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
-        settings: ``attention_blocks``, ``fusion``, ``scales`` and ``flip``.
+        settings: ``attention_blocks``, ``fusion``, ``affinity``, ``scales`` and ``flip`` are used.
         vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`: LPCAM of the patch tokens
-            takes PatchCAM's place. None: PatchCAM in V2, the class attention alone in V1.
+            replaces PatchCAM. None: PatchCAM in V2, the class attention alone in V1.
 
     Returns:
         ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1], on the network's
-        device. Without a class they are empty.
+        device.
 
     Raises:
-        DataError: if a label is no class.
+        DataError: if a label is not a class.
         ClassifierError: if the network or the vectors give NaN or Inf, or the network has fewer
             blocks than ``attention_blocks``.
         ValueError: if the vectors do not fit the network.
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
+        >>> maps_of(network, np.zeros((32, 48, 3), np.uint8), [1], settings).cam.shape
+        torch.Size([1, 8, 12])
     """
     size = (image.shape[0], image.shape[1])
     _check(network, labels, settings, vectors)
     views = _views(network, image, settings.scales, settings) if labels else ()
     maps = [_refined(view, labels, settings, vectors) for view in views]
-    quarter = (strided(size[0], 4), strided(size[1], 4))
     cam, high_res = (
         normalize(_summed(maps, goal), "minmax", EPSILON)
         if maps
         else torch.zeros(0, *goal, device=network.device)
-        for goal in (quarter, size)
+        for goal in (quarter(size), size)
     )
     return FusedMaps(cam, high_res)
 
@@ -384,23 +411,28 @@ def local_features(
     labels: Sequence[int],
     settings: MctformerSettings,
 ) -> tuple[Tensor, Tensor]:
-    """What prototypes are made of: patch tokens, and the maps that split them (section 6).
+    """Patch tokens of an image for prototypes, and the maps that split them (section 6).
 
-    The features are signed. The split map, made without LPCAM, is the refined one, min-max
-    normalised, or, with ``settings.split_maps`` ``patch``, PatchCAM after a ReLU, divided by its
-    maximum; either summed over scales and mirror images at the size of the grid.
+    The split maps, made without LPCAM and summed at the size of the grid, are the refined ones,
+    min-max normalised, or, with ``settings.split_maps`` ``patch``, PatchCAM after a ReLU, divided
+    by its maximum.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: the K present classes, from 0.
+        network, image, labels, settings: as for :func:`maps_of`.
 
     Returns:
-        (C, h, w) at scale 1 without flip, and (K, h, w) in [0, 1].
+        features (C, h, w), signed, at scale 1 without flip, and maps (K, h, w) in [0, 1].
 
     Raises:
-        DataError: if a label is no class.
+        DataError: if a label is not a class.
         ClassifierError: if the network gives NaN or Inf, has fewer blocks than
-            ``attention_blocks``, or PatchCAM is wanted of V1.
+            ``attention_blocks``, or PatchCAM of V1 is requested.
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
+        >>> local_features(network, np.zeros((32, 48, 3), np.uint8), [1], settings)[1].shape
+        torch.Size([1, 2, 3])
     """
     _check(network, labels, settings, None)
     scales = settings.scales if 1.0 in settings.scales else (*settings.scales, 1.0)
@@ -415,7 +447,7 @@ def local_features(
         return features, normalize(_summed(maps, grid), "minmax", EPSILON)
     cams = [view.patch_cam for view in used if view.patch_cam is not None]
     for cam in cams:
-        _check_finite(cam)
+        check_finite(cam, "MCTformer")
     if not cams:
         raise ClassifierError(
             "MCTformer V1 has no PatchCAM that could split its features; set "
@@ -432,12 +464,11 @@ def _check(
 ) -> None:
     check_blocks(network, settings)
     count, width = network.cls_token.shape[1:]
-    if wrong := [label for label in labels if not 0 <= label < count]:
-        raise DataError(f"labels {wrong} are no classes of this network; expected 0 to {count - 1}")
-    if vectors is not None and tuple(vectors.shape) != (count, width):
-        raise ValueError(f"expected vectors {(count, width)}, got {tuple(vectors.shape)}")
+    check_labels(labels, count)
     if vectors is not None:
-        _check_finite(vectors)
+        if tuple(vectors.shape) != (count, width):
+            raise ValueError(f"expected vectors {(count, width)}, got {tuple(vectors.shape)}")
+        check_finite(vectors, "the prototypes of MCTformer")
 
 
 def _views(
@@ -446,7 +477,7 @@ def _views(
     scales: Sequence[float],
     settings: MctformerSettings,
 ) -> list[Attended]:
-    """The network's view of an image at each scale, and of the mirrored image beside it."""
+    """The network's outputs for an image, and optionally its mirror image, at each scale."""
     network.eval()
     found = []
     for scale in scales:
@@ -455,7 +486,7 @@ def _views(
         tensor = network.preprocessing(resized)[None].to(network.device)
         pair = torch.cat([tensor, tensor.flip(-1)]) if settings.flip else tensor
         view = network.attend(pair, settings.attention_blocks, affinity=settings.affinity)
-        _check_finite(view.features)
+        check_finite(view.features, "MCTformer")
         found.append(view)
     return found
 
@@ -463,34 +494,28 @@ def _views(
 def _refined(
     view: Attended, labels: Sequence[int], settings: MctformerSettings, vectors: Tensor | None
 ) -> Tensor:
-    """Fused maps (B, K, h, w) of the present classes, refined where wanted, not normalised."""
+    """Fused maps (B, K, h, w) of the present classes, optionally refined, not normalised."""
     present = list(labels)
+    activation = None if view.patch_cam is None else view.patch_cam[:, present]
     if vectors is not None:
         rows = vectors[present].to(view.features)
         activation = normalize(cosine_activation(view.features, rows).relu(), "max")
-    elif view.patch_cam is not None:
-        activation = view.patch_cam[:, present]
-    else:
-        activation = None
     fused = fuse(view.class_attention[:, present], activation, settings.fusion)
     found = fused if view.patch_affinity is None else refine(fused, view.patch_affinity)
-    _check_finite(found)
+    check_finite(found, "MCTformer")
     return found
 
 
-def _check_finite(values: Tensor) -> None:
-    if not all_finite(values):
-        raise ClassifierError(
-            "MCTformer gave NaN or Inf for this image; check its weights, its prototypes and the "
-            "preprocessing (mean and std)"
-        )
-
-
 def check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
-    """Refuse attention of more blocks than there are.
+    """Check that a network has at least ``settings.attention_blocks`` blocks.
 
     Raises:
         ClassifierError: with both numbers.
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat",), settings, weights="random")
+        >>> check_blocks(network, settings)
     """
     if settings.attention_blocks > len(network.blocks):
         raise ClassifierError(
@@ -500,7 +525,7 @@ def check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
 
 
 def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Sum at a size (bilinear) over scales, and over images and mirror images, turned back."""
+    """Sum at a size (bilinear) over scales, images and mirror images, which are mirrored back."""
     total = []
     for pair in maps:
         resized = F.interpolate(pair, size=size, mode="bilinear", align_corners=False)

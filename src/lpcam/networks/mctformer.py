@@ -42,65 +42,64 @@ from lpcam.presets import MctformerSettings
 TOKEN_DEVIATION = 0.02
 """Standard deviation of random class tokens and their positions."""
 MARGIN = 0.1
-"""Cells added to the wanted grid when the table of positions is scaled to it (section 3)."""
+"""Cells added to the grid when the table of positions is scaled to it (section 3)."""
 STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 """Arguments of a network that timm's transformers do not have."""
-CELL_AXES = 4
-"""Of the weights of the head, a convolution; a linear head of a checkpoint has two."""
 
 
 class Scores(NamedTuple):
-    """What is trained: logits of the image's classes."""
+    """Logits of the image's classes."""
 
     classes: Tensor
-    """(B, N), of the class tokens; the ones used at test."""
+    """(B, N), of the class tokens; used at test."""
     patches: Tensor | None
     """(B, N), of PatchCAM; None in V1."""
 
 
 class Attended(NamedTuple):
-    """What maps are made of, for a batch of images."""
+    """Outputs that maps are made of, for a batch of images."""
 
     scores: Scores
     class_attention: Tensor
     """(B, N, h, w), from class tokens to patches, summed over the last blocks."""
     patch_affinity: Tensor | None
-    """(B, P, P), between patches, summed over all blocks; rows are the asking patches."""
+    """(B, P, P), between patches, summed over all blocks; rows are the queries."""
     features: Tensor
-    """(B, C, h, w), the last block's patch tokens, signed; what PatchCAM is a convolution of."""
+    """(B, C, h, w), the last block's patch tokens, signed; the input of PatchCAM."""
     patch_cam: Tensor | None
     """(B, N, h, w), signed; None in V1."""
 
 
 @dataclass(frozen=True)
 class MctformerSpec:
-    """What makes a network, apart from its classes and weights."""
+    """Architecture of a network, apart from its classes and weights."""
 
     backbone: str
     """A vision transformer of timm."""
     arguments: Mapping[str, Any]
     """Of timm, such as ``embed_dim``, ``depth`` and ``num_heads``; and those of a stem."""
     crop: int
-    """Side, in pixels, of the images whose grid the table of positions has."""
+    """Side, in pixels, of the training images, for whose grid there are positions."""
     drop_path: float
     version: str
     """``"v1"`` or ``"v2"``."""
     ranking_decay: float
-    """Of the pooling of PatchCAM; 1 is the plain mean."""
+    """Decay in the pooling of PatchCAM; 1 is the plain mean."""
 
 
 # -- Pure functions ----------------------------------------------------------------------------
 
 
 def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
-    """Mean of the values of each map weighted by decay^rank, from the largest value (rank 0) on.
+    """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on.
 
     Args:
-        maps: (..., h, w).
+        maps: any values.
         decay: in (0, 1]; 1 is the plain mean.
 
-    Returns:
-        (...).
+    Example:
+        >>> ranked_pooling(torch.tensor([[0.0, 3.0]]), 0.5)
+        tensor(2.)
     """
     values = maps.flatten(-2).sort(-1, descending=True).values
     ranks = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
@@ -109,10 +108,10 @@ def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
 
 
 def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions of a square grid at another grid, bicubic (section 3).
+    """Scale positions of a square grid to another grid, bicubic (section 3).
 
-    The factor is (h + 0.1) / g for a table of g x g: what the transformers' programs add lest the
-    size be truncated to one less. A table of the wanted grid is given back as it is.
+    The factor is (h + 0.1) / g for a table of g x g, as in the transformers' programs, so that
+    rounding does not lose a row. A table of the same grid is returned unchanged.
 
     Args:
         table: (1, g g, C).
@@ -120,6 +119,10 @@ def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returns:
         (1, h w, C).
+
+    Example:
+        >>> scale_positions(torch.zeros(1, 4, 8), (3, 5)).shape
+        torch.Size([1, 15, 8])
     """
     side = math.isqrt(table.shape[1])
     if grid == (side, side):
@@ -131,14 +134,18 @@ def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's output and its attention, after the softmax, averaged over the heads.
+    """Output of a block and its attention, after the softmax, averaged over the heads.
 
     Args:
         block: a plain :class:`timm.models.vision_transformer.Block`.
         tokens: (B, T, C).
 
     Returns:
-        (B, T, C) and (B, T, T), whose rows are the asking tokens and add up to 1.
+        (B, T, C) and (B, T, T), whose rows are the queries and add up to 1.
+
+    Example:
+        >>> attend_block(Block(8, 2), torch.zeros(1, 3, 8))[1].shape
+        torch.Size([1, 3, 3])
     """
     attention = block.attn
     batch, count, _ = tokens.shape
@@ -160,11 +167,11 @@ def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class Stem(nn.Module):
     """A frozen convolutional backbone whose cells are the patches (a hybrid transformer).
 
-    It lets a small transformer start from features of ImageNet where there is no checkpoint of its
-    own; the specification has none.
+    A small transformer without a checkpoint can start from features of ImageNet. The specification
+    has no stem.
 
     Args:
-        classifier: whose backbone is used; its head is not.
+        classifier: its backbone is used; its head is not.
         width: channels of the tokens.
     """
 
@@ -174,13 +181,13 @@ class Stem(nn.Module):
         self.proj = nn.Linear(classifier.weight.shape[1], width)
 
     def train(self, mode: bool = True) -> Stem:
-        """The backbone stays in evaluation mode: frozen."""
+        """Set training mode, but keep the backbone in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W), sides multiples of the stride, to (B, h, w, C)."""
+        """Tokens (B, h, w, C) of (B, 3, H, W), sides multiples of the stride."""
         with torch.no_grad():
             features = self.classifier.features(images)
         tokens: Tensor = self.proj(features.permute(0, 2, 3, 1))
@@ -191,19 +198,18 @@ class Mctformer(SavedNetwork):
     """Class tokens on a vision transformer, V1 or V2.
 
     The score of a class is the mean over the channels of its token; V2 scores the classes by
-    PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept, for
-    files of weights have it, but never applied.
+    PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept,
+    because files of weights have it, but never applied.
 
     Args:
-        transformer: a plain one of timm, whose parts are taken over: with a class token and a table
-            of positions, made with ``dynamic_img_size``.
+        transformer: a plain one of timm, whose parts are used: with a class token and a table of
+            positions, made with ``dynamic_img_size``.
         classes: the N names, in label order.
         preprocessing: what the transformer expects of RGB.
-        patch_cam: V2; False is V1.
+        patch_cam: True for V2, False for V1.
         ranking_decay: of :func:`ranked_pooling`, which makes scores of PatchCAM; 1 is the mean.
-        stem: makes the patch tokens in the place of the transformer's own layer.
-        spec: how to build the network again; None for a transformer of the caller's own, which can
-            then not be saved.
+        stem: makes the patch tokens instead of the transformer's layer.
+        spec: how to build the network again; without it the network cannot be saved.
 
     Raises:
         ClassifierError: if the transformer is of another kind.
@@ -240,8 +246,7 @@ class Mctformer(SavedNetwork):
         self.patch_embed: nn.Module = plain.patch_embed if stem is None else stem
         self.pos_drop = plain.pos_drop
         self.blocks = plain.blocks
-        # Never applied, so it must not wait for a gradient.
-        self.norm = plain.norm.requires_grad_(False)
+        self.norm = plain.norm.requires_grad_(False)  # not applied, so it gets no gradient
         self.head = nn.Conv2d(width, count, 3, padding=1) if patch_cam else None
         self.eval()
 
@@ -250,23 +255,23 @@ class Mctformer(SavedNetwork):
         return self.cls_token.device
 
     def forward(self, images: Tensor) -> Scores:
-        """(B, 3, H, W) normalised images to the logits of their classes."""
+        """Logits of the classes of (B, 3, H, W) normalised images."""
         return self.outputs(images)[0]
 
     def outputs(self, images: Tensor) -> tuple[Scores, Tensor]:
-        """The scores and the last block's class tokens (B, N, C), for training."""
+        """Scores and the last block's class tokens (B, N, C), for training."""
         tokens, grid = self.embed(images)
         tokens = self.blocks(tokens)
         scores = self.scores(tokens, self._patch_cam(self._as_map(tokens, grid)))
         return scores, tokens[:, : len(self.classes)]
 
     def attend(self, images: Tensor, blocks: int, *, affinity: bool = True) -> Attended:
-        """What maps are made of (section 3, steps 1 to 3).
+        """Outputs that maps are made of (section 3, steps 1 to 3).
 
         Args:
             images: (B, 3, H, W), normalised.
-            blocks: the last so many give the attention of classes to patches.
-            affinity: whether that of patches to patches is added up; it takes P x P numbers.
+            blocks: number of the last blocks whose attention of classes to patches is summed.
+            affinity: True adds up the attention of patches to patches, P x P numbers.
         """
         tokens, grid = self.embed(images)
         count, depth = len(self.classes), len(self.blocks)
@@ -292,8 +297,8 @@ class Mctformer(SavedNetwork):
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Class and patch tokens (B, N + P, C) before the first block, and the grid (h, w).
 
-        What is left over of a side at the right and below is not looked at; a side shorter than a
-        cell is padded to one with zeros, the mean colour.
+        The rest of a side that does not fill a cell is ignored; a side shorter than a cell is
+        padded to one with zeros, the mean colour.
         """
         height, width = (max(1, side // self.cell) for side in images.shape[-2:])
         bottom, right = (max(0, self.cell - side) for side in images.shape[-2:])
@@ -307,17 +312,14 @@ class Mctformer(SavedNetwork):
         return tokens, (height, width)
 
     def scores(self, tokens: Tensor, patch_cam: Tensor | None) -> Scores:
-        """Of the last block's tokens (B, N + P, C) and PatchCAM (B, N, h, w)."""
-        patches = None
-        if patch_cam is not None:
-            patches = ranked_pooling(patch_cam, self.ranking_decay)
-        return Scores(tokens[:, : len(self.classes)].mean(-1), patches)
+        """Scores from the last block's tokens (B, N + P, C) and PatchCAM (B, N, h, w)."""
+        pooled = None if patch_cam is None else ranked_pooling(patch_cam, self.ranking_decay)
+        return Scores(tokens[:, : len(self.classes)].mean(-1), pooled)
 
     def constant_response(self) -> tuple[Tensor, Tensor]:
-        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all alike, detached.
+        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal, detached.
 
-        The 3 x 3 convolution's taps are added up, which is exact for a constant neighbourhood: the
-        evaluator of prototypes (section 6).
+        The taps of the 3 x 3 convolution are added up. This scores prototypes (section 6).
 
         Raises:
             ClassifierError: for V1, which has no PatchCAM.
@@ -330,9 +332,9 @@ class Mctformer(SavedNetwork):
         return self.head.weight.detach().sum((-2, -1)), self.head.bias.detach()
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The trained parameters with weight decay, and those without.
+        """Trained parameters with weight decay, and those without.
 
-        There is none of tokens, positions, biases and gains (section 2).
+        Tokens, positions, biases and gains have none (section 2).
         """
         decay: list[nn.Parameter] = []
         none: list[nn.Parameter] = []
@@ -364,14 +366,11 @@ class Mctformer(SavedNetwork):
         return planes.reshape(*planes.shape[:2], *grid)
 
     def _patch_cam(self, features: Tensor) -> Tensor | None:
-        if self.head is None:
-            return None
-        maps: Tensor = self.head(features)
-        return maps
+        return None if self.head is None else self.head(features)
 
 
 def _plain(model: nn.Module) -> VisionTransformer:
-    """A transformer all of whose parts the network knows.
+    """The model, if it is a transformer all of whose parts the network knows.
 
     Raises:
         ClassifierError: if it has others, or lacks one.
@@ -392,7 +391,7 @@ def _plain(model: nn.Module) -> VisionTransformer:
         "it has a norm before the first block": not isinstance(model.norm_pre, nn.Identity),
         "it drops patches": not isinstance(model.patch_drop, nn.Identity),
         "it was made without dynamic_img_size": not model.dynamic_img_size,
-        "its blocks are no plain ones": any(
+        "its blocks are not plain ones": any(
             type(block) is not Block
             or type(block.attn).__name__ != "Attention"
             or getattr(block.attn, "gate", None) is not None
@@ -423,26 +422,32 @@ def build_mctformer(
 ) -> Mctformer:
     """Build MCTformer on a vision transformer of timm (section 1).
 
-    Of a DeiT or ViT checkpoint the class token and its position are copied for every class; the
+    The class token of a DeiT or ViT checkpoint and its position are copied for every class; the
     positions of patches are resized (bicubic) if the checkpoint has another grid.
 
     Args:
-        backbone: timm's name, as ``deit_small_patch16_224``.
+        backbone: timm's name, such as ``deit_small_patch16_224``.
         classes: N class names.
-        settings: ``version``, ``crop``, which makes the grid of the positions, ``drop_path`` and
-            the pooling of PatchCAM.
+        settings: ``version``, ``crop``, which determines the grid of the positions, ``drop_path``,
+            ``pooling`` and ``ranking_decay`` are used.
         arguments: of timm, such as ``embed_dim``, ``depth`` and ``num_heads`` of a small one; and
             ``stem``, timm's name of a convolutional backbone that makes the patch tokens, with
             its ``stem_arguments``: see :class:`Stem`.
-        weights: ``"pretrained"`` (timm's, over the network on first use), ``"random"``, or the path
-            of a safetensors file: of the transformer, or of a whole MCTformer with these classes.
+        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
+            safetensors file: of the transformer, or of a whole MCTformer with these classes.
             With a stem they are the stem's, and the transformer is random.
         mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
         seed: of all that is random.
 
     Raises:
         ClassifierError: if timm does not know the name or refuses an argument, the transformer is
-            of another kind, or the weights cannot be had, do not fit or hold NaN or Inf.
+            of another kind, or the weights cannot be read, do not fit or hold NaN or Inf.
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
+        >>> network(torch.zeros(1, 3, 32, 48)).classes.shape
+        torch.Size([1, 2])
     """
     ranked = settings.pooling == "ranked"
     spec = MctformerSpec(
@@ -472,7 +477,10 @@ def _network(
     preprocessing: Preprocessing | None,
     stem_weights: str = RANDOM,
 ) -> Mctformer:
-    """With random weights but the stem's; ``preprocessing`` None: that of timm's pretrained cfg."""
+    """A network with random weights except the stem's.
+
+    ``preprocessing`` None means that of the stem or of timm's pretrained cfg.
+    """
     model = _transformer(
         spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
     )
@@ -497,7 +505,7 @@ def _network(
 
 
 def _stem(spec: MctformerSpec, transformer: VisionTransformer, weights: str) -> Stem:
-    """A backbone whose output stride is the side of the transformer's patches."""
+    """A stem whose output stride is the side of the transformer's patches."""
     cell = int(transformer.patch_embed.feat_ratio())
     backbone = BackboneSpec(spec.arguments[STEM], spec.arguments.get(STEM_ARGUMENTS, {}), cell)
     classifier = build(backbone, NO_CLASSES, weights=weights)
@@ -535,21 +543,18 @@ def _load_weights(network: Mctformer, weights: str | Path, spec: MctformerSpec) 
     own = network.state_dict()
     try:
         state = _with_class_tokens(state, own)
+        if difference := misfit(own, state):
+            raise ClassifierError(f"{difference}; check the backbone's name and arguments")
     except ClassifierError as error:
         raise ClassifierError(
             f"the weights {str(weights)!r} do not fit {spec.backbone!r} with arguments "
             f"{dict(spec.arguments)}: {error}"
         ) from None
-    if difference := misfit(own, state):
-        raise ClassifierError(
-            f"the weights {str(weights)!r} do not fit {spec.backbone!r} with arguments "
-            f"{dict(spec.arguments)}: {difference}; check the backbone's name and arguments"
-        )
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
 
 
 def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's tensors as those of a network with ``own`` tensors."""
+    """Tensors of a transformer renamed and copied to fit a network with ``own`` tensors."""
     if "dist_token" in state:
         raise ClassifierError(
             "they have a distillation token; take the checkpoint that was trained without "
@@ -560,8 +565,8 @@ def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
             "they have no cls_token or no pos_embed; give those of a plain vision transformer"
         )
     token, table, (_, count, width) = state["cls_token"], state["pos_embed"], own["cls_token"].shape
-    given, axes = token.shape[1:], 3
-    if token.ndim != axes or given[1] != width:
+    given = token.shape[1:]
+    if token.ndim != own["cls_token"].ndim or given[1] != width:
         raise ClassifierError(
             f"their tokens have shape {tuple(token.shape)}, but the network's have {width} "
             "channels; set embed_dim to theirs"
@@ -584,8 +589,9 @@ def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     copies = count // given[0]
     positions = table[:, : given[0]].repeat(1, copies, 1)
     # The linear head of a checkpoint gives way to the network's own, if it has one.
+    # A checkpoint's linear head is replaced by the network's convolution, if it has one.
     heads = {k: v for k, v in state.items() if k.startswith("head.")}
-    convolution = "head.weight" in own and heads.get("head.weight", token).ndim == CELL_AXES
+    convolution = "head.weight" in own and "head.weight" in heads and heads["head.weight"].ndim == 4
     kept = heads if convolution else {k: v for k, v in own.items() if k.startswith("head.")}
     return {
         **{k: v for k, v in state.items() if k not in heads},

@@ -1,17 +1,16 @@
-"""IRNet: class boundaries learnt from ternary labels (specification of IRN, sections 4 to 8.1).
+"""IRN: class boundaries learnt from ternary labels, and masks from maps that walk between them.
 
-A frozen backbone gives a pyramid of features; one branch of 1 x 1 convolutions makes a boundary map
-of them, another a displacement field that points to the centre of each instance. Neither changes
-the other, for nothing behind them is shared and trained, so masks can do without the second.
+Specification of IRN, sections 4 to 8. A frozen backbone gives a pyramid of features; a branch of
+1 x 1 convolutions predicts a boundary map from them, and another, which masks do not need, a
+displacement field that points to the centre of each instance. The branches share no trained layer.
 
-Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
+Shapes: B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W / 4).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lpcam import engine
 from lpcam.classifier import (
@@ -39,48 +37,42 @@ from lpcam.classifier import (
 from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
 from lpcam.data.items import IGNORE, Item
 from lpcam.errors import ClassifierError, DataError
-from lpcam.functional import unflip
+from lpcam.functional import strided, unflip
 from lpcam.network_files import SavedNetwork
 from lpcam.presets import IrnSettings
 from lpcam.processes import Processes
+from lpcam.refine.base import Samples, check_label_files, shallow_copy
+from lpcam.refine.levels import Level, feature_levels, pad_sides, rounds_up
 from lpcam.refine.walk import (
     EPSILON,
     STRIDE,
     Offset,
+    Window,
     affinities,
-    likelihood_sums,
+    likelihood_means,
     pair_counts,
     pair_kinds,
+    partner_window,
+    random_walk,
     source_window,
 )
 
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
-"""Those in the displacement branch: of a level that was pooled, at stride 4, and beyond."""
+"""The same in the displacement branch, for a level pooled to stride 4, at stride 4, and beyond."""
 
 
 # -- The pyramid -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Level:
-    """One of the feature maps of a backbone."""
-
-    index: int
-    """Among all that the backbone gives."""
-    channels: int
-    stride: int
-    """Pixels a cell, after the pooling."""
-    pooled: bool
-    """Whether it comes at stride 2 and is brought to 4, as the first stage of a ResNet is."""
-
-
 class Pyramid(nn.Module):
     """A frozen backbone's feature maps from stride 4 on, for images of any size.
 
+    The last map of stride 2, such as the first stage of a ResNet, is pooled to stride 4.
+
     Args:
-        classifier: whose backbone is used; its head is not.
+        classifier: its backbone is used; its head is not.
 
     Raises:
         ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
@@ -93,69 +85,43 @@ class Pyramid(nn.Module):
         self.spec = classifier.spec
         self.requires_grad_(False)
         self.eval()
-        side = 128
-        if not hasattr(self.backbone, "forward_intermediates"):
-            raise ClassifierError(
-                f"the backbone {type(self.backbone).__name__} does not give the feature maps "
-                "between its stages; IRN needs a timm model that has forward_intermediates"
-            )
-        found = feature_maps(self.backbone, self._zeros(side, side))
-        strides, channels = [side // f.shape[-1] for f in found], [f.shape[1] for f in found]
-        finest = [n for n, stride in enumerate(strides) if stride == STRIDE // 2][-1:]
-        self.levels = [
-            Level(n, channels[n], max(stride, STRIDE), stride < STRIDE)
-            for n, stride in enumerate(strides)
-            if stride >= STRIDE or n in finest
-        ]
+        found = feature_levels(self.backbone, "IRN")
+        strides = [level.stride for level in found]
         if not {STRIDE, 2 * STRIDE} <= set(strides):
             raise ClassifierError(
                 f"the backbone {type(self.backbone).__name__} gives feature maps at strides "
                 f"{sorted(set(strides))}; IRN needs 4 and 8 among them: choose a convolutional "
                 "one or a hierarchical transformer"
             )
-        self.multiple = 1
-        self.multiple = self._multiple()
+        finest = [level for level in found if level.stride == STRIDE // 2][-1:]
+        self.levels = finest + [level for level in found if level.stride >= STRIDE]
+        whole = rounds_up(self.backbone, self.levels, PROBE_SIZE)
+        self.multiple = 1 if whole else max(STRIDE, *strides)
 
     def train(self, mode: bool = True) -> Pyramid:
-        """Always in evaluation mode: frozen."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised images to a (B, C, h, w) a level, without a gradient.
+        """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images.
 
-        Where the backbone drops what is left over of a side, zeros (the mean colour) are laid to
-        the right and below the images first.
+        Where the backbone drops the rest of a side, the images are padded with zeros (the mean
+        colour) at the right and bottom first.
         """
-        height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-        found = feature_maps(self.backbone, images)
+        found = feature_maps(self.backbone, pad_sides(images, self.multiple))
         return [
-            F.max_pool2d(found[level.index], 3, 2, 1) if level.pooled else found[level.index]
+            F.max_pool2d(found[level.index], 3, 2, 1)
+            if level.stride < STRIDE
+            else found[level.index]
             for level in self.levels
         ]
 
     def folded(self) -> Pyramid:
-        """A copy with the batch norms folded into the convolutions, as :meth:`Classifier.folded`.
-
-        Its features are the same but for rounding.
-        """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        """A copy with the batch norms folded into the convolutions; equal up to rounding."""
+        twin = shallow_copy(self)
         twin.backbone = folded_backbone(self.backbone)
         return twin.requires_grad_(False)
-
-    @torch.no_grad()
-    def _zeros(self, height: int, width: int) -> Tensor:
-        return next(self.backbone.parameters()).new_zeros(1, 3, height, width)
-
-    def _multiple(self) -> int:
-        """What the sides of images must be multiples of: 1 where strides round up."""
-        shapes = [tuple(f.shape[-2:]) for f in self(self._zeros(*PROBE_SIZE))]
-        for level, shape in zip(self.levels, shapes, strict=True):
-            if shape != tuple(-(-side // level.stride) for side in PROBE_SIZE):
-                return max(level.stride for level in self.levels)
-        return 1
 
 
 # -- The branches ------------------------------------------------------------------------------
@@ -186,12 +152,12 @@ class Boundary(nn.Module):
     def __init__(self, levels: Sequence[Level]) -> None:
         super().__init__()
         self.units = nn.ModuleList(
-            _Unit(level.channels, *BOUNDARY, level.stride // STRIDE) for level in levels
+            _Unit(level.channels, *BOUNDARY, max(1, level.stride // STRIDE)) for level in levels
         )
         self.last = nn.Conv2d(BOUNDARY[0] * len(levels), 1, 1)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Of the levels' features, at the size (h, w) of stride 4."""
+        """Logits from the levels' features, at the size (h, w) of stride 4."""
         found = [unit(f, size) for unit, f in zip(self.units, features, strict=True)]
         logits: Tensor = self.last(torch.cat(found, 1))[:, 0]
         return logits
@@ -200,7 +166,7 @@ class Boundary(nn.Module):
 class Displacement(nn.Module):
     """Displacement (B, 2, h, w) of a pyramid, in cells of stride 4, first down and then right.
 
-    In evaluation mode ``shift``, their mean over a list of images, is subtracted.
+    In evaluation mode ``shift``, the mean over a list of images, is subtracted.
     """
 
     shift: Tensor
@@ -208,24 +174,22 @@ class Displacement(nn.Module):
     def __init__(self, levels: Sequence[Level]) -> None:
         super().__init__()
         self.deep = [level.stride > STRIDE for level in levels]
+        widths = [
+            DEEP if deep else SHALLOW if level.stride == STRIDE else POOLED
+            for level, deep in zip(levels, self.deep, strict=True)
+        ]
         self.units = nn.ModuleList(
-            _Unit(level.channels, *POOLED)
-            if level.pooled
-            else _Unit(level.channels, *SHALLOW)
-            if level.stride == STRIDE
-            else _Unit(level.channels, *DEEP, level.stride // (2 * STRIDE))
-            for level in levels
+            _Unit(level.channels, *width, max(1, level.stride // (2 * STRIDE)))
+            for level, width in zip(levels, widths, strict=True)
         )
-        shallow = sum(
-            POOLED[0] if level.pooled else SHALLOW[0] for level in levels if level.stride == STRIDE
-        )
+        shallow = sum(width[0] for width in widths if width is not DEEP)
         self.middle = _Unit(DEEP[0] * sum(self.deep), *DEEP, 2)
         self.late = _Unit(shallow + DEEP[0], *DEEP)
         self.last = nn.Conv2d(DEEP[0], 2, 1, bias=False)
         self.register_buffer("shift", torch.zeros(2))
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Of the levels' features, at the size (h, w) of stride 4."""
+        """Displacement from the levels' features, at the size (h, w) of stride 4."""
         half = features[self.deep.index(True)].shape[-2:]
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for unit, deep, feature in zip(self.units, self.deep, features, strict=True):
@@ -236,13 +200,9 @@ class Displacement(nn.Module):
 
 
 class Branches(nn.Module):
-    """What is trained: the boundary branch and, if wanted, the displacement branch.
+    """The trained part: the boundary branch and, optionally, the displacement branch.
 
-    Args:
-        levels: of the pyramid.
-        displacement: whether there is a displacement branch.
-        seed: of the first weights; those of the boundary branch are the same with and without the
-            other.
+    The first weights of the boundary branch are the same with and without the other.
     """
 
     def __init__(self, levels: Sequence[Level], *, displacement: bool, seed: int) -> None:
@@ -261,12 +221,12 @@ class Branches(nn.Module):
 
 
 class Irn(SavedNetwork):
-    """The network: a frozen pyramid and the branches.
+    """A frozen pyramid of features and the trained branches.
 
     Args:
         pyramid: of an ImageNet backbone.
-        displacement: whether there is a displacement branch.
-        seed: of the branches' first weights.
+        displacement: True adds a displacement branch.
+        seed: random seed of the branches' first weights.
     """
 
     kind = "irn"
@@ -285,18 +245,14 @@ class Irn(SavedNetwork):
         return self.branches.boundary.last.weight.device
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) normalised images to logits (B, h, w) and displacement (B, 2, h, w)."""
+        """Logits (B, h, w) and displacement (B, 2, h, w) of (B, 3, H, W) normalised images."""
         features = self.pyramid(images)
-        found: tuple[Tensor, Tensor | None] = self.branches(features, grid(images.shape[-2:]))
+        found: tuple[Tensor, Tensor | None] = self.branches(features, _grid(images.shape[-2:]))
         return found
 
     def folded(self) -> Irn:
-        """The same network for inference, its backbone as :meth:`Pyramid.folded`.
-
-        It shares the branches with this one and cannot be saved.
-        """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        """A copy for inference with a folded backbone; shares the branches, cannot be saved."""
+        twin = shallow_copy(self)
         twin.pyramid = self.pyramid.folded()
         twin.pyramid.spec = None
         return twin
@@ -325,32 +281,37 @@ def build_irn(
     displacement: bool = True,
     seed: int = 0,
 ) -> Irn:
-    """Build IRNet on a timm backbone, with first weights of the branches.
+    """Build IRN's network on a timm backbone, with untrained branches.
 
     Args:
-        spec, weights, mean, std: as :func:`lpcam.classifier.build`; the weights are ImageNet's and
+        spec, weights, mean, std: as for :func:`lpcam.classifier.build`; the weights are ImageNet's,
             not those of the classifier that made the maps (specification of IRN, section 4).
-        displacement: whether there is a displacement branch.
-        seed: of the branches' first weights.
+        displacement: True adds a displacement branch.
+        seed: random seed of the branches' first weights.
 
     Raises:
         ClassifierError: as :func:`lpcam.classifier.build`, or if the backbone gives no feature maps
             at strides 4 and 8.
+
+    Example:
+        >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
+        >>> network(torch.zeros(1, 3, 64, 96))[0].shape
+        torch.Size([1, 16, 24])
     """
     classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
     return Irn(Pyramid(classifier), displacement=displacement, seed=seed)
 
 
-def grid(size: Sequence[int]) -> tuple[int, int]:
+def _grid(size: Sequence[int]) -> tuple[int, int]:
     """(h, w) of an image of (H, W) pixels."""
-    return -(-size[0] // STRIDE), -(-size[1] // STRIDE)
+    return strided(size[0], STRIDE), strided(size[1], STRIDE)
 
 
 # -- The loss ----------------------------------------------------------------------------------
 
 
 class IrnLoss(NamedTuple):
-    """The four losses; those of a displacement that is not there are zero."""
+    """The four losses; those of the displacement are zero where there is none."""
 
     positive: Tensor
     negative: Tensor
@@ -364,14 +325,6 @@ class IrnLoss(NamedTuple):
         return boundary / 2 + (self.displacement_foreground + self.displacement_background) / 2
 
 
-def reduce_labels(labels: Tensor) -> Tensor:
-    """Labels (H, W), sides multiples of 4, at stride 4: the pixel (4 i + 2, 4 j + 2) of each cell.
-
-    This is what Pillow's nearest neighbour takes; other programs' takes the corner.
-    """
-    return labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
-
-
 def irn_loss(
     logits: Tensor,
     labels: Tensor,
@@ -379,47 +332,43 @@ def irn_loss(
     displacement: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> IrnLoss:
-    """The losses of section 6 of the specification.
-
-    Pairs are taken offset by offset, so that nothing is as large as all pairs but what the gradient
-    needs. A kind of pairs that does not occur adds zero.
+    """IRN's losses (specification, section 6). A kind of pairs that does not occur adds zero.
 
     Args:
         logits: (B, h, w), boundaries before their sigmoid.
-        labels: (B, h, w) uint8, 0 background, 255 ignored, all else classes.
-        radius: pairs are nearer than it, in cells.
+        labels: (B, h, w) uint8, 0 background, 255 ignored, otherwise classes.
+        radius: pairs are nearer than this, in cells.
         displacement: (B, 2, h, w), or None.
-        counts: of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part of
-            it.
+        counts: (3,) of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a
+            part of it.
+
+    Example:
+        >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+        >>> irn_loss(torch.zeros(1, 8, 8), labels, 3).total
+        tensor(0.)
     """
     if counts is None:
         counts = pair_counts(labels, radius)
-    rows, columns = source_window(labels.shape[-2], labels.shape[-1], radius)
-    nothing = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
-    sums, moves = [nothing.expand(3)], [nothing.expand(2)]
-    for (offset, affinity), (_, kinds) in zip(
-        affinities(logits.sigmoid(), radius), pair_kinds(labels, radius), strict=True
-    ):
-        sums.append(likelihood_sums(affinity, kinds))
-        if displacement is not None:
-            flat = kinds.flatten(1).to(affinity.dtype)
-            moves.append(_displacement_sums(displacement, offset, (rows, columns), flat))
-    alike = counts.to(logits.dtype) + EPSILON
-    background, foreground, negative = torch.stack(sums).sum(0) / alike
+    zero = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
+    pairs = affinities(logits.sigmoid(), radius)
+    background, foreground, negative = likelihood_means(pairs, labels, counts, zero, radius)
+    moves = [zero.expand(2)]
+    if displacement is not None:
+        window = source_window(labels.shape[-2], labels.shape[-1], radius)
+        for offset, kinds in pair_kinds(labels, radius):
+            flat = kinds.flatten(1).to(logits.dtype)
+            moves.append(_displacement_sums(displacement, offset, window, flat))
     # over both channels
     still, moved = torch.stack(moves).sum(0) / (2 * counts[:2].to(logits.dtype) + EPSILON)
     return IrnLoss((background + foreground) / 2, negative, moved, still)
 
 
 def _displacement_sums(
-    displacement: Tensor, offset: Offset, window: tuple[slice, slice], kinds: Tensor
+    displacement: Tensor, offset: Offset, window: Window, kinds: Tensor
 ) -> Tensor:
     """|delta|_1 summed over background pairs, |delta - offset|_1 over pairs of a class."""
-    (dy, dx), (rows, columns) = offset, window
-    partner = displacement[
-        :, :, rows.start + dy : rows.stop + dy, columns.start + dx : columns.stop + dx
-    ]
-    delta = displacement[:, :, rows, columns] - partner
+    partner = displacement[:, :, *partner_window(window, offset)]
+    delta = displacement[:, :, *window] - partner
     target = delta.new_tensor(offset)[:, None, None]
     return torch.stack(
         [
@@ -439,10 +388,10 @@ def augment(
     settings: IrnSettings,
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Random scale, mirror image and square crop of an image and its labels (section 7).
+    """Scale, mirror and crop an image and its labels at random (section 7).
 
-    The image is resized by PIL bicubic and the labels by nearest neighbour; a crop that reaches
-    beyond the image is the mean colour there and ignored.
+    A crop that reaches beyond the image has the mean colour and ignored labels there. The label of
+    a cell is that of its pixel (2, 2), as Pillow's nearest neighbour takes it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -456,35 +405,25 @@ def augment(
     resized = np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
     planes = [(tensor, 0), (torch.from_numpy(resized), IGNORE)]
     canvas, labels = engine.mirror_and_crop(planes, settings.crop, generator)
-    return canvas, reduce_labels(labels)
+    return canvas, labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 
-class _Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images and labels by (epoch, index)."""
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Item, Path]],
-        preprocessing: Preprocessing,
-        settings: IrnSettings,
-        seed: int,
-    ) -> None:
-        self.pairs = pairs
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, Tensor]:
-        epoch, index, _ = place
-        generator = np.random.default_rng([self.seed, epoch, index])
-        item, path = self.pairs[index]
-        image, label = read_image(item.image), read_index_mask(path)
-        if image.shape[:2] != label.shape:
-            raise DataError(
-                f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its labels "
-                f"{path} {label.shape[0]} x {label.shape[1]}; make the labels again"
-            )
-        return augment(image, label, self.preprocessing, self.settings, generator)
+def _sample(
+    pairs: Sequence[tuple[Item, Path]],
+    preprocessing: Preprocessing,
+    settings: IrnSettings,
+    seed: int,
+    place: engine.Place,
+) -> tuple[Tensor, Tensor]:
+    item, path = pairs[place.sample]
+    image, label = read_image(item.image), read_index_mask(path)
+    if image.shape[:2] != label.shape:
+        raise DataError(
+            f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its labels "
+            f"{path} {label.shape[0]} x {label.shape[1]}; make the labels again"
+        )
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    return augment(image, label, preprocessing, settings, generator)
 
 
 def train_irn(
@@ -497,32 +436,25 @@ def train_irn(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the branches in place, with checkpoints in ``folder`` to go on from after a stop.
+    """Train the branches in place; a stopped training resumes from the checkpoints in ``folder``.
 
-    With a displacement branch, its mean shift over the same images is set at the end.
+    The mean shift of a displacement branch over the same images is set at the end.
 
     Args:
+        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
         pairs: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
-        settings: whose ``displacement`` must be that of the network.
-        workers: processes that read and augment images.
-        processes: those that share each batch; the step is that of the whole batch, whatever their
-            number, but for rounding.
+        settings: ``displacement`` must be that of the network.
 
     Returns:
-        one record an epoch: ``epoch`` and mean ``loss``.
+        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: if there is no image, a file of labels is missing or has another size.
+        DataError: if there is no image, or a file of labels is missing or has another size.
         ClassifierError: as :func:`lpcam.engine.run`, or if settings and network disagree.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
-    missing = [f"{item.id} ({path})" for item, path in pairs if not path.is_file()]
-    if missing or not pairs:
-        raise DataError(
-            f"{len(missing)} of {len(pairs)} images have no labels: {', '.join(missing[:3])}; "
-            "give images whose label files exist"
-        )
+    check_label_files(pairs, "labels")
     branches = network.branches
     if settings.displacement != (branches.displacement is not None):
         raise ClassifierError(
@@ -548,7 +480,7 @@ def train_irn(
     history = engine.run(
         branches,
         engine.sgd(groups, settings),
-        _Labelled(pairs, pyramid.preprocessing, settings, seed),
+        Samples(partial(_sample, pairs, pyramid.preprocessing, settings, seed)),
         len(pairs),
         loss,
         engine.Plan.of_epochs(settings, len(pairs)),
@@ -562,23 +494,20 @@ def train_irn(
     network.eval()
     if branches.displacement is not None:
         items = [item for item, _ in pairs]
-        branches.displacement.shift.copy_(mean_displacement(network, items, settings, processes))
+        branches.displacement.shift.copy_(_mean_displacement(network, items, settings, processes))
     return history
 
 
 @torch.no_grad()
-def mean_displacement(
-    network: Irn, items: Sequence[Item], settings: IrnSettings, processes: Processes | None = None
+def _mean_displacement(
+    network: Irn, items: Sequence[Item], settings: IrnSettings, processes: Processes
 ) -> Tensor:
-    """Mean (2,) of the displacement over images, without the stored shift (section 7).
+    """Mean (2,) of the displacement over as many images as fill batches, without ``shift``.
 
-    Of each image the upper left crop of ``settings.crop`` pixels, the mean colour beyond it; of the
-    list as many as fill batches.
+    Uses the upper left crop of each image, padded with the mean colour (section 7).
     """
-    processes = processes or Processes()
     branch = network.branches.displacement
-    if branch is None:
-        raise ClassifierError("this network has no displacement branch; build it with one")
+    assert branch is not None
     crop = settings.crop
     count = len(items) - len(items) % min(settings.batch_size, len(items))
     total = torch.zeros(2, dtype=torch.float64)
@@ -586,33 +515,100 @@ def mean_displacement(
     for item in items[processes.rank : count : processes.count]:
         part = pyramid.preprocessing(read_image(item.image)[:crop, :crop])
         image = F.pad(part, (0, crop - part.shape[2], 0, crop - part.shape[1]))[None]
-        field = branch(pyramid(image.to(network.device)), grid((crop, crop)))
+        field = branch(pyramid(image.to(network.device)), _grid((crop, crop)))
         own = branch.shift if not branch.training else 0
         total += (field.mean((0, 2, 3)) + own).double().cpu()
     return (processes.sum(total) / count).float()
 
 
-# -- Boundaries --------------------------------------------------------------------------------
+# -- Maps --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
-    """Boundaries e = sigmoid of the mean logit of images and their mirror images (section 8.1).
+    """Boundaries e: sigmoid of the mean logit of images and their mirror images (section 8.1).
 
-    At the images' own scale and without padding. Give the network's :meth:`Irn.folded` twin, which
-    takes two thirds of the time.
+    The images keep their size. :meth:`Irn.folded` of the network takes two thirds of the time.
 
     Args:
+        network: is set to evaluation mode.
         images: (B, H, W, 3) uint8 RGB.
 
     Returns:
         (B, h, w) float32 in [0, 1], on the network's device.
+
+    Example:
+        >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
+        >>> boundary_maps(network, np.zeros((1, 30, 50, 3), np.uint8)).shape
+        torch.Size([1, 8, 13])
     """
     network.eval()
     preprocessing = network.pyramid.preprocessing
     tensor = torch.stack([preprocessing(image) for image in images]).to(network.device)
-    size = grid(tensor.shape[-2:])
+    size = _grid(tensor.shape[-2:])
     boundary = network.branches.boundary
     logits: Tensor = boundary(network.pyramid(tensor), size)
     mirrored: Tensor = boundary(network.pyramid(tensor.flip(-1)), size)
     return ((logits + unflip(mirrored)) / 2).sigmoid()
+
+
+def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
+    """Walk the maps from where there is no boundary (sections 8.2 to 8.4).
+
+    Args:
+        maps: (..., K, h, w) non-negative maps at stride 4.
+        edge: (..., h, w) boundaries e in [0, 1].
+        settings: the settings of the walk are used.
+
+    Returns:
+        (..., K, h, w): the maps to the power of ``settings.sharpness``, times 1 - e, after the
+        walk; not normalised.
+
+    Raises:
+        DataError: as :func:`lpcam.refine.walk.random_walk`.
+
+    Example:
+        >>> settings = IrnSettings.from_preset("official")
+        >>> bool(propagate(torch.ones(1, 4, 4), torch.ones(4, 4), settings).any())
+        False
+    """
+    sources = maps if settings.sharpness == 1 else maps.pow(settings.sharpness)
+    return random_walk(
+        sources * (1 - edge[..., None, :, :]).to(maps.dtype),
+        edge,
+        radius=settings.walk_radius,
+        beta=settings.beta,
+        exponent=settings.exponent,
+        tolerance=settings.tolerance,
+    )
+
+
+def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize walked maps to the image and divide them by the maximum over all classes jointly.
+
+    Args:
+        walked: (K, h, w) at stride 4.
+        size: (H, W) of the image in pixels.
+
+    Returns:
+        (K, H, W) in [0, 1]; zeros where nothing is above zero.
+
+    Raises:
+        DataError: if the size does not fit the grid.
+
+    Example:
+        >>> pseudo_maps(torch.ones(1, 2, 3), (7, 10)).shape
+        torch.Size([1, 7, 10])
+    """
+    height, width = size
+    if walked.ndim != 3 or tuple(walked.shape[-2:]) != _grid(size):
+        raise DataError(
+            f"walked maps {tuple(walked.shape)} are not those of an image of {height} x {width} "
+            f"pixels; expected (K, {', '.join(map(str, _grid(size)))})"
+        )
+    if not len(walked):
+        return walked.new_zeros(0, height, width)
+    full = F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)
+    cut = full[0, :, :height, :width]
+    top = cut.max()
+    return cut / top if float(top) > 0 else torch.zeros_like(cut)

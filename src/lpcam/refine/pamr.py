@@ -1,35 +1,35 @@
 """Pixel-adaptive mask refinement (PAMR): every pixel becomes the weighted mean of its neighbours.
 
-Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020), section on
-PAMR. The neighbours of a pixel are the 8 others of a 3 x 3 window, at several dilations. Their
-weights are a softmax over all of them of
+Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020). The
+neighbours of a pixel are the 8 others of a 3 x 3 window, at several dilations. Their weights are a
+softmax over all of them of
 
     k(i, j) = - mean over channels of |x_i - x_j| / (width * sigma_i),
 
 with sigma_i the standard deviation of the channel in the neighbourhood of i. They depend on the
-image alone; the masks are averaged with them again and again. Local where the dense CRF is global,
-and much the quicker of the two on a GPU.
+image alone. It is local where the dense CRF is global, and much faster on a GPU.
 
-Written from the paper's description. Where it leaves room: the denominator is sigma_i itself, not
-its square, times a constant ``width`` of 0.1, so that the weights do not change with the contrast
-of the image; sigma_i counts the window's centre once for each dilation and divides by the number
-less one; windows reach over the image's border onto its edge pixels.
+Where the paper is not explicit: the denominator is sigma_i, not its square, times ``width`` = 0.1,
+so that the weights do not change with the contrast; sigma_i counts the window's centre once for
+each dilation and divides by the number less one; windows repeat the image's edge pixels.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.presets import PamrSettings
-from lpcam.refine.inputs import check_image_and_maps, compute_dtype
+from lpcam.refine.base import check_image_and_maps, compute_dtype
 
 EPSILON = 1e-8
 """Added to width * sigma: where all neighbours are equal, all weights are."""
 
 STRIP_PIXELS = 2**14
-"""That a CPU makes weights of together: what it holds of them stays in a core's cache."""
+"""Pixels whose weights a CPU computes together, so that they stay in a core's cache."""
 
 
 @torch.no_grad()
@@ -47,6 +47,11 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 
     Raises:
         DataError: if shapes, devices or dtypes do not fit, or if a mask holds NaN.
+
+    Example:
+        >>> image, masks = torch.zeros(4, 5, 3, dtype=torch.uint8), torch.ones(2, 4, 5)
+        >>> pamr(image, masks, PamrSettings.from_preset("default")).shape
+        torch.Size([2, 4, 5])
     """
     check_image_and_maps(image, masks, "masks")
     weights = affinities(image, settings.dilations, settings.width, dtype=compute_dtype(masks))
@@ -64,12 +69,16 @@ def affinities(
 
     Args:
         image: (..., H, W, 3) uint8.
-        dilations: D of them, in pixels; the neighbours come dilation by dilation, row by row.
+        dilations: D distances, in pixels; the neighbours are ordered by dilation, then by row.
         width: of the kernel, in standard deviations.
+
+    Example:
+        >>> affinities(torch.zeros(1, 1, 3, dtype=torch.uint8), (1,), 0.1).unique()
+        tensor([0.1250])
     """
     height, length = int(image.shape[-3]), int(image.shape[-2])
     levels = image.movedim(-1, -3).reshape(-1, 3, height, length)
-    # the mean over the channels and the sign of the exponent with it
+    # the mean over the channels and the sign of the exponent are included
     factors = (-1.0 / 3.0) / (_deviations(levels, dilations).to(dtype) * width + EPSILON)
     border = max(dilations)
     padded = _pad(levels.to(dtype), border)
@@ -86,7 +95,7 @@ def affinities(
                 difference = (there - middle).abs_()
                 for channel in range(3):
                     into.addcmul_(difference[channel], factor[channel, top:end])
-            # A softmax whose bytes do not hang on the number of threads.
+            # A softmax whose bytes do not depend on the number of threads.
             kernel.sub_(kernel.amax(0)).exp_()
             total = kernel[0].clone()
             for each in kernel[1:]:
@@ -98,35 +107,36 @@ def affinities(
 def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
     """Standard deviations over all windows, centres included: (B, 3, H, W) from uint8.
 
-    In whole numbers: n sum of x^2 - (sum of x)^2 would lose all its digits otherwise.
+    Computed in integers, as n sum of x^2 - (sum of x)^2 would lose all its digits otherwise.
     """
     samples = 9 * len(dilations)
     exact = torch.int32 if (samples * 255) ** 2 < 2**31 else torch.int64
     size = (int(levels.shape[-2]), int(levels.shape[-1]))
     border = max(dilations)
     values = _pad(levels.float(), border).to(exact)
-    sums = []
-    for power in (values, values * values):
-        total = torch.zeros(levels.shape, dtype=exact, device=levels.device)
-        for dilation in dilations:
-            near, far = border - dilation, border + dilation
-            across = sum(power[..., x : x + size[1]] for x in (near, border, far))
-            assert isinstance(across, Tensor)
-            for y in (near, border, far):
-                total += across[..., y : y + size[0], :]
-        sums.append(total)
-    numerator = sums[1] * samples - sums[0] * sums[0]
+    total, squares = (torch.zeros_like(levels, dtype=exact) for _ in range(2))
+    for dilation in dilations:
+        for y, x in itertools.product((border - dilation, border, border + dilation), repeat=2):
+            window = values[..., y : y + size[0], x : x + size[1]]
+            total += window
+            squares += window * window
+    numerator = squares * samples - total * total
     return (numerator.double() / (samples * (samples - 1))).sqrt_()
 
 
 def propagate(
     masks: Tensor, weights: Tensor, dilations: tuple[int, ...], iterations: int
 ) -> Tensor:
-    """Replace every mask by the weighted means of its neighbours, so many times.
+    """Replace every pixel of masks by the weighted mean of its neighbours, ``iterations`` times.
 
     Args:
         masks: (..., K, H, W).
         weights: (..., 8 D, H, W) of :func:`affinities` with the same dilations.
+
+    Example:
+        >>> weights = torch.full((8, 1, 1), 0.125)
+        >>> propagate(torch.ones(1, 1, 1), weights, (1,), 3)
+        tensor([[[1.]]])
     """
     count, height, width = (int(length) for length in masks.shape[-3:])
     border = max(dilations)
@@ -161,7 +171,7 @@ def propagate(
 
 
 def _offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Down and right to each neighbour, counted from the corner of the padding."""
+    """Rows and columns of each neighbour, counted from the corner of the padding."""
     border = max(dilations)
     return [
         (border + dilation * down, border + dilation * right)

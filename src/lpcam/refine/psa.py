@@ -1,13 +1,12 @@
 """PSA: affinities of neighbouring cells, learnt from two CRFs (specification of MCTformer, 4).
 
-Two dense CRFs of an image's maps, one that favours the background and one that does not, agree on
-the labels of some cells of 8 x 8 pixels. A network is trained to give neighbours of one label
-features that are near to one another, a_ij = exp(-mean |f_i - f_j|), and those of different labels
-features that are not. The maps and a constant background then walk by these affinities, the walk
-being IRN's (:mod:`lpcam.refine.walk`).
+Two dense CRFs of an image's maps, one of which favours the background, agree on the labels of some
+cells of 8 x 8 pixels. A network learns features whose affinities a_ij = exp(-mean |f_i - f_j|) are
+high for neighbours of one label and low for others. The maps and a constant background then walk by
+these affinities (:mod:`lpcam.refine.walk`).
 
-Shapes: B images of H x W pixels, h = ceil(H / 8), w = ceil(W / 8); K classes of an image, so that
-its scores have K + 1 planes, the background first; C channels of the affinity's features.
+Shapes: B images of H x W pixels, h = ceil(H / 8), w = ceil(W / 8); K classes of an image, whose
+scores have K + 1 planes, the background first; C channels of the features.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import Dataset
 
 from lpcam import engine
 from lpcam.classifier import (
@@ -40,67 +38,71 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import BACKGROUND, IGNORE, Item
 from lpcam.data.jitter import jitter_colours
 from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.functional import strided
 from lpcam.network_files import SavedNetwork
 from lpcam.presets import PsaSettings
 from lpcam.processes import Processes
+from lpcam.refine.base import (
+    Samples,
+    check_image_and_maps,
+    check_label_files,
+    compute_dtype,
+    shallow_copy,
+)
 from lpcam.refine.crf import DenseCrf
-from lpcam.refine.inputs import check_image_and_maps, compute_dtype
+from lpcam.refine.levels import feature_levels, pad_sides, rounds_up
 from lpcam.refine.walk import (
-    EPSILON,
     Offset,
+    Window,
     affinity_walk,
-    likelihood_sums,
+    likelihood_means,
     pair_counts,
-    pair_kinds,
     pair_offsets,
+    partner_window,
     source_window,
 )
-from lpcam.storage import (
-    read_bytes,
-    write_bytes,
-)
+from lpcam.storage import read_bytes, write_bytes
 from lpcam.train import freeze
 
 STRIDE = 8
-"""Pixels a cell of the grid on which features, labels and walks live."""
+"""Pixels per cell of the grid of features, labels and walks."""
 WIDTHS = (64, 128, 256)
-"""Channels to which the last three feature maps of a backbone are brought."""
+"""Channels to which the last three feature maps of a backbone are reduced."""
 PADDING = 1e-5
-"""A cell all of whose scores are below it lies beyond the image."""
+"""A cell all of whose scores are below this lies beyond the image."""
 ROUNDING = 1e-3
-"""By which maps may exceed 1, and are cut off."""
+"""Excess of maps over 1 that is cut off instead of refused."""
 CHANNELS_A_TIME = 64
-"""Of which differences are taken at a time: all of a large image would fill the memory."""
+"""Channels whose differences are computed together, to bound the memory."""
 HEADS = ("reductions.", "last.")
-"""The new convolutions, which have a higher learning rate."""
+"""Name prefixes of the new convolutions, which have a higher learning rate."""
 
 
 # -- Scores of the CRFs ------------------------------------------------------------------------
 
 
-def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alpha: float) -> Tensor:
+def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
     """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
 
     Args:
-        crf: with the parameters of the preset ``psa``.
+        crf: with the parameters of the method.
         image: (H, W, 3) uint8 RGB.
         planes: (K, H, W) in [0, 1], each divided by its maximum, on the image's device.
-        alpha: the larger, the less is background.
+        alphas: A powers; the larger, the less is background.
 
     Returns:
-        (K + 1, H, W), summing to one, the background first. Without a class it is certain.
+        (A, K + 1, H, W), summing to one, the background first. Without a class it is 1 everywhere.
 
     Raises:
         DataError: if image and maps do not fit, or a map is outside [0, 1]; and as
             :class:`lpcam.refine.crf.DenseCrf`.
+
+    Example:
+        >>> from lpcam.presets import CrfSettings
+        >>> crf, image = DenseCrf(CrfSettings.from_preset("psa")), torch.zeros(4, 4, 3).byte()
+        >>> crf_scores(crf, image, torch.ones(1, 4, 4), [1.0, 12.0]).shape
+        torch.Size([2, 2, 4, 4])
     """
-    return crf_score_stacks(crf, image, planes, [alpha])[0]
-
-
-def crf_score_stacks(
-    crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]
-) -> Tensor:
-    """:func:`crf_scores` of several alphas, (A, K + 1, H, W): the kernels are made once."""
     check_image_and_maps(image, planes, "maps")
     scores = planes.to(compute_dtype(planes))
     if not len(scores):
@@ -123,7 +125,7 @@ def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
     Args:
         path: ends in ``.npz``.
         low: (K + 1, H, W) in [0, 1], of the lower alpha.
-        high: those of the higher one.
+        high: the same of the higher alpha.
 
     Raises:
         ArtefactError: as :func:`lpcam.storage.write_bytes`.
@@ -135,58 +137,65 @@ def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
 
 
 def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read what :func:`write_scores` wrote: (K + 1, H, W) uint8 of low and high, 255 for 1.
+    """Read a file of :func:`write_scores`: low and high, (K + 1, H, W) uint8 each, 255 for 1.
 
     Raises:
-        ArtefactError: naming the file, if it is missing, damaged, or has other contents.
+        ArtefactError: if the file is missing, damaged, or has other contents.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "scores.npz"
+        ...     write_scores(path, torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
+        ...     read_scores(path)[0].tolist()
+        [[[255, 255], [255, 255]]]
     """
     data = read_bytes(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             low, high = (archive[name] for name in ("low", "high"))
+        if low.ndim != 3 or not low.size or low.shape != high.shape:
+            raise ValueError(f"its arrays are {low.shape} and {high.shape}")
+        if low.dtype != np.uint8 or high.dtype != np.uint8:
+            raise ValueError(f"its arrays are {low.dtype} and {high.dtype}")
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
-        raise _damaged(path, str(error) or type(error).__name__) from error
-    if low.ndim != 3 or not low.size or low.shape != high.shape or {low.dtype, high.dtype} != _BYTE:
-        raise _damaged(
-            path,
-            f"it has {low.dtype} {low.shape} and {high.dtype} {high.shape}, not two equal "
-            "stacks of bytes",
-        )
+        raise ArtefactError(
+            f"{path} does not hold the scores of two CRFs ({str(error) or type(error).__name__}); "
+            "delete it and run the stage psa-labels again"
+        ) from error
     return low, high
-
-
-_BYTE = {np.dtype(np.uint8)}
-
-
-def _damaged(path: Path, reason: str) -> ArtefactError:
-    return ArtefactError(
-        f"{path} does not hold the scores of two CRFs ({reason}); delete it and run the stage "
-        "psa-labels again"
-    )
 
 
 # -- Labels ------------------------------------------------------------------------------------
 
 
 def pooled(scores: Tensor) -> Tensor:
-    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image."""
-    height, width = scores.shape[-2:]
-    padded = F.pad(scores, (0, -width % STRIDE, 0, -height % STRIDE))
-    return F.avg_pool2d(padded, STRIDE)
+    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image.
+
+    Example:
+        >>> pooled(torch.ones(1, 8, 12)).tolist()
+        [[[1.0, 0.5]]]
+    """
+    return F.avg_pool2d(pad_sides(scores, STRIDE), STRIDE)
 
 
 def label_pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Labels of cells, from which pairs are taken to be alike or different.
+    """Labels of cells from the scores of two CRFs.
 
-    A cell has the class that is best where the background is favoured; it is background where that
-    is best though it is not favoured, whatever the other says; else, and beyond the image, unknown.
+    A cell has the class that is best where the background is favoured (``low``). It is background
+    where that is best although it is not favoured (``high``). Otherwise it is unknown.
 
     Args:
-        low: (K + 1, h, w) scores of the lower alpha, in which the background is favoured.
-        high: those of the higher alpha.
+        low: (K + 1, h, w) scores of the lower alpha.
+        high: the same of the higher alpha.
 
     Returns:
-        uint8 (h, w): 0 background, k + 1 the image's k-th class, 255 unknown.
+        uint8 (h, w): 0 background, k + 1 the image's k-th class, 255 unknown or beyond the image.
+
+    Example:
+        >>> low, high = torch.tensor([[0.1, 0.9, 0.6]]), torch.tensor([[0.1, 0.9, 0.3]])
+        >>> label_pairs(torch.stack([low, 1 - low]), torch.stack([high, 1 - high])).tolist()
+        [[1, 0, 255]]
     """
     foreground, background = low.argmax(0), high.argmax(0) == 0
     labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)
@@ -197,26 +206,15 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
 # -- The network -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tap:
-    """One of a backbone's feature maps that the affinities are made of."""
-
-    index: int
-    """Among all that the backbone gives."""
-    channels: int
-    stride: int
-    """Pixels a cell, a multiple of 8."""
-
-
 class Psa(SavedNetwork):
-    """A backbone, 1 x 1 convolutions of its last three feature maps, and one of them together.
+    """A backbone with 1 x 1 convolutions of its last three feature maps, and of them together.
 
     Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged
-    (bilinear). Of WideResNet-38 the maps are what enters b5 and b6, and its features.
+    (bilinear). Of WideResNet-38 the maps are the inputs of b5 and b6, and its features.
 
     Args:
-        classifier: whose backbone is used, and trained; its head is not.
-        seed: of the convolutions' first weights.
+        classifier: its backbone is used, and trained; its head is not.
+        seed: random seed of the convolutions' first weights.
 
     Raises:
         ClassifierError: if the backbone does not give feature maps at stride 8, 16, ...
@@ -233,22 +231,28 @@ class Psa(SavedNetwork):
         self.preprocessing = classifier.preprocessing
         self.spec = classifier.spec
         self.eval()
-        self.taps = self._found()
-        widths = WIDTHS[-len(self.taps) :]
+        found = feature_levels(self.backbone, "PSA")
+        self.levels = [level for level in found if level.stride % STRIDE == 0][-len(WIDTHS) :]
+        if not self.levels:
+            raise ClassifierError(
+                f"the backbone {type(self.backbone).__name__} gives feature maps at strides "
+                f"{sorted({level.stride for level in found})}; PSA needs some at 8, 16 or 32: "
+                "choose another backbone, or another output stride"
+            )
+        widths = WIDTHS[-len(self.levels) :]
         self.channels = sum(widths)
-        """C."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reductions = nn.ModuleList(
-                nn.Conv2d(tap.channels, width, 1, bias=False)
-                for tap, width in zip(self.taps, widths, strict=True)
+                nn.Conv2d(level.channels, width, 1, bias=False)
+                for level, width in zip(self.levels, widths, strict=True)
             )
             self.last = nn.Conv2d(self.channels, self.channels, 1, bias=False)
             for weight in self.reductions.parameters():
                 nn.init.kaiming_normal_(weight)
             nn.init.xavier_uniform_(self.last.weight)
-        self.multiple = STRIDE
-        self.multiple = self._multiple()
+        whole = rounds_up(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
+        self.multiple = STRIDE if whole else max(level.stride for level in self.levels)
         self.eval()
 
     @property
@@ -256,20 +260,18 @@ class Psa(SavedNetwork):
         return self.last.weight.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images to features f (B, C, h, w).
+        """Features f (B, C, h, w) of (B, 3, H, W) normalised images.
 
-        Zeros (the mean colour) are laid to the right and below up to a multiple of 8 pixels, or of
-        the largest stride where the backbone drops what is left over of a side.
+        The images are padded with zeros (the mean colour) at the right and bottom to a multiple of
+        8 pixels, or of the largest stride where the backbone drops the rest of a side.
         """
-        height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
-        maps = feature_maps(self.backbone, images)
-        rows, columns = -(-height // STRIDE), -(-width // STRIDE)
+        rows, columns = (strided(side, STRIDE) for side in images.shape[-2:])
+        maps = feature_maps(self.backbone, pad_sides(images, self.multiple))
         parts = []
-        for tap, reduction in zip(self.taps, self.reductions, strict=True):
-            found = reduction(maps[tap.index])
-            if tap.stride > STRIDE:
-                factor = tap.stride // STRIDE
+        for level, reduction in zip(self.levels, self.reductions, strict=True):
+            found = reduction(maps[level.index])
+            if level.stride > STRIDE:
+                factor = level.stride // STRIDE
                 found = F.interpolate(
                     found, scale_factor=factor, mode="bilinear", align_corners=False
                 )
@@ -277,7 +279,7 @@ class Psa(SavedNetwork):
         return F.elu(self.last(torch.cat(parts, 1)))
 
     def train(self, mode: bool = True) -> Psa:
-        """Training mode with the statistics of every batch norm frozen."""
+        """Set training mode, but keep every batch norm in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -285,12 +287,8 @@ class Psa(SavedNetwork):
         return self
 
     def folded(self) -> Psa:
-        """The same network for inference, as :meth:`lpcam.classifier.Classifier.folded`.
-
-        It shares the new convolutions with this one and cannot be saved.
-        """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
+        """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
+        twin = shallow_copy(self)
         twin.backbone = folded_backbone(self.backbone)
         twin.spec = None
         return twin
@@ -305,51 +303,20 @@ class Psa(SavedNetwork):
     def _description(self) -> dict[str, Any]:
         return description(self.backbone, self.spec, self.preprocessing)
 
-    def _zeros(self, height: int, width: int) -> Tensor:
-        return next(self.backbone.parameters()).new_zeros(1, 3, height, width)
-
-    @torch.no_grad()
-    def _found(self) -> list[Tap]:
-        """The last three of the backbone's maps at strides that are multiples of 8."""
-        name, side = type(self.backbone).__name__, 128
-        if not hasattr(self.backbone, "forward_intermediates"):
-            raise ClassifierError(
-                f"the backbone {name} does not give the feature maps between its stages; PSA needs "
-                "a timm model that has forward_intermediates"
-            )
-        maps = feature_maps(self.backbone, self._zeros(side, side))
-        strides = [side // found.shape[-1] for found in maps]
-        taps = [
-            Tap(number, found.shape[1], stride)
-            for number, (found, stride) in enumerate(zip(maps, strides, strict=True))
-            if stride % STRIDE == 0
-        ]
-        if not taps:
-            raise ClassifierError(
-                f"the backbone {name} gives feature maps at strides {sorted(set(strides))}; PSA "
-                "needs some at 8, 16 or 32: choose another backbone, or another output stride"
-            )
-        return taps[-len(WIDTHS) :]
-
-    @torch.no_grad()
-    def _multiple(self) -> int:
-        """What the sides of images must be multiples of: 8 where strides round up."""
-        size = (13 * STRIDE, 17 * STRIDE)
-        maps = feature_maps(self.backbone, self._zeros(*size))
-        for tap in self.taps:
-            if tuple(maps[tap.index].shape[-2:]) != tuple(-(-side // tap.stride) for side in size):
-                return max(tap.stride for tap in self.taps)
-        return STRIDE
-
 
 def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
-    """PSA's network on a copy of a trained classifier's backbone, with its preprocessing.
+    """Build PSA's network on a copy of a trained classifier's backbone.
 
     Raises:
         ClassifierError: as :class:`Psa`.
+
+    Example:
+        >>> from lpcam.classifier import BackboneSpec, build
+        >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
+        >>> network(torch.zeros(1, 3, 64, 100)).shape
+        torch.Size([1, 448, 8, 13])
     """
-    twin = copy.copy(classifier)
-    twin._modules = dict(classifier._modules)
+    twin = shallow_copy(classifier)
     twin.backbone = copy.deepcopy(classifier.backbone)
     return Psa(twin, seed=seed).to(classifier.device)
 
@@ -360,19 +327,23 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
 def feature_distances(
     features: Tensor, radius: int, *, sources_only: bool = False
 ) -> Iterator[tuple[Offset, Tensor]]:
-    """Mean absolute difference over the channels of every pair on the grid, offset by offset.
+    """Yield the mean absolute difference over the channels of every pair on the grid, by offset.
 
     Args:
         features: (B, C, h, w).
-        radius: pairs are nearer than it, in cells.
-        sources_only: whether only the pairs of :func:`lpcam.refine.walk.source_window` are wanted,
-            those of the loss.
+        radius: pairs are nearer than this, in cells.
+        sources_only: True takes only the pairs of :func:`lpcam.refine.walk.source_window`, those of
+            the loss.
 
     Yields:
-        the offset (dy, dx) and (B, h - dy, w - abs(dx)) distances, by the upper left corner of the
-        pair's bounding box, without the offsets that no pair of the grid has; or (B, rows, columns)
-        distances of the window's cells, nothing where that is empty. With a gradient, of first
-        order.
+        the offset (dy, dx) and (B, h - dy, w - abs(dx)) distances, indexed by the upper left corner
+        of the pair's bounding box, or (B, rows, columns) of the window; offsets without a pair are
+        left out. With a first-order gradient.
+
+    Example:
+        >>> features = torch.tensor([[[[0.0, 1.0, 3.0]]]])
+        >>> {offset: distance.tolist() for offset, distance in feature_distances(features, 2)}
+        {(0, 1): [[[1.0, 2.0]]]}
     """
     windows = _windows(features.shape[-2:], radius, sources_only=sources_only)
     if features.requires_grad and torch.is_grad_enabled():
@@ -380,46 +351,36 @@ def feature_distances(
     return ((offset, _distance(features, *sides)) for offset, sides in windows.items())
 
 
-Side = tuple[slice, slice]
-"""Rows and columns of one cell of each pair."""
-
-
 def _windows(
     size: Sequence[int], radius: int, *, sources_only: bool
-) -> dict[Offset, tuple[Side, Side]]:
+) -> dict[Offset, tuple[Window, Window]]:
     """The first and the second cells of the pairs at each offset."""
     height, width = size
     found = {}
     for dy, dx in pair_offsets(radius):
-        if sources_only:
-            rows, columns = source_window(height, width, radius)
-        else:
+        rows, columns = source_window(height, width, radius)
+        if not sources_only:
             rows = slice(0, max(0, height - dy))
             columns = slice(max(0, -dx), max(0, -dx, min(width, width - dx)))
         if rows.stop > rows.start and columns.stop > columns.start:
-            partner = (
-                slice(rows.start + dy, rows.stop + dy),
-                slice(columns.start + dx, columns.stop + dx),
-            )
-            found[dy, dx] = ((rows, columns), partner)
+            found[dy, dx] = ((rows, columns), partner_window((rows, columns), (dy, dx)))
     return found
 
 
-def _distance(features: Tensor, own: Side, partner: Side) -> Tensor:
-    total: Tensor | None = None
-    for part in torch.split(features, CHANNELS_A_TIME, 1):
-        found = (part[:, :, *partner] - part[:, :, *own]).abs_().sum(1)
-        total = found if total is None else total.add_(found)
-    assert total is not None
+def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
+    parts = torch.split(features, CHANNELS_A_TIME, 1)
+    total = (parts[0][:, :, *partner] - parts[0][:, :, *own]).abs_().sum(1)
+    for part in parts[1:]:
+        total += (part[:, :, *partner] - part[:, :, *own]).abs_().sum(1)
     return total.div_(features.shape[1])
 
 
 class _Distances(torch.autograd.Function):
-    """All distances at once, with a gradient that makes the differences anew, not keeps them."""
+    """All distances at once; the backward pass recomputes the differences to save memory."""
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, windows: dict[Offset, tuple[Side, Side]]
+        ctx: Any, features: Tensor, windows: dict[Offset, tuple[Window, Window]]
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(features)
         ctx.windows = windows
@@ -441,24 +402,29 @@ class _Distances(torch.autograd.Function):
 
 
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
-    """Quarter the mean -log a of background pairs and of pairs of a class, half -log(1 - a) of the
-    others. A kind of pairs that does not occur adds zero.
+    """PSA's loss: means of -log a over equal pairs and of -log(1 - a) over different pairs.
+
+    Pairs of background and pairs of a class weigh a quarter each, different ones half. A kind of
+    pairs that does not occur adds zero.
 
     Args:
         features: (B, C, h, w).
-        labels: (B, h, w) uint8, 0 background, 255 unknown, all else classes of the image.
-        radius: pairs are nearer than it, in cells.
-        counts: of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part of
-            it.
+        labels: (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image.
+        radius: pairs are nearer than this, in cells.
+        counts: (3,) of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a
+            part of it.
+
+    Example:
+        >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
+        >>> psa_loss(torch.zeros(1, 4, 8, 8), labels, 3)
+        tensor(0.)
     """
     if counts is None:
         counts = pair_counts(labels, radius)
-    # so that there is a gradient, of zero, also without a pair
-    sums: list[Tensor] = [features[:0].sum().expand(3)]
+    zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
     distances = feature_distances(features, radius, sources_only=True)
-    for (_, distance), (_, kinds) in zip(distances, pair_kinds(labels, radius), strict=True):
-        sums.append(likelihood_sums((-distance).exp(), kinds))
-    background, foreground, different = torch.stack(sums).sum(0) / (counts.to(features) + EPSILON)
+    pairs = ((offset, (-distance).exp()) for offset, distance in distances)
+    background, foreground, different = likelihood_means(pairs, labels, counts, zero, radius)
     loss: Tensor = (background + foreground) / 4 + different / 2
     return loss
 
@@ -474,10 +440,10 @@ def augment(
     settings: PsaSettings,
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Random colours, mirror image and square crop of an image and its scores, black beyond it.
+    """Change the colours of an image at random, and mirror and crop it and its scores.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB; black beyond its border.
         low, high: (K + 1, H, W) uint8, of :func:`read_scores`.
 
     Returns:
@@ -490,33 +456,24 @@ def augment(
     return preprocessing(canvas.permute(1, 2, 0).numpy()), label_pairs(cells[0], cells[1])
 
 
-class _Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images and labels by their place."""
-
-    def __init__(
-        self,
-        labelled: Sequence[tuple[Item, Path]],
-        preprocessing: Preprocessing,
-        settings: PsaSettings,
-        seed: int,
-    ) -> None:
-        self.labelled = labelled
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, Tensor]:
-        generator = np.random.default_rng([self.seed, place.epoch, place.sample])
-        item, path = self.labelled[place.sample]
-        low, high = read_scores(path)
-        # An image that was shrunk to be refined has scores of that size.
-        image = limit_long_side(read_image(item.image), max(low.shape[1:]))
-        if image.shape[:2] != low.shape[1:]:
-            raise DataError(
-                f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its scores "
-                f"{path} {low.shape[1]} x {low.shape[2]}; make the scores again"
-            )
-        return augment(image, low, high, self.preprocessing, self.settings, generator)
+def _sample(
+    labelled: Sequence[tuple[Item, Path]],
+    preprocessing: Preprocessing,
+    settings: PsaSettings,
+    seed: int,
+    place: engine.Place,
+) -> tuple[Tensor, Tensor]:
+    item, path = labelled[place.sample]
+    low, high = read_scores(path)
+    # The scores of an image that was shrunk to be refined have the smaller size.
+    image = limit_long_side(read_image(item.image), max(low.shape[1:]))
+    if image.shape[:2] != low.shape[1:]:
+        raise DataError(
+            f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its scores "
+            f"{path} {low.shape[1]} x {low.shape[2]}; make the scores again"
+        )
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    return augment(image, low, high, preprocessing, settings, generator)
 
 
 def train_psa(
@@ -529,31 +486,24 @@ def train_psa(
     workers: int = 0,
     processes: Processes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place, with checkpoints in ``folder`` from which a stopped training goes on.
+    """Train in place; a stopped training resumes from the checkpoints in ``folder``.
 
     Args:
+        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
         labelled: images and the files of their scores (:func:`write_scores`), of the image's size
             or of the smaller one at which it was refined.
-        workers: processes that read and augment images.
-        processes: those that share each batch; the step is that of the whole batch, whatever their
-            number, but for rounding.
+        settings: of the training.
 
     Returns:
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: if there is no image, a file of scores is missing or has another shape.
+        DataError: if there is no image, or a file of scores is missing or has another shape.
         ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.engine.run`.
-        ArtefactError: if a file of scores is damaged, or a checkpoint damaged or of another
-            network.
+        ArtefactError: if a file of scores or a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
-    missing = [f"{item.id} ({path})" for item, path in labelled if not path.is_file()]
-    if missing or not labelled:
-        raise DataError(
-            f"{len(missing)} of {len(labelled)} images have no scores: {', '.join(missing[:3])}; "
-            "give images whose score files exist"
-        )
+    check_label_files(labelled, "scores")
     freeze(network.backbone, settings.freeze, norms=True)
     model = processes.replicate(network)
 
@@ -568,7 +518,7 @@ def train_psa(
     history = engine.run(
         network,
         engine.sgd(engine.parameter_groups(network, HEADS, settings), settings),
-        _Labelled(labelled, network.preprocessing, settings, seed),
+        Samples(partial(_sample, labelled, network.preprocessing, settings, seed)),
         len(labelled),
         loss,
         engine.Plan.of_epochs(settings, len(labelled)),
@@ -588,15 +538,16 @@ def train_psa(
 
 @torch.no_grad()
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
-    """Scores of an image after the walk of its maps and of a constant background.
+    """Scores of an image after its maps and a constant background have walked.
 
-    All pairs of the grid walk, those at its edges too. Give the network's :meth:`Psa.folded` twin,
-    which takes less time.
+    All pairs of the grid walk, also those at its edges. :meth:`Psa.folded` takes less time.
 
     Args:
+        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         planes: (K, H, W) maps in [0, 1].
-        settings: of the walk: radius, beta, exponent, tolerance, and the background's threshold.
+        settings: ``radius``, ``beta``, ``exponent``, ``tolerance`` and ``threshold``, the score of
+            the background, are used.
 
     Returns:
         (K + 1, H, W), the background first, on the network's device; the pseudo mask is the highest
@@ -604,6 +555,13 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
 
     Raises:
         DataError: if image and maps do not fit, or maps or features are not finite.
+
+    Example:
+        >>> from lpcam.classifier import BackboneSpec, build
+        >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
+        >>> image, settings = np.zeros((16, 24, 3), np.uint8), PsaSettings.from_preset("official")
+        >>> walk(network, image, torch.ones(1, 16, 24), settings).shape
+        torch.Size([2, 16, 24])
     """
     network.eval()
     # on the CPU, where the image is

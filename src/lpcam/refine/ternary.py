@@ -1,4 +1,4 @@
-"""Labels that IRN learns from: sure foreground, sure background, and what lies between them.
+"""Ternary labels for IRN: sure foreground, sure background, and ignored pixels between them.
 
 Specification of IRN, section 3.
 """
@@ -19,19 +19,28 @@ from lpcam.refine.crf import DenseCrf
 def crf_labels(
     crf: DenseCrf, image: Tensor, maps: Tensor, thresholds: Sequence[float]
 ) -> list[Tensor]:
-    """Seeds at each threshold, cleaned by the CRF, which sees hard labels and not the maps.
+    """Seeds at each threshold, cleaned by the CRF, which gets hard labels and not the maps.
 
     Args:
         crf: with the parameters of the method.
         image: (H, W, 3) uint8 RGB.
         maps: (K, H, W) in [0, 1] of the image's own classes.
+        thresholds: a map above one is a seed of its class.
 
     Returns:
         for each threshold int64 (H, W): 0 for background, k + 1 for the k-th class. Without a
-        class all are background, for a CRF of one label is undefined.
+        class all are background.
 
     Raises:
         DataError: if sizes differ or maps are not finite, or as :class:`DenseCrf`.
+
+    Example:
+        >>> from lpcam.presets import CrfSettings
+        >>> crf, image = DenseCrf(CrfSettings.from_preset("irn")), torch.zeros(2, 2, 3).byte()
+        >>> crf_labels(crf, image, torch.full((1, 2, 2), 0.4), (0.3, 0.5))
+        [tensor([[1, 1],
+                [1, 1]]), tensor([[0, 0],
+                [0, 0]])]
     """
     if maps.ndim != 3 or maps.shape[-2:] != image.shape[:2]:
         raise DataError(
@@ -39,11 +48,11 @@ def crf_labels(
             "maps to the image"
         )
     if not bool(torch.isfinite(maps).all()):
-        raise DataError("the maps hold NaN or Inf; make them again")
+        raise DataError("the maps hold NaN or Inf; recompute them")
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
-    repeated = image.expand(len(hard), *image.shape)  # whose kernels are made once
+    repeated = image.expand(len(hard), *image.shape)  # so that its kernels are computed once
     return list(crf.refine_labels(repeated, torch.stack(hard), len(maps) + 1).argmax(1))
 
 
@@ -51,7 +60,7 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
     """Join the labels of a high and a low threshold.
 
     A pixel has the class that the high threshold gives it; it is background where both say so, and
-    ignored (255) where they disagree.
+    ignored (255) where only the low one gives a class.
 
     Args:
         foreground: int (H, W), of the high threshold.
@@ -59,6 +68,10 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
 
     Returns:
         int64 (H, W).
+
+    Example:
+        >>> ternary(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 2]])).tolist()
+        [[0, 1, 255]]
     """
     unsure = (foreground == 0) & (background != 0)
     return torch.where(unsure, IGNORE, foreground).to(torch.int64)

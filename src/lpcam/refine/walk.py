@@ -1,11 +1,9 @@
-"""The random walk of IRN and PSA as a stencil, and masks from IRN's walked maps.
+"""Random walk of IRN and PSA as a stencil, and the affinities of pixel pairs it uses.
 
-Specifications: of IRN, sections 5, 6 and 8; of MCTformer, section 4. IRN takes two pixels to be as
-alike as the weakest boundary between them is: a_ij = 1 - max over the path of e. PSA
-(:mod:`lpcam.refine.psa`) takes its affinities from features. Only pairs nearer than a radius count,
-so the transition matrix has a few dozen entries a row, and x T^256 needs no matrix. Squared as a
-dense matrix, as the released program has it, one VOC image takes 26 TFLOP and half a gigabyte a
-matrix; here it takes some hundredths of a second.
+Specifications: IRN, sections 5, 6 and 8; MCTformer, section 4. IRN's affinity of two cells is
+a_ij = 1 - max over the path between them of the boundary e; PSA's (:mod:`lpcam.refine.psa`) comes
+from features. Only pairs nearer than a radius count, so a row of the transition matrix has a few
+dozen entries and x T^256 is computed without storing the matrix.
 
 Shapes: K classes, h x w the grid (of stride 4 for IRN and 8 for PSA), n = h w; leading axes are
 images of one size.
@@ -20,24 +18,23 @@ from itertools import combinations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lpcam.data.items import BACKGROUND, IGNORE
 from lpcam.errors import DataError
-from lpcam.masks import seeds
-from lpcam.presets import IrnSettings
-from lpcam.refine.inputs import compute_dtype
+from lpcam.refine.base import compute_dtype
 
 Offset = tuple[int, int]
 """(dy, dx) in grid cells."""
+Window = tuple[slice, slice]
+"""Rows and columns of the grid."""
 STRIDE = 4
-"""Pixels a cell of the grid on which IRN's boundaries and walks live."""
+"""Pixels per cell of IRN's grid."""
 EPSILON = 1e-5
-"""Added to each logarithm's argument of a loss over pairs, and to each mean's denominator."""
+"""Added to each logarithm's argument and each mean's denominator of a loss over pairs."""
 PIECES_TRIED = 30
-"""Longest pieces of a path of which all pairs are tried."""
+"""Number of the longest pieces of a path of which all pairs are tried."""
 
 
 # -- Geometry of the pairs ---------------------------------------------------------------------
@@ -47,11 +44,15 @@ PIECES_TRIED = 30
 def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
 
-    Right of the cell and below it, nearer than ``radius``; ordered by the length of their paths,
-    34 at radius 5 and 152 at radius 10 (specification of IRN, section 5).
+    Partners lie right of the cell or below it, nearer than ``radius``, ordered by the length of
+    their paths: 34 at radius 5 and 152 at radius 10 (specification of IRN, section 5).
 
     Raises:
-        ValueError: if the radius is less than 2: there would be no pair.
+        ValueError: if the radius is less than 2, so that there is no pair.
+
+    Example:
+        >>> pair_offsets(2)
+        ((0, 1), (1, 0), (1, -1), (1, 1))
     """
     if radius < 2:
         raise ValueError(f"radius must be at least 2 cells, got {radius}")
@@ -80,24 +81,36 @@ def path(offset: Offset) -> tuple[Offset, ...]:
     )
 
 
-def source_window(height: int, width: int, radius: int) -> tuple[slice, slice]:
-    """Rows and columns of the cells whose every partner lies on the grid: the pairs of the loss.
+def source_window(height: int, width: int, radius: int) -> Window:
+    """Rows and columns of the cells all of whose partners lie on the grid: the pairs of the loss.
 
-    Empty where the grid is too small for the radius.
+    Both are empty where the grid is too small for the radius.
+
+    Example:
+        >>> source_window(10, 20, 3)
+        (slice(0, 8, None), slice(2, 18, None))
     """
     reach = radius - 1
     return slice(0, max(0, height - reach)), slice(reach, max(reach, width - reach))
 
 
+def partner_window(window: Window, offset: Offset) -> Window:
+    """Rows and columns of the partners at an offset from the cells of a window.
+
+    Example:
+        >>> partner_window((slice(0, 8), slice(2, 18)), (1, -2))
+        (slice(1, 9, None), slice(0, 16, None))
+    """
+    (rows, columns), (dy, dx) = window, offset
+    return slice(rows.start + dy, rows.stop + dy), slice(columns.start + dx, columns.stop + dx)
+
+
 @cache
 def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]], ...]:
-    """How the maximum along each path is made from the maxima along shorter ones.
+    """For each offset the shorter offsets, and their shifts, whose paths together cover its path.
 
-    Nearly every path is the union of two shorter ones, moved, so that nine tenths of the
-    comparisons are saved. Cells and moves are counted from the corner of the bounding box.
-
-    Returns:
-        for each offset the shorter offsets, with (0, 0) a cell itself, and their moves.
+    (0, 0) stands for a single cell. Computing the maximum along a path from those of shorter paths
+    saves nine tenths of the comparisons. Shifts count from the corner of the bounding box.
     """
     cells: dict[Offset, frozenset[Offset]] = {(0, 0): frozenset([(0, 0)])}
     plan = []
@@ -118,7 +131,7 @@ def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]]
 def _cover(
     whole: frozenset[Offset], pieces: dict[tuple[Offset, Offset], frozenset[Offset]]
 ) -> tuple[tuple[Offset, Offset], ...]:
-    """Few pieces whose union is the whole: one or two if they can be found, else greedily."""
+    """A few pieces whose union is the whole: one or two if possible, else chosen greedily."""
     largest = sorted(pieces, key=lambda piece: (-len(pieces[piece]), piece))
     if pieces[largest[0]] == whole:
         return (largest[0],)
@@ -133,16 +146,20 @@ def _cover(
 
 
 def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """The strongest boundary along the path of every pair on the grid, offset by offset.
+    """Yield the largest boundary value along the path of every pair on the grid, by offset.
 
     Args:
         edge: (..., h, w) boundaries.
-        radius: pairs are nearer than it, in cells.
+        radius: pairs are nearer than this, in cells.
 
     Yields:
-        the offset and (..., h - dy, w - abs(dx)) maxima, by the upper left corner of the pair's
-        bounding box; offsets that no pair of the grid has are left out. With a gradient, of first
-        order, which goes to one of equal boundaries.
+        the offset and (..., h - dy, w - abs(dx)) maxima, indexed by the upper left corner of the
+        pair's bounding box. Offsets without a pair on the grid are left out. A first-order gradient
+        flows to one of several equal boundaries.
+
+    Example:
+        >>> dict(path_maxima(torch.tensor([[0.0, 0.5, 0.25]]), 3))[0, 2]
+        tensor([[0.5000]])
     """
     if not (edge.requires_grad and torch.is_grad_enabled()):
         return _maxima(edge, radius)
@@ -150,21 +167,17 @@ def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     return zip(offsets, _Maxima.apply(edge, radius), strict=True)
 
 
-def _plan_of(
-    edge: Tensor, radius: int
-) -> Iterator[tuple[Offset, list[tuple[Offset, tuple[slice, slice]]]]]:
+def _plan_of(edge: Tensor, radius: int) -> Iterator[tuple[Offset, list[tuple[Offset, Window]]]]:
     """The plan's offsets on a grid, each with its pieces and their windows in these' maxima."""
     height, width = edge.shape[-2:]
     for offset, parts in _plan(radius):
         rows, columns = height - offset[0], width - abs(offset[1])
         if rows > 0 and columns > 0:
-            yield (
-                offset,
-                [
-                    (piece, (slice(top, top + rows), slice(left, left + columns)))
-                    for piece, (top, left) in parts
-                ],
-            )
+            windows = [
+                (piece, (slice(top, top + rows), slice(left, left + columns)))
+                for piece, (top, left) in parts
+            ]
+            yield offset, windows
 
 
 def _maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
@@ -179,11 +192,11 @@ def _maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 
 
 class _Maxima(torch.autograd.Function):
-    """All maxima at once, with a gradient that takes a third of the time of a maximum's own."""
+    """All maxima at once, with a backward pass three times as fast as that of torch.maximum."""
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, radius: int) -> tuple[Tensor, ...]:
-        # A path that equals a shorter one's, moved, would else be a view of it.
+        # A path that equals a shifted shorter one would otherwise be a view of it.
         found = tuple(m.clone() if m._is_view() else m for _, m in _maxima(edge, radius))
         ctx.radius = radius
         ctx.save_for_backward(edge, *found)
@@ -212,79 +225,108 @@ class _Maxima(torch.autograd.Function):
 
 
 def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Affinity 1 - max over the path of the pairs of :func:`source_window`.
+    """Yield the affinities 1 - max over the path of the pairs of :func:`source_window`.
 
     Args:
         edge: (..., h, w) boundaries e in [0, 1].
+        radius: pairs are nearer than this, in cells.
 
     Yields:
         the offset (dy, dx) and (..., rows, columns) affinities of the window's cells with their
         partners at that offset, in the order of :func:`pair_offsets`; nothing where the window is
-        empty. With a gradient.
+        empty. Differentiable.
+
+    Example:
+        >>> [offset for offset, _ in affinities(torch.zeros(5, 5), 2)]
+        [(0, 1), (1, 0), (1, -1), (1, 1)]
     """
     rows, columns = source_window(edge.shape[-2], edge.shape[-1], radius)
     if rows.stop <= rows.start or columns.stop <= columns.start:
         return
     for offset, maximum in path_maxima(edge, radius):
         corner = min(0, offset[1])
-        yield (
-            offset,
-            1 - maximum[..., rows, columns.start + corner : columns.stop + corner],
-        )
+        yield offset, 1 - maximum[..., rows, columns.start + corner : columns.stop + corner]
 
 
-# -- Pairs of labels: what affinities are learnt from --------------------------------------------
+# -- Pairs of labels ---------------------------------------------------------------------------
 
 
 def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """For each offset bool (3, B, rows, columns): pairs of background, of a class, and different.
-
-    Of the pairs of :func:`source_window`; nothing where that is empty.
+    """Yield which pairs of :func:`source_window` are background, of one class, or different.
 
     Args:
         labels: (B, h, w) uint8; pairs with a label 255 are of no kind.
+        radius: pairs are nearer than this, in cells.
+
+    Yields:
+        the offset and bool (3, B, rows, columns); nothing where the window is empty.
+
+    Example:
+        >>> kinds = dict(pair_kinds(torch.tensor([[[0, 0, 1], [0, 1, 1]]]), 2))
+        >>> kinds[0, 1].flatten().tolist(), kinds[1, 0].flatten().tolist()
+        ([False, False, True], [False, False, True])
     """
-    rows, columns = source_window(labels.shape[-2], labels.shape[-1], radius)
-    own = labels[:, rows, columns]
+    window = source_window(labels.shape[-2], labels.shape[-1], radius)
+    own = labels[:, *window]
     if not own.numel():
         return
     known = own != IGNORE
     background = known & (own == BACKGROUND)
     foreground = known & ~background
-    for dy, dx in pair_offsets(radius):
-        partner = labels[
-            :, rows.start + dy : rows.stop + dy, columns.start + dx : columns.stop + dx
-        ]
+    for offset in pair_offsets(radius):
+        partner = labels[:, *partner_window(window, offset)]
         same = own == partner
         different = known & ~same & (partner != IGNORE)
-        yield (dy, dx), torch.stack([background & same, foreground & same, different])
+        yield offset, torch.stack([background & same, foreground & same, different])
 
 
 def pair_counts(labels: Tensor, radius: int) -> Tensor:
-    """How many pairs there are of each of :func:`pair_kinds`: three float32 numbers.
+    """Number of pairs of each kind of :func:`pair_kinds`: (3,) float32.
 
     Args:
         labels: (B, h, w) uint8; pairs with a label 255 do not count.
+        radius: pairs are nearer than this, in cells.
+
+    Example:
+        >>> pair_counts(torch.tensor([[[0, 0, 0], [0, 0, 1], [0, 0, 1]]]), 2)
+        tensor([5., 0., 3.])
     """
     counts = [kinds.sum((1, 2, 3)).float() for _, kinds in pair_kinds(labels, radius)]
     return torch.stack(counts).sum(0) if counts else torch.zeros(3, device=labels.device)
 
 
-def likelihood_sums(affinity: Tensor, kinds: Tensor) -> Tensor:
-    """Sums (3,) of -log a over the alike pairs of one offset and of -log(1 - a) over the others.
+def likelihood_means(
+    pairs: Iterable[tuple[Offset, Tensor]],
+    labels: Tensor,
+    counts: Tensor,
+    zero: Tensor,
+    radius: int,
+) -> Tensor:
+    """Means (3,) of -log a over background pairs and pairs of a class, of -log(1 - a) over others.
 
     Args:
-        affinity: (B, rows, columns) in [0, 1].
-        kinds: (3, B, rows, columns), of :func:`pair_kinds`.
+        pairs: the affinities (B, rows, columns) of each offset, in the order of :func:`pair_kinds`.
+        labels: (B, h, w) uint8.
+        counts: (3,) of :func:`pair_counts` of the whole batch, whose part the labels may be.
+        zero: scalar 0 with a gradient, the sum where there is no pair.
+        radius: pairs are nearer than this, in cells.
+
+    Example:
+        >>> labels, zero = torch.zeros(1, 3, 3, dtype=torch.uint8), torch.zeros(())
+        >>> pairs = affinities(torch.zeros(1, 3, 3), 2)
+        >>> likelihood_means(pairs, labels, pair_counts(labels, 2), zero, 2).abs() < 1e-4
+        tensor([True, True, True])
     """
-    likelihood = torch.where(kinds[2], 1 - affinity, affinity) + EPSILON
-    return kinds.flatten(1).to(affinity.dtype) @ -likelihood.log().flatten()
+    sums = [zero.expand(3)]
+    for (_, affinity), (_, kinds) in zip(pairs, pair_kinds(labels, radius), strict=True):
+        likelihood = torch.where(kinds[2], 1 - affinity, affinity) + EPSILON
+        sums.append(kinds.flatten(1).to(affinity.dtype) @ -likelihood.log().flatten())
+    return torch.stack(sums).sum(0) / (counts.to(zero) + EPSILON)
 
 
 # -- The walk ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def random_walk(
     maps: Tensor,
     edge: Tensor,
@@ -294,16 +336,15 @@ def random_walk(
     exponent: int,
     tolerance: float = 0.0,
 ) -> Tensor:
-    """The walk of :func:`affinity_walk` with the affinities that boundaries leave.
+    """Random walk of :func:`affinity_walk` with IRN's affinities from boundaries.
 
-    With boundaries of 1 everywhere nothing moves. (The released program pads the boundaries with 1;
-    a path leaves no bounding box, so that changes no pair of the image.)
+    With boundaries of 1 everywhere nothing moves.
 
     Args:
         maps: (..., K, h, w) sources x, finite.
         edge: (..., h, w) boundaries e in [0, 1] of the same images.
-        radius: pairs are nearer than it, in cells.
-        beta, exponent, tolerance: as :func:`affinity_walk`.
+        radius: pairs are nearer than this, in cells.
+        beta, exponent, tolerance: as for :func:`affinity_walk`.
 
     Returns:
         (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
@@ -311,12 +352,23 @@ def random_walk(
     Raises:
         DataError: if shapes do not fit, a boundary is outside [0, 1], or a value is NaN or Inf.
         ValueError: if beta, exponent, radius or tolerance is out of range.
+
+    Example:
+        >>> random_walk(torch.ones(1, 1, 3), torch.zeros(1, 3), radius=2, beta=10.0, exponent=8)
+        tensor([[[1., 1., 1.]]])
     """
-    _check_power(beta, exponent, tolerance)
-    _check(maps, edge)
-    maxima = path_maxima(edge.to(compute_dtype(maps)), radius)
+    if maps.ndim < 3 or maps.shape[:-3] + maps.shape[-2:] != edge.shape or edge.numel() == 0:
+        raise DataError(
+            f"maps {tuple(maps.shape)} and boundaries {tuple(edge.shape)} do not fit; expected "
+            "(..., K, h, w) and (..., h, w) of the same images"
+        )
+    if not _in_unit_range(edge):
+        raise DataError(
+            "the boundaries hold NaN or values outside [0, 1]; give the sigmoid of the logits"
+        )
+    maxima = path_maxima(edge.detach().to(compute_dtype(maps)), radius)
     pairs = ((offset, 1 - maximum) for offset, maximum in maxima)
-    return _walk(maps, pairs, beta, exponent, tolerance)
+    return affinity_walk(maps, pairs, beta=beta, exponent=exponent, tolerance=tolerance)
 
 
 @torch.no_grad()
@@ -330,26 +382,20 @@ def affinity_walk(
 ) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
-    T has a unit diagonal before it is normalised. As the affinities are symmetric, every output
-    is a weighted mean of the sources around it: constants stay, and nothing leaves the range of
-    the sources. With affinities of 0 everywhere nothing moves.
-
-    The power is summed as a series of Chebyshev polynomials of T, which is exact with 2^exponent
-    terms; their weights fall like a Gaussian's, so that 98 steps for 256 give a tolerance of
-    1e-6 on a VOC image.
-
-    Time and memory grow with the grid: at radius 5 at most (68 + 5 K) h w numbers, 0.3 GB
-    for one class of an image of 4,000 x 4,000 pixels in float32.
+    T has a unit diagonal before it is normalised. Affinities are symmetric, so every output is a
+    weighted mean of the sources around it. The power is a series of Chebyshev polynomials of T,
+    exact with 2^exponent terms; their weights fall like a Gaussian's, so that 98 of 256 steps reach
+    a tolerance of 1e-6 on a VOC image. At radius 5 it needs at most (68 + 5 K) h w numbers.
 
     Args:
         maps: (..., K, h, w) sources x, finite.
         pairs: offsets (dy, dx) to the right and below, each once, and the affinities a_ij in [0, 1]
-            of all pairs of the grid at that offset, (..., h - dy, w - abs(dx)) by the upper left
-            corner of the pair's bounding box. Taken one after the other.
+            of all pairs of the grid at that offset, (..., h - dy, w - abs(dx)), indexed by the
+            upper left corner of the pair's bounding box.
         beta: power of the affinities, > 0.
         exponent: log2 of the number of steps.
-        tolerance: largest error, as a part of the largest absolute source, that the terms left out
-            may make; 0 leaves out none. Rounding is not counted.
+        tolerance: largest error of omitted terms, relative to the largest absolute source; 0 omits
+            none.
 
     Returns:
         (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
@@ -358,38 +404,54 @@ def affinity_walk(
         DataError: if shapes do not fit, an offset comes twice or points backwards, an affinity is
             outside [0, 1], or a value is NaN or Inf.
         ValueError: if beta, exponent or tolerance is out of range.
+
+    Example:
+        >>> pairs = [((0, 1), torch.ones(1, 1))]
+        >>> affinity_walk(torch.tensor([[[1.0, 0.0]]]), pairs, beta=1.0, exponent=2)
+        tensor([[[0.5000, 0.5000]]])
     """
-    _check_power(beta, exponent, tolerance)
+    if not beta > 0 or exponent < 0 or not tolerance >= 0:
+        raise ValueError(
+            f"expected beta > 0, exponent >= 0 and tolerance >= 0, got {beta}, {exponent} and "
+            f"{tolerance}"
+        )
     if maps.ndim < 3 or not maps.shape[-1] * maps.shape[-2]:
         raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w)")
-    _check_finite(maps)
-    return _walk(maps, _checked(maps, pairs), beta, exponent, tolerance)
-
-
-def _walk(
-    maps: Tensor,
-    pairs: Iterable[tuple[Offset, Tensor]],
-    beta: float,
-    exponent: int,
-    tolerance: float,
-) -> Tensor:
-    """:func:`affinity_walk` of what was checked."""
-    dtype = compute_dtype(maps)
+    if not bool(torch.isfinite(maps).all()):
+        raise DataError("the maps hold NaN or Inf; recompute them")
     height, width = maps.shape[-2:]
-    plane = torch.zeros((*maps.shape[:-3], height, width), dtype=dtype, device=maps.device)
-    shifts, weights, degree = _pair_weights(plane, pairs, beta)
+    zeros = maps.new_zeros((*maps.shape[:-3], height, width), dtype=compute_dtype(maps))
+    shifts, weights, degree = _pair_weights(zeros, _checked(maps, pairs), beta)
     factors = _series(2**exponent, _tail(tolerance, height * width, len(shifts)))
 
-    current = maps.to(dtype).flatten(-2).clone()
+    current = maps.to(zeros.dtype).flatten(-2).clone()
     low, high = current.amin(-1, keepdim=True), current.amax(-1, keepdim=True)
-    change = torch.empty_like(current)
-    step = _Step(shifts, weights, current, change)
+    change, between = torch.empty_like(current), torch.empty_like(current)
+    count = height * width
+    # Each pair's difference serves both its cells. The views are made once: making them takes
+    # longer than the arithmetic.
+    views = [
+        (
+            current[..., shift:],
+            current[..., : count - shift],
+            between[..., : count - shift],
+            weight[..., : count - shift],
+            change[..., : count - shift],
+            change[..., shift:],
+        )
+        for shift, weight in zip(shifts, weights, strict=True)
+    ]
     total = factors[0] * current
     once, twice = 1 / degree, 2 / degree
     difference = torch.zeros_like(current)
     for number, factor in enumerate(factors[1:], start=1):
-        # T_k+1(P) = 2 P T_k - T_k-1 in differences: where the map is even, nothing is rounded.
-        step()
+        # T_k+1(P) = 2 P T_k - T_k-1, written in differences of neighbours: hundreds of steps then
+        # round by less than 1e-5, where products lose as much as 1e-3.
+        change.zero_()
+        for partner, own, gap, weight, to_own, to_partner in views:
+            torch.sub(partner, own, out=gap)
+            to_own.addcmul_(weight, gap)
+            to_partner.addcmul_(weight, gap, value=-1)
         difference.addcmul_(change, once if number == 1 else twice)
         current += difference
         if factor:
@@ -397,51 +459,13 @@ def _walk(
     return total.clamp_(low, high).reshape(maps.shape).to(maps.dtype)
 
 
-class _Step:
-    """``change`` = sum over partners of weight times (partner - self), from ``current``.
-
-    Differences instead of products keep the rounding of hundreds of steps below 1e-5; products lose
-    as much as 1e-3. Each pair's difference serves both its cells, so that the weights of one half
-    plane, which fit a processor's cache, are enough. The views are made once: making them takes
-    longer than the arithmetic.
-    """
-
-    def __init__(
-        self, shifts: list[int], weights: list[Tensor], current: Tensor, change: Tensor
-    ) -> None:
-        count = current.shape[-1]
-        between = torch.empty_like(current)
-        self.change = change
-        self.views = [
-            (
-                current[..., shift:],
-                current[..., : count - shift],
-                between[..., : count - shift],
-                weight[..., : count - shift],
-                change[..., : count - shift],
-                change[..., shift:],
-            )
-            for shift, weight in zip(shifts, weights, strict=True)
-        ]
-
-    def __call__(self) -> None:
-        self.change.zero_()
-        for partner, own, between, weight, to_own, to_partner in self.views:
-            torch.sub(partner, own, out=between)
-            to_own.addcmul_(weight, between)
-            to_partner.addcmul_(weight, between, value=-1)
-
-
 def _pair_weights(
     zeros: Tensor, pairs: Iterable[tuple[Offset, Tensor]], beta: float
 ) -> tuple[list[int], list[Tensor], Tensor]:
-    """Of each offset the distance of a pair in the flat grid and (..., 1, n) weights a^beta.
+    """Distances of pairs in the flat grid, weights a^beta (..., 1, n), and column sums (..., 1, n).
 
-    Zero where a cell has no partner at the offset. The third is the (..., 1, n) sum of each cell's
-    weights with both its partners, and of 1 for itself: the columns' sums.
-
-    Args:
-        zeros: (..., h, w), for the shape, dtype and device.
+    A weight is zero where a cell has no partner at the offset; a column sum includes 1 for the cell
+    itself. ``zeros`` (..., h, w) gives the shape, dtype and device.
     """
     height, width = zeros.shape[-2:]
     shifts, weights = [], []
@@ -470,7 +494,7 @@ def _tail(tolerance: float, count: int, offsets: int) -> float:
 
 @cache
 def _series(steps: int, tail: float) -> tuple[float, ...]:
-    """Factors of T_0, T_1, ... in x^steps, to the first that leave ``tail`` or less, of sum 1.
+    """Factors of T_0, T_1, ... in x^steps, cut where ``tail`` or less is left, scaled to sum 1.
 
     x^n = 2^(1-n) sum over k of C(n, (n - k) / 2) T_k(x), k = n, n - 2, ..., the term of T_0 halved.
     """
@@ -485,23 +509,14 @@ def _series(steps: int, tail: float) -> tuple[float, ...]:
     return tuple(factor / kept for factor in factors)
 
 
-def _check_power(beta: float, exponent: int, tolerance: float) -> None:
-    if not beta > 0 or exponent < 0 or not tolerance >= 0:
-        raise ValueError(
-            f"expected beta > 0, exponent >= 0 and tolerance >= 0, got {beta}, {exponent} and "
-            f"{tolerance}"
-        )
-
-
-def _check_finite(maps: Tensor) -> None:
-    if not bool(torch.isfinite(maps).all()):
-        raise DataError("the maps hold NaN or Inf; make them again")
+def _in_unit_range(values: Tensor) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())  # both are false for NaN
 
 
 def _checked(
     maps: Tensor, pairs: Iterable[tuple[Offset, Tensor]]
 ) -> Iterator[tuple[Offset, Tensor]]:
-    """The pairs, each refused if it does not fit the maps; in the dtype of the computation."""
+    """The pairs in the dtype of the computation, each checked against the maps."""
     height, width = maps.shape[-2:]
     seen: set[Offset] = set()
     for offset, affinity in pairs:
@@ -518,101 +533,6 @@ def _checked(
                 f"affinities at the offset {offset} are {tuple(affinity.shape)}; expected "
                 f"{expected} for maps {tuple(maps.shape)}"
             )
-        # of NaN both comparisons are false
-        if not bool(((affinity >= 0) & (affinity <= 1)).all()):
-            raise DataError(
-                f"affinities at the offset {offset} hold NaN or values outside [0, 1]; find what "
-                "made them"
-            )
+        if not _in_unit_range(affinity):
+            raise DataError(f"affinities at the offset {offset} hold NaN or values outside [0, 1]")
         yield offset, affinity.to(compute_dtype(maps))
-
-
-def _check(maps: Tensor, edge: Tensor) -> None:
-    lead = edge.shape[:-2]
-    if (
-        edge.ndim < 2
-        or maps.ndim != edge.ndim + 1
-        or maps.shape[:-3] != lead
-        or maps.shape[-2:] != edge.shape[-2:]
-        or edge.numel() == 0
-    ):
-        raise DataError(
-            f"maps {tuple(maps.shape)} and boundaries {tuple(edge.shape)} do not fit; expected "
-            "(..., K, h, w) and (..., h, w) of the same images"
-        )
-    _check_finite(maps)
-    # of NaN both comparisons are false
-    if not bool(((edge >= 0) & (edge <= 1)).all()):
-        raise DataError(
-            "the boundaries hold NaN or values outside [0, 1]; give the sigmoid of the logits"
-        )
-
-
-# -- Masks -------------------------------------------------------------------------------------
-
-
-def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
-    """Walk the maps from where there is no boundary (specification of IRN, 8.2 to 8.4).
-
-    Args:
-        maps: (..., K, h, w), ``cam`` at stride 4, non-negative.
-        edge: (..., h, w) boundaries e in [0, 1].
-
-    Returns:
-        (..., K, h, w): the maps to the power of ``settings.sharpness``, times 1 - e, after the
-        walk; not normalised.
-
-    Raises:
-        DataError: as :func:`random_walk`.
-    """
-    _check(maps, edge)
-    sources = maps if settings.sharpness == 1 else maps.pow(settings.sharpness)
-    return random_walk(
-        sources * (1 - edge[..., None, :, :]).to(maps.dtype),
-        edge,
-        radius=settings.walk_radius,
-        beta=settings.beta,
-        exponent=settings.exponent,
-        tolerance=settings.tolerance,
-    )
-
-
-def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
-    """Walked maps at the image's size, divided by the maximum over all classes jointly.
-
-    Args:
-        walked: (K, h, w) at stride 4.
-        size: (H, W) of the image in pixels, with h = ceil(H / 4) and w = ceil(W / 4).
-
-    Returns:
-        (K, H, W) in [0, 1]; zeros where nothing is above zero.
-
-    Raises:
-        DataError: if the size does not fit the grid.
-    """
-    height, width = size
-    grid = (-(-height // STRIDE), -(-width // STRIDE))
-    if walked.ndim != 3 or tuple(walked.shape[-2:]) != grid:
-        raise DataError(
-            f"walked maps {tuple(walked.shape)} are not those of an image of {height} x {width} "
-            f"pixels; expected (K, {grid[0]}, {grid[1]})"
-        )
-    if not len(walked):
-        return walked.new_zeros(0, height, width)
-    full = F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)
-    cut = full[0, :, :height, :width]
-    top = cut.max()
-    return cut / top if float(top) > 0 else torch.zeros_like(cut)
-
-
-def pseudo_mask(walked: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """The best class of each pixel where its share of the joint maximum is above ``threshold``.
-
-    Args:
-        walked, size: as :func:`pseudo_maps`.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th class; to be given to
-        :func:`lpcam.masks.to_mask`.
-    """
-    return seeds(pseudo_maps(walked, size), threshold)

@@ -422,11 +422,10 @@ def _local_features(
         from lpcam.hosts.mctformer import local_features  # noqa: PLC0415
 
         return local_features(network, image, item.labels, section.mctformer)
-    from lpcam.hosts.amn import features_of, maps_of  # noqa: PLC0415
+    from lpcam.hosts import amn  # noqa: PLC0415
 
-    features = features_of(network, image, item.labels, section.amn)
-    own = maps_of(network, image, item.labels, _seed(run, arm, item, image), section.amn)
-    return features, own.high_res
+    seed = _seed(run, arm, item, image)
+    return amn.local_features(network, image, item.labels, section.amn, seed=seed)
 
 
 # -- Maps --------------------------------------------------------------------------------------
@@ -516,9 +515,7 @@ def _mapper(run: Run, arm: Arm) -> Callable[[Item, NDArray[np.uint8]], FusedMaps
 
     def of_amn(item: Item, image: NDArray[np.uint8]) -> FusedMaps:
         seed = _seed(run, arm, item, image)
-        if vectors is not None:
-            return amn.reading_b_maps(network, vectors, image, item.labels, seed, settings)
-        return amn.maps_of(network, image, item.labels, seed, settings)
+        return amn.maps_of(network, image, item.labels, settings, seed=seed, vectors=vectors)
 
     return of_amn
 

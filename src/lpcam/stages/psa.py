@@ -59,7 +59,7 @@ def _score(
     run: Run, source: Source, stage: Stage, items: Sequence[Item], crf_settings: CrfSettings
 ) -> None:
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
-    from lpcam.refine.psa import crf_score_stacks, write_scores  # noqa: PLC0415
+    from lpcam.refine.psa import crf_scores, write_scores  # noqa: PLC0415
 
     settings = refine_section(run).psa
     crf = DenseCrf(crf_settings, memory=crf_memory(run))
@@ -72,7 +72,7 @@ def _score(
         maps = read_maps(map_path(source.folder, item.id))
         image, planes = refined_at(run, item, maps)
         alphas = (settings.low_alpha, settings.high_alpha)
-        low, high = crf_score_stacks(crf, image, planes, alphas)
+        low, high = crf_scores(crf, image, planes, alphas)
         write_scores(path, low, high)
 
     each(run, f"PSA labels of {source.method}", items, make)

@@ -376,8 +376,12 @@ def _refine(run: Run, source: Source, stage: Stage, items: Sequence[Item]) -> No
 
 
 def _walker(run: Run, source: Source, stage: Stage) -> Any:
-    from lpcam.refine.irn import Irn, boundary_maps  # noqa: PLC0415
-    from lpcam.refine.walk import propagate, pseudo_maps  # noqa: PLC0415
+    from lpcam.refine.irn import (  # noqa: PLC0415
+        Irn,
+        boundary_maps,
+        propagate,
+        pseudo_maps,
+    )
 
     settings = refine_section(run).irn
     network = Irn.load(network_path(run.stages[f"{IRN}/{source.name}"])).to(run.device).folded()
@@ -485,9 +489,9 @@ def _fusion(run: Run, _: Source, __: Stage) -> Any:
         read_saliency,
         saliency_maximum,
     )
-    from lpcam.hosts.edam import fuse_saliency  # noqa: PLC0415
     from lpcam.refine.crf import DenseCrf  # noqa: PLC0415
-    from lpcam.refine.saliency import saliency  # noqa: PLC0415
+    from lpcam.refine.saliency_fusion import fuse_saliency  # noqa: PLC0415
+    from lpcam.refine.saliency_maps import saliency  # noqa: PLC0415
 
     settings, folder = refine_section(run).saliency, run.recipe.data.saliency
     crf = top = None

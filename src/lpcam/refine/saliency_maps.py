@@ -1,16 +1,14 @@
-"""Saliency of a photograph without a network: how sharply a pixel is set apart from the border.
+"""Saliency of a photograph without a network, by the minimum barrier distance to its border.
 
-The minimum barrier distance (Strand, Ciesielski, Malmberg and Saha 2013) of a pixel is the least
-span of values, highest minus lowest, that a path from the image's border to the pixel must cross.
-Zhang, Sclaroff, Lin, Shen, Price and Mech, "Minimum Barrier Salient Object Detection at 80 FPS"
-(ICCV 2015) take it for saliency, as what touches the border is mostly background: a pixel of it is
-reached along a path on which little changes. An object that the border cuts is found in part.
+The minimum barrier distance (Strand, Ciesielski, Malmberg and Saha 2013) of a pixel is the smallest
+range of values, highest minus lowest, on a path from the image's border to the pixel. Zhang,
+Sclaroff, Lin, Shen, Price and Mech, "Minimum Barrier Salient Object Detection at 80 FPS" (ICCV
+2015) use it as saliency, because most of what touches the border is background.
 
-Written from the paper's equations. As there, sweeps over the image approximate the distance, three
-times in each direction, colours are those of CIELAB, whose channels' distances are added, and a
-sigmoid of gain 10 raises the contrast. Where this differs: a sweep goes over whole rows or columns,
-the image is shrunk to 100 pixels first, and the sigmoid's centre is not a constant but Otsu's
-threshold (1979), so that half of the grey levels is the border between salient and not.
+As in the paper, three rounds of sweeps approximate the distance, the distances of the CIELAB
+channels are added, and a sigmoid of gain 10 raises the contrast. Differences: a sweep covers whole
+rows or columns, the image is shrunk to 100 pixels first, and the sigmoid's centre is Otsu's
+threshold (1979), so that a pixel is salient above half of the grey levels.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from lpcam.errors import DataError
 LONG_SIDE = 100
 """Pixels of the shrunk image, whose texture no longer counts as a barrier."""
 ROUNDS = 3
-"""Of sweeps down, right, up and left."""
+"""Rounds of sweeps down, up, right and left."""
 GAIN = 10.0
-"""Of the sigmoid, for distances in [0, 1]."""
+"""Gain of the sigmoid, for distances in [0, 1]."""
 BINS = 256
-"""Of the histogram that Otsu's threshold is found on."""
+"""Bins of the histogram of which Otsu's threshold is computed."""
 SALIENT = 127
-"""The grey level above which a pixel is salient."""
+"""Grey level above which a pixel is salient."""
 
 TO_XYZ = np.array(
     [
@@ -47,10 +45,9 @@ WHITE = np.array((0.95047, 1.0, 1.08883))
 
 
 def saliency(image: Tensor) -> Tensor:
-    """Saliency of a photograph in grey levels, above ``SALIENT`` where an object stands out.
+    """Saliency of a photograph in grey levels, above ``SALIENT`` on salient objects.
 
-    Takes about 30 ms of one core, whatever the content. An image of one colour has no salient
-    pixel.
+    Takes about 30 ms of one core. An image of one colour has no salient pixel.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -60,6 +57,12 @@ def saliency(image: Tensor) -> Tensor:
 
     Raises:
         DataError: if the image has another shape or dtype, or no pixels.
+
+    Example:
+        >>> image = torch.zeros(40, 40, 3, dtype=torch.uint8)
+        >>> image[10:30, 10:30] = 200
+        >>> (saliency(image) > SALIENT)[20, [0, 20]].tolist()
+        [False, True]
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.numel():
         raise DataError(
@@ -85,7 +88,12 @@ def saliency(image: Tensor) -> Tensor:
 
 
 def lab(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """CIELAB (..., 3), lightness from 0 to 100, of sRGB (..., 3) under D65."""
+    """CIELAB (..., 3), lightness from 0 to 100, of sRGB (..., 3) under D65.
+
+    Example:
+        >>> lab(np.array([0, 0, 0], np.uint8)).round(1).tolist()
+        [0.0, 0.0, 0.0]
+    """
     levels = image / 255.0
     linear = np.where(levels > 0.04045, ((levels + 0.055) / 1.055) ** 2.4, levels / 12.92)
     relative = linear @ TO_XYZ.T / WHITE
@@ -99,22 +107,19 @@ def lab(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def barrier_distance(values: NDArray[np.float64], rounds: int = ROUNDS) -> NDArray[np.float64]:
-    """Minimum barrier distance from the border, approximately: never below the true one.
+    """Approximate minimum barrier distance (H, W) from the border of values (H, W).
 
-    Each pixel keeps the highest and lowest value of its best path so far. A sweep lets each row (or
-    column) take over the path of the one before it where that is better.
+    Never below the true distance. Each pixel keeps the highest and lowest value of its best path.
+    A sweep extends the path of each row (or column) to the next one where that is better.
 
-    Args:
-        values: (H, W).
-        rounds: of sweeps in all four directions.
-
-    Returns:
-        (H, W), 0 at the border.
+    Example:
+        >>> barrier_distance(np.pad(np.array([[5.0]]), 1))[1].tolist()
+        [0.0, 5.0, 0.0]
     """
     distance = np.full(values.shape, np.inf)
     distance[[0, -1]] = 0.0
     distance[:, [0, -1]] = 0.0
-    # The first sweep, down from the border, brings a path to every pixel.
+    # The first sweep, down from the border, reaches every pixel.
     state = (distance, values.copy(), values.copy())
     for _ in range(rounds):
         for turned in (False, True):
@@ -131,7 +136,7 @@ def _sweep(
     highest: NDArray[np.float64],
     lowest: NDArray[np.float64],
 ) -> None:
-    """Down the rows, in place."""
+    """Extend paths down the rows, in place."""
     for row in range(1, len(values)):
         top = np.maximum(highest[row - 1], values[row])
         bottom = np.minimum(lowest[row - 1], values[row])
@@ -142,13 +147,11 @@ def _sweep(
 
 
 def otsu_threshold(values: NDArray[np.float64]) -> float:
-    """The threshold in [0, 1] that splits values best: the largest variance between both parts.
+    """Threshold with the largest variance between both parts of values in [0, 1] (Otsu 1979).
 
-    Args:
-        values: of any shape, in [0, 1].
-
-    Returns:
-        the upper edge of a bin of the histogram.
+    Example:
+        >>> 0.2 < otsu_threshold(np.array([0.1, 0.2, 0.8, 0.9])) < 0.8
+        True
     """
     counts, edges = np.histogram(values, BINS, (0.0, 1.0))
     parts = counts / counts.sum()

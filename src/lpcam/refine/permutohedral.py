@@ -1,0 +1,355 @@
+"""Gaussian filters of scattered points on permutohedral lattices, in torch.
+
+Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010):
+splat onto lattice points, blur along the lattice's directions, slice. Lattice points are made
+unique by sorting packed integer keys; splat, blur and slice are sums of weighted rows
+(``embedding_bag``), for several lattices over the same points at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.errors import DataError
+
+PACKED_BITS = 63
+"""Bits of a non-negative int64, which holds a lattice point's code and a position for sorting."""
+CODE_BITS = 52
+"""Largest number of bits of a lattice point's code, which is computed in float64."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Positions of P points of d dimensions in the permutohedral lattice.
+
+    Its M lattice points are numbered by the first of the points around them, so that neighbours in
+    an image are neighbours in memory. Row M of a table over them stays zero, for missing
+    neighbours.
+    """
+
+    vertices: Tensor
+    """(d + 1, P) int32: the lattice points around each point, one of each remainder."""
+    weights: Tensor
+    """(d + 1, P): their barycentric weights, summing to one."""
+    offsets: Tensor
+    """(M + 1,) int32: where the points around each lattice point begin in ``members``."""
+    members: Tensor
+    """(P (d + 1),) int32: the points around each lattice point, in ascending order."""
+    member_weights: Tensor
+    """(P (d + 1),): their weights."""
+    blur: Tensor
+    """(d + 1, M + 1, 3) int32: each lattice point and its two neighbours along a direction; M where
+    there is none."""
+
+    @property
+    def size(self) -> int:
+        """M, the number of lattice points."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def scale(self) -> float:
+        """Factor that undoes the blur's gain: 1 / (1 + 2^-d)."""
+        return 1.0 / (1.0 + 2.0 ** (1 - self.vertices.shape[0]))
+
+    def filter(self, values: Tensor) -> Tensor:
+        """Approximate sum over j of exp(-|f_i - f_j|^2 / 2) v_j, up to a factor near 1.
+
+        ``values`` is (P, C) of the lattice's dtype, and so is the result.
+        """
+        return join([self]).apply(values)
+
+    def row_sums(self) -> Tensor:
+        """The filter of ones (P,); gathering is faster than ``join`` for a single column."""
+        ones = self.weights.new_ones(self.vertices.shape[1], 1)
+        table = _sum_rows(
+            ones,
+            self.members,
+            torch.cat([self.offsets, self.offsets[-1:]]),  # row M stays zero
+            self.member_weights,
+        ).view(-1)
+        for rows in self.blur:
+            either = table.index_select(0, rows[:, 1]) + table.index_select(0, rows[:, 2])
+            table = table + 0.5 * either
+        sums = torch.zeros_like(self.weights[0])
+        for vertices, weights in zip(self.vertices, self.weights, strict=True):
+            sums += table.index_select(0, vertices) * weights
+        return sums * self.scale
+
+
+def permutohedral_lattice(positions: Tensor) -> Lattice:
+    """Lattice around points whose kernel is the unit Gaussian exp(-|f_i - f_j|^2 / 2).
+
+    Args:
+        positions: (d, P) float32 or float64, divided by the kernel's standard deviations.
+
+    Raises:
+        DataError: if there are no points, or if they reach over too many lattice points.
+
+    Example:
+        >>> permutohedral_lattice(torch.tensor([[0.0, 0.0, 9.0]])).size
+        4
+    """
+    d, count = positions.shape
+    if not count:
+        raise DataError("a lattice needs at least one point, got none")
+    corner, rank, barycentric = _enclosing_simplex(positions)
+
+    # A lattice point has a remainder r in 0..d, and its coordinates are (d + 1) q_i + r with whole
+    # q_i; the last follows from the others. Its code holds r and q_1..q_d as digits, with room for
+    # the vertices one step below the corner and for the neighbours of those, one step either way.
+    lowest, highest = (v.tolist() for v in torch.aminmax(corner[:d], dim=1))
+    extents = [int(high - low) + 4 for low, high in zip(lowest, highest, strict=True)]
+    strides = [math.prod(extents[i + 1 :]) for i in range(d)]
+    turn = math.prod(extents)
+    if (turn * (d + 1)).bit_length() > CODE_BITS:
+        raise DataError(
+            f"the points reach over about {turn:.1g} lattice cells, more than can be numbered; "
+            "the kernel's standard deviations are too small for the size of the image"
+        )
+    base = torch.zeros(count, dtype=torch.float64, device=positions.device)
+    for i in range(d):
+        base.add_(corner[i] - (lowest[i] - 2), alpha=strides[i])
+    # Vertex r is the corner, one step back along the coordinates whose rank is above d - r.
+    order = rank[0].to(torch.int32)
+    for i in range(1, d):
+        order = order.mul_(d + 1).add_(rank[i])
+    ranks = torch.cartesian_prod(*[torch.arange(d + 1)] * d).view(-1, d)
+    codes = base.long().repeat(d + 1, 1)
+    for r in range(d + 1):
+        step = turn * r - (ranks > d - r).long() @ torch.tensor(strides)
+        codes[r] += step.to(positions.device).index_select(0, order)
+    del corner, rank, base, order
+
+    codes, places = _sort_with_positions(codes, turn * (d + 1))
+    codes = codes.view(-1)
+    first = torch.ones_like(codes, dtype=torch.bool)
+    torch.ne(codes[1:], codes[:-1], out=first[1:])
+    begins = first.nonzero().view(-1)
+    found = first.cumsum(0, dtype=torch.int32).sub_(1)
+    codes = codes.index_select(0, begins)
+    del first
+
+    # From the order of codes to that of the first points.
+    size = begins.shape[0]
+    leaders = places.view(-1).index_select(0, begins)
+    order = _sort_with_positions(leaders.unsqueeze(0), count)[1].view(-1)
+    number = torch.empty(size, dtype=torch.int32, device=positions.device)
+    number[order] = torch.arange(size, dtype=torch.int32, device=positions.device)
+    places += torch.arange(0, count * (d + 1), count, device=positions.device).unsqueeze(1)
+    places = places.view(-1)
+    vertices = torch.empty_like(found)
+    vertices[places] = number.index_select(0, found)
+    del found
+    ends = torch.cat([begins[1:], begins.new_tensor([count * (d + 1)])])
+    lengths = (ends - begins).index_select(0, order)
+    offsets = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    moved = torch.repeat_interleave(
+        begins.index_select(0, order) - offsets[:-1], lengths, output_size=count * (d + 1)
+    )
+    moved += torch.arange(count * (d + 1), device=positions.device)
+    places = places.index_select(0, moved)
+    del moved
+    return Lattice(
+        vertices=vertices.view(d + 1, count),
+        weights=barycentric,
+        offsets=offsets.to(torch.int32),
+        member_weights=barycentric.view(-1).index_select(0, places),
+        members=places.remainder_(count).to(torch.int32),
+        blur=_blur_rows(codes, number, strides, turn),
+    )
+
+
+def _enclosing_simplex(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Corner with remainder 0 in units of d + 1, ranks, and barycentric weights: (d + 1, P) each.
+
+    Section 3.1 of Adams et al.; the corner and weights are floating-point, the ranks int8.
+    """
+    d, count = positions.shape
+    # Scaled so that the blur has the standard deviation 1. The rounding of this one factor decides
+    # on which side of a face a few points lie, and so which lattice points there are: it is rounded
+    # to the positions' precision, as the authors' program does.
+    spread = float(positions.new_tensor(math.sqrt(2.0 / 3.0) * (d + 1)))
+    elevated = positions.new_empty(d + 1, count)
+    total = positions.new_zeros(count)
+    for j in range(d, 0, -1):
+        scaled = positions[j - 1] * (spread / math.sqrt(j * (j + 1)))
+        torch.sub(total, scaled * j, out=elevated[j])
+        total += scaled
+    elevated[0] = total
+
+    corner = (elevated / (d + 1)).round_()
+    excess = corner.sum(0).to(torch.int8)
+    residual = elevated.sub_(corner, alpha=d + 1).div_(d + 1)
+    # How many residuals are larger; of equal ones the earlier comes first.
+    rank = torch.arange(d + 1, dtype=torch.int8, device=positions.device)
+    rank = rank.unsqueeze(1).repeat(1, count)
+    for i, j in itertools.combinations(range(d + 1), 2):
+        less = residual[i] < residual[j]
+        rank[i] += less
+        rank[j] -= less.to(torch.int8)
+    # The corner's coordinates must sum to zero: move those that were rounded furthest.
+    rank += excess
+    shift = (rank < 0).to(torch.int8) - (rank > d).to(torch.int8)
+    rank += shift * (d + 1)
+    corner += shift
+    residual -= shift
+
+    ordered = list(residual.unbind(0))  # falling, by odd-even transposition
+    for turn in range(d + 1):
+        for i in range(turn % 2, d, 2):
+            a, b = ordered[i], ordered[i + 1]
+            ordered[i], ordered[i + 1] = torch.maximum(a, b), torch.minimum(a, b)
+    barycentric = torch.empty_like(corner)
+    torch.sub(ordered[d], ordered[0], out=barycentric[0]).add_(1.0)
+    for r in range(1, d + 1):
+        torch.sub(ordered[d - r], ordered[d - r + 1], out=barycentric[r])
+    return corner, rank, barycentric
+
+
+def _sort_with_positions(codes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Sorted rows of codes below ``bound`` and their old positions; may overwrite the codes."""
+    bits = codes.shape[1].bit_length()
+    if bound.bit_length() + bits > PACKED_BITS:
+        found = torch.sort(codes, dim=1, stable=True)
+        return found.values, found.indices
+    packed = codes.bitwise_left_shift_(bits)
+    packed |= torch.arange(codes.shape[1], device=codes.device)
+    packed = _sort(packed)
+    positions = packed & ((1 << bits) - 1)
+    return packed.bitwise_right_shift_(bits), positions
+
+
+def _sort(values: Tensor) -> Tensor:
+    """Rows of int64 in ascending order; overwrites them on a CPU."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1).values
+    values.numpy().sort(axis=-1)  # several times as fast as torch's, which returns positions too
+    return values
+
+
+def _blur_rows(codes: Tensor, number: Tensor, strides: Sequence[int], turn: int) -> Tensor:
+    """``Lattice.blur`` from the ascending codes r turn + sum of q_i strides_i.
+
+    Args:
+        codes: (M,).
+        number: (M,) int32: the lattice point of each code.
+        strides: of the digits q_1..q_d.
+        turn: of the remainder r.
+    """
+    d, count = len(strides), codes.shape[0]
+    result = torch.full((d + 1, count + 1, 3), count, dtype=torch.int32, device=codes.device)
+    result[:, :, 0] = torch.arange(count + 1, dtype=torch.int32, device=codes.device)
+    # One way along direction j every coordinate falls by one, but the j-th grows by d. From
+    # remainder 0 that leads to remainder d with every q_i one lower. Points of remainder 0 come
+    # first and their neighbours last: with them moved to the end, the neighbours ascend too.
+    zero = int(torch.searchsorted(codes, turn))
+    back = torch.cat([codes[zero:] - turn, codes[:zero] + (d * turn - sum(strides))])
+    origin = torch.cat([number[zero:], number[:zero]])
+    # Sorted together, a neighbour that exists stands behind the point that it is.
+    codes, back = codes * 4, back * 4 + 1
+    for j, stride in enumerate([*strides, 0]):
+        both = _sort(torch.cat([codes, back + stride * 4]))
+        at = (both[1:] - both[:-1] == 1).nonzero().view(-1)
+        before = ((both & 1) == 0).cumsum(0, dtype=torch.int32).index_select(0, at)
+        target = number.index_select(0, before - 1)
+        source = origin.index_select(0, at + 1 - before)
+        result[j, source, 1] = target
+        result[j, target, 2] = source
+    return result
+
+
+# -- Filters: several lattices in one ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JoinedFilter:
+    """A sum of filters over the same points, as sums of weighted rows (splat, blur, slice)."""
+
+    splat: tuple[Tensor, Tensor, Tensor]
+    """Rows of each bag, where bags begin (and the last ends), weights of the rows."""
+    blur: list[Tensor]
+    """Rows of each bag of three, for each pass."""
+    blur_offsets: Tensor
+    blur_weights: Tensor
+    slice: tuple[Tensor, Tensor, Tensor]
+
+    def apply(self, values: Tensor) -> Tensor:
+        """(P, C) from (P, C)."""
+        values = _sum_rows(values, *self.splat)
+        for rows in self.blur:
+            values = _sum_rows(values, rows, self.blur_offsets, self.blur_weights)
+        return _sum_rows(values, *self.slice)
+
+
+def join(
+    lattices: Sequence[Lattice],
+    before: Sequence[Tensor] | None = None,
+    after: Sequence[Tensor] | None = None,
+) -> JoinedFilter:
+    """The filter sum over m of diag(after_m) K_m diag(before_m), in one pass over the points.
+
+    Args:
+        lattices: over the same P points.
+        before, after: (P,) factors for each lattice; None means ones.
+
+    Example:
+        >>> lattice = permutohedral_lattice(torch.tensor([[0.0, 50.0]]))
+        >>> join([lattice, lattice]).apply(torch.ones(2, 1)).shape
+        torch.Size([2, 1])
+    """
+    points = lattices[0].vertices.shape[1]
+    width = sum(lattice.vertices.shape[0] for lattice in lattices)
+    vertices = lattices[0].vertices.new_empty(points, width)
+    weights = lattices[0].weights.new_empty(points, width)
+    offsets, member_weights = [], []
+    blur: list[list[Tensor]] = [[] for _ in range(max(len(x.vertices) for x in lattices))]
+    rows = entries = column = 0
+    for number, lattice in enumerate(lattices):
+        columns = slice(column, column + lattice.vertices.shape[0])
+        vertices[:, columns] = (lattice.vertices + rows if rows else lattice.vertices).t()
+        factor = after[number] * lattice.scale if after else lattice.scale
+        weights[:, columns] = (lattice.weights * factor).t()
+        into = lattice.member_weights
+        if before:
+            into = into * before[number].index_select(0, lattice.members)
+        member_weights.append(into)
+        offsets.append(lattice.offsets + entries)
+        still = lattice.blur.new_full((lattice.size + 1, 3), lattice.size)
+        still[:, 0] = lattice.blur[0, :, 0]
+        for direction, bags in enumerate(blur):
+            own = lattice.blur[direction] if direction < len(lattice.vertices) else still
+            bags.append(own + rows if rows else own)
+        column = columns.stop
+        rows += lattice.size + 1
+        entries += lattice.members.shape[0]
+    device = vertices.device
+    end = torch.tensor([entries], dtype=torch.int32, device=device)
+    return JoinedFilter(
+        splat=(
+            torch.cat([lattice.members for lattice in lattices]),
+            torch.cat([*offsets, end]),
+            torch.cat(member_weights),
+        ),
+        blur=[torch.cat(bags).view(-1) for bags in blur],
+        blur_offsets=torch.arange(0, 3 * rows + 1, 3, dtype=torch.int32, device=device),
+        blur_weights=weights.new_tensor([1.0, 0.5, 0.5]).repeat(rows),
+        slice=(
+            vertices.view(-1),
+            torch.arange(0, points * width + 1, width, dtype=torch.int32, device=device),
+            weights.view(-1),
+        ),
+    )
+
+
+def _sum_rows(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(
+        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )

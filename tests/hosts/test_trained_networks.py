@@ -1,0 +1,265 @@
+"""What every trained network of a host or refinement must do: files, resume, folding, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import COLOURS, together
+from torch import Tensor
+
+from lpcam import engine
+from lpcam.classifier import BackboneSpec, Classifier, build
+from lpcam.data.folder import read_folder
+from lpcam.data.items import ClassTable
+from lpcam.errors import ArtefactError, ClassifierError
+from lpcam.hosts.amn import build_amn, train_amn
+from lpcam.hosts.edam import build_edam, train_edam
+from lpcam.hosts.mctformer import build_mctformer, train_mctformer
+from lpcam.presets import AmnSettings, EdamSettings, IrnSettings, MctformerSettings, PsaSettings
+from lpcam.processes import Processes
+from lpcam.refine.irn import build_irn, train_irn
+from lpcam.refine.psa import build_psa, train_psa, write_scores
+from lpcam.storage import read_tensors, write_tensors
+from lpcam.train import freeze
+
+SPEC = BackboneSpec("test_resnet", {}, 16)
+CLASSES = ClassTable(tuple(COLOURS), (1, 2, 3))
+IRN = IrnSettings.from_preset(
+    "official", epochs=2, batch_size=3, crop=48, radius=4, learning_rate=0.05
+)
+PSA = PsaSettings.from_preset(
+    "official",
+    epochs=2,
+    batch_size=3,
+    crop=64,
+    radius=3,
+    learning_rate=0.02,
+    freeze=["conv1", "layer1"],
+)
+AMN = AmnSettings.from_preset(
+    "official",
+    epochs=2,
+    batch_size=3,
+    crop=64,
+    dilations=(1, 2),
+    learning_rate=1e-3,
+    head_learning_rate=1e-2,
+)
+EDAM = EdamSettings.from_preset(
+    "official",
+    iterations=8,
+    pairs=3,
+    crop=48,
+    long_side=(40, 64),
+    warmup=2,
+    width=8,
+    hidden=12,
+    freeze=["conv1", "bn1"],
+    learning_rate=0.02,
+)
+MCTFORMER = MctformerSettings.from_preset(
+    "default", crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
+)
+
+
+@dataclass
+class Case:
+    """One kind of network: how it is built, trained and applied."""
+
+    settings: Any
+    build: Callable[..., Any]
+    train: Callable[..., list[dict[str, Any]]]
+    apply: Callable[[Any, Tensor], Any]
+    without_noise: dict[str, Any]
+    tolerance: float
+
+
+@pytest.fixture(params=["irn", "psa", "amn", "edam", "mctformer"])
+def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path: Path) -> Case:
+    items = list(read_folder(pictures).items.values())
+    labelled, scored = [], []
+    for item in items:
+        assert item.mask is not None
+        label = np.array(Image.open(item.mask))
+        planes = [label == 0, *(label == own + 1 for own in item.labels)]
+        low = torch.from_numpy(np.stack(planes)).float()
+        scored.append((item, tmp_path / f"{item.id}.npz"))
+        write_scores(scored[-1][1], low, low)
+        label[:, :3] = 255
+        labelled.append((item, tmp_path / f"{item.id}.png"))
+        Image.fromarray(label).save(labelled[-1][1])
+
+    def psa(settings: PsaSettings, seed: int = 0) -> Any:
+        classifier = build(SPEC, tuple(COLOURS), weights=weights)
+        network = build_psa(classifier, seed=seed)
+        freeze(network.backbone, settings.freeze, norms=True)
+        return network
+
+    return {
+        "irn": Case(
+            IRN,
+            lambda settings, seed=0: build_irn(SPEC, weights=weights, seed=seed),
+            lambda network, settings, **k: train_irn(network, labelled, settings, **k),
+            lambda network, images: torch.cat([p.flatten() for p in network(images)]),
+            {},
+            1e-4,
+        ),
+        "psa": Case(
+            PSA,
+            psa,
+            lambda network, settings, **k: train_psa(network, scored, settings, **k),
+            lambda network, images: network(images),
+            {},
+            1e-4,
+        ),
+        "amn": Case(
+            AMN,
+            lambda settings, seed=0: build_amn(
+                SPEC, CLASSES.names, settings, weights=weights, seed=seed
+            ),
+            lambda network, settings, **k: train_amn(network, labelled, CLASSES, settings, **k),
+            lambda network, images: network(images, torch.eye(2, 3)),
+            {"dropout": 0.0, "epochs": 1},
+            2e-3,
+        ),
+        "edam": Case(
+            EDAM,
+            lambda settings, seed=0: build_edam(
+                SPEC, CLASSES.names, settings, weights=weights, seed=seed
+            ),
+            lambda network, settings, **k: train_edam(network, items, settings, **k),
+            lambda network, images: network(images),
+            {"dropout": 0.0},
+            1e-4,
+        ),
+        "mctformer": Case(
+            MCTFORMER,
+            lambda settings, seed=0: build_mctformer(
+                "test_vit",
+                CLASSES.names,
+                settings,
+                arguments={"depth": 3},
+                weights="random",
+                seed=seed,
+            ),
+            lambda network, settings, **k: train_mctformer(network, items, items, settings, **k),
+            lambda network, images: network(images).classes,
+            # erasing draws from torch's generator, which threads share
+            {"erasing": 0.0, "epochs": 1},
+            1e-2,
+        ),
+    }[request.param]
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+
+
+def test_saved_network_is_read_again(case: Case, tmp_path: Path) -> None:
+    network, path = case.build(case.settings, seed=3), tmp_path / "network.safetensors"
+    network.save(path, {"seed": 3})
+    state = torch.random.get_rng_state()
+    again = type(network).load(path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert again.fingerprint() == network.fingerprint()
+    assert again.fingerprint() != case.build(case.settings, seed=4).fingerprint()
+    assert not again.training
+    assert torch.equal(case.apply(again, images()), case.apply(network, images()))
+
+
+def test_files_that_do_not_fit(case: Case, classifier: Classifier, tmp_path: Path) -> None:
+    network, path = case.build(case.settings), tmp_path / "network.safetensors"
+    classifier.save(path)
+    with pytest.raises(ArtefactError, match="'classifier'"):
+        type(network).load(path)
+    network.save(path)
+    state, metadata = read_tensors(path)
+    name = list(state)[-1]
+    write_tensors(path, {**state, name: torch.zeros(1, 3, 1, 7, 1)}, metadata)
+    with pytest.raises(ArtefactError, match="description"):
+        type(network).load(path)
+
+
+def test_folded_copy(case: Case, tmp_path: Path) -> None:
+    network = case.build(case.settings)
+    if not hasattr(network, "folded"):
+        pytest.skip("has no batch norms to fold")
+    state = torch.random.get_rng_state()
+    twin = network.folded()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(list(twin.parameters())) < len(list(network.parameters()))
+    expected = case.apply(network, images())
+    torch.testing.assert_close(case.apply(twin, images()), expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ClassifierError, match="cannot describe"):
+        twin.save(tmp_path / "network.safetensors")
+    network.save(tmp_path / "network.safetensors")  # as before
+
+
+class Stopping(Processes):
+    """One process, stopped at a number of sums, of which every step has at least one."""
+
+    def __init__(self, sums: int) -> None:
+        super().__init__()
+        self.sums = sums
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.sums -= 1
+        if self.sums < 0:
+            raise KeyboardInterrupt
+        return tensor
+
+
+@pytest.mark.parametrize("sums", [2, 5])
+def test_resumed_training_gives_the_same_bytes(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sums: int
+) -> None:
+    monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
+    whole, resumed = case.build(case.settings), case.build(case.settings)
+    options = {"seed": 5, "folder": tmp_path / "whole"}
+    expected = case.train(whole, case.settings, **options)
+    options["folder"] = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        case.train(case.build(case.settings), case.settings, **options, processes=Stopping(sums))
+    assert case.train(resumed, case.settings, **options) == expected
+    assert resumed.fingerprint() == whole.fingerprint()
+    files = [(tmp_path / name / engine.CHECKPOINT).read_bytes() for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+
+
+def test_a_checkpoint_of_another_network(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / engine.CHECKPOINT
+    write_tensors(path, {"model.other": torch.zeros(1)}, {"kind": "checkpoint", "format": 2})
+    with pytest.raises(ArtefactError, match="checkpoint"):
+        case.train(case.build(case.settings), case.settings, seed=0, folder=tmp_path)
+
+
+def test_processes_take_the_steps_of_one(case: Case, tmp_path: Path) -> None:
+    """Batches of 3 shared by 2: means are over the whole batch."""
+    settings = case.settings.model_copy(update=case.without_noise)
+    whole = case.build(settings)
+    expected = case.train(whole, settings, seed=5, folder=tmp_path / "one")
+    untrained = case.build(settings).state_dict()
+    own = [case.build(settings), case.build(settings)]  # here, as threads share the generator
+
+    def work(processes: Processes) -> list[dict[str, Any]]:
+        folder = tmp_path / str(processes.rank)
+        network = own[processes.rank]
+        return case.train(network, settings, seed=5, folder=folder, processes=processes)
+
+    for network, history in zip(own, together(2, work), strict=True):
+        for found, wanted in zip(history, expected, strict=True):
+            assert found == pytest.approx(wanted, abs=3e-3)
+        for name, value in network.state_dict().items():
+            reference = whole.state_dict()[name]
+            # Adam makes a whole step of the smallest gradient, whose sign rounding may turn
+            close = torch.isclose(value, reference, atol=case.tolerance, rtol=1e-2)
+            assert float(close.float().mean()) > 0.97, name
+    moved = [(whole.state_dict()[k] - v).abs().max() for k, v in untrained.items() if v.ndim]
+    assert max(moved) > 1e-3
