@@ -27,8 +27,8 @@ FLOORS: dict[int, str] = {
     3: "probe train evaluation pretraining ledger starting "
     "report.images report.meaning report.collect report.page report.charts report.tables "
     "compat.gradcam head peers data.estimate data.survey formats.masks "
-    "hosts.amn hosts.base hosts.edam hosts.mctformer refine.psa refine.base refine.crf refine.levels "
-    "refine.pamr refine.saliency_fusion refine.ternary refine.walk "
+    "hosts.amn hosts.base hosts.edam hosts.mctformer refine.psa refine.base "
+    "refine.crf refine.levels refine.pamr refine.saliency_fusion refine.ternary refine.walk "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
     "report.segmenters refine.irn explain.explainer explain.files models",

@@ -348,9 +348,7 @@ def test_flat_maps_are_zero_where_they_are_stretched() -> None:
 def test_bad_logits_and_seeds() -> None:
     with pytest.raises(DataError, match="there are no logits"):
         export_maps([], [0], None, (4, 4))
-    with pytest.raises(
-        DataError, match=r"\[3\]"
-    ):
+    with pytest.raises(DataError, match=r"\[3\]"):
         export_maps([drawn(3, 2, 2)], [3], None, (4, 4))
     with pytest.raises(DataError, match=r"gate the maps have \(4, 5\) pixels but the image \(4, 4"):
         export_maps([drawn(3, 2, 2)], [1], torch.zeros(4, 5), (4, 4))
@@ -428,9 +426,7 @@ def test_labels_that_are_no_classes(fresh: Any, reading: str) -> None:
     found = mapped([])
     assert found.cam.shape == (0, 11, 13)
     assert found.high_res.shape == (0, 41, 50)
-    with pytest.raises(
-        DataError, match=r"\[3\]"
-    ):
+    with pytest.raises(DataError, match=r"\[3\]"):
         mapped([0, 3])
 
 

@@ -11,16 +11,19 @@ H x W pixels, P = h w.
 from __future__ import annotations
 
 import math
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import getstate, setstate
+from random import seed as seed_python
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import get_state, set_state
+from numpy.random import seed as seed_numpy
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -145,15 +148,15 @@ def _seeded(seed: Sequence[int]) -> Iterator[None]:
     """
     numbers = np.random.SeedSequence(seed).generate_state(3).tolist()
     with _AUGMENTING, torch.random.fork_rng(devices=[]):
-        before = random.getstate(), np.random.get_state()
+        before = getstate(), get_state()
         try:
-            random.seed(numbers[0])
-            np.random.seed(numbers[1])
+            seed_python(numbers[0])
+            seed_numpy(numbers[1])
             torch.manual_seed(numbers[2])
             yield
         finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+            setstate(before[0])
+            set_state(before[1])
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
