@@ -116,7 +116,7 @@ def test_the_budget_is_kept(
     list(store.pairs([items[0]], SCALES))
     assert passes == []  # the first to come is kept
     list(store.pairs([items[3]], SCALES))
-    assert passes  # what found no room is computed again
+    assert passes  # what does not fit is computed again
     assert store.used <= store.budget
 
 

@@ -34,7 +34,7 @@ def items(pictures: Path) -> list[Item]:
 
 
 def data(images: int = 20, views: int = 2, channels: int = 6) -> tuple[Tensor, Tensor]:
-    """Random pooled features and labels that they tell something of."""
+    """Random pooled features and labels that depend on them."""
     generator = torch.Generator().manual_seed(0)
     pooled = torch.rand(images, views, channels, generator=generator)
     noise = 0.3 * torch.randn(images, 3, generator=generator)
@@ -109,7 +109,7 @@ def pooled_features(
     features: FeatureStore,
     sharing: Sharing | None = None,
 ) -> Tensor:
-    """Of this process alone."""
+    """Features of one process."""
     found = probe.pooled_features(items, settings, features, folder, sharing or Sharing())
     assert found is not None
     return found

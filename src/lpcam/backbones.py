@@ -135,7 +135,7 @@ class WideResNet38(nn.Module):
         self.num_features = channels[-1]
         self.conv1a = _convolution(3, stem, 3)
         self.stages: list[list[str]] = []
-        # b5 alone has a narrower middle and dilation, from its second convolution on.
+        # Only b5 has a narrower middle and dilation, from its second convolution on.
         before, middles = stem, (wide[0], wide[1], wide[2], wide[3] // 2)
         for number, (after, middle, depth) in enumerate(zip(wide, middles, depths, strict=False)):
             dilation = 1 if number < 3 else 2

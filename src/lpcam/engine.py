@@ -369,7 +369,7 @@ def _save(
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if v is not None}
     write_tensors(
         path,
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        tensors,
         {
             "kind": "checkpoint",
             "format": CHECKPOINT_FORMAT,

@@ -174,7 +174,7 @@ def finetune(
         seed: seed of the order of the images and of their augmentation.
         folder: folder of the checkpoint.
         workers: processes that read and augment images.
-        processes: processes that share each batch; default: this one alone. The result does not
+        processes: processes that share each batch; default: only this one. The result does not
             depend on their number, up to rounding.
 
     Returns:
