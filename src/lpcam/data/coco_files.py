@@ -1,4 +1,4 @@
-"""Where the annotation files and the images of a COCO folder are: COCO's layout and others'."""
+"""Finding the annotation files and the images of a COCO folder, in COCO's layout and others."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lpcam.data.labels import relative_name
 from lpcam.errors import DataError
 
 ALL = "all"
+"""List of the images of all annotation files."""
 LABELLED = ".labelled"
 """Ending of the list of those images that show at least one class."""
 _ROBOFLOW = "_annotations.coco.json"
@@ -25,11 +26,14 @@ _JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:(?=\s*\[))?|[\[\]{}]', re.DOT
 def find_files(
     root: Path, lists: Sequence[str] | None
 ) -> tuple[Path, dict[str, Path], dict[str, Path]]:
-    """The data set's folder, and by list the annotation files to be read, and all it has.
+    """Find the annotation files of a data set.
 
     Args:
         root: an annotation file, or a folder with some.
-        lists: those that are wanted; None: all.
+        lists: names of the lists that are wanted; None: all.
+
+    Returns:
+        The data set's folder; the annotation files to read, by list; and all that it has.
 
     Raises:
         DataError: if there is no file, or none of a list.
@@ -48,48 +52,47 @@ def find_files(
         raise DataError(f"there is no {root}; give an annotation file or a folder that holds one")
     found = annotation_files(root)
     wanted: dict[str, Path] = {}
-    for given in lists if lists is not None else (ALL,):
+    for given in lists or (ALL,):
         name = safe_id(given.removesuffix(LABELLED))
-        path = next((p for p in _places(root, name) if p.is_file()), found.get(name))
+        places = (
+            root / "annotations" / f"{_INSTANCES}{name}.json",
+            root / "annotations" / f"{name}.json",
+            root / name / _ROBOFLOW,
+            root / f"{name}.json",
+        )
+        path = next((p for p in places if p.is_file()), found.get(name))
         if path is not None:
             wanted[name] = path
         elif name == ALL and found:
             wanted |= found
         else:
-            known = f"the lists are {', '.join([*found, ALL])}" if found else "there is none at all"
             raise DataError(
                 f"list {given!r} is missing: there is no "
-                f"{' or '.join(p.relative_to(root).as_posix() for p in _places(root, name))} in "
-                f"{root}; {known}"
+                f"{' or '.join(p.relative_to(root).as_posix() for p in places)} in {root}; the "
+                f"lists are {', '.join([*found, ALL]) if found else 'none'}"
             )
-    if not wanted:
-        raise DataError(f"no list of {root} was named; the lists are {', '.join([*found, ALL])}")
     return root, wanted, found
 
 
-def _places(root: Path, name: str) -> list[Path]:
-    """Where the annotation file of a list may be."""
-    return [
-        root / "annotations" / f"{_INSTANCES}{name}.json",
-        root / "annotations" / f"{name}.json",
-        root / name / _ROBOFLOW,
-        root / f"{name}.json",
-    ]
-
-
 def annotation_files(root: Path) -> dict[str, Path]:
-    """The annotation files of a folder, by list, of the first place that has any.
+    """The annotation files of a folder, by list, from the first place that has any.
 
-    COCO's own ``annotations`` has captions and key points too, which are none. Of files that may
-    be anything by their names those count that have arrays of images and annotations.
+    COCO's own ``annotations`` also has captions and key points, which are ignored. Files whose
+    names say nothing count if they have arrays of images and annotations.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "cows.json").write_text('{"images": [], "annotations": []}')
+        ...     [*annotation_files(Path(folder))]
+        ['cows']
     """
     for pattern in (
         f"annotations/{_INSTANCES}*.json",
         "annotations/*.json",
         f"*/{_ROBOFLOW}",
         _ROBOFLOW,
-        "annotations.json",
-        "*.json",
+        *_ANY_JSON,
     ):
         found = {
             _list_name(path): path
@@ -104,7 +107,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
 def _has_annotations(path: Path) -> bool:
     """Whether the object of a JSON file has arrays of images and annotations.
 
-    Only the head is read: where it is not all, one of them is enough, as an array may be large.
+    Only the first MiB is read. If the file is longer, one of them is enough: it may be large.
     """
     try:
         with open(path, "rb") as file:
@@ -131,13 +134,19 @@ def _list_name(path: Path) -> str:
 
 
 def image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
-    """Where the images of a list are looked for, in this order; ``path`` is its annotation file."""
+    """The folders in which the images of a list are searched, in this order.
+
+    Args:
+        root: the data set's folder.
+        name: of the list.
+        path: its annotation file.
+    """
     places = (root / name, root / "images" / name, root / "images", root, path.parent)
     return tuple(dict.fromkeys(places))
 
 
 def listing_of(folder: Path) -> dict[str, str]:
-    """The names of a folder's files, by their form NFC; none where there is no such folder."""
+    """The names of a folder's files by their form NFC; empty if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
             return {unicodedata.normalize("NFC", e.name): e.name for e in entries if e.is_file()}
@@ -148,11 +157,11 @@ def listing_of(folder: Path) -> dict[str, str]:
 def find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
 ) -> Path | None:
-    """The first file of that name in some folders; None where there is none.
+    """The first file of that name in some folders; None if there is none.
 
     Args:
-        file_name: relative, as the annotation file has it, in whatever Unicode form.
-        listing: :func:`listing_of`, or what remembers its answers.
+        file_name: relative, as in the annotation file, in any Unicode form.
+        listing: :func:`listing_of`, or a cached version of it.
     """
     parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
     for place in places:

@@ -1,29 +1,41 @@
-"""Plain typed records: what a data set is, before any pixel is read (floor 0)."""
+"""What a data set is before any pixel is read: classes, items and lists."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from lpcam.errors import DataError
 
 BACKGROUND = 0
-"""Mask value of the background (specs of every data set used here)."""
+"""Mask value of the background."""
 IGNORE = 255
 """Mask value of pixels that no loss and no metric counts (void)."""
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Extensions of image files, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """The classes of a run in label order, and the value each has in mask files.
+    """The classes of a run in label order, and the value of each in mask files.
 
-    ``names[n]`` is the class with label index ``n`` (0-based); ``mask_ids[n]`` its pixel value in
-    masks and seeds (1..254). A subset of a larger data set keeps that data set's mask ids, so that
-    seeds can be laid over the official masks.
+    A subset of a larger data set keeps that data set's mask ids, so that seed masks can be compared
+    with the official masks.
+
+    Args:
+        names: the class with label index ``n`` (0-based) is ``names[n]``.
+        mask_ids: its pixel value in masks and seed masks, 1..254.
 
     Raises:
-        DataError: if names repeat, ids repeat, lengths differ or an id is outside 1..254.
+        DataError: if there is no name, names or ids repeat, lengths differ or an id is outside
+            1..254.
+
+    Example:
+        >>> table = ClassTable(("cow", "dog"), (10, 12))
+        >>> table.mask_ids[table.index("dog")]
+        12
     """
 
     names: tuple[str, ...]
@@ -35,15 +47,41 @@ class ClassTable:
         if len(self.names) != len(self.mask_ids):
             raise DataError(
                 f"{len(self.names)} class names but {len(self.mask_ids)} mask ids; "
-                "give one id a class"
+                "give one id per class"
             )
         for what, values in (("class names", self.names), ("mask ids", self.mask_ids)):
             repeated = sorted({str(v) for v in values if values.count(v) > 1})
             if repeated:
-                raise DataError(f"{what} repeat: {', '.join(repeated)}; each may stand once")
+                raise DataError(f"{what} repeat: {', '.join(repeated)}; give each once")
         wrong = [i for i in self.mask_ids if not BACKGROUND < i < IGNORE]
         if wrong:
             raise DataError(f"mask ids {wrong} are outside 1..254 (0 is background, 255 is ignore)")
+
+    @classmethod
+    def numbered(cls, names: Iterable[str], source: Path | str) -> ClassTable:
+        """All classes of a data set, with the mask values 1, 2, 3, ...
+
+        Args:
+            source: where the names come from, for the error.
+
+        Raises:
+            DataError: naming the source, if a class is called background, a name repeats or there
+                are more than 254.
+
+        Example:
+            >>> ClassTable.numbered(["cow", "dog"], "classes.txt").mask_ids
+            (1, 2)
+        """
+        names = tuple(names)
+        if "background" in (name.casefold() for name in names):
+            raise DataError(
+                f"{source} names the background; leave it out, its mask value is 0 (an image that "
+                "shows no class has empty labels)"
+            )
+        try:
+            return cls(names, tuple(range(1, len(names) + 1)))
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,11 +100,14 @@ class ClassTable:
 class Item:
     """One image with its image-level labels.
 
-    ``id`` is a relative POSIX path without extension (``2007_000063``, ``barn/cow 7``) and names
-    the image in every list and output file. ``labels`` holds sorted 0-based class indices, possibly
-    none. ``mask`` and ``parts`` are optional truth for evaluation only. ``file_name`` is what the
-    data call the image, its path below their folder of images, spelt as on disk; None: ``id`` with
-    the ending of ``image``.
+    Args:
+        id: relative POSIX path without extension (``2007_000063``, ``barn/cow 7``), which names the
+            image in every list and output file.
+        labels: sorted 0-based class indices, possibly none.
+        mask: file of the true mask, for evaluation only.
+        parts: file of the true mask of parts, for evaluation only.
+        file_name: path below the data set's folder of images, spelled as on disk. None: ``id`` with
+            the extension of ``image``.
     """
 
     id: str
@@ -79,7 +120,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Something that was left out of a run, and the reason in words a user can act on."""
+    """An image that was left out of a run, and the reason in words a user can act on."""
 
     id: str
     reason: str
@@ -89,8 +130,16 @@ class Skip:
 class Dataset:
     """Items by id, named lists of ids, and what was left out.
 
-    ``label_source`` says where image-level labels come from (it is part of every figure's
-    protocol). ``part_names`` maps a part's name to its value in part masks (0 is no part).
+    Args:
+        label_source: where the image-level labels come from; part of the protocol of every figure.
+        part_names: value of each part in masks of parts, by name (0 is no part).
+
+    Example:
+        >>> cow = Item("barn/cow 7", Path("cow 7.jpg"), labels=(0,))
+        >>> classes = ClassTable(("cow",), (1,))
+        >>> farm = Dataset("farm", classes, {cow.id: cow}, {"train": (cow.id,)}, "labels.csv")
+        >>> farm.select("train") == [cow]
+        True
     """
 
     name: str
@@ -103,7 +152,7 @@ class Dataset:
     part_names: Mapping[str, int] = field(default_factory=dict)
 
     def without(self, skipped: Sequence[Skip]) -> Dataset:
-        """The same without some of its items, in no list, with the reasons added."""
+        """A copy that lacks some items, also in its lists, with the reasons added."""
         if not skipped:
             return self
         out = {skip.id for skip in skipped}
@@ -124,14 +173,18 @@ class Dataset:
 
 
 def safe_id(text: str) -> str:
-    """Return ``text`` as an item id, or refuse it.
+    """Return ``text`` if it can be an item id.
 
     An id is a relative POSIX path of non-empty parts that cannot leave its folder: no leading
-    slash, drive, backslash, control character, ``.`` or ``..`` part. Spaces and any script are
-    fine.
+    slash, drive, backslash, control character, ``.`` or ``..`` part. Spaces and all scripts are
+    allowed.
 
     Raises:
         DataError: naming the id and what is wrong with it.
+
+    Example:
+        >>> safe_id("barn/cow 7")
+        'barn/cow 7'
     """
     problem = None
     if not text or text != text.strip():
@@ -147,10 +200,28 @@ def safe_id(text: str) -> str:
     return text
 
 
-def check_unique(ids: Sequence[str], where: str) -> None:
-    """Refuse a list in which an id stands twice (its file would be written twice)."""
-    seen: set[str] = set()
+def without_suffix(name: str) -> str:
+    """The name of an image file without its extension; other names stay as they are.
+
+    Example:
+        >>> without_suffix("barn/cow.7.JPG"), without_suffix("cow.7")
+        ('barn/cow.7', 'cow.7')
+    """
+    suffix = PurePosixPath(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def check_unique(ids: Iterable[Hashable], where: str) -> None:
+    """Raise DataError if an id occurs twice.
+
+    Args:
+        where: what holds the ids, for the error.
+
+    Example:
+        >>> check_unique(["a", "b"], "list train.txt")
+    """
+    seen: set[Hashable] = set()
     for name in ids:
         if name in seen:
-            raise DataError(f"{where} names {name!r} more than once; keep one of the lines")
+            raise DataError(f"{where} has {name!r} more than once; keep one of them")
         seen.add(name)

@@ -1,9 +1,8 @@
-"""Reading a JSON file that is larger than memory should be, one member of its arrays at a time.
+"""Reading a large JSON file one array member at a time, in little memory.
 
-The file is one object whose large members are arrays, as annotation files are. Each member of an
-array is decoded by the standard library's own scanner from a window that moves over the file, so
-that memory does not grow with the file, and comes with its place in the file, from which it can be
-read again.
+The file holds one object whose large members are arrays, as annotation files do. The standard
+library decodes each array member from a window that moves over the file. Every member comes with
+its byte offset, so that it can be read again later.
 """
 
 from __future__ import annotations
@@ -19,21 +18,17 @@ from lpcam.errors import DataError
 
 WINDOW = 256 * 2**10
 """Bytes read at a time."""
-LARGEST_VALUE = 256 * 2**20
-"""Largest value, in bytes, that is decoded in one piece: a member of an array, or a member of the
-object that is no array. A window grows to twice that at most."""
 
 _NOT_BLANK = re.compile(r"[^ \t\n\r]")
-_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=[^ \t\n\r])")
-# An error so near the end of the window may come from where the window was cut: the longest word
-# that cannot be cut without one is a pair of escapes, \ud83d\ude00.
+# An error this close to the window's end may come from the cut: \ud83d\ude00 is the longest token.
 _NEAR_END = 16
-# A number that is cut behind its point or exponent, as in "1e-", still reads as a shorter number.
+# A number cut after its point or exponent, such as "1e-", decodes as a shorter number.
 _NUMBER_TAIL = 3
+_BYTE_ORDER_MARK = codecs.BOM_UTF8.decode("latin-1")
 
 
 class Member(NamedTuple):
-    """A value of an array and its place in the file, in bytes."""
+    """A value of an array, its offset in the file and its length, both in bytes."""
 
     value: Any
     offset: int
@@ -45,213 +40,177 @@ def stream_arrays(
     keys: Iterable[str],
     *,
     window: int = WINDOW,
-    largest: int = LARGEST_VALUE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Iterator[Member]]]:
-    """Stream arrays of the JSON object in a file.
+    """Stream some arrays of the JSON object in a file.
 
     Args:
-        path: of a UTF-8 file, with or without a byte order mark, that holds one object.
-        keys: of the object's arrays that are wanted; other members are passed over.
+        path: UTF-8 file, with or without a byte order mark.
+        keys: names of the arrays to stream; other members of the object are skipped.
         window: bytes read at a time, at least 1.
-        largest: bytes of the largest value that is decoded; see `LARGEST_VALUE`.
-        progress: called after each read with the bytes read so far and those of the file.
+        progress: called after each read with the bytes read so far and the size of the file.
 
     Yields:
-        A key and its members, in the order of the file; a key that the file lacks is not yielded.
-        Members that are left are passed over when the next key is asked for.
+        A key and an iterator over its members, in the order of the file. Keys that the file lacks
+        are not yielded. Unread members are skipped when the next key is requested.
 
     Raises:
-        DataError: naming the file, byte and line, if it is no UTF-8 text, no object, broken or cut
-            off, if a wanted key stands twice or is no array, or if a value is larger than
-            ``largest``.
+        DataError: naming the file and byte, if it is not UTF-8, not an object, broken or truncated,
+            or if a key occurs twice or is not an array.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "a.json"
+        ...     _ = path.write_text('{"info": {}, "images": [7, {"id": 2}]}')
+        ...     for key, members in stream_arrays(path, ["images"]):
+        ...         print(key, [tuple(member) for member in members])
+        images [(7, 24, 1), ({'id': 2}, 27, 9)]
     """
-    wanted, seen = set(keys), set()
+    wanted = dict.fromkeys(keys, True)
     try:
         with open(path, "rb") as file:
-            scanner = _Scanner(path, file, path.stat().st_size, window, largest, progress)
-            scanner.begin()
-            ended = scanner.peek() == "}"
-            while not ended:
+            scanner = _Scanner(path, file, window, progress)
+            scanner.skip_byte_order_mark()
+            for _ in scanner.entries("{}"):
                 if scanner.peek() != '"':
-                    raise scanner.unexpected("a key in double quotes")
+                    raise scanner.error("expected a key in double quotes")
                 key = scanner.value().value
                 scanner.take(":")
+                is_array = scanner.peek() == "["
                 if key in wanted:
-                    if key in seen:
-                        raise scanner.error(f"{key!r} stands twice", scanner.position)
-                    seen.add(key)
-                    if scanner.peek() != "[":
-                        raise scanner.error(f"{key!r} is no array", scanner.position)
+                    if not is_array:
+                        raise scanner.error(f"{key!r} is not an array")
+                    if not wanted[key]:
+                        raise scanner.error(f"{key!r} occurs twice")
+                    wanted[key] = False
                     members = scanner.members()
                     yield key, members
                     for _ in members:
                         pass
-                elif scanner.peek() == "[":
+                elif is_array:
                     for _ in scanner.members():
                         pass
                 else:
                     scanner.value()
-                ended = scanner.peek() == "}"
-                if not ended:
-                    scanner.take(",")
-            scanner.take("}")
             if scanner.peek():
-                raise scanner.error("the object is followed by something else", scanner.position)
+                raise scanner.error("expected the end of the file")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class _Scanner:
-    """A place in a file, and the window of its text that begins before that place.
+    """A position in a file and the window of text around it.
 
-    ``position`` counts characters of the window, ``_byte`` is that place in the file.
+    The text is decoded as Latin-1, so that one character is one byte of the file. JSON's own
+    characters are ASCII; a value with others is decoded again as UTF-8.
     """
 
     def __init__(
         self,
         path: Path,
         file: BinaryIO,
-        total: int,
         window: int,
-        largest: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.position = 0
-        self._path, self._file, self._total = path, file, total
-        self._window, self._largest, self._progress = window, largest, progress
+        self._path, self._file, self._total = path, file, path.stat().st_size
+        self._window, self._progress = window, progress
         self._decode = json.JSONDecoder().raw_decode
         self._text = ""
-        self._rest = b""  # of a character that the last read cut
-        self._byte = 0
-        self._line = 1
-        self._read = 0
+        self._start = 0  # of the text in the file
+        self._position = 0  # in the text
         self._ended = False
 
-    def begin(self) -> None:
-        """Step over a byte order mark and the object's opening brace."""
-        while not self._text and self._more():
+    def skip_byte_order_mark(self) -> None:
+        while len(self._text) < len(_BYTE_ORDER_MARK) and self._more():
             pass
-        if not self._read:
-            raise DataError(f"{self._path} is empty; fetch or write it again")
-        if self._text.startswith("\ufeff"):
-            self.position, self._byte = 1, len(codecs.BOM_UTF8)
-        if self.peek() != "{":
-            raise self.unexpected("an object, {...},")
-        self._step(1)
+        if not self._text:
+            raise DataError(f"{self._path} is empty; download or write it again")
+        if self._text.startswith(_BYTE_ORDER_MARK):
+            self._position = len(_BYTE_ORDER_MARK)
 
     def peek(self) -> str:
-        """The next character that is no blank, which becomes the place; '' at the file's end."""
+        """Move to the next character that is not blank, and return it; '' at the end."""
         while True:
-            found = _NOT_BLANK.search(self._text, self.position)
-            place = found.start() if found else len(self._text)
-            self._step(place - self.position)
-            if found:
-                return found[0]
-            if not self._more():
-                return ""
+            found = _NOT_BLANK.search(self._text, self._position)
+            self._position = found.start() if found else len(self._text)
+            if found or not self._more():
+                return found[0] if found else ""
 
-    def take(self, character: str) -> None:
-        """Step over a character that must come next, blanks aside."""
-        if self.peek() != character:
-            raise self.unexpected(repr(character))
-        self._step(1)
+    def take(self, expected: str) -> str:
+        """Step over the next character, which must be one of those expected."""
+        found = self.peek()
+        if not found or found not in expected:
+            raise self.error(f"expected {' or '.join(map(repr, expected))}")
+        self._position += 1
+        return found
+
+    def entries(self, brackets: str) -> Iterator[None]:
+        """Stop at each entry of the object or array that begins here."""
+        opening, closing = brackets
+        self.take(opening)
+        if self.peek() == closing:
+            self.take(closing)
+            return
+        separators = "," + closing
+        while True:
+            yield
+            if self.take(separators) == closing:
+                return
 
     def members(self) -> Iterator[Member]:
-        """The members of the array that begins here."""
-        self.take("[")
-        ended = self.peek() == "]"
-        while not ended:
+        for _ in self.entries("[]"):
             yield self.value()
-            comma = _COMMA.match(self._text, self.position)
-            if comma:  # as almost always: one step instead of three
-                self._step(comma.end() - self.position)
-                continue
-            ended = self.peek() == "]"
-            if not ended:
-                if self.peek() != ",":
-                    raise self.unexpected("',' or ']'")
-                self._step(1)
-                self.peek()
-        self.take("]")
 
     def value(self) -> Member:
-        """The value that begins here, whole; the place is then behind it."""
+        """Read the value that begins here."""
+        self.peek()
         while True:
             try:
-                found, end = self._decode(self._text, self.position)
+                found, end = self._decode(self._text, self._position)
                 if self._ended or len(self._text) - end > _NUMBER_TAIL:
                     break
             except json.JSONDecodeError as error:
-                cut = (
-                    error.pos > len(self._text) - _NEAR_END
-                    # its position is that of the string's beginning
-                    or error.msg.startswith("Unterminated string")
-                )
-                if self._ended or not cut:
-                    raise self.error(error.msg, error.pos) from error
+                # the position of an unterminated string is where it begins
+                cut = error.msg.startswith("Unterminated string")
+                if self._ended or not (cut or error.pos > len(self._text) - _NEAR_END):
+                    self._position = error.pos
+                    raise self.error(error.msg) from error
             except RecursionError as error:
-                raise self.error("it is nested too deeply", self.position) from error
-            except ValueError as error:  # of integers with thousands of digits
-                raise self.error(str(error), self.position) from error
-            if len(self._text) - self.position > self._largest:
-                raise self.error(
-                    f"the value that begins there is larger than {self._largest:,} bytes, or a "
-                    "quote or bracket that closes it is missing",
-                    self.position,
-                )
+                raise self.error("it is nested too deeply") from error
+            except ValueError as error:  # an integer with thousands of digits
+                raise self.error(str(error)) from error
             self._more()
-        offset = self._byte
-        length = end - self.position
-        if not self._text.isascii():
-            length = len(self._text[self.position : end].encode())
-        self.position = end
-        self._byte += length
-        return Member(found, offset, length)
+        text = self._text[self._position : end]
+        if not text.isascii():
+            try:
+                found = json.loads(text.encode("latin-1").decode())
+            except UnicodeDecodeError as error:
+                raise self.error("the value is not UTF-8") from error
+        member = Member(found, self._start + self._position, len(text))
+        self._position = end
+        return member
 
-    def unexpected(self, expected: str) -> DataError:
-        """The error that something else stands at the place, or nothing."""
-        found = self._text[self.position : self.position + 1]
-        got = f", not {found!r}" if found else ""
-        return self.error(f"{expected} was expected{got}", self.position)
-
-    def error(self, problem: str, place: int) -> DataError:
-        """The error at a place of the window, in the bytes and lines of the file."""
-        byte = self._byte + len(self._text[self.position : place].encode())
-        line = self._line + self._text.count("\n", 0, place)
-        where = ", where the file ends" if place >= len(self._text) else ""
+    def error(self, problem: str) -> DataError:
+        """The error to raise for a problem at the current position."""
+        found = self._text[self._position : self._position + 1]
+        got = f"found {found!r}" if found else "the file ends"
         return DataError(
-            f"{self._path} cannot be read as JSON: {problem} (byte {byte:,}, line {line:,}"
-            f"{where}); fetch or write it again"
+            f"{self._path} cannot be read as JSON: {problem} (byte "
+            f"{self._start + self._position:,}, {got}); download or write it again"
         )
 
-    def _step(self, blanks: int) -> None:
-        """Move on over characters of one byte each."""
-        self.position += blanks
-        self._byte += blanks
-
     def _more(self) -> bool:
-        """Move the window on and lengthen it; False at the file's end.
+        """Move the window to the current position and extend it; False at the end of the file.
 
-        What is kept of it is doubled, so that a large value costs no more than a constant times its
-        size.
+        A large value doubles the window each time, so that it is decoded a few times only.
         """
-        if self._ended:
-            return False
-        block = self._file.read(max(self._window, len(self._text) - self.position))
+        rest = self._text[self._position :]
+        block = self._file.read(max(self._window, len(rest)))
+        self._text = rest + block.decode("latin-1")
+        self._start += self._position
+        self._position = 0
         self._ended = not block
-        try:
-            text, used = codecs.utf_8_decode(self._rest + block, "strict", self._ended)
-        except UnicodeDecodeError as error:
-            byte = self._read - len(self._rest) + error.start
-            raise DataError(
-                f"{self._path} is no UTF-8 text ({error.reason} at byte {byte:,}); save it as UTF-8"
-            ) from error
-        self._rest = (self._rest + block)[used:]
-        self._read += len(block)
-        self._line += self._text.count("\n", 0, self.position)
-        self._text = self._text[self.position :] + text
-        self.position = 0
         if self._progress is not None and block:
-            self._progress(self._read, max(self._total, self._read))
+            self._progress(self._start + len(self._text), self._total)
         return not self._ended

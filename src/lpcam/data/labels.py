@@ -8,8 +8,8 @@
     b.jpg,                     b.jpg,0,0
     c.jpg,cow;dog              c.jpg,1,1
 
-Names of images and classes are read without blanks at their ends, in Unicode form NFC: file systems
-and editors write the same name in different forms. In names of images a backslash is a slash.
+Names are stripped of blanks at their ends and converted to Unicode form NFC, because file systems
+and editors write the same name in different forms. In image names a backslash becomes a slash.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import NamedTuple
 from lpcam.data.items import safe_id
 from lpcam.errors import DataError
 
+TABLES = ("labels.csv", "labels.jsonl")
+"""File names of a folder's own table; the first that exists is read."""
 _TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
-_EXAMPLE_LINE = '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
 
 
 class LabelRow(NamedTuple):
@@ -40,10 +41,11 @@ class LabelRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What a file says of its images.
+    """The contents of a table of labels.
 
-    ``rows`` are in the order of the file; an image may stand in several. ``classes`` are those of a
-    multi-hot table, whose columns fix them and their order; None where the rows alone name them.
+    Args:
+        rows: in the order of the file; an image may occur in several.
+        classes: the columns of a multi-hot table, in order; None where only the rows name classes.
     """
 
     path: Path
@@ -57,18 +59,24 @@ def read_labels(path: Path) -> LabelTable:
     ``.csv`` whose header is ``image,labels`` has the labels of an image in one cell, separated by
     ``;``. With any other header that begins with ``image`` (or ``filename``) the further columns
     are classes and the cells 0 or 1 (``1.0`` and ``true`` count as 1). ``.jsonl`` has one JSON
-    object a line; keys other than ``image`` and ``labels`` are not read. An image without labels
+    object per line; keys other than ``image`` and ``labels`` are ignored. An image without labels
     shows none of the classes.
 
     Raises:
-        DataError: naming the file and line, if the file is missing, no UTF-8 text, of another form
-            or names no image, or an image's name could leave its folder.
+        DataError: naming the file and line, if the file is missing, not UTF-8, of another form or
+            names no image, or an image's name could leave its folder.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "labels.csv"
+        ...     _ = path.write_text("image,cow,dog\\na.jpg,1,0\\n")
+        ...     read_labels(path).rows
+        (LabelRow(line=2, image='a.jpg', labels=('cow',)),)
     """
     how = how_to_write(path)
     if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise DataError(f"{path} is no table of labels; give a .csv or a .jsonl file. {how}")
-    if not path.is_file():
-        raise DataError(f"there is no {path}; {how}")
+        raise DataError(f"{path} is not a table of labels; give a .csv or a .jsonl file. {how}")
     text = read_text(path, how)
     classes = None
     if path.suffix.lower() == ".csv":
@@ -81,11 +89,16 @@ def read_labels(path: Path) -> LabelTable:
 
 
 def how_to_write(path: Path) -> str:
-    """Words for an error: how a table of labels of this name is to be written."""
+    """Words for an error: the form of a table of labels, by its extension.
+
+    Example:
+        >>> how_to_write(Path("labels.jsonl"))[:42]
+        'labels.jsonl must be UTF-8 text with one J'
+    """
     if path.suffix.lower() == ".jsonl":
         return (
             f"{path.name} must be UTF-8 text with one JSON object a line, for example: "
-            f"{_EXAMPLE_LINE}"
+            '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
         )
     return (
         f"{path.name} must be UTF-8 text whose first line is 'image,labels' and then has one line "
@@ -94,17 +107,38 @@ def how_to_write(path: Path) -> str:
 
 
 def normal_name(text: str) -> str:
-    """A name without blanks at its ends, in Unicode form NFC."""
+    """A name without blanks at its ends, in Unicode form NFC.
+
+    Example:
+        >>> normal_name(" Ku\\u0308he ")
+        'Kühe'
+    """
     return unicodedata.normalize("NFC", text.strip())
 
 
 def relative_name(text: str) -> str:
-    """A path with forward slashes, as programs on Windows do not write it, without ``./``."""
+    """A path with forward slashes and without a leading ``./``.
+
+    Example:
+        >>> relative_name(".\\\\barn\\\\1.jpg")
+        'barn/1.jpg'
+    """
     return text.replace("\\", "/").removeprefix("./")
 
 
 def image_name(text: str, where: str) -> str:
-    """The name of an image in a table or list as an id; DataError says where it is refused."""
+    """The name of an image in a table or list as an id.
+
+    Args:
+        where: file and line, for the error.
+
+    Raises:
+        DataError: if the name could leave its folder or is not an id otherwise.
+
+    Example:
+        >>> image_name(" barn\\\\1.jpg ", "labels.csv line 2")
+        'barn/1.jpg'
+    """
     try:
         return safe_id(relative_name(normal_name(text)))
     except DataError as error:
@@ -112,13 +146,37 @@ def image_name(text: str, where: str) -> str:
 
 
 def read_text(path: Path, how: str) -> str:
-    """A UTF-8 file as text, without a byte order mark; DataError ends with ``how``."""
+    """A UTF-8 file as text, without a byte order mark.
+
+    Args:
+        how: the form of the file, which ends the error.
+
+    Raises:
+        DataError: if the file cannot be read or is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text; save it as UTF-8. {how}") from error
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8. {how}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. {how}") from error
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The class names of a file, one per line; DataError if it cannot be read."""
+    lines = read_text(path, "Write one class name per line.").splitlines()
+    return tuple(normal_name(line) for line in lines if line.strip())
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The image names of a list, one per line, each after its file and line for errors.
+
+    Raises:
+        DataError: if the file cannot be read or a name could leave its folder.
+    """
+    lines = enumerate(read_text(path, "Write one image per line.").splitlines(), start=1)
+    numbered = [(f"{path} line {number}", line) for number, line in lines if line.strip()]
+    return [(where, image_name(line, where)) for where, line in numbered]
 
 
 def _read_csv(
@@ -184,7 +242,7 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
 
 
 def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
-    # not splitlines: text in JSON may hold other line ends, such as U+2028
+    # not splitlines: JSON text may contain other line ends, such as U+2028
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
             continue
@@ -192,15 +250,10 @@ def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON ({error}); {how}") from error
-        image = entry.get("image") if isinstance(entry, dict) else None
-        labels = entry.get("labels") if isinstance(entry, dict) else None
-        if (
-            not isinstance(image, str)
-            or not isinstance(labels, list)
-            or not all(isinstance(label, str) for label in labels)
-            or not all(_is_unicode(text) for text in (image, *labels))
-        ):
+            raise DataError(f"{where} is not JSON ({error}); {how}") from error
+        entry = entry if isinstance(entry, dict) else {}
+        image, labels = entry.get("image"), entry.get("labels")
+        if not isinstance(labels, list) or not all(map(_is_text, (image, *labels))):
             raise DataError(
                 f"{where} reads {line.strip()[:120]!r}; expected an object with a text 'image' and "
                 f"a list of texts 'labels'; {how}"
@@ -209,6 +262,6 @@ def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
         yield LabelRow(number, image_name(image, where), names)
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can spell half of a character, which no file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _is_text(value: object) -> bool:
+    """Whether a JSON value is text that a file can hold, without half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= one <= "\udfff" for one in value)
