@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.items import IMAGE_SUFFIXES
 from lpcam.data.items import ClassTable, Dataset, Skip
 from lpcam.errors import ArtefactError
 from lpcam.formats.base import MaskEntry

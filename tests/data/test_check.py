@@ -92,7 +92,7 @@ def test_unreadable_image_leaves_items_and_lists(root: Path) -> None:
 def test_no_image_left(root: Path) -> None:
     for path in (root / "images").iterdir():
         path.write_bytes(b"text")
-    with pytest.raises(DataError, match=r"can be used: cannot read image .*not an image"):
+    with pytest.raises(DataError, match="not an image"):
         check_images(read_folder(root))
 
 
@@ -101,7 +101,7 @@ def test_wrong_mask_names_item_and_sizes(root: Path, folder: str) -> None:
     path = root / folder / "a.png"
     what = {"masks": "mask", "parts": "part mask"}[folder]
     mask_of((6, 4)).save(path)
-    message = rf"^{what} of 'a', .*a\.png, is 6 x 4 \(height x width\) but .* image is 4 x 6; save"
+    message = rf"^{what} of 'a', .*a\.png, is 6 x 4 .* 4 x 6"
     with pytest.raises(DataError, match=message):
         check_images(read_folder(root))
     Image.new("RGB", (6, 4)).save(path)

@@ -19,10 +19,10 @@ def test_chosen_classes_keep_order_and_mask_ids() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["COW"], r"unknown class 'COW'; did you mean 'cow'\? the classes are cat, cow, dog"),
-        (["zebra"], r"unknown class 'zebra'; the classes are cat, cow, dog"),
+        (["COW"], "'COW' .*'cow'.*cat, cow, dog"),
+        (["zebra"], "'zebra'; .*cat, cow, dog"),
         (["cow", "cow"], "class names repeat: cow"),
-        ([], "name at least one class"),
+        ([], "no classes"),
     ],
 )
 def test_wrong_names(names: list[str], message: str) -> None:

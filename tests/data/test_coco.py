@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lpcam.data.coco as module
-from lpcam.data import coco_masks
+import lpcam.data.coco_masks as module
 from lpcam.data.coco import COCO_CATEGORIES, CocoFolder
 from lpcam.data.coco_index import CocoAnnotations
 from lpcam.data.coco_masks import paint
@@ -142,12 +143,11 @@ def test_the_index_holds_what_the_file_says(root: Path) -> None:
     index = CocoAnnotations.read(root / "annotations/instances_train2014.json")
     assert index.image_ids.tolist() == [9, 25, 30, 581]
     assert index.file_names[1] == "COCO_train2014_000000000025.jpg"
-    assert index.heights.tolist() == [40] * 4 and index.widths.tolist() == [60] * 4
+    assert index.sizes == (SIZE,) * 4
     assert index.starts.tolist() == [0, 4, 5, 7, 7]
     assert index.annotation_ids.tolist() == [100, 98, 97, 94, 96, 99, 95]
     assert index.category_rows.tolist() == [1, 0, 2, 1, 2, 0, 1]
     assert index.crowds.tolist() == [False, False, True, False, True, False, False]
-    assert index.areas.tolist() == [1000, 998, 997, 994, 996, 999, 995]
     assert index.labels() == [(0, 1, 2), (2,), (0, 1), ()]
     assert index.labels(crowds=False) == [(0, 1), (), (0, 1), ()]
     everything = whole()["annotations"]
@@ -155,30 +155,10 @@ def test_the_index_holds_what_the_file_says(root: Path) -> None:
     assert index.annotations(3) == []
 
 
-def test_notices_say_what_masks_do_not_show(root: Path) -> None:
+def test_notices_count_what_masks_do_not_show(root: Path) -> None:
     notices = CocoFolder(root, classes=["brush", "train"]).dataset.notices
-    assert notices == (
-        "2 annotations are of crowds: they count as labels and are not painted; 2 labels of images "
-        "come from crowds alone, and have no pixels in masks",
-        "of brush there are only crowds: labels, but no pixels in masks",
-        "2 annotations of classes not chosen give no label: bicycle 2",
-        "1 of 4 images has no label",
-    )
-
-
-def test_one_of_a_kind_is_told_in_the_singular(root: Path) -> None:
-    content = whole()
-    content["annotations"] = content["annotations"][2:4]  # of image 9: an object and a crowd
-    del content["annotations"][0]["segmentation"]
-    write(root, annotations=content["annotations"])
-    assert CocoFolder(root, classes=["brush"]).dataset.notices == (
-        "1 annotation is of a crowd: it counts as a label and is not painted; 1 label of an image "
-        "comes from a crowd alone, and has no pixels in masks",
-        "of brush there are only crowds: labels, but no pixels in masks",
-        "1 annotation of a class not chosen gives no label: bicycle 1",
-        "1 annotation has no outline, perhaps a box alone: 1 image has labels, but no true masks",
-        "3 of 4 images have no label",
-    )
+    counts = [re.findall(r"\d+|brush|bicycle", text) for text in notices]
+    assert counts == [["2", "2"], ["brush"], ["bicycle", "2"], ["1", "4"]]
 
 
 def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> None:
@@ -191,8 +171,7 @@ def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> Non
     shown = next(i for i in content["images"] if i["id"] == first["image_id"])["file_name"]
     bare = shown.removesuffix(".jpg")
     assert folder.dataset.items[bare].labels
-    notice = "1 annotation has no outline, perhaps a box alone: 1 image has labels"
-    assert any(text.startswith(notice) for text in folder.dataset.notices)
+    assert any("without an outline" in text for text in folder.dataset.notices)
     painted = folder.with_masks(tmp_path / "masks", folder.dataset.items)
     without = [name for name, item in painted.items.items() if item.mask is None]
     assert without == [bare]
@@ -209,7 +188,7 @@ def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> No
     assert masks.items[one].mask is not None
     assert set(np.unique(read_index_mask(masks.items[one].mask))) == {0, 1, 2}
     assert sum(item.mask is not None for item in masks.items.values()) == 1
-    with pytest.raises(DataError, match=r"unknown class 'bicyle'; did you mean 'bicycle'"):
+    with pytest.raises(DataError, match=r"'bicyle' .*'bicycle'"):
         CocoFolder(root, classes=["bicyle"])
 
 
@@ -252,10 +231,11 @@ def test_layouts(tmp_path: Path, annotations: str, folder: str, name: str) -> No
             assert first.image.parent.resolve() == (root / folder).resolve()
 
 
-def test_captions_and_key_points_are_no_annotation_files(root: Path) -> None:
+def test_captions_and_key_points_are_ignored(root: Path) -> None:
     (root / "annotations/captions_train2014.json").write_text('{"images": []}')
-    assert set(CocoFolder(root).dataset.lists) == {
-        f"{name}{ending}" for name in ("train2014", "all") for ending in ("", ".labelled")
+    assert {name.removesuffix(".labelled") for name in CocoFolder(root).dataset.lists} == {
+        "train2014",
+        "all",
     }
 
 
@@ -313,9 +293,8 @@ def test_one_id_of_two_files_is_refused(tmp_path: Path) -> None:
     """A list that is named beside the only one that is found."""
     for name, image in (("annotations/instances_a.json", "b/1.jpg"), ("b.json", "1.jpg")):
         write(tmp_path, name, images=[{**whole()["images"][0], "file_name": image}], annotations=[])
-    with pytest.raises(
-        DataError, match=r"instances_a\.json and .*b\.json both have .*id 'b/1'; re"
-    ):
+        images(tmp_path / "a", {"images": [{"file_name": image}]})
+    with pytest.raises(DataError, match=r"instances_a\.json and .*b\.json .*'b/1'"):
         CocoFolder(tmp_path, lists=["a", "b"])
 
 
@@ -350,7 +329,7 @@ def test_missing_images_are_left_out_with_one_reason(root: Path) -> None:
 def test_no_image_at_all(root: Path) -> None:
     for path in (root / "train2014").iterdir():
         path.unlink()
-    message = r"none of the 4 images of .* is there: 'COCO_train2014_000000000009.jpg' is in none"
+    message = r"none of the 4 images of .* 'COCO_train2014_000000000009.jpg'"
     for lists in (None, ["train2014"]):
         with pytest.raises(DataError, match=message):
             CocoFolder(root, lists=lists)
@@ -364,16 +343,15 @@ def test_no_image_at_all(root: Path) -> None:
 
 
 def test_missing_files_and_lists(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no .*; give an annotation file or a folder"):
-        CocoFolder(tmp_path / "none")
-    with pytest.raises(DataError, match=r"list 'val' is missing: .*; the lists are train2014, all"):
-        CocoFolder(root, lists=["val"])
-    with pytest.raises(DataError, match=r"has no list 'val'; it has train2014, all"):
-        CocoFolder(root / "annotations/instances_train2014.json", lists=["val"])
-    with pytest.raises(DataError, match="could leave its folder"):
-        CocoFolder(root, lists=["../train2014"])
-    with pytest.raises(DataError, match=r"list 'all' is missing: .*; there is none at all"):
-        CocoFolder(root / "train2014")
+    for path, lists, message in (
+        (tmp_path / "none", None, "none"),
+        (root, ["val"], "'val' .*train2014, all"),
+        (root / "annotations/instances_train2014.json", ["val"], "'val'.* train2014, all"),
+        (root, ["../train2014"], "'../train2014'"),
+        (root / "train2014", None, "'all'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            CocoFolder(path, lists=lists)
 
 
 def test_progress_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
@@ -400,54 +378,43 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: {**whole(), "images": []}, "has an empty 'images'"),
-        (lambda: {**whole(), "categories": [], "annotations": []}, "has an empty 'categories'"),
-        (lambda: {**whole(), "images": {"a": 1}}, "'images' is no array"),
-        (lambda: {**whole(), "annotations": [3]}, r"an annotation \(id None, byte .*it is 3, not"),
-        (lambda: changed("annotations", 2, id=100), "annotation id 100 stands twice"),
-        (lambda: changed("images", 2, id=9), "image id 9 stands twice"),
-        (lambda: changed("categories", 2, id=2), "category id 2 stands twice"),
-        (
-            lambda: changed("annotations", 2, category_id=3),
-            r"annotation 98 \(byte [\d,]+\) has category_id 3, which is not in 'categories' \(1 "
-            r"annotation is like that\)",
-        ),
-        (
-            lambda: changed("annotations", 2, image_id=10),
-            "annotation 98 .* has image_id 10, which is not in 'images'",
-        ),
-        (lambda: changed("annotations", 2, category_id=None), "it has no 'category_id'"),
-        (lambda: changed("annotations", 2, image_id="9"), "whole numbers"),
-        (lambda: changed("annotations", 2, id=2**70), r"\(id 1180591620717411303424, byte"),
-        (lambda: changed("annotations", 2, iscrowd=2), "iscrowd is 0 or 1"),
-        (lambda: changed("annotations", 2, area="big"), "an annotation .* is wrong"),
-        (lambda: changed("images", 1, height=None), r"an image \(id 9.*it has no 'height'"),
-        (lambda: changed("images", 1, width=0), "height 40 and width 0 are pixels"),
-        (lambda: changed("images", 1, width=60.0), "height 40 and width 60.0 are pixels"),
-        (lambda: changed("images", 1, width=True), "height 40 and width True are pixels"),
-        (lambda: changed("images", 1, file_name=7), "file_name is text"),
-        (lambda: changed("images", 1, id=2**70), "id is a whole number of 64 bits"),
-        (lambda: changed("images", 1, file_name="../a.jpg"), "could leave its folder"),
-        (lambda: changed("images", 1, file_name="/etc/a.jpg"), "is an absolute path"),
-        (lambda: changed("images", 1, file_name="..\\a.jpg"), "could leave its folder"),
-        (lambda: changed("images", 1, file_name="a\udc80.jpg"), "is no Unicode"),
+        (lambda: {**whole(), "images": []}, "'images'"),
+        (lambda: {**whole(), "categories": [], "annotations": []}, "'categories'"),
+        (lambda: {**whole(), "images": {"a": 1}}, "'images'"),
+        (lambda: {k: v for k, v in whole().items() if k != "annotations"}, "'annotations'"),
+        (lambda: {**whole(), "annotations": [3]}, r"annotation \(id None, byte .* 3"),
+        (lambda: changed("annotations", 2, id=100), "annotation ids.* 100"),
+        (lambda: changed("images", 2, id=9), "image ids.* 9"),
+        (lambda: changed("categories", 2, id=2), "category ids.* 2"),
+        (lambda: changed("annotations", 2, category_id=3), r"98 \(byte [\d,]+\).* category_id 3"),
+        (lambda: changed("annotations", 2, image_id=10), "annotation 98 .* image_id 10"),
+        (lambda: changed("annotations", 2, category_id=None), "category_id"),
+        (lambda: changed("annotations", 2, image_id="9"), "image_id .*'9'"),
+        (lambda: changed("annotations", 2, id=2**70), "id .*1180591620717411303424"),
+        (lambda: changed("annotations", 2, iscrowd=2), "iscrowd .*2"),
+        (lambda: changed("images", 1, height=None), "id 9, .*'height'"),
+        (lambda: changed("images", 1, width=0), "width .*got 0"),
+        (lambda: changed("images", 1, width=60.0), "width .*got 60.0"),
+        (lambda: changed("images", 1, width=True), "width .*got True"),
+        (lambda: changed("images", 1, file_name=7), "file_name .*7"),
+        (lambda: changed("images", 1, file_name="../a.jpg"), "'../a.jpg'"),
+        (lambda: changed("images", 1, file_name="/etc/a.jpg"), "'/etc/a.jpg'"),
+        (lambda: changed("images", 1, file_name="..\\a.jpg"), "'../a.jpg'"),
+        (lambda: changed("images", 1, file_name="a\udc80.jpg"), "file_name"),
         (
             lambda: changed("images", 1, file_name="COCO_train2014_000000000030.png"),
-            "have the same id 'COCO_train2014_000000000030'",
+            "id 'COCO_train2014_000000000030'",
         ),
-        (lambda: changed("categories", 1, name="train"), "class names repeat: train"),
-        (lambda: changed("categories", 1, name=" "), "name is text"),
-        (
-            lambda: changed("categories", 1, name="Background"),
-            "categories, names the background; leave it out, its mask value is 0",
-        ),
+        (lambda: changed("categories", 1, name="train"), "repeat: train"),
+        (lambda: changed("categories", 1, name=" "), "name .*' '"),
+        (lambda: changed("categories", 1, name="Background"), "background"),
         (
             lambda: {
                 **whole(),
                 "annotations": [],
                 "categories": [{"id": n, "name": str(n)} for n in range(255)],
             },
-            "has 255 categories; a mask of 8 bits has room for 254",
+            "255",
         ),
     ],
 )
@@ -459,16 +426,6 @@ def test_wrong_annotation_files(
     with pytest.raises(DataError, match=message) as caught:
         CocoFolder(root)
     assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["images", "annotations", "categories"])
-def test_a_missing_array_is_named(root: Path, missing: str) -> None:
-    path = root / "annotations/instances_train2014.json"
-    content = whole()
-    del content[missing]
-    path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=f"has no '{missing}'; an annotation file has 'images'"):
-        CocoFolder(root)
 
 
 def test_files_with_different_categories(root: Path) -> None:
@@ -531,54 +488,53 @@ def test_run_length_codes_are_those_of_pycocotools() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"size": [4, 5], "counts": [20]}, r"code is of size \[4, 5\], the image of \[4, 6\]"),
-        ({"size": [4, 6], "counts": [20]}, "code has 20 pixels, the image 24"),
-        ({"size": [4, 6], "counts": [30, -6]}, "are no whole numbers from 0 on"),
-        ({"size": [4, 6], "counts": [12.0, 12]}, "are no whole numbers from 0 on"),
-        ({"size": [4, 6]}, "are no whole numbers from 0 on"),
-        ({"size": [4, 6], "counts": "z"}, "the character 'z' where none fits"),
-        ({"size": [4, 6], "counts": "é"}, "the character 'é' where none fits"),
-        ({"size": [4, 6], "counts": "P"}, "code is cut off"),
-        ({"size": [4, 6], "counts": "o" * 30}, "the character 'o' where none fits"),
-        ({"size": [4, 6], "counts": "0000"}, "code has 0 pixels"),
-        ([[0, 0, 3, 3]], "a polygon has 4 coordinates; 3 points or more"),
-        ([[0, 0, 3, 3, 1, 1, 2]], "a polygon has 7 coordinates"),
-        ([[0, 0, 3, 0, 3, 3], []], "a polygon has 0 coordinates"),
-        ([[0, 0, 3, 0, 3, float("nan")]], r"a polygon has a coordinate that is no number \(NaN\)"),
-        ([[0, 0, 3, 0, 3, float("inf")]], "is further outside its image of 4 x 6"),
-        ([[0, 0, 3, 0, 3, 10**400]], "is further outside its image of 4 x 6"),
-        ([[0, 0, 3, 0, 3, 1e9]], "is further outside its image"),
-        ([[0, 0, 3, 0, 3, "3"]], "a polygon is a list of numbers"),
-        ([0, 0, 3, 0, 3, 3], "a polygon is a list of numbers"),
-        ([], "it has no segmentation, perhaps a box alone"),
-        (None, "it has no segmentation"),
+        ({"size": [4, 5], "counts": [20]}, r"\[4, 5\], .* \[4, 6\]"),
+        ({"size": [4, 6], "counts": [20]}, "20 pixels, .* 24"),
+        ({"size": [4, 6], "counts": [30, -6]}, "counts"),
+        ({"size": [4, 6], "counts": [12.0, 12]}, "counts"),
+        ({"size": [4, 6]}, "counts"),
+        ({"size": [4, 6], "counts": "z"}, "'z'"),
+        ({"size": [4, 6], "counts": "é"}, "'é'"),
+        ({"size": [4, 6], "counts": "P"}, "truncated"),
+        ({"size": [4, 6], "counts": "o" * 30}, "'o'"),
+        ({"size": [4, 6], "counts": "0000"}, "0 pixels"),
+        ([[0, 0, 3, 3]], "4 coordinates"),
+        ([[0, 0, 3, 3, 1, 1, 2]], "7 coordinates"),
+        ([[0, 0, 3, 0, 3, 3], []], "0 coordinates"),
+        ([[0, 0, 3, 0, 3, float("nan")]], "NaN"),
+        ([[0, 0, 3, 0, 3, float("inf")]], "4 x 6"),
+        ([[0, 0, 3, 0, 3, 10**400]], "4 x 6"),
+        ([[0, 0, 3, 0, 3, 1e9]], "4 x 6"),
+        ([[0, 0, 3, 0, 3, "3"]], "polygon"),
+        ([0, 0, 3, 0, 3, 3], "polygon"),
+        ([], "no segmentation"),
+        (None, "no segmentation"),
     ],
 )
 def test_wrong_segmentations(shape: Any, message: str) -> None:
-    with pytest.raises(DataError, match=f"annotation 5 cannot be painted: .*{message}"):
+    with pytest.raises(DataError, match=f"annotation 5 .*{message}"):
         paint([annotation(shape)], (4, 6), {1: 1})
 
 
 def test_what_else_cannot_be_painted() -> None:
     polygon = [[0, 0, 3, 0, 3, 3]]
-    with pytest.raises(DataError, match=r"annotation 5 .*its category 9 has no mask value"):
+    with pytest.raises(DataError, match=r"annotation 5 .*category 9"):
         paint([annotation(polygon, 9)], (4, 6), {1: 1})
-    with pytest.raises(DataError, match=r"annotation 5 .*it is a crowd, whose segmentation is a"):
+    with pytest.raises(DataError, match=r"annotation 5 .*crowd"):
         paint([annotation(polygon, iscrowd=1)], (4, 6), {1: 1})
-    with pytest.raises(DataError, match="a mask of 20000 x 20000 pixels is refused"):
+    with pytest.raises(DataError, match="20000 x 20000"):
         paint([], (20_000, 20_000), {1: 1})
-    with pytest.raises(DataError, match="order 'size' or crowds 'background' is unknown"):
+    with pytest.raises(DataError, match="order 'size'"):
         paint([], (4, 6), {1: 1}, order="size")  # type: ignore[arg-type]
 
 
-def test_polygons_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(coco_masks.importlib, "import_module", absent)
-    monkeypatch.setattr(coco_masks, "_pycocotools", coco_masks._pycocotools.__wrapped__)
-    with pytest.raises(LpcamError, match=r"need pycocotools .*: pip install 'lpcam\[coco\]'"):
-        paint([annotation([[0, 0, 3, 0, 3, 3]])], (4, 6), {1: 1})
+def test_polygons_need_pycocotools(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CocoFolder(root)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    with pytest.raises(LpcamError, match=r"'lpcam\[coco\]'"):
+        folder.with_masks(tmp_path / "masks", folder.dataset.items)
 
 
 # -- Painting a folder ---------------------------------------------------------------------------
@@ -723,18 +679,6 @@ def test_two_files_share_a_folder_of_masks(
     assert read_index_mask(masks / "COCO_train2014_000000000009.png").any()
 
 
-def test_a_record_of_an_earlier_form_makes_all_masks_anew(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, masks = CocoFolder(root), tmp_path / "masks"
-    folder.with_masks(masks, folder.dataset.items)
-    record = {"format": 1, "kind": "masks painted from COCO annotations", "annotations": {}}
-    (masks / "painted.json").write_text(json.dumps(record))
-    written = counted(monkeypatch)
-    folder.with_masks(masks, folder.dataset.items)
-    assert len(written) == 4
-
-
 def test_masks_of_equal_names_are_not_taken_for_each_other(tmp_path: Path) -> None:
     root, masks = tmp_path / "set", tmp_path / "masks"
     write(root, "train/_annotations.coco.json")
@@ -765,11 +709,11 @@ def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
     ids = folder.dataset.lists["all"]
     Image.new("L", (60, 40)).save(tmp_path / f"{ids[1]}.png")
     before = bytes_of(tmp_path)
-    with pytest.raises(ArtefactError, match=r"is there already and was not painted here"):
+    with pytest.raises(ArtefactError, match=re.escape(str(tmp_path))):
         folder.with_masks(tmp_path, ids)
     assert bytes_of(tmp_path) == before
     (tmp_path / "painted.json").write_text('{"kind": "walls"}')
-    with pytest.raises(ArtefactError, match=r"painted.json is another's"):
+    with pytest.raises(ArtefactError, match=r"painted\.json"):
         folder.with_masks(tmp_path, ids)
     assert bytes_of(tmp_path) == before
 
@@ -784,41 +728,29 @@ def broken(root: Path, **shapes: Any) -> tuple[CocoFolder, Path]:
 
 
 def test_an_outline_that_cannot_be_painted_costs_the_mask_of_its_image_alone(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = {"size": [9, 9], "counts": [81]}
     folder, path = broken(root, a100=[[1, 2, 3, 4]], a95=other)
-    masks, tried = tmp_path / "masks", []
-    paint_ = module.paint
-    monkeypatch.setattr(module, "paint", lambda *a, **k: tried.append(a) or paint_(*a, **k))
+    masks = tmp_path / "masks"
     names = [f"COCO_train2014_{number:012d}" for number in (9, 25, 30, 581)]
-    text = (
-        f"2 images have no true mask, the first for this reason: {path}, image {names[0]}.jpg: "
-        "annotation 100 cannot be painted: a polygon has 4 coordinates; 3 points or more"
-    )
-    for count in (4, 0):  # the second call knows them
-        tried.clear()
+    for _ in range(2):
         caplog.clear()
         dataset = folder.with_masks(masks, folder.dataset.items, workers=2)
-        assert len(tried) == count
         assert dataset.items[names[0]].labels == (0, 1, 2)
         with_mask = [name for name in names if dataset.items[name].mask is not None]
         assert with_mask == [names[1], names[3]]
         assert {p.stem for p in masks.glob("*.png")} == {*with_mask}
         assert [r.levelname for r in caplog.records] == ["WARNING"]
-        assert caplog.records[0].getMessage().startswith(text)
-        assert dataset.notices[-1] == caplog.records[0].getMessage()
+        notice = caplog.records[0].getMessage()
+        assert f"{path}, image {names[0]}.jpg: annotation 100 " in notice
+        assert dataset.notices[-1] == notice
         folder = CocoFolder(root)
-    write(root)  # mended
+    write(root)  # correct again
     folder = CocoFolder(root)
     assert all(item.mask for item in folder.with_masks(masks, names).items.values())
-    with pytest.raises(DataError, match="'cow' is no image of MSCOCO"):
+    with pytest.raises(DataError, match="'cow'"):
         folder.with_masks(masks, ["cow"])
-    with pytest.raises(DataError, match="order 'size' or crowds 'background' is unknown"):
-        folder.with_masks(masks, names, order="size")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [[[1, 2, 3, 4]], [[0, 0, 9, 0, 9, 9]], {"size": [1, 1]}])
@@ -837,18 +769,6 @@ def test_what_crowds_are_does_not_matter_where_they_are_background(
     assert "annotation 97 cannot be painted" in fault
 
 
-def test_missing_pycocotools_stays_an_error(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def absent() -> None:
-        raise LpcamError("masks from polygons need pycocotools")
-
-    monkeypatch.setattr(coco_masks, "_pycocotools", absent)
-    folder = CocoFolder(root)
-    with pytest.raises(LpcamError, match="masks from polygons need pycocotools"):
-        folder.with_masks(tmp_path / "masks", folder.dataset.items)
-
-
 def test_an_image_of_another_size_than_its_annotations_has_no_mask(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -862,19 +782,11 @@ def test_an_image_of_another_size_than_its_annotations_has_no_mask(
     folder, masks = CocoFolder(root), tmp_path / "masks"
     dataset = folder.with_masks(masks, names)
     assert [dataset.items[name].mask is not None for name in names] == [False, True, False]
-    path = root / "annotations" / "instances_train2014.json"
-    assert caplog.records[0].getMessage() == (
-        f"2 images have no true mask, the first for this reason: {path}, image {names[0]}.jpg: the "
-        "file says 40 x 60 (height x width), the upright image is 60 x 40; if it was outlined "
-        "without its EXIF rotation, remove that from the image"
-    )
+    assert re.search(rf"{names[0]}.* 40 x 60 .* 60 x 40; .*EXIF", caplog.records[0].getMessage())
     mask, (fault,) = folder.true_mask(names[2])
     assert mask is None
-    assert fault == (
-        f"{path}: the file says 40 x 60 (height x width), the upright image is 20 x 30; give the "
-        "image that was outlined"
-    )
-    # an image that was mended has its mask without more ado
+    assert re.search("40 x 60 .* 20 x 30", fault)
+    # a corrected image gets its mask in the next call
     Image.new("RGB", (60, 40)).save(root / "train2014" / f"{names[0]}.jpg")
     assert folder.with_masks(masks, names).items[names[0]].mask is not None
 
@@ -893,15 +805,15 @@ def test_all_that_is_wrong_with_an_image_is_told(root: Path) -> None:
 def test_an_annotation_file_that_changes_is_noticed(root: Path, tmp_path: Path) -> None:
     folder = CocoFolder(root)
     path = write(root, info={"a": "longer by some bytes"})
-    with pytest.raises(DataError, match="has changed since its index was read; read it again"):
+    with pytest.raises(DataError, match="has changed"):
         folder.with_masks(tmp_path / "masks", folder.dataset.items)
-    with pytest.raises(DataError, match="has changed since its index was read"):
+    with pytest.raises(DataError, match="has changed"):
         folder.annotations[0].annotations(0)
     folder = CocoFolder(root)
     text = path.read_text()
     path.write_text(text.replace('"category_id": 7', '"category_id": 2'))
     assert len(path.read_text()) == len(text)
-    with pytest.raises(DataError, match="has changed since its index was read"):
+    with pytest.raises(DataError, match="has changed"):
         folder.with_masks(tmp_path / "masks", folder.dataset.items)
     path.unlink()
     with pytest.raises(DataError, match="cannot read"):

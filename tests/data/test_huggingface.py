@@ -107,7 +107,7 @@ def test_rows_left_out(tmp_path: Path) -> None:
     assert reasons[2] == "it has no image"
     assert "damaged or of an unknown format" in reasons[3]
     assert "its file https://nowhere.invalid/b.jpg cannot be read" in reasons[4]
-    with pytest.raises(DataError, match="no row of the data set can be used; the first: it has no"):
+    with pytest.raises(DataError, match="no row"):
         import_huggingface(make([None, -1], ANIMALS), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -123,12 +123,13 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     test = import_huggingface(tmp_path / "two", tmp_path / "test", split="test")
     assert found(test) == {"000000": ("cow",)}
     assert record(test)["source"] == str(tmp_path / "two")
-    with pytest.raises(DataError, match=r"the splits test, train; name one \(split\)"):
-        import_huggingface(splits, tmp_path / "x")
-    with pytest.raises(DataError, match="unknown split 'val'; the splits are test, train"):
-        import_huggingface(tmp_path / "two", tmp_path / "x", split="val")
-    with pytest.raises(DataError, match="unknown split 'val'; the data set has none"):
-        import_huggingface(whole, tmp_path / "x", split="val")
+    for source, split, message in (
+        (splits, None, "test, train"),
+        (tmp_path / "two", "val", "'val'.* test, train"),
+        (whole, "val", "'val'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            import_huggingface(source, tmp_path / "x", split=split)
     only = DatasetDict({"train": whole})
     assert len(found(import_huggingface(only, tmp_path / "only"))) == 2
 
@@ -147,13 +148,13 @@ def test_names_on_the_hub_come_without_programs(
     monkeypatch.setattr(datasets, "load_dataset", load)
     import_huggingface("owner/name", tmp_path / "out", split="train[:10%]")
     assert asked == [("owner/name", {"split": "train[:10%]"})]
-    with pytest.raises(DataError, match="cannot open the data set 'gone': no such host; give the"):
+    with pytest.raises(DataError, match="'gone': no such host;"):
         import_huggingface("gone", tmp_path / "x")
     for name in ("../name", "a/b/c", "https://a/b", "-x/y"):
-        with pytest.raises(DataError, match="is neither a folder nor a name on the hub"):
+        with pytest.raises(DataError, match=name):
             import_huggingface(name, tmp_path / "x")
     assert len(asked) == 2
-    with pytest.raises(DataError, match=r"cannot open the data set '.*nope': .*not found"):
+    with pytest.raises(DataError, match="nope"):
         import_huggingface(tmp_path / "nope", tmp_path / "x")
 
 
@@ -165,14 +166,14 @@ def test_another_format_of_rows_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        (Value("int64"), [1], r"'label' holds Value\('int64'\); expected a ClassLabel or a text"),
-        (List(Value("float32")), [[1.0]], "expected a ClassLabel or a text, or lists of these"),
-        (ClassLabel(names=["a;b"]), [0], "the class name 'a;b' cannot stand in labels.csv"),
-        (ClassLabel(names=["Background", "a"]), [1], "the class name 'Background' cannot stand"),
-        (ClassLabel(names=["a\nb"]), [0], "has a ';' or a line break"),
-        (ClassLabel(names=["a", "a "]), [0], "class names repeat: a"),
-        (ClassLabel(num_classes=255), [0], r"mask ids \[255\] are outside 1..254"),
-        (Value("string"), [""], "no classes were given"),
+        (Value("int64"), [1], "int64"),
+        (List(Value("float32")), [[1.0]], "float32"),
+        (ClassLabel(names=["a;b"]), [0], "'a;b'"),
+        (ClassLabel(names=["Background", "a"]), [1], "background"),
+        (ClassLabel(names=["a\nb"]), [0], r"a\\nb"),
+        (ClassLabel(names=["a", "a "]), [0], "repeat: a"),
+        (ClassLabel(num_classes=255), [0], "255"),
+        (Value("string"), [""], "no classes"),
     ],
 )
 def test_wrong_labels(tmp_path: Path, kind: Any, labels: list[Any], message: str) -> None:
@@ -183,32 +184,25 @@ def test_wrong_labels(tmp_path: Path, kind: Any, labels: list[Any], message: str
 
 def test_wrong_columns_and_sources(tmp_path: Path) -> None:
     dataset = make([0], ANIMALS)
-    with pytest.raises(DataError, match="there is no column 'img'; the columns are image, label"):
-        import_huggingface(dataset, tmp_path, image="img")
-    with pytest.raises(
-        DataError, match="there is no column 'labels'; the columns are image, label"
+    for source, options, message in (
+        (dataset, {"image": "img"}, "'img'.* image, label"),
+        (dataset, {"labels": "labels"}, "'labels'.* image, label"),
+        (dataset, {"image": "label"}, "'label'.* image"),
+        ([1], {}, "list"),
+        (dataset.to_iterable_dataset(), {}, "IterableDataset"),
     ):
-        import_huggingface(dataset, tmp_path, labels="labels")
-    with pytest.raises(
-        DataError, match=r"'label' holds ClassLabel.*; the columns of images are image"
-    ):
-        import_huggingface(dataset, tmp_path, image="label")
-    with pytest.raises(DataError, match="list cannot be imported; give a"):
-        import_huggingface([1], tmp_path)
-    with pytest.raises(DataError, match="IterableDataset cannot be imported"):
-        import_huggingface(dataset.to_iterable_dataset(), tmp_path)
+        with pytest.raises(DataError, match=message):
+            import_huggingface(source, tmp_path, **options)
     (tmp_path / "labels.csv").touch()
-    with pytest.raises(DataError, match=r"has a labels\.csv already; choose another output folder"):
+    with pytest.raises(DataError, match=r"labels\.csv"):
         import_huggingface(dataset, tmp_path)
 
 
 def test_the_library_is_missing_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make([0], ANIMALS)
     monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(
-        LpcamError, match=r"datasets 3\.6\.0 can run programs that come with data sets"
-    ):
+    with pytest.raises(LpcamError, match=r"3\.6\.0"):
         import_huggingface(dataset, tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(LpcamError, match=r"need its library .*pip install 'lpcam\[huggingface\]'"):
+    with pytest.raises(LpcamError, match=r"'lpcam\[huggingface\]'"):
         import_huggingface(dataset, tmp_path)

@@ -13,7 +13,7 @@ from lpcam.errors import DataError
 @pytest.mark.parametrize(
     ("names", "ids", "message"),
     [
-        ((), (), "name at least one class"),
+        ((), (), "no classes"),
         (("cow", "dog"), (1,), "2 class names but 1 mask ids"),
         (("cow", "cow"), (1, 2), "class names repeat: cow"),
         (("cow", "dog"), (3, 3), "mask ids repeat: 3"),
@@ -29,7 +29,7 @@ def test_class_table_index() -> None:
     table = ClassTable(("cow", "dog"), (10, 12))
     assert len(table) == 2
     assert table.index("dog") == 1
-    with pytest.raises(DataError, match=r"unknown class 'cat'; the classes are cow, dog"):
+    with pytest.raises(DataError, match=r"'cat'.* cow, dog"):
         table.index("cat")
 
 
@@ -37,7 +37,7 @@ def test_select_keeps_the_order_of_the_list_and_names_the_lists() -> None:
     items = {name: Item(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")}
     dataset = Dataset("d", ClassTable(("cow",), (1,)), items, {"train": ("b", "a")}, "labels.csv")
     assert [item.id for item in dataset.select("train")] == ["b", "a"]
-    with pytest.raises(DataError, match="unknown list 'val'; this data set has train"):
+    with pytest.raises(DataError, match=r"'val'.* train"):
         dataset.select("val")
 
 
@@ -49,17 +49,17 @@ def test_safe_id_accepts(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "empty or has blanks"),
-        (" cow", "empty or has blanks"),
+        ("", "empty"),
+        (" cow", "blanks"),
         ("/etc/cow", "absolute"),
         ("C:/cow", "absolute"),
         ("barn\\cow", "backslash"),
         ("cow\n7", "control character"),
-        ("../cow", "could leave its folder"),
-        ("barn/../../cow", "could leave its folder"),
-        ("barn//cow", "could leave its folder"),
-        ("barn/", "could leave its folder"),
-        ("./cow", "could leave its folder"),
+        ("../cow", "folder"),
+        ("barn/../../cow", "folder"),
+        ("barn//cow", "folder"),
+        ("barn/", "folder"),
+        ("./cow", "folder"),
     ],
 )
 def test_safe_id_refuses(text: str, message: str) -> None:
@@ -69,5 +69,5 @@ def test_safe_id_refuses(text: str, message: str) -> None:
 
 def test_check_unique_names_the_id_and_the_list() -> None:
     check_unique(["a", "b"], "train.txt")
-    with pytest.raises(DataError, match=r"train.txt names 'a' more than once"):
+    with pytest.raises(DataError, match="'a' more than once"):
         check_unique(["a", "b", "a"], "train.txt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import scipy.sparse
 from PIL import Image
 
 from lpcam.data.images import read_index_mask
-from lpcam.data.sbd import make_train_aug, read_segmentation
+from lpcam.data.sbd import make_train_aug
 from lpcam.data.truth import with_mask_folder
 from lpcam.data.voc import read_voc
 from lpcam.errors import DataError, LpcamError
@@ -130,28 +129,26 @@ def test_a_second_call_goes_on_where_the_first_was(voc: Path, sbd: Path) -> None
 
 def test_nothing_that_differs_is_replaced(voc: Path, sbd: Path) -> None:
     made = make_train_aug(voc, sbd)
-    for text, how in (
-        ("2008_000001\n2007_000001\n2009_000009\n", "3 images, 1 others and without 2; VOC and"),
-        ("".join(f"{i}\n" for i in reversed(made.ids)), "4 images, in another order"),
+    for text in (
+        "2008_000001\n2007_000001\n2009_000009\n",
+        "".join(f"{i}\n" for i in reversed(made.ids)),
     ):
         made.list_path.write_text(text)
-        with pytest.raises(DataError, match=f"is there already with {how}"):
+        with pytest.raises(DataError, match=r"train_aug\.txt exists"):
             make_train_aug(voc, sbd)
         assert made.list_path.read_text() == text
     # the same list as integers
     made.list_path.write_text("\n".join(i.replace("_", "") for i in made.ids))
     make_train_aug(voc, sbd)
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(made.masks_folder / "2008_000001.png")
-    with pytest.raises(
-        DataError, match=r"2008_000001\.png is there already and differs from .*mat"
-    ):
+    with pytest.raises(DataError, match=r"2008_000001\.png .* differs from .*mat"):
         make_train_aug(voc, sbd)
 
 
 def test_what_is_missing_is_told_before_anything_is_written(voc: Path, sbd: Path) -> None:
     (sbd / "cls" / "2008_000001.mat").unlink()
     (voc / "JPEGImages" / "2008_000002.jpg").unlink()
-    with pytest.raises(DataError, match=r"2 files .* missing, the first is .*2008_000001\.mat"):
+    with pytest.raises(DataError, match=r"2 files .*2008_000001\.mat"):
         make_train_aug(voc, sbd)
     assert not (voc / "SegmentationClassAug").exists()
     write_mat(sbd / "cls" / "2008_000001.mat", sbd_mask("2008_000001"))
@@ -164,11 +161,11 @@ def test_what_is_missing_is_told_before_anything_is_written(voc: Path, sbd: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda sbd: (sbd / "val.txt").unlink(), r"cannot read .*val\.txt: No such file"),
-        (lambda sbd: (sbd / "val.txt").write_text("\n"), r"val\.txt is empty; fetch SBD again"),
-        (lambda sbd: (sbd / "val.txt").write_text("a\na\n"), "names 'a' more than once"),
-        (lambda sbd: (sbd / "val.txt").write_text("../a\n"), r"line 1: image name '\.\./a' is ref"),
-        (lambda sbd: (sbd / "cls").rename(sbd / "gone"), "is no SBD folder; expected benchmark_"),
+        (lambda sbd: (sbd / "val.txt").unlink(), r"val\.txt"),
+        (lambda sbd: (sbd / "val.txt").write_text("\n"), r"val\.txt is empty"),
+        (lambda sbd: (sbd / "val.txt").write_text("a\na\n"), "'a' more than once"),
+        (lambda sbd: (sbd / "val.txt").write_text("../a\n"), r"line 1: .*'\.\./a'"),
+        (lambda sbd: (sbd / "cls").rename(sbd / "gone"), "dataset"),
     ],
 )
 def test_wrong_folders_of_sbd(voc: Path, sbd: Path, change: object, message: str) -> None:
@@ -179,9 +176,7 @@ def test_wrong_folders_of_sbd(voc: Path, sbd: Path, change: object, message: str
 
 def test_a_mask_of_another_size(voc: Path, sbd: Path) -> None:
     write_mat(sbd / "cls" / "2008_000001.mat", np.ones((6, 4), np.uint8))
-    with pytest.raises(
-        DataError, match=r"2008_000001\.mat is 6 x 4 \(height x width\) but its .*4 x"
-    ):
+    with pytest.raises(DataError, match=r"2008_000001\.mat is 6 x 4 .*4 x 6"):
         make_train_aug(voc, sbd)
     assert not (voc / "ImageSets" / "Segmentation" / "train_aug.txt").exists()
 
@@ -189,75 +184,59 @@ def test_a_mask_of_another_size(voc: Path, sbd: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "name", "message"),
     [
-        (
-            np.full(SIZE, 21, np.uint8),
-            "GTcls",
-            r"is uint8 \(4, 6\) with values from 21 to 21; exp",
-        ),
-        (np.full(SIZE, -1, np.int16), "GTcls", "values from -1 to -1"),
-        (np.ones(SIZE), "GTcls", r"is float64 \(4, 6\); expected a matrix of whole numbers"),
-        (np.ones((4, 6, 2), np.uint8), "GTcls", r"is uint8 \(4, 6, 2\)"),
-        (np.zeros((0, 0), np.uint8), "GTcls", r"is uint8 \(0, 0\)"),
-        ({"a": 1}, "GTcls", "is .*; expected a matrix"),
-        (np.ones(SIZE, np.uint8), "GTinst", r"has no GTcls\.Segmentation \(KeyError"),
+        (np.full(SIZE, 21, np.uint8), "GTcls", r"uint8 \(4, 6\) .* 21 to 21"),
+        (np.full(SIZE, -1, np.int16), "GTcls", "-1 to -1"),
+        (np.ones(SIZE), "GTcls", r"float64 \(4, 6\)"),
+        (np.ones((4, 6, 2), np.uint8), "GTcls", r"uint8 \(4, 6, 2\)"),
+        (np.zeros((0, 0), np.uint8), "GTcls", r"uint8 \(0, 0\)"),
+        ({"a": 1}, "GTcls", "integers"),
+        (np.array([[{"a": 1}]], object), "GTcls", "integers"),
+        (np.ones(SIZE, np.uint8), "GTinst", "KeyError"),
     ],
 )
-def test_wrong_contents(tmp_path: Path, values: object, name: str, message: str) -> None:
-    path = tmp_path / "a.mat"
-    write_mat(path, values, name=name)
-    with pytest.raises(DataError, match=message):
-        read_segmentation(path)
+def test_wrong_contents(voc: Path, sbd: Path, values: object, name: str, message: str) -> None:
+    write_mat(sbd / "cls" / "2008_000001.mat", values, name=name)
+    with pytest.raises(DataError, match=rf"2008_000001\.mat .*{message}"):
+        make_train_aug(voc, sbd)
 
 
-def test_every_cut_and_changed_byte_is_refused_or_harmless(tmp_path: Path) -> None:
-    path = tmp_path / "a.mat"
-    write_mat(path, sbd_mask("2008_000001"))
+def test_every_cut_and_changed_byte_is_refused_or_harmless(
+    voc: Path, sbd: Path, tmp_path: Path
+) -> None:
+    path = sbd / "cls" / "2008_000001.mat"
     data = path.read_bytes()
-    np.testing.assert_array_equal(read_segmentation(path), sbd_mask("2008_000001"))
     rng = np.random.default_rng(0)
-    wrong = [data[:n] for n in range(0, len(data), 9)]
-    for place in rng.integers(0, len(data), 100):
+    wrong = [data[:n] for n in range(0, len(data), 30)]
+    for place in rng.integers(0, len(data), 40):
         wrong.append(
             data[:place] + bytes([data[place] ^ int(rng.integers(1, 256))]) + data[place + 1 :]
         )
     refused = 0
-    for damaged in wrong:
+    for number, damaged in enumerate(wrong):
         path.write_bytes(damaged)
         try:
-            assert read_segmentation(path).max() <= 20
+            make_train_aug(voc, sbd, tmp_path / str(number))
         except DataError:
             refused += 1
     assert refused > len(wrong) / 2
 
 
 @pytest.mark.parametrize(
-    "start", [b"\x89HDF\r\n\x1a\n", b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(512)]
+    ("data", "message"),
+    [
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+        (b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(600), "HDF5"),
+        (b"cos\nsystem\n(S'touch canary'\ntR.", "damaged"),
+    ],
 )
-def test_hdf5_files(tmp_path: Path, start: bytes) -> None:
-    path = tmp_path / "a.mat"
-    path.write_bytes(start + bytes(100))
-    with pytest.raises(DataError, match=r"MATLAB 7\.3 \(HDF5\); .* save\(FILE, 'GTcls', '-v7'\)"):
-        read_segmentation(path)
-    with pytest.raises(DataError, match=r"cannot read .*gone\.mat: No such file"):
-        read_segmentation(tmp_path / "gone.mat")
+def test_other_kinds_of_files(voc: Path, sbd: Path, data: bytes, message: str) -> None:
+    (sbd / "cls" / "2008_000001.mat").write_bytes(data)
+    with pytest.raises(DataError, match=rf"2008_000001\.mat .*{message}"):
+        make_train_aug(voc, sbd)
+    assert not Path("canary").exists()
 
 
 def test_without_scipy(voc: Path, sbd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(LpcamError, match=r"need SciPy .*pip install 'lpcam\[objects\]'"):
+    with pytest.raises(LpcamError, match=r"'lpcam\[objects\]'"):
         make_train_aug(voc, sbd)
-
-
-def test_objects_in_a_file_run_nothing(tmp_path: Path) -> None:
-    """A pickle under the name of a .mat file is no .mat file."""
-    canary = tmp_path / "canary"
-    path = tmp_path / "a.mat"
-    path.write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(canary).encode())
-    with pytest.raises(DataError, match="damaged"):
-        read_segmentation(path)
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, {"GTcls": {"Segmentation": np.array([[{"a": 1}]], object)}})
-    path.write_bytes(buffer.getvalue())
-    with pytest.raises(DataError, match="expected a matrix"):
-        read_segmentation(path)
-    assert not canary.exists()

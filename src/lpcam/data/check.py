@@ -1,4 +1,4 @@
-"""Looking once at every file of a data set before a run: unreadable images go, masks must fit."""
+"""Checking every file of a data set before a run: skips unreadable images, checks mask sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lpcam.parallel import ordered_map
 from lpcam.storage import digest_file, digest_json
 
 SAVE_SECONDS = 30.0
-"""Between two calls of ``save``."""
+"""Seconds between two calls of ``save``."""
 
 
 def check_images(
@@ -26,53 +26,62 @@ def check_images(
     workers: int = 1,
     save: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> tuple[Dataset, dict[str, dict[str, Any]]]:
-    """Decode every image and truth mask of a data set once.
+    """Decode every image and true mask of a data set once.
 
     Args:
-        dataset: as `read_voc` or `read_folder` gave it.
+        dataset: as a reader returned it.
         known: the records of an earlier call. Files whose size and time of change are those
             recorded are not read again.
         progress: called after each item with the number done and the number of all.
-        workers: images read at a time.
-        save: called now and then with the records so far, so that a stop loses little.
+        workers: number of images read at a time.
+        save: called every `SAVE_SECONDS` with the records so far.
 
     Returns:
         The data set without its unreadable images (they are in ``skipped`` with the reason, and in
         no list any more), and by id a record that JSON can hold: ``height`` and ``width`` of the
-        upright image, ``image_digest`` of the image's file, ``digest`` of the image and its truth
+        upright image, ``image_digest`` of the image's file, ``digest`` of the image and its true
         masks together, and ``size`` and ``mtime_ns`` as lists of three, for the image, the mask
         and the parts (0 where there is none).
 
     Raises:
-        DataError: naming the item, if a mask cannot be read, is no index mask or has another size
-            than its image, or if no image is left.
+        DataError: naming the item, if a mask cannot be read, is not an index mask or has another
+            size than its image, or if no image is left.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from lpcam.data.folder import read_folder
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "labels.csv").write_text("image,labels\\na,cow\\n")
+        ...     Image.new("RGB", (3, 2)).save(Path(folder, "a.png"))
+        ...     _, records = check_images(read_folder(Path(folder)))
+        >>> records["a"]["height"], records["a"]["width"]
+        (2, 3)
     """
-    items: dict[str, Item] = {}
+    known = known or {}
     records: dict[str, dict[str, Any]] = {}
     skipped: list[Skip] = []
     next_save = time.monotonic() + SAVE_SECONDS
-    everything = list(dataset.items.values())
+    items = list(dataset.items.values())
 
-    def look(item: Item) -> dict[str, Any] | ImageError:
+    def check(item: Item) -> dict[str, Any] | ImageError:
         try:
-            return _record(item, (known or {}).get(item.id))
+            return _record(item, known.get(item.id))
         except ImageError as error:
             return error
 
-    for number, (item, found) in enumerate(
-        zip(everything, ordered_map(look, everything, workers), strict=True), start=1
-    ):
-        if isinstance(found, ImageError):
-            skipped.append(Skip(item.id, str(found)))
+    found = zip(items, ordered_map(check, items, workers), strict=True)
+    for number, (item, record) in enumerate(found, start=1):
+        if isinstance(record, ImageError):
+            skipped.append(Skip(item.id, str(record)))
         else:
-            records[item.id] = found
-            items[item.id] = item
+            records[item.id] = record
         if save is not None and time.monotonic() > next_save:
-            save({**{name: dict(record) for name, record in (known or {}).items()}, **records})
+            save({**{name: dict(one) for name, one in known.items()}, **records})
             next_save = time.monotonic() + SAVE_SECONDS
         if progress is not None:
-            progress(number, len(dataset.items))
-    if not items:
+            progress(number, len(items))
+    if not records:
         reason = skipped[0].reason if skipped else "it has no items"
         raise DataError(f"no image of {dataset.name} can be used: {reason}")
     return dataset.without(skipped), records

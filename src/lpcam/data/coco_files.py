@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lpcam.data.items import safe_id
+from lpcam.data.json_stream import stream_arrays
 from lpcam.data.labels import relative_name
 from lpcam.errors import DataError
 
@@ -19,8 +19,7 @@ LABELLED = ".labelled"
 _ROBOFLOW = "_annotations.coco.json"
 _INSTANCES = "instances_"
 _ANY_JSON = ("annotations.json", "*.json")
-_HEAD = 2**20
-_JSON_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:(?=\s*\[))?|[\[\]{}]', re.DOTALL)
+_LARGE = 2**20
 
 
 def find_files(
@@ -107,22 +106,17 @@ def annotation_files(root: Path) -> dict[str, Path]:
 def _has_annotations(path: Path) -> bool:
     """Whether the object of a JSON file has arrays of images and annotations.
 
-    Only the first MiB is read. If the file is longer, one of them is enough: it may be large.
+    In a file of more than 1 MiB one of them is enough: it may be large.
     """
+    found = 0
     try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD + 1)
-    except OSError:
-        return False
-    depth, found = 0, set()
-    for token in _JSON_TOKEN.finditer(head[:_HEAD].decode("utf-8-sig", "replace")):
-        if token[0] in "{[":
-            depth += 1
-        elif token[0] in "}]":
-            depth -= 1
-        elif depth == 1 and token[1] in ("images", "annotations") and token[2]:
-            found.add(token[1])
-    return len(found) == 2 or (bool(found) and len(head) > _HEAD)
+        for _ in stream_arrays(path, ("images", "annotations")):
+            found += 1
+            if found == 2 or path.stat().st_size > _LARGE:
+                return True
+    except DataError:
+        pass
+    return False
 
 
 def _list_name(path: Path) -> str:
@@ -134,13 +128,7 @@ def _list_name(path: Path) -> str:
 
 
 def image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
-    """The folders in which the images of a list are searched, in this order.
-
-    Args:
-        root: the data set's folder.
-        name: of the list.
-        path: its annotation file.
-    """
+    """The folders in which the images of a list with the annotation file ``path`` are searched."""
     places = (root / name, root / "images" / name, root / "images", root, path.parent)
     return tuple(dict.fromkeys(places))
 

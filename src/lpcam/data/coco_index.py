@@ -99,11 +99,11 @@ class CocoAnnotations:
         table = np.frombuffer(values, np.int64).reshape(-1, _COLUMNS)
         image_ids = np.array([number for number, *_ in images])
         category_ids = np.array([number for number, _ in categories])
-        owners = _rows(path, table, 1, image_ids, "image")
-        rows = _rows(path, table, 2, category_ids, "category")
         check_unique(image_ids.tolist(), f"{path}, image ids,")
         check_unique(category_ids.tolist(), f"{path}, category ids,")
         check_unique(table[:, 0].tolist(), f"{path}, annotation ids,")
+        owners = _rows(path, table, 1, image_ids, "image")
+        rows = _rows(path, table, 2, category_ids, "category")
         order = np.argsort(owners, kind="stable")
         table = table[order]
         return cls(

@@ -295,9 +295,8 @@ def _digest(index: CocoAnnotations) -> str:
 
 def _area(annotation: Mapping[str, Any], size: tuple[int, int]) -> float:
     area = annotation.get("area")
-    if isinstance(area, int | float) and math.isfinite(area):
-        return float(area)
-    return float(_region(annotation, size).sum())
+    known = isinstance(area, int | float) and math.isfinite(area)
+    return float(area if known else _region(annotation, size).sum())
 
 
 def _region(annotation: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:

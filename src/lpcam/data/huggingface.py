@@ -1,7 +1,6 @@
-"""Images and labels of a Hugging Face data set, made into a user's folder (extra ``huggingface``).
+"""Importing a Hugging Face data set as a folder that `read_folder` reads (extra ``huggingface``).
 
-The folder is one that `lpcam.data.folder.read_folder` reads. Data sets that come as programs are
-not run: the versions of the library that could do so are refused.
+Data sets that are programs are never executed: versions of the library that do so are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import csv
 import importlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,12 @@ from lpcam.storage import write_bytes, write_json
 from lpcam.version import __version__
 
 RECORD = "import.json"
-"""Beside the images: where they are from, and which rows were left out and why."""
+"""File that says where the images are from, and which rows were left out and why."""
 _OLDEST = 4
-"""First version of the library that runs no program of a data set."""
+"""First version of the library that executes no program of a data set."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_EXTENSIONS = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "BMP": ".bmp",
-    "GIF": ".gif",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-}
+_EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
+_EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF", "PPM")}
 """By Pillow's name of a file's format. Images of other formats are saved as PNG."""
 
 
@@ -52,18 +43,18 @@ def import_huggingface(
 ) -> Path:
     """Write the images of a data set with their labels as a user's folder.
 
-    ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes as they
-    are; ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
+    ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes unchanged;
+    ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
     ClassLabel) or a readable image are left out; an empty list of labels is an image that shows
     none of the classes.
 
     Args:
-        source: a ``datasets.Dataset`` (or DatasetDict), the folder of its ``save_to_disk``, or,
-            as text that is no such folder, its name on the hub.
+        source: a ``datasets.Dataset`` (or DatasetDict), the folder of its ``save_to_disk``, or its
+            name on the hub.
         output: the folder to write.
         image: name of the column of images (``datasets.Image``).
-        labels: name of the column of labels: a ClassLabel or a text, or lists of these.
-        split: which one, where there are several.
+        labels: name of the column of labels: a ClassLabel or text, or lists of these.
+        split: name of the split to import, if there are several.
         progress: called after each row with the number done and the number of all.
 
     Returns:
@@ -71,7 +62,7 @@ def import_huggingface(
 
     Raises:
         DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
-            another kind, a class name cannot stand in ``labels.csv``, there are more than 254
+            another type, a class name does not fit into ``labels.csv``, there are more than 254
             classes, no row can be used, or ``output`` has a ``labels.csv`` already.
         ArtefactError: if a file cannot be written.
         LpcamError: if the library is not installed, or older than version 4.
@@ -144,11 +135,9 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
     if isinstance(found, library.DatasetDict):
         names = sorted(map(str, found))
         if split is None and len(names) == 1:
-            return found[names[0]]
-        if split is None:
-            raise DataError(f"the data set has the splits {', '.join(names)}; name one (split)")
+            split = names[0]
         if split not in names:
-            raise DataError(f"unknown split {split!r}; the splits are {', '.join(names)}")
+            raise DataError(f"unknown split {split!r}; name one of the splits {', '.join(names)}")
         return found[split]
     if not isinstance(found, library.Dataset):
         raise DataError(
@@ -157,14 +146,13 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
         )
     if split is not None and split != str(found.split):
         raise DataError(
-            f"unknown split {split!r}; the data set has none to choose from (it is "
-            f"{found.split or 'without a name'})"
+            f"unknown split {split!r}; the data set has only one, {found.split or 'without a name'}"
         )
     return found
 
 
 def _load(library: Any, source: str | Path, split: str | None) -> tuple[Any, str | None]:
-    """What was opened, and the split that is still to be chosen of it."""
+    """The opened data set, and the split that must still be chosen."""
     folder = Path(source)
     try:
         if isinstance(source, Path) or folder.is_dir():
@@ -189,13 +177,13 @@ def _check_image_column(library: Any, dataset: Any, image: str) -> None:
     if not isinstance(kind, library.Image):
         images = [n for n, k in dataset.features.items() if isinstance(k, library.Image)]
         raise DataError(
-            f"the column {image!r} holds {kind}, no images; the columns of images are "
+            f"the column {image!r} holds {kind}, not images; the columns of images are "
             f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
         )
 
 
 def _column(dataset: Any, name: str) -> Any:
-    """What a column holds."""
+    """The type of a column."""
     if name not in dataset.features:
         columns = ", ".join(dataset.features)
         raise DataError(f"there is no column {name!r}; the columns are {columns}")
@@ -205,7 +193,7 @@ def _column(dataset: Any, name: str) -> Any:
 def _labels(
     library: Any, dataset: Any, labels: str
 ) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
-    """The classes, and the class names of each row; None where its labels are unknown."""
+    """The classes, and the class names of each row; None for a row without label."""
     kind = _column(dataset, labels)
     several = isinstance(kind, library.List | library.LargeList)
     one = kind.feature if several else kind
@@ -213,7 +201,7 @@ def _labels(
     text = isinstance(one, library.Value) and one.dtype in ("string", "large_string")
     if not coded and not text:
         raise DataError(
-            f"the column {labels!r} holds {kind}; expected a ClassLabel or a text, or lists of "
+            f"the column {labels!r} holds {kind}; expected a ClassLabel or text, or lists of "
             "these. Cast it: cast_column(NAME, datasets.ClassLabel(names=[...]))"
         )
     classes = [normal_name(name) for name in one.names] if coded else []
@@ -229,23 +217,13 @@ def _labels(
     found = [names_of(row[labels]) for row in rows]
     if not coded:
         classes = sorted({name for names in found for name in names or ()})
-    _check_names(classes)
-    return tuple(classes), found
-
-
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
-        if (
-            not name
-            or ";" in name
-            or len(name.splitlines()) != 1
-            or name.casefold() == "background"
-        ):
+    for name in classes:
+        if ";" in name or len(name.splitlines()) != 1:
             raise DataError(
-                f"the class name {name!r} cannot stand in labels.csv and classes.txt: it is empty, "
-                "the background, or has a ';' or a line break; rename the class in the data set"
+                f"the class name {name!r} does not fit into labels.csv and classes.txt: it is "
+                "empty, or has a ';' or a line break; rename the class in the data set"
             )
-    ClassTable(tuple(names), tuple(range(1, len(names) + 1)))
+    return ClassTable.numbered(classes, f"the column {labels!r}").names, found
 
 
 def _image_file(cell: Any, name: str) -> tuple[bytes, str]:

@@ -1,6 +1,6 @@
-"""Reading any image file safely: upright 8-bit RGB, index masks, sizes.
+"""Reading image files safely: upright 8-bit RGB, index masks, sizes.
 
-Arrays are (height, width[, 3]) uint8. Nothing here changes Pillow's global settings.
+Arrays are (height, width[, 3]) uint8. Pillow's global settings are not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from lpcam.errors import DataError, ImageError
 
 MAXIMUM_PIXELS = 100_000_000
-"""Largest image that is read by default: 100 million pixels, 300 MB as RGB."""
+"""Number of pixels of the largest image that is read by default; 300 MB as RGB."""
 
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
@@ -35,14 +35,21 @@ def read_image(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[n
     """Read an image file as upright RGB, uint8 (H, W, 3).
 
     EXIF orientation is applied, 16-bit values are scaled (65535 becomes 255), grey, palette, 1-bit
-    and CMYK are converted, and transparent pixels are laid over white. Of an animation or a file of
-    several pages the first is read.
+    and CMYK are converted, and transparent pixels are blended with white. The first image of an
+    animation or of a file with several pages is read.
 
     Raises:
-        ImageError: naming the file and the reason, if it is missing, empty, truncated, damaged, no
-            image, larger than ``maximum_pixels`` or of 32-bit values whose range is unknown.
+        ImageError: naming the file and the reason, if it is missing, empty, truncated, damaged, not
+            an image, larger than ``maximum_pixels`` or of 32-bit values whose range is unknown.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (1, 2), "red").save(Path(folder, "a.png"))
+        ...     read_image(Path(folder, "a.png")).tolist()
+        [[[255, 0, 0]], [[255, 0, 0]]]
     """
-    return _read_rgb(path, path, maximum_pixels)
+    return _read_rgb(load_image(path, path, maximum_pixels), path)
 
 
 def decode_image(
@@ -52,36 +59,42 @@ def decode_image(
     maximum_pixels: int = MAXIMUM_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> NDArray[np.uint8]:
-    """The same of an image file's bytes.
+    """Decode the bytes of an image file as `read_image` does.
 
     Args:
-        name: of the image in messages.
-        formats: names of Pillow's readers that may look at them; None: all.
+        name: name of the image in messages.
+        formats: names of Pillow's formats that are accepted; None: all.
+
+    Example:
+        >>> decode_image(b"P6 1 1 255 abc", "a.ppm").tolist()
+        [[[97, 98, 99]]]
     """
-    return _read_rgb(name, data, maximum_pixels, formats)
+    return _read_rgb(load_image(name, data, maximum_pixels, formats), name)
 
 
-def _read_rgb(
-    name: Path | str,
-    source: Path | bytes,
-    maximum_pixels: int,
-    formats: tuple[str, ...] | None = None,
-) -> NDArray[np.uint8]:
-    image = load_image(name, source, maximum_pixels, formats)
+def _read_rgb(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
     try:
         return to_rgb(image)
     except (ValueError, OSError) as error:
-        raise _unreadable(name, str(error)) from error
+        raise _unreadable(name, error) from error
 
 
 def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
     """Read a mask as the values stored in it, uint8 (H, W): palette indices or grey values.
 
-    A 1-bit mask gives 0 and 1. The colours of a palette never count (data sets, section 1).
+    A 1-bit mask gives 0 and 1. The colours of a palette are ignored (specification of data sets,
+    section 1).
 
     Raises:
         DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
-            values above 255; the message says what to save instead.
+            values above 255.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.array([[0, 7]], np.uint8)).save(Path(folder, "a.png"))
+        ...     read_index_mask(Path(folder, "a.png")).tolist()
+        [[0, 7]]
     """
     image = load_image(path, path, maximum_pixels)
     problem = None
@@ -101,43 +114,69 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an upright image, by the file's head alone; ImageError if it has none."""
+    """(height, width) of an upright image, from the header of its file.
+
+    Raises:
+        ImageError: if the file has no header of an image.
+    """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            # Pillow gives the upright size of a TIFF, and that of other files as it is stored.
+            # Pillow gives the upright size of a TIFF, and the stored size of other files.
             turned = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
     except Exception as error:  # decoders raise anything on damaged data
-        raise _unreadable(path, str(error) or type(error).__name__) from error
+        raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize a uint8 image (H, W, 3) to ``size`` = (height, width) by Pillow's bicubic filter."""
+    """Resize a uint8 image (H, W, 3) to ``size`` = (height, width) by Pillow's bicubic filter.
+
+    Example:
+        >>> resize_image(np.zeros((4, 6, 3), np.uint8), (2, 3)).shape
+        (2, 3, 3)
+    """
     height, width = size
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Size (height, width) of an image at ``scale``: each side rounded, a half to even, and >= 1.
+    """Size (height, width) of an image at ``scale``: sides are rounded half to even, at least 1.
 
-    The rounding is that of the released CAM programs (specification IRN, section 2).
+    The released CAM programs round this way (specification IRN, section 2).
+
+    Example:
+        >>> scaled_size(375, 500, 1.5)
+        (562, 750)
     """
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def limit_long_side(image: NDArray[np.uint8], maximum: int) -> NDArray[np.uint8]:
-    """Shrink an image (H, W, 3) so that its longer side is ``maximum``; smaller ones stay as is."""
+    """Shrink an image (H, W, 3) whose longer side exceeds ``maximum`` pixels to that length.
+
+    Example:
+        >>> limit_long_side(np.zeros((40, 80, 3), np.uint8), 20).shape
+        (10, 20, 3)
+    """
     return image if max(image.shape[:2]) <= maximum else resize_long_side(image, maximum)
 
 
 def resize_long_side(image: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
-    """Resize an image (H, W, 3) so that its longer side is ``long_side``, up or down."""
+    """Enlarge or shrink an image (H, W, 3) so that its longer side is ``long_side`` pixels.
+
+    Example:
+        >>> resize_long_side(np.zeros((4, 8, 3), np.uint8), 20).shape
+        (10, 20, 3)
+    """
     height, width = image.shape[:2]
     return resize_image(image, scaled_size(height, width, long_side / max(height, width)))
 
 
-def _unreadable(name: Path | str, reason: str) -> ImageError:
+def _unreadable(name: Path | str, error: Exception) -> ImageError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is damaged or not an image"
     return ImageError(f"cannot read image {name}: {reason}; replace the file or leave it out")
 
 
@@ -147,22 +186,26 @@ def load_image(
     maximum_pixels: int,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """Decode a file fully and turn it upright; ImageError for everything that can go wrong."""
+    """Decode a file and turn it upright; every failure is an ImageError.
+
+    Args:
+        name: name of the image in messages.
+        source: the file or its bytes.
+        formats: names of Pillow's formats that are accepted; None: all.
+    """
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
-            raise _unreadable(name, "the file is empty")
+            raise ValueError("the file is empty")
         with warnings.catch_warnings():
-            # maximum_pixels decides, not Pillow's lower bound
+            # maximum_pixels decides, not Pillow's lower limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             opened = Image.open(file, formats=formats)
         with opened as image:
             width, height = image.size
-            if width < 1 or height < 1:
-                raise _unreadable(name, f"its size is {width} x {height} pixels")
-            if width * height > maximum_pixels:
-                raise _unreadable(
-                    name, f"{width} x {height} pixels are more than {maximum_pixels:,} allowed"
+            if not 0 < width * height <= maximum_pixels:
+                raise ValueError(
+                    f"{width} x {height} pixels are none or more than {maximum_pixels:,} allowed"
                 )
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
@@ -171,25 +214,27 @@ def load_image(
             turned = image.transpose(turn)
             turned.format = image.format
             return turned
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise _unreadable(name, "it is damaged or not an image") from error
-    except OSError as error:
-        raise _unreadable(name, error.strerror or str(error)) from error
     except Exception as error:  # decoders raise anything on damaged data
-        raise _unreadable(name, str(error) or type(error).__name__) from error
+        raise _unreadable(name, error) from error
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing about the pixels, which are whole
+    except Exception:  # the pixels of an image with damaged EXIF may be intact
         return 1
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert a decoded image to RGB; ValueError where the range of its values is unknown."""
+    """Convert a decoded image to RGB, uint8 (H, W, 3); see `read_image`.
+
+    Raises:
+        ValueError: if the range of its values is unknown.
+
+    Example:
+        >>> to_rgb(Image.new("L", (1, 1), 7)).tolist()
+        [[[7, 7, 7]]]
+    """
     if image.mode == "F":
         raise ValueError("it has 32-bit float values of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255

@@ -65,12 +65,7 @@ class ClassTable:
             source: where the names come from, for the error.
 
         Raises:
-            DataError: naming the source, if a class is called background, a name repeats or there
-                are more than 254.
-
-        Example:
-            >>> ClassTable.numbered(["cow", "dog"], "classes.txt").mask_ids
-            (1, 2)
+            DataError: if a class is called background, a name repeats or there are more than 254.
         """
         names = tuple(names)
         if "background" in (name.casefold() for name in names):
@@ -135,11 +130,10 @@ class Dataset:
         part_names: value of each part in masks of parts, by name (0 is no part).
 
     Example:
-        >>> cow = Item("barn/cow 7", Path("cow 7.jpg"), labels=(0,))
-        >>> classes = ClassTable(("cow",), (1,))
-        >>> farm = Dataset("farm", classes, {cow.id: cow}, {"train": (cow.id,)}, "labels.csv")
-        >>> farm.select("train") == [cow]
-        True
+        >>> cow = Item("cow 7", Path("cow 7.jpg"), labels=(0,))
+        >>> farm = Dataset("farm", ClassTable(("cow",), (1,)), {"cow 7": cow}, {}, "labels.csv")
+        >>> farm.items["cow 7"].labels
+        (0,)
     """
 
     name: str
@@ -153,8 +147,6 @@ class Dataset:
 
     def without(self, skipped: Sequence[Skip]) -> Dataset:
         """A copy that lacks some items, also in its lists, with the reasons added."""
-        if not skipped:
-            return self
         out = {skip.id for skip in skipped}
         return replace(
             self,

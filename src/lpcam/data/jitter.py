@@ -1,4 +1,4 @@
-"""Random changes of colours, as the field's programs for classifiers draw them."""
+"""Random changes of colours, as programs that train classifiers draw them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ def jitter_colours(
 ) -> NDArray[np.uint8]:
     """Change brightness, contrast, saturation and hue at random, in random order, in 8 bits.
 
-    Each of the first three is multiplied by a factor uniform in [1 - j, 1 + j], and the hue is
-    turned by a part of its circle uniform in [-j, j]. A quantity whose j is 0 stays.
+    The first three are multiplied by factors uniform in [1 - j, 1 + j], and the hue is turned by a
+    fraction of its circle uniform in [-j, j]. A quantity whose j is 0 is unchanged.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         jitter: j of brightness, contrast and saturation, in [0, 1], and of hue, in [0, 0.5].
+            Larger values change colours more.
 
     Returns:
         (H, W, 3) uint8.
+
+    Example:
+        >>> grey = np.full((1, 1, 3), 90, np.uint8)
+        >>> jitter_colours(grey, (0, 0, 0.9, 0), np.random.default_rng(0)).tolist()
+        [[[90, 90, 90]]]
     """
     *factors, turn = (float(generator.uniform(-j, j)) for j in jitter)
     picture = Image.fromarray(image)
@@ -40,7 +46,12 @@ def jitter_colours(
 
 
 def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """An RGB image with the hue of HSV turned by a part of its circle, in steps of 1 / 256."""
+    """Turn the hue of an RGB image by a fraction of its circle, in steps of 1 / 256.
+
+    Example:
+        >>> turn_hue(Image.new("RGB", (1, 1), "red"), 0.5).getpixel((0, 0))
+        (0, 252, 255)
+    """
     hue, saturation, value = picture.convert("HSV").split()
     steps = round(turn * 256) % 256
     turned = hue.point([(level + steps) % 256 for level in range(256)])

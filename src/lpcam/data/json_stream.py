@@ -1,8 +1,8 @@
 """Reading a large JSON file one array member at a time, in little memory.
 
-The file holds one object whose large members are arrays, as annotation files do. The standard
-library decodes each array member from a window that moves over the file. Every member comes with
-its byte offset, so that it can be read again later.
+The file holds one object whose large members are arrays. The standard library decodes each member
+from a window that moves over the file. Every member comes with its byte offset, so that it can be
+read again later (no library gives these).
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from lpcam.errors import DataError
 
 WINDOW = 256 * 2**10
 """Bytes read at a time."""
-
 _NOT_BLANK = re.compile(r"[^ \t\n\r]")
-# An error this close to the window's end may come from the cut: \ud83d\ude00 is the longest token.
-_NEAR_END = 16
 # A number cut after its point or exponent, such as "1e-", decodes as a shorter number.
 _NUMBER_TAIL = 3
 _BYTE_ORDER_MARK = codecs.BOM_UTF8.decode("latin-1")
@@ -47,12 +44,12 @@ def stream_arrays(
     Args:
         path: UTF-8 file, with or without a byte order mark.
         keys: names of the arrays to stream; other members of the object are skipped.
-        window: bytes read at a time, at least 1.
+        window: bytes read at a time. Values may be longer.
         progress: called after each read with the bytes read so far and the size of the file.
 
     Yields:
-        A key and an iterator over its members, in the order of the file. Keys that the file lacks
-        are not yielded. Unread members are skipped when the next key is requested.
+        A key and an iterator over its members, in the order of the file, for each key that the file
+        has. Unread members are skipped when the next key is requested.
 
     Raises:
         DataError: naming the file and byte, if it is not UTF-8, not an object, broken or truncated,
@@ -61,38 +58,34 @@ def stream_arrays(
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "a.json"
-        ...     _ = path.write_text('{"info": {}, "images": [7, {"id": 2}]}')
-        ...     for key, members in stream_arrays(path, ["images"]):
+        ...     _ = Path(folder, "a.json").write_text('{"info": {}, "a": [7, [2]]}')
+        ...     for key, members in stream_arrays(Path(folder, "a.json"), ["a"]):
         ...         print(key, [tuple(member) for member in members])
-        images [(7, 24, 1), ({'id': 2}, 27, 9)]
+        a [(7, 19, 1), ([2], 22, 3)]
     """
-    wanted = dict.fromkeys(keys, True)
+    wanted, seen = set(keys), set()
     try:
         with open(path, "rb") as file:
             scanner = _Scanner(path, file, window, progress)
-            scanner.skip_byte_order_mark()
             for _ in scanner.entries("{}"):
                 if scanner.peek() != '"':
                     raise scanner.error("expected a key in double quotes")
                 key = scanner.value().value
                 scanner.take(":")
                 is_array = scanner.peek() == "["
-                if key in wanted:
-                    if not is_array:
-                        raise scanner.error(f"{key!r} is not an array")
-                    if not wanted[key]:
-                        raise scanner.error(f"{key!r} occurs twice")
-                    wanted[key] = False
-                    members = scanner.members()
-                    yield key, members
-                    for _ in members:
-                        pass
-                elif is_array:
-                    for _ in scanner.members():
-                        pass
-                else:
+                if key in wanted and (key in seen or not is_array):
+                    raise scanner.error(
+                        f"{key!r} " + ("repeats" if is_array else "is not an array")
+                    )
+                if not is_array:
                     scanner.value()
+                    continue
+                members = scanner.members()
+                if key in wanted:
+                    seen.add(key)
+                    yield key, members
+                for _ in members:
+                    pass
             if scanner.peek():
                 raise scanner.error("expected the end of the file")
     except OSError as error:
@@ -120,12 +113,8 @@ class _Scanner:
         self._start = 0  # of the text in the file
         self._position = 0  # in the text
         self._ended = False
-
-    def skip_byte_order_mark(self) -> None:
         while len(self._text) < len(_BYTE_ORDER_MARK) and self._more():
             pass
-        if not self._text:
-            raise DataError(f"{self._path} is empty; download or write it again")
         if self._text.startswith(_BYTE_ORDER_MARK):
             self._position = len(_BYTE_ORDER_MARK)
 
@@ -147,15 +136,14 @@ class _Scanner:
 
     def entries(self, brackets: str) -> Iterator[None]:
         """Stop at each entry of the object or array that begins here."""
-        opening, closing = brackets
-        self.take(opening)
-        if self.peek() == closing:
-            self.take(closing)
+        self.take(brackets[0])
+        separators = "," + brackets[1]
+        if self.peek() == brackets[1]:
+            self._position += 1
             return
-        separators = "," + closing
         while True:
             yield
-            if self.take(separators) == closing:
+            if self.take(separators) != ",":
                 return
 
     def members(self) -> Iterator[Member]:
@@ -163,23 +151,18 @@ class _Scanner:
             yield self.value()
 
     def value(self) -> Member:
-        """Read the value that begins here."""
+        """Read the value that begins here, and step over it."""
         self.peek()
         while True:
             try:
                 found, end = self._decode(self._text, self._position)
                 if self._ended or len(self._text) - end > _NUMBER_TAIL:
                     break
-            except json.JSONDecodeError as error:
-                # the position of an unterminated string is where it begins
-                cut = error.msg.startswith("Unterminated string")
-                if self._ended or not (cut or error.pos > len(self._text) - _NEAR_END):
-                    self._position = error.pos
-                    raise self.error(error.msg) from error
-            except RecursionError as error:
-                raise self.error("it is nested too deeply") from error
-            except ValueError as error:  # an integer with thousands of digits
-                raise self.error(str(error)) from error
+            except (ValueError, RecursionError) as error:
+                # the window may end within the value
+                if self._ended or not isinstance(error, json.JSONDecodeError):
+                    self._position = getattr(error, "pos", self._position)
+                    raise self.error(getattr(error, "msg", str(error))) from error
             self._more()
         text = self._text[self._position : end]
         if not text.isascii():
@@ -194,10 +177,10 @@ class _Scanner:
     def error(self, problem: str) -> DataError:
         """The error to raise for a problem at the current position."""
         found = self._text[self._position : self._position + 1]
-        got = f"found {found!r}" if found else "the file ends"
         return DataError(
             f"{self._path} cannot be read as JSON: {problem} (byte "
-            f"{self._start + self._position:,}, {got}); download or write it again"
+            f"{self._start + self._position:,}, {f'found {found!r}' if found else 'the file ends'})"
+            "; download or write it again"
         )
 
     def _more(self) -> bool:

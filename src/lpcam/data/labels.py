@@ -89,12 +89,7 @@ def read_labels(path: Path) -> LabelTable:
 
 
 def how_to_write(path: Path) -> str:
-    """Words for an error: the form of a table of labels, by its extension.
-
-    Example:
-        >>> how_to_write(Path("labels.jsonl"))[:42]
-        'labels.jsonl must be UTF-8 text with one J'
-    """
+    """Words for an error: the form of a table of labels, by its extension."""
     if path.suffix.lower() == ".jsonl":
         return (
             f"{path.name} must be UTF-8 text with one JSON object a line, for example: "

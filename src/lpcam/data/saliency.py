@@ -1,14 +1,12 @@
 """Saliency maps of other programs as inputs (specification of data sets, section 4).
 
-A map of an image is ``ID.png`` (8 or 16 bits, grey or colours, whose mean counts), ``ID.tif`` or
-``ID.npy`` (there also floats from 0 to 1) in one folder. Nothing here says where a map is salient:
-the threshold is the method's that reads it.
+The map of an image is ``ID.png`` (8 or 16 bits, grey or colours, which are averaged), ``ID.tif`` or
+``ID.npy`` (also floats from 0 to 1) in one folder. The method that reads a map thresholds it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +21,20 @@ from lpcam.errors import DataError
 SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 """Extensions of map files."""
 LOOKED_AT = 300
-"""Files that `saliency_maximum` opens at most."""
+"""Largest number of files that `saliency_maximum` opens."""
 _FULL = {("b", 1): 1.0, ("u", 1): 255.0, ("u", 2): 65535.0}
-"""Most salient value of an array's kind and bytes a value; of floats it is 1."""
-
-
-@dataclass(frozen=True, eq=False)
-class Saliency:
-    """One map in the size of its image.
-
-    ``values`` float32 (H, W) in [0, 1]. ``levels`` uint8 (H, W): ``values`` in steps of 1/255,
-    which are the file's own numbers where it has 8 bits, one channel and the image's size.
-    """
-
-    levels: NDArray[np.uint8]
-    values: NDArray[np.float32]
+"""Largest value of an array, by its kind and bytes per value; of floats it is 1."""
 
 
 def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
-    """The map file of each image, before any is read.
+    """Find the map file of each image.
 
     Raises:
-        DataError: if the folder is missing, or images have no map or two, with their number and the
-            first of them.
+        DataError: if the folder is missing, or an image has no map or two.
+
+    Example:
+        >>> find_saliency(Path("."), ids=[])
+        {}
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} of saliency maps; give one that holds ID.png")
@@ -66,27 +55,31 @@ def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
     if missing:
         raise DataError(
             f"{len(missing)} images have no saliency map in {folder}, the first is {missing[0]!r}; "
-            f"there must be a file of that name with {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+            f"expected a file of that name with one of {', '.join(SUFFIXES)}"
         )
     return found
 
 
 def saliency_maximum(paths: Iterable[Path]) -> float | None:
-    """What means 1 in the maps of one folder, for `read_saliency` and `read_values`.
+    """Find the value that means 1 in the maps of one folder, for `read_saliency`.
 
-    A map of 8 bits whose largest value is 1 may be a mask of 0 and 1, or dark. The other maps of
-    its folder tell: at most `LOOKED_AT` of them, spread evenly, are opened until one has other
-    values.
+    An 8-bit map whose largest value is 1 may be a mask of 0 and 1, or a dark map. This is decided
+    by the other maps of its folder: at most `LOOKED_AT`, spread evenly, are opened until one has
+    other values.
 
     Args:
         paths: of `find_saliency`.
 
     Returns:
-        1 where all have 0 and 1 alone; 255 where they are of 8 bits and some have other values;
-        None, each kind's own, where they are of several kinds, of another one, or all 0.
+        1 if all maps have only 0 and 1; 255 if they have 8 bits and some have other values;
+        otherwise None, the default of each kind of file.
 
     Raises:
         DataError: if a map that is opened cannot be read (ImageError) or is transparent.
+
+    Example:
+        >>> saliency_maximum([]) is None
+        True
     """
     paths = list(paths)
     kinds = {path.suffix: path for path in paths}.values()
@@ -104,41 +97,43 @@ def saliency_maximum(paths: Iterable[Path]) -> float | None:
 
 def read_saliency(
     folder: Path, item_id: str, size: tuple[int, int], *, maximum: float | None = None
-) -> Saliency:
-    """Read the map of one image.
+) -> NDArray[np.uint8]:
+    """Read the map of one image, uint8 (H, W) in steps of 1/255.
 
-    Colours are averaged over red, green and blue. A map of another size is resized by Pillow's
-    bilinear filter, which averages when it shrinks.
+    Colours are averaged. A map of another size is resized by Pillow's bilinear filter, which
+    averages when it shrinks. An 8-bit map of the image's size keeps its values.
 
     Args:
-        folder: holds the map.
-        item_id: of the image.
         size: (height, width) of the upright image.
-        maximum: the value that means 1. None: 255 of 8 bits, 65535 of 16, and 1 of floats, 1-bit
+        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit
             images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
-            may be one of 0 and 1; `saliency_maximum` tells by its folder.
+            may be a mask of 0 and 1; `saliency_maximum` decides this.
 
     Raises:
         DataError: if the map is missing or there are two, cannot be read (ImageError), is
             transparent, has NaN, negative values or values above ``maximum``, or its range is
             unknown.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     np.save(Path(folder, "a.npy"), np.array([[0, 1.0]]))
+        ...     read_saliency(Path(folder), "a", (1, 2)).tolist()
+        [[0, 255]]
     """
     values = read_values(find_saliency(folder, [item_id])[item_id], maximum=maximum)
     if values.shape != tuple(size):
-        height, width = size
-        values = np.array(
-            Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
-        )
-        values = np.clip(values, 0, 1)
-    return Saliency(np.rint(values * 255).astype(np.uint8), values)
+        resized = Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR)
+        values = np.clip(np.array(resized), 0, 1)
+    return np.rint(values * 255).astype(np.uint8)
 
 
 def read_values(path: Path, *, maximum: float | None = None) -> NDArray[np.float32]:
-    """The map of a file in its own size, float32 (h, w) in [0, 1]; otherwise as `read_saliency`."""
+    """Read the map of a file in its own size, float32 (h, w) in [0, 1]; see `read_saliency`."""
     plane, full = _plane(path)
     top = full if maximum is None else maximum
     lowest, highest = float(plane.min()), float(plane.max())
-    # maps that were divided by their maximum overshoot by rounding; of NaN both are false
+    # maps that were divided by their maximum overshoot by rounding; NaN fails both comparisons
     if not (lowest >= 0 and highest <= top * (1 + 1e-6)):
         raise DataError(
             f"saliency map {path} has values from {lowest:g} to {highest:g}; expected 0 to {top:g} "
@@ -146,8 +141,8 @@ def read_values(path: Path, *, maximum: float | None = None) -> NDArray[np.float
         )
     if maximum is None and full == 255 and highest == 1:
         raise DataError(
-            f"saliency map {path} has no value above 1 of 255; if 1 is salient, save it as 255 or "
-            "give maximum=1; if it is really so dark, save zeros or give maximum=255"
+            f"saliency map {path} has no value above 1 of 255; if 1 means salient, save it as 255 "
+            "or give maximum=1; if the map is dark, save zeros or give maximum=255"
         )
     values: NDArray[np.float32] = np.clip(plane / np.float32(top), 0, 1)
     return values
@@ -155,10 +150,8 @@ def read_values(path: Path, *, maximum: float | None = None) -> NDArray[np.float
 
 def _plane(path: Path) -> tuple[NDArray[np.float32], float]:
     """Values of a file, one channel, and the value that means 1."""
-    return _array(path) if path.suffix == ".npy" else _picture(path)
-
-
-def _picture(path: Path) -> tuple[NDArray[np.float32], float]:
+    if path.suffix == ".npy":
+        return _array(path)
     image = load_image(path, path, MAXIMUM_PIXELS)
     if image.mode in ("F", "1"):
         return np.array(image, dtype=np.float32), 1.0

@@ -1,8 +1,8 @@
 """``train_aug``: VOC's train list enlarged by the Semantic Boundaries Dataset (SBD).
 
-SBD annotates 11,355 images of VOC 2012. The list of the field is VOC's train and every image of SBD
-that is not in VOC's val; with the released files these are 10,582 (specification of data sets,
-section 1). Reading MATLAB's files needs SciPy (extra ``objects``); nothing in them is run.
+SBD annotates 11,355 images of VOC 2012. The usual list is VOC's train and every image of SBD that
+is not in VOC's val; with the released files these are 10,582 (specification of data sets, section
+1). Reading MATLAB's files needs SciPy (extra ``objects``); it executes no code of theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.images import read_index_mask, upright_size
 from lpcam.data.items import check_unique
-from lpcam.data.labels import image_name, read_text
+from lpcam.data.labels import read_lines
 from lpcam.data.voc import CLASSES, find_root, read_list
 from lpcam.errors import DataError, LpcamError
 from lpcam.masks import write_mask
@@ -29,18 +29,20 @@ from lpcam.storage import write_bytes
 LIST = "train_aug"
 """Name of the list."""
 MASKS = "SegmentationClassAug"
-"""Folder of its masks, and of those of VOC's val."""
+"""Folder of the masks of the list and of VOC's val."""
 _LISTS = PurePosixPath("ImageSets/Segmentation")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class TrainAug:
-    """What `make_train_aug` made.
+    """The result of `make_train_aug`.
 
-    ``ids`` are the list, sorted. ``counts`` has the images of each source (``train``, ``val``,
-    ``sbd``), those of SBD that are in val (``sbd in val``), ``train_aug``, and the masks that
-    were written now and those that were there (``masks written``, ``masks kept``).
+    Args:
+        ids: the list, sorted.
+        counts: number of images of each source (``train``, ``val``, ``sbd``), of SBD's images that
+            are in val (``sbd in val``), of the list (``train_aug``), of masks that were written and
+            of masks that existed (``masks written``, ``masks kept``).
     """
 
     ids: tuple[str, ...]
@@ -59,9 +61,9 @@ def make_train_aug(
 ) -> TrainAug:
     """Write the list ``train_aug`` and index masks of its images and of VOC's val.
 
-    The masks are VOC's own for VOC's train and val, with 255 around objects, and those of SBD for
-    the other images, where no pixel is 255. Masks that are there already with the same values stay
-    as they are, so a stopped call goes on where it was. The list is written last.
+    Images of VOC's train and val get VOC's own masks, with 255 around objects; the other images get
+    those of SBD, which have no 255. Existing masks with the same values are kept, so a stopped call
+    can be repeated to resume. The list is written last.
 
     Args:
         voc: as in `lpcam.data.voc.read_voc`; with JPEGImages, SegmentationClass and the lists train
@@ -70,13 +72,13 @@ def make_train_aug(
             ``cls/ID.mat``, ``train.txt`` and ``val.txt``.
         output: gets ``SegmentationClassAug/ID.png`` and
             ``ImageSets/Segmentation/train_aug.txt``; None: the VOC folder.
-        workers: images at a time.
+        workers: number of images processed at a time.
         progress: called after each mask with the number done and the number of all.
 
     Raises:
-        DataError: if one of the folders is none of VOC or SBD, a list, image, mask or .mat file is
-            missing or damaged, a mask has another size than its image, or there is another list or
-            mask of the same name already.
+        DataError: if a folder is not VOC or SBD, a list, image, mask or .mat file is missing or
+            damaged, a mask has another size than its image, or a different list or mask of the same
+            name exists.
         ArtefactError: if a file cannot be written.
         LpcamError: if SciPy is not installed.
     """
@@ -100,18 +102,18 @@ def make_train_aug(
     missing = [path for path in (*truth.values(), *images.values()) if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} files that the lists name are missing, the first is {missing[0]}; "
-            "unpack VOC's trainval archive and SBD's benchmark archive whole"
+            f"{len(missing)} files of the lists are missing, the first is {missing[0]}; unpack all "
+            "of VOC's trainval archive and of SBD's benchmark archive"
         )
 
     def make(image_id: str) -> bool:
         path = truth[image_id]
-        mask = read_index_mask(path) if image_id in official else _segmentation(path, loadmat)
+        mask = read_index_mask(path) if image_id in official else _read_mat(path, loadmat)
         size = upright_size(images[image_id])
         if mask.shape != size:
             raise DataError(
                 f"the mask of {path} is {mask.shape[0]} x {mask.shape[1]} (height x width) but its "
-                f"image {images[image_id]} is {size[0]} x {size[1]}; fetch both again"
+                f"image {images[image_id]} is {size[0]} x {size[1]}; download both again"
             )
         return _write_new(output / MASKS / f"{image_id}.png", mask, path)
 
@@ -135,50 +137,33 @@ def make_train_aug(
     return TrainAug(ids, output / MASKS, list_path, counts)
 
 
-def read_segmentation(path: Path) -> NDArray[np.uint8]:
-    """The class mask of one of SBD's ``cls/ID.mat``, uint8 (H, W): 0, and 1 to 20 as in VOC.
-
-    Raises:
-        DataError: if the file is missing, damaged, of MATLAB 7.3 (HDF5), has no matrix
-            ``GTcls.Segmentation`` or other values.
-        LpcamError: if SciPy is not installed.
-    """
-    return _segmentation(path, _loadmat())
-
-
-def _segmentation(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
+def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
+    """The class mask of one of SBD's ``cls/ID.mat``, uint8 (H, W): 0, and 1 to 20 as in VOC."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if data.startswith(_HDF5) or b"MATLAB 7.3" in data[:128]:
         raise DataError(
-            f"{path} is a file of MATLAB 7.3 (HDF5); those of SBD are older: fetch it again, or "
-            "save it there with save(FILE, 'GTcls', '-v7')"
+            f"{path} is a file of MATLAB 7.3 (HDF5); download SBD's own again, or convert it in "
+            "MATLAB with save(FILE, 'GTcls', '-v7')"
         )
     try:
         values = loadmat(io.BytesIO(data), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # damaged files make SciPy raise anything
         raise DataError(
             f"{path} is damaged or has no GTcls.Segmentation ({type(error).__name__}: "
-            f"{str(error)[:120]}); fetch it again"
+            f"{str(error)[:120]}); download it again"
         ) from error
-    matrix = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype.kind in "iu"
-    if not matrix or not values.size or values.min() < 0 or values.max() > len(CLASSES):
+    values = np.asarray(values)
+    matrix = values.ndim == 2 and values.dtype.kind in "iu" and values.size
+    if not matrix or values.min() < 0 or values.max() > len(CLASSES):
+        bounds = f" with values from {values.min()} to {values.max()}" if matrix else ""
         raise DataError(
-            f"GTcls.Segmentation of {path} is {_kind(values)}; expected a matrix of whole numbers "
-            f"from 0 to {len(CLASSES)}. Is it one of SBD's cls folder?"
+            f"GTcls.Segmentation of {path} is {values.dtype} {values.shape}{bounds}; expected a "
+            f"matrix of integers from 0 to {len(CLASSES)}, as in SBD's cls folder"
         )
     return np.ascontiguousarray(values, dtype=np.uint8)
-
-
-def _kind(values: Any) -> str:
-    if not isinstance(values, np.ndarray):
-        return type(values).__name__
-    bounds = ""
-    if values.size and values.dtype.kind in "iu":
-        bounds = f" with values from {values.min()} to {values.max()}"
-    return f"{values.dtype} {values.shape}{bounds}"
 
 
 def _find_dataset(sbd: Path) -> Path:
@@ -186,17 +171,16 @@ def _find_dataset(sbd: Path) -> Path:
         if (folder / "cls").is_dir():
             return folder
     raise DataError(
-        f"{sbd} is no SBD folder; expected benchmark_RELEASE/dataset (or a folder that holds it) "
-        "with cls/ID.mat, train.txt and val.txt"
+        f"{sbd} is not an SBD folder; expected benchmark_RELEASE/dataset (or a folder that holds "
+        "it) with cls/ID.mat, train.txt and val.txt"
     )
 
 
 def _sbd_list(dataset: Path, name: str) -> list[str]:
     path = dataset / f"{name}.txt"
-    lines = read_text(path, "SBD's own has one image id a line.").splitlines()
-    ids = [image_name(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    ids = [image_id for _, image_id in read_lines(path)]
     if not ids:
-        raise DataError(f"list {path} is empty; fetch SBD again")
+        raise DataError(f"list {path} is empty; download SBD again")
     check_unique(ids, f"list {path}")
     return ids
 
@@ -205,36 +189,30 @@ def _check_list(output: Path, ids: Sequence[str]) -> None:
     path = output / _LISTS / f"{LIST}.txt"
     if not path.is_file():
         return
-    there = read_list(output, LIST)
-    if there != tuple(ids):
-        here, other = set(ids), set(there)
-        how = (
-            "in another order"
-            if here == other
-            else f"{len(other - here)} others and without {len(here - other)}"
-        )
+    existing = read_list(output, LIST)
+    if existing != tuple(ids):
         raise DataError(
-            f"{path} is there already with {len(there)} images, {how}; VOC and SBD give {len(ids)}."
-            " Move it away or choose another output folder"
+            f"{path} exists with {len(existing)} images, of which {len({*existing} - {*ids})} are "
+            f"not among the {len(ids)} of VOC and SBD, or in another order; move it away or choose "
+            "another output folder"
         )
 
 
 def _image_path(root: Path, dataset: Path, image_id: str) -> Path:
-    """In VOC, else in SBD, which has copies of its images."""
+    """The image in VOC, else SBD's copy of it."""
     path = root / "JPEGImages" / f"{image_id}.jpg"
     copy = dataset / "img" / path.name
     return copy if not path.is_file() and copy.is_file() else path
 
 
 def _write_new(path: Path, mask: NDArray[np.uint8], source: Path) -> bool:
-    """Write a mask unless it is there; DataError if another one is."""
+    """Write a mask unless it exists; DataError if a different one exists."""
     if not path.is_file():
         write_mask(path, mask)
         return True
     if not np.array_equal(read_index_mask(path), mask):
         raise DataError(
-            f"{path} is there already and differs from {source}; move it away or choose another "
-            "output folder"
+            f"{path} exists and differs from {source}; move it away or choose another output folder"
         )
     return False
 

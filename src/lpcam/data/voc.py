@@ -6,7 +6,6 @@ difficult objects included, person parts not (specification of data sets, sectio
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections import Counter
@@ -14,40 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
-from lpcam.data.classes import choose_classes, unknown_name
-from lpcam.data.folder import IMAGE_SUFFIXES
-from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id
-from lpcam.data.labels import normal_name, read_labels
+from lpcam.data.classes import check_known, choose_classes, nearest_name
+from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id, without_suffix
+from lpcam.data.labels import normal_name, read_labels, read_names, read_text
 from lpcam.errors import DataError
 
-CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+_NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
+person pottedplant sheep sofa train tvmonitor"""
+CLASSES = tuple(_NAMES.split())
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
-
 CLASS_NAMES = "class_names.txt"
-"""Of a folder laid out like VOC with classes of its own: one a line, from mask value 1 on."""
+"""File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
 _PERSON_PARTS = ("head", "hand", "foot")
-"""What VOC's person layout names beside objects; they are no objects of a class."""
+"""Names that VOC's person layout has beside objects; they are not classes."""
 _MOST_NAMED = 5
 _LISTS = PurePosixPath("ImageSets/Segmentation")
 _INTEGER_ID = re.compile(r"\d{10}")
@@ -61,51 +39,51 @@ def read_voc(
     unlabelled: Sequence[str] = (),
     labels: Path | None = None,
 ) -> Dataset:
-    """Read lists of a VOC folder: ids, image-level labels and, where there are any, mask paths.
+    """Read lists of a VOC folder: ids, image-level labels and the mask paths that exist.
+
+    An image whose file or annotation is missing or damaged is left out, with the reason. Objects of
+    unknown names give no label; a notice counts them.
 
     Args:
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
         lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
             as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
-            of images and a class (an id of a list of pairs then stands once). An id with blanks is
-            one whose image is there.
-        classes: names out of `CLASSES` (or of the folder's `CLASS_NAMES`, where it has that file),
-            in label order; all if None. Objects of other classes
-            are not labelled; mask ids stay those of VOC.
+            of images and a class (repeated ids are then removed). An id with blanks is accepted if
+            its image exists.
+        classes: names from `CLASSES` (or from the folder's `CLASS_NAMES`, if it has that file), in
+            label order; all if None. Objects of other classes are not labelled; mask ids stay those
+            of VOC.
         unlabelled: those of the lists whose images need no annotation; without one they have no
-            label. VOC's own ``test`` comes without any.
-        labels: a file (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
-
-    An image whose file or annotation is missing or damaged is left out, with the reason. Names of
-    objects that are no class give no label; a notice counts them.
+            label. VOC's own ``test`` has none.
+        labels: a table (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
 
     Raises:
-        DataError: if the folder is none of VOC, a list is missing, damaged or empty, a class is
+        DataError: if the folder is not VOC, a list is missing, damaged or empty, a class is
             unknown, or no image is left.
     """
     root = find_root(root)
-    names = _class_names(root)
-    table = choose_classes(ClassTable(names, tuple(range(1, len(names) + 1))), classes)
+    own = root / CLASS_NAMES
+    names = read_names(own) if own.is_file() else CLASSES
+    table = choose_classes(ClassTable.numbered(names, own), classes)
     wanted = {name: read_list(root, name) for name in lists}
     labelled = {i for name, ids in wanted.items() if name not in unlabelled for i in ids}
-    given = None if labels is None else _given_labels(labels, names)
+    given = None if labels is None else _labels_by_image(labels, names)
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
-    strange: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
-            image = _image(root, image_id)
+            image = _image_path(root, image_id)
+            if not image.is_file():
+                raise DataError(f"there is no image {image}")
             present = _present(root, image_id, image_id in labelled, given)
-            strange.update(present - {*names, *_PERSON_PARTS})
-            mask = root / "SegmentationClass" / f"{image_id}.png"
-            items[image_id] = Item(
-                image_id,
-                image,
-                tuple(n for n, name in enumerate(table.names) if name in present),
-                mask if mask.is_file() else None,
-            )
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
+            continue
+        unknown.update(present - {*names, *_PERSON_PARTS})
+        mask = root / "SegmentationClass" / f"{image_id}.png"
+        shown = tuple(n for n, name in enumerate(table.names) if name in present)
+        items[image_id] = Item(image_id, image, shown, mask if mask.is_file() else None)
     if not items:
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
         raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
@@ -116,30 +94,32 @@ def read_voc(
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
         label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
-        notices=_notices(strange, names, root),
+        notices=_notices(unknown, names, own),
     )
 
 
-def _notices(strange: Counter[str], names: Sequence[str], root: Path) -> tuple[str, ...]:
-    """The names of objects that are no class, by the number of their images."""
-    if not strange:
+def _notices(unknown: Counter[str], names: Sequence[str], path: Path) -> tuple[str, ...]:
+    """The unknown names of objects, with the number of images of each."""
+    if not unknown:
         return ()
-    folded = {name.casefold(): name for name in names}
-    parts = []
-    for name, count in sorted(strange.items(), key=lambda one: (-one[1], one[0])):
-        near = difflib.get_close_matches(name.casefold(), folded, n=1)
-        hint = f" (did you mean {folded[near[0]]!r}?)" if near else ""
-        parts.append(f"{name!r} in {count} image{'' if count == 1 else 's'}{hint}")
+    parts = [
+        f"{name!r} in {count}{nearest_name(name, names)}"
+        for name, count in sorted(unknown.items(), key=lambda one: (-one[1], one[0]))
+    ]
     more = f" and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
-    where = "there is none" if names == CLASSES else "it lacks them"
     return (
-        f"objects of no class give no label: {', '.join(parts[:_MOST_NAMED])}{more}; classes of "
-        f"your own stand in {root / CLASS_NAMES}, one a line ({where})",
+        "objects of unknown classes give no label, by the number of images: "
+        f"{', '.join(parts[:_MOST_NAMED])}{more}; list other classes in {path}, one per line",
     )
 
 
 def voc_lists(root: Path) -> tuple[str, ...]:
-    """Names of the lists of a VOC folder, sorted; none where it is no such folder."""
+    """Names of the lists of a VOC folder, sorted; empty if it is not one.
+
+    Example:
+        >>> voc_lists(Path("no such folder"))
+        ()
+    """
     folders = [folder / _LISTS for folder in _places(root) if (folder / _LISTS).is_dir()]
     return tuple(sorted(path.stem for path in folders[0].glob("*.txt"))) if folders else ()
 
@@ -154,40 +134,29 @@ def find_root(root: Path) -> Path:
         if (folder / _LISTS).is_dir():
             return folder
     raise DataError(
-        f"{root} is no VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
+        f"{root} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
         f"VOCdevkit/VOC2012) with {_LISTS}, JPEGImages and Annotations"
     )
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
-    """VOC's own, unless the folder has a file of others."""
-    path = root / CLASS_NAMES
-    if not path.is_file():
-        return CLASSES
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} is no UTF-8 text; write one class name a line") from error
-    return tuple(normal_name(line) for line in lines if line.strip())
-
-
 def read_list(root: Path, name: str) -> tuple[str, ...]:
-    """Ids of a list of a VOC folder, in any of the field's dialects, as `read_voc` takes them."""
+    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts.
+
+    Raises:
+        DataError: if the list is missing, damaged or empty, or an id occurs twice.
+    """
     path = root / _LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
     ids: list[str] = []
     pairs = False
-    try:
-        for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
-            found = _line_ids(root, line, f"{path} line {number}")
-            pairs = pairs or len(found) > 1
-            ids += found
-    except UnicodeDecodeError as error:
-        raise DataError(f"list {path} is no UTF-8 text; write one image id a line") from error
+    for number, line in enumerate(read_text(path, "Write one image id per line.").splitlines(), 1):
+        found = _line_ids(root, line, f"{path} line {number}")
+        pairs = pairs or len(found) > 1
+        ids += found
     if not ids:
-        raise DataError(f"list {path} is empty; write one image id a line")
+        raise DataError(f"list {path} is empty; write one image id per line")
     if pairs:
         return tuple(dict.fromkeys(ids))
     check_unique(ids, f"list {path}")
@@ -198,15 +167,15 @@ def _line_ids(root: Path, line: str, where: str) -> list[str]:
     words = line.split()
     images = [word for word in words if word.lower().endswith(".jpg")]
     whole = line.strip()
-    # no error for a line too long for a name
+    # os.path.isfile raises nothing for a line too long for a name
     if len(words) > 1 and os.path.isfile(_image_path(root, whole)):  # noqa: PTH113
         names = [whole]
     elif images:
         names = [PurePosixPath(image).stem for image in images]
     elif len(words) > 1:
         raise DataError(
-            f"{where} reads {line!r}; expected an id (of one with blanks the image "
-            f"{_image_path(root, whole)} must be there), or the paths of an image and a mask"
+            f"{where} reads {line!r}; expected an id (an id with blanks needs the image "
+            f"{_image_path(root, whole)}), or the paths of an image and a mask"
         )
     else:
         names = words
@@ -222,23 +191,13 @@ def _image_path(root: Path, image_id: str) -> Path:
     return root / "JPEGImages" / f"{image_id}.jpg"
 
 
-def _image(root: Path, image_id: str) -> Path:
-    image = _image_path(root, image_id)
-    if not image.is_file():
-        raise DataError(f"there is no image {image}")
-    return image
-
-
-def _given_labels(path: Path, names: Sequence[str]) -> dict[str, set[str]]:
-    """The labels of each image of a file, by id; all names must be known."""
+def _labels_by_image(path: Path, names: Sequence[str]) -> dict[str, set[str]]:
+    """The labels of each image of a table, by id; all names must be known."""
     found: dict[str, set[str]] = {}
     for line, image, labels in read_labels(path).rows:
         for label in labels:
-            if label not in names:
-                raise DataError(f"{path} line {line}: unknown class {unknown_name(label, names)}")
-        name = PurePosixPath(image.removeprefix("JPEGImages/"))
-        ends = name.suffix.lower() in IMAGE_SUFFIXES
-        image_id = (name.with_suffix("") if ends else name).as_posix()
+            check_known(label, names, f"{path} line {line}: ")
+        image_id = without_suffix(image.removeprefix("JPEGImages/"))
         found.setdefault(image_id, set()).update(labels)
     return found
 
@@ -258,7 +217,7 @@ def _present(
 def _object_names(path: Path) -> set[str]:
     try:
         text = path.read_text("utf-8-sig")
-        # entities can expand without bound or name other files; VOC has none
+        # entities can expand without limit or name other files; VOC has none
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise DataError(f"annotation {path} has a DOCTYPE or ENTITY, which is not read")
         document = ElementTree.fromstring(text)

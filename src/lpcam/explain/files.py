@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.items import IMAGE_SUFFIXES
 from lpcam.errors import ArtefactError, DataError, PrototypeError
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer, printable
 from lpcam.explain.maps import KIND

@@ -507,7 +507,7 @@ def _fusion(run: Run, _: Source, __: Stage) -> Any:
             return planes, planes
         size = (image.shape[0], image.shape[1])
         if isinstance(folder, Path):
-            levels = torch.from_numpy(read_saliency(folder, item.id, size, maximum=top).levels)
+            levels = torch.from_numpy(read_saliency(folder, item.id, size, maximum=top))
         else:
             levels = saliency(image.cpu())
         fused = fuse_saliency(
