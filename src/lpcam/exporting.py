@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.items import IMAGE_SUFFIXES
-from lpcam.data.items import ClassTable, Dataset, Skip
+from lpcam.data.items import IMAGE_SUFFIXES, ClassTable, Dataset, Skip
 from lpcam.errors import ArtefactError
 from lpcam.formats.base import MaskEntry
 from lpcam.recipe import ListName, load_recipe

@@ -145,9 +145,10 @@ class CocoFolder:
             for row, (file_name, category_rows, outlined) in enumerate(rows):
                 image_id = begin + _item_id(path, file_name)
                 if image_id in self._images:
+                    other = self._images[image_id].annotations.path
                     raise DataError(
-                        f"{self._images[image_id].index.path} and {path} have two images with the "
-                        f"id {image_id!r}, the second is {file_name!r}; rename one of them"
+                        f"{other} and {path} have two images with the id {image_id!r}, the second "
+                        f"is {file_name!r}; rename one of them"
                     )
                 image = find_image(places, file_name, listing)
                 self._images[image_id] = CocoImage(index, row, record, outlined, image)

@@ -40,9 +40,9 @@ _KIND = "masks painted from COCO annotations"
 class CocoImage(NamedTuple):
     """An image of an annotation file."""
 
-    index: CocoAnnotations
+    annotations: CocoAnnotations
     row: int
-    """Its row in the index."""
+    """Its row in them."""
     record: str
     """Name of the annotation file in :data:`PAINTED`."""
     outlined: bool
@@ -161,10 +161,10 @@ def paint_folder(
         image = images[name]
         fault = _size_fault(image)
         if fault is None:
-            annotations = image.index.annotations(image.row)
+            annotations = image.annotations.annotations(image.row)
             if crowds == "background":
                 annotations = [one for one in annotations if not one.get("iscrowd")]
-            size = image.index.sizes[image.row]
+            size = image.annotations.sizes[image.row]
             try:
                 write_mask(
                     paths[name], paint(annotations, size, values, order=order, crowds=crowds)
@@ -200,8 +200,8 @@ def true_mask(
         DataError: if the annotation file has changed since it was read.
         LpcamError: if pycocotools is missing (for polygons).
     """
-    size = image.index.sizes[image.row]
-    outlined = [one for one in image.index.annotations(image.row) if one.get("segmentation")]
+    size = image.annotations.sizes[image.row]
+    outlined = [one for one in image.annotations.annotations(image.row) if one.get("segmentation")]
 
     def attempt(of: list[dict[str, Any]]) -> tuple[NDArray[np.uint8] | None, list[str]]:
         try:
@@ -215,7 +215,7 @@ def true_mask(
     faults += attempt([one for one in outlined if one.get("iscrowd")])[1]
     if (fault := _size_fault(image)) is not None:
         mask, faults = None, [fault, *faults]
-    unique = tuple(dict.fromkeys(f"{image.index.path}: {fault}" for fault in faults))
+    unique = tuple(dict.fromkeys(f"{image.annotations.path}: {fault}" for fault in faults))
     return mask if image.outlined else None, unique
 
 
@@ -226,7 +226,7 @@ def _size_fault(image: CocoImage) -> str | None:
         height, width = upright_size(image.path)
     except ImageError:  # reported when all images are checked
         return None
-    expected = image.index.sizes[image.row]
+    expected = image.annotations.sizes[image.row]
     if expected == (height, width):
         return None
     advice = "use the image that was annotated"
@@ -252,7 +252,7 @@ def _prepare(folder: Path, images: Mapping[str, CocoImage], options: Mapping[str
         ids[image.record].append(name)
     files = {
         image.record: {
-            "digest": _digest(image.index),
+            "digest": _digest(image.annotations),
             "options": options,
             "ids_begin": os.path.commonprefix(ids[image.record]),  # noqa: RUF071 - of characters
         }
@@ -295,8 +295,9 @@ def _digest(index: CocoAnnotations) -> str:
 
 def _area(annotation: Mapping[str, Any], size: tuple[int, int]) -> float:
     area = annotation.get("area")
-    known = isinstance(area, int | float) and math.isfinite(area)
-    return float(area if known else _region(annotation, size).sum())
+    if isinstance(area, int | float) and math.isfinite(area):
+        return float(area)
+    return float(_region(annotation, size).sum())
 
 
 def _region(annotation: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lpcam.data.items import safe_id
 from lpcam.errors import DataError
@@ -246,15 +246,15 @@ def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}); {how}") from error
-        entry = entry if isinstance(entry, dict) else {}
-        image, labels = entry.get("image"), entry.get("labels")
+        known: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        image, labels = known.get("image"), known.get("labels")
         if not isinstance(labels, list) or not all(map(_is_text, (image, *labels))):
             raise DataError(
                 f"{where} reads {line.strip()[:120]!r}; expected an object with a text 'image' and "
                 f"a list of texts 'labels'; {how}"
             )
         names = tuple(name for name in map(normal_name, labels) if name)
-        yield LabelRow(number, image_name(image, where), names)
+        yield LabelRow(number, image_name(str(image), where), names)
 
 
 def _is_text(value: object) -> bool:
