@@ -84,9 +84,6 @@ def sharpened(network: Amn) -> Amn:
     return network
 
 
-# -- Network ------------------------------------------------------------------------------------
-
-
 def test_network_is_that_of_the_specification(fresh: Any) -> None:
     network = sharpened(fresh())
     images, labels = drawn(2, 3, 61, 83), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
@@ -151,9 +148,6 @@ def test_dropout_is_in_training_alone(fresh: Any) -> None:
     assert not torch.equal(network(images, labels), network(images, labels))
 
 
-# -- Loss ---------------------------------------------------------------------------------------
-
-
 def test_loss_pixel_by_pixel() -> None:
     """L = 4, smoothing 0.4: 0.6 for the label and 0.4 / 3 for each other."""
     logits, labels = 2 * drawn(2, 4, 5, 6), drawn_labels(2, 5, 6, values=(0, 1, 3, 255))
@@ -203,9 +197,6 @@ def test_gradient_of_the_loss() -> None:
     assert torch.autograd.gradcheck(lambda x: amn_loss(x, labels, 0.4), (logits,))
 
 
-# -- Augmentation -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
 def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     """At scale 1 the red value of each labelled pixel is its label, also mirrored."""
@@ -223,9 +214,6 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
         assert int(known.sum()) == min(48, size[0]) * min(48, size[1])
         columns.add(int(known.nonzero()[:, 1].min()))
     assert len(columns) > 1 or size[1] >= 48
-
-
-# -- Training -----------------------------------------------------------------------------------
 
 
 def test_loss_falls(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path) -> None:
@@ -311,9 +299,6 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
         ClassifierError, match=r"the loss is nan at step \d of 8; lower host.amn.learn"
     ):
         train(labelled, SETTINGS.model_copy(update={"head_learning_rate": 1e30}))
-
-
-# -- Maps ---------------------------------------------------------------------------------------
 
 
 def test_exported_maps_pixel_by_pixel() -> None:
@@ -430,9 +415,6 @@ def test_labels_that_are_no_classes(fresh: Any, reading: str) -> None:
         mapped([0, 3])
 
 
-# -- Reading B ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_local_features(fresh: Any, conditioned: bool) -> None:
     network, image = fresh(), drawn_image(61, 83)
@@ -457,12 +439,6 @@ def test_reading_b_is_the_cosine_with_the_vectors(fresh: Any) -> None:
     torch.testing.assert_close(found.high_res, fine / fine.max(), atol=1e-5, rtol=1e-4)
     coarse = F.interpolate(cosine[None, None], size=(16, 16), mode="bilinear")[0]
     torch.testing.assert_close(found.cam, coarse / coarse.max(), atol=1e-5, rtol=1e-4)
-
-
-# -- Files --------------------------------------------------------------------------------------
-
-
-# -- Settings -----------------------------------------------------------------------------------
 
 
 def test_official_settings_are_those_of_the_specification() -> None:

@@ -75,12 +75,6 @@ def labelled(*labels: tuple[int, ...]) -> list[Item]:
     return [Item(f"i{number}", Path(f"i{number}.png"), each) for number, each in enumerate(labels)]
 
 
-# -- Fusion with saliency -----------------------------------------------------------------------
-
-
-# -- Network ------------------------------------------------------------------------------------
-
-
 def test_masks_share_each_pixel() -> None:
     scores = torch.tensor([3.0, -4.0, 0.0])[None, :, None, None].repeat(1, 1, 2, 1)
     scores[0, :, 1] = 0
@@ -220,9 +214,6 @@ def test_first_weights_depend_on_the_seed_alone(fresh: Any) -> None:
     assert 0.99 * bound < float(weight.abs().max()) <= bound
 
 
-# -- Pairs --------------------------------------------------------------------------------------
-
-
 def test_pairs_share_a_class() -> None:
     found = labelled((0,), (0, 1), (1,), (2,), (), (0, 1), (1,))
     pairs = pairs_of(found, 30, 2, 0)
@@ -258,9 +249,6 @@ def test_partners_are_drawn_evenly() -> None:
 def test_no_two_images_of_a_class(labels: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(DataError, match=f"of {len(labels)} images"):
         pairs_of(labelled(*labels), 3, 1, 0)
-
-
-# -- Training -----------------------------------------------------------------------------------
 
 
 def test_loss_falls(fresh: Any, items: list[Item], tmp_path: Path) -> None:
@@ -356,12 +344,6 @@ def test_augmented_colours() -> None:
     levels = [float(found[1, 5, 5]) / 120 for found in changed]
     assert 0.69 <= min(levels) < 0.8
     assert 1.2 < max(levels) <= 1.31
-
-
-# -- Files --------------------------------------------------------------------------------------
-
-
-# -- Maps ---------------------------------------------------------------------------------------
 
 
 def test_maps_are_those_of_the_specification(fresh: Any, items: list[Item]) -> None:

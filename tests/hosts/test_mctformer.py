@@ -78,9 +78,6 @@ def items(pictures: Path) -> list[Item]:
     return list(read_folder(pictures).items.values())
 
 
-# -- Losses and schedule -----------------------------------------------------------------------
-
-
 def test_loss_adds_the_two_scores() -> None:
     classes, patches = drawn(4, 3), drawn(4, 3, seed=1)
     labels = (drawn(4, 3, seed=2) > 0).float()
@@ -110,9 +107,6 @@ def test_learning_rates_of_the_specification() -> None:
     rates = [learning_rate(epoch, OFFICIAL) for epoch in range(5, 60)]
     assert rates == sorted(rates, reverse=True)
     assert OFFICIAL.learning_rate == pytest.approx(5e-4 * OFFICIAL.batch_size / 512)
-
-
-# -- Augmentation ------------------------------------------------------------------------------
 
 
 def augmented(
@@ -165,9 +159,6 @@ def test_what_the_settings_of_the_augmentation_do(items: list[Item]) -> None:
         augmented(items, augmentation="rnd-m9")
 
 
-# -- Training ----------------------------------------------------------------------------------
-
-
 def test_loss_falls(items: list[Item], tmp_path: Path) -> None:
     settings = changed(epochs=12, batch_size=6, learning_rate=2e-3)
     history = train_mctformer(fresh(), items, items, settings, seed=0, folder=tmp_path)
@@ -196,9 +187,6 @@ def test_bad_input(items: list[Item], tmp_path: Path) -> None:
     v1 = one.model_copy(update={"version": "v1"})
     with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit .*; delete it"):
         train_mctformer(fresh(v1), items, [], v1, seed=0, folder=tmp_path)
-
-
-# -- Maps --------------------------------------------------------------------------------------
 
 
 def test_fuse_by_hand() -> None:
@@ -305,9 +293,6 @@ def test_labels_and_weights_that_make_no_maps() -> None:
         with torch.no_grad():
             damaged.copy_(before)
     assert float(maps_of(network, photograph(), [0], SETTINGS).cam.max()) > 0
-
-
-# -- LPCAM in PatchCAM's place -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

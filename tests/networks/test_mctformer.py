@@ -44,9 +44,6 @@ def vit_state(**changes: Any) -> dict[str, Tensor]:
     return {k: drawn(*v.shape, seed=n) for n, (k, v) in enumerate(model.state_dict().items())}
 
 
-# -- Pure functions ----------------------------------------------------------------------------
-
-
 def test_ranked_pooling_by_hand() -> None:
     maps = torch.tensor([[[1.0, 4.0], [2.0, 3.0]]])
     expected = (4 + 0.5 * 3 + 0.25 * 2 + 0.125 * 1) / (1 + 0.5 + 0.25 + 0.125)
@@ -68,9 +65,6 @@ def test_positions_keep_rows_and_columns_apart() -> None:
     wide = scale_positions(rows, (14, 28)).reshape(14, 28)
     torch.testing.assert_close(wide, wide[:, :1].expand(14, 28))
     assert bool((wide[1:, 0] > wide[:-1, 0]).all())
-
-
-# -- Attention ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -202,9 +196,6 @@ def test_weight_decay_is_of_matrices_alone() -> None:
     }
 
 
-# -- Weights of a transformer ------------------------------------------------------------------
-
-
 def test_class_token_and_its_position_are_copied(tmp_path: Path) -> None:
     state = vit_state()
     save_file(state, tmp_path / "vit.safetensors")
@@ -297,8 +288,6 @@ def test_deit_small_is_that_of_the_specification() -> None:
     assert network.preprocessing.mean == pytest.approx((0.485, 0.456, 0.406))
 
 
-# -- A convolutional stem -----------------------------------------------------------------------
-
 STEM = {"depth": 2, "stem": "test_resnet"}
 
 
@@ -346,9 +335,6 @@ def test_stems_that_do_not_fit(weights: Path) -> None:
         )
     with pytest.raises(ClassifierError, match="timm has no model 'test_resnt'"):
         fresh(arguments={"stem": "test_resnt"})
-
-
-# -- Files -------------------------------------------------------------------------------------
 
 
 def test_a_transformer_of_the_callers_own_cannot_be_saved(tmp_path: Path) -> None:

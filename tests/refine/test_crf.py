@@ -43,9 +43,6 @@ def scores(count: int, height: int, width: int, seed: int = 2) -> Tensor:
     return (drawn * 4).softmax(0)
 
 
-# -- The lattice ---------------------------------------------------------------------------------
-
-
 def naive_filter(positions: Tensor, values: Tensor) -> Tensor:
     """Splat, blur and slice point by point, with dictionaries (Adams et al. 2010)."""
     d, count = positions.shape
@@ -166,9 +163,6 @@ def test_norm_is_that_of_the_filter() -> None:
     torch.testing.assert_close(kernel.norm, sums.rsqrt(), atol=1e-5, rtol=1e-5)
 
 
-# -- The model -----------------------------------------------------------------------------------
-
-
 def test_against_brute_force() -> None:
     """The fully connected sums themselves; the lattice approximates them."""
     height, width = 14, 16
@@ -283,12 +277,6 @@ def test_thin_images(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found.sum(0), torch.ones(size))
 
 
-# -- Kept kernels --------------------------------------------------------------------------------
-
-
-# -- Unary energies ------------------------------------------------------------------------------
-
-
 def test_unary_from_labels() -> None:
     found = unary_from_labels(torch.tensor([[0, 2]]), 3, 0.7)
     right, wrong = -math.log(0.7), -math.log(0.15)
@@ -302,9 +290,6 @@ def test_unary_from_probabilities() -> None:
     given = torch.tensor([0.0, 1e-7, 0.25, 1.0]).view(4, 1, 1)
     found = unary_from_probabilities(given, 1e-5).flatten().tolist()
     assert found == pytest.approx([-math.log(1e-5), -math.log(1e-5), -math.log(0.25), 0.0])
-
-
-# -- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

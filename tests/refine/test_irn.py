@@ -62,9 +62,6 @@ def drawn_labels(*shape: int, values: tuple[int, ...] = (0, 1, 2, 255), seed: in
     return torch.tensor(values, dtype=torch.uint8)[numbers]
 
 
-# -- Pyramid and branches -----------------------------------------------------------------------
-
-
 def test_levels_of_a_resnet(fresh: Any) -> None:
     pyramid = fresh().pyramid
     found = [(level.channels, level.stride) for level in pyramid.levels]
@@ -172,9 +169,6 @@ def test_boundary_weights_do_not_depend_on_the_other_branch(fresh: Any) -> None:
     assert not torch.equal(other.branches.boundary.last.weight, plain.branches.boundary.last.weight)
 
 
-# -- Loss ---------------------------------------------------------------------------------------
-
-
 def loss_by_pairs(
     logits: Tensor, labels: Tensor, radius: int, displacement: Tensor
 ) -> dict[str, float]:
@@ -271,9 +265,6 @@ def test_parts_of_a_batch_add_up() -> None:
         torch.testing.assert_close(found, sum(each))
 
 
-# -- Augmentation -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
 def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     """At scale 1 the red value of each labelled cell's pixel is its label, also mirrored."""
@@ -292,9 +283,6 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
         assert bool((tensor[:, 2::4, 2::4][:, ~known] == 0).all())
         labelled += int(known.sum())
     assert labelled > 0
-
-
-# -- Training -----------------------------------------------------------------------------------
 
 
 def test_loss_falls(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -> None:
@@ -368,9 +356,6 @@ def test_bad_input(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -
         train(plain, pairs, PLAIN.model_copy(update={"learning_rate": 1e30}))
 
 
-# -- Boundary maps ------------------------------------------------------------------------------
-
-
 def test_boundary_maps(fresh: Any) -> None:
     network = fresh().train()
     images = np.random.default_rng(0).integers(0, 256, (2, 61, 83, 3)).astype(np.uint8)
@@ -385,12 +370,6 @@ def test_boundary_maps(fresh: Any) -> None:
     torch.testing.assert_close(boundary_maps(network, images[1:]), found[1:])
     mirror = boundary_maps(network, images[:, :, ::-1])
     torch.testing.assert_close(mirror, found.flip(-1))
-
-
-# -- Files --------------------------------------------------------------------------------------
-
-
-# -- Settings -----------------------------------------------------------------------------------
 
 
 def test_official_settings_are_those_of_the_specification() -> None:

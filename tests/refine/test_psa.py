@@ -70,9 +70,6 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-# -- Scores of the CRFs -------------------------------------------------------------------------
-
-
 def test_scores_are_the_posteriors_of_the_background_and_the_maps() -> None:
     image, planes = torch.from_numpy(picture(14, 19)), drawn(2, 14, 19)
     both = psa.crf_scores(CRF, image, planes, [1.0, 12.0])
@@ -133,9 +130,6 @@ def test_files_that_hold_no_scores(tmp_path: Path) -> None:
             psa.read_scores(path)
 
 
-# -- Labels -------------------------------------------------------------------------------------
-
-
 def test_labels_by_hand() -> None:
     """Sure of a class, of the background, of neither; against each other; beyond the image."""
     low = torch.tensor([[0.1, 0.9, 0.8, 0.2, 0.0], [0.2, 0.1, 0.1, 0.8, 0.0], [0.7, 0, 0.1, 0, 0]])
@@ -151,9 +145,6 @@ def test_cells_are_means_of_8_by_8_pixels() -> None:
     assert found.shape == (2, 2, 3)
     torch.testing.assert_close(found[:, 0, 1], scores[:, :8, 8:16].mean((1, 2)))
     torch.testing.assert_close(found[:, 1, 2], scores[:, 8:, 16:].sum((1, 2)) / 64)
-
-
-# -- The network --------------------------------------------------------------------------------
 
 
 def test_the_backbone_is_a_copy_of_the_classifiers(classifier: Classifier) -> None:
@@ -242,9 +233,6 @@ def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
         Psa(classifier)
 
 
-# -- Affinities ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(6, 7), (1, 9), (8, 1), (2, 3), (1, 1)])
 def test_distances_of_all_pairs(size: tuple[int, int]) -> None:
     features = drawn(2, 70, *size)  # in two parts
@@ -281,9 +269,6 @@ def test_gradient_of_the_distances(sources_only: bool) -> None:
         return torch.stack([(d.exp() * (n + 1)).sum() for n, (_, d) in enumerate(pairs)]).sum()
 
     assert torch.autograd.gradcheck(total, (features,))
-
-
-# -- Loss ---------------------------------------------------------------------------------------
 
 
 def loss_by_pairs(features: Tensor, labels: Tensor, radius: int) -> float:
@@ -339,9 +324,6 @@ def test_parts_of_a_batch_add_up() -> None:
     torch.testing.assert_close(sum(parts), psa_loss(features, labels, 3))
 
 
-# -- Augmentation -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
 def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     """Light pixels are of the second class, dark ones of the first; black is beyond the image."""
@@ -388,9 +370,6 @@ def test_colours_change_and_labels_do_not() -> None:
         values.add(round(float(tensor[0, 0, 0]), 4))
     assert len(values) > 5
     assert all(0.3 * 120 / 255 < value < 2 * 120 / 255 for value in values)
-
-
-# -- Training -----------------------------------------------------------------------------------
 
 
 def test_loss_falls(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path) -> None:
@@ -459,9 +438,6 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
         train(labelled, SETTINGS.model_copy(update={"learning_rate": 1e30}))
 
 
-# -- The walk -----------------------------------------------------------------------------------
-
-
 def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSettings) -> Tensor:
     """The specification: affinities of all pairs, diagonal 1, to the power, columns, squarings."""
     height, width = features.shape[1:]
@@ -520,12 +496,6 @@ def test_walk_of_what_does_not_fit(fresh: Any) -> None:
     network.last.weight.data.fill_(math.nan)
     with pytest.raises(DataError, match=r"affinities at the offset .* hold NaN"):
         psa.walk(network, image, drawn(1, 16, 24), SETTINGS)
-
-
-# -- Files --------------------------------------------------------------------------------------
-
-
-# -- Settings -----------------------------------------------------------------------------------
 
 
 def test_official_settings_are_those_of_the_specification() -> None:

@@ -54,9 +54,6 @@ def dense(maps: Tensor, edge: Tensor, *, radius: int, beta: float, exponent: int
     return (maps.flatten(1) @ transition).reshape(maps.shape)
 
 
-# -- Pairs --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("radius", "count"), [(2, 4), (3, 12), (5, 34), (10, 152)])
 def test_each_pair_of_the_disc_once(radius: int, count: int) -> None:
     offsets = set(pair_offsets(radius))
@@ -116,9 +113,6 @@ def test_affinities_have_a_gradient() -> None:
         return torch.stack([(a * n).sum() for n, (_, a) in enumerate(affinities(e, 3))]).sum()
 
     assert torch.autograd.gradcheck(total, (edge,))
-
-
-# -- The walk -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(9, 12), (1, 14), (11, 1), (2, 3), (1, 1)])
@@ -234,9 +228,6 @@ def test_arguments_out_of_range(changes: dict[str, float]) -> None:
         random_walk(drawn(1, *SIZE), drawn(*SIZE), **arguments)
 
 
-# -- The walk by given affinities ---------------------------------------------------------------
-
-
 def drawn_pairs(*size: int, dtype: torch.dtype = torch.float64) -> dict[tuple[int, int], Tensor]:
     """Affinities of all pairs nearer than 4, of no boundary."""
     return {
@@ -289,9 +280,6 @@ def test_affinities_that_do_not_fit() -> None:
         affinity_walk(drawn(7, 9), [], beta=8.0, exponent=6)
     with pytest.raises(ValueError, match="expected beta > 0"):
         affinity_walk(drawn(1, 7, 9), [], beta=0.0, exponent=6)
-
-
-# -- Masks --------------------------------------------------------------------------------------
 
 
 def test_propagate_starts_where_there_is_no_boundary() -> None:

@@ -44,9 +44,6 @@ EPSILON = 1e-5
 """Added to the range that probabilities are divided by (section 4)."""
 
 
-# -- Network -----------------------------------------------------------------------------------
-
-
 class Amn(SavedNetwork):
     """Backbone, label conditioning and head (section 2).
 
@@ -172,9 +169,6 @@ def build_amn(
         settings: ``dilations`` and ``dropout`` are used.
         seed: random seed of the first weights.
 
-    Raises:
-        ClassifierError: as :func:`lpcam.classifier.build`.
-
     Example:
         >>> spec, settings = BackboneSpec("test_resnet", {}, 16), AmnSettings.from_preset("default")
         >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
@@ -183,9 +177,6 @@ def build_amn(
     """
     classifier = build(spec, classes, weights=weights, mean=mean, std=std, seed=seed)
     return Amn(classifier, dilations=settings.dilations, dropout=settings.dropout, seed=seed)
-
-
-# -- Loss --------------------------------------------------------------------------------------
 
 
 def label_counts(labels: Tensor) -> Tensor:
@@ -242,9 +233,6 @@ def amn_loss(
     sums = torch.where(_sides(labels), losses, 0.0).sum((1, 2, 3))
     counts = label_counts(labels) if counts is None else counts.to(losses.device)
     return (sums / counts.clamp(min=1).to(sums.dtype)).sum() / 2
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 def augment(
@@ -372,9 +360,6 @@ def train_amn(
     return history
 
 
-# -- Maps --------------------------------------------------------------------------------------
-
-
 def export_maps(
     logits: Sequence[Tensor],
     labels: Sequence[int],
@@ -433,7 +418,6 @@ def maps_of(
     each plane divided by its maximum. :meth:`Amn.folded` is faster.
 
     Args:
-        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
         settings: ``scales``, ``flip``, ``gate`` and, with vectors, ``conditioned`` are used.
@@ -521,9 +505,6 @@ def local_features(
 
     Returns:
         features (C, h, w) at scale 1, and maps (K, H, W) of :func:`maps_of` without vectors.
-
-    Raises:
-        DataError, ClassifierError, PrototypeError: as :func:`maps_of`.
 
     Example:
         >>> settings = AmnSettings.from_preset("default", gate=False)

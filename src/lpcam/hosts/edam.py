@@ -62,9 +62,6 @@ RECORDS = 25
 """Records in the history of a training, about one an epoch of the released list (section 2)."""
 
 
-# -- The network -------------------------------------------------------------------------------
-
-
 def class_masks(scores: Tensor) -> Tensor:
     """M (B, N + 1, h, w) in [0, 1] of scores of that shape (section 1).
 
@@ -299,9 +296,6 @@ def build_edam(
     return Edam(classifier, classes, **sizes, seed=seed)
 
 
-# -- Pairs -------------------------------------------------------------------------------------
-
-
 class Pair(NamedTuple):
     """Two different images that share a class."""
 
@@ -377,9 +371,6 @@ def pairs_of(items: Sequence[Item], steps: int, pairs: int, seed: int) -> list[P
 
 def _generator(seed: int, place: engine.Place) -> np.random.Generator:
     return np.random.default_rng([seed, place.epoch, place.sample])
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 def _sample(
@@ -509,9 +500,6 @@ def train_edam(
     return history
 
 
-# -- Maps --------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def maps_of(
     network: Edam, image: NDArray[np.uint8], labels: Sequence[int], settings: EdamSettings
@@ -521,7 +509,6 @@ def maps_of(
     Each sum is divided by its maximum. :meth:`Edam.folded` takes two thirds of the time.
 
     Args:
-        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes.
         settings: ``scales`` and ``flip`` are used.

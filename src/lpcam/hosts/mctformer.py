@@ -63,9 +63,6 @@ EPSILON = 1e-8
 """Added to the range that a map is divided by (section 3, step 4)."""
 
 
-# -- Losses and schedule -----------------------------------------------------------------------
-
-
 def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
     """Multi-label soft margin loss of the class scores, in V2 plus that of the patch scores.
 
@@ -135,8 +132,6 @@ def plan_of(settings: MctformerSettings, count: int) -> engine.Plan:
     )
 
 
-# -- Augmentation ------------------------------------------------------------------------------
-
 _AUGMENTING = threading.Lock()
 
 
@@ -194,9 +189,6 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
         image = Image.fromarray(read_image(self.items[index].image))
         with _seeded([self.seed, epoch, index]):
             return self.transform(image), index
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 class _Outputs(nn.Module):
@@ -318,9 +310,6 @@ def validation_map(
     return mean_average_precision(processes.sum(logits), multi_hot(items, len(network.classes)))
 
 
-# -- Maps --------------------------------------------------------------------------------------
-
-
 def fuse(
     attention: Tensor, activation: Tensor | None, fusion: Literal["product", "square_root"]
 ) -> Tensor:
@@ -371,7 +360,6 @@ def maps_of(
     """MCTformer's maps of one image, summed over scales and mirror images, min-max normalised.
 
     Args:
-        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
         settings: ``attention_blocks``, ``fusion``, ``affinity``, ``scales`` and ``flip`` are used.

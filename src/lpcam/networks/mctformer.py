@@ -87,9 +87,6 @@ class MctformerSpec:
     """Decay in the pooling of PatchCAM; 1 is the plain mean."""
 
 
-# -- Pure functions ----------------------------------------------------------------------------
-
-
 def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
     """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on.
 
@@ -159,9 +156,6 @@ def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     tokens = tokens + block.drop_path1(block.ls1(branch))
     tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
     return tokens, weights.mean(1)
-
-
-# -- The network -------------------------------------------------------------------------------
 
 
 class Stem(nn.Module):
@@ -404,9 +398,6 @@ def _plain(model: nn.Module) -> VisionTransformer:
             "transformer, as deit_small_patch16_224"
         )
     return model
-
-
-# -- Building ----------------------------------------------------------------------------------
 
 
 def build_mctformer(

@@ -34,8 +34,6 @@ SAFE_EXPONENT = 80.0
 KEPT_SIZES = 4
 """Number of image sizes whose Gaussian kernels are kept."""
 
-# -- Unary energies ------------------------------------------------------------------------------
-
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     """Energies of hard labels that are right with a given probability.
@@ -114,9 +112,6 @@ def _check_count(count: int) -> None:
         raise DataError(f"a CRF needs at least two labels, got {count}")
 
 
-# -- Kernels -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A lattice and the symmetric normalisation of its kernel."""
@@ -176,9 +171,6 @@ def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Te
         *(torch.arange(length, device=device, dtype=dtype) for length in size), indexing="ij"
     )
     return torch.stack([x, y]).view(2, -1)
-
-
-# -- Mean field ----------------------------------------------------------------------------------
 
 
 def mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -> Tensor:

@@ -63,9 +63,6 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """The same in the displacement branch, for a level pooled to stride 4, at stride 4, and beyond."""
 
 
-# -- The pyramid -------------------------------------------------------------------------------
-
-
 class Pyramid(nn.Module):
     """A frozen backbone's feature maps from stride 4 on, for images of any size.
 
@@ -122,9 +119,6 @@ class Pyramid(nn.Module):
         twin = shallow_copy(self)
         twin.backbone = folded_backbone(self.backbone)
         return twin.requires_grad_(False)
-
-
-# -- The branches ------------------------------------------------------------------------------
 
 
 class _Unit(nn.Module):
@@ -307,9 +301,6 @@ def _grid(size: Sequence[int]) -> tuple[int, int]:
     return strided(size[0], STRIDE), strided(size[1], STRIDE)
 
 
-# -- The loss ----------------------------------------------------------------------------------
-
-
 class IrnLoss(NamedTuple):
     """The four losses; those of the displacement are zero where there is none."""
 
@@ -376,9 +367,6 @@ def _displacement_sums(
             kinds[1] @ (delta - target).abs().sum(1).flatten(),
         ]
     )
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 def augment(
@@ -521,9 +509,6 @@ def _mean_displacement(
     return (processes.sum(total) / count).float()
 
 
-# -- Maps --------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
     """Boundaries e: sigmoid of the mean logit of images and their mirror images (section 8.1).
@@ -531,7 +516,6 @@ def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
     The images keep their size. :meth:`Irn.folded` of the network takes two thirds of the time.
 
     Args:
-        network: is set to evaluation mode.
         images: (B, H, W, 3) uint8 RGB.
 
     Returns:

@@ -266,9 +266,6 @@ def _blur_rows(codes: Tensor, number: Tensor, strides: Sequence[int], turn: int)
     return result
 
 
-# -- Filters: several lattices in one ------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class JoinedFilter:
     """A sum of filters over the same points, as sums of weighted rows (splat, blur, slice)."""

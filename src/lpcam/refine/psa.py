@@ -78,9 +78,6 @@ HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 
 
-# -- Scores of the CRFs ------------------------------------------------------------------------
-
-
 def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
     """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
 
@@ -126,9 +123,6 @@ def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
         path: ends in ``.npz``.
         low: (K + 1, H, W) in [0, 1], of the lower alpha.
         high: the same of the higher alpha.
-
-    Raises:
-        ArtefactError: as :func:`lpcam.storage.write_bytes`.
     """
     first, second = ((s * 255).round().to(torch.uint8).cpu().numpy() for s in (low, high))
     buffer = io.BytesIO()
@@ -166,9 +160,6 @@ def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return low, high
 
 
-# -- Labels ------------------------------------------------------------------------------------
-
-
 def pooled(scores: Tensor) -> Tensor:
     """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image.
 
@@ -201,9 +192,6 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)
     beyond = torch.maximum(low, high).amax(0) < PADDING
     return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
-
-
-# -- The network -------------------------------------------------------------------------------
 
 
 class Psa(SavedNetwork):
@@ -307,9 +295,6 @@ class Psa(SavedNetwork):
 def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
     """Build PSA's network on a copy of a trained classifier's backbone.
 
-    Raises:
-        ClassifierError: as :class:`Psa`.
-
     Example:
         >>> from lpcam.classifier import BackboneSpec, build
         >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
@@ -319,9 +304,6 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
     twin = shallow_copy(classifier)
     twin.backbone = copy.deepcopy(classifier.backbone)
     return Psa(twin, seed=seed).to(classifier.device)
-
-
-# -- Affinities --------------------------------------------------------------------------------
 
 
 def feature_distances(
@@ -429,9 +411,6 @@ def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | Non
     return loss
 
 
-# -- Training ----------------------------------------------------------------------------------
-
-
 def augment(
     image: NDArray[np.uint8],
     low: NDArray[np.uint8],
@@ -533,9 +512,6 @@ def train_psa(
     return history
 
 
-# -- The walk ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
     """Scores of an image after its maps and a constant background have walked.
@@ -543,7 +519,6 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     All pairs of the grid walk, also those at its edges. :meth:`Psa.folded` takes less time.
 
     Args:
-        network: is set to evaluation mode.
         image: (H, W, 3) uint8 RGB.
         planes: (K, H, W) maps in [0, 1].
         settings: ``radius``, ``beta``, ``exponent``, ``tolerance`` and ``threshold``, the score of

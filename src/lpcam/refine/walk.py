@@ -37,9 +37,6 @@ PIECES_TRIED = 30
 """Number of the longest pieces of a path of which all pairs are tried."""
 
 
-# -- Geometry of the pairs ---------------------------------------------------------------------
-
-
 @cache
 def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
@@ -248,9 +245,6 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
         yield offset, 1 - maximum[..., rows, columns.start + corner : columns.stop + corner]
 
 
-# -- Pairs of labels ---------------------------------------------------------------------------
-
-
 def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     """Yield which pairs of :func:`source_window` are background, of one class, or different.
 
@@ -322,9 +316,6 @@ def likelihood_means(
         likelihood = torch.where(kinds[2], 1 - affinity, affinity) + EPSILON
         sums.append(kinds.flatten(1).to(affinity.dtype) @ -likelihood.log().flatten())
     return torch.stack(sums).sum(0) / (counts.to(zero) + EPSILON)
-
-
-# -- The walk ----------------------------------------------------------------------------------
 
 
 def random_walk(
