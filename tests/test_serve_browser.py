@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import shutil
 import socket
 import threading
 import time
@@ -14,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import chromium  # noqa: F401 - the fixture "browser"
 from explaining import tiny_run
 from PIL import Image, ImageFilter
 from tiny import draw_image
@@ -24,20 +22,6 @@ from lpcam.explain.explainer import Explainer
 from lpcam.masks import seeds
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("there is no chromium on the path", allow_module_level=True)
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = '<img src=x onerror="window.harmed=1">'
 """The name of the class that the tiny run calls "blue"."""
 SMALL = {"width": 360, "height": 740}
@@ -75,15 +59,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(explainer)
     yield served
     served.stop()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    os.environ.setdefault("no_proxy", "127.0.0.1")
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +212,6 @@ def test_nothing_ticked_cannot_be_saved(page: Any, photograph: Path) -> None:
     assert "no class is selected" in page.locator("#mask").get_attribute("aria-label")
 
 
-def test_predicted_classes_are_ticked(page: Any, served: Served, photograph: Path) -> None:
-    upload(page, photograph)
-    maps = served.explainer.highest(photograph, 3)
-    boxes = page.locator("#classes input[type=checkbox]")
-    assert [boxes.nth(k).is_checked() for k in range(3)] == [s > 0.5 for s in maps.scores]
-    assert page.locator("#classes input[type=radio]").first.is_checked()
-
-
 # -- Ways in ------------------------------------------------------------------------------------
 
 
@@ -362,12 +329,3 @@ def test_another_site_gets_nothing(browser: Any, served: Served) -> None:
     assert page.evaluate(ask, [f"{served.home}maps", {"method": "POST", "body": "x"}]) == "blocked"
     assert page.evaluate(ask, [f"{served.home}maps", simple]) in (0, "blocked")
     context.close()
-
-
-def test_a_picture_saved_by_the_browser_is_a_palette_png(page: Any, photograph: Path) -> None:
-    upload(page, photograph)
-    page.locator("#classes input[type=checkbox]").first.check()
-    with page.expect_download() as waiting:
-        page.click("#save")
-    image = Image.open(io.BytesIO(Path(waiting.value.path()).read_bytes()))
-    assert (image.mode, image.size) == ("P", (120, 100))

@@ -107,13 +107,6 @@ def test_labels_are_predicted_above_a_score(explainer: Explainer, image: np.ndar
     assert explainer.highest(image, 2).classes == tuple(name for name, _ in ranking[:2])
 
 
-def test_threshold_is_the_recipes_unless_given(explainer: Explainer, image: np.ndarray) -> None:
-    settings = explainer.settings
-    maps = explainer(image)
-    assert (maps.threshold, maps.cam_threshold) == (settings.threshold, settings.cam_threshold)
-    assert explainer(image, threshold=0.9).threshold == 0.9
-
-
 def test_every_way_to_give_an_image(
     explainer: Explainer, image: np.ndarray, tmp_path: Path
 ) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
 import zlib
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from lpcam.explain.web import encode_array as array
+from lpcam.explain.web import encode_picture as picture
 from lpcam.masks import seeds, voc_palette
 
 HOSTILE = (
@@ -32,26 +32,12 @@ FIXED = {"CAM": 0.25, "LPCAM-F": 0.45, "LPCAM": 0.45}
 UNDEFINED = 65535
 
 
-def array(values: NDArray[Any]) -> dict[str, Any]:
-    """An array as the page's script reads it."""
-    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"))
-    text = base64.b64encode(zlib.compress(little.tobytes(), 9)).decode()
-    return {"shape": list(values.shape), "type": values.dtype.name, "data": text}
-
-
 def unpacked(packed: dict[str, Any]) -> NDArray[Any]:
-    """The array of :func:`array`."""
+    """An array of the page's data."""
     kind = np.dtype(packed["type"]).newbyteorder("<")
     return np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), kind).reshape(
         packed["shape"]
     )
-
-
-def picture(values: NDArray[np.uint8]) -> str:
-    """An RGB image as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "WEBP", quality=60)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def blob(height: int, width: int, y: float, x: float, size: float) -> NDArray[np.float32]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import chromium  # noqa: F401 - the fixture "browser"
 from report.sample import (
     DRAWN,
     FIXED,
     HOSTILE,
-    METHODS,
-    UNDEFINED,
     array,
     blob,
     enlarged,
@@ -28,23 +26,6 @@ from lpcam.masks import seeds
 from lpcam.metrics import confusion, scores
 from lpcam.report.page import render
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"
-)
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 DIFFERENCE = """([one, other]) => {
   const pixels = (key) => {
     const canvas = document.querySelector(`canvas[data-panel="${key}"]`);
@@ -60,14 +41,6 @@ DIFFERENCE = """([one, other]) => {
   return { width: a.width, height: a.height, found: found.join("") };
 }"""
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -183,33 +156,6 @@ def test_the_slider_redraws_the_seeds(
         told = float(re.search(r"([\d.]+) %", text)[1]) / 100  # type: ignore[index]
         assert told == pytest.approx(np.mean(wanted), abs=1e-3)
     assert page.text_content("#threshold-value") == f"{threshold:.2f}"
-
-
-def test_the_iou_shown_is_that_of_the_data(open_page: Open, data: dict[str, Any]) -> None:
-    """All images and labels at the fixed thresholds; what is undefined is left out."""
-    data = {**data, "images": [dict(entry) for entry in data["images"][:6]]}
-    broken = unpacked(data["images"][3]["iou"]["CAM"]).copy()
-    broken[0] = UNDEFINED
-    data["images"][3]["iou"] = {**data["images"][3]["iou"], "CAM": array(broken)}
-    page = open_page(data)
-    for entry in data["images"]:
-        choose_image(page, entry["id"])
-        for picked in (None, *range(len(entry["labels"]))):
-            value = "all" if picked is None else str(entry["labels"][picked])
-            page.select_option("#class", value)
-            settle(page)
-            for method in DRAWN:
-                column = unpacked(entry["iou"][method])[:, round(100 * FIXED[method])]
-                column = column if picked is None else column[picked : picked + 1]
-                defined = column[column != UNDEFINED] / 10000
-                value_shown, text = shown_iou(page, method)
-                if len(defined):
-                    assert value_shown == pytest.approx(defined.mean(), abs=1e-6)
-                    assert f"IoU {100 * defined.mean():.1f} % at {FIXED[method]:.2f}" == text
-                else:
-                    assert value_shown is None and "undefined" in text
-                label = page.get_attribute(f'canvas[data-panel="seed {method}"]', "aria-label")
-                assert text in label
 
 
 def test_a_threshold_between_two_steps(open_page: Open, data: dict[str, Any]) -> None:
@@ -441,14 +387,6 @@ def test_empty_places(open_page: Open, data: dict[str, Any]) -> None:
     assert page.is_visible("text=No example image of this class")
 
 
-def test_without_script_the_figures_are_there(open_page: Open, data: dict[str, Any]) -> None:
-    page = open_page(data, wait=None, java_script_enabled=False)
-    assert page.is_visible("table.headline")
-    assert page.locator("svg.chart").count() == 3
-    assert page.locator("noscript").first.is_visible()
-    assert page.locator("svg.chart >> nth=0").locator("polyline").count() == len(METHODS)
-
-
 def test_segmenters_are_shown_without_script(open_page: Open) -> None:
     page = open_page(sample(segmented=True), wait=None, java_script_enabled=False)
     assert page.is_visible("table.segmented") and page.is_visible("ol.segmented")
@@ -460,19 +398,6 @@ def test_segmenters_are_shown_without_script(open_page: Open) -> None:
     boxes = [pictures.nth(place).bounding_box() for place in range(5)]
     assert len({round(box["y"]) for box in boxes}) == 1
     assert len({round(box["width"]) for box in boxes}) == 1
-
-
-def test_segmenters_on_paper(open_page: Open) -> None:
-    page = open_page(sample(classes=7, segmented=True), color_scheme="dark")
-    page.emulate_media(media="print")
-    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    page.set_viewport_size({"width": 690, "height": 900})
-    settle(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 690
-    assert all(one.is_visible() for one in page.locator("#segmenters img").all())
-    assert page.locator("#segmenters details[open]").count() == 6
-    assert page.is_visible("h4 >> text=Loss of IRN’s boundaries")
-    assert page.is_visible("text=Evenly spaced choice of the other images (2)")
 
 
 def test_500_images_are_drawn_one_at_a_time(open_page: Open) -> None:

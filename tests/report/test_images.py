@@ -17,7 +17,7 @@ from lpcam.masks import seeds
 from lpcam.metrics import confusion, truth_labels
 from lpcam.parallel import Sharing
 from lpcam.recipe import Method
-from lpcam.report.images import choose, highlights, image_records, in_turn, small_planes
+from lpcam.report.images import choose, highlights, image_records, small_planes
 from lpcam.storage import MapFile, map_path, read_maps, write_maps
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
@@ -53,10 +53,6 @@ def test_a_choice_has_what_is_wanted_and_an_even_rest() -> None:
     found = [one.id for one in choose(items, 5, ["19", "03"])]
     assert found == ["00", "03", "07", "13", "19"]
     assert [one.id for one in choose(items, 1, ["19", "03"])] == ["19"]
-
-
-def test_in_turn() -> None:
-    assert in_turn([["a", "b", "c"], [], ["d"]]) == ["a", "d", "b", "c"]
 
 
 def test_small_planes() -> None:

@@ -248,15 +248,6 @@ def test_empty_sections_have_a_text() -> None:
         assert text_shown in text
 
 
-def test_further_stages_and_methods_have_their_own_lines() -> None:
-    data = sample()
-    extra = [{**row, "stage": "pseudo mask", "method": "LPCAM"} for row in data["rows"][2:3]]
-    data["rows"] += [*extra, {**data["rows"][2], "method": "unheard of"}]
-    text = words(Page(render(data)).text)
-    assert "pseudo mask. Each method at its own best threshold" in text
-    assert "unheard of 0.50 48.8 +8.5" in text
-
-
 def test_pseudo_masks_are_compared_with_those_of_cam() -> None:
     page = Page(render(sample(refined=True)))
     table = words(page.text).split("Pseudo masks: masks of the refined maps (IRN). ")[1]
@@ -295,21 +286,6 @@ def section(page: Page) -> str:
     return text[start : text.index("Prototypes Each card")]
 
 
-def test_without_segmenters_the_page_has_nothing_of_them(page: Page) -> None:
-    assert "segmenter" not in page.text.lower()
-
-
-def test_segmenters_have_a_section_of_their_own(segmented: Page) -> None:
-    at = SECTIONS.index("prototypes")
-    wanted = [*SECTIONS[:at], "segmenters", *SECTIONS[at:]]
-    assert [one["id"] for one in segmented.all("section")] == wanted
-    assert "#segmenters" in {one["href"] for one in segmented.all("a")}
-    identities = [one["id"] for _, one in segmented.elements if "id" in one]
-    assert len(identities) == len(set(identities))
-    levels = [int(name[1]) for name, _ in segmented.elements if re.fullmatch("h[1-6]", name)]
-    assert all(after - before <= 1 for before, after in pairwise(levels))
-
-
 def test_segmenters_are_scored_in_a_table_of_their_own(segmented: Page) -> None:
     text = section(segmented)
     told = "scored on 1,449 images of the list val; weights of the last step; each pixel"
@@ -324,13 +300,6 @@ def test_segmenters_are_scored_in_a_table_of_their_own(segmented: Page) -> None:
     assert "Backbone resnet18 Mean none" in text and "batch size 10" in text
     others = words(segmented.text).replace(text, "")
     assert "1,464" not in others and "DeepLabV2" not in others
-
-
-def test_the_best_weights_are_told_as_chosen_on_the_truth() -> None:
-    data = sample(segmented=True)
-    data["segmenters"]["checkpoint"] = "best"
-    text = section(Page(render(data)))
-    assert "weights of the best mIoU on that list, chosen by its true masks" in text
 
 
 def test_bars_of_segmenters_are_those_after_the_crf(segmented: Page) -> None:
@@ -395,21 +364,6 @@ def test_segmenters_without_truth_are_shown_without_scores() -> None:
     assert "mIoU" not in text and "The images (" not in text
     assert len(page.all("img")) == 6 * 4 and "No true mask" not in text
     assert "Loss against the training step" in text
-
-
-def test_one_segmenter_has_nothing_to_be_compared_with() -> None:
-    data = sample(segmented=True)
-    given = data["segmenters"]
-    given["teachers"] = given["teachers"][1:2]
-    given["rows"] = [row for row in given["rows"] if row["teacher"] == "lpcam" and not row["crf"]]
-    given["crf"] = None
-    for one in given["images"]:
-        one |= {"kind": "even", "masks": {"lpcam": one["masks"]["lpcam"]}}
-        one["miou"] = {"lpcam": 0.5}
-    text = section(Page(render(data)))
-    assert "LPCAM + IRN 1,464 55.0 20.0" in text and " gain of " not in text
-    assert "The images (6)" in text and "dense CRF" not in text
-    assert "for comparison" not in text
 
 
 def test_hostile_names_of_segmented_images_are_text() -> None:

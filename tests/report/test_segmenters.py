@@ -132,10 +132,6 @@ def test_records_have_masks_in_their_colours(trained: SegmenterResults) -> None:
     assert second["masks"]["lpcam"]["classes"] == [0]
 
 
-def test_no_more_images_than_asked_for(trained: SegmenterResults) -> None:
-    assert len(segmenter_records(trained, CLASSES, Sharing(), 1)["images"]) == 1
-
-
 def test_a_missing_mask_is_named(trained: SegmenterResults) -> None:
     path = trained.segmenters[0].folder / "b.png"
     path.unlink()

@@ -27,15 +27,13 @@ from lpcam.report.charts import (
     training_table,
 )
 from lpcam.report.tables import (
-    class_bars,
-    flat,
-    is_group,
-    part_bars,
+    bars,
     place,
+    plain,
     protocol,
     score_groups,
     segmenter_groups,
-    words,
+    setting_lists,
 )
 
 _DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "confusions")
@@ -72,7 +70,7 @@ def render(data: Mapping[str, Any]) -> str:
     environment.filters.update(
         percent=_percent,
         points=_points,
-        plain=_plain,
+        plain=plain,
         threshold=threshold_text,
         seconds=_seconds,
         memory=_memory,
@@ -89,8 +87,8 @@ def render(data: Mapping[str, Any]) -> str:
         protocol=protocol(data, groups),
         charts=threshold_charts(data["curves"], data["fixed"], own_place),
         curve_rows=threshold_table(data["curves"], own_place),
-        per_class=class_bars(groups[0]) if groups else [],
-        parts=part_bars(groups[0]) if groups else [],
+        per_class=bars(groups[0], "per_class") if groups else [],
+        parts=bars(groups[0], "part_coverage") if groups else [],
         segmenters=_segmenters(data),
         stages=_stages(data["stages"]),
     )
@@ -131,21 +129,6 @@ def _points(difference: float) -> str:
     return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def _plain(value: Any) -> str:
-    """A setting's value in words."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        return "; ".join(f"{words(k)} {_plain(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_plain(one) for one in value) or "none"
-    return str(value)
-
-
 def _seconds(value: float) -> str:
     if value < 100:
         return f"{value:.1f} s"
@@ -177,7 +160,6 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
     histories = [training_table("Training of the segmenters", given["history"], teachers)]
     if irn:
         histories.append(training_table("Training of IRN", given["irn_history"], irn))
-    settings = {words(name).capitalize(): value for name, value in given["settings"].items()}
     views = [
         view for one in given["images"] for view in (one["truth"], *one["masks"].values()) if view
     ]
@@ -187,9 +169,8 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
         "teachers": teachers,
         "groups": groups,
         # the last group is the final result: after the CRF, if there is one
-        "per_class": class_bars(groups[-1]) if groups else [],
-        "facts": [(label, value) for label, value in settings.items() if not is_group(value)],
-        "wide": [(label, list(flat(v))) for label, v in settings.items() if is_group(v)],
+        "per_class": bars(groups[-1], "per_class") if groups else [],
+        "settings": setting_lists({"network": given["network"], **given["settings"]}),
         "charts": [
             *training_charts(given["history"], teachers, TRAINING_CURVES),
             *training_charts(given["irn_history"], irn, IRN_CURVES),

@@ -38,8 +38,6 @@ _LABELS = {
     "host": "Host",
     "versions": "Versions",
 }
-_OTHERS = ("classifier", "host", "versions")
-"""Settings that are shown only in groups."""
 _ELSEWHERE = ("command", "threshold", "threshold_source", "classes")
 """Settings that the page shows elsewhere."""
 
@@ -101,10 +99,9 @@ def score_groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> l
                 "how": members[0].get("protocol", {}).get("threshold_source", ""),
                 "lines": lines,
                 "base": base,
-                "last": [line for line in lines if line["place"] < len(methods)][-1:] or lines[-1:],
+                "last": ([one for one in lines if one["place"] < len(methods)] or lines)[-1],
             }
         )
-        groups[-1]["last"] = groups[-1]["last"][0]
     return groups
 
 
@@ -155,65 +152,42 @@ def segmenter_groups(
     return groups
 
 
-def bars(
-    group: Mapping[str, Any], values: Sequence[Mapping[str, Mapping[str, float]]]
-) -> list[dict[str, Any]]:
-    """One set of bars for each name, a bar for each line of a group that has the name.
+def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """One set of bars for each class or part, a bar for each line of a group that has it.
 
     Args:
-        values: for each line of the group, by name, ``iou`` and perhaps ``fp`` and ``fn``.
+        key: ``per_class`` (IoU, FP and FN) or ``part_coverage`` (a share, given as ``iou``).
 
     Returns:
         for each name its bars and ``gain``: the IoU of the group's last line minus its baseline's;
-        None where a line lacks it.
+        None where a line lacks the name. Classes have the largest gain first.
 
     Example:
         >>> row = {"stage": "seed", "threshold_source": "fixed", **dict.fromkeys(METRICS, 0.5)}
-        >>> rows = [{**row, "method": "CAM"}, {**row, "method": "LPCAM"}]
-        >>> (group,) = score_groups(rows, ["CAM", "LPCAM"])
-        >>> bars(group, [{"cat": {"iou": 0.25}}, {"cat": {"iou": 0.75}}])[0]["gain"]
+        >>> rows = [
+        ...     {**row, "method": "CAM", "part_coverage": {"head": 0.25}},
+        ...     {**row, "method": "LPCAM", "part_coverage": {"head": 0.75}},
+        ... ]
+        >>> bars(score_groups(rows, ["CAM", "LPCAM"])[0], "part_coverage")[0]["gain"]
         0.5
     """
-    lines = group["lines"]
-    rows = [line["row"] for line in lines]
-    found = []
-    for name in dict.fromkeys(name for own in values for name in own):
-        own = [
-            {"method": line["row"]["method"], "place": line["place"], **value[name]}
-            for line, value in zip(lines, values, strict=True)
-            if name in value
-        ]
+    lines, found = group["lines"], []
+    for name in dict.fromkeys(name for line in lines for name in line["row"].get(key, {})):
+        by_method: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            value = line["row"].get(key, {}).get(name)
+            if value is not None:
+                values = value if isinstance(value, Mapping) else {"iou": value}
+                method = line["row"]["method"]
+                by_method[method] = {"method": method, "place": line["place"], **values}
         gain = None
-        if group["base"] is not None and len(own) == len(lines) > 1:
-            last, base = (
-                next(n for n, row in enumerate(rows) if row is wanted)
-                for wanted in (group["last"]["row"], group["base"])
-            )
-            gain = values[last][name]["iou"] - values[base][name]["iou"]
-        found.append({"name": name, "bars": own, "gain": gain})
+        if group["base"] is not None and len(by_method) == len(lines) > 1:
+            last, base = group["last"]["row"]["method"], group["base"]["method"]
+            gain = by_method[last]["iou"] - by_method[base]["iou"]
+        found.append({"name": name, "bars": list(by_method.values()), "gain": gain})
+    if key == "per_class":
+        found.sort(key=lambda one: -1e9 if one["gain"] is None else one["gain"], reverse=True)
     return found
-
-
-def class_bars(group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """IoU, FP and FN of each class, those with the largest gain first.
-
-    Example:
-        >>> class_bars({"lines": [], "base": None, "last": None})
-        []
-    """
-    found = bars(group, [line["row"]["per_class"] for line in group["lines"]])
-    return sorted(found, key=lambda one: -1e9 if one["gain"] is None else one["gain"], reverse=True)
-
-
-def part_bars(group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Share of each object part that has the right class in the mask; empty without parts.
-
-    Example:
-        >>> part_bars({"lines": [], "base": None, "last": None})
-        []
-    """
-    coverage = [line["row"].get("part_coverage", {}) for line in group["lines"]]
-    return bars(group, [{name: {"iou": v} for name, v in own.items()} for own in coverage])
 
 
 def protocol(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,49 +203,63 @@ def protocol(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> di
     given.setdefault("images", row.get("images", data["images_total"]))
     if data["fixed"]:
         given["thresholds"] = {f"{name}:": value for name, value in data["fixed"].items()}
-    wide = [
-        name for name in ("classifier", "host", "refine", "versions") if is_group(given.get(name))
-    ]
-    hidden = {*wide, *_OTHERS, *_ELSEWHERE}
-    short = [name for name in _LABELS if name in given and name not in hidden]
-    short += [name for name in given if name not in hidden and name not in _LABELS]
+    known = [name for name in _LABELS if name in given]
+    ordered = {name: given[name] for name in [*known, *given] if name not in _ELSEWHERE}
+    return setting_lists(ordered, ("changed_from_preset", "thresholds"))
+
+
+def setting_lists(settings: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str, Any]:
+    """Labelled settings: single ones (``short``) and groups of settings (``wide``).
+
+    Args:
+        whole: groups that are shown as one value.
+
+    Example:
+        >>> setting_lists({"batch_size": 4, "host": {"amn": {"epochs": 3}}})["wide"]
+        [('Host', [('epochs', 3)])]
+    """
+    labelled = {name: _LABELS.get(name, _words(name).capitalize()) for name in settings}
+    wide = [n for n, value in settings.items() if _is_group(value) and n not in whole]
     return {
-        "short": [(_LABELS.get(name, words(name).capitalize()), given[name]) for name in short],
-        "wide": [(_LABELS[name], list(flat(given[name]))) for name in wide],
+        "short": [(labelled[n], value) for n, value in settings.items() if n not in wide],
+        "wide": [(labelled[n], list(_flat(settings[n]))) for n in wide],
     }
 
 
-def flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Settings and those of their groups, one by one.
+def plain(value: Any) -> str:
+    """A setting's value in words.
 
     Example:
-        >>> list(flat({"amn": {"epochs": 3}, "method": "amn"}))
-        [('epochs', 3), ('method', 'amn')]
+        >>> plain([1.0, None, True]), plain({"batch_size": 4})
+        ('1, none, yes', 'batch size 4')
     """
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{_words(k)} {plain(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(plain(one) for one in value) or "none"
+    return str(value)
+
+
+def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Settings and those of their groups, one by one."""
     several = sum(isinstance(value, Mapping) for value in values.values()) > 1
     for name, value in values.items():
-        if is_group(value):
-            prefix = f"{words(name)}: " if several else ""
-            yield from ((prefix + words(inner), one) for inner, one in value.items())
+        if _is_group(value):
+            prefix = f"{_words(name)}: " if several else ""
+            yield from ((prefix + _words(inner), one) for inner, one in value.items())
         else:
-            yield words(name), value
+            yield _words(name), value
 
 
-def is_group(value: Any) -> bool:
-    """Whether a setting holds further settings.
-
-    Example:
-        >>> is_group({"epochs": 3}), is_group({}), is_group(3)
-        (True, False, False)
-    """
+def _is_group(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
 
 
-def words(name: object) -> str:
-    """A setting's name with spaces.
-
-    Example:
-        >>> words("batch_size")
-        'batch size'
-    """
+def _words(name: object) -> str:
     return str(name).replace("_", " ")
