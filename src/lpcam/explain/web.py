@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import scaled_size
-
 QUALITY = 60
 """WebP quality, 0 to 100; a picture of 256 pixels takes about 8 kB. Files grow with it."""
 
@@ -100,17 +98,3 @@ def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def fit(picture: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) reduced to a long side of ``long_side`` pixels (Lanczos), if longer.
-
-    Example:
-        >>> fit(np.zeros((50, 100, 3), np.uint8), 20).shape
-        (10, 20, 3)
-    """
-    height, width = picture.shape[:2]
-    if max(height, width) <= long_side:
-        return picture
-    size = scaled_size(height, width, long_side / max(height, width))
-    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))

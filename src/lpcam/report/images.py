@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import read_image, read_index_mask, scaled_size
+from lpcam.data.images import limit_long_side, read_image, read_index_mask, scaled_size
 from lpcam.data.items import Dataset, Item
 from lpcam.explain.maps import METHOD_NAMES, resize_maps
-from lpcam.explain.web import encode_array, encode_picture, encode_unit, fit
+from lpcam.explain.web import encode_array, encode_picture, encode_unit
 from lpcam.metrics import DEFAULT_THRESHOLDS, ThresholdSweep, truth_labels
 from lpcam.parallel import Sharing
 from lpcam.progress import progress
@@ -168,7 +168,7 @@ def thumbnail_record(image: NDArray[np.uint8], long_side: int = PICTURE) -> dict
         >>> thumbnail_record(np.zeros((40, 60, 3), np.uint8), 30)["height"]
         20
     """
-    small = fit(image, long_side)
+    small = limit_long_side(image, long_side)
     return {"picture": encode_picture(small), "width": small.shape[1], "height": small.shape[0]}
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.classifier import Classifier
-from lpcam.data.images import read_image
+from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.items import Item
-from lpcam.explain.web import encode_picture, encode_unit, fit
+from lpcam.explain.web import encode_picture, encode_unit
 from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, on_grid, single_scale_cam
 from lpcam.functional import normalize, split
 from lpcam.presets import LpcamSettings
@@ -99,7 +99,9 @@ def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
         min(max(0, round(share * length - side / 2)), length - side)
         for share, length in ((place.row, height), (place.column, width))
     )
-    return fit(np.ascontiguousarray(picture[top : top + side, left : left + side]), PATCH)
+    return limit_long_side(
+        np.ascontiguousarray(picture[top : top + side, left : left + side]), PATCH
+    )
 
 
 def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpcam.data.images import read_image, read_index_mask
+from lpcam.data.images import limit_long_side, read_image, read_index_mask
 from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
-from lpcam.explain.web import encode_picture, fit
+from lpcam.explain.web import encode_picture
 from lpcam.masks import overlay_mask
 from lpcam.metrics import confusion, truth_labels
 from lpcam.parallel import Sharing
@@ -176,7 +176,7 @@ def _scores(
 def _record(
     kind: str, item: Item, trained: SegmenterResults, classes: ClassTable
 ) -> dict[str, Any]:
-    picture = fit(read_image(item.image), PICTURE)
+    picture = limit_long_side(read_image(item.image), PICTURE)
     masks = {one.name: _mask(one, item) for one in trained.segmenters}
     truth = None if item.mask is None else read_index_mask(item.mask)
 
