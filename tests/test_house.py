@@ -10,13 +10,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "lpcam"
 FLOORS: dict[int, str] = {
-    0: "errors version presets recipe data.items",
+    0: "errors version presets data.items",
     1: "arrays backbones network_files structure linear objects localisation "
     "data.json_stream "
     "functional clustering masks metrics storage progress processes parallel resources "
     "refine.permutohedral refine.saliency_maps",
     2: "finder wrap faithfulness onnx_files "
-    "networks.deeplabv2 networks.upernet networks.wideresnet38 "
+    "networks.base networks.registry networks.deeplabv2 networks.upernet networks.wideresnet38 "
     "data.check data.classes data.coco data.coco_files data.coco_index data.coco_masks "
     "data.creatures data.detect data.folder data.huggingface data.images data.jitter data.labels "
     "data.saliency data.sbd data.truth data.voc "
@@ -24,7 +24,7 @@ FLOORS: dict[int, str] = {
     "formats.map_folders formats.maps formats.outlines formats.overlays formats.regions "
     "formats.voc formats.yolo networks.mctformer "
     "classifier prototypes extract features sheet explain.maps explain.web",
-    3: "probe train evaluation pretraining ledger starting "
+    3: "recipe probe train evaluation pretraining ledger starting "
     "report.images report.meaning report.collect report.page report.charts report.tables "
     "compat.gradcam head peers data.estimate data.survey formats.masks "
     "hosts.amn hosts.base hosts.edam hosts.mctformer refine.psa refine.base "

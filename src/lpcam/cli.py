@@ -514,13 +514,17 @@ def _export(options: argparse.Namespace, given: Sequence[str]) -> int:
         raise LpcamError(f"--{unfit[0]} belongs to masks and maps; leave it out")
     if options.what != "segmenter":
         return _export_classifier(options)
+    from lpcam.networks.registry import NETWORKS  # noqa: PLC0415
     from lpcam.segmentation.export import export_onnx  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
     from lpcam.stages.segment import find_segmenter  # noqa: PLC0415
 
     found = find_segmenter(options.run, options.trained_on)
-    if options.size is None and found.section.network == "upernet":
-        raise LpcamError("UperNet can be exported for one size alone; give it: --size 512 512")
+    network = NETWORKS[found.section.network]
+    if options.size is None and network.one_size_export:
+        raise LpcamError(
+            f"{network.title} can only be exported for one image size; give it: --size 512 512"
+        )
     made_by = {"run": found.recipe.name, "trained_on": found.name}
     return _exported(
         export_onnx(Segmenter.load(found.path), options.output, made_by=made_by, **_size(options))

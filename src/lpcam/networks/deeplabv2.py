@@ -1,7 +1,7 @@
 """DeepLabV2: four dilated convolutions, summed, on a backbone (specification of segmentation, 1).
 
-The Caffe-flavoured ResNet-101 has the parameter names of the field's public weights files; the same
-head goes on any timm backbone that :mod:`lpcam.classifier` takes.
+Caffe's ResNet-101 has the parameter names of the field's public weights files. The same head works
+on any timm backbone that :mod:`lpcam.classifier` takes.
 """
 
 from __future__ import annotations
@@ -17,36 +17,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcam.classifier import (
+    NO_CLASSES,
     PRETRAINED,
     RANDOM,
     BackboneSpec,
     Classifier,
     Preprocessing,
     build,
+    check_backbone,
     misfit,
     read_weights,
     refuse_not_finite,
 )
 from lpcam.errors import ClassifierError
+from lpcam.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
 
 logger = logging.getLogger(__name__)
 
 CAFFE = "resnet101_caffe"
-"""The name of the backbone that is not timm's."""
+"""Name of the backbone that timm does not have."""
 PREPROCESSING = Preprocessing(
     mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
 )
-"""Of the Caffe backbone: RGB from 0 to 255 minus its mean colour, unscaled."""
+"""Preprocessing of the Caffe backbone: RGB from 0 to 255 minus the mean colour, unscaled."""
 BLOCKS = (3, 4, 23, 3)
 WIDTH = 64
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 EXPANSION = 4
-"""Channels of a bottleneck's output over those within."""
+"""Output channels of a bottleneck divided by its inner channels."""
 OUTPUT_STRIDE = 8
 RATES = (6, 12, 18, 24)
 COLOUR_DEVIATION = 64.0
-"""Of photographs' RGB from 0 to 255, about; only random weights need it."""
+"""Approximate standard deviation of RGB from 0 to 255; only random weights need it."""
 
 _PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
 _RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
@@ -58,12 +61,17 @@ _COUNTER = ".num_batches_tracked"
 
 
 def to_bgr(images: Tensor) -> Tensor:
-    """(B, 3, H, W) RGB to BGR, in which the Caffe weights were trained."""
+    """RGB (B, 3, H, W) to BGR, which the Caffe weights expect.
+
+    Example:
+        >>> to_bgr(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)).flatten().tolist()
+        [3.0, 2.0, 1.0]
+    """
     return images.flip(1)
 
 
 class _Unit(nn.Module):
-    """Convolution without bias, batch norm, and ReLU if wanted."""
+    """Convolution without bias, batch norm, and an optional ReLU."""
 
     def __init__(
         self,
@@ -87,7 +95,7 @@ class _Unit(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1 x 1 (which has the stride), dilated 3 x 3 and 1 x 1 convolution beside a shortcut."""
+    """1 x 1 (with the stride), dilated 3 x 3 and 1 x 1 convolution, and a shortcut."""
 
     def __init__(
         self, inputs: int, outputs: int, *, stride: int, dilation: int, projection: bool
@@ -135,20 +143,16 @@ def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) ->
 
 
 class CaffeResNet101(nn.Module):
-    """The ResNet-101 of Caffe with output stride 8, which differs from torchvision's.
+    """Caffe's ResNet-101 with output stride 8, which differs from torchvision's.
 
     Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
-    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights (as
-    torch's global generator draws them) keep activations near 1 although batch norms have no
-    statistics yet.
+    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights, drawn
+    from torch's global generator, keep activations near 1 although batch norms have no statistics.
 
     Args:
         blocks: bottlenecks of each of the four stages.
-        width: channels of the stem; the output has 32 times as many.
+        width: channels of the stem; the output has 32 times as many (``channels``).
     """
-
-    channels: int
-    """C of the output."""
 
     def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
         super().__init__()
@@ -184,7 +188,7 @@ class CaffeResNet101(nn.Module):
                 module.conv.weight, nonlinearity="relu" if module.relu else "linear"
             )
             if name.endswith("increase"):
-                # Batch norms are frozen; without this, each block would double the variance.
+                # each block would double the variance, which frozen batch norms do not undo
                 with torch.no_grad():
                     module.conv.weight /= math.sqrt(blocks)
         variance = self.layer1.conv1.bn.running_var
@@ -199,9 +203,9 @@ class Aspp(nn.Module):
     """Four dilated 3 x 3 convolutions with bias, summed: atrous spatial pyramid pooling.
 
     Args:
-        channels: of its input.
-        labels: L, of its output.
-        rates: dilations, which are the paddings too.
+        channels: C of the input.
+        labels: L of the output.
+        rates: dilations, also used as paddings.
     """
 
     def __init__(self, channels: int, labels: int, rates: Sequence[int] = RATES) -> None:
@@ -221,18 +225,15 @@ class Aspp(nn.Module):
         return logits
 
 
-class DeepLabV2(nn.Module):
-    """Backbone, :class:`Aspp`, and the multi-scale wrapper.
-
-    Batch norms of the backbone are frozen: their statistics stay, and their weights and biases are
-    not trained.
+class DeepLabV2(FrozenNorms):
+    """A backbone and :class:`Aspp` at several scales; batch norms are frozen.
 
     Args:
         backbone: maps normalised images (B, 3, H, W) to (B, C, h, w).
         channels: C.
-        labels: L, background included.
-        pyramid: further scales at which each image is seen; empty for scale 1 alone.
-        rates: of :class:`Aspp`.
+        labels: L, with the background.
+        pyramid: further scales at which the network sees each image; more cost time.
+        rates: dilations of :class:`Aspp`.
     """
 
     def __init__(
@@ -248,22 +249,20 @@ class DeepLabV2(nn.Module):
         self.backbone = backbone
         self.aspp = Aspp(channels, labels, rates)
         self.pyramid = tuple(pyramid)
-        for module in self._batch_norms():
-            module.requires_grad_(False)
+        self.freeze_norms()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the largest over the scales.
+        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the maximum over the scales.
 
-        h and w are those at scale 1; the logits of the others are resized to them.
+        The logits of further scales are resized to those of scale 1.
         """
         return _largest(self._logits(images))
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """What is trained: logits (B, L, h, w) and the weight of their loss, for a sum.
+        """Logits of scale 1, of each further scale in its size, and their maximum; weights of 1.
 
-        Scale 1, each further scale in its own size, and the largest over all; each of weight 1.
-        Without a pyramid, scale 1 alone.
+        Without a pyramid there is one output, scale 1.
         """
         logits = self._logits(images)
         if self.pyramid:
@@ -271,10 +270,10 @@ class DeepLabV2(nn.Module):
         return [(each, 1.0) for each in logits]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters; no parameter is in two groups.
+        """The trained parameters: ``backbone``, ``head`` and ``head_bias`` (the ASPP's).
 
-        ``backbone``; ``head`` and ``head_bias``: of the ASPP; and, where the backbone has any,
-        ``no_decay``: its biases, norms other than batch norms, and what timm names so.
+        ``no_decay`` holds the backbone's biases, its norms other than batch norms, and what timm
+        excludes from weight decay.
         """
         groups: dict[str, list[nn.Parameter]] = {
             "backbone": [],
@@ -289,18 +288,8 @@ class DeepLabV2(nn.Module):
                 groups["no_decay" if free else "backbone"].append(parameter)
         return {key: parameters for key, parameters in groups.items() if parameters}
 
-    def train(self, mode: bool = True) -> DeepLabV2:
-        """Training mode with the statistics of every batch norm frozen."""
-        super().train(mode)
-        for module in self._batch_norms():
-            module.eval()
-        return self
-
-    def _batch_norms(self) -> list[nn.Module]:
-        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
     def _logits(self, images: Tensor) -> list[Tensor]:
-        """Of scale 1 and of each further scale, each in its own size."""
+        """Logits of scale 1 and of each further scale, each in its size."""
         logits = [self.aspp(self.backbone(images))]
         for scale in self.pyramid:
             size = [math.floor(side * scale) for side in images.shape[-2:]]
@@ -321,7 +310,7 @@ def _largest(logits: Sequence[Tensor]) -> Tensor:
 
 
 class _Features(nn.Module):
-    """A classifier's features before pooling, as a backbone; the head is left out."""
+    """The features of a classifier before pooling, as a backbone without its head."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -355,21 +344,20 @@ def build_deeplabv2(
 
     Args:
         backbone: ``"resnet101_caffe"`` or a timm name.
-        labels: L, background included.
-        arguments: of the timm model; of :class:`CaffeResNet101` (blocks, width) otherwise.
-        output_stride: of the backbone; None for the Caffe backbone's 8 or the timm model's own.
-        weights: ``"pretrained"`` (timm's; there are none for the Caffe backbone), ``"random"``, or
-            the path of a safetensors file. For the Caffe backbone, names may have the prefixes of
-            the field's files (:func:`convert_names`), a classifier in the file is left out, and so
-            is an ASPP unless it fits.
+        labels: L, with the background.
+        arguments: those of the timm model, or of :class:`CaffeResNet101` (blocks, width).
+        output_stride: of the backbone; None: 8 for Caffe's, the model's own for timm's.
+        weights: ``"pretrained"`` (timm only), ``"random"``, or a safetensors file. For the Caffe
+            backbone, names may have the prefixes of the field's files (:func:`convert_names`), a
+            classifier in the file is ignored, and an ASPP is used if it fits.
         pyramid: further scales.
         rates: dilations of the ASPP.
         mean, std: of RGB in [0, 1]; default: those of the backbone.
-        seed: of a random backbone and of the ASPP.
+        seed: for a random backbone and the ASPP.
 
     Raises:
-        ClassifierError: if the backbone cannot be made so, or the weights cannot be had, do not fit
-            or hold NaN or Inf.
+        ClassifierError: if the backbone cannot be built, or the weights are missing, do not fit or
+            hold NaN or Inf.
     """
     if backbone == CAFFE:
         _check_caffe(arguments or {}, output_stride, weights)
@@ -379,13 +367,10 @@ def build_deeplabv2(
             network = DeepLabV2(caffe, caffe.channels, labels, pyramid=pyramid, rates=rates)
         if str(weights) != RANDOM:
             _load(network, Path(weights))
-        return network, Preprocessing(
-            tuple(mean if mean is not None else PREPROCESSING.mean),
-            tuple(std if std is not None else PREPROCESSING.std),
-        )
+        return network, preprocessing_with(PREPROCESSING, mean, std)
     spec = BackboneSpec(backbone, dict(arguments or {}), output_stride)
-    # A classifier has at least one class; its head is left out.
-    classifier = build(spec, ("none",), weights=weights, mean=mean, std=std, seed=seed)
+    # NO_CLASSES is one class, whose head is removed
+    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
     features = _Features(classifier)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -393,14 +378,50 @@ def build_deeplabv2(
     return network, classifier.preprocessing
 
 
-def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the field's DeepLabV2 with the names of ours: ``layer1...``, ``aspp...``.
+class DeepLabV2Network:
+    """DeepLabV2 as a :class:`~lpcam.networks.base.SegmentationNetwork`."""
 
-    The prefixes of wrappers (module, base, scale) and of our own files (network, backbone) go, and
-    two names of older files become today's (``proj``, ``aspp.stages``).
+    title = "DeepLabV2"
+    default_backbone = CAFFE
+    options: frozenset[Option] = frozenset({"backbone", "output_stride", "pyramid"})
+    one_size_export = False
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if the backbone is unknown or its arguments do not fit."""
+        if spec.backbone == CAFFE:
+            _check_caffe(spec.arguments, spec.output_stride, weights)
+        else:
+            check_backbone(spec.backbone)
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[DeepLabV2, Preprocessing]:
+        """The network of :func:`build_deeplabv2`."""
+        return build_deeplabv2(
+            spec.backbone,
+            labels,
+            arguments=spec.arguments,
+            output_stride=spec.output_stride,
+            pyramid=spec.pyramid,
+            **options,
+        )
+
+
+# -- Weights -----------------------------------------------------------------------------------
+
+
+def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp...``.
+
+    Prefixes of wrappers (module, base, scale, network, backbone) are removed, and two names of
+    older files are replaced (``proj``, ``aspp.stages``).
 
     Raises:
-        ClassifierError: if two names become one.
+        ClassifierError: if two names become equal.
+
+    Example:
+        >>> list(convert_names({"module.scale.layer2.block1.proj.bn.bias": torch.zeros(1)}))
+        ['layer2.block1.shortcut.bn.bias']
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -425,7 +446,7 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
     if len(numbers) != len(BLOCKS) + 1 or not all(isinstance(n, int) and n > 0 for n in numbers):
         raise ClassifierError(
             f"{CAFFE} has blocks {blocks!r} and width {width!r}; expected {len(BLOCKS)} positive "
-            "whole numbers and one"
+            "integers and one"
         )
     if stride not in (None, OUTPUT_STRIDE):
         raise ClassifierError(
@@ -434,8 +455,8 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
         )
     if str(weights) == PRETRAINED:
         raise ClassifierError(
-            f"there are no pretrained weights of {CAFFE} to download; convert the field's file "
-            "with 'lpcam convert FILE.pth FILE.safetensors' and give its path"
+            f"segment.weights: {CAFFE} has no pretrained weights to download; convert the field's "
+            "file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
         )
 
 

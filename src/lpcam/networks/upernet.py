@@ -1,8 +1,8 @@
 """UperNet on a Swin transformer, of the library transformers (specification of segmentation, 3).
 
-Swin and both heads are the library's. What the official configuration has beyond it is added here:
-dropout before both classifiers, stochastic depth on both paths of a block, and first weights of the
-heads. transformers is imported when a network is built.
+Swin and both heads are those of transformers, which is imported when a network is built. Added
+here, as in the official configuration: dropout before both classifiers, stochastic depth on both
+paths of a block, and the initial weights of the heads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,34 @@ from lpcam.classifier import (
     refuse_not_finite,
 )
 from lpcam.errors import ClassifierError
+from lpcam.networks.base import Option, SegmenterSpec, preprocessing_with
 
 PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 PATCH = 4
 WINDOW = 7
 DROP_PATH = 0.3
-"""Stochastic depth of the last block; it rises from 0 at the first."""
+"""Rate of stochastic depth of the last block; it rises linearly from 0 at the first."""
 POOLS = (1, 2, 3, 6)
-"""Bins a side of the pyramid pooling on the last stage."""
+"""Bins per side of the pyramid pooling on the last stage."""
 CHANNELS = 512
-"""Of the main head."""
+"""Channels of the main head."""
 AUXILIARY_CHANNELS = 256
 AUXILIARY_WEIGHT = 0.4
-"""Of the auxiliary head's loss."""
+"""Weight of the auxiliary head's loss."""
 DROPOUT = 0.1
-"""Of whole channels, before both classifiers."""
+"""Rate of the dropout of whole channels before both classifiers."""
 CLASSIFIER_DEVIATION = 0.01
-"""Standard deviation of the classifiers' first weights."""
+"""Standard deviation of the classifiers' initial weights."""
 
 
 @dataclass(frozen=True)
 class SwinSize:
-    """A size of Swin and where its ImageNet weights are."""
+    """A size of Swin and the name of its ImageNet weights."""
 
     embed_dim: int
-    """Channels of the first stage; each further one has twice as many."""
+    """Channels of the first stage; each further stage doubles them."""
     depths: tuple[int, ...]
-    """Blocks a stage."""
+    """Blocks of each stage."""
     num_heads: tuple[int, ...]
     checkpoint: str
     """Name on the hub."""
@@ -76,18 +78,18 @@ ARGUMENTS = {
     "auxiliary_channels",
     "checkpoint",
 }
-"""What :func:`build_upernet` takes as arguments."""
+"""Keys of the ``arguments`` of :func:`build_upernet`."""
 
 
 class UperNetSwin(nn.Module):
-    """Logits at stride 4 of UperNet, and of an auxiliary head in training.
+    """UperNet on Swin: logits at stride 4, and those of an auxiliary head in training.
 
-    Batch norms of the heads are trained. Where several processes share a batch the official
-    configuration has ``torch.nn.SyncBatchNorm`` in their place, which the caller may convert to.
+    The batch norms of the heads are trained; several processes that share a batch need them
+    converted to ``torch.nn.SyncBatchNorm``.
 
     Args:
         model: ``transformers.UperNetForSemanticSegmentation`` on a Swin, with an auxiliary head;
-            taken apart and changed.
+            its parts are changed and used.
     """
 
     def __init__(self, model: Any) -> None:
@@ -95,11 +97,11 @@ class UperNetSwin(nn.Module):
         self.backbone: Any = model.backbone
         self.decode_head: Any = model.decode_head
         self.auxiliary_head: Any = model.auxiliary_head
-        # Of the last stage, for pooled features; no stage's map passes through it.
+        # only pooled features pass through this norm
         self.backbone.swin.layernorm = nn.Identity()
         for stage in self.backbone.swin.encoder.layers:
             for block in stage.blocks:
-                # transformers drops the path of the attention alone, the official Swin both.
+                # transformers drops only the path of the attention, the official Swin both
                 block.mlp.path = block.drop_path
                 block.mlp.register_forward_hook(_drop_path)
         for head in (self.decode_head, self.auxiliary_head):
@@ -121,11 +123,11 @@ class UperNetSwin(nn.Module):
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
         """Logits of both heads with the weights of their losses, 1 and 0.4.
 
-        Those of the auxiliary head are (B, L, ceil(H / 16), ceil(W / 16)).
+        The auxiliary logits are (B, L, ceil(H / 16), ceil(W / 16)).
 
         Raises:
-            ClassifierError: for one image in training mode, whose means over a single pooled cell
-                no batch norm can be trained on.
+            ClassifierError: for a single image in training mode: batch norms cannot be trained on
+                its one pooled cell.
         """
         maps = self._maps(images)
         return [
@@ -134,10 +136,9 @@ class UperNetSwin(nn.Module):
         ]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained; no parameter is in two groups.
+        """The trained parameters: ``backbone`` (Swin), ``head`` and ``head_bias`` (convolutions).
 
-        "backbone": Swin; "head" and "head_bias": weights and biases of the heads' convolutions;
-        "no_decay": norms and tables of relative positions, in all parts.
+        ``no_decay`` holds the norms and tables of relative positions of all parts.
         """
         groups: dict[str, list[nn.Parameter]] = {
             name: [] for name in ("backbone", "head", "head_bias", "no_decay")
@@ -158,7 +159,7 @@ class UperNetSwin(nn.Module):
         return groups
 
     def _maps(self, images: Tensor) -> Sequence[Tensor]:
-        """A normalised map of each stage, at strides 4, 8, 16 and 32."""
+        """The normalised map of each stage, at strides 4, 8, 16 and 32."""
         if self.training and images.shape[0] == 1:
             for module in self.decode_head.psp_modules.modules():
                 if isinstance(module, nn.BatchNorm2d) and module.training:
@@ -185,7 +186,7 @@ class _Classifier(nn.Conv2d):
 
 
 def _drop_path(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    """A hook on the second path of a block: what its first path has."""
+    """A hook that applies stochastic depth to the second path of a block."""
     dropped: Tensor = module.path(output)
     return dropped
 
@@ -206,26 +207,25 @@ def build_upernet(
     """Build UperNet on a Swin of a size.
 
     Args:
-        size: "tiny", "small" or "base"; arguments can change what it stands for.
-        labels: L, the background among them.
-        arguments: ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin,
-            ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads, and ``checkpoint``:
-            another name on the hub than the size's, or a folder of the same layout.
-        weights: of Swin: ``"pretrained"`` (over the network on first use), ``"random"``, or a
-            safetensors file with names of transformers (published or present), of timm or of the
-            official program; a classification head is left out.
+        size: "tiny", "small" or "base".
+        labels: L, with the background.
+        arguments: ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin, which
+            replace those of the size; ``drop_path``; ``channels`` and ``auxiliary_channels`` of the
+            heads; ``checkpoint``, another model on the hub or a folder of the same layout.
+        weights: of Swin: ``"pretrained"`` (downloaded on first use), ``"random"``, or a safetensors
+            file with names of transformers, timm or the official program; a classification head is
+            ignored.
         mean, std: of RGB in [0, 1]; default: ImageNet's.
-        seed: of everything random.
+        seed: for random weights.
 
     Returns:
-        the network in evaluation mode, and what it expects of RGB.
+        The network in evaluation mode, and its preprocessing.
 
     Raises:
-        ClassifierError: if transformers is not installed, the size or an argument is unknown or
-            refused, or weights cannot be had, do not fit or hold NaN or Inf.
+        ClassifierError: if transformers is not installed, the size or an argument is not accepted,
+            or weights are missing, do not fit or hold NaN or Inf.
     """
-    if size not in SIZES:
-        raise ClassifierError(f"no size {size!r} of Swin; choose one of {', '.join(SIZES)}")
+    _check_size(size)
     chosen = dict(arguments or {})
     unknown = sorted(chosen.keys() - ARGUMENTS)
     if unknown:
@@ -249,10 +249,37 @@ def build_upernet(
             _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
         elif str(weights) != RANDOM:
             _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
-    return network, Preprocessing(
-        PREPROCESSING.mean if mean is None else tuple(mean),
-        PREPROCESSING.std if std is None else tuple(std),
-    )
+    return network, preprocessing_with(PREPROCESSING, mean, std)
+
+
+class UperNetNetwork:
+    """UperNet on Swin as a :class:`~lpcam.networks.base.SegmentationNetwork`."""
+
+    title = "UperNet"
+    default_backbone = "tiny"
+    options: frozenset[Option] = frozenset({"backbone"})
+    one_size_export = True  # torch 2.15 exports its pooling for the traced size only
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if the size is unknown or transformers is not installed."""
+        _check_size(spec.backbone)
+        if find_spec("transformers") is None:
+            raise ClassifierError(
+                "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
+            )
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[UperNetSwin, Preprocessing]:
+        """The network of :func:`build_upernet`."""
+        return build_upernet(spec.backbone, labels, arguments=spec.arguments, **options)
+
+
+def _check_size(size: str) -> None:
+    if size not in SIZES:
+        raise ClassifierError(
+            f"segment.backbone: there is no Swin {size!r}; there are {', '.join(SIZES)}"
+        )
 
 
 def _transformers() -> Any:
@@ -324,16 +351,20 @@ _LEFT_OUT = re.compile(
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Swin's tensors under the names that transformers has now.
+    """The tensors of a Swin under their present names in transformers.
 
     Args:
-        state: with names of transformers, of the official program or of timm. Of the last two,
-            queries, keys and values are one tensor; timm merges patches at the start of a stage
-            (``layers.1.downsample``), the official program at the end of the one before.
+        state: with names of transformers, of the official program or of timm. The last two have
+            queries, keys and values in one tensor; timm merges patches at the start of a stage
+            (``layers.1.downsample``), the official program at the end of the previous one.
 
     Returns:
-        the same without the classification head, the norm before it, and what follows from the
-        architecture. A name that is not known is kept.
+        The same without the classification head, the norm before it, and constants of the
+        architecture. Unknown names are kept.
+
+    Example:
+        >>> list(convert_names({"swin.encoder.layers.0.blocks.0.intermediate.dense.bias": 0}))
+        ['encoder.layers.0.blocks.0.mlp.fc1.bias']
     """
     official = any(name.startswith("patch_embed.") for name in state)
     of_timm = official and not any(name.startswith("layers.0.downsample.") for name in state)
@@ -359,16 +390,15 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
-    """The tensors of a Swin on the hub, or in a folder of the same layout."""
+    """The tensors of a Swin on the hub or in a folder."""
     try:
-        # No pickle is read, so the file must be there as safetensors.
         model, report = transformers.SwinModel.from_pretrained(
             checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever transformers or a hub client raises, one message serves
         raise ClassifierError(
-            f"the weights {checkpoint!r} cannot be had: {error}. Without a network, give weights "
-            "as the path of a safetensors file"
+            f"the weights {checkpoint!r} cannot be loaded: {error}. Without a network, give "
+            "weights as the path of a safetensors file"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers has drawn them at random
@@ -381,7 +411,7 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
 
 
 def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
-    """Put a Swin's tensors into a backbone; the norms behind its stages stay as they are."""
+    """Load the tensors of a Swin into a backbone, except the norms behind its stages."""
     own = {k: v for k, v in backbone.swin.state_dict().items() if not _LEFT_OUT.search(k)}
     state = convert_names(found)
     if difference := misfit(own, state):

@@ -1,6 +1,6 @@
 """WideResNet-38 with a large field of view (specification of segmentation, section 2).
 
-The backbone is :class:`lpcam.backbones.WideResNet38`, which serves classifiers as well.
+The backbone is :class:`lpcam.backbones.WideResNet38`, which classifiers use as well.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from lpcam.classifier import (
     refuse_not_finite,
 )
 from lpcam.errors import ClassifierError
+from lpcam.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
 
 BACKBONE = "wideresnet38"
 PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 HIDDEN = 512
 """Channels between the two convolutions of the head."""
 DILATION = 12
-"""Of both."""
+"""Dilation of both convolutions."""
 
 
-class WideResNet38LargeFov(nn.Module):
+class WideResNet38LargeFov(FrozenNorms):
     """Logits at stride 8: two dilated 3 x 3 convolutions on WideResNet-38.
 
-    Frozen are all batch norms, statistics and affine weights, and the first convolution.
+    All batch norms and the first convolution are frozen.
 
     Args:
         backbone: with or without its last ReLU; the published segmenter has it.
-        labels: L, the background among them.
+        labels: L, with the background.
         hidden: channels between the two convolutions.
     """
 
@@ -54,9 +55,7 @@ class WideResNet38LargeFov(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        for module in self.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
+        self.freeze_norms()
         self.backbone.conv1a.requires_grad_(False)
         self.eval()
 
@@ -71,21 +70,13 @@ class WideResNet38LargeFov(nn.Module):
         return [(self(images), 1.0)]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained: "backbone", "head" (weights) and "head_bias"."""
+        """The trained parameters: ``backbone``, ``head`` (weights) and ``head_bias``."""
         head = [*self.fc1.named_parameters(), *self.fc2.named_parameters()]
         return {
             "backbone": [p for p in self.backbone.parameters() if p.requires_grad],
             "head": [p for name, p in head if name == "weight"],
             "head_bias": [p for name, p in head if name == "bias"],
         }
-
-    def train(self, mode: bool = True) -> WideResNet38LargeFov:
-        """Training mode with every batch norm in evaluation mode; dropout is on."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
 
 
 def build_wideresnet38(
@@ -100,29 +91,24 @@ def build_wideresnet38(
     """Build the segmenter.
 
     Args:
-        labels: L, the background among them.
-        arguments: of :class:`lpcam.backbones.WideResNet38`, and ``hidden`` of the head.
-        weights: ``"random"``, or a safetensors file of the backbone, whether of ImageNet or, as the
-            published segmenter has it, of a classifier on the same images; one that
-            :meth:`lpcam.classifier.Classifier.save` wrote will do. A file that holds fc1 and fc2
-            as well gives the head too; a classification head fc8 is left out.
+        labels: L, with the background.
+        arguments: those of :class:`lpcam.backbones.WideResNet38`, and ``hidden`` of the head.
+        weights: ``"random"``, or a safetensors file of the backbone, also a classifier that
+            :meth:`lpcam.classifier.Classifier.save` wrote. If the file holds fc1 and fc2, they
+            become the head; a classification head fc8 is ignored.
         mean, std: of RGB in [0, 1]; default: ImageNet's, or those of the classifier.
-        seed: of random weights and of the head.
+        seed: for random weights and the head.
 
     Raises:
         ClassifierError: if ``"pretrained"`` is asked for, an argument is refused, or the file is
             missing, is damaged or does not fit; the message names a tensor.
         ArtefactError: if the file of a classifier is damaged.
     """
-    if str(weights) == PRETRAINED:
-        raise ClassifierError(
-            "WideResNet-38 has no pre-trained weights to download: convert the field's file by "
-            "lpcam convert FILE FILE.safetensors and give its path as weights"
-        )
+    _check_weights(weights)
     chosen = dict(arguments or {})
     hidden = chosen.pop("hidden", HIDDEN)
     if not isinstance(hidden, int) or hidden < 1:
-        raise ClassifierError(f"hidden is {hidden!r}; give a positive whole number of channels")
+        raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
     spec = BackboneSpec(BACKBONE, chosen)
     if str(weights) != RANDOM and _is_classifier(Path(weights)):
         classifier = _load_classifier(Path(weights), spec)
@@ -135,14 +121,38 @@ def build_wideresnet38(
         network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
     if str(weights) != RANDOM:
         _load_head(network, Path(weights))
-    own = classifier.preprocessing
-    return network, Preprocessing(
-        own.mean if mean is None else tuple(mean), own.std if std is None else tuple(std)
-    )
+    return network, preprocessing_with(classifier.preprocessing, mean, std)
+
+
+class WideResNet38Network:
+    """WideResNet-38 as a :class:`~lpcam.networks.base.SegmentationNetwork`."""
+
+    title = "WideResNet-38"
+    default_backbone = BACKBONE
+    options: frozenset[Option] = frozenset()
+    one_size_export = False
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if pretrained weights are wanted, of which there are none."""
+        _check_weights(weights)
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[WideResNet38LargeFov, Preprocessing]:
+        """The network of :func:`build_wideresnet38`."""
+        return build_wideresnet38(labels, arguments=spec.arguments, **options)
+
+
+def _check_weights(weights: str | Path) -> None:
+    if str(weights) == PRETRAINED:
+        raise ClassifierError(
+            f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
+            "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+        )
 
 
 def _is_classifier(path: Path) -> bool:
-    """Whether a file has the names that a classifier of this package gives; not if unreadable."""
+    """Whether a readable file holds a classifier of this package on this backbone."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {"backbone.conv1a.weight", "head.weight"} <= set(file.keys())
@@ -153,7 +163,7 @@ def _is_classifier(path: Path) -> bool:
 def _load_classifier(path: Path, spec: BackboneSpec) -> Classifier:
     classifier = Classifier.load(path)
     found = classifier.spec
-    # Lists of a recipe come back from a file as lists, but a caller may give tuples.
+    # files hold lists, a caller may give tuples
     asked = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.arguments.items()}
     if found is None or found.name != spec.name or dict(found.arguments) != asked:
         raise ClassifierError(

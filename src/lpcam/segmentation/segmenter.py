@@ -1,68 +1,36 @@
-"""A segmentation network with its classes and preprocessing: what training makes and a file holds.
+"""A segmenter: a network with its classes and preprocessing, saved in one file.
 
-Labels are 0 for the background and n + 1 for the class with index n; L = N + 1 of them.
+Labels are 0 for the background and n + 1 for the class with index n; there are L = N + 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing, check_backbone
+from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing
 from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError, ClassifierError
 from lpcam.network_files import load_weights
-from lpcam.networks.deeplabv2 import CAFFE
+from lpcam.networks.base import Network, SegmenterSpec
+from lpcam.networks.registry import NETWORKS
 from lpcam.storage import read_tensors, write_tensors
-
-NetworkName = Literal["deeplabv2", "wideresnet38", "upernet"]
-
-
-class Network(Protocol):
-    """What training and testing need of a segmentation network, beside being a module."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, L, h, w) of normalised RGB images (B, 3, H, W), as they are used at test."""
-        ...
-
-    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """For training: logits and the weight of their loss, of each output."""
-        ...
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: ``backbone``, ``head``, ``head_bias`` and ``no_decay``."""
-        ...
-
-
-@dataclass(frozen=True)
-class SegmenterSpec:
-    """What makes a network, apart from its weights and the number of its labels."""
-
-    network: NetworkName
-    backbone: str
-    """``resnet101_caffe`` or a timm name; ``wideresnet38``; a Swin's size."""
-    arguments: Mapping[str, Any]
-    output_stride: int | None = None
-    """Of a timm backbone; None leaves its own."""
-    pyramid: tuple[float, ...] = ()
-    """Further scales of DeepLabV2."""
 
 
 class Segmenter(nn.Module):
-    """A network, the classes of its labels, and what it expects of RGB.
+    """A network, the classes of its labels, and its preprocessing.
 
     Args:
-        network: images (B, 3, H, W) to logits (B, L, h, w), a :class:`Network`.
-        classes: with the values that their pixels have in masks.
-        preprocessing: of RGB in [0, 1].
-        spec: how to build the network again; None for one of the caller's own, which can then not
-            be saved.
+        network: a :class:`~lpcam.networks.base.Network`: images (B, 3, H, W) to logits
+            (B, L, h, w).
+        classes: class names and their values in masks.
+        preprocessing: normalisation of RGB in [0, 1].
+        spec: how to build the network again; None for a custom network, which cannot be saved.
     """
 
     def __init__(
@@ -85,7 +53,7 @@ class Segmenter(nn.Module):
 
     @property
     def trained(self) -> Network:
-        """The network, as training sees it."""
+        """The network with the type that training uses."""
         return cast(Network, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -97,7 +65,7 @@ class Segmenter(nn.Module):
         """Write weights, architecture, classes and provenance to one safetensors file.
 
         Raises:
-            ArtefactError: for a network of the caller's own, which no file can describe.
+            ArtefactError: for a custom network, which a file cannot describe.
         """
         if self.spec is None:
             raise ArtefactError(
@@ -144,37 +112,22 @@ class Segmenter(nn.Module):
 
 
 def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
-    """Refuse what :func:`build_segmenter` would, as far as it can be told at no cost.
+    """Raise the errors of :func:`build_segmenter` that can be found without building.
+
+    Args:
+        spec: the architecture.
+        weights: ``"pretrained"``, ``"random"``, or a safetensors file.
 
     Raises:
-        ClassifierError: if the backbone is unknown, there is no weights file, no weights to fetch,
-            or an extra is missing.
+        ClassifierError: if the backbone is unknown, the weights do not exist, or an optional
+            package is missing.
     """
     if weights not in (PRETRAINED, RANDOM) and not Path(weights).is_file():
         raise ClassifierError(
             f"segment.weights: there is no file {weights!r}; give the path of a safetensors file, "
             f"{PRETRAINED!r} or {RANDOM!r} (lpcam convert makes one of a .pth file)"
         )
-    fixed = spec.network == "wideresnet38" or spec.backbone == CAFFE
-    if fixed and weights == PRETRAINED:
-        raise ClassifierError(
-            f"segment.weights: {spec.backbone} has no weights to fetch; convert the field's file "
-            "(lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
-        )
-    if spec.network == "upernet":
-        from lpcam.networks.upernet import SIZES  # noqa: PLC0415
-
-        if spec.backbone not in SIZES:
-            raise ClassifierError(
-                f"segment.backbone: there is no Swin {spec.backbone!r}; there are "
-                f"{', '.join(SIZES)}"
-            )
-        if find_spec("transformers") is None:
-            raise ClassifierError(
-                "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
-            )
-    elif not fixed:
-        check_backbone(spec.backbone)
+    NETWORKS[spec.network].check(spec, weights)
 
 
 def build_segmenter(
@@ -186,38 +139,19 @@ def build_segmenter(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Segmenter:
-    """Build a segmenter whose head is drawn at random.
+    """Build a segmenter with a random head.
 
     Args:
+        spec: the architecture.
+        classes: class names and their values in masks.
         weights: of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
         mean, std: of RGB in [0, 1]; default: the network's own.
-        seed: of everything random.
+        seed: for all random weights.
 
     Raises:
-        ClassifierError: if the backbone is unknown, or the weights cannot be had or do not fit.
+        ClassifierError: if the backbone is unknown, or the weights are missing or do not fit.
     """
-    labels = len(classes) + 1
-    options: dict[str, Any] = {"weights": weights, "mean": mean, "std": std, "seed": seed}
-    network: nn.Module
-    if spec.network == "deeplabv2":
-        from lpcam.networks.deeplabv2 import build_deeplabv2  # noqa: PLC0415
-
-        network, preprocessing = build_deeplabv2(
-            spec.backbone,
-            labels,
-            arguments=spec.arguments,
-            output_stride=spec.output_stride,
-            pyramid=spec.pyramid,
-            **options,
-        )
-    elif spec.network == "wideresnet38":
-        from lpcam.networks.wideresnet38 import build_wideresnet38  # noqa: PLC0415
-
-        network, preprocessing = build_wideresnet38(labels, arguments=spec.arguments, **options)
-    else:
-        from lpcam.networks.upernet import build_upernet  # noqa: PLC0415
-
-        network, preprocessing = build_upernet(
-            spec.backbone, labels, arguments=spec.arguments, **options
-        )
+    network, preprocessing = NETWORKS[spec.network].build(
+        spec, len(classes) + 1, weights=weights, mean=mean, std=std, seed=seed
+    )
     return Segmenter(network, classes, preprocessing, spec)

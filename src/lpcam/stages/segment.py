@@ -16,6 +16,7 @@ from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, write_mask
 from lpcam.metrics import confusion, scores, truth_labels
+from lpcam.networks.registry import NETWORKS
 from lpcam.presets import CrfSettings, SegmentTestSettings
 from lpcam.recipe import Recipe, SegmentSection, load_recipe
 from lpcam.stages.context import Given, Run, remove_leftovers, weights_key
@@ -50,7 +51,6 @@ CRF = "crf"
 """Folder of the masks after a dense CRF, in that of the masks before it."""
 NAMES = ("lpcam", "cam", GIVEN, TRUTH)
 """Of what segmenters are trained on, in the order in which one is taken."""
-NETWORKS = {"deeplabv2": "DeepLabV2", "wideresnet38": "WideResNet-38", "upernet": "UperNet"}
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ def segmented(run: Run) -> Mapping[str, tuple[Teacher, Path]]:
     found = {}
     for teacher in teachers(run):
         folder = run.stages[f"{TEST}/{teacher.name}"].folder
-        title = f"{NETWORKS[section.network]} on {teacher.title}"
+        title = f"{NETWORKS[section.network].title} on {teacher.title}"
         found[title] = (teacher, folder)
         if section.test.crf:
             found[f"{title}, CRF"] = (teacher, folder / CRF)
