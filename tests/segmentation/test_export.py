@@ -22,9 +22,10 @@ from lpcam import onnx_files
 from lpcam.classifier import Preprocessing
 from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError
+from lpcam.networks.base import SegmenterSpec
 from lpcam.onnx_files import ExportParity
 from lpcam.segmentation.export import export_onnx
-from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec, build_segmenter
+from lpcam.segmentation.segmenter import Segmenter, build_segmenter
 from lpcam.version import __version__
 
 onnx = pytest.importorskip("onnx")

@@ -11,7 +11,8 @@ from torch import nn
 from lpcam.classifier import Preprocessing
 from lpcam.data.items import ClassTable
 from lpcam.errors import ArtefactError
-from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec, build_segmenter
+from lpcam.networks.base import SegmenterSpec
+from lpcam.segmentation.segmenter import Segmenter, build_segmenter
 from lpcam.storage import read_tensors, write_tensors
 
 CLASSES = ClassTable(("cow", "sheep"), (10, 17))

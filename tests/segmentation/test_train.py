@@ -17,10 +17,11 @@ from lpcam import engine
 from lpcam.data.folder import read_folder
 from lpcam.data.items import IGNORE, Item
 from lpcam.errors import ArtefactError, ClassifierError, DataError
+from lpcam.networks.base import SegmenterSpec
 from lpcam.presets import SegmenterSettings, SegmentTestSettings
 from lpcam.processes import Processes
 from lpcam.segmentation import train
-from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec, build_segmenter
+from lpcam.segmentation.segmenter import Segmenter, build_segmenter
 from lpcam.storage import read_tensors
 
 Pairs = list[tuple[Item, Path]]

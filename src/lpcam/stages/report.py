@@ -9,6 +9,7 @@ from typing import Any
 
 from lpcam.data.items import Item
 from lpcam.ledger import Stage
+from lpcam.networks.registry import NETWORKS
 from lpcam.prototypes import Prototypes
 from lpcam.report.collect import Figures, collect
 from lpcam.report.images import LaterOutputs
@@ -20,7 +21,6 @@ from lpcam.stages.host import SEEDS, arms
 from lpcam.stages.refine import BOUNDARIES, refine_section, refined
 from lpcam.stages.segment import (
     CRF,
-    NETWORKS,
     SEGMENT,
     SEGMENTATION,
     segment_section,
@@ -181,7 +181,7 @@ def _segmenters(run: Run, metrics: Mapping[str, Any]) -> SegmenterResults | None
         metrics["segmenter_history"],
         metrics["irn_history"],
         {
-            "network": NETWORKS[section.network],
+            "network": NETWORKS[section.network].title,
             "split": lists.list_of("test"),
             "list": lists.list_of("segment"),
             "checkpoint": section.checkpoint,

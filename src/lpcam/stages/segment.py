@@ -16,6 +16,7 @@ from lpcam.errors import ArtefactError, DataError, RecipeError
 from lpcam.ledger import Stage
 from lpcam.masks import enlarge_labels, write_mask
 from lpcam.metrics import confusion, scores, truth_labels
+from lpcam.networks.base import SegmenterSpec
 from lpcam.networks.registry import NETWORKS
 from lpcam.presets import CrfSettings, SegmentTestSettings
 from lpcam.recipe import Recipe, SegmentSection, load_recipe
@@ -37,7 +38,7 @@ from lpcam.version import versions
 
 if TYPE_CHECKING:
     from lpcam.segmentation.augment import CheckedMasks
-    from lpcam.segmentation.segmenter import Segmenter, SegmenterSpec
+    from lpcam.segmentation.segmenter import Segmenter
     from lpcam.segmentation.train import Validation
 
 logger = logging.getLogger(__name__)
@@ -255,8 +256,6 @@ def _validation_key(run: Run, truth: Sequence[Item]) -> str:
 
 def spec_of(section: SegmentSection) -> SegmenterSpec:
     """The network that a section describes."""
-    from lpcam.segmentation.segmenter import SegmenterSpec  # noqa: PLC0415
-
     return SegmenterSpec(
         section.network,
         section.backbone_name,
