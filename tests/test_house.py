@@ -31,7 +31,7 @@ FLOORS: dict[int, str] = {
     "refine.crf refine.levels refine.pamr refine.saliency_fusion refine.ternary refine.walk "
     "engine pickles segmentation.augment segmentation.export segmentation.files "
     "segmentation.losses segmentation.predict segmentation.segmenter segmentation.train "
-    "report.segmenters refine.irn explain.explainer explain.files models",
+    "report.segmenters refine.irn explain.explainer explain.files",
     4: "exporting pipeline demo stages.context stages.classify stages.maps stages.prototypes "
     "stages.seeds stages.evaluate stages.refine stages.report stages.segment stages.host "
     "stages.training stages.irn stages.psa serve",
