@@ -235,7 +235,7 @@ def average_drop(whole: Tensor, shown: Tensor) -> float:
     _check_pairs(whole, shown)
     if not bool((whole > 0).all()):
         raise DataError(
-            f"whole has values down to {float(whole.min())}; expected positive ones: give "
+            f"scores of whole images go down to {float(whole.min())}; expected positive ones: give "
             "probabilities (sigmoid or softmax), not logits"
         )
     return float(((whole - shown).clamp(min=0) / whole).mean())
