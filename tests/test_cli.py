@@ -179,7 +179,7 @@ def test_threads_are_whole_numbers_from_1_on(
         main([*words.split(), f"--threads={threads}"])
     assert end.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith(f"argument --threads: {threads!r} is no whole number from 1 on")
+    assert line.endswith(f"argument --threads: must be a positive integer, got {threads!r}")
 
 
 # -- Errors -------------------------------------------------------------------------------------

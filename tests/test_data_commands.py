@@ -283,15 +283,6 @@ def test_ids_that_are_paths_are_told_by_their_file_and_line(
     assert "\n2007_000033,aero" in (tmp_path / "l.csv").read_text()
 
 
-def test_names_of_classes_that_are_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = refused(
-        capsys, "import", "labels", "x.npy", str(tmp_path / "l.csv"), "--classes", "voc13"
-    )
-    assert "no class names 'voc13': give voc12, coco14, or a file" in message
-
-
 def test_a_hugging_face_data_set_becomes_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands on data sets and files of other programs: data, import, export of masks and maps."""
+"""Commands for data sets and files of other programs: data, import, export of masks and maps."""
 
 from __future__ import annotations
 
@@ -21,99 +21,117 @@ KINDS = ("voc", "folder", "coco")
 
 def add_parsers(commands: Any) -> None:
     """Add ``data`` and ``import`` to the commands."""
-    data = commands.add_parser("data", help="look at a data set, or make parts of one")
+    data = commands.add_parser("data", help="Inspect a data set, or create parts of one.")
     works = data.add_subparsers(dest="work", required=True, metavar="WORK")
-    check = works.add_parser("check", help="what a data set holds, and what is wrong with it")
-    check.add_argument("path", type=Path, help="folder of images, VOC2012, COCO, or a COCO JSON")
-    add_reading(check)
-    check.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
-    check.add_argument("--recipe", help="whose run is estimated (default: the usual small one)")
+    check = works.add_parser("check", help="Report the contents and problems of a data set.")
     check.add_argument(
-        "--no-estimate", action="store_true", help="of time and disk: no backbone is made"
+        "path", type=Path, help="Folder of images, VOC2012 or COCO, or a COCO JSON file."
+    )
+    add_reading(check)
+    check.add_argument(
+        "--json", type=Path, metavar="FILE", help="Also write the report to this file."
+    )
+    check.add_argument("--recipe", help="Recipe whose run is estimated (default: a small one).")
+    check.add_argument(
+        "--no-estimate", action="store_true", help="Skip the estimate of time and disk space."
     )
     train_aug = works.add_parser(
-        "train-aug", help="make the list train_aug and its masks of VOC 2012 and SBD"
+        "train-aug", help="Create the list train_aug and its masks from VOC 2012 and SBD."
     )
     train_aug.add_argument("voc", type=Path, help="VOC2012")
     train_aug.add_argument("sbd", type=Path, help="benchmark_RELEASE")
-    train_aug.add_argument("--output", type=Path, help="folder to write (default: VOC2012 itself)")
-    masks = works.add_parser("masks", help="paint COCO's masks of its annotations, ID.png")
-    masks.add_argument("path", type=Path, help="folder of COCO, or a COCO JSON file")
+    train_aug.add_argument("--output", type=Path, help="Output folder (default: VOC2012 itself).")
+    masks = works.add_parser("masks", help="Draw masks ID.png from COCO annotations.")
+    masks.add_argument("path", type=Path, help="COCO folder or COCO JSON file.")
     masks.add_argument("output", type=Path, help="folder to write")
-    masks.add_argument("--lists", type=names, help="e.g. train2014,val2014 (default: all)")
-    masks.add_argument("--order", choices=("file", "area"), default="file", help="of painting")
+    masks.add_argument("--lists", type=names, help="Lists, e.g. train2014,val2014 (default: all).")
+    masks.add_argument(
+        "--order",
+        choices=("file", "area"),
+        default="file",
+        help="Order in which objects are drawn.",
+    )
     masks.add_argument("--crowds", choices=("background", "void"), default="background")
     for command in (check, train_aug, masks):
-        command.add_argument("--threads", type=from_one, help="files read at a time")
+        command.add_argument("--threads", type=from_one, help="Number of files read at a time.")
 
-    importer = commands.add_parser("import", help="read files of other programs, safely")
+    importer = commands.add_parser(
+        "import", help="Import files of other programs without running their code."
+    )
     works = importer.add_subparsers(dest="work", required=True, metavar="WORK")
-    maps = works.add_parser("maps", help=".npy maps of IRN, AMN or PSA, for lpcam refine")
-    maps.add_argument("source", type=Path, help="folder of .npy files")
+    maps = works.add_parser("maps", help="Import .npy maps of IRN, AMN or PSA for lpcam refine.")
+    maps.add_argument("source", type=Path, help="Folder of .npy files.")
     maps.add_argument("output", type=Path, help="folder to write")
     maps.add_argument("--style", choices=("auto", *MAP_FORMATS), default="auto")
     maps.add_argument(
-        "--data", type=Path, help="data set of the images: what is imported, checked against it"
+        "--data", type=Path, help="Data set of the images, against which the maps are checked."
     )
-    maps.add_argument("--lists", type=names, help="of the data set, e.g. train (default: all)")
+    maps.add_argument(
+        "--lists", type=names, help="Lists of the data set, e.g. train (default: all)."
+    )
     maps.add_argument(
         "--classes",
-        help="of the maps: voc12, coco14, or a file such as the exported classes.txt; or, with "
-        "--data, some of its classes, e.g. cow,dog",
+        help="Classes of the maps: voc12, coco14, or a file such as the exported classes.txt; with "
+        "--data also a selection of its classes, e.g. cow,dog.",
     )
     maps.add_argument(
         "--no-file-no-class",
         action="store_true",
-        help="an image without a file shows no class, as MCTformer means it; wants --data",
+        help="Treat images without a file as having no class (MCTformer's convention). Requires "
+        "--data.",
     )
     maps.add_argument(
-        "--normalise", action="store_true", help="divide each map by its maximum, as IRN does"
+        "--normalise", action="store_true", help="Divide each map by its maximum, as IRN does."
     )
-    maps.add_argument("--threads", type=from_one, help="files read at a time")
-    labels = works.add_parser("labels", help="cls_labels.npy and the like, to labels.csv")
-    labels.add_argument("source", type=Path, help=".npy file")
-    labels.add_argument("output", type=Path, help="csv file to write")
+    maps.add_argument("--threads", type=from_one, help="Number of files read at a time.")
+    labels = works.add_parser("labels", help="Convert cls_labels.npy to labels.csv.")
+    labels.add_argument("source", type=Path, help=".npy file with label vectors.")
+    labels.add_argument("output", type=Path, help="CSV file to write.")
     labels.add_argument(
-        "--classes", default="voc12", help="voc12, coco14, or a file with one class name a line"
+        "--classes", default="voc12", help="voc12, coco14, or a file with one class name a line."
     )
     labels.add_argument(
         "--coco-split",
         choices=("train2014", "val2014"),
-        help="numbers are those of its images: COCO_train2014_000000000009",
+        help="COCO split of images that are named by a number.",
     )
-    labels.add_argument("--ids", type=Path, help="file of one id a line, of an array without names")
-    hub = works.add_parser("huggingface", help="a data set of the library datasets, to a folder")
-    hub.add_argument("source", help="folder of save_to_disk, or a name on the hub")
+    labels.add_argument(
+        "--ids", type=Path, help="File of one id a line, for an array without names."
+    )
+    hub = works.add_parser(
+        "huggingface", help="Convert a data set of the library datasets to a folder."
+    )
+    hub.add_argument("source", help="Folder written by save_to_disk, or a name on the hub.")
     hub.add_argument("output", type=Path, help="folder to write")
-    hub.add_argument("--image", default="image", metavar="COLUMN", help="with the images")
-    hub.add_argument("--labels", default="label", metavar="COLUMN", help="with the labels")
-    hub.add_argument("--split", help="where there are several")
+    hub.add_argument("--image", default="image", metavar="COLUMN", help="Column with the images.")
+    hub.add_argument("--labels", default="label", metavar="COLUMN", help="Column with the labels.")
+    hub.add_argument("--split", help="Split to convert, if there are several.")
 
 
 def add_reading(command: Any) -> None:
     """Add the options that say how a data set is read (:func:`reading`)."""
-    command.add_argument("--kind", choices=KINDS, help="instead of what the path looks like")
+    command.add_argument("--kind", choices=KINDS, help="Kind of data set (default: detected).")
     command.add_argument(
-        "--lists", type=names, help="of VOC or COCO, e.g. train,val (default: all)"
+        "--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."
     )
     command.add_argument(
         "--labels",
         type=_label_source,
-        help="a .csv or .jsonl instead of the usual labels; of a folder also 'folders'",
+        help="Table of labels, .csv or .jsonl; for a folder of images also 'folders'.",
     )
-    command.add_argument("--masks", type=Path, help="folder of true masks, ID.png")
-    command.add_argument("--classes", type=names, help="some of its classes, e.g. cow,dog")
+    command.add_argument("--masks", type=Path, help="Folder of ground truth masks, ID.png.")
+    command.add_argument("--classes", type=names, help="Selection of its classes, e.g. cow,dog.")
 
 
 def reading(options: argparse.Namespace) -> dict[str, Any]:
-    """What `add_reading` was given, as :func:`lpcam.data.detect.open_dataset` takes it."""
+    """The options of `add_reading` as arguments of :func:`lpcam.data.detect.open_dataset`."""
     return {
         name: getattr(options, name) for name in ("kind", "lists", "labels", "masks", "classes")
     }
 
 
 def names(text: str) -> list[str]:
-    """Names with commas between them."""
+    """Parse names separated by commas."""
     found = [name.strip() for name in text.split(",")]
     if not all(found):
         raise argparse.ArgumentTypeError(
@@ -123,9 +141,9 @@ def names(text: str) -> list[str]:
 
 
 def from_one(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
 
 
@@ -134,7 +152,7 @@ def _label_source(text: str) -> Path | Literal["folders"]:
 
 
 def run_command(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Do what ``data`` or ``import`` asks for; returns the exit status."""
+    """Run a ``data`` or ``import`` command; returns the exit status."""
     works = {
         ("data", "check"): _check,
         ("data", "train-aug"): _train_aug,
@@ -147,7 +165,7 @@ def run_command(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def export(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Write a run's masks or maps for other tools; returns the exit status."""
+    """Export the masks or maps of a run; returns the exit status."""
     from lpcam.exporting import maps_of, masks_of  # noqa: PLC0415
     from lpcam.progress import progress  # noqa: PLC0415
 
@@ -207,7 +225,7 @@ def export(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _refuse_unfit(options: argparse.Namespace) -> None:
-    """Refuse options of export that would do nothing."""
+    """Refuse options of export that do not apply."""
     masks, maps = options.what == "masks", options.what == "maps"
     for name, fits, owner in (
         ("instances", masks, "masks"),

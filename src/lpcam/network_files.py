@@ -1,4 +1,4 @@
-"""Networks whose file holds everything to build them again: architecture, weights, provenance."""
+"""Networks saved in one file with architecture, weights and provenance."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lpcam.storage import digest_tensors, read_tensors, write_tensors
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give a network all the tensors of a file that describes it.
+    """Load all tensors of a file into a network.
 
     Args:
-        path: of the file, for the message.
+        path: the file, for the error message.
 
     Raises:
         ArtefactError: if a tensor is missing, left over or of another shape.
@@ -32,16 +32,16 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
 
 
 class SavedNetwork(nn.Module):
-    """A network with one safetensors file that describes it whole."""
+    """A network that is saved in one self-contained safetensors file."""
 
     kind: ClassVar[str]
-    """In the file."""
+    """Kind of the file, in its metadata."""
     title: ClassVar[str]
-    """Of the method, in messages."""
+    """Name of the method in messages."""
     stage: ClassVar[str]
-    """Of a run that writes the file."""
+    """Name of the stage that writes the file."""
     builder: ClassVar[str]
-    """What builds a network that can be saved."""
+    """Name of the function that builds a network that can be saved."""
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
@@ -85,13 +85,13 @@ class SavedNetwork(nn.Module):
 
     @abstractmethod
     def _can_be_described(self) -> bool:
-        """Whether :meth:`_description` says everything."""
+        """Whether :meth:`_description` is complete."""
 
     @abstractmethod
     def _description(self) -> dict[str, Any]:
-        """What :meth:`_described` builds the network of, as JSON."""
+        """Arguments of :meth:`_described`, as JSON."""
 
     @classmethod
     @abstractmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Self:
-        """A network with first weights, as a file's metadata describe it."""
+        """A network with initial weights, built from the metadata of a file."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Call
 
 from lpcam.errors import ArtefactError, DataError
 from lpcam.formats.labels import import_labels
@@ -153,21 +154,11 @@ def test_a_table_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> 
         import_labels(tmp_path / "missing.npy", tmp_path / "labels.txt", classes=CLASSES)
 
 
-class Harm:
-    """Pickled as a call of os.system."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> Any:
-        return os.system, (self.command,)
-
-
 def test_a_label_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    source = saved(tmp_path / "l.npy", {"a": Harm(f"echo > {marker}")})
+    source = saved(tmp_path / "l.npy", {"a": Call(os.system, f"echo > {marker}")})
     with pytest.raises(ArtefactError, match=r"label file .*l.npy is refused: it asks for '\w+.sys"):
         import_labels(source, tmp_path / "labels.csv", classes=CLASSES)
     assert not marker.exists()
     np.load(source, allow_pickle=True)
-    assert marker.exists(), "the file is a dud"
+    assert marker.exists(), "the file does not work"
