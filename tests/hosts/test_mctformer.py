@@ -233,15 +233,17 @@ def by_hand(
 def test_maps_pass_by_pass(size: tuple[int, int], version: str, affinity: bool) -> None:
     settings = changed(version=version, affinity=affinity)
     network, image = fresh(settings), photograph(*size)
+    # the affinity of random weights leaves maps nearly flat: rounding is stretched with them
+    bound = 5e-4 if affinity else 1e-5
     found = maps_of(network, image, [2, 0], settings)
     assert found.high_res.shape == (2, *size)
     assert found.cam.shape == (2, -(-size[0] // 4), -(-size[1] // 4))
     for plane, label in enumerate([2, 0]):
         expected = by_hand(network, image, label, size, affinity=affinity)
-        torch.testing.assert_close(found.high_res[plane], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.high_res[plane], expected, atol=bound, rtol=0)
         quarter = found.cam.shape[1:]
         expected = by_hand(network, image, label, quarter, affinity=affinity)
-        torch.testing.assert_close(found.cam[plane], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found.cam[plane], expected, atol=bound, rtol=0)
 
 
 def test_maps_of_a_mirrored_image_are_mirrored() -> None:
