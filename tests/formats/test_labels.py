@@ -88,7 +88,7 @@ def test_an_array_takes_its_names_from_a_list(tmp_path: Path, dtype: str) -> Non
         ({"a": vector(0)[None]}, r"has \(1, 3\) for 'a'"),
         ({"a": [1, 0, 0]}, "has a list for 'a'"),
         ({"a": vector(0) * np.nan}, "has NaN or infinity for 'a'"),
-        ({"a.jpg": vector(0), "a": vector(0)}, "names 'a' more than once"),
+        ({"a.jpg": vector(0), "a": vector(0)}, "'a' more than once"),
         ({"../a": vector(0)}, "could leave its folder"),
         ({"a\nb": vector(0)}, r"has the name 'a\\nb'; names are printable text"),
         ({"\ud800": vector(0)}, r"has the name '\\ud800'; names are printable text"),
@@ -135,7 +135,7 @@ def test_the_names_of_a_list_are_not_blamed_on_the_array(tmp_path: Path) -> None
     source = saved(tmp_path / "l.npy", np.ones((2, 3)))
     for ids, message in (
         (["a", "/b"], r"^the list of ids: image name '/b' is refused"),
-        (["a", "a.jpg"], r"^the list of ids names 'a' more than once"),
+        (["a", "a.jpg"], r"^the list of ids .*'a' more than once"),
     ):
         with pytest.raises(DataError, match=message):
             import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=ids)

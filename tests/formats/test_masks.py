@@ -539,7 +539,7 @@ def test_what_is_asked_for_wrongly_is_refused(entries: list[MaskEntry], tmp_path
         export_masks(entries, TABLE, out, "png")
     with pytest.raises(DataError, match="there is no mask"):
         export_masks([], TABLE, out, "voc")
-    with pytest.raises(DataError, match="names 'a' more than once"):
+    with pytest.raises(DataError, match="'a' more than once"):
         export_masks([entries[0], entries[0]], TABLE, out, "voc")
     with pytest.raises(DataError, match="could leave its folder"):
         export_masks([replace(entries[0], id="../a")], TABLE, out, "voc")
