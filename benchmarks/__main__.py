@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure import MISSING, BenchmarkError, environment, machine, table
 from benchmarks.photographs import RECIPE
-from lpcam.pipeline import STAGES
+from lpcam.pipeline.stage import STAGES
 
 ALL = (
     "start_up",

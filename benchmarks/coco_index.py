@@ -30,7 +30,7 @@ from benchmarks.measure import (
     table,
     verdict,
 )
-from lpcam.data.coco import COCO_CATEGORIES, CocoFolder
+from lpcam.data.coco.dataset import COCO_CATEGORIES, CocoFolder
 
 IMAGES, ANNOTATIONS = 82_783, 604_907
 """Of instances_train2014.json."""

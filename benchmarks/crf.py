@@ -35,9 +35,8 @@ from benchmarks.measure import (
 )
 from benchmarks.photographs import photographs
 from lpcam.data.images import read_image
-from lpcam.presets import CrfSettings, PamrSettings
-from lpcam.refine.crf import DenseCrf, unary_from_labels
-from lpcam.refine.pamr import pamr
+from lpcam.refine.crf import CrfSettings, DenseCrf, unary_from_labels
+from lpcam.refine.pamr import PamrSettings, pamr
 
 GOALS = {1: 1.0, 2: 1.5}
 """Least ratio of the compiled program's time to ours, by the number of threads."""

@@ -35,11 +35,12 @@ from benchmarks.measure import (
     verdict,
 )
 from benchmarks.photographs import classifier, equal_size, photographs
-from lpcam.classifier import Classifier
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import image_pyramid
+from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.data.items import Item
-from lpcam.extract import CAM, LPCAM, cam_maps, image_pyramid, lpcam_maps
-from lpcam.presets import LpcamSettings
+from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
+from lpcam.method.settings import LpcamSettings
 
 CAM_GOAL = 1.03
 PEER_GOAL = 2.0

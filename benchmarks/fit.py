@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import environment, peak_memory
-from lpcam.clustering import cosine_kmeans
-from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Reservoir, make_prototypes
+from lpcam.method.clustering import cosine_kmeans
+from lpcam.method.prototypes import make_prototypes
+from lpcam.method.reservoir import Reservoir
+from lpcam.method.settings import LpcamSettings
 
 EXTRA = 'pip install "lpcam[benchmarks]"'
 MARGIN = 1e-3

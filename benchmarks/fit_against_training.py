@@ -3,7 +3,8 @@
 Fit, from cached features: splitting every image's features by its CAM, collecting, clustering,
 scoring and selecting (equations 2-4), from half-precision features in memory, as a run does it.
 Fit, with its backbone passes: the same from the image files, one pass an image.
-Training: :func:`lpcam.train.finetune` from the image files, without validation, on a part of the
+Training: :func:`lpcam.classifiers.finetuning.finetune` from the image files, without validation,
+on a part of the
 steps; the whole is extrapolated in proportion to the steps.
 """
 
@@ -30,13 +31,15 @@ from benchmarks.measure import (
     verdict,
 )
 from benchmarks.photographs import classifier, photographs
-from lpcam.classifier import Classifier
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import image_pyramid
+from lpcam.classifiers.finetuning import FinetuneSettings, finetune
+from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.data.items import Item
-from lpcam.extract import collect, image_pyramid, single_scale_cam
-from lpcam.presets import FinetuneSettings, LpcamSettings
-from lpcam.prototypes import Prototypes, Reservoir, make_prototypes
-from lpcam.train import finetune
+from lpcam.method.extractors import single_scale_cam
+from lpcam.method.prototypes import Prototypes, make_prototypes
+from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.settings import LpcamSettings
 
 GOAL = 0.02
 PRESET = "frozen"

@@ -38,35 +38,42 @@ from benchmarks.measure import (
     show_number,
     table,
 )
+from benchmarks.peers import PACKAGE, peer_maps
 from benchmarks.photographs import RECIPE, classifier
-from lpcam.classifier import Classifier
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import FeaturePair, tensor_pyramid
+from lpcam.classifiers.probe import ProbeSettings, fit_head, multi_hot
 from lpcam.data.creatures import write as draw_creatures
+from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.folder import read_folder
-from lpcam.data.images import read_image, read_index_mask, scaled_size
-from lpcam.data.items import ClassTable, Dataset, Item
+from lpcam.data.images import read_image, scaled_size
+from lpcam.data.masks import read_index_mask
 from lpcam.data.voc import read_voc
-from lpcam.explain.explainer import Explainer
-from lpcam.extract import FeaturePair, cam_maps, lpcam_maps, tensor_pyramid
-from lpcam.faithfulness import (
+from lpcam.evaluation.faithfulness import (
     average_drop,
     confidences,
     deletion,
     increase_in_confidence,
     insertion,
 )
-from lpcam.linear import fit_head
-from lpcam.localisation import (
+from lpcam.evaluation.localisation import (
     BoxAccuracy,
     PixelAveragePrecision,
     PointingGame,
     class_truth,
     truth_boxes,
 )
-from lpcam.metrics import DEFAULT_THRESHOLDS, ThresholdSweep, best_threshold, scores, truth_labels
-from lpcam.peers import PACKAGE, peer_maps
-from lpcam.presets import LpcamSettings, ProbeSettings
-from lpcam.probe import multi_hot
-from lpcam.recipe import load_recipe
+from lpcam.evaluation.segmentation import (
+    DEFAULT_THRESHOLDS,
+    ThresholdSweep,
+    best_threshold,
+    scores,
+    truth_labels,
+)
+from lpcam.explain.explainer import Explainer
+from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.settings import LpcamSettings
+from lpcam.pipeline.recipe import load_recipe
 
 LIST = "train"
 PEERS = ("GradCAM", "GradCAM++", "LayerCAM")

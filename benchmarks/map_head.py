@@ -32,8 +32,9 @@ from benchmarks.measure import (
     table,
     verdict,
 )
-from lpcam.extract import FeaturePair, lpcam_maps
-from lpcam.functional import (
+from lpcam.classifiers.features import FeaturePair
+from lpcam.method.extractors import lpcam_maps
+from lpcam.method.functional import (
     FusedMaps,
     foreground_minus_context,
     fuse_scales,
@@ -133,7 +134,7 @@ def contenders(
 
 
 def folded(prototypes: Prototypes) -> Tensor:
-    """One vector a class, as :meth:`lpcam.prototypes.Prototypes.vectors` makes them."""
+    """One vector a class, as :meth:`lpcam.method.prototypes.Prototypes.vectors` makes them."""
     return torch.stack([foreground_minus_context(*pair) for pair in prototypes])
 
 

@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from lpcam.classifier import RANDOM, BackboneSpec, Classifier, build
+from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, build
+from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.data.items import Item
 from lpcam.data.voc import read_voc
-from lpcam.recipe import load_recipe
+from lpcam.pipeline.recipe import load_recipe
 
 RECIPE = "voc_animals"
 SIZES = ((375, 500), (375, 500), (500, 375), (333, 500), (375, 500), (500, 333), (400, 500))

@@ -23,17 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.classifier import Classifier
-from lpcam.clustering import cosine_kmeans
-from lpcam.data.images import read_image, read_index_mask
-from lpcam.data.items import Dataset, Item
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import FeaturePair, image_pyramid
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.images import read_image
+from lpcam.data.masks import read_index_mask
 from lpcam.data.voc import read_voc
-from lpcam.extract import FeaturePair, cam_maps, collect, image_pyramid
-from lpcam.functional import cosine_activation, normalize, strided, unflip
-from lpcam.metrics import ThresholdSweep, best_threshold, scores, truth_labels
-from lpcam.parallel import ordered_map
-from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Reservoir, make_prototypes
+from lpcam.evaluation.segmentation import ThresholdSweep, best_threshold, scores, truth_labels
+from lpcam.method.clustering import cosine_kmeans
+from lpcam.method.extractors import cam_maps
+from lpcam.method.functional import cosine_activation, normalize, strided, unflip
+from lpcam.method.prototypes import make_prototypes
+from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.parallel import ordered_map
 
 PIXEL_STEP = 4
 """Seeds are scored at every PIXEL_STEP-th pixel of every PIXEL_STEP-th row."""

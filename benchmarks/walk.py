@@ -31,7 +31,7 @@ from benchmarks.measure import (
     table,
     verdict,
 )
-from lpcam.presets import IrnSettings
+from lpcam.refine.irn import IrnSettings
 from lpcam.refine.walk import path_maxima, random_walk
 
 GOAL = 100.0

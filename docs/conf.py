@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lpcam.version import __version__
+from lpcam.runtime.versions import __version__
 
 project = "LPCAM"
 author = "the LPCAM contributors"

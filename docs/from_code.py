@@ -22,9 +22,9 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 import lpcam
-from lpcam.cli import _parser
-from lpcam.presets import PresetModel
-from lpcam.recipe import Recipe, _section, describe_fields
+from lpcam.cli.main import _parser
+from lpcam.pipeline.recipe import Recipe, _section, describe_fields
+from lpcam.runtime.settings import PresetModel
 
 
 class _Made(SphinxDirective):
@@ -35,7 +35,7 @@ class _Made(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Parse the text in the place of the directive."""
-        for module in ("lpcam.recipe", "lpcam.presets", "lpcam.cli"):
+        for module in ("lpcam.pipeline.recipe", "lpcam.runtime.settings", "lpcam.cli.main"):
             self.env.note_dependency(str(import_module(module).__file__))
         return self.parse_text_to_nodes(self.text(), allow_section_headings=True)
 

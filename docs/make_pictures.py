@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lpcam.sheet import CELL, GAP, TITLE
+from lpcam.data.drawing import CELL, GAP, TITLE
 
 MOST_BYTES = 250_000
 ROWS = (1, 2, 3, 7)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import BACKBONE, COLOURS, draw_folder, write_weights
 
-from lpcam.classifier import BackboneSpec, Classifier, build
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, build
 
 
 def start_process_state() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from tiny import draw_folder, recipe_values, write_weights
 
 from lpcam.explain.explainer import Explainer
-from lpcam.pipeline import run
-from lpcam.recipe import parse_recipe
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import run
 
 
 def tiny_run(folder: Path) -> Path:

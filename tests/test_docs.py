@@ -15,8 +15,8 @@ from types import ModuleType
 
 import pytest
 
-from lpcam.cli import _parser, parse_overrides
-from lpcam.recipe import bundled_recipes, describe_fields
+from lpcam.cli.main import _parser, parse_overrides
+from lpcam.pipeline.recipe import bundled_recipes, describe_fields
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -221,7 +221,7 @@ def test_options_in_the_text_are_known() -> None:
 
 
 def _is_module(name: str) -> bool:
-    """`lpcam.functional` is a module, not a key."""
+    """`lpcam.method.functional` is a module, not a key."""
     return name.startswith("lpcam.") and importlib.util.find_spec(name) is not None
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lpcam.processes import Processes
+from lpcam.runtime.distributed import Processes
 
 R = TypeVar("R")
 BACKBONE = "test_resnet"

@@ -1,7 +1,5 @@
 """``python -m lpcam``."""
 
-import sys
+from lpcam.cli.main import main
 
-from lpcam.cli import main
-
-sys.exit(main())
+raise SystemExit(main())

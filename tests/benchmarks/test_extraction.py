@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import extraction, photographs
 from benchmarks.measure import EXTRA
-from lpcam.presets import LpcamSettings
+from lpcam.method.settings import LpcamSettings
 
 
 def test_seeded_photographs_are_the_same_each_time() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import localisation
-from lpcam.data.items import Item
+from lpcam.data.dataset import Item
 
 pytest.importorskip("scipy", reason="SciPy is not installed: pip install 'lpcam[objects]'")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import map_head
-from lpcam.functional import foreground_minus_context, fuse_scales, lpcam_of_pair
+from lpcam.method.functional import foreground_minus_context, fuse_scales, lpcam_of_pair
 
 SHAPE = {"channels": 48, "grid": 8, "classes": 3, "clusters": 5, "device": "cpu"}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lpcam.data.classes import choose_classes
-from lpcam.data.items import ClassTable
-from lpcam.errors import DataError
+from lpcam.data.dataset import ClassTable, choose_classes
+from lpcam.runtime.errors import DataError
 
 TABLE = ClassTable(("cat", "cow", "dog"), (8, 10, 12))
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lpcam.data import creatures
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 
 def _digests(folder: Path) -> dict[str, str]:

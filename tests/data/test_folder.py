@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lpcam.data.dataset import ClassTable
 from lpcam.data.folder import read_folder
-from lpcam.data.items import ClassTable
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 
 def make(root: Path, labels: str | bytes, *files: str, **texts: str) -> Path:

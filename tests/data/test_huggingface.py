@@ -16,7 +16,7 @@ from PIL import Image
 
 from lpcam.data.folder import read_folder
 from lpcam.data.huggingface import import_huggingface
-from lpcam.errors import DataError, LpcamError
+from lpcam.runtime.errors import DataError, LpcamError
 
 ANIMALS = ClassLabel(names=["hen", "cow", "dog"])
 

@@ -10,14 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import (
-    limit_long_side,
-    read_image,
-    read_index_mask,
-    resize_image,
-    scaled_size,
-)
-from lpcam.errors import DataError, ImageError
+from lpcam.data.images import limit_long_side, read_image, resize_image, scaled_size
+from lpcam.data.masks import read_index_mask
+from lpcam.runtime.errors import DataError, ImageError
 
 EXIF_ORIENTATION = 0x0112
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lpcam.data.labels import LabelRow, LabelTable, read_labels
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 FORMS = {
     "labels.csv": "image,labels\na.jpg,cow\nbarn/b,\nc.png,cow;dog\n",

@@ -11,11 +11,10 @@ import scipy.io
 import scipy.sparse
 from PIL import Image
 
-from lpcam.data.images import read_index_mask
+from lpcam.data.masks import read_index_mask, with_mask_folder
 from lpcam.data.sbd import make_train_aug
-from lpcam.data.truth import with_mask_folder
 from lpcam.data.voc import read_voc
-from lpcam.errors import DataError, LpcamError
+from lpcam.runtime.errors import DataError, LpcamError
 
 SIZE = (4, 6)
 TRAIN, VAL = ("2007_000001", "2007_000002"), ("2007_000003", "2007_000004")

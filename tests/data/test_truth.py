@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpcam.data.items import ClassTable, Dataset, Item
-from lpcam.data.truth import with_mask_folder
-from lpcam.errors import DataError
-from lpcam.masks import write_mask
+from lpcam.data.dataset import ClassTable, Dataset, Item
+from lpcam.data.masks import with_mask_folder, write_mask
+from lpcam.runtime.errors import DataError
 
 
 def dataset(*ids: str) -> Dataset:

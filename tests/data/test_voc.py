@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lpcam.data.voc import CLASSES, read_voc
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 
 def annotation(*names: str) -> str:

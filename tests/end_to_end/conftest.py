@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tiny import draw_image
 
-from lpcam.data.coco import COCO_CATEGORIES
-from lpcam.masks import write_mask
+from lpcam.data.coco.dataset import COCO_CATEGORIES
+from lpcam.data.masks import write_mask
 
 OBJECTS = {"red": "cow", "green": "dog", "blue": "sheep"}
 IDS = {"cow": 10, "dog": 12, "sheep": 17}

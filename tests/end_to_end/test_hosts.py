@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from tiny import small_run, times
 
-from lpcam.data.images import read_index_mask
-from lpcam.errors import DataError, LpcamError, RecipeError
-from lpcam.pipeline import run
-from lpcam.recipe import load_recipe
-from lpcam.stages.context import read_dataset
-from lpcam.storage import read_json
+from lpcam.data.masks import read_index_mask
+from lpcam.pipeline.datasets import read_dataset
+from lpcam.pipeline.recipe import load_recipe
+from lpcam.pipeline.run import run
+from lpcam.runtime.errors import DataError, LpcamError, RecipeError
+from lpcam.runtime.files import read_json
 
 WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [3, 1, 1, 1]}"
 TINY = {"classifier.backbone": "test_resnet"}

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lpcam.data.voc import CLASSES
-from lpcam.pipeline import RunResult, run
-from lpcam.recipe import Recipe, load_recipe
+from lpcam.pipeline.recipe import Recipe, load_recipe
+from lpcam.pipeline.run import RunResult, run
 
 ANIMALS = ("cat", "cow", "dog", "horse", "sheep")
 MAPPED = 3

@@ -23,11 +23,12 @@ import yaml
 from faults.fault_test import Command, environment
 from tiny import digests, recipe_values
 
-from lpcam.data.images import read_index_mask
-from lpcam.ledger import locked
-from lpcam.pipeline import run
-from lpcam.recipe import parse_recipe
-from lpcam.storage import read_maps, read_tensors
+from lpcam.data.map_files import read_maps
+from lpcam.data.masks import read_index_mask
+from lpcam.pipeline.cache import locked
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import run
+from lpcam.runtime.files import read_tensors
 
 pytest.importorskip("accelerate", reason="several processes need accelerate, an extra")
 
@@ -40,9 +41,10 @@ PROGRAM = textwrap.dedent(
     import json, os, sys
     from pathlib import Path
     import torch
-    from lpcam import errors, ledger, pipeline
-    from lpcam.stages import maps
-    from lpcam.recipe import load_recipe
+    from lpcam.runtime import errors
+    from lpcam.pipeline import stage as ledger, run as pipeline
+    from lpcam.pipeline.stages import maps
+    from lpcam.pipeline.recipe import load_recipe
 
     torch.set_num_threads(1)
     rank = os.environ["RANK"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import small_run
 
-from lpcam.cli import main
-from lpcam.data.images import read_index_mask
-from lpcam.data.items import Dataset
-from lpcam.pipeline import RunResult, run
-from lpcam.recipe import Recipe, bundled_recipes, load_recipe
-from lpcam.stages.context import read_dataset
-from lpcam.storage import map_path, read_maps
+from lpcam.cli.main import main
+from lpcam.data.dataset import Dataset
+from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.masks import read_index_mask
+from lpcam.pipeline.datasets import read_dataset
+from lpcam.pipeline.recipe import Recipe, bundled_recipes, load_recipe
+from lpcam.pipeline.run import RunResult, run
 
 WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1], hidden: 8}"
 SWIN = (

@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from tiny import digests, recipe_values, times
 
-from lpcam import engine
-from lpcam.cli import main
-from lpcam.data.images import read_image, read_index_mask
-from lpcam.errors import DataError, RecipeError
-from lpcam.masks import seeds
-from lpcam.pipeline import refine, run
-from lpcam.presets import CrfSettings, IrnSettings, PamrSettings
-from lpcam.recipe import parse_recipe
-from lpcam.refine.crf import DenseCrf
-from lpcam.refine.irn import Irn, boundary_maps, propagate, pseudo_maps
-from lpcam.refine.pamr import pamr
+from lpcam.cli.main import main
+from lpcam.data.images import read_image
+from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
+from lpcam.data.masks import read_index_mask
+from lpcam.method.seeds import seeds
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import refine, run
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.irn import Irn, IrnSettings, boundary_maps, propagate, pseudo_maps
+from lpcam.refine.pamr import PamrSettings, pamr
 from lpcam.refine.ternary import crf_labels, ternary
-from lpcam.storage import MapFile, map_path, read_maps, write_maps
+from lpcam.runtime.errors import DataError, RecipeError
+from lpcam.training import loop as engine
 
 Values = dict[str, Any]
 IRN = {"method": "irn", "irn": {"epochs": 1, "batch_size": 4, "crop": 64, "radius": 5}}
@@ -156,7 +156,7 @@ def test_rows_of_both_stages(finished: Values) -> None:
     assert {k: len(v) for k, v in metrics["irn_history"].items()} == {"cam": 1, "lpcam": 1}
 
     # the row is that of the masks on disk
-    from lpcam.metrics import confusion, scores  # noqa: PLC0415
+    from lpcam.evaluation.segmentation import confusion, scores  # noqa: PLC0415
 
     total = torch.zeros(4, 4, dtype=torch.int64)
     names = fixed["LPCAM"]["protocol"]["classes"]
@@ -209,7 +209,7 @@ def test_stopped_again_and_again(
     shutil.copytree(plain["run"]["folder"], tmp_path / "stopped")
     import lpcam.storage  # noqa: PLC0415
 
-    write, writes, stops = lpcam.storage.os.replace, 0, 0
+    write, writes, stops = lpcam.runtime.files.os.replace, 0, 0
 
     def replace(*arguments: Any) -> None:
         nonlocal writes
@@ -219,7 +219,7 @@ def test_stopped_again_and_again(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lpcam.storage.os, "replace", replace)
+        patch.setattr(lpcam.runtime.files.os, "replace", replace)
         for _ in range(60):
             try:
                 go(stopped)
@@ -291,7 +291,7 @@ def test_an_image_that_cannot_be_refined_is_named(
 ) -> None:
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     values = changed(in_folder(plain, tmp_path / "run"), refine={"method": "crf"})
-    monkeypatch.setattr("lpcam.resources.IMAGE_SHARE", 1e-7)
+    monkeypatch.setattr("lpcam.runtime.resources.IMAGE_SHARE", 1e-7)
     with pytest.raises(DataError, match=r"pseudo masks of CAM, image 'i0.'.*maps\.maximum_side"):
         go(values)
 

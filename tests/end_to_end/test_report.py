@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tiny import draw_folder, recipe_values, times
 
-from lpcam.cli import main
-from lpcam.errors import ArtefactError
-from lpcam.pipeline import report, run
-from lpcam.recipe import parse_recipe
+from lpcam.cli.main import main
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import report, run
 from lpcam.report.page import render
+from lpcam.runtime.errors import ArtefactError
 
 Values = dict[str, Any]
 
@@ -32,7 +32,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(json.loads(json.dumps(data)))
         return render(data)
 
-    monkeypatch.setattr("lpcam.stages.report.render", note)
+    monkeypatch.setattr("lpcam.pipeline.stages.report.render", note)
     return made
 
 
@@ -124,7 +124,7 @@ def test_after_an_upgrade(values: Values, monkeypatch: pytest.MonkeyPatch) -> No
     folder = Path(values["run"]["folder"])
     go(values)
     before = (folder / "metrics.json").read_bytes()
-    monkeypatch.setattr("lpcam.version.__version__", "99.0")
+    monkeypatch.setattr("lpcam.runtime.versions.__version__", "99.0")
     report(folder)
     assert (folder / "metrics.json").read_bytes() == before
 

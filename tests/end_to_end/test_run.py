@@ -24,9 +24,16 @@ import yaml
 from PIL import Image
 from tiny import COLOURS, digests, draw_folder, draw_image, files, recipe_values, times
 
-from lpcam import engine
-from lpcam.classifier import PROBE_SIZE, Classifier
-from lpcam.errors import (
+from lpcam.classifiers.classifier import PROBE_SIZE, Classifier
+from lpcam.data.map_files import read_maps
+from lpcam.pipeline import context
+from lpcam.pipeline.cache import locked
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import RunResult, run
+from lpcam.pipeline.stages import prototypes
+from lpcam.pipeline.stages.classify import HELD_OUT
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
@@ -34,14 +41,8 @@ from lpcam.errors import (
     PrototypeError,
     RecipeError,
 )
-from lpcam.ledger import locked
-from lpcam.pipeline import RunResult, run
-from lpcam.processes import Processes
-from lpcam.recipe import parse_recipe
-from lpcam.stages import context, prototypes
-from lpcam.stages.classify import HELD_OUT
-from lpcam.storage import read_maps
-from lpcam.version import versions
+from lpcam.runtime.versions import versions
+from lpcam.training import loop as engine
 
 Values = dict[str, Any]
 STAGES = ("classifier", "cam", "prototypes", "lpcam", "lpcam_f", "seeds", "evaluation")
@@ -95,10 +96,10 @@ def must_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"work was done: {arguments}, {options}")
 
-    monkeypatch.setattr("lpcam.classifier.Classifier.load", fail)
-    monkeypatch.setattr("lpcam.classifier.build", fail)
-    monkeypatch.setattr("lpcam.data.check.read_image", fail)
-    monkeypatch.setattr("lpcam.data.check.digest_file", fail)
+    monkeypatch.setattr("lpcam.classifiers.classifier.Classifier.load", fail)
+    monkeypatch.setattr("lpcam.classifiers.classifier.build", fail)
+    monkeypatch.setattr("lpcam.data.validation.read_image", fail)
+    monkeypatch.setattr("lpcam.data.validation.digest_file", fail)
 
 
 # -- What a run leaves --------------------------------------------------------------------------
@@ -380,8 +381,8 @@ def test_a_touched_image_is_the_same_image(own: Values, monkeypatch: pytest.Monk
     before = times(folder)
     for path in (root / "images" / "i01.png", root / "masks" / "i02.png", root / "labels.csv"):
         os.utime(path)
-    monkeypatch.setattr("lpcam.classifier.Classifier.load", None)
-    monkeypatch.setattr("lpcam.classifier.build", None)
+    monkeypatch.setattr("lpcam.classifiers.classifier.Classifier.load", None)
+    monkeypatch.setattr("lpcam.classifiers.classifier.build", None)
     go(own)
     after = times(folder)
     assert {name for name in after if after[name] != before[name]} == {"index.json", "recipe.yaml"}
@@ -695,7 +696,7 @@ def test_a_run_that_is_killed(base: Values, tmp_path: Path) -> None:
         "replace = os.replace\n"
         f"wait = lambda b: str(b).endswith({kept!r}) and time.sleep(600)\n"
         "os.replace = lambda a, b: (replace(a, b), wait(b))\n"
-        "from lpcam.cli import main\n"
+        "from lpcam.cli.main import main\n"
         f"main(['run', {str(recipe)!r}])"
     )
     process = subprocess.Popen(

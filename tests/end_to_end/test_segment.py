@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 from tiny import digests, recipe_values, times
 
-from lpcam import engine
-from lpcam.cli import main
-from lpcam.data.images import read_image, read_index_mask
-from lpcam.errors import ArtefactError, ClassifierError, DataError, RecipeError
-from lpcam.metrics import confusion, scores, truth_labels
-from lpcam.pipeline import run, segment
-from lpcam.recipe import parse_recipe
-from lpcam.segmentation import predict
+from lpcam.cli.main import main
+from lpcam.data.images import read_image
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import confusion, scores, truth_labels
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import run, segment
+from lpcam.pipeline.run_folder import find_segmenter
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError, RecipeError
+from lpcam.runtime.files import read_json
+from lpcam.segmentation import inference as predict
 from lpcam.segmentation.segmenter import Segmenter
-from lpcam.stages.segment import find_segmenter
-from lpcam.storage import read_json
+from lpcam.training import loop as engine
 
 Values = dict[str, Any]
 REFINE = {"method": "crf", "maps": ["CAM", "LPCAM"]}

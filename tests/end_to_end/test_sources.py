@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from tiny import COLOURS, draw_folder, recipe_values, write_weights
 
-from lpcam.data.images import read_index_mask
-from lpcam.pipeline import run
-from lpcam.recipe import parse_recipe
+from lpcam.data.masks import read_index_mask
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import run
 
 NAMES = list(COLOURS)
 

@@ -16,9 +16,12 @@ from tiny import BACKBONE, COLOURS, draw_image
 from torch import nn
 
 from lpcam import CAM, LPCAM
-from lpcam.classifier import BackboneSpec, Classifier, build, timm_classifier
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, build, timm_classifier
 from lpcam.data.images import decode_image
-from lpcam.errors import (
+from lpcam.explain.explainer import Explainer
+from lpcam.method.prototypes import Prototypes
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
@@ -26,9 +29,6 @@ from lpcam.errors import (
     PrototypeError,
     RecipeError,
 )
-from lpcam.explain.explainer import Explainer
-from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Prototypes
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_maps_are_those_of_the_extractors(run: Path, image: np.ndarray) -> None:
 
 def test_a_runs_own_image_gets_the_runs_own_maps(run: Path, explainer: Explainer) -> None:
     """But for the run's rounding of features to half precision and of maps to 8 bits."""
-    from lpcam.pipeline import run as go_on  # noqa: PLC0415
-    from lpcam.recipe import load_recipe  # noqa: PLC0415
-    from lpcam.storage import read_maps  # noqa: PLC0415
+    from lpcam.data.map_files import read_maps  # noqa: PLC0415
+    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
+    from lpcam.pipeline.run import run as go_on  # noqa: PLC0415
 
     recipe = load_recipe(run / "recipe.yaml")
     go_on(recipe, until="lpcam")

@@ -205,19 +205,6 @@ def import_everything() -> None:
     import torch._dynamo  # noqa: F401, PLC0415 - by the optimisers
     from rich import console, table  # noqa: F401, PLC0415
 
-    from lpcam import (  # noqa: F401, PLC0415
-        classifier,
-        cli,
-        evaluation,
-        extract,
-        features,
-        pipeline,
-        probe,
-        prototypes,
-        sheet,
-        train,
-    )
-
 
 def fork(work: Callable[[], int], log: Path) -> int:
     """Start some work in a copy of this process that prints to a file; returns its number."""
@@ -255,9 +242,9 @@ def start_alone(bench: Bench, recipe: str, moment: Moment) -> int:
         os.chdir(bench.folder)
         import torch  # noqa: PLC0415
 
-        from lpcam import engine  # noqa: PLC0415
-        from lpcam.cli import main  # noqa: PLC0415
-        from lpcam.stages import prototypes  # noqa: PLC0415
+        from lpcam.cli.main import main  # noqa: PLC0415
+        from lpcam.pipeline.stages import prototypes  # noqa: PLC0415
+        from lpcam.training import loop as engine  # noqa: PLC0415
 
         torch.set_num_threads(1)
         engine.CHECKPOINT_STEPS = 1

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hostile import Call
 
-from lpcam.errors import ArtefactError, DataError
 from lpcam.formats.labels import import_labels
+from lpcam.runtime.errors import ArtefactError, DataError
 
 CLASSES = ["zebra", "cow", "two, words"]
 

@@ -13,12 +13,12 @@ import torch
 from hostile import Call
 from numpy.typing import NDArray
 
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError, DataError
+from lpcam.data.dataset import ClassTable
+from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import read_classes
 from lpcam.formats.map_folders import export_maps, import_maps
 from lpcam.formats.maps import MapStyle, read_foreign_maps, write_foreign_maps
-from lpcam.storage import MapFile, map_path, read_maps, write_maps
+from lpcam.runtime.errors import ArtefactError, DataError
 
 HEIGHT, WIDTH = 9, 13
 SIZE = (HEIGHT, WIDTH)

@@ -13,14 +13,21 @@ from PIL import Image
 from tiny import COLOURS
 from torch import Tensor
 
-from lpcam.classifier import BackboneSpec, Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.data.dataset import ClassTable, Item
 from lpcam.data.folder import read_folder
-from lpcam.data.items import ClassTable, Item
-from lpcam.errors import ClassifierError, DataError
-from lpcam.functional import FusedMaps
 from lpcam.hosts import amn
-from lpcam.hosts.amn import Amn, amn_loss, build_amn, export_maps, label_counts, maps_of
-from lpcam.presets import AmnSettings
+from lpcam.hosts.amn import (
+    Amn,
+    AmnSettings,
+    amn_loss,
+    build_amn,
+    export_maps,
+    label_counts,
+    maps_of,
+)
+from lpcam.method.functional import FusedMaps
+from lpcam.runtime.errors import ClassifierError, DataError
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)

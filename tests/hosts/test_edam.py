@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from tiny import COLOURS
 from torch import Tensor
 
-from lpcam.classifier import BackboneSpec, Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image
-from lpcam.data.items import Item
-from lpcam.errors import ClassifierError, DataError
 from lpcam.hosts import edam
 from lpcam.hosts.edam import (
+    EdamSettings,
     Encoder,
     Pair,
     Partners,
@@ -31,8 +31,9 @@ from lpcam.hosts.edam import (
     sinusoidal_positions,
     train_edam,
 )
-from lpcam.presets import EdamSettings, SaliencySettings
-from lpcam.train import freeze
+from lpcam.refine.saliency_fusion import SaliencySettings
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.training.optim import freeze
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = tuple(COLOURS)

@@ -15,17 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam import engine
-from lpcam.classifier import Preprocessing
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
-from lpcam.data.items import Item
-from lpcam.errors import ArtefactError, ClassifierError, DataError
-from lpcam.extract import collect
-from lpcam.functional import cosine_activation, normalize
 from lpcam.hosts import mctformer
 from lpcam.hosts.mctformer import (
-    Mctformer,
-    build_mctformer,
     fuse,
     learning_rate,
     local_features,
@@ -35,9 +29,13 @@ from lpcam.hosts.mctformer import (
     token_contrast,
     train_mctformer,
 )
-from lpcam.networks.mctformer import Scores
-from lpcam.presets import LpcamSettings, MctformerSettings
-from lpcam.prototypes import Reservoir, make_prototypes
+from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, Scores, build_mctformer
+from lpcam.method.functional import cosine_activation, normalize
+from lpcam.method.prototypes import make_prototypes
+from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
+from lpcam.training import loop as engine
 
 CLASSES = ("blue", "green", "red")
 SETTINGS = MctformerSettings.from_preset(

@@ -14,20 +14,20 @@ from PIL import Image
 from tiny import COLOURS, together
 from torch import Tensor
 
-from lpcam import engine
-from lpcam.classifier import BackboneSpec, Classifier, build
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, build
+from lpcam.data.dataset import ClassTable
 from lpcam.data.folder import read_folder
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError, ClassifierError
-from lpcam.hosts.amn import build_amn, train_amn
-from lpcam.hosts.edam import build_edam, train_edam
-from lpcam.hosts.mctformer import build_mctformer, train_mctformer
-from lpcam.presets import AmnSettings, EdamSettings, IrnSettings, MctformerSettings, PsaSettings
-from lpcam.processes import Processes
-from lpcam.refine.irn import build_irn, train_irn
-from lpcam.refine.psa import build_psa, train_psa, write_scores
-from lpcam.storage import read_tensors, write_tensors
-from lpcam.train import freeze
+from lpcam.hosts.amn import AmnSettings, build_amn, train_amn
+from lpcam.hosts.edam import EdamSettings, build_edam, train_edam
+from lpcam.hosts.mctformer import train_mctformer
+from lpcam.hosts.mctformer_network import MctformerSettings, build_mctformer
+from lpcam.refine.irn import IrnSettings, build_irn, train_irn
+from lpcam.refine.psa import PsaSettings, build_psa, train_psa, write_scores
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.training import loop as engine
+from lpcam.training.optim import freeze
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = ClassTable(tuple(COLOURS), (1, 2, 3))

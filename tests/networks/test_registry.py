@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing
-from lpcam.errors import ClassifierError
-from lpcam.networks.base import SegmenterSpec
-from lpcam.networks.registry import NETWORKS
+from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
+from lpcam.runtime.errors import ClassifierError
+from lpcam.segmentation.networks.base import SegmenterSpec
+from lpcam.segmentation.networks.registry import NETWORKS
 
 SPECS = {
     "deeplabv2": SegmenterSpec(

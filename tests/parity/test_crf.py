@@ -13,8 +13,8 @@ from parity.golden import DEFAULT, load, load_words
 from PIL import Image
 from torch import Tensor
 
-from lpcam.presets import CrfSettings, preset_names
-from lpcam.refine.crf import DenseCrf, unary_from_labels, unary_from_probabilities
+from lpcam.refine.crf import CrfSettings, DenseCrf, unary_from_labels, unary_from_probabilities
+from lpcam.runtime.settings import preset_names
 
 TOLERANCE = 1e-3
 SAME_LABELS = 0.9999

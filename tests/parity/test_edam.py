@@ -4,8 +4,7 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.presets import SaliencySettings
-from lpcam.refine.saliency_fusion import saliency_labels
+from lpcam.refine.saliency_fusion import SaliencySettings, saliency_labels
 
 
 @pytest.mark.parametrize(("preset", "name"), [("edam", "plain"), ("edam.crf", "posterior")])

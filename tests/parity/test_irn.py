@@ -4,8 +4,7 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.presets import IrnSettings
-from lpcam.refine.irn import irn_loss
+from lpcam.refine.irn import IrnSettings, irn_loss
 from lpcam.refine.walk import affinities, pair_offsets, random_walk, source_window
 
 OFFICIAL = IrnSettings.from_preset("official")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.extract import FeaturePair, cam_maps, lpcam_maps
-from lpcam.functional import FusedMaps, foreground_minus_context
-from lpcam.presets import LpcamSettings
+from lpcam.classifiers.features import FeaturePair
+from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.functional import FusedMaps, foreground_minus_context
+from lpcam.method.settings import LpcamSettings
 
 TOLERANCE = 1e-5
 OFFICIAL = LpcamSettings.from_preset("voc12.official")

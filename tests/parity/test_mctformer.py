@@ -4,9 +4,8 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.hosts.mctformer import build_mctformer, fuse, refine
-from lpcam.networks.mctformer import Mctformer
-from lpcam.presets import MctformerSettings
+from lpcam.hosts.mctformer import fuse, refine
+from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, build_mctformer
 
 TOLERANCE = 1e-4
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from parity.golden import load
 
-from lpcam.clustering import cosine_kmeans
-from lpcam.functional import score, select_context, select_foreground
-from lpcam.presets import LpcamSettings
+from lpcam.method.clustering import cosine_kmeans
+from lpcam.method.functional import score, select_context, select_foreground
+from lpcam.method.settings import LpcamSettings
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("", None), ("_tight", 1e-4)])

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import CrfSettings
 from lpcam.refine import permutohedral
 from lpcam.refine.crf import (
+    CrfSettings,
     DenseCrf,
     bilateral_kernel,
     gaussian_kernel,
@@ -21,6 +20,7 @@ from lpcam.refine.crf import (
     unary_from_probabilities,
 )
 from lpcam.refine.permutohedral import Lattice, join, permutohedral_lattice
+from lpcam.runtime.errors import DataError
 
 IRN = CrfSettings.from_preset("irn")
 PSA = CrfSettings.from_preset("psa")

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing
+from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
-from lpcam.data.items import Item
-from lpcam.errors import ClassifierError, DataError
-from lpcam.presets import IrnSettings
 from lpcam.refine import irn
-from lpcam.refine.irn import Irn, Pyramid, boundary_maps, build_irn, irn_loss
+from lpcam.refine.irn import Irn, IrnSettings, Pyramid, boundary_maps, build_irn, irn_loss
 from lpcam.refine.walk import pair_counts, pair_offsets, path
+from lpcam.runtime.errors import ClassifierError, DataError
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import PamrSettings
 from lpcam.refine import pamr as module
-from lpcam.refine.pamr import affinities, pamr, propagate
+from lpcam.refine.pamr import PamrSettings, affinities, pamr, propagate
+from lpcam.runtime.errors import DataError
 
 DEFAULT = PamrSettings.from_preset("default")
 SMALL = PamrSettings.from_preset("default", dilations=[1, 2], iterations=3)

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
-from lpcam.data.items import Item
-from lpcam.errors import ArtefactError, ClassifierError, DataError
-from lpcam.presets import CrfSettings, PsaSettings
 from lpcam.refine import psa
-from lpcam.refine.crf import DenseCrf
-from lpcam.refine.psa import Psa, build_psa, feature_distances, label_pairs, psa_loss
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.psa import Psa, PsaSettings, build_psa, feature_distances, label_pairs, psa_loss
 from lpcam.refine.walk import pair_counts, pair_offsets
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 
 RAW = Preprocessing((0.0,) * 3, (1.0,) * 3)
 SETTINGS = PsaSettings.from_preset(

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import CrfSettings, SaliencySettings
-from lpcam.refine.crf import DenseCrf
-from lpcam.refine.saliency_fusion import fuse_saliency, saliency_labels
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.saliency_fusion import SaliencySettings, fuse_saliency, saliency_labels
+from lpcam.runtime.errors import DataError
 
 PLAIN = SaliencySettings.from_preset("edam")
 WITH_CRF = SaliencySettings.from_preset("edam.crf")

@@ -10,14 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lpcam.errors import DataError
-from lpcam.refine.saliency_maps import (
-    SALIENT,
-    barrier_distance,
-    lab,
-    otsu_threshold,
-    saliency,
-)
+from lpcam.refine.saliency_maps import SALIENT, barrier_distance, lab, otsu_threshold, saliency
+from lpcam.runtime.errors import DataError
 
 
 def levels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lpcam.errors import DataError
-from lpcam.presets import CrfSettings
-from lpcam.refine.crf import DenseCrf
+from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.ternary import crf_labels, ternary
+from lpcam.runtime.errors import DataError
 
 IRN = DenseCrf(CrfSettings.from_preset("irn"))
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import IrnSettings
-from lpcam.refine.irn import propagate, pseudo_maps
+from lpcam.refine.irn import IrnSettings, propagate, pseudo_maps
 from lpcam.refine.walk import (
     affinities,
     affinity_walk,
@@ -21,6 +19,7 @@ from lpcam.refine.walk import (
     random_walk,
     source_window,
 )
+from lpcam.runtime.errors import DataError
 
 OFFICIAL = IrnSettings.from_preset("official")
 SIZE = (13, 17)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lpcam.data.masks import voc_palette
 from lpcam.explain.web import encode_array as array
 from lpcam.explain.web import encode_picture as picture
-from lpcam.masks import seeds, voc_palette
+from lpcam.method.seeds import seeds
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",

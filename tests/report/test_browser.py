@@ -22,8 +22,8 @@ from report.sample import (
     unpacked,
 )
 
-from lpcam.masks import seeds
-from lpcam.metrics import confusion, scores
+from lpcam.evaluation.segmentation import confusion, scores
+from lpcam.method.seeds import seeds
 from lpcam.report.page import render
 
 DIFFERENCE = """([one, other]) => {
@@ -130,7 +130,8 @@ def marked(page: Any, panel: str) -> np.ndarray:
 def test_the_slider_redraws_the_seeds(
     open_page: Open, data: dict[str, Any], threshold: float
 ) -> None:
-    """Pixel by pixel what lpcam.masks makes of the same planes, and the IoU of lpcam.metrics."""
+    """Pixel by pixel what lpcam.data.masks makes of the same planes, and the IoU of
+    lpcam.evaluation.segmentation."""
     page = open_page(data)
     entry = data["images"][3]  # two labels
     assert len(entry["labels"]) == 2

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.data.items import ClassTable, Dataset, Item
-from lpcam.masks import seeds
-from lpcam.metrics import confusion, truth_labels
-from lpcam.parallel import Sharing
-from lpcam.recipe import Method
+from lpcam.data.dataset import ClassTable, Dataset, Item
+from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
+from lpcam.evaluation.segmentation import confusion, truth_labels
+from lpcam.method.seeds import seeds
+from lpcam.method.settings import Method
 from lpcam.report.images import choose, highlights, image_records, small_planes
-from lpcam.storage import MapFile, map_path, read_maps, write_maps
+from lpcam.runtime.parallel import Sharing
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
 

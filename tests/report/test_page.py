@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from report.sample import HOSTILE, METHODS, sample
 
-from lpcam.errors import ArtefactError
 from lpcam.report.page import render
+from lpcam.runtime.errors import ArtefactError
 
 SECTIONS = [
     *("result", "words", "images", "curves", "classes"),

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from tiny import draw_folder, recipe_values
 
-from lpcam.data.images import read_index_mask
-from lpcam.data.items import ClassTable
-from lpcam.masks import write_mask
-from lpcam.pipeline import report, run
-from lpcam.recipe import parse_recipe
+from lpcam.data.dataset import ClassTable
+from lpcam.data.masks import read_index_mask, write_mask
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import report, run
 from lpcam.report.page import render
 from lpcam.report.segmenters import image_miou
 
@@ -43,7 +42,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(json.loads(json.dumps(data)))
         return render(data)
 
-    monkeypatch.setattr("lpcam.stages.report.render", note)
+    monkeypatch.setattr("lpcam.pipeline.stages.report.render", note)
     return made
 
 

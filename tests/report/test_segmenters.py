@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.data.items import ClassTable, Item
-from lpcam.errors import DataError
-from lpcam.masks import write_mask
-from lpcam.parallel import Sharing
+from lpcam.data.dataset import ClassTable, Item
+from lpcam.data.masks import write_mask
 from lpcam.report.segmenters import (
     PICTURE,
     SegmenterResults,
@@ -22,6 +20,8 @@ from lpcam.report.segmenters import (
     image_miou,
     segmenter_records,
 )
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.parallel import Sharing
 
 CLASSES = ClassTable(("cat", "dog"), (3, 7))
 

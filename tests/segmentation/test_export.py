@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpcam import onnx_files
-from lpcam.classifier import Preprocessing
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError
-from lpcam.networks.base import SegmenterSpec
-from lpcam.onnx_files import ExportParity
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import ClassTable
+from lpcam.formats.models import onnx as onnx_files
+from lpcam.formats.models.onnx import ExportParity
+from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.versions import __version__
 from lpcam.segmentation.export import export_onnx
+from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.segmenter import Segmenter, build_segmenter
-from lpcam.version import __version__
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

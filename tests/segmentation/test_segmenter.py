@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lpcam.classifier import Preprocessing
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError
-from lpcam.networks.base import SegmenterSpec
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import ClassTable
+from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.segmenter import Segmenter, build_segmenter
-from lpcam.storage import read_tensors, write_tensors
 
 CLASSES = ClassTable(("cow", "sheep"), (10, 17))
 SPEC = SegmenterSpec("deeplabv2", "test_resnet", {}, None, (0.5,))

@@ -1,0 +1,1 @@
+"""Images, labels, masks and map files on disk."""

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 CLASSES: tuple[str, ...] = (
     "spirehorn",
@@ -39,28 +39,45 @@ CLASSES: tuple[str, ...] = (
 )
 """Class names in mask-id order; the first has mask id 1."""
 
+
 PARTS: dict[str, int] = {"head": 1, "torso": 2, "legs": 3, "tail": 4}
 """Values of the part masks; 0 is no part."""
+
 
 GROUPS: tuple[int, ...] = (0, 1, 2, 0, 1, 2, 0, 1)
 """Torso group of each class: 0 spots, 1 stripes, 2 scales."""
 
+
 COMPANIONS: dict[int, str] = {0: "bricks", 2: "reeds", 4: "ripples", 7: "pebbles"}
 """Grounds that co-occur with a class (by label index): the rail of the train."""
+
 
 COMPANION_PROBABILITY = 0.6
 """Chance that an image with such a class stands on its companion ground."""
 
+
 OVERSAMPLING = 3
 """Shapes are drawn this much larger and averaged down, which makes their edges smooth."""
 
+
 Colour = tuple[int, int, int]
+
+
 Point = tuple[float, float]
 
+
 _INK: Colour = (52, 44, 60)
+
+
 _CREAM: Colour = (250, 238, 214)
+
+
 _STOCKING: Colour = (78, 88, 140)
+
+
 _HOOF: Colour = (48, 46, 66)
+
+
 _TUFT: Colour = (226, 110, 70)
 
 

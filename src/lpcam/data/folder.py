@@ -25,8 +25,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lpcam.data.classes import check_known, choose_classes
-from lpcam.data.items import (
+from lpcam.data.dataset import (
     BACKGROUND,
     IGNORE,
     IMAGE_SUFFIXES,
@@ -34,7 +33,9 @@ from lpcam.data.items import (
     Dataset,
     Item,
     Skip,
+    check_known,
     check_unique,
+    choose_classes,
     safe_id,
     without_suffix,
 )
@@ -49,11 +50,14 @@ from lpcam.data.labels import (
     read_names,
     read_text,
 )
-from lpcam.data.truth import with_mask_folder
-from lpcam.errors import DataError
+from lpcam.data.masks import with_mask_folder
+from lpcam.data.reader import Opened, Reader, Request
+from lpcam.runtime.errors import DataError
 
 FOLDERS: Literal["folders"] = "folders"
 """Instead of a table of labels: the first folder of an image's id is its class."""
+
+
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
@@ -397,3 +401,28 @@ def _read_lists(
         check_unique(ids, str(path))
         lists[path.stem] = tuple(image_id for image_id in ids if image_id in items)
     return lists
+
+
+class FolderReader(Reader):
+    """Images with a table of labels, or in a folder for each class."""
+
+    means = "images and their labels; masks/ID.png, where there are any, serve scoring"
+    chooses_lists = False
+
+    def recognises(self, path: Path) -> bool:
+        """A folder with a table of labels, whatever else it holds."""
+        return any((path / name).is_file() for name in TABLES)
+
+    def open(self, request: Request) -> Opened:
+        """Read labels from a table or from the names of folders."""
+        return Opened(
+            read_folder(
+                request.root,
+                classes=request.classes,
+                labels=request.labels,
+                masks=request.masks,
+            )
+        )
+
+
+READER = FolderReader()

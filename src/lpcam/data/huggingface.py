@@ -15,19 +15,27 @@ from typing import Any
 
 from PIL import Image
 
+from lpcam.data.dataset import ClassTable
 from lpcam.data.images import decode_image
-from lpcam.data.items import ClassTable
 from lpcam.data.labels import normal_name
-from lpcam.errors import DataError, LpcamError
-from lpcam.storage import write_bytes, write_json
-from lpcam.version import __version__
+from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.files import write_bytes, write_json
+from lpcam.runtime.versions import __version__
 
 RECORD = "import.json"
 """File that says where the images are from, and which rows were left out and why."""
+
+
 _OLDEST = 4
 """First version of the library that executes no program of a data set."""
+
+
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
 _EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
+
+
 _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF", "PPM")}
 """By Pillow's name of a file's format. Images of other formats are saved as PNG."""
 

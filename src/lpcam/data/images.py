@@ -13,13 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from lpcam.errors import DataError, ImageError
+from lpcam.runtime.errors import ImageError
 
 MAXIMUM_PIXELS = 100_000_000
 """Number of pixels of the largest image that is read by default; 300 MB as RGB."""
 
+
 _EXIF_ORIENTATION = 0x0112
+
+
 _SIDEWAYS = (5, 6, 7, 8)
+
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,40 +82,6 @@ def _read_rgb(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
         return to_rgb(image)
     except (ValueError, OSError) as error:
         raise _unreadable(name, error) from error
-
-
-def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
-    """Read a mask as the values stored in it, uint8 (H, W): palette indices or grey values.
-
-    A 1-bit mask gives 0 and 1. The colours of a palette are ignored (specification of data sets,
-    section 1).
-
-    Raises:
-        DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
-            values above 255.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     Image.fromarray(np.array([[0, 7]], np.uint8)).save(Path(folder, "a.png"))
-        ...     read_index_mask(Path(folder, "a.png")).tolist()
-        [[0, 7]]
-    """
-    image = load_image(path, path, maximum_pixels)
-    problem = None
-    if image.format == "JPEG":
-        problem = "it is a JPEG, whose values are not exact"
-    elif image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
-        problem = f"it holds colours (mode {image.mode}), not class indices"
-    values = np.array(image)
-    if problem is None and values.size and (values.min() < 0 or values.max() > 255):
-        problem = f"it has values from {values.min()} to {values.max()}"
-    if problem is not None:
-        raise DataError(
-            f"mask {path} is refused: {problem}; save it as an 8-bit grey or palette PNG whose "
-            "pixel values are 0 (background), the class's number, or 255 (ignored)"
-        )
-    return values.astype(np.uint8)
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -248,3 +219,18 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return np.array(image.convert("RGB"))
+
+
+def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:
+    """A PNG file of values (H, W) or (H, W, 3), with a palette of 256 RGB colours if given.
+
+    Example:
+        >>> png_bytes(np.zeros((2, 3), np.uint8))[1:4]
+        b'PNG'
+    """
+    image = Image.fromarray(values)
+    if palette is not None:
+        image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -17,20 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpcam.data.images import read_index_mask, upright_size
-from lpcam.data.items import check_unique
+from lpcam.data.dataset import check_unique
+from lpcam.data.images import upright_size
 from lpcam.data.labels import read_lines
+from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.data.voc import CLASSES, find_root, read_list
-from lpcam.errors import DataError, LpcamError
-from lpcam.masks import write_mask
-from lpcam.parallel import ordered_map
-from lpcam.storage import write_bytes
+from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.files import write_bytes
+from lpcam.runtime.parallel import ordered_map
 
 LIST = "train_aug"
 """Name of the list."""
+
+
 MASKS = "SegmentationClassAug"
 """Folder of the masks of the list and of VOC's val."""
+
+
 _LISTS = PurePosixPath("ImageSets/Segmentation")
+
+
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 

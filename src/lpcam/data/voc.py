@@ -11,23 +11,48 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 from xml.etree import ElementTree
 
-from lpcam.data.classes import check_known, choose_classes, nearest_name
-from lpcam.data.items import ClassTable, Dataset, Item, Skip, check_unique, safe_id, without_suffix
+from lpcam.data.dataset import (
+    ClassTable,
+    Dataset,
+    Item,
+    Skip,
+    check_known,
+    check_unique,
+    choose_classes,
+    nearest_name,
+    safe_id,
+    without_suffix,
+)
 from lpcam.data.labels import normal_name, read_labels, read_names, read_text
-from lpcam.errors import DataError
+from lpcam.data.masks import with_mask_folder
+from lpcam.data.reader import ListName, Opened, Reader, Request
+from lpcam.runtime.errors import DataError
 
 _NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
 person pottedplant sheep sofa train tvmonitor"""
+
+
 CLASSES = tuple(_NAMES.split())
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
+
+
 CLASS_NAMES = "class_names.txt"
 """File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
+
+
 _PERSON_PARTS = ("head", "hand", "foot")
 """Names that VOC's person layout has beside objects; they are not classes."""
+
+
 _MOST_NAMED = 5
+
+
 _LISTS = PurePosixPath("ImageSets/Segmentation")
+
+
 _INTEGER_ID = re.compile(r"\d{10}")
 
 
@@ -226,3 +251,43 @@ def _object_names(path: Path) -> set[str]:
     except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
         raise DataError(f"annotation {path} cannot be read: {error}") from error
     return {normal_name(name.text or "") for name in document.findall("object/name")}
+
+
+class VocReader(Reader):
+    """The layout of PASCAL VOC 2012."""
+
+    means = "the layout of PASCAL VOC 2012"
+    usual_lists: ClassVar[Mapping[ListName, str]] = {
+        "classify": "train_aug",
+        "prototypes": "train",
+        "maps": "train",
+        "evaluate": "train",
+        "test": "val",
+    }
+
+    def check_labels(self, labels: Path | str | None) -> None:
+        """Refuse the word ``folders``."""
+        if isinstance(labels, str):
+            raise ValueError(
+                f"labels {labels!r} belongs to the kind folder; give a .csv or .jsonl file"
+            )
+
+    def recognises(self, path: Path) -> bool:
+        """A folder with VOC's lists."""
+        return path.is_dir() and bool(voc_lists(path))
+
+    def open(self, request: Request) -> Opened:
+        """Read labels from annotations, or from a table."""
+        dataset = read_voc(
+            request.root,
+            lists=request.lists or voc_lists(request.root),
+            classes=request.classes,
+            unlabelled=sorted(request.unlabelled),
+            labels=request.labels if isinstance(request.labels, Path) else None,
+        )
+        return Opened(
+            dataset if request.masks is None else with_mask_folder(dataset, request.masks)
+        )
+
+
+READER = VocReader()

@@ -1,1 +1,1 @@
-"""What a classifier sees in new images: maps, overlays, masks and findings."""
+"""Maps of new images, for people."""

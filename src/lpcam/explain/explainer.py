@@ -18,47 +18,43 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lpcam.backbones import IMAGENET_MEAN, IMAGENET_STD
-from lpcam.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
-from lpcam.data.folder import read_folder
-from lpcam.data.images import (
-    limit_long_side,
-    read_image,
-    resize_image,
-    resize_long_side,
-    to_rgb,
-)
-from lpcam.data.voc import CLASSES as VOC_CLASSES
-from lpcam.errors import ArtefactError, DataError, ImageError, PrototypeError
-from lpcam.explain.maps import METHOD_NAMES, ImageMaps
-from lpcam.extract import (
-    CAM,
-    LPCAM,
+from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
+from lpcam.classifiers.features import (
+    PRECISIONS,
     FeaturePair,
-    cam_maps,
     image_pyramid,
-    lpcam_maps,
     single,
     tensor_pyramid,
 )
-from lpcam.features import PRECISIONS
-from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Prototypes
-from lpcam.recipe import Recipe, load_recipe
-from lpcam.resources import choose_device
-from lpcam.storage import digest_file, read_json
-from lpcam.version import versions
-from lpcam.wrap import WrappedModel
+from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.classifiers.wrapped import WrappedModel
+from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
+from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
+from lpcam.method.image_maps import METHOD_NAMES, ImageMaps
+from lpcam.method.prototypes import Prototypes
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.runtime.files import digest_file, printable
+from lpcam.runtime.resources import choose_device
+from lpcam.runtime.versions import versions
 
 logger = logging.getLogger(__name__)
 
+
 Scoring = Literal["sigmoid", "softmax"]
+
+
 MINIMUM_SCORE = 0.5
 """A class is predicted if its score is above this value."""
+
+
 MOST_MASK_VALUES = 254
 """Values a mask has between background (0) and ignored (255)."""
+
+
 CLASSES_TOGETHER = 4
 """Classes whose maps are computed in one step; more are faster and need more memory."""
+
 
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
@@ -67,9 +63,12 @@ class Explainer:
     """Computes CAM, LPCAM, scores and masks of new images. Calls from several threads are safe.
 
     Args:
-        model: a fitted :class:`~lpcam.extract.LPCAM`, or the model that ``prototypes`` belong to: a
-            :class:`~lpcam.classifier.Classifier` (copied: later changes have no effect), a
-            :class:`~lpcam.wrap.WrappedModel`, or any image classifier that LPCAM accepts.
+        model: a fitted :class:`~lpcam.method.extractors.LPCAM`, or the model that ``prototypes``
+        belong to: a
+            :class:`~lpcam.classifiers.classifier.Classifier` (copied: later changes have no
+            effect), a
+            :class:`~lpcam.classifiers.wrapped.WrappedModel`, or any image classifier that LPCAM
+            accepts.
         prototypes: made from the features of ``model``; None: those of the fitted LPCAM.
         settings: scales, flip and thresholds, or the name of a preset; None: those of the LPCAM,
             else those stored with the prototypes, else the default preset.
@@ -154,59 +153,6 @@ class Explainer:
         }
 
     @classmethod
-    def from_run(cls, folder: Path | str, *, device: str = "auto") -> Self:
-        """Use the classifier, prototypes and settings of a run that has reached its prototypes.
-
-        Raises:
-            ArtefactError: if a file is missing or damaged.
-            PrototypeError: if the prototypes belong to another classifier.
-        """
-        folder = Path(folder)
-        if not (folder / "recipe.yaml").is_file():
-            raise ArtefactError(
-                f"{folder} is not a run folder: it has no recipe.yaml; give a folder that "
-                "'lpcam run' wrote"
-            )
-        recipe = load_recipe(folder / "recipe.yaml")
-        paths = {
-            "classifier": folder / "classifier" / "classifier.safetensors",
-            "prototypes": folder / "prototypes" / "prototypes.safetensors",
-        }
-        for what, path in paths.items():
-            if not path.is_file():
-                raise ArtefactError(
-                    f"the run {folder} has no {what} yet ({path} is missing); run 'lpcam "
-                    f"prototypes {folder / 'recipe.yaml'}' first"
-                )
-        classifier = Classifier.load(paths["classifier"])
-        method = _parts(folder / "classifier").get("method", recipe.classifier.method)
-        foreground_only = recipe.seeds.method == "LPCAM-F"
-        thresholds = {
-            "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
-            "cam_threshold": recipe.fixed_threshold("CAM"),
-        }
-        return cls(
-            classifier.to(choose_device(device)),
-            Prototypes.load(paths["prototypes"], fingerprint=classifier.fingerprint()),
-            recipe.lpcam.model_copy(update=thresholds),
-            mask_ids=_mask_ids(folder, recipe, len(classifier.classes)),
-            # whole images at the middle training size, as the classifier is validated
-            score_side=(
-                sum(recipe.classifier.finetune.long_side) // 2
-                if method == "finetune"
-                else recipe.classifier.probe.long_side
-            ),
-            precision=recipe.maps.precision,
-            maximum_side=recipe.maps.maximum_side,
-            foreground_only=foreground_only,
-            made_by={
-                "run": recipe.name,
-                "backbone": recipe.classifier.backbone,
-                "prototypes": digest_file(paths["prototypes"]),
-            },
-        )
-
-    @classmethod
     def from_files(
         cls,
         model: str | Path,
@@ -220,7 +166,8 @@ class Explainer:
         """Load a classifier by file or timm name, and prototypes of :meth:`lpcam.LPCAM.save`.
 
         Args:
-            model: a file of :meth:`~lpcam.classifier.Classifier.save`, or the name of a timm model,
+            model: a file of :meth:`~lpcam.classifiers.classifier.Classifier.save`, or the name of
+            a timm model,
                 which keeps the head that it was trained with.
             weights: of a timm model: ``"pretrained"`` or a safetensors file.
             preset: name of the settings; None: those stored with the prototypes, else the default.
@@ -459,35 +406,3 @@ def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:
     if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
         raise DataError(f"image is {source.dtype} {source.shape}; expected uint8 (H, W, 3) RGB")
     return source, "image"
-
-
-def _parts(stage: Path) -> dict[str, Any]:
-    """What the record of a stage says about it; empty if there is no record."""
-    record = stage / "stage.json"
-    return cast(dict[str, Any], read_json(record).get("parts", {})) if record.is_file() else {}
-
-
-def _mask_ids(folder: Path, recipe: Recipe, count: int) -> tuple[int, ...] | None:
-    """Mask values of a run's classes: from its seeds if its data are no longer there."""
-    if recipe.data.kind == "voc":
-        names = recipe.data.classes or VOC_CLASSES
-        return tuple(VOC_CLASSES.index(name) + 1 for name in names)
-    ids = _parts(folder / "seeds").get("mask_ids", ())
-    if len(ids) == count:
-        return tuple(int(value) for value in ids)
-    try:
-        ids = read_folder(recipe.data.root, classes=recipe.data.classes).classes.mask_ids
-    except DataError as error:
-        logger.warning("mask values are 1, 2, ... in the order of the classes: %s", error)
-        return None
-    return ids if len(ids) == count else None
-
-
-def printable(path: Path) -> str:
-    """A path as text that can be written as UTF-8; bytes that are not UTF-8 become U+FFFD.
-
-    Example:
-        >>> printable(Path("images/a.png"))
-        'images/a.png'
-    """
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")

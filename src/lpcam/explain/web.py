@@ -24,7 +24,7 @@ def page_file(name: str) -> str:
         >>> page_file("base.html.jinja").startswith("<!doctype html>")
         True
     """
-    return resources.files("lpcam").joinpath("pages", name).read_text("utf-8")
+    return resources.files("lpcam.explain").joinpath("pages", name).read_text("utf-8")
 
 
 def page_environment() -> jinja2.Environment:
@@ -83,18 +83,3 @@ def encode_picture(picture: NDArray[np.uint8], *, quality: int = QUALITY) -> str
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:
-    """A PNG file of values (H, W) or (H, W, 3), with a palette of 256 RGB colours if given.
-
-    Example:
-        >>> png_bytes(np.zeros((2, 3), np.uint8))[1:4]
-        b'PNG'
-    """
-    image = Image.fromarray(values)
-    if palette is not None:
-        image.putpalette(palette)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""Files of other programs: maps, labels and masks read from them and written for them."""
+"""Files of other programs."""

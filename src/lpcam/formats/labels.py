@@ -1,7 +1,8 @@
 """Image-level labels of other programs (``cls_labels.npy``), imported as ``labels.csv``.
 
 The files are a dictionary {image: vector (N,)} or an array (n, N) in the order of a list
-(specification of data sets, sections 1 and 2). They are read by :mod:`lpcam.arrays` without running
+(specification of data sets, sections 1 and 2). They are read by
+:mod:`lpcam.formats.pickled_arrays` without running
 code of them.
 """
 
@@ -18,15 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpcam.arrays import read_pickled_arrays
-from lpcam.data.items import ClassTable, check_unique, safe_id
+from lpcam.data.dataset import ClassTable, check_unique, safe_id
 from lpcam.data.labels import read_text
-from lpcam.errors import DataError
-from lpcam.storage import write_bytes
+from lpcam.formats.pickled_arrays import read_pickled_arrays
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import write_bytes
 
 CLASSES_FILE = "classes.txt"
 """Class names beside ``labels.csv``; without it the classes would be sorted by name."""
+
+
 _VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
+
+
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 
 
@@ -200,7 +205,7 @@ def read_classes(path: Path) -> ClassTable:
 
     Raises:
         DataError: if the file is missing or not UTF-8 text, a value is not an integer, or the
-            classes do not make a :class:`lpcam.data.items.ClassTable`.
+            classes do not make a :class:`lpcam.data.dataset.ClassTable`.
 
     Example:
         >>> from tempfile import mkdtemp

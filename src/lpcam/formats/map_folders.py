@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lpcam.data.classes import choose_classes
-from lpcam.data.items import ClassTable, Skip, safe_id
-from lpcam.errors import ArtefactError, DataError
+from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
+from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
 from lpcam.formats.maps import (
     WITH_BACKGROUND,
@@ -25,15 +24,18 @@ from lpcam.formats.maps import (
     read_foreign_maps,
     write_foreign_maps,
 )
-from lpcam.functional import normalize
-from lpcam.parallel import ordered_map
-from lpcam.storage import MapFile, map_path, read_maps, write_maps
-from lpcam.version import __version__
+from lpcam.method.functional import normalize
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.versions import __version__
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and their total."""
 
+
 _COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
+
+
 _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
 
 
@@ -105,7 +107,7 @@ def import_maps(
 
     Args:
         source: the folder, searched recursively.
-        output: the folder for map files of this package (:func:`lpcam.storage.write_maps`).
+        output: the folder for map files of this package (:func:`lpcam.data.map_files.write_maps`).
         ids: ids of the images. None: the names of the files.
         sizes: (H, W) by id, checked against the files.
         style, classes: as in `read_foreign_maps`, for all files.
@@ -113,7 +115,8 @@ def import_maps(
             other classes are dropped and counted.
         without_file: how an image of ``ids`` without a file is treated: left out, or as having no
             class (MCTformer's convention; ``sizes`` must have its size).
-        normalise: divide each map by its maximum (:func:`lpcam.functional.normalize`), as IRN does.
+        normalise: divide each map by its maximum (:func:`lpcam.method.functional.normalize`), as
+        IRN does.
         dtype: precision in which maps are stored.
         workers: number of files read at a time.
         progress: called after each image.
@@ -249,7 +252,7 @@ def export_maps(
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
     Args:
-        source: a folder of map files (:func:`lpcam.storage.write_maps`).
+        source: a folder of map files (:func:`lpcam.data.map_files.write_maps`).
         output: the folder to write to; files of the same names are replaced.
         style, classes, background: as in `write_foreign_maps`. If classes are given, their names
             and mask values are written to `CLASSES_FILE` beside the maps (`read_classes`).

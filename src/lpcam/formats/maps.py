@@ -13,7 +13,8 @@ psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after 
 ==========  ==================================================================================
 
 A key k is the class of the value k + 1 in masks, also in runs of some classes, whose label indices
-differ. Files are read by :mod:`lpcam.arrays` without running code of them; what is written can be
+differ. Files are read by :mod:`lpcam.formats.pickled_arrays` without running code of them; what is
+written can be
 read without torch.
 """
 
@@ -29,25 +30,26 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from lpcam.arrays import dictionary_file, read_pickled_arrays
+from lpcam.data.dataset import ClassTable
 from lpcam.data.images import MAXIMUM_PIXELS
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError, DataError
-from lpcam.functional import strided
-from lpcam.storage import (
-    MapFile,
-    digest_bytes,
-    read_bytes,
-    write_bytes,
-)
-from lpcam.version import __version__
+from lpcam.data.map_files import MapFile
+from lpcam.formats.pickled_arrays import dictionary_file, read_pickled_arrays
+from lpcam.method.functional import strided
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import digest_bytes, read_bytes, write_bytes
+from lpcam.runtime.versions import __version__
 
 MapStyle = Literal["irn", "amn", "psa", "psa-crf"]
+
+
 Background = float | NDArray[np.float32]
 """Background score of the whole image, or a plane (H, W)."""
 
+
 WITH_BACKGROUND = ("amn", "psa-crf")
 """Styles with a background plane."""
+
+
 _STRIDE = 4
 
 

@@ -1,1 +1,1 @@
-"""The other hosts of LPCAM: each takes maps, or its own features, and gives better maps."""
+"""Methods with a network of their own: AMN, EDAM and MCTformer."""

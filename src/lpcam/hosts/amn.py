@@ -13,32 +13,96 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
-from lpcam import engine
-from lpcam.classifier import BackboneSpec, Classifier, Preprocessing, build, described
-from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
-from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
-from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import FeaturePair, image_pyramid
-from lpcam.functional import FusedMaps, lpcam_of_pair, normalize, unflip
-from lpcam.hosts.base import check_finite, check_labels, quarter
-from lpcam.metrics import truth_labels
-from lpcam.network_files import SavedNetwork
-from lpcam.networks.deeplabv2 import Aspp
-from lpcam.presets import AmnSettings
-from lpcam.probe import multi_hot
-from lpcam.processes import Processes
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build, described
+from lpcam.classifiers.features import FeaturePair, image_pyramid
+from lpcam.classifiers.probe import multi_hot
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
+from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import truth_labels
+from lpcam.hosts.base import (
+    Arm,
+    Base,
+    History,
+    Host,
+    HostData,
+    HostSection,
+    HostSettings,
+    View,
+    check_finite,
+    check_labels,
+    quarter,
+)
+from lpcam.method.functional import FusedMaps, lpcam_of_pair, normalize, unflip
 from lpcam.refine.base import Samples, shallow_copy
-from lpcam.segmentation.augment import check_masks
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.settings import Fraction, Positive
+from lpcam.segmentation.augmentation import check_masks
 from lpcam.segmentation.losses import reduce_labels
-from lpcam.train import freeze
+from lpcam.segmentation.networks.deeplabv2 import Aspp
+from lpcam.training import loop as engine
+from lpcam.training.augmentation import mirror_and_crop
+from lpcam.training.optim import freeze, names_below
+from lpcam.training.saved_network import SavedNetwork
+
+
+class AmnSettings(HostSettings):
+    """AMN: a per-pixel classifier told the image's labels (specification of AMN)."""
+
+    table: ClassVar[str] = "amn"
+    preset: str = "default"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone, by Adam, without a schedule ..."""
+    head_learning_rate: Positive
+    """... and of the head and the label conditioning."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2, within Adam."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    scale: tuple[Positive, Positive]
+    """Range from which each image's scale is drawn."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side of the square crop, in pixels."""
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Part of the target that is shared among the other labels (section 3, epsilon)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of the features' elements, in training alone."""
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    """Of the head's parallel 3 x 3 convolutions."""
+    foreground_threshold: Fraction
+    """The teacher's labels, of LPCAM: as those of IRN's labels ..."""
+    background_threshold: Fraction
+    """... and of the background."""
+    cam_foreground_threshold: Fraction
+    """The same two for CAM."""
+    cam_background_threshold: Fraction
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the logits are averaged."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    gate: bool
+    """Where the teacher says background, probabilities are not stretched to [0, 1] (section 4)."""
+    reading: Literal["teacher", "features"]
+    """Where LPCAM enters (section 5). ``teacher``: its labels train AMN (Reading A). ``features``:
+    prototypes of AMN's own features map the image, AMN being taught by CAM (Reading B)."""
+    conditioned: bool
+    """Reading B: whether its features are those after the label conditioning."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
 
 EPSILON = 1e-5
 """Added to the range that probabilities are divided by (section 4)."""
@@ -164,7 +228,8 @@ def build_amn(
     """Build AMN on a timm backbone, with untrained conditioning and head.
 
     Args:
-        spec, classes, weights, mean, std: as for :func:`lpcam.classifier.build`; the weights are
+        spec, classes, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`; the
+        weights are
             ImageNet's, not those of the classifier that made the maps (section 2).
         settings: ``dilations`` and ``dropout`` are used.
         seed: random seed of the first weights.
@@ -257,7 +322,7 @@ def augment(
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
     tensor, resized = preprocessing(resize_image(image, size)), reduce_labels(labels, size)
     planes = [(tensor, 0), (resized, IGNORE)]
-    canvas, target = engine.mirror_and_crop(planes, settings.crop, generator)
+    canvas, target = mirror_and_crop(planes, settings.crop, generator)
     return canvas, target
 
 
@@ -298,7 +363,7 @@ def train_amn(
     centre.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
+        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
             Those without a pixel that counts are left out.
         classes: of the network, with their mask ids.
@@ -308,9 +373,9 @@ def train_amn(
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: as :func:`lpcam.segmentation.augment.check_masks`.
+        DataError: as :func:`lpcam.segmentation.augmentation.check_masks`.
         ClassifierError: if the classes are not the network's, ``freeze`` matches nothing, or as
-            :func:`lpcam.engine.run`.
+            :func:`lpcam.training.loop.run`.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
@@ -423,7 +488,8 @@ def maps_of(
         settings: ``scales``, ``flip``, ``gate`` and, with vectors, ``conditioned`` are used.
         seed: (H, W) integers, the labels that the network was trained on. With ``gate`` no plane is
             stretched or raised where they are background.
-        vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`, of :func:`local_features`.
+        vectors: (N, C) of :meth:`lpcam.method.prototypes.Prototypes.vectors`, of
+        :func:`local_features`.
 
     Returns:
         ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in [0, 1], on the network's
@@ -557,3 +623,70 @@ def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None, size: tuple[i
         )
     sure = reduce_labels(seed, planes.shape[-2:]).to(planes.device) == BACKGROUND
     return torch.where(sure, planes, stretched)
+
+
+# -- The host ----------------------------------------------------------------------------------
+
+
+class AmnHost(Host):
+    """A per-pixel classifier that learns from ternary masks of the run's maps."""
+
+    title = "AMN"
+    settings = AmnSettings
+    map_fields = frozenset({"scales", "flip", "gate"})
+    prototype_fields = frozenset({"reading", "conditioned"})
+    mask_fields = frozenset(
+        {
+            *("foreground_threshold", "background_threshold"),
+            *("cam_foreground_threshold", "cam_background_threshold"),
+        }
+    )
+
+    def arms(self, section: HostSection) -> list[Arm]:
+        """Maps of a network for each base; in Reading B one network, with prototypes for LPCAM."""
+        reads_features = section.settings.reading == "features"
+        return [
+            Arm(
+                arm.title,
+                arm.base,
+                section.method if reads_features else arm.folder,
+                prototypes=reads_features and arm.base == "LPCAM",
+            )
+            for arm in super().arms(section)
+        ]
+
+    def mask_thresholds(self, settings: Any, base: Base) -> tuple[float, float]:
+        """Thresholds of the ternary masks (section 1)."""
+        if base == "CAM":
+            return settings.cam_foreground_threshold, settings.cam_background_threshold
+        return settings.foreground_threshold, settings.background_threshold
+
+    def build(
+        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+    ) -> Amn:
+        """The untrained network."""
+        return build_amn(backbone, names, settings, **first)
+
+    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
+        """A batch, or all images where they are fewer."""
+        names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
+        return min(settings.batch_size, len(data.masks)), "batch_size"
+
+    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
+        """Train on the ternary masks."""
+        return train_amn(network, data.masks, data.classes, settings, **options)
+
+    def load(self, path: Path, device: Any) -> Amn:
+        """A trained network with folded batch norms."""
+        return Amn.load(path).to(device).eval().folded()
+
+    def local_features(self, network: Any, view: View, settings: Any) -> tuple[Tensor, Tensor]:
+        """Features of AMN and its maps (Reading B)."""
+        return local_features(network, view.image, view.labels, settings, seed=view.mask)
+
+    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
+        """AMN's probabilities, or LPCAM on its features."""
+        return maps_of(network, view.image, view.labels, settings, seed=view.mask, vectors=vectors)
+
+
+HOST = AmnHost()

@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lpcam import engine, train
-from lpcam.classifier import (
+from lpcam.classifiers import finetuning as train
+from lpcam.classifiers.classifier import (
     NO_CLASSES,
     BackboneSpec,
     Classifier,
@@ -37,27 +38,101 @@ from lpcam.classifier import (
     described,
     description,
 )
+from lpcam.classifiers.features import image_pyramid
+from lpcam.classifiers.probe import multi_hot
+from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.data.items import Item
-from lpcam.data.jitter import jitter_colours
-from lpcam.errors import ClassifierError, DataError
-from lpcam.extract import image_pyramid
-from lpcam.functional import FusedMaps, fuse_scales, unflip
-from lpcam.hosts.base import check_finite, check_labels
-from lpcam.network_files import SavedNetwork
-from lpcam.presets import EdamSettings
-from lpcam.probe import multi_hot
-from lpcam.processes import Processes
+from lpcam.hosts.base import (
+    Arm,
+    History,
+    Host,
+    HostData,
+    HostSection,
+    HostSettings,
+    View,
+    check_finite,
+    check_labels,
+)
+from lpcam.method.functional import FusedMaps, fuse_scales, unflip
 from lpcam.refine.base import Samples, shallow_copy
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.settings import Fraction, Positive
+from lpcam.training import loop as engine
+from lpcam.training.augmentation import jitter_colours
+from lpcam.training.optim import freeze, names_below, parameter_groups, poly
+from lpcam.training.saved_network import SavedNetwork
+
+
+class EdamSettings(HostSettings):
+    """EDAM's network: class masks, and attention over pairs of images (specification of EDAM)."""
+
+    table: ClassVar[str] = "edam"
+    preset: str = "default"
+
+    iterations: Annotated[int, Field(ge=1)]
+    """Steps of SGD."""
+    pairs: Annotated[int, Field(ge=1)]
+    """Pairs of images with a common class, a step."""
+    learning_rate: Positive
+    """Of the backbone and the transformers."""
+    head_multiplier: Positive
+    """Of the new convolutions."""
+    bias_multiplier: Positive
+    """Of biases, on top of it; they have no weight decay."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power."""
+    warmup: Annotated[int, Field(ge=0)]
+    """Steps over which the rate rises linearly, from ``warmup_factor`` of it."""
+    warmup_factor: Fraction
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """Inclusive range, in pixels, from which each image's long side is drawn."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side of the square crop, in pixels; it fixes the table of positions."""
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
+    """Brightness, contrast, saturation and hue."""
+    width: Annotated[int, Field(ge=2)]
+    """Of the tokens; their norm needs two values."""
+    heads: Annotated[int, Field(ge=1)]
+    hidden: Annotated[int, Field(ge=1)]
+    """Of the transformers' feed-forward part."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the maps are summed."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.long_side[0] > self.long_side[1]:
+            raise ValueError(f"long_side {list(self.long_side)} must be a range: the smaller first")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
 
 PAIR = 2
 """Images from which a class is learnt together."""
+
+
 WAVELENGTHS = 10000.0
 """Ratio of the longest wavelength of the position code to the shortest."""
+
+
 NORM_EPSILON = 1e-6
 """Added to the standard deviation in the transformers' layer norms."""
+
+
 HEADS = ("activation.", "reduction.", "logits.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
+
+
 RECORDS = 25
 """Records in the history of a training, about one an epoch of the released list (section 2)."""
 
@@ -278,10 +353,11 @@ def build_edam(
             arguments say otherwise.
         classes: N class names.
         settings: ``width``, ``heads``, ``hidden`` and ``dropout`` are used.
-        weights, mean, std, seed: as for :func:`lpcam.classifier.build`; the weights are ImageNet's.
+        weights, mean, std, seed: as for :func:`lpcam.classifiers.classifier.build`; the weights
+        are ImageNet's.
 
     Raises:
-        ClassifierError: as :func:`lpcam.classifier.build` and :class:`Edam`.
+        ClassifierError: as :func:`lpcam.classifiers.classifier.build` and :class:`Edam`.
 
     Example:
         >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
@@ -397,7 +473,8 @@ def augment(
     settings: EdamSettings,
     generator: np.random.Generator,
 ) -> Tensor:
-    """:func:`lpcam.train.augment` with random colours of the resized image (section 2).
+    """:func:`lpcam.classifiers.finetuning.augment` with random colours of the resized image
+    (section 2).
 
     Returns:
         (3, crop, crop) float32 of an image (H, W, 3) uint8 RGB.
@@ -421,9 +498,7 @@ def learning_rate_factor(step: int, settings: EdamSettings) -> float:
     if step < settings.warmup:
         low = settings.warmup_factor
         return low + (1.0 - low) * step / settings.warmup
-    return engine.poly(
-        step - settings.warmup, settings.iterations - settings.warmup, settings.power
-    )
+    return poly(step - settings.warmup, settings.iterations - settings.warmup, settings.power)
 
 
 def train_edam(
@@ -441,7 +516,7 @@ def train_edam(
     SGD on the binary cross-entropy of every class and image of the pairs of :func:`pairs_of`.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
+        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         items: images with their labels; one that shares a class with no other is left out.
         settings: its sizes must be those of the network.
 
@@ -459,7 +534,7 @@ def train_edam(
     count = len(network.classes)
     for item in items:
         check_labels(item.labels, count)
-    train.freeze(network.classifier.backbone, settings.freeze, norms=True)
+    freeze(network.classifier.backbone, settings.freeze, norms=True)
     labels = multi_hot(items, count)
     size = min(settings.pairs, len(partners.firsts))
     steps = settings.iterations
@@ -476,7 +551,7 @@ def train_edam(
     history = engine.run(
         network,
         torch.optim.SGD(
-            engine.parameter_groups(network, HEADS, settings),
+            parameter_groups(network, HEADS, settings),
             lr=settings.learning_rate,
             momentum=settings.momentum,
         ),
@@ -540,3 +615,52 @@ def maps_of(
         maps.append(found)
     # At stride 1 the sizes are the image's, to which the released program resizes.
     return fuse_scales(maps, (image.shape[0], image.shape[1]), stride=1)
+
+
+# -- The host ----------------------------------------------------------------------------------
+
+
+class EdamHost(Host):
+    """Class masks learned with attention over pairs of images."""
+
+    title = "EDAM"
+    settings = EdamSettings
+    map_fields = frozenset({"scales", "flip"})
+
+    def check(self, section: HostSection) -> None:
+        """Refuse host.maps: EDAM builds on neither CAM nor LPCAM."""
+        if section.maps is not None:
+            raise ValueError(
+                "edam builds on neither CAM nor LPCAM: leave host.maps out; LPCAM takes CAM's "
+                "place in its refinement: refine.method saliency, refine.maps [LPCAM]"
+            )
+
+    def arms(self, section: HostSection) -> list[Arm]:
+        """Its one kind of maps."""
+        return [Arm(self.title, "CAM", section.method)]
+
+    def build(
+        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+    ) -> Edam:
+        """The untrained network."""
+        return build_edam(backbone, names, settings, **first)
+
+    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
+        """The pairs of a step, or all that there are."""
+        names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
+        return min(settings.pairs, len(Partners(data.images).firsts)), "pairs"
+
+    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
+        """Train on pairs of images with a common class."""
+        return train_edam(network, data.images, settings, **options)
+
+    def load(self, path: Path, device: Any) -> Edam:
+        """A trained network with folded batch norms."""
+        return Edam.load(path).to(device).eval().folded()
+
+    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
+        """The class masks of an image."""
+        return maps_of(network, view.image, view.labels, settings)
+
+
+HOST = EdamHost()

@@ -1,7 +1,8 @@
 """MCTformer: class attention, PatchCAM and patch affinity as maps (specification of MCTformer).
 
 Training is that of section 2, maps are those of section 3, and LPCAM replaces PatchCAM as in
-section 6. The network is :mod:`lpcam.networks.mctformer`. Options of MCTformer+ (2023) that are not
+section 6. The network is :mod:`lpcam.hosts.mctformer_network`. Options of MCTformer+ (2023) that
+are not
 published are marked as inferred.
 
 Shapes: B images, N classes, K present classes, C channels of a token, h x w patches of an image of
@@ -30,18 +31,31 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lpcam import engine
-from lpcam.classifier import Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.classifiers.probe import mean_average_precision, multi_hot
+from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
-from lpcam.data.items import Item
-from lpcam.errors import ClassifierError, DataError
-from lpcam.functional import FusedMaps, cosine_activation, normalize, unflip, unit
-from lpcam.hosts.base import check_finite, check_labels, quarter
-from lpcam.metrics import mean_average_precision
-from lpcam.networks.mctformer import Attended, Mctformer, Scores, build_mctformer
-from lpcam.presets import MctformerSettings
-from lpcam.probe import multi_hot
-from lpcam.processes import Processes
+from lpcam.hosts.base import (
+    History,
+    Host,
+    HostData,
+    HostSection,
+    View,
+    check_finite,
+    check_labels,
+    quarter,
+)
+from lpcam.hosts.mctformer_network import (
+    Attended,
+    Mctformer,
+    MctformerSettings,
+    Scores,
+    build_mctformer,
+)
+from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unflip, unit
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.training import loop as engine
 
 __all__ = [
     "Mctformer",
@@ -58,6 +72,7 @@ __all__ = [
     "train_mctformer",
     "validation_map",
 ]
+
 
 EPSILON = 1e-8
 """Added to the range that a map is divided by (section 3, step 4)."""
@@ -218,7 +233,7 @@ def train_mctformer(
     The weights of the last epoch are kept (section 2).
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
+        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         items: images and their image-level labels.
         validation: images whose mAP is measured after each epoch.
         settings: ``version`` must be that of the network.
@@ -229,7 +244,7 @@ def train_mctformer(
     Raises:
         DataError: if there is no image.
         ClassifierError: if settings and network disagree or timm does not know the augmentation,
-            and as :func:`lpcam.engine.run`.
+            and as :func:`lpcam.training.loop.run`.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
@@ -363,7 +378,8 @@ def maps_of(
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
         settings: ``attention_blocks``, ``fusion``, ``affinity``, ``scales`` and ``flip`` are used.
-        vectors: (N, C) of :meth:`lpcam.prototypes.Prototypes.vectors`: LPCAM of the patch tokens
+        vectors: (N, C) of :meth:`lpcam.method.prototypes.Prototypes.vectors`: LPCAM of the patch
+        tokens
             replaces PatchCAM. None: PatchCAM in V2, the class attention alone in V1.
 
     Returns:
@@ -524,3 +540,60 @@ def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         if len(pair) > 1:
             total.append(unflip(resized[1]))
     return torch.stack(total).sum(0)
+
+
+# -- The host ----------------------------------------------------------------------------------
+
+
+class MctformerHost(Host):
+    """A vision transformer with a token for each class; its base CAM is its own PatchCAM."""
+
+    title = "MCTformer"
+    settings = MctformerSettings
+    holds_out = True
+    map_fields = frozenset({"scales", "flip", "attention_blocks", "fusion", "affinity"})
+    prototype_fields = frozenset({"split_maps"})
+
+    def check(self, section: HostSection) -> None:
+        """Refuse a section without a transformer, or settings that need PatchCAM with V1."""
+        if section.backbone is None:
+            raise ValueError("mctformer needs host.backbone, such as deit_small_patch16_224")
+        if section.settings.version == "v1":
+            if any(arm.base == "LPCAM" for arm in self.arms(section)):
+                raise ValueError(
+                    "mctformer.version v1 has no PatchCAM whose place LPCAM could take; set "
+                    "host.maps to [CAM]"
+                )
+            if section.settings.split_maps == "patch":
+                raise ValueError("mctformer.split_maps patch needs version v2")
+
+    def build(
+        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+    ) -> Mctformer:
+        """The untrained network."""
+        arguments = backbone.arguments
+        return build_mctformer(backbone.name, names, settings, arguments=arguments, **first)
+
+    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
+        """A batch, or all images where they are fewer."""
+        check_blocks(network, settings)
+        return min(settings.batch_size, len(data.images)), "batch_size"
+
+    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
+        """Train on image-level labels."""
+        return train_mctformer(network, data.images, data.held_out, settings, **options)
+
+    def load(self, path: Path, device: Any) -> Mctformer:
+        """A trained network."""
+        return Mctformer.load(path).to(device).eval()
+
+    def local_features(self, network: Any, view: View, settings: Any) -> tuple[Tensor, Tensor]:
+        """Patch tokens and the maps that split them."""
+        return local_features(network, view.image, view.labels, settings)
+
+    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
+        """Fused and refined maps; LPCAM of the patch tokens replaces PatchCAM."""
+        return maps_of(network, view.image, view.labels, settings, vectors=vectors)
+
+
+HOST = MctformerHost()

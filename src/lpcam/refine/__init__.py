@@ -1,1 +1,1 @@
-"""Refinement: from class maps to pseudo masks that follow the edges of the image."""
+"""From maps to pseudo masks."""

@@ -1,21 +1,286 @@
-"""Helpers that the refinements share: checks of images and maps, dtypes, copies of networks."""
+"""What a refinement is: a method that turns maps into pseudo masks."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lpcam.data.items import Item
-from lpcam.engine import Place
-from lpcam.errors import DataError
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.settings import BackboneSection
+from lpcam.data.dataset import ClassTable, Item
+from lpcam.data.map_files import MapFile
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.registry import Registry
+from lpcam.runtime.settings import Section
+from lpcam.training.loop import Place
+
+DECIDED = 0.5
+"""Threshold of maps p / (p + p of the background): above it the class is likelier."""
+History = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Maps that are refined."""
+
+    method: str
+    """Name of their rows, such as ``LPCAM`` or ``AMN+LPCAM``."""
+    name: str
+    """Name of their folders."""
+    folder: Path
+    key: str
+    """Of the result that holds them."""
+    seed_threshold: float
+    """Fixed threshold of their seeds."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image that is refined, and its maps."""
+
+    item: Item
+    maps: MapFile
+    image: Tensor
+    """(H, W, 3) uint8 RGB, at the size of refinement."""
+    planes: Tensor
+    """(K, H, W) maps at that size."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a run lends to its refinement."""
+
+    device: torch.device
+    classes: ClassTable
+    backbone: BackboneSection
+    """The classifier's backbone."""
+    classifier: Callable[[], Classifier]
+    """Makes the trained classifier; the untrained one where maps are another program's."""
+    untrained: Callable[[], Classifier]
+    """Makes a classifier with random weights, to try what can be built on it."""
+    seed: int
+    items: Sequence[Item]
+    """All images that are refined."""
+    sharing: Sharing
+    memory: int | None
+    """Memory that one image may use, in bytes; None: no limit is known."""
+    saliency: Path | Literal["computed"] | None
+    """The recipe's data.saliency."""
+
+
+Refine = Callable[[Picture], tuple[Tensor, Tensor]]
+"""Gives the refined maps of a picture at stride 4 (K, h, w) and at full size (K, H, W)."""
+
+
+class RefineSection(Section):
+    """How maps become pseudo masks before a segmenter is trained on them."""
+
+    method: str = "irn"
+    """Name of a refinement."""
+    maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Which maps are refined; every image that has maps gets a pseudo mask. Null: the host's, or
+    CAM and LPCAM without a host."""
+
+    @property
+    def settings(self) -> Any:
+        """Settings of the chosen refinement."""
+        return getattr(self, self.method)
+
+    @property
+    def refinement(self) -> Refinement:
+        """The chosen refinement."""
+        return REFINEMENTS[self.method]
+
+    @property
+    def label_crf(self) -> Any:
+        """Settings of the dense CRF that cleans seeds: those of the method ``crf``."""
+        return getattr(self, "crf")  # noqa: B009 - a field that the registry adds
+
+    def title(self, method: str) -> str:
+        """Name of the rows of refined maps, such as ``LPCAM + IRN``."""
+        return f"{method} + {self.refinement.title}"
+
+    @model_validator(mode="after")
+    def _check(self) -> RefineSection:
+        if self.method not in REFINEMENTS:
+            known = ", ".join(REFINEMENTS)
+            raise ValueError(f"there is no refinement {self.method!r}; there are {known}")
+        self.refinement.check(self)
+        return self
+
+
+class Refinement(ABC):
+    """A method that turns maps into pseudo masks.
+
+    A refinement is one object in :data:`REFINEMENTS`. One that learns (``learns``) first writes
+    labels for each image and trains a network on them; see :class:`LearnedRefinement`.
+    """
+
+    title: ClassVar[str]
+    """Name in rows and messages."""
+    settings: ClassVar[type[BaseModel]]
+    """Class of its settings."""
+    uses_saliency: ClassVar[bool] = False
+    """Whether it needs saliency maps (data.saliency)."""
+
+    def check(self, section: RefineSection) -> None:
+        """Refuse a section that does not fit the refinement.
+
+        Raises:
+            ValueError: saying which key is wrong.
+        """
+
+    def validate(self, section: RefineSection, tools: Tools) -> None:
+        """Refuse, before any stage runs, what the refinement could not work with.
+
+        Raises:
+            LpcamError: saying what is missing or does not fit.
+        """
+
+    def crf_use(self, section: RefineSection) -> str | Literal[False]:
+        """Where a dense CRF takes part in its figures, for their protocol; False: nowhere."""
+        return False
+
+    def threshold(self, section: RefineSection, source: Source) -> float:
+        """Threshold of the refined maps: foreground is above it."""
+        return DECIDED
+
+    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """Everything beside the maps that the refined maps depend on, as JSON."""
+        own = section.settings.model_dump(mode="json", exclude={"preset"})
+        return {"settings": own, "seed_threshold": source.seed_threshold}
+
+    def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
+        """The refinement and its settings, for the protocol of figures."""
+        return section.model_dump(mode="json", include={"method", section.method})
+
+    @abstractmethod
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """A function that refines one picture.
+
+        Args:
+            section: with the settings.
+            source: the maps.
+            tools: what the run lends.
+            network: file of the trained network, for refinements that learn.
+            folder: of the pseudo masks, for further files beside them.
+        """
+
+
+class LearnedRefinement(Refinement):
+    """A refinement with a network that learns from labels made of the maps."""
+
+    starts_from: ClassVar[Literal["backbone", "classifier"]] = "backbone"
+    """Whose weights the network starts from: the backbone's first ones, or the classifier's."""
+
+    @abstractmethod
+    def label_path(self, folder: Path, image_id: str) -> Path:
+        """The file of an image's labels."""
+
+    @abstractmethod
+    def label_key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """Everything beside the maps that the labels depend on, as JSON."""
+
+    @abstractmethod
+    def labeller(
+        self, section: RefineSection, source: Source, tools: Tools
+    ) -> Callable[[Picture, Path], None]:
+        """A function that writes the labels of one picture to a file."""
+
+    @abstractmethod
+    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
+        """The settings that the network depends on, as JSON."""
+
+    @abstractmethod
+    def build(self, section: RefineSection, tools: Tools) -> Any:
+        """The untrained network, on the run's device."""
+
+    @abstractmethod
+    def train(
+        self,
+        network: Any,
+        labelled: Sequence[tuple[Item, Path]],
+        section: RefineSection,
+        **options: Any,
+    ) -> History:
+        """Train the network in place on images with their label files; returns the history.
+
+        Args:
+            network: as :meth:`build` made it.
+            labelled: images and the files that :meth:`labeller` wrote.
+            section: with the settings.
+            options: ``seed``, ``folder`` (for checkpoints), ``workers`` and ``processes``.
+        """
+
+
+def decided(scores: Tensor) -> Tensor:
+    """Turn scores of background and classes into maps that are cut at `DECIDED`.
+
+    A map is p / (p + p of the background). Only the likeliest class of a pixel has one, because
+    near 1 rounding alone would decide between the others.
+
+    Args:
+        scores: (K + 1, H, W), non-negative, background first.
+
+    Returns:
+        (K, H, W) in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> decided(torch.tensor([[[0.2]], [[0.6]], [[0.2]]])).flatten()
+        tensor([0.7500, 0.0000])
+    """
+    classes, background = scores[1:], scores[:1]
+    tiny = torch.finfo(scores.dtype).tiny
+    full = classes / (classes + background).clamp_min(tiny)
+    return torch.where(classes == classes.amax(0), full, 0)
+
+
+def check_label_crf(section: RefineSection) -> None:
+    """Refuse a CRF that does not take the hard labels of seeds.
+
+    Raises:
+        ValueError: saying which key is wrong.
+    """
+    crf = section.label_crf
+    if crf.unary != "labels":
+        raise ValueError(
+            f"crf.unary is {crf.unary!r} (preset {crf.preset!r}), but the CRF gets the hard labels "
+            "of seeds here; use the preset 'irn', or set crf.unary to labels"
+        )
+
+
+REFINEMENTS: Registry[Refinement] = Registry(
+    "refinement",
+    "lpcam.refinements",
+    {
+        "irn": "lpcam.refine.irn:REFINEMENT",
+        "crf": "lpcam.refine.crf:REFINEMENT",
+        "pamr": "lpcam.refine.pamr:REFINEMENT",
+        "psa": "lpcam.refine.psa:REFINEMENT",
+        "saliency": "lpcam.refine.saliency_fusion:REFINEMENT",
+    },
+)
+
+
+# -- Shared by the methods --------------------------------------------------------------------
+
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
 Sample = TypeVar("Sample")
 
 

@@ -17,20 +17,66 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import CrfSettings
-from lpcam.refine.base import check_image_and_maps, compute_dtype
+from lpcam.method.seeds import seeds
+from lpcam.refine.base import (
+    Picture,
+    Refine,
+    Refinement,
+    RefineSection,
+    Source,
+    Tools,
+    check_image_and_maps,
+    check_label_crf,
+    compute_dtype,
+    decided,
+)
 from lpcam.refine.permutohedral import JoinedFilter, Lattice, join, permutohedral_lattice
-from lpcam.resources import available_memory
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.resources import available_memory
+from lpcam.runtime.settings import Positive, PresetModel
+
+
+class CrfSettings(PresetModel):
+    """A dense CRF: unary energies, two kernels and mean field (specification of IRN, section 3)."""
+
+    table: ClassVar[str] = "crf"
+    preset: str = "irn"
+
+    unary: Literal["labels", "probabilities"]
+    """What the method gives to its CRF."""
+    gt_prob: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Probability that a hard label is right."""
+    clip: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Smallest probability of which the logarithm is taken."""
+    gaussian_sxy: Positive
+    """Standard deviation of the kernel of positions, in pixels."""
+    gaussian_weight: Annotated[float, Field(ge=0.0)]
+    """Potts weight of it; 0 leaves it out."""
+    bilateral_sxy: Positive
+    """Standard deviation of the positions in the kernel of positions and colours, in pixels."""
+    bilateral_srgb: Positive
+    """Standard deviation of the colours in it, in levels of [0, 255]."""
+    bilateral_weight: Annotated[float, Field(ge=0.0)]
+    """Potts weight of it; 0 leaves it out."""
+    iterations: Annotated[int, Field(ge=0)]
+    """Of mean field."""
+
 
 NORM_EPSILON = 1e-20
 """Added to the row sums of a kernel before their square root is taken."""
+
+
 SAFE_EXPONENT = 80.0
 """exp of it is finite in float32, as are sums of many labels' exponentials."""
+
+
 KEPT_SIZES = 4
 """Number of image sizes whose Gaussian kernels are kept."""
 
@@ -362,3 +408,40 @@ def required_memory(
     # in six directions, twice while lattices are joined, and rows of values.
     numbers = math.prod(size) * (90 + 5 * labels) + lattice * (110 + 3 * labels)
     return numbers * element_size
+
+
+# -- The refinement ----------------------------------------------------------------------------
+
+
+class CrfRefinement(Refinement):
+    """A dense CRF on the seeds."""
+
+    title = "CRF"
+    settings = CrfSettings
+
+    def check(self, section: RefineSection) -> None:
+        """Refuse a CRF that does not take the hard labels of seeds."""
+        check_label_crf(section)
+
+    def crf_use(self, section: RefineSection) -> str:
+        """Where a dense CRF takes part."""
+        return "on the seeds"
+
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """Refines the seeds of the maps."""
+        crf = DenseCrf(section.settings, memory=tools.memory)
+
+        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+            planes = picture.planes
+            if not len(planes):
+                return planes, planes
+            hard = seeds(planes, source.seed_threshold)
+            full = decided(crf.refine_labels(picture.image, hard, len(planes) + 1))
+            return full, full
+
+        return refine
+
+
+REFINEMENT = CrfRefinement()

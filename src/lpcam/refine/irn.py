@@ -9,20 +9,20 @@ Shapes: B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W / 4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lpcam import engine
-from lpcam.classifier import (
+from lpcam.classifiers.classifier import (
     NO_CLASSES,
     PROBE_SIZE,
     BackboneSpec,
@@ -34,15 +34,27 @@ from lpcam.classifier import (
     feature_maps,
     folded_backbone,
 )
-from lpcam.data.images import read_image, read_index_mask, resize_image, scaled_size
-from lpcam.data.items import IGNORE, Item
-from lpcam.errors import ClassifierError, DataError
-from lpcam.functional import strided, unflip
-from lpcam.network_files import SavedNetwork
-from lpcam.presets import IrnSettings
-from lpcam.processes import Processes
-from lpcam.refine.base import Samples, check_label_files, shallow_copy
+from lpcam.data.dataset import IGNORE, Item
+from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.masks import read_index_mask, write_mask, write_plane
+from lpcam.data.resize import resize
+from lpcam.method.functional import strided, unflip
+from lpcam.refine.base import (
+    History,
+    LearnedRefinement,
+    Picture,
+    Refine,
+    RefineSection,
+    Samples,
+    Source,
+    Tools,
+    check_label_crf,
+    check_label_files,
+    shallow_copy,
+)
+from lpcam.refine.crf import DenseCrf
 from lpcam.refine.levels import Level, feature_levels, pad_sides, rounds_up
+from lpcam.refine.ternary import ternary_mask
 from lpcam.refine.walk import (
     EPSILON,
     STRIDE,
@@ -56,9 +68,83 @@ from lpcam.refine.walk import (
     random_walk,
     source_window,
 )
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.settings import Fraction, Positive, PresetModel
+from lpcam.training import loop as engine
+from lpcam.training.augmentation import mirror_and_crop
+from lpcam.training.optim import sgd
+from lpcam.training.saved_network import SavedNetwork
+
+
+class IrnSettings(PresetModel):
+    """How IRN's boundaries are learnt and maps walked (specification of IRN, sections 3 to 8)."""
+
+    table: ClassVar[str] = "irn"
+    preset: str = "default"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the boundary branch; the displacement branch's is ``displacement_multiplier`` times it."""
+    displacement_multiplier: Positive
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of SGD."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 on every trained weight."""
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
+    crop: Annotated[int, Field(ge=16, multiple_of=4)]
+    """Side of the square crop, in pixels."""
+    scale: tuple[Positive, Positive]
+    """Range from which each image's scale is drawn."""
+    radius: Annotated[int, Field(ge=2)]
+    """Pairs of the loss are nearer than it, in cells of 4 pixels."""
+    displacement: bool
+    """Whether the displacement branch is trained too; the boundaries do not hang on it."""
+    walk_radius: Annotated[int, Field(ge=2)]
+    """Pairs of the walk are nearer than it, in cells of 4 pixels."""
+    beta: Positive
+    """Power of the affinities in the walk."""
+    exponent: Annotated[int, Field(ge=0, le=16)]
+    """The walk has 2^exponent steps."""
+    tolerance: Annotated[float, Field(ge=0.0)]
+    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    sharpness: Positive
+    """Power of the maps before the walk."""
+    foreground_threshold: Fraction
+    """Labels of LPCAM: the CRF of the seeds at this threshold decides the foreground ..."""
+    background_threshold: Fraction
+    """... and that of the seeds at this one the background; between them pixels are ignored."""
+    threshold: Fraction
+    """Pseudo masks of LPCAM: foreground is above this part of the walked maps' joint maximum."""
+    cam_foreground_threshold: Fraction
+    """The same three for CAM."""
+    cam_background_threshold: Fraction
+    cam_threshold: Fraction
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {list(self.scale)} must be a range: the smaller first")
+        if self.crop <= 8 * (self.radius - 1):
+            raise ValueError(
+                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
+                f"{8 * (self.radius - 1)}"
+            )
+        for high, low in (
+            ("foreground_threshold", "background_threshold"),
+            ("cam_foreground_threshold", "cam_background_threshold"),
+        ):
+            if getattr(self, high) < getattr(self, low):
+                raise ValueError(f"{high} must not be below {low}")
+        return self
+
 
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
+
+
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """The same in the displacement branch, for a level pooled to stride 4, at stride 4, and beyond."""
 
@@ -278,13 +364,15 @@ def build_irn(
     """Build IRN's network on a timm backbone, with untrained branches.
 
     Args:
-        spec, weights, mean, std: as for :func:`lpcam.classifier.build`; the weights are ImageNet's,
+        spec, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`; the weights
+        are ImageNet's,
             not those of the classifier that made the maps (specification of IRN, section 4).
         displacement: True adds a displacement branch.
         seed: random seed of the branches' first weights.
 
     Raises:
-        ClassifierError: as :func:`lpcam.classifier.build`, or if the backbone gives no feature maps
+        ClassifierError: as :func:`lpcam.classifiers.classifier.build`, or if the backbone gives no
+        feature maps
             at strides 4 and 8.
 
     Example:
@@ -392,7 +480,7 @@ def augment(
     tensor = preprocessing(resize_image(image, size))
     resized = np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
     planes = [(tensor, 0), (torch.from_numpy(resized), IGNORE)]
-    canvas, labels = engine.mirror_and_crop(planes, settings.crop, generator)
+    canvas, labels = mirror_and_crop(planes, settings.crop, generator)
     return canvas, labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 
@@ -429,7 +517,7 @@ def train_irn(
     The mean shift of a displacement branch over the same images is set at the end.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
+        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         pairs: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
         settings: ``displacement`` must be that of the network.
 
@@ -438,7 +526,7 @@ def train_irn(
 
     Raises:
         DataError: if there is no image, or a file of labels is missing or has another size.
-        ClassifierError: as :func:`lpcam.engine.run`, or if settings and network disagree.
+        ClassifierError: as :func:`lpcam.training.loop.run`, or if settings and network disagree.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
@@ -467,7 +555,7 @@ def train_irn(
 
     history = engine.run(
         branches,
-        engine.sgd(groups, settings),
+        sgd(groups, settings),
         Samples(partial(_sample, pairs, pyramid.preprocessing, settings, seed)),
         len(pairs),
         loss,
@@ -596,3 +684,114 @@ def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
     cut = full[0, :, :height, :width]
     top = cut.max()
     return cut / top if float(top) > 0 else torch.zeros_like(cut)
+
+
+# -- The refinement ----------------------------------------------------------------------------
+
+
+class IrnRefinement(LearnedRefinement):
+    """Class boundaries learned from the maps, and a random walk within them."""
+
+    title = "IRN"
+    settings = IrnSettings
+
+    def check(self, section: RefineSection) -> None:
+        """Refuse a CRF that does not take the hard labels of seeds."""
+        check_label_crf(section)
+
+    def crf_use(self, section: RefineSection) -> str:
+        """Where a dense CRF takes part."""
+        return "on the labels that IRN learns from"
+
+    def threshold(self, section: RefineSection, source: Source) -> float:
+        """Threshold of the walked maps."""
+        return _thresholds(section, source)[2]
+
+    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """The settings of the walk."""
+        walk = {"walk_radius", "beta", "exponent", "tolerance", "sharpness"}
+        found: Mapping[str, Any] = section.settings.model_dump(mode="json", include=walk)
+        return found
+
+    def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
+        """IRN's settings and those of the CRF of its labels."""
+        return section.model_dump(mode="json", include={"method", "irn", "crf"})
+
+    def label_path(self, folder: Path, image_id: str) -> Path:
+        """A ternary mask."""
+        return folder / f"{image_id}.png"
+
+    def label_key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """Thresholds, CRF and mask ids."""
+        return {
+            "thresholds": list(_thresholds(section, source)[:2]),
+            "crf": section.label_crf.model_dump(mode="json", exclude={"preset"}),
+            "mask_ids": list(tools.classes.mask_ids),
+        }
+
+    def labeller(
+        self, section: RefineSection, source: Source, tools: Tools
+    ) -> Callable[[Picture, Path], None]:
+        """Writes ternary masks."""
+        crf = DenseCrf(section.label_crf, memory=tools.memory)
+        thresholds = _thresholds(section, source)[:2]
+
+        def label(picture: Picture, path: Path) -> None:
+            write_mask(path, ternary_mask(crf, picture, thresholds, tools.classes))
+
+        return label
+
+    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
+        """The settings of the training."""
+        training = {
+            *("epochs", "batch_size", "learning_rate", "displacement_multiplier", "momentum"),
+            *("weight_decay", "power", "crop", "scale", "radius", "displacement"),
+        }
+        found: Mapping[str, Any] = section.settings.model_dump(mode="json", include=training)
+        return found
+
+    def build(self, section: RefineSection, tools: Tools) -> Irn:
+        """The untrained network on the classifier's backbone, with the backbone's first weights."""
+        first = tools.backbone.first_weights(tools.seed)
+        displacement = section.settings.displacement
+        network = build_irn(tools.backbone.spec(), displacement=displacement, **first)
+        return network.to(tools.device)
+
+    def train(
+        self,
+        network: Any,
+        labelled: Sequence[tuple[Item, Path]],
+        section: RefineSection,
+        **options: Any,
+    ) -> History:
+        """Train the branches."""
+        return train_irn(network, labelled, section.settings, **options)
+
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """Walks the maps; writes the boundaries beside the pseudo masks."""
+        loaded = Irn.load(network).to(tools.device).folded()
+
+        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+            image = picture.image.cpu().numpy()
+            boundary = boundary_maps(loaded, image[None])[0]
+            write_plane(folder / "boundaries" / f"{picture.item.id}.png", boundary.cpu().numpy())
+            quarter = resize(torch.from_numpy(picture.maps.cam), boundary.shape).to(tools.device)
+            walked = propagate(quarter, boundary, section.settings)
+            full = pseudo_maps(walked, (image.shape[0], image.shape[1]))
+            top = walked.max() if walked.numel() else walked.new_ones(())
+            return walked / top if float(top) > 0 else walked, full
+
+        return refine
+
+
+def _thresholds(section: RefineSection, source: Source) -> tuple[float, float, float]:
+    """Thresholds for maps of one kind: sure foreground, sure background, pseudo masks."""
+    irn = section.settings
+    if source.method == "CAM":
+        return irn.cam_foreground_threshold, irn.cam_background_threshold, irn.cam_threshold
+    return irn.foreground_threshold, irn.background_threshold, irn.threshold
+
+
+REFINEMENT = IrnRefinement()

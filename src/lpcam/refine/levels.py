@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcam.classifier import feature_maps
-from lpcam.errors import ClassifierError
+from lpcam.classifiers.classifier import feature_maps
+from lpcam.runtime.errors import ClassifierError
 
 SIDE = 128
 """Side, in pixels, of the images on which strides are measured."""

@@ -17,16 +17,44 @@ each dilation and divides by the number less one; windows repeat the image's edg
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from lpcam.presets import PamrSettings
-from lpcam.refine.base import check_image_and_maps, compute_dtype
+from lpcam.refine.base import (
+    Picture,
+    Refine,
+    Refinement,
+    RefineSection,
+    Source,
+    Tools,
+    check_image_and_maps,
+    compute_dtype,
+)
+from lpcam.runtime.settings import Positive, PresetModel
+
+
+class PamrSettings(PresetModel):
+    """Pixel-adaptive mask refinement (Araslanov and Roth 2020)."""
+
+    table: ClassVar[str] = "pamr"
+    preset: str = "default"
+
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    """Of the 3 x 3 neighbourhoods, in pixels."""
+    width: Positive
+    """Of the affinity kernel, in local standard deviations of the image."""
+    iterations: Annotated[int, Field(ge=0)]
+    """How often every pixel becomes the weighted mean of its neighbours."""
+
 
 EPSILON = 1e-8
 """Added to width * sigma: where all neighbours are equal, all weights are."""
+
 
 STRIP_PIXELS = 2**14
 """Pixels whose weights a CPU computes together, so that they stay in a core's cache."""
@@ -187,3 +215,30 @@ def _pad(values: Tensor, border: int) -> Tensor:
     flat = values.reshape(-1, 1, *values.shape[-2:])
     padded = F.pad(flat, (border,) * 4, mode="replicate")
     return padded.reshape(*values.shape[:-2], *padded.shape[-2:])
+
+
+class PamrRefinement(Refinement):
+    """The maps averaged over neighbours of similar colour."""
+
+    title = "PAMR"
+    settings = PamrSettings
+
+    def threshold(self, section: RefineSection, source: Source) -> float:
+        """That of the seeds."""
+        return source.seed_threshold
+
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """Averages the maps."""
+
+        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+            if not len(picture.planes):
+                return picture.planes, picture.planes
+            full = pamr(picture.image, picture.planes, section.settings)
+            return full, full
+
+        return refine
+
+
+REFINEMENT = PamrRefinement()

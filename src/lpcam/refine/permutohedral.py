@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.errors import DataError
+from lpcam.runtime.errors import DataError
 
 PACKED_BITS = 63
 """Bits of a non-negative int64, which holds a lattice point's code and a position for sorting."""
+
+
 CODE_BITS = 52
 """Largest number of bits of a lattice point's code, which is computed in float64."""
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lpcam import engine
-from lpcam.classifier import (
+from lpcam.classifiers.classifier import (
     Classifier,
     Preprocessing,
     described,
@@ -34,22 +34,26 @@ from lpcam.classifier import (
     feature_maps,
     folded_backbone,
 )
+from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side, read_image
-from lpcam.data.items import BACKGROUND, IGNORE, Item
-from lpcam.data.jitter import jitter_colours
-from lpcam.errors import ArtefactError, ClassifierError, DataError
-from lpcam.functional import strided
-from lpcam.network_files import SavedNetwork
-from lpcam.presets import PsaSettings
-from lpcam.processes import Processes
+from lpcam.data.map_files import map_path
+from lpcam.method.functional import strided
 from lpcam.refine.base import (
+    History,
+    LearnedRefinement,
+    Picture,
+    Refine,
+    RefineSection,
     Samples,
+    Source,
+    Tools,
     check_image_and_maps,
     check_label_files,
     compute_dtype,
+    decided,
     shallow_copy,
 )
-from lpcam.refine.crf import DenseCrf
+from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.levels import feature_levels, pad_sides, rounds_up
 from lpcam.refine.walk import (
     Offset,
@@ -61,19 +65,84 @@ from lpcam.refine.walk import (
     partner_window,
     source_window,
 )
-from lpcam.storage import read_bytes, write_bytes
-from lpcam.train import freeze
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
+from lpcam.runtime.files import read_bytes, write_bytes
+from lpcam.runtime.settings import Fraction, Positive, PresetModel
+from lpcam.training import loop as engine
+from lpcam.training.augmentation import jitter_colours, mirror_and_crop
+from lpcam.training.optim import freeze, names_below, parameter_groups, sgd
+from lpcam.training.saved_network import SavedNetwork
+
+
+class PsaSettings(PresetModel):
+    """PSA's affinities and random walk (specification of MCTformer, section 4)."""
+
+    table: ClassVar[str] = "psa"
+    preset: str = "default"
+
+    low_alpha: Positive
+    """Power of the background's score (1 - the highest map) for the sure foreground ..."""
+    high_alpha: Positive
+    """... and for the sure background."""
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone; new layers have ``head_multiplier`` times it."""
+    head_multiplier: Positive
+    bias_multiplier: Positive
+    """Of biases, on top of it; they have no weight decay."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+    crop: Annotated[int, Field(ge=16, multiple_of=8)]
+    """Side of the square crop, in pixels."""
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
+    """Brightness, contrast, saturation and hue."""
+    radius: Annotated[int, Field(ge=2)]
+    """Pairs of the loss and the walk are nearer than it, in cells of 8 pixels."""
+    beta: Positive
+    """Power of the affinities in the walk."""
+    exponent: Annotated[int, Field(ge=0, le=16)]
+    """The walk has 2^exponent steps."""
+    tolerance: Annotated[float, Field(ge=0.0)]
+    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    threshold: Fraction
+    """The background's constant score, which walks too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.crop <= 16 * (self.radius - 1):
+            raise ValueError(
+                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
+                f"{16 * (self.radius - 1)}"
+            )
+        return self
+
 
 STRIDE = 8
 """Pixels per cell of the grid of features, labels and walks."""
+
+
 WIDTHS = (64, 128, 256)
 """Channels to which the last three feature maps of a backbone are reduced."""
+
+
 PADDING = 1e-5
 """A cell all of whose scores are below this lies beyond the image."""
+
+
 ROUNDING = 1e-3
 """Excess of maps over 1 that is cut off instead of refused."""
+
+
 CHANNELS_A_TIME = 64
 """Channels whose differences are computed together, to bound the memory."""
+
+
 HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 
@@ -95,7 +164,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
             :class:`lpcam.refine.crf.DenseCrf`.
 
     Example:
-        >>> from lpcam.presets import CrfSettings
+        >>> from lpcam.refine.crf import CrfSettings
         >>> crf, image = DenseCrf(CrfSettings.from_preset("psa")), torch.zeros(4, 4, 3).byte()
         >>> crf_scores(crf, image, torch.ones(1, 4, 4), [1.0, 12.0]).shape
         torch.Size([2, 2, 4, 4])
@@ -211,7 +280,7 @@ class Psa(SavedNetwork):
     kind = "psa"
     title = "PSA"
     stage = "psa"
-    builder = "lpcam.refine.psa.build_psa, from a classifier of lpcam.classifier.build,"
+    builder = "lpcam.refine.psa.build_psa, from a classifier of lpcam.classifiers.classifier.build,"
 
     def __init__(self, classifier: Classifier, *, seed: int = 0) -> None:
         super().__init__()
@@ -296,7 +365,7 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
     """Build PSA's network on a copy of a trained classifier's backbone.
 
     Example:
-        >>> from lpcam.classifier import BackboneSpec, build
+        >>> from lpcam.classifiers.classifier import BackboneSpec, build
         >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
         >>> network(torch.zeros(1, 3, 64, 100)).shape
         torch.Size([1, 448, 8, 13])
@@ -430,7 +499,7 @@ def augment(
     """
     colours = torch.from_numpy(jitter_colours(image, settings.jitter, generator)).permute(2, 0, 1)
     planes = (colours, torch.from_numpy(low), torch.from_numpy(high))
-    canvas, *scores = engine.mirror_and_crop([(p, 0) for p in planes], settings.crop, generator)
+    canvas, *scores = mirror_and_crop([(p, 0) for p in planes], settings.crop, generator)
     cells = [pooled(stack / 255) for stack in scores]
     return preprocessing(canvas.permute(1, 2, 0).numpy()), label_pairs(cells[0], cells[1])
 
@@ -468,7 +537,7 @@ def train_psa(
     """Train in place; a stopped training resumes from the checkpoints in ``folder``.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.engine.run`.
+        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         labelled: images and the files of their scores (:func:`write_scores`), of the image's size
             or of the smaller one at which it was refined.
         settings: of the training.
@@ -478,7 +547,7 @@ def train_psa(
 
     Raises:
         DataError: if there is no image, or a file of scores is missing or has another shape.
-        ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.engine.run`.
+        ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.training.loop.run`.
         ArtefactError: if a file of scores or a checkpoint is damaged or of another network.
     """
     processes = processes or Processes()
@@ -496,7 +565,7 @@ def train_psa(
 
     history = engine.run(
         network,
-        engine.sgd(engine.parameter_groups(network, HEADS, settings), settings),
+        sgd(parameter_groups(network, HEADS, settings), settings),
         Samples(partial(_sample, labelled, network.preprocessing, settings, seed)),
         len(labelled),
         loss,
@@ -532,7 +601,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
         DataError: if image and maps do not fit, or maps or features are not finite.
 
     Example:
-        >>> from lpcam.classifier import BackboneSpec, build
+        >>> from lpcam.classifiers.classifier import BackboneSpec, build
         >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
         >>> image, settings = np.zeros((16, 24, 3), np.uint8), PsaSettings.from_preset("official")
         >>> walk(network, image, torch.ones(1, 16, 24), settings).shape
@@ -554,3 +623,95 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     )
     full = F.interpolate(walked, scale_factor=STRIDE, mode="bilinear", align_corners=False)
     return full[0, :, :height, :width]
+
+
+# -- The refinement ----------------------------------------------------------------------------
+
+
+class PsaRefinement(LearnedRefinement):
+    """Affinities learned from two CRFs of the maps, and a random walk by them."""
+
+    title = "PSA"
+    settings = PsaSettings
+    starts_from = "classifier"
+
+    def crf_use(self, section: RefineSection) -> str:
+        """Where a dense CRF takes part."""
+        return "on the labels that PSA learns from"
+
+    def validate(self, section: RefineSection, tools: Tools) -> None:
+        """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing.
+
+        Raises:
+            ClassifierError: if the backbone lacks the feature maps that PSA needs.
+        """
+        network = build_psa(tools.untrained())
+        names_below(dict(network.backbone.named_parameters()), section.settings.freeze)
+
+    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """The settings of the walk."""
+        walk = {"radius", "beta", "exponent", "tolerance", "threshold"}
+        found = section.settings.model_dump(mode="json", include=walk)
+        # the threshold of the walk is the background's score, not that of the pseudo masks
+        found["background"] = found.pop("threshold")
+        return found
+
+    def label_path(self, folder: Path, image_id: str) -> Path:
+        """The scores of two CRFs."""
+        return map_path(folder, image_id)
+
+    def label_key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """The powers of the background, and the CRF."""
+        crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
+        return {"alphas": [section.settings.low_alpha, section.settings.high_alpha], "crf": crf}
+
+    def labeller(
+        self, section: RefineSection, source: Source, tools: Tools
+    ) -> Callable[[Picture, Path], None]:
+        """Writes the scores of two CRFs."""
+        crf = DenseCrf(CrfSettings.from_preset("psa"), memory=tools.memory)
+        alphas = (section.settings.low_alpha, section.settings.high_alpha)
+
+        def label(picture: Picture, path: Path) -> None:
+            low, high = crf_scores(crf, picture.image, picture.planes, alphas)
+            write_scores(path, low, high)
+
+        return label
+
+    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
+        """The settings of the training."""
+        walk = {"preset", "beta", "exponent", "tolerance", "threshold"}
+        found: Mapping[str, Any] = section.settings.model_dump(mode="json", exclude=walk)
+        return found
+
+    def build(self, section: RefineSection, tools: Tools) -> Psa:
+        """The untrained network on a copy of the classifier's backbone."""
+        return build_psa(tools.classifier(), seed=tools.seed)
+
+    def train(
+        self,
+        network: Any,
+        labelled: Sequence[tuple[Item, Path]],
+        section: RefineSection,
+        **options: Any,
+    ) -> History:
+        """Train the affinities."""
+        return train_psa(network, labelled, section.settings, **options)
+
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """Walks the maps by the affinities."""
+        loaded = Psa.load(network).to(tools.device).folded()
+
+        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+            if not len(picture.planes):
+                return picture.planes, picture.planes
+            image = picture.image.cpu().numpy()
+            full = decided(walk(loaded, image, picture.planes, section.settings))
+            return full, full
+
+        return refine
+
+
+REFINEMENT = PsaRefinement()

@@ -1,18 +1,64 @@
-"""Labels from class maps and a saliency map, as EDAM fuses them (specification of EDAM, 4)."""
+"""Fusion of maps with saliency maps (EDAM, section 4)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lpcam.errors import DataError
-from lpcam.presets import SaliencySettings
-from lpcam.refine.base import compute_dtype
-from lpcam.refine.crf import DenseCrf
+from lpcam.refine.base import (
+    Picture,
+    Refine,
+    Refinement,
+    RefineSection,
+    Source,
+    Tools,
+    compute_dtype,
+)
+from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.psa import crf_scores
+from lpcam.refine.saliency_maps import (
+    find_saliency,
+    read_saliency,
+    read_values,
+    saliency,
+    saliency_maximum,
+)
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import digest_file, digest_json
+from lpcam.runtime.settings import PresetModel
+
+
+class SaliencySettings(PresetModel):
+    """Fusion of maps with a saliency map (specification of EDAM, section 4)."""
+
+    table: ClassVar[str] = "saliency"
+    preset: str = "edam"
+
+    theta: Annotated[float, Field(ge=0.0, le=2.55)]
+    """A pixel is salient above the grey level 100 theta of 255."""
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """A class below it never wins ..."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """... and one above it wins even where nothing is salient."""
+    crf: bool
+    """Whether a dense CRF comes first; alpha and beta must fit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.alpha >= self.beta:
+            raise ValueError(f"alpha {self.alpha} must be below beta {self.beta}")
+        return self
+
 
 NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (step 4)."""
+
+
 BACKGROUND_POWER = 1.0
 """Power of 1 - the highest map, the background's score before a CRF (step 1)."""
 
@@ -108,5 +154,87 @@ def _check_maps(maps: Tensor, saliency: Tensor) -> None:
         raise DataError(
             f"the saliency map {tuple(saliency.shape)} on {saliency.device} and the maps "
             f"{tuple(maps.shape)} on {maps.device} differ in size or device; read it with "
-            "lpcam.data.saliency.read_saliency at the size of the image"
+            "lpcam.refine.saliency_maps.read_saliency at the size of the image"
         )
+
+
+REVISION = 1
+"""Of the saliency that is computed, for cache keys."""
+
+
+class SaliencyRefinement(Refinement):
+    """The maps fused with a saliency map (EDAM)."""
+
+    title = "saliency"
+    settings = SaliencySettings
+    uses_saliency = True
+
+    def validate(self, section: RefineSection, tools: Tools) -> None:
+        """Refuse saliency maps that are missing or damaged.
+
+        Raises:
+            DataError: naming the folder and the first image without one.
+        """
+        if isinstance(tools.saliency, Path):
+            paths = list(_saliency_files(tools, tools.saliency).values())
+            top = saliency_maximum(paths)
+            for _ in tools.sharing.map(lambda path: read_values(path, maximum=top), paths):
+                pass
+
+    def crf_use(self, section: RefineSection) -> str | Literal[False]:
+        """Where a dense CRF takes part."""
+        return "on the maps" if section.settings.crf else False
+
+    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+        """The settings and the saliency maps."""
+        found: dict[str, Any] = {
+            "settings": section.settings.model_dump(mode="json", exclude={"preset"})
+        }
+        if section.settings.crf:
+            found["crf"] = CrfSettings.from_preset("edam").model_dump(mode="json")
+        if not isinstance(tools.saliency, Path):
+            return {**found, "saliency": {"computed": REVISION}}
+        paths = _saliency_files(tools, tools.saliency).values()
+        return {**found, "saliency": digest_json([digest_file(path) for path in paths])}
+
+    def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
+        """The settings and where the saliency maps come from."""
+        maps = tools.saliency.name if isinstance(tools.saliency, Path) else tools.saliency
+        return {**super().described(section, tools), "saliency_maps": maps}
+
+    def refiner(
+        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
+    ) -> Refine:
+        """Fuses the maps with saliency maps, read or computed."""
+        settings, maps = section.settings, tools.saliency
+        top = None
+        if isinstance(maps, Path):
+            top = saliency_maximum(_saliency_files(tools, maps).values())
+        crf = None
+        if settings.crf:
+            crf = DenseCrf(CrfSettings.from_preset("edam"), memory=tools.memory)
+
+        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+            image, planes = picture.image, picture.planes
+            if not len(planes):
+                return planes, planes
+            size = (image.shape[0], image.shape[1])
+            if isinstance(maps, Path):
+                found = read_saliency(maps, picture.item.id, size, maximum=top)
+                levels = torch.from_numpy(found.levels)
+            else:
+                levels = saliency(image.cpu())
+            both = None if crf is None else (image, crf)
+            fused = fuse_saliency(planes, levels.to(image.device), settings, crf=both)
+            numbers = torch.arange(1, len(planes) + 1, device=fused.device)
+            full = (fused == numbers[:, None, None]).to(planes)
+            return full, full
+
+        return refine
+
+
+def _saliency_files(tools: Tools, folder: Path) -> dict[str, Path]:
+    return find_saliency(folder, (item.id for item in tools.items))
+
+
+REFINEMENT = SaliencyRefinement()

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lpcam.data.items import IGNORE
-from lpcam.errors import DataError
-from lpcam.masks import seeds
+from lpcam.data.dataset import IGNORE, ClassTable
+from lpcam.data.masks import enlarge_labels
+from lpcam.method.seeds import seeds, to_mask
+from lpcam.refine.base import Picture
 from lpcam.refine.crf import DenseCrf
+from lpcam.runtime.errors import DataError
 
 
 def crf_labels(
@@ -35,7 +39,7 @@ def crf_labels(
         DataError: if sizes differ or maps are not finite, or as :class:`DenseCrf`.
 
     Example:
-        >>> from lpcam.presets import CrfSettings
+        >>> from lpcam.refine.crf import CrfSettings
         >>> crf, image = DenseCrf(CrfSettings.from_preset("irn")), torch.zeros(2, 2, 3).byte()
         >>> crf_labels(crf, image, torch.full((1, 2, 2), 0.4), (0.3, 0.5))
         [tensor([[1, 1],
@@ -75,3 +79,25 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
     """
     unsure = (foreground == 0) & (background != 0)
     return torch.where(unsure, IGNORE, foreground).to(torch.int64)
+
+
+def ternary_mask(
+    crf: DenseCrf, picture: Picture, thresholds: Sequence[float], classes: ClassTable
+) -> NDArray[np.uint8]:
+    """The ternary mask of an image, at the size of its maps.
+
+    Args:
+        crf: with the parameters of the method.
+        picture: the image and its maps.
+        thresholds: of the sure foreground and of the sure background.
+        classes: with the values of the classes in masks.
+
+    Returns:
+        uint8 (H, W): 0 for background, mask ids, 255 where undecided.
+    """
+    labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
+    labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
+    unsure = labels == IGNORE
+    mask = to_mask(labels.masked_fill(unsure, 0), picture.maps.keys, classes)
+    mask[unsure.numpy()] = IGNORE
+    return mask

@@ -21,18 +21,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lpcam.data.items import BACKGROUND, IGNORE
-from lpcam.errors import DataError
+from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.refine.base import compute_dtype
+from lpcam.runtime.errors import DataError
 
 Offset = tuple[int, int]
 """(dy, dx) in grid cells."""
+
+
 Window = tuple[slice, slice]
 """Rows and columns of the grid."""
+
+
 STRIDE = 4
 """Pixels per cell of IRN's grid."""
+
+
 EPSILON = 1e-5
 """Added to each logarithm's argument and each mean's denominator of a loss over pairs."""
+
+
 PIECES_TRIED = 30
 """Number of the longest pieces of a path of which all pairs are tried."""
 

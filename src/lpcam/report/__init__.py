@@ -1,1 +1,1 @@
-"""The report of a run: one HTML file that is read without a network."""
+"""The HTML report of a run."""

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lpcam.classifier import Classifier
-from lpcam.data.items import Dataset, Item
-from lpcam.masks import voc_palette
-from lpcam.parallel import Sharing
-from lpcam.presets import LpcamSettings
-from lpcam.prototypes import Prototypes
-from lpcam.recipe import Method, ReportSection
+from pydantic import Field
+
+from lpcam.classifiers.classifier import Classifier
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.drawing import choose_rows
+from lpcam.data.masks import voc_palette
+from lpcam.method.prototypes import Prototypes
+from lpcam.method.settings import LpcamSettings, Method
 from lpcam.report.images import (
     NO_OUTPUTS,
     LaterOutputs,
@@ -25,13 +26,33 @@ from lpcam.report.images import (
     in_turn,
     run_all,
 )
-from lpcam.report.meaning import Pairs, confusion_records, prototype_records
+from lpcam.report.prototypes import Pairs, confusion_records, prototype_records
 from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
-from lpcam.sheet import choose_rows
-from lpcam.version import __version__
+from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.settings import Section
+from lpcam.runtime.versions import __version__
+
+
+class ReportSection(Section):
+    """The report at the end of a run: one HTML file, report.html."""
+
+    images: Annotated[int, Field(ge=0, le=2000)] = 500
+    """In the viewer, at most; 500 take about 10 MB. 0 makes no report."""
+    searched: Annotated[int, Field(ge=1)] = 160
+    """Images, of those in the viewer, that are searched for the nearest patches of prototypes and
+    for confusing classes."""
+    prototypes: Annotated[int, Field(ge=1)] = 12
+    """Of each class and side that are shown, at most; fewer where there are many classes."""
+    patches: Annotated[int, Field(ge=1, le=12)] = 4
+    """Nearest patches of each prototype."""
+    confusions: Annotated[int, Field(ge=0, le=50)] = 6
+    """Pairs of classes that the classifier takes for each other."""
+
 
 FORMAT = 1
 """Version of the data that a page is made from."""
+
+
 MOST_BYTES = 12_000_000
 """Size of the images in a page, which with the rest stays below 15 MB."""
 
@@ -73,7 +94,8 @@ def collect(
         items: the images that may be shown.
         folders: of each method's maps.
         fixed: threshold of each method.
-        pairs: features of images, as :meth:`lpcam.features.FeatureStore.pairs` gives them.
+        pairs: features of images, as :meth:`lpcam.classifiers.features.FeatureStore.pairs` gives
+        them.
         about: protocol, skipped, notices, events, history, networks, stages and command.
         later: masks and planes of later stages.
         trained: the segmenters of the run, if any.

@@ -13,28 +13,42 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lpcam.data.images import limit_long_side, read_image, read_index_mask, scaled_size
-from lpcam.data.items import Dataset, Item
-from lpcam.explain.maps import METHOD_NAMES, resize_maps
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.images import limit_long_side, read_image, scaled_size
+from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import DEFAULT_THRESHOLDS, ThresholdSweep, truth_labels
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
-from lpcam.metrics import DEFAULT_THRESHOLDS, ThresholdSweep, truth_labels
-from lpcam.parallel import Sharing
-from lpcam.progress import progress
-from lpcam.recipe import Method
-from lpcam.storage import map_path, read_maps
+from lpcam.method.image_maps import METHOD_NAMES, resize_maps
+from lpcam.method.settings import Method
+from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.progress import progress
 
 PICTURE = 256
 """Long side of a thumbnail, in pixels."""
+
+
 PLANE = 64
 """Long side of a map in the page; feature grids are coarser."""
+
+
 UNDEFINED = 65535
 """Stored for an IoU whose class is neither in the truth nor in the seed."""
+
+
 IOU_STEPS = 10_000
 """Steps in which an IoU from 0 to 1 is stored."""
+
+
 HIGHLIGHTS = 12
 """Images in each list of highlights."""
+
+
 T = TypeVar("T")
+
+
 R = TypeVar("R")
+
 
 Scores = Mapping[Method, Mapping[str, float | None]]
 """Mean IoU of each image by method and id."""

@@ -14,9 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lpcam.errors import ArtefactError
+from lpcam.data.drawing import HEAT
 from lpcam.explain.web import page_environment, page_file
-from lpcam.masks import HEAT
 from lpcam.report.charts import (
     IRN_CURVES,
     TRAINING_CURVES,
@@ -35,6 +34,7 @@ from lpcam.report.tables import (
     segmenter_groups,
     setting_lists,
 )
+from lpcam.runtime.errors import ArtefactError
 
 _DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "confusions")
 """Data that ``report.js`` draws."""

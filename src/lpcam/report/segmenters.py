@@ -10,22 +10,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpcam.data.images import limit_long_side, read_image, read_index_mask
-from lpcam.data.items import BACKGROUND, IGNORE, ClassTable, Item
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
+from lpcam.data.drawing import overlay_mask
+from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.explain.web import encode_picture
-from lpcam.masks import overlay_mask
-from lpcam.metrics import confusion, truth_labels
-from lpcam.parallel import Sharing
 from lpcam.report.images import choose, highlights, nearest, run_all, thumbnail_record
+from lpcam.runtime.parallel import Sharing
 
 PICTURE = 176
 """Long side of a picture, in pixels."""
+
+
 SHOWN = 48
 """Images shown at most."""
+
+
 EACH = 6
 """One in EACH images has one of the largest gains, and one in EACH one of the largest losses."""
+
+
 BASELINE, COMPARED = "cam", "lpcam"
 """Training masks whose segmenters are compared image by image."""
+
+
 KINDS = {"most improved": "gain", "most worsened": "loss"}
 """Kinds of images by their names in :func:`lpcam.report.images.highlights`."""
 

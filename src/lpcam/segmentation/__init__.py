@@ -1,1 +1,1 @@
-"""Segmenters: training on pseudo masks, testing, and masks of new images."""
+"""Networks trained on pseudo masks."""

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.data.items import BACKGROUND
-from lpcam.onnx_files import (
+from lpcam.data.dataset import BACKGROUND
+from lpcam.formats.models.onnx import (
     OPSET,
     TRACED_SIZE,
     ExportModule,
@@ -32,8 +32,8 @@ from lpcam.onnx_files import (
     Outputs,
     write_onnx,
 )
+from lpcam.runtime.versions import versions
 from lpcam.segmentation.segmenter import Segmenter
-from lpcam.version import versions
 
 LABEL_ERROR = 1e-3
 """Largest accepted share of an image's pixels whose label differs."""

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.data.items import BACKGROUND, IGNORE
+from lpcam.data.dataset import BACKGROUND, IGNORE
 
 Kind = Literal["cross_entropy", "balanced"]
+
+
 Meeting = Literal["reduced", "full"]
 
 
@@ -130,7 +132,8 @@ def segmentation_loss(
             :func:`balanced_sum`.
         meet: ``reduced`` brings the labels to each output's size, ``full`` its logits to theirs.
         total: sums int64 counts over the processes that share the batch, as
-            :meth:`lpcam.processes.Processes.sum`. It is called once. None: there is one process.
+            :meth:`lpcam.runtime.distributed.Processes.sum`. It is called once. None: there is one
+            process.
 
     Returns:
         a scalar: this process's part, its sums divided by the counts of all. A mean without a

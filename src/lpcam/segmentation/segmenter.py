@@ -13,20 +13,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifier import PRETRAINED, RANDOM, Preprocessing
-from lpcam.data.items import ClassTable
-from lpcam.errors import ArtefactError, ClassifierError
-from lpcam.network_files import load_weights
-from lpcam.networks.base import Network, SegmenterSpec
-from lpcam.networks.registry import NETWORKS
-from lpcam.storage import read_tensors, write_tensors
+from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
+from lpcam.data.dataset import ClassTable
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.segmentation.networks.base import Network, SegmenterSpec
+from lpcam.segmentation.networks.registry import NETWORKS
+from lpcam.training.saved_network import load_weights
 
 
 class Segmenter(nn.Module):
     """A network, the classes of its labels, and its preprocessing.
 
     Args:
-        network: a :class:`~lpcam.networks.base.Network`: images (B, 3, H, W) to logits
+        network: a :class:`~lpcam.segmentation.networks.base.Network`: images (B, 3, H, W) to logits
             (B, L, h, w).
         classes: class names and their values in masks.
         preprocessing: normalisation of RGB in [0, 1].

@@ -1,0 +1,1 @@
+"""Any classifier as a backbone and a linear head."""

@@ -1,0 +1,602 @@
+"""The classifier: a backbone with a spatial feature map and a linear head."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from lpcam.classifiers.search import class_names
+from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.runtime.errors import ClassifierError
+from lpcam.training.saved_network import SavedNetwork
+
+PRETRAINED = "pretrained"
+
+
+RANDOM = "random"
+
+
+NO_CLASSES = ("none",)
+"""Class names of a classifier whose backbone alone is used."""
+
+
+PROBE_SIZE = (97, 131)
+"""(H, W) of the image that tests a backbone; like sides of photographs, not a round number."""
+
+
+TOLERANCE = 1e-4
+"""Largest relative difference of logits that counts as rounding."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Per-channel mean and standard deviation of RGB in [0, 1].
+
+    Example:
+        >>> normalise = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> normalise(np.zeros((2, 2, 3), np.uint8))[:, 0, 0]
+        tensor([-2., -2., -2.])
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) uint8 RGB to (3, H, W) float32, normalised."""
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255.0
+        mean = torch.tensor(self.mean)[:, None, None]
+        return (tensor - mean) / torch.tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Name and arguments of a timm backbone.
+
+    Attributes:
+        name: timm name.
+        arguments: arguments of ``timm.create_model``.
+        output_stride: pixels per cell of the features, for models that can remove strides.
+        dilated: False sets every dilation back to 1 after ``output_stride`` has removed strides, as
+            in the released programs' ResNet-50 (specification of LPCAM, section 2). It has no
+            effect without an ``output_stride``.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    output_stride: int | None = None
+    dilated: bool = True
+
+
+class Classifier(SavedNetwork):
+    """Backbone, global average pooling, linear head without bias.
+
+    Args:
+        backbone: a module that maps images (B, 3, H, W) to (B, C, h, w).
+        classes: the N class names, in label order.
+        preprocessing: normalisation that the backbone expects.
+        spec: how to build the backbone again; None for a module passed in by the caller. Such a
+            classifier cannot be saved.
+
+    Raises:
+        ClassifierError: if the backbone gives no spatial map, or NaN or Inf.
+
+    Example:
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> classifier = Classifier(nn.AvgPool2d(8), ["cat", "dog"], plain)
+        >>> classifier.features(torch.ones(1, 3, 32, 48)).shape, classifier.weight.shape
+        (torch.Size([1, 3, 4, 6]), torch.Size([2, 3]))
+    """
+
+    kind = "classifier"
+    title = "the classify stage"
+    stage = "classify"
+    builder = "lpcam.classifiers.classifier.build"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        spec: BackboneSpec | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.spec = spec
+        self._gives_tokens = False
+        channels = self._probe_channels()
+        self.head = nn.Linear(channels, len(self.classes), bias=False)
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, C), the rows w_n, detached."""
+        return self.head.weight.detach()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
+        if self._gives_tokens:
+            return _token_map(self.backbone, images)
+        return _as_map(self.backbone, _forward(self.backbone, images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N)."""
+        logits: Tensor = self.head(self.features(images).mean((-2, -1)))
+        return logits
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode with the statistics of every batch norm frozen."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def folded(self) -> Classifier:
+        """A copy for inference, a third faster: batch norms are folded into convolutions.
+
+        Its features are the same up to rounding. It shares no weights with this classifier, must
+        not be trained and cannot be saved.
+        """
+        twin = copy.deepcopy(self).eval()
+        twin.spec = None
+        _fold_batch_norms(twin.backbone)
+        _pad_within(twin.backbone)
+        image = next(self.backbone.parameters(), torch.zeros(())).new_zeros(1, 3, *PROBE_SIZE)
+        image[..., ::2, ::3] = 1.0
+        # TensorFloat-32, which cuDNN takes where it can, rounds more coarsely than this test.
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            expected, found = self.features(image), twin.features(image)
+        # Neighbours in the module tree need not be neighbours in forward, so the result is tested.
+        if not torch.allclose(expected, found, rtol=0.0, atol=1e-4 * float(expected.abs().max())):
+            twin.backbone = copy.deepcopy(self.backbone).eval()
+        return twin
+
+    def _can_be_described(self) -> bool:
+        return self.spec is not None
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            **description(self.backbone, self.spec, self.preprocessing),
+            "classes": list(self.classes),
+        }
+
+    @classmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Classifier:
+        return described(metadata, metadata["classes"])
+
+    def _probe_channels(self) -> int:
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            parameter = next(self.backbone.parameters(), torch.zeros(()))
+            image = parameter.new_zeros(1, 3, *PROBE_SIZE)
+            with torch.no_grad():
+                given = _forward(self.backbone, image)
+                self._gives_tokens = (
+                    isinstance(given, Tensor)
+                    and given.ndim == 3
+                    and hasattr(self.backbone, "forward_intermediates")
+                )
+                if self._gives_tokens:
+                    features = _token_map(self.backbone, image)
+                else:
+                    features = _as_map(self.backbone, given)
+        except (AssertionError, RuntimeError) as error:
+            raise ClassifierError(
+                f"the backbone {type(self.backbone).__name__} cannot take an image of "
+                f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} "
+                f"pixels: {error}. LPCAM maps images of any size; some transformers do so with the "
+                "arguments dynamic_img_size: true and dynamic_img_pad: true"
+            ) from error
+        finally:
+            self.backbone.train(was_training)
+        if not bool(torch.isfinite(features).all()):
+            raise ClassifierError(
+                "the backbone gives NaN or Inf on an all-zero image; its weights are damaged or "
+                "belong to another architecture"
+            )
+        return features.shape[1]
+
+
+# -- Building a classifier ---------------------------------------------------------------------
+
+
+def build(
+    spec: BackboneSpec,
+    classes: Sequence[str],
+    *,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Build a classifier on a timm backbone, with a random head.
+
+    Args:
+        spec: timm name, its arguments, output stride.
+        classes: N class names.
+        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
+            safetensors file of this architecture (with or without its classification head).
+        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        seed: seed of the random head and of a random backbone.
+
+    Raises:
+        ClassifierError: if timm does not know the name or refuses an argument, if the weights
+            cannot be had, do not fit or hold NaN or Inf, or if the backbone has no spatial map.
+
+    Example:
+        >>> classifier = build(BackboneSpec("test_resnet", {}), ["cat", "dog"], weights="random")
+        >>> classifier(torch.zeros(1, 3, 64, 96)).shape
+        torch.Size([1, 2])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Only the part before pooling is used; num_classes=0 leaves the old head out.
+        backbone = _create(spec, pretrained=str(weights) == PRETRAINED, num_classes=0)
+        if str(weights) not in (PRETRAINED, RANDOM):
+            _load_weights(backbone, Path(weights), spec)
+        refuse_not_finite(backbone.state_dict(), weights)
+        return Classifier(backbone, classes, _preprocessing(backbone, mean, std), spec)
+
+
+def timm_classifier(
+    name: str,
+    *,
+    weights: str | Path = PRETRAINED,
+    classes: Sequence[str] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Classifier:
+    """A timm model with the head that it was trained with; such a classifier cannot be saved.
+
+    The head must be linear in the mean of the feature map: head and mean must give the model's own
+    logits, which is checked. A bias counts in the scores, but not in the maps (equation 1).
+
+    Args:
+        name: timm name.
+        weights: ``"pretrained"`` (timm's, downloaded on first use) or a safetensors file of the
+            whole model.
+        classes: N names; default: those of ImageNet if the model has its classes, else numbers.
+        arguments: arguments of ``timm.create_model``.
+        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+
+    Raises:
+        ClassifierError: if timm does not know the name, the weights cannot be had or do not fit,
+            or the head is not linear in the mean of the feature map.
+
+    Example:
+        >>> timm_classifier("resnet5")
+        Traceback (most recent call last):
+        lpcam.runtime.errors.ClassifierError: timm has no model 'resnet5'; ...
+    """
+    spec = BackboneSpec(name, arguments or {})
+    with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
+        model: Any = _create(spec, pretrained=str(weights) == PRETRAINED).eval()
+        if str(weights) != PRETRAINED:
+            _load_weights(model, Path(weights), spec, with_head=True)
+        head = model.get_classifier()
+        not_linear = ClassifierError(
+            f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
+            "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
+            "head on this backbone ('lpcam classify')"
+        )
+        if not isinstance(head, nn.Linear):
+            raise not_linear
+        names = class_names(model, head.out_features) if classes is None else classes
+        if head.out_features != len(names):
+            raise ClassifierError(
+                f"{name!r} has {head.out_features} classes, but {len(names)} names were given; "
+                "give one name per class, in the order of its logits"
+            )
+        classifier = Classifier(model, names, _preprocessing(model, mean, std))
+    if head.in_features != classifier.head.in_features:
+        raise not_linear
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
+    with torch.no_grad():
+        expected = model(image)
+        classifier.head = head
+        difference = float((classifier(image) - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # true for NaN
+        raise not_linear
+    model.reset_classifier(0)  # else the head's weights would be twice among the parameters
+    return classifier
+
+
+def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
+    """A classifier with random weights, from the :func:`description` of its backbone.
+
+    Example:
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> text = description(nn.Identity(), BackboneSpec("test_resnet", {}), plain)
+        >>> described(text).spec
+        BackboneSpec(name='test_resnet', arguments={}, output_stride=None, dilated=True)
+    """
+    preprocessing = Preprocessing(*(tuple(metadata["preprocessing"][k]) for k in ("mean", "std")))
+    spec = BackboneSpec(**metadata["backbone"])
+    with torch.random.fork_rng(devices=[]):  # the weights will be replaced
+        backbone = _create(spec, pretrained=False, num_classes=0)
+        return Classifier(backbone, classes, preprocessing, spec)
+
+
+def description(
+    backbone: nn.Module, spec: BackboneSpec | None, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    """Architecture and preprocessing as JSON, for files and fingerprints.
+
+    Example:
+        >>> description(nn.Identity(), None, Preprocessing((0.5,), (1.0,)))
+        {'backbone': 'Identity', 'preprocessing': {'mean': (0.5,), 'std': (1.0,)}}
+    """
+    return {
+        "backbone": asdict(spec) if spec else type(backbone).__name__,
+        "preprocessing": asdict(preprocessing),
+    }
+
+
+def folded_backbone(backbone: nn.Module) -> nn.Module:
+    """A copy of a backbone for inference, as :meth:`Classifier.folded`.
+
+    Example:
+        >>> layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        >>> len(list(folded_backbone(nn.Sequential(*layers))[1].parameters()))
+        0
+    """
+    with torch.random.fork_rng(devices=[]):  # a random head is drawn, which is not used
+        classifier = Classifier(backbone, NO_CLASSES, Preprocessing((), ()))
+    return classifier.folded().backbone
+
+
+def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """All intermediate maps (B, C, h, w) of a timm backbone for images (B, 3, H, W).
+
+    Example:
+        >>> backbone = timm.create_model("test_resnet")
+        >>> [m.shape[-1] for m in feature_maps(backbone, torch.zeros(1, 3, 64, 64))]
+        [32, 16, 8, 4, 2]
+    """
+    intermediates: Any = backbone.forward_intermediates
+    found: list[Tensor] = intermediates(images, intermediates_only=True, output_fmt="NCHW")
+    return found
+
+
+def check_backbone(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ClassifierError: with similar names that it knows.
+
+    Example:
+        >>> check_backbone("resnet50")
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"similar names are {', '.join(near)}" if near else "timm.list_models() lists all"
+        raise ClassifierError(f"timm has no model {name!r}; {hint}")
+
+
+def _create(spec: BackboneSpec, *, pretrained: bool, **options: Any) -> nn.Module:
+    arguments = dict(spec.arguments)
+    if spec.output_stride is not None:
+        arguments["output_stride"] = spec.output_stride
+    check_backbone(spec.name)
+    try:
+        model: nn.Module = timm.create_model(
+            spec.name, pretrained=pretrained, **options, **arguments
+        )
+    except Exception as error:  # timm, torch or the hub client may raise anything
+        what = "with its pretrained weights " if pretrained else ""
+        raise ClassifierError(
+            f"timm could not make {spec.name!r} {what}with arguments {arguments}: {error}. "
+            "Check the arguments (not every model has output_stride); without a network, give "
+            "weights as the path of a safetensors file"
+        ) from error
+    if spec.output_stride is not None and not spec.dilated:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+                module.dilation = (1, 1)
+                if isinstance(module.padding, tuple) and any(module.padding):
+                    module.padding = tuple((k - 1) // 2 for k in module.kernel_size)
+    return model
+
+
+def _preprocessing(
+    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return Preprocessing(
+        tuple(config.get("mean", IMAGENET_MEAN) if mean is None else mean),
+        tuple(config.get("std", IMAGENET_STD) if std is None else std),
+    )
+
+
+# -- Weights -----------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ClassifierError: if it is missing, damaged or of another format.
+
+    Example:
+        >>> read_weights(Path("resnet.pth"))
+        Traceback (most recent call last):
+        lpcam.runtime.errors.ClassifierError: no weights file 'resnet.pth'; ...
+    """
+    if not path.is_file():
+        raise ClassifierError(
+            f"no weights file {str(path)!r}; give the path of a safetensors file, "
+            f"{PRETRAINED!r} or {RANDOM!r}"
+        )
+    if path.suffix != ".safetensors":
+        raise ClassifierError(
+            f"weights must be a .safetensors file, got {path.name!r}; pickled checkpoints can run "
+            "code and are not read: convert it first with lpcam convert FILE OUT.safetensors"
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ClassifierError(
+            f"the weights file {str(path)!r} cannot be read: {error}; fetch it again"
+        ) from error
+
+
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Differences of a file's tensors from a network's in names and shapes; "" if there are none.
+
+    Example:
+        >>> misfit({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(2)})
+        '1 missing (first: b), 1 of another shape (first: a)'
+    """
+    found = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(
+            k for k in own.keys() & state.keys() if own[k].shape != state[k].shape
+        ),
+    }
+    return ", ".join(
+        f"{len(names)} {what} (first: {names[0]})" for what, names in found.items() if names
+    )
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse weights with NaN or Inf.
+
+    Args:
+        state: tensors by name.
+        path: name of the weights, for the message.
+
+    Raises:
+        ClassifierError: naming the first such tensor.
+
+    Example:
+        >>> refuse_not_finite({"a": torch.ones(1)}, "w.safetensors")
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ClassifierError(
+                f"the weights {str(path)!r} hold NaN or Inf in {name!r}; "
+                "the file is damaged, fetch it again"
+            )
+
+
+def _load_weights(
+    model: nn.Module, path: Path, spec: BackboneSpec, *, with_head: bool = False
+) -> None:
+    state = read_weights(path)
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or ()
+    for head in () if with_head else (heads,) if isinstance(heads, str) else heads:
+        state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
+    own = model.state_dict()
+    # Files of old programs lack the counters of batches, which a frozen norm never reads.
+    counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
+    state = {**counters, **state}
+    if difference := misfit(own, state):
+        raise ClassifierError(
+            f"the weights {path.name!r} do not fit {spec.name!r} with arguments "
+            f"{dict(spec.arguments)}: {difference}; check the backbone's name and arguments"
+        )
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+
+
+# -- A copy for inference ----------------------------------------------------------------------
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch norm that follows a convolution among a module's children (in place)."""
+    before: tuple[str, nn.Conv2d] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and before is not None and child.track_running_stats:
+            setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+            # timm's batch norms drop and activate too
+            rest = [getattr(child, part, nn.Identity()) for part in ("drop", "act")]
+            setattr(module, name, nn.Sequential(*rest))
+        before = None
+        if isinstance(child, nn.Conv2d):
+            before = (name, child)
+        else:
+            _fold_batch_norms(child)
+
+
+def _pad_within(module: nn.Module) -> None:
+    """Let timm's "same" convolutions of a module leave padding to the convolution (in place)."""
+    for name, child in list(module.named_children()):
+        if type(child) is Conv2dSame:
+            setattr(module, name, _SameConvolution(child))
+        else:
+            _pad_within(child)
+
+
+class _SameConvolution(nn.Module):
+    """A convolution with "same" padding, without timm's padded copy of the input.
+
+    On a CPU the copy takes longer than the convolution. Padding is symmetric; where "same" needs
+    more zeros after an image than before it, the first outputs are dropped.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, images: Tensor) -> Tensor:
+        conv = self.convolution
+        padding, kept = [], []
+        for axis, length in enumerate(images.shape[-2:]):
+            stride, reach = conv.stride[axis], (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+            count = -(-length // stride)
+            total = max((count - 1) * stride + reach + 1 - length, 0)
+            before = total // 2
+            dropped = -(-(total - 2 * before) // stride)
+            padding.append(before + dropped * stride)
+            kept.append(slice(dropped, dropped + count))
+        return F.conv2d(
+            images, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
+        )[:, :, kept[0], kept[1]]
+
+
+def _forward(backbone: nn.Module, images: Tensor) -> Any:
+    return getattr(backbone, "forward_features", backbone)(images)
+
+
+def _as_map(backbone: nn.Module, features: Any) -> Tensor:
+    """What a convolutional backbone gave, as (B, C, h, w)."""
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ClassifierError(
+            f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "
+            "(B, C, h, w) before pooling; choose a backbone that has one"
+        )
+    if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
+        return features.permute(0, 3, 1, 2)
+    return features
+
+
+def _token_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """The last tokens of a transformer on their grid (B, C, h, w), without prefix tokens."""
+    intermediates: Any = backbone.forward_intermediates
+    maps = intermediates(images, indices=1, norm=True, intermediates_only=True)
+    return _as_map(backbone, maps[-1])

@@ -1,0 +1,226 @@
+"""Fine-tuning a classifier on image-level labels (specification of IRN, section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lpcam.classifiers.classifier import Classifier, Preprocessing
+from lpcam.classifiers.probe import mean_average_precision, multi_hot
+from lpcam.data.dataset import Item
+from lpcam.data.images import read_image, resize_long_side
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.settings import Positive, PresetModel
+from lpcam.training import loop as engine
+from lpcam.training.augmentation import mirror_and_crop
+from lpcam.training.optim import freeze, sgd
+
+
+class FinetuneSettings(PresetModel):
+    """How a classifier is fine-tuned (specification of IRN, section 1)."""
+
+    table: ClassVar[str] = "finetune"
+    preset: str = "momentum"
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of the backbone; the head's is ``head_multiplier`` times as large."""
+    head_multiplier: Positive
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Of SGD."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 on every trained weight."""
+    power: Annotated[float, Field(ge=0.0)]
+    """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
+    long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    """Inclusive range, in pixels, from which each image's long side is drawn."""
+    crop: Annotated[int, Field(ge=1)]
+    """Side of the square crop, in pixels."""
+    freeze: tuple[str, ...]
+    """Prefixes of the backbone's parameter names that are not trained."""
+
+
+# -- Augmentation ------------------------------------------------------------------------------
+
+
+class Sizes(Protocol):
+    """Settings of the sizes of training images, in pixels."""
+
+    @property
+    def long_side(self) -> tuple[int, int]: ...
+    @property
+    def crop(self) -> int: ...
+
+
+def augment(
+    image: NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    settings: Sizes,
+    generator: np.random.Generator,
+    *,
+    change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+) -> Tensor:
+    """Augment one image (specification of IRN, section 1).
+
+    The long side is resized to a random length in ``settings.long_side`` (PIL bicubic), RGB is
+    normalised, and the image is mirrored with probability one half. Then a random square crop is
+    taken; a smaller image is placed at random on a canvas of the mean colour.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        preprocessing: normalisation.
+        settings: range of long sides and side of the crop.
+        generator: source of all random choices.
+        change: function applied to the resized image, to change its colours.
+
+    Returns:
+        (3, crop, crop) float32.
+
+    Example:
+        >>> settings = FinetuneSettings.from_preset("official", long_side=[40, 64], crop=48)
+        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        >>> image, generator = np.zeros((20, 30, 3), np.uint8), np.random.default_rng(0)
+        >>> augment(image, plain, settings, generator).shape
+        torch.Size([3, 48, 48])
+    """
+    low, high = settings.long_side
+    resized = resize_long_side(image, int(generator.integers(low, high + 1)))
+    tensor = preprocessing(resized if change is None else change(resized))
+    # zero is the mean colour after normalisation
+    return mirror_and_crop([(tensor, 0)], settings.crop, generator)[0]
+
+
+class _Augmented(Dataset[tuple[Tensor, int]]):
+    """Augmented images by (epoch, index)."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        preprocessing: Preprocessing,
+        settings: FinetuneSettings,
+        seed: int,
+    ) -> None:
+        self.items = items
+        self.preprocessing = preprocessing
+        self.settings = settings
+        self.seed = seed
+
+    def __getitem__(self, place: engine.Place) -> tuple[Tensor, int]:
+        epoch, index, _ = place
+        generator = np.random.default_rng([self.seed, epoch, index])
+        image = read_image(self.items[index].image)
+        return augment(image, self.preprocessing, self.settings, generator), index
+
+
+# -- Training ----------------------------------------------------------------------------------
+
+
+def finetune(
+    classifier: Classifier,
+    items: Sequence[Item],
+    validation: Sequence[Item],
+    settings: FinetuneSettings,
+    *,
+    seed: int,
+    folder: Path,
+    workers: int = 0,
+    processes: Processes | None = None,
+) -> list[dict[str, Any]]:
+    """Fine-tune in place, with checkpoints in ``folder`` from which a stopped run resumes.
+
+    SGD on the multi-label soft margin loss, poly schedule per step, head learning rate
+    ``head_multiplier`` times the backbone's, batch-norm statistics frozen.
+
+    Args:
+        classifier: the classifier, on the device to train on.
+        items: training images.
+        validation: images whose mAP is measured after each epoch.
+        settings: schedule, rates and sizes.
+        seed: seed of the order of the images and of their augmentation.
+        folder: folder of the checkpoint.
+        workers: processes that read and augment images.
+        processes: processes that share each batch; default: only this one. The result does not
+            depend on their number, up to rounding.
+
+    Returns:
+        one record per epoch: ``epoch``, ``step``, mean ``loss``, ``validation_map``.
+
+    Raises:
+        ClassifierError: if ``freeze`` matches nothing, a batch has fewer images than there are
+            processes, or the loss is no longer finite.
+        ArtefactError: if a checkpoint is damaged or of other weights.
+    """
+    processes = processes or Processes()
+    freeze(classifier.backbone, settings.freeze)
+    groups = [
+        {
+            "params": [p for p in classifier.backbone.parameters() if p.requires_grad],
+            "lr": settings.learning_rate,
+        },
+        {
+            "params": list(classifier.head.parameters()),
+            "lr": settings.learning_rate * settings.head_multiplier,
+        },
+    ]
+    size = min(settings.batch_size, len(items))
+    labels = multi_hot(items, len(classifier.classes))
+    model = processes.replicate(classifier)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, indices = batch
+        classifier.train()
+        mean = F.multilabel_soft_margin_loss(
+            model(images.to(classifier.device)), labels[indices].to(classifier.device)
+        )
+        return mean * (len(indices) / size)  # this process's share of the batch
+
+    history = engine.run(
+        classifier,
+        sgd(groups, settings),
+        _Augmented(items, classifier.preprocessing, settings, seed),
+        len(items),
+        loss,
+        engine.Plan.of_epochs(settings, len(items)),
+        label="fine-tuning",
+        section="classifier.finetune",
+        seed=seed,
+        folder=folder,
+        workers=workers,
+        processes=processes,
+        at_record=lambda _: {
+            "validation_map": validation_map(classifier, validation, settings, processes)
+        },
+    )
+    classifier.eval()
+    return history
+
+
+@torch.inference_mode()
+def validation_map(
+    classifier: Classifier,
+    items: Sequence[Item],
+    settings: FinetuneSettings,
+    processes: Processes | None = None,
+) -> float | None:
+    """Mean average precision on whole images at the middle training size; None without images."""
+    processes = processes or Processes()
+    classifier.eval()
+    side = sum(settings.long_side) // 2
+    if not items:
+        return None
+    logits = torch.zeros(len(items), len(classifier.classes))
+    for row in range(processes.rank, len(items), processes.count):
+        image = resize_long_side(read_image(items[row].image), side)
+        tensor = classifier.preprocessing(image)
+        logits[row] = classifier(tensor[None].to(classifier.device))[0].float().cpu()
+    return mean_average_precision(processes.sum(logits), multi_hot(items, len(classifier.classes)))

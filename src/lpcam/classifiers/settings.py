@@ -1,0 +1,65 @@
+"""Settings of a backbone and of the classifier on it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lpcam.classifiers.classifier import BackboneSpec
+from lpcam.classifiers.finetuning import FinetuneSettings
+from lpcam.classifiers.probe import ProbeSettings
+from lpcam.runtime.files import weights_key
+from lpcam.runtime.settings import WeightsSection
+
+
+class BackboneSection(WeightsSection):
+    """A timm backbone, its first weights and its preprocessing."""
+
+    backbone: str | None
+    """Name of a timm model."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for timm.create_model."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Stride of the feature map; null leaves the model's own. Not every model has another."""
+    dilated: bool = True
+    """Whether layers are dilated where output_stride removes a stride; false: dilation is 1."""
+    weights: str
+    """"pretrained" (timm's), "random", or the path of a safetensors file."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of RGB in [0, 1]; null takes timm's pretrained cfg."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of RGB in [0, 1]; null takes timm's pretrained cfg."""
+
+    def backbone_key(self) -> dict[str, Any]:
+        """Inputs that determine the first weights of a network on it, for a cache key."""
+        return {"backbone": self.described(), "weights": weights_key(self.weights)}
+
+    def described(self) -> dict[str, Any]:
+        """The backbone without its weights, as JSON."""
+        fields = {"backbone", "arguments", "output_stride", "dilated", "mean", "std"}
+        return {**self.model_dump(mode="json", include=fields), "dilated": self._dilated()}
+
+    def spec(self) -> BackboneSpec:
+        """The backbone, for the functions that build networks."""
+        assert self.backbone is not None
+        return BackboneSpec(self.backbone, self.arguments, self.output_stride, self._dilated())
+
+    def first_weights(self, seed: int) -> dict[str, Any]:
+        """Arguments of the functions that build networks: weights, preprocessing and seed."""
+        return {"weights": self.weights, "mean": self.mean, "std": self.std, "seed": seed}
+
+    def _dilated(self) -> bool:
+        # Without an output stride no dilation is removed, whatever the section says.
+        return self.dilated or self.output_stride is None
+
+
+class ClassifierSection(BackboneSection):
+    """The classifier: its backbone, and how its head (and backbone) are trained."""
+
+    backbone: str
+    """Name of a timm model."""
+    method: Literal["auto", "probe", "finetune"] = "auto"
+    """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""
+    probe: ProbeSettings = ProbeSettings.from_preset("default")
+    finetune: FinetuneSettings = FinetuneSettings.from_preset("momentum")

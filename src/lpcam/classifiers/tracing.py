@@ -1,0 +1,609 @@
+"""Parts of a model seen in one forward pass: calls of modules, maps, norms and linear layers.
+
+A :class:`Record` holds the output of every module in one pass. A :class:`MapLayer` is the layer
+that gives the feature map. A :class:`Norm` and a :class:`Linear` follow the pooling. All are
+recognised by their numbers, not by the name of their class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.runtime.errors import ClassifierError
+
+Layout = Literal["NCHW", "NHWC", "tokens"]
+
+
+NormKind = Literal["affine", "layer", "rms", "length"]
+
+
+Rows = tuple[Tensor, Tensor | None]
+"""Weight (N, C) and bias (N,) of a linear head."""
+
+
+TOLERANCE = 1e-4
+"""Largest difference that counts as rounding, relative to the largest number (of logits: or 1)."""
+
+
+COARSE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""The same for a model that computes in half precision."""
+
+
+KEPT_MAPS = 64
+"""Number of last maps that a record keeps, to bound its memory."""
+
+
+# -- The state of the model --------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel or torch.compile.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> unwrap(nn.DataParallel(layer)) is layer
+        True
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; restores flags, weights and random state on exit.
+
+    Compiled modules run uncompiled, because compiled code may ignore hooks. If a class overrides
+    ``train`` (to clear caches or merge weights), its method is called.
+
+    Example:
+        >>> with evaluation_mode(layer := nn.Dropout()):
+        ...     layer.training
+        False
+    """
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    overriding = [module for module in modules if module.training and _overrides_train(module)]
+    # Merging weights and undoing it changes them by rounding.
+    saved = [
+        (tensor, tensor.detach().clone())
+        for module in overriding
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+
+    def restore() -> None:
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training != flag:
+                module.training = flag
+        for parameter, need in needed:
+            if parameter.requires_grad != need:
+                parameter.requires_grad_(need)
+        for tensor, value in saved:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
+        if any(_is_compiled(module) for module in modules):
+            stance: Any = torch.compiler.set_stance("force_eager")
+            stack.enter_context(stance)
+        stack.callback(restore)
+        for module in overriding:
+            stack.callback(module.train, True)
+            module.train(False)
+        for module in modules:
+            # A class may override eval() to leave some modules in training mode.
+            if module.training:
+                module.training = False
+        yield
+
+
+def _overrides_train(module: nn.Module) -> bool:
+    return getattr(module.train, "__func__", None) is not nn.Module.train
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+@contextmanager
+def without_grad_and_autocast(device: torch.device) -> Iterator[None]:
+    """Ordinary tensors without gradients, inside inference mode and autocast too.
+
+    Example:
+        >>> with torch.inference_mode(), without_grad_and_autocast(torch.device("cpu")):
+        ...     torch.ones(1).is_inference()
+        False
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions on a GPU in full float32; the setting applies to all threads.
+
+    Example:
+        >>> with without_tf32():
+        ...     torch.backends.cuda.matmul.fp32_precision
+        'ieee'
+    """
+    # Reading the older allow_tf32 raises if a caller has set these to different values.
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first tensor."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Dtype of the model's first floating-point tensor.
+
+    Example:
+        >>> model = nn.Linear(2, 3).double()
+        >>> device_of(model), dtype_of(model)
+        (device(type='cpu'), torch.float64)
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+# -- Outputs of modules ------------------------------------------------------------------------
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor that a module gave, or the first one of a list, tuple or mapping.
+
+    Example:
+        >>> first_tensor({"a": None, "b": [torch.tensor(2)]})
+        tensor(2)
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((found for one in value if (found := first_tensor(one)) is not None), None)
+    return None
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The model's output as logits (B, N); (B,) becomes (B, 1).
+
+    Args:
+        output: a tensor, an object or mapping with ``logits``, or a collection whose first tensor
+            is taken.
+
+    Example:
+        >>> logits_of({"features": torch.ones(2, 8), "logits": torch.ones(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None:
+        logits = first_tensor(output)
+    if isinstance(logits, Tensor) and logits.ndim == 1:
+        logits = logits[:, None]
+    return flat(logits) if isinstance(logits, Tensor) else None
+
+
+def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
+    """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
+
+    Args:
+        tensor: the tensor, or None.
+        pooled: reduce a map (B, C, h, w) to its mean.
+
+    Example:
+        >>> flat(torch.ones(2, 3, 1, 1)).shape, flat(torch.ones(2, 3, 4, 4))
+        (torch.Size([2, 3]), None)
+    """
+    if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point():
+        return None
+    longest = max(tensor.shape[1:])
+    if tensor.shape[1:].numel() == longest:
+        return tensor.reshape(tensor.shape[0], longest).float()
+    return tensor.float().mean((-2, -1)) if pooled and tensor.ndim == 4 else None
+
+
+# -- A recorded forward pass -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its ``number``-th in the pass, from 0, with input and output."""
+
+    name: str
+    module: nn.Module
+    number: int
+    before: Tensor | None
+    after: Tensor | None
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({type(self.module).__name__})"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Calls of one pass in the order in which they ended, and the model's output."""
+
+    calls: tuple[Call, ...]
+    output: Any
+    size: tuple[int, int]
+    """(H, W) of the images"""
+    grids: tuple[tuple[int, int], ...]
+    """(h, w) of every map, the last first"""
+    tolerance: float
+
+    @classmethod
+    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
+        """Pass images (B, c, H, W) through a model in evaluation mode and keep its outputs.
+
+        Args:
+            model: restored afterwards.
+            images: (B, c, H, W).
+            always: modules whose output is kept even if more than KEPT_MAPS maps follow.
+        """
+        calls: list[Call] = []
+        maps: deque[int] = deque()
+        grids: list[tuple[int, int]] = []
+        counts: Counter[nn.Module] = Counter()
+        dtypes: set[torch.dtype] = set()
+
+        def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before, after = first_tensor((args, list(kwargs.values()))), first_tensor(output)
+            call = Call(name, module, counts[module], before, after)
+            counts[module] += 1
+            if after is None:
+                return
+            if after.is_floating_point():
+                dtypes.add(after.dtype)
+            if after.ndim == 4:
+                grids.extend((tuple(after.shape[2:]), tuple(after.shape[1:3])))  # type: ignore[arg-type]
+            calls.append(call)
+            if module in always or (flat(after) is not None and after.ndim != 3):
+                return
+            maps.append(len(calls) - 1)
+            if len(maps) > KEPT_MAPS:
+                old = maps.popleft()
+                calls[old] = replace(calls[old], before=None, after=None)
+
+        with evaluation_mode(model), ExitStack() as hooks:
+            for name, module in model.named_modules():
+                handle = module.register_forward_hook(partial(hook, name), with_kwargs=True)
+                hooks.callback(handle.remove)
+            with torch.autocast(images.device.type, enabled=False):
+                output = model(images)
+        tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
+        size = (images.shape[-2], images.shape[-1])
+        return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
+
+    def same(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether two tensors are equal up to rounding; never true for NaN."""
+        if one is None or other is None or one.shape != other.shape:
+            return False
+        return float((one - other).abs().max()) <= self.tolerance * float(other.abs().max())
+
+    def same_logits(self, found: Tensor, wanted: Tensor | None) -> bool:
+        """As :meth:`same`, relative to at least 1."""
+        if wanted is None or wanted.shape != found.shape:
+            return False
+        largest = max(1.0, float(wanted.abs().max()))
+        return float((found - wanted).abs().max()) <= self.tolerance * largest
+
+    def token_stride(self, count: int) -> tuple[float, float]:
+        """Pixels per patch of ``count`` patches, vertical and horizontal.
+
+        Their grid is that of a map with as many cells, if there is one. The stride is a whole
+        number if one explains the grid.
+        """
+        fitting = [grid for grid in self.grids if grid[0] * grid[1] == count]
+        wanted = math.log(self.size[0] / self.size[1])
+        grid = min(
+            [*fitting, grid_of(count, self.size)],
+            key=lambda g: abs(math.log(g[0] / g[1]) - wanted),
+        )
+        exact = [s / g for s, g in zip(self.size, grid, strict=True)]
+        for whole in (math.floor(min(exact)), math.ceil(max(exact))):
+            for rounding in (math.floor, math.ceil):
+                if whole and tuple(rounding(s / whole) for s in self.size) == grid:
+                    return float(whole), float(whole)
+        return exact[0], exact[1]
+
+
+# -- The layer of the feature map --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MapLayer:
+    """The layer that gives the feature map, and how to read its output as (B, C, h, w)."""
+
+    layer: nn.Module | Callable[[Tensor], Any]
+    name: str
+    number: int
+    """Which call of the layer in a pass, from 0"""
+    layout: Layout
+    prefix: int = 0
+    """Tokens before the patches"""
+    stride: tuple[float, float] = (1.0, 1.0)
+    relu: bool = False
+    token: int | None = None
+    """Prefix token that the head reads; None: it reads the mean"""
+
+    def raw(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
+        kept: list[Tensor | None] = []
+        count, thread = 0, threading.get_ident()
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal count
+            if threading.get_ident() != thread:
+                return
+            if count == self.number:
+                kept.append(first_tensor(output))
+            count += 1
+
+        with evaluation_mode(model):
+            if not isinstance(self.layer, nn.Module):
+                kept.append(first_tensor(self.layer(images)))
+            else:
+                handle = self.layer.register_forward_hook(hook)
+                try:
+                    model(images)
+                finally:
+                    handle.remove()
+        if not kept or kept[0] is None:
+            raise ClassifierError(
+                f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
+                "model has changed since it was wrapped, wrap it again"
+            )
+        found = kept[0]
+        return found if found.dtype == torch.float64 else found.float()
+
+    def vector(self, raw: Tensor) -> Tensor:
+        """(B, C): the token that the head reads, or the mean of the map."""
+        if self.token is not None:
+            return raw[:, self.token]
+        return self.map(raw).mean((-2, -1))
+
+    def map(self, raw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, h, w) from the layer's output for images of a size (H, W).
+
+        Without a size, tokens give one row of cells.
+        """
+        if self.layout == "NHWC":
+            raw = raw.movedim(-1, 1)
+        elif self.layout == "tokens":
+            patches = raw[:, self.prefix :].transpose(1, 2)
+            count = patches.shape[-1]
+            grid = (1, count) if size is None else grid_of(count, size, self.stride)
+            raw = patches.reshape(*patches.shape[:-1], *grid)
+        return raw.relu() if self.relu else raw
+
+    def __str__(self) -> str:
+        how = {"NCHW": "", "NHWC": ", channels last", "tokens": ", tokens on their grid"}
+        after = " after ReLU" if self.relu else ""
+        dropped = f" without {self.prefix} prefix tokens" if self.prefix else ""
+        return f"{self.name or 'the output of the model'}{after}{how[self.layout]}{dropped}"
+
+
+def grid_of(
+    count: int, size: tuple[int, int], stride: tuple[float, float] | None = None
+) -> tuple[int, int]:
+    """Rows and columns of ``count`` patches of an image (H, W).
+
+    The grid of the stride if it has ``count`` cells (with incomplete patches dropped, counted or
+    rounded); else the two factors of ``count`` whose ratio is nearest to the image's.
+
+    Example:
+        >>> grid_of(12, (30, 40)), grid_of(6, (20, 36), (16.0, 16.0))
+        ((3, 4), (2, 3))
+    """
+    if stride is not None:
+        for rounding in (math.floor, math.ceil, round):
+            rows, columns = (rounding(n / s) for n, s in zip(size, stride, strict=True))
+            if rows * columns == count:
+                return rows, columns
+    wanted = math.log(size[0] / size[1])
+    rows = min(
+        (n for n in range(1, count + 1) if count % n == 0),
+        key=lambda n: abs(math.log(n * n / count) - wanted),
+    )
+    return rows, count // rows
+
+
+# -- Norms between the pooled vector and the head ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm: ``affine`` is batch norm in evaluation; the others divide a vector by its size."""
+
+    kind: NormKind
+    module: nn.Module | None = None
+    epsilon: float = 0.0
+    name: str = ""
+
+    def divide(self, vectors: Tensor) -> Tensor:
+        """The positive number that each vector (..., C) is divided by, (..., 1)."""
+        if self.kind == "layer":
+            return (vectors.var(-1, correction=0, keepdim=True) + self.epsilon).sqrt()
+        if self.kind == "rms":
+            return (vectors.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+        if self.kind == "length":
+            return vectors.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        return vectors.new_ones(*vectors.shape[:-1], 1)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> Rows:
+        """Rows and bias for divided vectors: W(norm(v)) + b = W'(v / size) + b'."""
+        found = (
+            getattr(self.module, name, None)
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        gamma, beta, mean, variance = (
+            value.detach().to(weight.dtype) if isinstance(value, Tensor) else None
+            for value in found
+        )
+        if self.kind == "affine":
+            assert mean is not None and variance is not None  # noqa: PT018 - as found
+            scale = (variance + self.epsilon).rsqrt()
+            gamma = scale if gamma is None else gamma * scale
+            beta = -mean * gamma if beta is None else beta - mean * gamma
+        if beta is not None:
+            bias = weight @ beta if bias is None else bias + weight @ beta
+        if gamma is not None:
+            weight = weight * gamma
+        if self.kind == "layer":  # W(v - mean(v)) = (W(I - 11'/C)) v
+            weight = weight - weight.mean(1, keepdim=True)
+        return weight, bias
+
+    @classmethod
+    def of(cls, call: Call, record: Record) -> Norm | None:
+        """The norm that a call computes, if the numbers agree."""
+        before, after = flat(call.before), flat(call.after)
+        module = call.module
+        if call.before is None or before is None or after is None or before.shape != after.shape:
+            return None
+        if record.same(after, before):  # dropout and the like
+            return None
+        channels = before.shape[1]
+        given = [getattr(module, name, None) for name in ("weight", "bias")]
+        if any(isinstance(p, Tensor) and p.shape != (channels,) for p in given):
+            return None
+        is_batch_norm = isinstance(getattr(module, "running_mean", None), Tensor)
+        kinds: tuple[NormKind, ...] = ("affine",) if is_batch_norm else ("layer", "rms")
+        for kind in kinds:
+            norm = cls(kind, module, _epsilon(module, call.before.dtype), call.name)
+            weight, bias = norm.fold(torch.eye(channels, device=before.device), None)
+            if record.same(F.linear(before / norm.divide(before), weight, bias), after):
+                return norm
+        return None
+
+    def __str__(self) -> str:
+        if self.module is None:
+            return "L2 normalisation"
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+    """Number that a norm adds to a variance; for None the rounding unit of the input."""
+    said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
+    numbers = [float(value) for value in said if isinstance(value, (int, float))]
+    if numbers:
+        return numbers[0]
+    return torch.finfo(dtype).eps if None in said else 1e-6
+
+
+# -- The head ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or its tensors."""
+
+    module: nn.Module | None = None
+    tensors: Rows | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, call: Call, record: Record) -> Linear | None:
+        """The matrix or 1 x 1 convolution that a call computes, if the numbers agree."""
+        weight = getattr(call.module, "weight", None)
+        if not isinstance(weight, Tensor) or not hasattr(call.module, "bias"):
+            return None
+        if weight.ndim not in (2, 4) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
+            return None
+        before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
+        if before is None or after is None:
+            return None
+        if (after.shape[1], before.shape[1]) != tuple(weight.shape[:2]):
+            return None
+        linear = cls(call.module, None, call.name)
+        weight, bias = linear.rows()
+        found = F.linear(before, weight.to(before), None if bias is None else bias.to(before))
+        return linear if record.same(found, after) else None
+
+    def rows(self) -> Rows:
+        """Current weight (N, C) and bias (N,), detached, float32 or float64."""
+        if self.module is not None:
+            given: tuple[Any, Any] = self.module.weight, self.module.bias
+        else:
+            assert self.tensors is not None
+            given = self.tensors
+        weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in given)
+        assert weight is not None
+        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
+
+    def __str__(self) -> str:
+        if self.module is None:
+            return "the given weight"
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+@dataclass(eq=False)
+class Reading:
+    """How logits are read from a layer's output: the map layer, norms and the linear head."""
+
+    map_layer: MapLayer
+    head: Linear | None
+    """None while a head is still to be fitted"""
+    norms: tuple[Norm, ...]
+    """Norms between the pooled vector and the head, the head's neighbour first"""
+
+    def rows(self, device: torch.device) -> Rows:
+        """Rows of the head with the norms folded in: for vectors that :meth:`divided` gives."""
+        assert self.head is not None
+        weight, bias = self.head.rows()
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
+        for norm in self.norms:
+            weight, bias = norm.fold(weight, bias)
+        return weight, bias
+
+    def divided(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., C) divided by the size that each norm gives them."""
+        for norm in self.norms:
+            vectors = vectors / norm.divide(vectors)
+        return vectors
+
+    def logits_of(self, raw: Tensor) -> Tensor:
+        """Logits (B, N) from the output of the map layer."""
+        vectors = self.divided(self.map_layer.vector(raw))
+        weight, bias = self.rows(raw.device)
+        return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))

@@ -1,0 +1,281 @@
+"""WideResNet-38, registered with timm: ``timm.create_model("wideresnet38")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.models import register_model
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
+
+
+DEPTHS = (3, 3, 6, 3)
+"""Number of blocks of b2, b3, b4 and b5."""
+
+
+DROPOUTS = (0.3, 0.5)
+"""Rates at which b6 and b7 drop whole channels in training."""
+
+
+STRIDE = 8
+"""Pixels per cell of the features."""
+
+
+HEADS = ("fc8", "fc1", "fc2")
+"""Layers after the backbone that weight files may hold, of a classifier or of a segmenter."""
+
+
+class _Block(nn.Module):
+    """Pre-activation block: a branch of convolutions, and a shortcut.
+
+    The shortcut is the input, or a 1 x 1 convolution of the *activated* input if shapes differ.
+    """
+
+    bn_branch2a: nn.BatchNorm2d
+    conv_branch1: nn.Conv2d | None
+    branch: Callable[[Tensor], Tensor]
+
+    def activated(self, features: Tensor) -> Tensor:
+        """The input after batch norm and ReLU, which affinity networks read."""
+        found: Tensor = self.bn_branch2a(features)
+        return found.relu()
+
+    def forward(self, features: Tensor, activated: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) to (B, C', h', w'); ``activated`` may be given if already computed."""
+        active = self.activated(features) if activated is None else activated
+        shortcut: Tensor = features if self.conv_branch1 is None else self.conv_branch1(active)
+        return shortcut + self.branch(active)
+
+
+class PlainBlock(_Block):
+    """Block of two 3 x 3 convolutions, each after batch norm and ReLU."""
+
+    def __init__(
+        self, before: int, middle: int, after: int, stride: int, dilations: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        first, second = dilations
+        self.bn_branch2a = nn.BatchNorm2d(before)
+        self.conv_branch2a = _convolution(before, middle, 3, stride, first)
+        self.bn_branch2b1 = nn.BatchNorm2d(middle)
+        self.conv_branch2b1 = _convolution(middle, after, 3, 1, second)
+        self.conv_branch1 = (
+            _convolution(before, after, 1, stride) if before != after or stride > 1 else None
+        )
+
+    def branch(self, active: Tensor) -> Tensor:
+        found: Tensor = self.bn_branch2b1(self.conv_branch2a(active)).relu()
+        return self.conv_branch2b1(found)  # type: ignore[no-any-return]
+
+
+class BottleneckBlock(_Block):
+    """Block of 1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after channel dropout."""
+
+    def __init__(self, before: int, after: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.bn_branch2a = nn.BatchNorm2d(before)
+        self.conv_branch2a = _convolution(before, after // 4, 1)
+        self.bn_branch2b1 = nn.BatchNorm2d(after // 4)
+        self.dropout_2b1 = nn.Dropout2d(dropout)
+        self.conv_branch2b1 = _convolution(after // 4, after // 2, 3, 1, dilation)
+        self.bn_branch2b2 = nn.BatchNorm2d(after // 2)
+        self.dropout_2b2 = nn.Dropout2d(dropout)
+        self.conv_branch2b2 = _convolution(after // 2, after, 1)
+        self.conv_branch1 = _convolution(before, after, 1)
+
+    def branch(self, active: Tensor) -> Tensor:
+        found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
+        found = self.conv_branch2b1(self.dropout_2b1(found))
+        return self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))  # type: ignore[no-any-return]
+
+
+def _convolution(
+    before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    made = nn.Conv2d(before, after, kernel, stride, padding, dilation, bias=False)
+    # Keeps random features at about the scale of the images over all blocks.
+    nn.init.kaiming_normal_(made.weight, nonlinearity="linear")
+    return made
+
+
+class WideResNet38(nn.Module):
+    """WideResNet-38 at stride 8 (specification of EDAM, section 1), for images of any size.
+
+    Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7.
+
+    Args:
+        channels: channels of conv1a and b2 to b7; smaller ones are for tests.
+        depths: number of blocks of b2 to b5.
+        final_relu: apply ReLU to the features. EDAM keeps them signed.
+
+    Raises:
+        ValueError: if there are not seven channels and four depths, all positive, with an even
+            number of channels of b5 and multiples of 4 for b6 and b7.
+
+    Example:
+        >>> import torch
+        >>> model = WideResNet38((4, 4, 8, 8, 8, 8, 16), (1, 1, 1, 1)).eval()
+        >>> model(torch.zeros(1, 3, 30, 41)).shape
+        torch.Size([1, 16, 4, 6])
+    """
+
+    output_fmt = "NCHW"
+    num_classes = 0
+
+    def __init__(
+        self,
+        channels: Sequence[int] = CHANNELS,
+        depths: Sequence[int] = DEPTHS,
+        *,
+        final_relu: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(channels, depths)
+        stem, *wide = channels
+        self.final_relu = final_relu
+        self.num_features = channels[-1]
+        self.conv1a = _convolution(3, stem, 3)
+        self.stages: list[list[str]] = []
+        # Only b5 has a narrower middle and dilation, from its second convolution on.
+        before, middles = stem, (wide[0], wide[1], wide[2], wide[3] // 2)
+        for number, (after, middle, depth) in enumerate(zip(wide, middles, depths, strict=False)):
+            dilation = 1 if number < 3 else 2
+            names = [f"b{number + 2}", *(f"b{number + 2}_{n}" for n in range(1, depth))]
+            self.stages.append(names)
+            for name in names:
+                first = name == names[0]
+                stride = 2 if first and number < 3 else 1
+                dilations = (1 if first else dilation, dilation)
+                self.add_module(name, PlainBlock(before, middle, after, stride, dilations))
+                before = after
+        self.b6 = BottleneckBlock(wide[3], wide[4], 4, DROPOUTS[0])
+        self.b7 = BottleneckBlock(wide[4], wide[5], 4, DROPOUTS[1])
+        self.stages.append(["b6", "b7"])
+        self.bn7 = nn.BatchNorm2d(wide[5])
+        self.feature_info = [
+            {"num_chs": count, "reduction": reduction, "module": module}
+            for count, reduction, module in zip(
+                (*wide[:4], wide[5]), (2, 4, 8, 8, 8), ("b3", "b4", "b5", "b6", "bn7"), strict=True
+            )
+        ]
+        self.pretrained_cfg: dict[str, Any] = {
+            "architecture": "wideresnet38",
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "num_classes": 0,
+            "classifier": HEADS,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As :meth:`forward_features`."""
+        return self.forward_features(images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images to (B, 4096, ceil(H / 8), ceil(W / 8))."""
+        return self._maps(images)[-1]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The activations that enter b3, b4, b5 and b6 (strides 2, 4, 8, 8), and the features.
+
+        The arguments are those of timm's models. ``norm`` has no effect: all are normalised.
+
+        Returns:
+            a list of (B, C, h, w), or the features and that list.
+
+        Raises:
+            ValueError: if ``output_fmt`` is not NCHW.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        every = list(range(len(self.feature_info)))
+        taken = every[-indices:] if isinstance(indices, int) else indices or every
+        taken = [every[index] for index in taken]
+        maps = self._maps(x, max(taken) if stop_early and intermediates_only else None)
+        chosen = [maps[index] for index in taken]
+        return chosen if intermediates_only else (maps[-1], chosen)
+
+    def get_classifier(self) -> nn.Module:
+        """An identity, as for timm's models without a head."""
+        return nn.Identity()
+
+    def _maps(self, images: Tensor, last: int | None = None) -> list[Tensor]:
+        maps: list[Tensor] = []
+        features = self.conv1a(images)
+        for number, names in enumerate(self.stages):
+            block: Any = getattr(self, names[0])
+            active = block.activated(features)
+            if number:
+                maps.append(active)
+                if last is not None and len(maps) > last:
+                    return maps
+            features = block(features, active)
+            for name in names[1:]:
+                features = getattr(self, name)(features)
+        features = self.bn7(features)
+        maps.append(features.relu() if self.final_relu else features)
+        return maps
+
+
+def _check_sizes(channels: Sequence[int], depths: Sequence[int]) -> None:
+    whole = all(isinstance(n, int) and n > 0 for n in (*channels, *depths))
+    if len(channels) != len(CHANNELS) or len(depths) != len(DEPTHS) or not whole:
+        raise ValueError(
+            f"channels {list(channels)} and depths {list(depths)} must be {len(CHANNELS)} and "
+            f"{len(DEPTHS)} positive whole numbers, such as {list(CHANNELS)} and {list(DEPTHS)}"
+        )
+    if channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
+        raise ValueError(
+            f"channels {list(channels)}: the fifth must be even, the last two multiples of 4"
+        )
+
+
+@register_model  # type: ignore[untyped-decorator, unused-ignore]
+def wideresnet38(
+    pretrained: bool = False, *, num_classes: int = 0, output_stride: int = STRIDE, **arguments: Any
+) -> nn.Module:
+    """WideResNet-38 for ``timm.create_model``.
+
+    Args:
+        pretrained, num_classes, output_stride: must be False, 0 and 8.
+        arguments: arguments of :class:`WideResNet38`; those that timm adds to every model are
+            ignored.
+
+    Raises:
+        ValueError: if pre-trained weights, a classification head or another output stride than 8
+            are requested.
+
+    Example:
+        >>> wideresnet38(num_classes=10)
+        Traceback (most recent call last):
+        ValueError: num_classes 10 and output_stride 8: ...
+    """
+    if pretrained:
+        raise ValueError(
+            "WideResNet-38's weights cannot be downloaded: convert the released file by "
+            "lpcam convert FILE FILE.safetensors and give its path as weights"
+        )
+    if num_classes or output_stride != STRIDE:
+        raise ValueError(
+            f"num_classes {num_classes} and output_stride {output_stride}: WideResNet-38 has no "
+            f"classification head here and works at output stride {STRIDE} alone"
+        )
+    of_timm = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    return WideResNet38(**{k: v for k, v in arguments.items() if k not in of_timm})

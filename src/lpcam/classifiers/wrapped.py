@@ -1,0 +1,461 @@
+"""Any image classifier as a source of feature maps and class rows, found by structure and checked.
+
+:func:`wrap` passes two random images through the model and follows its logits back: to the linear
+layer that gives them, to the vector that this layer reads, and to the feature map whose mean (or
+whose class token) is that vector. A norm between the two is folded into the rows. Nothing about a
+model's family is known here; a result is accepted only if the numbers agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.search import Finder, Pool
+from lpcam.classifiers.tracing import (
+    Linear,
+    Reading,
+    Record,
+    device_of,
+    dtype_of,
+    evaluation_mode,
+    unwrap,
+    without_grad_and_autocast,
+    without_tf32,
+)
+from lpcam.runtime.errors import ClassifierError
+from lpcam.runtime.files import digest_tensors
+
+Layer = str | nn.Module
+
+
+TargetLayer = Layer | Callable[[Tensor], Any]
+
+
+Head = Layer | tuple[Tensor, Tensor | None]
+
+
+PROBE_SIZES = ((97, 131), (104, 136), (112, 144), (98, 126), (96, 160), (224, 448))
+"""Sizes (H, W) tried in turn. The common divisor (1, 8, 16, 14, 32, 224) of the first one that the
+model takes is the number that its sides must be multiples of."""
+
+
+FALLBACK_SIDE = 224
+"""Side tried last, for models that do not state their size."""
+
+
+# -- The wrapped model -------------------------------------------------------------------------
+
+
+@dataclass(eq=False, repr=False)
+class WrappedModel(Reading):
+    """A user's model with the layer of its feature map and the rows of its head.
+
+    Holds a reference to the model. Weights are read at every call, so later updates take effect.
+    Made by :func:`wrap`.
+
+    Attributes:
+        map_layer: the layer of the map and how its output is read.
+        norms: norms between the pooled vector and the head; their weights are in the rows, their
+            divisions in :meth:`divided`.
+        model: the user's model.
+        classes: the N names.
+        output: what the model returns: ``"logits"``, or their ``"sigmoid"``, ``"softmax"`` or
+            ``"log softmax"``; ``"features"`` if it returns none of these.
+        channels_in: channels of an image.
+        fixed_size: (H, W) of the only images that the model takes; None if it takes other sizes.
+        multiple: number that the sides of an image must be multiples of.
+        probe_size: (H, W) of the random images of the search.
+        new_head: whether the head comes from :meth:`with_head`.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    output: str
+    channels_in: int
+    fixed_size: tuple[int, int] | None
+    multiple: int
+    probe_size: tuple[int, int]
+    new_head: bool = False
+
+    def __repr__(self) -> str:
+        return (
+            f"WrappedModel({type(self.core).__name__}, {len(self.classes)} classes: {self.found})"
+        )
+
+    @property
+    def found(self) -> str:
+        """Which layer gives the map, which the logits, and what lies between, in words."""
+        if self.head is None:
+            return f"map: {self.map_layer}; no head for the given classes yet"
+        token = self.map_layer.token
+        read = "pooled by its mean" if token is None else f"token {token} of it read"
+        between = "".join(f", then {norm}" for norm in reversed(self.norms))
+        head = "a new linear layer" if self.new_head else str(self.head)
+        is_function = self.output not in ("logits", "features")
+        given = f"; the model gives the {self.output} of its logits" if is_function else ""
+        return f"map: {self.map_layer}; {read}{between}; head: {head}{given}"
+
+    @property
+    def core(self) -> nn.Module:
+        """The model without the wrappers that :func:`~lpcam.classifiers.tracing.unwrap` removes."""
+        return unwrap(self.model)
+
+    @property
+    def pool(self) -> Pool:
+        """``"token"`` if logits are linear in the class token, ``"mean"`` if in the map's mean."""
+        return "mean" if self.map_layer.token is None else "token"
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a linear head for the classes is still to be fitted."""
+        return self.head is None
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, C) rows w_n for the map of :meth:`features`, norms folded in; detached.
+
+        Raises:
+            ClassifierError: if a head is still to be fitted.
+        """
+        return self._rows()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(N,), or None."""
+        return self._rows()[1]
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.core)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the images that the model takes."""
+        return dtype_of(self.core)
+
+    def _rows(self) -> tuple[Tensor, Tensor | None]:
+        if self.head is None:
+            raise ClassifierError(
+                "this model has no linear head for "
+                f"{', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''} yet; "
+                "LPCAM(model, classes=[...]).fit(loader) fits one"
+            )
+        with without_grad_and_autocast(self.device):
+            return self.rows(self.device)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The map whose products with the rows are the CAM of equation 1.
+
+        The model runs in evaluation mode without gradients, in its own precision whatever the
+        caller's autocast, and its state is restored.
+
+        Args:
+            images: (B, c, H, W), normalised as the model expects, on any device and of any dtype.
+
+        Returns:
+            (B, C, h, w) on the model's device, float32 (float64 for a float64 model). With a norm
+            after the pooling it is divided by the size of each image's pooled vector.
+
+        Raises:
+            ClassifierError: if the images do not fit the model.
+        """
+        raw = self._raw(images)
+        with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
+            return self.features_of(raw, (images.shape[-2], images.shape[-1]))
+
+    def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
+        """The map (B, C, h, w) from the output of :attr:`map_layer`; differentiable.
+
+        Args:
+            raw: the layer's output, float32 or float64.
+            size: (H, W) of the images.
+        """
+        if self.map_layer.token is not None:
+            return self.map_layer.map(self.divided(raw), size)
+        features = self.map_layer.map(raw, size)
+        for norm in self.norms:
+            if norm.kind != "affine":
+                features = features / norm.divide(features.mean((-2, -1)))[..., None, None]
+        return features
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's logits (B, N): the head on the mean of the map or on the class token.
+
+        Raises:
+            ClassifierError: if the images do not fit the model, or a head is still to be fitted.
+        """
+        self._rows()
+        raw = self._raw(images)
+        with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
+            return self.logits_of(raw)
+
+    def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
+        """The same model with another linear head on the mean of the map.
+
+        Args:
+            weight: (N, C); a copy is kept.
+            bias: (N,), or None.
+
+        Raises:
+            ValueError: if the weight does not have one row per class.
+        """
+        if weight.ndim != 2 or weight.shape[0] != len(self.classes):
+            raise ValueError(
+                f"expected a weight of {len(self.classes)} rows, got {tuple(weight.shape)}"
+            )
+        with torch.inference_mode(False):
+            tensors = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        return replace(
+            self,
+            map_layer=replace(self.map_layer, token=None),
+            head=Linear(tensors=tensors),
+            norms=(),
+            output="features",
+            new_head=True,
+        )
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any weight, the classes, or the layer of the map.
+
+        A callable that gives the map is identified by its output for a fixed image.
+        """
+        place = {
+            field: getattr(self.map_layer, field)
+            for field in ("layout", "prefix", "stride", "relu", "token")
+        }
+        if isinstance(self.map_layer.layer, nn.Module):
+            place |= {"layer": self.map_layer.name, "call": self.map_layer.number}
+        else:
+            place["signs"] = self._signs()
+        head = None if self.head is None or self.head.module is None else self.head.name
+        description = {
+            "classes": list(self.classes),
+            "place": place,
+            "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
+            "head": head,
+        }
+        state = self.core.state_dict()
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+        if self.head is not None and self.head.tensors is not None:
+            tensors["head weight"], bias = self.head.tensors
+            tensors.update({} if bias is None else {"head bias": bias})
+        return digest_tensors(tensors, description)
+
+    def _signs(self) -> str:
+        """A map as 64 signs, which differ for other maps and do not change by rounding."""
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(1, self.channels_in, *self.probe_size, generator=generator)
+        with without_grad_and_autocast(self.device):
+            features = self.features(image)[0].cpu().double()
+        features = (features - features.mean()).flatten()
+        signs = ""
+        for _ in range(64):
+            direction = torch.randn(features.shape, generator=generator, dtype=torch.float64)
+            signs += "+" if float(features @ direction) > 0 else "-"
+        return f"{signs} {features.numel()}"
+
+    def _raw(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != self.channels_in:
+            raise ClassifierError(
+                f"expected images (B, {self.channels_in}, H, W), got {tuple(images.shape)}"
+            )
+        name, size = type(self.core).__name__, (images.shape[-2], images.shape[-1])
+        if self.fixed_size is not None and size != self.fixed_size:
+            raise ClassifierError(
+                f"the model {name} takes only images of {self.fixed_size[0]} x "
+                f"{self.fixed_size[1]} pixels, got {size[0]} x {size[1]}; resize them, and map at "
+                "one scale with settings=None or scales=(1.0,); some models take any size with an "
+                "argument of their constructor (timm: dynamic_img_size=True)"
+            )
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                return self.map_layer.raw(self.core, images.to(self.device, self.dtype))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ClassifierError(
+                f"the model {name} cannot take images of {tuple(images.shape)}: {error}"
+            ) from error
+
+
+# -- Wrapping a model --------------------------------------------------------------------------
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    target_layer: TargetLayer | None = None,
+    head: Head | None = None,
+    classes: Sequence[str] | None = None,
+    pool: Pool | None = None,
+    example: Tensor | tuple[int, int] | None = None,
+) -> WrappedModel:
+    """Find a model's feature map and its linear head, and check that they give its logits.
+
+    Two random images are passed through the model, whose state is restored. The layer whose output
+    is the logits is followed back to the map whose mean it reads, through what may lie between:
+    ReLU before the pooling; batch norm (in evaluation), layer norm, RMS norm or L2 normalisation
+    after it.
+
+    Args:
+        model: an image classifier, or with ``classes`` a backbone. Its logits may be a tensor, the
+            first one of a tuple, or ``logits`` of an object. DataParallel, DistributedDataParallel
+            and torch.compile are unwrapped.
+        target_layer: the layer of the map: its name, the module, or a callable from images to the
+            map, as (B, C, h, w), channels last, or tokens (B, T, C). None searches for it.
+        head: the linear head: its name, the module (whose output then counts as the logits), or a
+            pair (weight (N, C), bias (N,) or None). None searches for it.
+        classes: names. If there are as many as logits, they name the model's classes (default:
+            names of its configuration, of ImageNet if timm knows the model, else numbers).
+            Otherwise a new head is to be fitted, as :class:`lpcam.LPCAM` does.
+        pool: ``"token"``: the head reads a class token, and its rows are used on the patch tokens.
+        example: images that the model takes, or their size (H, W), if it takes no common size.
+
+    Raises:
+        ClassifierError: if nothing fits; the message says what was found and what to pass.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        >>> wrapped = wrap(nn.Sequential(*layers), classes=["cat", "dog"])
+        >>> wrapped.found
+        'map: 0; pooled by its mean; head: 3 (Linear)'
+        >>> wrapped.features(torch.rand(1, 3, 12, 16)).shape
+        torch.Size([1, 8, 10, 14])
+    """
+    if not isinstance(model, nn.Module):
+        raise ClassifierError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if pool not in (None, "mean", "token"):
+        raise ClassifierError(f"pool must be 'mean' or 'token', got {pool!r}")
+    core = unwrap(model)
+    layer = _layer(core, target_layer, "target_layer")
+    given = head if isinstance(head, tuple) else _layer(core, head, "head")
+    always = [one for one in (layer, given) if isinstance(one, nn.Module)]
+    device = device_of(core)
+    on_gpu = without_tf32() if device.type == "cuda" else nullcontext()
+    with without_grad_and_autocast(device), on_gpu:
+        record, images, fixed, multiple = _probe(core, example, always)
+        finder = Finder(core, record, images, layer, given, pool, classes)
+        reading, names, output = finder.find()
+    return WrappedModel(
+        **vars(reading),
+        model=model,
+        classes=tuple(names),
+        output=output,
+        channels_in=images.shape[1],
+        fixed_size=fixed,
+        multiple=multiple,
+        probe_size=(images.shape[-2], images.shape[-1]),
+    )
+
+
+def _layer(model: nn.Module, given: Any, argument: str) -> Any:
+    """The module of a name; modules of the model, callables and None are returned as given."""
+    if isinstance(given, nn.Module):
+        given = unwrap(given)
+        if all(given is not module for module in model.modules()):
+            raise ClassifierError(f"the module given as {argument} is not a part of the model")
+        return given
+    if not isinstance(given, str):
+        if given is not None and not callable(given):
+            raise ClassifierError(f"{argument} cannot be {type(given).__name__}")
+        return given
+    modules = dict(model.named_modules())
+    if given not in modules:
+        near = difflib.get_close_matches(given, [n for n in modules if n], n=5, cutoff=0.3)
+        hint = f"; similar names are {', '.join(near)}" if near else ""
+        raise ClassifierError(f"the model has no layer {given!r} for {argument}{hint}")
+    return modules[given]
+
+
+def _channels_in(model: nn.Module) -> int:
+    """Channels of an image: those that the first convolution takes."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return int(getattr(getattr(model, "config", None), "num_channels", 3))
+
+
+def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Sizes (H, W) that a model states, the surest first, then FALLBACK_SIDE."""
+    stated = [
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(getattr(model, "config", None), "image_size", None),
+        getattr(model, "image_size", None),
+        (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
+        FALLBACK_SIDE,
+    ]
+    sizes: list[tuple[int, int]] = []
+    for value in stated:
+        pair = [value, value] if isinstance(value, int) else value
+        if isinstance(pair, (list, tuple)) and len(pair) >= 2:
+            height, width = pair[-2:]
+            if isinstance(height, int) and isinstance(width, int) and height > 0:
+                sizes.append((height, width))
+    return list(dict.fromkeys(sizes))
+
+
+def _probe(
+    model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
+) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
+    """A recorded pass of two random images, the only size the model takes, and the multiple."""
+    channels, probes, stated = _channels_in(model), list(PROBE_SIZES), _stated_sizes(model)
+    if example is not None:
+        if isinstance(example, Tensor):
+            if example.ndim not in (3, 4):
+                raise ClassifierError(
+                    f"expected example images (B, c, H, W), got {tuple(example.shape)}"
+                )
+            channels = example.shape[-3]
+            example = (example.shape[-2], example.shape[-1])
+        height, width = example
+        probes, stated = [], [(height, width)]
+    first: Exception | None = None
+    for size in (*probes, *stated):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, channels, *size, generator=generator)
+        images = images.to(device_of(model), dtype_of(model))
+        try:
+            record = Record.of(model, images, always)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model may refuse a size in any way
+            first = first or error
+            continue
+        if size in probes:
+            return record, images, None, math.gcd(*size)
+        if example is None:
+            return record, images, size, 1
+        for other in (*PROBE_SIZES, (2 * size[0], 2 * size[1])):
+            if _takes(model, images, other):
+                of_probe = other in PROBE_SIZES
+                return record, images, None, math.gcd(*(other if of_probe else size))
+        return record, images, size, 1
+    tried = ", ".join(f"{h} x {w}" for h, w in (*probes, *stated))
+    raise ClassifierError(
+        f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
+        f". The first error was {type(first).__name__}: {' '.join(str(first).split()):.300}. Give "
+        "example= images that it takes, or their size (H, W)"
+    ) from first
+
+
+def _takes(model: nn.Module, images: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the model takes the images at another size too."""
+    resized = F.interpolate(images.float(), size=size).to(images)
+    try:
+        with evaluation_mode(model):
+            model(resized)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model may refuse a size in any way
+        return False
+    return True

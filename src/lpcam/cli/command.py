@@ -1,0 +1,177 @@
+"""How a command of ``lpcam`` is declared: one decorated function each."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpcam.runtime.errors import LpcamError
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a command was called."""
+
+    options: argparse.Namespace
+    changes: Mapping[str, Any]
+    """Values of the recipe to replace, by dotted key."""
+    line: str
+    """The whole command line, which figures and files record."""
+
+    @property
+    def threads(self) -> int:
+        """Number of threads: those of ``--threads``, else all that may be used."""
+        from lpcam.runtime.resources import available_threads  # noqa: PLC0415
+
+        return self.options.threads or available_threads()
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a command, as :meth:`argparse.ArgumentParser.add_argument` takes it."""
+
+    names: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    """Declare an argument of a command."""
+    return Argument(names, settings)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command or, with a blank in its name, a subcommand."""
+
+    name: str
+    group: str
+    help: str
+    arguments: Sequence[Argument]
+    work: Callable[[Invocation], int]
+    recipe_values: bool = field(default=False)
+    """Whether ``--section.key value`` replaces values of a recipe."""
+
+
+GROUPS = ("start", "look", "use", "exchange", "about")
+COMMANDS: dict[str, Command] = {}
+"""All commands by name, in the order of their declaration."""
+PARENTS = {
+    "data": "Check a data set, or make parts of one.",
+    "import": "Read files of other programs.",
+    "export": "Write masks, maps and models for other programs.",
+}
+"""Commands that have only subcommands."""
+
+
+def command(
+    name: str, group: str, *arguments: Argument, recipe_values: bool = False
+) -> Callable[[Callable[[Invocation], int]], Callable[[Invocation], int]]:
+    """Declare the decorated function as a command; its docstring is the help.
+
+    Args:
+        name: what is typed, such as ``run`` or ``data check``.
+        group: one of `GROUPS`.
+        arguments: of the command.
+        recipe_values: whether it takes ``--section.key value``.
+    """
+
+    def declare(work: Callable[[Invocation], int]) -> Callable[[Invocation], int]:
+        text = " ".join((work.__doc__ or "").split())
+        COMMANDS[name] = Command(name, group, text, arguments, work, recipe_values)
+        return work
+
+    return declare
+
+
+# -- Values of arguments -------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty name; separate names by commas, such as train,val"
+        )
+    return found
+
+
+RUN = argument("run", type=Path, metavar="RUN", help="Folder of the run.")
+THREADS = argument("--threads", type=positive, metavar="N", help="Number of CPU threads.")
+DEVICE = argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+TRAINED_ON = argument(
+    "--trained-on",
+    choices=("lpcam", "cam", "given", "truth"),
+    help="Which of the run's segmenters, by the masks it was trained on (default: the first).",
+)
+SIZE = argument(
+    "--size",
+    type=int,
+    nargs=2,
+    metavar=("HEIGHT", "WIDTH"),
+    help="Size of every image, in pixels (default: any size; UperNet needs one).",
+)
+
+
+def size_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of an exporter for the one size that was asked for, if any."""
+    return {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
+
+
+# -- Values of recipes ---------------------------------------------------------------------------
+
+
+def parse_changes(rest: Sequence[str]) -> dict[str, Any]:
+    """Values of a recipe from ``--section.key value`` and ``--section.key=value``.
+
+    Raises:
+        LpcamError: naming the argument that is neither, or a value that is not YAML.
+
+    Example:
+        >>> parse_changes(["--lpcam.tau", "0.25", "--run.seed=3"])
+        {'lpcam.tau': 0.25, 'run.seed': 3}
+    """
+    from lpcam.pipeline.recipe import parse_value  # noqa: PLC0415
+
+    pairs: list[tuple[str, str]] = []
+    words = iter(rest)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise LpcamError(
+                f"unexpected argument {word!r}; replace a recipe's value with --section.key value"
+            )
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise LpcamError(f"--{key} has no value; write --{key} VALUE")
+            value = following
+        pairs.append((key, value))
+    return {key: parse_value(key, value) for key, value in pairs}
+
+
+def command_line(given: Sequence[str]) -> str:
+    """The command line as it would be typed."""
+    return shlex.join(["lpcam", *given])

@@ -1,0 +1,314 @@
+"""Commands on data sets and on files of other programs: data, import."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+from lpcam.cli.command import THREADS, Invocation, argument, command, names
+from lpcam.data.dataset import ClassTable, choose_classes
+from lpcam.runtime.errors import LpcamError
+
+KNOWN_CLASSES = ("voc12", "coco14")
+
+
+def _label_source(text: str) -> Path | Literal["folders"]:
+    return "folders" if text == "folders" else Path(text)
+
+
+READING = (
+    argument("--kind", help="voc, folder, coco, ...; else found by what the path looks like."),
+    argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
+    argument(
+        "--labels",
+        type=_label_source,
+        help="A .csv or .jsonl instead of the usual labels; for a folder also 'folders'.",
+    ),
+    argument("--masks", type=Path, help="Folder of true masks, ID.png."),
+    argument("--classes", type=names, help="Some of its classes, e.g. cow,dog."),
+)
+"""Arguments that say how a data set is read."""
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """What `READING` was given, as :func:`lpcam.data.open_dataset.open_dataset` takes it."""
+    fields = ("kind", "lists", "labels", "masks", "classes")
+    return {name: getattr(options, name) for name in fields}
+
+
+@command(
+    "data check",
+    "exchange",
+    argument("path", type=Path, help="Folder of images, VOC2012, COCO, or a COCO JSON file."),
+    *READING,
+    argument("--json", type=Path, metavar="FILE", help="Write the findings to this file too."),
+    argument("--recipe", help="Recipe whose run is estimated (default: the usual small one)."),
+    argument("--no-estimate", action="store_true", help="Do not estimate time and disk."),
+    THREADS,
+)
+def check(call: Invocation) -> int:
+    """Show what a data set holds and what is wrong with it."""
+    from lpcam.data.inspection import survey  # noqa: PLC0415
+    from lpcam.data.open_dataset import open_with_truth  # noqa: PLC0415
+    from lpcam.pipeline.estimate import usual_recipe  # noqa: PLC0415
+    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
+    from lpcam.runtime.files import write_json  # noqa: PLC0415
+    from lpcam.runtime.progress import progress  # noqa: PLC0415
+    from lpcam.runtime.versions import versions  # noqa: PLC0415
+
+    options = call.options
+    if options.no_estimate and options.recipe is not None:
+        raise LpcamError("--recipe names the run to estimate; leave it or --no-estimate out")
+    recipe = None
+    if not options.no_estimate:
+        recipe = usual_recipe() if options.recipe is None else load_recipe(options.recipe)
+    dataset, truth = open_with_truth(options.path, **reading(options))
+    masks = sum(
+        i.mask is not None or i.parts is not None or i.id in truth for i in dataset.items.values()
+    )
+    with progress("checking files", len(dataset.items) + masks) as advance:
+        found = survey(
+            dataset,
+            truth=truth,
+            recipe=recipe,
+            workers=call.threads,
+            progress=lambda _done, _total: advance(1, ""),
+        )
+    print(found.summary())
+    if options.json is not None:
+        write_json(options.json, {**found.as_json(), "command": call.line, "versions": versions()})
+        print(f"wrote {options.json}")
+    return 1 if found.problems else 0
+
+
+@command(
+    "data train-aug",
+    "exchange",
+    argument("voc", type=Path, help="The VOC2012 folder."),
+    argument("sbd", type=Path, help="The benchmark_RELEASE folder."),
+    argument("--output", type=Path, help="Folder to write (default: VOC2012 itself)."),
+    THREADS,
+)
+def train_aug(call: Invocation) -> int:
+    """Make the list train_aug and its masks from VOC 2012 and SBD."""
+    from lpcam.data.sbd import make_train_aug  # noqa: PLC0415
+
+    options = call.options
+    made = make_train_aug(options.voc, options.sbd, options.output, workers=call.threads)
+    print(", ".join(f"{name}: {count:,}" for name, count in made.counts.items()))
+    print(f"list {made.list_path}\nmasks in {made.masks_folder}")
+    return 0
+
+
+@command(
+    "data masks",
+    "exchange",
+    argument("path", type=Path, help="COCO folder, or a COCO JSON file."),
+    argument("output", type=Path, help="Folder to write."),
+    argument("--lists", type=names, help="E.g. train2014,val2014 (default: all)."),
+    argument("--order", choices=("file", "area"), default="file", help="Order of painting."),
+    argument(
+        "--crowds",
+        choices=("background", "void"),
+        default="background",
+        help="What the region of a crowd becomes.",
+    ),
+    THREADS,
+)
+def masks(call: Invocation) -> int:
+    """Paint masks from COCO annotations."""
+    from lpcam.data.coco.dataset import CocoFolder  # noqa: PLC0415
+    from lpcam.data.coco.files import annotation_files  # noqa: PLC0415
+    from lpcam.runtime.progress import progress  # noqa: PLC0415
+
+    options = call.options
+    if options.path.is_dir() and not annotation_files(options.path):
+        raise LpcamError(
+            f"{options.path} has no COCO annotations to paint masks from; give a folder that holds "
+            "some, or a COCO JSON file"
+        )
+    folder = CocoFolder(options.path, lists=options.lists)
+    ids = list(folder.dataset.items)
+    with progress("painting masks", len(ids)) as advance:
+        painted = folder.with_masks(
+            options.output,
+            ids,
+            order=options.order,
+            crowds=options.crowds,
+            workers=call.threads,
+            progress=lambda _done, _total: advance(1, ""),
+        )
+    count = sum(item.mask is not None for item in painted.items.values())
+    print(f"{count} masks of {len(ids)} images in {options.output}")
+    return 0
+
+
+@command(
+    "import maps",
+    "exchange",
+    argument("source", type=Path, help="Folder of .npy files."),
+    argument("output", type=Path, help="Folder to write."),
+    argument("--style", default="auto", help="irn, amn, psa, psa-crf or auto (default)."),
+    argument("--data", type=Path, help="Data set of the images; the maps are checked against it."),
+    argument("--lists", type=names, help="Lists of the data set, e.g. train (default: all)."),
+    argument(
+        "--classes",
+        help="Classes of the maps: voc12, coco14, or a file such as the exported classes.txt; or, "
+        "with --data, some of its classes, e.g. cow,dog.",
+    ),
+    argument(
+        "--no-file-no-class",
+        action="store_true",
+        help="Treat images without a file as having no class (MCTformer's convention). Requires "
+        "--data.",
+    ),
+    argument("--normalise", action="store_true", help="Divide each map by its maximum."),
+    THREADS,
+)
+def import_maps(call: Invocation) -> int:
+    """Read .npy maps of IRN, AMN or PSA, for lpcam refine."""
+    from lpcam.data.images import upright_size  # noqa: PLC0415
+    from lpcam.data.open_dataset import open_dataset  # noqa: PLC0415
+    from lpcam.formats.maps import import_maps as read  # noqa: PLC0415
+
+    options = call.options
+    for name in ("no_file_no_class", "lists"):
+        if getattr(options, name) and options.data is None:
+            option = name.replace("_", "-")
+            raise LpcamError(f"--{option} needs the data set of the images: --data PATH")
+    about: dict[str, Any] = {}
+    chosen, table = None, None
+    if options.classes is not None:
+        if options.data is not None and not _is_table(options.classes):
+            chosen = names(options.classes)
+        else:
+            table = _class_table(options.classes)
+    if options.data is not None:
+        dataset = open_dataset(options.data, lists=options.lists)
+        if table is not None:
+            choose_classes(dataset.classes, table.names)
+        about["sizes"] = {i.id: upright_size(i.image) for i in dataset.items.values()}
+        about["ids"] = list(dataset.items)
+        table = table or dataset.classes
+    result = read(
+        options.source,
+        options.output,
+        style=options.style,
+        classes=table,
+        chosen=chosen,
+        without_file="no class" if options.no_file_no_class else "skip",
+        normalise=options.normalise,
+        workers=call.threads,
+        **about,
+    )
+    print(result.summary())
+    return 1 if result.skipped else 0
+
+
+@command(
+    "import labels",
+    "exchange",
+    argument("source", type=Path, help="A .npy file."),
+    argument("output", type=Path, help="The csv file to write."),
+    argument(
+        "--classes",
+        default="voc12",
+        help="voc12 (default), coco14, or a file with one class name a line.",
+    ),
+    argument(
+        "--coco-split",
+        choices=("train2014", "val2014"),
+        help="Split of numbered images: 9 is COCO_train2014_000000000009.",
+    ),
+    argument("--ids", type=Path, help="File with one id a line, for an array without names."),
+)
+def import_labels(call: Invocation) -> int:
+    """Convert cls_labels.npy and the like to labels.csv."""
+    from lpcam.data.labels import image_name, read_text  # noqa: PLC0415
+    from lpcam.formats.labels import import_labels as read  # noqa: PLC0415
+
+    options, ids = call.options, None
+    if options.ids is not None:
+        lines = read_text(options.ids, "Write one id a line.").splitlines()
+        ids = [
+            image_name(line, f"{options.ids} line {number} (one id a line, such as 2007_000032)")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    result = read(
+        options.source,
+        options.output,
+        classes=_class_names(options.classes),
+        ids=ids,
+        coco_split=options.coco_split,
+    )
+    print(result.summary())
+    return 0
+
+
+@command(
+    "import huggingface",
+    "exchange",
+    argument("source", help="Folder of save_to_disk, or a name on the hub."),
+    argument("output", type=Path, help="Folder to write."),
+    argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
+    argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
+    argument("--split", help="Which split, where there are several."),
+)
+def import_huggingface(call: Invocation) -> int:
+    """Write a Hugging Face data set as a folder of images and labels."""
+    from lpcam.data.huggingface import RECORD  # noqa: PLC0415
+    from lpcam.data.huggingface import import_huggingface as read  # noqa: PLC0415
+    from lpcam.runtime.files import read_json  # noqa: PLC0415
+
+    options = call.options
+    folder = read(
+        options.source,
+        options.output,
+        image=options.image,
+        labels=options.labels,
+        split=options.split,
+    )
+    record = read_json(folder / RECORD)
+    if record["left_out"]:
+        first = record["left_out"][0]
+        print(
+            f"{len(record['left_out'])} of {record['rows']} rows were left out, the first: row "
+            f"{first['row']}, {first['reason']}"
+        )
+    print(f"wrote {folder}\nnext: lpcam init {shlex.quote(str(folder))}")
+    return 0
+
+
+def _is_table(text: str) -> bool:
+    return text in KNOWN_CLASSES or Path(text).is_file()
+
+
+def _class_table(text: str) -> ClassTable:
+    """Classes of a known data set, or of a file, with their mask values."""
+    from lpcam.formats.maps import read_classes  # noqa: PLC0415
+
+    if text not in KNOWN_CLASSES and Path(text).is_file():
+        return read_classes(Path(text))
+    known = _class_names(text)
+    return ClassTable(known, tuple(range(1, len(known) + 1)))
+
+
+def _class_names(text: str) -> tuple[str, ...]:
+    """Class names of a known data set, or of a file."""
+    if text == "voc12":
+        from lpcam.data.voc import CLASSES  # noqa: PLC0415
+
+        return CLASSES
+    if text == "coco14":
+        from lpcam.data.coco.dataset import COCO_CATEGORIES  # noqa: PLC0415
+
+        return tuple(name for _, name in COCO_CATEGORIES)
+    if not Path(text).is_file():
+        raise LpcamError(f"no class names {text!r}; give voc12, coco14, or a file of names")
+    from lpcam.data.labels import read_text  # noqa: PLC0415
+
+    lines = read_text(Path(text), "Write one name a line.").splitlines()
+    return tuple(line.strip() for line in lines if line.strip())

@@ -1,1 +1,0 @@
-"""LPCAM behind the calling conventions of other libraries."""

@@ -1,0 +1,273 @@
+"""Data sets as lists of images with labels: items, classes and lists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from lpcam.runtime.errors import DataError
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Words for an error that suggest the most similar known name; empty if none is similar.
+
+    Example:
+        >>> nearest_name("Cows", ["cow", "dog"])
+        " (did you mean 'cow'?)"
+    """
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f" (did you mean {folded[near[0]]!r}?)" if near else ""
+
+
+def check_known(name: str, known: Sequence[str], where: str = "") -> None:
+    """Raise DataError if a class is unknown, with the most similar known name and all known names.
+
+    Args:
+        where: begins the error, such as ``labels.csv line 3: ``.
+
+    Example:
+        >>> check_known("cow", ["cow", "dog"])
+    """
+    if name not in known:
+        raise DataError(
+            f"{where}unknown class {name!r}{nearest_name(name, known)}; the classes are "
+            f"{', '.join(known)}"
+        )
+
+
+def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
+    """The named classes of ``table`` in the order given, with its mask ids; all of them for None.
+
+    Raises:
+        DataError: if a class is unknown or given twice.
+
+    Example:
+        >>> choose_classes(ClassTable(("cat", "cow"), (8, 10)), ["cow"])
+        ClassTable(names=('cow',), mask_ids=(10,))
+    """
+    if names is None:
+        return table
+    for name in names:
+        check_known(name, table.names)
+    ids = tuple(table.mask_ids[table.names.index(name)] for name in names)
+    return ClassTable(tuple(names), ids)
+
+
+BACKGROUND = 0
+"""Mask value of the background."""
+
+
+IGNORE = 255
+"""Mask value of pixels that no loss and no metric counts (void)."""
+
+
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
+
+
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Extensions of image files, in lower case."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """The classes of a run in label order, and the value of each in mask files.
+
+    A subset of a larger data set keeps that data set's mask ids, so that seed masks can be compared
+    with the official masks.
+
+    Args:
+        names: the class with label index ``n`` (0-based) is ``names[n]``.
+        mask_ids: its pixel value in masks and seed masks, 1..254.
+
+    Raises:
+        DataError: if there is no name, names or ids repeat, lengths differ or an id is outside
+            1..254.
+
+    Example:
+        >>> table = ClassTable(("cow", "dog"), (10, 12))
+        >>> table.mask_ids[table.index("dog")]
+        12
+    """
+
+    names: tuple[str, ...]
+    mask_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise DataError("no classes were given; name at least one class")
+        if len(self.names) != len(self.mask_ids):
+            raise DataError(
+                f"{len(self.names)} class names but {len(self.mask_ids)} mask ids; "
+                "give one id per class"
+            )
+        for what, values in (("class names", self.names), ("mask ids", self.mask_ids)):
+            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+            if repeated:
+                raise DataError(f"{what} repeat: {', '.join(repeated)}; give each once")
+        wrong = [i for i in self.mask_ids if not BACKGROUND < i < IGNORE]
+        if wrong:
+            raise DataError(f"mask ids {wrong} are outside 1..254 (0 is background, 255 is ignore)")
+
+    @classmethod
+    def numbered(cls, names: Iterable[str], source: Path | str) -> ClassTable:
+        """All classes of a data set, with the mask values 1, 2, 3, ...
+
+        Args:
+            source: where the names come from, for the error.
+
+        Raises:
+            DataError: if a class is called background, a name repeats or there are more than 254.
+        """
+        names = tuple(names)
+        if "background" in (name.casefold() for name in names):
+            raise DataError(
+                f"{source} names the background; leave it out, its mask value is 0 (an image that "
+                "shows no class has empty labels)"
+            )
+        try:
+            return cls(names, tuple(range(1, len(names) + 1)))
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Label index of a class name; DataError lists the known names if it is unknown."""
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise DataError(
+                f"unknown class {name!r}; the classes are {', '.join(self.names)}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image with its image-level labels.
+
+    Args:
+        id: relative POSIX path without extension (``2007_000063``, ``barn/cow 7``), which names the
+            image in every list and output file.
+        labels: sorted 0-based class indices, possibly none.
+        mask: file of the true mask, for evaluation only.
+        parts: file of the true mask of parts, for evaluation only.
+        file_name: path below the data set's folder of images, spelled as on disk. None: ``id`` with
+            the extension of ``image``.
+    """
+
+    id: str
+    image: Path
+    labels: tuple[int, ...]
+    mask: Path | None = None
+    parts: Path | None = None
+    file_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """An image that was left out of a run, and the reason in words a user can act on."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Items by id, named lists of ids, and what was left out.
+
+    Args:
+        label_source: where the image-level labels come from; part of the protocol of every figure.
+        part_names: value of each part in masks of parts, by name (0 is no part).
+
+    Example:
+        >>> cow = Item("cow 7", Path("cow 7.jpg"), labels=(0,))
+        >>> farm = Dataset("farm", ClassTable(("cow",), (1,)), {"cow 7": cow}, {}, "labels.csv")
+        >>> farm.items["cow 7"].labels
+        (0,)
+    """
+
+    name: str
+    classes: ClassTable
+    items: Mapping[str, Item]
+    lists: Mapping[str, tuple[str, ...]]
+    label_source: str
+    skipped: tuple[Skip, ...] = ()
+    notices: tuple[str, ...] = ()
+    part_names: Mapping[str, int] = field(default_factory=dict)
+
+    def without(self, skipped: Sequence[Skip]) -> Dataset:
+        """A copy that lacks some items, also in its lists, with the reasons added."""
+        out = {skip.id for skip in skipped}
+        return replace(
+            self,
+            items={name: item for name, item in self.items.items() if name not in out},
+            lists={name: tuple(i for i in ids if i not in out) for name, ids in self.lists.items()},
+            skipped=(*self.skipped, *skipped),
+        )
+
+    def select(self, name: str) -> list[Item]:
+        """Items of the named list, in list order; DataError names the lists that exist."""
+        if name not in self.lists:
+            raise DataError(
+                f"unknown list {name!r}; this data set has {', '.join(sorted(self.lists))}"
+            )
+        return [self.items[i] for i in self.lists[name]]
+
+
+def safe_id(text: str) -> str:
+    """Return ``text`` if it can be an item id.
+
+    An id is a relative POSIX path of non-empty parts that cannot leave its folder: no leading
+    slash, drive, backslash, control character, ``.`` or ``..`` part. Spaces and all scripts are
+    allowed.
+
+    Raises:
+        DataError: naming the id and what is wrong with it.
+
+    Example:
+        >>> safe_id("barn/cow 7")
+        'barn/cow 7'
+    """
+    problem = None
+    if not text or text != text.strip():
+        problem = "it is empty or has blanks at its ends"
+    elif "\\" in text or any(ord(c) < 32 or ord(c) == 127 for c in text):
+        problem = "it has a backslash or a control character"
+    elif PurePosixPath(text).is_absolute() or (len(text) > 1 and text[1] == ":"):
+        problem = "it is an absolute path"
+    elif any(part in ("", ".", "..") for part in text.split("/")):
+        problem = "it has an empty, '.' or '..' part and could leave its folder"
+    if problem is not None:
+        raise DataError(f"image name {text!r} is refused: {problem}; use a plain relative path")
+    return text
+
+
+def without_suffix(name: str) -> str:
+    """The name of an image file without its extension; other names stay as they are.
+
+    Example:
+        >>> without_suffix("barn/cow.7.JPG"), without_suffix("cow.7")
+        ('barn/cow.7', 'cow.7')
+    """
+    suffix = PurePosixPath(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def check_unique(ids: Iterable[Hashable], where: str) -> None:
+    """Raise DataError if an id occurs twice.
+
+    Args:
+        where: what holds the ids, for the error.
+
+    Example:
+        >>> check_unique(["a", "b"], "list train.txt")
+    """
+    seen: set[Hashable] = set()
+    for name in ids:
+        if name in seen:
+            raise DataError(f"{where} has {name!r} more than once; keep one of them")
+        seen.add(name)

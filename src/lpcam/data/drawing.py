@@ -1,0 +1,177 @@
+"""Pictures of maps and masks: overlays and contact sheets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from lpcam.data.dataset import BACKGROUND, Item
+from lpcam.data.images import scaled_size
+from lpcam.data.masks import voc_palette
+from lpcam.runtime.errors import DataError
+
+# Colours of the heat map at equal steps from 0 to 1. Lightness increases steadily, so that it can
+# be read in grey and by the colour-blind.
+HEAT = np.array(
+    [
+        (16, 8, 48),
+        (62, 16, 104),
+        (118, 28, 112),
+        (174, 46, 92),
+        (222, 80, 58),
+        (246, 136, 40),
+        (252, 196, 76),
+        (254, 248, 170),
+    ],
+    dtype=np.float64,
+)
+
+
+def overlay(
+    image: NDArray[np.uint8], heat: NDArray[np.float32], *, opacity: float = 0.7
+) -> NDArray[np.uint8]:
+    """Draw a map over its image as a heat map.
+
+    Args:
+        image: uint8 (H, W, 3).
+        heat: (H, W) in [0, 1].
+        opacity: of the colour where the map is 1; a third of it where the map is 0.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        DataError: if the sizes differ or a value is outside [0, 1].
+
+    Example:
+        >>> image, heat = np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), np.float32)
+        >>> overlay(image, heat, opacity=1.0).tolist()
+        [[[254, 248, 170]]]
+    """
+    _check_sizes(image, heat)
+    # interpolated maps overshoot by rounding; both comparisons are false for NaN
+    if heat.size and not (heat.min() >= -1e-6 and heat.max() <= 1 + 1e-6):
+        raise DataError(
+            f"map has values from {heat.min()} to {heat.max()}; expected 0 to 1, normalise it first"
+        )
+    steps = np.linspace(0, 1, len(HEAT))
+    value = np.clip(heat, 0, 1)
+    colour = np.stack([np.interp(value, steps, HEAT[:, c]) for c in range(3)], axis=2)
+    weight = (opacity * (1 + 2 * value) / 3)[:, :, None]
+    return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
+
+
+def overlay_mask(
+    image: NDArray[np.uint8], mask: NDArray[np.uint8], *, opacity: float = 0.6
+) -> NDArray[np.uint8]:
+    """Draw mask values, uint8 (H, W), in VOC colours over an image, uint8 (H, W, 3).
+
+    Background is not drawn. Raises DataError if the sizes differ.
+
+    Example:
+        >>> image, mask = np.zeros((1, 2, 3), np.uint8), np.array([[0, 1]], np.uint8)
+        >>> overlay_mask(image, mask, opacity=1.0).tolist()
+        [[[0, 0, 0], [128, 0, 0]]]
+    """
+    _check_sizes(image, mask)
+    weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]
+    return np.rint((1 - weight) * image + weight * voc_palette()[mask]).astype(np.uint8)
+
+
+def _check_sizes(image: NDArray[np.uint8], plane: NDArray[np.float32] | NDArray[np.uint8]) -> None:
+    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[:2] != plane.shape:
+        raise DataError(
+            f"image is {image.dtype} {image.shape} and the plane over it {plane.shape}; expected "
+            "uint8 (H, W, 3) and (H, W)"
+        )
+
+
+CELL = 200
+"""Side of a picture's cell, in pixels."""
+
+
+GAP = 8
+
+
+TITLE = 30
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One image and one of its classes."""
+
+    image: NDArray[np.uint8]
+    """(H, W, 3) RGB"""
+    name: str
+    cam: NDArray[np.float32]
+    """(H, W) in [0, 1], of the class"""
+    lpcam: NDArray[np.float32]
+    """(H, W) in [0, 1], of the class"""
+    seed: NDArray[np.uint8]
+    """(H, W) mask ids, all classes of the image"""
+    truth: NDArray[np.uint8] | None
+    """(H, W) mask ids, or None where there is no mask"""
+
+
+def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:
+    """Up to ``count`` (image, class) pairs: classes in turn, each class's images in list order."""
+    queues: dict[int, list[Item]] = {}
+    for item in items:
+        for index in item.labels:
+            queues.setdefault(index, []).append(item)
+    chosen: list[tuple[Item, int]] = []
+    used: set[str] = set()
+    while len(chosen) < count and any(queues.values()):
+        for index in sorted(queues):
+            while queues[index] and queues[index][0].id in used:
+                queues[index].pop(0)
+            if queues[index] and len(chosen) < count:
+                item = queues[index].pop(0)
+                used.add(item.id)
+                chosen.append((item, index))
+    return chosen
+
+
+def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
+    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth.
+
+    Args:
+        mask_title: over the column of seeds.
+    """
+    titles = ["image", "CAM", "LPCAM", mask_title]
+    if any(row.truth is not None for row in rows):
+        titles.append("truth")
+    sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)
+    canvas = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(16)
+    for column, title in enumerate(titles):
+        centre = GAP + column * (CELL + GAP) + CELL // 2
+        draw.text((centre, TITLE // 2 + 2), title, fill="black", font=font, anchor="mm")
+    for number, row in enumerate(rows):
+        top = TITLE + number * (CELL + GAP)
+        pictures = [
+            row.image,
+            overlay(row.image, row.cam),
+            overlay(row.image, row.lpcam),
+            overlay_mask(row.image, row.seed),
+        ]
+        if row.truth is not None:
+            pictures.append(overlay_mask(row.image, row.truth))
+        for column, picture in enumerate(pictures):
+            height, width = picture.shape[:2]
+            height, width = scaled_size(height, width, CELL / max(height, width))
+            thumbnail = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+            left = GAP + column * (CELL + GAP) + (CELL - thumbnail.width) // 2
+            canvas.paste(thumbnail, (left, top + (CELL - thumbnail.height) // 2))
+        box = draw.textbbox((GAP + 5, top + 4), row.name, font=font)
+        draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill="white")
+        draw.text((GAP + 5, top + 4), row.name, fill="black", font=font)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

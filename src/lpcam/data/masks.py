@@ -1,0 +1,158 @@
+"""Index masks on disk: reading, writing and resizing."""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lpcam.data.dataset import Dataset
+from lpcam.data.images import MAXIMUM_PIXELS, load_image
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import write_bytes
+
+_COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
+
+
+def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
+    """A copy of a data set with the masks of another folder: ``ID.png``, or ``ID.PNG``.
+
+    Masks of COCO may also be named by the image's number, as LPCAM's program writes them (9.png),
+    or by its 12 digits (000000000009.png).
+
+    Raises:
+        DataError: if there is no such folder, or no mask of any image in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
+    files = {
+        # ids are in NFC; some systems store names in another Unicode form
+        unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()): path
+        for path in sorted(folder.rglob("*"), reverse=True)  # of a.PNG and a.png the first
+        if path.suffix.lower() == ".png"
+    }
+    items = {
+        name: replace(item, mask=next((files[n] for n in _names(name) if n in files), None))
+        for name, item in dataset.items.items()
+    }
+    if not any(item.mask for item in items.values()):
+        raise DataError(
+            f"{folder} has no mask of any of the {len(items)} images; they are called ID.png, "
+            f"such as {next(iter(items))}.png"
+        )
+    return replace(dataset, items=items)
+
+
+def _names(item_id: str) -> list[str]:
+    number = _COCO_NUMBER.fullmatch(item_id.rpartition("/")[2])
+    return [item_id] if number is None else [item_id, number[1], str(int(number[1]))]
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """VOC colours, uint8 (256, 3) (specification of data sets, section 1).
+
+    Example:
+        >>> voc_palette()[[0, 1, 255]].tolist()
+        [[0, 0, 0], [128, 0, 0], [224, 224, 192]]
+    """
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    values = np.arange(256)
+    for step in range(8):
+        for channel in range(3):
+            bit = values >> (3 * step + channel) & 1
+            palette[:, channel] |= (bit << (7 - step)).astype(np.uint8)
+    return palette
+
+
+def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize integer labels (H, W) to ``size`` (height, width) by nearest neighbour.
+
+    Example:
+        >>> enlarge_labels(torch.tensor([[1, 2]]), (1, 4)).tolist()
+        [[1, 1, 2, 2]]
+    """
+    if tuple(labels.shape) == tuple(size):
+        return labels
+    # float32 holds every label exactly
+    resized = F.interpolate(labels[None, None].float(), size=tuple(size), mode="nearest-exact")
+    return resized[0, 0].to(labels.dtype)
+
+
+def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write mask values, uint8 (H, W), atomically as a PNG with the VOC palette.
+
+    Raises:
+        DataError: if the mask is not a uint8 (H, W) array.
+        ArtefactError: if the file cannot be written.
+    """
+    if mask.ndim != 2 or mask.dtype != np.uint8:
+        raise DataError(f"mask is {mask.dtype} {mask.shape}; expected uint8 (H, W)")
+    _write_png(path, mask, voc_palette().tobytes())
+
+
+def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
+    """Write values (H, W) in [0, 1] atomically as a grey PNG of 0 to 255.
+
+    Raises:
+        DataError: if the plane has another shape or values outside [0, 1].
+        ArtefactError: if the file cannot be written.
+    """
+    # both comparisons are false for NaN
+    if plane.ndim != 2 or (plane.size and not (plane.min() >= 0 and plane.max() <= 1)):
+        raise DataError(
+            f"plane is {plane.shape} with values from {plane.min()} to {plane.max()}; expected "
+            "(H, W) in [0, 1]"
+        )
+    _write_png(path, np.rint(plane * 255).astype(np.uint8), None)
+
+
+def _write_png(path: Path, values: NDArray[np.uint8], palette: bytes | None) -> None:
+    image = Image.fromarray(values)
+    if palette is not None:
+        image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
+    """Read a mask as the values stored in it, uint8 (H, W): palette indices or grey values.
+
+    A 1-bit mask gives 0 and 1. The colours of a palette are ignored (specification of data sets,
+    section 1).
+
+    Raises:
+        DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
+            values above 255.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.array([[0, 7]], np.uint8)).save(Path(folder, "a.png"))
+        ...     read_index_mask(Path(folder, "a.png")).tolist()
+        [[0, 7]]
+    """
+    image = load_image(path, path, maximum_pixels)
+    problem = None
+    if image.format == "JPEG":
+        problem = "it is a JPEG, whose values are not exact"
+    elif image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
+        problem = f"it holds colours (mode {image.mode}), not class indices"
+    values = np.array(image)
+    if problem is None and values.size and (values.min() < 0 or values.max() > 255):
+        problem = f"it has values from {values.min()} to {values.max()}"
+    if problem is not None:
+        raise DataError(
+            f"mask {path} is refused: {problem}; save it as an 8-bit grey or palette PNG whose "
+            "pixel values are 0 (background), the class's number, or 255 (ignored)"
+        )
+    return values.astype(np.uint8)

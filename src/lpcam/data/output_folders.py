@@ -1,0 +1,259 @@
+"""Folders of outputs for a folder of images: names, index and summary."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpcam.data.dataset import IMAGE_SUFFIXES
+from lpcam.runtime.errors import ArtefactError, DataError, PrototypeError
+from lpcam.runtime.files import digest_bytes, printable, read_json, write_json
+from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
+
+SHEET_ROWS = 24
+"""Rows of the contact sheet."""
+
+
+SHEET = "sheet.png"
+
+
+MOST_LINES = 20
+"""Images that a summary lists."""
+
+
+OUTPUT_FOLDERS = ("found", "heatmaps", "masks", "overlays", "probabilities")
+
+
+_LONGEST_NAME = 160
+"""Bytes of an output's name, so that an ending still fits into the 255 of most file systems."""
+
+
+# -- Any command that writes files for each image ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """How a command names what it writes.
+
+    Args:
+        command: the command, such as ``lpcam explain``; the index records it as its kind.
+        index: file name of the index.
+        forms: patterns of output paths below the output folder; the group ``name`` is the image's.
+        describe: the findings of one image in words, for the summary.
+        pictures: file or folder to look at, below the output folder.
+        others: files of the output folder that are not of one image.
+    """
+
+    command: str
+    index: str
+    forms: Sequence[re.Pattern[str]]
+    describe: Callable[[Mapping[str, Any]], str]
+    pictures: str
+    others: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ImageResults:
+    """What a command that works on image files did."""
+
+    kind: OutputKind
+    folder: Path
+    found: list[dict[str, Any]]
+    """The contents of each image's JSON file."""
+    skipped: list[dict[str, str]]
+    """``image`` and ``reason`` of each image that failed."""
+
+    def summary(self) -> str:
+        """One line an image, at most `MOST_LINES`, then what was left out and where results are."""
+        describe = self.kind.describe
+        lines = [f"{one['image']}: {describe(one)}" for one in self.found[:MOST_LINES]]
+        if len(self.found) > MOST_LINES:
+            lines.append(f"... and {len(self.found) - MOST_LINES} more images")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} left out:")
+            lines += [f"  {skip['reason']}" for skip in self.skipped]
+        lines.append(f"results in {self.folder}")
+        if self.found:
+            lines.append(f"pictures in {self.folder / self.kind.pictures}")
+        return "\n".join(lines)
+
+
+def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
+    """Image files by the names of their outputs.
+
+    Folders are searched recursively, without hidden files and ``output``; the name is the path
+    below the folder without its extension. A file given directly keeps its own name. Images that
+    would share a name keep their extensions, and are numbered if that is not enough.
+
+    Raises:
+        DataError: if a source does not exist, there is no image, or a source is an output of an
+            earlier call.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> for name in ("a.png", "b.png", "b.jpg"):
+        ...     (folder / name).touch()
+        >>> list(find_images([folder], folder / "out"))
+        ['a', 'b.jpg', 'b.png']
+    """
+    own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
+    files: dict[Path, tuple[str, Path]] = {}
+    sources = list(sources)
+    for source in sources:
+        if source.is_dir():
+            found = [
+                (path.relative_to(source).as_posix(), path)
+                for path in sorted(source.rglob("*"))
+                if path.suffix.lower() in IMAGE_SUFFIXES
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(source).parts)
+                and not path.resolve().is_relative_to(output.resolve())
+            ]
+        elif source.is_file():
+            if any(source.resolve().is_relative_to(folder) for folder in own):
+                raise DataError(
+                    f"{source} is in the output folder {output}, where the results would replace "
+                    "it; choose another --output"
+                )
+            found = [(source.name, source)]
+        else:
+            raise DataError(f"there is no image or folder {source}")
+        for name, path in found:
+            files.setdefault(path.resolve(), (name, path))
+    if not files:
+        raise DataError(
+            f"there is no image below {', '.join(str(s) for s in sources)}; files with the endings "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
+        )
+    alike: dict[str, list[tuple[str, str, Path]]] = {}
+    for whole, path in files.values():
+        short = _safe_name(whole.removesuffix(Path(whole).suffix))
+        alike.setdefault(short.casefold(), []).append((short, whole, path))
+    taken = {key for key, same in alike.items() if len(same) == 1}
+    names: dict[str, Path] = {}
+    for same in alike.values():
+        for short, whole, path in same:
+            name, number = short, 1
+            while len(same) > 1 and (number == 1 or name.casefold() in taken):
+                name = _safe_name(whole) + (f"-{number}" if number > 1 else "")
+                number += 1
+            taken.add(name.casefold())
+            names[name] = path
+    return names
+
+
+def process_images(
+    images: Mapping[str, Path],
+    output: Path,
+    make: Callable[[str, Path], dict[str, Any]],
+    kind: OutputKind,
+    *,
+    made_by: Mapping[str, Any],
+    command: str,
+    workers: int,
+    title: str,
+) -> ImageResults:
+    """Write the outputs of every image and an index of them; an image that fails is left out.
+
+    A later call replaces files of the same images that an earlier call wrote, and no others.
+
+    Args:
+        images: files by output name, as :func:`find_images` gives them.
+        make: writes the outputs of an image, given its name and file, and returns its findings.
+        made_by, command: recorded in the index.
+        workers: images processed at the same time.
+        title: of the progress bar.
+
+    Raises:
+        ArtefactError: if a file that no earlier call wrote would be replaced, or a file cannot be
+            written.
+    """
+    before = _read_index(output / kind.index, kind.command)
+    outputs = _outputs_by_image(output, kind.forms)
+    foreign = [path for name in images if name not in (before or {}) for path in outputs[name]]
+    if before is None:
+        foreign += [output / name for name in kind.others if (output / name).exists()]
+    if foreign:
+        raise ArtefactError(
+            f"{foreign[0]} is there already and was not written by an earlier '{kind.command}' of "
+            "this image, so it may be yours; choose another --output"
+        )
+    index: dict[str, Any] = {
+        "format": 1,
+        "kind": kind.command,
+        "command": command,
+        "made_by": made_by,
+        "skipped": [],
+        "images": {**(before or {}), **{name: printable(path) for name, path in images.items()}},
+    }
+    # first: after an interruption, the next call knows which files are its own
+    write_json(output / kind.index, index)
+
+    def work(entry: tuple[str, Path]) -> dict[str, Any] | str:
+        for old in outputs[entry[0]]:  # the new outputs may have other names
+            old.unlink(missing_ok=True)
+        try:
+            return make(*entry)
+        except (DataError, PrototypeError) as error:
+            return str(error)
+
+    found, skipped = [], []
+    with progress(title, len(images)) as advance:
+        for name, result in zip(images, ordered_map(work, images.items(), workers), strict=True):
+            if isinstance(result, str):
+                skipped.append({"image": printable(images[name]), "reason": result})
+                del index["images"][name]
+                logger.warning("left out: %s", result)
+            else:
+                found.append(result)
+            advance(1, name)
+    write_json(output / kind.index, {**index, "skipped": skipped})
+    return ImageResults(kind, output, found, skipped)
+
+
+def _read_index(path: Path, command: str) -> dict[str, str] | None:
+    """Names and sources of the images that earlier calls processed; None if there is no index."""
+    if not path.exists():
+        return None
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("kind") != command:
+        raise ArtefactError(
+            f"{path} was not written by '{command}', so it may be yours; choose another --output"
+        )
+    return dict(index["images"])
+
+
+def _outputs_by_image(
+    output: Path, forms: Sequence[re.Pattern[str]]
+) -> defaultdict[str, list[Path]]:
+    """Files below a folder whose paths have the form of outputs, by the image's name."""
+    outputs: defaultdict[str, list[Path]] = defaultdict(list)
+    for folder in OUTPUT_FOLDERS:
+        for path in sorted((output / folder).rglob("*")):
+            relative = path.relative_to(output).as_posix()
+            match = next(filter(None, (form.fullmatch(relative) for form in forms)), None)
+            if match is not None:
+                outputs[match["name"]].append(path)
+    return outputs
+
+
+def _safe_name(text: str) -> str:
+    """A relative path that any file system accepts, made of a path below a folder."""
+    text = unicodedata.normalize("NFC", printable(Path(text)))
+    parts = []
+    for part in text.split("/"):
+        safe = re.sub(r'[\x00-\x1f\x7f\\:*?"<>|]', "_", part).strip() or "_"
+        if len(safe.encode()) > _LONGEST_NAME:
+            head = safe.encode()[: _LONGEST_NAME - 10].decode("utf-8", "ignore")
+            safe = f"{head}-{digest_bytes(part.encode())[:8]}"
+        parts.append(safe)
+    return "/".join(parts)

@@ -1,0 +1,181 @@
+"""What a reader is: it turns one kind of data set on disk into images with labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
+
+from lpcam.data.dataset import Dataset
+from lpcam.runtime.registry import Registry
+from lpcam.runtime.settings import RecipePath, Section, against_base
+
+ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "test"]
+"""What a list of a data set is for."""
+TrueMask = Callable[[], tuple[NDArray[np.uint8] | None, tuple[str, ...]]]
+"""Makes the true mask (H, W) of an image that has no file of one: None if it cannot be made, and
+what is wrong with the image's annotations, in words."""
+Progress = Callable[[int, int], None]
+
+
+def _word_or_path(value: Any, info: ValidationInfo) -> Any:
+    return value if value in ("folders", "computed") else against_base(value, info)
+
+
+LabelSource = Annotated[Literal["folders"] | Path, BeforeValidator(_word_or_path)]
+Saliency = Annotated[Literal["computed"] | Path, BeforeValidator(_word_or_path)]
+
+
+class Lists(Section):
+    """Which list of the data set each stage works on; null takes the reader's usual one."""
+
+    classify: str | None = None
+    """Trains the classifier (voc: train_aug; folder, coco: all)."""
+    validate_: str | None = Field(default=None, alias="validate")
+    """Measures its mAP; null holds out a seeded tenth of the list above."""
+    prototypes: str | None = None
+    """Is clustered (voc: train; folder, coco: all)."""
+    maps: str | None = None
+    """Gets maps and seeds (voc: train; folder, coco: all)."""
+    evaluate: str | None = None
+    """Is scored where masks exist; must lie within ``maps`` (voc: train; folder, coco: all)."""
+    segment: str | None = None
+    """Trains the segmenter; must lie within ``maps`` (the list of ``maps``)."""
+    test: str | None = None
+    """Is segmented, and scored where masks exist (voc: val; folder, coco: all)."""
+
+
+class DataSection(Section):
+    """Where the images and labels are."""
+
+    kind: str
+    """Name of a reader: ``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv,
+    labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a JSON
+    file."""
+    root: RecipePath
+    """Folder (or JSON file) of the data set."""
+    labels: LabelSource | None = None
+    """A file of image-level labels (.csv, .jsonl) instead of the usual source; folder: or the word
+    ``folders``, where each class has one."""
+    masks: RecipePath | None = None
+    """A folder of true masks, ID.png, instead of the usual ones."""
+    saliency: Saliency | None = None
+    """Saliency maps for refine.method saliency: a folder of ID.png, 0 to 255; or ``computed``, by a
+    method that needs no network (docs/hosts.md)."""
+    name: str | None = None
+    """What the data set is called in every figure's protocol; null takes the folder's name."""
+    classes: tuple[str, ...] | None = None
+    """A subset of the classes; mask ids of others are ignored. Null takes all."""
+    lists: Lists = Lists()
+
+    @property
+    def reader(self) -> Reader:
+        """The chosen reader."""
+        return READERS[self.kind]
+
+    @property
+    def settings(self) -> Any:
+        """Settings of the chosen reader; None if it has none."""
+        return getattr(self, self.kind, None)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.kind not in READERS:
+            raise ValueError(f"there is no reader {self.kind!r}; there are {', '.join(READERS)}")
+        self.reader.check_labels(self.labels)
+        return self
+
+    def list_of(self, stage: ListName) -> str:
+        """Name of the list that a stage works on."""
+        own: str | None = getattr(self.lists, stage)
+        if own is None and stage == "segment":
+            return self.list_of("maps")
+        return own or self.reader.usual_lists[stage]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be read."""
+
+    root: Path
+    lists: Sequence[str] | None = None
+    """Lists that are read; None: all."""
+    unlabelled: frozenset[str] = frozenset()
+    """Lists whose images need no labels."""
+    labels: Path | Literal["folders"] | None = None
+    """A source of labels instead of the usual one."""
+    masks: Path | None = None
+    """A folder of true masks, ID.png, instead of the usual ones."""
+    classes: Sequence[str] | None = None
+    """The classes to choose; None: all."""
+    settings: Any = None
+    """An instance of the reader's settings; None: the usual ones."""
+    progress: Progress | None = None
+    """Called with the bytes done and the bytes of all while annotations are read."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set, and the true masks that are not files yet."""
+
+    dataset: Dataset
+    true_masks: Mapping[str, TrueMask] = field(default_factory=dict)
+    """By image id."""
+    paint: Callable[[Path, Iterable[str], int, Progress | None], Dataset] | None = None
+    """Writes true masks of some images into a folder, with a number of threads, and returns the
+    data set with them; None: there is nothing to paint."""
+
+
+class Reader(ABC):
+    """Reads one kind of data set.
+
+    A reader is one object in :data:`READERS`. They are asked in the order of the registry which of
+    them recognises a path.
+    """
+
+    means: ClassVar[str]
+    """What the kind is, for the comments of a new recipe."""
+    usual_lists: ClassVar[Mapping[ListName, str]] = dict.fromkeys(
+        ("classify", "prototypes", "maps", "evaluate", "test"), "all"
+    )
+    """The lists of stages for which a recipe names none."""
+    chooses_lists: ClassVar[bool] = True
+    """Whether a caller may choose the lists to read."""
+    settings: ClassVar[type[BaseModel] | None] = None
+    """Class of its settings, if it has any."""
+
+    def check_labels(self, labels: Path | str | None) -> None:
+        """Refuse a source of labels that the reader cannot use.
+
+        Raises:
+            ValueError: saying what it can use.
+        """
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Tell whether a path looks like this kind."""
+
+    @abstractmethod
+    def open(self, request: Request) -> Opened:
+        """Read labels and lists; images are not read yet.
+
+        Raises:
+            DataError: if folders, lists or labels do not fit together.
+        """
+
+
+READERS: Registry[Reader] = Registry(
+    "reader",
+    "lpcam.readers",
+    {
+        "folder": "lpcam.data.folder:READER",
+        "voc": "lpcam.data.voc:READER",
+        "coco": "lpcam.data.coco.dataset:READER",
+    },
+)

@@ -1,0 +1,44 @@
+"""Sizes and resizing of maps: the one bilinear resize, and the size of stride-4 maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def quarter_size(size: Sequence[int]) -> tuple[int, int]:
+    """Size (ceil(H / 4), ceil(W / 4)) of the stride-4 maps of an image.
+
+    Example:
+        >>> quarter_size((375, 500))
+        (94, 125)
+    """
+    height, width = size
+    return -(-height // 4), -(-width // 4)
+
+
+def resize(planes: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize planes bilinearly, sampling at pixel centres.
+
+    Args:
+        planes: floating point, (C, h, w) or (B, C, h, w); C may be 0.
+        size: (H, W) of the result.
+
+    Returns:
+        (C, H, W) or (B, C, H, W), on the same device and of the same dtype. ``planes`` itself where
+        it has that size.
+
+    Example:
+        >>> import torch
+        >>> resize(torch.tensor([[[0.0, 1.0]]]), (1, 4))
+        tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
+    """
+    if tuple(planes.shape[-2:]) == tuple(size):
+        return planes
+    if not planes.numel():
+        return planes.new_zeros(*planes.shape[:-2], *size)
+    batch = planes if planes.ndim == 4 else planes[None]
+    resized = F.interpolate(batch, size=tuple(size), mode="bilinear", align_corners=False)
+    return resized if planes.ndim == 4 else resized[0]

@@ -1,0 +1,304 @@
+"""Faithfulness metrics: how the score of a classifier reacts to the pixels a map marks.
+
+No truth is needed. Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018);
+average drop and increase in confidence of Chattopadhay et al., Grad-CAM++ (WACV 2018).
+
+``score`` is any function of images (B, c, H, W) to scores (B, N), such as a classifier followed by
+a sigmoid or a softmax; it is called without gradients, in batches. Images are as it expects them: 0
+is the mean colour if they are normalised, otherwise black. Results are deterministic, on the device
+of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.runtime.errors import DataError
+
+Score = Callable[[Tensor], Tensor]
+
+
+Fill = Literal["zero", "mean", "blur"]
+
+
+FILLS: tuple[Fill, ...] = ("zero", "mean", "blur")
+
+
+BLUR_SIZE = 11
+"""Window of the Gaussian in pixels, as in RISE."""
+
+
+BLUR_SIGMA = 5.0
+
+
+STEPS = 50
+
+
+def filled(images: Tensor, fill: Fill) -> Tensor:
+    """Images without content, in which pixels are inserted or by which they are replaced.
+
+    Args:
+        images: (B, c, H, W).
+        fill: "zero": 0; "mean": the mean colour of each image; "blur": the image, blurred by a
+            Gaussian (window BLUR_SIZE, standard deviation BLUR_SIGMA, reflected borders).
+
+    Raises:
+        DataError: if the fill is unknown, or an image too small to blur.
+
+    Example:
+        >>> filled(torch.tensor([[[[0.0, 1.0]]]]), "mean").tolist()
+        [[[[0.5, 0.5]]]]
+    """
+    if fill == "zero":
+        return torch.zeros_like(images)
+    if fill == "mean":
+        return images.mean((-2, -1), keepdim=True).expand_as(images)
+    if fill != "blur":
+        raise DataError(f"fill is {fill!r}; expected {', '.join(FILLS)}")
+    reach = BLUR_SIZE // 2
+    if min(images.shape[-2:]) <= reach:
+        raise DataError(
+            f"images of {images.shape[-2]} x {images.shape[-1]} pixels are too small for a blur "
+            f"of {BLUR_SIZE}; use the fill 'mean'"
+        )
+    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+    kernel = torch.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
+    kernel = kernel / kernel.sum()
+    planes = F.pad(images.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="reflect")
+    blurred = F.conv2d(F.conv2d(planes, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return blurred.view_as(images)
+
+
+# -- Insertion and deletion --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelCurve:
+    """Scores while pixels are inserted or deleted."""
+
+    fractions: Tensor
+    """(S + 1,) fractions of the changed pixels, from 0 to 1"""
+    scores: Tensor
+    """(B, S + 1) scores of each image's class"""
+
+    @property
+    def auc(self) -> Tensor:
+        """(B,) area under each curve, by trapezoids."""
+        return torch.trapezoid(self.scores, self.fractions, dim=1)
+
+
+def insertion(
+    score: Score,
+    images: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    *,
+    steps: int = STEPS,
+    fill: Fill = "blur",
+    batch: int = 16,
+) -> PixelCurve:
+    """Scores while pixels are inserted, those with the highest map values first.
+
+    A larger area (``auc``) is better.
+
+    Args:
+        score: images (B, c, H, W) to scores (B, N).
+        images: (B, c, H, W), as ``score`` expects them.
+        maps: (B, H, W), in any range: only the order counts; equal values in reading order.
+        classes: int64 (B,), the class of each map.
+        steps: S; after step k, round(k H W / S) pixels are inserted.
+        fill: initial images, see :func:`filled`.
+        batch: maximum number of images in a call of ``score``.
+
+    Raises:
+        DataError: if shapes do not fit, a map contains NaN, or the scores are not (B, N) with
+            these classes.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> insertion(score, image, image[:, 0], torch.tensor([0]), steps=2, fill="zero").scores
+        tensor([[0.0000, 0.5000, 1.0000]])
+    """
+    return _curve(score, filled(images, fill), images, maps, classes, steps, batch)
+
+
+def deletion(
+    score: Score,
+    images: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    *,
+    steps: int = STEPS,
+    fill: Fill = "zero",
+    batch: int = 16,
+) -> PixelCurve:
+    """Scores while pixels are replaced by ``fill``, those with the highest map values first.
+
+    A smaller area (``auc``) is better. Arguments and errors as for :func:`insertion`.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> deletion(score, image, image[:, 0], torch.tensor([0]), steps=2).scores
+        tensor([[1.0000, 0.5000, 0.0000]])
+    """
+    return _curve(score, images, filled(images, fill), maps, classes, steps, batch)
+
+
+@torch.no_grad()
+def _curve(
+    score: Score,
+    before: Tensor,
+    after: Tensor,
+    maps: Tensor,
+    classes: Tensor,
+    steps: int,
+    batch: int,
+) -> PixelCurve:
+    _check(before, maps, classes)
+    if steps < 1 or batch < 1:
+        raise DataError(f"steps are {steps} and batch is {batch}; expected at least 1")
+    count, (height, width) = len(before), before.shape[-2:]
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks.scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
+    ranks = ranks.view(count, 1, height, width).to(before.device)
+    changed = torch.tensor(
+        [round(step * height * width / steps) for step in range(steps + 1)], device=before.device
+    )
+    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(steps + 1)).to(before.device)
+    found = []
+    for start in range(0, len(pairs), batch):
+        image, step = pairs[start : start + batch].T
+        have_changed = ranks[image] < changed[step].view(-1, 1, 1, 1)
+        mixed = torch.where(have_changed, after[image], before[image])
+        found.append(_of_class(score(mixed), classes.to(before.device)[image]))
+    fractions = changed.to(before.dtype) / (height * width)
+    return PixelCurve(fractions, torch.cat(found).view(count, steps + 1).to(before.dtype))
+
+
+# -- Average drop and increase in confidence ---------------------------------------------------
+
+
+@torch.no_grad()
+def confidences(
+    score: Score, images: Tensor, maps: Tensor, classes: Tensor, *, batch: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Scores of the classes on the images, and on the products of image and map.
+
+    Args:
+        score: images (B, c, H, W) to scores (B, N).
+        images: (B, c, H, W), as ``score`` expects them.
+        maps: (B, H, W) in [0, 1].
+        classes: int64 (B,), the class of each map.
+        batch: maximum number of images in a call of ``score``.
+
+    Returns:
+        Two tensors (B,), for :func:`average_drop` and :func:`increase_in_confidence`.
+
+    Raises:
+        DataError: if shapes do not fit, a map is not in [0, 1], or the scores are not (B, N) with
+            these classes.
+
+    Example:
+        >>> image = torch.ones(1, 1, 1, 4)
+        >>> def score(images): return images.mean((2, 3))
+        >>> confidences(score, image, image[:, 0] / 2, torch.tensor([0]))
+        (tensor([1.]), tensor([0.5000]))
+    """
+    _check(images, maps, classes)
+    if len(maps) and not (maps.min() >= -1e-5 and maps.max() <= 1 + 1e-5):
+        raise DataError(
+            f"maps have values from {float(maps.min())} to {float(maps.max())}; expected 0 to 1, "
+            "normalise them first"
+        )
+    whole, shown = [], []
+    for start in range(0, len(images), batch):
+        part = slice(start, start + batch)
+        image, plane = images[part], maps[part].to(images)
+        index = classes[part].to(images.device)
+        whole.append(_of_class(score(image), index))
+        shown.append(_of_class(score(image * plane[:, None]), index))
+    return torch.cat(whole), torch.cat(shown)
+
+
+def average_drop(whole: Tensor, shown: Tensor) -> float:
+    """Mean of max(0, whole - shown) / whole over pairs, a fraction; smaller is better.
+
+    Args:
+        whole, shown: (M,) probabilities from :func:`confidences`.
+
+    Raises:
+        DataError: if there is no pair, or a score of a whole image is not positive.
+
+    Example:
+        >>> average_drop(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
+        0.25
+    """
+    _check_pairs(whole, shown)
+    if not bool((whole > 0).all()):
+        raise DataError(
+            f"scores of whole images go down to {float(whole.min())}; expected positive ones: give "
+            "probabilities (sigmoid or softmax), not logits"
+        )
+    return float(((whole - shown).clamp(min=0) / whole).mean())
+
+
+def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
+    """Fraction of pairs with a higher score on the product than on the image; larger is better.
+
+    Args:
+        whole, shown: (M,) from :func:`confidences`.
+
+    Raises:
+        DataError: if there is no pair.
+
+    Example:
+        >>> increase_in_confidence(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
+        0.5
+    """
+    _check_pairs(whole, shown)
+    return float((shown > whole).double().mean())
+
+
+# -- Inputs ------------------------------------------------------------------------------------
+
+
+def _check(images: Tensor, maps: Tensor, classes: Tensor) -> None:
+    count = len(images)
+    fits = images.ndim == 4 and maps.shape == (count, *images.shape[-2:])
+    if not fits or classes.shape != (count,) or not count:
+        raise DataError(
+            f"images are {tuple(images.shape)}, maps {tuple(maps.shape)} and classes "
+            f"{tuple(classes.shape)}; expected (B, c, H, W), (B, H, W) and (B,), B >= 1"
+        )
+    if not bool(torch.isfinite(maps).all()):
+        raise DataError("maps have NaN or infinite values; compute them again")
+
+
+def _of_class(scores: Tensor, classes: Tensor) -> Tensor:
+    """(B,) of the scores (B, N)."""
+    if scores.ndim != 2 or len(scores) != len(classes):
+        raise DataError(
+            f"score gave {tuple(scores.shape)} for {len(classes)} images; expected (B, N)"
+        )
+    if not 0 <= int(classes.min()) <= int(classes.max()) < scores.shape[1]:
+        raise DataError(
+            f"classes go from {int(classes.min())} to {int(classes.max())}; score knows 0 to "
+            f"{scores.shape[1] - 1}"
+        )
+    return scores.gather(1, classes[:, None])[:, 0]
+
+
+def _check_pairs(whole: Tensor, shown: Tensor) -> None:
+    if whole.ndim != 1 or whole.shape != shown.shape or not len(whole):
+        raise DataError(
+            f"scores are {tuple(whole.shape)} and {tuple(shown.shape)}; expected (M,) twice, M >= 1"
+        )

@@ -1,0 +1,421 @@
+"""Localisation metrics of class maps: boxes, peaks and pixels.
+
+``update`` counts one pair of a class map and the truth of that class, ``compute`` returns
+fractions. Counts of several processes can be summed. Maps are (H, W) in [0, 1] at the size of the
+truth. The truth is int64 (H, W) from :func:`class_truth`: 1 on the class, 0 elsewhere, and
+:data:`lpcam.data.dataset.IGNORE` on void pixels, which are not counted.
+
+Sources: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020):
+MaxBoxAcc, MaxBoxAccV2, PxAP. Zhang et al., Top-Down Neural Attention by Excitation Backprop (IJCV
+2018): the pointing game.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpcam.data.dataset import IGNORE
+from lpcam.method.objects import component_boxes
+from lpcam.runtime.errors import DataError
+
+MAP_THRESHOLDS = tuple(step / 100 for step in range(100))
+"""Thresholds of a map for boxes: 0.00, 0.01, ..., 0.99. Choe et al. use 1000."""
+
+
+PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))
+"""Thresholds of a map for pixels: 0.000, 0.001, ..., 1.000."""
+
+
+IOU_THRESHOLDS = (0.3, 0.5, 0.7)
+"""IoU thresholds of MaxBoxAccV2."""
+
+
+TOLERANCE = 15.0
+"""Tolerance of the pointing game, in pixels."""
+
+
+ROUNDING = 1e-5
+"""Resized maps may leave [0, 1] by this much; they are clipped."""
+
+
+# -- Truth -------------------------------------------------------------------------------------
+
+
+def class_truth(labels: Tensor, index: int) -> Tensor:
+    """Truth of one class, from a label map.
+
+    Args:
+        labels: int64 (H, W) of :func:`lpcam.evaluation.segmentation.truth_labels`: 0, n + 1 for
+        class n, IGNORE.
+        index: n, the 0-based class.
+
+    Returns:
+        int64 (H, W): 1 on the class, 0 elsewhere, IGNORE on void pixels.
+
+    Example:
+        >>> class_truth(torch.tensor([[0, 1, 2, 255]]), 1).tolist()
+        [[0, 0, 1, 255]]
+    """
+    return torch.where(labels == IGNORE, IGNORE, (labels == index + 1).long())
+
+
+def truth_boxes(truth: Tensor) -> Tensor:
+    """Tightest boxes of the connected components (8 neighbours) of a class.
+
+    Objects that touch share a box, and an object in two pieces has two: prefer the boxes of a data
+    set if it has some.
+
+    Args:
+        truth: int64 (H, W) from :func:`class_truth`.
+
+    Returns:
+        int64 (M, 4) of x0, y0, x1, y1 (see :mod:`lpcam.method.objects`); M may be 0.
+
+    Raises:
+        LpcamError: if SciPy (extra ``objects``) is not installed.
+
+    Example:
+        >>> truth_boxes(torch.tensor([[1, 1, 255, 0]])).tolist()
+        [[0, 0, 2, 1]]
+    """
+    return torch.from_numpy(component_boxes(truth == 1))
+
+
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of boxes (A, 4) with boxes (B, 4) of x0, y0, x1, y1: float64 (A, B).
+
+    Example:
+        >>> box_iou(torch.tensor([[0, 0, 4, 4]]), torch.tensor([[0, 0, 4, 2]])).tolist()
+        [[0.5]]
+    """
+    a, b = first.double()[:, None], second.double()[None]
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    shared = sides.clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
+    return shared / union
+
+
+# -- Boxes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BoxScores:
+    """Fractions of pairs, each at its best threshold of the maps."""
+
+    max_box_acc: dict[float, float]
+    """MaxBoxAcc by IoU threshold."""
+    max_box_acc_threshold: dict[float, float]
+    """Best threshold of the maps by IoU threshold, the lowest of equal ones."""
+    max_box_acc_v2: float
+    """MaxBoxAccV2, the mean of ``any_box_acc``."""
+    any_box_acc: dict[float, float]
+    """As ``max_box_acc``, for the boxes of all components."""
+    any_box_acc_threshold: dict[float, float]
+    pairs: int
+
+
+class BoxAccuracy:
+    """MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, the latter in their extended article).
+
+    At a threshold t, the foreground is map >= t, and each connected component (8 neighbours) has
+    its tightest box. A pair is correct at the IoU threshold d for MaxBoxAcc if the box of the
+    largest component has an IoU >= d with any box of the truth; for MaxBoxAccV2 if the box of any
+    component has. Both are the maximum over t of the fraction of correct pairs; MaxBoxAccV2 is also
+    averaged over d. The best t is chosen with the truth.
+
+    Void pixels are in no box of the truth, but they are not removed from the maps: a band of void
+    around an object would cut it out of any map.
+
+    Args:
+        thresholds: t, strictly increasing.
+        iou_thresholds: d.
+
+    Example:
+        >>> metric = BoxAccuracy([0.5], [0.5])
+        >>> metric.update(torch.tensor([[0.9, 0.8, 0.0]]), torch.tensor([[0, 0, 3, 1]]))
+        >>> metric.compute().max_box_acc
+        {0.5: 1.0}
+    """
+
+    def __init__(
+        self,
+        thresholds: Sequence[float] = MAP_THRESHOLDS,
+        iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+    ) -> None:
+        self.thresholds = _grid(thresholds)
+        self.iou_thresholds = tuple(iou_thresholds)
+        shape = (len(self.thresholds), len(self.iou_thresholds))
+        self.largest_hits = torch.zeros(shape, dtype=torch.int64)
+        """(T, D) correct pairs for MaxBoxAcc"""
+        self.any_hits = torch.zeros(shape, dtype=torch.int64)
+        """(T, D) correct pairs for MaxBoxAccV2"""
+        self.pairs = 0
+
+    def update(self, values: Tensor, truth: Tensor) -> None:
+        """Count one pair.
+
+        Args:
+            values: map (H, W) in [0, 1].
+            truth: int64 boxes (M, 4), M >= 1, as from :func:`truth_boxes`.
+
+        Raises:
+            DataError: if the map is not (H, W) in [0, 1], or there is no box or an empty one.
+            LpcamError: if SciPy (extra ``objects``) is not installed.
+        """
+        if truth.ndim != 2 or truth.shape[1:] != (4,) or not len(truth):
+            raise DataError(
+                f"boxes of the truth are {tuple(truth.shape)}; expected (M, 4) with M >= 1: skip "
+                "classes that the truth does not show"
+            )
+        if bool((truth[:, 2:] <= truth[:, :2]).any()):
+            raise DataError(
+                f"boxes {truth.tolist()} include an empty one; expected x0 < x1, y0 < y1"
+            )
+        plane = _checked(values).cpu().numpy()
+        ious = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)
+        left, top = 0, 0
+        for row, threshold in enumerate(self.thresholds):
+            # The foreground only shrinks as the threshold increases: continue in its box.
+            inside = plane >= threshold
+            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            if not len(rows):
+                break
+            place = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            plane, top, left = plane[place], top + int(rows[0]), left + int(columns[0])
+            corner = np.array([left, top, left, top])
+            found = torch.from_numpy(component_boxes(inside[place]) + corner)
+            best = box_iou(found, truth.cpu()).amax(1)
+            ious[row, 0], ious[row, 1] = best[0], best.max()
+        at = torch.tensor(self.iou_thresholds, dtype=torch.float64)
+        self.largest_hits += ious[:, :1] >= at
+        self.any_hits += ious[:, 1:] >= at
+        self.pairs += 1
+
+    def compute(self) -> BoxScores:
+        """The scores of all pairs so far.
+
+        Raises:
+            DataError: if there was none.
+        """
+        if not self.pairs:
+            raise DataError("no pair of map and boxes was counted; call update first")
+        fractions, best = [], []
+        for hits in (self.largest_hits, self.any_hits):
+            most, at = hits.max(0).values.double() / self.pairs, hits.numpy().argmax(0).tolist()
+            fractions.append(dict(zip(self.iou_thresholds, most.tolist(), strict=True)))
+            best.append(
+                {d: self.thresholds[t] for d, t in zip(self.iou_thresholds, at, strict=True)}
+            )
+        (largest, every), (largest_at, every_at) = fractions, best
+        mean = sum(every.values()) / len(every)
+        return BoxScores(largest, largest_at, mean, every, every_at, self.pairs)
+
+
+# -- The pointing game -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PointingScores:
+    """Fractions of hits, means over the classes that have pairs."""
+
+    tolerant: float
+    """Hits within ``tolerance`` pixels of the object."""
+    exact: float
+    """Hits on the object."""
+    tolerant_per_class: dict[int, float]
+    exact_per_class: dict[int, float]
+    pairs: int
+
+
+class PointingGame:
+    """The pointing game (Zhang et al. 2018): is the map's highest pixel on the object?
+
+    A pair is a hit if the highest pixel of the map that is not void (the first of equal ones in
+    reading order) is at most ``tolerance`` pixels (Euclidean) from a pixel of the class, and an
+    exact hit if it is on the class. A constant map is a miss. The score is the mean over classes of
+    hits / pairs.
+
+    Args:
+        num_classes: N.
+        tolerance: in pixels.
+
+    Example:
+        >>> game = PointingGame(1, tolerance=1)
+        >>> game.update(torch.tensor([[0.1, 0.9, 0.2]]), torch.tensor([[1, 0, 0]]), 0)
+        >>> game.compute().tolerant, game.compute().exact
+        (1.0, 0.0)
+    """
+
+    def __init__(self, num_classes: int, tolerance: float = TOLERANCE) -> None:
+        if num_classes < 1 or tolerance < 0:
+            raise DataError(
+                f"num_classes is {num_classes} and tolerance {tolerance}; expected at least 1 and "
+                "no negative tolerance"
+            )
+        self.tolerance = tolerance
+        self.counts = torch.zeros(num_classes, 3, dtype=torch.int64)
+        """(N, 3) pairs, hits within the tolerance, exact hits"""
+
+    def update(self, values: Tensor, truth: Tensor, index: int) -> None:
+        """Count one pair.
+
+        Args:
+            values: map (H, W) in [0, 1].
+            truth: int64 (H, W) of :func:`class_truth`.
+            index: 0-based class.
+
+        Raises:
+            DataError: if they do not fit, or the truth does not show the class.
+        """
+        if not 0 <= index < len(self.counts):
+            raise DataError(f"class {index} is not one of {len(self.counts)}")
+        plane = _checked(values)
+        counted = _fits(plane, truth)
+        on = (truth == 1).nonzero()
+        if not len(on):
+            raise DataError("the truth does not show the class; skip the pair")
+        shown = plane[counted]
+        self.counts[index, 0] += 1
+        if shown.min() == shown.max():
+            return
+        flat = torch.where(counted, plane, -1.0).flatten()
+        # argmax of a tensor gives any of equal pixels
+        peak = int((flat == shown.max()).nonzero()[0])
+        row, column = divmod(peak, plane.shape[1])
+        away = int((on - on.new_tensor([row, column])).square().sum(1).min())
+        self.counts[index, 1] += away <= self.tolerance**2
+        self.counts[index, 2] += away == 0
+
+    def compute(self) -> PointingScores:
+        """The scores of all pairs so far.
+
+        Raises:
+            DataError: if there was none.
+        """
+        rows = {n: row for n, row in enumerate(self.counts.tolist()) if row[0]}
+        if not rows:
+            raise DataError("no pair of map and truth was counted; call update first")
+        tolerant = {n: hits / pairs for n, (pairs, hits, _) in rows.items()}
+        exact = {n: hits / pairs for n, (pairs, _, hits) in rows.items()}
+        return PointingScores(
+            sum(tolerant.values()) / len(rows),
+            sum(exact.values()) / len(rows),
+            tolerant,
+            exact,
+            sum(row[0] for row in rows.values()),
+        )
+
+
+# -- Pixels ------------------------------------------------------------------------------------
+
+
+class PixelAveragePrecision:
+    """PxAP (Choe et al. 2020): area under the precision-recall curve of the pixels.
+
+    With foreground map >= t, over the pixels of all pairs: PxPrec(t) = foreground on the class /
+    foreground (1 without foreground), PxRec(t) = foreground on the class / pixels of the class. For
+    thresholds t_1 > t_2 > ..., PxAP = sum_l PxPrec(t_l) (PxRec(t_l) - PxRec(t_(l-1))), PxRec(t_0) =
+    0. Void pixels are not counted.
+
+    Args:
+        thresholds: t, strictly increasing, the first 0, so that recall ends at 1.
+
+    Example:
+        >>> metric = PixelAveragePrecision([0.0, 0.5])
+        >>> metric.update(torch.tensor([[0.9, 0.8, 0.1]]), torch.tensor([[1, 0, 0]]))
+        >>> metric.compute()
+        0.5
+    """
+
+    def __init__(self, thresholds: Sequence[float] = PIXEL_THRESHOLDS) -> None:
+        self.thresholds = _grid(thresholds)
+        if self.thresholds[0] != 0:
+            raise DataError(f"the first threshold is {self.thresholds[0]}; expected 0")
+        self.histogram = torch.zeros(2, len(self.thresholds), dtype=torch.int64)
+        """(2, T) pixels off and on the class, by the highest threshold <= their value"""
+
+    def update(self, values: Tensor, truth: Tensor) -> None:
+        """Count one pair.
+
+        Args:
+            values: map (H, W) in [0, 1].
+            truth: int64 (H, W) of :func:`class_truth`.
+
+        Raises:
+            DataError: if they do not fit.
+        """
+        plane = _checked(values)
+        counted = _fits(plane, truth)
+        # in the dtype of the maps, in which a map is compared with one number too
+        grid = torch.tensor(self.thresholds, dtype=plane.dtype, device=plane.device)
+        cells = torch.searchsorted(grid, plane[counted], right=True) - 1
+        index = truth[counted].long() * len(self.thresholds) + cells
+        counts = torch.bincount(index, minlength=self.histogram.numel())
+        self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
+
+    def curve(self) -> dict[str, list[float]]:
+        """``thresholds`` (falling), ``precision`` and ``recall``.
+
+        Raises:
+            DataError: if no pixel of any class was counted.
+        """
+        off, on = self.histogram.flip(1).cumsum(1).double()
+        if not on[-1]:
+            raise DataError("no pixel of a class was counted; call update with truth that has some")
+        precision = torch.where(on + off > 0, on / (on + off).clamp(min=1), 1.0)
+        return {
+            "thresholds": list(self.thresholds[::-1]),
+            "precision": precision.tolist(),
+            "recall": (on / on[-1]).tolist(),
+        }
+
+    def compute(self) -> float:
+        """PxAP of all pairs so far, a fraction.
+
+        Raises:
+            DataError: if no pixel of any class was counted.
+        """
+        curve = self.curve()
+        gains = [b - a for a, b in pairwise([0.0, *curve["recall"]])]
+        return sum(p * gain for p, gain in zip(curve["precision"], gains, strict=True))
+
+
+# -- Inputs ------------------------------------------------------------------------------------
+
+
+def _grid(thresholds: Sequence[float]) -> tuple[float, ...]:
+    if not thresholds or any(a >= b for a, b in pairwise(thresholds)):
+        raise DataError(f"thresholds are {list(thresholds)}; expected strictly increasing ones")
+    return tuple(thresholds)
+
+
+def _checked(values: Tensor) -> Tensor:
+    plane = values.detach()
+    if plane.ndim != 2 or not plane.is_floating_point() or not plane.numel():
+        raise DataError(f"map is {plane.dtype} {tuple(plane.shape)}; expected float (H, W)")
+    # both comparisons are false for NaN
+    if not (plane.min() >= -ROUNDING and plane.max() <= 1 + ROUNDING):
+        raise DataError(
+            f"map has values from {float(plane.min())} to {float(plane.max())}; expected 0 to 1, "
+            "normalise it first"
+        )
+    return plane.clamp(0, 1)
+
+
+def _fits(plane: Tensor, truth: Tensor) -> Tensor:
+    """Pixels that are counted, (H, W) bool."""
+    if truth.shape != plane.shape:
+        raise DataError(
+            f"map is {tuple(plane.shape)} but the truth {tuple(truth.shape)}; they must have the "
+            "size of the same image"
+        )
+    counted = truth != IGNORE
+    if bool(((truth != 0) & (truth != 1) & counted).any()):
+        raise DataError("truth has values other than 0, 1 and 255; use class_truth")
+    return counted

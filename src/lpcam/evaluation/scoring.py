@@ -1,0 +1,266 @@
+"""Scores of masks and of the maps of a run against true masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Dataset, Item
+from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import (
+    DEFAULT_THRESHOLDS,
+    Scores,
+    ThresholdSweep,
+    best_threshold,
+    confusion,
+    part_counts,
+    part_coverage,
+    scores,
+    truth_labels,
+)
+from lpcam.method.seeds import seeds
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.progress import progress
+
+MOST_VALUES = 8
+"""Number of values or files that a message lists."""
+
+
+def evaluate_masks(
+    predictions: str | Path, truth: str | Path, classes: ClassTable | None = None
+) -> Scores:
+    """Score a folder of predicted masks against a folder of true masks.
+
+    Each PNG below ``truth`` is compared with the file of the same relative path below
+    ``predictions``. Both store the class of a pixel as grey value or palette index: 0 is
+    background; 255 in the truth is not counted, in a prediction it counts as background.
+
+    Args:
+        predictions: folder of predicted masks. Further files in it are not read.
+        truth: folder of true masks, of the same sizes.
+        classes: names and mask values of the classes. Other values in the truth are not counted.
+            None: every value in the true masks is a class, named after the value.
+
+    Raises:
+        DataError: if a folder has no PNG, a prediction is missing, has another size or a value that
+            is no class, or the truth shows no class.
+
+    Example:
+        >>> import tempfile
+        >>> from lpcam.data.masks import write_mask
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_mask(folder / "truth" / "a.png", np.array([[0, 0, 1, 1]], np.uint8))
+        >>> write_mask(folder / "found" / "a.png", np.array([[0, 0, 0, 1]], np.uint8))
+        >>> evaluate_masks(folder / "found", folder / "truth").per_class["1"]["iou"]
+        0.5
+    """
+    predictions, truth = Path(predictions), Path(truth)
+    names = sorted(path.relative_to(truth) for path in truth.rglob("*.png"))
+    if not names:
+        raise DataError(f"{truth} contains no PNG; give the folder of the true masks")
+    missing = [str(name) for name in names if not (predictions / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{predictions} lacks {len(missing)} of {len(names)} masks: {_listed(missing)}; "
+            "predict every image of the truth, or give a folder with fewer true masks"
+        )
+    if classes is None:
+        values = set().union(*(np.unique(read_index_mask(truth / n)).tolist() for n in names))
+        ids = tuple(sorted(values - {BACKGROUND, IGNORE}))
+        classes = ClassTable(tuple(str(value) for value in ids), ids)
+    labels = len(classes) + 1
+    matrix = torch.zeros(labels, labels, dtype=torch.int64)
+    for name in names:
+        found = read_index_mask(predictions / name)
+        found = np.where(found == IGNORE, BACKGROUND, found)
+        unknown = sorted(set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids})
+        if unknown:
+            raise DataError(
+                f"{predictions / name} has values of no class: {_listed(unknown)}; the values of "
+                f"the classes are {_listed(classes.mask_ids)}"
+            )
+        true = truth_labels(read_index_mask(truth / name), classes)
+        try:
+            matrix += confusion(true, truth_labels(found, classes), labels)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    return scores(matrix, classes.names)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the maps of a run, the same in every process."""
+
+    rows: list[dict[str, Any]]
+    """Two for each method: ``method``, ``threshold``, ``threshold_source`` ("ground truth" or
+    "fixed"), ``images``, the fields of :class:`lpcam.evaluation.segmentation.Scores`, and
+    ``part_coverage`` if the
+    data set has parts."""
+    curves: dict[str, dict[str, list[float]]]
+    """:meth:`lpcam.evaluation.segmentation.ThresholdSweep.curves` of each method."""
+    image_scores: dict[str, list[float | None]]
+    """For each image, the mean IoU of its labels at the fixed threshold of the method; None if no
+    label is in the truth or the seed mask."""
+
+
+def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
+    """Explain why no true mask shows a class; None if one does.
+
+    Masks are read up to the first that shows a class.
+
+    Args:
+        items: the images, each with a mask.
+        classes: names and mask values.
+    """
+    held: set[int] = set()
+    for item in items:
+        assert item.mask is not None
+        held |= set(np.unique(read_index_mask(item.mask)).tolist())
+        if not held.isdisjoint(classes.mask_ids):
+            return None
+    text = (
+        f"none of its true masks ({len(items)}) shows a class: the values in them are "
+        f"{_listed(held)} (0 is background, 255 is not counted)"
+    )
+    strange = held - {BACKGROUND, IGNORE}
+    if strange:
+        text += (
+            f". Values of no class here: {_listed(strange)}; write the classes' numbers instead, "
+            f"such as {classes.mask_ids[0]} for {classes.names[0]}"
+        )
+    return text
+
+
+def _listed(values: Iterable[Any]) -> str:
+    shown = sorted(values)
+    ending = ", ..." if len(shown) > MOST_VALUES else ""
+    return ", ".join(map(str, shown[:MOST_VALUES])) + ending
+
+
+def score_maps(
+    items: Sequence[Item],
+    dataset: Dataset,
+    folders: Mapping[str, Path],
+    fixed: Mapping[str, float],
+    sharing: Sharing,
+) -> Evaluation:
+    """Score the maps of each method at its best threshold by the truth, and at a fixed one.
+
+    Args:
+        items: the images, each with a mask.
+        dataset: of the images.
+        folders: folder of maps of each method.
+        fixed: threshold of each method.
+        sharing: how the images are shared among processes and threads.
+
+    Raises:
+        ArtefactError: if a map file is missing or damaged.
+        DataError: if the truth shows no class.
+    """
+    names = dataset.classes.names
+    grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
+    sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
+
+    places = {item.id: place for place, item in enumerate(items)}
+    image_scores = torch.zeros(len(folders), len(items), dtype=torch.float64)
+
+    def count(item: Item) -> dict[str, Tensor]:
+        truth = _truth(item, dataset)
+        counts = {}
+        for row, (method, folder) in enumerate(folders.items()):
+            maps = read_maps(map_path(folder, item.id))
+            one = ThresholdSweep(len(names), grid)
+            one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
+            counts[method] = one.histogram
+            ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
+            image_scores[row, places[item.id]] = ious.nanmean()
+        return counts
+
+    mine = sharing.mine(items)
+    with progress("scoring", len(mine)) as advance:
+        for counts in sharing.map(count, mine):
+            for method, histogram in counts.items():
+                sweeps[method].histogram += histogram
+            advance(1, "")
+    for sweep in sweeps.values():
+        sweep.histogram = sharing.processes.sum(sweep.histogram)
+    image_scores = sharing.processes.sum(image_scores)
+
+    rows = []
+    for method, sweep in sweeps.items():
+        best, best_scores = best_threshold(sweep, names)
+        for threshold, source, found in (
+            (best, "ground truth", best_scores),
+            (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
+        ):
+            row = row_of(method, len(items), threshold, source, found)
+            if dataset.part_names:
+                row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
+            rows.append(row)
+    return Evaluation(
+        rows,
+        {method: sweep.curves(names) for method, sweep in sweeps.items()},
+        {
+            method: [None if math.isnan(value) else value for value in one]
+            for method, one in zip(folders, image_scores.tolist(), strict=True)
+        },
+    )
+
+
+def _truth(item: Item, dataset: Dataset) -> Tensor:
+    assert item.mask is not None
+    return truth_labels(read_index_mask(item.mask), dataset.classes)
+
+
+def row_of(
+    method: str, images: int, threshold: float | None, source: str | None, found: Scores
+) -> dict[str, Any]:
+    """One row of :attr:`Evaluation.rows`.
+
+    Args:
+        method: name of the method.
+        images: number of images.
+        threshold: None for masks that were not cut from maps.
+        source: how the threshold was chosen, or None.
+        found: the scores.
+    """
+    names = ("miou", "fp", "fn", "precision", "recall")
+    return {
+        "method": method,
+        "images": images,
+        **{name: getattr(found, name) for name in names},
+        "precision_with_background": found.precision_with_background,
+        "recall_with_background": found.recall_with_background,
+        "threshold": threshold,
+        "threshold_source": source,
+        "per_class": found.per_class,
+        "left_out": list(found.left_out),
+    }
+
+
+def _coverage(
+    mine: Sequence[Item], dataset: Dataset, folder: Path, threshold: float, sharing: Sharing
+) -> dict[str, float]:
+    names = dataset.part_names
+
+    def count(item: Item) -> Tensor:
+        assert item.parts is not None
+        maps = read_maps(map_path(folder, item.id))
+        seed = seeds(torch.from_numpy(maps.high_res), threshold)
+        labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
+        parts = torch.from_numpy(read_index_mask(item.parts))
+        return part_counts(_truth(item, dataset), labels, parts, names)
+
+    counts = torch.zeros(len(names), 2, dtype=torch.int64)
+    for one in sharing.map(count, [item for item in mine if item.parts is not None]):
+        counts += one
+    return part_coverage(sharing.processes.sum(counts), names)

@@ -1,0 +1,318 @@
+"""Segmentation metrics from the confusion matrix of a data set (specification, section 5).
+
+Labels are 0 for the background, 1..N for the classes of a ``ClassTable``, and ``IGNORE`` in the
+truth for pixels that do not count. Rows of a confusion matrix are truth, columns are prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable
+from lpcam.runtime.errors import DataError
+
+DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))
+"""Thresholds of a sweep: 0.00, 0.01, ..., 0.99."""
+
+
+def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tensor:
+    """Convert mask values to labels, int64 (H, W) with 0, 1..N and IGNORE.
+
+    Values that are neither 0 nor a class of the table become IGNORE.
+
+    Example:
+        >>> mask = np.array([[0, 8, 12, 255]], np.uint8)
+        >>> truth_labels(mask, ClassTable(("dog",), (12,))).tolist()
+        [[0, 255, 1, 255]]
+    """
+    table = torch.full((256,), IGNORE, dtype=torch.int64)
+    table[BACKGROUND] = 0
+    for label, mask_id in enumerate(classes.mask_ids, start=1):
+        table[mask_id] = label
+    values = torch.as_tensor(mask)
+    return table.to(values.device)[values.long()]
+
+
+def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
+    """Confusion matrix, int64 (L, L), of two label maps. The matrices of a data set are summed.
+
+    Args:
+        truth: integer labels 0..L-1, or IGNORE for pixels that do not count.
+        prediction: integer labels 0..L-1, of the same shape.
+        num_labels: L, classes and background.
+
+    Raises:
+        DataError: if the shapes differ or a label is out of range.
+
+    Example:
+        >>> confusion(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 0, 1, 1]), 2).tolist()
+        [[1, 0], [1, 1]]
+    """
+    if truth.shape != prediction.shape:
+        raise DataError(
+            f"truth is {tuple(truth.shape)} but the prediction is {tuple(prediction.shape)}; "
+            "they must have the size of the same image"
+        )
+    counted = truth != IGNORE
+    truth, prediction = truth[counted].long(), prediction[counted].long()
+    _check_range("truth", truth, num_labels)
+    _check_range("prediction", prediction, num_labels)
+    flat = torch.bincount(truth * num_labels + prediction, minlength=num_labels**2)
+    return flat.view(num_labels, num_labels)
+
+
+def _check_range(what: str, labels: Tensor, count: int) -> None:
+    if labels.numel() and (labels.min() < 0 or labels.max() >= count):
+        raise DataError(
+            f"{what} has labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
+            f"{count - 1}"
+        )
+
+
+class ThresholdSweep:
+    """Exact confusion matrices at every threshold of a grid, from one pass over the data set.
+
+    The label of a pixel at a threshold is that of :func:`lpcam.method.seeds.seeds`. ``histogram``,
+    int64
+    (N+1, N, T+1), counts pixels by truth, best class and grid cell of the best value, for T
+    thresholds. Histograms of several processes can be summed.
+
+    Args:
+        num_classes: N, without background.
+        thresholds: strictly increasing.
+
+    Raises:
+        DataError: if there is no class, or the thresholds do not increase.
+
+    Example:
+        >>> sweep = ThresholdSweep(1, [0.25, 0.5])
+        >>> sweep.update(torch.tensor([[0, 1]]), torch.tensor([[[0.375, 0.75]]]), torch.tensor([0]))
+        >>> sweep.confusions().tolist()
+        [[[0, 1], [0, 1]], [[1, 0], [0, 1]]]
+    """
+
+    def __init__(self, num_classes: int, thresholds: Sequence[float] = DEFAULT_THRESHOLDS) -> None:
+        increasing = all(a < b for a, b in pairwise(thresholds))
+        if num_classes < 1 or not thresholds or not increasing:
+            raise DataError(
+                f"a sweep of {num_classes} classes over thresholds {list(thresholds)} cannot be "
+                "made; give at least one class and strictly increasing thresholds"
+            )
+        self.num_classes = num_classes
+        self.thresholds = tuple(thresholds)
+        self.histogram = torch.zeros(
+            num_classes + 1, num_classes, len(thresholds) + 1, dtype=torch.int64
+        )
+
+    def update(self, truth: Tensor, maps: Tensor, keys: Tensor) -> None:
+        """Count one image.
+
+        Args:
+            truth: int64 (H, W), labels 0..N or IGNORE.
+            maps: float (K, H, W), the maps of the present classes; K may be 0.
+            keys: int64 (K,), their 0-based class indices.
+
+        Raises:
+            DataError: if shapes differ, a label or key is out of range or a value is not finite.
+        """
+        if maps.ndim != 3 or maps.shape[1:] != truth.shape or keys.shape != maps.shape[:1]:
+            raise DataError(
+                f"maps are {tuple(maps.shape)}, keys {tuple(keys.shape)} and truth "
+                f"{tuple(truth.shape)}; expected (K, H, W), (K,) and (H, W)"
+            )
+        _check_range("keys", keys, self.num_classes)
+        counted = truth != IGNORE
+        labels = truth[counted].long()
+        _check_range("truth", labels, self.num_classes + 1)
+        bins = len(self.thresholds) + 1
+        if len(keys):
+            best, plane = maps.max(dim=0)
+            best = best[counted]
+            if not torch.isfinite(best).all():
+                raise DataError("maps have NaN or infinite values; make them again")
+            # in the dtype of the maps, in which a map is compared with one number too
+            grid = torch.tensor(self.thresholds, dtype=maps.dtype, device=maps.device)
+            cells = torch.searchsorted(grid, best)  # number of thresholds < the value
+            index = (labels * self.num_classes + keys[plane[counted]]) * bins + cells
+        else:
+            index = labels * self.num_classes * bins  # background at every threshold
+        counts = torch.bincount(index, minlength=self.histogram.numel())
+        self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
+
+    def confusions(self) -> Tensor:
+        """Confusion matrices int64 (T, N+1, N+1), one for each threshold of the grid."""
+        # foreground at threshold t: all cells above t
+        above = self.histogram.flip(2).cumsum(2).flip(2)[:, :, 1:]
+        background = self.histogram.sum((1, 2)).unsqueeze(1) - above.sum(1)
+        return torch.cat([background.unsqueeze(1), above], dim=1).permute(2, 0, 1)
+
+    def confusion(self, threshold: float) -> Tensor:
+        """Confusion matrix, int64 (N+1, N+1), at one threshold; DataError if not on the grid."""
+        if threshold not in self.thresholds:
+            raise DataError(
+                f"threshold {threshold} is not on the grid of this sweep "
+                f"({self.thresholds[0]} to {self.thresholds[-1]}, {len(self.thresholds)} values)"
+            )
+        return self.confusions()[self.thresholds.index(threshold)]
+
+    def ious(self, classes: Sequence[int]) -> Tensor:
+        """IoU of some 0-based classes at every threshold, float64 (K, T).
+
+        NaN if a class is neither in the truth nor in the prediction.
+        """
+        rows = self.histogram[:, list(classes)]  # (N+1, K, T+1)
+        above = rows.flip(2).cumsum(2).flip(2)[:, :, 1:]
+        predicted = above.sum(0)
+        own = torch.arange(len(classes), device=above.device)
+        truth = torch.tensor([c + 1 for c in classes], dtype=torch.int64, device=above.device)
+        hits = above[truth, own]
+        union = self.histogram.sum((1, 2))[truth].unsqueeze(1) + predicted - hits
+        return hits.double() / union
+
+    def curves(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Lists ``miou``, ``precision`` and ``recall`` over ``thresholds`` (paper, Figure 5(d))."""
+        found = [scores(confusion, names) for confusion in self.confusions()]
+        return {
+            "thresholds": list(self.thresholds),
+            **{
+                name: [getattr(one, name) for one in found]
+                for name in ("miou", "precision", "recall")
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores as fractions, each a mean over classes, not over images.
+
+    ``miou`` is the mean over background and classes; ``fp``, ``fn`` (false positives and false
+    negatives over the union), ``precision`` and ``recall`` are means over the classes without
+    background. ``per_class`` has all five for the background and each class that is counted.
+    ``left_out`` names classes without a pixel in truth and prediction; no mean counts them.
+    """
+
+    miou: float
+    fp: float
+    fn: float
+    precision: float
+    recall: float
+    precision_with_background: float
+    recall_with_background: float
+    per_class: dict[str, dict[str, float]]
+    left_out: tuple[str, ...]
+
+
+def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
+    """Scores of a confusion matrix (N+1, N+1) whose classes 1..N are ``names``.
+
+    With gt and pr the row and column sums, TP the diagonal and U = gt + pr - TP of a class,
+    IoU = TP / U, FP = (pr - TP) / U, FN = (gt - TP) / U (so the three add up to 1), precision =
+    TP / pr, recall = TP / gt. A class with U > 0 but pr = 0 or gt = 0 has precision or recall 0, so
+    that every mean is over the same classes (specification of segmentation, section 5).
+
+    Raises:
+        DataError: if the shape does not fit the names, or the truth has no pixel of any class.
+
+    Example:
+        >>> scores(torch.tensor([[6, 2], [0, 2]]), ["cow"]).per_class["cow"]["iou"]
+        0.5
+    """
+    labels = ("background", *names)
+    if tuple(confusion.shape) != (len(labels), len(labels)) or len(set(labels)) != len(labels):
+        raise DataError(
+            f"confusion matrix {tuple(confusion.shape)} does not fit the labels "
+            f"{', '.join(labels)}; expected a row and a column for each, all different"
+        )
+    if confusion[1:].sum() == 0:
+        raise DataError(
+            "the truth has no pixel of any class; check that the masks hold the classes' mask ids "
+            "(0 is background, 255 is ignored) and that the list has images with masks and labels; "
+            "COCO's crowds are no truth: they are background, or ignored"
+        )
+    truth, predicted = confusion.sum(1).double(), confusion.sum(0).double()
+    hit = confusion.diagonal().double()
+    union = truth + predicted - hit
+    table = {
+        "iou": hit / union,
+        "fp": (predicted - hit) / union,
+        "fn": (truth - hit) / union,
+        "precision": hit / predicted.clamp(min=1),
+        "recall": hit / truth.clamp(min=1),
+    }
+    counts = union > 0
+    objects = counts.clone()
+    objects[0] = False
+    return Scores(
+        miou=table["iou"][counts].mean().item(),
+        fp=table["fp"][objects].mean().item(),
+        fn=table["fn"][objects].mean().item(),
+        precision=table["precision"][objects].mean().item(),
+        recall=table["recall"][objects].mean().item(),
+        precision_with_background=table["precision"][counts].mean().item(),
+        recall_with_background=table["recall"][counts].mean().item(),
+        per_class={
+            label: {name: values[row].item() for name, values in table.items()}
+            for row, label in enumerate(labels)
+            if counts[row]
+        },
+        left_out=tuple(label for row, label in enumerate(labels) if not counts[row]),
+    )
+
+
+def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, Scores]:
+    """Threshold with the highest mIoU (the lowest of equal ones) and its scores.
+
+    It is chosen with the truth: report it with ``threshold_source`` "ground truth".
+    """
+    every = [scores(matrix, names) for matrix in sweep.confusions()]
+    best = int(np.argmax([one.miou for one in every]))
+    return sweep.thresholds[best], every[best]
+
+
+def part_counts(
+    truth: Tensor, prediction: Tensor, parts: Tensor, part_names: Mapping[str, int]
+) -> Tensor:
+    """Covered and all pixels of each part of one image, int64 (P, 2), to be summed over images.
+
+    Args:
+        truth: int64 (H, W), labels 0..N or IGNORE. Only pixels of a class count.
+        prediction: int64 (H, W), labels 0..N. A pixel is covered if it has the truth's class.
+        parts: (H, W), part values, 0 for no part.
+        part_names: value of each part, in the order of the rows.
+
+    Raises:
+        DataError: if the shapes differ.
+    """
+    if not truth.shape == prediction.shape == parts.shape:
+        raise DataError(
+            f"truth {tuple(truth.shape)}, prediction {tuple(prediction.shape)} and parts "
+            f"{tuple(parts.shape)} must have the size of the same image"
+        )
+    counted = (truth != IGNORE) & (truth != BACKGROUND)
+    rows: list[list[Any]] = []
+    for value in part_names.values():
+        here = counted & (parts == value)
+        rows.append([(here & (prediction == truth)).sum(), here.sum()])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
+def part_coverage(counts: Tensor, part_names: Mapping[str, int]) -> dict[str, float]:
+    """Fraction of each part's pixels with the right class, from summed :func:`part_counts`.
+
+    Example:
+        >>> part_coverage(torch.tensor([[1, 4], [0, 0]]), {"head": 1, "tail": 2})
+        {'head': 0.25}
+    """
+    return {
+        name: covered / total
+        for name, (covered, total) in zip(part_names, counts.tolist(), strict=True)
+        if total
+    }

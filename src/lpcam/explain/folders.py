@@ -1,0 +1,116 @@
+"""Explain image files and whole folders, and write the results below an output folder."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpcam.data.drawing import CELL, SheetRow, sheet
+from lpcam.data.output_folders import (
+    SHEET,
+    SHEET_ROWS,
+    ImageResults,
+    OutputKind,
+    find_images,
+    process_images,
+)
+from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
+from lpcam.method.image_maps import KIND
+from lpcam.runtime.files import write_bytes
+
+logger = logging.getLogger(__name__)
+
+
+INDEX = "explained.json"
+
+
+# -- lpcam explain -----------------------------------------------------------------------------
+
+
+def _describe(found: Mapping[str, Any]) -> str:
+    """The findings of one image in words."""
+    classes = ", ".join(
+        f"{c['name']} {c['score']:.2f} ({100 * c['area']:.0f} % of the image)"
+        for c in found["classes"]
+    )
+    return "; ".join([*filter(None, [classes]), *found["notes"]])
+
+
+_EXPLAINED = OutputKind(
+    KIND,
+    INDEX,
+    (
+        re.compile(r"found/(?P<name>.+)\.json"),
+        re.compile(r"masks/(?P<name>.+)\.png"),
+        re.compile(r"overlays/(?P<name>.+)\.mask\.png"),
+        re.compile(r"(heatmaps|overlays)/(?P<name>.+)\.[^./]+\.l?p?cam\.png"),
+    ),
+    describe=_describe,
+    pictures=SHEET,
+    others=(SHEET,),
+)
+
+
+def explain_files(
+    explainer: Explainer,
+    sources: Iterable[Path],
+    output: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    minimum_score: float = MINIMUM_SCORE,
+    at_least_one: bool = False,
+    threshold: float | None = None,
+    workers: int = 1,
+    command: str = "",
+) -> ImageResults:
+    """Explain image files and the images of folders, as :func:`process_images` does.
+
+    Writes below ``output`` what :meth:`ImageMaps.save` writes for each image, ``sheet.png`` (a
+    contact sheet of the first images) and the index ``explained.json``.
+
+    Args:
+        labels, minimum_score, at_least_one, threshold: as of :meth:`Explainer.__call__`.
+        workers: images processed at the same time.
+        command: recorded in the index.
+
+    Raises:
+        DataError: if there is no image or a label is unknown.
+        ArtefactError: as :func:`process_images`.
+    """
+    if labels is not None:
+        explainer.indices(labels)
+    images = find_images(sources, output)
+    rows: dict[str, list[SheetRow]] = {name: [] for name in list(images)[:SHEET_ROWS]}
+
+    def make(name: str, path: Path) -> dict[str, Any]:
+        maps = explainer(
+            path,
+            labels=labels,
+            minimum_score=minimum_score,
+            at_least_one=at_least_one,
+            threshold=threshold,
+            name=name,
+        )
+        if name in rows:
+            rows[name] = maps.sheet_rows(long_side=2 * CELL)
+        return maps.save(output)
+
+    result = process_images(
+        images,
+        output,
+        make,
+        _EXPLAINED,
+        made_by=explainer.made_by,
+        command=command,
+        workers=workers,
+        title="explaining",
+    )
+    drawn = [row for own in rows.values() for row in own]
+    if drawn:
+        write_bytes(output / SHEET, sheet(drawn[:SHEET_ROWS], mask_title="mask"))
+    else:
+        (output / SHEET).unlink(missing_ok=True)
+    return result

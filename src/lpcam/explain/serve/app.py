@@ -1,0 +1,407 @@
+"""``lpcam serve``: a page on this machine that shows the maps of an uploaded photograph.
+
+The server answers on the loopback address only, and only to its own page: requests that name
+another host (DNS rebinding) or come from another site are refused. A photograph is held in memory
+while it is processed, and nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lpcam.data.drawing import HEAT
+from lpcam.data.images import decode_image, limit_long_side, png_bytes, scaled_size
+from lpcam.data.masks import voc_palette
+from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
+from lpcam.explain.web import encode_picture, encode_unit, page_environment, page_file
+from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, resize_maps
+from lpcam.runtime.errors import ImageError, LpcamError
+from lpcam.runtime.resources import available_threads
+
+T = TypeVar("T")
+
+
+ADDRESS = "127.0.0.1"
+
+
+PORT = 8765
+
+
+MAXIMUM_BYTES = 32 * 2**20
+"""Largest upload."""
+
+
+MAXIMUM_PIXELS = 50_000_000
+"""Largest uploaded image."""
+
+
+BODY_SECONDS = 60.0
+"""Time in which an upload must arrive."""
+
+
+MOST_WAITING = 4
+"""Uploads in work or waiting; further ones are refused."""
+
+
+MOST_CLASSES = 24
+"""Classes whose maps one answer holds: those of the highest scores."""
+
+
+PLANE_SIDE = 512
+"""Long side in pixels of the maps that the page draws."""
+
+
+PICTURE_SIDE = 1024
+"""Long side in pixels of the picture that the page shows."""
+
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Pillow's readers that are used: formats of photographs that start no other program."""
+
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+
+
+_NEEDED = "serve needs starlette and uvicorn; install them with pip install 'lpcam[serve]'"
+
+
+class RefusedError(LpcamError):
+    """A request that is refused, with its HTTP status."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def serve(
+    explainer: Explainer, *, name: str = "", port: int = PORT, threads: int | None = None
+) -> None:
+    """Serve the page of an explainer until interrupted.
+
+    Args:
+        name: of the run or model, for the page's title; empty: that of the explainer's run.
+        port: on the loopback address; 0: any free port.
+        threads: number of CPU threads; None: the processors that this process may use.
+
+    Raises:
+        LpcamError: if the extra ``serve`` is not installed or the port is taken.
+    """
+    try:
+        import uvicorn  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise LpcamError(_NEEDED) from None
+    name = name or str(explainer.made_by.get("run", "a model"))
+    with _listen(port) as listener:
+        port = listener.getsockname()[1]
+        app = application(explainer, name=name, port=port, threads=threads)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+        )
+        print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((ADDRESS, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise LpcamError(
+            f"cannot listen on {ADDRESS}:{port}: {error}; choose another --port, or 0 for any free "
+            "port"
+        ) from None
+    return listener
+
+
+def application(
+    explainer: Explainer, *, name: str, port: int, threads: int | None = None
+) -> ASGIApp:
+    """The web application.
+
+    Args:
+        name: of the run or model, for the page's title.
+        port: at which it is reached; requests that name another host or port are refused.
+        threads: number of CPU threads; None: the processors that this process may use.
+
+    Raises:
+        LpcamError: if the extra ``serve`` is not installed.
+    """
+    try:
+        from starlette.applications import Starlette  # noqa: PLC0415 - an extra
+        from starlette.responses import JSONResponse, Response  # noqa: PLC0415
+        from starlette.routing import Route  # noqa: PLC0415
+    except ImportError:
+        raise LpcamError(_NEEDED) from None
+    queue = _Queue(threads or available_threads())
+    about = {
+        "name": name,
+        "classes": list(explainer.classes),
+        "minimum_score": MINIMUM_SCORE,
+        "maximum_bytes": MAXIMUM_BYTES,
+        "heat": HEAT.astype(int).tolist(),
+    }
+
+    def static(content: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(_request: Request) -> Response:
+            return Response(content, media_type=f"text/{kind}")
+
+        return answer
+
+    async def describe(_request: Request) -> Response:
+        return JSONResponse(about)
+
+    async def maps(request: Request) -> Response:
+        def work(data: bytes) -> bytes:
+            count = len(explainer.classes)
+            count = count if count <= MOST_CLASSES else MOST_CLASSES // 2
+            found = explainer.highest(_decoded(data), count)
+            return bytes(JSONResponse(answer_of(found, explainer)).body)
+
+        return Response(await queue.work(request, work), media_type="application/json")
+
+    async def mask(request: Request) -> Response:
+        labels, threshold, method = _mask_request(request.query_params, explainer)
+
+        def work(data: bytes) -> bytes:
+            found = explainer(_decoded(data), labels=labels)
+            return png_bytes(found.mask(threshold, method=method), voc_palette().tobytes())
+
+        return Response(await queue.work(request, work), media_type="image/png")
+
+    async def refuse(_request: Request, error: Exception) -> Response:
+        status = error.status if isinstance(error, RefusedError) else 422
+        retry = {"retry-after": "3"} if status == 503 else {}
+        return JSONResponse({"error": str(error)}, status, headers=retry)
+
+    async def fail(_request: Request, _error: Exception) -> Response:
+        return JSONResponse({"error": "the server failed; see its terminal"}, 500)
+
+    page = page_environment().get_template("serve.html.jinja").render()
+    script = page_file("shared.js") + page_file("serve.js")
+    app = Starlette(
+        routes=[
+            Route("/", static(page, "html")),
+            Route("/page.css", static(page_file("page.css"), "css")),
+            Route("/page.js", static(script, "javascript")),
+            Route("/about", describe),
+            Route("/maps", maps, methods=["POST"]),
+            Route("/mask", mask, methods=["POST"]),
+        ],
+        exception_handlers={LpcamError: refuse, Exception: fail},
+    )
+    return _OnlyOwnPage(app, port)
+
+
+# -- Which requests are answered -----------------------------------------------------------------
+
+
+class _OnlyOwnPage:
+    """Refuses other hosts and other sites, and adds the security headers."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self.app = app
+        names = (ADDRESS, "localhost")
+        self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+        self.origins = {f"http://{host}" for host in self.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return
+
+        async def send_closed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self.app(scope, receive, send_closed)
+            return
+        from starlette.responses import JSONResponse  # noqa: PLC0415 - an extra
+
+        status, reason = refusal
+        await JSONResponse({"error": reason}, status)(scope, receive, send_closed)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        headers: dict[str, list[str]] = {}
+        for key, value in scope["headers"]:
+            headers.setdefault(key.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        hosts = headers.get("host", [])
+        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
+            return 421, f"this page answers only as {min(self.origins)}"
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        origins = headers.get("origin", [])
+        sites = headers.get("sec-fetch-site", [])
+        # Programs on this machine send neither; browsers send what a page cannot change.
+        if any(o not in self.origins for o in origins) or any(s != "same-origin" for s in sites):
+            return 403, "only the page itself may send photographs"
+        return None
+
+
+# -- Uploads -------------------------------------------------------------------------------------
+
+
+class _Queue:
+    """Processes uploads one at a time; rejects them when too many wait."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.waiting = 0
+        self.lock = asyncio.Lock()
+
+    async def work(self, request: Request, work: Callable[[bytes], T]) -> T:
+        """The result of ``work`` on the body of a request, computed in a thread."""
+        from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - an extra
+
+        _check_type(request.headers)
+        if self.waiting >= MOST_WAITING:
+            raise RefusedError(503, "too many photographs are waiting; try again in a moment")
+        self.waiting += 1
+        try:
+            try:
+                data = await asyncio.wait_for(_body(request), BODY_SECONDS)
+            except TimeoutError:
+                raise RefusedError(408, "the photograph did not arrive in time") from None
+
+            def with_threads() -> T:
+                torch.set_num_threads(self.threads)  # holds for the calling thread only
+                return work(data)
+
+            async with self.lock:
+                return await run_in_threadpool(with_threads)
+        finally:
+            self.waiting -= 1
+
+
+def _check_type(headers: Mapping[str, str]) -> None:
+    # Forms of other sites cannot send these types without asking first.
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if not kind.startswith("image/") and kind != "application/octet-stream":
+        raise RefusedError(
+            415, f"the upload has the type {kind or 'none'}, not an image; send a photograph"
+        )
+
+
+async def _body(request: Request) -> bytes:
+    from starlette.requests import ClientDisconnect  # noqa: PLC0415 - an extra
+
+    too_large = RefusedError(
+        413, f"the file is larger than {MAXIMUM_BYTES // 2**20} MB; send a smaller one"
+    )
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal():
+        raise RefusedError(400, f"content-length must be a number, got {declared!r}")
+    if int(declared) > MAXIMUM_BYTES:
+        raise too_large
+    parts, total = [], 0
+    try:
+        async for part in request.stream():
+            total += len(part)
+            if total > MAXIMUM_BYTES:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise RefusedError(400, "the upload was interrupted") from None
+    return b"".join(parts)
+
+
+def _decoded(data: bytes) -> NDArray[np.uint8]:
+    """Pixels of an upload; its format and size are checked before it is decoded."""
+    too_many = f"the image has more than {MAXIMUM_PIXELS // 10**6} million pixels"
+    Image.init()
+    formats = tuple(name for name in FORMATS if name in Image.OPEN)
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise RefusedError(413, f"{too_many}; send a smaller one") from None
+    except Exception:  # readers raise anything on damaged data
+        raise RefusedError(
+            415, "the file is not a readable image; send a JPEG, PNG, WebP, TIFF, GIF or BMP"
+        ) from None
+    if width * height > MAXIMUM_PIXELS:
+        raise RefusedError(413, f"{too_many} ({width} x {height}); send a smaller one")
+    try:
+        return decode_image(data, "the upload", maximum_pixels=MAXIMUM_PIXELS, formats=formats)
+    except ImageError as error:
+        raise RefusedError(415, str(error).removeprefix("cannot read image ")) from None
+
+
+def _mask_request(query: Mapping[str, str], explainer: Explainer) -> tuple[list[str], float, Any]:
+    """Classes, threshold and method of a requested mask."""
+    try:
+        threshold = float(query.get("threshold", ""))
+        indices = [int(n) for n in query.get("classes", "").split(",") if n]
+    except ValueError:
+        raise RefusedError(422, "threshold and classes must be numbers") from None
+    if not 0 <= threshold <= 1:
+        raise RefusedError(422, f"threshold must be from 0 to 1, got {threshold}")
+    if len(indices) > MOST_CLASSES or len(set(indices)) < len(indices):
+        raise RefusedError(422, f"classes must be at most {MOST_CLASSES} different numbers")
+    if not all(0 <= n < len(explainer.classes) for n in indices):
+        raise RefusedError(422, f"classes must be from 0 to {len(explainer.classes) - 1}")
+    method = query.get("method", "LPCAM")
+    if method not in METHOD_NAMES:
+        raise RefusedError(422, f"method must be one of {', '.join(METHOD_NAMES)}")
+    return [explainer.classes[n] for n in indices], threshold, method
+
+
+def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
+    """What the page draws: picture, classes with scores and colours, and maps as uint8."""
+    height, width = maps.size
+    mapped = maps.cam.shape[1], maps.cam.shape[2]
+    small = scaled_size(*mapped, min(1.0, PLANE_SIDE / max(mapped)))
+    palette = voc_palette()
+    return {
+        "width": width,
+        "height": height,
+        "picture": encode_picture(limit_long_side(maps.image, PICTURE_SIDE), quality=88),
+        "threshold": {"CAM": maps.cam_threshold, "LPCAM": maps.threshold},
+        "notes": list(maps.notes),
+        "classes": [
+            {
+                "name": name,
+                "score": score,
+                "index": explainer.classes.index(name),
+                "predicted": score > MINIMUM_SCORE,
+                "color": palette[value].tolist(),
+            }
+            for name, score, value in zip(maps.classes, maps.scores, maps.mask_ids, strict=True)
+        ],
+        "planes": {
+            method: encode_unit(resize_maps(planes, small, antialias=True), level=1)
+            for method, planes in (("CAM", maps.cam), ("LPCAM", maps.lpcam))
+        },
+    }

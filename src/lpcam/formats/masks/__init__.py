@@ -1,0 +1,1 @@
+"""Mask formats of labelling tools and training programs."""

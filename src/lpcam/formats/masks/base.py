@@ -1,0 +1,121 @@
+"""What every mask format shares: the masks that are exported, and the interface of a format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.dataset import ClassTable
+from lpcam.formats.masks.regions import Region
+from lpcam.runtime.versions import __version__
+
+MADE = f"lpcam {__version__}"
+"""Name of this package and its version, as files name what wrote them."""
+
+
+@dataclass(frozen=True)
+class MaskEntry:
+    """A mask to export, and its image where there is one.
+
+    ``id`` and ``file_name`` are those of :class:`lpcam.data.dataset.Item`. Without an image, its
+    name
+    is taken to end in ``.jpg``.
+
+    Example:
+        >>> MaskEntry("barn/cow", Path("photos/barn/cow.png"), Path("seeds/barn/cow.png")).name
+        'barn/cow.png'
+    """
+
+    id: str
+    image: Path | None
+    mask: Path
+    file_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The image's name where it is: its path below some folder, with its suffix."""
+        return self.file_name or self.name_by_id
+
+    @property
+    def name_by_id(self) -> str:
+        """The image's name where ids name files."""
+        return self.id + (self.image.suffix if self.image is not None else ".jpg")
+
+    @property
+    def images_below(self) -> Path | None:
+        """The folder below which `name` is the image's path; None if there is no such folder."""
+        image = "" if self.image is None else os.path.normpath(self.image.absolute())
+        folder = image.removesuffix(f"/{self.name}")
+        return None if folder == image else Path(folder or "/")
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A mask, uint8 (H, W), with its objects and the classes they are of.
+
+    ``name`` is the image's name in formats that refer to images.
+    """
+
+    entry: MaskEntry
+    name: str
+    mask: NDArray[np.uint8]
+    objects: Sequence[Region]
+    classes: ClassTable
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.mask.shape[0], self.mask.shape[1]
+
+
+class Format:
+    """A way of writing masks, found by its name in :data:`lpcam.formats.masks.export.FORMATS`.
+
+    A format writes files of each image (`paths`, `write`), one document of all images
+    (`document_name`, `record`, `document`), and files of the whole data set (`beside`). Override
+    the parts that it has.
+
+    Example:
+        >>> class Sizes(Format):
+        ...     document_name = "sizes.txt"
+        ...     def record(self, picture):
+        ...         return picture.size
+        ...     def document(self, records, classes):
+        ...         yield from (f"{height} {width}\\n".encode() for height, width in records)
+    """
+
+    refers_to_images: bool = False
+    """Whether images stay where they are and are named by their data set."""
+    has_image_root: bool = False
+    """Whether a path can be put before the name of each image."""
+    ignored: str = "of no object: the format has no such pixels, its readers take background"
+    """What becomes of ignored pixels (255)."""
+    document_name: str | None = None
+    """Path of the document, None for a format without one."""
+
+    def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
+        """Raise DataError if the format cannot hold an entry; ``ids`` are those of all entries."""
+
+    def paths(self, entry: MaskEntry) -> Sequence[str]:
+        """Paths of the files of one image, below the output folder."""
+        return ()
+
+    def write(self, picture: Picture, paths: Sequence[Path]) -> None:
+        """Write the files of one image; ``paths`` are those of `paths`, below the output folder."""
+
+    def record(self, picture: Picture) -> Any:
+        """What the document holds of one image."""
+        return None
+
+    def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
+        """Parts of the document, so that it is never whole in memory."""
+        yield from ()
+
+    def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
+        """Contents of the files of the whole data set, by path; ``ids`` are the images written."""
+        return {}

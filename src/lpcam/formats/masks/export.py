@@ -1,0 +1,362 @@
+"""Export of masks to the formats of other tools: VOC, COCO, YOLO, Label Studio, CVAT, overlays.
+
+A format is one :class:`~lpcam.formats.masks.base.Format` in a module beside this one, and one line
+of
+:data:`FORMATS`. Formats that refer to images name them as their data set does
+(:attr:`MaskEntry.name`); elsewhere an image's name is its id with its suffix. Beside the files lies
+``exported.json``: what was written, what from, and what was left out.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
+from lpcam.data.images import upright_size
+from lpcam.data.masks import read_index_mask
+from lpcam.formats.masks.base import Format, MaskEntry, Picture
+from lpcam.formats.masks.coco import Coco
+from lpcam.formats.masks.cvat import Cvat
+from lpcam.formats.masks.label_studio import LabelStudio
+from lpcam.formats.masks.overlays import Overlays
+from lpcam.formats.masks.regions import regions
+from lpcam.formats.masks.voc import Voc
+from lpcam.formats.masks.yolo import Yolo
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import read_json, write_bytes, write_json
+from lpcam.runtime.parallel import ordered_map
+
+FORMATS: dict[str, Format] = {
+    "voc": Voc(),
+    "coco": Coco(polygons=False),
+    "coco-polygons": Coco(polygons=True),
+    "yolo": Yolo(),
+    "label-studio": LabelStudio(),
+    "cvat": Cvat(),
+    "overlays": Overlays(),
+}
+"""Every mask format, by its name."""
+
+
+INDEX = "exported.json"
+
+
+KIND = "lpcam export masks"
+
+
+@dataclass(frozen=True)
+class ExportedMasks:
+    """Result of :func:`export_masks`.
+
+    ``annotations`` counts objects; in ``yolo`` there may be more lines than objects.
+    ``ignored_pixels`` counts pixels of 255, and ``ignored`` says what became of them.
+    ``images_below`` is the folder below which formats that refer to images name them, if there is
+    one for all images.
+    """
+
+    folder: Path
+    format: str
+    files: int
+    images: int
+    annotations: int
+    left_out: tuple[Skip, ...]
+    ignored_pixels: int
+    ignored: str
+    images_below: Path | None = None
+
+    def summary(self) -> str:
+        """A text of one line per fact."""
+        lines = [
+            f"{self.images} masks, {self.annotations} objects, as {self.format} in {self.folder}"
+        ]
+        if self.images_below is not None:
+            lines.append(f"images are named by their paths below {self.images_below}")
+        if self.ignored_pixels:
+            lines.append(f"{self.ignored_pixels:,} ignored pixels (255) are {self.ignored}")
+        if self.left_out:
+            lines.append(f"{len(self.left_out)} left out, the first: {self.left_out[0].reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Counts and files of one image, and its part of the document."""
+
+    id: str
+    annotations: int
+    ignored_pixels: int
+    files: Sequence[str]
+    record: Any
+
+
+def export_masks(
+    entries: Sequence[MaskEntry | Skip],
+    classes: ClassTable,
+    output: Path,
+    format: str,
+    *,
+    instances: bool = False,
+    image_root: str = "",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    made_by: Mapping[str, Any] | None = None,
+) -> ExportedMasks:
+    """Write masks in the format of another tool.
+
+    An image whose mask or image cannot be read, whose sizes differ or whose mask has a value that
+    no class has is left out, with the reason. A later call into the same folder replaces what an
+    earlier one wrote in the same format, and no other file. Memory holds one mask per worker.
+
+    Args:
+        entries: masks in the order in which they are written. A `Skip` is an image without a mask,
+            which is left out for its reason.
+        classes: names of the values in the masks.
+        output: folder to write to.
+        format: a key of `FORMATS`.
+        instances: an object is a connected component of a class instead of all pixels of a class in
+            an image. ``yolo`` has a line per component in either case, ``overlays`` shows none.
+        image_root: only for ``label-studio``: path of the images' folder below the served folder;
+            it is put before each image's name.
+        workers: number of images processed at a time; the files do not depend on it.
+        progress: called with the number of images done and their total.
+        made_by: JSON values recorded in ``exported.json``.
+
+    Raises:
+        DataError: if the format is unknown, there is no mask, an id repeats or is unsafe, the
+            format cannot hold an entry, ``image_root`` does not fit the format or is not a relative
+            path, or every image would be left out.
+        ArtefactError: if a file would be replaced that no earlier call wrote, or one cannot be
+            written.
+        LpcamError: for ``instances``, if SciPy is not installed.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> import numpy as np
+        >>> from lpcam.data.masks import write_mask
+        >>> folder = Path(mkdtemp())
+        >>> write_mask(folder / "a.png", np.eye(4, dtype=np.uint8))
+        >>> entries = [MaskEntry("a", None, folder / "a.png")]
+        >>> export_masks(entries, ClassTable(("cow",), (1,)), folder / "coco", "coco").annotations
+        1
+    """
+    if format not in FORMATS:
+        raise DataError(f"mask format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    writer = FORMATS[format]
+    if writer.refers_to_images:
+        entries = _without_shared_images(entries)
+    masks = [entry for entry in entries if isinstance(entry, MaskEntry)]
+    if not masks:
+        raise DataError("there is no mask to export; give at least one")
+    check_unique([safe_id(entry.id) for entry in masks], "what is to be exported")
+    ids_given = frozenset(entry.id for entry in masks)
+    for entry in masks:
+        writer.check(entry, ids_given)
+    prefix = _image_prefix(image_root, format)
+    common = [*writer.beside(classes, ())]
+    if writer.document_name is not None:
+        common.append(writer.document_name)
+    planned = {*common, *(path for entry in masks for path in writer.paths(entry))}
+    before = _earlier_files(output, format)
+    _check_targets(masks, output, planned, before)
+    folders = {entry.images_below for entry in masks} - {None}
+    images_below = folders.pop() if writer.refers_to_images and len(folders) == 1 else None
+    index = {
+        "format": 1,
+        "kind": KIND,
+        "masks": format,
+        "instances": instances,
+        "classes": {"names": classes.names, "mask_ids": classes.mask_ids},
+        "ignored": writer.ignored,
+        "images_below": None if images_below is None else str(images_below),
+        "made_by": dict(made_by or {}),
+    }
+    # Written first, so that a call after an interruption knows its files.
+    write_json(output / INDEX, {**index, "files": sorted(before | planned)})
+
+    def work(entry: MaskEntry | Skip) -> _Written | Skip:
+        if isinstance(entry, Skip):
+            return entry
+        return _export(entry, writer, classes, output, prefix, instances)
+
+    left_out: list[Skip] = []
+    ids: list[str] = []
+    files, counts = list(common), {"annotations": 0, "ignored_pixels": 0}
+
+    def records() -> Iterator[Any]:
+        for number, result in enumerate(ordered_map(work, entries, workers), start=1):
+            if progress is not None:
+                progress(number, len(entries))
+            if isinstance(result, Skip):
+                left_out.append(result)
+                continue
+            ids.append(result.id)
+            files.extend(result.files)
+            counts["annotations"] += result.annotations
+            counts["ignored_pixels"] += result.ignored_pixels
+            yield result.record
+        if not ids:
+            raise DataError(f"no mask can be exported, the first because: {left_out[0].reason}")
+
+    if writer.document_name is None:
+        for _ in records():
+            pass
+    else:
+        _write_parts(output / writer.document_name, writer.document(records(), classes))
+    for name, contents in writer.beside(classes, ids).items():
+        write_bytes(output / name, contents)
+    for stale in (before | planned) - set(files):
+        (output / stale).unlink(missing_ok=True)
+    skipped = [{"image": skip.id, "reason": skip.reason} for skip in left_out]
+    found = {"images": len(ids), **counts, "left_out": skipped, "files": sorted(files)}
+    write_json(output / INDEX, {**index, **found})
+    return ExportedMasks(
+        output,
+        format,
+        len(files),
+        len(ids),
+        counts["annotations"],
+        tuple(left_out),
+        counts["ignored_pixels"],
+        writer.ignored,
+        images_below,
+    )
+
+
+def _export(
+    entry: MaskEntry,
+    writer: Format,
+    classes: ClassTable,
+    output: Path,
+    prefix: str,
+    instances: bool,
+) -> _Written | Skip:
+    try:
+        mask = _read(entry)
+        try:
+            objects = regions(mask, classes, instances=instances)
+        except DataError as error:
+            raise DataError(f"mask {entry.mask} is refused: {error}") from error
+        picture = Picture(entry, prefix + entry.name, mask, objects, classes)
+        paths = writer.paths(entry)
+        writer.write(picture, [output / path for path in paths])
+    except DataError as error:
+        return Skip(entry.id, str(error))
+    ignored = int((mask == IGNORE).sum())
+    return _Written(entry.id, len(objects), ignored, paths, writer.record(picture))
+
+
+# -- Entries -----------------------------------------------------------------------------------
+
+
+def _without_shared_images(entries: Iterable[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
+    """Leave out an image that two lists of a data set share: it has two ids and one name."""
+    found: list[MaskEntry | Skip] = []
+    owners: dict[str, str] = {}
+    for entry in entries:
+        if isinstance(entry, MaskEntry):
+            owner = owners.setdefault(entry.name, entry.id)
+            if owner != entry.id:
+                reason = f"its image {entry.name} is that of {owner!r}, whose mask is exported"
+                found.append(Skip(entry.id, reason))
+                continue
+        found.append(entry)
+    return found
+
+
+def _image_prefix(root: str, format: str) -> str:
+    if not root:
+        return ""
+    if not FORMATS[format].has_image_root:
+        owners = ", ".join(name for name, one in FORMATS.items() if one.has_image_root)
+        raise DataError(f"the image root belongs to {owners}, not to {format}; leave it out")
+    try:
+        return f"{safe_id(root.rstrip('/') or root)}/"
+    except DataError as error:
+        raise DataError(
+            f"the image root {root!r} is refused; expected the path of the images' folder below "
+            "the served folder, such as 'images'"
+        ) from error
+
+
+def _read(entry: MaskEntry) -> NDArray[np.uint8]:
+    mask = read_index_mask(entry.mask)
+    if entry.image is not None:
+        size = upright_size(entry.image)
+        if size != mask.shape:
+            raise DataError(
+                f"mask {entry.mask} is {mask.shape[0]} x {mask.shape[1]} (height x width), its "
+                f"upright image is {size[0]} x {size[1]}; give the mask of this image"
+            )
+    return mask
+
+
+# -- The output folder -------------------------------------------------------------------------
+
+
+def _earlier_files(output: Path, format: str) -> set[str]:
+    """The files that an earlier call wrote into the folder."""
+    path = output / INDEX
+    if not path.exists():
+        return set()
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("kind") != KIND:
+        raise ArtefactError(
+            f"{path} was not written by '{KIND}', so it may be yours; choose another output folder"
+        )
+    if index.get("masks") != format:
+        raise ArtefactError(
+            f"{output} holds masks exported as {index.get('masks')}; choose another output folder "
+            f"for {format}"
+        )
+    try:
+        return {safe_id(name) for name in index["files"]}  # they are deleted by name
+    except (KeyError, TypeError, DataError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); choose another output folder") from error
+
+
+def _check_targets(
+    entries: Iterable[MaskEntry], output: Path, planned: set[str], before: set[str]
+) -> None:
+    """Refuse to replace files of others, or files that are exported themselves."""
+    for name in sorted(planned - before):
+        if (output / name).exists():
+            raise ArtefactError(
+                f"{output / name} is there already and was not written by an earlier '{KIND}', so "
+                "it may be yours; choose another output folder"
+            )
+    folder = output.resolve()
+    written = {folder / name for name in before | planned}
+    for entry in entries:
+        for path in filter(None, (entry.mask, entry.image)):
+            if path.absolute() in written or path.parent.resolve() / path.name in written:
+                raise ArtefactError(
+                    f"{path} is to be exported and would be overwritten; choose another --output"
+                )
+
+
+def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a document that is never whole in memory, atomically."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ArtefactError(
+            f"cannot write {path}: {error.strerror or error}; make room there or choose another "
+            "output folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

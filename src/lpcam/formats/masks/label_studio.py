@@ -1,0 +1,118 @@
+"""Masks as predictions of Label Studio tasks: exact brush strokes, for people to correct.
+
+The project uses the labelling configuration written beside the tasks, and serves local files from a
+folder above that of the images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.dataset import ClassTable
+from lpcam.data.masks import voc_palette
+from lpcam.formats.masks.base import MADE, Format, Picture
+from lpcam.formats.masks.regions import runs
+
+FROM, TO = "mask", "image"
+"""Names of the brush and of the image in the labelling configuration."""
+
+
+LOCAL_FILES = "/" + "data/local-files/?d="
+"""Address of a local file, to which the path below the served folder is added."""
+
+
+_CHANNELS = 4
+
+
+_WORD = 8
+
+
+_SIZES = (3, 4, 8, 16)
+
+
+def packed_runs(mask: NDArray[np.bool_]) -> list[int]:
+    """Return a mask (H, W) as the bytes of Label Studio's brush.
+
+    The brush is an image of 4 channels, row by row, all 0 outside and all 255 inside. Its packing
+    is that of ``@thi.ng/rle-pack``: 32 bits of the number of values, 5 of their size less 1, 4
+    times 4 of the sizes less 1 that a run's length may have; then for each run a bit 1, 2 bits that
+    choose a size, the length less 1 in that size, and the value.
+
+    Example:
+        >>> packed_runs(np.array([[True]]))
+        [0, 0, 0, 4, 57, 27, 252, 127, 224]
+    """
+    bits = [f"{mask.size * _CHANNELS:032b}{_WORD - 1:05b}", *(f"{s - 1:04b}" for s in _SIZES)]
+    longest = 1 << _SIZES[-1]
+    for number, pixels in enumerate(runs(mask.ravel())):
+        left = pixels * _CHANNELS
+        while left:
+            length = min(left, longest)
+            left -= length
+            choice = next(n for n, size in enumerate(_SIZES) if length <= 1 << size)
+            value = "1" * _WORD if number % 2 else "0" * _WORD
+            bits.append(f"1{choice:02b}{length - 1:0{_SIZES[choice]}b}{value}")
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+class LabelStudio(Format):
+    """``tasks.json`` and ``label_config.xml``."""
+
+    refers_to_images = True
+    has_image_root = True
+    document_name = "tasks.json"
+
+    def record(self, picture: Picture) -> Any:
+        """A task with one prediction."""
+        height, width = picture.size
+        results = [
+            {
+                "id": f"region{number}",
+                "type": "brushlabels",
+                "from_name": FROM,
+                "to_name": TO,
+                "original_width": width,
+                "original_height": height,
+                "image_rotation": 0,
+                "value": {
+                    "format": "rle",
+                    "rle": packed_runs(region.whole(picture.size)),
+                    "brushlabels": [picture.classes.names[region.label]],
+                },
+            }
+            for number, region in enumerate(picture.objects, start=1)
+        ]
+        return {
+            "data": {TO: LOCAL_FILES + quote(picture.name)},
+            "predictions": [{"model_version": MADE, "result": results}],
+        }
+
+    def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
+        """The tasks, one a line."""
+        separator = "[\n"
+        for one in records:
+            yield (separator + json.dumps(one, ensure_ascii=False, separators=(",", ":"))).encode()
+            separator = ",\n"
+        yield b"\n]\n"
+
+    def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
+        """The labelling configuration, with the VOC colours."""
+        view = ElementTree.Element("View")
+        ElementTree.SubElement(view, "Image", name=TO, value=f"${TO}", zoom="true")
+        labels = ElementTree.SubElement(view, "BrushLabels", name=FROM, toName=TO)
+        for name, number in zip(classes.names, classes.mask_ids, strict=True):
+            red, green, blue = voc_palette()[number]
+            colour = f"#{red:02x}{green:02x}{blue:02x}"
+            ElementTree.SubElement(labels, "Label", value=name, background=colour)
+        ElementTree.indent(view)
+        text = ElementTree.tostring(view, encoding="unicode") + "\n"
+        return {"label_config.xml": text.encode()}

@@ -1,0 +1,93 @@
+"""Outlines without holes, for formats whose polygons have none.
+
+A hole is joined to the outline above it by a cut of no width that runs straight up through the
+mask, there and back. Nothing is smoothed: the outlines give every pixel back.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.method.objects import polygons
+
+Along = Literal["edges", "centres"]
+"""Whether an outline runs along the outer edges of its outermost pixels, as an area has it, or
+through their centres, as a line that is drawn over pixels has it."""
+
+
+def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]:
+    """One closed outline a piece of a mask, holes cut open.
+
+    Pixels that touch at a corner alone are two pieces, as of
+    :func:`lpcam.method.objects.polygons`. The
+    first point is not repeated. Along ``centres`` pixel (y, x) is the point (x, y), so all
+    coordinates are whole; the outline of one pixel has four equal points. All lines are level or
+    upright: a reader that puts points between them, as Ultralytics does, stays on the same pixels.
+
+    Args:
+        mask: (H, W).
+        along: ``edges``: its even-odd area is the mask. ``centres``: its even-odd area with the
+            pixels of the line itself is the mask.
+
+    Returns:
+        outlines (K, 2) of x and y, in the reading order of their first corners.
+    """
+    rings = polygons(mask)
+    # Each corner (x, y), and the pixel inside that it belongs to: the one within both of its edges.
+    corners = [np.hstack([ring, ring + _inward(ring) - 0.5]) for ring in rings]
+    # Horizontal edges that go right have the mask below them: it is these that a cut upwards meets.
+    upper: dict[float, list[tuple[float, int, int]]] = {}
+    for number, ring in enumerate(rings):
+        ahead = np.roll(ring, -1, axis=0)
+        for edge in np.flatnonzero(ahead[:, 0] > ring[:, 0]).tolist():
+            x, y = ring[edge].tolist()
+            upper.setdefault(y, []).append((x, number, edge))
+    for edges in upper.values():
+        edges.sort()
+    cuts: list[list[tuple[int, float, NDArray[np.float64]]]] = [[] for _ in rings]
+    found = []
+    # From below: the holes that are joined to a ring come before it.
+    for number in reversed(range(len(rings))):
+        whole = _with_cuts(corners[number], cuts[number])
+        if _area(rings[number]) > 0:
+            found.append(whole)
+            continue
+        x, y = (int(value) for value in rings[number][0])  # of its corners the topmost, left
+        above = np.flatnonzero(~mask[:y, x - 1])
+        top = float(above[-1] + 1) if len(above) else 0.0
+        edges = upper[top]
+        _, other, edge = edges[bisect_right(edges, (x - 0.5, len(rings), 0)) - 1]
+        gate = np.array([[x, top, x - 1, top]])
+        # There, around the hole to where that began, and back.
+        cuts[other].append((edge, float(x), np.concatenate([gate, whole, whole[:1], gate])))
+    columns = slice(0, 2) if along == "edges" else slice(2, 4)
+    return [whole[:, columns] for whole in reversed(found)]
+
+
+def _inward(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K, 2): from each corner half a pixel to the right of both its edges, into the mask."""
+    ahead = np.sign(np.roll(ring, -1, axis=0) - ring)
+    right = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1) / 2
+    inward: NDArray[np.float64] = right + np.roll(right, 1, axis=0)
+    return inward
+
+
+def _with_cuts(
+    corners: NDArray[np.float64], cuts: list[tuple[int, float, NDArray[np.float64]]]
+) -> NDArray[np.float64]:
+    """A ring with what is joined to it: the edge, the place on it, and the points to go by."""
+    pieces: list[NDArray[Any]] = []
+    last = 0
+    for edge, _, points in sorted(cuts, key=lambda cut: cut[:2]):
+        pieces += [corners[last : edge + 1], points]
+        last = edge + 1
+    return np.concatenate([*pieces, corners[last:]])
+
+
+def _area(ring: NDArray[np.float64]) -> float:
+    x, y = ring.T
+    return float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2)

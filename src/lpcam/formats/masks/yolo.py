@@ -1,0 +1,73 @@
+"""Masks as YOLO segmentation labels: a text file an image, a line an outline.
+
+A line has the class index and the outline's points divided by the width and height of the image.
+Readers draw the outline with the pixels that it runs through, so the points lie inside pixels, not
+on their outer edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from lpcam.data.dataset import ClassTable
+from lpcam.formats.masks.base import Format, MaskEntry, Picture
+from lpcam.formats.masks.outlines import outlines
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import read_bytes, write_bytes
+
+WITHIN_PIXEL = 0.45
+"""Where in a pixel its point lies. The middle is 0.5; with a little less, readers that round find
+the same pixel as those that cut the fraction off."""
+
+
+class Yolo(Format):
+    """``images/`` (copies, as YOLO looks for labels beside them), ``labels/ID.txt``, ``data.yaml``.
+
+    YOLO has one outline a line and no holes, so an object in several pieces (also those that touch
+    at a corner alone) is several lines, and holes are cut open.
+    """
+
+    def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
+        """Refuse an id that has a folder ``images`` where readers replace it by ``labels``."""
+        short = _below_images(entry.id)
+        if "images" in short.split("/")[:-1] or (short != entry.id and short in ids):
+            raise DataError(
+                f"{entry.id!r} has a folder 'images', which YOLO's readers take for the one beside "
+                "'labels'; rename that folder"
+            )
+
+    def paths(self, entry: MaskEntry) -> Sequence[str]:
+        """The labels, and the copy of the image where there is one."""
+        label = f"labels/{_below_images(entry.id)}.txt"
+        if entry.image is None:
+            return (label,)
+        return label, f"images/{_below_images(entry.name_by_id)}"
+
+    def write(self, picture: Picture, paths: Sequence[Path]) -> None:
+        """Write the labels and copy the image."""
+        height, width = picture.size
+        lines = []
+        for region in picture.objects:
+            for outline in outlines(region.pixels, "centres"):
+                points = outline + np.array((region.x0, region.y0)) + WITHIN_PIXEL
+                # 6 decimals are 0.05 pixels in an image of 50,000
+                places = " ".join(f"{value:.6f}" for value in (points / (width, height)).ravel())
+                lines.append(f"{region.label} {places}\n")
+        write_bytes(paths[0], "".join(lines).encode())
+        if picture.entry.image is not None:
+            write_bytes(paths[1], read_bytes(picture.entry.image))
+
+    def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
+        """``data.yaml`` without a path: Ultralytics then takes the folder of the file."""
+        data = {"train": "images", "val": "images", "names": dict(enumerate(classes.names))}
+        text: str = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+        return {"data.yaml": text.encode()}
+
+
+def _below_images(name: str) -> str:
+    """A name without a leading ``images/``, as the folder of the copies has that name itself."""
+    return name.removeprefix("images/")

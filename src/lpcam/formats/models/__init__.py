@@ -1,0 +1,1 @@
+"""Model formats: ONNX, torch.export and the hub."""

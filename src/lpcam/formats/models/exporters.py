@@ -1,0 +1,170 @@
+"""Export of a classifier with LPCAM to ONNX and torch.export."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import operator
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcam.formats.models.lpcam_model import LPCAMModel, _LPCAMFile
+from lpcam.formats.models.onnx import (
+    METADATA,
+    OPSET,
+    TRACED_SIZE,
+    ExportParity,
+    Outputs,
+    check_size,
+    compare_and_write,
+    json_texts,
+    quiet,
+    refusal,
+    rounded_up,
+    write_onnx,
+)
+from lpcam.runtime.errors import ArtefactError
+
+# -- Export ------------------------------------------------------------------------------------
+
+
+def export_onnx(
+    model: LPCAMModel,
+    path: Path,
+    *,
+    opset: int = OPSET,
+    dynamic: bool = True,
+    size: tuple[int, int] | None = None,
+    made_by: Mapping[str, Any] | None = None,
+) -> ExportParity:
+    """Write a model as ONNX, after comparing the file with it in onnxruntime if installed.
+
+    The input is ``image``, uint8 RGB (B, H, W, 3), if the model has a preprocessing, which is then
+    part of the file; else ``images``, normalised float32 (B, c, H, W). The outputs are ``logits``
+    (B, N) and ``maps`` (B, N, H, W), float32. A copy of the model on the CPU, in float32 and
+    evaluation mode, is exported; the model itself is not changed.
+
+    Args:
+        path: the file, with the weights; replaced only if the comparison succeeds.
+        opset: version of ONNX's operators, at least 18.
+        dynamic: whether the file takes images of any size from 32 pixels a side; otherwise only of
+            ``size``. The batch has any size in both cases. Ignored for a model of one image size.
+        size: height and width of the traced image, in pixels; None chooses one.
+        made_by: further provenance for the metadata, as JSON values.
+
+    Raises:
+        ArtefactError: if onnx or onnxscript is not installed, the network cannot be exported, the
+            file differs by more than 1e-4 or is larger than 2 GiB, or cannot be written. An earlier
+            file is then kept.
+    """
+    size, dynamic = _size(model, size, dynamic)
+    module = _LPCAMFile(model)
+    return write_onnx(module, path, opset=opset, dynamic=dynamic, size=size, made_by=made_by)
+
+
+def export_program(
+    model: LPCAMModel,
+    path: Path,
+    *,
+    dynamic: bool = True,
+    size: tuple[int, int] | None = None,
+    made_by: Mapping[str, Any] | None = None,
+) -> ExportParity:
+    """Write a model as a torch.export program (.pt2), after comparing the file with it.
+
+    ``torch.export.load`` reads it; the metadata are its extra file ``lpcam.json``. Nothing in the
+    file is pickled: sample inputs are left out, and weights that torch would pickle are refused.
+    Arguments, inputs, outputs and errors are those of :func:`export_onnx`.
+    """
+    size, dynamic = _size(model, size, dynamic)
+    check_size(size)
+    module = _LPCAMFile(model)
+    text, values = module.described(size, dynamic=dynamic)
+    texts = json_texts({"meaning": text, **values}, made_by, "torch.export")
+    metadata = "{" + ", ".join(f'"{key}": {value}' for key, value in texts.items()) + "}"
+    shapes = dict.fromkeys(module.dimensions(dynamic), torch.export.Dim.AUTO)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                module, (module.example(2, size),), dynamic_shapes=(shapes,), strict=False
+            )
+            program._example_inputs = None
+            _without_ceil(program.graph)
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)  # holds local paths
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer, extra_files={METADATA: metadata})
+    except Exception as error:  # the exporter raises whatever one of its passes meets
+        raise refusal(error, size, dynamic=dynamic) from error
+    data = buffer.getvalue()
+    _refuse_pickles(data, path)
+
+    def open_file() -> Callable[[Tensor], Outputs]:
+        loaded: Callable[[Tensor], Outputs] = torch.export.load(io.BytesIO(data)).module()
+        return loaded
+
+    return compare_and_write(module, data, open_file, path, size, dynamic=dynamic)
+
+
+def _size(
+    model: LPCAMModel, size: tuple[int, int] | None, dynamic: bool
+) -> tuple[tuple[int, int], bool]:
+    """Size of the traced image, and whether the file takes other sizes."""
+    fixed = model.fixed_size
+    if size is None:
+        size = fixed or rounded_up(TRACED_SIZE, model.multiple)
+    if (fixed is not None and size != fixed) or size != rounded_up(size, model.multiple):
+        wanted = (
+            f"only images of {fixed[0]} x {fixed[1]} pixels"
+            if fixed
+            else f"sides that are multiples of {model.multiple}"
+        )
+        raise ArtefactError(f"size {size[0]} x {size[1]} does not fit: the model takes {wanted}")
+    return size, dynamic and fixed is None
+
+
+def _without_ceil(graph: torch.fx.Graph) -> None:
+    """Replace ceil(a / b) of sizes, as in timm's "same" padding, by -(-a // b).
+
+    torch 2.15 cannot save the former.
+    """
+    for node in list(graph.nodes):
+        quotient = node.args[0] if node.target is math.ceil else None
+        if not isinstance(quotient, torch.fx.Node) or quotient.target is not operator.truediv:
+            continue
+        found: Any = quotient.args[0]
+        steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+            (operator.neg, ()),
+            (operator.floordiv, quotient.args[1:]),
+            (operator.neg, ()),
+        )
+        with graph.inserting_before(node):
+            for function, others in steps:
+                values = [getattr(each, "meta", {}).get("val", each) for each in (found, *others)]
+                found = graph.call_function(function, (found, *others))
+                found.meta["val"] = function(*values)
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+        if not quotient.users:
+            graph.erase_node(quotient)
+
+
+def _refuse_pickles(data: bytes, path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in archive.namelist():
+            content = archive.read(name)
+            pickled = name.endswith((".pkl", ".pt")) and bool(content)
+            if name.endswith("_config.json"):
+                entries = json.loads(content).get("config", {}).values()
+                pickled = any(entry.get("use_pickle") for entry in entries)
+            if pickled:
+                raise ArtefactError(
+                    f"torch would pickle a part of this model ({name}), which this package does "
+                    f"not write; {path} is not written; export to ONNX instead"
+                )

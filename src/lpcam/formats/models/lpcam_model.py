@@ -1,0 +1,580 @@
+"""LPCAM as a layer: a backbone and a head that gives logits and class maps in one pass.
+
+Equations 5 and 6 need one vector per class (:meth:`lpcam.method.prototypes.Prototypes.vectors`),
+so the
+maps of all classes are one L2 normalisation and one 1x1 convolution of the feature map. That is
+:class:`LPCAMHead`; :class:`LPCAMModel` is a backbone with it. Both use one scale and no mirror
+image; :class:`lpcam.method.extractors.LPCAM` makes maps over several scales and flip.
+
+A model is exported as ONNX or as a torch.export program, or saved to a folder that
+:meth:`LPCAMModel.from_pretrained` reads. An exported file gives ``logits`` (B, N) and ``maps``
+(B, N, H, W) without this package::
+
+    session = onnxruntime.InferenceSession("animals.onnx")
+    image = numpy.asarray(PIL.Image.open("cow.jpg").convert("RGB"))
+    logits, maps = session.run(None, {"image": image[None]})
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.tracing import device_of, first_tensor
+from lpcam.classifiers.wrapped import WrappedModel, wrap
+from lpcam.explain.explainer import Explainer
+from lpcam.formats.models.onnx import COSINE_ERROR, MAP_ERROR, ExportModule, Outputs
+from lpcam.method.extractors import LPCAM
+from lpcam.method.head import LPCAMHead, Normalize, _bias
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import (
+    read_json,
+    read_tensors,
+    tensor_bytes,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from lpcam.runtime.versions import versions
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+_FORMAT = 1
+
+
+_KIND = "LPCAMModel"
+
+
+# -- Model -------------------------------------------------------------------------------------
+
+
+class LPCAMModel(nn.Module):
+    """A backbone with an :class:`LPCAMHead`: images to logits and maps, at one scale without flip.
+
+    Args:
+        backbone: normalised images (B, c, H, W) to features (B, C, h, w), or to those features
+            and the vectors (B, C) that the head's linear layer reads instead of their mean.
+        head: the head for these features.
+        classes: N class names; None: "0", "1", ...
+        preprocessing: normalisation of RGB. Only exported files apply it, and then take uint8
+            images; without it they take normalised images. :meth:`forward` never applies it.
+        enlarge: True enlarges maps to the images' size; False leaves them on the feature grid,
+            which saves memory for many classes.
+        channels: c, the channels of the images.
+        multiple: number that both sides of an image must be multiples of.
+        fixed_size: the only (H, W) that the backbone takes, or None if it takes several.
+        spec: how to build the backbone of a :class:`~lpcam.classifiers.classifier.Classifier`
+        again.
+        made_by: provenance, as JSON values.
+
+    Raises:
+        ValueError: if the number of names is not N.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: LPCAMHead,
+        *,
+        classes: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        enlarge: bool = True,
+        channels: int = 3,
+        multiple: int = 1,
+        fixed_size: tuple[int, int] | None = None,
+        spec: BackboneSpec | None = None,
+        made_by: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        count = head.weight.shape[0]
+        self.backbone = backbone
+        self.head = head
+        self.classes = tuple(map(str, range(count) if classes is None else classes))
+        self.preprocessing = preprocessing
+        self.enlarge = enlarge
+        self.channels = channels
+        self.multiple = multiple
+        self.fixed_size = fixed_size
+        self.spec = spec
+        self.made_by = dict(made_by or {})
+        if len(self.classes) != count:
+            raise ValueError(f"got {len(self.classes)} names for {count} classes")
+        self.eval()
+
+    @classmethod
+    def from_lpcam(
+        cls,
+        lpcam: LPCAM,
+        *,
+        preprocessing: Preprocessing | None = None,
+        normalize: Normalize | None = "max",
+        enlarge: bool = True,
+    ) -> Self:
+        """The model of a fitted LPCAM, with a copy of its backbone.
+
+        Its maps equal those of that LPCAM with ``scales=(1.0,)`` and ``flip=False``; its logits
+        equal those of its classifier.
+
+        Args:
+            preprocessing: normalisation of RGB; None: that of the classifier, if it has one.
+            normalize: as in :class:`LPCAMHead`.
+            enlarge: as in :class:`LPCAMModel`.
+
+        Raises:
+            NotFittedError: if it has no prototypes.
+            PrototypeError: if they belong to another classifier.
+            ClassifierError: if a function, which cannot be copied, gives the feature map.
+        """
+        head = LPCAMHead.from_lpcam(lpcam, normalize=normalize)
+        source = lpcam.source_
+        options: dict[str, Any] = (
+            {
+                "channels": source.channels_in,
+                "multiple": source.multiple,
+                "fixed_size": source.fixed_size,
+                "preprocessing": preprocessing,
+            }
+            if isinstance(source, WrappedModel)
+            else {
+                "spec": source.spec,
+                "preprocessing": preprocessing or source.preprocessing,
+            }
+        )
+        return cls(
+            _WrappedFeatures(source)
+            if isinstance(source, WrappedModel)
+            else _Features(copy.deepcopy(source)),
+            head,
+            classes=source.classes,
+            enlarge=enlarge,
+            **options,
+            made_by={
+                "fingerprint": lpcam.prototypes_.fingerprint,
+                "method": "LPCAM" if lpcam.with_context else "LPCAM-F",
+                "settings": lpcam.prototypes_.made_by.get("settings"),
+                "versions": versions(),
+            },
+        )
+
+    @classmethod
+    def of_explainer(cls, explainer: Explainer, classifier: Classifier) -> Self:
+        """A classifier with the prototypes of its explainer."""
+        return cls(
+            _Features(classifier),
+            LPCAMHead(classifier.weight, explainer.vectors, _bias(classifier)),
+            classes=classifier.classes,
+            preprocessing=classifier.preprocessing,
+            spec=classifier.spec,
+            made_by={
+                **explainer.made_by,
+                "settings": explainer.settings.model_dump(mode="json"),
+            },
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, c, H, W) to logits (B, N) and maps (B, N, H, W)."""
+        size = (images.shape[-2], images.shape[-1]) if self.enlarge else None
+        features = self.backbone(images)
+        pooled = None
+        if isinstance(features, tuple):
+            features, pooled = features
+        found: tuple[Tensor, Tensor] = self.head(features, size, pooled)
+        return found
+
+    # -- Folders of a model hub --------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        licence: str | None = None,
+        training_data: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
+
+        The folder can be uploaded to a model hub unchanged. Existing files of these names are
+        replaced atomically.
+
+        Args:
+            licence: of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
+            training_data: description of the images behind the classifier and the prototypes.
+            name: model name in the card; None: the folder's.
+
+        Raises:
+            ArtefactError: if a file cannot be written, or the provenance is no JSON.
+        """
+        folder = Path(folder)
+        backbone = self.backbone
+        wrapped = backbone.wrapped if isinstance(backbone, _WrappedFeatures) else None
+        config = {
+            "format": _FORMAT,
+            "kind": _KIND,
+            "library_name": "lpcam",
+            "backbone": asdict(self.spec) if self.spec else None,
+            "wrapped": wrapped is not None,
+            "pool": wrapped.pool if wrapped else None,
+            "new_head": wrapped.new_head if wrapped else False,
+            "classes": list(self.classes),
+            "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
+            "normalize": self.head.normalize,
+            "bias": self.head.bias is not None,
+            "enlarge": self.enlarge,
+            "channels": self.channels,
+            "multiple": self.multiple,
+            "fixed_size": self.fixed_size,
+            "dtype": str(self.head.weight.dtype).removeprefix("torch."),
+            "fingerprints": self._fingerprints(),
+            "made_by": self.made_by,
+            "versions": versions(),
+        }
+        card = _card(self, name or folder.resolve().name, licence, training_data)
+        write_tensors(folder / WEIGHTS, self.state_dict(), {"kind": _KIND})
+        write_bytes(folder / CARD, card.encode())
+        # last: only a complete folder has it
+        write_json(folder / CONFIG, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        backbone: nn.Module | WrappedModel | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Read what :meth:`save_pretrained` wrote, without executing any code of the folder.
+
+        Args:
+            folder: a folder, or the id ``"owner/name"`` of a model on the Hugging Face hub, which
+                is downloaded.
+            backbone: the architecture, with any weights, if the folder does not describe it: the
+                model that LPCAM was given, or :func:`lpcam.classifiers.wrapped.wrap` of it if
+                layers were named;
+                for a model put together by hand, the module that gives the features. A copy takes
+                the weights and dtype of the folder; the result is on the device of ``backbone``.
+            revision: branch, tag or commit of a model on the hub.
+
+        Raises:
+            ArtefactError: if a file is missing, damaged, of a newer version, or does not fit; if
+                weights or prototypes were changed; if the hub cannot be reached.
+            ClassifierError: if the folder does not describe its backbone and none is given, or the
+                feature map is not found in the given one.
+        """
+        paths = _pretrained_files(str(folder), revision)
+        config = read_json(paths[CONFIG])
+        if not isinstance(config, dict) or config.get("kind") != _KIND:
+            raise ArtefactError(
+                f"{paths[CONFIG]} is no configuration of a model with prototypes; give a folder "
+                "that save_pretrained wrote"
+            )
+        if config.get("format") != _FORMAT:
+            raise ArtefactError(
+                f"{paths[CONFIG]} has format {config.get('format')!r}, this version reads "
+                f"{_FORMAT}; install the version that wrote it"
+            )
+        state, _ = read_tensors(paths[WEIGHTS])
+        try:
+            model = cls._from_config(config, backbone, state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtefactError(
+                f"{folder} does not fit its own description "
+                f"({' '.join(str(error).split()):.300}); download or make it again"
+            ) from error
+        for what, found in model._fingerprints().items():
+            expected = config["fingerprints"].get(what)
+            if found != expected:
+                raise ArtefactError(
+                    f"the {what} in {folder} is {found}, but its {CONFIG} was written for "
+                    f"{expected}; download or make it again"
+                )
+        return model
+
+    @classmethod
+    def _from_config(
+        cls,
+        config: Mapping[str, Any],
+        given: nn.Module | WrappedModel | None,
+        state: Mapping[str, Tensor],
+    ) -> Self:
+        values = config["preprocessing"]
+        preprocessing = (
+            Preprocessing(tuple(values["mean"]), tuple(values["std"])) if values else None
+        )
+        spec = BackboneSpec(**config["backbone"]) if config["backbone"] else None
+        backbone: nn.Module
+        device = torch.device("cpu")
+        if given is not None:
+            device = given.device if isinstance(given, WrappedModel) else device_of(given)
+            backbone = _given_backbone(given, config, state)
+        elif spec is None or preprocessing is None:
+            raise ClassifierError(
+                "the folder does not describe this model's backbone; build it and give it: "
+                "from_pretrained(folder, backbone=module)"
+            )
+        else:
+            mean, std = preprocessing.mean, preprocessing.std
+            backbone = _Features(build(spec, config["classes"], weights=RANDOM, mean=mean, std=std))
+        weight = state["head.weight"]
+        head = LPCAMHead(
+            weight,
+            torch.zeros_like(weight),
+            torch.zeros_like(weight[:, 0]) if config["bias"] else None,
+            normalize=config["normalize"],
+        )
+        model = cls(
+            backbone,
+            head,
+            preprocessing=preprocessing,
+            fixed_size=tuple(config["fixed_size"]) if config["fixed_size"] else None,
+            spec=spec,
+            **{k: config[k] for k in ("classes", "enlarge", "channels", "multiple", "made_by")},
+        ).to(device, getattr(torch, config["dtype"]))
+        model.load_state_dict(state, strict=True)
+        return model
+
+    def _fingerprints(self) -> dict[str, str]:
+        found = {"backbone": _digest(self.backbone), "head": _digest(self.head)}
+        if isinstance(self.backbone, _WrappedFeatures):
+            found["map"] = str(self.backbone)
+        return found
+
+
+def _digest(module: nn.Module) -> str:
+    """32 hex digits that change with any tensor of a module."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _pretrained_files(folder: str, revision: str | None) -> dict[str, Path]:
+    if Path(folder).is_dir():
+        return {name: Path(folder) / name for name in (CONFIG, WEIGHTS)}
+    if folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+        raise ArtefactError(
+            f"there is no folder {folder!r}; expected a folder or the id of a model on a hub, "
+            "'owner/name'"
+        )
+    try:
+        return {
+            name: Path(hf_hub_download(folder, name, revision=revision))
+            for name in (CONFIG, WEIGHTS)
+        }
+    except Exception as error:  # the client and the network raise errors of many kinds
+        raise ArtefactError(
+            f"there is no folder {folder!r}, and the Hugging Face hub does not give a model of "
+            f"that name: {' '.join(str(error).split()):.300}"
+        ) from error
+
+
+def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
+    """The model card, Markdown."""
+    header: dict[str, Any] = {
+        "library_name": "lpcam",
+        "pipeline_tag": "image-classification",
+        "tags": ["lpcam", "class-activation-map", "weakly-supervised-segmentation"],
+    }
+    if licence is not None:
+        header["license"] = licence
+    normal = model.preprocessing
+    expected = (
+        f"RGB from 0 to 1, minus {list(normal.mean)}, divided by {list(normal.std)}"
+        if normal
+        else "as the backbone expects them"
+    )
+    return CARD_TEXT.format(
+        header=yaml.safe_dump(header, sort_keys=True, allow_unicode=True),
+        name=name,
+        architecture=model.spec.name if model.spec else type(model.backbone).__name__,
+        method=model.made_by.get("method", "LPCAM"),
+        count=len(model.classes),
+        channels=model.channels,
+        classes="\n".join(f"- `{each.replace('`', ' ')}`" for each in model.classes),
+        expected=expected,
+        given="" if model.spec else ", backbone=your_backbone",
+        data=training_data or "Not stated.",
+        licence=licence or "Not stated.",
+        settings=json.dumps(model.made_by.get("settings"), indent=2, sort_keys=True),
+    )
+
+
+CARD_TEXT = """\
+---
+{header}---
+# {name}
+
+An image classifier ({architecture}, {count} classes) with class activation maps of {method} (Chen
+and Sun, *Extracting Class Activation Maps from Non-Discriminative Features as well*, CVPR 2023),
+computed at one scale without mirror images.
+
+## Use
+```python
+from lpcam.head import LPCAMModel
+model = LPCAMModel.from_pretrained("{name}"{given})
+logits, maps = model(images)  # (B, N) and (B, N, height, width), maps from 0 to 1
+```
+Images are (B, {channels}, height, width): {expected}.
+
+## Classes
+{classes}
+
+## Training data
+{data}
+
+## Licence
+{licence}
+
+## Settings
+```json
+{settings}
+```
+"""
+
+
+# -- Backbones ---------------------------------------------------------------------------------
+
+
+class _Features(nn.Module):
+    """The feature map of a classifier, as a module."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images)
+
+
+class _WrappedFeatures(nn.Module):
+    """The feature map of a copy of a wrapped model, and its class token, as a traceable module.
+
+    :meth:`~lpcam.classifiers.wrapped.WrappedModel.features` restores the state of the user's
+    model, which tracers
+    cannot follow.
+    """
+
+    def __init__(self, wrapped: WrappedModel) -> None:
+        super().__init__()
+        self.wrapped = copy.deepcopy(wrapped)
+        self.model = self.wrapped.core
+        self.source = self.wrapped.map_layer
+        self.kept: list[Tensor | None] = []
+        layer = self.source.layer
+        if isinstance(layer, nn.Module):
+            layer.register_forward_hook(self._keep)  # a method: copies of this module copy it too
+        elif all(getattr(layer, "__self__", None) is not module for module in self.model.modules()):
+            raise ClassifierError(
+                "the feature map of this model is given by a function, which cannot be copied; "
+                "give the layer instead: LPCAM(model, target_layer='name of the layer')"
+            )
+
+    def __str__(self) -> str:
+        """Where the map comes from, in words; part of a saved model's fingerprints."""
+        token = [] if self.source.token is None else [f"token {self.source.token} read"]
+        return " / ".join(map(str, (self.source, *token, *self.wrapped.norms)))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        raw = self._raw(images)
+        features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
+        if self.source.token is None:
+            return features
+        return features, self.wrapped.divided(self.source.vector(raw))
+
+    def _raw(self, images: Tensor) -> Tensor:
+        layer = self.source.layer
+        if isinstance(layer, nn.Module):
+            self.kept.clear()
+            self.model(images)
+            found = self.kept[self.source.number]
+            self.kept.clear()
+        else:
+            found = first_tensor(layer(images))
+        assert found is not None
+        return found
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.kept.append(first_tensor(output))
+
+
+def _given_backbone(
+    given: nn.Module | WrappedModel, config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The backbone of a saved model: a copy of the given module, with the same feature map."""
+    if isinstance(given, nn.Module):
+        if not config["wrapped"] or isinstance(given, _WrappedFeatures):
+            return copy.deepcopy(given)
+        example = None
+        if config["fixed_size"]:
+            example = torch.zeros(1, config["channels"], *config["fixed_size"])
+        given = wrap(given, classes=config["classes"], pool=config["pool"], example=example)
+    if config["new_head"] and not given.new_head:
+        # a new head reads the mean of the map, whatever the model's own head reads
+        given = given.with_head(state["head.weight"], state.get("head.bias"))
+    return _WrappedFeatures(given)
+
+
+class _LPCAMFile(ExportModule):
+    """An LPCAM model with the inputs and outputs of its exported file."""
+
+    output = "maps"
+    limit = MAP_ERROR
+
+    def __init__(self, model: LPCAMModel) -> None:
+        super().__init__(model.preprocessing, model.channels, model.multiple)
+        self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        found: Outputs = self.model(self.normalised(images))
+        return found
+
+    def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
+        """Largest difference of maps.
+
+        Rounding of a map that is hardly above zero before its normalisation counts less: the
+        difference is divided by 1 + 0.1 / that map's maximum.
+        """
+        difference = (found - expected).abs()
+        if self.model.head.normalize is not None:
+            images = self.normalised(images)
+            size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
+            with torch.no_grad():
+                features = self.model.backbone(images)
+                features = features[0] if isinstance(features, tuple) else features
+                top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
+            difference = difference * (top / (top + COSINE_ERROR / MAP_ERROR))
+        return float(difference.max())
+
+    def meaning(self) -> str:
+        taken = (
+            "image: uint8 RGB (batch, height, width, 3)"
+            if self.pixels is not None
+            else f"images: float32, normalised (batch, {self.channels}, height, width)"
+        )
+        grid = "height, width" if self.model.enlarge else "feature grid"
+        return (
+            f"{taken}. logits: float32 (batch, classes). maps: float32 (batch, classes, {grid}), "
+            f"{'from 0 to 1' if self.model.head.normalize else 'at least 0'}"
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        preprocessing = self.model.preprocessing
+        return {
+            "classes": list(self.model.classes),
+            "preprocessing": asdict(preprocessing) if preprocessing else None,
+            "normalize": self.model.head.normalize,
+            "versions": versions(),
+            "made_by": self.model.made_by,
+        }

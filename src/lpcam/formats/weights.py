@@ -1,0 +1,266 @@
+"""Conversion of foreign weights (``.pth``, ``.pt``, ``.pkl`` of torch.save) to safetensors files.
+
+A pickle is a program. ``torch.load(weights_only=True)`` runs the few of its instructions that build
+tensors and plain containers and refuses every name outside its own list; what other packages have
+added to that list is removed while a file is read. Crafted files got past it in torch before 2.6
+(CVE-2025-32434) and before 2.10 (CVE-2026-24747); this package requires a newer one. Convert files
+of unknown origin where nothing can be lost: such a parser may have further flaws.
+
+NumPy's arrays and scalars, which training programs keep beside the weights, are rebuilt by the
+stand-ins of :mod:`lpcam.formats.pickled_arrays`, never by NumPy. Neither the unpacked archive nor
+all tensors
+together may be larger than four times the file.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lpcam.formats.pickled_arrays import NUMPY_STAND_INS, ArrayStandIn
+from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.files import digest_bytes, read_bytes, write_tensors
+from lpcam.runtime.versions import __version__
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+"""Keys under which training programs keep the weights, in the order in which they are tried."""
+
+
+_PARALLEL_PREFIX = "module."
+
+
+# Tied weights are once in a file and twice in its dictionary; torch does not compress.
+_GROWTH = 4
+
+
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of `convert_weights`.
+
+    ``tensors`` and ``values`` count what was written; ``taken_from`` lists the keys under which the
+    weights were found, outermost first; ``stripped`` is the prefix removed from every name;
+    ``left_out`` lists entries that were not written.
+    """
+
+    source: Path
+    target: Path
+    tensors: int
+    values: int
+    taken_from: tuple[str, ...]
+    stripped: str
+    left_out: tuple[str, ...]
+
+    def summary(self) -> str:
+        """A text of one line per fact."""
+        lines = [f"{self.tensors} tensors with {self.values:,} values written to {self.target}"]
+        if self.taken_from:
+            lines.append(f"taken from {' / '.join(map(repr, self.taken_from))} of the file")
+        if self.stripped:
+            lines.append(f"prefix {self.stripped!r} removed from the names")
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} entries left out (not weights): {_some(self.left_out)}"
+            )
+        return "\n".join(lines)
+
+
+def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversion:
+    """Convert a pickled state dict to a safetensors file, without running code of the file.
+
+    Args:
+        source: written by torch.save, as an archive or in the older layout of torch 0.4 to 1.5. It
+            holds names and tensors, or a dictionary with those under one of `WRAPPERS`.
+        target: the ``.safetensors`` file; an existing one is replaced after everything succeeded.
+        prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``.
+            A common ``"module."`` of parallel training is removed before.
+
+    Raises:
+        ArtefactError: if the source is missing, damaged, not written by torch.save, asks for
+            anything but tensors and plain containers, claims more than four times its size, or
+            holds no state dict or a tensor with NaN, infinity or an unusual layout or dtype; if the
+            target is not another ``.safetensors`` file or cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp())
+        >>> torch.save({"state_dict": {"module.fc.bias": torch.zeros(3)}}, folder / "w.pth")
+        >>> convert_weights(folder / "w.pth", folder / "w.safetensors").taken_from
+        ('state_dict',)
+    """
+    if target.suffix != ".safetensors":
+        raise ArtefactError(
+            f"cannot write weights to {target.name!r}; expected a .safetensors file"
+        )
+    if not source.is_file():
+        raise ArtefactError(f"{source} is not a file; expected a file written by torch.save")
+    if target.exists() and target.samefile(source):
+        raise ArtefactError(f"{target} is both source and target; choose another target")
+
+    data = read_bytes(source)
+    try:
+        taken_from, entries = _unwrap(_load(data))
+        tensors, left_out = _split(len(data), entries)
+        parallel = all(name.startswith(_PARALLEL_PREFIX) for name in tensors)
+        stripped = (_PARALLEL_PREFIX if parallel else "") + prefix
+        taken = {n.removeprefix(stripped): t for n, t in tensors.items() if n.startswith(stripped)}
+        if not taken or "" in taken:
+            found = "a tensor with this very name" if taken else "no tensor name"
+            raise _RefusedError(
+                f"the prefix {stripped!r} fits {found}; its names are {_some(list(tensors))}"
+            )
+        _check(len(data), taken)
+    except _RefusedError as error:
+        raise ArtefactError(f"{source} is refused: {error}") from error
+    left_out += [name for name in tensors if not name.startswith(stripped)]
+    record = {
+        "kind": "weights",
+        "source": source.name,
+        "source_digest": digest_bytes(data),
+        "taken_from": list(taken_from),
+        "stripped": stripped,
+        "left_out": left_out,
+        "made_by": {"lpcam": __version__},
+    }
+    write_tensors(target, taken, record)
+    values = sum(tensor.numel() for tensor in taken.values())
+    return Conversion(source, target, len(taken), values, taken_from, stripped, tuple(left_out))
+
+
+class _RefusedError(Exception):
+    """The reason why a file is not converted, without its name."""
+
+
+def _load(data: bytes) -> Any:
+    if data.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+            raise _RefusedError(f"it is a damaged archive ({error}); fetch it again") from error
+        _check_claim(len(data), unpacked)
+    try:
+        with _only_our_globals(), warnings.catch_warnings(action="ignore"):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # a crafted or damaged file makes torch raise anything
+        raise _RefusedError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The cause in our own words: torch's message explains how to switch its safety off."""
+    text = str(error)
+    if asked := re.search(r"GLOBAL (\w\S+)|reduce for unrecognized function (.+)", text):
+        return (
+            f"it asks for {asked[1] or asked[2]}, which is neither a tensor nor a plain container; "
+            "nothing was run. Save the state dict alone: torch.save(model.state_dict(), FILE)"
+        )
+    if "TorchScript" in text:
+        return "it is a TorchScript program; save its state_dict() with torch.save"
+    cause = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return (
+        f"it is damaged or not written by torch.save ({type(error).__name__} {cause:.120}); fetch "
+        "it again, or save a dictionary of tensors with torch.save"
+    )
+
+
+def _unwrap(loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
+    """The keys that led to the state dict, and the state dict."""
+    path: list[str] = []
+    while isinstance(loaded, dict):
+        found = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
+        if not found and any(isinstance(value, Tensor | ArrayStandIn) for value in loaded.values()):
+            return tuple(path), loaded
+        if not found or len(path) == len(WRAPPERS):  # a dictionary may hold itself
+            break
+        path.append(found[0])
+        loaded = loaded[found[0]]
+    holds = f"the keys {_some(list(loaded))}" if isinstance(loaded, dict) else type(loaded).__name__
+    raise _RefusedError(
+        "it holds no state dict: expected names with tensors, at the top or under "
+        f"{', '.join(map(repr, WRAPPERS))}; found {holds}"
+    )
+
+
+def _split(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors, and the names of the plain values beside them."""
+    tensors: dict[str, Tensor] = {}
+    left_out = []
+    # before anything is copied: arrays may share their bytes
+    _check_claim(size, sum(v.size_in_bytes for v in entries.values() if type(v) is ArrayStandIn))
+    for name, value in entries.items():
+        if not isinstance(name, str):
+            raise _RefusedError(f"it has the key {name!r:.80}; expected names of weights")
+        if type(value) is ArrayStandIn and isinstance(value.values, np.ndarray):
+            tensors[name] = torch.from_numpy(np.array(value.numpy(), order="C"))
+        elif type(value) in (Tensor, nn.Parameter):
+            tensors[name] = value.detach()
+        elif type(value) in (type(None), bool, int, float, str, bytes):
+            left_out.append(name)
+        else:
+            raise _RefusedError(
+                f"it has a {type(value).__name__} under {name!r}; expected tensors (numbers and "
+                "text are left out). Save it without this entry"
+            )
+    return tensors, left_out
+
+
+def _check(size: int, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        found = None
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            found = "is sparse, quantised or nested"
+        elif tensor.device.type != "cpu":
+            found = f"has no values (device {tensor.device})"
+        elif tensor.dtype not in _DTYPES:
+            found = f"has the dtype {tensor.dtype}"
+        if found:
+            raise _RefusedError(f"the tensor {name!r} {found}; save dense real numbers")
+    # before anything is copied: a view may claim any size
+    _check_claim(size, sum(t.numel() * t.element_size() for t in tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise _RefusedError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
+
+
+def _check_claim(size: int, claimed: int) -> None:
+    if claimed > _GROWTH * size:
+        raise _RefusedError(
+            f"its {size:,} bytes claim {claimed:,} bytes of tensors, more than {_GROWTH} times as "
+            "many"
+        )
+
+
+def _some(names: Iterable[Any], count: int = 5) -> str:
+    names = list(names)
+    shown = ", ".join(f"{name!r:.80}" for name in names[:count])
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown or "none"
+
+
+@contextmanager
+def _only_our_globals() -> Iterator[None]:
+    """Limit torch's list to its own names and our stand-ins, without what a process has added."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    stand_ins: list[Any] = [(stand_in, name) for name, stand_in in NUMPY_STAND_INS.items()]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)

@@ -1,0 +1,649 @@
+"""MCTformer: a vision transformer with a token for each class (specification of MCTformer).
+
+The network of its section 1, and what its section 3 reads from it. Parameters have the names of the
+released program: ``cls_token``, ``pos_embed``, ``patch_embed``, ``blocks``, ``norm`` and ``head``.
+
+Shapes: B images, N classes, C channels of a token, h = H // 16 and w = W // 16 cells of a patch of
+16 pixels, P = h w patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    NO_CLASSES,
+    PRETRAINED,
+    RANDOM,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    check_backbone,
+    misfit,
+    read_weights,
+    refuse_not_finite,
+)
+from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.hosts.base import HostSettings
+from lpcam.runtime.errors import ClassifierError
+from lpcam.runtime.settings import Fraction, Positive
+from lpcam.training.saved_network import SavedNetwork
+
+
+class MctformerSettings(HostSettings):
+    """MCTformer: a vision transformer with a token for each class (specification of MCTformer)."""
+
+    table: ClassVar[str] = "mctformer"
+    preset: str = "default"
+
+    version: Literal["v1", "v2"]
+    """``v1``: class tokens alone. ``v2``: and PatchCAM, a convolution on the patch tokens."""
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Of AdamW after the warm-up."""
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    warmup_learning_rate: Annotated[float, Field(ge=0.0)]
+    """From which the rate rises ..."""
+    floor_learning_rate: Annotated[float, Field(ge=0.0)]
+    """... and to which it falls by a half cosine."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """Of weights with two dimensions or more; not of tokens, positions, biases and norms."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Stochastic depth of the last block; it rises linearly from 0."""
+    crop: Annotated[int, Field(ge=16)]
+    """Side, in pixels, of the image in training."""
+    augmentation: str | None
+    """timm's policy of RandAugment; null has none."""
+    erasing: Fraction
+    """Probability that a random rectangle is erased."""
+    pooling: Literal["mean", "ranked"]
+    """How PatchCAM becomes a score; ``ranked`` weighs sorted values by ``ranking_decay`` to the
+    power of their rank (MCTformer+)."""
+    ranking_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    contrast: Annotated[float, Field(ge=0.0)]
+    """Weight of the loss that keeps class tokens apart (MCTformer+); 0 leaves it out."""
+    attention_blocks: Annotated[int, Field(ge=1)]
+    """The last so many blocks give the attention of classes to patches."""
+    fusion: Literal["product", "square_root"]
+    """Of that attention and PatchCAM; ``square_root`` is MCTformer+'s."""
+    affinity: bool
+    """Whether the fused map is refined by the attention of patches to patches; of a transformer
+    that has learnt little it says nothing."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """At which each image is mapped; the maps are summed."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    split_maps: Literal["refined", "patch"]
+    """Which map splits foreground from context for the prototypes: the refined one, or PatchCAM."""
+    threshold: Fraction
+    """Fixed threshold of the seeds of its maps."""
+
+
+TOKEN_DEVIATION = 0.02
+"""Standard deviation of random class tokens and their positions."""
+
+
+MARGIN = 0.1
+"""Cells added to the grid when the table of positions is scaled to it (section 3)."""
+
+
+STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
+"""Arguments of a network that timm's transformers do not have."""
+
+
+class Scores(NamedTuple):
+    """Logits of the image's classes."""
+
+    classes: Tensor
+    """(B, N), of the class tokens; used at test."""
+    patches: Tensor | None
+    """(B, N), of PatchCAM; None in V1."""
+
+
+class Attended(NamedTuple):
+    """Outputs that maps are made of, for a batch of images."""
+
+    scores: Scores
+    class_attention: Tensor
+    """(B, N, h, w), from class tokens to patches, summed over the last blocks."""
+    patch_affinity: Tensor | None
+    """(B, P, P), between patches, summed over all blocks; rows are the queries."""
+    features: Tensor
+    """(B, C, h, w), the last block's patch tokens, signed; the input of PatchCAM."""
+    patch_cam: Tensor | None
+    """(B, N, h, w), signed; None in V1."""
+
+
+@dataclass(frozen=True)
+class MctformerSpec:
+    """Architecture of a network, apart from its classes and weights."""
+
+    backbone: str
+    """A vision transformer of timm."""
+    arguments: Mapping[str, Any]
+    """Of timm, such as ``embed_dim``, ``depth`` and ``num_heads``; and those of a stem."""
+    crop: int
+    """Side, in pixels, of the training images, for whose grid there are positions."""
+    drop_path: float
+    version: str
+    """``"v1"`` or ``"v2"``."""
+    ranking_decay: float
+    """Decay in the pooling of PatchCAM; 1 is the plain mean."""
+
+
+def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
+    """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on.
+
+    Args:
+        maps: any values.
+        decay: in (0, 1]; 1 is the plain mean.
+
+    Example:
+        >>> ranked_pooling(torch.tensor([[0.0, 3.0]]), 0.5)
+        tensor(2.)
+    """
+    values = maps.flatten(-2).sort(-1, descending=True).values
+    ranks = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
+    weights = decay**ranks
+    return values @ (weights / weights.sum())
+
+
+def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Scale positions of a square grid to another grid, bicubic (section 3).
+
+    The factor is (h + 0.1) / g for a table of g x g, as in the transformers' programs, so that
+    rounding does not lose a row. A table of the same grid is returned unchanged.
+
+    Args:
+        table: (1, g g, C).
+        grid: (h, w).
+
+    Returns:
+        (1, h w, C).
+
+    Example:
+        >>> scale_positions(torch.zeros(1, 4, 8), (3, 5)).shape
+        torch.Size([1, 15, 8])
+    """
+    side = math.isqrt(table.shape[1])
+    if grid == (side, side):
+        return table
+    planes = table.transpose(1, 2).reshape(1, -1, side, side)
+    factors = ((grid[0] + MARGIN) / side, (grid[1] + MARGIN) / side)
+    scaled = F.interpolate(planes, scale_factor=factors, mode="bicubic", align_corners=False)
+    return scaled[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2)
+
+
+def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Output of a block and its attention, after the softmax, averaged over the heads.
+
+    Args:
+        block: a plain :class:`timm.models.vision_transformer.Block`.
+        tokens: (B, T, C).
+
+    Returns:
+        (B, T, C) and (B, T, T), whose rows are the queries and add up to 1.
+
+    Example:
+        >>> attend_block(Block(8, 2), torch.zeros(1, 3, 8))[1].shape
+        torch.Size([1, 3, 3])
+    """
+    attention = block.attn
+    batch, count, _ = tokens.shape
+    joint = attention.qkv(block.norm1(tokens))
+    joint = joint.reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys, values = joint.unbind(0)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    weights = (queries * attention.scale @ keys.transpose(-2, -1)).softmax(-1)
+    mixed = (attention.attn_drop(weights) @ values).transpose(1, 2).flatten(2)
+    branch = attention.proj_drop(attention.proj(attention.norm(mixed)))
+    tokens = tokens + block.drop_path1(block.ls1(branch))
+    tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    return tokens, weights.mean(1)
+
+
+class Stem(nn.Module):
+    """A frozen convolutional backbone whose cells are the patches (a hybrid transformer).
+
+    A small transformer without a checkpoint can start from features of ImageNet. The specification
+    has no stem.
+
+    Args:
+        classifier: its backbone is used; its head is not.
+        width: channels of the tokens.
+    """
+
+    def __init__(self, classifier: Classifier, width: int) -> None:
+        super().__init__()
+        self.classifier = classifier.requires_grad_(False)
+        self.proj = nn.Linear(classifier.weight.shape[1], width)
+
+    def train(self, mode: bool = True) -> Stem:
+        """Set training mode, but keep the backbone in evaluation mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (B, h, w, C) of (B, 3, H, W), sides multiples of the stride."""
+        with torch.no_grad():
+            features = self.classifier.features(images)
+        tokens: Tensor = self.proj(features.permute(0, 2, 3, 1))
+        return tokens
+
+
+class Mctformer(SavedNetwork):
+    """Class tokens on a vision transformer, V1 or V2.
+
+    The score of a class is the mean over the channels of its token; V2 scores the classes by
+    PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept,
+    because files of weights have it, but never applied.
+
+    Args:
+        transformer: a plain one of timm, whose parts are used: with a class token and a table of
+            positions, made with ``dynamic_img_size``.
+        classes: the N names, in label order.
+        preprocessing: what the transformer expects of RGB.
+        patch_cam: True for V2, False for V1.
+        ranking_decay: of :func:`ranked_pooling`, which makes scores of PatchCAM; 1 is the mean.
+        stem: makes the patch tokens instead of the transformer's layer.
+        spec: how to build the network again; without it the network cannot be saved.
+
+    Raises:
+        ClassifierError: if the transformer is of another kind.
+    """
+
+    kind = "mctformer"
+    title = "MCTformer"
+    stage = "host"
+    builder = "lpcam.hosts.mctformer_network.build_mctformer"
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        patch_cam: bool = True,
+        ranking_decay: float = 1.0,
+        stem: Stem | None = None,
+        spec: MctformerSpec | None = None,
+    ) -> None:
+        super().__init__()
+        plain = _plain(transformer)
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.ranking_decay = ranking_decay
+        self.spec = spec
+        width, count = plain.embed_dim, len(self.classes)
+        self.cell = int(plain.patch_embed.feat_ratio())
+        self.cls_token = nn.Parameter(torch.empty(1, count, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, count + plain.patch_embed.num_patches, width))
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=TOKEN_DEVIATION)
+        self.patch_embed: nn.Module = plain.patch_embed if stem is None else stem
+        self.pos_drop = plain.pos_drop
+        self.blocks = plain.blocks
+        self.norm = plain.norm.requires_grad_(False)  # not applied, so it gets no gradient
+        self.head = nn.Conv2d(width, count, 3, padding=1) if patch_cam else None
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.cls_token.device
+
+    def forward(self, images: Tensor) -> Scores:
+        """Logits of the classes of (B, 3, H, W) normalised images."""
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[Scores, Tensor]:
+        """Scores and the last block's class tokens (B, N, C), for training."""
+        tokens, grid = self.embed(images)
+        tokens = self.blocks(tokens)
+        scores = self.scores(tokens, self._patch_cam(self._as_map(tokens, grid)))
+        return scores, tokens[:, : len(self.classes)]
+
+    def attend(self, images: Tensor, blocks: int, *, affinity: bool = True) -> Attended:
+        """Outputs that maps are made of (section 3, steps 1 to 3).
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            blocks: number of the last blocks whose attention of classes to patches is summed.
+            affinity: True adds up the attention of patches to patches, P x P numbers.
+        """
+        tokens, grid = self.embed(images)
+        count, depth = len(self.classes), len(self.blocks)
+        batch, patches = tokens.shape[0], grid[0] * grid[1]
+        class_attention = tokens.new_zeros(batch, count, patches)
+        between = tokens.new_zeros(batch, patches, patches) if affinity else None
+        for number, block in enumerate(self.blocks):
+            tokens, attention = attend_block(block, tokens)
+            if between is not None:
+                between += attention[:, count:, count:]
+            if number >= depth - blocks:
+                class_attention += attention[:, :count, count:]
+        features = self._as_map(tokens, grid)
+        cam = self._patch_cam(features)
+        return Attended(
+            self.scores(tokens, cam),
+            class_attention.reshape(batch, count, *grid),
+            between,
+            features,
+            cam,
+        )
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Class and patch tokens (B, N + P, C) before the first block, and the grid (h, w).
+
+        The rest of a side that does not fill a cell is ignored; a side shorter than a cell is
+        padded to one with zeros, the mean colour.
+        """
+        height, width = (max(1, side // self.cell) for side in images.shape[-2:])
+        bottom, right = (max(0, self.cell - side) for side in images.shape[-2:])
+        images = F.pad(images, (0, right, 0, bottom))
+        images = images[..., : height * self.cell, : width * self.cell]
+        patches = self.patch_embed(images).flatten(1, 2)
+        count = len(self.classes)
+        positions = scale_positions(self.pos_embed[:, count:], (height, width))
+        classes = (self.cls_token + self.pos_embed[:, :count]).expand(len(images), -1, -1)
+        tokens: Tensor = self.pos_drop(torch.cat([classes, patches + positions], 1))
+        return tokens, (height, width)
+
+    def scores(self, tokens: Tensor, patch_cam: Tensor | None) -> Scores:
+        """Scores from the last block's tokens (B, N + P, C) and PatchCAM (B, N, h, w)."""
+        pooled = None if patch_cam is None else ranked_pooling(patch_cam, self.ranking_decay)
+        return Scores(tokens[:, : len(self.classes)].mean(-1), pooled)
+
+    def constant_response(self) -> tuple[Tensor, Tensor]:
+        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal, detached.
+
+        The taps of the 3 x 3 convolution are added up. This scores prototypes (section 6).
+
+        Raises:
+            ClassifierError: for V1, which has no PatchCAM.
+        """
+        if self.head is None or self.head.bias is None:
+            raise ClassifierError(
+                "MCTformer V1 has no PatchCAM that could score prototypes; train V2 "
+                "(mctformer.version: v2)"
+            )
+        return self.head.weight.detach().sum((-2, -1)), self.head.bias.detach()
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Trained parameters with weight decay, and those without.
+
+        Tokens, positions, biases and gains have none (section 2).
+        """
+        decay: list[nn.Parameter] = []
+        none: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                special = parameter is self.cls_token or parameter is self.pos_embed
+                (none if special or parameter.ndim < 2 else decay).append(parameter)
+        return decay, none
+
+    def _can_be_described(self) -> bool:
+        return self.spec is not None
+
+    @classmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
+        given = metadata["preprocessing"]
+        preprocessing = Preprocessing(tuple(given["mean"]), tuple(given["std"]))
+        with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
+            return _network(MctformerSpec(**metadata["spec"]), metadata["classes"], preprocessing)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "spec": asdict(self.spec) if self.spec else "of the caller's own",
+            "preprocessing": asdict(self.preprocessing),
+            "classes": list(self.classes),
+        }
+
+    def _as_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        planes = tokens[:, len(self.classes) :].transpose(1, 2)
+        return planes.reshape(*planes.shape[:2], *grid)
+
+    def _patch_cam(self, features: Tensor) -> Tensor | None:
+        return None if self.head is None else self.head(features)
+
+
+def _plain(model: nn.Module) -> VisionTransformer:
+    """The model, if it is a transformer all of whose parts the network knows.
+
+    Raises:
+        ClassifierError: if it has others, or lacks one.
+    """
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        raise ClassifierError(
+            f"{name} is not a vision transformer of timm; MCTformer needs one with a class token, "
+            "as deit_small_patch16_224"
+        )
+    blocks: list[Any] = list(model.blocks)
+    problems = {
+        "it has no class token": model.cls_token is None,
+        "it has a distillation token": hasattr(model, "dist_token"),
+        "it has register tokens": model.reg_token is not None,
+        "it has no table of positions": model.pos_embed is None,
+        "its class token has no position": model.no_embed_class,
+        "it has a norm before the first block": not isinstance(model.norm_pre, nn.Identity),
+        "it drops patches": not isinstance(model.patch_drop, nn.Identity),
+        "it was made without dynamic_img_size": not model.dynamic_img_size,
+        "its blocks are not plain ones": any(
+            type(block) is not Block
+            or type(block.attn).__name__ != "Attention"
+            or getattr(block.attn, "gate", None) is not None
+            for block in blocks
+        ),
+    }
+    if found := [problem for problem, there in problems.items() if there]:
+        raise ClassifierError(
+            f"MCTformer cannot be built on this {name}: {', '.join(found)}; use a plain vision "
+            "transformer, as deit_small_patch16_224"
+        )
+    return model
+
+
+def build_mctformer(
+    backbone: str,
+    classes: Sequence[str],
+    settings: MctformerSettings,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Mctformer:
+    """Build MCTformer on a vision transformer of timm (section 1).
+
+    The class token of a DeiT or ViT checkpoint and its position are copied for every class; the
+    positions of patches are resized (bicubic) if the checkpoint has another grid.
+
+    Args:
+        backbone: timm's name, such as ``deit_small_patch16_224``.
+        classes: N class names.
+        settings: ``version``, ``crop``, which determines the grid of the positions, ``drop_path``,
+            ``pooling`` and ``ranking_decay`` are used.
+        arguments: of timm, such as ``embed_dim``, ``depth`` and ``num_heads`` of a small one; and
+            ``stem``, timm's name of a convolutional backbone that makes the patch tokens, with
+            its ``stem_arguments``: see :class:`Stem`.
+        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
+            safetensors file: of the transformer, or of a whole MCTformer with these classes.
+            With a stem they are the stem's, and the transformer is random.
+        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        seed: of all that is random.
+
+    Raises:
+        ClassifierError: if timm does not know the name or refuses an argument, the transformer is
+            of another kind, or the weights cannot be read, do not fit or hold NaN or Inf.
+
+    Example:
+        >>> settings = MctformerSettings.from_preset("default", crop=32)
+        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
+        >>> network(torch.zeros(1, 3, 32, 48)).classes.shape
+        torch.Size([1, 2])
+    """
+    ranked = settings.pooling == "ranked"
+    spec = MctformerSpec(
+        backbone,
+        dict(arguments or {}),
+        settings.crop,
+        settings.drop_path,
+        settings.version,
+        settings.ranking_decay if ranked else 1.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = str(weights) if STEM in spec.arguments else RANDOM
+        network = _network(spec, classes, None, stem)
+        own = network.preprocessing
+        network.preprocessing = Preprocessing(
+            own.mean if mean is None else tuple(mean), own.std if std is None else tuple(std)
+        )
+        if str(weights) != RANDOM and STEM not in spec.arguments:
+            _load_weights(network, weights, spec)
+    return network
+
+
+def _network(
+    spec: MctformerSpec,
+    classes: Sequence[str],
+    preprocessing: Preprocessing | None,
+    stem_weights: str = RANDOM,
+) -> Mctformer:
+    """A network with random weights except the stem's.
+
+    ``preprocessing`` None means that of the stem or of timm's pretrained cfg.
+    """
+    model = _transformer(
+        spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
+    )
+    stem = None
+    if STEM in spec.arguments:
+        stem = _stem(spec, _plain(model), stem_weights)
+        preprocessing = preprocessing or stem.classifier.preprocessing
+    if preprocessing is None:
+        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        preprocessing = Preprocessing(
+            tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+        )
+    return Mctformer(
+        model,
+        classes,
+        preprocessing,
+        patch_cam=spec.version == "v2",
+        ranking_decay=spec.ranking_decay,
+        stem=stem,
+        spec=spec,
+    )
+
+
+def _stem(spec: MctformerSpec, transformer: VisionTransformer, weights: str) -> Stem:
+    """A stem whose output stride is the side of the transformer's patches."""
+    cell = int(transformer.patch_embed.feat_ratio())
+    backbone = BackboneSpec(spec.arguments[STEM], spec.arguments.get(STEM_ARGUMENTS, {}), cell)
+    classifier = build(backbone, NO_CLASSES, weights=weights)
+    side = classifier.features(torch.zeros(1, 3, cell, cell)).shape[-1]
+    if side != 1:
+        raise ClassifierError(
+            f"the stem {spec.arguments[STEM]!r} makes {side} x {side} features of {cell} x {cell} "
+            "pixels, the transformer's patch; expected one"
+        )
+    return Stem(classifier, transformer.embed_dim)
+
+
+def _transformer(spec: MctformerSpec, **options: Any) -> nn.Module:
+    check_backbone(spec.backbone)
+    arguments = {k: v for k, v in spec.arguments.items() if k not in (STEM, STEM_ARGUMENTS)}
+    try:
+        model: nn.Module = timm.create_model(spec.backbone, num_classes=0, **options, **arguments)
+    except Exception as error:  # whatever timm, torch or a hub client raises, one message serves
+        what = "with its pretrained weights " if options.get("pretrained") else ""
+        raise ClassifierError(
+            f"timm could not make {spec.backbone!r} {what}with arguments {arguments}: {error}. "
+            "MCTformer needs a vision transformer, as deit_small_patch16_224; the size of its "
+            "images is mctformer.crop. Without a network, or for another width than the "
+            "pretrained one, give weights as 'random' or a safetensors file"
+        ) from error
+    return model
+
+
+def _load_weights(network: Mctformer, weights: str | Path, spec: MctformerSpec) -> None:
+    if str(weights) == PRETRAINED:
+        state = dict(_transformer(spec, pretrained=True).state_dict())
+    else:
+        state = read_weights(Path(weights))
+        refuse_not_finite(state, Path(weights))
+    own = network.state_dict()
+    try:
+        state = _with_class_tokens(state, own)
+        if difference := misfit(own, state):
+            raise ClassifierError(f"{difference}; check the backbone's name and arguments")
+    except ClassifierError as error:
+        raise ClassifierError(
+            f"the weights {str(weights)!r} do not fit {spec.backbone!r} with arguments "
+            f"{dict(spec.arguments)}: {error}"
+        ) from None
+    network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+
+
+def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a transformer renamed and copied to fit a network with ``own`` tensors."""
+    if "dist_token" in state:
+        raise ClassifierError(
+            "they have a distillation token; take the checkpoint that was trained without "
+            "distillation"
+        )
+    if not {"cls_token", "pos_embed"} <= state.keys():
+        raise ClassifierError(
+            "they have no cls_token or no pos_embed; give those of a plain vision transformer"
+        )
+    token, table, (_, count, width) = state["cls_token"], state["pos_embed"], own["cls_token"].shape
+    given = token.shape[1:]
+    if token.ndim != own["cls_token"].ndim or given[1] != width:
+        raise ClassifierError(
+            f"their tokens have shape {tuple(token.shape)}, but the network's have {width} "
+            "channels; set embed_dim to theirs"
+        )
+    if given[0] not in (1, count):
+        raise ClassifierError(
+            f"they have {given[0]} class tokens; expected one, or one for each of {count} classes"
+        )
+    patches = table[:, given[0] :]
+    side, wanted = (math.isqrt(n) for n in (patches.shape[1], own["pos_embed"].shape[1] - count))
+    if side < 1 or side * side != patches.shape[1] or patches.shape[2] != width:
+        raise ClassifierError(
+            f"their table of positions has shape {tuple(table.shape)}; expected (1, {given[0]} + a "
+            f"square, {width})"
+        )
+    if side != wanted:
+        planes = patches.transpose(1, 2).reshape(1, width, side, side).float()
+        planes = F.interpolate(planes, size=(wanted, wanted), mode="bicubic", align_corners=False)
+        patches = planes.flatten(2).transpose(1, 2).to(table.dtype)
+    copies = count // given[0]
+    positions = table[:, : given[0]].repeat(1, copies, 1)
+    # The linear head of a checkpoint gives way to the network's own, if it has one.
+    # A checkpoint's linear head is replaced by the network's convolution, if it has one.
+    heads = {k: v for k, v in state.items() if k.startswith("head.")}
+    convolution = "head.weight" in own and "head.weight" in heads and heads["head.weight"].ndim == 4
+    kept = heads if convolution else {k: v for k, v in own.items() if k.startswith("head.")}
+    return {
+        **{k: v for k, v in state.items() if k not in heads},
+        **kept,
+        "cls_token": token.repeat(1, copies, 1),
+        "pos_embed": torch.cat([positions, patches], 1),
+    }

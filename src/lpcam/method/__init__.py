@@ -1,0 +1,1 @@
+"""LPCAM: the equations of the paper, prototypes and extractors."""

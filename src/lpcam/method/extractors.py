@@ -1,0 +1,656 @@
+"""CAM and LPCAM as extractors: an image and a classifier in, class maps out.
+
+The functions map the features of one image at several scales; a run uses them. The classes
+:class:`CAM` and :class:`LPCAM` wrap them for tensors and data loaders, with any classifier.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import FeaturePair, Source, full_precision, single, tensor_pyramid
+from lpcam.classifiers.probe import ProbeSettings, fit_head
+from lpcam.classifiers.search import Pool
+from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
+from lpcam.method.functional import (
+    FusedMaps,
+    cam_of_pair,
+    class_activation,
+    fuse_scales,
+    lpcam_of_pair,
+    normalize,
+)
+from lpcam.method.image_maps import ImageMaps
+from lpcam.method.prototypes import Prototypes, make_prototypes
+from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ClassifierError, DataError, NotFittedError, PrototypeError
+from lpcam.runtime.files import read_tensors
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
+
+
+PRESET = "voc12.official"
+
+
+HEAD = "head.weight"
+"""Name of the rows of a new head in a file of prototypes."""
+
+
+# -- Maps --------------------------------------------------------------------------------------
+
+
+def cam_maps(
+    pairs: Iterable[FeaturePair], weight: Tensor, size: tuple[int, int], *, epsilon: float
+) -> FusedMaps:
+    """CAM of equation 1 over scales and flip (specification of LPCAM, section 3b).
+
+    Args:
+        pairs: features of each scale.
+        weight: (N, C), rows w_n of the wanted classes.
+        size: (H, W) of the image.
+        epsilon: added to the maximum before the division.
+
+    Example:
+        >>> maps = cam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.ones(1, 3), (8, 8),
+        ...                 epsilon=0.0)
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([1, 8, 8]), 1.0)
+    """
+    maps = [cam_of_pair(pair.features, pair.mirrored, weight) for pair in pairs]
+    return fuse_scales(maps, size, epsilon=epsilon)
+
+
+def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
+    """LPCAM of equations 5 and 6 over scales and flip (specification of LPCAM, section 3i).
+
+    Args:
+        pairs: features of each scale.
+        vectors: (N, C), rows of :meth:`lpcam.method.prototypes.Prototypes.vectors` of the wanted
+        classes.
+        size: (H, W) of the image.
+
+    Example:
+        >>> maps = lpcam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.eye(3)[:2], (8, 8))
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([2, 8, 8]), 1.0)
+    """
+    maps = [lpcam_of_pair(pair.features, pair.mirrored, vectors) for pair in pairs]
+    return fuse_scales(maps, size)
+
+
+def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+    """Equation 1 on the feature grid, one scale, no flip.
+
+    Args:
+        features: (C, h, w).
+        weight: (K, C), rows w_n of the wanted classes.
+        epsilon: added to the maximum before the division.
+
+    Returns:
+        (K, h, w) in [0, 1].
+
+    Example:
+        >>> single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.ones(1, 1), epsilon=0.0)
+        tensor([[[0.2500, 1.0000, 0.0000]]])
+    """
+    return normalize(class_activation(features, weight).relu(), "max", epsilon)
+
+
+# -- Extractors --------------------------------------------------------------------------------
+
+
+class CAM:
+    """Class activation maps of equation 1, over scales and flip.
+
+    The model is inspected when it is first needed and not changed: see
+    :func:`lpcam.classifiers.wrapped.wrap`,
+    which takes the keyword arguments.
+
+    Args:
+        model: a :class:`~lpcam.classifiers.classifier.Classifier`, a
+        :class:`~lpcam.classifiers.wrapped.WrappedModel`, or any
+            image classifier.
+        settings: an :class:`~lpcam.method.settings.LpcamSettings` or the name of a preset; None:
+            ``voc12.official``, at scale 1 only if the model takes a fixed size of image.
+        classes: names of the classes.
+        target_layer: name, module or callable that gives the map before the pooling.
+        head: name, module or (weight, bias) of the linear head.
+        pool: ``"token"`` for a head that reads a class token.
+        example: images that the model takes, or their size (H, W).
+
+    Attributes:
+        source_: the :class:`~lpcam.classifiers.classifier.Classifier` or
+        :class:`~lpcam.classifiers.wrapped.WrappedModel`
+            that gives features and class rows.
+        settings_: the :class:`~lpcam.method.settings.LpcamSettings` in use.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(8, 2))
+        >>> CAM(model, example=(32, 32))(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 2, 32, 32])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | WrappedModel,
+        settings: LpcamSettings | str | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        target_layer: TargetLayer | None = None,
+        head: Head | None = None,
+        pool: Pool | None = None,
+        example: Tensor | tuple[int, int] | None = None,
+    ) -> None:
+        # Stored as given, so that sklearn.base.clone works.
+        self.model = model
+        self.settings = settings
+        self.classes = classes
+        self.target_layer = target_layer
+        self.head = head
+        self.pool = pool
+        self.example = example
+        self._reset()
+
+    def _reset(self) -> None:
+        self._source: Source | None = None
+
+    _model_parameters = ("model", "classes", "target_layer", "head", "pool", "example")
+
+    def __repr__(self) -> str:
+        model = (
+            repr(self.model) if isinstance(self.model, WrappedModel) else type(self.model).__name__
+        )
+        return f"{type(self).__name__}({model}, {self.settings!r})"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Arguments of the constructor as they were given."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **parameters: Any) -> Self:
+        """Change arguments of the constructor.
+
+        ``with_context`` and the scales and flip of ``settings`` apply from the next call on;
+        ``random_state``, ``dtype`` and the other settings from the next ``fit`` on. Any other
+        change discards what was found and fitted.
+
+        Raises:
+            ValueError: if there is no such argument.
+        """
+        known = self.get_params()
+        for name, value in parameters.items():
+            if name not in known:
+                raise ValueError(
+                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}"
+                )
+            setattr(self, name, value)
+        if not parameters.keys().isdisjoint(self._model_parameters):
+            self._reset()
+        return self
+
+    @property
+    def source_(self) -> Source:
+        """Classifier that gives features and class rows.
+
+        Raises:
+            ClassifierError: if no feature map or linear head is found in the model.
+        """
+        if self._source is None:
+            self._source = self._find_source()
+        return self._source
+
+    @property
+    def settings_(self) -> LpcamSettings:
+        """Settings in use.
+
+        Raises:
+            RecipeError: if there is no preset of that name.
+            ClassifierError: as ``source_``.
+        """
+        source = self.source_
+        if isinstance(self.settings, LpcamSettings):
+            return self.settings
+        if self.settings is None and isinstance(source, WrappedModel) and source.fixed_size:
+            return LpcamSettings.from_preset(PRESET, scales=(1.0,))
+        return LpcamSettings.from_preset(self.settings or PRESET)
+
+    def _find_source(self) -> Source:
+        options = {name: getattr(self, name) for name in self._model_parameters[1:]}
+        if not isinstance(self.model, (Classifier, WrappedModel)):
+            return wrap(self.model, **options)
+        given = sorted(name for name, value in options.items() if value is not None)
+        if given:
+            raise ClassifierError(
+                f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
+                "has its own; leave it out, or give the bare model"
+            )
+        return self.model
+
+    @torch.no_grad()  # not inference mode, whose tensors no loss can use
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Maps of a batch, computed in the model's own precision whatever the caller's autocast.
+
+        Args:
+            images: (B, c, H, W), normalised as the model expects.
+            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices. Maps of
+                absent classes are zero. None maps every class.
+
+        Returns:
+            (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 for such a model).
+
+        Raises:
+            ValueError: if the labels do not fit the batch.
+            ClassifierError: if no feature map or linear head is found in the model, or it cannot
+                take the images.
+            NotFittedError: for an LPCAM without prototypes.
+        """
+        present = None
+        if labels is not None:
+            present = multi_hot_labels(labels, images.shape[0], len(self.source_.classes))
+        with full_precision(self.source_.device):
+            maps = self._maps(self._pairs(images), _size(images)).high_res
+            if present is not None:
+                maps = maps * (present > 0).to(maps)[:, :, None, None]
+        return maps.to(images.device)
+
+    def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
+        source, settings = self.source_, self.settings_
+        return tensor_pyramid(source, images.to(source.device), settings.scales, flip=settings.flip)
+
+    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
+        return cam_maps(
+            pairs, single(self.source_.weight), size, epsilon=self.settings_.cam_epsilon
+        )
+
+
+class LPCAM(CAM):
+    """LPCAM of equations 2 to 6: fit prototypes on a labelled loader, then map images.
+
+    With ``classes`` and a model without a linear head for them, ``fit`` first fits a head on the
+    pooled features of the frozen model (as the linear probe of a run).
+
+    Args:
+        model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
+        random_state: random seed of the reservoir and the clustering.
+        dtype: precision in which local features are kept. float16 halves the memory; its largest
+            value is 65504.
+        with_context: False leaves the context out (LPCAM-F).
+
+    Attributes:
+        prototypes_: :class:`~lpcam.method.prototypes.Prototypes`, after ``fit``, ``partial_fit`` or
+            ``load``.
+        source_: the :class:`~lpcam.classifiers.classifier.Classifier` or
+        :class:`~lpcam.classifiers.wrapped.WrappedModel`
+            that they belong to.
+        settings_: the :class:`~lpcam.method.settings.LpcamSettings` in use.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(8, 2))
+        >>> images, labels = torch.rand(4, 3, 32, 32), torch.ones(4, 2)
+        >>> lpcam = LPCAM(model, example=(32, 32)).fit([(images, labels)])
+        >>> lpcam(images, labels).shape
+        torch.Size([4, 2, 32, 32])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | WrappedModel,
+        settings: LpcamSettings | str | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        target_layer: TargetLayer | None = None,
+        head: Head | None = None,
+        pool: Pool | None = None,
+        example: Tensor | tuple[int, int] | None = None,
+        random_state: int = 0,
+        dtype: torch.dtype = torch.float16,
+        with_context: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            settings,
+            classes=classes,
+            target_layer=target_layer,
+            head=head,
+            pool=pool,
+            example=example,
+        )
+        self.random_state = random_state
+        self.dtype = dtype
+        self.with_context = with_context
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._reservoir: Reservoir | None = None
+        self._images = 0
+        self._prototypes: Prototypes | None = None
+
+    @property
+    def source_(self) -> Source:
+        """Classifier that the prototypes belong to.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+        """
+        if self._source is None:
+            raise NotFittedError(
+                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
+                "load(path) with a file that save wrote"
+            )
+        return self._source
+
+    def fit(self, loader: Batches) -> Self:
+        """Collect local features, cluster, score and select prototypes (equations 2 to 4).
+
+        Args:
+            loader: yields normalised images (B, c, H, W) and labels: multi-hot (B, N), or (B,)
+                int64 class indices. It is read twice if a new head is fitted. Every image is used
+                for all its classes; ``images_per_class`` applies to runs only.
+
+        Raises:
+            ValueError: if the labels do not fit a batch.
+            ClassifierError: if no feature map or linear head is found in the model. For a new head:
+                if the loader is an iterator, which cannot be read twice, or a class has no image.
+            PrototypeError: if no class has a foreground feature.
+        """
+        self._reset()
+        try:
+            self._source = source = self._find_source()
+            _ = self.settings_  # an unknown preset raises before the loader is read
+            if isinstance(source, WrappedModel) and source.needs_head:
+                self._source = self._with_new_head(source, loader)
+            for images, labels in loader:
+                self.partial_fit(images, labels)
+            if self._images == 0:
+                raise PrototypeError(NO_IMAGE)
+            self._cluster()
+        except BaseException:
+            # A later partial_fit must not add to a part of this loader.
+            self._reset()
+            raise
+        return self
+
+    def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Fit on a loader at once, then map its images lazily.
+
+        Args:
+            loader: as for :meth:`fit`; read again for the maps, in whatever order it has then.
+
+        Returns:
+            Iterator of (images, labels, maps (B, N, H, W)).
+
+        Raises:
+            ClassifierError: if the loader is an iterator, which cannot be read twice.
+            ValueError, PrototypeError: as :meth:`fit`.
+        """
+        _check_readable_twice(loader, "fit_maps")
+        self.fit(loader)
+        return ((images, labels, self(images, labels)) for images, labels in loader)
+
+    def _with_new_head(self, source: WrappedModel, loader: Batches) -> WrappedModel:
+        """Fit a linear head to the pooled features of a loader's images."""
+        _check_readable_twice(loader, "fitting a new head")
+        settings = ProbeSettings.from_preset("default")
+        pooled, labels = [], []
+        for images, given in loader:
+            multi_hot = multi_hot_labels(given, images.shape[0], len(source.classes))
+            labels.append((multi_hot > 0).cpu())
+            with torch.no_grad(), full_precision(source.device):
+                (pair,) = tensor_pyramid(
+                    source, images.to(source.device), (1.0,), flip=settings.mirror
+                )
+                views = [view.mean((-2, -1)) for view in pair if view is not None]
+                pooled.append(torch.stack(views, dim=1).float().cpu())
+        if not pooled:
+            raise PrototypeError(NO_IMAGE)
+        with torch.inference_mode(False), full_precision(torch.device("cpu")):
+            weight = fit_head(
+                torch.cat(pooled).clone(), torch.cat(labels).float(), settings, source.classes
+            )
+        return source.with_head(weight.to(source.device))
+
+    @torch.no_grad()
+    def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
+        """Collect the local features of one more batch (equation 2), for data in parts.
+
+        Clustering is postponed until ``prototypes_`` is needed. Parts in the same order give the
+        prototypes of one ``fit``.
+
+        Args:
+            images: (B, c, H, W), normalised as the model expects.
+            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices.
+
+        Raises:
+            ValueError: if the labels do not fit the batch.
+            ClassifierError: if no feature map or linear head is found in the model.
+        """
+        if self._source is None:
+            self._source = self._find_source()
+        source, settings = self.source_, self.settings_
+        labels = multi_hot_labels(labels, images.shape[0], len(source.classes))
+        weight, epsilon = single(source.weight), settings.cam_epsilon
+        if self._reservoir is None:
+            self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
+        multi_scale = settings.split_maps == "multi_scale"
+        scales = settings.scales if multi_scale else (1.0,)
+        if 1.0 not in scales:
+            scales = (*scales, 1.0)
+        with full_precision(source.device):
+            pairs = list(
+                tensor_pyramid(
+                    source, images.to(source.device), scales, flip=settings.flip and multi_scale
+                )
+            )
+            features = pairs[scales.index(1.0)].features
+            maps = None
+            if multi_scale:
+                used = pairs[: len(settings.scales)]
+                maps = cam_maps(used, weight, _size(images), epsilon=epsilon).high_res
+            self._prototypes = None
+            for row in range(images.shape[0]):
+                present = (labels[row] > 0).nonzero().flatten().tolist()
+                split_map = (
+                    maps[row, present]
+                    if maps is not None
+                    else single_scale_cam(features[row], weight[present], epsilon=epsilon)
+                )
+                name = f"image {self._images}"
+                collect(self._reservoir, features[row], present, split_map, settings, name)
+                self._images += 1
+        return self
+
+    def _cluster(self) -> Prototypes:
+        source, settings = self.source_, self.settings_
+        assert self._reservoir is not None
+        with full_precision(source.device):
+            self._prototypes = make_prototypes(
+                self._reservoir,
+                single(source.weight),
+                source.classes,
+                settings,
+                seed=self.random_state,
+                fingerprint=source.fingerprint(),
+                made_by={
+                    "settings": settings.model_dump(mode="json"),
+                    "random_state": self.random_state,
+                    "images": self._images,
+                },
+            )
+        return self._prototypes
+
+    @property
+    def prototypes_(self) -> Prototypes:
+        """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+            PrototypeError: if no class has a foreground feature.
+        """
+        _ = self.source_
+        return self._cluster() if self._prototypes is None else self._prototypes
+
+    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
+        return lpcam_maps(pairs, self._vectors(), size)
+
+    def _vectors(self) -> Tensor:
+        vectors = self.prototypes_.vectors(with_context=self.with_context)
+        return vectors.to(single(self.source_.weight))
+
+    @torch.no_grad()
+    def image_maps(
+        self,
+        image: Tensor,
+        picture: NDArray[np.uint8],
+        classes: Sequence[str] | None = None,
+        *,
+        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
+        name: str = "image",
+    ) -> ImageMaps:
+        """CAM and LPCAM of one image as :class:`~lpcam.method.image_maps.ImageMaps`, to draw and
+        save.
+
+        Args:
+            image: (c, H, W), normalised as the model expects.
+            picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
+            classes: names of at most 254 classes to map; None: the class with the highest score.
+            scoring: turns the logits into scores; "softmax" if exactly one class is present.
+            name: of the image, for file names.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+            DataError: if a class is unknown.
+        """
+
+        vectors, source, settings = self._vectors(), self.source_, self.settings_
+        images = image[None].to(source.device)
+        with full_precision(source.device):
+            logits = source(images) if isinstance(source, Classifier) else source.logits(images)
+            logits = logits[0].double().cpu()
+            scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)
+            order = scores.argsort(descending=True, stable=True).tolist()
+            wanted = [source.classes[order[0]]] if classes is None else list(classes)
+            unknown = sorted(set(wanted) - set(source.classes))
+            if unknown:
+                raise DataError(
+                    f"unknown classes {', '.join(unknown)}; expected some of the classifier's: "
+                    f"{', '.join(source.classes)}"
+                )
+            chosen = [source.classes.index(one) for one in wanted]
+            pairs, size = list(self._pairs(images)), _size(images)
+            rows = single(source.weight)[chosen]
+            cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon).high_res[0]
+            lpcam = lpcam_maps(pairs, vectors[chosen], size).high_res[0]
+        few = len(source.classes) <= MOST_MASK_VALUES
+        return ImageMaps(
+            image=picture,
+            classes=tuple(wanted),
+            mask_ids=tuple(n + 1 for n in chosen) if few else tuple(range(1, len(chosen) + 1)),
+            scores=tuple(scores[chosen].tolist()),
+            cam=cam.float().cpu().numpy(),
+            lpcam=lpcam.float().cpu().numpy(),
+            threshold=settings.threshold,
+            cam_threshold=settings.cam_threshold,
+            ranking=tuple((source.classes[n], float(scores[n])) for n in order),
+            name=name,
+            made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the prototypes, and the head if ``fit`` made one, to a safetensors file.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+        """
+        prototypes, source = self.prototypes_, self.source_
+        new = isinstance(source, WrappedModel) and source.new_head
+        prototypes.save(Path(path), {HEAD: source.weight} if new else None)
+
+    def load(self, path: str | Path) -> Self:
+        """Read prototypes that :meth:`save` wrote.
+
+        Raises:
+            ArtefactError: if the file is missing or damaged.
+            PrototypeError: if they belong to another classifier.
+        """
+        tensors, metadata = read_tensors(Path(path))
+        source = self._find_source()
+        if HEAD in tensors and isinstance(source, WrappedModel) and source.needs_head:
+            head = tensors[HEAD]
+            if head.shape[0] != len(source.classes):
+                names = ", ".join(map(str, metadata.get("classes", ())))
+                raise PrototypeError(
+                    f"the head in {path} has {head.shape[0]} classes, but {len(source.classes)} "
+                    f"names were given; give those of the file: classes=[...] with {names}"
+                )
+            source = source.with_head(head.to(source.device))
+        prototypes = Prototypes.load(Path(path), fingerprint=source.fingerprint())
+        self._reset()
+        self._source, self._prototypes = source, prototypes
+        return self
+
+
+NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
+
+
+MOST_MASK_VALUES = 254
+"""Values of a mask that can name a class; 0 is background and 255 ignored."""
+
+
+# -- Labels and images of a caller -------------------------------------------------------------
+
+
+def multi_hot_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
+    """Image-level labels as (B, N) multi-hot.
+
+    Args:
+        labels: (B, N) multi-hot, returned unchanged; or (B,) integers, the index of each image's
+            only class. For a single class give (B, 1).
+        batch: B.
+        classes: N.
+
+    Raises:
+        ValueError: if the labels have another shape, or an index is out of range.
+
+    Example:
+        >>> multi_hot_labels(torch.tensor([1, 0]), 2, 2).tolist()
+        [[0, 1], [1, 0]]
+    """
+    if tuple(labels.shape) == (batch, classes):
+        return labels
+    integers = labels.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64)
+    if tuple(labels.shape) == (batch,) and integers and classes > 1:
+        if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(
+                f"expected class indices from 0 to {classes - 1}, got {int(labels.min())} to "
+                f"{int(labels.max())}"
+            )
+        return F.one_hot(labels.long(), classes)
+    raise ValueError(
+        f"expected multi-hot labels of shape {(batch, classes)}, got {tuple(labels.shape)}"
+    )
+
+
+def _check_readable_twice(loader: Batches, what: str) -> None:
+    # iter(loader) would draw from the caller's random numbers
+    if isinstance(loader, Iterator):
+        raise ClassifierError(
+            f"the loader is an iterator, which is empty after one pass, but {what} reads it twice; "
+            "give a DataLoader or a list of (images, labels)"
+        )
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]

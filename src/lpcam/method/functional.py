@@ -1,0 +1,460 @@
+"""Equations 1 to 6 of the paper as pure functions on tensors.
+
+| equation | function |
+|---|---|
+| 1, class activation map | :func:`class_activation`, then ReLU and :func:`normalize` |
+| 2, foreground and context | :func:`split` |
+| 3 and 4, score of a centre | :func:`score` |
+| selection by the score | :func:`select_foreground`, :func:`select_context` |
+| 5, mean cosine to the prototypes | :func:`mean_cosine` |
+| 6, foreground minus context | :func:`foreground_minus_context`, :func:`cosine_activation` |
+
+Shapes: B images, C channels, N classes, K prototypes, h x w the feature grid, H x W the image.
+Every function keeps the device and dtype of its tensors. None applies a ReLU, a resize or a
+normalisation that its name or first line does not state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPSILON = 1e-8
+"""Lower bound of the norm that a vector is divided by: a zero vector has cosine 0."""
+
+
+CHUNK_BYTES = 2**19
+"""Features that a CPU processes together, so that they stay in the cache of a core."""
+
+
+BEST_MARGIN = 1e-6
+"""Scores that differ from the best by less count as best if no score passes mu_f."""
+
+
+Normalization = Literal["max", "minmax"]
+
+
+# -- Equation 1: the class activation map ------------------------------------------------------
+
+
+def class_activation(features: Tensor, weight: Tensor) -> Tensor:
+    """Equation 1 before its ReLU: A_n = w_n . f(x) at every location.
+
+    Args:
+        features: (..., C, h, w), the feature block before global average pooling.
+        weight: (N, C), rows w_n of the bias-free classifier.
+
+    Returns:
+        (..., N, h, w), signed.
+
+    Raises:
+        ValueError: if the numbers of channels differ.
+
+    Example:
+        >>> features = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
+        >>> class_activation(features, torch.tensor([[1.0, 1.0]])).tolist()
+        [[[4.0, 1.0]]]
+    """
+    _check_channels(features, weight)
+    flat = features.flatten(-2)
+    return (weight @ flat).reshape(*flat.shape[:-2], weight.shape[0], *features.shape[-2:])
+
+
+# -- Equation 2: foreground and context --------------------------------------------------------
+
+
+def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
+    """Equation 2: locations of the foreground and of the context of a class.
+
+    Args:
+        cam: (..., h, w), max-normalised CAM of a class, in [0, 1].
+        tau: threshold in [0, 1]. Larger values move locations from the foreground to the context.
+        inclusive: True: foreground is cam >= tau and context the rest (the paper). False: cam > tau
+            and cam < tau; locations equal to tau belong to neither (the released program).
+
+    Returns:
+        Foreground and context, boolean tensors of the shape of ``cam``.
+
+    Example:
+        >>> foreground, context = split(torch.tensor([0.0, 0.1, 0.5]), 0.1, inclusive=True)
+        >>> foreground.tolist(), context.tolist()
+        ([False, True, True], [True, False, False])
+    """
+    if inclusive:
+        foreground = cam >= tau
+        return foreground, ~foreground
+    return cam > tau, cam < tau
+
+
+# -- Equations 3 and 4: score of a centre, and selection ---------------------------------------
+
+
+def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
+    """Equations 3 and 4: z_i = softmax over classes of (centre . w), read at one class.
+
+    The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
+    mu_b depend on it. For spherical clusters give the plain means of the members.
+
+    A softmax over one class is always 1. A binary classifier with one row is therefore scored by
+    the sigmoid, which is the softmax of its logit and zero.
+
+    Args:
+        centers: (K, C).
+        weight: (N, C), rows of the classifier.
+        index: row of the class that the centres belong to.
+        bias: (N,), or None. The classifier of the paper has none.
+
+    Returns:
+        (K,) in [0, 1].
+
+    Example:
+        >>> score(torch.tensor([[1.0, 1.0]]), torch.eye(2), 0).tolist()
+        [0.5]
+    """
+    logits = centers @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if weight.shape[0] == 1:
+        return logits[:, 0].sigmoid()
+    return logits.softmax(dim=1)[:, index]
+
+
+def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
+    """Class prototypes F' = {F_i : z_i > mu_f}, or the centres of the best score if none passes.
+
+    Args:
+        scores: (K,). NaN marks a missing centre and is never selected.
+        mu_f: threshold in [0, 1]. Larger values select fewer centres.
+
+    Returns:
+        (K,) bool.
+
+    Example:
+        >>> select_foreground(torch.tensor([0.95, 0.5]), 0.9).tolist()
+        [True, False]
+    """
+    keep = scores > mu_f
+    if keep.any() or not torch.isfinite(scores).any():
+        return keep
+    best = scores[torch.isfinite(scores)].max()
+    return (scores - best).abs() < BEST_MARGIN
+
+
+def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
+    """Context prototypes B' = {B_i : lower < z_i < mu_b}; possibly none.
+
+    Args:
+        scores: (K,). NaN marks a missing centre and is never selected.
+        mu_b: threshold in [0, 1]. Larger values select more centres.
+        lower: None: no lower bound (the paper). The released program uses 0.05 on VOC and 0 on
+            COCO, where it drops scores that underflow to 0.
+
+    Returns:
+        (K,) bool.
+
+    Example:
+        >>> select_context(torch.tensor([0.01, 0.5, 0.95]), 0.9, 0.05).tolist()
+        [False, True, False]
+    """
+    below = scores < mu_b
+    return below if lower is None else below & (scores > lower)
+
+
+# -- Equation 5: mean cosine to the prototypes -------------------------------------------------
+
+
+def mean_cosine(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Equation 5: mean over the prototypes of cos(f(x), prototype) at every location.
+
+    This is FG_n for the class prototypes F'_n and BG_n for the context prototypes B'_n.
+
+    Args:
+        features: (..., C, h, w).
+        prototypes: (K, C), K >= 1.
+
+    Returns:
+        (..., h, w) in [-1, 1].
+
+    Raises:
+        ValueError: if the numbers of channels differ or there is no prototype.
+
+    Example:
+        >>> features = torch.tensor([0.0, 4.0])[:, None, None]
+        >>> mean_cosine(features, torch.tensor([[9.0, 0.0], [0.0, 0.5]])).tolist()
+        [[0.5]]
+    """
+    return cosine_activation(features, unit_mean(prototypes)[None])[..., 0, :, :]
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """L2-normalise along ``dim``; a zero vector stays zero.
+
+    Example:
+        >>> unit(torch.tensor([0.0, 2.0]), dim=0).tolist()
+        [0.0, 1.0]
+    """
+    normalised: Tensor = F.normalize(vectors, dim=dim, eps=NORM_EPSILON)
+    return normalised
+
+
+def unit_mean(prototypes: Tensor) -> Tensor:
+    """Mean of the unit-normalised prototypes, *not* normalised again.
+
+    Equation 5 needs this one vector only, because
+    mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|. Normalising the mean of the raw centres would
+    give a different, wrong map.
+
+    Args:
+        prototypes: (K, C), K >= 1.
+
+    Returns:
+        (C,).
+
+    Raises:
+        ValueError: if there is no prototype.
+
+    Example:
+        >>> unit_mean(torch.tensor([[100.0, 0.0], [0.0, 1.0]])).tolist()
+        [0.5, 0.5]
+    """
+    if prototypes.ndim != 2 or prototypes.shape[0] == 0:
+        raise ValueError(
+            f"prototypes have shape {tuple(prototypes.shape)}; expected (K, C) with K >= 1"
+        )
+    return unit(prototypes, dim=1).mean(0)
+
+
+# -- Equation 6: foreground minus context ------------------------------------------------------
+
+
+def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tensor:
+    """Equation 6 before its ReLU, as one vector v_n of a class.
+
+    A_n = FG_n - BG_n is linear in f/|f|, so it is the map of the vector
+    v_n = unit_mean(F') - unit_mean(B'). :func:`cosine_activation` maps it.
+
+    Args:
+        foreground: (K, C), class prototypes F'_n, K >= 1.
+        context: (K', C), context prototypes B'_n. Nothing is subtracted for None or K' = 0, as in
+            the released program.
+
+    Returns:
+        (C,).
+
+    Example:
+        >>> foreground_minus_context(torch.eye(2)[:1], torch.eye(2)[1:]).tolist()
+        [1.0, -1.0]
+    """
+    vector = unit_mean(foreground)
+    if context is None or context.shape[0] == 0:
+        return vector
+    return vector - unit_mean(context)
+
+
+def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Dot products of unit features with vectors: equations 5 and 6 for all classes at once.
+
+    Equation 6 is the ReLU of it, then :func:`normalize` with "max".
+
+    Args:
+        features: (..., C, h, w); normalised here over C.
+        vectors: (N, C), from :func:`unit_mean` or :func:`foreground_minus_context`; not normalised.
+        mirrored: features of the mirrored image. The maps are then those of
+            features + unflip(mirrored).
+
+    Returns:
+        (..., N, h, w), signed.
+
+    Raises:
+        ValueError: if the numbers of channels differ.
+
+    Example:
+        >>> features = torch.tensor([0.0, 4.0])[:, None, None]
+        >>> cosine_activation(features, torch.tensor([[0.5, -0.5]])).tolist()
+        [[[-0.5]]]
+    """
+    # The products are divided by the norm: N instead of C divisions a location. They and the
+    # squares of the norm are summed over chunks of channels, each while it is in the cache.
+    _check_channels(features, vectors)
+    chunks = _chunks(features)
+    products, squares = [], []
+    for start, step in chunks:
+        part = features.narrow(-3, start, step)
+        if mirrored is not None:
+            part = part + unflip(mirrored.narrow(-3, start, step))
+        flat = part.flatten(-2)
+        products.append(vectors[:, start : start + step] @ flat)
+        if len(chunks) > 1:
+            wide = flat if flat.dtype == torch.float64 else flat.float()  # half would overflow
+            squares.append(wide.square().sum(-2, keepdim=True))
+    norm = (
+        sum(squares[1:], squares[0]).sqrt().to(features.dtype)
+        if squares
+        else torch.linalg.vector_norm(flat, dim=-2, keepdim=True)
+    )
+    maps = sum(products[1:], products[0]) / norm.clamp_min(NORM_EPSILON)
+    return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
+
+
+def _chunks(features: Tensor) -> list[tuple[int, int]]:
+    """First channel and number of channels of each chunk: several on a CPU if C is not last."""
+    channels = features.shape[-3]
+    step = channels
+    if features.device.type == "cpu" and features.stride(-3) != 1:
+        plane = features.narrow(-3, 0, 1).numel() * features.element_size()
+        step = max(1, min(channels, CHUNK_BYTES // max(1, plane)))
+    return [(start, min(step, channels - start)) for start in range(0, channels, step)]
+
+
+# -- Flip and scales ---------------------------------------------------------------------------
+
+
+def unflip(maps: Tensor) -> Tensor:
+    """Mirror maps or features of a mirrored image back (last axis).
+
+    Example:
+        >>> unflip(torch.tensor([1.0, 2.0])).tolist()
+        [2.0, 1.0]
+    """
+    return maps.flip(-1)
+
+
+def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Tensor:
+    """CAM of one scale: ReLU(A(f)) + unflip(ReLU(A(f_mirror))).
+
+    Args:
+        features: (..., C, h, w) of the image.
+        mirrored: (..., C, h, w) of the mirrored image, or None without flip.
+        weight: (N, C).
+
+    Returns:
+        (..., N, h, w), non-negative, not normalised.
+
+    Example:
+        >>> image, mirror = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, -5.0]]])
+        >>> cam_of_pair(image, mirror, torch.ones(1, 1)).tolist()
+        [[[2.0, 1.0]]]
+    """
+    maps = class_activation(features, weight).relu()
+    if mirrored is not None:
+        maps = maps + unflip(class_activation(mirrored, weight).relu())
+    return maps
+
+
+def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) -> Tensor:
+    """LPCAM of one scale: ReLU of the cosine of f + unflip(f_mirror).
+
+    Args:
+        features: (..., C, h, w) of the image.
+        mirrored: (..., C, h, w) of the mirrored image, or None without flip.
+        vectors: (N, C), from :func:`foreground_minus_context`.
+
+    Returns:
+        (..., N, h, w), non-negative, not normalised.
+
+    Example:
+        >>> features = torch.tensor([0.0, 4.0])[:, None, None]
+        >>> lpcam_of_pair(features, None, torch.tensor([[0.5, -0.5], [0.0, 1.0]])).tolist()
+        [[[0.0]], [[1.0]]]
+    """
+    return cosine_activation(features, vectors, mirrored).relu()
+
+
+class FusedMaps(NamedTuple):
+    """Maps of one image, summed over scales and normalised to [0, 1]."""
+
+    cam: Tensor
+    """(..., N, ceil(H/4), ceil(W/4))"""
+    high_res: Tensor
+    """(..., N, H, W)"""
+
+
+def strided(length: int, stride: int) -> int:
+    """Number of grid cells of ``stride`` pixels that cover ``length`` pixels, rounded up.
+
+    Example:
+        >>> strided(375, 16)
+        24
+    """
+    return (length - 1) // stride + 1
+
+
+def fuse_scales(
+    maps: Sequence[Tensor], size: tuple[int, int], *, stride: int = 16, epsilon: float = 0.0
+) -> FusedMaps:
+    """Resize each scale's maps bilinearly, sum them over scales, divide by the maximum.
+
+    The resize has ``align_corners=False``. ``high_res`` is resized to the next multiple of
+    ``stride``, which the maps of a strided network cover, and cropped (specification of LPCAM,
+    section 3, b and i).
+
+    Args:
+        maps: (..., N, h, w) for each scale.
+        size: (H, W) of the image in pixels.
+        stride: of the network, in pixels.
+        epsilon: added to the maximum of each class before the division.
+
+    Raises:
+        ValueError: if there is no scale or the size is not positive.
+
+    Example:
+        >>> fused = fuse_scales([torch.ones(1, 2, 3), torch.ones(1, 4, 6)], (30, 48))
+        >>> fused.cam.shape, fused.high_res.shape
+        (torch.Size([1, 8, 12]), torch.Size([1, 30, 48]))
+    """
+    height, width = size
+    if not maps or height < 1 or width < 1:
+        raise ValueError(f"got {len(maps)} scales and size {size}; expected both positive")
+    quarter = (strided(height, 4), strided(width, 4))
+    full = (strided(height, stride) * stride, strided(width, stride) * stride)
+    cam = torch.stack([_bilinear(m, quarter) for m in maps]).sum(0)
+    high_res = torch.stack([_bilinear(m, full) for m in maps]).sum(0)[..., :height, :width]
+    return FusedMaps(normalize(cam, "max", epsilon), normalize(high_res, "max", epsilon))
+
+
+def normalize(maps: Tensor, mode: Normalization = "max", epsilon: float = 0.0) -> Tensor:
+    """Scale each class map by its spatial maximum ("max") or range ("minmax").
+
+    A map without a positive maximum (or range) becomes zeros, never NaN.
+
+    Args:
+        maps: (..., N, h, w).
+        mode: "max": m / (max + epsilon), equations 1 and 6. "minmax": (m - min) / (max - min +
+            epsilon).
+        epsilon: added to the divisor.
+
+    Raises:
+        ValueError: if the mode is unknown.
+
+    Example:
+        >>> normalize(torch.tensor([[[1.0, 4.0]], [[0.0, 0.0]]])).tolist()
+        [[[0.25, 1.0]], [[0.0, 0.0]]]
+    """
+    if mode == "minmax":
+        maps = maps - maps.amin((-2, -1), keepdim=True)
+    elif mode != "max":
+        raise ValueError(f"mode is {mode!r}; expected 'max' or 'minmax'")
+    top = maps.amax((-2, -1), keepdim=True)
+    return torch.where(top > 0, maps / torch.where(top > 0, top + epsilon, 1.0), 0.0)
+
+
+def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    lead = maps.shape[:-2]
+    flat = maps.reshape(1, math.prod(lead), *maps.shape[-2:])
+    if flat.shape[1] == 0:
+        return maps.new_zeros(*lead, *size)
+    resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*lead, *size)
+
+
+def _check_channels(features: Tensor, rows: Tensor) -> None:
+    if features.ndim < 3 or rows.ndim != 2 or features.shape[-3] != rows.shape[1]:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)} and the class rows {tuple(rows.shape)}; "
+            "expected (..., C, h, w) and (N, C) with the same C"
+        )

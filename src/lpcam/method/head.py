@@ -1,0 +1,135 @@
+"""LPCAM as the last layer of a network: logits and maps in one forward pass."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.wrapped import WrappedModel
+from lpcam.method.extractors import LPCAM
+from lpcam.method.functional import NORM_EPSILON, strided
+
+GRID = 16
+"""Maps are enlarged to the next multiple of this and cropped, as :func:`fuse_scales` does."""
+
+
+Normalize = Literal["max"]
+
+
+# -- Head --------------------------------------------------------------------------------------
+
+
+class LPCAMHead(nn.Module):
+    """Logits and LPCAM maps of a feature map.
+
+    Args:
+        weight: (N, C), the linear layer that reads the mean of the feature map.
+        vectors: (N, C), those of :meth:`lpcam.method.prototypes.Prototypes.vectors`, unchanged.
+        bias: (N,) of the linear layer, or None. It is added to the logits, never to maps.
+        normalize: ``"max"`` divides each map by its maximum (an all-zero map stays zero); None
+            leaves equation 6's differences of cosines, from 0 to 2.
+
+    Raises:
+        ValueError: if the shapes do not fit or the normalisation is unknown.
+
+    Example:
+        >>> head = LPCAMHead(torch.eye(2), torch.eye(2))
+        >>> logits, maps = head(torch.ones(1, 2, 3, 4), size=(48, 64))
+        >>> logits.tolist(), tuple(maps.shape)
+        ([[1.0, 1.0]], (1, 2, 48, 64))
+    """
+
+    weight: Tensor
+    vectors: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        vectors: Tensor,
+        bias: Tensor | None = None,
+        *,
+        normalize: Normalize | None = "max",
+    ) -> None:
+        super().__init__()
+        fits = weight.ndim == 2 and vectors.shape == weight.shape
+        if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+            raise ValueError(
+                f"expected weight and vectors (N, C) and a bias (N,) or None, got "
+                f"{tuple(weight.shape)}, {tuple(vectors.shape)} and "
+                f"{None if bias is None else tuple(bias.shape)}"
+            )
+        if normalize not in ("max", None):
+            raise ValueError(f"unknown normalisation {normalize!r}; use 'max' or None")
+        self.normalize = normalize
+        for name, values in (("weight", weight), ("vectors", vectors), ("bias", bias)):
+            self.register_buffer(name, None if values is None else values.detach().clone())
+
+    @classmethod
+    def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
+        """The head of a fitted LPCAM (LPCAM-F if its ``with_context`` is False).
+
+        Raises:
+            NotFittedError: if it has no prototypes.
+            PrototypeError: if they belong to another classifier.
+        """
+        prototypes, source = lpcam.prototypes_, lpcam.source_
+        prototypes.check_fingerprint(source.fingerprint(), "this LPCAM")
+        vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
+        head = cls(source.weight, vectors, _bias(source), normalize=normalize)
+        return head.to(source.dtype) if isinstance(source, WrappedModel) else head
+
+    def forward(
+        self,
+        features: Tensor,
+        size: tuple[int, int] | None = None,
+        pooled: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and maps.
+
+        Args:
+            features: (B, C, h, w), before pooling.
+            size: (H, W) in pixels; maps are enlarged to it before they are normalised. None leaves
+                them on the feature grid.
+            pooled: (B, C), input of the linear layer, e.g. class tokens; None: the mean of the
+                features.
+
+        Returns:
+            Logits (B, N), and non-negative maps (B, N, h, w) or (B, N, H, W).
+
+        Raises:
+            ValueError: if the features have another shape.
+        """
+        maps = self.activation(features, size)
+        if self.normalize is not None:
+            top = maps.amax((-2, -1), keepdim=True)
+            maps = maps / torch.where(top > 0, top, torch.ones_like(top))
+        if pooled is None:
+            pooled = features.mean((-2, -1))
+        return F.linear(pooled, self.weight, self.bias), maps
+
+    def activation(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Maps of equation 6 before their normalisation; arguments as in :meth:`forward`."""
+        if features.ndim != 4 or features.shape[1] != self.vectors.shape[1]:
+            raise ValueError(
+                f"expected features (B, {self.vectors.shape[1]}, h, w), got {features.shape}"
+            )
+        # float32: in half precision the squares would overflow
+        wide = torch.promote_types(features.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=wide)
+        unit = (features / norm.clamp_min(NORM_EPSILON)).to(features.dtype)
+        maps = F.conv2d(unit, self.vectors[:, :, None, None]).relu()
+        if size is None:
+            return maps
+        height, width = size
+        whole = (strided(height, GRID) * GRID, strided(width, GRID) * GRID)
+        maps = F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)
+        return maps[..., :height, :width]
+
+
+def _bias(source: Classifier | WrappedModel) -> Tensor | None:
+    return source.bias if isinstance(source, WrappedModel) else source.head.bias

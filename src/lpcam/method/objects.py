@@ -1,0 +1,417 @@
+"""Boxes, points, candidate instances and outlines of one map or mask.
+
+Pixels: row y and column x, from 0 at the top left. Pixel (y, x) is the square from (x, y) to
+(x + 1, y + 1), so a box ``x0, y0, x1, y1`` contains the pixels x0 <= x < x1 and y0 <= y < y1, and
+outlines run along the edges of pixels. A pixel is foreground if its value is > the threshold, as in
+:func:`lpcam.method.seeds.seeds`; a boolean mask needs no threshold.
+
+Everything is computed on the CPU. Components and peaks require SciPy (extra ``objects``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpcam.runtime.errors import DataError, LpcamError
+
+Connectivity = Literal[4, 8]
+"""8: pixels that touch at a corner are connected. 4: they are not."""
+
+
+ScoreKind = Literal["max", "mean"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """Tightest box around a connected component."""
+
+    x0: int
+    y0: int
+    x1: int
+    """One past the last column."""
+    y1: int
+    """One past the last row."""
+    score: float
+    """Maximum or mean of the map in the component."""
+    area: int
+    """Number of pixels of the component, not of the box."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Pixel and value of a peak."""
+
+    x: int
+    y: int
+    score: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """Candidate for one object: the pixels of a component that belong to one peak."""
+
+    box: Box
+    peak: Point
+    mask: NDArray[np.bool_] = field(repr=False, compare=False)
+    """(H, W) of the whole image"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""
+        return {**self.box.as_dict(), "peak": self.peak.as_dict()}
+
+
+# -- Components --------------------------------------------------------------------------------
+
+
+def components(
+    mask: NDArray[Any] | Tensor, *, connectivity: Connectivity = 8
+) -> tuple[NDArray[np.int32], int]:
+    """Connected components of a mask.
+
+    Args:
+        mask: (H, W), foreground where it is not 0.
+        connectivity: 4 or 8.
+
+    Returns:
+        int32 (H, W), 0 outside and 1..K inside, numbered by their first pixel in reading order; and
+        K.
+
+    Raises:
+        DataError: if the mask is not (H, W), or ``connectivity`` is neither 4 nor 8.
+        LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> labels, count = components(np.array([[1, 0, 1], [0, 0, 1]]))
+        >>> labels.tolist(), count
+        ([[1, 0, 2], [0, 0, 2]], 2)
+    """
+    values = _plane(mask) != 0
+    if connectivity not in (4, 8):
+        raise DataError(f"connectivity is {connectivity}; expected 4 or 8")
+    ndimage = _ndimage()
+    labels = np.empty(values.shape, dtype=np.int32)
+    structure = ndimage.generate_binary_structure(2, 2 if connectivity == 8 else 1)
+    count = int(ndimage.label(values, structure, output=labels))
+    return labels, count
+
+
+def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
+    """Labels that have pixels, with the rows and columns of their boxes."""
+    found = _ndimage().find_objects(labels, count) if count else []
+    return [(label, place) for label, place in enumerate(found, start=1) if place is not None]
+
+
+def component_boxes(
+    mask: NDArray[Any] | Tensor, *, connectivity: Connectivity = 8
+) -> NDArray[np.int64]:
+    """Tightest boxes of the connected components of a mask, the largest component first.
+
+    Returns:
+        (K, 4) int64 of x0, y0, x1, y1, in the order of :func:`boxes`.
+
+    Raises:
+        DataError, LpcamError: as :func:`components`.
+
+    Example:
+        >>> component_boxes(np.array([[1, 0, 1], [0, 0, 1]])).tolist()
+        [[2, 0, 3, 2], [0, 0, 1, 1]]
+    """
+    labels, count = components(mask, connectivity=connectivity)
+    places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in _places(labels, count)]
+    corners = np.array(places, dtype=np.int64).reshape(-1, 4)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    order: NDArray[np.intp] = np.lexsort((corners[:, 0], corners[:, 1], -areas))
+    return corners[order]
+
+
+def boxes(
+    values: NDArray[Any] | Tensor,
+    threshold: float = 0.0,
+    *,
+    score: ScoreKind = "max",
+    minimum_area: int = 1,
+    connectivity: Connectivity = 8,
+) -> list[Box]:
+    """Tightest boxes of the connected components of a map, the largest component first.
+
+    Args:
+        values: map or mask (H, W).
+        threshold: foreground is > threshold.
+        score: maximum or mean of the map in a component.
+        minimum_area: components with fewer pixels are dropped.
+        connectivity: 4 or 8.
+
+    Returns:
+        Boxes by decreasing area, then from top to bottom and left to right.
+
+    Raises:
+        DataError: if the map is not (H, W) or contains NaN or Inf.
+        LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> boxes(np.array([[0.9, 0.0, 0.4], [0.0, 0.0, 0.8]]), 0.3)[0]
+        Box(x0=2, y0=0, x1=3, y1=2, score=0.8, area=2)
+    """
+    plane = _finite(values)
+    labels, count = components(plane > threshold, connectivity=connectivity)
+    return [box for box, _ in _boxes(plane, labels, count, score, minimum_area)]
+
+
+def _boxes(
+    plane: NDArray[np.float64],
+    labels: NDArray[np.int32],
+    count: int,
+    score: ScoreKind,
+    minimum_area: int,
+) -> list[tuple[Box, int]]:
+    """Boxes in the order of :func:`boxes`, each with its label."""
+    if score not in ("max", "mean"):
+        raise DataError(f"score is {score!r}; expected 'max' or 'mean'")
+    found = []
+    for label, place in _places(labels, count):
+        inside = plane[place][labels[place] == label]
+        if len(inside) >= minimum_area:
+            rows, columns = place
+            value = float(inside.max() if score == "max" else inside.mean())
+            x0, y0, x1, y1 = columns.start, rows.start, columns.stop, rows.stop
+            found.append((Box(x0, y0, x1, y1, value, len(inside)), label))
+    return sorted(found, key=lambda one: (-one[0].area, one[0].y0, one[0].x0))
+
+
+# -- Peaks -------------------------------------------------------------------------------------
+
+
+def points(
+    values: NDArray[Any] | Tensor,
+    threshold: float = 0.0,
+    *,
+    distance: float = 16.0,
+    most: int | None = None,
+) -> list[Point]:
+    """Peaks of a map, the highest first.
+
+    A peak is a plateau of equal pixels (often one) whose 8-neighbours are all lower; its point is
+    the pixel of the plateau nearest to its centre. Points are selected by decreasing value, equal
+    ones in reading order; a point closer than ``distance`` to a selected one is dropped.
+
+    Args:
+        values: map (H, W).
+        threshold: peaks are > threshold.
+        distance: minimum Euclidean distance between two points, in pixels.
+        most: maximum number of points; None: all.
+
+    Raises:
+        DataError: if the map is not (H, W) or contains NaN or Inf.
+        LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
+        [Point(x=1, y=0, score=0.9), Point(x=4, y=0, score=0.5)]
+    """
+    plane = _finite(values)
+    kept: list[Point] = []
+    for peak in _peaks(plane, threshold):
+        if most is not None and len(kept) >= most:
+            break
+        if _far(peak, kept, distance):
+            kept.append(peak)
+    return kept
+
+
+def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
+    """Local maxima above the threshold by decreasing value, then in reading order."""
+    if not plane.size:
+        return []
+    ndimage = _ndimage()
+    outside = {"size": 3, "mode": "constant", "cval": -np.inf}
+    highest = (plane == ndimage.maximum_filter(plane, **outside)) & (plane > threshold)
+    labels, count = components(highest)
+    # On a flat part of a slope, a pixel has an equal neighbour that has a higher neighbour.
+    slope = ndimage.maximum_filter(np.where(highest, -np.inf, plane), **outside) == plane
+    no_peak = set(np.unique(labels[highest & slope]).tolist())
+    found = []
+    for label, place in _places(labels, count):
+        if label in no_peak:
+            continue
+        y, x = np.nonzero(labels[place] == label)
+        middle = int(np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2))
+        row, column = int(y[middle]) + place[0].start, int(x[middle]) + place[1].start
+        found.append(Point(column, row, float(plane[row, column])))
+    return sorted(found, key=lambda one: (-one.score, one.y, one.x))
+
+
+def _far(peak: Point, others: Sequence[Point], distance: float) -> bool:
+    return all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in others)
+
+
+# -- Instances ---------------------------------------------------------------------------------
+
+
+def instances(
+    values: NDArray[Any] | Tensor,
+    threshold: float,
+    *,
+    distance: float = 16.0,
+    score: ScoreKind = "max",
+    minimum_area: int = 1,
+    connectivity: Connectivity = 8,
+) -> list[Instance]:
+    """Candidates for the objects of one class: connected components, split at their peaks.
+
+    A component with several peaks at least ``distance`` apart is split among them: each pixel
+    belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
+    watershed: valleys between peaks are ignored, and a part of a component that is not convex may
+    be in several pieces. A class map does not separate objects that touch.
+
+    Args:
+        values: map (H, W).
+        threshold: foreground is > threshold.
+        distance: minimum Euclidean distance between two peaks of a component, in pixels.
+        score: maximum or mean of the map in an instance.
+        minimum_area: instances with fewer pixels are dropped.
+        connectivity: 4 or 8.
+
+    Returns:
+        Instances by decreasing area. Their masks do not overlap; with ``minimum_area`` 1 they
+        cover the foreground.
+
+    Raises:
+        DataError: if the map is not (H, W) or contains NaN or Inf.
+        LpcamError: if SciPy is not installed.
+
+    Example:
+        >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
+        >>> [(one.box.x0, one.box.x1) for one in found]
+        [(2, 5), (0, 2)]
+    """
+    plane = _finite(values)
+    labels, count = components(plane > threshold, connectivity=connectivity)
+    parts = np.zeros_like(labels)
+    of_part: list[Point] = []
+    for label, place in _places(labels, count):
+        mine = labels[place] == label
+        same: list[Point] = []
+        for peak in _peaks(np.where(mine, plane[place], -np.inf), threshold):
+            if _far(peak, same, distance):
+                same.append(peak)
+        y, x = np.nonzero(mine)
+        away = [(y - peak.y) ** 2 + (x - peak.x) ** 2 for peak in same]
+        parts[place][y, x] = np.argmin(away, axis=0) + 1 + len(of_part)
+        top, left = place[0].start, place[1].start
+        of_part += [Point(peak.x + left, peak.y + top, peak.score) for peak in same]
+    return [
+        Instance(box, of_part[part - 1], parts == part)
+        for box, part in _boxes(plane, parts, len(of_part), score, minimum_area)
+    ]
+
+
+# -- Outlines ----------------------------------------------------------------------------------
+
+
+def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
+    """Exact outlines of a mask along the edges of its pixels.
+
+    A ring lists the corners at which a closed line turns; the first is not repeated. Rings around
+    foreground have a positive shoelace area (clockwise on the screen), rings around holes a
+    negative one; the areas sum to the number of pixels. Filling all rings by the even-odd or
+    non-zero rule gives the mask. Pixels that only touch at a corner are in different rings.
+
+    Args:
+        mask: (H, W), foreground where it is not 0.
+
+    Returns:
+        Rings (K, 2) float64 of x and y, in the reading order of their first corners.
+
+    Raises:
+        DataError: if the mask is not (H, W).
+
+    Example:
+        >>> polygons(np.array([[0, 1, 1]]))[0].tolist()
+        [[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]]
+    """
+    # Contours at a level, as libraries compute them, cut the corners of pixels.
+    inside = np.pad(_plane(mask) != 0, 1)
+    # Edges between pixels inside and outside, from corner to corner, with the inside on the right:
+    # top edges go right, right edges down, and so on.
+    here = inside[1:-1, 1:-1]
+    steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up
+    starts = ((0, 0), (1, 0), (1, 1), (0, 1))  # corner of the pixel where that edge begins
+    beyond = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
+    leaving: dict[tuple[int, int], list[int]] = {}
+    for direction, ((dx, dy), outside) in enumerate(zip(starts, beyond, strict=True)):
+        y, x = np.nonzero(here & ~outside)
+        for corner in zip((x + dx).tolist(), (y + dy).tolist(), strict=True):
+            leaving.setdefault(corner, []).append(direction)
+    rings = []
+    for first in sorted(leaving, key=lambda corner: (corner[1], corner[0])):
+        while leaving.get(first):
+            rings.append(_ring(first, leaving, steps))
+    return rings
+
+
+def _ring(
+    first: tuple[int, int],
+    leaving: dict[tuple[int, int], list[int]],
+    steps: Sequence[tuple[int, int]],
+) -> NDArray[np.float64]:
+    """Follow edges from a corner back to it, removing them from ``leaving``."""
+    corners = []
+    corner, direction = first, leaving[first].pop()
+    beginning = direction
+    while True:
+        corner = (corner[0] + steps[direction][0], corner[1] + steps[direction][1])
+        if corner == first:
+            break
+        # If two pixels touch at this corner, two edges leave it: turning right stays with ours.
+        onward = leaving[corner]
+        turn = (direction + 1) % 4
+        if turn not in onward:
+            turn = onward[0]
+        onward.remove(turn)
+        if turn != direction:
+            corners.append(corner)
+        direction = turn
+    if direction != beginning:
+        corners.insert(0, first)
+    return np.array(corners, dtype=np.float64).reshape(-1, 2)
+
+
+# -- Inputs ------------------------------------------------------------------------------------
+
+
+def _plane(values: NDArray[Any] | Tensor) -> NDArray[Any]:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim != 2:
+        raise DataError(f"map is {array.shape}; expected (H, W), one class of one image")
+    return array
+
+
+def _finite(values: NDArray[Any] | Tensor) -> NDArray[np.float64]:
+    array = _plane(values).astype(np.float64)
+    if not np.isfinite(array).all():
+        raise DataError("map has NaN or infinite values; compute it again")
+    return array
+
+
+def _ndimage() -> Any:
+    try:
+        return importlib.import_module("scipy.ndimage")
+    except ImportError as error:
+        raise LpcamError(
+            f"components and peaks need SciPy ({error}); run pip install 'lpcam[objects]'"
+        ) from error

@@ -1,0 +1,336 @@
+"""From local features to prototypes: collect, cluster, score and select.
+
+A :class:`Reservoir` holds a sample of the local features of each class and side (foreground or
+context, equation 2). :func:`make_prototypes` clusters it, then scores and selects the centres
+(equations 3 and 4). :meth:`Prototypes.vectors` gives the vectors that map an image (equations 5
+and 6).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcam.method.clustering import Clustering, Clusters, CosineKMeans
+from lpcam.method.functional import (
+    foreground_minus_context,
+    score,
+    select_context,
+    select_foreground,
+    unit_mean,
+)
+from lpcam.method.reservoir import SIDES, Reservoir, SideName
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ArtefactError, PrototypeError
+from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.runtime.parallel import one_thread, ordered_map
+
+logger = logging.getLogger(__name__)
+
+
+PARTS = ("centers", "scores", "sizes", "keep")
+"""Fields of :class:`Centers`, which are tensors in a file of prototypes."""
+
+
+def _cosine_kmeans(settings: LpcamSettings) -> Clustering:
+    return CosineKMeans(
+        settings.init,
+        settings.centers,
+        settings.max_iterations,
+        settings.tolerance,
+        settings.tolerance_kind,
+    )
+
+
+CLUSTERINGS: dict[str, Callable[[LpcamSettings], Clustering]] = {"cosine_kmeans": _cosine_kmeans}
+"""Clustering methods by name. A new one is a class with ``fit`` in its own file and a line here."""
+
+
+# -- Prototypes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Centers:
+    """Cluster centres of every class for one side, and the selection of prototypes among them.
+
+    K is ``clusters`` times ``restarts`` of the settings. A class with fewer features has fewer
+    centres; its other rows are zero, with score NaN, size 0 and keep False.
+    """
+
+    centers: Tensor
+    """(N, K, C)"""
+    scores: Tensor
+    """(N, K), z of equations 3 and 4, in [0, 1]"""
+    sizes: Tensor
+    """(N, K) int64, local features in the cluster"""
+    keep: Tensor
+    """(N, K) bool, True for prototypes"""
+
+    def prototypes(self, index: int) -> Tensor:
+        """Selected centres (K', C) of a class; K' may be 0."""
+        return self.centers[index][self.keep[index]]
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Class and context prototypes of every class.
+
+    Example:
+        >>> reservoir = Reservoir(None, seed=0)
+        >>> reservoir.add(0, "foreground", 9 * torch.eye(2)[[0, 0, 0]], "image")
+        >>> settings = LpcamSettings.from_preset("voc12.official", clusters=2)
+        >>> prototypes = make_prototypes(reservoir, torch.eye(2), ("cat", "dog"), settings, seed=0)
+        >>> prototypes.vectors().tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+
+    classes: tuple[str, ...]
+    foreground: Centers
+    context: Centers
+    fingerprint: str
+    """Fingerprint of the classifier whose features were clustered."""
+    made_by: dict[str, Any]
+    """Settings and seeds, as plain values."""
+    events: tuple[str, ...] = ()
+    """A sentence for each class where the ordinary rule of selection could not be followed."""
+
+    def vectors(self, *, with_context: bool = True) -> Tensor:
+        """One vector for each class: v_n of equation 6.
+
+        A class without a prototype has a zero vector, hence an empty map.
+
+        Args:
+            with_context: False leaves the context out (LPCAM-F, equation 5).
+
+        Returns:
+            (N, C).
+        """
+        rows = []
+        for index in range(len(self.classes)):
+            selected = self.foreground.prototypes(index)
+            if selected.shape[0] == 0:
+                rows.append(torch.zeros_like(self.foreground.centers[index, 0]))
+            elif with_context:
+                rows.append(foreground_minus_context(selected, self.context.prototypes(index)))
+            else:
+                rows.append(unit_mean(selected))
+        return torch.stack(rows)
+
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write a safetensors file atomically, with ``extra`` tensors if given."""
+        tensors = {
+            f"{side}.{part}": getattr(getattr(self, side), part) for side in SIDES for part in PARTS
+        }
+        tensors.update(extra or {})
+        metadata = {
+            "kind": "prototypes",
+            "classes": list(self.classes),
+            "fingerprint": self.fingerprint,
+            "made_by": self.made_by,
+            "events": list(self.events),
+        }
+        write_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
+
+    @classmethod
+    def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
+        """Read a file that :meth:`save` wrote.
+
+        Args:
+            fingerprint: of the classifier that will use the prototypes; None skips the check.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged or of another kind.
+            PrototypeError: if the prototypes belong to another classifier.
+        """
+        tensors, metadata = read_tensors(path)
+        try:
+            if metadata["kind"] != "prototypes":
+                raise ArtefactError(
+                    f"{path} contains {metadata['kind']!r}; expected prototypes, as LPCAM.save or "
+                    "the prototypes stage writes them"
+                )
+            foreground, context = (
+                Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES
+            )
+            prototypes = cls(
+                tuple(metadata["classes"]),
+                foreground,
+                context,
+                metadata["fingerprint"],
+                metadata["made_by"],
+                tuple(metadata["events"]),
+            )
+        except KeyError as missing:
+            raise ArtefactError(
+                f"{path} has no {missing}; it was written by another version, fit again"
+            ) from None
+        prototypes.check_fingerprint(fingerprint, str(path))
+        return prototypes
+
+    def check_fingerprint(self, fingerprint: str | None, where: str) -> None:
+        """Raise PrototypeError if the prototypes belong to another classifier."""
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise PrototypeError(
+                f"the prototypes of {where} were made from the features of classifier "
+                f"{self.fingerprint}, but this classifier is {fingerprint}; fit prototypes for it, "
+                "or load the other classifier"
+            )
+
+
+@torch.inference_mode(False)  # the prototypes can be used in any mode
+@torch.no_grad()
+def make_prototypes(
+    reservoir: Reservoir,
+    weight: Tensor,
+    classes: Sequence[str],
+    settings: LpcamSettings,
+    *,
+    seed: int,
+    bias: Tensor | None = None,
+    fingerprint: str = "",
+    made_by: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+    workers: int = 1,
+    clustering: str = "cosine_kmeans",
+) -> Prototypes:
+    """Cluster the features of every class and side, score the centres and select prototypes.
+
+    Args:
+        reservoir: filled with local features.
+        weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
+        classes: the N names.
+        settings: how prototypes are fitted.
+        seed: random seed of the clustering; each class and side has its own generator.
+        bias: of the rows, or None.
+        fingerprint: of the classifier.
+        made_by: stored with the prototypes.
+        device: used for clustering; None: the device of ``weight``.
+        workers: CPU threads, each with one class and side; the result does not depend on them.
+        clustering: name of a method in ``CLUSTERINGS``.
+
+    Raises:
+        PrototypeError: if the numbers of channels of features and classifier differ, or no class
+            has a foreground feature.
+
+    Example:
+        See :class:`Prototypes`.
+    """
+    features: dict[tuple[SideName, int], Tensor] = {}
+    for side in SIDES:
+        for index in range(len(classes)):
+            rows = reservoir.features(index, side)
+            if rows is None:
+                continue
+            if rows.shape[1] != weight.shape[1]:
+                raise PrototypeError(
+                    f"the features have {rows.shape[1]} channels but the classifier "
+                    f"{weight.shape[1]}; collect them with the classifier's own backbone"
+                )
+            features[side, index] = rows
+    device = weight.device if device is None else device
+    clustered = _cluster(
+        features, settings, CLUSTERINGS[clustering](settings), seed, device, workers
+    )
+    events: list[str] = []
+    sides = []
+    for side in SIDES:
+        shape = (len(classes), settings.clusters * settings.restarts)
+        found = Centers(
+            torch.zeros(*shape, weight.shape[1]),
+            torch.full(shape, float("nan")),
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.bool),
+        )
+        sides.append(found)
+        for index, name in enumerate(classes):
+            if (side, index) not in clustered:
+                effect = "empty" if side == "foreground" else "the foreground term alone"
+                events.append(f"{name}: no {side} feature was collected; its map is {effect}")
+                continue
+            results = clustered[side, index]
+            count = len(results[0].sizes)
+            if count < settings.clusters:
+                events.append(
+                    f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
+                    f"{count} clusters were made"
+                )
+            # A unit centre has lost the length that the score depends on; the plain mean has it.
+            means = torch.cat([result.means for result in results])
+            with one_thread():
+                row = index + weight.shape[0] - len(classes)  # after a row of the background
+                z = score(means, weight.to(means), row, None if bias is None else bias.to(means))
+            made = len(means)
+            found.centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
+            found.scores[index, :made] = z.cpu()
+            found.sizes[index, :made] = torch.cat([result.sizes for result in results]).cpu()
+            scores = found.scores[index]
+            if side == "foreground":
+                found.keep[index] = select_foreground(scores, settings.mu_f)
+                if not bool((scores > settings.mu_f).any()):
+                    events.append(
+                        f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
+                        f"best one ({float(z.max()):.3f}) is kept"
+                    )
+            else:
+                found.keep[index] = select_context(scores, settings.mu_b, settings.context_lower)
+                if not bool(found.keep[index].any()):
+                    events.append(
+                        f"{name}: no context centre scores between {settings.context_lower or 0:g} "
+                        f"and mu_b={settings.mu_b:g}; its map is the foreground term alone"
+                    )
+    foreground, context = sides
+    if not bool(foreground.keep.any()):
+        raise PrototypeError(
+            "no class has any foreground feature: either no image to cluster has a label of "
+            f"{', '.join(classes)}, or their CAMs are flat or below tau={settings.tau:g}; check "
+            "the maps of the cam stage and the classifier's validation mAP"
+        )
+    for event in events:
+        logger.warning("%s", event)
+    return Prototypes(
+        tuple(classes), foreground, context, fingerprint, made_by or {}, tuple(events)
+    )
+
+
+def _cluster(
+    features: Mapping[tuple[SideName, int], Tensor],
+    settings: LpcamSettings,
+    method: Clustering,
+    seed: int,
+    device: torch.device,
+    workers: int,
+) -> dict[tuple[SideName, int], list[Clusters]]:
+    """Cluster the features of each class and side, one result for each restart."""
+
+    def fit(place: tuple[SideName, int]) -> list[Clusters]:
+        side, index = place
+        rows = features[place].to(device)
+        generators = [
+            torch.Generator().manual_seed(
+                ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003 + index
+            )
+            for restart in range(settings.restarts)
+        ]
+        return method.fit(rows, min(settings.clusters, len(rows)), generators)
+
+    # The largest first, so that no thread works alone at the end.
+    order = sorted(features, key=lambda place: -len(features[place]))
+    found = ordered_map(fit, order, workers if device.type == "cpu" else 1)
+    clustered = dict(zip(order, found, strict=True))
+    results = [one for restarts in clustered.values() for one in restarts]
+    stopped = sum(not one.converged for one in results)
+    if stopped:
+        logger.warning(
+            "%d of %d clusterings stopped at max_iterations=%d before they converged; raise "
+            "max_iterations or the tolerance",
+            stopped,
+            len(results),
+            settings.max_iterations,
+        )
+    return clustered

@@ -1,0 +1,336 @@
+"""Bounded samples of local features for each class, foreground and context apart (eq. 2)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpcam.method.functional import split
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import PrototypeError
+from lpcam.runtime.files import read_tensors, write_tensors
+
+
+def collect(
+    reservoir: Reservoir,
+    features: Tensor,
+    classes: Sequence[int],
+    split_map: Tensor,
+    settings: LpcamSettings,
+    name: str,
+    times: Mapping[int, int] | None = None,
+) -> None:
+    """Split one image's features by its CAM (equation 2) and offer them to the reservoir.
+
+    Args:
+        reservoir: changed in place.
+        features: (C, h, w) at scale 1, without flip.
+        classes: indices of the K present classes.
+        split_map: (K, H', W'), max-normalised CAM of those classes at any size; resized to the
+            feature grid by ``settings.split_resize``.
+        settings: how prototypes are fitted.
+        name: of the image.
+        times: how often the image was drawn for each class
+        (:func:`lpcam.method.reservoir.draw_images`);
+            None: once for each.
+
+    Example:
+        >>> reservoir = Reservoir(None, seed=0)
+        >>> settings = LpcamSettings.from_preset("voc12.official")
+        >>> cam = torch.tensor([[[0.0, 0.9]]])
+        >>> collect(reservoir, torch.ones(3, 1, 2), [4], cam, settings, "image")
+        >>> reservoir.seen
+        {(4, 'foreground'): 1, (4, 'context'): 1}
+    """
+    if not classes:
+        return
+    split_map = on_grid(split_map, features, settings)
+    rows = features.flatten(1).T
+    for row, index in enumerate(classes):
+        foreground, context = split(
+            split_map[row].flatten(), settings.tau, inclusive=settings.tau_inclusive
+        )
+        for turn in range(1 if times is None else times.get(index, 0)):
+            turn_name = f"{name}#{turn}" if turn else name
+            reservoir.add(index, "foreground", rows, turn_name, where=foreground)
+            reservoir.add(index, "context", rows, turn_name, where=context)
+
+
+def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Tensor:
+    """Resize maps (K, H, W) to the grid of features (C, h, w) by ``settings.split_resize``."""
+    grid = features.shape[-2:]
+    if split_map.shape[-2:] == grid:
+        return split_map
+    options = {} if settings.split_resize == "nearest" else {"align_corners": False}
+    return F.interpolate(split_map[None], size=grid, mode=settings.split_resize, **options)[0]
+
+
+SideName = Literal["foreground", "context"]
+
+
+SIDES: tuple[SideName, SideName] = ("foreground", "context")
+
+
+# -- Collecting local features -----------------------------------------------------------------
+
+
+class Reservoir:
+    """Uniform random sample of the local features of each class and side, of bounded size.
+
+    Every feature gets a random key from a generator that is seeded with the seed, the image, the
+    class and the side. The features of the ``max_features`` smallest keys are kept, so the sample
+    depends neither on the order of the images nor on how they are shared among processes.
+
+    The sample is in main memory, with at most twice ``max_features`` rows for each class and side.
+
+    Args:
+        max_features: size of the sample of each class and side. Larger values need more memory and
+            a longer clustering; None keeps all features.
+        seed: random seed of the keys.
+        dtype: precision in which features are kept. float16 halves the memory.
+
+    Raises:
+        ValueError: if ``max_features`` is less than 1.
+
+    Example:
+        >>> reservoir = Reservoir(2, seed=0)
+        >>> reservoir.add(0, "context", torch.ones(5, 3), "image 1")
+        >>> reservoir.features(0, "context").shape, reservoir.seen
+        (torch.Size([2, 3]), {(0, 'context'): 5})
+    """
+
+    def __init__(
+        self, max_features: int | None, seed: int, dtype: torch.dtype = torch.float16
+    ) -> None:
+        if max_features is not None and max_features < 1:
+            raise ValueError(f"max_features must be at least 1 or None, got {max_features}")
+        self.max_features = max_features
+        self.seed = seed
+        self.dtype = dtype
+        self.seen: dict[tuple[int, SideName], int] = {}
+        """Number of features offered, by class and side."""
+        self._samples: dict[tuple[int, SideName], _Sample] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all kept features in bytes."""
+        # Not summed over the parts, of which there are as many as images.
+        return sum(
+            sample.count * sample.rows[0].shape[1] * self.dtype.itemsize
+            for sample in self._samples.values()
+            if sample.rows
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(
+        self,
+        index: int,
+        side: SideName,
+        rows: Tensor,
+        name: str,
+        where: Tensor | None = None,
+    ) -> None:
+        """Offer local features of one image.
+
+        Args:
+            index: of the class.
+            rows: (M, C), features.
+            name: of the image; seeds the keys.
+            where: (M,) bool, the rows that are offered; None: all.
+
+        Raises:
+            PrototypeError: if a row that would be kept contains NaN, Inf or a value too large for
+                ``dtype``.
+        """
+        # Keys are drawn first, so that a full sample copies only the few rows that it takes.
+        place = (index, side)
+        offered = None if where is None else torch.nonzero(where).flatten()
+        count = rows.shape[0] if offered is None else len(offered)
+        self.seen[place] = self.seen.get(place, 0) + count
+        if count == 0:
+            return
+        digest = hashlib.blake2b(
+            f"{self.seed}/{index}/{side}/{name}".encode(), digest_size=7
+        ).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        keys = torch.rand(count, generator=generator, dtype=torch.float64)
+        sample = self._samples.setdefault(place, _Sample(self.max_features))
+        chosen = sample.candidates(keys)
+        if len(chosen) == 0:
+            return
+        numbers = chosen if offered is None else offered[chosen.to(offered.device)]
+        taken = rows[numbers.to(rows.device)]
+        kept = taken.to(self.dtype)
+        if not bool(torch.isfinite(kept).all()):
+            raise _not_finite(taken, self.dtype, name)
+        sample.take(keys[chosen], kept.cpu())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge(self, other: Reservoir) -> None:
+        """Add the sample of other images; the result is that of one reservoir for all images.
+
+        Raises:
+            ValueError: if the two differ in ``max_features``, ``seed`` or ``dtype``.
+        """
+        mine = (self.max_features, self.seed, self.dtype)
+        others = (other.max_features, other.seed, other.dtype)
+        if mine != others:
+            raise ValueError(
+                f"reservoirs with (max_features, seed, dtype) {mine} and {others} cannot be "
+                "merged; make all with the same values"
+            )
+        for place, count in other.seen.items():
+            self.seen[place] = self.seen.get(place, 0) + count
+        for place, offered in other._samples.items():
+            sample = self._samples.setdefault(place, _Sample(self.max_features))
+            for keys, rows in zip(offered.keys, offered.rows, strict=True):
+                chosen = sample.candidates(keys)
+                if len(chosen):
+                    sample.take(keys[chosen], rows[chosen])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def checkpoint(self, path: Path, images: int) -> None:
+        """Write the sample and the number of images it has seen, to resume from."""
+        tensors = {}
+        for (index, side), sample in self._samples.items():
+            keys, rows = sample.whole()
+            tensors[f"{index}.{side}.rows"], tensors[f"{index}.{side}.keys"] = rows, keys
+        seen = [[index, side, count] for (index, side), count in self.seen.items()]
+        write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def restore(self, path: Path) -> int:
+        """Read a checkpoint and return the number of images it has seen."""
+        tensors, metadata = read_tensors(path)
+        for index, side, count in metadata["seen"]:
+            self.seen[index, side] = count
+            if f"{index}.{side}.rows" in tensors:
+                sample = self._samples[index, side] = _Sample(self.max_features)
+                sample.take(
+                    tensors[f"{index}.{side}.keys"], tensors[f"{index}.{side}.rows"].to(self.dtype)
+                )
+        return int(metadata["images"])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def features(self, index: int, side: SideName) -> Tensor | None:
+        """Sample (M, C) of a class and side, ordered by the keys; None if there is none."""
+        sample = self._samples.get((index, side))
+        return None if sample is None else sample.whole()[1]
+
+
+class _Sample:
+    """Rows of the ``bound`` smallest keys: parts until there are ``bound``, then one block."""
+
+    def __init__(self, bound: int | None) -> None:
+        self.bound = bound
+        self.keys: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.count = 0
+        self._largest = float("inf")  # of the keys once the sample is full
+        self._sorted = False
+
+    def candidates(self, keys: Tensor) -> Tensor:
+        """Indices (int64) of the keys that can still be kept."""
+        chosen = torch.nonzero(keys < self._largest).flatten()
+        if self.bound is not None and len(chosen) > self.bound:
+            chosen = chosen[keys[chosen].argsort()[: self.bound]]
+        return chosen
+
+    def take(self, keys: Tensor, rows: Tensor) -> None:
+        """Keep rows in main memory that :meth:`candidates` chose."""
+        self._sorted = False
+        if self._largest == float("inf"):
+            self.keys.append(keys)
+            self.rows.append(rows)
+            self.count += len(rows)
+            if self.bound is None or sum(map(len, self.keys)) < self.bound:
+                return
+            self.whole()
+        else:
+            # New rows replace those whose keys are now too large.
+            (held,), (block,), bound = self.keys, self.rows, len(self.keys[0])
+            stays = torch.zeros(bound + len(keys), dtype=torch.bool)
+            stays[torch.cat([held, keys]).argsort()[:bound]] = True
+            leaving, coming = ~stays[:bound], stays[bound:]
+            held[leaving], block[leaving] = keys[coming], rows[coming]
+        self._largest = float(self.keys[0].max())
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys in increasing order and their rows, at most ``bound``, as one block."""
+        if not self._sorted:
+            keys = torch.cat(self.keys)
+            order = keys.argsort()[: self.bound]
+            places = torch.full((len(keys),), -1)
+            places[order] = torch.arange(len(order))
+            block = self.rows[0].new_empty(len(order), self.rows[0].shape[1])
+            # One part at a time, so that there are never three copies.
+            targets = torch.split(places, [len(part) for part in self.rows])
+            for part, to in zip(self.rows, targets, strict=True):
+                block[to[to >= 0]] = part[to >= 0]
+            self.keys, self.rows, self._sorted = [keys[order]], [block], True
+            self.count = len(block)
+        return self.keys[0], self.rows[0]
+
+
+def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
+    if not bool(torch.isfinite(rows).all()):
+        return PrototypeError(
+            f"the features of image {name!r} contain NaN or Inf; check the weights and the "
+            "preprocessing of the classifier"
+        )
+    return PrototypeError(
+        f"the features of image {name!r} reach {float(rows.abs().max()):.3g}, more than "
+        f"{str(dtype).removeprefix('torch.')} can represent; use float32 (maps.features: float32 "
+        "in a recipe, dtype=torch.float32 of LPCAM)"
+    )
+
+
+def draw_images(
+    labels: Sequence[tuple[str, Sequence[int]]],
+    classes: int,
+    settings: LpcamSettings,
+    *,
+    seed: int,
+) -> dict[str, dict[int, int]]:
+    """Draw the images that are clustered for each class (specification of LPCAM, section 4).
+
+    Args:
+        labels: name and class indices of each image.
+        classes: N.
+        settings: ``images_per_class`` (None: every image of the class, once) and
+            ``images_with_replacement``.
+        seed: random seed; each class has its own generator.
+
+    Returns:
+        For each drawn image, how often it was drawn for each class.
+
+    Example:
+        >>> settings = LpcamSettings.from_preset("voc12.official")
+        >>> draw_images([("a", (0, 1)), ("b", (1,))], 2, settings, seed=0)
+        {'a': {0: 1, 1: 1}, 'b': {1: 1}}
+    """
+    drawn: dict[str, dict[int, int]] = {}
+    for index in range(classes):
+        names = [name for name, present in labels if index in present]
+        wanted = settings.images_per_class
+        if wanted is not None and names:
+            generator = np.random.default_rng([seed, index])
+            replace = settings.images_with_replacement
+            count = wanted if replace else min(wanted, len(names))
+            names = generator.choice(np.array(names, dtype=object), count, replace).tolist()
+        for name in names:
+            times = drawn.setdefault(name, {})
+            times[index] = times.get(index, 0) + 1
+    return drawn

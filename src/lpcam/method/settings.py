@@ -1,0 +1,95 @@
+"""Settings of LPCAM: how prototypes are fitted, how maps are made, how seeds are cut."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
+
+Method = Literal["CAM", "LPCAM-F", "LPCAM"]
+"""The maps that a run makes of its own classifier."""
+METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
+
+
+class FittingSettings(Section):
+    """How prototypes are fitted (specification of LPCAM, sections 1 and 3)."""
+
+    clusters: Annotated[int, Field(ge=1)]
+    """K, the number of clusters of each class and side. More clusters follow rarer features."""
+    restarts: Annotated[int, Field(ge=1)]
+    """Number of clusterings with different first centres; the prototypes of all are used together,
+    to reduce the variance of initialisation."""
+    tau: Fraction
+    """Threshold on the CAM that splits foreground from context (eq. 2). Raising it leaves fewer,
+    surer foreground features."""
+    tau_inclusive: bool
+    """True: foreground is CAM >= tau (eq. 2). False: > tau, and equality joins neither side."""
+    split_maps: Literal["multi_scale", "single_scale"]
+    """Which CAM decides the split: the fused one of all scales, or that of scale 1 alone."""
+    split_resize: Literal["nearest", "bilinear"]
+    """How a multi-scale CAM at image size is resized to the feature grid."""
+    mu_f: Fraction
+    """Class prototypes are the foreground centres whose score is above it (eq. 3)."""
+    mu_b: Fraction
+    """Context prototypes are the context centres whose score is below it (eq. 4) ..."""
+    context_lower: Fraction | None
+    """... and above this one; null has no lower bound."""
+    images_per_class: Annotated[int, Field(ge=1)] | None
+    """Number of images drawn for each class to be clustered; null takes all of the list."""
+    images_with_replacement: bool
+    """Whether an image may be drawn more than once; its features then count as often."""
+    max_features: Annotated[int, Field(ge=1)] | None
+    """Size of the sample of local features of each class and side; null keeps all features."""
+    init: Literal["random", "k-means++"]
+    """First centres: K distinct features, or spread ones."""
+    centers: Literal["mean", "unit"]
+    """``mean``: mean of the members; ``unit``: mean of the members divided by their norms."""
+    tolerance: Positive
+    """When k-means stops; a larger one stops earlier."""
+    tolerance_kind: Literal["absolute", "relative"]
+    """``absolute``: on the squared sum of centre shifts; ``relative``: on the objective's gain."""
+    max_iterations: Annotated[int, Field(ge=1)]
+    """Most iterations of k-means; reaching it gives a warning."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.context_lower is not None and self.context_lower >= self.mu_b:
+            raise ValueError(
+                f"context_lower {self.context_lower} must be below mu_b {self.mu_b}, "
+                "or no context prototype could be kept"
+            )
+        return self
+
+
+class MappingSettings(Section):
+    """How maps are made (specification of LPCAM, section 4)."""
+
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Scales at which each image is mapped; the maps are summed."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    cam_epsilon: Annotated[float, Field(ge=0.0)]
+    """CAM is divided by its maximum plus this; LPCAM by its maximum."""
+
+
+class SeedSettings(Section):
+    """How seed masks are cut from maps."""
+
+    threshold: Fraction
+    """Fixed threshold of the seeds of LPCAM and LPCAM-F: foreground has a value above it."""
+    cam_threshold: Fraction
+    """Fixed threshold of the seeds of CAM."""
+
+
+class LpcamSettings(PresetModel, FittingSettings, MappingSettings, SeedSettings):
+    """All settings of LPCAM. Functions that need only some take the part that they read."""
+
+    table: ClassVar[str] = "lpcam"
+    preset: str = "voc12.official"
+
+    @property
+    def fitting(self) -> FittingSettings:
+        """How prototypes are fitted."""
+        return FittingSettings(**self.model_dump(include=set(FittingSettings.model_fields)))

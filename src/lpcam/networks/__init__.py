@@ -1,1 +1,0 @@
-"""Segmentation networks, each with its own shapes, initialisation and parameter names."""

@@ -1,0 +1,365 @@
+"""What the stages of a run share: folder, data, classifier, features and processes."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.features import FeatureStore
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.reader import ListName
+from lpcam.data.validation import check_images
+from lpcam.evaluation.scoring import why_not_scored
+from lpcam.pipeline.cache import Output, Result, StageCache, Task
+from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
+from lpcam.pipeline.recipe import Recipe
+from lpcam.pipeline.run_folder import RunFolder
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
+from lpcam.runtime.files import digest_json, read_json, write_bytes, write_json
+from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.progress import progress
+from lpcam.runtime.resources import (
+    available_memory,
+    available_threads,
+    choose_device,
+    reuse_freed_memory,
+)
+
+logger = logging.getLogger(__name__)
+
+GPU_BATCH = 8
+GPU_THREADS = 4
+"""On a GPU a few threads read and write while one computes."""
+MEMORY_SHARE = 0.5
+"""Share of the available memory that a run uses where the recipe names no amount."""
+FEATURES_SHARE = 0.5
+"""Share of a run's memory for features that several stages need; the rest is for the reservoir."""
+FILE_SECONDS = 60.0
+"""How long a file that another machine has written may take to become visible."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Maps or masks that another program made."""
+
+    folder: Path
+    key: str
+    """Digest of their contents."""
+
+
+class Context:
+    """One pass over the stages.
+
+    Args:
+        recipe: what to do.
+        command: the command that asked for the run, recorded in every figure's protocol.
+        processes: the processes that work on the run.
+        device: of this process; None lets the recipe choose.
+        until: name of the last stage.
+        only: name of the one stage that may have anything to do; None: any.
+        lists: lists of the data that its stages need; None: what the recipe's need.
+
+    Attributes:
+        results: the cache of each result by its name, filled as the stages go.
+        given_maps: maps of another program that replace the run's own.
+        given_masks: masks of another program that replace the run's own.
+        rows: the figures of the run, once it is evaluated.
+        stages: names of the stages of this pass, in order.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        command: str,
+        processes: Processes,
+        device: torch.device | None,
+        *,
+        until: str,
+        only: str | None = None,
+        lists: Sequence[ListName] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.command = command
+        self.processes = processes
+        self.device = device or choose_device(recipe.run.device)
+        self.until = until
+        self.only = only
+        self.lists = lists or (*LISTS, *(SEGMENT_LISTS if recipe.segment is not None else ()))
+        self.folder = RunFolder(recipe.folder)
+        self.threads = recipe.run.threads or available_threads(processes.here)
+        torch.set_num_threads(self.threads)
+        reuse_freed_memory()
+        self.folder.refuse_foreign_recipe()
+        self.dataset, self.records = self._index()
+        self.sharing = self._sharing()
+        self.results: dict[str, StageCache] = {}
+        self.given_maps: Given | None = None
+        self.given_masks: Given | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.stages: Sequence[str] = ()
+        self.loaded_network: tuple[Path, Any] | None = None
+        """A host's network that is in memory, with its file."""
+        self._classifier: Classifier | None = None
+        self._store: FeatureStore | None = None
+        self._unscored: dict[str, str | None] = {}
+        """By list, why its true masks cannot be scored; None where they can."""
+        if processes.first and only is None:
+            self._write_recipe()
+
+    # -- Results -------------------------------------------------------------------------------
+
+    def execute(self, task: Task, *, again: bool = False) -> bool:
+        """Make the results of a task unless they are up to date; tell whether they were made.
+
+        Args:
+            again: make them in any case.
+
+        Raises:
+            ArtefactError: if there is something to do, but only another stage may do anything.
+        """
+        caches = [StageCache(result.folder, result.parts) for result in task.results]
+        for result, cache in zip(task.results, caches, strict=True):
+            self.results[result.name] = cache
+        done = [c.done(r.outputs) for r, c in zip(task.results, caches, strict=True)]
+        todo = again or not all(done)
+        if todo:
+            if self.only is not None and not again:
+                self._refuse(caches[done.index(False)])
+            prepared = () if task.prepare is None else (task.prepare(),)
+            self.processes.wait()
+            if self.processes.first:
+                for cache in caches:
+                    cache.begin()
+            self.processes.wait()
+            self._finish(caches, task.work(*prepared, *caches) or {})
+        if self.processes.first:  # also those of a run that was stopped at its very end
+            for cache in caches:
+                cache.remove_leftovers()
+        return todo
+
+    def result(self, name: str, parts: Mapping[str, Any], outputs: Sequence[Path]) -> Result:
+        """A result in the folder of its name."""
+        return Result(name, self.folder / name, parts, outputs)
+
+    def each(self, label: str, items: Sequence[Item], make: Callable[[Item], None]) -> None:
+        """Call ``make`` for the images of this process, with progress; errors name the image."""
+
+        def named(item: Item) -> None:
+            try:
+                make(item)
+            except LpcamError as error:
+                raise type(error)(
+                    f"{label}, image {item.id!r}: {error}; if memory is short, lower "
+                    "maps.maximum_side or run.threads, else repair the image or its map, or leave "
+                    "it out of the list"
+                ) from error
+
+        mine = self.sharing.mine(items)
+        with progress(label, len(mine)) as advance:
+            for _ in self.sharing.map(named, mine):
+                advance(1, "")
+
+    def _refuse(self, cache: StageCache) -> None:
+        recipe = shlex.quote(str(self.folder.recipe))
+        raise ArtefactError(
+            f"{cache.folder} is missing, unfinished or not of the present data, weights and "
+            f"recipe; bring the run up to date first: lpcam run {recipe} --run.folder "
+            f"{shlex.quote(str(self.folder.path))}"
+        )
+
+    def _finish(self, caches: Sequence[StageCache], output: Output) -> None:
+        self.processes.wait()
+        if self.processes.first:
+            for cache in caches:
+                cache.finish(output)
+        self.processes.wait()
+        for cache in caches:
+            # Processes that did not write the record read its output here; some file systems
+            # show a new file to other machines only after a moment.
+            deadline = time.monotonic() + FILE_SECONDS
+            while not cache.done() and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def note_use(self, stage: str, seconds: float, memory: int | None) -> None:
+        """Record the time and the peak memory, in bytes, that this process took for a stage."""
+        if self.processes.first:
+            path = self.folder.use
+            use = read_json(path) if path.is_file() else {}
+            use[stage] = {"seconds": round(seconds, 2), "peak_memory": memory}
+            write_json(path, use)
+
+    # -- Data ----------------------------------------------------------------------------------
+
+    def _index(self) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+        """The data set without unreadable images, and a record of each image's files."""
+        path = self.folder.index
+        before = read_json(path) if path.is_file() else {"records": {}}
+        if not isinstance(before, dict) or not isinstance(before.get("records"), dict):
+            raise ArtefactError(
+                f"{path} was not written by a run, so it may be yours; choose another run folder "
+                "with --run.folder"
+            )
+        if not self.processes.first:
+            self.processes.wait()  # the first checks the images, the others read what it found
+            before = read_json(path)
+        dataset = read_dataset(
+            self.recipe, self.lists, painted=self.folder.truth, workers=self.threads
+        )
+        with progress("checking images", len(dataset.items)) as advance:
+            dataset, records = check_images(
+                dataset,
+                before["records"],
+                progress=lambda _done, _total: advance(1, ""),
+                workers=self.threads,
+                save=lambda records: write_json(path, {**before, "records": records}),
+            )
+        if not self.processes.first:
+            return dataset, records
+        for notice in dataset.notices:
+            logger.info("data: %s", notice)
+        index = {
+            "records": records,
+            "skipped": [{"id": s.id, "reason": s.reason} for s in dataset.skipped],
+            "notices": list(dataset.notices),
+        }
+        if before != index:
+            write_json(path, index)
+        self.processes.wait()
+        return dataset, records
+
+    def items(self, stage: ListName) -> list[Item]:
+        """The usable images of the list that a stage works on.
+
+        Raises:
+            DataError: if there is none.
+        """
+        name = self.recipe.data.list_of(stage)
+        items = self.dataset.select(name)
+        if not items:
+            raise DataError(f"the list {name!r} ({stage}) has no usable image")
+        return items
+
+    def truth(self, stage: ListName) -> list[Item]:
+        """The images of a list that have a true mask; none where no mask shows a class.
+
+        Such a list is not scored, like one without masks, and a notice says why.
+
+        Raises:
+            ImageError: if a mask cannot be read.
+        """
+        name = self.recipe.data.list_of(stage)
+        items = [item for item in self.items(stage) if item.mask is not None]
+        if items and name not in self._unscored:
+            why = self._unscored[name] = why_not_scored(items, self.dataset.classes)
+            if why is not None:
+                notice = f"the list {name!r} is not scored: {why}"
+                if self.processes.first:
+                    logger.warning("%s", notice)
+                notices = (*self.dataset.notices, notice)
+                self.dataset = replace(self.dataset, notices=notices)
+        return [] if self._unscored.get(name) else items
+
+    def digest(self, items: Sequence[Item], *, truth: bool = False) -> str:
+        """Digest of ids, labels and file contents: of the images, or also of their masks."""
+        field = "digest" if truth else "image_digest"
+        return digest_json(
+            [[item.id, list(item.labels), self.records[item.id][field]] for item in items]
+        )
+
+    @property
+    def makes_maps(self) -> bool:
+        """Whether the run makes maps of its own, not from another program's maps or masks."""
+        return self.given_maps is None and self.given_masks is None
+
+    # -- Classifier, features, memory ------------------------------------------------------------
+
+    @cached_property
+    def training_method(self) -> str:
+        """How the classifier is trained: ``probe`` or ``finetune``."""
+        wanted = self.recipe.classifier.method
+        if wanted != "auto":
+            return wanted
+        return "finetune" if self.device.type == "cuda" else "probe"
+
+    @property
+    def classifier(self) -> Classifier:
+        """The trained classifier, loaded when a stage first needs it."""
+        if self._classifier is None:
+            self._classifier = Classifier.load(self.folder.classifier).to(self.device)
+        return self._classifier
+
+    @classifier.setter
+    def classifier(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+
+    def store(self, classifier: Classifier) -> FeatureStore:
+        """The features of the classifier's backbone that the stages share."""
+        if self._store is None:
+            section, probe = self.recipe.maps, self.recipe.classifier.probe
+            mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
+            shared = [*self.items("maps"), *self.items("prototypes")]
+            self._store = FeatureStore(
+                classifier,
+                flip=self.recipe.lpcam.flip or mirror,
+                maximum_side=section.maximum_side,
+                dtype=section.features,
+                precision=section.precision,
+                budget=int(self.memory() * FEATURES_SHARE),
+                keep=(item.id for item in shared),
+            )
+        return self._store
+
+    def memory(self) -> float:
+        """Memory that this process may use for features, in bytes."""
+        given = self.recipe.run.memory
+        if given is not None:
+            return given * 2**30
+        return available_memory() * MEMORY_SHARE / self.processes.here
+
+    @property
+    def sample_memory(self) -> float:
+        """The part of :meth:`memory` that is for the sample of local features, in bytes."""
+        return self.memory() * (1 - FEATURES_SHARE)
+
+    # -- Setting up ------------------------------------------------------------------------------
+
+    def _sharing(self) -> Sharing:
+        count = self.processes.count
+        batch = self.recipe.run.batch or (1 if self.device.type == "cpu" else GPU_BATCH)
+        owner: dict[str, int] = {}
+        if count > 1:
+            # The lists whose features serve most often come first, so that each is shared evenly.
+            order: tuple[ListName, ...] = ("maps", "prototypes", "evaluate", "test", "classify")
+            lists = [self.items(s) for s in order if s in self.lists]
+            if (name := self.recipe.data.lists.validate_) is not None and "classify" in self.lists:
+                lists.append(self.dataset.select(name))
+            for items in lists:
+                for item in items:
+                    owner.setdefault(item.id, len(owner) % count)
+        return Sharing(
+            self.processes,
+            self.threads if self.device.type == "cpu" else min(self.threads, GPU_THREADS),
+            batch,
+            {name: (r["height"], r["width"]) for name, r in self.records.items()},
+            owner,
+        )
+
+    def _write_recipe(self) -> None:
+        """Keep the recipe with the run, with what ``auto`` resolved to on this machine."""
+        values = self.recipe.model_dump(mode="json", by_alias=True)
+        values["classifier"]["method"] = self.training_method
+        resolved = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+        path = self.folder.recipe
+        if not path.is_file() or path.read_bytes() != resolved:
+            write_bytes(path, resolved)

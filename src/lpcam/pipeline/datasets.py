@@ -1,0 +1,80 @@
+"""The data set that a recipe describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lpcam.data.dataset import Dataset
+from lpcam.data.reader import ListName, Request
+from lpcam.pipeline.recipe import Recipe
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.progress import progress
+
+LISTS: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
+"""The lists that every run needs."""
+SEGMENT_LISTS: tuple[ListName, ...] = ("segment", "test")
+"""The lists of recipes with a section segment."""
+
+
+def read_dataset(
+    recipe: Recipe,
+    lists: Sequence[ListName] = LISTS,
+    *,
+    painted: Path | None = None,
+    workers: int = 1,
+) -> Dataset:
+    """Read the labels and lists of a recipe's data set; images are not read yet.
+
+    Args:
+        recipe: with the section data.
+        lists: those that are needed.
+        painted: folder for masks that must be painted from annotations; None: none are.
+        workers: number of masks painted at a time.
+
+    Raises:
+        DataError: if folders, lists or labels do not fit together.
+    """
+    data = recipe.data
+    names = {data.list_of(s) for s in lists}
+    if data.lists.validate_ is not None and "classify" in lists:
+        names.add(data.lists.validate_)
+    unlabelled = {data.list_of(s) for s in lists if s in SEGMENT_LISTS}
+    unlabelled -= {data.list_of(s) for s in lists if s in LISTS}
+    with progress("reading labels", 1) as advance:
+        opened = data.reader.open(
+            Request(
+                data.root,
+                sorted(names),
+                frozenset(unlabelled),
+                data.labels,
+                data.masks,
+                data.classes,
+                data.settings,
+            )
+        )
+        advance(1, "")
+    dataset = opened.dataset
+    if opened.paint is not None and painted is not None and data.masks is None:
+        scored: list[ListName] = [s for s in ("evaluate", "test") if s in lists]
+        if "segment" in lists and "truth" in recipe.segmented:
+            scored.append("segment")
+        ids = dict.fromkeys(i.id for s in scored for i in dataset.select(data.list_of(s)))
+        with progress("painting masks", len(ids)) as advance:
+            dataset = opened.paint(painted, ids, workers, lambda _done, _all: advance(1, ""))
+    for name in sorted(names):
+        dataset.select(name)
+    for stage in ("evaluate", "segment"):
+        if stage in lists and "maps" in lists:
+            _refuse_outside(recipe, dataset, stage)
+    return dataset
+
+
+def _refuse_outside(recipe: Recipe, dataset: Dataset, stage: ListName) -> None:
+    own, maps = recipe.data.list_of(stage), recipe.data.list_of("maps")
+    outside = set(dataset.lists[own]) - set(dataset.lists[maps])
+    if outside:
+        raise DataError(
+            f"{len(outside)} images of the list {own!r} ({stage}) are not in the list that gets "
+            f"maps ({maps!r}), e.g. {min(outside)!r}; set data.lists.maps to a list with them"
+        )

@@ -1,0 +1,61 @@
+"""``lpcam demo``: draw the bundled data set, then run its recipe."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lpcam.data.creatures import write
+from lpcam.pipeline.cache import locked
+from lpcam.pipeline.recipe import load_recipe
+from lpcam.pipeline.run import RunResult, run
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import read_json, write_json
+
+IMAGES = 400
+
+
+SIZE = 128
+
+
+SEED = 0
+
+
+def demo(
+    folder: Path, threads: int | None, command: str, *, images: int = IMAGES, size: int = SIZE
+) -> RunResult:
+    """Draw ``images`` creatures of ``size`` pixels into ``folder/data`` and run the demo recipe.
+
+    A second call with the same numbers draws nothing and runs what is not up to date.
+
+    Raises:
+        DataError: if ``folder/data`` holds files that were not drawn here.
+        LpcamError: as :func:`lpcam.pipeline.run`.
+    """
+    data = folder / "data"
+    with locked(folder):
+        _draw(data, {"images": images, "size": size, "seed": SEED, "revision": 1})
+    changes: dict[str, Any] = {"data.root": str(data), "run.folder": str(folder)}
+    if threads is not None:
+        changes["run.threads"] = threads
+    return run(load_recipe("demo", changes), command=command)
+
+
+def _draw(data: Path, drawing: dict[str, int]) -> None:
+    marker = data / "drawing.json"
+    if marker.is_file():
+        if read_json(marker) == drawing:
+            return
+        for path in data.iterdir():  # of other numbers, or stopped half-way
+            if path != marker:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif data.exists() and any(data.iterdir()):
+        raise DataError(
+            f"{data} holds files that the demo did not draw, so they may be yours; choose another "
+            "folder with --folder"
+        )
+
+    write_json(marker, {"unfinished": drawing})
+    write(data, images=drawing["images"], size=drawing["size"], seed=drawing["seed"])
+    write_json(marker, drawing)

@@ -1,0 +1,215 @@
+"""What a run takes of time and disk, by timing some images on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lpcam.classifiers.classifier import BackboneSpec, build
+from lpcam.classifiers.features import FeaturePair, FeatureStore
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.images import scaled_size
+from lpcam.data.inspection import Estimate
+from lpcam.data.map_files import MapFile, map_path, write_maps
+from lpcam.data.masks import write_mask
+from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.seeds import seeds, to_mask
+from lpcam.pipeline.recipe import Recipe, parse_recipe
+from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.resources import available_memory, choose_device
+
+TIMED_IMAGES = 12
+"""Passed through the backbone, after one for each worker that is not counted."""
+
+
+TIMED_SECONDS = 10.0
+"""After which no further image is timed."""
+
+
+def usual_recipe(backbone: str = "mobilenetv2_100", output_stride: int | None = 16) -> Recipe:
+    """A recipe to estimate with where the user has none: that of ``lpcam init``."""
+    return parse_recipe(
+        {
+            "version": 1,
+            "name": "check",
+            "data": {"kind": "folder", "root": "."},
+            "classifier": {
+                "backbone": backbone,
+                "output_stride": output_stride,
+                "weights": "random",
+                "method": "probe",
+            },
+            "lpcam": {"preset": "frozen"},
+        },
+        where="the recipe of an estimate",
+    )
+
+
+def estimate_run(
+    dataset: Dataset,
+    sizes: Mapping[str, tuple[int, int]],
+    recipe: Recipe,
+    *,
+    workers: int = 1,
+    memory: int | None = None,
+) -> Estimate:
+    """Time some labelled images through what takes most of a run, and extrapolate.
+
+    Timed are reading, the backbone's passes at all scales, the maps of CAM, LPCAM and LPCAM-F, and
+    writing them and a seed. The passes are taken to grow with the pixels of an image, the maps with
+    pixels times labels. Weights are random, which changes neither. Not counted: the start, the fit
+    of the probe (or the fine-tuning), clustering, evaluation, report, refinement and segmentation.
+
+    Args:
+        sizes: (height, width) of every image by id.
+        recipe: whose sections classifier, lpcam and maps, and device, count.
+        workers: images worked on at a time.
+        memory: bytes that features may take; if those of a list are more, its passes are counted
+            again for each stage. None: half of what this process may use.
+
+    Raises:
+        ClassifierError: if the backbone cannot be made.
+    """
+
+    section, scales = recipe.classifier, recipe.lpcam.scales
+    device = choose_device(recipe.run.device)
+    spec = BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated)
+    classifier = build(spec, dataset.classes.names, weights="random").to(device)
+    warm, store = (
+        FeatureStore(
+            classifier,
+            flip=recipe.lpcam.flip,
+            maximum_side=recipe.maps.maximum_side,
+            dtype=recipe.maps.features,
+            budget=available_memory(),
+            keep=keep,
+            precision=recipe.maps.precision,
+        )
+        for keep in ((), dataset.items)
+    )
+
+    def passed(items: Sequence[Item]) -> int:
+        """Pixels that pass the backbone at scale 1."""
+        limit = recipe.maps.maximum_side
+        return sum(_limited(*sizes[item.id], limit) for item in items if item.labels)
+
+    def mapped(items: Sequence[Item]) -> int:
+        """Pixels of the maps of one method."""
+        return sum(sizes[i.id][0] * sizes[i.id][1] * len(i.labels) for i in items)
+
+    chosen = _spread(dataset, sizes, TIMED_IMAGES + workers)
+    lists = {name: dataset.select(name) for name in dataset.lists}
+    seconds, disk = dict.fromkeys(lists, 0.0), dict.fromkeys(lists, 0)
+    timed: list[Item] = []
+    repeated: list[str] = []
+    if chosen:
+        _timed(partial(_pass, warm, scales), chosen[:workers], workers)
+        rest = chosen[workers:] or chosen
+        timed, passing, _ = _timed(partial(_pass, store, scales), rest, workers)
+        with tempfile.TemporaryDirectory() as folder:
+            places = {item.id: Path(folder, str(place)) for place, item in enumerate(timed)}
+
+            def write(item: Item) -> int:
+                return _write(item, dataset, store, recipe, sizes[item.id], places[item.id])
+
+            of_maps, making, written = _timed(write, timed, workers)
+        budget = available_memory() // 2 if memory is None else memory
+        # classify passes scale 1 alone, CAM and LPCAM all scales
+        stages = 2 + 1 / sum(scale**2 for scale in scales)
+        for name, items in lists.items():
+            passes, maps = passed(items) / passed(timed), mapped(items) / mapped(of_maps)
+            if store.used * passes > budget:
+                repeated.append(name)
+            times = stages if name in repeated else 1
+            seconds[name] = round(passing * passes * times + making * maps, 3)
+            disk[name] = round(sum(written) * maps)
+    return Estimate(
+        backbone=section.backbone,
+        scales=tuple(scales),
+        flip=recipe.lpcam.flip,
+        device=str(device),
+        workers=workers,
+        timed=len(timed),
+        seconds=seconds,
+        disk=disk,
+        repeated=tuple(repeated),
+    )
+
+
+def _limited(height: int, width: int, limit: int) -> int:
+    longest = max(height, width)
+    if longest > limit:
+        height, width = scaled_size(height, width, limit / longest)
+    return height * width
+
+
+def _spread(dataset: Dataset, sizes: Mapping[str, tuple[int, int]], count: int) -> list[Item]:
+    """Labelled images from the smallest to the largest, in an order that is not theirs."""
+    labelled = [item for item in dataset.items.values() if item.labels]
+    labelled.sort(key=lambda item: (sizes[item.id][0] * sizes[item.id][1], item.id))
+    places = np.linspace(0, len(labelled) - 1, min(len(labelled), count)).round().astype(int)
+    # the first images serve as a warm-up, and the last ones may find no time
+    return [labelled[place] for place in np.random.default_rng(0).permutation(places).tolist()]
+
+
+def _timed(
+    function: Callable[[Item], Any], items: Sequence[Item], workers: int
+) -> tuple[list[Item], float, list[Any]]:
+    """The items done within `TIMED_SECONDS`, at least one a worker; seconds; and the results."""
+    started = time.perf_counter()
+    begun: list[Item] = []
+
+    def source() -> Iterator[Item]:
+        for item in items:
+            if len(begun) >= workers and time.perf_counter() - started > TIMED_SECONDS:
+                return
+            begun.append(item)
+            yield item
+
+    results = list(ordered_map(function, source(), workers))
+    return begun, time.perf_counter() - started, results
+
+
+def _pass(store: FeatureStore, scales: Sequence[float], item: Item) -> None:
+    for _ in store.pairs([item], scales):
+        pass
+
+
+@torch.inference_mode()
+def _write(
+    item: Item,
+    dataset: Dataset,
+    store: FeatureStore,
+    recipe: Recipe,
+    size: tuple[int, int],
+    place: Path,
+) -> int:
+    """Make and write the maps and the seed of an image as a run does; bytes of the files."""
+
+    settings = recipe.lpcam
+    pairs = [
+        FeaturePair(pair.features[0], None if pair.mirrored is None else pair.mirrored[0])
+        for pair in store.pairs([item], settings.scales)
+    ]
+    rows = store.classifier.weight[list(item.labels)]
+    count, keys = len(rows), np.array(item.labels, dtype=np.int64)
+    one = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon)
+    # LPCAM and LPCAM-F are made together
+    both = lpcam_maps(pairs, torch.cat([rows, rows]), size)
+    for name, cam, high_res in (
+        ("cam", one.cam, one.high_res),
+        ("lpcam", both.cam[:count], both.high_res[:count]),
+        ("lpcam_f", both.cam[count:], both.high_res[count:]),
+    ):
+        maps = MapFile(keys, cam.float().cpu().numpy(), high_res.float().cpu().numpy())
+        write_maps(map_path(place, name), maps, dtype=recipe.maps.dtype)
+    seed = seeds(both.high_res[:count], settings.threshold)
+    write_mask(place / "seed.png", to_mask(seed, keys, dataset.classes))
+    return sum(path.stat().st_size for path in place.iterdir())

@@ -1,0 +1,226 @@
+"""``lpcam init``: look at a folder of images and labels, and write a recipe for it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from lpcam.classifiers.classifier import check_backbone
+from lpcam.data.dataset import Dataset, Item
+from lpcam.data.inspection import FEW_IMAGES
+from lpcam.data.open_dataset import kind_of, open_with_truth
+from lpcam.data.validation import check_images
+from lpcam.method.settings import LpcamSettings
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.files import write_bytes
+from lpcam.runtime.progress import progress
+
+TEMPLATE = """\
+# A recipe for the images of this folder. Run it with
+#   lpcam run {path}
+# Any value can also be given on the command line, e.g. --lpcam.tau 0.25
+version: 1
+name: {name}
+
+data:
+  kind: {kind:<15} # {kind_means}
+  root: {root:<15} # from the folder of this file
+{own}{lists}  # A subset to work with; labels and mask ids of other classes are then left out.
+  classes: {classes}
+
+classifier:
+  backbone: {backbone}  # any timm model with a spatial feature map
+  output_stride: {stride}  # 16 gives maps twice as fine as the usual 32; not every model has it
+  weights: {weights}    # "pretrained" (fetched once), or the path of a safetensors file
+  # probe: a linear probe on the frozen backbone, in minutes; finetune wants a GPU
+  method: probe
+
+lpcam:
+  # A set of values for prototypes and maps: {presets}.
+  # Any value of it can be replaced by naming it here, e.g. "clusters: 20".
+  preset: {preset}
+
+seeds:
+  # Pixels whose map value is above the threshold are foreground; null takes the preset's.
+  threshold: null
+  # Pixels between this value and the threshold become 255, which training ignores; null: none.
+  ignore_threshold: null
+
+run:
+  folder: null          # null: runs/{name} below the folder where lpcam is run
+  seed: 0
+"""
+
+
+KIND_MEANS = {
+    "folder": "images and their labels; masks/ID.png, where there are any, serve scoring",
+    "voc": "the layout of PASCAL VOC 2012",
+    "coco": "COCO's annotations; masks are painted from them and serve scoring",
+}
+
+
+def write_recipe(
+    source: Path,
+    backbone: str,
+    weights: str,
+    preset: str = "frozen",
+    *,
+    kind: str | None = None,
+    lists: Sequence[str] | None = None,
+    labels: Path | Literal["folders"] | None = None,
+    masks: Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[Path, str]:
+    """Check every image of a data set and write ``recipe.yaml`` beside it.
+
+    Args:
+        source: a folder that holds images and labels, or a COCO JSON file, as
+            :func:`lpcam.data.open_dataset.open_dataset` opens them.
+        backbone: a timm model's name.
+        weights: ``pretrained``, or the path of a safetensors file.
+        kind, lists, labels, masks, classes: as of :func:`lpcam.data.open_dataset.open_dataset`;
+        what is
+            given stands in the recipe. Of COCO's lists the first is worked on, the last is tested;
+            where none is given and there are files such as ``train`` and ``val``, these.
+
+    Returns:
+        the recipe's path, and a summary of what was found, in words.
+
+    Raises:
+        DataError: if the folder cannot be used, or has a recipe already.
+        ClassifierError: if timm does not know the backbone, or the weights file is missing.
+    """
+
+    folder = source.parent if source.is_file() else source
+    path = folder / "recipe.yaml"
+    if path.exists():
+        raise DataError(f"{path} exists already; run it, or delete it to have a new one")
+    kind = kind or kind_of(source)
+    dataset, truth = open_with_truth(
+        source, kind, lists=lists, labels=labels, masks=masks, classes=classes
+    )
+    check_backbone(backbone)
+    if weights.endswith(".safetensors"):
+        weights = str(Path(weights).expanduser().absolute())
+        if not Path(weights).is_file():
+            raise ClassifierError(
+                f"no weights file {weights!r}; give the path of a safetensors file of {backbone}, "
+                "or 'pretrained'"
+            )
+    try:
+        with progress("looking at the images", len(dataset.items)) as advance:
+            dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+    except DataError as error:
+        raise DataError(
+            f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"
+        ) from error
+    chosen = _lists(kind, dataset, lists)
+    learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
+    shown = {index for item in learnt for index in item.labels}
+    if not shown:
+        raise DataError(f"no readable image of {source} has a label; label some in labels.csv")
+    title = source.stem if source.is_file() else source.resolve().name
+    name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in title)
+    text = TEMPLATE.format(
+        path=path,
+        kind=kind,
+        kind_means=KIND_MEANS[kind],
+        root=_flow(source.name if source.is_file() else "."),
+        own=_own(folder, labels, masks),
+        lists=_lists_line(chosen),
+        name=_flow(name.lstrip(" .-")[:100] or "run"),
+        # a class that no image shows cannot be learnt
+        classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
+        backbone=_flow(backbone),
+        stride=16 if _has_output_stride(backbone) else "null",
+        weights=_flow(weights),
+        preset=preset,
+        presets=", ".join(LpcamSettings.preset_names()),
+    )
+    parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
+    write_bytes(path, text.encode())
+    masked = sum(i.mask is not None or i.id in truth for i in dataset.items.values())
+    return path, _summary(dataset, learnt, chosen, masked)
+
+
+def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | None) -> str:
+    """Lines for labels and masks that lie elsewhere than usual; paths as the recipe takes them."""
+    lines = ""
+    for key, value in (("labels", labels), ("masks", masks)):
+        if isinstance(value, Path):
+            path, base = value.expanduser().absolute(), folder.absolute()
+            inside = path.is_relative_to(base)
+            lines += (
+                f"  {key}: {_flow(path.relative_to(base).as_posix() if inside else str(path))}\n"
+            )
+        elif value is not None:
+            lines += f"  {key}: {value}\n"
+    return lines
+
+
+def _lists(kind: str, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
+    """The list to work on and the one to test on; None: those that are usual for the kind."""
+    if kind == "coco":
+        return (given[0], given[-1]) if given else _parts_of_coco(dataset)
+    if kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+        return None
+    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
+    return name, "val" if "val" in dataset.lists else name
+
+
+def _parts_of_coco(dataset: Dataset) -> tuple[str, str] | None:
+    """A list such as train2014, and that of the same year to test on; None without such a pair."""
+    for name in dataset.lists:
+        if found := re.fullmatch(r"train(\d*)", name):
+            for test in ("val", "valid", "test"):
+                if test + found[1] in dataset.lists:
+                    return name, test + found[1]
+    return None
+
+
+def _lists_line(chosen: tuple[str, str] | None) -> str:
+    if chosen is None:
+        return ""
+    stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), chosen[0])
+    return f"  lists: {_flow({**stages, 'test': chosen[1]})}\n"
+
+
+def _flow(value: object) -> str:
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=10**6
+    ).removesuffix("\n...\n")
+    return text.strip()
+
+
+def _has_output_stride(backbone: str) -> bool:
+    """Families of timm whose constructors take output_stride."""
+    if backbone == "wideresnet38":  # whose own is the only one
+        return False
+    families = ("resnet", "resnext", "mobilenetv1", "mobilenetv2", "efficientnet", "regnet")
+    return any(family in backbone for family in (*families, "convnext"))
+
+
+def _summary(
+    dataset: Dataset, learnt: Sequence[Item], chosen: tuple[str, str] | None, masks: int
+) -> str:
+    items = list(dataset.items.values())
+    lines = [f"{len(items)} images with labels, {masks} of them with masks"]
+    if chosen is not None:
+        lines.append(f"lists: {chosen[0]} to learn from, to map and to score; {chosen[1]} to test")
+    lines.append(f"images per class{'' if chosen is None else f', of {chosen[0]}'}:")
+    for index, name in enumerate(dataset.classes.names):
+        count = sum(index in item.labels for item in learnt)
+        note = "   few: expect weak maps" if count < FEW_IMAGES else ""
+        note = note if count else "   none: left out of the recipe"
+        lines.append(f"  {name}: {count}{note}")
+    lines += [f"note: {notice}" for notice in dataset.notices]
+    if dataset.skipped:
+        lines.append(f"{len(dataset.skipped)} skipped:")
+        lines += [f"  {skip.id}: {skip.reason}" for skip in dataset.skipped]
+    return "\n".join(lines)

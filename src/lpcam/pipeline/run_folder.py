@@ -1,0 +1,490 @@
+"""The folder of a run: every path in it, and what a finished run can be used for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lpcam.classifiers.classifier import Classifier
+from lpcam.data.dataset import ClassTable, Dataset, Skip
+from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.map_files import map_path
+from lpcam.data.reader import ListName
+from lpcam.explain.explainer import Explainer
+from lpcam.formats.masks.export import MaskEntry
+from lpcam.formats.models.lpcam_model import LPCAMModel
+from lpcam.method.prototypes import Prototypes
+from lpcam.pipeline.datasets import read_dataset
+from lpcam.pipeline.recipe import Recipe, load_recipe
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import digest_file, read_json
+from lpcam.runtime.resources import choose_device
+from lpcam.segmentation.folders import INDEX as PREDICTED
+from lpcam.segmentation.settings import SegmentSection
+
+logger = logging.getLogger(__name__)
+TRAINED_ON = ("lpcam", "cam", "given", "truth")
+"""Masks that segmenters are trained on, in the order in which one is chosen."""
+
+
+def mask_path(folder: Path, image_id: str) -> Path:
+    """The file of an image's mask in a folder of masks."""
+    return folder / f"{image_id}.png"
+
+
+@dataclass(frozen=True)
+class TrainedSegmenter:
+    """A trained segmenter of a run."""
+
+    name: str
+    """Of the masks that it was trained on: lpcam, cam, truth or given."""
+    path: Path
+    recipe: Recipe
+    section: SegmentSection
+    run: RunFolder
+
+    def tested(self, *, crf: bool) -> Path:
+        """Folder of its masks of the list to test: after the dense CRF, if there was one."""
+        return self.run.tested(self.name, crf=crf and self.section.test.crf is not None)
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What made it, for files that are written with it."""
+        return {
+            "run": self.recipe.name,
+            "trained_on": self.name,
+            "segmenter": digest_file(self.path),
+        }
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks of one folder, and what they show."""
+
+    name: str
+    """Of the folder within that of the run, such as ``pseudo/lpcam``."""
+    entries: tuple[MaskEntry | Skip, ...]
+    """In the order of the images' list; a `Skip` has no mask, or its image has gone."""
+    classes: ClassTable
+    made_by: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Map files of one folder."""
+
+    name: str
+    folder: Path
+    ids: tuple[str, ...]
+    missing: tuple[str, ...]
+    """Images of the list that have no map."""
+    classes: ClassTable
+    made_by: Mapping[str, Any]
+
+
+class RunFolder:
+    """The folder of a run: every path in it, and what a finished run can be used for.
+
+    Args:
+        path: of the folder, which need not exist yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        """The folder of a result, such as ``pseudo/lpcam``."""
+        return self.path / name
+
+    # -- Files of the run ----------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was run."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def index(self) -> Path:
+        """A record of every image's files, and of those that were skipped."""
+        return self.path / "index.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The figures with their protocol."""
+        return self.path / "metrics.json"
+
+    @property
+    def image_scores(self) -> Path:
+        """Each image's mean IoU by method."""
+        return self / "evaluation" / "images.json"
+
+    @property
+    def use(self) -> Path:
+        """Time and peak memory of each stage."""
+        return self.path / "use.json"
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet."""
+        return self.path / "sheet.png"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def truth(self) -> Path:
+        """Folder of masks painted from annotations."""
+        return self.path / "truth"
+
+    @property
+    def classifier(self) -> Path:
+        """The trained classifier."""
+        return self / "classifier" / "classifier.safetensors"
+
+    def prototypes(self, result: str = "prototypes") -> Path:
+        """The prototypes of a result: the run's own, or those of a host."""
+        return self / result / "prototypes.safetensors"
+
+    def network(self, result: str) -> Path:
+        """The trained network of a host or a refinement, such as ``host/amn``."""
+        return self / result / "network.safetensors"
+
+    def segmenter(self, name: str, *, best: bool = False) -> Path:
+        """The segmenter trained on the masks of a name: its last or its best weights."""
+        return self / f"segment/{name}" / ("best.safetensors" if best else "segmenter.safetensors")
+
+    def refined_maps(self, name: str) -> Path:
+        """Folder of the refined maps of a name."""
+        return self / f"pseudo/{name}" / "maps"
+
+    def boundaries(self, name: str) -> Path:
+        """Folder of the boundary maps that IRN learnt from the maps of a name."""
+        return self / f"pseudo/{name}" / "boundaries"
+
+    def tested(self, name: str, *, crf: bool = False) -> Path:
+        """Folder of a segmenter's masks of the list to test, before or after a dense CRF."""
+        folder = self / f"test/{name}"
+        return folder / "crf" if crf else folder
+
+    # -- Checks --------------------------------------------------------------------------------
+
+    def require_recipe(self) -> Path:
+        """The recipe's path.
+
+        Raises:
+            ArtefactError: if the folder holds no run.
+        """
+        if not self.recipe.is_file():
+            raise ArtefactError(
+                f"{self.path} holds no run: there is no {self.recipe.name} in it; give the folder "
+                "that 'lpcam run' wrote"
+            )
+        return self.recipe
+
+    def refuse_foreign_recipe(self) -> None:
+        """Refuse to overwrite a recipe that no run has written.
+
+        Raises:
+            ArtefactError: if there is a recipe, but no index beside it.
+        """
+        if self.recipe.is_file() and not self.index.is_file():
+            raise ArtefactError(
+                f"{self.recipe} was not written by a run, so it may be yours; choose another run "
+                "folder with --run.folder"
+            )
+
+    # -- What a finished run can be used for ---------------------------------------------------
+
+    def load_recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            ArtefactError: if the folder holds no run.
+        """
+        return load_recipe(self.require_recipe())
+
+    def _finished(self, path: Path, stage: str) -> Path:
+        if not path.is_file():
+            raise ArtefactError(
+                f"the run {self.path} has no {path.name} yet; run 'lpcam run {self.recipe} "
+                f"--until {stage}' first"
+            )
+        return path
+
+    def explainer(self, *, device: str = "auto") -> Explainer:
+        """The classifier and the prototypes of the run, for maps of new images.
+
+        Args:
+            device: "auto", "cpu", "cuda", ...
+
+        Raises:
+            ArtefactError: if the run has not reached its prototypes.
+            PrototypeError: if the prototypes belong to another classifier.
+        """
+        recipe = self.load_recipe()
+        classifier = Classifier.load(self._finished(self.classifier, "classify"))
+        path = self._finished(self.prototypes(), "prototypes")
+        parts = self._parts("classifier")
+        foreground_only = recipe.seeds.method == "LPCAM-F"
+        thresholds = {
+            "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
+            "cam_threshold": recipe.fixed_threshold("CAM"),
+        }
+        finetuned = parts.get("method", recipe.classifier.method) == "finetune"
+        probe, long_side = recipe.classifier.probe, recipe.classifier.finetune.long_side
+        return Explainer(
+            classifier.to(choose_device(device)),
+            Prototypes.load(path, fingerprint=classifier.fingerprint()),
+            recipe.lpcam.model_copy(update=thresholds),
+            mask_ids=self._mask_ids(recipe, len(classifier.classes)),
+            # whole images at the middle training size, as the classifier is validated
+            score_side=sum(long_side) // 2 if finetuned else probe.long_side,
+            precision=recipe.maps.precision,
+            maximum_side=recipe.maps.maximum_side,
+            foreground_only=foreground_only,
+            made_by={
+                "run": recipe.name,
+                "backbone": recipe.classifier.backbone,
+                "prototypes": digest_file(path),
+            },
+        )
+
+    def _parts(self, name: str) -> Mapping[str, Any]:
+        """The readable key of a result; empty if there is none."""
+        record = self / name / "stage.json"
+        found: Mapping[str, Any] = read_json(record).get("parts", {}) if record.is_file() else {}
+        return found
+
+    def _mask_ids(self, recipe: Recipe, count: int) -> tuple[int, ...] | None:
+        """Mask values of the classes: from the seeds if the data set has gone."""
+        ids = tuple(int(value) for value in self._parts("seeds").get("mask_ids", ()))
+        if len(ids) == count:
+            return ids
+        try:
+            ids = read_dataset(recipe, ("maps",)).classes.mask_ids
+        except DataError as error:
+            logger.warning("mask values are 1, 2, ... in the order of the classes: %s", error)
+            return None
+        return ids if len(ids) == count else None
+
+    def model(self) -> LPCAMModel:
+        """The classifier with LPCAM as its last layer, on the CPU, for export.
+
+        Raises:
+            ArtefactError: if the run has not reached its prototypes.
+            PrototypeError: if the prototypes belong to another classifier.
+        """
+        explainer = self.explainer(device="cpu")
+        return LPCAMModel.of_explainer(explainer, Classifier.load(self.classifier))
+
+    def segmenters(self, name: str | None = None) -> TrainedSegmenter:
+        """A trained segmenter of the run.
+
+        Args:
+            name: of the masks that it was trained on; None takes the first there is of
+                `TRAINED_ON`.
+
+        Raises:
+            ArtefactError: if the folder holds no run, or no such segmenter.
+        """
+        recipe = self.load_recipe()
+        section = recipe.segment
+        if section is None:
+            raise ArtefactError(
+                f"the run {self.path} trained no segmenter; run it with --segment.network deeplabv2"
+            )
+        best = section.checkpoint == "best"
+        paths = {one: self.segmenter(one, best=best) for one in TRAINED_ON}
+        found = [one for one, path in paths.items() if path.is_file()]
+        if not found or (name is not None and name not in found):
+            asked = "" if name is None else f" on {name}"
+            raise ArtefactError(
+                f"the run {self.path} has no segmenter trained{asked}; there are: "
+                f"{', '.join(found) or 'none, bring the run up to date'}"
+            )
+        chosen = name or found[0]
+        return TrainedSegmenter(chosen, paths[chosen], recipe, section, self)
+
+    def masks(self, name: str | None = None) -> Masks:
+        """The masks of the run, or of what ``lpcam predict`` wrote.
+
+        Every image of the list that the masks are of should have one. Those that have none, those
+        that the run skipped, and masks of images that are no longer in the list come with the
+        reason. Images are named by their paths below the folder that the data set has for them;
+        where there are several such folders, by their paths below the one that holds them all.
+
+        Args:
+            name: which of a run's masks: ``seeds``, ``pseudo/lpcam``, ``test/lpcam``, ... None:
+                pseudo masks if there are any (LPCAM's first), else seeds.
+
+        Raises:
+            ArtefactError: if the folder has no such masks; the message lists those it has.
+        """
+        folder = self.path
+        if (folder / PREDICTED).is_file():
+            return _predicted(folder, name)
+        recipe = self._recipe_for_export()
+        patterns = ("pseudo/*", "seeds", "host-seeds/*", "test/*/crf", "test/*")
+        chosen = self._chosen(name, "masks", patterns, ".png")
+        stage: ListName = "test" if chosen.startswith("test/") else "maps"
+        dataset = read_dataset(recipe, (stage,))
+        list_name = recipe.data.list_of(stage)
+        entries = _present(
+            _below_one_folder(
+                MaskEntry(i.id, i.image, mask_path(folder / chosen, i.id), i.file_name)
+                for i in dataset.select(list_name)
+            ),
+            "bring the run up to date first",
+            self._skipped(),
+        )
+        if not any(isinstance(entry, MaskEntry) for entry in entries):
+            raise ArtefactError(
+                f"{folder / chosen} has no mask of any image of the list {list_name!r}; bring the "
+                "run up to date first"
+            )
+        entries += [*dataset.skipped, *self._without_image(chosen, list_name, dataset)]
+        made_by = {"run": recipe.name, "masks": chosen}
+        return Masks(chosen, tuple(entries), dataset.classes, made_by)
+
+    def maps(self, name: str | None = None) -> Maps:
+        """The map files of the run.
+
+        Args:
+            name: ``lpcam``, ``cam``, ``lpcam_f``, ``host-maps/amn_lpcam``, ``pseudo/lpcam/maps``,
+                ...; None: ``lpcam``.
+
+        Raises:
+            ArtefactError: if the folder has no such maps; the message lists those it has.
+        """
+        recipe = self._recipe_for_export()
+        patterns = ("lpcam", "cam", "lpcam_f", "host-maps/*", "pseudo/*/maps")
+        chosen = self._chosen(name, "maps", patterns, ".npz")
+        dataset = read_dataset(recipe, ("maps",))
+        list_name, folder = recipe.data.list_of("maps"), self / chosen
+        ids = dataset.lists[list_name]
+        present = tuple(i for i in ids if map_path(folder, i).is_file())
+        if not present:
+            raise ArtefactError(
+                f"{folder} has no maps of any image of the list {list_name!r}; bring the run up to "
+                "date first"
+            )
+        missing = tuple(sorted({*ids} - {*present}, key=ids.index))
+        made_by = {"run": recipe.name, "maps": chosen}
+        return Maps(chosen, folder, present, missing, dataset.classes, made_by)
+
+    def _recipe_for_export(self) -> Recipe:
+        if not self.recipe.is_file() or not self.index.is_file():
+            raise ArtefactError(
+                f"{self.path} holds neither a run nor what 'lpcam predict' wrote; give the folder "
+                "of one"
+            )
+        return load_recipe(self.recipe)
+
+    def _chosen(self, name: str | None, what: str, patterns: tuple[str, ...], suffix: str) -> str:
+        """The named result, or the first that there is; of several, LPCAM's."""
+        known = [
+            path.relative_to(self.path).as_posix()
+            for pattern in patterns
+            for path in sorted(
+                self.path.glob(pattern), key=lambda p: (not p.name.endswith("lpcam"), p.name)
+            )
+            if path.is_dir() and any(path.rglob(f"*{suffix}"))
+        ]
+        if not known:
+            raise ArtefactError(f"{self.path} has no {what} yet; bring the run up to date first")
+        if name is None:
+            return known[0]
+        if name not in known:
+            raise ArtefactError(f"{self.path} has no {what} {name!r}; it has {', '.join(known)}")
+        return name
+
+    def _skipped(self) -> dict[str, str]:
+        """Why the run skipped images."""
+        records = [read_json(p) for p in (self.metrics, self.index) if p.is_file()]
+        return {one["id"]: one["reason"] for record in records for one in record.get("skipped", ())}
+
+    def _without_image(self, chosen: str, list_name: str, dataset: Dataset) -> Iterator[Skip]:
+        """Masks of images that were in the list when the masks were made."""
+        known = {*dataset.lists[list_name]}
+        for skip in dataset.skipped:
+            known |= {skip.id, *(skip.id.removesuffix(ending) for ending in IMAGE_SUFFIXES)}
+        # folders inside that of the masks
+        inside = {"pseudo": "boundaries", "test": "crf"}.get(chosen.partition("/")[0])
+        folder = self / chosen
+        for path in sorted(folder.rglob("*.png")):
+            image_id = path.relative_to(folder).as_posix().removesuffix(".png")
+            if image_id not in known and image_id.partition("/")[0] != inside:
+                yield Skip(
+                    image_id,
+                    f"the run made a mask of it, but the list {list_name!r} has no such image now; "
+                    "put image and label back, or bring the run up to date",
+                )
+
+
+def _predicted(folder: Path, name: str | None) -> Masks:
+    if name not in (None, "masks"):
+        raise ArtefactError(f"{folder} has no masks {name!r}; it has masks")
+    index = read_json(folder / PREDICTED)
+    try:
+        table = index["made_by"]["classes"]
+        names = sorted(table, key=table.__getitem__)  # the file's own order is alphabetical
+        classes = ClassTable(tuple(names), tuple(table[name] for name in names))
+        images = {str(key): Path(value) for key, value in index["images"].items()}
+        made_by = {"run": index["made_by"].get("run"), "masks": "masks"}
+        skipped = [Skip(str(one["image"]), str(one["reason"])) for one in index["skipped"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(
+            f"{folder / PREDICTED} is damaged ({error}); write it again with 'lpcam predict'"
+        ) from error
+    masks = [
+        # a key holds the folders of its image, and may have an ending
+        MaskEntry(
+            key,
+            image,
+            folder / "masks" / f"{key}.png",
+            "/".join(image.parts[-1 - key.count("/") :]),
+        )
+        for key, image in images.items()
+    ]
+    there = [
+        entry if entry.image is not None and entry.image.is_file() else replace(entry, image=None)
+        for entry in _below_one_folder(masks)
+    ]
+    entries = _present(there, "run 'lpcam predict' again", {})
+    if not any(isinstance(entry, MaskEntry) for entry in entries):
+        raise ArtefactError(f"{folder} has no masks; run 'lpcam predict' first")
+    return Masks("masks", (*entries, *skipped), classes, made_by)
+
+
+def _below_one_folder(found: Iterable[MaskEntry]) -> list[MaskEntry]:
+    """Name images by their paths below one folder: two folders may each have an image 0.jpg."""
+    entries = list(found)
+    folders = [entry.images_below for entry in entries]
+    if len({*folders} - {None}) < 2:
+        return entries
+    above = os.path.commonpath([folder for folder in folders if folder is not None])
+    return [
+        entry
+        if folder is None
+        else replace(entry, file_name=(folder / entry.name).relative_to(above).as_posix())
+        for entry, folder in zip(entries, folders, strict=True)
+    ]
+
+
+def _present(
+    entries: Sequence[MaskEntry], remedy: str, reasons: Mapping[str, str]
+) -> list[MaskEntry | Skip]:
+    """The entries, with the reason instead of those whose mask is missing."""
+
+    def why(entry: MaskEntry) -> str:
+        if entry.id in reasons:
+            return f"the run skipped it: {reasons[entry.id]}"
+        return f"there is no mask {entry.mask}; {remedy}"
+
+    return [e if e.mask.is_file() else Skip(e.id, why(e)) for e in entries]

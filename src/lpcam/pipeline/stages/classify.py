@@ -1,0 +1,103 @@
+"""The classifier: a linear probe on a frozen backbone, or fine-tuning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lpcam.classifiers.classifier import Classifier, build
+from lpcam.classifiers.finetuning import finetune
+from lpcam.classifiers.probe import fit_probe, pooled_features
+from lpcam.data.dataset import Item
+from lpcam.pipeline.cache import Task
+from lpcam.pipeline.context import Context
+from lpcam.pipeline.stages.prototypes import check_memory
+from lpcam.pipeline.stages.training import History, training_options, training_task
+
+HELD_OUT = 10
+"""One image in so many is held out for the validation mAP where no list is named."""
+
+
+def classify(context: Context) -> Iterator[Task]:
+    """Train the classifier."""
+    recipe, section = context.recipe, context.recipe.classifier
+    settings = section.probe if context.training_method == "probe" else section.finetune
+    training, held_out = validation(context)
+    parts = {
+        "revision": 3,
+        "classes": list(context.dataset.classes.names),
+        **section.backbone_key(),
+        "method": context.training_method,
+        "settings": settings.model_dump(mode="json", exclude={"preset"}),
+        "maps": recipe.maps.features_key(),
+        "seed": recipe.run.seed,
+        "training": context.digest(training),
+        "validation": context.digest(held_out),
+    }
+
+    def train(classifier: Classifier, folder: Path) -> History:
+        history = _train(context, classifier, folder, training, held_out)
+        if context.processes.first:
+            context.classifier = classifier
+        return history
+
+    yield training_task(
+        context, "classifier", parts, context.folder.classifier, lambda: _build(context), train
+    )
+
+
+def _build(context: Context) -> Classifier:
+    classifier = build_classifier(context)
+    check_memory(context, context.recipe.lpcam, classifier.weight.shape)
+    return classifier
+
+
+def build_classifier(context: Context, *, weights: str | None = None) -> Classifier:
+    """A classifier with its first weights, the recipe's or others, on the run's device."""
+    section, names = context.recipe.classifier, context.dataset.classes.names
+    first = section.first_weights(context.recipe.run.seed)
+    first["weights"] = weights or first["weights"]
+    return build(section.spec(), names, **first).to(context.device)
+
+
+def _train(
+    context: Context,
+    classifier: Classifier,
+    folder: Path,
+    training: list[Item],
+    held_out: list[Item],
+) -> History:
+    section = context.recipe.classifier
+    if context.training_method == "finetune":
+        options = training_options(context, folder)
+        return finetune(classifier, training, held_out, section.finetune, **options)
+    pooled = pooled_features(
+        [*training, *held_out], section.probe, context.store(classifier), folder, context.sharing
+    )
+    if pooled is None:
+        return []  # the first process fits the head, the others read it
+    refit = context.recipe.data.lists.validate_ is None
+    return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
+
+
+def validation(context: Context) -> tuple[list[Item], list[Item]]:
+    """Images that train the classifier, and images on which it is measured."""
+    items = context.items("classify")
+    name = context.recipe.data.lists.validate_
+    if name is not None:
+        return items, context.dataset.select(name)
+    order = np.random.default_rng([context.recipe.run.seed, HELD_OUT]).permutation(len(items))
+    left = Counter(label for item in items for label in item.labels)
+    held = set()
+    for place in order[: len(items) // HELD_OUT].tolist():
+        labels = items[place].labels
+        if all(left[label] > 1 for label in labels):  # the last image of a class trains it
+            left.subtract(labels)
+            held.add(place)
+    return (
+        [item for place, item in enumerate(items) if place not in held],
+        [items[place] for place in sorted(held)],
+    )

@@ -1,0 +1,87 @@
+"""Ternary masks: sure foreground, sure background and undecided pixels, cleaned by a CRF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lpcam.data.dataset import Item
+from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.masks import write_mask
+from lpcam.data.resize import resize
+from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.context import Context
+from lpcam.pipeline.run_folder import mask_path
+from lpcam.refine.base import Picture
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.ternary import ternary_mask
+from lpcam.runtime.resources import memory_of_an_image
+
+
+def picture(context: Context, item: Item, maps: Path) -> Picture:
+    """An image and its maps at the size of refinement, on the run's device.
+
+    That is the image's own size, or that at which it was mapped where ``maps.maximum_side`` is
+    smaller: a dense CRF of an image of 4,000 pixels a side would take 7 GB.
+    """
+    found = read_maps(map_path(maps, item.id))
+    image = limit_long_side(read_image(item.image), context.recipe.maps.maximum_side)
+    planes = resize(torch.from_numpy(found.high_res), image.shape[:2])
+    device = context.device
+    return Picture(item, found, torch.from_numpy(image).to(device), planes.to(device))
+
+
+def image_memory(context: Context) -> int | None:
+    """Memory that the CRF of one image may use, in bytes: its thread's part."""
+    return memory_of_an_image(context.device, context.sharing.workers * context.processes.here)
+
+
+def ternary_task(
+    context: Context,
+    name: str,
+    label: str,
+    maps: Path,
+    key: str,
+    thresholds: tuple[float, float],
+    settings: CrfSettings,
+    items: Sequence[Item],
+) -> Task:
+    """A task that writes ternary masks of one kind of maps.
+
+    Args:
+        context: of the run.
+        name: of the result.
+        label: shown with the progress.
+        maps: folder of the maps.
+        key: of the result that holds the maps.
+        thresholds: of the sure foreground and of the sure background.
+        settings: of the dense CRF.
+        items: images to label.
+    """
+    parts = {
+        "revision": 1,
+        "maps": key,
+        "thresholds": list(thresholds),
+        "crf": settings.model_dump(mode="json", exclude={"preset"}),
+        "mask_ids": list(context.dataset.classes.mask_ids),
+        "maximum_side": context.recipe.maps.maximum_side,
+        "images": context.digest(items),
+    }
+
+    def work(cache: StageCache) -> None:
+        crf = DenseCrf(settings, memory=image_memory(context))
+
+        @torch.inference_mode()
+        def make(item: Item) -> None:
+            path = mask_path(cache.folder, item.id)
+            if not path.is_file():
+                found = picture(context, item, maps)
+                write_mask(path, ternary_mask(crf, found, thresholds, context.dataset.classes))
+
+        context.each(label, items, make)
+
+    paths = [mask_path(context.folder / name, item.id) for item in items]
+    return Task([context.result(name, parts, paths)], work)

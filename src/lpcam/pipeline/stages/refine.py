@@ -1,0 +1,309 @@
+"""From maps to pseudo masks, by the refinement that the recipe names."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpcam.data.dataset import Item, Skip
+from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
+from lpcam.data.masks import write_mask
+from lpcam.data.resize import resize
+from lpcam.hosts.base import folder_name
+from lpcam.method.seeds import seeds, to_mask
+from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.context import Context, Given
+from lpcam.pipeline.run_folder import mask_path
+from lpcam.pipeline.stages.classify import build_classifier
+from lpcam.pipeline.stages.labels import image_memory, picture
+from lpcam.pipeline.stages.seeds import RESULTS
+from lpcam.pipeline.stages.training import History, training_options, training_task
+from lpcam.refine.base import LearnedRefinement, RefineSection, Source, Tools
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import digest_file, digest_json
+
+logger = logging.getLogger(__name__)
+HIGHEST = 1.001
+"""Largest value of a normalised map; rounding may exceed 1."""
+GIVEN = "given"
+"""Name of maps that another program made, in figures and folders."""
+
+
+def section_of(context: Context) -> RefineSection:
+    """The recipe's section refine; the stages of this module exist only with one."""
+    assert context.recipe.refine is not None
+    return context.recipe.refine
+
+
+def sources(context: Context) -> list[Source]:
+    """The maps that the recipe wants refined, or those of another program."""
+    recipe, given = context.recipe, context.given_maps
+    if given is not None:
+        fixed = recipe.fixed_threshold("LPCAM")
+        return [Source(GIVEN, GIVEN, given.folder, given.key, fixed)]
+    found = []
+    hosted = {} if recipe.host is None else {arm.title: arm for arm in recipe.host.arms}
+    for method in recipe.refined:
+        if method in hosted:
+            assert recipe.host is not None
+            result = context.results[f"host-maps/{folder_name(method)}"]
+            fixed = recipe.host.settings.threshold
+        else:
+            result = context.results[RESULTS[method]]
+            fixed = recipe.fixed_threshold("CAM" if method == "CAM" else "LPCAM")
+        found.append(Source(method, folder_name(method), result.folder, result.key, fixed))
+    return found
+
+
+def tools(context: Context) -> Tools:
+    """What the run lends to its refinement."""
+    return Tools(
+        device=context.device,
+        classes=context.dataset.classes,
+        backbone=context.recipe.classifier,
+        classifier=lambda: (
+            context.classifier if "classifier" in context.results else build_classifier(context)
+        ),
+        untrained=lambda: build_classifier(context, weights="random"),
+        seed=context.recipe.run.seed,
+        items=context.items("maps"),
+        sharing=context.sharing,
+        memory=image_memory(context),
+        saliency=context.recipe.data.saliency,
+    )
+
+
+def validate(context: Context) -> None:
+    """Refuse, before any stage runs, what the refinement could not work with.
+
+    Networks are not tried where there are trained ones: their stage knows whether they hold.
+    """
+    section = section_of(context)
+    if not any(context.folder.path.glob("refine-network/*/network.safetensors")):
+        section.refinement.validate(section, tools(context))
+
+
+def import_maps(context: Context, folder: Path) -> None:
+    """Take the maps of another program instead of those of the run's own stages.
+
+    Images are left out, with the reason, if their map file is missing, damaged, of another size,
+    made with other classes (where it records their names, as imported files do), or of classes that
+    the image is not labelled with.
+
+    Args:
+        context: of the run.
+        folder: with one map file (:func:`lpcam.data.map_files.write_maps`) for each image of the
+            list for maps, named by the image's id.
+
+    Raises:
+        DataError: if no image has maps.
+    """
+    kept, skipped, digests, unlabelled = [], [], {}, 0
+    for item in context.items("maps"):
+        path, record = map_path(folder, item.id), context.records[item.id]
+        try:
+            maps = read_maps(path)
+        except ArtefactError as error:
+            skipped.append(Skip(item.id, str(error)))
+            continue
+        size = (record["height"], record["width"])
+        problem = _problem(maps, item, size, context.dataset.classes.names)
+        if problem is None:
+            kept.append(item.id)
+            digests[item.id] = digest_file(path)
+        else:
+            unlabelled += problem.startswith("has classes that")
+            skipped.append(Skip(item.id, f"the map {path} {problem}"))
+    if not kept:
+        reason = skipped[0].reason
+        if not map_path(folder, skipped[0].id).is_file() and any(folder.rglob("*.npy")):
+            reason = (
+                f"{folder} holds .npy files of another program; import them first: lpcam import "
+                f"maps {shlex.quote(str(folder))} FOLDER --data PATH"
+            )
+        raise DataError(
+            f"no image of the list {context.recipe.data.list_of('maps')!r} can be refined: {reason}"
+        )
+    if unlabelled:
+        logger.info(
+            "%d images are left out: their maps have classes that they are not labelled with",
+            unlabelled,
+        )
+    context.dataset = context.dataset.without(skipped)
+    context.given_maps = Given(folder, digest_json(digests))
+
+
+def _problem(maps: MapFile, item: Item, size: tuple[int, int], names: Sequence[str]) -> str | None:
+    """Why the maps of another program cannot be used for an image; None if they can."""
+    if maps.high_res.shape[1:] != size:
+        found = " x ".join(str(side) for side in maps.high_res.shape[1:])
+        return f"has {found} pixels, but the image {size[0]} x {size[1]}; resize it"
+    own = maps.made_by.get("classes")
+    if own is not None and list(own) != list(names):
+        return (
+            f"has the classes {', '.join(own)}, not {', '.join(names)}; import it for the recipe's "
+            "classes: lpcam import maps --data PATH --classes NAMES"
+        )
+    if maps.keys.size and maps.keys.max() >= len(names):
+        return f"has the class index {maps.keys.max()}; there are {len(names)} classes"
+    if others := [names[key] for key in maps.keys.tolist() if key not in item.labels]:
+        return f"has classes that the image is not labelled with: {', '.join(others)}"
+    if maps.high_res.size and maps.high_res.max() > HIGHEST:
+        return f"has values up to {maps.high_res.max():.4g}; divide each map by its maximum"
+    return None
+
+
+def write_labels(context: Context) -> Iterator[Task]:
+    """The labels that a refinement with a network learns from."""
+    section = section_of(context)
+    method = section.refinement
+    if not isinstance(method, LearnedRefinement):
+        return
+    items, lent = context.items("maps"), tools(context)
+    for source in sources(context):
+        name = f"refine-labels/{source.name}"
+        parts = {
+            "revision": 1,
+            "maps": source.key,
+            **method.label_key(section, source, lent),
+            "maximum_side": context.recipe.maps.maximum_side,
+            "images": context.digest(items),
+        }
+
+        def work(cache: StageCache, source: Source = source) -> None:
+            _label(context, method, source, cache, items, lent)
+
+        paths = [method.label_path(context.folder / name, item.id) for item in items]
+        yield Task([context.result(name, parts, paths)], work)
+
+
+def _label(
+    context: Context,
+    method: LearnedRefinement,
+    source: Source,
+    cache: StageCache,
+    items: Sequence[Item],
+    lent: Tools,
+) -> None:
+    label = method.labeller(section_of(context), source, lent)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path = method.label_path(cache.folder, item.id)
+        if not path.is_file():
+            label(picture(context, item, source.folder), path)
+
+    context.each(f"{method.title} labels of {source.method}", items, make)
+
+
+def train_networks(context: Context) -> Iterator[Task]:
+    """The network of a refinement with one, for each kind of maps."""
+    section, recipe = section_of(context), context.recipe
+    method = section.refinement
+    if not isinstance(method, LearnedRefinement):
+        return
+    items, lent = context.items("maps"), tools(context)
+    start = recipe.classifier.backbone_key()
+    if method.starts_from == "classifier" and "classifier" in context.results:
+        start = {"classifier": context.results["classifier"].output["digest"]}
+    for source in sources(context):
+        labels = context.results[f"refine-labels/{source.name}"]
+        parts = {
+            "revision": 2,
+            "labels": labels.key,
+            **start,
+            "settings": method.network_key(section),
+            "seed": recipe.run.seed,
+        }
+        labelled = [(item, method.label_path(labels.folder, item.id)) for item in items]
+
+        def train(network: Any, folder: Path, labelled: Any = labelled) -> History:
+            return method.train(network, labelled, section, **training_options(context, folder))
+
+        name = f"refine-network/{source.name}"
+        path = context.folder.network(name)
+        yield training_task(context, name, parts, path, lambda: method.build(section, lent), train)
+
+
+def write_pseudo_masks(context: Context) -> Iterator[Task]:
+    """Refined maps and pseudo masks of every image of the list that has maps."""
+    section, items, lent = section_of(context), context.items("maps"), tools(context)
+    for source in sources(context):
+        name, folder = f"pseudo/{source.name}", context.folder.refined_maps(source.name)
+        trained = context.results.get(f"refine-network/{source.name}")
+        parts = {
+            "revision": 2,
+            "method": section.method,
+            "maps": source.key,
+            "network": None if trained is None else trained.output["digest"],
+            "threshold": section.refinement.threshold(section, source),
+            "mask_ids": list(context.dataset.classes.mask_ids),
+            "maximum_side": context.recipe.maps.maximum_side,
+            "dtype": context.recipe.maps.dtype,
+            "images": context.digest(items),
+            **section.refinement.key(section, source, lent),
+        }
+
+        def work(cache: StageCache, source: Source = source) -> None:
+            _refine(context, source, cache, items, lent)
+
+        outputs = [mask_path(context.folder / name, item.id) for item in items]
+        outputs += [map_path(folder, item.id) for item in items]
+        yield Task([context.result(name, parts, outputs)], work)
+
+
+def _refine(
+    context: Context, source: Source, cache: StageCache, items: Sequence[Item], lent: Tools
+) -> None:
+    section, maps_folder = section_of(context), context.folder.refined_maps(source.name)
+    network = context.folder.network(f"refine-network/{source.name}")
+    refine = section.refinement.refiner(section, source, lent, network, cache.folder)
+    threshold = section.refinement.threshold(section, source)
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        path, refined = mask_path(cache.folder, item.id), map_path(maps_folder, item.id)
+        if path.is_file() and refined.is_file():
+            return
+        found = picture(context, item, source.folder)
+        maps = found.maps
+        quarter, full = refine(found)
+        write_maps(
+            refined,
+            MapFile(
+                maps.keys,
+                resize(quarter, maps.cam.shape[-2:]).float().cpu().numpy(),
+                resize(full, maps.high_res.shape[-2:]).float().cpu().numpy(),
+                {"stage": cache.key},
+            ),
+            dtype=context.recipe.maps.dtype,
+        )
+        # From the file's own rounded values, so that masks and scores of the maps agree.
+        planes = torch.from_numpy(read_maps(refined).high_res)
+        write_mask(path, to_mask(seeds(planes, threshold), maps.keys, context.dataset.classes))
+
+    context.each(f"pseudo masks of {source.method}", items, make)
+
+
+def refined(context: Context) -> Mapping[str, tuple[Source, StageCache]]:
+    """The refined maps by the name of their rows, such as ``LPCAM + IRN``."""
+    section = context.recipe.refine
+    if section is None or context.given_masks is not None:
+        return {}
+    return {
+        section.title(source.method): (source, context.results[f"pseudo/{source.name}"])
+        for source in sources(context)
+    }
+
+
+def described(context: Context) -> dict[str, Any] | None:
+    """The refinement and its settings, for the protocol; None without one."""
+    section = context.recipe.refine
+    if section is None or context.given_masks is not None:
+        return None
+    return section.refinement.described(section, tools(context))

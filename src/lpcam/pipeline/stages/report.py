@@ -1,0 +1,171 @@
+"""The report: one HTML file with the figures and pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lpcam.data.dataset import Item
+from lpcam.method.prototypes import Prototypes
+from lpcam.method.settings import METHODS
+from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.context import Context
+from lpcam.pipeline.stages import host, refine, segment
+from lpcam.pipeline.stages.evaluate import dataset_name
+from lpcam.pipeline.stages.seeds import RESULTS
+from lpcam.report.collect import Figures, collect
+from lpcam.report.images import LaterOutputs
+from lpcam.report.page import render
+from lpcam.report.segmenters import SegmenterResults, TrainedSegmenter
+from lpcam.runtime.files import read_json, write_bytes
+from lpcam.runtime.versions import versions
+
+
+def write_report(context: Context) -> Iterator[Task]:
+    """Write the report, unless the recipe wants none."""
+    section, path = context.recipe.report, context.folder.report
+    if not section.images:
+        if context.processes.first:
+            path.unlink(missing_ok=True)
+        return
+    parts = {
+        "revision": 1,
+        "evaluation": context.results["evaluation"].key,
+        "prototypes": context.results["prototypes"].output["digest"],
+        "classifier": context.results["classifier"].output["digest"],
+        "settings": context.recipe.lpcam.model_dump(mode="json"),
+        "section": section.model_dump(mode="json"),
+        "notices": list(context.dataset.notices),
+        "versions": versions(),
+    }
+
+    def work(_: StageCache) -> None:
+        if context.processes.first:
+            write_bytes(path, _page(context).encode())
+
+    yield Task([context.result("report", parts, [path])], work)
+
+
+def _page(context: Context) -> str:
+    recipe, folder = context.recipe, context.folder
+    metrics = read_json(folder.metrics)
+    scored = context.truth("evaluate")
+    figures = Figures()
+    if scored:
+        scores = read_json(folder.image_scores)
+        figures = Figures(
+            [row for row in metrics["rows"] if row["stage"] != segment.SEGMENTATION],
+            metrics["curves"],
+            {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
+        )
+    use: dict[str, Any] = read_json(folder.use) if folder.use.is_file() else {}
+    fingerprint = context.results["classifier"].output["fingerprint"]
+    return render(
+        collect(
+            dataset_name(context),
+            scored or _without_masks([item for item in context.items("maps") if item.labels]),
+            context.dataset,
+            {method: folder / RESULTS[method] for method in METHODS},
+            figures,
+            {method: recipe.fixed_threshold(method) for method in METHODS},
+            context.classifier,
+            Prototypes.load(folder.prototypes(), fingerprint=fingerprint),
+            context.store(context.classifier).pairs,
+            recipe.lpcam,
+            recipe.report,
+            context.sharing,
+            {
+                "protocol": {"crf": False, **metrics["protocol"]},
+                "skipped": metrics["skipped"],
+                "notices": list(context.dataset.notices),
+                "events": metrics["prototype_events"],
+                "history": metrics["classifier_history"],
+                "networks": _networks(context, metrics),
+                "stages": [{"name": name, **use[name]} for name in context.stages if name in use],
+                "command": metrics["command"],
+            },
+            _later_outputs(context),
+            _segmenters(context, metrics),
+        )
+    )
+
+
+def _networks(context: Context, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Training histories of the networks of a host and of a refinement."""
+    titles: dict[str, str] = {}
+    for arm in host.arms(context):  # one network may serve several
+        titles[arm.network] = " and ".join(filter(None, [titles.get(arm.network), arm.title]))
+    found = [
+        {"title": f"the network of {title}", "history": metrics["host_history"][name]}
+        for name, title in titles.items()
+    ]
+    names = {source.name: source.method for source, _ in refine.refined(context).values()}
+    return found + [
+        {
+            "title": f"{refine.section_of(context).refinement.title}'s network on {names[name]}",
+            "history": history,
+        }
+        for name, history in metrics["refine_history"].items()
+    ]
+
+
+def _later_outputs(context: Context) -> LaterOutputs:
+    masks, planes = {}, {}
+    for arm in host.arms(context):
+        masks[f"seed of {arm.title}"] = context.folder / host.result_name("host-seeds", arm)
+    for source, result in refine.refined(context).values():
+        masks[f"pseudo mask of {source.method}"] = result.folder
+        boundaries = context.folder.boundaries(source.name)
+        if boundaries.is_dir():
+            planes[f"boundaries learned from {source.method}"] = boundaries
+    return LaterOutputs(masks, planes)
+
+
+def _segmenters(context: Context, metrics: Mapping[str, Any]) -> SegmenterResults | None:
+    found = segment.segmented(context)
+    if not found:
+        return None
+    section, lists = segment.section_of(context), context.recipe.data
+    refined_by_crf = section.test.crf is not None
+    # after the CRF if there is one, as users of the masks get them
+    trained = [
+        TrainedSegmenter(
+            teacher.name,
+            teacher.title,
+            context.results[f"segment/{teacher.name}"].output["images"],
+            folder,
+        )
+        for teacher, folder in found.values()
+        if (folder.name == segment.CRF) == refined_by_crf
+    ]
+    rows = []
+    for row in metrics["rows"]:
+        if row["stage"] == segment.SEGMENTATION:
+            teacher, folder = found[row["method"]]
+            rows.append({**row, "teacher": teacher.name, "crf": folder.name == segment.CRF})
+    protocol = segment.protocol(context)
+    return SegmenterResults(
+        trained,
+        rows,
+        context.items("test") if context.truth("test") else _without_masks(context.items("test")),
+        metrics["segmenter_history"],
+        metrics["refine_history"],
+        {
+            "network": section.title,
+            "split": lists.list_of("test"),
+            "list": lists.list_of("segment"),
+            "checkpoint": section.checkpoint,
+            "crf": section.test.crf,
+            "settings": {
+                name: value
+                for name, value in protocol.items()
+                if name not in ("network", "checkpoint", "list")
+            },
+        },
+    )
+
+
+def _without_masks(items: list[Item]) -> list[Item]:
+    """The items of a list that is not scored."""
+    return [replace(item, mask=None) for item in items]

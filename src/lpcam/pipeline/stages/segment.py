@@ -1,0 +1,447 @@
+"""Segmenters trained on pseudo masks, and their masks of the list to test."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpcam.data.dataset import Item
+from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
+from lpcam.evaluation.scoring import row_of
+from lpcam.evaluation.segmentation import confusion, scores, truth_labels
+from lpcam.pipeline.cache import Output, StageCache, Task
+from lpcam.pipeline.context import Context, Given
+from lpcam.pipeline.run_folder import TRAINED_ON, mask_path
+from lpcam.pipeline.stages import refine
+from lpcam.pipeline.stages.labels import image_memory
+from lpcam.pipeline.stages.training import training_options
+from lpcam.refine.crf import CrfSettings
+from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
+from lpcam.runtime.files import digest_file, digest_json, weights_key
+from lpcam.runtime.versions import versions
+from lpcam.segmentation import inference
+from lpcam.segmentation.augmentation import CheckedMasks, check_masks
+from lpcam.segmentation.segmenter import Segmenter, build_segmenter, check_segmenter
+from lpcam.segmentation.settings import SegmentSection, SegmentTestSettings
+from lpcam.segmentation.training import Validation, check_batch, train_segmenter
+
+logger = logging.getLogger(__name__)
+TRUTH = "truth"
+SEGMENTATION = "segmentation"
+"""Stage of the rows of segmenters, which have no threshold."""
+CRF = "crf"
+"""Name of the folder of masks after a dense CRF."""
+
+
+@dataclass(frozen=True)
+class TrainingMasks:
+    """Masks that a segmenter is trained on."""
+
+    title: str
+    """In the names of rows, such as ``LPCAM + IRN``."""
+    name: str
+    """Name of the folders."""
+    pairs: Sequence[tuple[Item, Path]]
+    key: str
+    """Of what made the masks."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether a mask id of no class is an error; true masks may hold other classes."""
+        return self.name != TRUTH
+
+
+def section_of(context: Context) -> SegmentSection:
+    """The recipe's section segment; the stages of this module exist only with one."""
+    assert context.recipe.segment is not None
+    return context.recipe.segment
+
+
+def training_masks(context: Context) -> list[TrainingMasks]:
+    """The masks that the recipe wants segmenters trained on, or those that were given.
+
+    Raises:
+        DataError: if true masks are wanted and there are none.
+    """
+    recipe, items, given = context.recipe, context.items("segment"), context.given_masks
+    if given is not None:
+        pairs = [(item, mask_path(given.folder, item.id)) for item in items]
+        return [TrainingMasks("given masks", refine.GIVEN, pairs, given.key)]
+    found = []
+    made = {} if recipe.refine is None else {s.method: s for s in refine.sources(context)}
+    for wanted in recipe.segmented:
+        if wanted == TRUTH:
+            pairs = [(item, item.mask) for item in items if item.mask is not None]
+            if not pairs:
+                raise DataError(
+                    f"no image of the list {recipe.data.list_of('segment')!r} has a true mask to "
+                    "train on; take 'truth' out of segment.masks, or add masks"
+                )
+            key = context.digest([item for item, _ in pairs], truth=True)
+            found.append(TrainingMasks("true masks", TRUTH, pairs, key))
+            continue
+        name = made[wanted].name
+        result = context.results[f"pseudo/{name}"]
+        pairs = [(item, mask_path(result.folder, item.id)) for item in items]
+        title = refine.section_of(context).title(wanted)
+        found.append(TrainingMasks(title, name, pairs, result.key))
+    return found
+
+
+def validate(context: Context) -> None:
+    """Refuse, before any stage runs, what only the training would find.
+
+    The network is not tried where a training has finished: its stage knows whether it holds.
+
+    Raises:
+        RecipeError: if pseudo masks are wanted that the recipe does not make.
+        ClassifierError: if the network or its weights cannot be had, or a batch cannot be shared
+            among the processes.
+        DataError: if the best weights are wanted and no image to test has a true mask.
+    """
+    section, recipe = section_of(context), context.recipe
+    wanted = [name for name in recipe.segmented if name != TRUTH]
+    if wanted and recipe.refine is None and context.given_masks is None:
+        raise RecipeError(
+            f"the recipe {recipe.name} makes no pseudo masks of {wanted[0]}; add a section refine, "
+            "e.g. --refine.method irn, or give masks with 'lpcam segment RECIPE FOLDER'"
+        )
+    check_segmenter(section.spec(), section.weights)
+    if any(context.folder.segmenter(name).is_file() for name in TRAINED_ON):
+        return
+    if section.checkpoint == "best" and not _validation_items(context):
+        raise DataError(
+            f"no image of the list {recipe.data.list_of('test')!r} has a true mask to choose the "
+            "best weights on; set segment.checkpoint to last"
+        )
+    shared = _tested_on(context)
+    if shared:
+        logger.warning(
+            "%d images of the list to test are also trained on, so their scores say little about "
+            "other images; name another list: --data.lists.test",
+            len(shared),
+        )
+    images = len(context.items("segment"))
+    check_batch(_build(context), section.training, images, context.processes)
+
+
+def import_masks(context: Context, folder: Path) -> None:
+    """Train on the masks of another program instead of the run's own.
+
+    Args:
+        context: of the run.
+        folder: with one index mask (PNG) for each image of the list to segment, named by its id.
+
+    Raises:
+        DataError: if masks are missing.
+    """
+    paths = [mask_path(folder, item.id) for item in context.items("segment")]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} images of the list "
+            f"{context.recipe.data.list_of('segment')!r} have no mask, e.g. {missing[0]}; make "
+            "them, or name a list of those that have one: --data.lists.segment"
+        )
+    context.given_masks = Given(folder, digest_json([digest_file(path) for path in paths]))
+
+
+# -- Training ------------------------------------------------------------------------------------
+
+
+def train_segmenters(context: Context) -> Iterator[Task]:
+    """A segmenter on each kind of masks."""
+    section, truth = section_of(context), _validation_items(context)
+    for masks in training_masks(context):
+        yield _training_task(context, section, masks, truth)
+
+
+def _training_task(
+    context: Context, section: SegmentSection, masks: TrainingMasks, truth: Sequence[Item]
+) -> Task:
+    parts = {
+        "revision": 1,
+        "masks": masks.key,
+        "images": context.digest([item for item, _ in masks.pairs]),
+        "classes": list(context.dataset.classes.names),
+        "mask_ids": list(context.dataset.classes.mask_ids),
+        "network": section.model_dump(
+            mode="json", include={"network", "arguments", "output_stride", "mean", "std"}
+        ),
+        "backbone": section.backbone_name,
+        "weights": weights_key(section.weights),
+        "training": section.training.model_dump(mode="json", exclude={"preset"}),
+        "precision": section.precision,
+        "validations": section.validations,
+        "seed": context.recipe.run.seed,
+    }
+    path = context.folder.segmenter(masks.name)
+    outputs = [path, *([context.folder.segmenter(masks.name, best=True)] if truth else [])]
+
+    def prepare() -> tuple[CheckedMasks, Segmenter]:
+        return _check_masks(context, masks), _build(context)
+
+    def work(prepared: tuple[CheckedMasks, Segmenter], cache: StageCache) -> Output | None:
+        output = _train(context, *prepared, cache, truth, outputs)
+        if not context.processes.first:
+            return None
+        validation = _validation_key(context, truth)
+        return {**output, "digest": digest_file(path), "validation": validation}
+
+    return Task([context.result(f"segment/{masks.name}", parts, outputs)], work, prepare)
+
+
+def _train(
+    context: Context,
+    masks: CheckedMasks,
+    segmenter: Segmenter,
+    cache: StageCache,
+    truth: Sequence[Item],
+    outputs: Sequence[Path],
+) -> Output:
+    section = section_of(context)
+    validation: Validation | None = None
+    if truth:
+        validation = Validation(
+            truth,
+            _validation_settings(section),
+            section.validations,
+            outputs[1],
+            context.recipe.maps.maximum_side,
+        )
+    history = train_segmenter(
+        segmenter,
+        masks.pairs,
+        section.training,
+        precision=section.precision,
+        validation=validation,
+        **training_options(context, cache.folder),
+    )
+    if context.processes.first:
+        segmenter.save(outputs[0], {"stage": cache.key, "versions": versions()})
+    labels = ("background", *context.dataset.classes.names)
+    return {
+        "history": history,
+        "images": len(masks.pairs),
+        "dropped": [{"id": skip.id, "reason": skip.reason} for skip in masks.dropped],
+        "pixels": {**dict(zip(labels, masks.pixels, strict=True)), "ignored": masks.ignored},
+    }
+
+
+def _validation_items(context: Context) -> list[Item]:
+    return context.truth("test") if section_of(context).validations else []
+
+
+def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
+    """Settings of the test at scale 1, so that other ways to test need no new training."""
+    once: dict[str, Any] = {"scales": (1.0,), "flip": False, "window": None, "crf": None}
+    return section.test.model_copy(update={**once, "fusion": "mean_logits"})
+
+
+def _validation_key(context: Context, truth: Sequence[Item]) -> str:
+    """Digest of what the choice of the best weights depends on, apart from the training."""
+    settings = _validation_settings(section_of(context))
+    return digest_json(
+        [
+            context.digest(truth, truth=True),
+            settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"}),
+            context.recipe.maps.maximum_side,
+        ]
+    )
+
+
+def _build(context: Context) -> Segmenter:
+    """The untrained segmenter, on the run's device."""
+    section = section_of(context)
+    return build_segmenter(
+        section.spec(),
+        context.dataset.classes,
+        weights=section.weights,
+        mean=section.mean,
+        std=section.std,
+        seed=context.recipe.run.seed,
+    ).to(context.device)
+
+
+def _check_masks(context: Context, masks: TrainingMasks) -> CheckedMasks:
+    classes = context.dataset.classes
+    found = check_masks(masks.pairs, classes, strict=masks.strict, workers=context.threads)
+    for skip in found.dropped:
+        logger.info("%s is not trained on: %s", skip.id, skip.reason)
+    if found.unknown:
+        ids = ", ".join(str(value) for value in found.unknown)
+        logger.info("mask values of no class are not trained on: %s", ids)
+    logger.info("training on %d of %s", len(found.pairs), masks.title)
+    return found
+
+
+# -- Testing -------------------------------------------------------------------------------------
+
+
+def test(context: Context) -> Iterator[Task]:
+    """Masks of the list to test by every segmenter."""
+    section, items = section_of(context), context.items("test")
+    for masks in training_masks(context):
+        yield _test_task(context, section, masks, items)
+
+
+def _test_task(
+    context: Context, section: SegmentSection, masks: TrainingMasks, items: Sequence[Item]
+) -> Task:
+    trained = context.results[f"segment/{masks.name}"]
+    best = section.checkpoint == "best"
+    weights = context.folder.segmenter(masks.name, best=best)
+    truth = _validation_items(context)
+    if best and trained.output["validation"] != _validation_key(context, truth):
+        raise ArtefactError(
+            f"{weights} was chosen on other true masks or at another size than the recipe says "
+            f"now; delete {trained.folder} to train again, or set segment.checkpoint to last"
+        )
+    parts = {
+        "revision": 1,
+        "segmenter": digest_file(weights),
+        "test": section.test.model_dump(mode="json", exclude={"preset"}),
+        "crf": _crf_settings(section),
+        "maximum_side": context.recipe.maps.maximum_side,
+        "images": context.digest(items, truth=True),
+    }
+    folders = [context.folder.tested(masks.name)]
+    folders += [context.folder.tested(masks.name, crf=True)] if section.test.crf else []
+
+    def work(_: StageCache) -> Output:
+        _segment(context, masks, weights, folders, items)
+        context.processes.wait()
+        counts = {folder.name: _count(context, folder, items) for folder in folders}
+        return {"confusions": {k: v for k, v in counts.items() if v is not None}}
+
+    outputs = [mask_path(folder, item.id) for folder in folders for item in items]
+    return Task([context.result(f"test/{masks.name}", parts, outputs)], work)
+
+
+def _crf_settings(section: SegmentSection) -> dict[str, Any] | None:
+    preset = section.test.crf
+    return None if preset is None else CrfSettings.from_preset(preset).model_dump(mode="json")
+
+
+def _segment(
+    context: Context,
+    masks: TrainingMasks,
+    weights: Path,
+    folders: Sequence[Path],
+    items: Sequence[Item],
+) -> None:
+    """Write masks into the first folder and, with a dense CRF, refined ones into the second."""
+    settings = section_of(context).test
+    segmenter = Segmenter.load(weights).to(context.device)
+    crf = inference.make_crf(settings, image_memory(context))
+
+    @torch.inference_mode()
+    def make(item: Item) -> None:
+        paths = [mask_path(folder, item.id) for folder in folders]
+        if all(path.is_file() for path in paths):
+            return
+        whole = read_image(item.image)
+        image = limit_long_side(whole, context.recipe.maps.maximum_side)
+
+        def write(path: Path, probabilities: torch.Tensor) -> None:
+            labels = enlarge_labels(inference.labels(probabilities).cpu(), whole.shape[:2])
+            write_mask(path, inference.label_mask(labels, segmenter.classes))
+
+        found = inference.probabilities(segmenter, image, settings)
+        write(paths[0], found)
+        if crf is not None:
+            write(paths[1], inference.refine(found, image, settings, crf))
+
+    context.each(f"masks of the segmenter trained on {masks.title}", items, make)
+
+
+def _count(context: Context, folder: Path, items: Sequence[Item]) -> list[list[int]] | None:
+    """Confusion matrix of a folder's masks; None without true masks."""
+    scored = [item for item in items if item.mask is not None]
+    if not scored:
+        return None
+    classes = context.dataset.classes
+    labels = len(classes) + 1
+
+    def one(item: Item) -> torch.Tensor:
+        assert item.mask is not None
+        truth = truth_labels(read_index_mask(item.mask), classes)
+        found = truth_labels(read_index_mask(mask_path(folder, item.id)), classes)
+        return confusion(truth, found, labels)
+
+    total = torch.zeros(labels, labels, dtype=torch.int64)
+    for counts in context.sharing.map(one, context.sharing.mine(scored)):
+        total += counts
+    summed: list[list[int]] = context.processes.sum(total).tolist()
+    return summed
+
+
+# -- Figures -------------------------------------------------------------------------------------
+
+
+def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
+    """Folders of masks of the list to test by the name of their rows, and what was trained on."""
+    section = context.recipe.segment
+    if section is None or context.given_maps is not None:
+        return {}
+    found = {}
+    for masks in training_masks(context):
+        title = f"{section.title} on {masks.title}"
+        found[title] = (masks, context.folder.tested(masks.name))
+        if section.test.crf:
+            found[f"{title}, CRF"] = (masks, context.folder.tested(masks.name, crf=True))
+    return found
+
+
+def protocol(context: Context) -> dict[str, Any]:
+    """How the segmenters of a run are made and used, for each of their figures."""
+    section, lists = section_of(context), context.recipe.data
+    split = lists.list_of("test")
+    chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"
+    return {
+        **section.model_dump(mode="json", exclude={"masks", "backbone", "weights"}),
+        "backbone": section.backbone_name,
+        "weights": Path(section.weights).name,
+        "checkpoint": chosen,
+        "crf": _crf_settings(section),
+        "list": lists.list_of("segment"),
+        "tested_on_training_images": len(_tested_on(context)),
+        "maximum_side": context.recipe.maps.maximum_side,
+    }
+
+
+def _tested_on(context: Context) -> set[str]:
+    """Images that the segmenters are both trained and tested on."""
+    return {i.id for i in context.items("segment")} & {i.id for i in context.items("test")}
+
+
+def figures(context: Context) -> list[dict[str, Any]]:
+    """Scores of every segmenter, without their protocol."""
+    rows: list[dict[str, Any]] = []
+    names = context.dataset.classes.names
+    found = segmented(context)
+    images = len(context.truth("test")) if found else 0
+    for title, (masks, folder) in found.items() if images else ():
+        counts = context.results[f"test/{masks.name}"].output["confusions"].get(folder.name)
+        if counts is not None:
+            row = row_of(title, images, None, None, scores(torch.tensor(counts), names))
+            row |= {"crf": folder.name == CRF, "teacher": masks.name}
+            rows.append({**row, "mask_threshold": _mask_threshold(context, masks)})
+    return rows
+
+
+def _mask_threshold(context: Context, masks: TrainingMasks) -> float | None:
+    """Threshold of the refined maps that pseudo masks were cut at; None for other masks."""
+    if context.given_masks is not None or masks.name == TRUTH:
+        return None
+    section = refine.section_of(context)
+    for source in refine.sources(context):
+        if source.name == masks.name:
+            return section.refinement.threshold(section, source)
+    return None

@@ -1,0 +1,66 @@
+"""What the stages that train a network share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from lpcam.pipeline.cache import Output, StageCache, Task
+from lpcam.pipeline.context import Context
+from lpcam.runtime.files import digest_file
+from lpcam.runtime.versions import versions
+
+
+class Network(Protocol):
+    """A network that is trained and kept in a file."""
+
+    def save(self, path: Path, made_by: Mapping[str, Any]) -> None:
+        """Write the network."""
+
+    def fingerprint(self) -> str:
+        """Digest of its weights and description."""
+
+
+N = TypeVar("N", bound=Network)
+History = list[dict[str, Any]]
+
+
+def training_options(context: Context, folder: Path) -> dict[str, Any]:
+    """Arguments of every training: seed, folder of checkpoints, workers and processes."""
+    return {
+        "seed": context.recipe.run.seed,
+        "folder": folder,
+        "workers": context.threads if context.device.type == "cuda" else 0,
+        "processes": context.processes,
+    }
+
+
+def training_task(
+    context: Context,
+    name: str,
+    parts: Mapping[str, Any],
+    path: Path,
+    build: Callable[[], N],
+    train: Callable[[N, Path], History],
+) -> Task:
+    """A task that trains a network and writes its file.
+
+    Args:
+        name: of the result.
+        parts: its key.
+        path: the file of the trained network.
+        build: makes the untrained network, before anything is removed.
+        train: trains it in place and returns the history; its second argument is the folder for
+            checkpoints.
+    """
+
+    def work(network: N, cache: StageCache) -> Output | None:
+        history = train(network, cache.folder)
+        if not context.processes.first:
+            return None
+        network.save(path, {"stage": cache.key, "versions": versions()})
+        digest, fingerprint = digest_file(path), network.fingerprint()
+        return {"history": history, "digest": digest, "fingerprint": fingerprint}
+
+    return Task([context.result(name, parts, [path])], work, prepare=build)

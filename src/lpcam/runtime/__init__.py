@@ -1,0 +1,1 @@
+"""Files, errors and the machine."""

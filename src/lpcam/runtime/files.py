@@ -1,0 +1,209 @@
+"""Files that a run leaves behind: atomic writes, JSON, tensors, map files and digests.
+
+Every write goes to a temporary file in the same folder and is moved into place when it is whole,
+so that a stopped run never leaves half a file under its final name. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lpcam.runtime.errors import ArtefactError
+
+_TENSOR_FORMAT = 1
+
+
+_TENSOR_KEY = "lpcam"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` whole or not at all; missing parent folders are made.
+
+    Raises:
+        ArtefactError: if the disk is full, the folder may not be written or the path is no file's;
+            an earlier file at ``path`` is then untouched and no temporary file stays.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some space there and run the same command again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "choose an output folder that you may write to"
+        else:
+            advice = "check the output folder"
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of ``path``; ArtefactError names the file and the reason if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtefactError(
+            f"cannot read {path}: {error.strerror or error}; run the step that makes it again"
+        ) from error
+
+
+def _json_text(value: Any, what: str, indent: int | None) -> str:
+    separators = None if indent else (",", ":")
+    try:
+        text = json.dumps(
+            value,
+            sort_keys=True,
+            ensure_ascii=False,
+            allow_nan=False,
+            indent=indent,
+            separators=separators,
+        )
+        text.encode()
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"cannot write {what} as JSON: {error}; give finite numbers, text, lists and "
+            "dictionaries only"
+        ) from error
+    return text
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as UTF-8 JSON with sorted keys, so that equal values give equal bytes.
+
+    Raises:
+        ArtefactError: for NaN, infinity or a value that JSON does not have, and as `write_bytes`.
+    """
+    write_bytes(path, (_json_text(value, str(path), indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; ArtefactError names the file if it is missing or damaged."""
+    data = read_bytes(path)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors (moved to the CPU) and JSON metadata as one safetensors file.
+
+    The metadata and the format's number are one JSON string under the key ``lpcam``: safetensors
+    orders several keys at random, and equal contents are to give equal bytes.
+
+    Raises:
+        ArtefactError: if the metadata is no JSON, and as `write_bytes`.
+    """
+    header = {"format": _TENSOR_FORMAT, "metadata": dict(metadata)}
+    plain, owners = {}, set()
+    for name, tensor in sorted(tensors.items()):
+        whole = tensor.detach().cpu().contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, as tied weights and views do
+        plain[name] = whole.clone() if memory in owners else whole
+        owners.add(memory)
+    data = safetensors.torch.save(plain, {_TENSOR_KEY: _json_text(header, str(path), indent=None)})
+    write_bytes(path, data)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote: tensors on the CPU, and the metadata.
+
+    Raises:
+        ArtefactError: if the file is missing, damaged, of a newer format or not written by this
+            package.
+    """
+    data = read_bytes(path)
+    try:
+        tensors = safetensors.torch.load(data)
+        length = int.from_bytes(data[:8], "little")
+        text = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_TENSOR_KEY)
+        header = None if text is None else json.loads(text)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(header, dict) or not isinstance(header.get("metadata"), dict):
+        raise ArtefactError(
+            f"{path} was not written by this package (no {_TENSOR_KEY!r} entry in its metadata); "
+            "give a file that one of its steps wrote"
+        )
+    if header.get("format") != _TENSOR_FORMAT:
+        raise ArtefactError(
+            f"{path} has format {header.get('format')!r}, this version reads {_TENSOR_FORMAT}; "
+            "install the version that wrote it or make the file again"
+        )
+    return tensors, header["metadata"]
+
+
+def digest_bytes(data: bytes) -> str:
+    """BLAKE2b digest of 16 bytes as 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """`digest_bytes` of a file's contents, read in blocks; ArtefactError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a value's canonical JSON: the order of keys does not count, tuples are lists."""
+    return digest_bytes(_json_text(value, "a value to digest", indent=None).encode())
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
+    """Digest of tensors by name, bit by bit, and of JSON that describes them."""
+    digest = hashlib.blake2b(digest_json(description).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers as they lie in memory, of types too that NumPy has not (bfloat16)."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _damaged(path: Path, reason: str) -> ArtefactError:
+    return ArtefactError(
+        f"{path} is damaged or of another kind ({reason or 'unreadable'}); delete it and run the "
+        "step that makes it again"
+    )
+
+
+def printable(path: Path) -> str:
+    """A path as text that can be written as UTF-8; bytes that are not UTF-8 become U+FFFD.
+
+    Example:
+        >>> printable(Path("images/a.png"))
+        'images/a.png'
+    """
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def weights_key(weights: str) -> str:
+    """What weights are: a word, or the digest of a file's contents."""
+    is_file = weights.endswith(".safetensors") and Path(weights).is_file()
+    return digest_file(Path(weights)) if is_file else weights

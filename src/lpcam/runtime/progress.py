@@ -1,0 +1,75 @@
+"""Progress with an estimate of the time left: a bar on a terminal, sparse lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+LINE_EVERY_SECONDS = 15.0
+
+
+Advance = Callable[[int, str], None]
+"""Called with how many steps were done and a short remark."""
+
+
+@contextmanager
+def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
+    """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[remark]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total, completed=done, remark="")
+            yield lambda steps, remark: bar.update(task, advance=steps, remark=remark)
+        return
+
+    started = last = time.monotonic()
+    finished = done
+
+    def advance(steps: int, remark: str) -> None:
+        nonlocal finished, last
+        finished += steps
+        now = time.monotonic()
+        if now - last < LINE_EVERY_SECONDS or finished == done:
+            return
+        last = now
+        left = (now - started) / (finished - done) * (total - finished)
+        note = f", {remark}" if remark else ""
+        logger.info("%s: %d of %d, about %.0f s left%s", label, finished, total, left, note)
+
+    yield advance
+
+
+def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Iterate with progress."""
+    with progress(label, total) as advance:
+        for item in items:
+            yield item
+            advance(1, "")

@@ -1,0 +1,381 @@
+"""What a segmenter is trained on: checked masks, random scale, crop, mirror image and colours.
+
+Specification of segmentation, sections 1 to 3. What happens to an image depends on the seed, the
+epoch and the image alone; a scale of a whole batch on the seed and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item, Skip
+from lpcam.data.images import read_image, scaled_size, upright_size
+from lpcam.data.masks import read_index_mask
+from lpcam.evaluation.segmentation import truth_labels
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.parallel import ordered_map
+from lpcam.segmentation.losses import reduce_labels
+from lpcam.segmentation.settings import SegmenterSettings
+from lpcam.training.loop import Place
+
+REDRAWS = 10
+"""How often a crop is drawn again for ``class_limit`` (section 3)."""
+
+
+BRIGHTNESS = 32.0
+"""Largest change of 8-bit values by the photometric distortion (section 3, as what follows)."""
+
+
+CONTRAST = SATURATION = (0.5, 1.5)
+"""Ranges of the factors of RGB and of the saturation."""
+
+
+HUE = 36.0
+"""Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
+
+
+# -- Scale -------------------------------------------------------------------------------------
+
+
+def draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> float:
+    """A random scale: one of ``settings.scales``, or one uniform between the two."""
+    if settings.scale_drawn == "choice":
+        return settings.scales[int(generator.integers(len(settings.scales)))]
+    low, high = settings.scales
+    return float(generator.uniform(low, high))
+
+
+def batch_scale(settings: SegmenterSettings, seed: int, step: int) -> float:
+    """The random scale that all images of a step share (section 2)."""
+    # A spawned sequence is no image's, whose generators are made of the seed and two numbers.
+    return draw_scale(
+        settings, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step,)))
+    )
+
+
+def augmented_size(
+    size: tuple[int, int], box: tuple[int, int] | None, scale: float
+) -> tuple[int, int]:
+    """Size (height, width) to which an image of ``size`` is resized before its crop.
+
+    With a ``box`` = (longest, shortest side) the image is made as large as fits in ``scale`` times
+    the box, whose sides are truncated to whole pixels (section 3); else it is ``scale`` times as
+    large. The aspect is kept; sides are rounded.
+    """
+    if box is None:
+        return scaled_size(*size, scale)
+    longest, shortest = (max(1, int(side * scale)) for side in box)
+    return scaled_size(*size, min(longest / max(size), shortest / min(size)))
+
+
+def resize_bilinear(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize (H, W, 3) to ``size`` = (height, width): bilinear between pixel centres, rounded.
+
+    Shrinking does not average over further pixels, as in OpenCV, which the recipes' programs use.
+    """
+    if image.shape[:2] == size:
+        return image
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0]
+    return resized.round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+# -- Crop --------------------------------------------------------------------------------------
+
+
+def draw_crop(
+    labels: NDArray[Any],
+    crop: int,
+    class_limit: float | None,
+    generator: np.random.Generator,
+) -> tuple[slice, slice]:
+    """A random window of ``crop`` x ``crop`` pixels in labels (H, W), smaller where they are.
+
+    An axis that is shorter than the crop is taken whole: padding it first and cropping then would
+    leave no choice there either.
+
+    Args:
+        class_limit: the window is drawn again, ten times at most, while one class has more than
+            this part of its pixels that count, or none of them counts. None: the first is taken.
+    """
+
+    def draw() -> tuple[slice, slice]:
+        first = [int(generator.integers(max(0, side - crop) + 1)) for side in labels.shape]
+        return slice(first[0], first[0] + crop), slice(first[1], first[1] + crop)
+
+    window = draw()
+    if class_limit is not None:
+        for _ in range(REDRAWS):
+            taken = labels[window]
+            counts = np.bincount(taken[taken != IGNORE], minlength=1)
+            if 0 < counts.max() <= class_limit * counts.sum():
+                break
+            window = draw()
+    return window
+
+
+# -- Colours -----------------------------------------------------------------------------------
+
+
+def distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
+    """Photometric distortion of an RGB image (H, W, 3), as mmsegmentation describes it (section 3).
+
+    In this order, each in half of the cases: brightness (a number is added), contrast (RGB is
+    multiplied), saturation, hue, both in HSV; in half of the cases the contrast comes last. Values
+    are clipped to 0..255 after each change and rounded once, at the end.
+    """
+    brightness, contrast_first, contrast, saturation, hue = generator.random(5) < 0.5
+    colours = np.moveaxis(image, -1, 0).astype(np.float32, order="C")
+    if brightness:
+        colours = _clipped(colours + generator.uniform(-BRIGHTNESS, BRIGHTNESS))
+    factor = generator.uniform(*CONTRAST) if contrast else 1.0
+    if contrast and contrast_first:
+        colours = _clipped(colours * factor)
+    if saturation:
+        colours = scale_saturation(colours, generator.uniform(*SATURATION))
+    if hue:
+        colours = turn_hue(colours, generator.uniform(-HUE, HUE))
+    if contrast and not contrast_first:
+        colours = _clipped(colours * factor)
+    return np.ascontiguousarray(np.moveaxis(np.rint(colours).astype(np.uint8), 0, -1))
+
+
+def _clipped(colours: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.clip(colours, 0.0, 255.0)
+
+
+def scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+    """RGB (3, H, W) with ``factor`` times the saturation of HSV, at most 1; hue and value stay."""
+    value, chroma = _value_and_chroma(colours)
+    limit = value / np.where(chroma > 0, chroma, 1)  # at which the saturation is 1; of grey, any
+    factors: NDArray[np.float32] = np.minimum(np.float32(factor), limit)
+    return value - factors * (value - colours)
+
+
+def turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
+    """RGB (3, H, W) with the hue of HSV turned, red towards green; saturation and value stay."""
+    red, green, blue = colours
+    value, chroma = _value_and_chroma(colours)
+    divisor = np.where(chroma > 0, chroma, 1)
+    hue = np.where(
+        value == red,
+        (green - blue) / divisor,
+        np.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )  # in sixths of the circle
+    turned = np.empty_like(colours)
+    for channel, first in enumerate((5, 3, 1)):
+        place = hue + np.float32(first + degrees / 60)
+        place -= 6 * np.floor(place / 6)
+        turned[channel] = value - chroma * np.clip(np.minimum(place, 4 - place), 0, 1)
+    return turned
+
+
+def _value_and_chroma(
+    colours: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    value = colours.max(0)
+    return value, value - colours.min(0)
+
+
+# -- Image and labels --------------------------------------------------------------------------
+
+
+def augment(
+    image: NDArray[np.uint8],
+    labels: NDArray[np.uint8] | NDArray[np.int64],
+    preprocessing: Preprocessing,
+    settings: SegmenterSettings,
+    generator: np.random.Generator,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Random scale, square crop, mirror image and colours of an image and its labels.
+
+    The image is resized bilinearly and the labels by Pillow's nearest neighbour, a crop is taken,
+    padded to the right and below where the image is smaller, and mirrored in half of the cases,
+    padding and all (the order of section 1); the distortion changes no padding. Padding has the
+    mean colour, 0 after normalisation. (Section 2 pads with 0 without saying of what; 0 before
+    normalisation would be black, which it means nowhere else.)
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W), 0 background, classes from 1, 255 ignored.
+        scale: that of the batch, instead of one drawn here.
+
+    Returns:
+        (3, crop, crop) float32 and (crop, crop) int64.
+
+    Raises:
+        ValueError: if image and labels differ in size.
+    """
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f"image {image.shape} and labels {labels.shape} must have equal sides")
+    if scale is None:
+        scale = draw_scale(settings, generator)
+    size = augmented_size((labels.shape[0], labels.shape[1]), settings.resize, scale)
+    resized = reduce_labels(torch.from_numpy(labels.astype(np.int64)), size)
+    window = draw_crop(resized.numpy(), settings.crop, settings.class_limit, generator)
+    taken = resize_bilinear(image, size)[window]
+    mirrored = generator.random() < 0.5
+    if settings.distortion:
+        taken = distort(taken, generator)
+    height, width = taken.shape[:2]
+    canvas = torch.zeros(3, settings.crop, settings.crop)
+    canvas[:, :height, :width] = preprocessing(taken)
+    padded = torch.full((settings.crop, settings.crop), settings.padding_label)
+    padded[:height, :width] = resized[window]
+    return (canvas.flip(-1), padded.flip(-1)) if mirrored else (canvas, padded)
+
+
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented images (3, crop, crop) and labels (crop, crop) by their place in a training.
+
+    Args:
+        pairs: images and their index masks, as :func:`check_masks` gives them.
+        classes: the labels of mask ids; those of no class are ignored.
+        seed: of all that is drawn.
+
+    Raises:
+        DataError: at an item, if a file cannot be read or the sizes differ.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Item, Path]],
+        classes: ClassTable,
+        preprocessing: Preprocessing,
+        settings: SegmenterSettings,
+        seed: int,
+    ) -> None:
+        self.pairs = pairs
+        self.classes = classes
+        self.preprocessing = preprocessing
+        self.settings = settings
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
+        epoch, index, step = place
+        item, path = self.pairs[index]
+        image, mask = read_image(item.image), read_index_mask(path)
+        _check_size(item, path, image.shape[:2], mask)
+        together = self.settings.scale_of == "batch"
+        return augment(
+            image,
+            truth_labels(mask, self.classes).numpy(),
+            self.preprocessing,
+            self.settings,
+            np.random.default_rng([self.seed, epoch, index]),
+            scale=batch_scale(self.settings, self.seed, step) if together else None,
+        )
+
+
+# -- Checking masks ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckedMasks:
+    """Masks that can be trained on, and what they hold."""
+
+    pairs: tuple[tuple[Item, Path], ...]
+    """Those that are used, in their order."""
+    dropped: tuple[Skip, ...]
+    """Those without a pixel that counts."""
+    pixels: tuple[int, ...]
+    """Of each label 0..N, the background first, in the masks that are used."""
+    ignored: int
+    """Pixels of the same that do not count."""
+    unknown: tuple[int, ...]
+    """Mask ids of no class, in any mask; their pixels are among the ignored."""
+
+
+def check_masks(
+    pairs: Sequence[tuple[Item, Path]], classes: ClassTable, *, strict: bool, workers: int = 1
+) -> CheckedMasks:
+    """Read every mask once before a training, and leave out those with nothing to learn from.
+
+    Args:
+        pairs: images and their index masks.
+        strict: whether a mask id of no class is an error; else it counts as ignored.
+        workers: masks read at a time.
+
+    Raises:
+        DataError: if there is no pair, masks are missing, cannot be read or have another size than
+            the upright image, ids are of no class and ``strict`` is set, or no mask has a pixel
+            that counts.
+    """
+    missing = [f"{item.id} ({path})" for item, path in pairs if not path.is_file()]
+    if missing or not pairs:
+        raise DataError(
+            f"{len(missing)} of {len(pairs)} images have no mask: {', '.join(missing[:3])}; give "
+            "images whose mask files exist"
+        )
+    known = (BACKGROUND, *classes.mask_ids)
+    counts = np.zeros(256, np.int64)
+    used: list[tuple[Item, Path]] = []
+    dropped: list[Skip] = []
+    unknown: set[int] = set()
+
+    def look(pair: tuple[Item, Path]) -> tuple[NDArray[np.int64], list[int]]:
+        item, path = pair
+        found = _count(item, path)
+        other = sorted(set(np.flatnonzero(found).tolist()) - {*known, IGNORE})
+        if other and strict:
+            raise DataError(
+                f"mask {path} of {item.id!r} has the values {other}, which are of no class; "
+                f"expected 0, {IGNORE} and the mask ids {list(classes.mask_ids)}: make the mask "
+                "again, or name the classes it was made for"
+            )
+        return found, other
+
+    for (item, path), (found, other) in zip(pairs, ordered_map(look, pairs, workers), strict=True):
+        unknown.update(other)
+        if found[list(known)].any():
+            used.append((item, path))
+            counts += found
+        else:
+            reason = f"mask {path} has no pixel that counts: all are ignored ({IGNORE})"
+            dropped.append(Skip(item.id, reason + (f" or of no class ({other})" if other else "")))
+    if not used:
+        raise DataError(
+            f"none of {len(pairs)} masks can be trained on: {dropped[0].reason}; make the masks "
+            "again"
+        )
+    return CheckedMasks(
+        pairs=tuple(used),
+        dropped=tuple(dropped),
+        pixels=tuple(counts[list(known)].tolist()),
+        ignored=int(counts.sum() - counts[list(known)].sum()),
+        unknown=tuple(sorted(unknown)),
+    )
+
+
+def _count(item: Item, path: Path) -> NDArray[np.int64]:
+    """(256,) pixels of each value of a mask."""
+    try:
+        mask = read_index_mask(path)
+    except DataError as error:
+        raise DataError(f"mask of {item.id!r}: {error}") from error
+    _check_size(item, path, upright_size(item.image), mask)
+    return np.bincount(mask.ravel(), minlength=256)
+
+
+def _check_size(item: Item, path: Path, size: tuple[int, ...], mask: NDArray[np.uint8]) -> None:
+    if mask.shape != size:
+        raise DataError(
+            f"mask {path} of {item.id!r} is {mask.shape[0]} x {mask.shape[1]} (height x width) but "
+            f"the upright image is {size[0]} x {size[1]}; make the mask again in its size"
+        )

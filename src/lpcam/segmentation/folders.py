@@ -1,0 +1,271 @@
+"""Segment image files and whole folders, onto disk, and pack masks for the VOC test server."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lpcam.data.dataset import ClassTable
+from lpcam.data.drawing import overlay_mask
+from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.masks import enlarge_labels, write_mask
+from lpcam.data.output_folders import ImageResults, OutputKind, find_images, process_images
+from lpcam.refine.crf import DenseCrf
+from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import printable, read_bytes, write_bytes, write_json
+from lpcam.runtime.resources import memory_of_an_image
+from lpcam.runtime.versions import versions
+from lpcam.segmentation import inference as predict
+from lpcam.segmentation.inference import SegmenterLike
+from lpcam.segmentation.settings import SegmentTestSettings
+
+KIND = "lpcam predict"
+
+
+INDEX = "predicted.json"
+
+
+MAXIMUM_SIDE = 1024
+"""Pixels. A longer image is segmented at this long side, as a run maps it."""
+
+
+BACKGROUND_NAME = "background"
+"""Of label 0 in files of probabilities."""
+
+
+_ZLIB_LEVEL = 1
+
+
+def _describe(found: Mapping[str, Any]) -> str:
+    """The findings of one image in words."""
+    classes = [f"{c['name']} ({100 * c['area']:.0f} %)" for c in found["classes"]]
+    return ", ".join(classes) or "background alone"
+
+
+_PREDICTED = OutputKind(
+    KIND,
+    INDEX,
+    (
+        re.compile(r"found/(?P<name>.+)\.json"),
+        re.compile(r"(masks|overlays)/(?P<name>.+)\.png"),
+        re.compile(r"probabilities/(?P<name>.+)\.npz"),
+    ),
+    describe=_describe,
+    pictures="overlays",
+)
+
+
+def segment_files(
+    segmenter: SegmenterLike,
+    sources: Iterable[Path],
+    output: Path,
+    settings: SegmentTestSettings,
+    *,
+    probabilities: bool = False,
+    maximum_side: int = MAXIMUM_SIDE,
+    workers: int = 1,
+    memory: int | None = None,
+    command: str = "",
+    made_by: Mapping[str, Any] | None = None,
+) -> ImageResults:
+    """Segment image files and the images of folders; a broken one is left out, with the reason.
+
+    Below ``output``, by the names of :func:`lpcam.data.output_folders.find_images`:
+    ``masks/NAME.png`` at
+    the image's size, with the VOC palette and the classes' mask ids; ``overlays/NAME.png``, the
+    mask over the image; ``found/NAME.json``, the classes and their share of the image; on demand
+    ``probabilities/NAME.npz`` (:func:`write_probabilities`); and ``predicted.json``, which names
+    the images, what was left out, and what made the masks. A later call replaces the files of the
+    same names that an earlier one wrote, and no others.
+
+    An image whose longer side is above ``maximum_side`` is segmented smaller: its mask is enlarged
+    to the nearest pixel, its overlay and probabilities stay smaller.
+
+    Args:
+        segmenter: in evaluation mode; with ``workers`` above 1 it is shared by threads.
+        settings: scales, fusion and the CRF.
+        probabilities: whether to keep them.
+        maximum_side: in pixels.
+        workers: images worked on at a time.
+        memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
+            three quarters of the memory, shared among the workers.
+        command: recorded.
+        made_by: provenance, recorded.
+
+    Raises:
+        DataError: if there is no image.
+        ClassifierError: if the segmenter is in training mode or its logits are no numbers.
+        ArtefactError: if a file that is not an earlier call's would be replaced, or one cannot be
+            written.
+    """
+    images = find_images(sources, output)
+    made = {
+        "classes": dict(zip(segmenter.classes.names, segmenter.classes.mask_ids, strict=True)),
+        "settings": settings.model_dump(mode="json"),
+        "changed_from_preset": sorted(settings.changes()),
+        "maximum_side": maximum_side,
+        "versions": versions(),
+        **(made_by or {}),
+    }
+    if memory is None and segmenter.device.type == "cpu":
+        memory = memory_of_an_image(segmenter.device, workers)
+    crf = predict.make_crf(settings, memory)
+
+    def make(name: str, path: Path) -> dict[str, Any]:
+        image = read_image(path)
+        seen = limit_long_side(image, maximum_side)
+        scores = _probabilities(segmenter, seen, settings, crf, path)
+        labels = predict.labels(scores).cpu()
+        small = predict.label_mask(labels, segmenter.classes)
+        mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
+        files = {"mask": f"masks/{name}.png", "overlay": f"overlays/{name}.png"}
+        write_mask(output / files["mask"], mask)
+        write_bytes(output / files["overlay"], _png(overlay_mask(seen, small)))
+        if probabilities:
+            files["probabilities"] = f"probabilities/{name}.npz"
+            write_probabilities(output / files["probabilities"], scores, segmenter.classes, made)
+        found = {
+            "format": 1,
+            "kind": KIND,
+            "image": name,
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "segmented_width": seen.shape[1],
+            "segmented_height": seen.shape[0],
+            "classes": _areas(mask, segmenter.classes),
+            "files": files,
+            "made_by": {**made, "file": printable(path)},
+        }
+        # last: it says that the rest is there
+        write_json(output / "found" / f"{name}.json", found)
+        return found
+
+    return process_images(
+        images,
+        output,
+        make,
+        _PREDICTED,
+        made_by=made,
+        command=command,
+        workers=workers,
+        title="segmenting",
+    )
+
+
+def _probabilities(
+    segmenter: SegmenterLike,
+    image: NDArray[np.uint8],
+    settings: SegmentTestSettings,
+    crf: DenseCrf | None,
+    path: Path,
+) -> Tensor:
+    """Those of one image, its name in the message where the CRF refuses it."""
+    scores = predict.probabilities(segmenter, image, settings)
+    if crf is None:
+        return scores
+    try:
+        return predict.refine(scores, image, settings, crf)
+    except DataError as error:
+        raise DataError(
+            f"cannot segment image {path}: {error}; or lower the longest side of images"
+        ) from error
+
+
+def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]:
+    """The classes in a mask, the largest first, with their share of the pixels."""
+    counts = np.bincount(mask.reshape(-1), minlength=256) / mask.size
+    found = [
+        {"name": name, "mask_value": value, "area": round(float(counts[value]), 6)}
+        for name, value in zip(classes.names, classes.mask_ids, strict=True)
+        if counts[value]
+    ]
+    return sorted(found, key=lambda one: -float(one["area"]))
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# -- Probabilities -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ProbabilityFile:
+    """The probabilities of one image's labels."""
+
+    names: tuple[str, ...]
+    """Of the L labels: ``background``, then the classes."""
+    mask_ids: tuple[int, ...]
+    """Their values in masks."""
+    probabilities: NDArray[np.float32]
+    """(L, H, W) in [0, 1], in steps of 1/255."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+
+def write_probabilities(
+    path: Path, probabilities: Tensor, classes: ClassTable, made_by: Mapping[str, Any]
+) -> None:
+    """Write probabilities (L, H, W) in [0, 1] as a compressed npz without pickle.
+
+    Its members: ``probabilities`` uint8 (L, H, W), round(255 p), so the error is at most 1/510;
+    ``names`` (L,), ``background`` and the class names; ``mask_ids`` (L,); and ``made_by``, JSON as
+    UTF-8 bytes.
+
+    Raises:
+        DataError: if there is another number of labels, or a value outside [0, 1].
+        ArtefactError: if the file cannot be written.
+    """
+    if probabilities.ndim != 3 or len(probabilities) != len(classes) + 1:
+        raise DataError(
+            f"probabilities are {tuple(probabilities.shape)}; expected ({len(classes) + 1}, H, W): "
+            f"the background and {len(classes)} classes"
+        )
+    values = np.empty(tuple(probabilities.shape), np.uint8)
+    for into, plane in zip(values, probabilities, strict=True):  # one at a time, to save memory
+        # of NaN both comparisons are false
+        if not (float(plane.min()) >= 0.0 and float(plane.max()) <= 1.0):
+            raise DataError("probabilities are NaN or outside [0, 1]; find what made them")
+        into[:] = (plane * 255.0).round().cpu().numpy()
+    members = {
+        "probabilities": values,
+        "names": np.array([BACKGROUND_NAME, *classes.names]),
+        "mask_ids": np.array([0, *classes.mask_ids], np.uint8),
+        "made_by": np.frombuffer(json.dumps(dict(made_by), sort_keys=True).encode(), np.uint8),
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_ZLIB_LEVEL) as archive:
+        for name, array in members.items():
+            # a member opened by name carries no date: equal values give equal bytes
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_probabilities(path: Path) -> ProbabilityFile:
+    """Read what :func:`write_probabilities` wrote; ArtefactError if it is damaged or another's."""
+    data = read_bytes(path)
+    try:
+        archive = np.load(io.BytesIO(data), allow_pickle=False)
+        return ProbabilityFile(
+            tuple(str(name) for name in archive["names"]),
+            tuple(int(value) for value in archive["mask_ids"]),
+            archive["probabilities"].astype(np.float32) / 255,
+            json.loads(archive["made_by"].tobytes()),
+        )
+    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
+        raise ArtefactError(
+            f"{path} is damaged or holds no probabilities ({error}); write it again with '{KIND}'"
+        ) from error

@@ -1,0 +1,276 @@
+"""Probabilities and labels of one image: scales, mirror images, sliding windows, fusion, dense CRF.
+
+The procedures are those of the specification of segmentation, sections 1 to 3 ("Test"); which one
+is followed is in :class:`~lpcam.segmentation.settings.SegmentTestSettings`. L labels are 0, the
+background, and
+n + 1 for class n; H x W is the image, h x w the logits of a network.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import ClassTable
+from lpcam.data.images import scaled_size
+from lpcam.method.seeds import to_mask
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.segmentation.settings import SegmentTestSettings
+
+MINIMUM_SIDE = 32
+"""Pixels. A side that a scale makes shorter is enlarged to it, alone: networks need as many."""
+
+
+WRAPPED_MEAN = (104.008, 116.669, 122.675)
+"""Mean colour that the stock program of DeepLabV2 takes from its images: blue, green, red."""
+
+
+CHUNK_BYTES = 2**26
+"""Of labels' planes that are enlarged together. All 81 of COCO at 12 megapixels are 3.9 GB, which
+are needed once and not twice."""
+
+
+class SegmenterLike(Protocol):
+    """What is needed of a segmenter: (B, 3, H, W) normalised images to logits (B, L, h, w)."""
+
+    @property
+    def classes(self) -> ClassTable: ...
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def training(self) -> bool: ...
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+# -- Probabilities -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probabilities(
+    segmenter: SegmenterLike,
+    image: NDArray[np.uint8],
+    settings: SegmentTestSettings,
+    *,
+    crf: DenseCrf | None = None,
+) -> Tensor:
+    """Probabilities of the labels at every pixel of an image.
+
+    Every scale and mirror image is segmented alone, so that the result does not depend on what else
+    is segmented. ``mean_logits`` enlarges logits to the image and takes the softmax of their mean;
+    ``mean_probabilities`` and ``max_probabilities`` take the softmax at the size of the logits and
+    enlarge that. All enlargements are bilinear with align_corners False. The largest probabilities
+    do not sum to one over the labels, and are left so: the CRF and the argmax need no sum.
+
+    Args:
+        segmenter: in evaluation mode.
+        image: uint8 (H, W, 3) RGB, as it was read.
+        settings: scales and how they become one.
+        crf: that of :func:`make_crf`; None: no CRF, whatever the settings say.
+
+    Returns:
+        (L, H, W) float32 in [0, 1] on the segmenter's device.
+
+    Raises:
+        DataError: if the image is no such array, or the CRF needs more memory than allowed.
+        ClassifierError: if the segmenter is in training mode, or its logits have another number of
+            labels or are not finite.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise DataError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3) RGB")
+    if segmenter.training:
+        raise ClassifierError("the segmenter is in training mode; call eval() first")
+    size = (image.shape[0], image.shape[1])
+    normalised = segmenter.preprocessing(image)[None].to(segmenter.device)
+    total = normalised.new_zeros(len(segmenter.classes) + 1, *size)  # probabilities are >= 0, too
+    count = 0
+    for scale in settings.scales:
+        scaled = _resize(normalised, sides(size, scale, settings), settings.align_corners)
+        for mirrored in (False, True) if settings.flip else (False,):
+            pixels = scaled.flip(-1) if mirrored else scaled
+            logits = _windowed(segmenter, pixels, settings.window, settings.overlap)
+            if mirrored:
+                logits = logits.flip(-1)
+            if settings.fusion != "mean_logits":
+                logits = logits.softmax(0)
+            _fuse_(total, logits, largest=settings.fusion == "max_probabilities")
+            count += 1
+    if settings.fusion != "max_probabilities":
+        total.div_(count)
+    if settings.fusion == "mean_logits":
+        _softmax_(total)
+    total.clamp_(0.0, 1.0)  # interpolation overshoots by rounding
+    return total if crf is None else refine(total, image, settings, crf)
+
+
+def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) -> tuple[int, int]:
+    """Size (height, width) at which an image of ``size`` is segmented at a scale.
+
+    ``settings.resize`` bounds the longer and the shorter side before the scale; it enlarges, too.
+    Both are one resize. Sides are rounded, a half to even, or truncated, and at least
+    `MINIMUM_SIDE`.
+    """
+    factor = scale
+    if settings.resize is not None:
+        longest, shortest = settings.resize
+        factor *= min(longest / max(size), shortest / min(size))
+    if settings.sides == "rounded":
+        height, width = scaled_size(*size, factor)
+    else:
+        height, width = (int(side * factor) for side in size)
+    return max(MINIMUM_SIDE, height), max(MINIMUM_SIDE, width)
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin along an axis of ``length`` pixels, so that they cover it.
+
+    Neighbours share at least the part ``overlap`` of a window, but are at least a pixel apart. The
+    last window ends at the end of the axis. One of no more than a window's length has one window.
+    """
+    step = max(1, window - math.ceil(window * overlap))
+    return [*range(0, length - window, step), max(0, length - window)]
+
+
+def _resize(images: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def _windowed(
+    segmenter: SegmenterLike, images: Tensor, window: int | None, overlap: float
+) -> Tensor:
+    """Logits (L, h, w) of one image (1, 3, H, W).
+
+    They are at the size of the network's output, or, where there is more than one window, at that
+    of the image: the logits of a window are enlarged to it, and their mean is taken where windows
+    overlap.
+    """
+    height, width = images.shape[-2:]
+    if window is None or max(height, width) <= window:
+        return _logits(segmenter, images)
+    total = images.new_zeros(len(segmenter.classes) + 1, height, width)
+    count = images.new_zeros(height, width)
+    for top in window_starts(height, window, overlap):
+        for left in window_starts(width, window, overlap):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            part = images[place]
+            _fuse_(total[place], _logits(segmenter, part))
+            count[place] += 1.0
+    return total.div_(count)
+
+
+def _logits(segmenter: SegmenterLike, images: Tensor) -> Tensor:
+    """(L, h, w) float32 of one image (1, 3, H, W)."""
+    logits = segmenter(images)
+    labels = len(segmenter.classes) + 1
+    if logits.ndim != 4 or tuple(logits.shape[:2]) != (1, labels):
+        raise ClassifierError(
+            f"the segmenter made logits of the shape {tuple(logits.shape)} of one image; expected "
+            f"(1, {labels}, h, w): the background and {labels - 1} classes"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ClassifierError(
+            "the segmenter's logits hold NaN or infinite values; its training may have diverged: "
+            "train it again at a lower learning rate"
+        )
+    return logits[0].float()
+
+
+def _fuse_(total: Tensor, maps: Tensor, *, largest: bool = False) -> None:
+    """Enlarge maps (L, h, w) to those of ``total`` (L, H, W), and add them or keep the larger."""
+    size = (total.shape[-2], total.shape[-1])
+    step = max(1, CHUNK_BYTES // (total.element_size() * math.prod(size)))
+    for start in range(0, len(total), step):
+        into = total[start : start + step]
+        part = _resize(maps[None, start : start + step], size, align_corners=False)[0]
+        if largest:
+            torch.maximum(into, part, out=into)
+        else:
+            into.add_(part)
+
+
+def _softmax_(logits: Tensor) -> None:
+    """Over the labels (first axis), in place: torch's own needs the memory twice."""
+    logits.sub_(logits.amax(0)).exp_()
+    logits.div_(logits.sum(0))
+
+
+# -- Dense CRF ---------------------------------------------------------------------------------
+
+
+def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseCrf | None:
+    """The dense CRF of the settings, for all images; None where they have none.
+
+    Args:
+        memory: bytes that one image may need; None: as :class:`~lpcam.refine.crf.DenseCrf`.
+    """
+    if settings.crf is None:
+        return None
+    return DenseCrf(CrfSettings.from_preset(settings.crf), memory=memory)
+
+
+@torch.no_grad()
+def refine(
+    probabilities: Tensor, image: NDArray[np.uint8], settings: SegmentTestSettings, crf: DenseCrf
+) -> Tensor:
+    """Marginals of a dense CRF on probabilities.
+
+    Args:
+        probabilities: (L, H, W) of :func:`probabilities`; those below the CRF's ``clip`` count as
+            that.
+        image: uint8 (H, W, 3) RGB, as it was read.
+        settings: whether the CRF sees the image or :func:`wrapped_image`.
+
+    Returns:
+        (L, H, W), summing to one over the labels, of the same dtype and device.
+
+    Raises:
+        DataError: if sizes differ, or the CRF needs more memory than allowed.
+    """
+    seen = wrapped_image(image) if settings.crf_image == "wrapped" else image
+    colours = torch.from_numpy(np.ascontiguousarray(seen)).to(probabilities.device)
+    return crf.refine_probabilities(colours, probabilities)
+
+
+def wrapped_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What the stock program of DeepLabV2 gives to its CRF in the place of the image.
+
+    The image minus `WRAPPED_MEAN`, cast to 8 bits: fractions are cut off, and negative values wrap
+    around, -5 to 251 (specification of segmentation, section 1, "CRF bug").
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+
+    Returns:
+        uint8 (H, W, 3) BGR.
+    """
+    centred = image[:, :, ::-1] - np.array(WRAPPED_MEAN)
+    wrapped: NDArray[np.uint8] = (np.trunc(centred).astype(np.int64) % 256).astype(np.uint8)
+    return wrapped
+
+
+# -- Labels and masks --------------------------------------------------------------------------
+
+
+def labels(probabilities: Tensor) -> Tensor:
+    """The most probable label of each pixel, the first of equal ones: (L, H, W) to int64 (H, W)."""
+    return probabilities.argmax(0)
+
+
+def label_mask(labels: Tensor, classes: ClassTable) -> NDArray[np.uint8]:
+    """Mask values of labels: int64 (H, W), 0..N, to uint8 (H, W) of 0 and mask ids of the classes.
+
+    Raises:
+        DataError: if a label is out of range.
+    """
+    return to_mask(labels, np.arange(len(classes)), classes)

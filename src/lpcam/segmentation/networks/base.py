@@ -1,0 +1,133 @@
+"""What every kind of segmentation network provides, and what their modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import Preprocessing
+
+Option = Literal["backbone", "output_stride", "pyramid"]
+
+
+@dataclass(frozen=True)
+class SegmenterSpec:
+    """Architecture of a segmenter, without its weights and the number of labels."""
+
+    network: str
+    """Name in :data:`lpcam.segmentation.networks.registry.NETWORKS`."""
+    backbone: str
+    """``resnet101_caffe`` or a timm name; ``wideresnet38``; a size of Swin."""
+    arguments: Mapping[str, Any]
+    """Further arguments of the backbone."""
+    output_stride: int | None = None
+    """Output stride of a timm backbone; None keeps the model's own."""
+    pyramid: tuple[float, ...] = ()
+    """Further scales of DeepLabV2."""
+
+
+class Network(Protocol):
+    """The module of a segmentation network, as training and testing use it."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, L, h, w) of normalised RGB images (B, 3, H, W)."""
+        ...
+
+    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """For training: logits of each output and the weight of its loss."""
+        ...
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters, each in one of ``backbone``, ``head``, ``head_bias``, ``no_decay``.
+
+        The optimiser gives each group its learning rate and weight decay.
+        """
+        ...
+
+
+class SegmentationNetwork(Protocol):
+    """A kind of segmentation network; :data:`lpcam.segmentation.networks.registry.NETWORKS` lists
+    them.
+
+    Attributes:
+        title: name in tables of results.
+        default_backbone: backbone if a recipe names none.
+        options: fields of a recipe's ``segment`` section that apply to it.
+        one_size_export: whether its ONNX file can only take images of one size.
+    """
+
+    title: str
+    default_backbone: str
+    options: frozenset[Option]
+    one_size_export: bool
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise the cheap errors of :meth:`build`, before any long computation.
+
+        Raises:
+            ClassifierError: if the backbone is unknown, it has no pretrained weights to download,
+                or an optional package is missing.
+        """
+        ...
+
+    def build(
+        self,
+        spec: SegmenterSpec,
+        labels: int,
+        *,
+        weights: str | Path,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> tuple[nn.Module, Preprocessing]:
+        """A :class:`Network` in evaluation mode, and its preprocessing.
+
+        Args:
+            labels: L, with the background.
+            weights: of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
+            mean, std: of RGB in [0, 1]; None: the network's own.
+            seed: for the head and random weights.
+
+        Raises:
+            ClassifierError: if an argument is not accepted, or the weights are missing or do not
+                fit.
+        """
+        ...
+
+
+class FrozenNorms(nn.Module):
+    """A network whose batch norms keep their statistics, weights and biases."""
+
+    def freeze_norms(self) -> None:
+        """Stop the gradients of all batch norms."""
+        for module in self._norms():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, with every batch norm in evaluation mode."""
+        super().train(mode)
+        for module in self._norms():
+            module.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def preprocessing_with(
+    own: Preprocessing, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    """A preprocessing with mean and std replaced where they are given.
+
+    Example:
+        >>> own = Preprocessing((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+        >>> preprocessing_with(own, [0, 0, 0], None).std
+        (0.2, 0.2, 0.2)
+    """
+    return Preprocessing(
+        own.mean if mean is None else tuple(mean), own.std if std is None else tuple(std)
+    )

@@ -1,0 +1,514 @@
+"""DeepLabV2: four dilated convolutions, summed, on a backbone (specification of segmentation, 1).
+
+Caffe's ResNet-101 has the parameter names of the field's public weights files. The same head works
+on any timm backbone that :mod:`lpcam.classifiers.classifier` takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    NO_CLASSES,
+    PRETRAINED,
+    RANDOM,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    check_backbone,
+    misfit,
+    read_weights,
+    refuse_not_finite,
+)
+from lpcam.runtime.errors import ClassifierError
+from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
+
+logger = logging.getLogger(__name__)
+
+
+CAFFE = "resnet101_caffe"
+"""Name of the backbone that timm does not have."""
+
+
+PREPROCESSING = Preprocessing(
+    mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
+)
+"""Preprocessing of the Caffe backbone: RGB from 0 to 255 minus the mean colour, unscaled."""
+
+
+BLOCKS = (3, 4, 23, 3)
+
+
+WIDTH = 64
+
+
+STRIDES = (1, 2, 1, 1)
+
+
+DILATIONS = (1, 1, 2, 4)
+
+
+EXPANSION = 4
+"""Output channels of a bottleneck divided by its inner channels."""
+
+
+OUTPUT_STRIDE = 8
+
+
+RATES = (6, 12, 18, 24)
+
+
+COLOUR_DEVIATION = 64.0
+"""Approximate standard deviation of RGB from 0 to 255; only random weights need it."""
+
+
+_PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
+
+
+_RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
+
+
+_CLASSIFIER = "fc."
+
+
+_COUNTER = ".num_batches_tracked"
+
+
+# -- The Caffe backbone ------------------------------------------------------------------------
+
+
+def to_bgr(images: Tensor) -> Tensor:
+    """RGB (B, 3, H, W) to BGR, which the Caffe weights expect.
+
+    Example:
+        >>> to_bgr(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)).flatten().tolist()
+        [3.0, 2.0, 1.0]
+    """
+    return images.flip(1)
+
+
+class _Unit(nn.Module):
+    """Convolution without bias, batch norm, and an optional ReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(outputs, eps=1e-5)
+        self.relu = relu
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.bn(self.conv(images))
+        return found.relu() if self.relu else found
+
+
+class _Bottleneck(nn.Module):
+    """1 x 1 (with the stride), dilated 3 x 3 and 1 x 1 convolution, and a shortcut."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int, dilation: int, projection: bool
+    ) -> None:
+        super().__init__()
+        middle = outputs // EXPANSION
+        self.reduce = _Unit(inputs, middle, 1, stride=stride)
+        self.conv3x3 = _Unit(middle, middle, 3, dilation=dilation)
+        self.increase = _Unit(middle, outputs, 1, relu=False)
+        self.shortcut: nn.Module = (
+            _Unit(inputs, outputs, 1, stride=stride, relu=False) if projection else nn.Identity()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.increase(self.conv3x3(self.reduce(images))) + self.shortcut(images)
+        return found.relu()
+
+
+class _Stem(nn.Module):
+    """7 x 7 convolution with stride 2, then max pooling whose size is rounded up."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = _Unit(3, width, 7, stride=2)
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.pool(self.conv1(images))
+        return found
+
+
+def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
+    stage = nn.Sequential()
+    for number in range(count):
+        first = number == 0
+        block = _Bottleneck(
+            inputs if first else outputs,
+            outputs,
+            stride=stride if first else 1,
+            dilation=dilation,
+            projection=first,
+        )
+        stage.add_module(f"block{number + 1}", block)
+    return stage
+
+
+class CaffeResNet101(nn.Module):
+    """Caffe's ResNet-101 with output stride 8, which differs from torchvision's.
+
+    Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
+    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights, drawn
+    from torch's global generator, keep activations near 1 although batch norms have no statistics.
+
+    Args:
+        blocks: bottlenecks of each of the four stages.
+        width: channels of the stem; the output has 32 times as many (``channels``).
+    """
+
+    def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
+        super().__init__()
+        if len(blocks) != len(STRIDES) or min(*blocks, width) < 1:
+            raise ClassifierError(
+                f"blocks {list(blocks)} and width {width} make no ResNet; give "
+                f"{len(STRIDES)} numbers of blocks and a width, all of at least 1"
+            )
+        self.layer1 = _Stem(width)
+        inputs, stages = width, []
+        for number, (count, stride, dilation) in enumerate(
+            zip(blocks, STRIDES, DILATIONS, strict=True)
+        ):
+            outputs = width * EXPANSION * 2**number
+            stages.append(_stage(inputs, outputs, count, stride, dilation))
+            inputs = outputs
+        self.layer2, self.layer3, self.layer4, self.layer5 = stages
+        self.channels = inputs
+        self._draw(sum(blocks))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB as :data:`PREPROCESSING` makes it, to (B, C, h, w)."""
+        found: Tensor = self.layer1(to_bgr(images))
+        for stage in (self.layer2, self.layer3, self.layer4, self.layer5):
+            found = stage(found)
+        return found
+
+    def _draw(self, blocks: int) -> None:
+        for name, module in self.named_modules():
+            if not isinstance(module, _Unit):
+                continue
+            nn.init.kaiming_normal_(
+                module.conv.weight, nonlinearity="relu" if module.relu else "linear"
+            )
+            if name.endswith("increase"):
+                # each block would double the variance, which frozen batch norms do not undo
+                with torch.no_grad():
+                    module.conv.weight /= math.sqrt(blocks)
+        variance = self.layer1.conv1.bn.running_var
+        assert variance is not None
+        variance.fill_(2.0 * COLOUR_DEVIATION**2)  # He's weights double it
+
+
+# -- Head and network --------------------------------------------------------------------------
+
+
+class Aspp(nn.Module):
+    """Four dilated 3 x 3 convolutions with bias, summed: atrous spatial pyramid pooling.
+
+    Args:
+        channels: C of the input.
+        labels: L of the output.
+        rates: dilations, also used as paddings.
+    """
+
+    def __init__(self, channels: int, labels: int, rates: Sequence[int] = RATES) -> None:
+        super().__init__()
+        for number, rate in enumerate(rates):
+            branch = nn.Conv2d(channels, labels, 3, padding=rate, dilation=rate)
+            nn.init.normal_(branch.weight, 0.0, 0.01)
+            nn.init.zeros_(branch.bias)  # type: ignore[arg-type]
+            self.add_module(f"c{number}", branch)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to logits (B, L, h, w)."""
+        first, *others = self.children()
+        logits: Tensor = first(features)
+        for branch in others:
+            logits = logits + branch(features)
+        return logits
+
+
+class DeepLabV2(FrozenNorms):
+    """A backbone and :class:`Aspp` at several scales; batch norms are frozen.
+
+    Args:
+        backbone: maps normalised images (B, 3, H, W) to (B, C, h, w).
+        channels: C.
+        labels: L, with the background.
+        pyramid: further scales at which the network sees each image; more cost time.
+        rates: dilations of :class:`Aspp`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        labels: int,
+        *,
+        pyramid: Sequence[float] = (),
+        rates: Sequence[int] = RATES,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = Aspp(channels, labels, rates)
+        self.pyramid = tuple(pyramid)
+        self.freeze_norms()
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the maximum over the scales.
+
+        The logits of further scales are resized to those of scale 1.
+        """
+        return _largest(self._logits(images))
+
+    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """Logits of scale 1, of each further scale in its size, and their maximum; weights of 1.
+
+        Without a pyramid there is one output, scale 1.
+        """
+        logits = self._logits(images)
+        if self.pyramid:
+            logits.append(_largest(logits))
+        return [(each, 1.0) for each in logits]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters: ``backbone``, ``head`` and ``head_bias`` (the ASPP's).
+
+        ``no_decay`` holds the backbone's biases, its norms other than batch norms, and what timm
+        excludes from weight decay.
+        """
+        groups: dict[str, list[nn.Parameter]] = {
+            "backbone": [],
+            "no_decay": [],
+            "head": [p for name, p in self.aspp.named_parameters() if name.endswith("weight")],
+            "head_bias": [p for name, p in self.aspp.named_parameters() if name.endswith("bias")],
+        }
+        named: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.requires_grad:
+                free = parameter.ndim <= 1 or name in named
+                groups["no_decay" if free else "backbone"].append(parameter)
+        return {key: parameters for key, parameters in groups.items() if parameters}
+
+    def _logits(self, images: Tensor) -> list[Tensor]:
+        """Logits of scale 1 and of each further scale, each in its size."""
+        logits = [self.aspp(self.backbone(images))]
+        for scale in self.pyramid:
+            size = [math.floor(side * scale) for side in images.shape[-2:]]
+            scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            logits.append(self.aspp(self.backbone(scaled)))
+        return logits
+
+
+def _largest(logits: Sequence[Tensor]) -> Tensor:
+    """Element-wise maximum on the grid of the first."""
+    if len(logits) == 1:
+        return logits[0]
+    size = logits[0].shape[-2:]
+    resized = [
+        F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in logits[1:]
+    ]
+    return torch.stack([logits[0], *resized]).max(0).values
+
+
+class _Features(nn.Module):
+    """The features of a classifier before pooling, as a backbone without its head."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.channels = classifier.weight.shape[1]
+        self.classifier = classifier
+        del classifier.head
+        names: set[str] = getattr(classifier.backbone, "no_weight_decay", set)()
+        self.no_decay = frozenset(f"classifier.backbone.{name}" for name in names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images)
+
+
+# -- Building ----------------------------------------------------------------------------------
+
+
+def build_deeplabv2(
+    backbone: str,
+    labels: int,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    output_stride: int | None = None,
+    weights: str | Path,
+    pyramid: Sequence[float] = (),
+    rates: Sequence[int] = RATES,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> tuple[DeepLabV2, Preprocessing]:
+    """Build the network and what it expects of RGB.
+
+    Args:
+        backbone: ``"resnet101_caffe"`` or a timm name.
+        labels: L, with the background.
+        arguments: those of the timm model, or of :class:`CaffeResNet101` (blocks, width).
+        output_stride: of the backbone; None: 8 for Caffe's, the model's own for timm's.
+        weights: ``"pretrained"`` (timm only), ``"random"``, or a safetensors file. For the Caffe
+            backbone, names may have the prefixes of the field's files (:func:`convert_names`), a
+            classifier in the file is ignored, and an ASPP is used if it fits.
+        pyramid: further scales.
+        rates: dilations of the ASPP.
+        mean, std: of RGB in [0, 1]; default: those of the backbone.
+        seed: for a random backbone and the ASPP.
+
+    Raises:
+        ClassifierError: if the backbone cannot be built, or the weights are missing, do not fit or
+            hold NaN or Inf.
+    """
+    if backbone == CAFFE:
+        _check_caffe(arguments or {}, output_stride, weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            caffe = CaffeResNet101(**(arguments or {}))
+            network = DeepLabV2(caffe, caffe.channels, labels, pyramid=pyramid, rates=rates)
+        if str(weights) != RANDOM:
+            _load(network, Path(weights))
+        return network, preprocessing_with(PREPROCESSING, mean, std)
+    spec = BackboneSpec(backbone, dict(arguments or {}), output_stride)
+    # NO_CLASSES is one class, whose head is removed
+    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
+    features = _Features(classifier)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DeepLabV2(features, features.channels, labels, pyramid=pyramid, rates=rates)
+    return network, classifier.preprocessing
+
+
+class DeepLabV2Network:
+    """DeepLabV2 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+
+    title = "DeepLabV2"
+    default_backbone = CAFFE
+    options: frozenset[Option] = frozenset({"backbone", "output_stride", "pyramid"})
+    one_size_export = False
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if the backbone is unknown or its arguments do not fit."""
+        if spec.backbone == CAFFE:
+            _check_caffe(spec.arguments, spec.output_stride, weights)
+        else:
+            check_backbone(spec.backbone)
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[DeepLabV2, Preprocessing]:
+        """The network of :func:`build_deeplabv2`."""
+        return build_deeplabv2(
+            spec.backbone,
+            labels,
+            arguments=spec.arguments,
+            output_stride=spec.output_stride,
+            pyramid=spec.pyramid,
+            **options,
+        )
+
+
+# -- Weights -----------------------------------------------------------------------------------
+
+
+def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp...``.
+
+    Prefixes of wrappers (module, base, scale, network, backbone) are removed, and two names of
+    older files are replaced (``proj``, ``aspp.stages``).
+
+    Raises:
+        ClassifierError: if two names become equal.
+
+    Example:
+        >>> list(convert_names({"module.scale.layer2.block1.proj.bn.bias": torch.zeros(1)}))
+        ['layer2.block1.shortcut.bn.bias']
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = name
+        while prefix := next((p for p in _PREFIXES if new.startswith(p)), ""):
+            new = new.removeprefix(prefix)
+        for old, today in _RENAMED:
+            new = new.replace(old, today)
+        if new in converted:
+            raise ClassifierError(
+                f"the weights hold {new!r} twice, once as {name!r}; give a file of one network"
+            )
+        converted[new] = tensor
+    return converted
+
+
+def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str | Path) -> None:
+    if unknown := sorted(set(arguments) - {"blocks", "width"}):
+        raise ClassifierError(f"{CAFFE} has no argument {unknown[0]!r}; it has blocks and width")
+    blocks, width = arguments.get("blocks", BLOCKS), arguments.get("width", WIDTH)
+    numbers = [*blocks, width] if isinstance(blocks, Sequence) else []
+    if len(numbers) != len(BLOCKS) + 1 or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ClassifierError(
+            f"{CAFFE} has blocks {blocks!r} and width {width!r}; expected {len(BLOCKS)} positive "
+            "integers and one"
+        )
+    if stride not in (None, OUTPUT_STRIDE):
+        raise ClassifierError(
+            f"{CAFFE} has output stride {OUTPUT_STRIDE}, got {stride}; set it to null, or take "
+            "timm's resnet101"
+        )
+    if str(weights) == PRETRAINED:
+        raise ClassifierError(
+            f"segment.weights: {CAFFE} has no pretrained weights to download; convert the field's "
+            "file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+        )
+
+
+def _load(network: DeepLabV2, path: Path) -> None:
+    """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
+    state = convert_names(read_weights(path))
+    state = {
+        k: v for k, v in state.items() if not k.startswith(_CLASSIFIER) and not k.endswith(_COUNTER)
+    }
+    refuse_not_finite(state, path)
+    head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
+    state = {k: v for k, v in state.items() if not k.startswith("aspp.")}
+    own = {k: v for k, v in network.backbone.state_dict().items() if not k.endswith(_COUNTER)}
+    if difference := misfit(own, state):
+        raise ClassifierError(
+            f"the weights {path.name!r} do not fit {CAFFE!r}: {difference}; it takes files "
+            "of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; for "
+            "torchvision's or timm's weights the backbone is resnet101"
+        )
+    aspp = network.aspp.state_dict()
+    fits = {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}
+    if head and not fits:
+        logger.info("the ASPP in %s is of other labels or rates and is left out", path.name)
+    network.backbone.load_state_dict(state, strict=False)  # but for the counters all are there
+    if fits:
+        network.aspp.load_state_dict(head)
+
+
+NETWORK = DeepLabV2Network()

@@ -1,0 +1,449 @@
+"""UperNet on a Swin transformer, of the library transformers (specification of segmentation, 3).
+
+Swin and both heads are those of transformers, which is imported when a network is built. Added
+here, as in the official configuration: dropout before both classifiers, stochastic depth on both
+paths of a block, and the initial weights of the heads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    PRETRAINED,
+    RANDOM,
+    Preprocessing,
+    misfit,
+    read_weights,
+    refuse_not_finite,
+)
+from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
+from lpcam.runtime.errors import ClassifierError
+from lpcam.segmentation.networks.base import Option, SegmenterSpec, preprocessing_with
+
+PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+
+
+PATCH = 4
+
+
+WINDOW = 7
+
+
+DROP_PATH = 0.3
+"""Rate of stochastic depth of the last block; it rises linearly from 0 at the first."""
+
+
+POOLS = (1, 2, 3, 6)
+"""Bins per side of the pyramid pooling on the last stage."""
+
+
+CHANNELS = 512
+"""Channels of the main head."""
+
+
+AUXILIARY_CHANNELS = 256
+
+
+AUXILIARY_WEIGHT = 0.4
+"""Weight of the auxiliary head's loss."""
+
+
+DROPOUT = 0.1
+"""Rate of the dropout of whole channels before both classifiers."""
+
+
+CLASSIFIER_DEVIATION = 0.01
+"""Standard deviation of the classifiers' initial weights."""
+
+
+@dataclass(frozen=True)
+class SwinSize:
+    """A size of Swin and the name of its ImageNet weights."""
+
+    embed_dim: int
+    """Channels of the first stage; each further stage doubles them."""
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    num_heads: tuple[int, ...]
+    checkpoint: str
+    """Name on the hub."""
+
+
+SIZES = {
+    "tiny": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), "microsoft/swin-tiny-patch4-window7-224"),
+    "small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), "microsoft/swin-small-patch4-window7-224"),
+    "base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), "microsoft/swin-base-patch4-window7-224"),
+}
+
+
+ARGUMENTS = {
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "window_size",
+    "drop_path",
+    "channels",
+    "auxiliary_channels",
+    "checkpoint",
+}
+"""Keys of the ``arguments`` of :func:`build_upernet`."""
+
+
+class UperNetSwin(nn.Module):
+    """UperNet on Swin: logits at stride 4, and those of an auxiliary head in training.
+
+    The batch norms of the heads are trained; several processes that share a batch need them
+    converted to ``torch.nn.SyncBatchNorm``.
+
+    Args:
+        model: ``transformers.UperNetForSemanticSegmentation`` on a Swin, with an auxiliary head;
+            its parts are changed and used.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone: Any = model.backbone
+        self.decode_head: Any = model.decode_head
+        self.auxiliary_head: Any = model.auxiliary_head
+        # only pooled features pass through this norm
+        self.backbone.swin.layernorm = nn.Identity()
+        for stage in self.backbone.swin.encoder.layers:
+            for block in stage.blocks:
+                # transformers drops only the path of the attention, the official Swin both
+                block.mlp.path = block.drop_path
+                block.mlp.register_forward_hook(_drop_path)
+        for head in (self.decode_head, self.auxiliary_head):
+            for module in head.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            head.classifier = _Classifier(head.classifier)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised RGB to logits (B, L, ceil(H / 4), ceil(W / 4)).
+
+        Raises:
+            ClassifierError: as :meth:`outputs`.
+        """
+        logits: Tensor = self.decode_head(self._maps(images))
+        return logits
+
+    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """Logits of both heads with the weights of their losses, 1 and 0.4.
+
+        The auxiliary logits are (B, L, ceil(H / 16), ceil(W / 16)).
+
+        Raises:
+            ClassifierError: for a single image in training mode: batch norms cannot be trained on
+                its one pooled cell.
+        """
+        maps = self._maps(images)
+        return [
+            (self.decode_head(maps), 1.0),
+            (self.auxiliary_head(maps), AUXILIARY_WEIGHT),
+        ]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters: ``backbone`` (Swin), ``head`` and ``head_bias`` (convolutions).
+
+        ``no_decay`` holds the norms and tables of relative positions of all parts.
+        """
+        groups: dict[str, list[nn.Parameter]] = {
+            name: [] for name in ("backbone", "head", "head_bias", "no_decay")
+        }
+        norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+        for part in (self.backbone, self.decode_head, self.auxiliary_head):
+            for module in part.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        continue
+                    if isinstance(module, norms) or name == "relative_position_bias_table":
+                        group = "no_decay"
+                    elif part is self.backbone:
+                        group = "backbone"
+                    else:
+                        group = "head_bias" if name == "bias" else "head"
+                    groups[group].append(parameter)
+        return groups
+
+    def _maps(self, images: Tensor) -> Sequence[Tensor]:
+        """The normalised map of each stage, at strides 4, 8, 16 and 32."""
+        if self.training and images.shape[0] == 1:
+            for module in self.decode_head.psp_modules.modules():
+                if isinstance(module, nn.BatchNorm2d) and module.training:
+                    raise ClassifierError(
+                        "UperNet cannot be trained on one image at a time: its batch norms see a "
+                        "single pooled cell; give two images or more to each process and "
+                        "sub-batch, or convert to torch.nn.SyncBatchNorm in several processes"
+                    )
+        maps: Sequence[Tensor] = self.backbone(images).feature_maps
+        return maps
+
+
+class _Classifier(nn.Conv2d):
+    """The last convolution of a head, after dropout of whole channels."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__(convolution.in_channels, convolution.out_channels, 1)
+        nn.init.normal_(self.weight, std=CLASSIFIER_DEVIATION)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.dropout2d(input, DROPOUT, self.training))
+
+
+def _drop_path(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    """A hook that applies stochastic depth to the second path of a block."""
+    dropped: Tensor = module.path(output)
+    return dropped
+
+
+# -- Building ----------------------------------------------------------------------------------
+
+
+def build_upernet(
+    size: str,
+    labels: int,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> tuple[UperNetSwin, Preprocessing]:
+    """Build UperNet on a Swin of a size.
+
+    Args:
+        size: "tiny", "small" or "base".
+        labels: L, with the background.
+        arguments: ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin, which
+            replace those of the size; ``drop_path``; ``channels`` and ``auxiliary_channels`` of the
+            heads; ``checkpoint``, another model on the hub or a folder of the same layout.
+        weights: of Swin: ``"pretrained"`` (downloaded on first use), ``"random"``, or a safetensors
+            file with names of transformers, timm or the official program; a classification head is
+            ignored.
+        mean, std: of RGB in [0, 1]; default: ImageNet's.
+        seed: for random weights.
+
+    Returns:
+        The network in evaluation mode, and its preprocessing.
+
+    Raises:
+        ClassifierError: if transformers is not installed, the size or an argument is not accepted,
+            or weights are missing, do not fit or hold NaN or Inf.
+    """
+    _check_size(size)
+    chosen = dict(arguments or {})
+    unknown = sorted(chosen.keys() - ARGUMENTS)
+    if unknown:
+        raise ClassifierError(
+            f"UperNet has no argument {unknown[0]!r}; it takes {', '.join(sorted(ARGUMENTS))}"
+        )
+    transformers = _transformers()
+    checkpoint = str(chosen.pop("checkpoint", SIZES[size].checkpoint))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = transformers.UperNetForSemanticSegmentation(
+                _config(transformers, size, labels, chosen)
+            )
+            network = UperNetSwin(model)
+        except Exception as error:  # whatever transformers or torch raises, one message serves
+            raise ClassifierError(
+                f"transformers could not make Swin {size!r} with arguments {chosen}: {error}"
+            ) from error
+        if str(weights) == PRETRAINED:
+            _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
+        elif str(weights) != RANDOM:
+            _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
+    return network, preprocessing_with(PREPROCESSING, mean, std)
+
+
+class UperNetNetwork:
+    """UperNet on Swin as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+
+    title = "UperNet"
+    default_backbone = "tiny"
+    options: frozenset[Option] = frozenset({"backbone"})
+    one_size_export = True  # torch 2.15 exports its pooling for the traced size only
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if the size is unknown or transformers is not installed."""
+        _check_size(spec.backbone)
+        if find_spec("transformers") is None:
+            raise ClassifierError(
+                "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
+            )
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[UperNetSwin, Preprocessing]:
+        """The network of :func:`build_upernet`."""
+        return build_upernet(spec.backbone, labels, arguments=spec.arguments, **options)
+
+
+def _check_size(size: str) -> None:
+    if size not in SIZES:
+        raise ClassifierError(
+            f"segment.backbone: there is no Swin {size!r}; there are {', '.join(SIZES)}"
+        )
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ClassifierError(
+            f"UperNet needs the library transformers ({error}): pip install 'lpcam[upernet]'"
+        ) from error
+
+
+def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
+    swin = SIZES[size]
+    depths = list(chosen.get("depths", swin.depths))
+    heads = list(chosen.get("num_heads", swin.num_heads))
+    if len(depths) != len(swin.depths) or len(heads) != len(swin.depths):
+        raise ValueError(
+            f"depths {depths} and num_heads {heads} must have {len(swin.depths)} numbers each"
+        )
+    return transformers.UperNetConfig(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=chosen.get("embed_dim", swin.embed_dim),
+            depths=depths,
+            num_heads=heads,
+            patch_size=PATCH,
+            window_size=chosen.get("window_size", WINDOW),
+            drop_path_rate=chosen.get("drop_path", DROP_PATH),
+            out_features=[f"stage{number + 1}" for number in range(len(depths))],
+        ),
+        hidden_size=chosen.get("channels", CHANNELS),
+        pool_scales=POOLS,
+        use_auxiliary_head=True,
+        auxiliary_channels=chosen.get("auxiliary_channels", AUXILIARY_CHANNELS),
+        auxiliary_loss_weight=AUXILIARY_WEIGHT,
+        num_labels=labels,
+    )
+
+
+# -- Weights -----------------------------------------------------------------------------------
+
+_PUBLISHED = (  # names of files on the hub, to those that transformers has now
+    (r"attention\.self\.query\.", "attention.q_proj."),
+    (r"attention\.self\.key\.", "attention.k_proj."),
+    (r"attention\.self\.value\.", "attention.v_proj."),
+    (
+        r"attention\.self\.relative_position_bias_table$",
+        "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+    (r"intermediate\.dense\.", "mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+
+
+_OFFICIAL = (  # names of the official program and of timm, to those that transformers has now
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^layers\.", "encoder.layers."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (
+        r"\.attn\.relative_position_bias_table$",
+        ".attention.relative_position_bias.relative_position_bias_table",
+    ),
+)
+
+
+_LEFT_OUT = re.compile(
+    # indices and masks that follow from the architecture, pooled features' norm, classifiers
+    r"(^|\.)(relative_position_index|attn_mask)$|^(classifier|head|layernorm|norm)\."
+)
+
+
+def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a Swin under their present names in transformers.
+
+    Args:
+        state: with names of transformers, of the official program or of timm. The last two have
+            queries, keys and values in one tensor; timm merges patches at the start of a stage
+            (``layers.1.downsample``), the official program at the end of the previous one.
+
+    Returns:
+        The same without the classification head, the norm before it, and constants of the
+        architecture. Unknown names are kept.
+
+    Example:
+        >>> list(convert_names({"swin.encoder.layers.0.blocks.0.intermediate.dense.bias": 0}))
+        ['encoder.layers.0.blocks.0.mlp.fc1.bias']
+    """
+    official = any(name.startswith("patch_embed.") for name in state)
+    of_timm = official and not any(name.startswith("layers.0.downsample.") for name in state)
+    found: dict[str, Tensor] = {}
+    for full, tensor in state.items():
+        name = full.removeprefix("swin.")
+        if _LEFT_OUT.search(name):
+            continue
+        if of_timm:
+            name = re.sub(
+                r"^layers\.(\d+)\.downsample\.",
+                lambda match: f"layers.{int(match[1]) - 1}.downsample.",
+                name,
+            )
+        for pattern, replacement in _OFFICIAL if official else _PUBLISHED:
+            name = re.sub(pattern, replacement, name)
+        if official and ".attn.qkv." in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                found[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
+        else:
+            found[name] = tensor
+    return found
+
+
+def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
+    """The tensors of a Swin on the hub or in a folder."""
+    try:
+        model, report = transformers.SwinModel.from_pretrained(
+            checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever transformers or a hub client raises, one message serves
+        raise ClassifierError(
+            f"the weights {checkpoint!r} cannot be loaded: {error}. Without a network, give "
+            "weights as the path of a safetensors file"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers has drawn them at random
+        raise ClassifierError(
+            f"the weights {checkpoint!r} are not of a Swin: {missing[0]!r} is missing "
+            f"({len(missing)} such)"
+        )
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
+    """Load the tensors of a Swin into a backbone, except the norms behind its stages."""
+    own = {k: v for k, v in backbone.swin.state_dict().items() if not _LEFT_OUT.search(k)}
+    state = convert_names(found)
+    if difference := misfit(own, state):
+        raise ClassifierError(
+            f"the weights {name!r} do not fit this Swin: {difference}; check the size and the "
+            "arguments"
+        )
+    refuse_not_finite(state, Path(name))
+    backbone.swin.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+
+
+NETWORK = UperNetNetwork()

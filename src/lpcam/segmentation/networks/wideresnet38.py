@@ -1,0 +1,209 @@
+"""WideResNet-38 with a large field of view (specification of segmentation, section 2).
+
+The backbone is :class:`lpcam.classifiers.wideresnet38.WideResNet38`, which classifiers use as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    NO_CLASSES,
+    PRETRAINED,
+    RANDOM,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    refuse_not_finite,
+)
+from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD, WideResNet38
+from lpcam.runtime.errors import ClassifierError
+from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
+
+BACKBONE = "wideresnet38"
+
+
+PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+
+
+HIDDEN = 512
+"""Channels between the two convolutions of the head."""
+
+
+DILATION = 12
+"""Dilation of both convolutions."""
+
+
+class WideResNet38LargeFov(FrozenNorms):
+    """Logits at stride 8: two dilated 3 x 3 convolutions on WideResNet-38.
+
+    All batch norms and the first convolution are frozen.
+
+    Args:
+        backbone: with or without its last ReLU; the published segmenter has it.
+        labels: L, with the background.
+        hidden: channels between the two convolutions.
+    """
+
+    def __init__(self, backbone: WideResNet38, labels: int, *, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fc1 = nn.Conv2d(backbone.num_features, hidden, 3, padding=DILATION, dilation=DILATION)
+        self.fc2 = nn.Conv2d(hidden, labels, 3, padding=DILATION, dilation=DILATION)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        self.freeze_norms()
+        self.backbone.conv1a.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised RGB to logits (B, L, ceil(H / 8), ceil(W / 8))."""
+        found = self.fc1(self.backbone.forward_features(images)).relu()
+        logits: Tensor = self.fc2(found)
+        return logits
+
+    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """The logits of :meth:`forward` and the weight 1 of their loss."""
+        return [(self(images), 1.0)]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters: ``backbone``, ``head`` (weights) and ``head_bias``."""
+        head = [*self.fc1.named_parameters(), *self.fc2.named_parameters()]
+        return {
+            "backbone": [p for p in self.backbone.parameters() if p.requires_grad],
+            "head": [p for name, p in head if name == "weight"],
+            "head_bias": [p for name, p in head if name == "bias"],
+        }
+
+
+def build_wideresnet38(
+    labels: int,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> tuple[WideResNet38LargeFov, Preprocessing]:
+    """Build the segmenter.
+
+    Args:
+        labels: L, with the background.
+        arguments: those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden`` of
+        the head.
+        weights: ``"random"``, or a safetensors file of the backbone, also a classifier that
+            :meth:`lpcam.classifiers.classifier.Classifier.save` wrote. If the file holds fc1 and
+            fc2, they
+            become the head; a classification head fc8 is ignored.
+        mean, std: of RGB in [0, 1]; default: ImageNet's, or those of the classifier.
+        seed: for random weights and the head.
+
+    Raises:
+        ClassifierError: if ``"pretrained"`` is asked for, an argument is refused, or the file is
+            missing, is damaged or does not fit; the message names a tensor.
+        ArtefactError: if the file of a classifier is damaged.
+    """
+    _check_weights(weights)
+    chosen = dict(arguments or {})
+    hidden = chosen.pop("hidden", HIDDEN)
+    if not isinstance(hidden, int) or hidden < 1:
+        raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
+    spec = BackboneSpec(BACKBONE, chosen)
+    if str(weights) != RANDOM and _is_classifier(Path(weights)):
+        classifier = _load_classifier(Path(weights), spec)
+    else:
+        classifier = build(spec, NO_CLASSES, weights=weights, seed=seed)
+    backbone = classifier.backbone
+    assert isinstance(backbone, WideResNet38)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
+    if str(weights) != RANDOM:
+        _load_head(network, Path(weights))
+    return network, preprocessing_with(classifier.preprocessing, mean, std)
+
+
+class WideResNet38Network:
+    """WideResNet-38 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+
+    title = "WideResNet-38"
+    default_backbone = BACKBONE
+    options: frozenset[Option] = frozenset()
+    one_size_export = False
+
+    def check(self, spec: SegmenterSpec, weights: str) -> None:
+        """Raise ClassifierError if pretrained weights are wanted, of which there are none."""
+        _check_weights(weights)
+
+    def build(
+        self, spec: SegmenterSpec, labels: int, **options: Any
+    ) -> tuple[WideResNet38LargeFov, Preprocessing]:
+        """The network of :func:`build_wideresnet38`."""
+        return build_wideresnet38(labels, arguments=spec.arguments, **options)
+
+
+def _check_weights(weights: str | Path) -> None:
+    if str(weights) == PRETRAINED:
+        raise ClassifierError(
+            f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
+            "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+        )
+
+
+def _is_classifier(path: Path) -> bool:
+    """Whether a readable file holds a classifier of this package on this backbone."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {"backbone.conv1a.weight", "head.weight"} <= set(file.keys())
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def _load_classifier(path: Path, spec: BackboneSpec) -> Classifier:
+    classifier = Classifier.load(path)
+    found = classifier.spec
+    # files hold lists, a caller may give tuples
+    asked = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.arguments.items()}
+    if found is None or found.name != spec.name or dict(found.arguments) != asked:
+        raise ClassifierError(
+            f"{path.name!r} holds a classifier on {found and found.name!r} with arguments "
+            f"{dict(found.arguments) if found else {}}, not on {spec.name!r} with {asked}; give "
+            "the same arguments"
+        )
+    return classifier
+
+
+def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
+    """Take fc1 and fc2 from a file that has them; the backbone was read from it before."""
+    own = {k: v for k, v in network.state_dict().items() if k.startswith(("fc1.", "fc2."))}
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        state = {name: file.get_tensor(name) for name in sorted(own.keys() & names)}
+    if not state:
+        return
+    for name, tensor in own.items():
+        if name not in state:
+            raise ClassifierError(
+                f"the weights {path.name!r} hold {sorted(state)} of the head but not {name!r}; "
+                "give a file with the whole head, or take those tensors out"
+            )
+        if state[name].shape != tensor.shape:
+            raise ClassifierError(
+                f"{name!r} of the weights {path.name!r} has the shape {tuple(state[name].shape)}, "
+                f"not {tuple(tensor.shape)}; the file is of other labels or of another network: "
+                "check it, or take fc1 and fc2 out of it to train a new head"
+            )
+    refuse_not_finite(state, path)
+    network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+
+
+NETWORK = WideResNet38Network()

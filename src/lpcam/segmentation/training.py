@@ -1,0 +1,294 @@
+"""Training a segmenter on pseudo masks (specification of segmentation, sections 1 to 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lpcam.data.dataset import Item
+from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.masks import enlarge_labels, read_index_mask
+from lpcam.evaluation.segmentation import confusion, scores, truth_labels
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.files import read_tensors
+from lpcam.segmentation import inference as predict
+from lpcam.segmentation.augmentation import Labelled
+from lpcam.segmentation.losses import segmentation_loss
+from lpcam.segmentation.segmenter import Segmenter
+from lpcam.segmentation.settings import SegmenterSettings, SegmentTestSettings
+from lpcam.training import loop as engine
+from lpcam.training.optim import names_below, poly
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+RECORDS = 100
+"""Of the history over a whole training."""
+
+
+CHECKPOINTS = 40
+"""Over a whole training, beside those of the records."""
+
+
+BETA2 = 0.999
+"""Second beta of AdamW (section 3)."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images with truth on which a training is looked at as it goes."""
+
+    items: Sequence[Item]
+    settings: SegmentTestSettings
+    times: int
+    """Over the whole training, evenly spread; the last is at its end."""
+    best: Path
+    """Where the weights with the highest mIoU are kept, beside the last ones."""
+    maximum_side: int
+    """A longer image is segmented at this long side, in pixels, and its labels are enlarged."""
+
+
+# -- Steps and rates ---------------------------------------------------------------------------
+
+
+def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> engine.Plan:
+    """How the settings train on a list of ``count`` images.
+
+    The poly schedule is renewed every ``refresh`` steps and multiplied, over the first ``warmup``
+    steps, by a factor that rises linearly to 1.
+    """
+    batch = min(settings.batch_size, count)
+    steps = settings.iterations or (settings.epochs or 0) * (count // batch)
+
+    def rate(step: int) -> float:
+        factor = poly(step - step % settings.refresh, steps, settings.power)
+        if step < settings.warmup:
+            low = settings.warmup_factor
+            factor *= low + (1.0 - low) * step / settings.warmup
+        return factor
+
+    record = max(1, steps // max(RECORDS, validations))
+    return engine.Plan(
+        steps, batch, record, rate, settings.accumulation, max(1, steps // CHECKPOINTS)
+    )
+
+
+def optimizer_of(
+    groups: Mapping[str, Sequence[nn.Parameter]], settings: SegmenterSettings
+) -> torch.optim.Optimizer:
+    """The optimiser of a network's parameter groups, each with its rate and decay."""
+    rate, decay = settings.learning_rate, settings.weight_decay
+    values = {
+        "backbone": (rate, decay),
+        "head": (rate * settings.head_multiplier, decay),
+        "head_bias": (
+            rate * settings.head_bias_multiplier,
+            settings.head_bias_weight_decay,
+        ),
+        "no_decay": (rate, 0.0),
+    }
+    wanted = [
+        {"params": list(parameters), "lr": values[name][0], "weight_decay": values[name][1]}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(wanted, lr=rate, betas=(settings.momentum, BETA2))
+    return torch.optim.SGD(wanted, lr=rate, momentum=settings.momentum)
+
+
+def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
+    """Stop the gradient of backbone parameters whose names begin with a prefix.
+
+    Names are those of the backbone itself, as ``conv_stem`` or ``blocks.0`` of a timm MobileNetV2.
+
+    Raises:
+        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
+    """
+    named = {
+        name.removeprefix("backbone.").removeprefix("classifier.backbone."): parameter
+        for name, parameter in network.named_parameters()
+    }
+    for name in names_below(named, prefixes):
+        named[name].requires_grad_(False)
+
+
+# -- Training ----------------------------------------------------------------------------------
+
+
+class _Outputs(nn.Module):
+    """A network's training outputs as a forward pass, which is what processes replicate."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[tuple[Tensor, float]]:
+        """As ``outputs`` of the network."""
+        outputs: Callable[[Tensor], list[tuple[Tensor, float]]] = self.network.outputs  # type: ignore[assignment]
+        return outputs(images)
+
+
+def train_segmenter(
+    segmenter: Segmenter,
+    pairs: Sequence[tuple[Item, Path]],
+    settings: SegmenterSettings,
+    *,
+    seed: int,
+    folder: Path,
+    precision: Precision = "float32",
+    workers: int = 0,
+    processes: Processes | None = None,
+    validation: Validation | None = None,
+) -> list[dict[str, Any]]:
+    """Train in place, with checkpoints in ``folder`` from which a stopped training goes on.
+
+    Args:
+        pairs: images and their masks, as :func:`lpcam.segmentation.augmentation.check_masks` leaves
+            them.
+        precision: of the network's passes; weights, loss and optimiser are in float32. float16
+            scales its losses.
+        workers: processes that read and augment images.
+        processes: those that share each batch; the step is that of the whole batch, whatever their
+            number, but for rounding.
+        validation: at what times to measure the mIoU; None never does.
+
+    Returns:
+        some hundred records: ``epoch``, ``step``, mean ``loss`` and, where it was measured,
+        ``validation_miou``.
+
+    Raises:
+        DataError: if there is no image.
+        ClassifierError: if ``freeze`` matches nothing, the loss is no longer finite, or a batch
+            cannot be shared out.
+        ArtefactError: if a checkpoint is damaged or of another network.
+    """
+    if not pairs:
+        raise DataError("there is no image to train on; give images with masks")
+    processes = processes or Processes()
+    device, network = segmenter.device, segmenter.network
+    check_batch(segmenter, settings, len(pairs), processes)
+    if processes.count > 1 and _trains_batch_norms(network):
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        segmenter.network = network
+    freeze(network, settings.freeze)
+    times = 0 if validation is None else validation.times
+    plan = plan_of(settings, len(pairs), times)
+    model = processes.replicate(_Outputs(network))
+    dtype = getattr(torch, precision)
+    scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
+
+    def total(counts: Tensor) -> Tensor:
+        return processes.sum(counts.cpu()).to(counts.device)
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = (part.to(device) for part in batch)
+        segmenter.train()
+        with torch.autocast(device.type, dtype, enabled=precision != "float32"):
+            outputs = model(images)
+        return segmentation_loss(
+            outputs, labels, kind=settings.loss, meet=settings.labels, total=total
+        )
+
+    due = validation_steps(plan, times)
+
+    def at_record(step: int) -> dict[str, Any]:
+        if validation is None or step not in due:
+            return {}
+        found = validate(segmenter, validation, processes)
+        if processes.first and found > best_so_far(validation.best):
+            segmenter.save(validation.best, {"validation_miou": found, "step": step})
+        return {"validation_miou": found}
+
+    history = engine.run(
+        segmenter.network,
+        optimizer_of(segmenter.trained.parameter_groups(), settings),
+        Labelled(pairs, segmenter.classes, segmenter.preprocessing, settings, seed),
+        len(pairs),
+        loss,
+        plan,
+        label="training a segmenter",
+        section="segment.training",
+        seed=seed,
+        folder=folder,
+        workers=workers,
+        processes=processes,
+        scaler=scaler,
+        at_record=at_record,
+    )
+    segmenter.eval()
+    return history
+
+
+def check_batch(
+    segmenter: Segmenter, settings: SegmenterSettings, count: int, processes: Processes
+) -> None:
+    """Refuse batches of a list of ``count`` images that the network or the processes cannot take.
+
+    Raises:
+        ClassifierError: if a sub-batch has fewer images than there are processes, or batch norms
+            are trained on one image, or by several processes on CPUs.
+    """
+    network = segmenter.network
+    part = engine.smallest_part(plan_of(settings, count), count, processes, "segment.training")
+    if not _trains_batch_norms(network):
+        return
+    if processes.count > 1 and segmenter.device.type != "cuda":
+        raise ClassifierError(
+            f"{type(network).__name__} trains batch norms, whose statistics several processes "
+            "can share on GPUs alone; train it in one process on a CPU"
+        )
+    if part < 2:
+        raise ClassifierError(
+            f"{type(network).__name__} trains batch norms, which need two images at a time, but a "
+            f"forward pass has {part}; raise segment.training.batch_size or give more images"
+        )
+
+
+def _trains_batch_norms(network: nn.Module) -> bool:
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    return any(p.requires_grad for norm in norms for p in norm.parameters())
+
+
+# -- Validation --------------------------------------------------------------------------------
+
+
+def validation_steps(plan: engine.Plan, times: int) -> set[int]:
+    """The steps, among those of a plan's records, after which a training is looked at."""
+    records = -(-plan.steps // plan.record)
+    count = min(times, records)
+    steps = {round((k + 1) * records / count) * plan.record for k in range(count)}
+    return {min(step, plan.steps) for step in steps}
+
+
+def best_so_far(path: Path) -> float:
+    """The mIoU of the best weights that a training has kept; -1 where there are none."""
+    return float(read_tensors(path)[1]["made_by"]["validation_miou"]) if path.is_file() else -1.0
+
+
+@torch.inference_mode()
+def validate(
+    segmenter: Segmenter, validation: Validation, processes: Processes | None = None
+) -> float:
+    """mIoU over background and classes, of images with true masks; without a CRF.
+
+    Raises:
+        DataError: if the truth has no pixel of any class.
+    """
+    processes = processes or Processes()
+    segmenter.eval()
+    labels = len(segmenter.classes) + 1
+    counts = torch.zeros(labels, labels, dtype=torch.int64)
+    for item in validation.items[processes.rank :: processes.count]:
+        assert item.mask is not None
+        truth = truth_labels(read_index_mask(item.mask), segmenter.classes)
+        image = limit_long_side(read_image(item.image), validation.maximum_side)
+        found = predict.labels(predict.probabilities(segmenter, image, validation.settings))
+        counts += confusion(truth, enlarge_labels(found.cpu(), truth.shape), labels)
+    return scores(processes.sum(counts), segmenter.classes.names).miou

@@ -1,1 +1,0 @@
-"""The stages of a run, a module each, and what they share."""

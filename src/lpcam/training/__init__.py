@@ -1,0 +1,1 @@
+"""One resumable training loop, shared by all networks."""

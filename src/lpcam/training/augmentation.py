@@ -1,0 +1,105 @@
+"""Random crops, mirrors and colour jitter for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+"""Blend an image with black, with its mean grey level, and with its grey version."""
+
+
+def jitter_colours(
+    image: NDArray[np.uint8], jitter: Sequence[float], generator: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Change brightness, contrast, saturation and hue at random, in random order, in 8 bits.
+
+    The first three are multiplied by factors uniform in [1 - j, 1 + j], and the hue is turned by a
+    fraction of its circle uniform in [-j, j]. A quantity whose j is 0 is unchanged.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        jitter: j of brightness, contrast and saturation, in [0, 1], and of hue, in [0, 0.5].
+            Larger values change colours more.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Example:
+        >>> grey = np.full((1, 1, 3), 90, np.uint8)
+        >>> jitter_colours(grey, (0, 0, 0.9, 0), np.random.default_rng(0)).tolist()
+        [[[90, 90, 90]]]
+    """
+    *factors, turn = (float(generator.uniform(-j, j)) for j in jitter)
+    picture = Image.fromarray(image)
+    for number in generator.permutation(len(ENHANCERS) + 1):
+        if not jitter[number]:
+            continue
+        if number < len(ENHANCERS):
+            picture = ENHANCERS[number](picture).enhance(1.0 + factors[number])
+        else:
+            picture = turn_hue(picture, turn)
+    return np.array(picture)
+
+
+def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
+    """Turn the hue of an RGB image by a fraction of its circle, in steps of 1 / 256.
+
+    Example:
+        >>> turn_hue(Image.new("RGB", (1, 1), "red"), 0.5).getpixel((0, 0))
+        (0, 252, 255)
+    """
+    hue, saturation, value = picture.convert("HSV").split()
+    steps = round(turn * 256) % 256
+    turned = hue.point([(level + steps) % 256 for level in range(256)])
+    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+
+
+def random_window(length: int, crop: int, generator: np.random.Generator) -> tuple[slice, slice]:
+    """Random crop along one axis; an axis shorter than the crop is placed in it at random.
+
+    Returns:
+        the part of the image's axis and the part of the crop's axis, of equal length.
+
+    Example:
+        >>> random_window(4, 4, np.random.default_rng(0))
+        (slice(0, 4, None), slice(0, 4, None))
+    """
+    offset = int(generator.integers(0, abs(length - crop) + 1))
+    taken = min(length, crop)
+    moved, first = slice(offset, offset + taken), slice(0, taken)
+    return (moved, first) if length > crop else (first, moved)
+
+
+def mirror_and_crop(
+    planes: Sequence[tuple[Tensor, int]], crop: int, generator: np.random.Generator
+) -> list[Tensor]:
+    """Mirror tensors with probability one half, and take the same random square crop of each.
+
+    Args:
+        planes: tensors (..., H, W) of one size, each with the value that fills the canvas around
+            it.
+        crop: side of the crop; a shorter axis is placed at random in it.
+        generator: source of the random choices.
+
+    Returns:
+        one tensor (..., crop, crop) per plane.
+
+    Example:
+        >>> image = (torch.ones(3, 20, 30), 0)
+        >>> [found.shape for found in mirror_and_crop([image], 16, np.random.default_rng(0))]
+        [torch.Size([3, 16, 16])]
+    """
+    mirrored = generator.random() < 0.5
+    rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
+    found = []
+    for tensor, beyond in planes:
+        canvas = tensor.new_full((*tensor.shape[:-2], crop, crop), beyond)
+        source = tensor.flip(-1) if mirrored else tensor
+        canvas[..., rows[1], columns[1]] = source[..., rows[0], columns[0]]
+        found.append(canvas)
+    return found

@@ -1,0 +1,293 @@
+"""The training loop that all networks share: order, schedule, checkpoints, processes.
+
+The augmentation of an image depends only on seed, epoch and image, and the order of an epoch only
+on seed and epoch, so a run that is stopped within an epoch resumes to exactly the same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.runtime.progress import progress
+from lpcam.training.optim import Schedule, poly
+
+logger = logging.getLogger(__name__)
+
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+CHECKPOINT_FORMAT = 2
+
+
+CHECKPOINT_STEPS = 50
+"""Steps between checkpoints; one is also written with every record."""
+
+
+Sample = TypeVar("Sample")
+
+
+# -- Order and schedule ------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A sample of the list, in an epoch and a step; the key of a training data set."""
+
+    epoch: int
+    sample: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Number and size of the training steps, and their learning rates."""
+
+    steps: int
+    batch: int
+    """Samples per step over all processes, at most those of the list."""
+    record: int
+    """Steps between records of the history."""
+    rate: Callable[[int], float]
+    """Factor of the learning rates at a step, counted from 0."""
+    accumulation: int = 1
+    """Forward passes per step, each with an equal part of its samples."""
+    checkpoint: int | None = None
+    """Steps between checkpoints; None: CHECKPOINT_STEPS."""
+
+    @classmethod
+    def of_epochs(cls, settings: Schedule, count: int) -> Plan:
+        """The poly schedule over some epochs of a list of ``count`` samples; a record an epoch."""
+        batch = min(settings.batch_size, count)
+        an_epoch = count // batch
+        steps = settings.epochs * an_epoch
+        return cls(steps, batch, an_epoch, lambda step: poly(step, steps, settings.power))
+
+
+class Order:
+    """This process's samples of each forward pass, from a given step to the end."""
+
+    def __init__(
+        self, count: int, plan: Plan, seed: int, first_step: int, processes: Processes
+    ) -> None:
+        self.count = count
+        self.batch = min(plan.batch, count)
+        self.steps_an_epoch = count // self.batch  # an incomplete last batch is dropped
+        self.plan = plan
+        self.seed = seed
+        self.first_step = first_step
+        self.processes = processes
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        parts, epoch, order = self.plan.accumulation, -1, np.arange(0)
+        for step in range(self.first_step, self.plan.steps):
+            if epoch != step // self.steps_an_epoch:
+                epoch = step // self.steps_an_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            first = step % self.steps_an_epoch * self.batch
+            for part in np.array_split(order[first : first + self.batch], parts):
+                mine = part[self.processes.rank :: self.processes.count].tolist()
+                yield [Place(epoch, sample, step) for sample in mine]
+
+
+def run(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Dataset[Sample],
+    count: int,
+    loss: Callable[[Any], Tensor],
+    plan: Plan,
+    *,
+    label: str,
+    section: str,
+    seed: int,
+    folder: Path,
+    workers: int,
+    processes: Processes,
+    scaler: torch.amp.GradScaler | None = None,
+    at_record: Callable[[int], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train, with checkpoints in ``folder`` from which a stopped run resumes.
+
+    Args:
+        module: module whose state a checkpoint holds.
+        optimizer: its groups' learning rates are multiplied by the plan's factor.
+        samples: data set by :class:`Place`.
+        count: number of samples in the list.
+        loss: loss of one forward pass of this process: its part of the mean over the samples of
+            all processes, so that the parts add up to the mean. It sets the training mode.
+        plan: steps, batches and rates.
+        label: name of the training in progress messages, such as "fine-tuning".
+        section: recipe section of the settings, for messages.
+        seed: seed of order and dropout.
+        folder: folder of the checkpoint.
+        workers: processes that make samples; 0 makes them in this one.
+        processes: processes that share each step.
+        scaler: scaler of losses in float16; a step whose gradients overflow is skipped.
+        at_record: more values of a record, from the number of steps done.
+
+    Returns:
+        one record every ``plan.record`` steps and at the end: ``epoch``, ``step``, mean ``loss``,
+        and those of ``at_record``.
+
+    Raises:
+        ClassifierError: if a forward pass has fewer images than there are processes, or the loss is
+            no longer finite.
+        ArtefactError: if a checkpoint is damaged or of other weights.
+    """
+    parts = plan.accumulation
+    smallest_part(plan, count, processes, section)
+    base = [float(group["lr"]) for group in optimizer.param_groups]
+    checkpoint = folder / CHECKPOINT
+    step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
+    order = Order(count, plan, seed, step, processes)
+    loader = DataLoader(samples, batch_sampler=order, num_workers=workers, persistent_workers=False)
+    value = 0.0
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    with (
+        progress(label, plan.steps, done=step) as advance,
+        torch.random.fork_rng(devices=devices),
+    ):
+        for turn, batch in enumerate(loader):
+            # Dropout depends only on the seed and the step, so that a resumed run repeats it.
+            torch.manual_seed(_mixed(seed, step, turn % parts, processes.rank))
+            if turn % parts == 0:
+                for group, rate in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = rate * plan.rate(step)
+                optimizer.zero_grad()
+                value = 0.0
+            part = loss(batch) / parts
+            value += float(processes.sum(part.detach().cpu()))
+            if not math.isfinite(value):
+                raise ClassifierError(
+                    f"the loss is {value} at step {step} of {plan.steps}; lower "
+                    f"{section}.learning_rate and run again"
+                )
+            # The gradients of the processes are averaged; the loss is their sum.
+            part = part * processes.count
+            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+            if (turn + 1) % parts:
+                continue
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            step += 1
+            running += value
+            advance(1, f"loss {value:.4f}")
+            since = (step - 1) % plan.record + 1
+            recorded = since == plan.record or step == plan.steps
+            if recorded:
+                more = {} if at_record is None else at_record(step)
+                epoch = (step - 1) // order.steps_an_epoch + 1
+                mean = running / since
+                history.append({"epoch": epoch, "step": step, "loss": mean, **more})
+                running = 0.0
+                record = ", ".join(f"{k} {_shown(v)}" for k, v in history[-1].items())
+                logger.info("%s: %s", label, record)
+            due = recorded or step % (plan.checkpoint or CHECKPOINT_STEPS) == 0
+            if due and processes.first:
+                _save(checkpoint, module, optimizer, scaler, step, running, history)
+    return history
+
+
+def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
+    """Images in the smallest forward pass over all processes, of a list of ``count`` images.
+
+    Raises:
+        ClassifierError: if that is fewer than there are processes.
+    """
+    batch, parts = min(plan.batch, count), plan.accumulation
+    size = batch // parts
+    if size < processes.count:
+        whole = f"a batch of {batch} images"
+        raise ClassifierError(
+            f"{whole} in {parts} parts ({section}.accumulation) leaves a part empty; lower it, or "
+            "give more images"
+            if processes.count == 1
+            else f"{whole if parts == 1 else f'{whole} in {parts} parts'} cannot be shared out "
+            f"among {processes.count} processes; start fewer, or raise {section}.batch_size"
+        )
+    return size
+
+
+def _mixed(*numbers: int) -> int:
+    """Combine several integers into one seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _save(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    step: int,
+    running: float,
+    history: list[dict[str, Any]],
+) -> None:
+    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if v is not None}
+    write_tensors(
+        path,
+        tensors,
+        {
+            "kind": "checkpoint",
+            "format": CHECKPOINT_FORMAT,
+            "step": step,
+            "running": running,
+            "history": history,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        },
+    )
+
+
+def _resume(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    label: str,
+) -> tuple[int, float, list[dict[str, Any]]]:
+    if not path.is_file():
+        return 0, 0.0, []
+    tensors, metadata = read_tensors(path)
+    try:
+        if metadata.get("format") != CHECKPOINT_FORMAT:
+            raise RuntimeError(f"format {metadata.get('format')}, not {CHECKPOINT_FORMAT}")
+        module.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
+    except RuntimeError as error:
+        raise ArtefactError(
+            f"the checkpoint {path} does not fit this {type(module).__name__.lower()} "
+            f"({' '.join(str(error).split()):.200}...); delete it to start again"
+        ) from None
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".")
+            state["state"].setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    if scaler is not None:
+        scaler.load_state_dict(metadata["scaler"])
+    logger.info("%s: resuming at step %d", label, metadata["step"])
+    return metadata["step"], metadata["running"], metadata["history"]

@@ -1,0 +1,148 @@
+"""Learning-rate schedules, parameter groups and frozen parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lpcam.runtime.errors import ClassifierError
+
+
+class Schedule(Protocol):
+    """Settings of a network that is trained by SGD for a number of epochs."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def power(self) -> float: ...
+
+
+class Rates(Protocol):
+    """Settings of a network whose new layers and biases have their own learning rates."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def head_multiplier(self) -> float: ...
+    @property
+    def bias_multiplier(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def poly(step: int, steps: int, power: float) -> float:
+    """Factor (1 - t/T)^power of the learning rate at step t of T.
+
+    Example:
+        >>> poly(25, 100, 1.0)
+        0.75
+    """
+    return math.pow(1.0 - step / steps, power)
+
+
+# -- Training ----------------------------------------------------------------------------------
+
+
+def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Optimizer:
+    """SGD with momentum and weight decay; groups without parameters are left out.
+
+    Args:
+        groups: parameter groups with ``params`` and ``lr``.
+        settings: momentum and weight decay.
+    """
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def parameter_groups(
+    network: nn.Module, heads: Sequence[str], settings: Rates
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: weights and biases of new layers, and of the others.
+
+    Biases have no weight decay.
+
+    Args:
+        network: the network to train.
+        heads: prefixes of the names of the new layers' parameters.
+        settings: learning rate, its multipliers, and weight decay.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(tuple(heads)), name.endswith("bias"))
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.learning_rate
+            * (settings.head_multiplier if head else 1.0)
+            * (settings.bias_multiplier if bias else 1.0),
+            "weight_decay": 0.0 if bias else settings.weight_decay,
+        }
+        for (head, bias), parameters in groups.items()
+    ]
+
+
+# -- Freezing ----------------------------------------------------------------------------------
+
+
+def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:
+    """Freeze the parameters of a backbone whose names begin with a prefix; the others train.
+
+    Args:
+        backbone: changed in place.
+        prefixes: dotted names of stages or layers.
+        norms: freeze the parameters of its batch norms too.
+
+    Raises:
+        ClassifierError: if a prefix matches nothing; the message lists the stages.
+
+    Example:
+        >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> freeze(backbone, ["0"])
+        >>> [name for name, p in backbone.named_parameters() if p.requires_grad]
+        ['1.weight', '1.bias']
+    """
+    named = dict(backbone.named_parameters())
+    frozen = names_below(named, prefixes)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name not in frozen)
+    for module in backbone.modules() if norms else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.requires_grad_(False)
+
+
+def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
+    """The dotted names that are, or are below, one of the prefixes.
+
+    Raises:
+        ClassifierError: if a prefix matches nothing; the message lists the stages.
+
+    Example:
+        >>> names_below(["layer1.0.weight", "layer10.0.weight"], ["layer1"])
+        {'layer1.0.weight'}
+    """
+    found: set[str] = set()
+    for prefix in prefixes:
+        below = {name for name in names if name == prefix or name.startswith(f"{prefix}.")}
+        if not below:
+            stages = sorted({".".join(n.split(".")[:2]) for n in names if "." in n})
+            raise ClassifierError(
+                f"freeze: no parameter of the backbone is below {prefix!r}; there are "
+                f"{', '.join(stages[:40])}"
+            )
+        found |= below
+    return found

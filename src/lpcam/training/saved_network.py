@@ -1,0 +1,97 @@
+"""Networks saved in one file with architecture, weights and provenance."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import digest_tensors, read_tensors, write_tensors
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load all tensors of a file into a network.
+
+    Args:
+        path: the file, for the error message.
+
+    Raises:
+        ArtefactError: if a tensor is missing, left over or of another shape.
+    """
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ArtefactError(
+            f"{path} does not fit its own description "
+            f"({' '.join(str(error).split()):.200}...); make it again"
+        ) from None
+
+
+class SavedNetwork(nn.Module):
+    """A network that is saved in one self-contained safetensors file."""
+
+    kind: ClassVar[str]
+    """Kind of the file, in its metadata."""
+    title: ClassVar[str]
+    """Name of the method in messages."""
+    stage: ClassVar[str]
+    """Name of the stage that writes the file."""
+    builder: ClassVar[str]
+    """Name of the function that builds a network that can be saved."""
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any weight, the architecture or the preprocessing."""
+        return digest_tensors(self.state_dict(), self._description())
+
+    def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
+        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
+
+        Raises:
+            ClassifierError: for a backbone of the caller's own, which no file can describe.
+        """
+        if not self._can_be_described():
+            raise ClassifierError(
+                "this network's backbone was passed in or folded, so a file cannot describe it; "
+                f"build it with {self.builder} to save it"
+            )
+        metadata = {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint(),
+            "made_by": dict(made_by or {}),
+            **self._description(),
+        }
+        write_tensors(path, self.state_dict(), metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of :meth:`save`; needs no network connection.
+
+        Raises:
+            ArtefactError: if the file is missing, damaged, or not of this method.
+        """
+        state, metadata = read_tensors(path)
+        if metadata.get("kind") != cls.kind:
+            raise ArtefactError(
+                f"{path} holds {metadata.get('kind')!r}, not a network of {cls.title}; give the "
+                f"file that the {cls.stage} stage wrote"
+            )
+        network = cls._described(metadata)
+        load_weights(network, state, path)
+        return network
+
+    @abstractmethod
+    def _can_be_described(self) -> bool:
+        """Whether :meth:`_description` is complete."""
+
+    @abstractmethod
+    def _description(self) -> dict[str, Any]:
+        """Arguments of :meth:`_described`, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Self:
+        """A network with initial weights, built from the metadata of a file."""

@@ -1,0 +1,469 @@
+"""Backbone, pooling, head: any timm name, weights of any origin, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    _SameConvolution,
+    build,
+)
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import read_tensors, write_tensors
+
+CLASSES = ("blue", "green", "red")
+VIT = BackboneSpec("test_vit", {"dynamic_img_pad": True})
+PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
+
+
+def make(name: str = "test_resnet", **options: object) -> Classifier:
+    """A random classifier."""
+    return build(BackboneSpec(name, {}, **options), CLASSES, weights="random")  # type: ignore[arg-type]
+
+
+# -- Features and logits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout"]
+)
+def test_features_of_convolutional_backbones(name: str) -> None:
+    classifier = make(name)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = classifier.features(images)
+        given: Tensor = classifier.backbone.forward_features(images)  # type: ignore[operator]
+        channels_last = name == "test_mambaout"
+        assert torch.equal(features, given.permute(0, 3, 1, 2) if channels_last else given)
+        assert features.shape[0] == 2
+        assert features.shape[-2:] == (2, 3)
+        expected = torch.einsum("bchw,nc->bn", features, classifier.weight) / 6
+        assert torch.allclose(classifier(images), expected, atol=1e-6)
+
+
+def test_features_of_a_token_backbone() -> None:
+    classifier = build(VIT, CLASSES, weights="random")
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = classifier.features(images)
+        tokens: Tensor = classifier.backbone.forward_features(images)  # type: ignore[operator]
+    assert features.shape == (2, tokens.shape[2], 4, 6)
+    # token 1 + 6 y + x (0 is the class token) is the place (y, x)
+    assert torch.allclose(features[1, :, 2, 5], tokens[1, 1 + 6 * 2 + 5], atol=1e-6)
+
+
+def test_preprocessing_of_timm_and_its_override() -> None:
+    config = timm.create_model("test_resnet").pretrained_cfg
+    own = make().preprocessing
+    assert own == Preprocessing(tuple(config["mean"]), tuple(config["std"]))
+    spec = BackboneSpec("test_resnet", {})
+    changed = build(spec, CLASSES, weights="random", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    assert changed.preprocessing == Preprocessing((0.1, 0.2, 0.3), (1, 1, 1))
+
+
+def test_output_stride_and_arguments() -> None:
+    images = torch.zeros(1, 3, 64, 96)
+    assert make(output_stride=8).features(images).shape[-2:] == (8, 12)
+    assert make(output_stride=16).features(images).shape[-2:] == (4, 6)
+    spec = BackboneSpec("resnet18", {"channels": [8, 8, 16, 24]})
+    assert build(spec, CLASSES, weights="random").weight.shape == (3, 24)
+
+
+def test_without_dilation_same_size_and_other_values() -> None:
+    arguments = {"channels": [8, 8, 8, 8], "zero_init_last": False}
+    dilated, plain = (
+        build(BackboneSpec("resnet18", arguments, 8, dilated=kept), CLASSES, weights="random")
+        for kept in (True, False)
+    )
+
+    def dilations(classifier: Classifier) -> set[int]:
+        return {m.dilation[0] for m in classifier.modules() if isinstance(m, nn.Conv2d)}
+
+    assert dilations(dilated) == {1, 2, 4}
+    assert dilations(plain) == {1}
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    first, second = dilated.features(images), plain.features(images)
+    assert first.shape == second.shape == (1, 8, 8, 12)
+    assert not torch.allclose(first, second)
+    for (name, one), other in zip(
+        dilated.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_batch_norm_stays_frozen_in_training() -> None:
+    classifier = make()
+    norms = [m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms if m.running_mean is not None]
+    assert norms
+    assert not classifier.training
+    assert classifier.train() is classifier
+    assert classifier.training
+    assert classifier.head.training
+    assert not any(m.training for m in norms)
+    classifier(torch.rand(2, 3, 64, 64)).sum().backward()
+    after = [m.running_mean for m in norms if m.running_mean is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(m.weight.grad is not None for m in norms)  # the affine weights do learn
+    assert not classifier.eval().training
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
+    state = torch.random.get_rng_state()
+    one, same = make(), make()
+    other = build(BackboneSpec("test_resnet", {}), CLASSES, weights="random", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+# -- A module of the caller's own ---------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Mean RGB of 16-pixel blocks."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 16)
+
+
+def test_own_module() -> None:
+    classifier = Classifier(Blocks(), ("a", "b"), PLAIN)
+    image = torch.arange(3.0)[None, :, None, None].expand(1, 3, 32, 48)
+    with torch.no_grad():
+        classifier.head.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 2.0]]))
+        assert classifier(image).tolist() == [[0.0, 5.0]]
+
+
+class Vector(Blocks):
+    """No spatial map."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).mean((-2, -1))
+
+
+class Broken(Blocks):
+    """Features that are not finite."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) / 0
+
+
+@pytest.mark.parametrize(("backbone", "named"), [(Vector(), r"\(1, 3\)"), (Broken(), "NaN")])
+def test_unsuitable_backbones_are_refused(backbone: nn.Module, named: str) -> None:
+    with pytest.raises(ClassifierError, match=named):
+        Classifier(backbone, ("a",), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("test_vit3", {}, "97 x 131"),
+        ("test_vit3", {"dynamic_img_size": True}, "patch size"),
+        ("resnet18x", {}, "'resnet18x'.*resnet18"),
+        ("nothing of the kind", {}, "'nothing of the kind'"),
+        ("test_resnet", {"blocks_of": 3}, "blocks_of"),
+        ("test_vit", {"output_stride": 8}, "output_stride"),
+    ],
+)
+def test_names_and_arguments_that_are_refused(
+    name: str, arguments: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ClassifierError, match=named):
+        build(BackboneSpec(name, arguments), CLASSES, weights="random")
+
+
+# -- Weights ------------------------------------------------------------------------------------
+
+
+def weights_with(**changes: Tensor | None) -> dict[str, Tensor]:
+    """Weights of the tiny backbone; a name with None is left out."""
+    state = dict(timm.create_model("test_resnet", num_classes=0).state_dict())
+    found = {**state, **{name.replace("__", "."): t for name, t in changes.items()}}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bn1__bias": None}, r"1 missing \(first: bn1.bias\)"),
+        ({"odd": torch.ones(1)}, r"1 unexpected \(first: odd\)"),
+        ({"bn1__bias": torch.ones(1)}, r"1 of another shape \(first: bn1.bias\)"),
+        ({"bn1__bias": torch.full((32,), torch.nan)}, "NaN or Inf in 'bn1.bias'"),
+    ],
+)
+def test_weights_that_do_not_fit(
+    tmp_path: Path, changes: dict[str, Tensor | None], named: str
+) -> None:
+    save_file(weights_with(**changes), tmp_path / "w.safetensors")
+    with pytest.raises(ClassifierError, match=named):
+        build(BackboneSpec("test_resnet", {}), CLASSES, weights=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "w.pth", "w.safetensors"])
+def test_weights_file_missing_pickled_or_damaged(tmp_path: Path, name: str) -> None:
+    if name != "none.safetensors":
+        (tmp_path / name).write_bytes(b"not tensors at all")
+    with pytest.raises(ClassifierError, match=name):
+        build(BackboneSpec("test_resnet", {}), CLASSES, weights=tmp_path / name)
+
+
+@pytest.mark.parametrize("head", [0, 5])
+def test_weights_from_a_file_with_and_without_a_head(tmp_path: Path, head: int) -> None:
+    torch.manual_seed(3)
+    source = timm.create_model("test_resnet", num_classes=head).eval()
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    assert ("fc.weight" in load_file(path)) == bool(head)
+    classifier = build(BackboneSpec("test_resnet", {}), CLASSES, weights=path)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(classifier.features(images), source.forward_features(images))
+
+
+# -- Fingerprint and files ----------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_everything_that_matters() -> None:
+    classifier = make()
+    seen = {classifier.fingerprint()}
+    with torch.no_grad():
+        classifier.head.weight[1, 2] += 1e-3
+    seen.add(classifier.fingerprint())
+    with torch.no_grad():
+        next(m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d)).running_var[0] = 2  # type: ignore[index]
+    seen.add(classifier.fingerprint())
+    classifier.preprocessing = PLAIN
+    seen.add(classifier.fingerprint())
+    classifier.classes = ("blue", "green", "rouge")
+    seen.add(classifier.fingerprint())
+    classifier.spec = BackboneSpec("test_resnet", {}, dilated=False)
+    seen.add(classifier.fingerprint())
+    assert len(seen) == 6
+    assert all(len(digits) == 32 and int(digits, 16) for digits in seen)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    spec = BackboneSpec("resnet18", {"channels": [8, 8, 8, 8]}, 16, dilated=False)
+    classifier = build(spec, CLASSES, weights="random", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    classifier.save(one, {"stage": "a"})
+    random = torch.random.get_rng_state()
+    loaded = Classifier.load(one)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    loaded.save(two, {"stage": "a"})
+    assert one.read_bytes() == two.read_bytes()
+    assert loaded.fingerprint() == classifier.fingerprint()
+    assert loaded.classes == CLASSES
+    assert loaded.spec == spec
+    assert not loaded.training
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), classifier(images))
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+
+    def refused(named: str) -> None:
+        with pytest.raises(ArtefactError, match=named):
+            Classifier.load(path)
+
+    refused("x.safetensors")
+    write_tensors(path, {}, {"kind": "prototypes"})
+    refused("'prototypes'")
+    save_file({"a": torch.ones(1)}, path)
+    refused("x.safetensors")
+    make().save(path)
+    state, metadata = read_tensors(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("x.safetensors")
+    metadata["backbone"]["name"] = "test_efficientnet"
+    write_tensors(path, state, metadata)
+    refused("does not fit")
+
+
+def test_fingerprint_of_half_precisions() -> None:
+    """NumPy has no bfloat16; a step counter has no axis."""
+    prints = {make().to(dtype).fingerprint() for dtype in (torch.float16, torch.bfloat16)}
+    assert len(prints) == 2
+    assert make().bfloat16().fingerprint() in prints
+
+
+# -- A copy for inference -----------------------------------------------------------------------
+
+
+def with_statistics(classifier: Classifier) -> Classifier:
+    """With batch norms that do something: no mean is 0, no variance or factor 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator)
+
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.copy_(draw(module.running_mean, -0.3, 0.3))
+                module.running_var.copy_(draw(module.running_var, 0.5, 1.5))
+                module.weight.copy_(draw(module.weight, 0.7, 1.3))
+                module.bias.copy_(draw(module.bias, -0.3, 0.3))
+    return classifier
+
+
+def norms(classifier: Classifier) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
+
+
+def check_folded(classifier: Classifier) -> Classifier:
+    """The copy has the features of the original, which stays as it was.
+
+    Double precision shows that the difference is rounding, which 50 layers of single precision
+    let grow; how far depends on the processor.
+    """
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        classifier.to(dtype)
+        before = classifier.fingerprint()
+        twin = classifier.folded()
+        assert not twin.training
+        for size in ((33, 50), (64, 96), (97, 131)):
+            generator = torch.Generator().manual_seed(1)
+            images = torch.randn(2, 3, *size, generator=generator, dtype=dtype)
+            with torch.no_grad():
+                expected, found = classifier.features(images), twin.features(images)
+                assert (found - expected).norm() <= bound * expected.norm()
+                assert (found - expected).abs().max() <= bound * expected.abs().max()
+                torch.testing.assert_close(twin(images), classifier(images), atol=1e-4, rtol=1e-4)
+        assert classifier.fingerprint() == before
+    return twin
+
+
+RESIDUAL = {"channels": [8, 8, 16, 24], "zero_init_last": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "stride", "left"),
+    [
+        ("resnet18", RESIDUAL, None, 0),
+        ("resnet18", RESIDUAL, 8, 0),
+        # the last convolution of a stem of three is no neighbour of its norm
+        ("test_resnet", {"zero_init_last": False}, 16, 1),
+        ("test_efficientnet", {}, None, 0),
+        ("test_efficientnet", {"pad_type": "same"}, 16, 0),
+        ("test_byobnet", {}, None, 0),
+        ("mobilenetv2_035", {"pad_type": "same"}, None, 0),
+        ("mobilenetv2_035", {"pad_type": "same"}, 16, 0),
+    ],
+)
+def test_folded_batch_norms(
+    name: str, arguments: dict[str, object], stride: int | None, left: int
+) -> None:
+    classifier = with_statistics(
+        build(BackboneSpec(name, arguments, stride), CLASSES, weights="random")
+    )
+    assert norms(classifier) > left
+    twin = check_folded(classifier)
+    assert norms(twin) == left
+    padded = sum(isinstance(m, Conv2dSame) for m in classifier.modules())
+    assert (padded > 0) == (arguments.get("pad_type") == "same")
+    assert sum(isinstance(m, _SameConvolution) for m in twin.modules()) == padded
+
+
+@pytest.mark.parametrize(
+    "make_one",
+    [
+        *(lambda n=n: make(n) for n in ("test_convnext", "test_efficientnet_ln", "test_nfnet")),
+        lambda: build(VIT, CLASSES, weights="random"),
+        lambda: Classifier(Blocks(), CLASSES, PLAIN),
+    ],
+)
+def test_folded_without_batch_norms(make_one: Callable[[], Classifier]) -> None:
+    check_folded(make_one())
+
+
+class NormFirst(nn.Module):
+    """Children in another order than forward's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.convolution(self.norm(images))
+        return result
+
+
+class NormOfAnother(NormFirst):
+    """The convolution's output is used without the norm as well."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = self.convolution(images)
+        return torch.cat([inner, self.norm(inner)], dim=1)
+
+
+@pytest.mark.parametrize("backbone", [NormFirst, NormOfAnother])
+def test_folding_that_would_change_the_features_is_left(backbone: type[nn.Module]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = with_statistics(Classifier(backbone(), CLASSES, PLAIN))
+    twin = check_folded(classifier)
+    assert norms(twin) == 1
+    images = torch.rand(1, 3, 20, 30)
+    assert torch.equal(twin.features(images), classifier.features(images))
+
+
+def test_folded_norms_without_affine_weights() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
+    plain[1].running_mean.fill_(0.3)  # type: ignore[operator, union-attr]
+    plain[1].running_var.fill_(2.0)  # type: ignore[operator, union-attr]
+    assert norms(check_folded(Classifier(plain, CLASSES, PLAIN))) == 0
+    current = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    assert norms(check_folded(Classifier(current, CLASSES, PLAIN))) == 1  # has nothing to fold
+
+
+def test_folded_shares_nothing_and_cannot_be_saved(tmp_path: Path) -> None:
+    classifier = with_statistics(make())
+    twin = classifier.folded()
+    pointers = {p.data_ptr() for p in classifier.state_dict().values()}
+    assert not pointers & {p.data_ptr() for p in twin.state_dict().values()}
+    assert torch.equal(twin.weight, classifier.weight)
+    assert twin.classes == classifier.classes
+    assert twin.preprocessing == classifier.preprocessing
+    with pytest.raises(ClassifierError):
+        twin.save(tmp_path / "twin.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    assert classifier.spec is not None
+    classifier.train()
+    classifier.folded()
+    assert classifier.training
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_convolution_is_timms(
+    kernel: int, stride: int | tuple[int, int], dilation: int
+) -> None:
+    """In whole numbers, whose sums have no rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        theirs = Conv2dSame(4, 4, kernel, stride, dilation=dilation, groups=2)
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randint(-5, 6, parameter.shape, generator=generator))
+        ours = _SameConvolution(theirs)
+        for height in range(1, 21):
+            width = 1 + 7 * height % 20
+            images = torch.randint(-5, 6, (1, 4, height, width), generator=generator).float()
+            assert torch.equal(ours(images), theirs(images)), (height, width)

@@ -1,0 +1,488 @@
+"""The commands on data sets and files of other programs, as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import draw_folder, recipe_values, write_weights
+
+from lpcam.cli.main import main
+from lpcam.data.map_files import read_maps
+from lpcam.data.masks import read_index_mask, write_mask
+from lpcam.formats import map_folders as maps_module
+from lpcam.formats.masks import export as masks_module
+from lpcam.pipeline.recipe import load_recipe, parse_recipe
+from lpcam.pipeline.run import run
+from lpcam.runtime.files import read_json, write_json
+from lpcam.runtime.parallel import ordered_map
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run up to its seeds."""
+    base = tmp_path_factory.mktemp("commands")
+    folder, weights = draw_folder(base / "boxes"), write_weights(base / "weights.safetensors")
+    run(parse_recipe(recipe_values(folder, base / "run", weights), where="tiny"), until="seeds")
+    return base / "run"
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of some of its data set's classes, in an order of its own."""
+    base = tmp_path_factory.mktemp("part")
+    folder, weights = draw_folder(base / "boxes"), write_weights(base / "weights.safetensors")
+    (folder / "classes.txt").write_text("pink\nblue\nblack\ngreen\nred\n")
+    values = recipe_values(folder, base / "run", weights)
+    values["data"]["classes"] = ["red", "blue"]
+    run(parse_recipe(values, where="tiny"), until="cam")
+    return base / "run"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+# -- Export ------------------------------------------------------------------------------------
+
+
+def test_masks_of_a_run_as_coco(done: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["export", "masks", str(done), str(output), "--format", "coco"]
+    assert main(arguments) == 0
+    index = read_json(output / "exported.json")
+    assert index["made_by"]["masks"] == "seeds"
+    assert index["made_by"]["command"] == f"lpcam {' '.join(arguments)}"
+    written = [path for path in output.glob("*.json") if path.name != "exported.json"]
+    document = json.loads(written[0].read_text())
+    assert len(document["images"]) == 12
+    assert [c["name"] for c in document["categories"]] == ["blue", "green", "red"]
+    areas = dict.fromkeys(range(1, 4), 0)
+    for one in document["annotations"]:
+        areas[one["category_id"]] += one["area"]
+    values = np.concatenate([read_index_mask(p).ravel() for p in (done / "seeds").glob("*.png")])
+    assert areas == {i: int((values == i).sum()) for i in range(1, 4)}
+
+
+@pytest.mark.parametrize("format", ["irn", "psa"])
+def test_maps_of_a_run_go_out_and_come_back(format: str, done: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "npy", tmp_path / "npz"
+    assert main(["export", "maps", str(done), str(out), "--format", format, "--from", "cam"]) == 0
+    assert len(list(out.glob("*.npy"))) == 12
+    assert main(["import", "maps", str(out), str(back), "--style", format]) in (0, 1)
+    own = read_maps(done / "cam" / "i00.npz")
+    theirs = read_maps(back / "i00.npz")
+    assert theirs.keys.tolist() == own.keys.tolist()
+    np.testing.assert_allclose(theirs.high_res, own.high_res, atol=1e-3)
+
+
+def test_keys_of_some_classes_are_those_of_the_whole_data_set(
+    part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "npy", part.parent / "boxes"
+    assert main(["export", "maps", str(part), str(out), "--format", "psa", "--from", "cam"]) == 0
+    assert (out / "classes.txt").read_text() == "red\t5\nblue\t2\n"
+    own = {path.stem: read_maps(path).keys.tolist() for path in (part / "cam").glob("*.npz")}
+    assert own["i00"] == [1] and own["i08"] == [0, 1]
+    for name, keys in own.items():
+        stored = np.load(out / f"{name}.npy", allow_pickle=True).item()
+        assert list(stored) == [[4, 1][key] for key in keys]
+
+    def back(*options: str) -> dict[str, list[str]]:
+        folder = tmp_path / f"npz{len(list(tmp_path.iterdir()))}"
+        assert main(["import", "maps", str(out), str(folder), "--style", "psa", *options]) in (0, 1)
+        found = {path.stem: read_maps(path) for path in folder.glob("*.npz")}
+        return {
+            name: [maps.made_by["classes"][key] for key in maps.keys.tolist()]
+            for name, maps in found.items()
+        }
+
+    expected = {name: [["red", "blue"][key] for key in keys] for name, keys in own.items() if keys}
+    table = ["--classes", str(out / "classes.txt")]
+    assert {k: sorted(v) for k, v in back(*table).items()} == {
+        k: sorted(v) for k, v in expected.items()
+    }
+    for options in (["--data", str(data)], ["--data", str(data), *table]):
+        found = back(*options)
+        assert {k: sorted(v) for k, v in found.items() if v} == {
+            k: sorted(v) for k, v in expected.items()
+        }
+    capsys.readouterr()
+    only = back("--data", str(data), "--classes", "blue")
+    assert {k for k, v in only.items() if v} == {k for k, v in expected.items() if "blue" in v}
+    reds = sum("red" in names for names in expected.values())
+    assert f"maps of classes not chosen were dropped: red {reds}" in capsys.readouterr().out
+    (tmp_path / "two.txt").write_text("pink\nblue\n")
+    irn = str(tmp_path / "irn")
+    assert main(["export", "maps", str(part), irn, "--format", "irn", "--from", "cam"]) == 0
+    arguments = ["import", "maps", irn, str(tmp_path / "refused")]
+    assert main([*arguments, "--classes", str(tmp_path / "two.txt")]) == 1
+    message = "i02.npy is refused: it has the key 4, and no class has the mask value 5; give the"
+    assert message in capsys.readouterr().out
+    assert not (tmp_path / "refused" / "i02.npz").exists()
+    (tmp_path / "kow.txt").write_text("kow\n")
+    message = refused(
+        capsys, *arguments, "--data", str(data), "--classes", str(tmp_path / "kow.txt")
+    )
+    assert "unknown class 'kow'" in message
+    message = refused(capsys, *arguments, "--classes", "blue")
+    assert "no class names 'blue': give voc12, coco14, or a file" in message
+    message = refused(capsys, *arguments, "--lists", "train")
+    assert "--lists names lists of a data set; give it by --data PATH" in message
+    message = refused(capsys, *arguments, "--data", str(data), "--lists", "train")
+    assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+
+
+def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
+    part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "npy", ["--data", str(part.parent / "boxes")]
+    assert main(["export", "maps", str(part), str(out), "--format", "irn", "--from", "cam"]) == 0
+    refine = ["refine", str(part / "recipe.yaml")]
+    words = ["--refine.method", "crf", "--run.folder", str(tmp_path / "run")]
+    assert main(["import", "maps", str(out), str(tmp_path / "all"), *data]) == 0
+    message = refused(capsys, *refine, str(tmp_path / "all"), *words)
+    assert "is of the classes pink, blue, black, green, red, not of red, blue; import" in message
+    for name, given in (
+        ("chosen", [*data, "--classes", "red,blue"]),
+        ("file", ["--classes", str(out / "classes.txt")]),
+    ):
+        assert main(["import", "maps", str(out), str(tmp_path / name), *given]) == 0
+    assert main([*refine, str(tmp_path / "chosen"), *words]) == 0
+    assert "skipped" not in capsys.readouterr().out
+    for path in (part / "cam").glob("*.npz"):
+        own = read_maps(path)
+        for name in ("chosen", "file"):
+            found = read_maps(tmp_path / name / path.name)
+            assert found.keys.tolist() == own.keys.tolist()
+            np.testing.assert_allclose(found.high_res, own.high_res, atol=1e-3)
+
+
+def test_images_without_a_class_come_back_where_the_data_set_is_known(
+    done: Path, tmp_path: Path
+) -> None:
+    """PSA's style has no size for them: MCTformer writes no file."""
+    out, back = tmp_path / "npy", tmp_path / "npz"
+    main(["export", "maps", str(done), str(out), "--format", "psa"])
+    (out / "i03.npy").unlink()
+    data = str(done.parent / "boxes")
+    arguments = ["import", "maps", str(out), str(back), "--data", data, "--style", "psa"]
+    assert main(arguments) == 1  # left out, and said so
+    assert not (back / "i03.npz").exists()
+    assert main([*arguments, "--no-file-no-class"]) == 0
+    assert read_maps(back / "i03.npz").high_res.shape[0] == 0
+
+
+def test_predicted_masks_are_exported_in_the_order_of_their_classes(
+    tmp_path: Path,
+) -> None:
+    """The index keeps names sorted; masks know their classes by value."""
+    folder, image = tmp_path / "predicted", tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(image)
+    write_mask(folder / "masks" / "a.png", np.full((4, 6), 3, np.uint8))
+    made_by = {"classes": {"zebra": 3, "ant": 7}, "run": "r"}
+    index = {"format": 1, "kind": "lpcam predict", "made_by": made_by}
+    write_json(folder / "predicted.json", {**index, "images": {"a": str(image)}, "skipped": []})
+    output = tmp_path / "out"
+    assert main(["export", "masks", str(folder), str(output), "--format", "voc"]) == 0
+    names = (output / "class_names.txt").read_text().split("\n")
+    assert names[2] == "zebra" and names[6] == "ant"
+
+
+def test_what_cannot_be_exported(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    masks, maps = ["export", "masks", str(done), out], ["export", "maps", str(done), out]
+    assert "no format was given; choose one by --format voc|coco|" in refused(capsys, *masks)
+    assert "not irn; choose one by --format" in refused(capsys, *masks, "--format", "irn")
+    message = refused(capsys, *masks, "--format", "coco", "--from", "pseudo/lpcam")
+    assert "has no masks 'pseudo/lpcam'; it has seeds" in message
+    message = refused(capsys, *maps, "--format", "irn", "--from", "x")
+    assert "has no maps 'x'; it has lpcam, cam, lpcam_f" in message
+    assert "have one: --background is its score" in refused(capsys, *maps, "--format", "amn")
+    message = refused(capsys, *maps, "--format", "irn", "--background", "0.2")
+    assert "have no background: --background" in message
+    message = refused(capsys, *maps, "--format", "irn", "--instances")
+    assert "--instances belongs to masks; leave it out for maps" in message
+    for words in ("--background 0.2", "--bare-digits"):
+        message = refused(capsys, *masks, "--format", "coco", *words.split())
+        assert "belongs to maps; leave it out for masks" in message
+    for what, format in ((masks, "coco"), (maps, "irn")):
+        message = refused(capsys, *what, "--format", format, "--size", "64", "64")
+        assert "--size belongs to networks; leave it out for" in message
+        message = refused(capsys, *what, "--format", format, "--trained-on", "lpcam")
+        assert "--trained-on belongs to segmenters; leave it out for" in message
+    message = refused(capsys, *maps, "--format", "irn", "--image-root", "images")
+    assert "--image-root belongs to masks; leave it out for maps" in message
+    message = refused(capsys, *masks, "--format", "cvat", "--image-root", "images")
+    assert "the image root belongs to label-studio, not to cvat" in message
+    message = refused(capsys, "export", "masks", str(tmp_path), out, "--format", "coco")
+    assert "holds neither a run nor what 'lpcam predict' wrote" in message
+    message = refused(capsys, "export", "onnx", str(done), out, "--format", "coco")
+    assert "--format belongs to masks and maps; leave it out" in message
+    message = refused(capsys, "export", "onnx", str(done), out, "--threads", "1")
+    assert "--threads belongs to masks and maps; leave it out" in message
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("what", ["masks", "maps"])
+def test_exports_use_the_threads_that_are_asked_for(
+    what: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    module = {"masks": masks_module, "maps": maps_module}[what]
+
+    def recorded(function: Any, items: Any, workers: int) -> Any:
+        used.append(workers)
+        return ordered_map(function, items, workers)
+
+    monkeypatch.setattr(module, "ordered_map", recorded)
+    format = {"masks": "label-studio", "maps": "irn"}[what]
+    words = ["export", what, str(done), str(tmp_path / "out"), "--format", format]
+    words += ["--image-root", "boxes/images"] if what == "masks" else []
+    assert main([*words, "--threads", "3"]) == 0
+    assert used == [3]
+    if what == "masks":
+        tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
+        assert tasks[0]["data"]["image"] == "/data/local-files/?d=boxes/images/i00.png"
+
+
+# -- Import ------------------------------------------------------------------------------------
+
+
+def test_cls_labels_become_a_table(tmp_path: Path) -> None:
+    source, output = tmp_path / "cls_labels.npy", tmp_path / "labels.csv"
+    vector = np.zeros(20, np.float32)
+    vector[[7, 14]] = 1
+    np.save(source, np.array({2007000032: vector}, dtype=object), allow_pickle=True)
+    assert main(["import", "labels", str(source), str(output)]) == 0
+    with output.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row == {"image": "2007_000032", "labels": "cat;person"}
+
+
+def test_ids_that_are_paths_are_told_by_their_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array, ids = tmp_path / "arr.npy", tmp_path / "ids.txt"
+    np.save(array, np.ones((2, 20)))
+    ids.write_text("2007_000032\n\n/JPEGImages/2007_000033.jpg /Masks/2007_000033.png\n")
+    command = ["import", "labels", str(array), str(tmp_path / "l.csv"), "--ids", str(ids)]
+    message = refused(capsys, *command)
+    assert f"{ids} line 3 (one id a line, such as 2007_000032): image name '/JPEG" in message
+    assert "arr.npy" not in message
+    ids.write_text("2007_000032\n2007_000033.jpg\n")
+    assert main(command) == 0
+    assert "\n2007_000033,aero" in (tmp_path / "l.csv").read_text()
+
+
+def test_a_hugging_face_data_set_becomes_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.fromarray(np.full((9, 9, 3), v, np.uint8)) for v in (10, 200)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
+    )
+    made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, features=features)
+    made.save_to_disk(str(tmp_path / "stored"))
+    output = tmp_path / "folder"
+    assert main(["import", "huggingface", str(tmp_path / "stored"), str(output)]) == 0
+    assert f"next: lpcam init {output}" in capsys.readouterr().out
+    assert main(["data", "check", str(output), "--no-estimate"]) in (0, 1)
+    assert "2 images (.png), 2 classes" in capsys.readouterr().out
+
+
+# -- Data --------------------------------------------------------------------------------------
+
+
+def test_a_check_tells_and_writes_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw_folder(tmp_path / "boxes")
+    (folder / "images" / "i05.png").write_bytes(b"no image")
+    found = tmp_path / "found.json"
+    arguments = ["data", "check", str(folder), "--no-estimate", "--json", str(found)]
+    assert main(arguments) == 1  # something needs attention
+    printed = capsys.readouterr().out
+    assert "11 images (.png), 3 classes" in printed and "i05" in printed
+    values = read_json(found)
+    assert values["images"] == 11 and values["needs_attention"]
+    assert values["command"].startswith("lpcam data check")
+
+
+def move_labels_and_masks(folder: Path) -> Path:
+    """A table and masks beside the folder; in the folder other ones."""
+    tables = folder.parent / "tables"
+    tables.mkdir()
+    (tables / "mine.jsonl").write_text('{"image": "i00.png", "labels": ["red"]}\n')
+    (folder / "masks").rename(tables / "drawn")
+    return tables
+
+
+def test_labels_masks_and_classes_are_those_that_were_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw_folder(tmp_path / "boxes")
+    (folder / "classes.txt").write_text("blue\ngreen\nred\n")
+    tables, found = move_labels_and_masks(folder), tmp_path / "found.json"
+    words = ["--labels", str(tables / "mine.jsonl"), "--masks", str(tables / "drawn")]
+    words += ["--classes", "red,blue", "--kind", "folder"]
+    check = ["data", "check", str(folder), "--no-estimate", "--json", str(found)]
+    assert main([*check, *words]) == 1  # the labels are wrong
+    assert "1 image (.png), 2 classes, 1 mask; labels from mine.jsonl" in capsys.readouterr().out
+    weights = write_weights(tmp_path / "weights.safetensors")
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    assert main(["init", str(folder), *model, *words]) == 0
+    assert "1 images with labels, 1 of them with masks" in capsys.readouterr().out
+    data = load_recipe(folder / "recipe.yaml").data
+    assert (data.kind, data.labels, data.masks) == (
+        "folder",
+        tables / "mine.jsonl",
+        tables / "drawn",
+    )
+    assert data.classes == ("red",)  # no image shows blue
+    (folder / "recipe.yaml").unlink()
+    (tables / "drawn").rename(folder / "drawn")
+    assert main(["init", str(folder), *model, "--masks", str(folder / "drawn")]) == 0
+    assert "\n  masks: drawn\n" in (folder / "recipe.yaml").read_text()
+
+
+def make_voc(root: Path) -> Path:
+    """i00 with a cow and i01 with a dog, lists train, more and val."""
+    for name, label in (("i00", "cow"), ("i01", "dog")):
+        text = f"<annotation><object><name>{label}</name></object></annotation>"
+        for folder in ("Annotations", "JPEGImages", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "Annotations" / f"{name}.xml").write_text(text)
+        Image.new("RGB", (40, 40)).save(root / "JPEGImages" / f"{name}.jpg")
+    for name, ids in (("train", "i00"), ("more", "i00\ni01"), ("val", "i01")):
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(ids)
+    return root
+
+
+def test_voc_takes_labels_masks_classes_and_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, table = make_voc(tmp_path / "voc"), tmp_path / "mine.csv"
+    table.write_text("image,labels\ni00,sheep;cow\ni01,dog\n")
+    write_mask(tmp_path / "drawn" / "i01.png", np.full((40, 40), 12, np.uint8))
+    weights = write_weights(tmp_path / "weights.safetensors")
+    words = ["--classes", "sheep,dog", "--lists", "more", "--labels", str(table)]
+    words += ["--masks", str(tmp_path / "drawn")]
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    assert main(["init", str(root), *model, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "2 images with labels, 1 of them with masks" in printed and "sheep: 1" in printed
+    data = load_recipe(root / "recipe.yaml").data
+    assert (data.kind, data.labels, data.masks) == ("voc", table, tmp_path / "drawn")
+    assert data.classes == ("sheep", "dog")
+    assert {data.list_of("classify"), data.list_of("maps"), data.list_of("test")} == {"more"}
+    check = ["data", "check", str(root), "--no-estimate"]
+    assert main([*check, "--lists", "val", "--classes", "dog"]) in (0, 1)
+    assert "1 image (.jpg), 1 class" in capsys.readouterr().out
+    message = refused(capsys, *check, "--labels", "folders")
+    assert "labels 'folders' belongs to the kind folder; name a .csv or .jsonl" in message
+    message = refused(capsys, *check, "--masks", str(tmp_path / "gone"))
+    assert "of masks; give one that holds ID.png" in message
+
+
+def test_lists_and_classes_of_coco_stand_in_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "annotations").mkdir()
+    for number, name in enumerate(("first", "second", "third")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / f"{name}.png")
+        one = {"id": 1, "image_id": 5, "category_id": 7 + number % 2, "iscrowd": 0, "area": 1}
+        document = {
+            "images": [{"id": 5, "file_name": f"{name}.png", "height": 40, "width": 40}],
+            "annotations": [{**one, "bbox": [0, 0, 1, 1]}],
+            "categories": [{"id": 7, "name": "cow"}, {"id": 8, "name": "dog"}],
+        }
+        (tmp_path / "annotations" / f"{name}.json").write_text(json.dumps(document))
+    weights = write_weights(tmp_path / "weights.safetensors")
+    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    words = ["--lists", "first,second", "--classes", "cow"]
+    assert main(["init", str(tmp_path), *model, *words]) == 0
+    assert "2 images with labels" in capsys.readouterr().out
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert (data.kind, data.classes) == ("coco", ("cow",))
+    assert data.list_of("maps") == "first" and data.list_of("test") == "second"
+    message = refused(capsys, "data", "check", str(tmp_path), "--labels", "x.csv")
+    assert "labels belongs to the kinds voc and folder; coco has its annotations" in message
+
+
+def test_options_of_a_check_that_do_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(draw_folder(tmp_path / "boxes"))
+    message = refused(capsys, "data", "check", folder, "--recipe", "voc12", "--no-estimate")
+    assert "--recipe says whose run is estimated; leave it or --no-estimate out" in message
+    for command in (["data", "check"], ["init"]):
+        message = refused(capsys, *command, folder, "--lists", "train")
+        assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+        for option in ("--lists", "--classes"):
+            with pytest.raises(SystemExit):
+                main([*command, folder, option, "train,"])
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert f"argument {option}: 'train,' has an empty name; write names with" in message
+    assert not (tmp_path / "boxes" / "recipe.yaml").exists()
+
+
+def test_masks_are_painted_of_annotations(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    shape = {"size": [2, 3], "counts": [2, 2, 2]}  # down the columns: the middle one
+    one = {"id": 1, "image_id": 5, "category_id": 9, "iscrowd": 0, "segmentation": shape}
+    document = {
+        "images": [{"id": 5, "file_name": "a.png", "height": 2, "width": 3}],
+        "annotations": [{**one, "area": 2}],
+        "categories": [{"id": 9, "name": "cow"}],
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    output = tmp_path / "masks"
+    assert main(["data", "masks", str(tmp_path / "mine.json"), str(output)]) == 0
+    assert read_index_mask(output / "a.png").tolist() == [[0, 1, 0], [0, 1, 0]]
+
+
+def test_masks_of_a_folder_without_annotations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw_folder(tmp_path / "boxes", count=2)
+    message = refused(capsys, "data", "masks", str(folder), str(tmp_path / "masks"))
+    assert f"{folder} has no annotations of COCO, of which masks are painted" in message
+
+
+def test_a_recipe_for_a_json_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``lpcam init`` knows what it looks at."""
+    image = np.zeros((40, 40, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    document = {
+        "images": [{"id": 5, "file_name": "a.png", "height": 40, "width": 40}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 5,
+                "category_id": 9,
+                "iscrowd": 0,
+                "area": 1,
+                "bbox": [0, 0, 1, 1],
+            }
+        ],
+        "categories": [{"id": 9, "name": "cow"}],
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    weights = write_weights(tmp_path / "weights.safetensors")
+    arguments = ["--backbone", "test_resnet", "--weights", str(weights)]
+    assert main(["init", str(tmp_path / "mine.json"), *arguments]) == 0
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "kind: coco" in text and "root: mine.json" in text
+    assert "cow: 1" in capsys.readouterr().out

@@ -1,0 +1,73 @@
+"""Class tables, data sets and ids: what they accept and the words with which they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lpcam.data.dataset import ClassTable, Dataset, Item, check_unique, safe_id
+from lpcam.runtime.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("names", "ids", "message"),
+    [
+        ((), (), "no classes"),
+        (("cow", "dog"), (1,), "2 class names but 1 mask ids"),
+        (("cow", "cow"), (1, 2), "class names repeat: cow"),
+        (("cow", "dog"), (3, 3), "mask ids repeat: 3"),
+        (("cow", "dog"), (0, 255), r"mask ids \[0, 255\] are outside 1..254"),
+    ],
+)
+def test_class_table_refuses(names: tuple[str, ...], ids: tuple[int, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ClassTable(names, ids)
+
+
+def test_class_table_index() -> None:
+    table = ClassTable(("cow", "dog"), (10, 12))
+    assert len(table) == 2
+    assert table.index("dog") == 1
+    with pytest.raises(DataError, match=r"'cat'.* cow, dog"):
+        table.index("cat")
+
+
+def test_select_keeps_the_order_of_the_list_and_names_the_lists() -> None:
+    items = {name: Item(name, Path(f"{name}.jpg"), (0,)) for name in ("a", "b")}
+    dataset = Dataset("d", ClassTable(("cow",), (1,)), items, {"train": ("b", "a")}, "labels.csv")
+    assert [item.id for item in dataset.select("train")] == ["b", "a"]
+    with pytest.raises(DataError, match=r"'val'.* train"):
+        dataset.select("val")
+
+
+@pytest.mark.parametrize("text", ["2007_000063", "barn/cow 7", "牛", "a..b", "..a", "naïve.v2"])
+def test_safe_id_accepts(text: str) -> None:
+    assert safe_id(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        (" cow", "blanks"),
+        ("/etc/cow", "absolute"),
+        ("C:/cow", "absolute"),
+        ("barn\\cow", "backslash"),
+        ("cow\n7", "control character"),
+        ("../cow", "folder"),
+        ("barn/../../cow", "folder"),
+        ("barn//cow", "folder"),
+        ("barn/", "folder"),
+        ("./cow", "folder"),
+    ],
+)
+def test_safe_id_refuses(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        safe_id(text)
+
+
+def test_check_unique_names_the_id_and_the_list() -> None:
+    check_unique(["a", "b"], "train.txt")
+    with pytest.raises(DataError, match="'a' more than once"):
+        check_unique(["a", "b", "a"], "train.txt")

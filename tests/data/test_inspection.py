@@ -1,0 +1,421 @@
+"""A survey of a data set: counts by hand, every kind of finding, words that fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import draw_folder
+
+from lpcam.data.dataset import ClassTable, Dataset, Item, Skip
+from lpcam.data.folder import read_folder
+from lpcam.data.inspection import Finding, Survey, _may_be_one, survey
+from lpcam.data.open_dataset import Truth, open_with_truth
+from lpcam.data.voc import CLASSES, read_voc
+from lpcam.pipeline.estimate import usual_recipe
+from lpcam.runtime.errors import DataError, LpcamError
+
+LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
+MASKS = {"a": [0, 1, 255], "b": [1, 2], "c": [0, 2]}
+"""Values in the mask of each image; d and e have none."""
+
+
+def make(
+    folder: Path,
+    labels: dict[str, tuple[int, ...]] | None = None,
+    masks: dict[str, list[int]] | None = None,
+    classes: tuple[str, ...] = ("cow", "dog"),
+    **more: object,
+) -> Dataset:
+    """A data set of images that all differ, 6 wide, the n-th 4 + n high."""
+    items = {}
+    for number, (name, of) in enumerate((LABELS if labels is None else labels).items()):
+        image = folder / f"{name}.png"
+        Image.new("RGB", (6, 4 + number), (number, 0, 0)).save(image)
+        values = (MASKS if masks is None else masks).get(name)
+        path = None
+        if values is not None:
+            path = folder / f"{name}-mask.png"
+            mask = np.full((4 + number, 6), values[0], np.uint8)
+            mask[0, : len(values)] = values
+            Image.fromarray(mask).save(path)
+        items[name] = Item(name, image, of, path)
+    lists = {"train": ("a", "b"), "val": ("c",), "all": tuple(items)}
+    table = ClassTable(classes, tuple(range(1, len(classes) + 1)))
+    kept = {of: tuple(i for i in ids if i in items) for of, ids in lists.items()}
+    dataset = Dataset("fields", table, items, kept, "labels.csv")
+    return replace(dataset, **more)  # type: ignore[arg-type]
+
+
+def found(result: Survey, kind: str) -> Finding:
+    (one,) = [finding for finding in result.findings if finding.kind == kind]
+    return one
+
+
+def kinds(result: Survey) -> list[str]:
+    return [finding.kind for finding in result.findings]
+
+
+def test_counts_are_those_by_hand(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    result = survey(make(tmp_path), workers=2, progress=lambda *done: calls.append(done))
+    assert calls == [(done, 8) for done in range(1, 9)]
+    assert result.suffixes == {".png": 5}
+    assert (result.smallest, result.median, result.largest) == ((4, 6), (6, 6), (8, 6))
+    assert (result.whole.images, result.whole.labelled, result.whole.masks) == (5, 4, 3)
+    assert result.together.tolist() == [[3, 2], [2, 3]]
+    assert result.alone == (1, 1)
+    train, val, everything = result.lists
+    assert (train.images, train.masks, train.classes, train.within) == (2, 2, (2, 1), ("all",))
+    assert (val.classes, everything.within, everything.labelled) == ((0, 1), (), 4)
+    assert kinds(result) == ["small classes", "no label"]
+    assert found(result, "small classes").names == ("cow (3)", "dog (3)")
+    assert found(result, "no label").names == ("d",)
+    assert result.problems == ()
+    assert "Nothing needs attention." in result.summary()
+
+
+def test_labels_and_masks_that_disagree(tmp_path: Path) -> None:
+    masks = {**MASKS, "a": [0, 2], "d": [1, 2], "c": [0, 255]}
+    result = survey(make(tmp_path, masks=masks))
+    unsaid, unseen = found(result, "mask without label"), found(result, "label without mask")
+    assert unsaid.names == ("a", "d")
+    assert unsaid.text.endswith("(dog 2, cow 1)")
+    assert unsaid.attention
+    assert unseen.names == ("a", "c")
+    assert unseen.text.endswith("(cow 1, dog 1)")
+    # two of three labelled masks lack an object: no longer some difficult ones
+    assert unseen.attention
+    few = survey(make(tmp_path, masks={**MASKS, "c": [0, 255]}))
+    assert not found(few, "label without mask").attention
+
+
+def test_mask_values_of_no_class(tmp_path: Path) -> None:
+    result = survey(make(tmp_path, masks={**MASKS, "a": [0, 1, 7], "b": [1, 2, 7, 9]}))
+    finding = found(result, "mask values")
+    assert finding.names == ("a", "b")
+    assert "(7 in 2, 9 in 1; of 3 masks)" in finding.text
+    assert finding.attention
+
+
+def test_masks_of_0_and_255_alone(tmp_path: Path) -> None:
+    result = survey(make(tmp_path, masks={name: [0, 255] for name in "abc"}))
+    assert "write the class's number instead (1 for cow)" in found(result, "mask values").text
+    # not one finding an image on top
+    assert "label without mask" not in kinds(result)
+
+
+@pytest.mark.parametrize(
+    ("masks", "values"),
+    [({"d": [0]}, "0"), ({"a": [0], "d": [0]}, "0"), ({"a": [9], "d": [0, 255]}, "0, 9, 255")],
+)
+def test_masks_that_show_no_class(tmp_path: Path, masks: dict[str, list[int]], values: str) -> None:
+    """A run scores nothing by them; d has no label, a is labelled with a cow."""
+    result = survey(make(tmp_path, masks=masks))
+    finding = found(result, "no truth")
+    assert finding.attention and finding.names == tuple(masks)
+    assert finding.text == (
+        f"none of the true masks ({len(masks)}) shows a class, so a run is not scored (the values "
+        f"in them: {values}; 0 is background, 255 is not counted)"
+    )
+    assert "label without mask" not in kinds(result)
+    assert ("mask values" in kinds(result)) == ("9" in values)
+
+
+def test_masks_painted_of_crowds_alone_are_not_told_to_be_drawn(tmp_path: Path) -> None:
+    truth: Truth = {"a": lambda: (np.array([[0, 255]], np.uint8), ())}
+    result = survey(make(tmp_path, masks={}), truth=truth)
+    assert found(result, "no truth").names == ("a",)
+    assert "mask values" not in kinds(result)
+
+
+def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
+    dataset = make(tmp_path)
+    Image.new("RGB", (6, 4)).save(tmp_path / "a-mask.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "b-mask.png")
+    (tmp_path / "c-mask.png").unlink()
+    result = survey(dataset)
+    texts = {f.names: f.text for f in result.findings if f.kind == "mask"}
+    assert set(texts) == {("a",), ("b",), ("c",)}
+    assert "holds colours" in texts[("a",)]
+    assert "is 9 × 9 (height × width), the upright image 5 × 6" in texts[("b",)]
+    assert "No such file" in texts[("c",)]
+    assert all(str(tmp_path) not in text for text in texts.values())
+
+
+def test_part_masks_are_looked_at_too(tmp_path: Path) -> None:
+    dataset = make(tmp_path, masks={})
+    Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "parts.png")
+    items = {**dataset.items, "d": replace(dataset.items["d"], parts=tmp_path / "parts.png")}
+    assert found(survey(replace(dataset, items=items)), "mask").names == ("d",)
+
+
+def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> None:
+    labels = {f"cow {n}": (0,) for n in range(6)}
+    dataset = make(tmp_path, labels, {}, lists={"all": tuple(labels)})
+    for name in ("cow 1", "cow 4"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    (tmp_path / "cow 2.png").write_bytes(b"text")
+    gone = [Skip(f"x_{n}", f"there is no image {tmp_path}/JPEGImages/x_{n}.jpg") for n in range(9)]
+    calls: list[tuple[int, int]] = []
+    result = survey(
+        replace(dataset, skipped=tuple(gone)), progress=lambda *done: calls.append(done)
+    )
+    assert calls[-1] == (6, 6)
+    texts = [(f.names, f.text) for f in result.findings if f.kind == "left out"]
+    assert [len(names) for names, _ in texts] == [9, 2, 1]
+    assert texts[0][1] == "9 images left out (e.g. there is no image x_0.jpg)"
+    assert texts[1][0] == ("cow 1", "cow 4")
+    assert "the file is empty" in texts[1][1]
+    assert texts[2][1].startswith("1 image left out (cannot read image ")
+    assert result.whole.images == 3
+    assert result.lists[0].images == 3
+    assert "x_0; x_1; x_2 and 6 more" in result.summary()
+    # the JSON has them all
+    assert len(result.as_json()["findings"][0]["names"]) == 9
+
+
+def test_quotes_around_what_a_reason_names_stay(tmp_path: Path) -> None:
+    gone = (Skip("cow/q", f"cannot read {tmp_path}/q.png of 'cow/q': \"a/b\" is refused"),)
+    result = survey(replace(make(tmp_path), skipped=gone))
+    text = found(result, "left out").text
+    assert text == "1 image left out (cannot read q.png of 'q': \"b\" is refused)"
+
+
+def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
+    """As of COCO, where masks are not files yet."""
+
+    def mask(*values: int) -> np.ndarray:
+        return np.array([values], np.uint8)
+
+    def without_extra() -> tuple[None, tuple[str, ...]]:
+        raise LpcamError("masks from polygons need pycocotools")
+
+    text = "/data/x.json: annotation {} cannot be painted: it is cut off"
+    truth: Truth = {
+        "a": lambda: (mask(0, 1, 2), ()),  # labelled with 1 alone
+        "b": lambda: (None, (text.format(4), text.format(5))),
+        "c": lambda: (mask(0, 2), (text.format(6),)),
+        "d": lambda: (None, ()),  # a box alone
+        "e": without_extra,
+    }
+    calls: list[tuple[int, int]] = []
+    dataset = make(tmp_path, masks={})
+    result = survey(dataset, truth=truth, workers=2, progress=lambda *done: calls.append(done))
+    assert calls == [(done, 10) for done in range(1, 11)]
+    wrong = [(f.names, f.text, f.attention) for f in result.findings if f.kind == "annotations"]
+    assert wrong == [
+        (
+            ("b", "c"),
+            "2 images with wrong annotations (e.g. x.json: annotation 4 cannot be painted: it is "
+            "cut off)",
+            True,
+        ),
+        (
+            ("e",),
+            "1 image with wrong annotations (masks from polygons need pycocotools)",
+            True,
+        ),
+    ]
+    assert found(result, "mask without label").names == ("a",)
+    assert result.whole.masks == 2
+    assert [one.masks for one in result.lists] == [1, 1, 2]
+    assert survey(dataset).whole.masks == 0
+
+
+def test_annotations_of_coco_are_tried_and_classes_told_once(tmp_path: Path) -> None:
+    images = []
+    for number, size in enumerate(((6, 4), (6, 4), (4, 6)), start=1):
+        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 4, "width": 6})
+    annotations = [
+        {"id": n, "image_id": n, "category_id": 7, "iscrowd": 0, "segmentation": shape}
+        for n, shape in enumerate(
+            ({"size": [4, 6], "counts": [0, 24]}, [[1, 2]], {"size": [4, 6], "counts": [24]}),
+            start=1,
+        )
+    ]
+    names = [{"id": 7, "name": "cow"}, {"id": 8, "name": "yak"}]
+    content = {"images": images, "annotations": annotations, "categories": names}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    dataset, truth = open_with_truth(tmp_path / "mine.json")
+    result = survey(dataset, truth=truth)
+    wrong = {f.names: f.text for f in result.findings if f.kind == "annotations"}
+    assert set(wrong) == {("2",), ("3",)}
+    assert "(mine.json: annotation 2 cannot be painted: a polygon has 2" in wrong[("2",)]
+    assert (
+        "mine.json: the file says 4 x 6 (height x width), the upright image is 6 x 4"
+        in (wrong[("3",)])
+    )
+    assert result.whole.masks == 1
+    assert [f.kind for f in result.findings if "yak" in (f.text, *f.names)] == ["empty classes"]
+    assert not [f for f in result.findings if "yak" in f.text]
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    labels = dict.fromkeys("abcdefgh", (0,)) | {"f": (1,), "h": (0,)}
+    dataset = make(tmp_path, labels, {})
+    for source, copy in (("a", "b"), ("e", "f"), ("a", "c"), ("g", "h")):
+        (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{source}.png").read_bytes())
+    dataset = replace(
+        dataset, lists={"train": ("a", "b", "d"), "val": ("c", "e", "f"), "more": ("d", "g")}
+    )
+    result = survey(dataset)
+    assert found(result, "duplicates with other labels").names == ("e = f",)
+    assert found(result, "duplicates across lists").names == ("a = b = c",)
+    plain = found(result, "duplicates")
+    assert (plain.names, plain.attention) == (("g = h",), False)
+    assert len(result.problems) == 2
+    # beside a list of all images nothing lies in lists that share nothing
+    whole = replace(dataset, lists={"train": ("a", "b"), "all": tuple(labels)})
+    assert "duplicates across lists" not in kinds(survey(whole))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "images", "same"),
+    [
+        ("Cow", "cow", 90, True),
+        ("dining table", "diningtable", 90, True),
+        ("dining-table", "dining_table", 90, True),
+        ("cow", "cows", 90, True),
+        ("bus", "buses", 90, True),
+        ("hrose", "horse", 3, True),
+        ("horse", "house", 90, False),
+        ("cat", "car", 3, False),
+        ("class 1", "class 2", 3, False),
+        ("type-1", "type 11", 90, False),
+    ],
+)
+def test_names_that_may_be_one_class(one: str, other: str, images: int, same: bool) -> None:
+    assert _may_be_one(one, other, images, 100) is same
+    assert _may_be_one(other, one, 100, images) is same
+
+
+def test_no_classes_of_voc_are_taken_for_one() -> None:
+    pairs = [(a, b) for a in CLASSES for b in CLASSES if a != b]
+    assert not [pair for pair in pairs if _may_be_one(*pair, 1, 1000)]
+
+
+def test_class_and_image_names_that_are_near(tmp_path: Path) -> None:
+    labels = {"a": (0,), "b": (1,), "img": (0,)}
+    dataset = make(tmp_path, labels, {}, ("cow", "Cow"))
+    items = {**dataset.items, "IMG": replace(dataset.items["a"], id="IMG")}
+    result = survey(replace(dataset, items=items))
+    assert found(result, "class names").names == ("cow (3), Cow (1)",)
+    assert found(result, "image names").names == ("img, IMG",)
+
+
+def test_classes_that_are_several_with_a_wrong_separator(tmp_path: Path) -> None:
+    classes = ("cow", "dog", "cow,dog", "dog | cow", "cow,hen", "a|b")
+    labels = {name: (row,) for row, name in enumerate("abcdef")}
+    finding = found(survey(make(tmp_path, labels, {}, classes)), "class names")
+    assert finding.names == ("cow,dog", "dog | cow")
+    assert finding.attention
+    assert finding.text == (
+        "2 classes whose names are those of others with ',' or '|' between them; the labels of an "
+        "image are separated by ';'"
+    )
+
+
+def test_classes_lists_and_labels_that_are_empty(tmp_path: Path) -> None:
+    labels = {"a": (), "b": (), "c": ()}
+    dataset = make(tmp_path, labels, {}, lists={"x": ("a", "b"), "y": ("b", "c"), "z": ()})
+    result = survey(replace(dataset, notices=("something was noticed",)))
+    assert found(result, "empty classes").names == ("cow", "dog")
+    assert found(result, "no label").attention  # of every image
+    lists = [f for f in result.findings if f.kind == "lists"]
+    assert [(f.names, f.attention) for f in lists] == [(("z",), True), (("b",), False)]
+    assert lists[1].text == "the lists x and y share 1 image"
+    assert found(result, "notice").text == "something was noticed"
+    # what needs attention comes first
+    order = [finding.attention for finding in result.findings]
+    assert order == sorted(order, reverse=True)
+
+
+def test_lists_that_others_make_up_are_not_compared(tmp_path: Path) -> None:
+    """As COCO's: NAME.labelled, and all of its files together."""
+    labels = {"a": (0,), "b": (), "c": (1,), "d": (), "e": (0,)}
+    lists = {"train": ("a", "b"), "test": ("c", "d"), "all": tuple("abcd")}
+    lists |= {f"{of}.labelled": tuple(i for i in ids if labels[i]) for of, ids in lists.items()}
+    lists |= {"mine.labelled": ("c", "e")}
+    notice = "2 of 5 images have no label"
+    result = survey(make(tmp_path, labels, {}, lists=lists, notices=(notice, "other")))
+    texts = [f.text for f in result.findings if f.kind == "lists"]
+    assert texts == ["the lists test and mine.labelled share 1 image"]
+    # of images without a label a finding tells already
+    assert found(result, "no label").names == ("b", "d")
+    assert found(result, "notice").text == "other"
+
+
+def test_nothing_usable(tmp_path: Path) -> None:
+    dataset = make(tmp_path, {"a": (0,)}, {})
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image of fields can be used: .*the file is empty"):
+        survey(dataset)
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    result = survey(make(tmp_path))
+    value = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert value["co_occurrence"] == {"cow": {"cow": 3, "dog": 2}, "dog": {"cow": 2, "dog": 3}}
+    assert value["sizes"]["largest"] == {"height": 8, "width": 6}
+    assert value["classes"][1] == {
+        "name": "dog",
+        "mask_id": 2,
+        "images": 3,
+        "alone": 1,
+        "lists": {"train": 1, "val": 1, "all": 3},
+    }
+    assert value["lists"][0]["within"] == ["all"]
+    assert value["needs_attention"] is False
+    assert value["estimate"] is None
+
+
+def test_summary_of_few_classes_shows_all_pairs(tmp_path: Path) -> None:
+    result = survey(make(tmp_path))
+    assert "+cow" not in result.summary(40)
+    lines = result.summary(100).splitlines()
+    assert lines[0].startswith(
+        "fields: 5 images (.png), 2 classes, 3 masks; labels from labels.csv"
+    )
+    head = next(line for line in lines if line.startswith("class")).split()
+    assert head == ["class", "images", "train", "val", "alone", "+cow", "+dog"]
+    rows = [line.split() for line in lines if line.startswith(("cow", "dog"))]
+    assert rows == [["cow", "3", "2", "0", "1", "·", "2"], ["dog", "3", "1", "1", "1", "2", "·"]]
+
+
+def test_summary_of_many_classes_is_short_and_narrow(tmp_path: Path) -> None:
+    names = tuple(f"class number {n}" for n in range(60))
+    labels = {f"i{n}": tuple(range(n, 60, 7)) for n in range(12)}
+    result = survey(make(tmp_path, labels, {}, names, lists={"all": tuple(labels)}))
+    text = result.summary(80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) < 45
+    assert "... 36 more" in text
+    assert "most often together with" in text
+    # a name with markup is words
+    odd = survey(make(tmp_path, {"a": (0,)}, {}, ("[red]cow :cow:",), lists={"all": ("a",)}))
+    assert "[red]cow :cow:" in odd.summary()
+
+
+def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
+    draw_folder(tmp_path, count=6)
+    result = survey(read_folder(tmp_path), recipe=usual_recipe("test_resnet"), workers=2)
+    text = " ".join(result.summary().split())
+    assert "time of a run" in text
+    assert "timed here with test_resnet, scales 1, 0.5, 1.5 and flip, 2 workers on" in text
+    assert result.as_json()["estimate"]["seconds"]["all"] > 0
+    # labels and masks of the drawing agree
+    assert [f.kind for f in result.problems] == []
+
+
+def test_the_photographs(shared: Path) -> None:
+    root = shared / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
+    result = survey(read_voc(root, lists=["val"]), workers=2)
+    assert result.whole.images == 196
+    assert result.whole.classes[CLASSES.index("horse")] == 30
+    assert not [f for f in result.findings if f.kind in ("left out", "mask", "mask values")]

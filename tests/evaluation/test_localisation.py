@@ -1,0 +1,202 @@
+"""Localisation metrics: cases worked out by hand, against plain recounts, and void pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpcam.data.dataset import IGNORE
+from lpcam.evaluation.localisation import (
+    BoxAccuracy,
+    PixelAveragePrecision,
+    PointingGame,
+    box_iou,
+    class_truth,
+    truth_boxes,
+)
+from lpcam.method.objects import boxes
+from lpcam.runtime.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def smooth_map(height: int, width: int) -> torch.Tensor:
+    coarse = torch.rand(1, 1, 5, 6) ** 2
+    plane = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0, 0]
+    return plane / plane.max()
+
+
+def test_truth_of_a_class() -> None:
+    labels = torch.tensor([[0, 1, 2, IGNORE]])
+    assert class_truth(labels, 1).tolist() == [[0, 0, 1, IGNORE]]
+    assert class_truth(labels, 4).tolist() == [[0, 0, 0, IGNORE]]
+
+
+def test_boxes_of_a_truth_leave_void_out() -> None:
+    truth = torch.tensor([[1, 1, IGNORE, 0, 1], [0, 1, IGNORE, 0, 0]])
+    assert truth_boxes(truth).tolist() == [[0, 0, 2, 2], [4, 0, 5, 1]]
+    assert truth_boxes(torch.zeros(2, 3)).shape == (0, 4)
+
+
+def test_iou_of_boxes_by_hand() -> None:
+    first = torch.tensor([[0, 0, 4, 4], [10, 10, 12, 11]])
+    second = torch.tensor([[2, 2, 6, 6], [0, 0, 4, 2]])
+    assert box_iou(first, second).tolist() == [[4 / 28, 0.5], [0, 0]]
+
+
+def test_max_box_accuracy_by_hand() -> None:
+    """A large component beside the object, which itself is found from 0.5 on alone."""
+    plane = torch.zeros(10, 10)
+    plane[0:5, 0:4] = 0.4  # 20 pixels off the object
+    plane[6:8, 6:10] = 0.8  # the lower half of the object
+    truth = torch.tensor([[6, 5, 10, 8]])
+    metric = BoxAccuracy([0.1, 0.5, 0.9], [0.3, 0.5, 0.7])
+    metric.update(plane, truth)
+    # at 0.1 the largest is off; at 0.5 the IoU is 8 / 12; at 0.9 there is nothing
+    assert metric.largest_hits.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert metric.any_hits.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    metric.update(torch.zeros(10, 10), truth)
+    found = metric.compute()
+    assert found.max_box_acc == {0.3: 0.5, 0.5: 0.5, 0.7: 0.0}
+    assert found.max_box_acc_threshold == {0.3: 0.5, 0.5: 0.5, 0.7: 0.1}
+    assert found.any_box_acc == {0.3: 0.5, 0.5: 0.5, 0.7: 0.0}
+    assert found.any_box_acc_threshold == {0.3: 0.1, 0.5: 0.1, 0.7: 0.1}
+    assert found.max_box_acc_v2 == pytest.approx(1 / 3)
+    assert found.pairs == 2
+
+
+def test_an_iou_at_the_threshold_and_a_value_at_the_threshold_count() -> None:
+    plane = torch.zeros(4, 4)
+    plane[:2, :] = 0.5
+    metric = BoxAccuracy([0.5], [0.5])
+    metric.update(plane, torch.tensor([[0, 0, 4, 4]]))
+    assert metric.compute().max_box_acc == {0.5: 1.0}
+
+
+def test_leaving_pixels_behind_changes_no_box() -> None:
+    thresholds = [step / 20 for step in range(20)]
+    for _ in range(10):
+        plane = smooth_map(30, 37)
+        truth = torch.tensor([[3, 4, 20, 25], [22, 2, 36, 12]])
+        metric = BoxAccuracy(thresholds)
+        metric.update(plane, truth)
+        for row, threshold in enumerate(thresholds):
+            found = boxes(plane >= threshold)
+            corners = torch.tensor([[b.x0, b.y0, b.x1, b.y1] for b in found])
+            ious = box_iou(corners, truth).amax(1)
+            for column, least in enumerate(metric.iou_thresholds):
+                assert metric.largest_hits[row, column] == (ious[0] >= least)
+                assert metric.any_hits[row, column] == (ious.max() >= least)
+
+
+def test_pointing_game_by_hand() -> None:
+    truth = torch.zeros(40, 40, dtype=torch.int64)
+    truth[0:5, 0:5] = 1
+    game = PointingGame(3)
+    for (row, column), index in (((2, 3), 0), ((4, 19), 0), ((4, 20), 0), ((14, 15), 1)):
+        plane = torch.zeros(40, 40)
+        plane[row, column] = 0.7
+        game.update(plane, truth, index)
+    # away: 0; 15; 16; (10, 11), nearer than 15
+    found = game.compute()
+    assert game.counts.tolist() == [[3, 2, 1], [1, 1, 0], [0, 0, 0]]
+    assert found.tolerant == pytest.approx((2 / 3 + 1) / 2)
+    assert found.exact == pytest.approx((1 / 3 + 0) / 2)
+    assert found.tolerant_per_class == {0: pytest.approx(2 / 3), 1: 1.0}
+    assert found.exact_per_class == {0: pytest.approx(1 / 3), 1: 0.0}
+    assert found.pairs == 4
+
+
+def test_a_peak_is_not_sought_on_void_and_a_constant_map_misses() -> None:
+    plane = torch.tensor([[1.0, 0.5, 0.5, 0.1]])
+    game = PointingGame(1, tolerance=0)
+    game.update(plane, torch.tensor([[IGNORE, 1, 0, 0]]), 0)  # the first of equal ones
+    game.update(plane, torch.tensor([[0, 1, 0, 0]]), 0)
+    game.update(torch.ones(1, 4), torch.tensor([[1, 1, 1, 1]]), 0)
+    game.update(plane, torch.tensor([[IGNORE, 1, 1, IGNORE]]), 0)  # constant where it counts
+    assert game.counts.tolist() == [[4, 1, 1]]
+
+
+def test_pixel_average_precision_by_hand() -> None:
+    metric = PixelAveragePrecision([0.0, 0.25, 0.5, 0.75])
+    plane = torch.tensor([[0.9, 0.8, 0.6], [0.5, 0.3, 0.0]])
+    truth = torch.tensor([[1, 0, 1], [1, IGNORE, 0]])
+    metric.update(plane, truth)
+    # >= 0.75: 1 of 2 right, recall 1/3; >= 0.5: 3 of 4, recall 1; then no more recall
+    assert metric.curve() == {
+        "thresholds": [0.75, 0.5, 0.25, 0.0],
+        "precision": [0.5, 0.75, 0.75, pytest.approx(3 / 5)],
+        "recall": [pytest.approx(1 / 3), 1.0, 1.0, 1.0],
+    }
+    assert metric.compute() == pytest.approx(0.5 / 3 + 0.75 * 2 / 3)
+
+
+def test_pixel_average_precision_pools_the_pixels_of_a_set() -> None:
+    grid = [step / 50 for step in range(51)]
+    pairs = []
+    for _ in range(4):
+        truth = (torch.rand(9, 11) > 0.6).long()
+        truth[torch.rand(9, 11) > 0.9] = IGNORE
+        pairs.append((smooth_map(9, 11), truth))
+    metric = PixelAveragePrecision(grid)
+    for plane, truth in pairs:
+        metric.update(plane, truth)
+    values = torch.cat([plane[truth != IGNORE] for plane, truth in pairs])
+    on = torch.cat([truth[truth != IGNORE] for _, truth in pairs]) == 1
+    expected, recall = 0.0, 0.0
+    for threshold in grid[::-1]:
+        above = values >= threshold
+        if above.any():
+            now = float((above & on).sum() / on.sum())
+            expected += float(on[above].float().mean()) * (now - recall)
+            recall = now
+    assert metric.compute() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_perfect_map_scores_1_everywhere() -> None:
+    truth = torch.zeros(20, 30, dtype=torch.int64)
+    truth[4:15, 6:20] = 1
+    truth[15, 6:20] = IGNORE
+    plane = (truth == 1).float()
+    box, game, pixels = BoxAccuracy(), PointingGame(1), PixelAveragePrecision()
+    box.update(plane, truth_boxes(truth))
+    game.update(plane, truth, 0)
+    pixels.update(plane, truth)
+    assert box.compute().max_box_acc_v2 == 1
+    assert game.compute().exact == 1
+    assert pixels.compute() == 1
+
+
+def test_rounding_of_resized_maps_is_forgiven() -> None:
+    pixels = PixelAveragePrecision()
+    pixels.update(torch.tensor([[1 + 1e-6, -1e-6]]), torch.tensor([[1, 0]]))
+    assert pixels.compute() == 1
+
+
+TRUTH = torch.tensor([[1, 0]])
+
+
+def test_wrong_input_is_refused() -> None:
+    box, game, pixels = BoxAccuracy(), PointingGame(2), PixelAveragePrecision()
+    one_box = torch.tensor([[0, 0, 1, 1]])
+    refused = [
+        (lambda: pixels.update(torch.tensor([[0.0, 7.0]]), TRUTH), "from 0.0 to 7.0"),
+        (lambda: box.update(torch.tensor([[0.0, float("nan")]]), one_box), "nan"),
+        (lambda: pixels.update(TRUTH, TRUTH), "torch.int64"),
+        (lambda: pixels.update(torch.zeros(1, 3), TRUTH), r"\(1, 3\)"),
+        (lambda: game.update(torch.zeros(1, 2), torch.tensor([[1, 2]]), 0), "0, 1 and 255"),
+        (lambda: game.update(torch.zeros(1, 2), torch.zeros(1, 2), 0), "does not show the class"),
+        (lambda: game.update(torch.zeros(1, 2), TRUTH, 2), "class 2"),
+        (lambda: box.update(torch.zeros(1, 2), torch.zeros(0, 4)), r"\(0, 4\)"),
+        (lambda: box.update(torch.zeros(1, 2), torch.tensor([[0, 0, 0, 1]])), "empty"),
+        (lambda: BoxAccuracy([0.5, 0.5]), "increasing"),
+        (lambda: PixelAveragePrecision([0.1, 0.5]), "0.1"),
+        (lambda: PointingGame(0), "num_classes"),
+        *((metric.compute, "was counted") for metric in (box, game, pixels)),
+    ]
+    for call, message in refused:
+        with pytest.raises(DataError, match=message):
+            call()

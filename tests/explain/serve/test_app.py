@@ -1,0 +1,363 @@
+"""The local page's server: what it refuses, and what it answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from explaining import tiny_explainer
+from PIL import Image
+from tiny import draw_image
+
+from lpcam.explain.explainer import Explainer
+from lpcam.explain.serve import app as server
+from lpcam.runtime.errors import LpcamError
+
+pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
+pytest.importorskip("httpx", reason="starlette's test client needs httpx")
+
+from starlette.testclient import TestClient
+
+PORT = 8765
+HOME = f"http://127.0.0.1:{PORT}"
+
+
+@pytest.fixture(scope="module")
+def explainer(tmp_path_factory: pytest.TempPathFactory) -> Explainer:
+    return tiny_explainer(tmp_path_factory.mktemp("explainer"))
+
+
+@pytest.fixture(scope="module")
+def client(explainer: Explainer) -> Iterator[TestClient]:
+    app = server.application(explainer, name="tiny", port=PORT, threads=1)
+    with TestClient(app, base_url=HOME) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def photograph() -> bytes:
+    return encoded(draw_image(["blue", "red"], (70, 90), np.random.default_rng(1))[0])
+
+
+def encoded(image: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def send(client: TestClient, data: Any, path: str = "/maps", **headers: str) -> Any:
+    own = {"Content-Type": "image/png", **{k.replace("_", "-"): v for k, v in headers.items()}}
+    return client.post(path, content=data, headers=own)
+
+
+# -- Answers ------------------------------------------------------------------------------------
+
+
+def test_page_and_its_parts_come_with_closed_headers(client: TestClient) -> None:
+    for path, kind in {
+        "/": "text/html",
+        "/page.css": "text/css",
+        "/page.js": "text/javascript",
+    }.items():
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(kind)
+        for name, value in server.HEADERS.items():
+            assert answer.headers[name] == value
+        assert "access-control-allow-origin" not in answer.headers
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert "://" not in client.get("/page.js").text.replace("http://www.w3.org", "")
+
+
+def test_maps_are_those_of_python(
+    client: TestClient, explainer: Explainer, photograph: bytes
+) -> None:
+    answer = send(client, photograph).json()
+    maps = explainer(read_pixels(photograph), labels=[c["name"] for c in answer["classes"]])
+    scores = [c["score"] for c in answer["classes"]]
+    assert scores == sorted(scores, reverse=True)
+    assert scores == pytest.approx(maps.scores)
+    assert [c["index"] for c in answer["classes"]] == explainer.indices(maps.classes)
+    assert [c["predicted"] for c in answer["classes"]] == [s > 0.5 for s in scores]
+    assert (answer["width"], answer["height"]) == (90, 70)
+    assert answer["threshold"] == {"CAM": maps.cam_threshold, "LPCAM": maps.threshold}
+    for method, planes in (("CAM", maps.cam), ("LPCAM", maps.lpcam)):
+        sent = answer["planes"][method]
+        values = np.frombuffer(zlib.decompress(base64.b64decode(sent["data"])), np.uint8)
+        assert np.abs(values.reshape(sent["shape"]) / 255 - planes).max() <= 0.5 / 255 + 1e-6
+    picture = Image.open(io.BytesIO(base64.b64decode(answer["picture"].split(",")[1])))
+    assert picture.size == (90, 70)
+
+
+def read_pixels(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("method", ["LPCAM", "CAM"])
+def test_mask_is_that_of_python_at_full_size(
+    client: TestClient, explainer: Explainer, photograph: bytes, method: Any
+) -> None:
+    path = f"/mask?threshold=0.37&method={method}&classes=2,0"
+    answer = send(client, photograph, path)
+    assert answer.status_code == 200
+    saved = Image.open(io.BytesIO(answer.content))
+    assert (saved.format, saved.mode) == ("PNG", "P")
+    expected = explainer(read_pixels(photograph), labels=["red", "blue"]).mask(0.37, method=method)
+    assert set(np.unique(expected)) == {0, 1, 3}
+    np.testing.assert_array_equal(np.array(saved), expected)
+    nothing = send(client, photograph, "/mask?threshold=0.5&classes=")
+    assert not np.array(Image.open(io.BytesIO(nothing.content))).any()
+
+
+def test_a_large_photograph_is_drawn_small_and_masked_large(
+    client: TestClient, explainer: Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PLANE_SIDE", 40)
+    monkeypatch.setattr(server, "PICTURE_SIDE", 60)
+    image = np.random.default_rng(0).integers(0, 256, (150, 300, 3)).astype(np.uint8)
+    answer = send(client, encoded(image)).json()
+    assert answer["planes"]["CAM"]["shape"] == [3, 20, 40]
+    assert (answer["width"], answer["height"]) == (300, 150)
+    mask = send(client, encoded(image), "/mask?threshold=0.5&classes=1").content
+    assert Image.open(io.BytesIO(mask)).size == (300, 150)
+    assert explainer.maximum_side == 128
+
+
+def test_a_photograph_is_turned_upright(client: TestClient) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(np.zeros((40, 80, 3), np.uint8), "JPEG", exif=exif)
+    answer = send(client, data, Content_Type="image/jpeg").json()
+    assert (answer["width"], answer["height"]) == (40, 80)
+
+
+def test_many_classes_are_cut_to_the_highest(
+    client: TestClient, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MOST_CLASSES", 2)
+    answer = send(client, photograph).json()
+    assert len(answer["classes"]) == 1
+
+
+# -- Refusals -----------------------------------------------------------------------------------
+
+
+def refused(answer: Any, status: int, reason: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert reason in answer.json()["error"]
+    assert answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        f"evil.example:{PORT}",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        f"127.0.0.1.evil:{PORT}",
+        "",
+    ],
+)
+def test_other_hosts_are_refused(client: TestClient, photograph: bytes, host: str) -> None:
+    """DNS rebinding: the browser sends the name that it believes it has reached."""
+    refused(client.get("/about", headers={"Host": host}), 421, "answers only as")
+    refused(send(client, photograph, Host=host), 421, "answers only as")
+    assert client.get("/about", headers={"Host": f"LocalHost:{PORT}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Origin": f"https://127.0.0.1:{PORT}"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+    ],
+)
+def test_other_sites_are_refused(
+    client: TestClient, photograph: bytes, headers: dict[str, str]
+) -> None:
+    refused(send(client, photograph, **headers), 403, "only the page itself may send")
+    assert send(client, photograph, Origin=HOME, Sec_Fetch_Site="same-origin").status_code == 200
+
+
+def test_there_is_no_preflight(client: TestClient) -> None:
+    answer = client.options("/maps", headers={"Origin": "http://evil.example"})
+    assert answer.status_code in (403, 405)
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_too_many_bytes_are_refused_unread(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAXIMUM_BYTES", 1000)
+    refused(send(client, bytes(1001)), 413, "the file is larger than")
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(50):
+            yield bytes(100)
+
+    refused(send(client, parts()), 413, "the file is larger than")  # does not say its length
+    refused(send(client, b"x", Content_Length="-1"), 400, "-1")
+
+
+def test_too_many_pixels_are_refused_undecoded(
+    client: TestClient, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAXIMUM_PIXELS", 6299)
+    monkeypatch.setattr(server, "decode_image", lambda *a, **k: pytest.fail("was decoded"))
+    refused(send(client, photograph), 413, "million pixels (90 x 70); send a smaller one")
+
+
+def test_a_bomb_is_refused_undecoded(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes that say they are 60,000 x 60,000 pixels."""
+    monkeypatch.setattr(server, "decode_image", lambda *a, **k: pytest.fail("was decoded"))
+    data = bytearray(encoded(np.zeros((1, 1, 3), np.uint8)))
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    refused(send(client, bytes(data)), 413, "the image has more than 50 million pixels")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
+)
+def test_what_is_no_photograph_is_refused(client: TestClient, data: bytes) -> None:
+    refused(send(client, data), 415, "not a readable image")
+    refused(send(client, data, "/mask?threshold=0.5&classes=0"), 415, "not a readable image")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ""],
+)
+def test_types_that_a_foreign_form_may_send_are_refused(
+    client: TestClient, photograph: bytes, kind: str
+) -> None:
+    refused(send(client, photograph, Content_Type=kind), 415, "not an image")
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("classes=0", "threshold"),
+        ("threshold=high&classes=0", "threshold"),
+        ("threshold=nan&classes=0", "from 0 to 1"),
+        ("threshold=1.5&classes=0", "from 0 to 1"),
+        ("threshold=0.5&classes=cat", "classes"),
+        ("threshold=0.5&classes=3", "from 0 to 2"),
+        ("threshold=0.5&classes=-1", "from 0 to 2"),
+        ("threshold=0.5&classes=1,1", "different numbers"),
+        ("threshold=0.5&classes=0&method=GradCAM", "method must be one of CAM, LPCAM"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(
+    client: TestClient, photograph: bytes, query: str, reason: str
+) -> None:
+    refused(send(client, photograph, f"/mask?{query}"), 422, reason)
+
+
+def test_uploads_are_processed_one_at_a_time(
+    explainer: Explainer, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = server.application(explainer, name="tiny", port=PORT, threads=1)
+    monkeypatch.setattr(server, "MOST_WAITING", 2)
+    both_read, go_on = threading.Event(), threading.Event()
+    taken: list[int] = []
+    at_once: list[int] = []
+    body, highest = server._body, explainer.highest
+
+    async def counted(request: Any) -> bytes:
+        taken.append(1)
+        if len(taken) == 2:
+            both_read.set()
+        return await body(request)
+
+    def slow(image: Any, count: int) -> Any:
+        at_once.append(1)
+        assert go_on.wait(30)
+        assert len(at_once) == 1
+        at_once.pop()
+        return highest(image, count)
+
+    monkeypatch.setattr(server, "_body", counted)
+    monkeypatch.setattr(explainer, "highest", slow)
+    with TestClient(app, base_url=HOME) as client, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(send, client, photograph) for _ in range(2)]
+        assert both_read.wait(30)
+        third = send(client, photograph)
+        refused(third, 503, "too many photographs are waiting")
+        assert third.headers["retry-after"] == "3"
+        go_on.set()
+        assert [answer.result(30).status_code for answer in answers] == [200, 200]
+        assert send(client, photograph).status_code == 200
+
+
+def test_errors_of_the_server_are_not_sent(
+    explainer: Explainer, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a secret path")
+
+    monkeypatch.setattr(explainer, "highest", fail)
+    app = server.application(explainer, name="tiny", port=PORT, threads=1)
+    with TestClient(app, base_url=HOME, raise_server_exceptions=False) as client:
+        answer = send(client, photograph)
+    refused(answer, 500, "failed")
+    assert "secret" not in answer.text
+
+
+def test_nothing_is_written(
+    client: TestClient, photograph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    opened = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = (
+            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        )
+        if writes and watching:
+            opened.append(arguments[0])
+
+    watching = [1]
+    sys.addaudithook(hook)  # cannot be taken away again
+    send(client, photograph)
+    send(client, photograph, "/mask?threshold=0.5&classes=0")
+    watching.clear()
+    assert not opened
+    assert not list(tmp_path.iterdir())
+
+
+# -- Starting -----------------------------------------------------------------------------------
+
+
+def test_a_taken_port_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LpcamError, match=rf"127\.0\.0\.1:{port}.*--port"):
+            server._listen(port)
+    with pytest.raises(LpcamError, match="70000"):
+        server._listen(70000)
+    with server._listen(0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"

@@ -1,0 +1,752 @@
+"""The call of pytorch-grad-cam: its scripts, its targets, its models, answered by LPCAM."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from lpcam.classifiers.features import FeaturePair
+from lpcam.explain.gradcam import LPCAM, principal_component
+from lpcam.method import extractors as extract
+from lpcam.method.functional import cosine_activation, lpcam_of_pair, normalize
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ClassifierError, NotFittedError, PrototypeError
+
+SETTINGS = LpcamSettings.from_preset(
+    "voc12.official",
+    clusters=2,
+    mu_f=0.5,
+    tau=0.3,
+    scales=[1.0],
+    flip=False,
+    split_maps="single_scale",
+)
+
+
+@dataclass
+class Target:
+    """As pytorch-grad-cam's ClassifierOutputTarget."""
+
+    category: int
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output[..., self.category]
+
+
+class Patches(nn.Module):
+    """Mean RGB and its square of each 16-pixel patch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = nn.functional.avg_pool2d(images, 16)
+        return torch.cat([pooled, pooled.square()], dim=1)
+
+
+class Squares(nn.Module):
+    """A classifier of two classes, red and green, whose maps are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = Patches()
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 2)
+        with torch.no_grad():
+            rows = [[9.0, -9.0, -9.0, 0, 0, 0], [-9.0, 9.0, -9.0, 0, 0, 0]]
+            self.fc.weight.copy_(torch.tensor(rows))
+            self.fc.bias.copy_(torch.tensor([0.1, -0.1]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.dropout(self.patches(images).mean((-2, -1))))
+        return logits
+
+
+def picture(red: float, green: float, size: tuple[int, int] = (64, 96)) -> Tensor:
+    """A square of one colour on a blue ground."""
+    image = torch.zeros(3, *size)
+    image[2] = 0.6
+    image[:, 16:48, 16:64] = torch.tensor([red, green, 0.1])[:, None, None]
+    return image
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.stack([picture(0.9, 0.1), picture(0.1, 0.9), picture(0.8, 0.2)])
+
+
+LABELS = torch.tensor([0, 1, 0])
+
+
+@pytest.fixture
+def cam(images: Tensor) -> LPCAM:
+    model = Squares()
+    return LPCAM(model, [model.patches], settings=SETTINGS).fit([(images, LABELS)])
+
+
+@pytest.fixture
+def peer() -> Any:
+    """The library whose call this is, where it is installed."""
+    return pytest.importorskip("pytorch_grad_cam")
+
+
+# -- The call ----------------------------------------------------------------------------------
+
+
+def test_the_map_is_that_of_lpcam(cam: LPCAM, images: Tensor) -> None:
+    found = cam(input_tensor=images, targets=[Target(0), Target(1), Target(1)])
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float32
+    assert found.shape == (3, 64, 96)
+    features = cam.model.patches(images)
+    vectors = cam._prototypes().vectors()
+    whole = nn.functional.interpolate(
+        cosine_activation(features, vectors).relu(), size=(64, 96), mode="bilinear"
+    )
+    expected = normalize(whole)[torch.arange(3), torch.tensor([0, 1, 1])]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert found[0, 32, 40] == pytest.approx(1.0, abs=1e-3)  # the square
+    assert found[0, 60, 90] == 0  # the blue ground is context
+
+
+def test_outputs_are_the_logits_and_none_takes_the_best_class(cam: LPCAM, images: Tensor) -> None:
+    assert cam.outputs is None
+    found = cam(images)
+    assert cam.outputs is not None
+    assert not cam.outputs.requires_grad
+    torch.testing.assert_close(cam.outputs, cam.model.eval()(images))
+    assert cam.outputs.argmax(1).tolist() == LABELS.tolist()
+    np.testing.assert_array_equal(found, cam(images, targets=LABELS.tolist()))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [[0, 1, 0], (Target(0), 1, Target(0)), LABELS, LABELS.numpy(), [Target(np.int64(0)), 1, 0]],
+    ids=["indices", "mixed", "tensor", "array", "numpy category"],
+)
+def test_targets_in_every_form(cam: LPCAM, images: Tensor, targets: Any) -> None:
+    np.testing.assert_array_equal(cam(images, targets), cam(images))
+
+
+def test_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
+    class Pixels(Target):
+        mask = np.ones((4, 4))
+
+    for targets, message in (
+        ([0], "target"),
+        (Target(0), "target"),
+        ([0, 1, 2], "class 2"),
+        ([0, 1, -1], "class -1"),
+        ([0, 1, lambda output: output], "names no class"),
+        ([0, 1, 0.5], r"0\.5"),
+        ([0, 1, Pixels(0)], "names no class"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cam(images, targets)
+
+
+@pytest.mark.parametrize("given", [torch.rand(3, 32, 32), torch.rand(1, 3, 8, 32, 32), [1], ()])
+def test_images_that_do_not_fit(cam: LPCAM, given: Any) -> None:
+    with pytest.raises(ValueError, match="input_tensor"):
+        cam(given)
+    with pytest.raises(ValueError, match=r"got \(0, 3, 32, 32\)"):
+        cam(torch.rand(0, 3, 32, 32))
+
+
+def test_batch_size_changes_nothing(cam: LPCAM, images: Tensor) -> None:
+    whole, logits = cam(images, aug_smooth=True), cam.outputs
+    cam.batch_size = 2
+    seen: list[int] = []
+    handle = cam.model.register_forward_pre_hook(lambda _model, given: seen.append(len(given[0])))
+    np.testing.assert_allclose(cam(images, aug_smooth=True), whole, atol=1e-6)
+    handle.remove()
+    assert seen == [2, 1] * 7  # the logits once, then six views
+    assert logits is not None
+    assert cam.outputs is not None
+    torch.testing.assert_close(cam.outputs, logits)
+    np.testing.assert_allclose(cam(images[1:2])[0], cam(images)[1], atol=1e-6)
+
+
+# -- Smoothing ---------------------------------------------------------------------------------
+
+
+def test_aug_smooth_is_the_mean_of_six_views(cam: LPCAM, images: Tensor) -> None:
+    images = images + 0.3 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    targets = [0, 1, 1]
+    views = [cam(images * by, targets) for by in (0.9, 1.0, 1.1)]
+    views += [cam(images.flip(-1) * by, targets)[..., ::-1] for by in (0.9, 1.0, 1.1)]
+    smooth = cam(images, targets, aug_smooth=True)
+    np.testing.assert_allclose(smooth, np.mean(views, axis=0), atol=1e-6)
+    assert smooth.dtype == np.float32
+    assert cam.outputs is not None
+    torch.testing.assert_close(cam.outputs, cam.model.eval()(images))  # of the images as given
+
+
+def test_the_principal_component_by_hand() -> None:
+    """Products (a, b) at four places on one line: projection on it, centred, then ReLU."""
+    features = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.6, 0.8], [8.0, 6.0]]).T.reshape(1, 2, 1, 4)
+    found = principal_component(FeaturePair(features, None), torch.tensor([[2.0, 1.0]]))
+    # unit features (0.6, 0.8) and (0.8, 0.6); products (1.2, 0.8) and (1.6, 0.6), whose sums are
+    # 2.0 and 2.2: the second kind is the positive side, at half their distance
+    half = 0.5 * float(np.hypot(0.4, 0.2))
+    torch.testing.assert_close(found, torch.tensor([[[0.0, half, 0.0, half]]]))
+
+
+def test_the_sign_of_the_principal_component_agrees_with_lpcam() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 8, 5, 7, generator=generator)
+    vectors = torch.randn(6, 8, generator=generator)
+    found = principal_component(FeaturePair(features, None), vectors)
+    turned = principal_component(FeaturePair(features, None), -vectors)
+    for row in range(6):
+        pair = (features[row : row + 1], None, vectors[row : row + 1])
+        signed = cosine_activation(features[row : row + 1], vectors[row : row + 1])[0, 0]
+        assert float(((found[row] - turned[row]) * (signed - signed.mean())).sum()) >= 0
+        assert lpcam_of_pair(*pair).shape == (1, 1, 5, 7)
+    other = torch.randn(6, 8, 5, 7, generator=generator)
+    torch.testing.assert_close(
+        principal_component(FeaturePair(features, other.flip(-1)), vectors),
+        principal_component(FeaturePair(features + other, None), vectors),
+    )
+
+
+def test_eigen_smooth_shows_the_same_square(cam: LPCAM, images: Tensor) -> None:
+    for aug_smooth in (False, True):
+        found = cam(images, eigen_smooth=True, aug_smooth=aug_smooth)
+        assert found.shape == (3, 64, 96)
+        assert found[0, 32, 40] > 0.9
+        assert found[0, 60, 90] == 0
+
+
+def test_settings_with_scales_and_flip(images: Tensor) -> None:
+    settings = SETTINGS.model_copy(update={"scales": (1.0, 2.0), "flip": True})
+    model = Squares()
+    # whose patches are others in the mirror
+    images = nn.functional.pad(images, (0, 7)) + 0.3 * torch.rand(3, 3, 64, 103)
+    cam = LPCAM(model, settings=settings).fit([(images, LABELS)])
+    found = cam(images, [0, 1, 0])
+    expected = extract.LPCAM(cam.source, settings)
+    expected.fit([(images, torch.eye(2)[LABELS])])
+    maps = expected(images)[torch.arange(3), LABELS]
+    np.testing.assert_allclose(found, maps.numpy(), atol=1e-5)
+    assert cam(images, eigen_smooth=True).shape == (3, 64, 103)
+    assert LPCAM(model).settings.scales == (1.0,)
+    assert LPCAM(model, settings="voc12.paper").settings.preset == "voc12.paper"
+
+
+# -- Prototypes --------------------------------------------------------------------------------
+
+
+def test_without_prototypes_the_ways_out_are_named(images: Tensor) -> None:
+    cam = LPCAM(Squares())
+    for call in (lambda: cam(images), lambda: cam.save("never")):
+        with pytest.raises(NotFittedError, match=r"cam\.fit\(loader\).*prototypes=FILE.*self_fit"):
+            call()
+    assert cam.outputs is None  # refused before any work
+
+
+def test_fit_takes_indices_and_multi_hot_labels(images: Tensor) -> None:
+    model = Squares()
+    by_index = LPCAM(model, settings=SETTINGS).fit([(images, LABELS)])
+    rows = torch.eye(2)[LABELS]
+    by_row = LPCAM(model, settings=SETTINGS).fit([(images[:1], rows[:1]), (images[1:], rows[1:])])
+    np.testing.assert_allclose(by_index(images), by_row(images), atol=1e-6)
+    with pytest.raises(ValueError, match="indices"):
+        by_index.fit([(images, torch.tensor([0, 1, 2]))])
+
+
+def test_prototypes_from_a_file_and_from_an_object(
+    cam: LPCAM, images: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.safetensors"
+    cam.save(path)
+    model = Squares()
+    for given in (path, str(path), cam._prototypes()):
+        again = LPCAM(model, [model.patches], prototypes=given, settings=SETTINGS)
+        np.testing.assert_array_equal(again(images), cam(images))
+    again.fit([(images[:2], LABELS[:2])])  # takes the place of the file
+    assert not np.array_equal(again._prototypes().vectors(), cam._prototypes().vectors())
+    with torch.no_grad():
+        model.fc.weight.add_(1.0)
+    for given in (path, cam._prototypes()):
+        with pytest.raises(PrototypeError, match="but this classifier is"):
+            LPCAM(model, [model.patches], prototypes=given)
+
+
+def test_self_fit_takes_the_images_themselves(images: Tensor) -> None:
+    model = Squares()
+    cam = LPCAM(model, self_fit=True, settings=SETTINGS)
+    fitted = LPCAM(model, settings=SETTINGS).fit([(images, LABELS)])
+    np.testing.assert_allclose(cam(images), fitted(images), atol=1e-6)
+    # anew at each call, and the targets are the labels
+    mixed = torch.cat([images, picture(0.9, 0.1)[None]])
+    mixed[3, :, :16, 64:] = torch.tensor([0.1, 0.9, 0.1])[:, None, None]
+    turned = torch.tensor([0, 1, 0, 1])
+    first = LPCAM(model, settings=SETTINGS).fit([(mixed[3:], turned[3:])])
+    assert model.eval()(mixed[3:]).argmax() == 0
+    np.testing.assert_allclose(cam(mixed[3:], [1]), first(mixed[3:], [1]), atol=1e-6)
+    cam.batch_size = 2
+    first.fit([(mixed, turned)])
+    np.testing.assert_allclose(cam(mixed, turned), first(mixed, turned), atol=1e-6)
+    cam.fit([(images, LABELS)])  # from now on these serve
+    np.testing.assert_allclose(cam(images[1:2]), fitted(images[1:2]), atol=1e-6)
+
+
+def test_self_fit_of_a_class_that_is_nowhere_gives_an_empty_map(images: Tensor) -> None:
+    cam = LPCAM(Squares(), self_fit=True, settings=SETTINGS)
+    assert not cam(images[1:2], [0]).any()  # CAM of red is negative all over the green image
+    found = cam(images[:2], [0, 0])
+    assert found[0].any()
+    with pytest.raises(PrototypeError, match="NaN or Inf"):
+        cam(images * float("nan"))
+
+
+def test_self_fit_warns_of_no_class_that_is_absent(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    cam = LPCAM(Squares(), self_fit=True, settings=SETTINGS, classes=("red", "green"))
+    with caplog.at_level("WARNING"):
+        assert cam(images[:1], [0]).any()
+    assert not [text for text in caplog.messages if text.startswith("green: ")]
+    with caplog.at_level("WARNING"):
+        LPCAM(Squares(), settings=SETTINGS, classes=("red", "green")).fit(
+            [(images[:1], LABELS[:1])]
+        )
+    assert any(text.startswith("green: no foreground") for text in caplog.messages)
+
+
+def test_self_fit_still_warns_of_the_classes_that_are_there(
+    images: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SETTINGS.model_copy(update={"clusters": 500})
+    cam = LPCAM(Squares(), self_fit=True, settings=settings, classes=("red", "green"))
+    with caplog.at_level("WARNING"):
+        cam(images[:1], [0])
+    assert caplog.messages
+    assert all(text.startswith("red: only ") for text in caplog.messages)
+
+
+def test_a_class_without_prototypes_is_named(images: Tensor) -> None:
+    cam = LPCAM(Squares(), settings=SETTINGS, classes=("red", "green"))
+    cam.fit([(images[:1], LABELS[:1])])
+    assert cam(images[:1]).any()
+    with pytest.raises(PrototypeError, match=r"no prototypes of 'green' \(1\); .* of 1 classes"):
+        cam(images)
+
+
+def test_foreground_alone(images: Tensor) -> None:
+    cam = LPCAM(Squares(), settings=SETTINGS, with_context=False).fit([(images, LABELS)])
+    assert cam(images)[0, 60, 90] > 0.05  # LPCAM-F has no context to subtract
+
+
+# -- Target layers -----------------------------------------------------------------------------
+
+
+def test_the_layer_that_the_head_reads_is_taken_silently() -> None:
+    model = torchvision.models.resnet18(num_classes=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layers in ([model.layer4[-1]], [model.layer4], None, []):
+            assert LPCAM(model=model, target_layers=layers).source.channels_in == 3
+    with pytest.warns(UserWarning, match=r"LPCAM maps that one alone, without 'layer4\.0'"):
+        both = LPCAM(model=model, target_layers=[model.layer4[-1], model.layer4[-2]])
+    with pytest.warns(UserWarning, match=r"does not read the pooled map of 'layer3', so LPCAM"):
+        other = LPCAM(model=model, target_layers=[model.layer3])
+    image = torch.rand(1, 3, 64, 64)
+    for cam in (both, other):
+        torch.testing.assert_close(cam.source.features(image), layer4(model, image))
+
+
+def test_prototypes_serve_every_name_of_the_map(tmp_path: Path) -> None:
+    model = torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], 3, width_per_group=8)
+    model.fc.weight.data.abs_()  # so that every class is somewhere
+    images, path = torch.rand(3, 3, 64, 64), tmp_path / "p.safetensors"
+    plain = extract.LPCAM(model, SETTINGS).fit([(images, torch.arange(3))])
+    plain.save(path)
+    maps = [
+        LPCAM(model, layers, prototypes=path, settings=SETTINGS)(images, range(3))
+        for layers in ([model.layer4], [model.layer4[-1]], [model.layer4[-1].relu], None)
+    ]
+    expected = plain(images)[torch.arange(3), torch.arange(3)].numpy()
+    for found in maps:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def layer4(model: Any, image: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = model.layer4.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.no_grad():
+        model.eval()(image)
+    handle.remove()
+    return seen[0]
+
+
+def test_a_layer_of_another_model_is_refused() -> None:
+    model, other = Squares(), Squares()
+    with pytest.raises(ClassifierError, match="target layers Patches are not modules of this"):
+        LPCAM(model, [other.patches])
+
+
+class Tokens(nn.Module):
+    """A classifier of the mean token, whose tokens stand column by column, as nobody can guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, stride=16)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.norm(self.embed(images).mT.flatten(2).mT)
+        logits: Tensor = self.fc(tokens.mean(1))
+        return logits
+
+
+def test_reshape_transform_makes_the_map() -> None:
+    torch.manual_seed(0)
+    model = Tokens()
+
+    def reshape(tokens: Tensor) -> Tensor:
+        return tokens.mT.unflatten(2, (6, 4)).mT
+
+    images = torch.rand(2, 3, 64, 96)
+    cam = LPCAM(model, [model.norm], reshape, self_fit=True, example=images[:1])
+    assert cam.reshape_transform is reshape
+    found = cam(images)
+    assert found.shape == (2, 64, 96)
+    expected = model.norm(model.embed(images).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(cam.source.features(images), expected.detach())
+    assert hooks(model) == 0
+    with pytest.raises(ClassifierError, match="reshape_transform cannot take"):
+        cam(torch.rand(1, 3, 64, 64))
+    assert hooks(model) == 0
+
+
+# -- The model is left as it was ---------------------------------------------------------------
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        hooks(model),
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.random.get_rng_state(),
+    )
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_state_of_the_model_is_untouched(*, training: bool) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.train(training)
+    model.layer1.eval()
+    model.fc.weight.data.abs_()  # so that every class is somewhere
+    model.fc.weight.requires_grad_(False)
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    model(images).sum().backward()
+    model.train(training)
+    model.layer1.eval()
+    before, mode = state(model), torch.is_grad_enabled()
+    with LPCAM(model=model, target_layers=[model.layer4[-1]], self_fit=True) as cam:
+        cam(images, aug_smooth=True, eigen_smooth=True)
+        cam.fit([(images, torch.tensor([0, 2]))])
+        cam(images, [0, 2])
+        with pytest.raises(ValueError, match="none of the classifier's"):
+            cam(images, [0, 7])
+        with pytest.raises(PrototypeError, match="NaN or Inf"):
+            cam(images * float("nan"), [0, 2])
+    assert same(state(model), before)
+    assert torch.is_grad_enabled() == mode
+
+
+def test_inference_mode_and_autocast(cam: LPCAM, images: Tensor) -> None:
+    expected = cam(images)
+    with torch.inference_mode():
+        np.testing.assert_allclose(cam(images), expected, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(cam(images, LABELS), expected, atol=1e-6)
+
+
+def test_a_model_that_gives_an_object_with_logits(images: Tensor) -> None:
+    class Wrapped(Squares):
+        kind: Callable[[Tensor], Any]
+
+        def forward(self, images: Tensor) -> Any:
+            return self.kind(super().forward(images))
+
+    model = Squares()
+    plain = LPCAM(model, [model.patches], settings=SETTINGS).fit([(images, LABELS)])
+    expected = plain(images)
+    for kind in (lambda t: {"logits": t}, lambda t: (t, None)):
+        model.__class__ = Wrapped
+        model.kind = kind
+        np.testing.assert_array_equal(plain(images), expected)
+    model.kind = lambda t: "nothing"
+    with pytest.raises(ClassifierError, match="gives str, in which there are no logits"):
+        plain(images)
+    model.kind = lambda t: t[:, :1]
+    with pytest.raises(ClassifierError, match=r"shape \(3, 1\), but its head has 2 classes"):
+        plain(images)
+
+
+def test_nothing_is_held_between_calls(cam: LPCAM, images: Tensor) -> None:
+    """Neither the images nor their features: only the logits of the last call."""
+    given = images.clone()
+    gone = weakref.ref(given)
+    cam(given, aug_smooth=True)
+    before = len([1 for o in gc.get_objects() if issubclass(type(o), Tensor)])
+    del given
+    assert gone() is None
+    for _ in range(20):
+        with LPCAM(cam.model, prototypes=cam._prototypes(), settings=SETTINGS) as other:
+            other(images)
+    del other
+    gc.collect()
+    assert len([1 for o in gc.get_objects() if issubclass(type(o), Tensor)]) <= before
+
+
+def test_inside_data_parallel(cam: LPCAM, images: Tensor) -> None:
+    model = nn.DataParallel(cam.model)
+    again = LPCAM(model, [model.module.patches], settings=SETTINGS).fit([(images, LABELS)])
+    np.testing.assert_array_equal(again(images), cam(images))
+
+
+def test_a_hugging_face_classifier() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic"
+    )
+    model = transformers.ResNetForImageClassification(config)
+    with LPCAM(model, [model.resnet.encoder.stages[-1]], self_fit=True) as cam:
+        found = cam(torch.rand(2, 3, 64, 48), [Target(2), Target(0)])
+    assert found.shape == (2, 64, 48)
+    assert cam.outputs is not None
+    assert cam.outputs.shape == (2, 3)
+
+
+# -- Beside pytorch-grad-cam -------------------------------------------------------------------
+
+
+def vit_reshape(side: int) -> Callable[[Tensor], Tensor]:
+    """As in the examples for transformers with a class token."""
+    return lambda t: t[:, 1:].reshape(t.shape[0], side, side, -1).permute(0, 3, 1, 2)
+
+
+def vit(name: str = "deit_tiny_patch16_224", **arguments: Any) -> nn.Module:
+    return timm.create_model(
+        name, num_classes=5, img_size=64, depth=2, embed_dim=24, num_heads=2, **arguments
+    )
+
+
+def swin() -> nn.Module:
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=5,
+        img_size=64,
+        window_size=2,
+        embed_dim=8,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 2, 2),
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[nn.Module]], Any]] = {
+    "resnet18": (
+        lambda: torchvision.models.resnet18(num_classes=5),
+        lambda m: [m.layer4[-1], m.layer4[-2]],
+        None,
+    ),
+    "resnet of bottlenecks": (
+        lambda: torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], 5, width_per_group=8),
+        lambda m: [m.layer4],
+        None,
+    ),
+    "densenet": (
+        lambda: torchvision.models.DenseNet(4, (2, 2, 2, 2), 8, num_classes=5),
+        lambda m: [m.features[-1]],
+        None,
+    ),
+    "mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=5),
+        lambda m: [m.features[-1]],
+        None,
+    ),
+    "mnasnet": (
+        lambda: torchvision.models.mnasnet0_5(num_classes=5),
+        lambda m: [m.layers[-1]],
+        None,
+    ),
+    "efficientnet": (
+        lambda: timm.create_model("test_efficientnet", num_classes=5),
+        lambda m: [m.conv_head],
+        None,
+    ),
+    "convnext": (
+        lambda: timm.create_model("test_convnext", num_classes=5),
+        lambda m: [m.stages[-1]],
+        None,
+    ),
+    "timm resnet": (
+        lambda: timm.create_model("test_resnet", num_classes=5),
+        lambda m: [m.layer4[-1]],
+        None,
+    ),
+    "vit": (vit, lambda m: [m.blocks[-1].norm1], vit_reshape(4)),
+    "vit of the mean token": (
+        lambda: vit(global_pool="avg", fc_norm=False),
+        lambda m: [m.norm],
+        vit_reshape(4),
+    ),
+    "swin": (swin, lambda m: [m.layers[-1].blocks[-1].norm1], lambda t: t.permute(0, 3, 1, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the classifier")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_script_of_theirs_runs_with_the_other_import(name: str) -> None:
+    """Their models and target layers; shapes, type and range are those of their methods."""
+    methods: dict[str, Any] = {"ours": LPCAM}
+    if "pytorch_grad_cam" in sys.modules or importlib.util.find_spec("pytorch_grad_cam"):
+        from pytorch_grad_cam import GradCAM  # noqa: PLC0415
+
+        methods["theirs"] = GradCAM
+    torch.manual_seed(0)
+    make, layers, reshape = MODELS[name]
+    model = make().eval()
+    input_tensor = torch.randn(2, 3, 64, 64)
+    targets = [Target(3), Target(1)]
+    results = {}
+    for key, method in methods.items():
+        options = {"reshape_transform": reshape, "target_layers": layers(model), "model": model}
+        own = {"self_fit": True} if key == "ours" else {}
+        with method(**options, **own) as cam:
+            cam.batch_size = 4
+            maps = cam(input_tensor=input_tensor, targets=targets)
+            best = cam(input_tensor, None)
+            smooth = cam(input_tensor, targets, eigen_smooth=True)
+            results[key] = cam.outputs
+        for found in (maps, best, smooth):
+            assert found.shape == (2, 64, 64)
+            assert found.dtype == np.float32
+            assert found.min() >= 0
+            assert found.max() <= 1
+            assert np.isfinite(found).all()
+    for outputs in results.values():
+        torch.testing.assert_close(outputs.detach(), model(input_tensor).detach())
+    assert hooks(model) == 0
+
+
+def test_a_head_of_several_layers_is_refused_with_the_reason() -> None:
+    """VGG's form, small."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3, 16, 1), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)),
+    )
+    with pytest.raises(ClassifierError, match=r"network of several layers .*classes=\[\.\.\.\]"):
+        LPCAM(model=model, target_layers=[model[0][-1]])
+    with pytest.raises(ClassifierError, match=r"gives no logits of the 2 classes.*lpcam\.LPCAM\("):
+        LPCAM(model=model, classes=["cat", "dog"])
+
+
+def test_a_single_logit() -> None:
+    model = torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], 1, width_per_group=8)
+    cam = LPCAM(model, [model.layer4], self_fit=True)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    class Side(Target):
+        """As BinaryClassifierOutputTarget."""
+
+        def __call__(self, output: Tensor) -> Tensor:
+            return output if self.category == 1 else -output
+
+    expected = cam(images, [0])
+    for target in (None, [Target(0)], [Side(1)]):
+        np.testing.assert_array_equal(cam(images, target), expected)
+    with pytest.raises(ValueError, match="negative side of a single logit"):
+        cam(images, [Side(0)])
+
+
+def test_their_targets_and_their_picture(peer: Any, cam: LPCAM, images: Tensor) -> None:
+    from pytorch_grad_cam.utils import image as pictures  # noqa: PLC0415
+    from pytorch_grad_cam.utils import model_targets  # noqa: PLC0415
+
+    expected = cam(images, [0, 1, 0])
+    for kind in ("ClassifierOutputTarget", "ClassifierOutputSoftmaxTarget"):
+        target = getattr(model_targets, kind)
+        found = cam(images, [target(0), target(1), target(0)])
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="names no class"):
+        cam(images, [model_targets.RawScoresOutputTarget()] * 3)
+    with pytest.raises(ValueError, match="names no class"):
+        cam(images, [model_targets.SemanticSegmentationTarget(0, np.ones((4, 4)))] * 3)
+    rgb = images[0].permute(1, 2, 0).numpy()
+    shown = pictures.show_cam_on_image(rgb, expected[0, :], use_rgb=True)
+    assert shown.shape == (64, 96, 3)
+    assert shown.dtype == np.uint8
+    assert shown[32, 40, 0] > shown[60, 90, 0]  # red where the map is high
+
+
+def test_their_views(peer: Any, cam: LPCAM, images: Tensor) -> None:
+    import ttach  # noqa: PLC0415
+
+    ours = cam(images, [0, 1, 0], aug_smooth=True)
+    cam.tta_transforms = ttach.Compose(
+        [ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])]
+    )
+    np.testing.assert_allclose(cam(images, [0, 1, 0], aug_smooth=True), ours, atol=1e-6)
+
+
+def test_their_metrics(peer: Any, cam: LPCAM, images: Tensor) -> None:
+    from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange  # noqa: PLC0415
+    from pytorch_grad_cam.metrics.road import ROADMostRelevantFirst  # noqa: PLC0415
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget  # noqa: PLC0415
+
+    model = cam.model.eval()
+    maps = cam(images, [0, 1, 0])
+    targets = [ClassifierOutputSoftmaxTarget(c) for c in (0, 1, 0)]
+    kept = CamMultImageConfidenceChange()(images, maps, targets, model)
+    lost = CamMultImageConfidenceChange()(images, 1 - maps, targets, model)
+    assert kept.shape == (3,)
+    assert bool((kept > lost).all())  # the map holds what the classifier goes by
+    road = ROADMostRelevantFirst(percentile=75)(images, maps, targets, model)
+    assert bool((road < 0).all())
+
+
+def test_their_methods_around_it(peer: Any, cam: LPCAM, images: Tensor) -> None:
+    from pytorch_grad_cam import SESS, RefineCAM  # noqa: PLC0415
+
+    prototypes = cam._prototypes()
+    options = {"base_method": LPCAM, "prototypes": prototypes, "settings": SETTINGS}
+    with SESS(cam.model, [cam.model.patches], num_scales=2, window_size=32, **options) as around:
+        assert around(images[:1], [Target(0)]).shape == (1, 64, 96)
+    refined = RefineCAM(cam.model, [cam.model.patches], **options)
+    assert refined(images[:1], [Target(0)]).shape == (1, 64, 96)

@@ -1,0 +1,721 @@
+"""The head and model of LPCAM, their exported files, and folders of a model hub."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from explaining import tiny_run
+from PIL import Image
+from tiny import BACKBONE, COLOURS
+from torch import Tensor, nn
+
+from lpcam import LPCAM
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.wrapped import WrappedModel, wrap
+from lpcam.explain.explainer import Explainer
+from lpcam.formats.models import lpcam_model as head
+from lpcam.formats.models.exporters import _refuse_pickles, export_onnx, export_program
+from lpcam.formats.models.lpcam_model import LPCAMModel
+from lpcam.formats.models.onnx import ExportParity
+from lpcam.method.functional import foreground_minus_context
+from lpcam.method.head import LPCAMHead
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
+from lpcam.runtime.files import read_tensors, write_tensors
+
+SETTINGS = LpcamSettings.from_preset(
+    "voc12.official", clusters=2, scales=[1.0], flip=False, mu_f=0.3, context_lower=0.0
+)
+SIZES = ((1, (97, 131)), (2, (32, 32)), (2, (150, 61)))
+
+
+def photographs(count: int, size: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """(B, H, W, 3) uint8, soft blobs."""
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    coarse = torch.rand(count, 3, 5, 4, generator=generator)
+    fine = nn.functional.interpolate(coarse, size=size, mode="bilinear")
+    return (255 * fine.permute(0, 2, 3, 1)).numpy().astype(np.uint8)
+
+
+def normalised(classifier: Classifier, images: np.ndarray) -> Tensor:
+    return torch.stack([classifier.preprocessing(image) for image in images])
+
+
+def fitted(source: Any, preprocess: Callable[[np.ndarray], Tensor], **options: Any) -> LPCAM:
+    images = preprocess(photographs(6, (96, 128)))
+    labels = torch.eye(3).repeat(2, 1)
+    return LPCAM(source, SETTINGS, **options).fit([(images, labels)])
+
+
+@pytest.fixture(scope="module")
+def lpcam() -> LPCAM:
+    classifier = build(BackboneSpec(BACKBONE, {}, 16), tuple(COLOURS), weights="random")
+    with torch.no_grad():
+        classifier.head.weight.mul_(3)
+    return fitted(classifier, lambda images: normalised(classifier, images))
+
+
+@pytest.fixture
+def model(lpcam: LPCAM) -> LPCAMModel:
+    return LPCAMModel.from_lpcam(lpcam)
+
+
+# -- The head ------------------------------------------------------------------------------------
+
+
+def small_head(**options: Any) -> LPCAMHead:
+    weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    vectors = torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
+    return LPCAMHead(weight, vectors, torch.tensor([0.5, 0.0]), **options)
+
+
+def test_logits_and_cosines_by_hand() -> None:
+    features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (3, 4) and (0, 2)
+    logits, maps = small_head(normalize=None)(features)
+    assert logits.tolist() == [[1.5 + 2 * 3 + 0.5, -3.0]]
+    # unit vectors (0.6, 0.8) and (0, 1)
+    torch.testing.assert_close(maps, torch.tensor([[[[1.0, 0.8]], [[0.0, 0.0]]]]))
+    again = small_head(normalize=None)(7 * features)[1]
+    torch.testing.assert_close(again, maps)  # the length of a feature does not count
+
+
+def test_maps_are_divided_by_their_maximum_and_zero_stays_zero() -> None:
+    features = torch.tensor([[[[0.0, -1.0]], [[2.0, 0.0]]], [[[0.0, 0.0]], [[0.0, 0.0]]]])
+    _, maps = small_head()(features)
+    assert maps[0].tolist() == [[[1.0, 0.0]], [[0.0, 1.0]]]
+    assert not maps[1].any()  # features of zero have no direction
+
+
+def test_the_head_of_prototypes_is_equation_six() -> None:
+    generator = torch.Generator().manual_seed(0)
+    foreground, context = (torch.randn(k, 5, generator=generator) for k in (3, 2))
+    features = torch.randn(2, 5, 3, 4, generator=generator)
+    vector = foreground_minus_context(foreground, context)[None]
+    _, maps = LPCAMHead(torch.zeros(1, 5), vector, normalize=None)(features)
+    cosine = nn.functional.cosine_similarity
+    rows = features[:, None], foreground[None, :, :, None, None], context[None, :, :, None, None]
+    expected = cosine(rows[0], rows[1], dim=2).mean(1) - cosine(rows[0], rows[2], dim=2).mean(1)
+    torch.testing.assert_close(maps[:, 0], expected.relu())
+
+
+def test_pooled_vectors_take_the_place_of_the_mean() -> None:
+    features = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits, _ = small_head()(features, None, torch.tensor([[1.0, 1.0]]))
+    assert logits.tolist() == [[3.5, -1.0]]
+
+
+def test_wrong_shapes_are_refused() -> None:
+    for shapes in (((2, 3), (2, 4)), ((2, 3), (2, 3), (3,))):
+        with pytest.raises(ValueError, match=re.escape(str(shapes[-1]))):
+            LPCAMHead(*map(torch.zeros, shapes))
+    with pytest.raises(ValueError, match="'range'"):
+        small_head(normalize="range")
+    with pytest.raises(ValueError, match="3, 4, 4"):
+        small_head()(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="1 names for 2"):
+        LPCAMModel(nn.Identity(), small_head(), classes=["one"])
+
+
+def test_half_precision_does_not_overflow() -> None:
+    features = torch.tensor([[[[3000.0, 300.0]], [[4000.0, 0.0]]]])  # their squares would
+    expected = small_head()(features)[1]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        logits, maps = small_head().to(dtype)(features.to(dtype))
+        assert logits.dtype == maps.dtype == dtype
+        torch.testing.assert_close(maps.float(), expected, atol=0.01, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(small_head()(features)[1].float(), expected, atol=0.01, rtol=0)
+
+
+# -- The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_context", [True, False])
+def test_the_model_gives_the_maps_of_lpcam_and_the_logits_of_its_classifier(
+    lpcam: LPCAM, with_context: bool
+) -> None:
+    extractor = copy.copy(lpcam)
+    extractor.with_context = with_context
+    model = LPCAMModel.from_lpcam(extractor)
+    assert model.made_by["method"] == ("LPCAM" if with_context else "LPCAM-F")
+    classifier = lpcam.source_
+    for count, size in (*SIZES, (1, (17, 200))):
+        images = normalised(classifier, photographs(count, size))
+        with torch.no_grad():
+            logits, maps = model(images)
+            torch.testing.assert_close(logits, classifier(images))
+        assert maps.shape == (count, 3, *size)
+        assert maps.any()
+        torch.testing.assert_close(maps, extractor(images), atol=1e-5, rtol=0)
+
+
+def test_the_model_shares_nothing_with_the_classifier(lpcam: LPCAM) -> None:
+    model = LPCAMModel.from_lpcam(lpcam)
+    before = lpcam.source_.fingerprint()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert lpcam.source_.fingerprint() == before
+
+
+def test_maps_on_the_feature_grid(lpcam: LPCAM) -> None:
+    model = LPCAMModel.from_lpcam(lpcam, enlarge=False, normalize=None)
+    images = normalised(lpcam.source_, photographs(1, (64, 96)))
+    _, maps = model(images)
+    assert maps.shape == (1, 3, 4, 6)
+    features = lpcam.source_.features(images)
+    torch.testing.assert_close(maps, model.head.activation(features))
+
+
+def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: LPCAMModel) -> None:
+    images = normalised(lpcam.source_, photographs(1, (64, 96)))
+    torch.compiler.reset()
+    torch.testing.assert_close(
+        torch.compile(coarse(), backend="eager")(images), coarse()(images), atol=1e-6, rtol=1e-5
+    )
+    with torch.no_grad():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            automatic = model(images)
+        half = copy.deepcopy(model).bfloat16()(images.bfloat16())
+    for found in (automatic, half):
+        assert float((found[1].float() - expected[1]).abs().mean()) < 0.02
+
+
+def test_an_unfitted_or_changed_lpcam_is_refused(lpcam: LPCAM) -> None:
+    with pytest.raises(NotFittedError, match="no prototypes"):
+        LPCAMModel.from_lpcam(LPCAM(lpcam.source_, SETTINGS))
+    changed = copy.deepcopy(lpcam)
+    with torch.no_grad():
+        changed.source_.head.weight.add_(1)
+    with pytest.raises(PrototypeError, match="this LPCAM"):
+        LPCAMHead.from_lpcam(changed)
+
+
+# -- Models of others ----------------------------------------------------------------------------
+
+
+def zero_to_one(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+
+
+def foreign(name: str, **options: Any) -> tuple[nn.Module, WrappedModel, LPCAM]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=3).train()
+    wrapped = wrap(model, **options)
+    return model, wrapped, fitted(wrapped, zero_to_one)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("test_convnext", {}, (97, 131)),  # a layer norm after the pooling
+        ("test_vit", {"pool": "token"}, (96, 128)),  # its head reads the class token
+        ("test_vit2", {}, (96, 128)),  # tokens and their mean
+    ],
+)
+def test_models_of_others_keep_their_logits_and_their_state(
+    name: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    theirs, wrapped, lpcam = foreign(name, **options)
+    model = LPCAMModel.from_lpcam(lpcam)
+    assert theirs.training
+    assert not any(module._forward_hooks for module in theirs.modules())
+    images = zero_to_one(photographs(2, size))
+    for each in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            logits, maps = each(images)
+        torch.testing.assert_close(logits, wrapped.logits(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(maps, lpcam(images), atol=1e-5, rtol=0)
+
+
+def test_a_map_that_a_function_gives_is_refused() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=3)
+    by_function = wrap(model, target_layer=lambda images: 1 * model.forward_features(images))
+    with pytest.raises(ClassifierError, match="function"):
+        LPCAMModel.from_lpcam(fitted(by_function, zero_to_one))
+    by_method = fitted(wrap(model, target_layer=model.forward_features), zero_to_one)
+    images = zero_to_one(photographs(1, (64, 64)))
+    torch.testing.assert_close(
+        LPCAMModel.from_lpcam(by_method)(images)[1], by_method(images), atol=1e-5, rtol=0
+    )
+
+
+# -- Files ---------------------------------------------------------------------------------------
+
+KINDS = {"onnx": export_onnx, "torch-export": export_program}
+Run = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Exported:
+    path: Path
+    parity: ExportParity
+    kind: str
+
+    @cached_property
+    def loaded(self) -> Any:
+        if self.kind == "onnx":
+            onnxruntime = importlib.import_module("onnxruntime")
+            return onnxruntime.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        self.extra: dict[str, Any] = {"lpcam.json": ""}
+        return torch.export.load(self.path, extra_files=self.extra).module()
+
+    def run(self, images: Any) -> tuple[Tensor, Tensor]:
+        if self.kind == "onnx":
+            name = self.loaded.get_inputs()[0].name
+            return tuple(torch.from_numpy(each) for each in self.loaded.run(None, {name: images}))
+        found: tuple[Tensor, Tensor] = self.loaded(torch.from_numpy(images))
+        return found
+
+
+def needs(kind: str) -> None:
+    if kind == "onnx":
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(name)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(
+    request: pytest.FixtureRequest, lpcam: LPCAM, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    needs(request.param)
+    path = tmp_path_factory.mktemp("exported") / "new folder" / "boxes.pt2"
+    model = LPCAMModel.from_lpcam(lpcam).train()
+    parity = KINDS[request.param](model, path, made_by={"run": "boxes"})
+    assert model.training, "the model itself was changed"
+    return Exported(path, parity, request.param)
+
+
+def test_a_file_gives_the_maps_of_lpcam_at_other_sizes_and_batches(
+    exported: Exported, lpcam: LPCAM
+) -> None:
+    classifier = lpcam.source_
+    for count, size in SIZES:
+        images = photographs(count, size)
+        logits, maps = exported.run(images)
+        tensor = normalised(classifier, images)
+        assert logits.dtype == maps.dtype == torch.float32
+        torch.testing.assert_close(maps, lpcam(tensor), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, classifier(tensor).detach(), atol=1e-4, rtol=1e-4)
+    parity = exported.parity
+    assert parity.checked and parity.dynamic and len(set(parity.sizes)) == 2
+    assert parity.errors.keys() == {"logits", "maps"} and max(parity.errors.values()) <= 1e-4
+
+
+def metadata(exported: Exported) -> dict[str, Any]:
+    if exported.kind == "onnx":
+        model = importlib.import_module("onnx").load(exported.path)
+        assert model.doc_string.startswith("image: uint8 RGB (batch, height, width, 3). logits:")
+        return {e.key: json.loads(e.value) for e in model.metadata_props if e.key != "version"}
+    assert exported.loaded
+    described: dict[str, Any] = json.loads(exported.extra["lpcam.json"])
+    assert described["meaning"].startswith("image: uint8 RGB (batch, height, width, 3). logits:")
+    return described
+
+
+def test_a_file_says_what_it_is(exported: Exported, lpcam: LPCAM) -> None:
+    described = metadata(exported)
+    assert described["classes"] == list(COLOURS)
+    assert described["preprocessing"]["mean"] == list(lpcam.source_.preprocessing.mean)
+    assert described["sides"] == "any, from 32 pixels"
+    assert described["made_by"]["run"] == "boxes"
+    assert described["made_by"]["fingerprint"] == lpcam.source_.fingerprint()
+    assert described["made_by"]["settings"]["clusters"] == 2
+    assert "torch" in described["versions"]
+
+
+def test_nothing_of_this_machine_and_no_sample_is_in_a_file(exported: Exported) -> None:
+    content = exported.path.read_bytes()
+    for trace in ("site-packages", "test_head", str(Path.home()) + "/", "Traceback"):
+        assert trace.encode() not in content, trace
+    if exported.kind == "onnx":
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        pickled = [n for n in archive.namelist() if n.endswith((".pkl", ".pt", "_pkl"))]
+        assert not any(archive.getinfo(n).file_size for n in pickled)
+
+
+SCRIPT = """
+import sys
+sys.modules["lpcam"] = sys.modules["torch"] = None  # an import of either fails
+import numpy, onnxruntime, PIL.Image
+session = onnxruntime.InferenceSession(sys.argv[1])
+image = numpy.asarray(PIL.Image.open(sys.argv[2]).convert("RGB"))
+logits, maps = session.run(None, {"image": image[None]})
+best = int(logits[0].argmax())
+heat = PIL.Image.fromarray((255 * maps[0, best]).astype("uint8"))
+heat.save(sys.argv[3])
+print(best, heat.size)
+"""
+
+
+def test_onnx_shows_lpcam_with_nothing_of_ours_installed(
+    lpcam: LPCAM, exported: Exported, tmp_path: Path
+) -> None:
+    if exported.kind != "onnx":
+        pytest.skip("of ONNX alone")
+    image = photographs(1, (90, 70))
+    Image.fromarray(image[0]).save(tmp_path / "image.png")
+    command = [sys.executable, "-c", SCRIPT, exported.path, "image.png", "heat.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tensor = normalised(lpcam.source_, image)
+    best = int(lpcam.source_(tensor).argmax())
+    assert done.stdout.split(maxsplit=1) == [str(best), "(70, 90)\n"]
+    heat = np.asarray(Image.open(tmp_path / "heat.png"))
+    np.testing.assert_allclose(heat, 255 * lpcam(tensor)[0, best].numpy(), atol=1.01)
+
+
+def test_without_preprocessing_a_file_takes_normalised_images(tmp_path: Path) -> None:
+    theirs, _, lpcam = foreign("test_convnext")
+    model = LPCAMModel.from_lpcam(lpcam)
+    parity = export_program(model, tmp_path / "m.pt2")
+    assert parity.checked
+    images = photographs(1, (75, 90)).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    logits, maps = Exported(tmp_path / "m.pt2", parity, "torch-export").run(images)
+    torch.testing.assert_close(maps, lpcam(torch.from_numpy(images)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, theirs.eval()(torch.from_numpy(images)).detach())
+
+
+def test_a_model_of_one_size_gets_a_file_of_one_size(tmp_path: Path) -> None:
+    backbone = nn.Conv2d(1, 2, 4, 4)
+    model = LPCAMModel(backbone, small_head(), channels=1, fixed_size=(48, 64))
+    path = tmp_path / "m.pt2"
+    with pytest.raises(ArtefactError, match="48 x 64"):
+        export_program(model, path, size=(64, 64))
+    parity = export_program(model, path)
+    assert parity.sizes == ((48, 64),) and not parity.dynamic
+    images = np.random.default_rng(0).random((3, 1, 48, 64), np.float32)
+    _, maps = Exported(path, parity, "torch-export").run(images)
+    torch.testing.assert_close(maps, model(torch.from_numpy(images))[1].detach())
+    model = LPCAMModel(backbone, small_head(), channels=1, multiple=16)
+    with pytest.raises(ArtefactError, match="multiples of 16"):
+        export_program(model, path, size=(40, 48))
+    parity = export_program(model, path)
+    assert parity.sizes == ((112, 144), (128, 96))
+    one = Exported(path, parity, "torch-export")
+    assert one.loaded is not None
+    sides = json.loads(one.extra["lpcam.json"])["sides"]
+    assert sides == "multiples of 16, from 32 pixels"
+    model.save_pretrained(tmp_path / "card")
+    assert "Images are (B, 1, height" in (tmp_path / "card" / "README.md").read_text("utf-8")
+
+
+def refuse(path: Path, message: str, export: Any, model: LPCAMModel, **options: Any) -> None:
+    """An earlier file stays, alone."""
+    path.write_bytes(b"earlier")
+    with pytest.raises(ArtefactError, match=message):
+        export(model, path, **options)
+    assert [p.read_bytes() for p in path.parent.iterdir()] == [b"earlier"]
+
+
+class Coarse(nn.Module):
+    """Features at stride 4."""
+
+    def __init__(self, factor: Callable[[Tensor], Any] = lambda images: 1.0) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 2, 4, 4)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters(), start=3):
+                generator = torch.Generator().manual_seed(number)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.convolution(images) * self.factor(images)
+        return found
+
+
+def coarse(factor: Callable[[Tensor], Any] = lambda images: 1.0) -> LPCAMModel:
+    return LPCAMModel(Coarse(factor), small_head())
+
+
+def patch_loaded(monkeypatch: pytest.MonkeyPatch, run: Callable[[Tensor], Any]) -> None:
+    """Let exported files give other outputs when they are read back."""
+    loaded = SimpleNamespace(module=lambda: run)
+    monkeypatch.setattr(torch.export, "load", lambda file: loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda maps: maps + 3e-4, r"97 x 131 .* maps by 0.0002\d"),
+        (lambda maps: maps / 0.0, "differs"),
+        (lambda maps: maps[..., 1:], r"\(1, 2, 97, 130\)"),
+        (lambda maps: maps.no_such_method(), "no_such_method"),
+    ],
+)
+def test_a_file_with_other_maps_or_nan_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Any], message: str
+) -> None:
+    model = coarse()
+
+    def changed(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = model(images)
+        return logits, change(maps)
+
+    patch_loaded(monkeypatch, changed)
+    refuse(tmp_path / "m.pt2", message, export_program, model)
+
+
+def test_rounding_of_a_map_that_is_hardly_above_zero_is_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided by its maximum of 1e-5, a cosine's rounding error of 1e-7 is one of 1e-2."""
+    vectors = torch.tensor([[1e-5, 0.0], [0.0, 1.0]])
+    model = LPCAMModel(Coarse(), LPCAMHead(torch.eye(2), vectors))
+
+    def loaded(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, maps = model(images)
+        return logits, maps * torch.tensor([0.99, 1.0])[:, None, None]
+
+    patch_loaded(monkeypatch, loaded)
+    assert export_program(model, tmp_path / "m.pt2").checked
+
+
+def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    def of_the_image(images: Tensor) -> float:
+        return 1.0 if float(images.sum()) > 0 else -1.0
+
+    refuse(
+        tmp_path / "m.pt2",
+        "cannot be exported",
+        export_program,
+        coarse(of_the_image),
+    )
+
+
+def test_weights_that_torch_would_pickle_are_refused(tmp_path: Path) -> None:
+    for name, content in (
+        ("a/model_weights_config.json", json.dumps({"config": {"w": {"use_pickle": True}}})),
+        ("a/sample_inputs/model.pt", "pickled"),
+    ):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a/empty.pt", "")
+            archive.writestr(name, content)
+        with pytest.raises(ArtefactError, match=name):
+            _refuse_pickles(file.getvalue(), tmp_path)
+
+
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    refuse(path, "opset 11", export_onnx, coarse(), opset=11)
+    for export in KINDS.values():
+        refuse(path, "31 x 64", export, coarse(), size=(31, 64))
+    refuse(path, "made_by", export_program, coarse(), made_by={"a": object()})
+
+
+# -- Folders -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model: LPCAMModel, tmp_path: Path) -> Path:
+    folder = tmp_path / "boxes"
+    model.save_pretrained(folder, licence="cc0-1.0", training_data="Six blobs.", name="me/boxes")
+    return folder
+
+
+def test_a_folder_gives_the_model_back(saved: Path, model: LPCAMModel) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    found = LPCAMModel.from_pretrained(saved)
+    images = torch.randn(1, 3, 70, 90, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(found(images), model(images), strict=True):
+        assert torch.equal(one, other)
+    assert found.classes == tuple(COLOURS) and found.preprocessing == model.preprocessing
+    assert found.made_by == json.loads(json.dumps(model.made_by))
+    found.save_pretrained(saved.parent / "again", name="me/boxes")
+    for name in ("config.json", "model.safetensors"):
+        assert (saved.parent / "again" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_the_card_says_what_it_is(saved: Path) -> None:
+    _, header, text = (saved / "README.md").read_text("utf-8").split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "cc0-1.0"
+    assert yaml.safe_load(header)["library_name"] == "lpcam"
+    for part in ("# me/boxes", "- `blue`\n- `green`", "Six blobs.", "cc0-1.0", '"clusters": 2'):
+        assert part in text, part
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    compile(code, "card", "exec")
+
+
+def test_a_half_precision_model_and_a_bias_come_back(lpcam: LPCAM, tmp_path: Path) -> None:
+    classifier = copy.deepcopy(lpcam.source_)
+    classifier.head.bias = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    model = LPCAMModel.from_lpcam(
+        fitted(classifier, lambda images: normalised(classifier, images)), normalize=None
+    )
+    assert model.head.bias is not None
+    backbone = copy.deepcopy(model.backbone)
+    model.half().save_pretrained(tmp_path)
+    found = LPCAMModel.from_pretrained(tmp_path, backbone=backbone)
+    assert found.head.normalize is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+
+
+def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
+    _, _, lpcam = foreign("test_convnext")
+    model = LPCAMModel.from_lpcam(lpcam, preprocessing=Preprocessing((0.5,) * 3, (0.25,) * 3))
+    model.save_pretrained(tmp_path)
+    assert "backbone=your_backbone" in (tmp_path / "README.md").read_text("utf-8")
+    with pytest.raises(ClassifierError, match="backbone=module"):
+        LPCAMModel.from_pretrained(tmp_path)
+    images = zero_to_one(photographs(1, (64, 64)))
+    new = timm.create_model("test_convnext", num_classes=3)
+    before = copy.deepcopy(new.state_dict())
+    for given in (new, wrap(new)):
+        found = LPCAMModel.from_pretrained(tmp_path, backbone=given)
+        assert torch.equal(found(images)[1], model(images)[1])
+        assert found.preprocessing == model.preprocessing
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+    elsewhere = wrap(new, target_layer="stages.0", classes=model.classes)
+    with pytest.raises(ArtefactError, match=r"stages\.0"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=elsewhere)
+    other = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(ArtefactError, match="does not fit"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=other)
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_that_reads_a_class_token_comes_back(tmp_path: Path, device: str) -> None:
+    model = LPCAMModel.from_lpcam(foreign("test_vit", pool="token")[2])
+    model.save_pretrained(tmp_path)
+    images = zero_to_one(photographs(2, (96, 128))).to(device)
+    new = timm.create_model("test_vit", num_classes=3).to(device)
+    for given in (new, wrap(new, pool="token"), copy.deepcopy(model.backbone).to(device)):
+        found = LPCAMModel.from_pretrained(tmp_path, backbone=given)
+        assert {tensor.device.type for tensor in found.state_dict().values()} == {device}
+        with torch.no_grad():
+            for one, other in zip(found(images), model.to(device)(images), strict=True):
+                assert torch.equal(one, other)
+    on_the_mean = wrap(new, classes=["a", "b", "c"])
+    with pytest.raises(ArtefactError, match="token 0 read"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=on_the_mean)
+    with pytest.raises(ClassifierError, match="does not read a class token"):
+        LPCAMModel.from_pretrained(tmp_path, backbone=timm.create_model("test_vit2", num_classes=3))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])  # a token; a norm before the head
+@pytest.mark.parametrize("own", [3, 7])  # as many classes as the new head has, or others
+def test_a_new_head_comes_back(tmp_path: Path, name: str, own: int) -> None:
+    first = timm.create_model(name, num_classes=own)
+    source: Any = first
+    if own == 3:
+        weight = torch.randn(3, first.num_features, generator=torch.Generator().manual_seed(0))
+        found = wrap(first, pool="token" if name == "test_vit" else None)
+        source = found.with_head(weight, torch.tensor([1.0, 2.0, 3.0]))
+    lpcam = fitted(source, zero_to_one, **({"classes": ["a", "b", "c"]} if own == 7 else {}))
+    model = LPCAMModel.from_lpcam(lpcam)
+    model.half().save_pretrained(tmp_path)
+    new = timm.create_model(name, num_classes=own).double()
+    loaded = LPCAMModel.from_pretrained(tmp_path, backbone=new)
+    images = zero_to_one(photographs(2, (96, 128))).half()
+    with torch.no_grad():
+        for one, other in zip(loaded(images), model(images), strict=True):
+            assert one.dtype == torch.float16
+            assert torch.equal(one, other)
+    torch.testing.assert_close(
+        model(images)[0].float(), lpcam.source_.logits(images.float()), atol=0.05, rtol=0.02
+    )
+
+
+def change(saved: Path, **values: Any) -> None:
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (saved / "config.json").write_text(json.dumps({**config, **values}), "utf-8")
+
+
+@pytest.mark.parametrize("part", ["backbone.classifier.backbone.conv1.0.weight", "head.vectors"])
+def test_other_weights_or_prototypes_are_refused(saved: Path, part: str) -> None:
+    state, description = read_tensors(saved / "model.safetensors")
+    part = next(name for name in state if name.startswith(part))
+    state[part] = state[part] + 1e-3
+    write_tensors(saved / "model.safetensors", state, description)
+    what = part.split(".")[0]
+    with pytest.raises(ArtefactError, match=what):
+        LPCAMModel.from_pretrained(saved)
+
+
+def test_damaged_folders_are_refused(saved: Path) -> None:
+    change(saved, format=2)
+    with pytest.raises(ArtefactError, match="format 2"):
+        LPCAMModel.from_pretrained(saved)
+    change(saved, format=1, classes=["one"])
+    with pytest.raises(ArtefactError, match="does not fit"):
+        LPCAMModel.from_pretrained(saved)
+    change(saved, kind="bert")
+    with pytest.raises(ArtefactError, match="no configuration"):
+        LPCAMModel.from_pretrained(saved)
+    (saved / "config.json").unlink()
+    with pytest.raises(ArtefactError, match="cannot read"):
+        LPCAMModel.from_pretrained(saved)
+
+
+def test_a_model_of_the_hub_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str, *, revision: str | None) -> str:
+        asked.append((repository, name, revision))
+        if repository == "me/nothing":
+            raise OSError("404")
+        return str(saved / name)
+
+    monkeypatch.setattr(head, "hf_hub_download", download)
+    found = LPCAMModel.from_pretrained("me/boxes", revision="v1")
+    assert found.classes == tuple(COLOURS)
+    assert asked == [("me/boxes", n, "v1") for n in ("config.json", "model.safetensors")]
+    with pytest.raises(ArtefactError, match="404"):
+        LPCAMModel.from_pretrained("me/nothing")
+    with pytest.raises(ArtefactError, match="boxes"):
+        LPCAMModel.from_pretrained("./boxes")
+
+
+# -- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_its_model(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    model = LPCAMModel.from_run(run)
+    explainer = Explainer.from_run(run, device="cpu")
+    explainer.settings = explainer.settings.model_copy(update={"scales": (1.0,), "flip": False})
+    image = photographs(1, (64, 80))[0]
+    assert model.preprocessing is not None
+    with torch.no_grad():
+        _, maps = model(model.preprocessing(image)[None])
+    expected = explainer(image, labels=list(model.classes)).lpcam
+    np.testing.assert_allclose(maps[0], expected, atol=1e-4)
+    assert model.made_by["run"] == "tiny"
+    model.save_pretrained(tmp_path / "saved")
+    assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
+    with pytest.raises(ArtefactError, match="is not a run folder"):
+        LPCAMModel.from_run(tmp_path)

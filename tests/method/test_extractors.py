@@ -1,0 +1,579 @@
+"""CAM and LPCAM from an image and a classifier."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lpcam import CAM, LPCAM
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.features import image_pyramid, tensor_pyramid
+from lpcam.classifiers.probe import ProbeSettings, fit_head
+from lpcam.classifiers.wrapped import WrappedModel
+from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.functional import class_activation, normalize
+from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import (
+    ArtefactError,
+    ClassifierError,
+    DataError,
+    NotFittedError,
+    PrototypeError,
+)
+
+SETTINGS = LpcamSettings.from_preset(
+    "voc12.official", clusters=2, scales=[1.0, 0.5], mu_f=0.5, tau=0.3
+)
+
+
+class Patches(nn.Module):
+    """Mean RGB and its square of each 16-pixel patch: a backbone whose features are known."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = nn.functional.avg_pool2d(images, 16, ceil_mode=True, count_include_pad=False)
+        return torch.cat([pooled, pooled.square()], dim=1)
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    """Two classes, red and green, on raw RGB."""
+    found = Classifier(Patches(), ("red", "green"), Preprocessing((0.0,) * 3, (1.0,) * 3))
+    with torch.no_grad():
+        found.head.weight.copy_(
+            torch.tensor([[9.0, -9.0, -9.0, 0, 0, 0], [-9.0, 9.0, -9.0, 0, 0, 0]])
+        )
+    return found
+
+
+def picture(colour: tuple[float, float, float], size: tuple[int, int] = (64, 96)) -> Tensor:
+    """A coloured square on a blue ground, (3, H, W)."""
+    image = torch.zeros(3, *size)
+    image[2] = 0.6
+    image[:, 16:48, 16:64] = torch.tensor(colour)[:, None, None]
+    return image
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    return images, torch.eye(2)
+
+
+def test_cam_lights_the_square(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    maps = CAM(classifier, SETTINGS)(images, labels)
+    assert maps.shape == (2, 2, 64, 96)
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] < 0.1
+    assert not maps[0, 1].any()  # an absent class has a zero map
+    assert CAM(classifier, SETTINGS)(images).shape == (2, 2, 64, 96)
+
+
+def test_lpcam_fit_and_call(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    maps = lpcam(images, labels)
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] == 0  # the blue ground is context and is subtracted
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    without = LPCAM(classifier, SETTINGS, with_context=False).fit([batch])(images, labels)
+    assert without[0, 0, 60, 90] > 0.05  # LPCAM-F has no context to subtract
+
+
+def test_batch_equals_single(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit(
+        [(images[i : i + 1], labels[i : i + 1]) for i in (0, 1)]
+    )
+    together = lpcam(images, labels)
+    whole = LPCAM(classifier, SETTINGS).fit([batch])
+    torch.testing.assert_close(whole.prototypes_.vectors(), lpcam.prototypes_.vectors())
+    for row in (0, 1):
+        single = lpcam(images[row : row + 1], labels[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], single)
+
+
+def test_mirrored_image_gives_mirrored_map(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    for extractor in (CAM(classifier, SETTINGS), LPCAM(classifier, SETTINGS).fit([batch])):
+        forth = extractor(images, labels)
+        back = extractor(images.flip(-1), labels).flip(-1)
+        torch.testing.assert_close(forth, back, atol=1e-5, rtol=0)
+
+
+def test_one_scale_without_flip_is_the_equation(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, _ = batch
+    settings = SETTINGS.model_copy(update={"scales": (1.0,), "flip": False, "cam_epsilon": 0.0})
+    found = CAM(classifier, settings)(images)
+    plain = class_activation(classifier.features(images), classifier.weight).relu()
+    plain = nn.functional.interpolate(plain, size=(64, 96), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(found, normalize(plain))
+
+
+def test_both_pyramids_agree(classifier: Classifier) -> None:
+    """PIL's bicubic on uint8 and the antialiased one on tensors, but for PIL's rounding."""
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    tensor = classifier.preprocessing(image)[None]
+    for by_pil, by_tensor in zip(
+        image_pyramid(classifier, image[None], (1.0, 0.5, 1.5), flip=True),
+        tensor_pyramid(classifier, tensor, (1.0, 0.5, 1.5), flip=True),
+        strict=True,
+    ):
+        for one, other in zip(by_pil, by_tensor, strict=True):
+            assert one is not None
+            assert other is not None
+            torch.testing.assert_close(one, other, atol=0.01, rtol=0)
+
+
+def test_maps_of_some_classes_equal_those_of_all(classifier: Classifier) -> None:
+    image = (picture((0.9, 0.2, 0.1)) * 255).byte().permute(1, 2, 0).numpy()
+    pairs = list(image_pyramid(classifier, image[None], (1.0, 0.5), flip=True))
+    every = cam_maps(pairs, classifier.weight, (64, 96), epsilon=1e-5)
+    some = cam_maps(pairs, classifier.weight[1:], (64, 96), epsilon=1e-5)
+    assert every.cam.shape == (1, 2, 16, 24)
+    torch.testing.assert_close(every.cam[:, 1:], some.cam)
+    vectors = torch.rand(2, 6)
+    every, some = (lpcam_maps(pairs, v, (64, 96)) for v in (vectors, vectors[:1]))
+    torch.testing.assert_close(every.high_res[:, :1], some.high_res)
+
+
+def test_odd_tiny_and_large_images(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    for size in ((1, 1), (17, 33), (15, 200)):
+        maps = lpcam(torch.rand(1, 3, *size))
+        assert maps.shape == (1, 2, *size)
+        assert bool(torch.isfinite(maps).all())
+
+
+def test_collect_uses_nearest_on_the_high_resolution_map() -> None:
+    """500 pixels to 32 cells pick 0, 15, 31, 46, ...: the floor of i * 500 / 32."""
+    cam = torch.zeros(1, 500, 1)
+    picked = [i * 500 // 32 for i in range(32)]
+    assert picked[:4] == [0, 15, 31, 46]
+    cam[0, picked[3]] = 1.0
+    features = torch.arange(32.0)[None, :, None] + 1
+    reservoir = Reservoir(None, 0)
+    collect(reservoir, features, [0], cam, SETTINGS, "image")
+    found = reservoir.features(0, "foreground")
+    assert found is not None
+    assert found.tolist() == [[4.0]]
+    assert reservoir.seen == {(0, "foreground"): 1, (0, "context"): 31}
+
+
+def test_collect_drops_equality_when_strict() -> None:
+    cam = torch.tensor([[[0.3, 0.2, 0.4]]])
+    features = torch.tensor([[[1.0, 2.0, 3.0]]])
+    for inclusive, counts in ((False, (1, 1)), (True, (2, 1))):
+        settings = SETTINGS.model_copy(
+            update={"tau": cam[0, 0, 0].item(), "tau_inclusive": inclusive}
+        )
+        reservoir = Reservoir(None, 0)
+        collect(reservoir, features, [0], cam, settings, "image")
+        assert tuple(reservoir.seen.values()) == counts
+
+
+def test_collect_serves_only_the_classes_that_were_drawn() -> None:
+    cam = torch.ones(2, 1, 3)
+    reservoir = Reservoir(None, 0)
+    collect(reservoir, torch.ones(1, 1, 3), [0, 4], cam, SETTINGS, "image", {4: 2})
+    assert reservoir.seen == {(4, "foreground"): 6, (4, "context"): 0}
+    collect(reservoir, torch.ones(1, 1, 3), [], torch.zeros(0, 1, 3), SETTINGS, "image")
+
+
+def test_save_and_load(
+    tmp_path: Path, classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS, random_state=4).fit([batch])
+    lpcam.save(tmp_path / "p.safetensors")
+    again = LPCAM(classifier, SETTINGS).load(tmp_path / "p.safetensors")
+    assert torch.equal(lpcam(images, labels), again(images, labels))
+    assert again.prototypes_.made_by["random_state"] == 4
+    with torch.no_grad():
+        classifier.head.weight.add_(1.0)
+    with pytest.raises(PrototypeError, match="but this classifier is"):
+        LPCAM(classifier, SETTINGS).load(tmp_path / "p.safetensors")
+
+
+def test_not_fitted(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    for call in (lambda: lpcam(torch.rand(1, 3, 32, 32)), lambda: lpcam.save("p.safetensors")):
+        with pytest.raises(NotFittedError):
+            call()
+
+
+def test_maps_of_an_image_to_draw(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    image = batch[0][0]
+    shown = (image.repeat_interleave(2, 1).repeat_interleave(2, 2) * 255).byte()
+    picture = shown.permute(1, 2, 0).numpy()
+    found = lpcam.image_maps(image, picture, ["green", "red"], scoring="softmax", name="square")
+    assert (found.classes, found.mask_ids) == (("green", "red"), (2, 1))
+    assert sum(found.scores) == pytest.approx(1)
+    expected = lpcam(image[None])[0].numpy()[[1, 0]]
+    np.testing.assert_array_equal(found.lpcam, expected)
+    np.testing.assert_array_equal(found.cam, CAM(classifier, SETTINGS)(image[None])[0][[1, 0]])
+    assert found.mask(classes=["red"])[64, 80] == 1
+    assert found.save(tmp_path)["kind"] == "lpcam explain"
+    (best,) = lpcam.image_maps(image, picture).classes
+    assert best == "red"
+    with pytest.raises(DataError, match="blue"):
+        lpcam.image_maps(image, picture, ["blue"])
+
+
+def test_nan_in_an_image_is_named(classifier: Classifier) -> None:
+    with pytest.raises(PrototypeError, match="NaN or Inf features"):
+        CAM(classifier, SETTINGS)(torch.full((1, 3, 32, 32), float("nan")))
+
+
+# -- Batches and precision ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_pyramid_of_a_batch_is_that_of_each_image(classifier: Classifier, *, flip: bool) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
+    together = list(image_pyramid(classifier, images, (1.0, 0.5, 1.5), flip=flip))
+    for row in range(3):
+        alone = image_pyramid(classifier, images[row : row + 1], (1.0, 0.5, 1.5), flip=flip)
+        for batch, single in zip(together, alone, strict=True):
+            assert batch.features.shape[0] == 3
+            torch.testing.assert_close(batch.features[row : row + 1], single.features)
+            assert (batch.mirrored is not None) == (single.mirrored is not None) == flip
+            if batch.mirrored is not None and single.mirrored is not None:
+                torch.testing.assert_close(batch.mirrored[row : row + 1], single.mirrored)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_precision_of_a_pyramid(precision: torch.dtype, bound: float) -> None:
+    real = build(BackboneSpec("test_resnet", {"zero_init_last": False}), ("a",), weights="random")
+    images = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        whole = list(image_pyramid(real, images, (1.0, 0.5), flip=True))
+        fast = list(image_pyramid(real, images, (1.0, 0.5), flip=True, precision=precision))
+    for expected, found in zip(whole, fast, strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert one is not None
+            assert other is not None
+            assert other.dtype == torch.float32
+            assert not torch.equal(one, other)
+            assert (one - other).norm() < bound * one.norm()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+# -- Data in parts ------------------------------------------------------------------------------
+
+
+def parts() -> list[tuple[Tensor, Tensor]]:
+    """Three batches of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for count in (2, 1, 3):
+        shades = 0.8 + 0.2 * torch.rand(count, generator=generator)
+        labels = torch.eye(2)[torch.arange(count) % 2]
+        images = [
+            picture((s, 0.1, 0.1) if label[0] else (0.1, s, 0.1))
+            for s, label in zip(shades.tolist(), labels, strict=True)
+        ]
+        found.append((torch.stack(images), labels))
+    return found
+
+
+@pytest.mark.parametrize("max_features", [None, 20])
+def test_parts_give_the_bytes_of_one_fit(
+    classifier: Classifier, tmp_path: Path, max_features: int | None
+) -> None:
+    settings = SETTINGS.model_copy(update={"max_features": max_features})
+    whole = LPCAM(classifier, settings, random_state=2).fit(parts())
+    piecewise = LPCAM(classifier, settings, random_state=2)
+    for images, labels in parts():
+        assert piecewise.partial_fit(images, labels) is piecewise
+    for name, lpcam in (("whole", whole), ("parts", piecewise)):
+        lpcam.save(tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    assert piecewise.prototypes_.made_by["images"] == 6
+
+
+def test_clustering_waits_until_it_is_needed(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    first, second, _ = parts()
+    lpcam.partial_fit(*first).partial_fit(*second)
+    before = lpcam.prototypes_
+    assert before.made_by["images"] == 3
+    lpcam(first[0])
+    assert lpcam.prototypes_ is before
+    lpcam.partial_fit(*second)  # makes the prototypes out of date
+    assert lpcam.prototypes_.made_by["images"] == 4
+
+
+def test_fit_starts_anew(classifier: Classifier) -> None:
+    first, second, third = parts()
+    lpcam = LPCAM(classifier, SETTINGS).partial_fit(*first).fit([third])
+    lpcam.fit([second, third])
+    expected = LPCAM(classifier, SETTINGS).fit([second, third]).prototypes_
+    assert lpcam.prototypes_.made_by == expected.made_by
+    for side in ("foreground", "context"):
+        found, wanted = getattr(lpcam.prototypes_, side), getattr(expected, side)
+        for name in ("centers", "scores", "sizes", "keep"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
+def test_load_forgets_what_was_collected(classifier: Classifier, tmp_path: Path) -> None:
+    first, second, third = parts()
+    path = tmp_path / "p.safetensors"
+    saved = LPCAM(classifier, SETTINGS).fit([first])
+    saved.save(path)
+    lpcam = LPCAM(classifier, SETTINGS).partial_fit(*third).load(path)
+    assert torch.equal(lpcam.prototypes_.vectors(), saved.prototypes_.vectors())
+    lpcam.partial_fit(*second)
+    assert lpcam.prototypes_.made_by["images"] == 1
+    lpcam.partial_fit(*third)
+    with pytest.raises(ArtefactError, match=r"none\.safetensors"):
+        lpcam.load(tmp_path / "none.safetensors")
+    assert lpcam.prototypes_.made_by["images"] == 4  # a load that failed changes nothing
+
+
+def test_a_part_that_does_not_fit_changes_nothing(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    first, *_ = parts()
+    lpcam.partial_fit(*first)
+    before = lpcam.prototypes_
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        lpcam.partial_fit(first[0], torch.ones(2, 3))
+    assert lpcam.prototypes_ is before
+
+
+# -- Any model: heads that are fitted, habits of scikit-learn -------------------------------------
+
+
+def colours(count: int = 12) -> list[tuple[Tensor, Tensor]]:
+    """Batches of red and green squares with their class indices."""
+    generator = torch.Generator().manual_seed(0)
+    shades = (0.6 + 0.4 * torch.rand(count, generator=generator)).tolist()
+    images = [
+        picture((0.1, s, 0.1) if index % 2 else (s, 0.1, 0.1)) for index, s in enumerate(shades)
+    ]
+    labels = torch.arange(count) % 2
+    return [(torch.stack(images[i : i + 5]), labels[i : i + 5]) for i in range(0, count, 5)]
+
+
+def test_a_backbone_gets_a_head_first() -> None:
+    loader = colours()
+    lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(loader)
+    assert isinstance(lpcam.source_, WrappedModel)
+    assert lpcam.source_.new_head
+    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    assert lpcam.source_.logits(images).argmax(1).tolist() == [0, 1]
+    maps = lpcam(images, torch.tensor([0, 1]))
+    assert maps[0, 0, 32, 40] > 0.9
+    assert maps[0, 0, 60, 90] < 0.1
+    assert not maps[0, 1].any()
+    # the head is that of the linear probe: on the mean of the map, each image and its mirror
+    pooled = torch.cat([Patches()(batch).mean((-2, -1)) for batch, _ in loader])
+    mirrored = torch.cat([Patches()(batch.flip(-1)).mean((-2, -1)) for batch, _ in loader])
+    multi_hot = torch.eye(2)[torch.cat([labels for _, labels in loader])]
+    expected = fit_head(
+        torch.stack([pooled, mirrored], dim=1),
+        multi_hot,
+        ProbeSettings.from_preset("default"),
+        ("red", "green"),
+    )
+    torch.testing.assert_close(lpcam.source_.weight, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_new_head_is_saved_with_its_prototypes(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(colours())
+    lpcam.save(path)
+    again = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).load(path)
+    images = colours()[0][0]
+    assert torch.equal(again(images), lpcam(images))
+    assert torch.equal(again.source_.weight, lpcam.source_.weight)
+    with pytest.raises(PrototypeError, match="but this classifier is"):
+        LPCAM(Patches(), SETTINGS, classes=["green", "red"]).load(path)
+    with pytest.raises(PrototypeError, match="2 classes, but 3 names"):
+        LPCAM(Patches(), SETTINGS, classes=["red", "green", "blue"]).load(path)
+
+
+def test_a_new_head_needs_two_passes_and_every_class() -> None:
+    names = ["red", "green"]
+    with pytest.raises(ClassifierError, match="iterator"):
+        LPCAM(Patches(), SETTINGS, classes=names).fit(iter(colours()))
+    with pytest.raises(ClassifierError, match="blue"):
+        LPCAM(Patches(), SETTINGS, classes=[*names, "blue"]).fit(colours())
+    with pytest.raises(ClassifierError, match="red, green"):
+        LPCAM(Patches(), SETTINGS, classes=names).partial_fit(*colours()[0])
+    with pytest.raises(PrototypeError, match="no image"):
+        LPCAM(Patches(), SETTINGS, classes=names).fit([])
+
+
+def test_a_new_head_under_inference_mode() -> None:
+    with torch.inference_mode():
+        lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(colours())
+    assert not lpcam.source_.weight.is_inference()
+
+
+def test_class_indices_are_labels_too(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    by_hot = LPCAM(classifier, SETTINGS).fit([batch])
+    by_index = LPCAM(classifier, SETTINGS).fit([(images, torch.tensor([0, 1]))])
+    assert torch.equal(by_hot.prototypes_.vectors(), by_index.prototypes_.vectors())
+    assert torch.equal(by_hot(images, labels), by_hot(images, torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="from 0 to 1, got 0 to 2"):
+        by_hot(images, torch.tensor([0, 2]))
+    for wrong in (torch.tensor([0.0, 1.0]), torch.ones(2, 3), torch.ones(1, 2)):
+        with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
+            by_hot(images, wrong)
+
+
+def test_maps_serve_in_a_loss(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    for maps in (CAM(classifier, SETTINGS)(images), lpcam(images, labels)):
+        prediction = torch.ones_like(maps, requires_grad=True)
+        (prediction * maps).sum().backward()
+        assert prediction.grad is not None
+        assert torch.equal(prediction.grad, maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_classifier_in_half_precision(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    images, labels = batch
+    expected = CAM(classifier, SETTINGS)(images)
+    assert (CAM(classifier, SETTINGS)(images.to(dtype)) - expected).abs().mean() < 1e-2
+    classifier.to(dtype)
+    assert (CAM(classifier, SETTINGS)(images) - expected).abs().mean() < 1e-2
+    maps = LPCAM(classifier, SETTINGS).fit([batch])(images, labels)
+    assert maps.dtype == torch.float32
+
+
+def test_labels_of_minus_one_are_absent(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = batch
+    fitted = LPCAM(classifier, SETTINGS).fit([batch])
+    signed = LPCAM(classifier, SETTINGS).fit([(images, labels * 2 - 1)])
+    assert torch.equal(fitted.prototypes_.vectors(), signed.prototypes_.vectors())
+    heads = [
+        LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit([(images, given)]).source_.weight
+        for given in (labels, labels * 2 - 1)
+    ]
+    assert torch.equal(*heads)
+
+
+def test_parts_in_and_out_of_inference_mode(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    settings = SETTINGS.model_copy(update={"max_features": 3})
+    lpcam = LPCAM(classifier, settings)
+    with torch.inference_mode():
+        lpcam.partial_fit(*batch)
+    for _ in range(6):  # of a full sample rows are replaced in their place
+        lpcam.partial_fit(*batch)
+    plain = LPCAM(classifier, settings)
+    for _ in range(7):
+        plain.partial_fit(*batch)
+    assert torch.equal(lpcam.prototypes_.vectors(), plain.prototypes_.vectors())
+
+
+def test_a_fit_that_fails_leaves_nothing(
+    classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    def broken() -> Iterator[tuple[Tensor, Tensor]]:
+        yield batch
+        raise OSError("the disk is gone")
+
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    with pytest.raises(OSError, match="the disk is gone"):
+        lpcam.fit(broken())
+    with pytest.raises(NotFittedError):
+        lpcam.prototypes_.vectors()
+    lpcam.partial_fit(*batch)
+    assert lpcam.prototypes_.made_by["images"] == 2
+
+
+def test_fit_and_fit_maps_draw_the_same_order(classifier: Classifier) -> None:
+    images = torch.cat([images for images, _ in colours()])
+    hot = torch.eye(2)[torch.cat([labels for _, labels in colours()])]
+    found = []
+    for fit in (LPCAM.fit, LPCAM.fit_maps):
+        torch.manual_seed(0)
+        loader = DataLoader(TensorDataset(images, hot), batch_size=4, shuffle=True)
+        lpcam = LPCAM(classifier, SETTINGS.model_copy(update={"max_features": 20}))
+        fit(lpcam, loader)  # type: ignore[operator]
+        found.append(lpcam.prototypes_.vectors())
+    assert torch.equal(*found)
+
+
+def test_fit_maps(classifier: Classifier) -> None:
+    lpcam = LPCAM(classifier, SETTINGS)
+    loader = colours()
+    found = lpcam.fit_maps(loader)
+    assert lpcam.prototypes_.made_by["images"] == 12  # fitted before the first map is asked for
+    batches = list(found)
+    assert len(batches) == len(loader)
+    for (images, labels, maps), (wanted, _) in zip(batches, loader, strict=True):
+        assert torch.equal(images, wanted)
+        assert torch.equal(maps, lpcam(images, labels))
+    with pytest.raises(ClassifierError, match="iterator"):
+        lpcam.fit_maps(iter(loader))
+
+
+def test_parameters_are_those_of_the_constructor(classifier: Classifier) -> None:
+    for kind in (CAM, LPCAM):
+        names = list(inspect.signature(kind).parameters)
+        extractor = kind(classifier, "small", classes=None)
+        assert list(extractor.get_params()) == names
+        assert extractor.get_params()["settings"] == "small"
+        assert kind(**extractor.get_params()).get_params() == extractor.get_params()
+        with pytest.raises(ValueError, match="'clusters'"):
+            extractor.set_params(clusters=3)
+
+
+def test_set_params(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    assert lpcam.set_params(with_context=False) is lpcam
+    without = LPCAM(classifier, SETTINGS, with_context=False).fit([batch])
+    assert torch.equal(lpcam(images, labels), without(images, labels))
+    one = SETTINGS.model_copy(update={"scales": (1.0,)})
+    assert lpcam.set_params(settings=one).settings_.scales == (1.0,)
+    assert not torch.equal(lpcam(images, labels), without(images, labels))
+    lpcam.set_params(model=Patches(), classes=["red", "green"])
+    with pytest.raises(NotFittedError, match="no prototypes"):
+        lpcam(images)
+
+
+def test_clones(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    base = pytest.importorskip("sklearn.base")
+    lpcam = LPCAM(classifier, SETTINGS, random_state=3).fit([batch])
+    twin = base.clone(lpcam)
+    assert isinstance(twin, LPCAM)
+    assert twin.random_state == 3
+    with pytest.raises(NotFittedError):
+        twin.prototypes_  # noqa: B018
+    assert torch.equal(twin.fit([batch])(batch[0]), lpcam(batch[0]))
+
+
+def test_a_classifier_has_its_own_head(classifier: Classifier) -> None:
+    with pytest.raises(ClassifierError, match="classes, pool"):
+        CAM(classifier, SETTINGS, classes=["a"], pool="mean")(torch.rand(1, 3, 32, 32))
+
+
+def test_the_default_preset(classifier: Classifier) -> None:
+    assert CAM(classifier).settings_ == LpcamSettings.from_preset("voc12.official")

@@ -1,0 +1,391 @@
+"""The reservoir, the making of prototypes, and prototypes on disk."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lpcam.method.clustering import Clusters
+from lpcam.method.functional import foreground_minus_context, unit_mean
+from lpcam.method.prototypes import CLUSTERINGS, Centers, Prototypes, make_prototypes
+from lpcam.method.reservoir import Reservoir, draw_images
+from lpcam.method.settings import LpcamSettings
+from lpcam.runtime.errors import ArtefactError, PrototypeError
+from lpcam.runtime.files import write_tensors
+
+SETTINGS = LpcamSettings.from_preset("voc12.official", clusters=3)
+
+
+def rows(count: int, channels: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, channels, generator=torch.Generator().manual_seed(seed))
+
+
+# -- the reservoir -------------------------------------------------------------------------------
+
+
+def fill(reservoir: Reservoir, images: list[int], place: tuple[int, str] = (0, "context")) -> None:
+    index, side = place
+    for image in images:
+        values = torch.full((7, 2), float(image)) + torch.arange(7)[:, None] / 10
+        reservoir.add(index, side, values, f"image {image}")  # type: ignore[arg-type]
+
+
+def test_reservoir_keeps_all_without_a_bound() -> None:
+    reservoir = Reservoir(None, 0, torch.float32)
+    fill(reservoir, list(range(20)))
+    found = reservoir.features(0, "context")
+    assert found is not None
+    assert sorted(found[:, 0].tolist()) == pytest.approx(
+        sorted(image + part / 10 for image in range(20) for part in range(7)), abs=1e-5
+    )
+
+
+def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
+    forth, back = Reservoir(10, 3), Reservoir(10, 3)
+    fill(forth, list(range(40)))
+    fill(back, list(range(39, -1, -1)))
+    first, second = forth.features(0, "context"), back.features(0, "context")
+    assert first is not None
+    assert first.shape == (10, 2)
+    assert torch.equal(first, second)
+    assert forth.seen[0, "context"] == 280
+    assert forth.nbytes == 10 * 2 * 2
+    other = Reservoir(10, 4)
+    fill(other, list(range(40)))
+    assert not torch.equal(first, other.features(0, "context"))
+
+
+def test_reservoir_is_uniform() -> None:
+    """Over many seeds every image serves about equally: 40 images, 280 rows, 28 kept, 300 seeds."""
+    counts = torch.zeros(40)
+    for seed in range(300):
+        reservoir = Reservoir(28, seed)
+        fill(reservoir, list(range(40)))
+        found = reservoir.features(0, "context")
+        assert found is not None
+        counts += torch.bincount(found[:, 0].long(), minlength=40)
+    expected = 300 * 28 / 40
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert chi_square < 75  # 39 degrees of freedom: mean 39, 99.9 % below 73
+
+
+def test_reservoir_refuses_nan_and_bad_bounds() -> None:
+    reservoir = Reservoir(None, 0)
+    with pytest.raises(PrototypeError, match="'a' contain NaN or Inf"):
+        reservoir.add(0, "context", torch.tensor([[float("nan")]]), "a")
+    with pytest.raises(ValueError, match="max_features"):
+        Reservoir(0, 0)
+
+
+def test_reservoir_refuses_what_half_precision_cannot_hold() -> None:
+    large = torch.tensor([[7e4, 1.0]])
+    with pytest.raises(PrototypeError, match=r"7e\+04.*float16"):
+        Reservoir(None, 0).add(0, "context", large, "a")
+    for dtype in (torch.float32, torch.bfloat16):
+        reservoir = Reservoir(None, 0, dtype)
+        reservoir.add(0, "context", large, "a")
+        found = reservoir.features(0, "context")
+        assert found is not None
+        assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("bound", [1, 10, 100, None])
+def test_merged_reservoirs_are_one_reservoir(bound: int | None, tmp_path: Path) -> None:
+    """Images shared out in any way, one share resumed from a checkpoint: the very same bytes."""
+    whole, *shares = (Reservoir(bound, 3) for _ in range(4))
+    fill(whole, list(range(40)))
+    for place, share in enumerate(shares):
+        fill(share, list(range(place, 40, 3)))
+    fill(whole, [40], (1, "foreground"))  # a place that only one share has
+    fill(shares[2], [40], (1, "foreground"))
+    shares[1].checkpoint(tmp_path / "r.safetensors", 13)
+    shares[1] = Reservoir(bound, 3)
+    shares[1].restore(tmp_path / "r.safetensors")
+    merged = Reservoir(bound, 3)
+    for share in (shares[2], shares[0], shares[1]):
+        merged.merge(share)
+    assert merged.seen == whole.seen
+    for place in whole.seen:
+        assert torch.equal(merged.features(*place), whole.features(*place))
+    fill(whole, [41])
+    fill(merged, [41])  # and it goes on as one
+    assert torch.equal(merged.features(0, "context"), whole.features(0, "context"))
+
+
+def test_reservoirs_that_differ_are_not_merged() -> None:
+    for other in (Reservoir(9, 0), Reservoir(10, 1), Reservoir(10, 0, torch.float32)):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            Reservoir(10, 0).merge(other)
+
+
+def test_rows_that_cannot_stay_are_not_looked_at() -> None:
+    reservoir = Reservoir(1, 0)
+    fill(reservoir, list(range(200)))
+    kept = reservoir.features(0, "context")
+    assert kept is not None
+    kept = kept.clone()
+    reservoir.add(0, "context", torch.full((1, 2), float("nan")), "late")
+    assert torch.equal(kept, reservoir.features(0, "context"))
+    assert reservoir.seen[0, "context"] == 1401
+
+
+def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
+    rows = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+    where = rows[:, 0] > 0.4
+    by_mask, by_rows = Reservoir(12, 0), Reservoir(12, 0)
+    by_mask.add(0, "context", rows, "a", where=where)
+    by_rows.add(0, "context", rows[where], "a")
+    assert by_mask.seen == by_rows.seen == {(0, "context"): int(where.sum())}
+    one, other = (r.features(0, "context") for r in (by_mask, by_rows))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other)
+
+
+# -- which images serve --------------------------------------------------------------------------
+
+LABELS = [("a", (0,)), ("b", (0, 1)), ("c", (1,)), ("d", ()), ("e", (0,))]
+
+
+def test_all_images_serve_their_classes_once() -> None:
+    found = draw_images(LABELS, 2, SETTINGS, seed=0)
+    assert found == {"a": {0: 1}, "b": {0: 1, 1: 1}, "c": {1: 1}, "e": {0: 1}}
+
+
+def test_images_are_drawn_with_and_without_replacement() -> None:
+    without = SETTINGS.model_copy(update={"images_per_class": 2})
+    found = draw_images(LABELS, 2, without, seed=0)
+    for index in range(2):
+        counts = [times[index] for times in found.values() if index in times]
+        assert counts == [1, 1]
+    replaced = without.model_copy(update={"images_per_class": 50, "images_with_replacement": True})
+    found = draw_images(LABELS, 2, replaced, seed=0)
+    assert sum(times.get(0, 0) for times in found.values()) == 50
+    assert max(times.get(0, 0) for times in found.values()) > 1
+
+
+# -- making prototypes ---------------------------------------------------------------------------
+
+
+def reservoir_of(places: dict[tuple[int, str], torch.Tensor]) -> Reservoir:
+    reservoir = Reservoir(None, 0, torch.float32)
+    for (index, side), values in places.items():
+        reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
+    return reservoir
+
+
+def test_make_prototypes_follows_the_rules() -> None:
+    weight = 8 * torch.eye(2, 4)
+    strong = torch.tensor([[1.0, 0.0, 0.0, 0.2]]).repeat(5, 1) + 0.01 * rows(5)
+    shared = torch.tensor([[0.1, 0.1, 1.0, 0.0]]).repeat(5, 1) + 0.01 * rows(5, seed=1)
+    settings = SETTINGS.model_copy(update={"clusters": 2})
+    found = make_prototypes(
+        reservoir_of(
+            {
+                (0, "foreground"): torch.cat([strong, shared]),
+                (0, "context"): shared,
+                (1, "foreground"): shared,
+                (1, "context"): strong,
+            }
+        ),
+        weight,
+        ("first", "second"),
+        settings,
+        seed=0,
+    )
+    # class 0: the strong cluster scores near 1 and is kept, the shared one (0.5) is not
+    kept = found.foreground.prototypes(0)
+    assert kept.shape == (1, 4)
+    torch.testing.assert_close(kept[0], strong.mean(0), atol=1e-5, rtol=0)
+    assert found.foreground.sizes[0].sum() == 10
+    # its context scores 0.5: between 0.05 and 0.9
+    assert found.context.keep[0].all()
+    # class 1: nothing passes mu_f, the best is kept and told of; its context scores near 0
+    assert found.foreground.prototypes(1).shape[0] >= 1
+    assert any("second: no foreground centre scores above mu_f=0.9" in e for e in found.events)
+    assert any("second: no context centre scores between 0.05" in e for e in found.events)
+    vectors = found.vectors()
+    torch.testing.assert_close(
+        vectors[0], foreground_minus_context(kept, found.context.prototypes(0))
+    )
+    torch.testing.assert_close(vectors[1], unit_mean(found.foreground.prototypes(1)))
+    torch.testing.assert_close(found.vectors(with_context=False)[0], unit_mean(kept))
+
+
+def test_unit_centres_are_scored_by_the_plain_means_of_their_members() -> None:
+    """A unit centre has lost the length on which the score relies."""
+    long = 50 * torch.tensor([[1.0, 0.1, 0.0, 0.0]]).repeat(4, 1)
+    settings = SETTINGS.model_copy(update={"clusters": 1, "centers": "unit"})
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): long}), torch.eye(2, 4), ("a", "b"), settings, seed=0
+    )
+    assert found.foreground.centers[0, 0].norm() == pytest.approx(1.0)
+    assert found.foreground.scores[0, 0] == pytest.approx(1 / (1 + math.exp(-45)), abs=1e-6)
+
+
+def test_restarts_take_the_prototypes_of_all_clusterings() -> None:
+    places = {(0, "foreground"): rows(40), (0, "context"): rows(40, seed=1)}
+    settings = SETTINGS.model_copy(update={"clusters": 4, "mu_f": 0.0, "init": "random"})
+    once, thrice = (
+        make_prototypes(
+            reservoir_of(places),
+            torch.eye(2, 4),
+            ("a", "b"),
+            settings.model_copy(update={"restarts": restarts}),
+            seed=0,
+        )
+        for restarts in (1, 3)
+    )
+    assert thrice.foreground.centers.shape == (2, 12, 4)
+    assert torch.equal(thrice.foreground.centers[0, :4], once.foreground.centers[0])
+    assert not torch.equal(thrice.foreground.centers[0, 4:8], thrice.foreground.centers[0, 8:])
+    assert thrice.foreground.prototypes(0).shape == (12, 4)
+    assert thrice.foreground.sizes[0].sum() == 3 * 40
+
+
+def test_fewer_features_than_clusters() -> None:
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}),
+        torch.eye(2, 4),
+        ("few", "absent"),
+        SETTINGS,
+        seed=0,
+    )
+    assert any("few: only 2 foreground features, fewer than K=3" in e for e in found.events)
+    assert found.foreground.sizes[0].tolist() == [1, 1, 0]
+    assert math.isnan(found.foreground.scores[0, 2])
+    assert not found.foreground.keep[0, 2]
+    assert any("absent: no foreground feature was collected" in e for e in found.events)
+    assert torch.equal(found.vectors()[1], torch.zeros(4))
+
+
+def test_prototypes_do_not_depend_on_other_classes() -> None:
+    places = {(0, "foreground"): rows(30), (0, "context"): rows(30, seed=1)}
+    alone = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    places[1, "foreground"] = rows(30, seed=2)
+    both = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    assert torch.equal(alone.foreground.centers[0], both.foreground.centers[0])
+
+
+def test_threads_do_not_change_prototypes() -> None:
+    reservoir = reservoir_of(
+        {(c, side): rows(60, seed=c) for c in range(3) for side in ("foreground", "context")}
+    )
+    settings = SETTINGS.model_copy(update={"centers": "unit", "restarts": 2})
+    names = ("a", "b", "c")
+    one, many = (
+        make_prototypes(reservoir, torch.eye(3, 4), names, settings, seed=0, workers=workers)
+        for workers in (1, 4)
+    )
+    assert torch.equal(one.vectors(), many.vectors())
+    assert torch.equal(one.context.centers, many.context.centers)
+
+
+def test_a_clustering_method_is_one_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class First:
+        """Each of the first k points is a centre."""
+
+        def fit(
+            self, points: torch.Tensor, k: int, generators: Sequence[torch.Generator]
+        ) -> list[Clusters]:
+            sizes = torch.ones(k, dtype=torch.int64)
+            nearest = torch.zeros(len(points), dtype=torch.int64)
+            return [Clusters(points[:k], points[:k], nearest, sizes, 1, False, 0.0)]
+
+    monkeypatch.setitem(CLUSTERINGS, "first", lambda settings: First())
+    values = rows(9)
+    found = make_prototypes(
+        reservoir_of({(0, "foreground"): values}),
+        torch.eye(2, 4),
+        ("a", "b"),
+        SETTINGS,
+        seed=0,
+        clustering="first",
+    )
+    assert all(any(torch.equal(c, v) for v in values) for c in found.foreground.centers[0])
+
+
+def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    reservoir = reservoir_of({(0, "foreground"): rows(500, 16)})
+    settings = SETTINGS.model_copy(update={"clusters": 12, "max_iterations": 1, "tolerance": 1e-9})
+    make_prototypes(reservoir, torch.eye(2, 16), ("a", "b"), settings, seed=0)
+    assert "1 of 1 clusterings stopped at max_iterations=1" in caplog.text
+
+
+def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
+    apart = torch.eye(3, 4).repeat(20, 1)  # no row is near the border of two clusters
+    places = {(0, "foreground"): apart + 0.1 * rows(60), (0, "context"): apart + rows(60) / 10}
+    whole, half = Reservoir(None, 0, torch.float32), Reservoir(None, 0)
+    for (index, side), values in places.items():
+        for reservoir in (whole, half):
+            reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
+    first, second = (
+        make_prototypes(one, torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0).foreground.centers
+        for one in (whole, half)
+    )
+    assert second.dtype == torch.float32
+    torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
+
+
+def test_nothing_collected_and_wrong_channels() -> None:
+    with pytest.raises(PrototypeError, match="no class has any foreground"):
+        make_prototypes(Reservoir(None, 0), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    with pytest.raises(PrototypeError, match="4 channels but the classifier 5"):
+        make_prototypes(
+            reservoir_of({(0, "foreground"): rows(9)}),
+            torch.eye(2, 5),
+            ("a", "b"),
+            SETTINGS,
+            seed=0,
+        )
+
+
+# -- on disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prototypes() -> Prototypes:
+    return make_prototypes(
+        reservoir_of({(0, "foreground"): rows(9), (0, "context"): rows(9, seed=1)}),
+        torch.eye(2, 4),
+        ("sheep", "grass"),
+        SETTINGS,
+        seed=0,
+        fingerprint="f" * 32,
+        made_by={"preset": "voc12.official"},
+    )
+
+
+def test_save_and_load(tmp_path: Path, prototypes: Prototypes) -> None:
+    path = tmp_path / "p.safetensors"
+    prototypes.save(path)
+    first = path.read_bytes()
+    prototypes.save(path)
+    assert path.read_bytes() == first
+    found = Prototypes.load(path, fingerprint="f" * 32)
+    assert torch.equal(found.vectors(), prototypes.vectors())
+    assert (found.classes, found.events) == (prototypes.classes, prototypes.events)
+    assert found.made_by == {"preset": "voc12.official"}
+    assert isinstance(found.foreground, Centers)
+    assert json.loads(json.dumps(found.made_by)) == found.made_by
+
+
+def test_load_refuses_what_does_not_fit(tmp_path: Path, prototypes: Prototypes) -> None:
+    path = tmp_path / "p.safetensors"
+    prototypes.save(path)
+    with pytest.raises(PrototypeError, match=rf"classifier {'f' * 32}, but this classifier is 0"):
+        Prototypes.load(path, fingerprint="0")
+    with pytest.raises(ArtefactError, match="missing"):
+        Prototypes.load(tmp_path / "missing.safetensors")
+    write_tensors(path, {"x": torch.ones(1)}, {"kind": "classifier"})
+    with pytest.raises(ArtefactError, match="'classifier'"):
+        Prototypes.load(path)
+    write_tensors(path, {"x": torch.ones(1)}, {"kind": "prototypes"})
+    with pytest.raises(ArtefactError, match="fit again"):
+        Prototypes.load(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ArtefactError, match="damaged"):
+        Prototypes.load(path)

@@ -1,0 +1,324 @@
+"""Files: whole or not at all, equal bytes for equal contents, and named when damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from lpcam.data.map_files import MapFile, read_maps, write_maps
+from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.files import (
+    digest_bytes,
+    digest_file,
+    digest_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+
+def maps(count: int = 2, height: int = 9, width: int = 13, factor: float = 1.0) -> MapFile:
+    random = np.random.default_rng(0)
+    high_res = random.random((count, height, width), dtype=np.float32) * np.float32(factor)
+    cam = random.random((count, -(-height // 4), -(-width // 4)), dtype=np.float32)
+    return MapFile(np.arange(count) * 3, cam, high_res, {"method": "LPCAM", "digest": "ab"})
+
+
+def test_bytes_replace_an_earlier_file_and_make_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert read_bytes(path) == b"two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_written_files_have_the_usual_rights(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_bytes(tmp_path / "file", b"one")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EROFS, "Read-only file system; choose an output folder that you may write to"),
+        (errno.EACCES, "Permission denied; choose an output folder"),
+        (errno.EIO, "check the output folder"),
+    ],
+)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failure_keeps_the_earlier_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, advice: str
+) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"one")
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(ArtefactError, match=f"cannot write .*file: .*{advice}"):
+        write_bytes(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(tmp_path / "file", b"two")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = open
+
+    def open_full(path: Path, mode: str) -> Any:
+        original(path, mode).close()
+        return original("/dev/full", "wb")
+
+    monkeypatch.setattr("builtins.open", open_full)
+    with pytest.raises(ArtefactError, match="No space left on device; free some space"):
+        write_bytes(tmp_path / "file", b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match=r"cannot write .*below"):
+        write_bytes(tmp_path / "file" / "below", b"one")
+
+
+def test_json_is_sorted_utf8_with_an_end_of_line(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"b": [1, 2.5], "a": "牛"})
+    assert path.read_text("utf-8") == '{\n  "a": "牛",\n  "b": [\n    1,\n    2.5\n  ]\n}\n'
+    assert read_json(path) == {"a": "牛", "b": [1, 2.5]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, "\udcff", Path("a")])
+def test_json_refuses(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "file.json"
+    with pytest.raises(ArtefactError, match=r"cannot write .*file\.json as JSON"):
+        write_json(path, {"a": value})
+    with pytest.raises(ArtefactError, match="as JSON"):
+        digest_json({"a": value})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("data", [b"", b'{"a":', b"\xff\xfe", b"[" * 100_000])
+def test_damaged_json_is_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(data)
+    with pytest.raises(ArtefactError, match=r"file\.json is damaged.*delete it"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors, read_maps, digest_file])
+def test_missing_file_is_named(tmp_path: Path, read: Any) -> None:
+    with pytest.raises(ArtefactError, match=r"cannot read .*none: No such file"):
+        read(tmp_path / "none")
+
+
+def test_tensors_come_back_with_types_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    weight = torch.arange(6.0).view(2, 3)
+    tensors = {
+        "weight": weight,
+        "tied": weight,
+        "view": weight.t(),
+        "half": torch.ones(2, dtype=torch.float16),
+        "count": torch.tensor(3),
+        "empty": torch.zeros(0, 4),
+    }
+    metadata = {"classes": ["cow", "牛"], "preset": {"tau": 0.1}}
+    write_tensors(path, tensors, metadata)
+    read, found = read_tensors(path)
+    assert found == metadata
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_tensors_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
+    tensors = {name: torch.full((3,), float(ord(name))) for name in "abcdefgh"}
+    turned = dict(reversed(tensors.items()))
+    write_tensors(tmp_path / "one", tensors, {"x": 1, "y": 2})
+    write_tensors(tmp_path / "two", turned, {"y": 2, "x": 1})
+    assert digest_file(tmp_path / "one") == digest_file(tmp_path / "two")
+
+
+def test_damaged_and_foreign_tensor_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.ones(100)}, {})
+    whole = path.read_bytes()
+    for data in (b"", b"text", whole[:20], whole[:-1], b"\xff" * 200):
+        path.write_bytes(data)
+        with pytest.raises(ArtefactError, match=r"file\.safetensors is damaged"):
+            read_tensors(path)
+    for metadata in (None, {"format": "pt"}, {"lpcam": "[]"}):
+        path.write_bytes(save({"a": torch.ones(2)}, metadata))
+        with pytest.raises(ArtefactError, match=r"file\.safetensors was not written by this"):
+            read_tensors(path)
+    path.write_bytes(save({"a": torch.ones(2)}, {"lpcam": '{"format": 2, "metadata": {}}'}))
+    with pytest.raises(ArtefactError, match="has format 2, this version reads 1"):
+        read_tensors(path)
+
+
+def test_tensor_metadata_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="as JSON"):
+        write_tensors(tmp_path / "file", {}, {"a": float("nan")})
+
+
+def test_digests(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert digest_file(tmp_path / "file") == digest_bytes(b"abc")
+    # BLAKE2b with 16 bytes of "abc", as `b2sum -l 128` gives it
+    assert digest_bytes(b"abc") == "cf4ab791c62b8d2b2109c90275287816"
+    assert digest_json({"a": 1, "b": (1, 2)}) == digest_json({"b": [1, 2], "a": 1})
+    assert digest_json({"a": 1}) != digest_json({"a": 1.5})
+    assert digest_json({"a": 1}) == digest_bytes(b'{"a":1}')
+
+
+TYPES: list[tuple[Literal["uint8", "float16"], float]] = [("uint8", 1 / 510), ("float16", 1 / 4096)]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1e-30, 7e4, 1e38])
+@pytest.mark.parametrize(("dtype", "error"), TYPES)
+def test_maps_come_back_within_the_stated_error(
+    tmp_path: Path, dtype: Literal["uint8", "float16"], error: float, factor: float
+) -> None:
+    path = tmp_path / "a" / "牛 1.npz"
+    given = maps(factor=factor)
+    write_maps(path, given, dtype=dtype)
+    read = read_maps(path)
+    assert read.made_by == given.made_by
+    np.testing.assert_array_equal(read.keys, given.keys)
+    for name in ("cam", "high_res"):
+        got, expected = getattr(read, name), getattr(given, name)
+        maximum = expected.max(axis=(1, 2), keepdims=True)
+        assert got.dtype == np.float32
+        assert got.shape == expected.shape
+        assert (np.abs(got - expected) <= maximum * np.float32(error * 1.001)).all()
+        np.testing.assert_array_equal(got.max(axis=(1, 2), keepdims=True), maximum)
+
+
+def test_a_uint8_map_in_0_to_1_is_255_times_its_value(tmp_path: Path) -> None:
+    high_res = np.array([[[0, 0.1, 0.5, 1]]], dtype=np.float32)
+    given = MapFile(np.array([4]), np.ones((1, 1, 1), np.float32), high_res, {})
+    write_maps(tmp_path / "a.npz", given, dtype="uint8")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:  # any program can read it
+        assert archive["format"] == "fg"
+        assert archive["high_res"].dtype == np.uint8
+        assert archive["high_res"].tolist() == [[[0, 26, 128, 255]]]
+        assert archive["high_res_scale"].tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+def test_no_class_and_flat_maps(tmp_path: Path, dtype: Literal["uint8", "float16"]) -> None:
+    path = tmp_path / "a.npz"
+    write_maps(path, maps(count=0), dtype=dtype)
+    read = read_maps(path)
+    assert read.keys.shape == (0,) and read.keys.dtype == np.int64
+    assert read.high_res.shape == (0, 9, 13) and read.cam.shape == (0, 3, 4)
+    write_maps(path, maps(factor=0), dtype=dtype)
+    assert (read_maps(path).high_res == 0).all()
+
+
+def test_equal_maps_give_equal_bytes(tmp_path: Path) -> None:
+    write_maps(tmp_path / "one", maps(), dtype="uint8")
+    write_maps(tmp_path / "two", maps(), dtype="uint8")
+    assert digest_file(tmp_path / "one") == digest_file(tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["cam", "high_res"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e-6])
+def test_values_that_are_no_map_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    given = maps()
+    getattr(given, name)[1, 0, 0] = value
+    with pytest.raises(ArtefactError, match=rf"a\.npz are refused: {name} has negative, NaN"):
+        write_maps(tmp_path / "a.npz", given, dtype="uint8")
+    assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": np.array([1, 1])}, r"keys \[1, 1\] repeat or are negative"),
+        ({"keys": np.array([-1, 1])}, r"keys \[-1, 1\] repeat or are negative"),
+        ({"keys": np.array([0, 1], dtype=np.int32)}, r"keys are int32 \(2,\); expected int64"),
+        ({"keys": np.array([0])}, r"high_res is float32 \(2, 9, 13\); expected .*\(1, 9, 13\)|cam"),
+        ({"cam": np.zeros((2, 3, 3), np.float32)}, r"cam is .*expected float32 \(2, 3, 4\)"),
+        ({"high_res": np.zeros((9, 13), np.float32)}, r"high_res has shape \(9, 13\)"),
+        ({"high_res": np.zeros((2, 9, 13))}, "high_res is float64"),
+    ],
+)
+def test_maps_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        write_maps(tmp_path / "a.npz", replace(maps(), **change), dtype="uint8")
+
+
+def test_unknown_type_and_wrong_made_by(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="'int4' is unknown; choose 'uint8' or 'float16'"):
+        write_maps(tmp_path / "a.npz", maps(), dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ArtefactError, match=r"made_by of .*a\.npz as JSON"):
+        write_maps(tmp_path / "a.npz", replace(maps(), made_by={"a": np.nan}), dtype="uint8")
+
+
+def test_damaged_map_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    write_maps(path, maps(), dtype="uint8")
+    whole = path.read_bytes()
+    given = read_maps(path)
+    random = np.random.default_rng(0)
+    for data in (b"", b"text", *(whole[:cut] for cut in range(10, len(whole), 97))):
+        path.write_bytes(data)
+        with pytest.raises(ArtefactError, match=r"a\.npz is damaged or of another kind"):
+            read_maps(path)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        try:  # the few bytes that no check sum covers change no value
+            np.testing.assert_array_equal(read_maps(path).high_res, given.high_res)
+        except ArtefactError as error:
+            assert "a.npz" in str(error)
+
+
+def test_foreign_npz_and_pickles_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, keys=np.arange(2))
+    with pytest.raises(ArtefactError, match=r"another kind .*cam is not a file"):
+        read_maps(path)
+    np.savez(path, keys=np.array([{"a": 1}], dtype=object), cam=1)
+    with pytest.raises(ArtefactError, match="allow_pickle=False"):
+        read_maps(path)
+    np.save(tmp_path / "a.npy", np.arange(2))
+    with pytest.raises(ArtefactError, match=r"a\.npy is damaged or of another kind"):
+        read_maps(tmp_path / "a.npy")
+    write_maps(path, maps(), dtype="uint8")
+    with np.load(path) as archive:
+        members = dict(archive)
+    np.savez(path, **{**members, "format": np.array("bg_first")})
+    with pytest.raises(ArtefactError, match="its format is 'bg_first', not 'fg'"):
+        read_maps(path)
+    np.savez(path, **{**members, "cam_scale": np.array([np.nan, 1], dtype=np.float32)})
+    with pytest.raises(ArtefactError, match="cam has negative, NaN"):
+        read_maps(path)

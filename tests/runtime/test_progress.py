@@ -1,0 +1,105 @@
+"""Progress: every step yielded once, sparse lines in a log, and an honest estimate."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from lpcam.runtime import progress as module
+from lpcam.runtime.progress import progress, track
+
+
+class Clock:
+    """A clock that a test moves on."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Clock]:
+    """No terminal, a clock of the test's own, and log lines caught."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, logger="lpcam.runtime.progress"):
+        yield clock
+
+
+def test_a_line_now_and_then_with_the_time_left(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with progress("maps", 10) as advance:
+        for step in range(10):
+            clock.now += 8.0
+            advance(1, f"loss {step}")
+    # 15 s apart at least: after 16, 32, 48, 64 and 80 s of 8 s a step
+    assert caplog.messages == [
+        "maps: 2 of 10, about 64 s left, loss 1",
+        "maps: 4 of 10, about 48 s left, loss 3",
+        "maps: 6 of 10, about 32 s left, loss 5",
+        "maps: 8 of 10, about 16 s left, loss 7",
+        "maps: 10 of 10, about 0 s left, loss 9",
+    ]
+
+
+def test_steps_of_an_earlier_run_do_not_shorten_the_estimate(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with progress("maps", 100, done=90) as advance:
+        clock.now += 20.0
+        advance(0, "")  # nothing done yet: nothing to estimate from
+        advance(2, "")
+    assert caplog.messages == ["maps: 92 of 100, about 80 s left"]
+
+
+def test_a_short_job_has_no_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with progress("maps", 1000) as advance:
+        for _ in range(1000):
+            clock.now += 0.014
+            advance(1, "")
+    assert caplog.messages == []
+
+
+def test_track_yields_everything_in_order(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    seen = []
+    for item in track((letter for letter in "abcd"), "letters", 4):
+        clock.now += 10.0
+        seen.append(item)
+    assert seen == list("abcd")
+    # an item counts when it has been worked on, not when it is handed out
+    assert caplog.messages == [
+        "letters: 2 of 4, about 20 s left",
+        "letters: 4 of 4, about 0 s left",
+    ]
+    assert list(track([], "letters", 0)) == []
+
+
+def test_an_error_inside_passes(clock: Clock) -> None:
+    with pytest.raises(ZeroDivisionError), progress("maps", 2) as advance:
+        advance(1, "")
+        raise ZeroDivisionError
+
+
+def test_a_terminal_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with caplog.at_level(logging.INFO, logger="lpcam.runtime.progress"):
+        assert list(track(range(3), "numbers", 3)) == [0, 1, 2]
+    assert "numbers" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()
+    assert caplog.messages == []

@@ -1,0 +1,135 @@
+"""Processors and memory: what a container or batch system leaves of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lpcam.runtime import resources
+from lpcam.runtime.resources import (
+    available_memory,
+    available_threads,
+    container_limits,
+    reuse_freed_memory,
+)
+
+
+@pytest.mark.parametrize(
+    ("processors", "processes", "expected"),
+    [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 4, 1), (1, 1, 1)],
+)
+def test_processes_share_the_processors(
+    monkeypatch: pytest.MonkeyPatch, processors: int, processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    assert available_threads(processes) == expected
+    assert available_threads() == processors
+
+
+def groups(tmp_path: Path, lines: str, files: dict[str, str]) -> list[int]:
+    """The limits found where a process is in the groups of ``lines``."""
+    membership = tmp_path / "cgroup"
+    membership.write_text(lines, "utf-8")
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return container_limits(membership, tmp_path / "groups")
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "4096\n"}, {4096}),
+        ("0::/\n", {"memory.max": "max\n"}, set()),
+        # a group above may be the narrower one
+        ("0::/a/b\n", {"a/memory.max": "50\n", "a/b/memory.max": "70\n"}, {50, 70}),
+        # inside a container, the path is that of the host and only the root is seen
+        ("0::/docker/123\n", {"memory.max": "80\n"}, {80}),
+        (
+            "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n",
+            {"memory/x/memory.limit_in_bytes": "90\n", "cpu/x/memory.limit_in_bytes": "1\n"},
+            {90},
+        ),
+        ("0::/\n", {}, set()),
+    ],
+)
+def test_limits_of_control_groups(
+    tmp_path: Path, lines: str, files: dict[str, str], expected: set[int]
+) -> None:
+    assert set(groups(tmp_path, lines, files)) == expected
+
+
+def test_without_control_groups(tmp_path: Path) -> None:
+    assert container_limits(tmp_path / "none", tmp_path) == []
+
+
+def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limits, expected in (
+        ([], machine),
+        ([4000, 8000], 4000),
+        ([2**63 - 4096], machine),  # version 1 without a limit
+    ):
+        monkeypatch.setattr(resources, "container_limits", lambda found=limits: found)
+        assert available_memory() == expected
+
+
+def test_reuse_of_freed_memory() -> None:
+    assert reuse_freed_memory() is (platform.libc_ver()[0] == "glibc")
+
+
+def test_reuse_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        asked[option] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert reuse_freed_memory() is True
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of the GNU library's malloc.h
+    assert asked == {-4: 0, -1: resources.KEPT_WHEN_FREED, -8: 1}
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda option, _: int(option == -4))
+    )
+    assert reuse_freed_memory() is False
+
+
+def test_a_c_library_without_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert reuse_freed_memory() is False
+
+    def none(_: object) -> None:
+        raise OSError("no library")
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    assert reuse_freed_memory() is False
+
+
+def test_peak_memory_counts_from_its_reset() -> None:
+    """In a process of its own: this one may reuse what other tests have freed."""
+    program = """
+from lpcam.runtime.resources import peak_memory, reset_peak_memory
+can = reset_peak_memory()
+before = peak_memory()
+block = bytearray(b"1") * (64 * 2**20)
+held = peak_memory()
+del block
+reset_peak_memory()
+print(can, held - before, held - peak_memory())
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    can, risen, fallen = done.stdout.split()
+    if can == "False":
+        pytest.skip("this system cannot count anew")
+    assert int(risen) > 60 * 2**20
+    assert int(fallen) > 50 * 2**20

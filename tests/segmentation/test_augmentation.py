@@ -1,0 +1,600 @@
+"""Training samples of segmenters: scale, crop, padding, mirror image, colours; checked masks."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import ClassTable, Item
+from lpcam.runtime.errors import DataError, ImageError
+from lpcam.segmentation.augmentation import (
+    Labelled,
+    augment,
+    augmented_size,
+    batch_scale,
+    check_masks,
+    distort,
+    draw_crop,
+    draw_scale,
+    resize_bilinear,
+    scale_saturation,
+    turn_hue,
+)
+from lpcam.segmentation.settings import SegmenterSettings
+from lpcam.training.loop import Place
+
+CLASSES = ClassTable(("cow", "sheep", "cat"), (10, 17, 8))
+CAFFE = Preprocessing((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255,) * 3)
+COLOURS = np.array([[20, 30, 40], [220, 40, 60], [60, 210, 50], [50, 70, 230]], np.uint8)
+"""Of the labels 0 to 3."""
+DEEPLAB = SegmenterSettings.from_preset("deeplabv2.voc12.official", crop=64)
+WIDERESNET = SegmenterSettings.from_preset("wideresnet38.official", crop=64)
+UPERNET = SegmenterSettings.from_preset("upernet.voc12.paper", crop=64, resize=(256, 64))
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def plain(**changes: Any) -> SegmenterSettings:
+    """Nothing but the crop at the image's own size, unless told."""
+    return SegmenterSettings.from_preset(
+        "deeplabv2.voc12.official", **{"scales": (1.0,), "crop": 64, **changes}
+    )
+
+
+def patches(height: int, width: int, seed: int = 0, side: int = 16) -> tuple[Any, Any]:
+    """An image whose colours encode its labels, in squares, and those labels."""
+    blocks = rng(seed).integers(0, 4, (-(-height // side), -(-width // side)))
+    labels = np.kron(blocks, np.ones((side, side), np.int64))[:height, :width].astype(np.uint8)
+    return COLOURS[labels], labels
+
+
+def colours_of(tensor: Tensor) -> np.ndarray:
+    """RGB 0..255 (H, W, 3) of a normalised image."""
+    rgb = tensor.permute(1, 2, 0) + torch.tensor(CAFFE.mean) * 255
+    return rgb.numpy()
+
+
+def inner(found: Tensor, labels: Tensor) -> Tensor:
+    """Pixels two away from padding, the crop's frame and other labels: no colours are mixed."""
+    values = torch.where(found.abs().sum(0) > 0, labels, 300)[None, None].float()
+    around = F.pad(values, (2,) * 4, value=300)
+    high, low = F.max_pool2d(around, 5, 1), -F.max_pool2d(-around, 5, 1)
+    return ((high == low) & (high < 300))[0, 0]
+
+
+def write(folder: Path, name: str, mask: np.ndarray, image: np.ndarray | None = None) -> Any:
+    """A pair of an image and a mask."""
+    shape = (*mask.shape, 3)
+    folder.mkdir(exist_ok=True)
+    pixels = np.full(shape, 90, np.uint8) if image is None else image
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    Image.fromarray(mask.astype(np.uint8)).save(folder / f"{name}.mask.png")
+    return Item(name, folder / f"{name}.png", ()), folder / f"{name}.mask.png"
+
+
+# -- Scale --------------------------------------------------------------------------------------
+
+
+def test_choices_are_drawn_equally_often() -> None:
+    generator = rng(0)
+    found = [draw_scale(DEEPLAB, generator) for _ in range(5000)]
+    values, counts = np.unique(found, return_counts=True)
+    assert values.tolist() == [0.5, 0.75, 1.0, 1.25, 1.5]
+    assert np.abs(counts - 1000).max() < 150
+
+
+def test_a_range_is_drawn_uniformly() -> None:
+    generator = rng(0)
+    found = np.array([draw_scale(WIDERESNET, generator) for _ in range(5000)])
+    assert found.min() >= 0.7 and found.max() <= 1.3
+    counts, _ = np.histogram(found, 6, (0.7, 1.3))
+    assert np.abs(counts - 5000 / 6).max() < 130
+
+
+def test_a_batch_has_a_scale_of_seed_and_step() -> None:
+    found = [batch_scale(WIDERESNET, 3, step) for step in range(50)]
+    assert found == [batch_scale(WIDERESNET, 3, step) for step in range(50)]
+    assert len(set(found)) == 50
+    assert not set(found) & {batch_scale(WIDERESNET, 4, step) for step in range(50)}
+    spread = np.array([batch_scale(WIDERESNET, 0, step) for step in range(1000)])
+    assert abs(spread.mean() - 1.0) < 0.02 and spread.std() == pytest.approx(0.6 / 12**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "scale", "expected"),
+    [
+        ((375, 500), None, 0.75, (281, 375)),
+        ((375, 500), (2048, 512), 1.0, (512, 683)),  # the short side decides
+        ((500, 375), (2048, 512), 1.0, (683, 512)),
+        ((375, 500), (2048, 512), 0.5, (256, 341)),
+        ((100, 1000), (2048, 512), 1.0, (205, 2048)),  # the long side decides
+        ((375, 500), (2048, 512), 0.9999, (511, 681)),  # 511.9 of the box is cut off
+        ((3, 4000), None, 0.1, (1, 400)),
+        ((1, 4000), (64, 32), 1.0, (1, 64)),
+    ],
+)
+def test_size_before_the_crop(
+    size: tuple[int, int],
+    box: tuple[int, int] | None,
+    scale: float,
+    expected: tuple[int, int],
+) -> None:
+    assert augmented_size(size, box, scale) == expected
+
+
+def test_the_bilinear_resize_by_hand() -> None:
+    image = np.repeat(np.array([[0, 100]], np.uint8)[..., None], 3, axis=2)
+    assert resize_bilinear(image, (1, 4))[0, :, 0].tolist() == [0, 25, 75, 100]
+    assert resize_bilinear(image, (2, 1))[:, 0, 0].tolist() == [50, 50]
+    assert resize_bilinear(image, (1, 2)) is image
+
+
+# -- Crop and padding ---------------------------------------------------------------------------
+
+
+def test_a_crop_is_a_part_of_the_image() -> None:
+    image = rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    labels = np.arange(90 * 120).reshape(90, 120)
+    found, numbers = augment(image, labels, CAFFE, plain(), rng(1))
+    row, column = divmod(int(numbers[0].min()), 120)
+    assert torch.equal(numbers[0].sort().values, torch.arange(64) + row * 120 + column)
+    pixels = image.reshape(-1, 3)[numbers.numpy()]
+    np.testing.assert_allclose(colours_of(found), pixels, atol=1e-3)
+
+
+def test_crops_are_drawn_uniformly_from_all_places() -> None:
+    labels = np.zeros((66, 40), np.uint8)
+    generator = rng(0)
+    windows = [draw_crop(labels, 64, None, generator) for _ in range(3000)]
+    starts, counts = np.unique([rows.start for rows, _ in windows], return_counts=True)
+    assert starts.tolist() == [0, 1, 2] and np.abs(counts - 1000).max() < 100
+    assert {columns.start for _, columns in windows} == {0}
+    assert all(rows.stop - rows.start == 64 for rows, _ in windows)
+
+
+@pytest.mark.parametrize("settings", [DEEPLAB, WIDERESNET], ids=["ignored", "background"])
+def test_a_small_image_is_padded_with_the_mean_colour(settings: SegmenterSettings) -> None:
+    image, labels = np.full((30, 40, 3), 250, np.uint8), np.full((30, 40), 2, np.uint8)
+    seen = set()
+    for seed in range(20):
+        found, truth = augment(image, labels, CAFFE, settings, rng(seed), scale=1.0)
+        assert found.shape == (3, 64, 64) and found.dtype == torch.float32
+        assert truth.shape == (64, 64) and truth.dtype == torch.int64
+        mirrored = bool(truth[0, 0] != 2)
+        seen.add(mirrored)
+        covered = np.s_[:30, 24:] if mirrored else np.s_[:30, :40]
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        outside[covered] = False
+        assert (truth[covered] == 2).all()
+        assert (truth[outside] == settings.padding_label).all()
+        assert (found[:, outside] == 0).all(), "the mean colour"
+        assert (found[(slice(None), *covered)] > 100).all()
+    assert seen == {False, True}, "padding is to the right, or to the left of a mirror image"
+
+
+def test_only_the_shorter_axis_is_padded() -> None:
+    image, labels = patches(30, 100)
+    found, truth = augment(image, labels, CAFFE, plain(), rng(0))
+    assert (truth[30:] == 255).all() and (truth[:30] != 255).all()
+    assert (found[:, 30:] == 0).all()
+
+
+def test_padding_before_the_crop_gives_the_same() -> None:
+    """The order of section 1, pixel by pixel over many draws."""
+    labels = np.arange(10 * 80).reshape(10, 80)
+    image = np.zeros((10, 80, 3), np.uint8)
+    padded = np.full((64, 80), 255)
+    padded[:10] = labels
+    expected = {padded[:, n : n + 64].tobytes() for n in range(17)}
+    expected |= {padded[:, n : n + 64][:, ::-1].tobytes() for n in range(17)}
+    found = {
+        augment(image, labels, CAFFE, plain(), rng(seed))[1].numpy().tobytes()
+        for seed in range(400)
+    }
+    assert found == expected
+
+
+def test_a_class_that_covers_too_much_has_the_crop_drawn_again() -> None:
+    labels = np.zeros((16, 160), np.uint8)
+    labels[:, 144:] = 1  # only the windows that begin between 132 and 140 share out well
+    windows = [draw_crop(labels, 16, 0.75, rng(seed)) for seed in range(600)]
+    plain_windows = [draw_crop(labels, 16, None, rng(seed)) for seed in range(600)]
+
+    def good(window: tuple[slice, slice]) -> bool:
+        return 0.25 <= labels[window].mean() <= 0.75
+
+    share = 9 / 145
+    assert np.mean([good(w) for w in plain_windows]) == pytest.approx(share, abs=0.03)
+    assert np.mean([good(w) for w in windows]) == pytest.approx(1 - (1 - share) ** 11, abs=0.06)
+    kept = [(a, b) for a, b in zip(windows, plain_windows, strict=True) if good(b)]
+    assert kept and all(a == b for a, b in kept), "a good first crop stays"
+
+
+def test_ignored_pixels_do_not_count_towards_the_class_limit() -> None:
+    labels = np.full((16, 17), 255, np.uint8)
+    labels[:, 0], labels[0, 1] = 1, 2  # the window at 0 has 16 to 1, that at 1 has class 2 alone
+    labels[:8, 2] = 3  # with it, 16 : 1 : 8 and 1 : 8
+    windows = [draw_crop(labels, 16, 0.75, rng(seed))[1].start for seed in range(100)]
+    assert set(windows) == {0}
+
+
+def test_a_crop_without_a_label_is_drawn_again_and_ten_draws_are_the_limit() -> None:
+    class Counted:
+        draws = 0
+
+        def integers(self, high: int) -> int:
+            self.draws += 1
+            return high - 1
+
+    for value in (255, 3):
+        generator = Counted()
+        labels = np.full((20, 20), value, np.uint8)
+        rows, columns = draw_crop(labels, 16, 0.75, generator)  # type: ignore[arg-type]
+        assert (rows, columns) == (slice(4, 20), slice(4, 20))
+        assert generator.draws == 2 * 11
+
+
+# -- Alignment, mirror image, determinism -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [DEEPLAB, WIDERESNET, UPERNET.model_copy(update={"distortion": False})],
+    ids=["deeplab", "wideresnet", "upernet"],
+)
+def test_image_and_labels_stay_aligned(settings: SegmenterSettings) -> None:
+    checked = 0
+    for seed in range(60):
+        size = (int(rng(seed).integers(40, 130)), int(rng(seed, 1).integers(40, 130)))
+        image, labels = patches(*size, seed=seed)
+        labels[labels == 3] = 255
+        colours = COLOURS[[*range(3), *[3] * 253]].astype(np.float32)
+        found, truth = augment(image, labels, CAFFE, settings, rng(seed))
+        sure = inner(found, truth)
+        error = np.abs(colours_of(found) - colours[truth.numpy()]).max(-1)
+        assert error[sure.numpy()].max(initial=0) < 0.01
+        checked += int(sure.sum())
+    assert checked > 60 * 300
+
+
+def test_labels_keep_the_place_of_their_pixels_at_edges() -> None:
+    """Half-pixel centres in both: an edge of the image is where the labels change."""
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:, 21:] = 1
+    image = np.where(labels[..., None] == 1, 255, 0).astype(np.uint8).repeat(3, 2)
+    for scale in (0.5, 0.75, 1.25, 1.5, 1.1):
+        found, truth = augment(image, labels, CAFFE, plain(), rng(0), scale=scale)
+        here = truth != 255
+        above = torch.from_numpy(colours_of(found)[..., 0] > 127.5)
+        assert ((truth == 1) != above)[here].float().mean() < 0.03
+
+
+def test_distorted_colours_still_belong_to_their_labels() -> None:
+    for seed in range(20):
+        image, labels = patches(90, 100, seed=seed)
+        found, truth = augment(image, labels, CAFFE, UPERNET, rng(seed), scale=1.0)
+        sure = inner(found, truth)
+        for label in range(4):
+            pixels = found[:, sure & (truth == label)]
+            assert not pixels.numel() or (pixels.amax(1) - pixels.amin(1)).max() < 1e-3
+
+
+def test_half_of_the_images_are_mirrored_with_their_labels() -> None:
+    image, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+    image[:, :32], labels[:, :32] = 255, 1
+    mirrored = 0
+    for seed in range(400):
+        found, truth = augment(image, labels, CAFFE, plain(), rng(seed))
+        assert torch.equal(found[0] > 0, truth == 1)
+        mirrored += int(truth[0, 0] == 0)
+    assert 160 < mirrored < 240
+
+
+def test_the_generator_alone_decides() -> None:
+    image, labels = patches(90, 110)
+    for settings in (DEEPLAB, WIDERESNET, UPERNET):
+        one, other = (augment(image, labels, CAFFE, settings, rng(5)) for _ in range(2))
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+        different = augment(image, labels, CAFFE, settings, rng(6))
+        assert not torch.equal(one[0], different[0])
+
+
+def test_int64_labels_are_as_good_as_uint8() -> None:
+    image, labels = patches(90, 110)
+    one = augment(image, labels, CAFFE, DEEPLAB, rng(5))
+    other = augment(image, labels.astype(np.int64), CAFFE, DEEPLAB, rng(5))
+    assert torch.equal(one[1], other[1])
+
+
+def test_arguments_are_not_changed() -> None:
+    image, labels = patches(64, 64)
+    copies = image.copy(), labels.copy()
+    augment(image, labels, CAFFE, UPERNET, rng(0), scale=1.0)
+    assert np.array_equal(image, copies[0]) and np.array_equal(labels, copies[1])
+
+
+def test_unequal_sides_are_refused() -> None:
+    image, labels = patches(64, 70)
+    with pytest.raises(ValueError, match=r"image \(64, 70, 3\) and labels \(64, 60\)"):
+        augment(image, labels[:, :60], CAFFE, DEEPLAB, rng(0))
+
+
+# -- Colours ------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A generator that gives what it is told: who is drawn, then the values."""
+
+    def __init__(self, drawn: list[bool], values: list[float]) -> None:
+        self.drawn, self.values = drawn, values
+
+    def random(self, count: int) -> np.ndarray:
+        assert count == len(self.drawn)
+        return np.where(self.drawn, 0.1, 0.9)
+
+    def uniform(self, low: float, high: float) -> float:
+        value = self.values.pop(0)
+        assert low <= value <= high
+        return value
+
+
+def distorted(image: np.ndarray, drawn: list[bool], values: list[float]) -> np.ndarray:
+    generator = Scripted(drawn, values)
+    found = distort(image, generator)  # type: ignore[arg-type]
+    assert not generator.values
+    return found
+
+
+# brightness, contrast first, contrast, saturation, hue
+NOTHING = [False] * 5
+PIXEL = np.array([[[200, 100, 50]]], np.uint8)
+
+
+def test_nothing_drawn_changes_nothing() -> None:
+    image = rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    assert np.array_equal(distorted(image, NOTHING, []), image)
+    assert np.array_equal(distorted(image, [False, True, False, False, False], []), image)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "values", "expected"),
+    [
+        ([True, False, False, False, False], [32.0], [232, 132, 82]),
+        ([True, False, False, False, False], [-32.0], [168, 68, 18]),
+        ([False, False, True, False, False], [1.5], [255, 150, 75]),
+        ([False, True, True, False, False], [0.5], [100, 50, 25]),
+        # saturation 3/4 is halved, and then 1 at most
+        ([False, False, False, True, False], [0.5], [200, 150, 125]),
+        ([False, False, False, True, False], [1.5], [200, 67, 0]),
+        # hue 20 degrees, turned to 50 and to 350
+        ([False, False, False, False, True], [30.0], [200, 175, 50]),
+        ([False, False, False, False, True], [-30.0], [200, 50, 75]),
+        # clipped between the steps: contrast first makes red 255, last 232 * 1.5 as well
+        ([True, True, True, True, False], [32.0, 1.5, 0.5], [255, 226, 189]),
+        ([True, False, True, True, False], [32.0, 1.5, 0.5], [255, 255, 236]),
+    ],
+)
+def test_changes_by_hand(drawn: list[bool], values: list[float], expected: list[int]) -> None:
+    found = distorted(PIXEL, drawn, values)
+    assert found.dtype == np.uint8
+    assert np.abs(found[0, 0].astype(int) - expected).max() <= 1
+    if not drawn[3]:
+        assert found[0, 0].tolist() == expected
+
+
+def test_values_are_clipped_after_the_brightness() -> None:
+    drawn = [True, True, True, False, False]
+    bright, dark = np.full((1, 1, 3), 241, np.uint8), np.full((1, 1, 3), 9, np.uint8)
+    assert distorted(bright, drawn, [32.0, 0.8])[0, 0].tolist() == [204] * 3
+    assert distorted(dark, drawn, [-32.0, 1.5])[0, 0].tolist() == [0] * 3
+
+
+def test_saturation_and_hue_are_those_of_hsv() -> None:
+    colours = rng(0).integers(0, 256, (40, 40, 3)).astype(np.float32)
+    colours[0] = colours[0, :, :1]  # grey
+    colours[1] = 0
+    planes = colours.transpose(2, 0, 1)
+    saturated = scale_saturation(planes, 1.3).transpose(1, 2, 0)
+    turned = turn_hue(planes, -25.0).transpose(1, 2, 0)
+    for place in np.ndindex(40, 40):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(colours[place] / 255).tolist())
+        expected = colorsys.hsv_to_rgb(hue, min(1.0, 1.3 * saturation), value)
+        np.testing.assert_allclose(saturated[place] / 255, expected, atol=1e-5)
+        expected = colorsys.hsv_to_rgb((hue - 25 / 360) % 1, saturation, value)
+        np.testing.assert_allclose(turned[place] / 255, expected, atol=1e-5)
+
+
+def test_the_identity_of_each_change() -> None:
+    colours = rng(1).integers(0, 256, (3, 30, 30)).astype(np.float32)
+    np.testing.assert_allclose(scale_saturation(colours, 1.0), colours, atol=1e-3)
+    for degrees in (0.0, 360.0):
+        np.testing.assert_allclose(turn_hue(colours, degrees), colours, atol=1e-2)
+    assert scale_saturation(colours, 0.5).dtype == turn_hue(colours, 9.0).dtype == np.float32
+
+
+def test_draws_have_the_ranges_and_frequencies_of_the_specification() -> None:
+    values: dict[tuple[float, float], list[float]] = {}
+    unchanged = 0
+
+    class Watched:
+        def __init__(self, seed: int) -> None:
+            self.inner = rng(seed)
+
+        def random(self, count: int) -> np.ndarray:
+            return self.inner.random(count)
+
+        def uniform(self, low: float, high: float) -> float:
+            value = float(self.inner.uniform(low, high))
+            values.setdefault((low, high), []).append(value)
+            return value
+
+    for seed in range(800):
+        found = distort(PIXEL, Watched(seed))  # type: ignore[arg-type]
+        unchanged += np.array_equal(found, PIXEL)
+    assert set(values) == {(-32.0, 32.0), (0.5, 1.5), (-36.0, 36.0)}
+    for drawn, times in zip(
+        (values[-32.0, 32.0], values[0.5, 1.5], values[-36.0, 36.0]), (400, 800, 400), strict=True
+    ):
+        assert abs(len(drawn) - times) < 0.15 * times
+    assert 25 <= unchanged <= 85, "one in sixteen"
+
+
+def test_padding_is_not_distorted() -> None:
+    image, labels = patches(30, 30)
+    for seed in range(30):
+        found, truth = augment(image, labels, CAFFE, UPERNET, rng(seed), scale=0.5)
+        assert (truth == 255).any() and (found[:, truth == 255] == 0).all()
+
+
+# -- Samples by place ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[tuple[Item, Path]]:
+    found = []
+    for number in range(3):
+        image, labels = patches(70 + number, 90, seed=number)
+        mask = np.array([0, *CLASSES.mask_ids], np.uint8)[labels]
+        mask[:5] = 255
+        mask[5:9] = 99  # of no class
+        found.append(write(tmp_path / "data", f"i{number}", mask, image))
+    return found
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs: list[tuple[Item, Path]]) -> None:
+    samples = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=4)
+    assert len(samples) == 3
+    found = samples[Place(2, 1, 77)]
+    for same in (Place(2, 1, 77), Place(2, 1, 5)):
+        again = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=4)[same]
+        assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
+    others = [samples[Place(3, 1, 77)], samples[Place(2, 2, 77)]]
+    others.append(Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=5)[Place(2, 1, 77)])
+    assert not any(torch.equal(found[0], other[0]) for other in others)
+
+
+def test_mask_ids_become_labels(pairs: list[tuple[Item, Path]]) -> None:
+    image, mask = np.array(Image.open(pairs[0][0].image)), np.array(Image.open(pairs[0][1]))
+    expected = np.full(256, 255)
+    expected[[0, 10, 17, 8]] = range(4)
+    settings = plain(crop=90)
+    found, truth = Labelled(pairs, CLASSES, CAFFE, settings, seed=0)[Place(0, 0, 0)]
+    again = augment(image, expected[mask], CAFFE, settings, rng(0, 0, 0))
+    assert torch.equal(found, again[0]) and torch.equal(truth, again[1])
+    assert set(truth.unique().tolist()) == {0, 1, 2, 3, 255}
+
+
+def test_a_batch_shares_its_scale(pairs: list[tuple[Item, Path]]) -> None:
+    settings = WIDERESNET.model_copy(update={"crop": 128})
+    samples = Labelled(pairs, CLASSES, CAFFE, settings, seed=1)
+    for step in range(5):
+        scale = batch_scale(settings, 1, step)
+        for index in range(3):
+            found, _ = samples[Place(0, index, step)]
+            covered = found.abs().sum(0) > 0
+            sides = int(covered.any(1).sum()), int(covered.any(0).sum())
+            assert sides == (round((70 + index) * scale), round(90 * scale))
+
+
+def test_a_mask_that_changed_its_size_is_named(pairs: list[tuple[Item, Path]]) -> None:
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(pairs[1][1])
+    samples = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=0)
+    with pytest.raises(DataError, match=r"mask .*i1.mask.png of 'i1' is 20 x 30 .*71 x 90"):
+        samples[Place(0, 1, 0)]
+
+
+# -- Checking masks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pixels_are_counted_and_empty_masks_left_out(tmp_path: Path, workers: int) -> None:
+    mask = np.array([[0, 0, 10, 8], [255, 99, 10, 0]])
+    pairs = [
+        write(tmp_path, "a", mask),
+        write(tmp_path, "b", np.full((5, 4), 255)),
+        write(tmp_path, "c", np.full((2, 2), 17)),
+        write(tmp_path, "d", np.full((2, 3), 77)),
+    ]
+    found = check_masks(pairs, CLASSES, strict=False, workers=workers)
+    assert found.pairs == (pairs[0], pairs[2])
+    assert [skip.id for skip in found.dropped] == ["b", "d"]
+    assert "all are ignored (255)" in found.dropped[0].reason
+    assert "of no class ([77])" in found.dropped[1].reason
+    assert found.pixels == (3, 2, 4, 1)
+    assert found.ignored == 2
+    assert found.unknown == (77, 99)
+
+
+def test_a_background_mask_is_used(tmp_path: Path) -> None:
+    pairs = [write(tmp_path, "a", np.zeros((4, 4)))]
+    assert check_masks(pairs, CLASSES, strict=True, workers=1).pixels == (16, 0, 0, 0)
+
+
+def test_unknown_mask_ids_are_an_error_where_they_must_not_be(tmp_path: Path) -> None:
+    pairs = [write(tmp_path, "a", np.array([[0, 9, 255, 12]]))]
+    expected = r"mask .*a.mask.png of 'a' has the values \[9, 12\].*mask ids \[10, 17, 8\]"
+    with pytest.raises(DataError, match=expected):
+        check_masks(pairs, CLASSES, strict=True, workers=1)
+
+
+def test_missing_masks_are_counted_and_three_are_named(tmp_path: Path) -> None:
+    pairs = [write(tmp_path, f"i{n}", np.zeros((4, 4))) for n in range(6)]
+    for _, path in pairs[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"5 of 6 images have no mask: i1 .*i2 .*i3 ") as error:
+        check_masks(pairs, CLASSES, strict=True, workers=1)
+    assert "i4" not in str(error.value)
+    with pytest.raises(DataError, match="0 of 0 images have no mask"):
+        check_masks([], CLASSES, strict=True, workers=1)
+
+
+def test_masks_of_another_size_are_an_error(tmp_path: Path) -> None:
+    pair = write(tmp_path, "a", np.zeros((4, 6)), np.zeros((6, 4, 3), np.uint8))
+    with pytest.raises(DataError, match=r"is 4 x 6 \(height x width\) but .* is 6 x 4"):
+        check_masks([pair], CLASSES, strict=False, workers=2)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_upright_size_of_an_image_counts(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path, exif=exif)
+    size = (30, 20) if orientation in (6, 8) else (20, 30)
+    for shape in (size, size[::-1]):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "mask.png")
+        pairs = [(Item("a", path, ()), tmp_path / "mask.png")]
+        if shape == size:
+            assert check_masks(pairs, CLASSES, strict=True, workers=1).pairs == tuple(pairs)
+        else:
+            with pytest.raises(DataError, match="upright image"):
+                check_masks(pairs, CLASSES, strict=True, workers=1)
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
+    pairs = [write(tmp_path, name, np.full((4, 4), 255)) for name in "ab"]
+    with pytest.raises(DataError, match=r"none of 2 masks can be trained on: .*a.mask.png"):
+        check_masks(pairs, CLASSES, strict=True, workers=1)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    item, path = write(tmp_path, "a", np.zeros((4, 4)))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"mask of 'a': .*colours \(mode RGB\)"):
+        check_masks([(item, path)], CLASSES, strict=True, workers=1)
+    item, path = write(tmp_path, "b", np.zeros((4, 4)))
+    item.image.write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r"b\.png"):
+        check_masks([(item, path)], CLASSES, strict=True, workers=1)

@@ -1,0 +1,443 @@
+"""Probabilities of an image: scales, mirror images, windows, fusion and the CRF, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import Preprocessing
+from lpcam.data.dataset import ClassTable
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.settings import preset_names
+from lpcam.segmentation import inference as predict
+from lpcam.segmentation.inference import (
+    label_mask,
+    labels,
+    make_crf,
+    probabilities,
+    refine,
+    sides,
+    window_starts,
+    wrapped_image,
+)
+from lpcam.segmentation.settings import SegmentTestSettings
+
+CLASSES = ClassTable(("red", "blue"), (3, 7))
+WEIGHT = torch.tensor([[0.5, 0.25, -1.0], [2.0, 0.0, 0.0], [0.0, -1.0, 3.0]])
+BIAS = torch.tensor([0.1, -0.2, 0.3])
+
+
+class Linear(nn.Module):
+    """Logits are linear in the mean colour of cells of ``stride`` pixels; a mirror is no matter."""
+
+    preprocessing = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+    classes = CLASSES
+    device = torch.device("cpu")
+
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.seen: list[tuple[int, ...]] = []
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape))
+        cells = F.avg_pool2d(images, self.stride, ceil_mode=True) if self.stride > 1 else images
+        logits: Tensor = torch.einsum("lc,bchw->blhw", WEIGHT, cells)
+        return logits + BIAS[:, None, None]
+
+
+class Sided(Linear):
+    """The column decides, so that a mirror image has other logits."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape))
+        columns = torch.linspace(-1, 1, images.shape[-1]).expand(1, 1, *images.shape[-2:])
+        return torch.cat([columns, 2 * columns, 0 * columns], 1)
+
+
+class Fixed(Linear):
+    """The same logits whatever it is shown."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits
+
+
+def settings(**changes: object) -> SegmentTestSettings:
+    return SegmentTestSettings.from_preset("deeplabv2.official", **{"crf": None, **changes})
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def logits_of(image: np.ndarray) -> Tensor:
+    """(3, H, W) of `Linear` with stride 1."""
+    colours = torch.from_numpy(image).double() / 255
+    normalised = (colours - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.5])
+    return (normalised @ WEIGHT.double().T + BIAS).permute(2, 0, 1)
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2e-6)
+
+
+# -- One scale -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (101, 35)])
+def test_one_scale_is_the_softmax_of_the_logits(size: tuple[int, int]) -> None:
+    image = photograph(*size)
+    found = probabilities(Linear(), image, settings())
+    assert found.shape == (3, *size) and found.dtype == torch.float32
+    near(found, logits_of(image).softmax(0))
+
+
+def test_logits_are_enlarged_to_the_image_before_the_softmax() -> None:
+    logits = torch.zeros(1, 3, 1, 2)
+    logits[0, 0, 0, 1] = 4.0
+    found = probabilities(Fixed(logits), photograph(32, 32), settings())
+    # centres of the two logits are at 7.5 and 23.5
+    expected = ((torch.arange(32) - 7.5) / 16).clamp(0, 1) * 4.0
+    near(found[0, 5], expected.exp() / (expected.exp() + 2))
+    other = probabilities(Fixed(logits), photograph(32, 32), settings(fusion="mean_probabilities"))
+    ends = torch.tensor([1 / 3, np.exp(4) / (np.exp(4) + 2)])
+    near(other[0, 5], ends[0] + (ends[1] - ends[0]) * expected / 4.0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (5, 3), (31, 40)])
+def test_sides_that_are_too_short_are_enlarged_alone(size: tuple[int, int]) -> None:
+    segmenter, image = Linear(4), photograph(*size)
+    for align_corners in (False, True):
+        found = probabilities(segmenter, image, settings(align_corners=align_corners))
+        assert found.shape == (3, *size)
+        near(found.sum(0), torch.ones(size))
+    assert set(segmenter.seen) == {(1, 3, max(32, size[0]), max(32, size[1]))}
+
+
+def test_a_plain_image_is_plain_at_every_odd_size() -> None:
+    image = np.full((1, 1, 3), (10, 200, 90), np.uint8)
+    expected = logits_of(image).softmax(0)
+    for fusion in ("mean_logits", "mean_probabilities", "max_probabilities"):
+        chosen = settings(
+            scales=[0.5, 1.0, 1.37], flip=True, fusion=fusion, window=33, sides="truncated"
+        )
+        for size in ((33, 39), (7, 95)):
+            plain = np.broadcast_to(image, (*size, 3))
+            found = probabilities(Linear(4), plain, chosen)
+            near(found, expected.expand(3, *size))
+
+
+# -- Scales and fusion ---------------------------------------------------------------------------
+
+
+def test_sides_are_rounded_or_truncated() -> None:
+    for scale, rounded, truncated in ((0.5, (50, 52), (50, 52)), (1.37, (138, 144), (138, 143))):
+        assert sides((101, 105), scale, settings()) == rounded
+        assert sides((101, 105), scale, settings(sides="truncated")) == truncated
+    assert sides((101, 105), 0.01, settings()) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((375, 500), (512, 683)), ((500, 375), (683, 512)), ((100, 1000), (205, 2048))],
+)
+def test_an_image_is_resized_to_fit_both_bounds(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert sides(size, 1.0, settings(resize=[2048, 512])) == expected
+    height, width = sides(size, 0.5, settings(resize=[2048, 512]))
+    assert abs(height - expected[0] / 2) <= 1 and abs(width - expected[1] / 2) <= 1
+
+
+def test_the_image_is_resized_once_to_bound_and_scale() -> None:
+    segmenter = Linear()
+    probabilities(segmenter, photograph(40, 50), settings(resize=[200, 80], scales=[1.0, 0.5]))
+    assert segmenter.seen == [(1, 3, 80, 100), (1, 3, 40, 50)]
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_scales_are_fused_as_the_settings_say(align_corners: bool) -> None:
+    image = photograph(40, 45)
+    normalised = Linear.preprocessing(image)[None]
+
+    def at(size: tuple[int, int]) -> Tensor:
+        scaled = F.interpolate(normalised, size, mode="bilinear", align_corners=align_corners)
+        return Linear()(scaled)
+
+    def enlarged(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, (40, 45), mode="bilinear", align_corners=False)[0]
+
+    both = [at((40, 45)), at((80, 90))]
+    expected = {
+        "mean_logits": torch.stack([enlarged(m) for m in both]).mean(0).softmax(0),
+        "mean_probabilities": torch.stack([enlarged(m.softmax(1)) for m in both]).mean(0),
+        "max_probabilities": torch.stack([enlarged(m.softmax(1)) for m in both]).amax(0),
+    }
+    for fusion, wanted in expected.items():
+        chosen = settings(scales=[1.0, 2.0], fusion=fusion, align_corners=align_corners)
+        near(probabilities(Linear(), image, chosen), wanted)
+    assert float(expected["max_probabilities"].sum(0).max()) > 1.0  # left as they are
+
+
+def test_chunks_of_labels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(scales=[1.0, 0.8], flip=True)
+    whole = probabilities(Linear(4), photograph(50, 60), chosen)
+    monkeypatch.setattr(predict, "CHUNK_BYTES", 1)
+    near(whole, probabilities(Linear(4), photograph(50, 60), chosen))
+
+
+def test_large_logits_have_probabilities_too() -> None:
+    logits = torch.tensor([500.0, 501.0, -500.0]).view(1, 3, 1, 1)
+    expected = torch.tensor([1.0, np.e, 0.0]) / (1.0 + np.e)
+    for fusion in ("mean_logits", "mean_probabilities"):
+        found = probabilities(Fixed(logits), photograph(32, 32), settings(fusion=fusion))
+        near(found[:, 3, 4], expected)
+
+
+def test_interpolated_probabilities_do_not_exceed_one() -> None:
+    logits = torch.zeros(1, 3, 3, 3)
+    logits[0, 1] = 200.0
+    ones = torch.ones(1, 1, 3, 3)
+    enlarged = F.interpolate(ones, (33, 33), mode="bilinear", align_corners=False)
+    assert float(enlarged.max()) > 1.0  # what rounding makes of ones, and a CRF refuses
+    for fusion in ("mean_probabilities", "max_probabilities"):
+        chosen = settings(fusion=fusion, crf="wideresnet38")
+        assert float(probabilities(Fixed(logits), photograph(33, 33), chosen).max()) == 1.0
+        found = probabilities(Fixed(logits), photograph(33, 33), chosen, crf=make_crf(chosen))
+        assert bool((labels(found) == 1).all())
+
+
+# -- Mirror images -------------------------------------------------------------------------------
+
+
+def test_a_network_that_mirrors_do_not_matter_to_has_the_same_probabilities() -> None:
+    image = photograph(40, 45)
+    for fusion in ("mean_logits", "mean_probabilities", "max_probabilities"):
+        plain = probabilities(Linear(), image, settings(fusion=fusion))
+        near(probabilities(Linear(), image, settings(fusion=fusion, flip=True)), plain)
+
+
+def test_logits_of_the_mirror_image_are_mirrored_back() -> None:
+    image = photograph(40, 45)
+    segmenter = Sided()
+    found = probabilities(segmenter, image, settings(flip=True))
+    near(found, torch.full((3, 40, 45), 1 / 3))  # x and -x have the mean 0
+    assert len(segmenter.seen) == 2
+    one = probabilities(Sided(), image, settings(fusion="max_probabilities"))
+    both = probabilities(Sided(), image, settings(fusion="max_probabilities", flip=True))
+    near(both, torch.maximum(one, one.flip(-1)))
+
+
+# -- Windows -------------------------------------------------------------------------------------
+
+
+def test_windows_cover_an_axis() -> None:
+    assert window_starts(1024, 512, 0.333) == [0, 341, 512]
+    assert window_starts(512, 512, 0.333) == [0]
+    assert window_starts(513, 512, 0.333) == [0, 1]
+    assert window_starts(300, 512, 0.5) == [0]
+    assert window_starts(96, 32, 0.0) == [0, 32, 64]
+    assert window_starts(18, 16, 0.999) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.333, 0.5, 0.75, 0.9])
+def test_neighbouring_windows_share_their_part(overlap: float) -> None:
+    for window in (16, 17, 100):
+        for length in range(1, 350, 7):
+            starts = window_starts(length, window, overlap)
+            assert starts[0] == 0 and starts[-1] == max(0, length - window)
+            steps = np.diff(starts)
+            assert all(1 <= step <= max(1, window * (1 - overlap)) + 1e-9 for step in steps)
+
+
+@pytest.mark.parametrize("size", [(40, 45), (33, 90), (20, 47)])
+@pytest.mark.parametrize("overlap", [0.0, 0.333, 0.8])
+def test_windows_of_a_network_without_context_are_the_whole(
+    size: tuple[int, int], overlap: float
+) -> None:
+    image = photograph(*size)
+    chosen = settings(scales=[1.0, 1.5], window=33, overlap=overlap)
+    segmenter = Linear()
+    near(
+        probabilities(segmenter, image, chosen),
+        probabilities(Linear(), image, settings(scales=[1.0, 1.5])),
+    )
+    assert all(max(shape[-2:]) <= 33 for shape in segmenter.seen)
+    assert len(segmenter.seen) > 2
+
+
+def test_an_image_within_the_window_is_segmented_whole() -> None:
+    segmenter = Linear(4)
+    image = photograph(40, 45)
+    # softmax at the size of the logits, not at that of a window
+    chosen = settings(window=45, fusion="mean_probabilities")
+    found = probabilities(segmenter, image, chosen)
+    expected = probabilities(Linear(4), image, settings(fusion="mean_probabilities"))
+    assert torch.equal(found, expected)
+    assert segmenter.seen == [(1, 3, 40, 45)]
+
+
+def test_logits_are_averaged_where_windows_overlap() -> None:
+    class Counting(Linear):
+        """The n-th window has the logit n everywhere."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(tuple(images.shape))
+            logits = torch.zeros(1, 3, 2, 2)
+            logits[:, 0] = len(self.seen)
+            return logits
+
+    found = probabilities(Counting(), photograph(40, 60), settings(window=40, overlap=0.25))
+    first = torch.ones(60)
+    first[20:40], first[40:] = 1.5, 2.0  # windows begin at 0 and 20
+    near(found[0, 7], first.exp() / (first.exp() + 2))
+
+
+# -- Independence --------------------------------------------------------------------------------
+
+
+def test_the_result_does_not_depend_on_threads_or_earlier_images() -> None:
+    chosen = settings(scales=[0.75, 1.0], flip=True, crf="deeplab")
+    crf = make_crf(chosen)
+    image = photograph(50, 60)
+    one = probabilities(Linear(4), image, chosen, crf=crf)
+    probabilities(Linear(4), photograph(50, 60, seed=1), chosen, crf=crf)
+    torch.set_num_threads(2)
+    assert torch.equal(one, probabilities(Linear(4), image, chosen, crf=crf))
+
+
+def test_the_image_is_left_as_it_was_and_gradients_are_not_kept() -> None:
+    image = photograph(40, 45)
+    before = image.copy()
+
+    class Trained(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images * self.gain  # three channels, three labels
+
+    found = probabilities(Trained(), image, settings(flip=True, fusion="max_probabilities"))
+    np.testing.assert_array_equal(image, before)
+    assert not found.requires_grad
+    near(found, Linear.preprocessing(before).softmax(0))
+
+
+# -- CRF -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", preset_names("segment_test"))
+def test_every_preset_has_its_crf(preset: str) -> None:
+    chosen = SegmentTestSettings.from_preset(preset)
+    crf = make_crf(chosen, memory=123)
+    assert (crf is None) == (chosen.crf is None)
+    if crf is not None:
+        assert crf.settings.preset == chosen.crf
+        assert crf.memory == 123
+
+
+def test_the_crf_smooths_what_has_one_colour() -> None:
+    image = np.full((32, 40, 3), 90, np.uint8)
+    image[:, 20:] = 200
+    logits = torch.zeros(1, 3, 32, 40)
+    logits[0, 1, :, :20], logits[0, 2, :, 20:] = 2.0, 2.0
+    logits[0, :, 16, 6] = torch.tensor([3.0, 0.0, 0.0])  # one odd pixel
+    chosen = settings(crf="deeplab")
+    without = probabilities(Fixed(logits), image, chosen)
+    assert int(labels(without)[16, 6]) == 0
+    with_crf = probabilities(Fixed(logits), image, chosen, crf=make_crf(chosen))
+    expected = torch.ones(32, 40, dtype=torch.int64)
+    expected[:, 20:] = 2
+    assert torch.equal(labels(with_crf), expected)
+    near(with_crf.sum(0), torch.ones(32, 40))
+
+
+def test_the_crf_sees_the_image_or_the_wrapped_one() -> None:
+    image, scores = photograph(32, 40), torch.full((2, 32, 40), 0.5)
+    chosen = settings(crf="deeplab")
+    crf = make_crf(chosen)
+    assert crf is not None
+    seen = []
+
+    class Spy:
+        def refine_probabilities(self, image: Tensor, probabilities: Tensor) -> Tensor:
+            seen.append(image.numpy())
+            return crf.refine_probabilities(image, probabilities)
+
+    refine(scores, image, chosen, Spy())  # type: ignore[arg-type]
+    refine(scores, image, settings(crf="deeplab", crf_image="wrapped"), Spy())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(seen[0], image)
+    np.testing.assert_array_equal(seen[1], wrapped_image(image))
+
+
+def test_a_wrapped_image_by_hand() -> None:
+    image = np.array([[[117, 116, 99], [122, 117, 104], [255, 0, 255], [123, 117, 105]]], np.uint8)
+    # blue: 99 - 104.008 = -5.008, of which -5 is 251; green: 116 - 116.669, of which 0; ...
+    expected = [[[251, 0, 251], [0, 0, 0], [150, 140, 132], [0, 0, 0]]]
+    found = wrapped_image(image)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_crf_that_needs_too_much_is_refused() -> None:
+    chosen = settings(crf="deeplab")
+    with pytest.raises(DataError, match=r"needs about .* more than"):
+        probabilities(Linear(), photograph(40, 45), chosen, crf=make_crf(chosen, memory=1000))
+
+
+# -- Labels and masks ----------------------------------------------------------------------------
+
+
+def test_labels_and_masks() -> None:
+    scores = torch.tensor([[[0.2, 0.5, 0.4]], [[0.3, 0.5, 0.2]], [[0.5, 0.0, 0.4]]])
+    found = labels(scores)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[2, 0, 0]]  # the first of equal ones
+    np.testing.assert_array_equal(label_mask(found, CLASSES), [[7, 0, 0]])
+    with pytest.raises(DataError, match="values from 3 to 3"):
+        label_mask(torch.tensor([[3]]), CLASSES)
+
+
+# -- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((40, 40), np.uint8),
+        np.zeros((40, 40, 4), np.uint8),
+        np.zeros((40, 40, 3), np.float32),
+        np.zeros((0, 40, 3), np.uint8),
+    ],
+)
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"expected uint8 \(H, W, 3\) RGB"):
+        probabilities(Linear(), image, settings())
+
+
+def test_a_segmenter_in_training_is_refused() -> None:
+    with pytest.raises(ClassifierError, match=r"in training mode; call eval\(\) first"):
+        probabilities(Linear().train(), photograph(40, 40), settings())
+
+
+def test_logits_of_other_labels_are_refused() -> None:
+    for shape in ((1, 4, 5, 5), (2, 3, 5, 5), (3, 5, 5)):
+        with pytest.raises(ClassifierError, match=r"expected \(1, 3, h, w\): the background and 2"):
+            probabilities(Fixed(torch.zeros(shape)), photograph(40, 40), settings())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
+    logits = torch.zeros(1, 3, 5, 5)
+    logits[0, 1, 2, 2] = value
+    with pytest.raises(ClassifierError, match="logits hold NaN or infinite values; its training"):
+        probabilities(Fixed(logits), photograph(40, 40), settings())

@@ -1,0 +1,95 @@
+"""Random changes of colours against hand-computed ones."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lpcam.training.augmentation import jitter_colours, turn_hue
+
+GENERATOR = np.random.default_rng(0)
+IMAGE = GENERATOR.integers(40, 200, (9, 12, 3)).astype(np.uint8)
+
+
+def factors(column: int, *, count: int = 200) -> list[np.ndarray]:
+    """Many images of which one quantity is changed."""
+    jitter = [0.0] * 4
+    jitter[column] = 0.2
+    return [jitter_colours(IMAGE, jitter, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_nothing_to_change() -> None:
+    found = jitter_colours(IMAGE, (0.0, 0.0, 0.0, 0.0), np.random.default_rng(0))
+    assert np.array_equal(found, IMAGE)
+    assert found is not IMAGE
+
+
+def test_equal_generators_change_equally() -> None:
+    before = IMAGE.copy()
+    first, again, other = (
+        jitter_colours(IMAGE, (0.3, 0.3, 0.3, 0.1), np.random.default_rng(seed))
+        for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.dtype == np.uint8
+    assert np.array_equal(IMAGE, before)
+
+
+def test_brightness_multiplies() -> None:
+    ratios = [found.sum() / IMAGE.sum() for found in factors(0)]
+    for found, ratio in zip(factors(0), ratios, strict=True):
+        assert np.abs(found - IMAGE * ratio).max() < 1.5
+    assert 0.79 < min(ratios) < 0.83
+    assert 1.17 < max(ratios) < 1.21
+
+
+def test_contrast_moves_away_from_the_mean_grey() -> None:
+    grey = float(round(np.array(Image.fromarray(IMAGE).convert("L")).mean()))
+    away, ratios = IMAGE - grey, []
+    for found in factors(1):
+        ratio = float(((found - grey) * away).sum() / (away**2).sum())
+        assert np.abs(found - (grey + away * ratio)).max() < 1.5
+        ratios.append(ratio)
+    assert 0.78 < min(ratios) < 0.84
+    assert 1.16 < max(ratios) < 1.22
+
+
+def test_saturation_moves_away_from_grey() -> None:
+    grey = np.array(Image.fromarray(IMAGE).convert("L")).astype(float)[:, :, None]
+    spreads = [
+        float(np.abs(found - grey).sum() / np.abs(IMAGE - grey).sum()) for found in factors(2)
+    ]
+    assert 0.78 < min(spreads) < 0.84
+    assert 1.16 < max(spreads) < 1.22
+    ashen = np.full((4, 4, 3), 90, np.uint8)
+    assert np.array_equal(jitter_colours(ashen, (0, 0, 0.9, 0), np.random.default_rng(0)), ashen)
+
+
+@pytest.mark.parametrize("turn", [-0.3, 0.0, 0.1, 0.5, 0.99])
+def test_hue_is_turned(turn: float) -> None:
+    found = np.array(turn_hue(Image.fromarray(IMAGE), turn))
+    for before, after in zip(IMAGE.reshape(-1, 3), found.reshape(-1, 3), strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(before / 255.0))
+        expected = np.array(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)) * 255
+        assert np.abs(after - expected).max() < 6  # HSV of 8 bits
+
+
+def test_order_is_random() -> None:
+    """Bright and then of more contrast is not the same as the other way round."""
+    orders = set()
+    for seed in range(40):
+        found = jitter_colours(IMAGE, (0.3, 0.3, 0.0, 0.0), np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        bright, contrast, _, _ = (float(generator.uniform(-j, j)) for j in (0.3, 0.3, 0.0, 0.0))
+        lit = np.clip(IMAGE * (1 + bright), 0, 255)
+        mean = np.array(Image.fromarray(IMAGE).convert("L")).mean()
+        first = lit + contrast * (lit - mean * (1 + bright))
+        last = (IMAGE + contrast * (IMAGE - mean)) * (1 + bright)
+        errors = [np.abs(found - np.clip(each, 0, 255)).mean() for each in (first, last)]
+        orders.add(int(np.argmin(errors)))
+        assert min(errors) < 2
+    assert orders == {0, 1}
