@@ -14,7 +14,8 @@ from pathlib import Path
 
 from benchmarks.measure import MISSING, BenchmarkError, environment, machine, table
 from benchmarks.photographs import RECIPE
-from lpcam.pipeline.stage import STAGES
+from lpcam.pipeline.run import stage_names
+from lpcam.pipeline.run_folder import RunFolder
 
 ALL = (
     "start_up",
@@ -102,8 +103,8 @@ def _whole_run(options: argparse.Namespace) -> str:
     whole = time.perf_counter() - started
     if done.returncode:
         raise BenchmarkError(f"the run failed:\n{done.stderr[-2000:]}")
-    seconds = json.loads((options.run / "seconds.json").read_text("utf-8"))
-    rows = [[name, f"{seconds[name]:.1f}"] for name in STAGES]
+    use = json.loads(RunFolder(options.run).use.read_text("utf-8"))
+    rows = [[name, f"{use[name]['seconds']:.1f}"] for name in stage_names() if name in use]
     rows.append(["all, with start and first look at the images", f"{whole:.1f}"])
     return (
         f"## A whole run\n\n`lpcam run {RECIPE}` from nothing, {threads} threads, once.\n\n"

@@ -70,10 +70,10 @@ from lpcam.evaluation.segmentation import (
     scores,
     truth_labels,
 )
-from lpcam.explain.explainer import Explainer
 from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import load_recipe
+from lpcam.pipeline.run_folder import RunFolder
 
 LIST = "train"
 PEERS = ("GradCAM", "GradCAM++", "LayerCAM")
@@ -114,7 +114,7 @@ def subject(
     """Images with masks, a classifier and LPCAM's vectors."""
     with TemporaryDirectory() as folder:
         if run is not None and data is not None:
-            explainer = Explainer.from_run(run, device=device)
+            explainer = RunFolder(run).explainer(device=device)
             dataset = read_voc(Path(data), lists=[LIST], classes=explainer.classes)
             yield Subject(
                 _with_masks(dataset, LIST, count),

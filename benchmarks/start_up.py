@@ -26,7 +26,7 @@ HELP_GOAL = 0.5
 IMPORT_GOAL = 1.10
 TORCH = "import torch"
 TORCH_TIMM = "import torch; import timm"
-EVERYTHING = "from lpcam import CAM, LPCAM, Classifier, LpcamSettings, Prototypes, functional"
+EVERYTHING = "from lpcam import CAM, LPCAM, Classifier, Prototypes, functional"
 COMMANDS: dict[str, list[str]] = {
     "an empty interpreter": ["-c", ""],
     TORCH: ["-c", TORCH],

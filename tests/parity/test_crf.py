@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.refine.crf import CrfSettings, DenseCrf, unary_from_labels, unary_from_probabilities
-from lpcam.runtime.settings import preset_names
 
 TOLERANCE = 1e-3
 SAME_LABELS = 0.9999
 PHOTOGRAPHS = DEFAULT.parent / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
 
 
-@pytest.mark.parametrize("name", preset_names("crf"))
+@pytest.mark.parametrize("name", CrfSettings.preset_names())
 def test_reference_figures(name: str) -> None:
     golden, words = load("crf"), load_words("crf")
     settings = CrfSettings.from_preset(name)
@@ -74,7 +73,7 @@ def inferred_by_peer(image: Tensor, unary: Tensor, settings: CrfSettings) -> Ten
 
 
 @pytest.mark.parametrize("labels", [3, 21])
-@pytest.mark.parametrize("name", preset_names("crf"))
+@pytest.mark.parametrize("name", CrfSettings.preset_names())
 def test_photographs_as_the_compiled_program(name: str, labels: int) -> None:
     peer()
     settings = CrfSettings.from_preset(name)
