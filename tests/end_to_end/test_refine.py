@@ -26,6 +26,7 @@ from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.irn import Irn, IrnSettings, boundary_maps, propagate, pseudo_maps
 from lpcam.refine.pamr import PamrSettings, pamr
 from lpcam.refine.ternary import crf_labels, ternary
+from lpcam.runtime import files
 from lpcam.runtime.errors import DataError, RecipeError
 from lpcam.training import loop as engine
 
@@ -79,7 +80,7 @@ def test_what_irn_leaves(finished: Values) -> None:
     for name in ("cam", "lpcam"):
         for image in ids(finished):
             size = read_maps(map_path(folder / "cam", image)).high_res.shape[1:]
-            labels = read_index_mask(folder / "ir-labels" / name / f"{image}.png")
+            labels = read_index_mask(folder / "refine-labels" / name / f"{image}.png")
             mask = read_index_mask(folder / "pseudo" / name / f"{image}.png")
             boundary = read_index_mask(folder / "pseudo" / name / "boundaries" / f"{image}.png")
             walked = read_maps(map_path(folder / "pseudo" / name / "maps", image))
@@ -93,9 +94,9 @@ def test_what_irn_leaves(finished: Values) -> None:
         with Image.open(folder / "pseudo" / name / "i00.png") as picture:
             assert picture.mode == "P"
         assert not (read_index_mask(folder / "pseudo" / name / "i03.png")).any()  # no label
-        assert not (read_index_mask(folder / "ir-labels" / name / "i03.png")).any()
-        assert (folder / "irn" / name / "irn.safetensors").is_file()
-        assert not (folder / "irn" / name / "checkpoint.safetensors").exists()
+        assert not (read_index_mask(folder / "refine-labels" / name / "i03.png")).any()
+        assert (folder / "refine-network" / name / "network.safetensors").is_file()
+        assert not (folder / "refine-network" / name / "checkpoint.safetensors").exists()
 
 
 def test_labels_are_those_of_the_crf_at_both_thresholds(finished: Values) -> None:
@@ -111,7 +112,7 @@ def test_labels_are_those_of_the_crf_at_both_thresholds(finished: Values) -> Non
             picture = read_image(Path(finished["data"]["root"], "images", f"{image}.png"))
             planes = torch.from_numpy(maps.high_res)
             expected = ternary(*crf_labels(crf, torch.from_numpy(picture), planes, (high, low)))
-            found = torch.from_numpy(read_index_mask(folder / "ir-labels" / name / f"{image}.png"))
+            found = torch.from_numpy(read_index_mask(folder / "refine-labels" / name / f"{image}.png"))
             ids = torch.tensor([0, *(k + 1 for k in maps.keys.tolist())])
             sure = expected != 255
             assert torch.equal(found.long()[sure], ids[expected[sure]])
@@ -123,7 +124,7 @@ def test_labels_are_those_of_the_crf_at_both_thresholds(finished: Values) -> Non
 def test_walked_maps_are_those_of_the_source_and_its_own_network(finished: Values) -> None:
     folder, settings = Path(finished["run"]["folder"]), IrnSettings.from_preset("default")
     for name in ("cam", "lpcam"):
-        network = Irn.load(folder / "irn" / name / "irn.safetensors").folded()
+        network = Irn.load(folder / "refine-network" / name / "network.safetensors").folded()
         maps = read_maps(map_path(folder / name, "i00"))
         picture = read_image(Path(finished["data"]["root"], "images", "i00.png"))
         boundary = boundary_maps(network, picture[None])[0]
@@ -153,7 +154,7 @@ def test_rows_of_both_stages(finished: Values) -> None:
     settings = IrnSettings.from_preset("default")
     assert fixed["LPCAM + IRN"]["threshold"] == settings.threshold
     assert fixed["CAM + IRN"]["threshold"] == settings.cam_threshold
-    assert {k: len(v) for k, v in metrics["irn_history"].items()} == {"cam": 1, "lpcam": 1}
+    assert {k: len(v) for k, v in metrics["refine_history"].items()} == {"cam": 1, "lpcam": 1}
 
     # the row is that of the masks on disk
     from lpcam.evaluation.segmentation import confusion, scores  # noqa: PLC0415
@@ -169,7 +170,7 @@ def test_rows_of_both_stages(finished: Values) -> None:
 
 def test_the_report_shows_pseudo_masks_and_boundaries(finished: Values) -> None:
     text = Path(finished["run"]["folder"], "report.html").read_text()
-    for words in ("pseudo mask of LPCAM", "pseudo mask of CAM", "boundaries learnt from LPCAM"):
+    for words in ("pseudo mask of LPCAM", "pseudo mask of CAM", "boundaries learned from LPCAM"):
         assert words in text
 
 
@@ -186,8 +187,8 @@ def test_a_second_run_makes_nothing(values: Values, tmp_path: Path) -> None:
         ("threshold", 0.77, {"pseudo/lpcam"}),
         ("cam_threshold", 0.77, {"pseudo/cam"}),
         ("beta", 7.5, {"pseudo/cam", "pseudo/lpcam"}),
-        ("foreground_threshold", 0.77, {"ir-labels/lpcam", "irn/lpcam", "pseudo/lpcam"}),
-        ("epochs", 2, {"irn/cam", "irn/lpcam", "pseudo/cam", "pseudo/lpcam"}),
+        ("foreground_threshold", 0.77, {"refine-labels/lpcam", "refine-network/lpcam", "pseudo/lpcam"}),
+        ("epochs", 2, {f"{kind}/{name}" for kind in ("refine-network", "pseudo") for name in ("cam", "lpcam")}),
     ],
 )
 def test_a_change_remakes_what_depends_on_it(
@@ -197,7 +198,7 @@ def test_a_change_remakes_what_depends_on_it(
     go(changed(values, refine={**IRN, "irn": {**IRN["irn"], key: value}}))
     after = times(tmp_path / "run")
     folders = {"/".join(n.split("/")[:2]) for n in after if after[n] != before.get(n)}
-    folders = {f for f in folders if f.split("/")[0] in ("ir-labels", "irn", "pseudo")}
+    folders = {f for f in folders if f.split("/")[0] in ("refine-labels", "refine-network", "pseudo")}
     assert folders == remade
 
 
@@ -207,9 +208,7 @@ def test_stopped_again_and_again(
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     stopped = changed(in_folder(values, tmp_path / "stopped"), report={"images": 0})
     shutil.copytree(plain["run"]["folder"], tmp_path / "stopped")
-    import lpcam.storage  # noqa: PLC0415
-
-    write, writes, stops = lpcam.runtime.files.os.replace, 0, 0
+    write, writes, stops = files.os.replace, 0, 0
 
     def replace(*arguments: Any) -> None:
         nonlocal writes
@@ -219,7 +218,7 @@ def test_stopped_again_and_again(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lpcam.runtime.files.os, "replace", replace)
+        patch.setattr(files.os, "replace", replace)
         for _ in range(60):
             try:
                 go(stopped)
@@ -243,8 +242,8 @@ def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
     rows = go(values).rows
     name = f"LPCAM + {method.upper()}"
     assert [r["method"] for r in rows if r["stage"] == "pseudo"] == [name, name]
-    assert not (tmp_path / "run" / "irn").exists()
-    assert not (tmp_path / "run" / "ir-labels").exists()
+    assert not (tmp_path / "run" / "refine-network").exists()
+    assert not (tmp_path / "run" / "refine-labels").exists()
     changed_pixels = 0
     for image in ("i00", "i04", "i05"):
         maps = read_maps(map_path(tmp_path / "run" / "lpcam", image))
@@ -270,8 +269,6 @@ def test_a_stage_that_the_recipe_does_not_have_is_refused(plain: Values, tmp_pat
     values = in_folder(plain, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"has no stage 'pseudo'.*add --refine\.method irn"):
         go(values, until="pseudo")
-    with pytest.raises(RecipeError, match="has no stage 'irn'"):
-        go(changed(values, refine={"method": "crf"}), until="irn")
     assert not (tmp_path / "run").exists()
 
 
@@ -311,7 +308,7 @@ def test_large_images_are_refined_smaller(plain: Values, tmp_path: Path, method:
         assert max(size) > 40
         assert read_index_mask(folder / "pseudo" / "lpcam" / f"{image}.png").shape == size
         if method == "irn":
-            assert read_index_mask(folder / "ir-labels" / "lpcam" / f"{image}.png").shape == size
+            assert read_index_mask(folder / "refine-labels" / "lpcam" / f"{image}.png").shape == size
     fixed = {r["method"]: r for r in go(values).rows if r["threshold_source"] == "fixed"}
     assert abs(fixed[f"LPCAM + {method.upper()}"]["miou"] - fixed["LPCAM"]["miou"]) < 0.2
 
@@ -359,13 +356,13 @@ def test_given_maps(
     command = ["refine", str(tmp_path / "tiny.yaml"), str(maps), "--run.folder", str(folder)]
     with caplog.at_level(logging.INFO):
         assert main(command) == 0
-    assert "1 images are left out: their maps are of classes that they are" in caplog.text
+    assert "1 images are left out: their maps have classes that they are" in caplog.text
     printed = capsys.readouterr().out
     assert "7 skipped" in printed
     for words in (
         *("i05.npz", "i06.npz is damaged", "8 x 8 pixels, but", "class index"),
         "values up to 255; divide each map by its maximum",
-        "i02.npz is of the classes green, blue, red, not of blue, green, red; import it for",
+        "i02.npz has the classes green, blue, red, not blue, green, red; import it for",
         "i10.npz has classes that the image is not labelled with: blue",
     ):
         assert words in printed

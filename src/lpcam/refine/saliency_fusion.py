@@ -221,7 +221,7 @@ class SaliencyRefinement(Refinement):
             size = (image.shape[0], image.shape[1])
             if isinstance(maps, Path):
                 found = read_saliency(maps, picture.item.id, size, maximum=top)
-                levels = torch.from_numpy(found.levels)
+                levels = torch.from_numpy(found)
             else:
                 levels = saliency(image.cpu())
             both = None if crf is None else (image, crf)
