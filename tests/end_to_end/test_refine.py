@@ -267,7 +267,7 @@ def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
 
 def test_a_stage_that_the_recipe_does_not_have_is_refused(plain: Values, tmp_path: Path) -> None:
     values = in_folder(plain, tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"has no stage 'pseudo'.*add --refine\.method irn"):
+    with pytest.raises(RecipeError, match=r"'pseudo'.*--refine\.method irn"):
         go(values, until="pseudo")
     assert not (tmp_path / "run").exists()
 
