@@ -33,6 +33,7 @@ from lpcam.training import loop as engine
 Values = dict[str, Any]
 IRN = {"method": "irn", "irn": {"epochs": 1, "batch_size": 4, "crop": 64, "radius": 5}}
 SEEDS = ("CAM", "LPCAM-F", "LPCAM")
+STAGES = ("refine-labels", "refine-network", "pseudo")
 
 
 def go(values: Values, **options: Any) -> Any:
@@ -112,7 +113,8 @@ def test_labels_are_those_of_the_crf_at_both_thresholds(finished: Values) -> Non
             picture = read_image(Path(finished["data"]["root"], "images", f"{image}.png"))
             planes = torch.from_numpy(maps.high_res)
             expected = ternary(*crf_labels(crf, torch.from_numpy(picture), planes, (high, low)))
-            found = torch.from_numpy(read_index_mask(folder / "refine-labels" / name / f"{image}.png"))
+            path = folder / "refine-labels" / name / f"{image}.png"
+            found = torch.from_numpy(read_index_mask(path))
             ids = torch.tensor([0, *(k + 1 for k in maps.keys.tolist())])
             sure = expected != 255
             assert torch.equal(found.long()[sure], ids[expected[sure]])
@@ -187,8 +189,8 @@ def test_a_second_run_makes_nothing(values: Values, tmp_path: Path) -> None:
         ("threshold", 0.77, {"pseudo/lpcam"}),
         ("cam_threshold", 0.77, {"pseudo/cam"}),
         ("beta", 7.5, {"pseudo/cam", "pseudo/lpcam"}),
-        ("foreground_threshold", 0.77, {"refine-labels/lpcam", "refine-network/lpcam", "pseudo/lpcam"}),
-        ("epochs", 2, {f"{kind}/{name}" for kind in ("refine-network", "pseudo") for name in ("cam", "lpcam")}),
+        ("foreground_threshold", 0.77, {f"{k}/lpcam" for k in STAGES}),
+        ("epochs", 2, {f"{k}/{n}" for k in STAGES[1:] for n in ("cam", "lpcam")}),
     ],
 )
 def test_a_change_remakes_what_depends_on_it(
@@ -198,7 +200,7 @@ def test_a_change_remakes_what_depends_on_it(
     go(changed(values, refine={**IRN, "irn": {**IRN["irn"], key: value}}))
     after = times(tmp_path / "run")
     folders = {"/".join(n.split("/")[:2]) for n in after if after[n] != before.get(n)}
-    folders = {f for f in folders if f.split("/")[0] in ("refine-labels", "refine-network", "pseudo")}
+    folders = {f for f in folders if f.split("/")[0] in STAGES}
     assert folders == remade
 
 
@@ -308,7 +310,8 @@ def test_large_images_are_refined_smaller(plain: Values, tmp_path: Path, method:
         assert max(size) > 40
         assert read_index_mask(folder / "pseudo" / "lpcam" / f"{image}.png").shape == size
         if method == "irn":
-            assert read_index_mask(folder / "refine-labels" / "lpcam" / f"{image}.png").shape == size
+            path = folder / "refine-labels" / "lpcam" / f"{image}.png"
+            assert read_index_mask(path).shape == size
     fixed = {r["method"]: r for r in go(values).rows if r["threshold_source"] == "fixed"}
     assert abs(fixed[f"LPCAM + {method.upper()}"]["miou"] - fixed["LPCAM"]["miou"]) < 0.2
 
