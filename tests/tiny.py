@@ -177,21 +177,21 @@ def together(count: int, work: Callable[[Processes], R]) -> list[R]:
         return list(pool.map(one, range(count)))
 
 
-def small_run(root: Path, folder: Path) -> dict[str, str]:
+def small_run(root: Path, folder: Path) -> dict[str, Any]:
     """What is cut of the stages before the segmenter: sizes and lengths only."""
     return {
         "data.root": str(root),
         "run.folder": str(folder),
-        "run.threads": "1",
+        "run.threads": 1,
         "run.device": "cpu",
         "classifier.weights": "random",
-        "classifier.finetune.epochs": "1",
-        "classifier.finetune.batch_size": "4",
-        "classifier.finetune.crop": "64",
-        "classifier.finetune.long_side": "[48, 64]",
-        "lpcam.max_features": "40",
-        "refine.irn.epochs": "1",
-        "refine.irn.batch_size": "4",
-        "refine.irn.crop": "80",
-        "report.images": "4",
+        "classifier.finetune.epochs": 1,
+        "classifier.finetune.batch_size": 4,
+        "classifier.finetune.crop": 64,
+        "classifier.finetune.long_side": [48, 64],
+        "lpcam.max_features": 40,
+        "refine.irn.epochs": 1,
+        "refine.irn.batch_size": 4,
+        "refine.irn.crop": 80,
+        "report.images": 4,
     }
