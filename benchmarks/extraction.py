@@ -36,7 +36,7 @@ from benchmarks.measure import (
 )
 from benchmarks.photographs import classifier, equal_size, photographs
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import image_pyramid
+from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
 from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps

@@ -32,7 +32,7 @@ from benchmarks.measure import (
 )
 from benchmarks.photographs import classifier, photographs
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import image_pyramid
+from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.finetuning import FinetuneSettings, finetune
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image

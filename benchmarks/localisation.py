@@ -42,7 +42,8 @@ from benchmarks.peers import PACKAGE, peer_maps
 from benchmarks.photographs import RECIPE, classifier
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair, tensor_pyramid
-from lpcam.classifiers.probe import ProbeSettings, fit_head, multi_hot
+from lpcam.classifiers.linear import ProbeSettings, fit_head
+from lpcam.classifiers.probe import multi_hot
 from lpcam.data.creatures import write as draw_creatures
 from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.folder import read_folder

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeaturePair, image_pyramid
+from lpcam.classifiers.feature_store import image_pyramid
+from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeaturePair, FeatureStore, image_pyramid
+from lpcam.classifiers.feature_store import FeatureStore, image_pyramid
+from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import limit_long_side, read_image

@@ -14,7 +14,8 @@ from torch import Tensor
 from lpcam.classifiers import finetuning as train
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.classifiers.finetuning import FinetuneSettings
-from lpcam.classifiers.probe import mean_average_precision, multi_hot
+from lpcam.classifiers.linear import mean_average_precision
+from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from lpcam.classifiers import probe
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeatureStore
-from lpcam.classifiers.probe import ProbeSettings, mean_average_precision
+from lpcam.classifiers.feature_store import FeatureStore
+from lpcam.classifiers.linear import ProbeSettings, mean_average_precision
 from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image
-from lpcam.runtime.distributed import Processes
+from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ClassifierError, PrototypeError
-from lpcam.runtime.parallel import Sharing
 
 SETTINGS = ProbeSettings.from_preset("default", long_side=64)
 NAMES = ("blue", "green", "red")

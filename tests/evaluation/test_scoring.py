@@ -14,9 +14,8 @@ from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.evaluation.scoring import Evaluation, evaluate_masks, score_maps, why_not_scored
 from lpcam.method.settings import Method
-from lpcam.runtime.distributed import Processes
+from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, DataError
-from lpcam.runtime.parallel import Sharing
 
 FIXED: dict[Method, float] = {"CAM": 0.5, "LPCAM": 0.25}
 

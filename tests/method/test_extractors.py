@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam import CAM, LPCAM
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
-from lpcam.classifiers.features import image_pyramid, tensor_pyramid
-from lpcam.classifiers.probe import ProbeSettings, fit_head
+from lpcam.classifiers.feature_store import image_pyramid
+from lpcam.classifiers.features import tensor_pyramid
+from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.functional import class_activation, normalize

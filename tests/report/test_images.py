@@ -18,7 +18,7 @@ from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.method.seeds import seeds
 from lpcam.method.settings import Method
 from lpcam.report.images import choose, highlights, image_records, small_planes
-from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.distributed import Sharing
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
 

@@ -20,8 +20,8 @@ from lpcam.report.segmenters import (
     image_miou,
     segmenter_records,
 )
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.parallel import Sharing
 
 CLASSES = ClassTable(("cat", "dog"), (3, 7))
 

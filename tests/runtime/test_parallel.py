@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lpcam.data.dataset import Item
-from lpcam.runtime.distributed import Processes
-from lpcam.runtime.parallel import AHEAD, Sharing, ordered_map
+from lpcam.runtime.distributed import Processes, Sharing
+from lpcam.runtime.parallel import AHEAD, ordered_map
 
 # -- ordered_map ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from lpcam.classifiers.finetuning import FinetuneSettings
 
 # Written down again from the specification of LPCAM, sections 1, 3 and 4.
-from lpcam.classifiers.probe import ProbeSettings
+from lpcam.classifiers.linear import ProbeSettings
 
 # Written down again from the specification of LPCAM, sections 1, 3 and 4.
 from lpcam.method.settings import LpcamSettings

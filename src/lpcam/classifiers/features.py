@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.wrapped import WrappedModel
-from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image, resize_image, scaled_size
+from lpcam.data.images import scaled_size
 from lpcam.runtime.errors import PrototypeError
-from lpcam.runtime.settings import Section
 
 Source = Classifier | WrappedModel
 """A classifier that gives a feature map and the rows of its classes."""
@@ -35,37 +29,6 @@ class FeaturePair(NamedTuple):
 
 
 # -- One image at several scales ---------------------------------------------------------------
-
-
-def image_pyramid(
-    classifier: Classifier,
-    images: NDArray[np.uint8],
-    scales: Sequence[float],
-    *,
-    flip: bool,
-    precision: torch.dtype | None = None,
-) -> Iterator[FeaturePair]:
-    """Features of uint8 images at each scale, resized by Pillow's bicubic filter.
-
-    Args:
-        classifier: whose backbone and preprocessing are used.
-        images: (B, H, W, 3) uint8 RGB.
-        scales: factors of the sides.
-        flip: whether the mirrored images pass too.
-        precision: float16 or bfloat16 runs the backbone under autocast; None: in its own precision.
-
-    Yields:
-        Features (B, C, h, w) float32 of each scale, in the order of ``scales``.
-
-    Raises:
-        PrototypeError: if the features contain NaN or Inf.
-    """
-    height, width = images.shape[1:3]
-    for scale in scales:
-        size = scaled_size(height, width, scale)
-        resized = images if size == (height, width) else [resize_image(i, size) for i in images]
-        tensor = torch.stack([classifier.preprocessing(image) for image in resized])
-        yield _pair(classifier, tensor.to(classifier.device), flip=flip, precision=precision)
 
 
 def tensor_pyramid(
@@ -141,116 +104,3 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()
     context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
     return context
-
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class FeatureSettings(Section):
-    """How the features of images are computed and stored."""
-
-    features: Literal["float16", "float32"] = "float16"
-    """Precision in which features are stored. float16 halves the memory."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the backbone's passes. The others are faster where the hardware supports them,
-    and change maps by more than rounding (docs/performance.md)."""
-    maximum_side: Annotated[int, Field(ge=16)] = 1024
-    """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
-
-
-class FeatureStore:
-    """Features of images at several scales, from memory or from the backbone; thread-safe.
-
-    The backbone's batch norms are folded into its convolutions when the store is made; later
-    changes of the classifier's weights have no effect.
-
-    Args:
-        classifier: gives the backbone.
-        flip: give features of the mirrored image too.
-        maximum_side: longest side in pixels; larger images are resized to it first.
-        dtype: precision in which features are kept; results are float32.
-        budget: bytes that may be kept in memory.
-        keep: ids of the images that will be requested again; others are never kept.
-        precision: precision of the backbone's passes; other than float32 they run under autocast.
-    """
-
-    def __init__(
-        self,
-        classifier: Classifier,
-        *,
-        flip: bool,
-        maximum_side: int,
-        dtype: Literal["float16", "float32"],
-        budget: int,
-        keep: Iterable[str],
-        precision: Literal["float32", "bfloat16", "float16"] = "float32",
-    ) -> None:
-        self.classifier = classifier.folded()
-        self.flip = flip
-        self.maximum_side = maximum_side
-        self.dtype = DTYPES[dtype]
-        self.budget = budget
-        self.keep = frozenset(keep)
-        self.precision = PRECISIONS[precision]
-        self.used = 0
-        self._kept: dict[tuple[str, float], Tensor] = {}
-        self._lock = threading.Lock()
-
-    @torch.inference_mode()
-    def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
-        """Features (B, C, h, w) of images and their mirrors at each scale, float32.
-
-        Args:
-            items: B images of equal size.
-
-        Raises:
-            ImageError: if an image cannot be read.
-            PrototypeError: if features hold NaN or Inf, or are too large for half precision.
-        """
-        images = None
-        for scale in scales:
-            kept = [self._kept.get((item.id, scale)) for item in items]
-            stacked = [one for one in kept if one is not None]
-            if len(stacked) < len(items):
-                if images is None:
-                    images = np.stack(
-                        [limit_long_side(read_image(i.image), self.maximum_side) for i in items]
-                    )
-                stacked = self._compute(items, images, scale)
-                for item, one in zip(items, stacked, strict=True):
-                    self._offer(item.id, scale, one)
-            full = torch.stack(stacked).to(self.classifier.device).float()
-            yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
-
-    def _compute(
-        self, items: Sequence[Item], images: NDArray[np.uint8], scale: float
-    ) -> list[Tensor]:
-        names = ", ".join(repr(item.id) for item in items)
-        try:
-            (pair,) = image_pyramid(
-                self.classifier, images, (scale,), flip=self.flip, precision=self.precision
-            )
-        except PrototypeError as error:
-            raise PrototypeError(f"image {names}: {error}") from None
-        parts = [part.to(self.dtype) for part in pair if part is not None]
-        stacked = torch.stack(parts, dim=1)
-        if not all_finite(stacked):
-            raise PrototypeError(
-                f"the features of image {names} are too large for half precision; set "
-                "maps.features to float32"
-            )
-        return list(stacked)
-
-    def _offer(self, name: str, scale: float, stacked: Tensor) -> None:
-        size = stacked.numel() * stacked.element_size()
-        with self._lock:
-            known = (name, scale) in self._kept
-            if known or name not in self.keep or self.used + size > self.budget:
-                return
-            self.used += size
-            # On the CPU, because the budget is one of main memory. A copy, because a row of a batch
-            # would keep the whole batch.
-            self._kept[name, scale] = stacked.to("cpu", copy=True)

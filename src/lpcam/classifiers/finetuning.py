@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import Classifier, Preprocessing
-from lpcam.classifiers.probe import mean_average_precision, multi_hot
+from lpcam.classifiers.linear import mean_average_precision
+from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_long_side
 from lpcam.runtime.distributed import Processes

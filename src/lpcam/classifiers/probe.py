@@ -5,127 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeatureStore, image_pyramid
+from lpcam.classifiers.feature_store import FeatureStore, image_pyramid
+from lpcam.classifiers.linear import ProbeSettings, fit_head, mean_average_precision
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_long_side
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
-from lpcam.runtime.parallel import Sharing, one_thread
+from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.progress import progress
-from lpcam.runtime.settings import PresetModel
-
-
-def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
-    """Mean over classes of the average precision of image-level predictions.
-
-    The average precision of a class is the mean, over its positive images, of the precision among
-    the images that score at least as high.
-
-    Args:
-        logits: (M, N).
-        labels: (M, N), positive if > 0. A class without a positive image is not counted.
-
-    Returns:
-        A fraction, or None if no class has a positive image.
-
-    Example:
-        >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
-        0.5
-    """
-    values = []
-    for scored, present in zip(logits.T, labels.T > 0, strict=True):
-        if not present.any():
-            continue
-        positive = scored[present]
-        at_least = scored[None, :] >= positive[:, None]
-        hits = (at_least & present[None, :]).sum(1)
-        values.append((hits / at_least.sum(1)).mean().item())
-    return float(np.mean(values)) if values else None
-
-
-class ProbeSettings(PresetModel):
-    """How a linear head is fitted to the pooled features of a frozen backbone."""
-
-    table: ClassVar[str] = "probe"
-    preset: str = "default"
-
-    long_side: Annotated[int, Field(ge=16)] | None
-    """Long side, in pixels, at which features are pooled; smaller images are enlarged to it. Null
-    pools at the image's own size, so that the maps need no second pass at scale 1."""
-    mirror: bool
-    """Whether the mirrored image is a second sample."""
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty: weight_decay / 2 times the squared norm of each row, beside its mean loss."""
-    max_iterations: Annotated[int, Field(ge=1)]
-    """Of L-BFGS on the whole set at once."""
-
-
-def fit_head(
-    pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
-) -> Tensor:
-    """Fit the rows that minimise the multi-label soft margin loss on pooled features.
-
-    For each class, the mean over samples of the binary cross-entropy of its logit plus
-    weight_decay / 2 times the squared norm of its row; so a row does not depend on the number of
-    other classes. The problem is convex. L-BFGS in double precision, from zero.
-
-    Args:
-        pooled: (M, V, C), V views of each of M images.
-        labels: (M, N) multi-hot.
-        settings: weight decay and most iterations.
-        classes: the N names, for the message.
-
-    Returns:
-        (N, C) float32, the rows w_n.
-
-    Raises:
-        ClassifierError: if a class has no image.
-
-    Example:
-        >>> settings = ProbeSettings.from_preset("default", weight_decay=0.1)
-        >>> rows = fit_head(torch.eye(2)[:, None], torch.eye(2), settings, ["cat", "dog"])
-        >>> (rows > 0).tolist()
-        [[True, False], [False, True]]
-    """
-    rows = pooled.flatten(0, 1).double()
-    targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
-    counts = zip(classes, labels.sum(0).tolist(), strict=True)
-    absent = [name for name, total in counts if total == 0]
-    if absent:
-        raise ClassifierError(
-            f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
-            "data.classes"
-        )
-    weight = torch.zeros(labels.shape[1], rows.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight],
-        max_iter=settings.max_iterations,
-        history_size=20,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.multilabel_soft_margin_loss(rows @ weight.T, targets) * weight.shape[0]
-        loss = loss + settings.weight_decay / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    with torch.enable_grad(), one_thread():
-        optimizer.step(objective)  # type: ignore[no-untyped-call]
-    return weight.detach().float()
-
 
 logger = logging.getLogger(__name__)
 

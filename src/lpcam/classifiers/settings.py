@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lpcam.classifiers.classifier import BackboneSpec
 from lpcam.classifiers.finetuning import FinetuneSettings
-from lpcam.classifiers.probe import ProbeSettings
+from lpcam.classifiers.linear import ProbeSettings
 from lpcam.runtime.files import weights_key
 from lpcam.runtime.settings import WeightsSection
 

@@ -27,8 +27,8 @@ from lpcam.evaluation.segmentation import (
     truth_labels,
 )
 from lpcam.method.seeds import seeds
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.parallel import Sharing
 from lpcam.runtime.progress import progress
 
 MOST_VALUES = 8

@@ -19,13 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
-from lpcam.classifiers.features import (
-    PRECISIONS,
-    FeaturePair,
-    image_pyramid,
-    single,
-    tensor_pyramid,
-)
+from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
+from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
 from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb

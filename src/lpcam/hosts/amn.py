@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build, described
-from lpcam.classifiers.features import FeaturePair, image_pyramid
+from lpcam.classifiers.feature_store import image_pyramid
+from lpcam.classifiers.features import FeaturePair
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.data.images import read_image, resize_image, scaled_size

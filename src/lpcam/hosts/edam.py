@@ -38,7 +38,7 @@ from lpcam.classifiers.classifier import (
     described,
     description,
 )
-from lpcam.classifiers.features import image_pyramid
+from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
-from lpcam.classifiers.probe import mean_average_precision, multi_hot
+from lpcam.classifiers.linear import mean_average_precision
+from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
 from lpcam.hosts.base import (

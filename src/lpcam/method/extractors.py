@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair, Source, full_precision, single, tensor_pyramid
-from lpcam.classifiers.probe import ProbeSettings, fit_head
+from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.search import Pool
 from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
 from lpcam.method.functional import (
@@ -30,12 +30,15 @@ from lpcam.method.functional import (
     lpcam_of_pair,
     normalize,
 )
-from lpcam.method.image_maps import ImageMaps
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError, DataError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
+
+if TYPE_CHECKING:
+    from lpcam.method.image_maps import ImageMaps
+
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
@@ -533,6 +536,8 @@ class LPCAM(CAM):
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
             DataError: if a class is unknown.
         """
+
+        from lpcam.method.image_maps import ImageMaps  # noqa: PLC0415 - pictures are not needed to map
 
         vectors, source, settings = self._vectors(), self.source_, self.settings_
         images = image[None].to(source.device)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeatureStore
+from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.reader import ListName
 from lpcam.data.validation import check_images
@@ -24,10 +24,9 @@ from lpcam.pipeline.cache import Output, Result, StageCache, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
-from lpcam.runtime.distributed import Processes
+from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 from lpcam.runtime.files import digest_json, read_json, write_bytes, write_json
-from lpcam.runtime.parallel import Sharing
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
     available_memory,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lpcam.classifiers.classifier import BackboneSpec, build
-from lpcam.classifiers.features import FeaturePair, FeatureStore
+from lpcam.classifiers.feature_store import FeatureStore
+from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.images import scaled_size
 from lpcam.data.inspection import Estimate

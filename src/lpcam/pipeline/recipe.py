@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from lpcam.classifiers.features import FeatureSettings
+from lpcam.classifiers.feature_store import FeatureSettings
 from lpcam.classifiers.settings import ClassifierSection
 from lpcam.data import reader
 from lpcam.data.reader import READERS

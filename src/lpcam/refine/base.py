@@ -18,8 +18,8 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import ClassTable, Item
 from lpcam.data.map_files import MapFile
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.parallel import Sharing
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import Section
 from lpcam.training.loop import Place

@@ -28,7 +28,7 @@ from lpcam.report.images import (
 )
 from lpcam.report.prototypes import Pairs, confusion_records, prototype_records
 from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
-from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.settings import Section
 from lpcam.runtime.versions import __version__
 
@@ -94,8 +94,7 @@ def collect(
         items: the images that may be shown.
         folders: of each method's maps.
         fixed: threshold of each method.
-        pairs: features of images, as :meth:`lpcam.classifiers.features.FeatureStore.pairs` gives
-        them.
+        pairs: gives features of images (``FeatureStore.pairs``).
         about: protocol, skipped, notices, events, history, networks, stages and command.
         later: masks and planes of later stages.
         trained: the segmenters of the run, if any.

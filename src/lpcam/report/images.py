@@ -21,7 +21,7 @@ from lpcam.evaluation.segmentation import DEFAULT_THRESHOLDS, ThresholdSweep, tr
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
 from lpcam.method.image_maps import METHOD_NAMES, resize_maps
 from lpcam.method.settings import Method
-from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.progress import progress
 
 PICTURE = 256

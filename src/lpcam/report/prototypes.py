@@ -41,7 +41,7 @@ MOST_PATCHES = 1600
 
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
 """Features of images of equal size at each scale:
-:meth:`lpcam.classifiers.features.FeatureStore.pairs`."""
+:meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`."""
 
 
 class Place(NamedTuple):

@@ -17,7 +17,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.explain.web import encode_picture
 from lpcam.report.images import choose, highlights, nearest, run_all, thumbnail_record
-from lpcam.runtime.parallel import Sharing
+from lpcam.runtime.distributed import Sharing
 
 PICTURE = 176
 """Long side of a picture, in pixels."""

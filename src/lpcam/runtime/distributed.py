@@ -8,13 +8,16 @@ make they write into the run folder, which all must see; the only things exchang
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lpcam.runtime.errors import RecipeError
+from lpcam.runtime.parallel import ordered_map
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for slower ones. A process that dies is noticed at once: torchrun stops
@@ -129,3 +132,59 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
         ),
         state.device,
     )
+
+
+# -- Images shared among processes and threads ---------------------------------------------------
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Identified(Protocol):
+    """Something that is known by an id, such as an image."""
+
+    @property
+    def id(self) -> str:
+        """Name of it in every list."""
+
+
+Identity = TypeVar("Identity", bound=Identified)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the images of a run are shared out.
+
+    An image belongs to the same process in every stage, so that the features that a process keeps
+    are those that it needs again.
+    """
+
+    processes: Processes = field(default_factory=Processes)
+    workers: int = 1
+    """Threads of this process, a batch each."""
+    batch: int = 1
+    """Most images of equal size that pass the backbone together."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(height, width) of each image by id; those that are not in it count as of one size."""
+    owner: Mapping[str, int] = field(default_factory=dict)
+    """Rank of the process that does an image, by id; those that are not in it are the first's."""
+
+    def mine(self, items: Iterable[Identity]) -> list[Identity]:
+        """The images that this process does."""
+        return [item for item in items if self.owner.get(item.id, 0) == self.processes.rank]
+
+    def batches(self, items: Sequence[Identity]) -> list[list[Identity]]:
+        """Batches of images of exactly equal size; with ``batch`` 1 in the order of the items."""
+        batches: list[list[Identity]] = []
+        latest: dict[tuple[int, int] | None, list[Identity]] = {}
+        for item in items:
+            size = self.sizes.get(item.id)
+            if size not in latest or len(latest[size]) == self.batch:
+                latest[size] = []
+                batches.append(latest[size])
+            latest[size].append(item)
+        return batches
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """:func:`ordered_map` on the threads of this process."""
+        return ordered_map(function, items, self.workers)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lpcam.classifiers.features import DTYPES
+from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.method.extractors import single_scale_cam
