@@ -17,8 +17,9 @@ from lpcam.data.dataset import ClassTable
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import read_classes
 from lpcam.formats.map_folders import export_maps, import_maps
-from lpcam.formats.maps import MapStyle, read_foreign_maps, write_foreign_maps
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.formats.maps import read_foreign_maps, write_foreign_maps
+from lpcam.formats.registry import MAP_FORMATS
+from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 
 HEIGHT, WIDTH = 9, 13
 SIZE = (HEIGHT, WIDTH)
@@ -97,7 +98,7 @@ def test_after_a_crf_the_style_has_to_be_named(tmp_path: Path) -> None:
     full = planes(3) + 0.1
     full /= full.sum(axis=0)
     path = saved(tmp_path / "a.npy", {0: full[0], 3: full[1], 20: full[2]})
-    with pytest.raises(ArtefactError, match=r"a.npy is refused: its maps add up to 1 .*'psa-crf'"):
+    with pytest.raises(ArtefactError, match=r"a.npy is refused: .*psa: .*psa-crf: "):
         read_foreign_maps(path)
     found = read_foreign_maps(path, style="psa-crf")
     assert found.maps.keys.tolist() == [2, 19] and found.style == "psa-crf"
@@ -142,8 +143,8 @@ def test_a_missing_small_map_is_made(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "array": (np.ones(3), r"it holds float64 \(3,\); expected a dictionary"),
     "list": ([1], "it holds a list"),
-    "other keys": ({"a": 1, "b": 2}, "has the keys 'a', 'b'; expected 'keys' and 'high_res', or"),
-    "text among classes": ({1: planes(1)[0], "a": 1}, "has the keys 1, 'a'"),
+    "other keys": ({"a": 1, "b": 2}, "the keys 'a', 'b'; .*'keys' .* by class"),
+    "text among classes": ({1: planes(1)[0], "a": 1}, "the keys 1, 'a'"),
     "float keys": ({"keys": np.ones(2)}, r"'keys' are float64 \(2,\)"),
     "flat keys": ({"keys": np.ones((2, 1), int)}, r"'keys' are int64 \(2, 1\)"),
     "no maps": ({"keys": np.array([1])}, "has 1 classes, but no 'high_res'"),
@@ -187,10 +188,10 @@ def test_keys_are_mask_values_less_1(tmp_path: Path) -> None:
     for style, keys in (("irn", [16, 11]), ("psa", [16, 11]), ("psa-crf", [0, 17, 12])):
         background = 0.5 if style == "psa-crf" else None
         path = tmp_path / "a.npy"
-        write_foreign_maps(path, whole, style, background=background, classes=FARM)  # type: ignore[arg-type]
+        write_foreign_maps(path, whole, style, background=background, classes=FARM)
         dictionary = loaded(path)
         assert (dictionary["keys"].tolist() if "keys" in dictionary else list(dictionary)) == keys
-        back = read_foreign_maps(path, style=style, classes=FARM).maps  # type: ignore[arg-type]
+        back = read_foreign_maps(path, style=style, classes=FARM).maps
         order = [back.keys.tolist().index(key) for key in (2, 0)]
         assert np.array_equal(back.high_res[order], whole.high_res)
         assert back.made_by["classes"] == ["dog", "cow", "sheep"]
@@ -249,12 +250,12 @@ def test_maps_of_another_image_or_table_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="has the key 14, and no class has the mask value 15;"):
         read_foreign_maps(path, classes=short)
     assert read_foreign_maps(path, classes=table).maps.keys.tolist() == [3, 14]
-    with pytest.raises(ArtefactError, match="2 planes and 'keys' 2 classes; expected 3"):
+    with pytest.raises(ArtefactError, match="2 planes and 'keys' 2 classes"):
         read_foreign_maps(path, style="amn")
-    with pytest.raises(ArtefactError, match="expected 0-based classes of the style 'psa'"):
+    with pytest.raises(ArtefactError, match="the keys 'keys', 'cam'"):
         read_foreign_maps(path, style="psa")
-    with pytest.raises(DataError, match="'sem' is unknown; choose 'auto', 'irn', 'amn'"):
-        read_foreign_maps(path, style="sem")  # type: ignore[arg-type]
+    with pytest.raises(LpcamError, match=r"'sem'.* irn, amn, psa, psa-crf"):
+        read_foreign_maps(path, style="sem")
 
 
 def test_a_map_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -278,11 +279,9 @@ def loaded(path: Path) -> Any:
         return np.load(path, allow_pickle=True).item()
 
 
-@pytest.mark.parametrize("style", ["irn", "amn", "psa", "psa-crf"])
+@pytest.mark.parametrize("style", MAP_FORMATS)
 @pytest.mark.parametrize("keys", [(3, 14), (0,), ()])
-def test_what_is_written_is_read_again(
-    tmp_path: Path, style: MapStyle, keys: tuple[int, ...]
-) -> None:
+def test_what_is_written_is_read_again(tmp_path: Path, style: str, keys: tuple[int, ...]) -> None:
     whole = maps(*keys)
     background = 0.25 if style in ("amn", "psa-crf") else None
     write_foreign_maps(tmp_path / "a.npy", whole, style, background=background)
@@ -331,13 +330,13 @@ def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
 def test_the_background_belongs_to_its_styles(tmp_path: Path) -> None:
     for style in ("amn", "psa-crf"):
         with pytest.raises(DataError, match=f"'{style}' have a plane of the background; give its"):
-            write_foreign_maps(tmp_path / "a.npy", maps(1), style)  # type: ignore[arg-type]
+            write_foreign_maps(tmp_path / "a.npy", maps(1), style)
         with pytest.raises(DataError, match=r"background is \(3, 4\), the maps are \(9, 13\)"):
-            write_foreign_maps(tmp_path / "a.npy", maps(1), style, background=planes(1, 3, 4)[0])  # type: ignore[arg-type]
+            write_foreign_maps(tmp_path / "a.npy", maps(1), style, background=planes(1, 3, 4)[0])
     with pytest.raises(DataError, match="'irn' have none of it"):
         write_foreign_maps(tmp_path / "a.npy", maps(1), "irn", background=0.5)
-    with pytest.raises(DataError, match="'sem' is unknown"):
-        write_foreign_maps(tmp_path / "a.npy", maps(1), "sem")  # type: ignore[arg-type]
+    with pytest.raises(LpcamError, match="'sem'"):
+        write_foreign_maps(tmp_path / "a.npy", maps(1), "sem")
     assert list(tmp_path.iterdir()) == []
 
 

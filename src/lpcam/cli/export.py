@@ -17,10 +17,11 @@ from lpcam.cli.command import (
     fraction,
     size_options,
 )
+from lpcam.formats.registry import FORMATS, MAP_FORMATS
 from lpcam.runtime.errors import LpcamError
 
 if TYPE_CHECKING:
-    from lpcam.formats.models.onnx import Parity
+    from lpcam.formats.models.onnx import ExportParity
 
 OUTPUT = argument("output", type=Path, help="Folder to write.")
 FILE = argument("output", type=Path, help="File to write.")
@@ -37,7 +38,7 @@ FROM = argument(
     "exchange",
     RUN,
     OUTPUT,
-    argument("--format", required=True, help="voc, coco, yolo, ...: see docs/formats.md."),
+    argument("--format", required=True, choices=FORMATS, metavar="FORMAT", help="%(choices)s."),
     FROM,
     argument("--instances", action="store_true", help="Make each connected component an object."),
     argument(
@@ -68,7 +69,7 @@ def export_masks(call: Invocation) -> int:
             progress=lambda _done, _total: advance(1, ""),
         )
     print(result.summary())
-    return 1 if result.skipped else 0
+    return 1 if result.left_out else 0
 
 
 @command(
@@ -76,7 +77,7 @@ def export_masks(call: Invocation) -> int:
     "exchange",
     RUN,
     OUTPUT,
-    argument("--format", required=True, help="irn, amn, psa or psa-crf."),
+    argument("--format", required=True, choices=MAP_FORMATS, metavar="FORMAT", help="%(choices)s."),
     FROM,
     argument(
         "--background", type=fraction, help="amn, psa-crf: the background's score of every pixel."
@@ -86,7 +87,7 @@ def export_masks(call: Invocation) -> int:
 )
 def export_maps(call: Invocation) -> int:
     """Write a run's maps for IRN, AMN or PSA."""
-    from lpcam.formats.maps import export_maps as write  # noqa: PLC0415
+    from lpcam.formats.map_folders import export_maps as write  # noqa: PLC0415
     from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.runtime.progress import progress  # noqa: PLC0415
 
@@ -95,10 +96,10 @@ def export_maps(call: Invocation) -> int:
     with progress(f"maps of {maps.name}", len(maps.ids)) as advance:
         written = write(
             maps.folder,
-            maps.ids,
             options.output,
             options.format,
-            maps.classes,
+            maps.ids,
+            classes=maps.classes,
             background=options.background,
             bare_digits=options.bare_digits,
             workers=call.threads,
@@ -130,7 +131,7 @@ def export_program(call: Invocation) -> int:
     return _classifier(call, write)
 
 
-def _classifier(call: Invocation, write: Callable[..., Parity]) -> int:
+def _classifier(call: Invocation, write: Callable[..., ExportParity]) -> int:
     from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
 
     options = call.options
@@ -140,20 +141,28 @@ def _classifier(call: Invocation, write: Callable[..., Parity]) -> int:
 @command("export segmenter", "exchange", RUN, FILE, SIZE, TRAINED_ON)
 def export_segmenter(call: Invocation) -> int:
     """Write a run's segmenter as an ONNX file."""
-    from lpcam.formats.models.segmenter import export_onnx as write  # noqa: PLC0415
     from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
+    from lpcam.segmentation.export import export_onnx as write  # noqa: PLC0415
+    from lpcam.segmentation.networks.registry import NETWORKS  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
     found = RunFolder(options.run).segmenters(options.trained_on)
+    network = found.section.network
+    if options.size is None and NETWORKS[network].one_size_export:
+        raise LpcamError(f"{network} is exported for images of one size; give it: --size 512 512")
     segmenter = Segmenter.load(found.path)
     return _print(write(segmenter, options.output, made_by=found.made_by, **size_options(options)))
 
 
-def _print(parity: Parity) -> int:
+def _print(parity: ExportParity) -> int:
     """Print what was written, and how it compares with the model where that was checked."""
-    print(f"wrote {parity.path}, {'any size' if parity.dynamic else 'one size'}")
-    print(parity.summary() if parity.checked else "not checked: onnxruntime is not installed")
+    print(f"wrote {parity.path}, for images of {'any' if parity.dynamic else 'one'} size")
+    if parity.checked:
+        errors = ", ".join(f"{name} {error:.2g}" for name, error in parity.errors.items())
+        print(f"largest difference from the model: {errors}")
+    else:
+        print("not compared with the model: onnxruntime is not installed")
     return 0
 
 

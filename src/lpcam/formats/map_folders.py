@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
-from lpcam.formats.maps import (
-    WITH_BACKGROUND,
-    ForeignMaps,
-    MapStyle,
-    maps_without_class,
-    read_foreign_maps,
-    write_foreign_maps,
-)
+from lpcam.formats.map_formats import maps_without_class
+from lpcam.formats.maps import AUTO, ForeignMaps, read_foreign_maps, write_foreign_maps
+from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.parallel import ordered_map
@@ -61,7 +56,8 @@ class ImportedMaps:
         lines = [f"{len(self.ids)} map files ({styles}) in {self.folder}"]
         if self.without_class:
             lines.append(f"{len(self.without_class)} of them without a class")
-        if dropped := sum(self.styles.get(style, 0) for style in WITH_BACKGROUND):
+        known = [style for style in self.styles if style in MAP_FORMATS]
+        if dropped := sum(self.styles[s] for s in known if MAP_FORMATS[s].has_background):
             lines.append(f"the background plane of {dropped} was dropped")
         if self.not_chosen:
             counts = ", ".join(f"{n} {self.not_chosen[n]}" for n in sorted(self.not_chosen))
@@ -76,7 +72,7 @@ class ExportedMaps:
     """Result of `export_maps`."""
 
     folder: Path
-    style: MapStyle
+    style: str
     files: tuple[Path, ...]
 
     def summary(self) -> str:
@@ -90,7 +86,7 @@ def import_maps(
     ids: Sequence[str] | None = None,
     *,
     sizes: Mapping[str, tuple[int, int]] | None = None,
-    style: MapStyle | Literal["auto"] = "auto",
+    style: str = AUTO,
     classes: ClassTable | None = None,
     chosen: Sequence[str] | None = None,
     without_file: Literal["skip", "no class"] = "skip",
@@ -240,7 +236,7 @@ def _image_of(name: str) -> str:
 def export_maps(
     source: Path,
     output: Path,
-    style: MapStyle,
+    style: str,
     ids: Sequence[str],
     *,
     classes: ClassTable | None = None,

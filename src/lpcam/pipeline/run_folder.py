@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.data.dataset import ClassTable, Dataset, Skip
-from lpcam.data.folder import IMAGE_SUFFIXES
+from lpcam.data.dataset import IMAGE_SUFFIXES, ClassTable, Dataset, Skip
 from lpcam.data.map_files import map_path
 from lpcam.data.reader import ListName
 from lpcam.explain.explainer import Explainer
-from lpcam.formats.masks.export import MaskEntry
+from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.datasets import read_dataset

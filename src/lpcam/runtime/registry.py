@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar, cast
 
 from lpcam.runtime.errors import LpcamError
 
@@ -19,7 +20,8 @@ class RegistryError(LpcamError):
 class Registry(Mapping[str, T], Generic[T]):
     """Methods of one kind by name: those of the package, then those of entry points.
 
-    A method is imported when it is first looked up, so a registry of heavy modules is cheap.
+    Entry points are read when the registry is first used, and a method is imported when it is
+    first looked up, so a registry of heavy modules is cheap.
 
     Args:
         kind: what one entry is called in messages, such as ``host``.
@@ -35,15 +37,20 @@ class Registry(Mapping[str, T], Generic[T]):
     def __init__(self, kind: str, group: str, own: Mapping[str, str]) -> None:
         self.kind = kind
         self.group = group
-        self._sources: dict[str, str] = dict(own)
+        self._own = own
         self._loaded: dict[str, T] = {}
-        for point in sorted(entry_points(group=group), key=_name):
-            if point.name in self._sources:
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        found = dict(self._own)
+        for name, value in sorted((p.name, p.value) for p in entry_points(group=self.group)):
+            if name in found:
                 raise RegistryError(
-                    f"the {kind} {point.name!r} is registered twice: {self._sources[point.name]} "
-                    f"and {point.value}; uninstall one of them or rename it"
+                    f"the {self.kind} {name!r} is registered twice: {found[name]} and {value}; "
+                    "uninstall one of them or rename it"
                 )
-            self._sources[point.name] = point.value
+            found[name] = value
+        return found
 
     def __getitem__(self, name: str) -> T:
         """The entry of a name.
@@ -68,7 +75,3 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._sources)
-
-
-def _name(point: EntryPoint) -> Any:
-    return point.name

@@ -22,9 +22,10 @@ from lpcam.data.masks import read_index_mask, voc_palette, write_mask
 from lpcam.data.voc import CLASSES, read_voc
 from lpcam.formats.masks import export as masks_module
 from lpcam.formats.masks.base import MaskEntry
-from lpcam.formats.masks.export import FORMATS, ExportedMasks, export_masks
+from lpcam.formats.masks.export import ExportedMasks, export_masks
 from lpcam.formats.masks.label_studio import packed_runs
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.formats.registry import FORMATS
+from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 
 TABLE = ClassTable(("cow", "wild & <horse>"), (10, 3))
 Masks = dict[str, np.ndarray]
@@ -536,7 +537,7 @@ def test_nothing_is_written_where_every_mask_is_left_out(tmp_path: Path) -> None
 
 def test_what_is_asked_for_wrongly_is_refused(entries: list[MaskEntry], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="'png' is unknown; choose one of voc, coco, coco-polygons"):
+    with pytest.raises(LpcamError, match=r"'png'.*voc, coco, coco-polygons"):
         export_masks(entries, TABLE, out, "png")
     with pytest.raises(DataError, match="there is no mask"):
         export_masks([], TABLE, out, "voc")

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from lpcam import LPCAM
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.classifiers.wrapped import WrappedModel, wrap
-from lpcam.explain.explainer import Explainer
 from lpcam.formats.models import lpcam_model as head
 from lpcam.formats.models.exporters import _refuse_pickles, export_onnx, export_program
 from lpcam.formats.models.lpcam_model import LPCAMModel
@@ -38,7 +37,14 @@ from lpcam.formats.models.onnx import ExportParity
 from lpcam.method.functional import foreground_minus_context
 from lpcam.method.head import LPCAMHead
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, ClassifierError, NotFittedError, PrototypeError
+from lpcam.pipeline.run_folder import RunFolder
+from lpcam.runtime.errors import (
+    ArtefactError,
+    ClassifierError,
+    LpcamError,
+    NotFittedError,
+    PrototypeError,
+)
 from lpcam.runtime.files import read_tensors, write_tensors
 
 SETTINGS = LpcamSettings.from_preset(
@@ -705,8 +711,8 @@ def test_a_model_of_the_hub_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_run_gives_its_model(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
-    model = LPCAMModel.from_run(run)
-    explainer = Explainer.from_run(run, device="cpu")
+    model = RunFolder(run).model()
+    explainer = RunFolder(run).explainer(device="cpu")
     explainer.settings = explainer.settings.model_copy(update={"scales": (1.0,), "flip": False})
     image = photographs(1, (64, 80))[0]
     assert model.preprocessing is not None
@@ -717,5 +723,7 @@ def test_a_run_gives_its_model(tmp_path: Path) -> None:
     assert model.made_by["run"] == "tiny"
     model.save_pretrained(tmp_path / "saved")
     assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
-    with pytest.raises(ArtefactError, match="is not a run folder"):
-        LPCAMModel.from_run(tmp_path)
+    with pytest.raises(ArtefactError, match="holds no run"):
+        RunFolder(tmp_path).model()
+    with pytest.raises(LpcamError, match=r"RunFolder\(folder\)\.model\(\)"):
+        LPCAMModel.from_run(run)

@@ -74,7 +74,7 @@ class Picture:
 
 
 class Format:
-    """A way of writing masks, found by its name in :data:`lpcam.formats.masks.export.FORMATS`.
+    """A way of writing masks, found by its name in :data:`lpcam.formats.registry.FORMATS`.
 
     A format writes files of each image (`paths`, `write`), one document of all images
     (`document_name`, `record`, `document`), and files of the whole data set (`beside`). Override

@@ -78,3 +78,6 @@ class Coco(Format):
 
 def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+COCO, COCO_POLYGONS = Coco(polygons=False), Coco(polygons=True)

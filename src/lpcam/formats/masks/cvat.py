@@ -62,3 +62,6 @@ class Cvat(Format):
 def _text(element: ElementTree.Element) -> bytes:
     ElementTree.indent(element)
     return (ElementTree.tostring(element, encoding="unicode") + "\n").encode()
+
+
+CVAT = Cvat()

@@ -1,10 +1,9 @@
 """Export of masks to the formats of other tools: VOC, COCO, YOLO, Label Studio, CVAT, overlays.
 
-A format is one :class:`~lpcam.formats.masks.base.Format` in a module beside this one, and one line
-of
-:data:`FORMATS`. Formats that refer to images name them as their data set does
-(:attr:`MaskEntry.name`); elsewhere an image's name is its id with its suffix. Beside the files lies
-``exported.json``: what was written, what from, and what was left out.
+A format is one :class:`~lpcam.formats.masks.base.Format`, found by its name in
+:data:`lpcam.formats.registry.FORMATS`. Formats that refer to images name them as their data set
+does (:attr:`MaskEntry.name`); elsewhere an image's name is its id with its suffix. Beside the files
+lies ``exported.json``: what was written, what from, and what was left out.
 """
 
 from __future__ import annotations
@@ -23,28 +22,11 @@ from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
 from lpcam.data.masks import read_index_mask
 from lpcam.formats.masks.base import Format, MaskEntry, Picture
-from lpcam.formats.masks.coco import Coco
-from lpcam.formats.masks.cvat import Cvat
-from lpcam.formats.masks.label_studio import LabelStudio
-from lpcam.formats.masks.overlays import Overlays
 from lpcam.formats.masks.regions import regions
-from lpcam.formats.masks.voc import Voc
-from lpcam.formats.masks.yolo import Yolo
+from lpcam.formats.registry import FORMATS
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import read_json, write_bytes, write_json
 from lpcam.runtime.parallel import ordered_map
-
-FORMATS: dict[str, Format] = {
-    "voc": Voc(),
-    "coco": Coco(polygons=False),
-    "coco-polygons": Coco(polygons=True),
-    "yolo": Yolo(),
-    "label-studio": LabelStudio(),
-    "cvat": Cvat(),
-    "overlays": Overlays(),
-}
-"""Every mask format, by its name."""
-
 
 INDEX = "exported.json"
 
@@ -130,7 +112,8 @@ def export_masks(
         made_by: JSON values recorded in ``exported.json``.
 
     Raises:
-        DataError: if the format is unknown, there is no mask, an id repeats or is unsafe, the
+        RegistryError: if the format is unknown.
+        DataError: if there is no mask, an id repeats or is unsafe, the
             format cannot hold an entry, ``image_root`` does not fit the format or is not a relative
             path, or every image would be left out.
         ArtefactError: if a file would be replaced that no earlier call wrote, or one cannot be
@@ -147,8 +130,6 @@ def export_masks(
         >>> export_masks(entries, ClassTable(("cow",), (1,)), folder / "coco", "coco").annotations
         1
     """
-    if format not in FORMATS:
-        raise DataError(f"mask format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     writer = FORMATS[format]
     if writer.refers_to_images:
         entries = _without_shared_images(entries)

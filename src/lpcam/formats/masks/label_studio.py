@@ -116,3 +116,6 @@ class LabelStudio(Format):
         ElementTree.indent(view)
         text = ElementTree.tostring(view, encoding="unicode") + "\n"
         return {"label_config.xml": text.encode()}
+
+
+LABEL_STUDIO = LabelStudio()

@@ -38,3 +38,6 @@ class Overlays(Format):
         drawn = Image.fromarray(overlay_mask(read_image(picture.entry.image), picture.mask))
         drawn.save(buffer, "JPEG", quality=_JPEG_QUALITY)
         write_bytes(paths[0], buffer.getvalue())
+
+
+OVERLAYS = Overlays()

@@ -61,3 +61,6 @@ def _names_by_value(classes: ClassTable) -> list[str]:
 
 def _lines(texts: Iterable[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()
+
+
+VOC = Voc()

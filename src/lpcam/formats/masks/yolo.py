@@ -71,3 +71,6 @@ class Yolo(Format):
 def _below_images(name: str) -> str:
     """A name without a leading ``images/``, as the folder of the copies has that name itself."""
     return name.removeprefix("images/")
+
+
+YOLO = Yolo()

@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import yaml
@@ -37,7 +37,7 @@ from lpcam.explain.explainer import Explainer
 from lpcam.formats.models.onnx import COSINE_ERROR, MAP_ERROR, ExportModule, Outputs
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize, _bias
-from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
 from lpcam.runtime.files import (
     read_json,
     read_tensors,
@@ -181,6 +181,14 @@ class LPCAMModel(nn.Module):
                 **explainer.made_by,
                 "settings": explainer.settings.model_dump(mode="json"),
             },
+        )
+
+    @classmethod
+    def from_run(cls, folder: Path | str) -> NoReturn:
+        """Raises an error that names :meth:`lpcam.pipeline.run_folder.RunFolder.model`."""
+        raise LpcamError(
+            "LPCAMModel.from_run(folder) is RunFolder(folder).model() now; import RunFolder from "
+            "lpcam"
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,7 +430,7 @@ computed at one scale without mirror images.
 
 ## Use
 ```python
-from lpcam.head import LPCAMModel
+from lpcam.formats.models.lpcam_model import LPCAMModel
 model = LPCAMModel.from_pretrained("{name}"{given})
 logits, maps = model(images)  # (B, N) and (B, N, height, width), maps from 0 to 1
 ```

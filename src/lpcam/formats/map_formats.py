@@ -1,0 +1,263 @@
+"""The map formats of IRN, AMN and PSA: what the dictionary in a ``.npy`` file holds.
+
+==========  ==================================================================================
+format      contents (specification of data sets, section 5)
+==========  ==================================================================================
+irn         ``keys`` int64 (K,), ``cam`` float32 (K, ceil(H/4), ceil(W/4)), ``high_res`` float32
+            (K, H, W); of IRN, LPCAM, ReCAM and AdvCAM
+amn         the same with a plane of the background before the others: K + 1 planes, K keys
+psa         {class: float32 (H, W)}; of PSA, SEAM, MCTformer and EDAM
+psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after the CRF
+==========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lpcam.data.images import MAXIMUM_PIXELS
+from lpcam.data.map_files import MapFile
+from lpcam.data.resize import quarter_size, resize
+from lpcam.runtime.errors import DataError
+
+Planes = NDArray[np.float32]
+Size = tuple[int, int]
+
+
+class MapFormat(Protocol):
+    """A way of keeping the maps of one image in a dictionary.
+
+    Found by its name in :data:`lpcam.formats.registry.MAP_FORMATS`.
+
+    Attributes:
+        layout: what the dictionary holds, in words.
+        has_background: whether it has a plane of the background.
+    """
+
+    @property
+    def layout(self) -> str: ...
+
+    @property
+    def has_background(self) -> bool: ...
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        """Whether a dictionary looks like this format; of one without a class it may."""
+        ...
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> tuple[MapFile, Planes | None]:
+        """The maps (K planes) and the background plane (H, W), if the file has one.
+
+        Args:
+            content: the dictionary, checked for nothing.
+            size: (H, W) of the image, if it is known.
+
+        Raises:
+            DataError: if the dictionary is not of this format.
+        """
+        ...
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        """The dictionary of maps, with a background plane (H, W) if the format has one."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyedMaps:
+    """A dictionary of ``keys``, ``cam`` and ``high_res``."""
+
+    has_background: bool
+
+    @property
+    def layout(self) -> str:
+        return f"'keys' (K,) and 'high_res' ({'K + 1' if self.has_background else 'K'}, H, W)"
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        """Whether the number of planes is that of this format."""
+        try:
+            extra = len(content["high_res"]) == len(content["keys"]) + 1
+        except (KeyError, TypeError):
+            extra = False
+        return "keys" in content and extra == self.has_background
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> tuple[MapFile, Planes | None]:
+        """The maps; a missing ``cam`` is made of ``high_res``."""
+        if "keys" not in content:
+            raise DataError(f"it holds {names_in(content)}; expected {self.layout}")
+        keys = content["keys"]
+        if isinstance(keys, list | tuple):
+            keys = np.array(keys or np.zeros(0, np.int64))
+        if (
+            not isinstance(keys, np.ndarray)
+            or keys.ndim != 1
+            or (keys.size and keys.dtype.kind not in "iu")
+        ):
+            raise DataError(f"'keys' are {kind_of(keys)}; expected integers (K,)")
+        keys = keys.astype(np.int64)
+        cam, full = (
+            None if content.get(name) is None else _planes(content[name], f"{name!r}", 3)
+            for name in ("cam", "high_res")
+        )
+        if full is None:
+            if len(keys):
+                raise DataError(f"it has {len(keys)} classes, but no 'high_res'")
+            return maps_without_class(size), None
+        if not len(full):  # the sides of no planes mean little
+            return maps_without_class(size or (full.shape[1], full.shape[2])), None
+        _check_size(full, size)
+        if len(full) != len(keys) + self.has_background:
+            raise DataError(
+                f"'high_res' has {len(full)} planes and 'keys' {len(keys)} classes; expected "
+                f"{self.layout}"
+            )
+        quarter = quarter_size(full.shape[1:])
+        if cam is None:
+            cam = _resized(full, quarter)
+        if cam.shape != (len(full), *quarter):
+            raise DataError(
+                f"'cam' is {cam.shape} and 'high_res' {full.shape}; expected 'cam' of "
+                f"{(len(full), *quarter)}"
+            )
+        if self.has_background:
+            return MapFile(keys, cam[1:], full[1:]), full[0]
+        return MapFile(keys, cam, full), None
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        """The three arrays; with a background but without a class only ``keys``."""
+        if background is None:
+            return {"keys": maps.keys, "cam": maps.cam, "high_res": maps.high_res}
+        if not len(maps.keys):
+            return {"keys": maps.keys}
+        plane = background[None]
+        cam = np.concatenate([_resized(plane, quarter_size(plane.shape[1:])), maps.cam])
+        return {"keys": maps.keys, "cam": cam, "high_res": np.concatenate([plane, maps.high_res])}
+
+
+@dataclass(frozen=True)
+class MapsByClass:
+    """A dictionary of one plane (H, W) for each class."""
+
+    has_background: bool
+
+    @property
+    def layout(self) -> str:
+        if self.has_background:
+            return "planes (H, W) by class, counted from 1, with 0 for the background"
+        return "planes (H, W) by class, counted from 0"
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        """Whether all keys are integers, and the planes are probabilities where one is of 0."""
+        if not all(type(key) is int for key in content):
+            return False
+        if not self.has_background:
+            return True
+        try:
+            total = np.sum(list(content.values()), axis=0)
+            return 0 in content and len(content) > 1 and bool(np.allclose(total, 1, atol=1e-3))
+        except (TypeError, ValueError):
+            return False
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> tuple[MapFile, Planes | None]:
+        """The maps in the order of their classes, with small ones made of them."""
+        if not all(type(key) is int for key in content):
+            raise DataError(f"it holds {names_in(content)}; expected {self.layout}")
+        if any(not 0 <= key < 2**31 for key in content):
+            raise DataError("it has a class outside 0..2^31; expected 0-based classes")
+        found = {key: _planes(value, f"class {key}", 2) for key, value in sorted(content.items())}
+        shapes = {plane.shape for plane in found.values()}
+        if len(shapes) > 1:
+            raise DataError(f"its maps have different sizes {sorted(shapes)}")
+        if not found:
+            return maps_without_class(size), None
+        full, keys = np.stack(list(found.values())), np.array(list(found), dtype=np.int64)
+        _check_size(full, size)
+        background = None
+        if self.has_background:
+            if keys[0] != 0:
+                raise DataError(f"it has no plane 0, the background; expected {self.layout}")
+            background, full, keys = full[0], full[1:], keys[1:] - 1
+        return MapFile(keys, _resized(full, quarter_size(full.shape[1:])), full), background
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        """One plane a class, in the order of the maps."""
+        first = 0 if background is None else 1
+        found = {} if background is None else {0: background}
+        planes = zip((maps.keys + first).tolist(), maps.high_res, strict=True)
+        return {**found, **dict(planes)}
+
+
+IRN, AMN = KeyedMaps(has_background=False), KeyedMaps(has_background=True)
+PSA, PSA_CRF = MapsByClass(has_background=False), MapsByClass(has_background=True)
+
+
+def maps_without_class(size: Size | None) -> MapFile:
+    """Maps of an image of ``size`` (H, W) without a class: arrays of no planes.
+
+    Raises:
+        DataError: if the size is not known.
+
+    Example:
+        >>> maps_without_class((9, 13)).cam.shape
+        (0, 3, 4)
+    """
+    if size is None or min(size) < 1:
+        raise DataError("it has no class and no map, so the size of its image must be given")
+    cam, full = (np.zeros((0, *sides), np.float32) for sides in (quarter_size(size), size))
+    return MapFile(np.zeros(0, np.int64), cam, full)
+
+
+def kind_of(value: Any) -> str:
+    """Type and shape for messages: the value itself could be too long.
+
+    Example:
+        >>> kind_of(np.zeros(3)), kind_of([1])
+        ('float64 (3,)', 'a list')
+    """
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def names_in(content: Mapping[Any, Any]) -> str:
+    """The first keys of a dictionary, for messages.
+
+    Example:
+        >>> names_in({"a": 1, 2: 3})
+        "the keys 'a', 2"
+    """
+    return f"the keys {', '.join(f'{key!r:.20}' for key in list(content)[:5]) or 'none'}"
+
+
+def _planes(value: Any, name: str, axes: int) -> Planes:
+    if not isinstance(value, np.ndarray) or value.ndim != axes or value.dtype.kind != "f":
+        shape = "(K, H, W)" if axes == 3 else "(H, W)"
+        raise DataError(f"{name} is {kind_of(value)}; expected floats {shape}")
+    height, width = value.shape[-2:]
+    if height * width > MAXIMUM_PIXELS or (min(height, width) < 1 and (axes == 2 or len(value))):
+        raise DataError(
+            f"{name} is {value.shape}; expected at most {MAXIMUM_PIXELS:,} pixels and no empty side"
+        )
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        planes = np.array(value, dtype=np.float32)
+    # of NaN both comparisons are false
+    if planes.size and not (planes.min() >= 0 and planes.max() < np.inf):
+        raise DataError(f"{name} has negative, NaN or infinite values; maps are >= 0")
+    return planes
+
+
+def _check_size(planes: Planes, size: Size | None) -> None:
+    found = planes.shape[1:]
+    if size is not None and found != tuple(size):
+        raise DataError(
+            f"its maps are {found[0]} x {found[1]} pixels, the image {size[0]} x {size[1]}"
+        )
+
+
+def _resized(planes: Planes, size: Size) -> Planes:
+    found: Planes = resize(torch.from_numpy(planes), size).numpy()
+    return found
