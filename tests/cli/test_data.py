@@ -389,9 +389,9 @@ def test_voc_takes_labels_masks_classes_and_lists(
     assert main([*check, "--lists", "val", "--classes", "dog"]) in (0, 1)
     assert "1 image (.jpg), 1 class" in capsys.readouterr().out
     message = refused(capsys, *check, "--labels", "folders")
-    assert "labels 'folders' belongs to the kind folder; name a .csv or .jsonl" in message
+    assert "labels 'folders'" in message
     message = refused(capsys, *check, "--masks", str(tmp_path / "gone"))
-    assert "of masks; give one that holds ID.png" in message
+    assert "gone" in message
 
 
 def test_lists_and_classes_of_coco_stand_in_the_recipe(
@@ -417,7 +417,7 @@ def test_lists_and_classes_of_coco_stand_in_the_recipe(
     assert (data.kind, data.classes) == ("coco", ("cow",))
     assert data.list_of("maps") == "first" and data.list_of("test") == "second"
     message = refused(capsys, "data", "check", str(tmp_path), "--labels", "x.csv")
-    assert "labels belongs to the kinds voc and folder; coco has its annotations" in message
+    assert "labels" in message and "coco" in message
 
 
 def test_options_of_a_check_that_do_nothing_are_refused(
@@ -425,15 +425,14 @@ def test_options_of_a_check_that_do_nothing_are_refused(
 ) -> None:
     folder = str(draw_folder(tmp_path / "boxes"))
     message = refused(capsys, "data", "check", folder, "--recipe", "voc12", "--no-estimate")
-    assert "--recipe says whose run is estimated; leave it or --no-estimate out" in message
+    assert "--recipe" in message and "--no-estimate" in message
     for command in (["data", "check"], ["init"]):
         message = refused(capsys, *command, folder, "--lists", "train")
-        assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+        assert "lists (train)" in message
         for option in ("--lists", "--classes"):
             with pytest.raises(SystemExit):
                 main([*command, folder, option, "train,"])
-            message = capsys.readouterr().err.splitlines()[-1]
-            assert f"argument {option}: 'train,' has an empty name; write names with" in message
+            assert f"{option}: 'train,'" in capsys.readouterr().err
     assert not (tmp_path / "boxes" / "recipe.yaml").exists()
 
 
@@ -457,8 +456,7 @@ def test_masks_of_a_folder_without_annotations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = draw_folder(tmp_path / "boxes", count=2)
-    message = refused(capsys, "data", "masks", str(folder), str(tmp_path / "masks"))
-    assert f"{folder} has no annotations of COCO, of which masks are painted" in message
+    assert str(folder) in refused(capsys, "data", "masks", str(folder), str(tmp_path / "masks"))
 
 
 def test_a_recipe_for_a_json_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from lpcam.data.folder import read_folder
 from lpcam.data.inspection import Finding, Survey, _may_be_one, survey
 from lpcam.data.open_dataset import Truth, open_with_truth
 from lpcam.data.voc import CLASSES, read_voc
-from lpcam.pipeline.estimate import usual_recipe
+from lpcam.pipeline.estimate import estimate_run, usual_recipe
 from lpcam.runtime.errors import DataError, LpcamError
 
 LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
@@ -404,7 +405,8 @@ def test_summary_of_many_classes_is_short_and_narrow(tmp_path: Path) -> None:
 
 def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
     draw_folder(tmp_path, count=6)
-    result = survey(read_folder(tmp_path), recipe=usual_recipe("test_resnet"), workers=2)
+    estimate = partial(estimate_run, recipe=usual_recipe("test_resnet"), workers=2)
+    result = survey(read_folder(tmp_path), estimate=estimate, workers=2)
     text = " ".join(result.summary().split())
     assert "time of a run" in text
     assert "timed here with test_resnet, scales 1, 0.5, 1.5 and flip, 2 workers on" in text

@@ -50,35 +50,21 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
 )
 def check(call: Invocation) -> int:
     """Show what a data set holds and what is wrong with it."""
-    from lpcam.data.inspection import survey  # noqa: PLC0415
-    from lpcam.data.open_dataset import open_with_truth  # noqa: PLC0415
-    from lpcam.pipeline.estimate import usual_recipe  # noqa: PLC0415
-    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
-    from lpcam.runtime.files import write_json  # noqa: PLC0415
-    from lpcam.runtime.progress import progress  # noqa: PLC0415
-    from lpcam.runtime.versions import versions  # noqa: PLC0415
+    from lpcam.pipeline.estimate import inspect_dataset  # noqa: PLC0415
 
     options = call.options
     if options.no_estimate and options.recipe is not None:
         raise LpcamError("--recipe names the run to estimate; leave it or --no-estimate out")
-    recipe = None
-    if not options.no_estimate:
-        recipe = usual_recipe() if options.recipe is None else load_recipe(options.recipe)
-    dataset, truth = open_with_truth(options.path, **reading(options))
-    masks = sum(
-        i.mask is not None or i.parts is not None or i.id in truth for i in dataset.items.values()
+    found = inspect_dataset(
+        options.path,
+        recipe=options.recipe,
+        estimated=not options.no_estimate,
+        workers=call.threads,
+        **reading(options),
     )
-    with progress("checking files", len(dataset.items) + masks) as advance:
-        found = survey(
-            dataset,
-            truth=truth,
-            recipe=recipe,
-            workers=call.threads,
-            progress=lambda _done, _total: advance(1, ""),
-        )
     print(found.summary())
     if options.json is not None:
-        write_json(options.json, {**found.as_json(), "command": call.line, "versions": versions()})
+        found.write_json(options.json, command=call.line)
         print(f"wrote {options.json}")
     return 1 if found.problems else 0
 
@@ -171,7 +157,7 @@ def import_maps(call: Invocation) -> int:
     """Read .npy maps of IRN, AMN or PSA, for lpcam refine."""
     from lpcam.data.images import upright_size  # noqa: PLC0415
     from lpcam.data.open_dataset import open_dataset  # noqa: PLC0415
-    from lpcam.formats.maps import import_maps as read  # noqa: PLC0415
+    from lpcam.formats.map_folders import import_maps as read  # noqa: PLC0415
 
     options = call.options
     for name in ("no_file_no_class", "lists"):
@@ -288,7 +274,7 @@ def _is_table(text: str) -> bool:
 
 def _class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
-    from lpcam.formats.maps import read_classes  # noqa: PLC0415
+    from lpcam.formats.labels import read_classes  # noqa: PLC0415
 
     if text not in KNOWN_CLASSES and Path(text).is_file():
         return read_classes(Path(text))

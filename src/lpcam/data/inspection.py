@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
 from lpcam.data.validation import check_images
 from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.files import write_json
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.versions import versions
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,10 @@ class Survey:
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
+    def write_json(self, path: Path, *, command: str) -> None:
+        """Write everything to a file, with the command that asked for it."""
+        write_json(path, {**self.as_json(), "command": command, "versions": versions()})
+
     def summary(self, width: int = 100) -> str:
         """The same in words and tables of at most ``width`` columns, long lists cut short."""
         height, across = self.median
@@ -282,17 +289,14 @@ def survey(
     Args:
         dataset: as a reader gave it.
         truth: true masks that annotations give, as :func:`lpcam.data.open_dataset.open_with_truth`
-        gives
-            them. Each is made in memory, and what is wrong with it is a finding.
-        recipe: of the run whose time and disk are estimated, see
-            :func:`lpcam.pipeline.estimate.estimate_run`; None: no estimate.
-        workers: files read, and images timed, at a time.
-        memory: as in :func:`estimate_run`.
+            gives them. Each is made in memory, and what is wrong with it is a finding.
+        estimate: called with the usable images and their sizes (height, width); its result goes
+            into the survey. None: no estimate.
+        workers: number of files read at a time.
         progress: called with the number of files looked at and of all.
 
     Raises:
         DataError: if no image can be used.
-        ClassifierError: if the backbone of the recipe cannot be made.
     """
     truth = truth or {}
     total = len(dataset.items) + sum(_has_truth(item, truth) for item in dataset.items.values())

@@ -77,6 +77,7 @@ def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Resize integer labels (H, W) to ``size`` (height, width) by nearest neighbour.
 
     Example:
+        >>> import torch
         >>> enlarge_labels(torch.tensor([[1, 2]]), (1, 4)).tolist()
         [[1, 1, 2, 2]]
     """

@@ -17,13 +17,15 @@ from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.images import scaled_size
-from lpcam.data.inspection import Estimate
+from lpcam.data.inspection import Estimate, Survey, survey
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
+from lpcam.data.open_dataset import open_with_truth
 from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.pipeline.recipe import Recipe, parse_recipe
+from lpcam.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import available_memory, choose_device
 
 TIMED_IMAGES = 12
@@ -51,6 +53,45 @@ def usual_recipe(backbone: str = "mobilenetv2_100", output_stride: int | None = 
         },
         where="the recipe of an estimate",
     )
+
+
+def inspect_dataset(
+    path: Path,
+    *,
+    recipe: str | Path | None = None,
+    estimated: bool = True,
+    workers: int = 1,
+    **reading: Any,
+) -> Survey:
+    """Look at every file of a data set, and estimate a run of it.
+
+    Args:
+        path, reading: as in :func:`lpcam.data.open_dataset.open_with_truth`.
+        recipe: file or name of the recipe whose run is estimated; None: the usual small one.
+        estimated: whether a run is estimated.
+        workers: number of files read, and of images timed, at a time.
+
+    Raises:
+        DataError: if the data set cannot be opened, or no image can be used.
+        RecipeError: if the recipe cannot be read.
+        ClassifierError: if the backbone of the recipe cannot be made.
+    """
+    estimate = None
+    if estimated:
+        chosen = usual_recipe() if recipe is None else load_recipe(recipe)
+        estimate = partial(estimate_run, recipe=chosen, workers=workers)
+    dataset, truth = open_with_truth(path, **reading)
+    masked = sum(
+        i.mask is not None or i.parts is not None or i.id in truth for i in dataset.items.values()
+    )
+    with progress("checking files", len(dataset.items) + masked) as advance:
+        return survey(
+            dataset,
+            truth=truth,
+            estimate=estimate,
+            workers=workers,
+            progress=lambda _done, _total: advance(1, ""),
+        )
 
 
 def estimate_run(

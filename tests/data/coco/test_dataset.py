@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lpcam.data.coco_masks as module
+import lpcam.data.coco.painting as module
 from lpcam.data.coco.dataset import COCO_CATEGORIES, CocoFolder
 from lpcam.data.coco.index import CocoAnnotations
 from lpcam.data.coco.painting import paint
