@@ -9,6 +9,7 @@ from tiny import draw_folder, recipe_values, write_weights
 from lpcam.explain.explainer import Explainer
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import run
+from lpcam.pipeline.run_folder import RunFolder
 
 
 def tiny_run(folder: Path) -> Path:
@@ -22,4 +23,4 @@ def tiny_run(folder: Path) -> Path:
 
 def tiny_explainer(folder: Path) -> Explainer:
     """Of :func:`tiny_run`."""
-    return Explainer.from_run(tiny_run(folder), device="cpu")
+    return RunFolder(tiny_run(folder)).explainer(device="cpu")

@@ -151,11 +151,11 @@ def test_figures_that_change_take_the_page_with_them(values: Values) -> None:
 
 
 def test_no_run_and_no_report_wanted(values: Values, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"holds no run: there is no recipe\.yaml in it"):
+    with pytest.raises(ArtefactError, match=r"recipe\.yaml"):
         report(tmp_path)
     go({**values, "report": {"images": 0}})
     assert not (tmp_path / "run" / "report.html").exists()
-    with pytest.raises(ArtefactError, match=r"wants no report .*--report\.images 500"):
+    with pytest.raises(ArtefactError, match=r"report\.images"):
         report(tmp_path / "run")
 
 

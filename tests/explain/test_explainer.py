@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from lpcam.data.images import decode_image
 from lpcam.explain.explainer import Explainer
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
+from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
+    LpcamError,
     NotFittedError,
     PrototypeError,
     RecipeError,
@@ -38,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explainer(run: Path) -> Explainer:
-    return Explainer.from_run(run, device="cpu")
+    return RunFolder(run).explainer(device="cpu")
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def test_any_size(explainer: Explainer, size: tuple[int, int]) -> None:
 
 def test_images_are_scored_as_the_classifier_was_trained(run: Path, image: np.ndarray) -> None:
     classifier, prototypes = loaded(run)
-    explainer = Explainer.from_run(run, device="cpu")
+    explainer = RunFolder(run).explainer(device="cpu")
     assert explainer.score_side == 64  # of the recipe's probe
     alone = Explainer(classifier, prototypes)(image).ranking
     at_side = explainer(image).ranking
@@ -197,34 +200,41 @@ def test_prototypes_of_another_classifier(run: Path, weights: Path) -> None:
 
 def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"recipe\.yaml"):
-        Explainer.from_run(tmp_path)
+        RunFolder(tmp_path).explainer()
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "prototypes" / "prototypes.safetensors").unlink()
-    with pytest.raises(ArtefactError, match="lpcam prototypes"):
-        Explainer.from_run(copy)
+    with pytest.raises(ArtefactError, match="until prototypes"):
+        RunFolder(copy).explainer()
     (copy / "classifier" / "classifier.safetensors").unlink()
-    with pytest.raises(ArtefactError, match="no classifier"):
-        Explainer.from_run(copy)
+    with pytest.raises(ArtefactError, match="until classify"):
+        RunFolder(copy).explainer()
     with pytest.raises(RecipeError, match="abacus"):
-        Explainer.from_run(run, device="abacus")
+        RunFolder(run).explainer(device="abacus")
 
 
 def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
-    """From its data, from its seeds where the data are gone, else by the order of classes."""
+    """From its seeds, its data or its reader, else by the order of classes."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
-    assert Explainer.from_run(copy, device="cpu").mask_ids == (1, 2, 3)
-    recipe["data"]["root"] = str(tmp_path / "gone")
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert Explainer.from_run(copy, device="cpu").mask_ids is None
+
+    def mask_ids(**data: Any) -> tuple[int, ...] | None:
+        recipe["data"].update(data)
+        (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return RunFolder(copy).explainer(device="cpu").mask_ids
+
+    assert mask_ids() == (1, 2, 3)
+    assert mask_ids(root=str(tmp_path / "gone")) is None
+    assert mask_ids(kind="voc", classes=["cow", "cat", "dog"]) == (10, 8, 12)
     (copy / "seeds").mkdir(exist_ok=True)
     (copy / "seeds" / "stage.json").write_text('{"parts": {"mask_ids": [9, 4, 2]}}')
-    assert Explainer.from_run(copy, device="cpu").mask_ids == (9, 4, 2)
-    recipe["data"].update(kind="voc", classes=["cow", "cat", "dog"])
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert Explainer.from_run(copy, device="cpu").mask_ids == (10, 8, 12)
+    assert mask_ids() == (9, 4, 2)
+
+
+def test_the_old_name_names_the_new_one() -> None:
+    with pytest.raises(LpcamError, match=r"RunFolder\(.*explainer"):
+        Explainer.from_run("run")
 
 
 # -- Other models ------------------------------------------------------------------------------
@@ -350,9 +360,9 @@ def test_a_run_whose_seeds_are_lpcam_f_gives_its_own_threshold(run: Path, tmp_pa
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text("utf-8"))
     recipe["seeds"] = {**recipe["seeds"], "method": "LPCAM-F", "threshold": 0.68}
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
-    assert Explainer.from_run(copy, device="cpu").settings.threshold == 0.68
+    assert RunFolder(copy).explainer(device="cpu").settings.threshold == 0.68
     recipe["seeds"]["method"] = "CAM"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
-    explainer = Explainer.from_run(copy, device="cpu")
+    explainer = RunFolder(copy).explainer(device="cpu")
     assert explainer.settings.cam_threshold == 0.68
     assert explainer.settings.threshold != 0.68

@@ -19,6 +19,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.output_folders import find_images
 from lpcam.explain.explainer import Explainer
 from lpcam.explain.folders import INDEX, explain_files
+from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ArtefactError, DataError
 
 
@@ -29,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explainer(run: Path) -> Explainer:
-    return Explainer.from_run(run, device="cpu")
+    return RunFolder(run).explainer(device="cpu")
 
 
 @pytest.fixture
@@ -254,7 +255,9 @@ def test_the_command(
         (["--model", "resnet18"], "--prototypes"),
         (["--run", "nowhere"], "nowhere"),
         (["--run", "RUN", "--labels", "cow"], "'cow'"),
-        (["--run", "RUN", "--labels", ""], "''"),
+        (["--run", "RUN", "--labels", "red", "--score", "0.3"], "--score"),
+        (["--run", "RUN", "--model", "resnet18"], "--model"),
+        ([], "--run"),
     ],
 )
 def test_the_commands_errors(
@@ -276,10 +279,8 @@ def test_the_commands_errors(
 @pytest.mark.parametrize(
     "words",
     [
-        ["explain", "a.png"],
-        ["explain", "a.png", "--run", "r", "--model", "m"],
+        ["explain", "a.png", "--run", "r", "--labels", ""],
         ["explain", "a.png", "--run", "r", "--score", "1.5"],
-        ["explain", "a.png", "--run", "r", "--score", "0.3", "--labels", "cat"],
         ["serve"],
         ["serve", "r", "--host", "0.0.0.0"],
     ],

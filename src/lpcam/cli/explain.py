@@ -49,7 +49,6 @@ OF_MODEL = ("prototypes", "weights", "preset", "scoring")
     argument(
         "--score",
         type=fraction,
-        default=0.5,
         help="Least score of a predicted class (default: 0.5).",
     ),
     argument(
@@ -65,12 +64,14 @@ def explain(call: Invocation) -> int:
     from lpcam.explain.folders import explain_files  # noqa: PLC0415
 
     options = call.options
+    if options.labels is not None and options.score is not None:
+        raise LpcamError("--score chooses classes, and --labels names them; give one of the two")
     result = explain_files(
         _explainer(options),
         options.images,
         options.output,
         labels=options.labels,
-        minimum_score=options.score,
+        minimum_score=0.5 if options.score is None else options.score,
         at_least_one=options.at_least_one,
         threshold=options.threshold,
         workers=call.threads,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
-from lpcam.data.dataset import Dataset
+from lpcam.data.dataset import ClassTable, Dataset
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import RecipePath, Section, against_base
 
@@ -156,6 +156,10 @@ class Reader(ABC):
         Raises:
             ValueError: saying what it can use.
         """
+
+    def known_classes(self, root: Path, names: Sequence[str] | None) -> ClassTable | None:
+        """The classes (the named ones, or all) where they are known without images and labels."""
+        return None
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -272,6 +272,12 @@ class VocReader(Reader):
                 f"labels {labels!r} belongs to the kind folder; give a .csv or .jsonl file"
             )
 
+    def known_classes(self, root: Path, names: Sequence[str] | None) -> ClassTable:
+        """VOC's own classes, unless the folder has a list of others."""
+        own = next((p for f in _places(root) if (p := f / CLASS_NAMES).is_file()), None)
+        table = CLASSES if own is None else read_names(own)
+        return choose_classes(ClassTable.numbered(table, own or root), names)
+
     def recognises(self, path: Path) -> bool:
         """A folder with VOC's lists."""
         return path.is_dir() and bool(voc_lists(path))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NoReturn, Self, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
 from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
@@ -146,6 +146,13 @@ class Explainer:
             "versions": versions(),
             **(made_by or {}),
         }
+
+    @classmethod
+    def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
+        """Removed; the error names the new way."""
+        raise LpcamError(
+            f"Explainer.from_run is gone; use lpcam.RunFolder({str(folder)!r}).explainer()"
+        )
 
     @classmethod
     def from_files(

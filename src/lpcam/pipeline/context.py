@@ -33,13 +33,12 @@ from lpcam.runtime.resources import (
     available_threads,
     choose_device,
     reuse_freed_memory,
+    threads_beside,
 )
 
 logger = logging.getLogger(__name__)
 
 GPU_BATCH = 8
-GPU_THREADS = 4
-"""On a GPU a few threads read and write while one computes."""
 MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""
 FEATURES_SHARE = 0.5
@@ -348,7 +347,7 @@ class Context:
                     owner.setdefault(item.id, len(owner) % count)
         return Sharing(
             self.processes,
-            self.threads if self.device.type == "cpu" else min(self.threads, GPU_THREADS),
+            threads_beside(self.device, self.threads),
             batch,
             {name: (r["height"], r["width"]) for name, r in self.records.items()},
             owner,

@@ -261,12 +261,14 @@ class RunFolder:
         return found
 
     def _mask_ids(self, recipe: Recipe, count: int) -> tuple[int, ...] | None:
-        """Mask values of the classes: from the seeds if the data set has gone."""
+        """Mask values of the classes, also where the data set has gone."""
         ids = tuple(int(value) for value in self._parts("seeds").get("mask_ids", ()))
         if len(ids) == count:
             return ids
+        data = recipe.data
         try:
-            ids = read_dataset(recipe, ("maps",)).classes.mask_ids
+            known = data.reader.known_classes(data.root, data.classes)
+            ids = (known or read_dataset(recipe, ("maps",)).classes).mask_ids
         except DataError as error:
             logger.warning("mask values are 1, 2, ... in the order of the classes: %s", error)
             return None

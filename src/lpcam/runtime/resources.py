@@ -52,6 +52,16 @@ def available_threads(processes_here: int = 1) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes_here)
 
 
+def threads_beside(device: torch.device, threads: int) -> int:
+    """Threads that read and write beside a device: on a GPU a few are enough.
+
+    Example:
+        >>> threads_beside(torch.device("cpu"), 16), threads_beside(torch.device("cuda"), 16)
+        (16, 4)
+    """
+    return threads if device.type == "cpu" else min(threads, 4)
+
+
 def available_memory() -> int:
     """Memory that this process may use, in bytes.
 

@@ -20,6 +20,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.explain.explainer import Explainer
 from lpcam.explain.serve import app as server
 from lpcam.method.seeds import seeds
+from lpcam.pipeline.run_folder import RunFolder
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 HOSTILE = '<img src=x onerror="window.harmed=1">'
@@ -54,7 +55,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    explainer = Explainer.from_run(tiny_run(tmp_path_factory.mktemp("serve")), device="cpu")
+    explainer = RunFolder(tiny_run(tmp_path_factory.mktemp("serve"))).explainer(device="cpu")
     explainer.classes = (HOSTILE, *explainer.classes[1:])
     served = Served(explainer)
     yield served

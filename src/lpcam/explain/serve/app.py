@@ -11,15 +11,12 @@ import asyncio
 import io
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lpcam.data.drawing import HEAT
 from lpcam.data.images import decode_image, limit_long_side, png_bytes, scaled_size
@@ -29,6 +26,11 @@ from lpcam.explain.web import encode_picture, encode_unit, page_environment, pag
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, resize_maps
 from lpcam.runtime.errors import ImageError, LpcamError
 from lpcam.runtime.resources import available_threads
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
 
