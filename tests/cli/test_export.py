@@ -1,0 +1,144 @@
+"""The export commands, on a tiny run."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import recipe_values
+
+from lpcam.cli.main import main
+from lpcam.data.dataset import ClassTable
+from lpcam.data.map_files import map_path
+from lpcam.data.masks import write_mask
+from lpcam.data.voc import CLASSES
+from lpcam.formats.maps import read_foreign_maps
+from lpcam.formats.registry import FORMATS, MAP_FORMATS
+from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.run import run
+from lpcam.pipeline.run_folder import RunFolder
+from lpcam.segmentation.networks.base import SegmenterSpec
+from lpcam.segmentation.networks.deeplabv2 import NETWORK
+from lpcam.segmentation.segmenter import build_segmenter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path) -> RunFolder:
+    """A run up to its seeds, with an untrained segmenter of VOC's classes and one tested mask."""
+    found = RunFolder(tmp_path_factory.mktemp("export") / "run")
+    values = recipe_values(pictures, found.path, weights)
+    values["segment"] = {"network": "deeplabv2", "backbone": "test_resnet", "weights": "random"}
+    run(parse_recipe(values, where="tiny"), until="seeds")
+    spec = SegmenterSpec("deeplabv2", "test_resnet", {}, 16)
+    table = ClassTable(CLASSES, tuple(range(1, 21)))
+    build_segmenter(spec, table, weights="random").save(found.segmenter("lpcam"))
+    write_mask(found.tested("lpcam") / "2008_000006.png", np.ones((5, 6), np.uint8))
+    return found
+
+
+def export(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["export", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_masks(
+    format: str, folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = export(capsys, "masks", folder.path, tmp_path, "--format", format, "--from", "seeds")
+    assert told.startswith(f"12 masks, 14 objects, as {format} in {tmp_path}")
+    index = json.loads((tmp_path / "exported.json").read_text())
+    assert index["made_by"]["masks"] == "seeds" and "--from seeds" in index["made_by"]["command"]
+
+
+@pytest.mark.parametrize("format", MAP_FORMATS)
+def test_maps(
+    format: str, folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--background", "0.3"] if MAP_FORMATS[format].has_background else []
+    told = export(capsys, "maps", folder.path, tmp_path, "--format", format, *words)
+    assert told.startswith(f"12 map files of the style {format} in {tmp_path}")
+    found = read_foreign_maps(tmp_path / "i01.npy", style=format)
+    assert found.maps.keys.tolist() == [1] and found.maps.high_res.any()
+    if words:
+        assert main(["export", "maps", str(folder.path), str(tmp_path), "--format", format]) == 2
+        assert "give its score" in capsys.readouterr().err
+
+
+def test_the_model(folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.pt2"
+    told = export(capsys, "torch-export", folder.path, path, "--size", 64, 80)
+    assert f"wrote {path}, for images of one size" in told and "maps" in told
+    images = torch.zeros(1, 64, 80, 3, dtype=torch.uint8)
+    assert torch.export.load(path).module()(images)[1].shape == (1, 3, 64, 80)
+
+
+def test_networks_as_onnx(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    told = export(capsys, "onnx", folder.path, tmp_path / "m.onnx")
+    assert "for images of any size" in told and "logits" in told
+    told = export(capsys, "segmenter", folder.path, tmp_path / "s.onnx", "--trained-on", "lpcam")
+    assert "for images of any size" in told and "labels" in told
+    told = export(capsys, "segmenter", folder.path, tmp_path / "s.onnx", "--size", 64, 80)
+    assert "for images of one size" in told
+
+
+def test_a_network_of_one_size_needs_it(
+    folder: RunFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(NETWORK), "one_size_export", True)
+    assert main(["export", "segmenter", str(folder.path), str(tmp_path / "s.onnx")]) == 2
+    assert "--size" in capsys.readouterr().err
+
+
+def test_masks_for_the_server_of_voc(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = export(capsys, "voc-server", folder.path, tmp_path, "--no-crf")
+    archive = tmp_path / "comp6_test_cls.tar.gz"
+    assert told == f"1 masks in {archive}\n"
+    with tarfile.open(archive) as file:
+        assert [Path(name).name for name in file.getnames()] == ["2008_000006.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["masks", "RUN", "OUT", "--format", "png"], "voc, coco, coco-polygons, yolo"),
+        (["maps", "RUN", "OUT", "--format", "png"], "irn, amn, psa, psa-crf"),
+        (["masks", "--help"], "voc, coco, coco-polygons, yolo"),
+    ],
+)
+def test_formats_are_listed(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", *words])
+    told = capsys.readouterr()
+    assert message in " ".join((told.out + told.err).replace("'", "").split())
+
+
+def test_what_a_run_does_not_have(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(folder.path), str(tmp_path / "out")
+    for words, message in (
+        (["masks", run, out, "--format", "voc", "--from", "pseudo/x"], "'pseudo/x'; it has seeds"),
+        (["maps", run, out, "--format", "irn", "--from", "x"], "no maps 'x'; it has lpcam, cam"),
+        (["maps", str(tmp_path), out, "--format", "irn"], "neither a run"),
+        (["onnx", str(tmp_path), out], "holds no run"),
+        (["segmenter", run, out, "--trained-on", "truth"], "there are: lpcam"),
+    ):
+        assert main(["export", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert map_path(folder / "lpcam", "i00").is_file()
