@@ -109,7 +109,7 @@ def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path
             lambda network, settings, **k: train_irn(network, labelled, settings, **k),
             lambda network, images: torch.cat([p.flatten() for p in network(images)]),
             {},
-            1e-4,
+            5e-4,
         ),
         "psa": Case(
             PSA,
