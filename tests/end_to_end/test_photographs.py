@@ -50,18 +50,18 @@ def finished(
         pytest.skip(f"no {weights}")
     recipe = load_recipe(
         "voc_animals",
-        [
-            ("data.root", str(voc)),
-            ("data.classes", f"[{', '.join(ANIMALS)}]"),
-            ("data.lists.validate", "null"),
-            ("classifier.weights", str(weights)),
-            ("classifier.probe.long_side", "224"),
-            ("lpcam.preset", "voc12.official"),  # whose two thresholds are one
-            ("lpcam.scales", "[0.5]"),
-            ("run.folder", str(tmp_path_factory.mktemp("runs") / "animals")),
-            ("run.threads", "1"),
-            ("run.device", "cpu"),
-        ],
+        {
+            "data.root": voc,
+            "data.classes": ANIMALS,
+            "data.lists.validate": None,
+            "classifier.weights": weights,
+            "classifier.probe.long_side": 224,
+            "lpcam.preset": "voc12.official",  # whose two thresholds are one
+            "lpcam.scales": [0.5],
+            "run.folder": tmp_path_factory.mktemp("runs") / "animals",
+            "run.threads": 1,
+            "run.device": "cpu",
+        },
     )
     return recipe, run(recipe)
 

@@ -42,7 +42,8 @@ PROGRAM = textwrap.dedent(
     from pathlib import Path
     import torch
     from lpcam.runtime import errors
-    from lpcam.pipeline import stage as ledger, run as pipeline
+    from lpcam.pipeline import run as pipeline
+    from lpcam.pipeline.cache import locked
     from lpcam.pipeline.stages import maps
     from lpcam.pipeline.recipe import load_recipe
 
@@ -54,7 +55,7 @@ PROGRAM = textwrap.dedent(
     def noted(path, *arguments, **options):
         if notes["refused"] is None:  # the first process holds the folder at this very moment
             try:
-                with ledger.locked(path.parents[1]):
+                with locked(path.parents[1]):
                     notes["refused"] = ""
             except errors.ArtefactError as error:
                 notes["refused"] = str(error)
@@ -185,13 +186,13 @@ def test_irn_learns_the_same_boundaries(runs: Runs) -> None:
     """Pairs are counted over both processes' shares of a batch; rounding alone differs."""
     alone, both = runs.alone("irn"), runs.both("irn")
     assert digests(both).keys() == digests(alone).keys()
-    trained = Path("irn", "lpcam", "irn.safetensors")
+    trained = Path("refine-network", "lpcam", "network.safetensors")
     found, _ = read_tensors(both / trained)
     expected, _ = read_tensors(alone / trained)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, rtol=0, atol=1e-4, err_msg=key)
-    for path in sorted((alone / "ir-labels" / "lpcam").glob("*.png")):
+    for path in sorted((alone / "refine-labels" / "lpcam").glob("*.png")):
         assert (both / path.relative_to(alone)).read_bytes() == path.read_bytes()
 
 
@@ -236,7 +237,7 @@ def test_every_process_has_the_figures(runs: Runs) -> None:
 
 def test_another_command_is_refused_while_two_processes_work(runs: Runs) -> None:
     for note in runs.notes:  # each tried to take the folder at its first map
-        assert note["refused"].startswith(f"another run is working in {runs.both('probe')}; wait")
+        assert f"another run uses {runs.both('probe')};" in note["refused"]
 
 
 def test_two_processes_are_refused_while_another_command_works(runs: Runs, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_two_processes_are_refused_while_another_command_works(runs: Runs, tmp_p
     with locked(runs.both("probe")):
         status, output = two(tmp_path, "-m", "lpcam", "run", "tiny.yaml")
     assert status != 0
-    assert f"lpcam: another run is working in {runs.both('probe')}; wait for it" in output
+    assert f"lpcam: another run uses {runs.both('probe')};" in output
     assert "Traceback (most recent call last):\n  File" not in output.partition("lpcam: ")[0]
     assert digests(runs.both("probe")) == before
 

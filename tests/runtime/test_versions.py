@@ -25,7 +25,7 @@ def test_versions_are_those_of_what_runs() -> None:
 
 
 def test_the_package_and_the_change_log_have_the_same_version() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
     assert (
         project["tool"]["setuptools"]["dynamic"]["version"]["attr"]

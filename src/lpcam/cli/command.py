@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Command:
     help: str
     arguments: Sequence[Argument]
     work: Callable[[Invocation], int]
-    recipe_values: bool = field(default=False)
+    recipe_values: bool = False
     """Whether ``--section.key value`` replaces values of a recipe."""
 
 
@@ -97,14 +98,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """A positive number."""
+    return _number(text, lambda value: 0 < value < math.inf, "a positive number")
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
     return value
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lpcam.cli import data, explain, export, run  # noqa: F401 - they declare the commands
 from lpcam.cli.command import (
@@ -48,12 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if command.recipe_values and given[1] != options.recipe:
-            # argparse takes the value of an unknown option before the recipe for the recipe
-            raise LpcamError(
-                f"the recipe comes first: lpcam {command.name} RECIPE --section.key value; got "
-                f"{given[1]!r} in its place"
-            )
+        if command.recipe_values:
+            _refuse_values_before_arguments(command, options, given[1:])
         return command.work(Invocation(options, parse_changes(rest), command_line(given)))
     except LpcamError as error:
         print(f"lpcam: {error}", file=sys.stderr)
@@ -68,6 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _refuse_values_before_arguments(
+    command: Command, options: argparse.Namespace, given: Sequence[str]
+) -> None:
+    """argparse takes the value of an unknown option for an argument that comes after it."""
+    names = [one.names[0] for one in command.arguments if not one.names[0].startswith("-")]
+    for name, word in zip(names, given, strict=False):
+        if Path(word) != Path(getattr(options, name)):
+            raise LpcamError(
+                f"the {name} comes first: lpcam {command.name} {' '.join(names).upper()} "
+                f"--section.key value; got {word!r} in its place"
+            )
 
 
 class _Parser(argparse.ArgumentParser):

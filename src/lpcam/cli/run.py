@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpcam.cli.command import RUN, THREADS, Invocation, argument, command
+from lpcam.cli.command import RUN, THREADS, Invocation, argument, command, positive_number
 from lpcam.cli.data import READING, reading
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 RECIPE = argument("recipe", help="A recipe file, or the name of a bundled recipe.")
 MEMORY = argument(
-    "--memory", metavar="GIB", help="Memory each process may use for cached features, in GiB."
+    "--memory",
+    type=positive_number,
+    metavar="GIB",
+    help="Memory each process may use for cached features, in GiB.",
 )
 
 
@@ -84,12 +87,8 @@ def run(call: Invocation) -> int:
 
 def _with_options(call: Invocation) -> dict[str, Any]:
     """The recipe's values with those of ``--threads`` and ``--memory``."""
-    changes = dict(call.changes)
-    if call.options.threads is not None:
-        changes["run.threads"] = call.options.threads
-    if call.options.memory is not None:
-        changes["run.memory"] = float(call.options.memory)
-    return changes
+    own = {"run.threads": call.options.threads, "run.memory": call.options.memory}
+    return {**call.changes, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _in_processes(work: Callable[[], RunResult]) -> int:

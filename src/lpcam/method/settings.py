@@ -83,7 +83,7 @@ class SeedSettings(Section):
     """Fixed threshold of the seeds of CAM."""
 
 
-class LpcamSettings(PresetModel, FittingSettings, MappingSettings, SeedSettings):
+class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):
     """All settings of LPCAM. Functions that need only some take the part that they read."""
 
     table: ClassVar[str] = "lpcam"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.creatures import write
+from lpcam.data import creatures
 from lpcam.pipeline.cache import locked
 from lpcam.pipeline.recipe import load_recipe
 from lpcam.pipeline.run import RunResult, run
@@ -14,11 +14,7 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_json, write_json
 
 IMAGES = 400
-
-
 SIZE = 128
-
-
 SEED = 0
 
 
@@ -57,5 +53,5 @@ def _draw(data: Path, drawing: dict[str, int]) -> None:
         )
 
     write_json(marker, {"unfinished": drawing})
-    write(data, images=drawing["images"], size=drawing["size"], seed=drawing["seed"])
+    creatures.write(data, images=drawing["images"], size=drawing["size"], seed=drawing["seed"])
     write_json(marker, drawing)

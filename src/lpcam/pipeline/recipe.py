@@ -26,7 +26,7 @@ from lpcam.method.settings import LpcamSettings, Method
 from lpcam.refine import base as refinements
 from lpcam.report.collect import ReportSection
 from lpcam.runtime.errors import RecipeError
-from lpcam.runtime.settings import Fraction, RecipePath, Section, with_settings
+from lpcam.runtime.settings import Fraction, PresetModel, RecipePath, Section, with_settings
 from lpcam.segmentation import settings as segmentation
 
 VERSION = 1
@@ -186,10 +186,26 @@ class Recipe(Section):
         """
         if not changes:
             return self
-        values = self.model_dump(mode="json", by_alias=True)
+        values = _given(self)
         for key, value in changes.items():
             set_value(values, key, value)
         return parse_recipe(values, where=self.name)
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """Values of a section as JSON; of presets only their names and what differs from them.
+
+    A preset that is replaced would otherwise be overruled by all values of the one before.
+    """
+    values = section.model_dump(mode="json", by_alias=True)
+    for name, field in type(section).model_fields.items():
+        own, key = getattr(section, name), field.alias or name
+        if isinstance(own, PresetModel):
+            changes = own.changes()
+            values[key] = {k: v for k, v in values[key].items() if k == "preset" or k in changes}
+        elif isinstance(own, BaseModel):
+            values[key] = _given(own)
+    return values
 
 
 # -- Reading -------------------------------------------------------------------------------------
@@ -411,7 +427,11 @@ def describe_fields(
         if section is not None:
             rows += describe_fields(section, f"{key}.")
         else:
-            rows.append((key, _kind(kind), " ".join((field.description or "").split())))
+            meaning = field.description or ""
+            if name == "preset" and issubclass(model, PresetModel):
+                allowed = ", ".join(model.preset_names())
+                meaning = f"Gives the values that are not given beside it: {allowed}."
+            rows.append((key, _kind(kind), " ".join(meaning.split())))
     return rows
 
 

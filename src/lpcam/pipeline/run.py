@@ -197,6 +197,8 @@ def _work(context: Context, stages: Sequence[Stage]) -> RunResult:
         reset_peak_memory()
         again = context.only == stage.name
         worked = [context.execute(task, again=again) for task in stage.tasks(context)]
+        if not worked:  # a host or refinement that has no use for this stage
+            continue
         if any(worked):
             seconds = time.monotonic() - started
             logger.info("%s: done in %.1f s", stage.name, seconds)
