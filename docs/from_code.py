@@ -1,7 +1,7 @@
 """Lists that are made from the code while the site is built, so that they cannot be out of date.
 
 Directives: ``recipe-keys`` (every key of a recipe), ``commands`` (the command line), ``presets``
-(the tables of ``presets.yaml``) and ``modules`` (docstrings of modules, by name or ``package.*``).
+(the presets of every method) and ``modules`` (docstrings of modules, by name or ``package.*``).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import argparse
 import pkgutil
 import re
 import sys
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import yaml
 from docutils import nodes
 from pydantic import BaseModel
 from sphinx.application import Sphinx
@@ -28,10 +27,11 @@ from lpcam.runtime.settings import PresetModel
 
 
 class _Made(SphinxDirective):
-    """A directive that stands for the Markdown of its ``text``."""
+    """A directive that is replaced by the Markdown of its ``text``."""
 
     def text(self) -> str:
-        raise NotImplementedError
+        """The Markdown."""
+        return ""
 
     def run(self) -> list[nodes.Node]:
         """Parse the text in the place of the directive."""
@@ -78,14 +78,12 @@ class Commands(_Made):
 
 
 class Presets(_Made):
-    """The values of every preset of ``presets.yaml``: a table for each key that names one."""
+    """The values of every preset: a table for each key that names one."""
 
     def text(self) -> str:
-        tables = yaml.safe_load(
-            resources.files("lpcam").joinpath("presets.yaml").read_text("utf-8")
-        )
         return "\n\n".join(
-            self.table(key, tables[model.table]) for key, model in preset_sections(Recipe)
+            self.table(key, {name: model.preset_values(name) for name in model.preset_names()})
+            for key, model in preset_sections(Recipe)
         )
 
     def table(self, key: str, presets: dict[str, dict[str, Any]]) -> str:
@@ -132,15 +130,6 @@ def _choosers(parser: argparse.ArgumentParser) -> list[Any]:
 
 
 def _described(chooser: Any) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a chooser, each with a description."""
-    about = {choice.dest: choice.help for choice in chooser._choices_actions}
-    previous = ""
-    for name, inner in chooser.choices.items():
-        text = str(about.get(name) or "")
-        if not inner.description:  # "... and" goes on from the command before
-            joined = f"As `{previous}`, {text.removeprefix('... ')}" if text[:3] == "..." else text
-            inner.description = f"{joined[:1].upper()}{joined[1:]}."
-        previous = f"lpcam {name}"
     return dict(chooser.choices)
 
 
@@ -170,7 +159,7 @@ def matching(patterns: list[str]) -> list[str]:
     chosen: list[str] = []
     for pattern in patterns:
         head = pattern.strip().removesuffix(".*")
-        below = f"{head}." if pattern.strip().endswith(".*") else "\n"
+        below = f"{head}." if pattern.strip().endswith(".*") else "\n"  # matches nothing
         chosen += [name for name in modules() if name == head or name.startswith(below)]
     return chosen
 
@@ -235,10 +224,10 @@ def _by_its_last_name(
     objects = env.domains["py"].objects
     if node["reftarget"].startswith("lpcam."):
         module, _, name = node["reftarget"].rpartition(".")
-        if module != "lpcam" or name not in lpcam._HOMES:
+        if module != "lpcam" or name not in lpcam._MODULES:
             thing = getattr(sys.modules.get(module), name, None)
             return inner if isinstance(thing, TypeVar) else None
-        found = [f"{lpcam._HOMES[name]}.{name}"]  # the package's own names, where they live
+        found = [f"{lpcam._MODULES[name]}.{name}"]  # the package's own names, where they live
     else:
         found = [name for name in objects if name.endswith(f".{node['reftarget']}")]
     if len(found) != 1 or found[0] not in objects:

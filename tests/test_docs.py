@@ -15,7 +15,8 @@ from types import ModuleType
 
 import pytest
 
-from lpcam.cli.main import _parser, parse_overrides
+from lpcam.cli.command import parse_changes
+from lpcam.cli.main import _parser
 from lpcam.pipeline.recipe import bundled_recipes, describe_fields
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def check_command(line: str) -> None:
         return
     known = {key for key, _, _ in describe_fields()}
     sections = {key.rpartition(".")[0] for key in known}
-    for key, _ in parse_overrides(rest):
+    for key in parse_changes(rest):
         assert key in known | sections, f"no key {key} in a recipe"
     if options.recipe.islower() and "/" not in options.recipe and "." not in options.recipe:
         assert options.recipe in bundled_recipes()
@@ -263,7 +264,7 @@ def listed_families() -> dict[str, str]:
 
 
 def test_the_table_of_models_says_what_the_tests_of_models_find() -> None:
-    from test_wrap import HUGGING_FACE, MEAN, TOKEN  # noqa: PLC0415 - loads libraries of models
+    from classifiers.test_wrapped import HUGGING_FACE, MEAN, TOKEN  # noqa: PLC0415 - slow
 
     listed = listed_families()
 
