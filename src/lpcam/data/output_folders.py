@@ -18,21 +18,12 @@ from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-
 SHEET_ROWS = 24
 """Rows of the contact sheet."""
-
-
 SHEET = "sheet.png"
-
-
 MOST_LINES = 20
 """Images that a summary lists."""
-
-
 OUTPUT_FOLDERS = ("found", "heatmaps", "masks", "overlays", "probabilities")
-
-
 _LONGEST_NAME = 160
 """Bytes of an output's name, so that an ending still fits into the 255 of most file systems."""
 

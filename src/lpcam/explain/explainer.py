@@ -34,23 +34,13 @@ from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
 logger = logging.getLogger(__name__)
-
-
 Scoring = Literal["sigmoid", "softmax"]
-
-
 MINIMUM_SCORE = 0.5
 """A class is predicted if its score is above this value."""
-
-
 MOST_MASK_VALUES = 254
 """Values a mask has between background (0) and ignored (255)."""
-
-
 CLASSES_TOGETHER = 4
 """Classes whose maps are computed in one step; more are faster and need more memory."""
-
-
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
 

@@ -22,8 +22,6 @@ from lpcam.method.image_maps import KIND
 from lpcam.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
-
-
 INDEX = "explained.json"
 
 

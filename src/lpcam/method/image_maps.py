@@ -26,14 +26,8 @@ from lpcam.runtime.errors import DataError, LpcamError
 from lpcam.runtime.files import write_bytes, write_json
 
 MethodName = Literal["CAM", "LPCAM"]
-
-
 METHOD_NAMES: tuple[MethodName, MethodName] = ("CAM", "LPCAM")
-
-
 KIND = "lpcam explain"
-
-
 RANKING_LENGTH = 20
 """Classes whose scores are listed in the findings."""
 

@@ -8,30 +8,16 @@ from typing import Any, NamedTuple
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 """What was recorded of trainings by name: ``step``, ``loss`` and other values."""
-
-
 WIDTH, HEIGHT = 340.0, 240.0
 """Size of a chart's view box."""
-
-
 LEFT, RIGHT, TOP, BOTTOM = 38.0, 10.0, 12.0, 34.0
 """Margins around the lines."""
-
-
 CURVES = {"miou": "mIoU", "precision": "Precision", "recall": "Recall"}
-
-
 TRAINING_CURVES = (("loss", "Loss", 1.0), ("validation_miou", "mIoU on the test list", 100.0))
 """Curves of a segmenter's training: name of the value, title, and factor."""
-
-
 IRN_CURVES = (("loss", "Loss of IRN’s boundaries", 1.0),)
-
-
 TABLE_ROWS = 20
 """Approximate rows of a training's table, besides those with a validation."""
-
-
 MARKED = 16
 """Points of a training's line up to which each one is marked."""
 

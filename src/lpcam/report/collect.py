@@ -51,8 +51,6 @@ class ReportSection(Section):
 
 FORMAT = 1
 """Version of the data that a page is made from."""
-
-
 MOST_BYTES = 12_000_000
 """Size of the images in a page, which with the rest stays below 15 MB."""
 

@@ -26,30 +26,16 @@ from lpcam.runtime.progress import progress
 
 PICTURE = 256
 """Long side of a thumbnail, in pixels."""
-
-
 PLANE = 64
 """Long side of a map in the page; feature grids are coarser."""
-
-
 UNDEFINED = 65535
 """Stored for an IoU whose class is neither in the truth nor in the seed."""
-
-
 IOU_STEPS = 10_000
 """Steps in which an IoU from 0 to 1 is stored."""
-
-
 HIGHLIGHTS = 12
 """Images in each list of highlights."""
-
-
 T = TypeVar("T")
-
-
 R = TypeVar("R")
-
-
 Scores = Mapping[Method, Mapping[str, float | None]]
 """Mean IoU of each image by method and id."""
 

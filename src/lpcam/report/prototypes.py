@@ -29,16 +29,10 @@ from lpcam.report.images import small_planes, thumbnail_record
 
 PATCH = 64
 """Side of a patch in the page, in pixels."""
-
-
 PATCH_CELLS = 5
 """Side of a patch in the image, in cells of the feature grid."""
-
-
 MOST_PATCHES = 1600
 """Patches in a page (about 2 MB); with many classes fewer prototypes of each are shown."""
-
-
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
 """Features of images of equal size at each scale:
 :meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`."""

@@ -21,20 +21,12 @@ from lpcam.runtime.distributed import Sharing
 
 PICTURE = 176
 """Long side of a picture, in pixels."""
-
-
 SHOWN = 48
 """Images shown at most."""
-
-
 EACH = 6
 """One in EACH images has one of the largest gains, and one in EACH one of the largest losses."""
-
-
 BASELINE, COMPARED = "cam", "lpcam"
 """Training masks whose segmenters are compared image by image."""
-
-
 KINDS = {"most improved": "gain", "most worsened": "loss"}
 """Kinds of images by their names in :func:`lpcam.report.images.highlights`."""
 

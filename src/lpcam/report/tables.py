@@ -7,19 +7,13 @@ from typing import Any
 
 METRICS = ("miou", "fp", "fn", "precision", "recall")
 """Columns of the tables of scores, by their names in a row."""
-
-
 SOURCES = {
     "ground truth": "Each method at its own best threshold",
     "fixed": "Each method at its fixed threshold",
 }
 """Titles of groups, by how the threshold was chosen."""
-
-
 JOINT = " + "
 """Between a method and what refined its maps, as in "LPCAM + IRN"."""
-
-
 _LABELS = {
     "dataset": "Data set",
     "split": "List of scored images",
@@ -43,8 +37,6 @@ _LABELS = {
     "host": "Host",
     "versions": "Versions",
 }
-
-
 _ELSEWHERE = ("command", "threshold", "threshold_source", "classes")
 """Settings that the page shows elsewhere."""
 

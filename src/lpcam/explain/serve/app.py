@@ -33,46 +33,24 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
-
-
 ADDRESS = "127.0.0.1"
-
-
 PORT = 8765
-
-
 MAXIMUM_BYTES = 32 * 2**20
 """Largest upload."""
-
-
 MAXIMUM_PIXELS = 50_000_000
 """Largest uploaded image."""
-
-
 BODY_SECONDS = 60.0
 """Time in which an upload must arrive."""
-
-
 MOST_WAITING = 4
 """Uploads in work or waiting; further ones are refused."""
-
-
 MOST_CLASSES = 24
 """Classes whose maps one answer holds: those of the highest scores."""
-
-
 PLANE_SIDE = 512
 """Long side in pixels of the maps that the page draws."""
-
-
 PICTURE_SIDE = 1024
 """Long side in pixels of the picture that the page shows."""
-
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's readers that are used: formats of photographs that start no other program."""
-
-
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -83,8 +61,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-
-
 _NEEDED = "serve needs starlette and uvicorn; install them with pip install 'lpcam[serve]'"
 
 
