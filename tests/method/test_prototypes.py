@@ -2,15 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from lpcam.method.clustering import Clusters
 from lpcam.method.functional import foreground_minus_context, unit_mean
-from lpcam.method.prototypes import CLUSTERINGS, Centers, Prototypes, make_prototypes
+from lpcam.method.prototypes import Centers, Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, draw_images
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, PrototypeError
@@ -282,30 +280,6 @@ def test_threads_do_not_change_prototypes() -> None:
     )
     assert torch.equal(one.vectors(), many.vectors())
     assert torch.equal(one.context.centers, many.context.centers)
-
-
-def test_a_clustering_method_is_one_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    class First:
-        """Each of the first k points is a centre."""
-
-        def fit(
-            self, points: torch.Tensor, k: int, generators: Sequence[torch.Generator]
-        ) -> list[Clusters]:
-            sizes = torch.ones(k, dtype=torch.int64)
-            nearest = torch.zeros(len(points), dtype=torch.int64)
-            return [Clusters(points[:k], points[:k], nearest, sizes, 1, False, 0.0)]
-
-    monkeypatch.setitem(CLUSTERINGS, "first", lambda settings: First())
-    values = rows(9)
-    found = make_prototypes(
-        reservoir_of({(0, "foreground"): values}),
-        torch.eye(2, 4),
-        ("a", "b"),
-        SETTINGS,
-        seed=0,
-        clustering="first",
-    )
-    assert all(any(torch.equal(c, v) for v in values) for c in found.foreground.centers[0])
 
 
 def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

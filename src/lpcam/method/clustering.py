@@ -1,9 +1,7 @@
 """Cosine k-means, and the protocol of a clustering method (section 3 of the paper).
 
-:class:`Clustering` is what :func:`lpcam.method.prototypes.make_prototypes` asks of a method. To
-add one,
-write a class with that ``fit`` in a file beside this one and enter it in
-``lpcam.method.prototypes.CLUSTERINGS``.
+:class:`Clustering` is what :func:`lpcam.method.prototypes.make_prototypes` asks of a method, and
+:data:`CLUSTERINGS` lists the methods by name.
 
 :func:`cosine_kmeans` and :class:`CosineKMeans` differ in how they are called only. The algorithm is
 ``_iterate``; ``_Points`` reads the points chunk by chunk, so that half-precision points are never
@@ -12,15 +10,16 @@ held in single precision as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.method.functional import NORM_EPSILON, unit
+from lpcam.runtime.registry import Registry
 
 Init = Literal["random", "k-means++"]
 
@@ -123,6 +122,17 @@ class CosineKMeans:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; expected at least 1")
+
+    @classmethod
+    def of_settings(cls, settings: Any) -> Self:
+        """The method with the values of a :class:`lpcam.method.settings.FittingSettings`."""
+        return cls(
+            settings.init,
+            settings.centers,
+            settings.max_iterations,
+            settings.tolerance,
+            settings.tolerance_kind,
+        )
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
@@ -425,3 +435,13 @@ class _Points:
         state.sums += F.embedding_bag(
             members, part, sizes.cumsum(0) - sizes, mode="sum", per_sample_weights=factors
         ).view_as(state.sums)
+
+
+CLUSTERINGS: Registry[Callable[[Any], Clustering]] = Registry(
+    "clustering",
+    "lpcam.clusterings",
+    {"cosine_kmeans": "lpcam.method.clustering:from_settings"},
+)
+"""Clustering methods by name: each makes a :class:`Clustering` from settings of the fit."""
+
+from_settings = CosineKMeans.of_settings

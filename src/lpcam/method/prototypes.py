@@ -9,7 +9,7 @@ and 6).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpcam.method.clustering import Clustering, Clusters, CosineKMeans
+from lpcam.method.clustering import CLUSTERINGS, Clustering, Clusters
 from lpcam.method.functional import (
     foreground_minus_context,
     score,
@@ -36,20 +36,6 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
-
-
-def _cosine_kmeans(settings: LpcamSettings) -> Clustering:
-    return CosineKMeans(
-        settings.init,
-        settings.centers,
-        settings.max_iterations,
-        settings.tolerance,
-        settings.tolerance_kind,
-    )
-
-
-CLUSTERINGS: dict[str, Callable[[LpcamSettings], Clustering]] = {"cosine_kmeans": _cosine_kmeans}
-"""Clustering methods by name. A new one is a class with ``fit`` in its own file and a line here."""
 
 
 # -- Prototypes --------------------------------------------------------------------------------
@@ -197,7 +183,6 @@ def make_prototypes(
     made_by: dict[str, Any] | None = None,
     device: torch.device | None = None,
     workers: int = 1,
-    clustering: str = "cosine_kmeans",
 ) -> Prototypes:
     """Cluster the features of every class and side, score the centres and select prototypes.
 
@@ -212,7 +197,6 @@ def make_prototypes(
         made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.
-        clustering: name of a method in ``CLUSTERINGS``.
 
     Raises:
         PrototypeError: if the numbers of channels of features and classifier differ, or no class
@@ -234,9 +218,8 @@ def make_prototypes(
                 )
             features[side, index] = rows
     device = weight.device if device is None else device
-    clustered = _cluster(
-        features, settings, CLUSTERINGS[clustering](settings), seed, device, workers
-    )
+    method = CLUSTERINGS[settings.clustering](settings)
+    clustered = _cluster(features, settings, method, seed, device, workers)
     events: list[str] = []
     sides = []
     for side in SIDES:

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lpcam.method.clustering import CLUSTERINGS
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM"]
@@ -16,6 +17,8 @@ METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 class FittingSettings(Section):
     """How prototypes are fitted (specification of LPCAM, sections 1 and 3)."""
 
+    clustering: str
+    """Name of a clustering method."""
     clusters: Annotated[int, Field(ge=1)]
     """K, the number of clusters of each class and side. More clusters follow rarer features."""
     restarts: Annotated[int, Field(ge=1)]
@@ -55,6 +58,9 @@ class FittingSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.clustering not in CLUSTERINGS:
+            known = ", ".join(CLUSTERINGS)
+            raise ValueError(f"there is no clustering {self.clustering!r}; there are {known}")
         if self.context_lower is not None and self.context_lower >= self.mu_b:
             raise ValueError(
                 f"context_lower {self.context_lower} must be below mu_b {self.mu_b}, "
