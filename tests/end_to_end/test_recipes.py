@@ -16,12 +16,15 @@ from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import Recipe, bundled_recipes, load_recipe
 from lpcam.pipeline.run import RunResult, run
 
-WIDE = "{channels: [4, 6, 8, 10, 12, 16, 20], depths: [1, 1, 1, 1], hidden: 8}"
-SWIN = (
-    "{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2], channels: 16, "
-    "auxiliary_channels: 8}"
-)
-TINY = {"classifier.backbone": "test_resnet", "segment.validations": "1"}
+WIDE = {"channels": [4, 6, 8, 10, 12, 16, 20], "depths": [1, 1, 1, 1], "hidden": 8}
+SWIN = {
+    "embed_dim": 12,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2],
+    "channels": 16,
+    "auxiliary_channels": 8,
+}
+TINY = {"classifier.backbone": "test_resnet", "segment.validations": 1}
 """The whole ResNet-50 runs in a test of its own."""
 IDS = {"cow": 10, "dog": 12, "sheep": 17}
 
@@ -29,25 +32,25 @@ IDS = {"cow": 10, "dog": 12, "sheep": 17}
 SEGMENTERS = {
     "deeplabv2-resnet101.official": {
         "segment.weights": "random",
-        "segment.arguments": "{blocks: [1, 1, 2, 1], width: 8}",
-        "segment.training.iterations": "2",
-        "segment.training.crop": "65",
+        "segment.arguments": {"blocks": [1, 1, 2, 1], "width": 8},
+        "segment.training.iterations": 2,
+        "segment.training.crop": 65,
     },
     "wideresnet38.official": {
         "segment.weights": "random",
         "segment.arguments": WIDE,
-        "segment.training.epochs": "1",
-        "segment.training.crop": "65",
+        "segment.training.epochs": 1,
+        "segment.training.crop": 65,
     },
     **{
         f"upernet-swin-{size}.paper": {
             "segment.weights": "random",
             "segment.arguments": SWIN,
-            "segment.training.iterations": "2",
-            "segment.training.batch_size": "2",
-            "segment.training.resize": "[128, 64]",
-            "segment.training.crop": "64",
-            "segment.test.resize": "[128, 64]",
+            "segment.training.iterations": 2,
+            "segment.training.batch_size": 2,
+            "segment.training.resize": [128, 64],
+            "segment.training.crop": 64,
+            "segment.test.resize": [128, 64],
         }
         for size in ("tiny", "small", "base")
     },
@@ -65,7 +68,7 @@ def test_segmenters(
         full = f"{data}-{name}"
         assert full in bundled_recipes()
         values = {**small_run(root, tmp_path / "run"), **TINY, **changes}
-        recipe = load_recipe(full, list(values.items()))
+        recipe = load_recipe(full, values)
         assert recipe.segment is not None
         result = run(recipe, command=f"lpcam run {full}")
         rows = [row for row in result.rows if row["stage"] == "segmentation"]
@@ -98,7 +101,7 @@ def test_segmenters(
         check_coco(recipe, result)
     if data == "voc12":
         server = tmp_path / "server"
-        assert main(["voc-server", str(tmp_path / "run"), str(server)]) == 0
+        assert main(["export", "voc-server", str(tmp_path / "run"), str(server)]) == 0
         packed = server / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls"
         assert sorted(p.name for p in packed.iterdir()) == ["2007_000008.png", "2007_000009.png"]
 
@@ -117,7 +120,7 @@ def check_coco(recipe: Recipe, result: RunResult) -> None:
     # no label: an empty map, a mask of background, in every stage to the end
     none = ids[0]
     assert read_maps(map_path(folder / "lpcam", none)).keys.tolist() == []
-    for stage in ("seeds", "ir-labels/lpcam", "pseudo/lpcam"):
+    for stage in ("seeds", "refine-labels/lpcam", "pseudo/lpcam"):
         assert not read_index_mask(folder / stage / f"{none}.png").any()
     seeds = [row for row in result.rows if row["stage"] != "segmentation"]
     assert {row["images"] for row in seeds} == {8}
@@ -137,9 +140,7 @@ def recipe_items(recipe: Recipe) -> tuple[str, ...]:
 
 def test_voc12_resnet50_irn_official(voc: Path, tmp_path: Path) -> None:
     """Every stage of the official recipe; only sizes and lengths are cut."""
-    recipe = load_recipe(
-        "voc12-resnet50-irn.official", list(small_run(voc, tmp_path / "run").items())
-    )
+    recipe = load_recipe("voc12-resnet50-irn.official", small_run(voc, tmp_path / "run"))
     assert recipe.refine is not None
     assert (recipe.refine.irn.preset, recipe.refine.irn.displacement) == ("official", True)
     result = run(recipe, command="lpcam run voc12-resnet50-irn.official")

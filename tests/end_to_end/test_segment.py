@@ -21,7 +21,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import run, segment
-from lpcam.pipeline.run_folder import find_segmenter
+from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError, RecipeError
 from lpcam.runtime.files import read_json
 from lpcam.segmentation import inference as predict
@@ -256,7 +256,7 @@ def test_what_is_refused_before_any_work(values: Values, tmp_path: Path) -> None
 
     own = str(tmp_path / "own.safetensors")
     refused(ClassifierError, r"segment\.weights: there is no file .*own", weights=own)
-    refused(ClassifierError, "has no weights to fetch", backbone=None, weights="pretrained")
+    refused(ClassifierError, "no pretrained weights", backbone=None, weights="pretrained")
     refused(ClassifierError, "timm has no model 'resnet_1'", backbone="resnet_1")
     (tmp_path / "own.safetensors").write_bytes(b"no tensors")
     refused(ClassifierError, r"own\.safetensors' cannot be read", weights=own)
@@ -294,7 +294,7 @@ def test_masks_of_another_program(
     masks = folder_of(values) / "pseudo" / "lpcam"
     (tmp_path / "tiny.yaml").write_text(json.dumps(values))
     folder = tmp_path / "segmented"
-    command = ["segment", str(tmp_path / "tiny.yaml"), "--masks", str(masks)]
+    command = ["segment", str(tmp_path / "tiny.yaml"), str(masks)]
     command += ["--run.folder", str(folder)]
     assert main(command) == 0
     assert "DeepLabV2 on given masks" in capsys.readouterr().out
@@ -339,7 +339,7 @@ def test_a_recipe_that_makes_no_masks(values: Values, tmp_path: Path) -> None:
         go(changed(values, refine={**REFINE, "maps": ["LPCAM"]}))
     only = changed(values)
     only.pop("segment")
-    with pytest.raises(RecipeError, match=r"no stage 'test': it belongs to a section segment"):
+    with pytest.raises(RecipeError, match=r"no stage 'test'.*--segment\.network"):
         go(only, until="test")
     with pytest.raises(RecipeError, match=r"names no segmenter; add a section"):
         segment(parse_recipe(only, where="tiny.yaml"), tmp_path)
@@ -384,14 +384,14 @@ def test_export(finished: Values, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_where_there_is_no_segmenter(tmp_path: Path, values: Values) -> None:
     with pytest.raises(ArtefactError, match=r"holds no run: there is no recipe\.yaml"):
-        find_segmenter(tmp_path / "nowhere")
+        RunFolder(tmp_path / "nowhere").segmenters()
     shutil.rmtree(folder_of(values) / "segment")
     with pytest.raises(ArtefactError, match=r"has no segmenter trained; there are: none, bring"):
-        find_segmenter(folder_of(values))
+        RunFolder(folder_of(values)).segmenters()
     path = folder_of(values) / "recipe.yaml"
     text = path.read_text()
     path.write_text(re.sub(r"(?ms)^segment:\n.*?(?=^\w)", "segment: null\n", text))
     with pytest.raises(
         ArtefactError, match=r"trained no segmenter; run it with --segment\.network"
     ):
-        find_segmenter(folder_of(values))
+        RunFolder(folder_of(values)).segmenters()

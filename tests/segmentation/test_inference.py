@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.runtime.errors import ClassifierError, DataError
-from lpcam.runtime.settings import preset_names
 from lpcam.segmentation import inference as predict
 from lpcam.segmentation.inference import (
     label_mask,
@@ -335,7 +334,7 @@ def test_the_image_is_left_as_it_was_and_gradients_are_not_kept() -> None:
 # -- CRF -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", preset_names("segment_test"))
+@pytest.mark.parametrize("preset", SegmentTestSettings.preset_names())
 def test_every_preset_has_its_crf(preset: str) -> None:
     chosen = SegmentTestSettings.from_preset(preset)
     crf = make_crf(chosen, memory=123)

@@ -16,7 +16,6 @@ from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.method.extractors import CAM, LPCAM
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import bundled_recipes, load_recipe
-from lpcam.pipeline.stages.training import backbone_parts, backbone_spec
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.wideresnet38 import WideResNet38LargeFov, build_wideresnet38
 from lpcam.training.optim import freeze
@@ -146,13 +145,11 @@ def test_recipes_keep_dilations_and_train_what_the_specification_trains(name: st
 
 
 def test_a_stage_without_output_stride_has_the_dilations_in_its_key() -> None:
-    changes = [("classifier.dilated", "false"), ("classifier.weights", "random")]
+    changes = {"classifier.dilated": False, "classifier.weights": "random"}
     section = load_recipe(RECIPES[0], changes).classifier
-    assert backbone_spec(section).dilated
-    assert backbone_parts(section)["backbone"]["dilated"] is True
     strided = section.model_copy(update={"backbone": "resnet18", "output_stride": 16})
-    assert not backbone_spec(strided).dilated
-    assert backbone_parts(strided)["backbone"]["dilated"] is False
+    for one, dilated in ((section, True), (strided, False)):
+        assert one.spec().dilated is one.described()["dilated"] is dilated
 
 
 @pytest.mark.parametrize("size", SIZES)
