@@ -93,11 +93,7 @@ def _check_sizes(image: NDArray[np.uint8], plane: NDArray[np.float32] | NDArray[
 
 CELL = 200
 """Side of a picture's cell, in pixels."""
-
-
 GAP = 8
-
-
 TITLE = 30
 
 

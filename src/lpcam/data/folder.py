@@ -56,8 +56,6 @@ from lpcam.runtime.errors import DataError
 
 FOLDERS: Literal["folders"] = "folders"
 """Instead of a table of labels: the first folder of an image's id is its class."""
-
-
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 

@@ -17,14 +17,8 @@ from lpcam.runtime.errors import ImageError
 
 MAXIMUM_PIXELS = 100_000_000
 """Number of pixels of the largest image that is read by default; 300 MB as RGB."""
-
-
 _EXIF_ORIENTATION = 0x0112
-
-
 _SIDEWAYS = (5, 6, 7, 8)
-
-
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

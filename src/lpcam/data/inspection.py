@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lpcam.data.coco.files import ALL, LABELLED
-from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Dataset, Item, Skip
+from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Dataset, Item
 from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
 from lpcam.data.validation import check_images
@@ -50,29 +50,16 @@ class Estimate:
 
 FEW_IMAGES = 20
 """A class with fewer images gets a warning in the summary."""
-
-
 MOST_NAMED = 3
 """Images or classes that a line of a summary names; the JSON names all."""
-
-
 MOST_CLASSES = 24
 """Classes in the table of a summary: of more, half as many from either end."""
-
-
 MOST_LISTS = 4
 """Columns of lists in that table."""
-
-
 COMPANIONS = 2
-"""Classes named beside each, if the table of all pairs is too wide."""
-
-
+"""Classes named beside each in that table: those it is most often shown with."""
 RARE = 0.1
-"""A class with less than this share of the images of one that is spelt nearly alike may be a slip
-of the pen."""
-
-
+"""A class with less than this share of the images of a similar name may be a misspelling."""
 _UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")
 """A reader's notice of what is a finding here."""
 
@@ -92,7 +79,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ListCounts:
-    """A list of the data set, of its usable images."""
+    """Numbers of usable images of a list."""
 
     name: str
     images: int
@@ -177,101 +164,69 @@ class Survey:
 
     def summary(self, width: int = 100) -> str:
         """The same in words and tables of at most ``width`` columns, long lists cut short."""
-        height, across = self.median
-        sizes = f"{self.smallest[0]} × {self.smallest[1]} to {self.largest[0]} × {self.largest[1]}"
         kinds = ", ".join(
             suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
             for suffix, count in self.suffixes.items()
         )
+        sizes = [f"{height} × {across}" for height, across in (self.smallest, self.largest)]
         lines = _wrapped(
             f"{self.name}: {_count(self.whole.images, 'image')} ({kinds}), "
             f"{_count(len(self.classes), 'class', 'classes')}, "
-            f"{_count(self.whole.masks, 'mask')}; labels from {self.label_source}. "
-            f"Height × width {sizes}, median {height} × {across} pixels.",
+            f"{_count(self.whole.masks, 'mask')}; labels from {self.label_source}. Height × width "
+            f"{' to '.join(sizes)}, median {self.median[0]} × {self.median[1]} pixels.",
             width,
         )
-        lines += ["", *_rendered(self._list_table(), width)]
+        lines += ["", *_rendered(self._list_rows(), width)]
         if self.estimate is not None:
             lines += _wrapped(_how(self.estimate), width)
-        lines += ["", *_rendered(self._class_table(width), width), ""]
-        for title, findings in (
-            ("Needs attention", self.problems),
-            ("Good to know", [f for f in self.findings if not f.attention]),
-        ):
-            if findings:
-                lines.append(title)
-                for finding in findings:
-                    lines += _wrapped(f"{finding.text}{_named(finding)}", width, "- ")
+        lines += ["", *_rendered(self._class_rows(), width), ""]
+        for title, attention in (("Needs attention", True), ("Good to know", False)):
+            findings = [f for f in self.findings if f.attention == attention]
+            lines += [title] * bool(findings)
+            for finding in findings:
+                lines += _wrapped(f"{finding.text}{_named(finding)}", width, "- ")
         if not self.problems:
             lines.append("Nothing needs attention.")
         return "\n".join(lines)
 
-    def _list_table(self) -> Table:
-        table = _table()
+    def _list_rows(self) -> Iterator[list[str]]:
         estimate = self.estimate
-        for title in ("list", "images", "labelled", "masks"):
-            table.add_column(title, justify="left" if title == "list" else "right")
-        if estimate is not None:
-            table.add_column("time of a run", justify="right")
-            table.add_column("disk", justify="right")
         nested = any(one.within for one in self.lists)
-        if nested:
-            table.add_column("lies within")
+        titles = ["list", "images", "labelled", "masks"]
+        titles += [] if estimate is None else ["time of a run", "disk"]
+        yield [*titles, "lies within"] if nested else titles
         for one in self.lists:
             row = [one.name, f"{one.images:,}", f"{one.labelled:,}", f"{one.masks:,}"]
             if estimate is not None:
-                row.append(_duration(estimate.seconds[one.name]))
-                row.append(_bytes(estimate.disk[one.name]))
-            table.add_row(*row, *([", ".join(one.within)] if nested else []))
-        return table
+                row += [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
+            yield [*row, ", ".join(one.within)] if nested else row
 
-    def _class_table(self, width: int) -> Table:
-        """Classes by row; beside them all pairs where they fit, or the commonest companions."""
-        names = self.classes.names
-        shown = _distinct(self.whole, self.lists)
-        titles = ["class", "images", *(one.name for one in shown), "alone"]
-        columns = [[f"{one.classes[row]:,}" for row in range(len(names))] for one in shown]
-        rows = [
-            [name, f"{self.whole.classes[row]:,}", *(c[row] for c in columns), f"{self.alone[row]}"]
-            for row, name in enumerate(names)
-        ]
-        pairs = [
-            ["·" if a == b else str(count) for b, count in enumerate(row)]
-            for a, row in enumerate(self.together.tolist())
-        ]
-        others = [f"+{name}" for name in names]
-        left = sum(2 + max(map(len, column)) for column in zip(titles, *rows, strict=True))
-        wide = sum(2 + max(map(len, column)) for column in zip(others, *pairs, strict=True))
-        fits = 1 < len(names) <= MOST_CLASSES and left + wide <= width
-        table = _table()
-        for title in titles:
-            table.add_column(title, justify="left" if title == "class" else "right")
-        if fits:
-            table.title = "images of each class, and of those that show another class too (+)"
-            for title in others:
-                table.add_column(title, justify="right", no_wrap=True)
-        else:
-            table.add_column("most often together with")
-        half = MOST_CLASSES // 2
-        order: list[int] = list(range(len(names)))
-        if len(order) > MOST_CLASSES:
+    def _class_rows(self) -> Iterator[list[str]]:
+        names, count = self.classes.names, len(self.classes)
+        shown: list[ListCounts] = []
+        for one in self.lists:  # those with counts of their own
+            if one.classes not in [other.classes for other in (self.whole, *shown)]:
+                shown.append(one)
+        shown = [self.whole, *shown[:MOST_LISTS]]
+        titles = ["class", "images", *(one.name for one in shown[1:]), "alone"]
+        yield [*titles, "most often together with"]
+        order, half = list(range(count)), MOST_CLASSES // 2
+        if count > MOST_CLASSES:
             order.sort(key=lambda row: -self.whole.classes[row])
-            order = [*order[:half], -1, *order[-half:]]
+            order[half:-half] = [-1]
         for row in order:
             if row < 0:
-                table.add_row(f"... {len(names) - 2 * half} more")
-            else:
-                table.add_row(*rows[row], *(pairs[row] if fits else [self._companions(row)]))
-        return table
-
-    def _companions(self, row: int) -> str:
-        counts = self.together[row].tolist()
-        others = sorted((-count, other) for other, count in enumerate(counts) if other != row)
-        return ", ".join(
-            f"{self.classes.names[other]} {-100 * count / counts[row]:.0f} %"
-            for count, other in others[:COMPANIONS]
-            if count < 0
-        )
+                yield [f"... {count - 2 * half} more"]
+                continue
+            pairs = sorted((-n, other) for other, n in enumerate(self.together[row].tolist()) if n)
+            companions = [
+                f"{names[other]} {-100 * n / self.whole.classes[row]:.0f} %"
+                for n, other in pairs
+                if other != row
+            ]
+            counts = [f"{one.classes[row]:,}" for one in shown]
+            companion = ", ".join(companions[:COMPANIONS])
+            yield [names[row], *counts, f"{self.alone[row]}", companion]
 
 
 def survey(
@@ -299,7 +254,12 @@ def survey(
         DataError: if no image can be used.
     """
     truth = truth or {}
-    total = len(dataset.items) + sum(_has_truth(item, truth) for item in dataset.items.values())
+    masked = [
+        item
+        for item in dataset.items.values()
+        if item.mask is not None or item.parts is not None or item.id in truth
+    ]
+    total = len(dataset.items) + len(masked)
 
     def advance(done: int, _: int) -> None:
         if progress is not None:
@@ -311,39 +271,40 @@ def survey(
     usable = {name: dataset.items[name] for name in checked.items}
     dataset = replace(checked, items=usable)
     sizes = {name: (record["height"], record["width"]) for name, record in records.items()}
+    masks = {}
+    masked = [item for item in masked if item.id in usable]
+    looks = ordered_map(lambda item: _look(item, sizes[item.id], truth), masked, workers)
+    for number, (item, look) in enumerate(zip(masked, looks, strict=True), start=1):
+        masks[item.id] = look
+        advance(total - len(masked) + number, 0)
 
-    findings = [*_left_out(dataset)]
-    masks = _look_at_masks(dataset, sizes, truth, workers, lambda left: advance(total - left, 0))
-    findings += _mask_findings(dataset, masks)
-    findings += _duplicates(dataset, {n: record["image_digest"] for n, record in records.items()})
     made = {name for name, look in masks.items() if look.made and look.values is not None}
-    whole = _counts("", list(usable), dataset, made, ())
-    lists = _lists(dataset, made)
+    sets = {name: frozenset(ids) for name, ids in dataset.lists.items()}
+    whole = _counts(dataset, "", list(usable), made, {})
+    lists = tuple(_counts(dataset, of, ids, made, sets) for of, ids in dataset.lists.items())
     labels = _multi_hot(dataset, usable)
-    # in float32 as BLAS wants it: exact up to 16 million images
-    together = (labels.T @ labels).astype(np.int64)
-    alone = labels[labels.sum(1) == 1].sum(0).astype(np.int64)
-    findings += [*_name_findings(dataset, whole), *_list_findings(dataset, whole, lists)]
-    findings += [
-        Finding("notice", notice, (), False)
-        for notice in dataset.notices
-        if not _UNLABELLED.fullmatch(notice)
+    findings = [
+        *_left_out(dataset),
+        *_mask_findings(dataset, masks),
+        *_duplicates(dataset, {n: record["image_digest"] for n, record in records.items()}),
+        *_name_findings(dataset, whole),
+        *_list_findings(dataset, whole, lists),
+        *(Finding("notice", n, (), False) for n in dataset.notices if not _UNLABELLED.fullmatch(n)),
     ]
+    by_area = sorted(sizes.values(), key=lambda size: size[0] * size[1])
     return Survey(
         name=dataset.name,
         label_source=dataset.label_source,
         classes=dataset.classes,
         suffixes=dict(Counter(i.image.suffix.lower() for i in usable.values()).most_common()),
-        smallest=min(sizes.values(), key=_area),
-        median=(
-            round(float(np.median([height for height, _ in sizes.values()]))),
-            round(float(np.median([width for _, width in sizes.values()]))),
-        ),
-        largest=max(sizes.values(), key=_area),
+        smallest=by_area[0],
+        median=tuple(np.median(by_area, axis=0).round().astype(int).tolist()),
+        largest=by_area[-1],
         lists=lists,
         whole=whole,
-        together=together,
-        alone=tuple(alone.tolist()),
+        # float32 as BLAS wants it: exact up to 16 million images
+        together=(labels.T @ labels).astype(np.int64),
+        alone=tuple(labels[labels.sum(1) == 1].sum(0).astype(int).tolist()),
         findings=tuple(sorted(findings, key=lambda finding: not finding.attention)),
         estimate=None if estimate is None else estimate(dataset, sizes),
     )
@@ -353,164 +314,119 @@ def survey(
 
 
 def _left_out(dataset: Dataset) -> Iterator[Finding]:
-    """What is left out, grouped by the reason; 80,000 missing files are one finding."""
-    for text, names in _by_reason(dataset.skipped):
+    for text, names in _by_reason([(skip.id, skip.reason) for skip in dataset.skipped]):
         yield Finding("left out", f"{_count(len(names), 'image')} left out ({text})", names)
 
 
-def _by_reason(skipped: Iterable[Skip]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """A reason in short, and the ids that share it but for names and numbers in it."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    first: dict[str, str] = {}
-    for skip in skipped:
-        text = re.sub(r"[^\s'\"]*[/\\](?=\S)", "", skip.reason)  # of a path only the name
-        name = skip.id.rsplit("/", 1)[-1]
-        key = re.sub(r"\d+", "#", re.sub(rf"(?<!\w){re.escape(name)}(\.\w+)?(?!\w)", "#", text))
-        first.setdefault(key, text)
-        groups[key].append(skip.id)
-    for key, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-        yield ("e.g. " if len(names) > 1 else "") + first[key], tuple(dict.fromkeys(names))
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for image_id, reason in reasons:
+        text = re.sub(r"[^\s'\"]*[/\\](?=\S)", "", reason)  # of a path only the name
+        name = re.escape(image_id.rsplit("/", 1)[-1])
+        key = re.sub(r"\d+", "#", re.sub(rf"(?<!\w){name}(\.\w+)?(?!\w)", "#", text))
+        groups[key].append((image_id, text))
+    for group in sorted(groups.values(), key=lambda group: -len(group)):
+        example = "e.g. " if len(group) > 1 else ""
+        yield example + group[0][1], tuple(dict.fromkeys(name for name, _ in group))
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
+class _Look(NamedTuple):
     """What the true mask of an image holds."""
 
     values: frozenset[int] | None
-    """None where there is none that can be used, of a class."""
+    """None where there is no usable mask of classes."""
     faults: tuple[str, ...]
     made: bool
-    """Of annotations, not read from a file."""
+    """Whether it is made from annotations, not read from a file."""
 
 
-def _has_truth(item: Item, truth: Truth) -> bool:
-    return item.mask is not None or item.parts is not None or item.id in truth
-
-
-def _look_at_masks(
-    dataset: Dataset,
-    sizes: Mapping[str, tuple[int, int]],
-    truth: Truth,
-    workers: int,
-    advance: Callable[[int], None],
-) -> dict[str, _Look]:
-    """What the mask of each image that has one holds."""
-
-    def look(item: Item) -> _Look:
-        made = item.mask is None and item.parts is None
-        try:
-            if not made:
-                values = _values(item, sizes[item.id])
-                return _Look(frozenset(values) if item.mask is not None else None, (), made)
+def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
+    made = item.mask is None and item.parts is None
+    try:
+        if made:
             mask, faults = truth[item.id]()
-            return _Look(None if mask is None else frozenset(_held(mask)), faults, made)
-        except LpcamError as error:
-            return _Look(None, (str(error),), made)
+            return _Look(None if mask is None else _values(mask), faults, made)
+        values = None
+        for path in filter(None, (item.parts, item.mask)):
+            mask = read_index_mask(path)
+            if mask.shape != size:
+                height, width = mask.shape
+                raise DataError(
+                    f"{path} is {height} × {width} (height × width), the upright image "
+                    f"{size[0]} × {size[1]}"
+                )
+            values = _values(mask) if path == item.mask else None
+        return _Look(values, (), made)
+    except LpcamError as error:
+        return _Look(None, (str(error),), made)
 
-    items = [item for item in dataset.items.values() if _has_truth(item, truth)]
-    found = {}
-    for number, look_of in enumerate(ordered_map(look, items, workers), start=1):
-        found[items[number - 1].id] = look_of
-        advance(len(items) - number)
-    return found
+
+def _values(mask: NDArray[np.uint8]) -> frozenset[int]:
+    return frozenset(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
 
 
 def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Finding]:
     """Masks that cannot be used, values of no class, and what labels and masks disagree on."""
     table = dataset.classes
-    known = {BACKGROUND, IGNORE, *table.mask_ids}
-    bad = [Skip(i, why) for i, look in masks.items() if not look.made for why in look.faults]
-    wrong = [Skip(i, why) for i, look in masks.items() if look.made for why in look.faults]
-    strange: dict[int, list[str]] = defaultdict(list)
-    unseen: dict[str, list[str]] = defaultdict(list)
-    unsaid: dict[str, list[str]] = defaultdict(list)
-    values_of_all: set[int] = set()
-    labelled = 0
-    for name_of, look in masks.items():
-        item, found = dataset.items[name_of], look.values
-        if found is None:
-            continue
-        values_of_all |= found
-        labelled += bool(item.labels)
-        for value in found - known:
-            strange[value].append(item.id)
-        for index, (name, value) in enumerate(zip(table.names, table.mask_ids, strict=True)):
-            if (value in found) != (index in item.labels):
-                (unsaid if value in found else unseen)[name].append(item.id)
-    for text, names in _by_reason(bad):
+    faults = [(name, why, look.made) for name, look in masks.items() for why in look.faults]
+    for text, names in _by_reason((name, why) for name, why, made in faults if not made):
         count = _count(len(names), "mask cannot be used", "masks cannot be used")
         yield Finding("mask", f"{count} ({text})", names)
-    for text, names in _by_reason(wrong):
+    for text, names in _by_reason((name, why) for name, why, made in faults if made):
         images = _count(len(names), "image")
         yield Finding("annotations", f"{images} with wrong annotations ({text})", names)
-    usable = [name for name, look in masks.items() if look.values is not None]
+    usable = {name: look.values for name, look in masks.items() if look.values is not None}
+    labelled = [name for name in usable if dataset.items[name].labels]
+    all_values = frozenset().union(*usable.values())
     drawn = any(not masks[name].made for name in usable)
-    if drawn and labelled and values_of_all == {BACKGROUND, IGNORE}:
+    if drawn and labelled and all_values == {BACKGROUND, IGNORE}:
         yield Finding(
             "mask values",
             "the masks hold 0 and 255 alone, and 255 is not counted; write the class's number "
             f"instead ({table.mask_ids[0]} for {table.names[0]})",
         )
         return
-    if strange:
-        counts = sorted((-len(ids), value) for value, ids in strange.items())
-        parts = ", ".join(f"{value} in {-count:,}" for count, value in counts[: 2 * MOST_NAMED])
-        if len(counts) > 2 * MOST_NAMED:
-            parts += f", {len(counts) - 2 * MOST_NAMED} more values"
+    groups: dict[str, dict[str, list[str]]] = {
+        kind: defaultdict(list) for kind in ("strange", "unsaid", "unseen")
+    }
+    for name, values in usable.items():
+        for value in values - {BACKGROUND, IGNORE, *table.mask_ids}:
+            groups["strange"][str(value)].append(name)
+        for index, (class_name, value) in enumerate(zip(table.names, table.mask_ids, strict=True)):
+            if (value in values) != (index in dataset.items[name].labels):
+                kind = "unsaid" if value in values else "unseen"
+                groups[kind][class_name].append(name)
+    if groups["strange"]:
         yield Finding(
             "mask values",
-            f"mask values of no class here, whose pixels no score counts ({parts}; of "
-            f"{_count(len(masks), 'mask')})",
-            _united(strange.values()),
+            "mask values of no class here, whose pixels no score counts "
+            f"({_commonest(groups['strange'], 'values', ' in')}; of {_count(len(masks), 'mask')})",
+            _united(groups["strange"]),
         )
-    if usable and values_of_all.isdisjoint(table.mask_ids):
-        values = ", ".join(map(str, sorted(values_of_all)[: 2 * MOST_NAMED]))
+    if usable and all_values.isdisjoint(table.mask_ids):
+        found = ", ".join(map(str, sorted(all_values)[: 2 * MOST_NAMED]))
         yield Finding(
             "no truth",
             f"none of the true masks ({len(usable):,}) shows a class, so a run is not scored (the "
-            f"values in them: {values}{', ...' * (len(values_of_all) > 2 * MOST_NAMED)}; 0 is "
+            f"values in them: {found}{', ...' * (len(all_values) > 2 * MOST_NAMED)}; 0 is "
             "background, 255 is not counted)",
             tuple(usable),
         )
         return
-    if unsaid:
-        names = _united(unsaid.values())
-        yield Finding(
+    for kind, title, words in (
+        (
+            "unsaid",
             "mask without label",
-            f"{_count(len(names), 'image')} with pixels in the mask of a class that is no label, "
-            f"so that no map can show it ({_per_class(unsaid)})",
-            names,
-        )
-    if unseen:
-        names = _united(unseen.values())
-        yield Finding(
-            "label without mask",
-            f"{_count(len(names), 'image')} with a label but no pixel of the class in the mask "
-            f"({_per_class(unseen)})",
-            names,
-            # where objects are void, as difficult ones of VOC are, some is usual
-            attention=len(names) > labelled / 2,
-        )
-
-
-def _values(item: Item, size: tuple[int, int]) -> set[int]:
-    """Values of an item's mask; DataError if a mask of it cannot be read or has another size."""
-    found: set[int] = set()
-    for path in (item.parts, item.mask):
-        if path is None:
-            continue
-        mask = read_index_mask(path)
-        if mask.shape != size:
-            raise DataError(
-                f"{path} is {mask.shape[0]} × {mask.shape[1]} (height × width), the upright image "
-                f"{size[0]} × {size[1]}"
-            )
-        found = _held(mask)
-    return found
-
-
-def _held(mask: NDArray[np.uint8]) -> set[int]:
-    return set(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+            "pixels in the mask of a class that is no label, so that no map can show it",
+        ),
+        ("unseen", "label without mask", "a label but no pixel of the class in the mask"),
+    ):
+        if names := _united(groups[kind]):
+            text = f"{_count(len(names), 'image')} with {words} ({_commonest(groups[kind])})"
+            # some labels without pixels are usual where objects are void, as difficult ones of VOC
+            attention = kind == "unsaid" or len(names) > len(labelled) / 2
+            yield Finding(title, text, names, attention)
 
 
 def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Finding]:
@@ -519,18 +435,16 @@ def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Findin
     for name, digest in digests.items():
         groups[digest].append(name)
     equal = [names for names in groups.values() if len(names) > 1]
-    if not equal:
-        return
-    of_item: dict[str, set[str]] = {name: set() for names in equal for name in names}
+    lists_of: dict[str, set[str]] = {name: set() for names in equal for name in names}
     for of, ids in dataset.lists.items():
-        for name in of_item.keys() & set(ids):
-            of_item[name].add(of)
+        for name in lists_of.keys() & set(ids):
+            lists_of[name].add(of)
 
     def differ(names: Sequence[str]) -> bool:
         return len({dataset.items[name].labels for name in names}) > 1
 
     def apart(names: Sequence[str]) -> bool:
-        places = {frozenset(of_item[name]) for name in names if of_item[name]}
+        places = {frozenset(lists_of[name]) for name in names if lists_of[name]}
         return any(a.isdisjoint(b) for a, b in itertools.combinations(places, 2))
 
     for test, kind, words in (
@@ -538,24 +452,25 @@ def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Findin
         (apart, "duplicates across lists", ", but in lists that share nothing"),
         (lambda names: not differ(names) and not apart(names), "duplicates", ""),
     ):
-        found = [" = ".join(names) for names in equal if test(names)]
+        found = tuple(" = ".join(names) for names in equal if test(names))
         if found:
             text = f"{_count(len(found), 'group')} of images with equal files{words}"
-            yield Finding(kind, text, tuple(found), bool(words))
+            yield Finding(kind, text, found, bool(words))
 
 
 def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
     names = dataset.classes.names
     counts = dict(zip(names, whole.classes, strict=True))
-    close = [
+    close = tuple(
         f"{a} ({counts[a]:,}), {b} ({counts[b]:,})"
         for a, b in itertools.combinations(names, 2)
         if _may_be_one(a, b, counts[a], counts[b])
-    ]
+    )
     if close:
         text = f"{_count(len(close), 'pair')} of classes that may be one, spelt in two ways"
-        yield Finding("class names", text, tuple(close))
-    joined = tuple(name for name in names if _is_several(name, names))
+        yield Finding("class names", text, close)
+    parts = {name: [part.strip() for part in re.split(r"[,|]", name)] for name in names}
+    joined = tuple(name for name in names if len(parts[name]) > 1 and {*parts[name]} <= {*names})
     if joined:
         text = (
             f"{_count(len(joined), 'class whose name is', 'classes whose names are')} those of "
@@ -574,12 +489,6 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
         yield Finding("image names", text, same)
 
 
-def _is_several(name: str, names: Sequence[str]) -> bool:
-    """Whether a class name is made of other classes' names with a wrong separator."""
-    parts = [part.strip() for part in re.split(r"[,|]", name)]
-    return len(parts) > 1 and all(part in names for part in parts)
-
-
 def _may_be_one(one: str, other: str, images: int, others: int) -> bool:
     """Whether two class names are one but for case, blanks, a plural, or a slip in a rare one."""
     a, b = sorted((re.sub(r"[\W_]", "", name.casefold()) for name in (one, other)), key=len)
@@ -594,25 +503,17 @@ def _may_be_one(one: str, other: str, images: int, others: int) -> bool:
 def _list_findings(
     dataset: Dataset, whole: ListCounts, lists: Sequence[ListCounts]
 ) -> Iterator[Finding]:
-    names = dataset.classes.names
-    none = tuple(name for name, count in zip(names, whole.classes, strict=True) if not count)
-    if none:
-        text = f"{_count(len(none), 'class that no image shows', 'classes that no image shows')}"
+    counts = list(zip(dataset.classes.names, whole.classes, strict=True))
+    if none := tuple(name for name, count in counts if not count):
+        text = _count(len(none), "class that no image shows", "classes that no image shows")
         yield Finding("empty classes", text, none)
-    few = tuple(
-        f"{name} ({count})"
-        for name, count in zip(names, whole.classes, strict=True)
-        if 0 < count < FEW_IMAGES
-    )
-    if few:
+    if few := tuple(f"{name} ({count})" for name, count in counts if 0 < count < FEW_IMAGES):
         text = f"{_count(len(few), 'class', 'classes')} with fewer than {FEW_IMAGES} images"
         yield Finding("small classes", f"{text}, whose maps may be weak", few, False)
-    bare = tuple(name for name, item in dataset.items.items() if not item.labels)
-    if bare:
-        every = len(bare) == whole.images
-        yield Finding("no label", f"{_count(len(bare), 'image')} without a label", bare, every)
-    empty = tuple(one.name for one in lists if not one.images)
-    if empty:
+    if bare := tuple(name for name, item in dataset.items.items() if not item.labels):
+        text = f"{_count(len(bare), 'image')} without a label"
+        yield Finding("no label", text, bare, len(bare) == whole.images)
+    if empty := tuple(one.name for one in lists if not one.images):
         text = _count(len(empty), "list without a usable image", "lists without a usable image")
         yield Finding("lists", text, empty)
     sets = {
@@ -623,7 +524,7 @@ def _list_findings(
     }
     for a, b in itertools.combinations(sets, 2):
         both = sets[a] & sets[b]
-        if both and both != sets[a] and both != sets[b]:
+        if both and both not in (sets[a], sets[b]):
             text = f"the lists {a} and {b} share {_count(len(both), 'image')}"
             yield Finding("lists", text, tuple(sorted(both)), False)
 
@@ -631,9 +532,8 @@ def _list_findings(
 # -- Counts ------------------------------------------------------------------------------------
 
 
-def _multi_hot(dataset: Dataset, ids: Iterable[str]) -> NDArray[np.float32]:
+def _multi_hot(dataset: Dataset, ids: Collection[str]) -> NDArray[np.float32]:
     """(images, classes), 1 where an image shows a class."""
-    ids = list(ids)
     labels = np.zeros((len(ids), len(dataset.classes)), np.float32)
     for row, name in enumerate(ids):
         labels[row, list(dataset.items[name].labels)] = 1
@@ -641,11 +541,11 @@ def _multi_hot(dataset: Dataset, ids: Iterable[str]) -> NDArray[np.float32]:
 
 
 def _counts(
+    dataset: Dataset,
     name: str,
     ids: Sequence[str],
-    dataset: Dataset,
     made: Collection[str],
-    within: tuple[str, ...],
+    sets: Mapping[str, frozenset[str]],
 ) -> ListCounts:
     items = [dataset.items[i] for i in ids]
     return ListCounts(
@@ -653,32 +553,9 @@ def _counts(
         len(items),
         sum(bool(item.labels) for item in items),
         sum(item.mask is not None or item.id in made for item in items),
-        within,
+        tuple(o for o, others in sets.items() if o != name and ids and sets[name] <= others),
         tuple(_multi_hot(dataset, ids).sum(0).astype(int).tolist()),
     )
-
-
-def _lists(dataset: Dataset, made: Collection[str]) -> tuple[ListCounts, ...]:
-    sets = {name: frozenset(ids) for name, ids in dataset.lists.items()}
-    return tuple(
-        _counts(
-            name,
-            ids,
-            dataset,
-            made,
-            tuple(o for o, others in sets.items() if o != name and ids and sets[name] <= others),
-        )
-        for name, ids in dataset.lists.items()
-    )
-
-
-def _distinct(whole: ListCounts, lists: Sequence[ListCounts]) -> list[ListCounts]:
-    """Lists that a table of classes shows: those with counts of their own."""
-    shown: list[ListCounts] = []
-    for one in lists:
-        if one.classes not in [other.classes for other in (whole, *shown)]:
-            shown.append(one)
-    return shown[:MOST_LISTS]
 
 
 # -- Words -------------------------------------------------------------------------------------
@@ -699,18 +576,16 @@ def _how(estimate: Estimate) -> str:
     return text
 
 
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
+def _united(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(sorted({name for group in groups.values() for name in group}))
 
 
-def _united(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(sorted({name for group in groups for name in group}))
-
-
-def _per_class(images: Mapping[str, Sequence[str]]) -> str:
-    parts = sorted((-len(names), name) for name, names in images.items())
-    more = [f"{len(parts) - 2 * MOST_NAMED} more classes"] if len(parts) > 2 * MOST_NAMED else []
-    return ", ".join([*(f"{name} {-count:,}" for count, name in parts[: 2 * MOST_NAMED]), *more])
+def _commonest(groups: Mapping[str, Sequence[str]], what: str = "classes", word: str = "") -> str:
+    """The largest groups with their sizes, and how many more there are."""
+    parts = sorted(groups.items(), key=lambda one: (-len(one[1]), one[0].zfill(3)))
+    texts = [f"{name}{word} {len(names):,}" for name, names in parts[: 2 * MOST_NAMED]]
+    more = len(parts) - len(texts)
+    return ", ".join([*texts, f"{more} more {what}"] if more else texts)
 
 
 def _named(finding: Finding) -> str:
@@ -744,13 +619,15 @@ def _wrapped(text: str, width: int, bullet: str = "") -> list[str]:
     )
 
 
-def _table() -> Table:
-    return Table(
-        box=None, pad_edge=False, header_style="", title_justify="left", padding=(0, 2, 0, 0)
-    )
-
-
-def _rendered(table: Table, width: int) -> list[str]:
+def _rendered(rows: Iterable[Sequence[str]], width: int) -> list[str]:
+    """Lines of a table whose first row is its head; numbers are aligned at the right."""
+    head, *body = rows
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    texts = ("list", "class", "lies within", "most often together with")
+    for title in head:
+        table.add_column(title, justify="left" if title in texts else "right")
+    for row in body:
+        table.add_row(*row)
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None, markup=False, emoji=False).print(table)
     return [line.rstrip() for line in stream.getvalue().splitlines()]

@@ -28,8 +28,6 @@ from lpcam.runtime.errors import DataError
 
 TABLES = ("labels.csv", "labels.jsonl")
 """File names of a folder's own table; the first that exists is read."""
-
-
 _TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 

@@ -17,7 +17,6 @@ from lpcam.runtime.files import _damaged, _json_text, read_bytes, write_bytes
 
 _MAP_MEMBERS = ("keys", "cam", "cam_scale", "high_res", "high_res_scale", "made_by", "format")
 
-
 # Level 1 writes maps more than twice as fast as zlib's default 6; the files grow by a fifth.
 _ZLIB_LEVEL = 1
 

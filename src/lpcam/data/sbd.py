@@ -28,15 +28,9 @@ from lpcam.runtime.parallel import ordered_map
 
 LIST = "train_aug"
 """Name of the list."""
-
-
 MASKS = "SegmentationClassAug"
 """Folder of the masks of the list and of VOC's val."""
-
-
 _LISTS = PurePosixPath("ImageSets/Segmentation")
-
-
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 

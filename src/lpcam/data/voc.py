@@ -33,26 +33,14 @@ from lpcam.runtime.errors import DataError
 
 _NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
 person pottedplant sheep sofa train tvmonitor"""
-
-
 CLASSES = tuple(_NAMES.split())
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
-
-
 CLASS_NAMES = "class_names.txt"
 """File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
-
-
 _PERSON_PARTS = ("head", "hand", "foot")
 """Names that VOC's person layout has beside objects; they are not classes."""
-
-
 _MOST_NAMED = 5
-
-
 _LISTS = PurePosixPath("ImageSets/Segmentation")
-
-
 _INTEGER_ID = re.compile(r"\d{10}")
 
 

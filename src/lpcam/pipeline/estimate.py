@@ -30,8 +30,6 @@ from lpcam.runtime.resources import available_memory, choose_device
 
 TIMED_IMAGES = 12
 """Passed through the backbone, after one for each worker that is not counted."""
-
-
 TIMED_SECONDS = 10.0
 """After which no further image is timed."""
 

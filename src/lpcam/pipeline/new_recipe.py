@@ -56,8 +56,6 @@ run:
   folder: null          # null: runs/{name} below the folder where lpcam is run
   seed: 0
 """
-
-
 KIND_MEANS = {
     "folder": "images and their labels; masks/ID.png, where there are any, serve scoring",
     "voc": "the layout of PASCAL VOC 2012",

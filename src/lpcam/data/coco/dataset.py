@@ -48,8 +48,6 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Section
 
 logger = logging.getLogger(__name__)
-
-
 _NAMES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
 stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,
 umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,
@@ -57,11 +55,7 @@ skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,b
 sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,
 toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
 clock,vase,scissors,teddy bear,hair drier,toothbrush"""
-
-
 _UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-
-
 COCO_CATEGORIES = tuple(
     zip(
         (number for number in range(1, 91) if number not in _UNUSED),
@@ -70,11 +64,7 @@ COCO_CATEGORIES = tuple(
     )
 )
 """Ids and names of the 80 categories of COCO 2014; class ``n`` has the value ``n + 1`` in masks."""
-
-
 _COCO_LIST = re.compile(r"(train|val)2014")
-
-
 _PLAIN = re.compile(r"(\w+)(\.\w+)", re.ASCII)
 
 

@@ -14,21 +14,11 @@ from lpcam.runtime.errors import DataError
 
 ALL = "all"
 """List of the images of all annotation files."""
-
-
 LABELLED = ".labelled"
 """Ending of the list of those images that show at least one class."""
-
-
 _ROBOFLOW = "_annotations.coco.json"
-
-
 _INSTANCES = "instances_"
-
-
 _ANY_JSON = ("annotations.json", "*.json")
-
-
 _LARGE = 2**20
 
 

@@ -26,11 +26,7 @@ _HOW = (
     "an annotation file has 'images' with id, file_name, height and width, 'annotations' with id, "
     "image_id, category_id, iscrowd and segmentation, and 'categories' with id and name"
 )
-
-
 T = TypeVar("T")
-
-
 _COLUMNS = 7
 """Integers that are kept of each annotation, see :func:`_annotation`."""
 

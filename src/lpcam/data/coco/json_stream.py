@@ -18,15 +18,10 @@ from lpcam.runtime.errors import DataError
 
 WINDOW = 256 * 2**10
 """Bytes read at a time."""
-
-
 _NOT_BLANK = re.compile(r"[^ \t\n\r]")
-
 
 # A number cut after its point or exponent, such as "1e-", decodes as a shorter number.
 _NUMBER_TAIL = 3
-
-
 _BYTE_ORDER_MARK = codecs.BOM_UTF8.decode("latin-1")
 
 
