@@ -1,8 +1,7 @@
 """LPCAM behind the call of pytorch-grad-cam, so that an existing script changes one import.
 
-Nothing of that library is imported: its targets, its transforms for test-time augmentation and its
-``reshape_transform`` are used as they come. The guide "Come from pytorch-grad-cam" lists what
-differs.
+Its targets, transforms for test-time augmentation and ``reshape_transform`` are used as they come,
+without importing it. The guide "Come from pytorch-grad-cam" lists what differs.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 BRIGHTNESS = (0.9, 1.0, 1.1)
 """Factors by which ``aug_smooth`` multiplies the normalised images, as pytorch-grad-cam does."""
-View = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""Makes a view of images, and turns maps (B, 1, H, W) of the view into maps of the images."""
 
 
 class LPCAM(extract.LPCAM):
@@ -57,7 +54,7 @@ class LPCAM(extract.LPCAM):
     Attributes:
         outputs: logits (B, N) of the last call; None before.
         batch_size: most images that pass the model together in a call.
-        source: the :class:`~lpcam.classifiers.wrapped.WrappedModel` in use.
+        source: the wrapped model in use.
 
     Raises:
         ClassifierError: if the classifier does not read a pooled map linearly.
@@ -98,14 +95,17 @@ class LPCAM(extract.LPCAM):
                 "lpcam.LPCAM(model, classes=[...]).fit(loader) fits a head and maps with it"
             )
         usual = {"scales": [1.0], "flip": False, "split_maps": "single_scale"}
-        self.settings = extract.CAM(
-            self.source, settings or LpcamSettings.from_preset(extract.PRESET, **usual)
-        ).settings_
+        settings = settings or LpcamSettings.from_preset(extract.PRESET, **usual)
+        self.settings = extract.CAM(self.source, settings).settings_
         if isinstance(prototypes, Prototypes):
             prototypes.check_fingerprint(self.source.fingerprint(), "this LPCAM")
             self._source, self._prototypes = self.source, prototypes
         elif prototypes is not None:
             self.load(prototypes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
 
     def _find_source(self) -> WrappedModel:
         return self.source
@@ -208,7 +208,8 @@ class LPCAM(extract.LPCAM):
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return torch.split(tensor, self.batch_size)
 
-    def _views(self) -> list[View]:
+    def _views(self) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+        """How images become a view, and how maps (B, 1, H, W) of it become maps of the images."""
         if self.tta_transforms is not None:
             return [(t.augment_image, t.deaugment_mask) for t in self.tta_transforms]
         return [(partial(_view, by=by, flip=f), f) for f in (_same, unflip) for by in BRIGHTNESS]
@@ -369,14 +370,13 @@ def _category(target: Any, classes: int) -> int:
         index = operator.index(getattr(target, "category", target))
     except TypeError:
         raise ValueError(
-            f"the target {target!r:.80} names no class; give ClassifierOutputTarget(index), "
-            "another object with category, or the index itself"
+            f"the target {target!r:.80} names no class; give an object with category, or an index"
         ) from None
     if classes == 1 and callable(target):  # as BinaryClassifierOutputTarget, whose 1 is the logit
         index = 0 if float(target(torch.ones(1))) >= 0 else -1
     if not 0 <= index < classes:
         raise ValueError(
-            f"the target class {index} is none of the classifier's 0 to {classes - 1}; the "
-            "negative side of a single logit has no prototypes"
+            f"the target class {index} is none of the classifier's 0 to {classes - 1}"
+            + "; the negative side of a single logit has no prototypes" * (classes == 1)
         )
     return index
