@@ -20,7 +20,8 @@ class FarthestPoints:
         return [self._fit(points.float(), k, generator) for generator in generators]
 
     def _fit(self, points: Tensor, k: int, generator: torch.Generator) -> Clusters:
-        cosines = unit(points) @ unit(points).T
+        directions = unit(points, 1)
+        cosines = directions @ directions.T
         chosen = [int(torch.randint(len(points), (1,), generator=generator))]
         for _ in range(k - 1):
             chosen.append(int(cosines[:, chosen].amax(1).argmin()))
