@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import COLOURS
 from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec
 from lpcam.data.dataset import ClassTable, Item
 from lpcam.data.folder import read_folder
 from lpcam.hosts import amn
@@ -30,7 +30,6 @@ from lpcam.method.functional import FusedMaps
 from lpcam.runtime.errors import ClassifierError, DataError
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
-RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
 CLASSES = ClassTable(tuple(COLOURS), (1, 2, 3))
 SETTINGS = AmnSettings.from_preset(
     "official",
@@ -95,14 +94,13 @@ def test_network_is_that_of_the_specification(fresh: Any) -> None:
     network = sharpened(fresh())
     images, labels = drawn(2, 3, 61, 83), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     plain = network.classifier.backbone.forward_features(images)
-    torch.testing.assert_close(network.features(images), plain)
+    torch.testing.assert_close(network.classifier.features(images), plain)
     layer = network.conditioning
     for row, present in enumerate(([0, 2], [1])):
         factors = layer.weight[:, present].sum(1) + layer.bias
-        torch.testing.assert_close(
-            network.features(images, labels)[row], plain[row] * factors[:, None, None]
-        )
-    conditioned = network.features(images, labels)
+        found = network.condition(plain, labels)[row]
+        torch.testing.assert_close(found, plain[row] * factors[:, None, None])
+    conditioned = network.condition(plain, labels)
     expected = sum(
         F.conv2d(conditioned, b.weight, b.bias, padding=rate, dilation=rate)
         for rate, b in zip((1, 2), network.head.children(), strict=True)
@@ -202,25 +200,6 @@ def test_gradient_of_the_loss() -> None:
     logits = drawn(1, 3, 3, 4).double().requires_grad_()
     labels = drawn_labels(1, 3, 4)
     assert torch.autograd.gradcheck(lambda x: amn_loss(x, labels, 0.4), (logits,))
-
-
-@pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
-def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
-    """At scale 1 the red value of each labelled pixel is its label, also mirrored."""
-    labels = drawn_labels(*size, values=tuple(range(254)))
-    image = np.repeat(labels.numpy().astype(np.uint8)[:, :, None], 3, axis=2)
-    settings = SETTINGS.model_copy(update={"scale": (1.0, 1.0), "crop": 48})
-    columns = set()
-    for seed in range(20):
-        tensor, found = amn.augment(image, labels, RAW, settings, np.random.default_rng(seed))
-        assert tensor.shape == (3, 48, 48)
-        assert found.shape == (48, 48)
-        known = found != 255
-        assert torch.equal(torch.round((tensor[0][known] * 0.5 + 0.5) * 255).long(), found[known])
-        assert not tensor[:, ~known].any()
-        assert int(known.sum()) == min(48, size[0]) * min(48, size[1])
-        columns.add(int(known.nonzero()[:, 1].min()))
-    assert len(columns) > 1 or size[1] >= 48
 
 
 def test_loss_falls(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path) -> None:
@@ -338,8 +317,6 @@ def test_flat_maps_are_zero_where_they_are_stretched() -> None:
 
 
 def test_bad_logits_and_seeds() -> None:
-    with pytest.raises(DataError, match="there are no logits"):
-        export_maps([], [0], None, (4, 4))
     with pytest.raises(DataError, match=r"\[3\]"):
         export_maps([drawn(3, 2, 2)], [3], None, (4, 4))
     with pytest.raises(DataError, match=r"gate the maps have \(4, 5\) pixels but the image \(4, 4"):
@@ -428,9 +405,10 @@ def test_local_features(fresh: Any, conditioned: bool) -> None:
     settings = ungated(conditioned=conditioned)
     found, split = amn.local_features(network, image, [1], settings)
     tensor = network.preprocessing(image)[None]
-    shown = torch.tensor([[0.0, 1, 0]]) if conditioned else None
-    expected = network.features(tensor, shown)[0]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    expected = network.classifier.features(tensor)
+    if conditioned:
+        expected = network.condition(expected, torch.tensor([[0.0, 1, 0]]))
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-4)
     assert (float(found.min()) < 0) == conditioned
     assert torch.equal(split, maps_of(network, image, [1], settings).high_res)
 

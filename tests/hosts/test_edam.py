@@ -1,4 +1,4 @@
-"""EDAM: fusion with saliency, network, pairs, training, going on after a stop, files, maps."""
+"""EDAM: network, pairs, training, maps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny import COLOURS
 from torch import Tensor
 
@@ -31,14 +32,12 @@ from lpcam.hosts.edam import (
     sinusoidal_positions,
     train_edam,
 )
-from lpcam.refine.saliency_fusion import SaliencySettings
 from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.training import loop
 from lpcam.training.optim import freeze
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = tuple(COLOURS)
-PLAIN = SaliencySettings.from_preset("edam")
-WITH_CRF = SaliencySettings.from_preset("edam.crf")
 SETTINGS = EdamSettings.from_preset(
     "official",
     iterations=6,
@@ -197,16 +196,6 @@ def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
     assert bool(torch.isfinite(logits).all())
 
 
-def test_width_that_heads_cannot_share(fresh: Any) -> None:
-    with pytest.raises(ClassifierError, match="width 9 is not a multiple of edam"):
-        fresh(SETTINGS.model_copy(update={"width": 9}))
-
-
-def test_an_odd_number_of_images(fresh: Any) -> None:
-    with pytest.raises(ValueError, match="3 images"):
-        fresh()(drawn(3, 3, 48, 48))
-
-
 def test_first_weights_depend_on_the_seed_alone(fresh: Any) -> None:
     first, again, other = fresh(), fresh(), fresh(seed=1)
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
@@ -318,33 +307,23 @@ def test_labels_of_no_class(fresh: Any, tmp_path: Path) -> None:
         train_edam(fresh(), labelled((7,), (7,), (1,)), SETTINGS, seed=0, folder=tmp_path)
 
 
-def test_colours_are_those_of_the_resized_image() -> None:
+def test_colours_are_those_of_the_resized_image(tmp_path: Path) -> None:
     """Section 2: a change that clips does not commute with the filter that resizes."""
     image = np.zeros((60, 60, 3), np.uint8)
     image[:, ::2] = 250
+    Image.fromarray(image).save(tmp_path / "i.png")
     settings = SETTINGS.model_copy(
         update={"jitter": (1.0, 0.0, 0.0, 0.0), "long_side": (30, 30), "crop": 30}
     )
-    found = [
-        edam.augment(image, RAW, settings, np.random.default_rng(seed)) * 127.5 + 127.5
-        for seed in range(20)
-    ]
-    brightest = max(float(levels.median()) for levels in found)
-    assert brightest > 200  # of a grey of 125; of black and white, first clipped, it were 127
-
-
-def test_augmented_colours() -> None:
-    image = np.full((60, 60, 3), (90, 120, 160), np.uint8)
-    still = SETTINGS.model_copy(update={"jitter": (0.0,) * 4, "long_side": (60, 60)})
-    lit = still.model_copy(update={"jitter": (0.3, 0.0, 0.0, 0.0)})
-    plain, *changed = (
-        edam.augment(image, RAW, settings, np.random.default_rng(seed)) * 127.5 + 127.5
-        for seed, settings in enumerate([still, *[lit] * 20])
-    )
-    assert torch.equal(plain[:, 5, 5].round(), torch.tensor([90.0, 120.0, 160.0]))
-    levels = [float(found[1, 5, 5]) / 120 for found in changed]
-    assert 0.69 <= min(levels) < 0.8
-    assert 1.2 < max(levels) <= 1.31
+    pair = [Item(str(number), tmp_path / "i.png", (0,)) for number in range(2)]
+    levels = []
+    for seed in range(20):
+        images, numbers = edam._sample(
+            pair, Partners(pair), RAW, settings, seed, loop.Place(0, 0, 0)
+        )
+        assert sorted(numbers.tolist()) == [0, 1]
+        levels += [float(found.median()) * 127.5 + 127.5 for found in images]
+    assert max(levels) > 200  # of a grey of 125; of black and white, first clipped, it were 127
 
 
 def test_maps_are_those_of_the_specification(fresh: Any, items: list[Item]) -> None:

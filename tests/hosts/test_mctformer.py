@@ -111,8 +111,8 @@ def augmented(
     items: list[Item], epoch: int = 0, sample: int = 0, seed: int = 7, **changes: Any
 ) -> Tensor:
     settings = changed(**{"augmentation": "rand-m9-mstd0.5-inc1", "erasing": 0.5, **changes})
-    dataset = mctformer._Augmented(items, RAW, settings, seed)
-    return dataset[engine.Place(epoch, sample, 99)][0]
+    make = mctformer._Augment(items, RAW, settings, seed)
+    return make(engine.Place(epoch, sample, 99))[0]
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(items: list[Item]) -> None:
@@ -138,10 +138,10 @@ def test_augmentation_in_threads_is_that_of_one(items: list[Item]) -> None:
 
 
 def test_augmentation_is_handed_to_other_processes(items: list[Item]) -> None:
-    dataset = mctformer._Augmented(items, RAW, changed(augmentation="rand-m9-inc1"), 0)
-    again = pickle.loads(pickle.dumps(dataset))
+    make = mctformer._Augment(items, RAW, changed(augmentation="rand-m9-inc1"), 0)
+    again = pickle.loads(pickle.dumps(make))
     place = engine.Place(0, 0, 0)
-    assert torch.equal(dataset[place][0], again[place][0])
+    assert torch.equal(make(place)[0], again(place)[0])
 
 
 def test_what_the_settings_of_the_augmentation_do(items: list[Item]) -> None:

@@ -10,10 +10,10 @@ classes, C channels, h x w the feature grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import FeaturePair
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
-from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
+from lpcam.data.resize import quarter_size, resize
 from lpcam.evaluation.segmentation import truth_labels
 from lpcam.hosts.base import (
     Arm,
@@ -36,15 +37,14 @@ from lpcam.hosts.base import (
     History,
     Host,
     HostData,
+    HostNetwork,
     HostSection,
     HostSettings,
     View,
     check_finite,
     check_labels,
-    quarter,
 )
 from lpcam.method.functional import FusedMaps, lpcam_of_pair, normalize, unflip
-from lpcam.refine.base import Samples, shallow_copy
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.settings import Fraction, Positive
@@ -52,9 +52,8 @@ from lpcam.segmentation.augmentation import check_masks
 from lpcam.segmentation.losses import reduce_labels
 from lpcam.segmentation.networks.deeplabv2 import Aspp
 from lpcam.training import loop as engine
-from lpcam.training.augmentation import mirror_and_crop
+from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.optim import freeze, names_below
-from lpcam.training.saved_network import SavedNetwork
 
 
 class AmnSettings(HostSettings):
@@ -109,7 +108,7 @@ EPSILON = 1e-5
 """Added to the range that probabilities are divided by (section 4)."""
 
 
-class Amn(SavedNetwork):
+class Amn(HostNetwork):
     """Backbone, label conditioning and head (section 2).
 
     A linear layer turns an image's labels into a factor for each channel; summed dilated
@@ -124,16 +123,10 @@ class Amn(SavedNetwork):
 
     kind = "amn"
     title = "AMN"
-    stage = "host"
     builder = "lpcam.hosts.amn.build_amn"
 
     def __init__(
-        self,
-        classifier: Classifier,
-        *,
-        dilations: Sequence[int],
-        dropout: float,
-        seed: int = 0,
+        self, classifier: Classifier, *, dilations: Sequence[int], dropout: float, seed: int = 0
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -143,7 +136,7 @@ class Amn(SavedNetwork):
             torch.manual_seed(seed)
             self.conditioning = nn.Linear(count, channels)
             self.head = Aspp(channels, count + 1, dilations)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.dilations = tuple(dilations)
         self.eval()
 
@@ -152,24 +145,12 @@ class Amn(SavedNetwork):
         return self.classifier.classes
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        return self.classifier.preprocessing
-
-    @property
     def device(self) -> torch.device:
         return self.conditioning.weight.device
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Logits (B, L, h, w) of normalised images (B, 3, H, W) with labels (B, N) multi-hot."""
-        return self.logits(self.features(images, labels))
-
-    def features(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Features (B, C, h, w) of normalised images (B, 3, H, W).
-
-        With labels (B, N) multi-hot they are those after the conditioning, without those before.
-        """
-        features = self.classifier.features(images)
-        return features if labels is None else self.condition(features, labels)
+        return self.logits(self.condition(self.classifier.features(images), labels))
 
     def condition(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features (B, C, h, w) times the factors of labels (B, N) multi-hot; signed."""
@@ -178,7 +159,7 @@ class Amn(SavedNetwork):
 
     def logits(self, features: Tensor) -> Tensor:
         """Conditioned features (B, C, h, w) to (B, L, h, w), with dropout in training."""
-        found: Tensor = self.head(self.dropout(features))
+        found: Tensor = self.head(F.dropout(features, self.dropout, self.training))
         return found
 
     def constant_response(self) -> tuple[Tensor, Tensor]:
@@ -192,28 +173,14 @@ class Amn(SavedNetwork):
         bias = torch.stack([b.bias.detach() for b in branches if b.bias is not None]).sum(0)
         return weight, bias
 
-    def folded(self) -> Amn:
-        """A copy for inference with a folded backbone; shares the head, cannot be saved."""
-        twin = shallow_copy(self)
-        twin.classifier = self.classifier.folded()
-        twin.dropout = nn.Dropout(self.dropout.p).eval()  # not shared, as its mode is not
-        twin.training = False
-        return twin
-
-    def _can_be_described(self) -> bool:
-        return self.classifier.spec is not None
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Amn:
         classifier = described(metadata, metadata["classes"])
         return cls(classifier, dilations=metadata["dilations"], dropout=metadata["dropout"])
 
     def _description(self) -> dict[str, Any]:
-        return {
-            **self.classifier._description(),
-            "dilations": list(self.dilations),
-            "dropout": self.dropout.p,
-        }
+        own = {"dilations": list(self.dilations), "dropout": self.dropout}
+        return {**self.classifier._description(), **own}
 
 
 def build_amn(
@@ -228,10 +195,10 @@ def build_amn(
 ) -> Amn:
     """Build AMN on a timm backbone, with untrained conditioning and head.
 
+    The weights are ImageNet's, not those of the classifier that made the maps (section 2).
+
     Args:
-        spec, classes, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`; the
-        weights are
-            ImageNet's, not those of the classifier that made the maps (section 2).
+        spec, classes, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`.
         settings: ``dilations`` and ``dropout`` are used.
         seed: random seed of the first weights.
 
@@ -278,18 +245,10 @@ def amn_loss(
     Returns:
         a scalar; the parts of a batch add up to its loss.
 
-    Raises:
-        ValueError: if the shapes do not fit.
-
     Example:
         >>> amn_loss(torch.zeros(1, 2, 1, 1), torch.full((1, 1, 1), 255), 0.4)
         tensor(0.)
     """
-    if logits.ndim != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} must be (B, L, h, w) and labels {tuple(labels.shape)} "
-            "their (B, h, w); reduce the labels first"
-        )
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     likelihoods = wide.log_softmax(1)
     target = labels.long().masked_fill(labels == IGNORE, BACKGROUND)
@@ -301,32 +260,6 @@ def amn_loss(
     return (sums / counts.clamp(min=1).to(sums.dtype)).sum() / 2
 
 
-def augment(
-    image: NDArray[np.uint8],
-    labels: Tensor,
-    preprocessing: Preprocessing,
-    settings: AmnSettings,
-    generator: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Scale, mirror and crop an image and its labels at random (section 3).
-
-    Labels are resized by Pillow's nearest neighbour. A crop that reaches beyond the image has the
-    mean colour and ignored labels there.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) int64.
-
-    Returns:
-        (3, crop, crop) float32 and (crop, crop) int64.
-    """
-    size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
-    tensor, resized = preprocessing(resize_image(image, size)), reduce_labels(labels, size)
-    planes = [(tensor, 0), (resized, IGNORE)]
-    canvas, target = mirror_and_crop(planes, settings.crop, generator)
-    return canvas, target
-
-
 def _sample(
     pairs: Sequence[tuple[Item, Path]],
     classes: ClassTable,
@@ -336,14 +269,12 @@ def _sample(
     place: engine.Place,
 ) -> tuple[Tensor, Tensor, int]:
     item, path = pairs[place.sample]
-    image, labels = augment(
-        read_image(item.image),
-        truth_labels(read_index_mask(path), classes),
-        preprocessing,
-        settings,
-        np.random.default_rng([seed, place.epoch, place.sample]),
+    labels = truth_labels(read_index_mask(path), classes).to(torch.uint8).numpy()
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    image, cropped = scale_mirror_crop(
+        read_image(item.image), labels, preprocessing, settings.scale, settings.crop, generator
     )
-    return image, labels, place.sample
+    return image, cropped, place.sample
 
 
 def train_amn(
@@ -351,35 +282,28 @@ def train_amn(
     labelled: Sequence[tuple[Item, Path]],
     classes: ClassTable,
     settings: AmnSettings,
-    *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
-    processes: Processes | None = None,
-) -> list[dict[str, Any]]:
-    """Train in place; a stopped training resumes from the checkpoints in ``folder`` (section 3).
+    **options: Unpack[engine.TrainingOptions],
+) -> History:
+    """Train in place; a stopped training resumes from its checkpoint (section 3).
 
     Adam without a schedule, with one rate for the backbone and one for conditioning and head;
     batch-norm statistics are frozen. A cell of the logits' grid is compared with the label at its
     centre.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
             Those without a pixel that counts are left out.
         classes: of the network, with their mask ids.
-        settings: of the training.
+        options: as for :func:`lpcam.training.loop.run`.
 
     Returns:
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
         DataError: as :func:`lpcam.segmentation.augmentation.check_masks`.
-        ClassifierError: if the classes are not the network's, ``freeze`` matches nothing, or as
-            :func:`lpcam.training.loop.run`.
-        ArtefactError: if a checkpoint is damaged or of another network.
+        ClassifierError: if the classes are not the network's, or ``freeze`` matches nothing.
     """
-    processes = processes or Processes()
+    processes = options.get("processes") or Processes()
     if classes.names != network.classes:
         raise ClassifierError(
             f"the network has the classes {', '.join(network.classes)}, but the labels are of "
@@ -408,29 +332,21 @@ def train_amn(
         counts = processes.sum(label_counts(labels))
         return amn_loss(logits, labels.to(network.device), settings.smoothing, counts)
 
-    history = engine.run(
+    return engine.run(
         network,
         torch.optim.Adam([g for g in groups if g["params"]], weight_decay=settings.weight_decay),
-        Samples(partial(_sample, pairs, classes, network.preprocessing, settings, seed)),
+        partial(_sample, pairs, classes, network.preprocessing, settings, options["seed"]),
         len(pairs),
         loss,
         engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
         label="training AMN",
         section="host.amn",
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        processes=processes,
+        **options,
     )
-    network.eval()
-    return history
 
 
 def export_maps(
-    logits: Sequence[Tensor],
-    labels: Sequence[int],
-    seed: Tensor | None,
-    size: tuple[int, int],
+    logits: Sequence[Tensor], labels: Sequence[int], seed: Tensor | None, size: tuple[int, int]
 ) -> FusedMaps:
     """Probabilities of an image's labels, stretched to [0, 1] (section 4).
 
@@ -449,14 +365,12 @@ def export_maps(
         ``cam`` (K + 1, ceil(H/4), ceil(W/4)) and ``high_res`` (K + 1, H, W), background first.
 
     Raises:
-        DataError: if there is no scale, the seed has another size, or a label is not a class.
+        DataError: if the seed has another size, or a label is not a class.
 
     Example:
         >>> export_maps([torch.zeros(3, 2, 2)], [1], None, (8, 12)).high_res.shape
         torch.Size([2, 8, 12])
     """
-    if not logits:
-        raise DataError("there are no logits; give those of at least one scale")
     check_labels(labels, logits[0].shape[0] - 1)
     kept = [0, *(index + 1 for index in labels)]
 
@@ -464,7 +378,7 @@ def export_maps(
         found = _mean_at(logits, target).softmax(0)[kept]
         return _gated(found, normalize(found, "minmax", EPSILON), seed, size)
 
-    return FusedMaps(planes(quarter(size)), planes(size))
+    return FusedMaps(planes(quarter_size(size)), planes(size))
 
 
 @torch.no_grad()
@@ -489,17 +403,14 @@ def maps_of(
         settings: ``scales``, ``flip``, ``gate`` and, with vectors, ``conditioned`` are used.
         seed: (H, W) integers, the labels that the network was trained on. With ``gate`` no plane is
             stretched or raised where they are background.
-        vectors: (N, C) of :meth:`lpcam.method.prototypes.Prototypes.vectors`, of
-        :func:`local_features`.
+        vectors: (N, C) prototypes of the features of :func:`local_features`.
 
     Returns:
-        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in [0, 1], on the network's
-        device.
+        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in [0, 1].
 
     Raises:
         DataError: if the seed is missing or has another size, or a label is not a class.
-        ClassifierError: if the logits hold NaN or Inf.
-        PrototypeError: if the features do.
+        ClassifierError, PrototypeError: if the logits or the features hold NaN or Inf.
 
     Example:
         >>> settings = AmnSettings.from_preset("default", gate=False)
@@ -509,9 +420,6 @@ def maps_of(
         torch.Size([1, 8, 12])
     """
     size = (image.shape[0], image.shape[1])
-    if not labels:
-        nothing = torch.zeros(0, device=network.device)
-        return FusedMaps(nothing.new_zeros(0, *quarter(size)), nothing.new_zeros(0, *size))
     check_labels(labels, len(network.classes))
     if not settings.gate:
         seed = None
@@ -536,7 +444,7 @@ def maps_of(
 
 
 def _lpcam_maps(
-    pairs: Iterable[FeaturePair], vectors: Tensor, seed: Tensor | None, size: tuple[int, int]
+    pairs: Iterator[FeaturePair], vectors: Tensor, seed: Tensor | None, size: tuple[int, int]
 ) -> FusedMaps:
     """LPCAM of vectors (K, C) on the features of all scales."""
     maps = [
@@ -552,7 +460,7 @@ def _lpcam_maps(
         # A cosine difference reaches 2; the plane is then divided by more than 1 everywhere.
         return _gated(torch.minimum(found, stretched), stretched, seed, size)
 
-    return FusedMaps(planes(quarter(size)), planes(size))
+    return FusedMaps(planes(quarter_size(size)), planes(size))
 
 
 @torch.no_grad()
@@ -606,10 +514,10 @@ def _pairs(
 
 
 def _mean_at(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Mean of maps (P, h, w) at a size: bilinear, align_corners False."""
+    """Mean of maps (P, h, w) at a size."""
     total = maps[0].new_zeros(maps[0].shape[0], *size)
     for each in maps:
-        total += F.interpolate(each[None], size=size, mode="bilinear", align_corners=False)[0]
+        total += resize(each, size)
     return total / len(maps)
 
 
@@ -629,11 +537,12 @@ def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None, size: tuple[i
 # -- The host ----------------------------------------------------------------------------------
 
 
-class AmnHost(Host):
+class _AmnHost(Host[AmnSettings, Amn]):
     """A per-pixel classifier that learns from ternary masks of the run's maps."""
 
     title = "AMN"
     settings = AmnSettings
+    network = Amn
     map_fields = frozenset({"scales", "flip", "gate"})
     prototype_fields = frozenset({"reading", "conditioned"})
     mask_fields = frozenset(
@@ -645,49 +554,44 @@ class AmnHost(Host):
 
     def arms(self, section: HostSection) -> list[Arm]:
         """Maps of a network for each base; in Reading B one network, with prototypes for LPCAM."""
-        reads_features = section.settings.reading == "features"
-        return [
-            Arm(
-                arm.title,
-                arm.base,
-                section.method if reads_features else arm.folder,
-                prototypes=reads_features and arm.base == "LPCAM",
-            )
-            for arm in super().arms(section)
-        ]
+        if section.settings.reading == "features":
+            return super().arms(section)
+        return [Arm(a.title, a.base, a.folder) for a in super().arms(section)]
 
-    def mask_thresholds(self, settings: Any, base: Base) -> tuple[float, float]:
-        """Thresholds of the ternary masks (section 1)."""
+    def mask_thresholds(self, settings: AmnSettings, base: Base) -> tuple[float, float]:
         if base == "CAM":
             return settings.cam_foreground_threshold, settings.cam_background_threshold
         return settings.foreground_threshold, settings.background_threshold
 
     def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+        self, backbone: BackboneSpec, names: Sequence[str], settings: AmnSettings, **first: Any
     ) -> Amn:
-        """The untrained network."""
         return build_amn(backbone, names, settings, **first)
 
-    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
-        """A batch, or all images where they are fewer."""
+    def images_per_step(
+        self, network: Amn, data: HostData, settings: AmnSettings
+    ) -> tuple[int, str]:
         names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
         return min(settings.batch_size, len(data.masks)), "batch_size"
 
-    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
-        """Train on the ternary masks."""
+    def train(
+        self,
+        network: Amn,
+        data: HostData,
+        settings: AmnSettings,
+        **options: Unpack[engine.TrainingOptions],
+    ) -> History:
         return train_amn(network, data.masks, data.classes, settings, **options)
 
-    def load(self, path: Path, device: Any) -> Amn:
-        """A trained network with folded batch norms."""
-        return Amn.load(path).to(device).eval().folded()
-
-    def local_features(self, network: Any, view: View, settings: Any) -> tuple[Tensor, Tensor]:
-        """Features of AMN and its maps (Reading B)."""
+    def local_features(
+        self, network: Amn, view: View, settings: AmnSettings
+    ) -> tuple[Tensor, Tensor]:
         return local_features(network, view.image, view.labels, settings, seed=view.mask)
 
-    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
-        """AMN's probabilities, or LPCAM on its features."""
+    def maps(
+        self, network: Amn, view: View, settings: AmnSettings, vectors: Tensor | None
+    ) -> FusedMaps:
         return maps_of(network, view.image, view.labels, settings, seed=view.mask, vectors=vectors)
 
 
-HOST = AmnHost()
+HOST = _AmnHost()

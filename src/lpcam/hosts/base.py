@@ -1,4 +1,4 @@
-"""What a host is: a method with a network of its own, whose maps build on CAM or on LPCAM."""
+"""Hosts: methods with a network of their own, whose maps build on CAM or on LPCAM."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, Unpack, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec
+from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing
 from lpcam.classifiers.features import all_finite
 from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import ClassTable, Item
-from lpcam.method.functional import FusedMaps, strided
+from lpcam.method.functional import FusedMaps
 from lpcam.method.settings import LpcamSettings
+from lpcam.refine.base import shallow_copy
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import PresetModel
+from lpcam.training.loop import TrainingOptions
+from lpcam.training.saved_network import SavedNetwork
 
 Base = Literal["CAM", "LPCAM"]
 History = list[dict[str, Any]]
@@ -52,7 +56,6 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """Name of its folders: ``amn_lpcam`` for ``AMN+LPCAM``."""
         return folder_name(self.title)
 
 
@@ -104,22 +107,18 @@ class HostSection(BackboneSection):
 
     @property
     def settings(self) -> Any:
-        """Settings of the chosen host."""
         return getattr(self, self.method)
 
     @property
-    def host(self) -> Host:
-        """The chosen host."""
+    def host(self) -> Host[Any, Any]:
         return HOSTS[self.method]
 
     @property
     def arms(self) -> list[Arm]:
-        """The maps that the recipe wants of the host."""
         return self.host.arms(self)
 
     @property
     def clusters(self) -> bool:
-        """Whether prototypes are made of the host's own features."""
         return any(arm.prototypes for arm in self.arms)
 
     @model_validator(mode="after")
@@ -129,21 +128,13 @@ class HostSection(BackboneSection):
         if self.maps is not None and len(set(self.maps)) != len(self.maps):
             raise ValueError(f"host.maps {list(self.maps)} repeats an entry")
         if self.backbone is None:
-            given = self.model_fields_set & {
-                "arguments",
-                "output_stride",
-                "dilated",
-                "weights",
-                "mean",
-                "std",
-            }
-            usual = type(self).model_construct(method=self.method)
-            given = {name for name in given if getattr(self, name) != getattr(usual, name)}
-            if given:
-                raise ValueError(
-                    f"host.{min(given)} belongs to host.backbone, which is not given; without one "
-                    "the host has the classifier's backbone, weights and preprocessing"
-                )
+            fields = type(self).model_fields
+            for name in ("arguments", "output_stride", "dilated", "weights", "mean", "std"):
+                if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                    raise ValueError(
+                        f"host.{name} belongs to host.backbone, which is not given; without one "
+                        "the host has the classifier's backbone, weights and preprocessing"
+                    )
         self.host.check(self)
         if self.clusters and self.lpcam is None:
             raise ValueError(
@@ -153,25 +144,29 @@ class HostSection(BackboneSection):
         return self
 
 
-class Host(ABC):
-    """A method with a network of its own.
+S = TypeVar("S", bound=HostSettings)
+N = TypeVar("N", bound=SavedNetwork)
+
+
+class Host(ABC, Generic[S, N]):
+    """A method with a network of its own; S is the class of its settings, N that of its network.
 
     A host is one object in :data:`HOSTS`. The stages of a run call it in this order: ``arms``,
     ``build``, ``images_per_step``, ``train``, ``load``, ``local_features`` (where an arm has
     prototypes) and ``maps``.
     """
 
-    title: ClassVar[str]
+    title: str
     """Name in rows and messages."""
-    settings: ClassVar[type[HostSettings]]
-    """Class of its settings."""
-    holds_out: ClassVar[bool] = False
+    settings: type[S]
+    network: type[N]
+    holds_out: bool = False
     """Whether it is measured on held-out images while it trains."""
-    map_fields: ClassVar[frozenset[str]] = frozenset()
+    map_fields: frozenset[str] = frozenset()
     """Settings that change its maps and not its network."""
-    prototype_fields: ClassVar[frozenset[str]] = frozenset()
+    prototype_fields: frozenset[str] = frozenset()
     """Settings that change only maps from prototypes of its own features."""
-    mask_fields: ClassVar[frozenset[str]] = frozenset()
+    mask_fields: frozenset[str] = frozenset()
     """Settings that change only the masks that it learns from."""
 
     def check(self, section: HostSection) -> None:
@@ -189,7 +184,7 @@ class Host(ABC):
             for base in section.maps or ("CAM", "LPCAM")
         ]
 
-    def mask_thresholds(self, settings: Any, base: Base) -> tuple[float, float] | None:
+    def mask_thresholds(self, settings: S, base: Base) -> tuple[float, float] | None:
         """Thresholds (foreground, background) of the ternary masks that the network learns from.
 
         None for hosts that learn from image-level labels alone.
@@ -197,69 +192,60 @@ class Host(ABC):
         return None
 
     @abstractmethod
-    def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
-    ) -> Any:
+    def build(self, backbone: BackboneSpec, names: Sequence[str], settings: S, **first: Any) -> N:
         """The untrained network, on the CPU.
 
         Args:
             backbone: the backbone it builds on.
             names: names of the classes.
-            settings: an instance of :attr:`settings`.
+            settings: of the host.
             first: ``weights``, ``mean``, ``std`` and ``seed``.
         """
 
     @abstractmethod
-    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
+    def images_per_step(self, network: N, data: HostData, settings: S) -> tuple[int, str]:
         """Least number of images, or pairs of images, in a step, and the setting that says so.
 
         Called before any stage runs, so it also refuses settings that do not fit the network.
         """
 
     @abstractmethod
-    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
-        """Train the network in place and return its history.
+    def train(
+        self, network: N, data: HostData, settings: S, **options: Unpack[TrainingOptions]
+    ) -> History:
+        """Train the network in place and return its history."""
 
-        Args:
-            network: as :meth:`build` made it.
-            data: what it learns from.
-            settings: an instance of :attr:`settings`.
-            options: ``seed``, ``folder`` (for checkpoints), ``workers`` and ``processes``.
-        """
+    def load(self, path: Path, device: torch.device) -> N:
+        """A trained network from its file, for inference."""
+        return cast(N, self.network.load(path).to(device).eval().folded())
 
-    @abstractmethod
-    def load(self, path: Path, device: Any) -> Any:
-        """A trained network from its file, in evaluation mode."""
-
-    def local_features(self, network: Any, view: View, settings: Any) -> tuple[Tensor, Tensor]:
+    def local_features(self, network: N, view: View, settings: S) -> tuple[Tensor, Tensor]:
         """Features (C, h, w) of an image, and the maps (K, H, W) that split them (eq. 2)."""
         raise ClassifierError(f"{self.title} has no prototypes of its own features")
 
     @abstractmethod
-    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
+    def maps(self, network: N, view: View, settings: S, vectors: Tensor | None) -> FusedMaps:
         """Maps of an image: ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W).
 
         Args:
             network: as :meth:`load` gave it.
             view: the image.
-            settings: an instance of :attr:`settings`.
+            settings: of the host.
             vectors: (N, C) prototypes of the host's own features; None for arms without.
         """
 
-    def network_key(self, settings: Any) -> Mapping[str, Any]:
+    def network_key(self, settings: S) -> Mapping[str, Any]:
         """The settings that change the network, as JSON, for its cache key."""
         other = {"preset", "threshold"} | self.map_fields | self.prototype_fields | self.mask_fields
-        found: Mapping[str, Any] = settings.model_dump(mode="json", exclude=other)
-        return found
+        return settings.model_dump(mode="json", exclude=other)
 
-    def maps_key(self, settings: Any, arm: Arm) -> Mapping[str, Any]:
+    def maps_key(self, settings: S, arm: Arm) -> Mapping[str, Any]:
         """The settings that change the maps of an arm, as JSON, for their cache key."""
         used = self.map_fields | (self.prototype_fields if arm.prototypes else frozenset())
-        found: Mapping[str, Any] = settings.model_dump(mode="json", include=set(used))
-        return found
+        return settings.model_dump(mode="json", include=set(used))
 
 
-HOSTS: Registry[Host] = Registry(
+HOSTS: Registry[Host[Any, Any]] = Registry(
     "host",
     "lpcam.hosts",
     {
@@ -273,8 +259,24 @@ HOSTS: Registry[Host] = Registry(
 # -- Shared by the methods --------------------------------------------------------------------
 
 
-MAP_STRIDE = 4
-"""Pixels per cell of the small maps (``cam``) of an image."""
+class HostNetwork(SavedNetwork):
+    """A network on the backbone of a classifier, which is its attribute ``classifier``."""
+
+    stage = "host"
+    classifier: Classifier
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.classifier.preprocessing
+
+    def folded(self) -> Self:
+        """A copy for inference with a folded backbone; shares the rest, cannot be saved."""
+        twin = shallow_copy(self)
+        twin.classifier = self.classifier.folded()
+        return twin
+
+    def _can_be_described(self) -> bool:
+        return self.classifier.spec is not None
 
 
 def check_labels(labels: Sequence[int], count: int) -> None:
@@ -307,13 +309,3 @@ def check_finite(values: Tensor, source: str) -> None:
             f"{source} gave NaN or Inf for this image; check the weights, the prototypes and the "
             "preprocessing, or train the network again"
         )
-
-
-def quarter(size: Sequence[int]) -> tuple[int, int]:
-    """Size (ceil(H / 4), ceil(W / 4)) of the small maps of an image of (H, W) pixels.
-
-    Example:
-        >>> quarter((61, 80))
-        (16, 20)
-    """
-    return strided(size[0], MAP_STRIDE), strided(size[1], MAP_STRIDE)

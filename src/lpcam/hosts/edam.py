@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, Unpack
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lpcam.classifiers import finetuning as train
 from lpcam.classifiers.classifier import (
     NO_CLASSES,
     BackboneSpec,
@@ -39,6 +38,7 @@ from lpcam.classifiers.classifier import (
     description,
 )
 from lpcam.classifiers.feature_store import image_pyramid
+from lpcam.classifiers.finetuning import augment
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
@@ -47,6 +47,7 @@ from lpcam.hosts.base import (
     History,
     Host,
     HostData,
+    HostNetwork,
     HostSection,
     HostSettings,
     View,
@@ -54,14 +55,12 @@ from lpcam.hosts.base import (
     check_labels,
 )
 from lpcam.method.functional import FusedMaps, fuse_scales, unflip
-from lpcam.refine.base import Samples, shallow_copy
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours
 from lpcam.training.optim import freeze, names_below, parameter_groups, poly
-from lpcam.training.saved_network import SavedNetwork
 
 
 class EdamSettings(HostSettings):
@@ -219,7 +218,7 @@ class Encoder(nn.Module):
         return F.dropout(tokens, self.dropout, self.training)
 
 
-class Edam(SavedNetwork):
+class Edam(HostNetwork):
     """A backbone, the discriminative activation layer and collaborative multi-attention.
 
     Args:
@@ -227,14 +226,10 @@ class Edam(SavedNetwork):
         classes: the N class names, in label order.
         width, heads, hidden, dropout: as for :class:`Encoder`.
         seed: random seed of the first weights of all but the backbone.
-
-    Raises:
-        ClassifierError: if the width is not a multiple of the heads.
     """
 
     kind = "edam"
     title = "EDAM"
-    stage = "host"
     builder = "lpcam.hosts.edam.build_edam"
 
     def __init__(
@@ -249,11 +244,6 @@ class Edam(SavedNetwork):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ClassifierError(
-                f"edam.width {width} is not a multiple of edam.heads {heads}; every head has an "
-                "equal part of a token"
-            )
         self.classifier = classifier
         self.classifier.requires_grad_(False)
         self.classes = tuple(classes)
@@ -274,10 +264,6 @@ class Edam(SavedNetwork):
         self.eval()
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        return self.classifier.preprocessing
-
-    @property
     def device(self) -> torch.device:
         return self.logits.weight.device
 
@@ -286,13 +272,7 @@ class Edam(SavedNetwork):
         return class_masks(self.activation(features))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, N) of (B, 3, H, W) normalised images, each two of which are a pair.
-
-        Raises:
-            ValueError: if the number of images is odd.
-        """
-        if len(images) % PAIR:
-            raise ValueError(f"{len(images)} images are not pairs; give an even number of them")
+        """Logits (B, N) of (B, 3, H, W) normalised images, each two of which are a pair."""
         features = self.classifier.features(images)
         masks = self.masks(features)[:, :-1]
         reduced = self.reduction(features)
@@ -313,15 +293,6 @@ class Edam(SavedNetwork):
         super().train(mode)
         self.classifier.train(mode)
         return self
-
-    def folded(self) -> Edam:
-        """A copy for inference with a folded backbone; shares the rest, cannot be saved."""
-        twin = shallow_copy(self)
-        twin.classifier = self.classifier.folded()
-        return twin
-
-    def _can_be_described(self) -> bool:
-        return self.classifier.spec is not None
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Edam:
@@ -351,13 +322,8 @@ def build_edam(
     Args:
         spec: of the backbone; WideResNet-38 is used without its last ReLU (section 1) unless the
             arguments say otherwise.
-        classes: N class names.
         settings: ``width``, ``heads``, ``hidden`` and ``dropout`` are used.
-        weights, mean, std, seed: as for :func:`lpcam.classifiers.classifier.build`; the weights
-        are ImageNet's.
-
-    Raises:
-        ClassifierError: as :func:`lpcam.classifiers.classifier.build` and :class:`Edam`.
+        classes, weights, mean, std, seed: as for :func:`lpcam.classifiers.classifier.build`.
 
     Example:
         >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
@@ -460,32 +426,15 @@ def _sample(
     """Augmented images (2, 3, crop, crop) of a pair and their numbers (2,)."""
     generator = _generator(seed, place)
     pair = partners.draw(partners.firsts[place.sample], generator)
+
+    def change(resized: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return jitter_colours(resized, settings.jitter, generator)
+
     images = [
-        augment(read_image(items[number].image), preprocessing, settings, generator)
-        for number in (pair.first, pair.second)
+        augment(read_image(items[n].image), preprocessing, settings, generator, change=change)
+        for n in (pair.first, pair.second)
     ]
     return torch.stack(images), torch.tensor([pair.first, pair.second])
-
-
-def augment(
-    image: NDArray[np.uint8],
-    preprocessing: Preprocessing,
-    settings: EdamSettings,
-    generator: np.random.Generator,
-) -> Tensor:
-    """:func:`lpcam.classifiers.finetuning.augment` with random colours of the resized image
-    (section 2).
-
-    Returns:
-        (3, crop, crop) float32 of an image (H, W, 3) uint8 RGB.
-    """
-    return train.augment(
-        image,
-        preprocessing,
-        settings,
-        generator,
-        change=lambda resized: jitter_colours(resized, settings.jitter, generator),
-    )
 
 
 def learning_rate_factor(step: int, settings: EdamSettings) -> float:
@@ -505,31 +454,25 @@ def train_edam(
     network: Edam,
     items: Sequence[Item],
     settings: EdamSettings,
-    *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
-    processes: Processes | None = None,
-) -> list[dict[str, Any]]:
-    """Train in place; a stopped training resumes from the checkpoints in ``folder``.
+    **options: Unpack[engine.TrainingOptions],
+) -> History:
+    """Train in place; a stopped training resumes from its checkpoint.
 
     SGD on the binary cross-entropy of every class and image of the pairs of :func:`pairs_of`.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         items: images with their labels; one that shares a class with no other is left out.
         settings: its sizes must be those of the network.
+        options: as for :func:`lpcam.training.loop.run`.
 
     Returns:
         some records: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
         DataError: if no two images share a class, or a label is not a class of the network.
-        ClassifierError: if ``freeze`` matches nothing, the loss is no longer finite, or a step has
-            fewer pairs than there are processes.
-        ArtefactError: if a checkpoint is damaged or of another network.
+        ClassifierError: if ``freeze`` matches nothing.
     """
-    processes = processes or Processes()
+    processes = options.get("processes") or Processes()
     partners = Partners(items)
     count = len(network.classes)
     for item in items:
@@ -548,14 +491,14 @@ def train_edam(
         mean = F.binary_cross_entropy_with_logits(logits, target)
         return mean * (len(numbers) / size)  # this process's share of the pairs
 
-    history = engine.run(
+    return engine.run(
         network,
         torch.optim.SGD(
             parameter_groups(network, HEADS, settings),
             lr=settings.learning_rate,
             momentum=settings.momentum,
         ),
-        Samples(partial(_sample, items, partners, network.preprocessing, settings, seed)),
+        partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
         len(partners.firsts),
         loss,
         engine.Plan(
@@ -566,13 +509,8 @@ def train_edam(
         ),
         label="training EDAM",
         section="host.edam",
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        processes=processes,
+        **options,
     )
-    network.eval()
-    return history
 
 
 @torch.no_grad()
@@ -589,13 +527,11 @@ def maps_of(
         settings: ``scales`` and ``flip`` are used.
 
     Returns:
-        ``cam`` (K, ceil(H / 4), ceil(W / 4)) and ``high_res`` (K, H, W) in [0, 1], float32, on the
-        network's device.
+        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1].
 
     Raises:
         DataError: if a label is not a class of the network.
-        ClassifierError: if the masks hold NaN or Inf.
-        PrototypeError: if the backbone's features do.
+        ClassifierError, PrototypeError: if the masks or the backbone's features hold NaN or Inf.
 
     Example:
         >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
@@ -620,15 +556,15 @@ def maps_of(
 # -- The host ----------------------------------------------------------------------------------
 
 
-class EdamHost(Host):
+class _EdamHost(Host[EdamSettings, Edam]):
     """Class masks learned with attention over pairs of images."""
 
     title = "EDAM"
     settings = EdamSettings
+    network = Edam
     map_fields = frozenset({"scales", "flip"})
 
     def check(self, section: HostSection) -> None:
-        """Refuse host.maps: EDAM builds on neither CAM nor LPCAM."""
         if section.maps is not None:
             raise ValueError(
                 "edam builds on neither CAM nor LPCAM: leave host.maps out; LPCAM takes CAM's "
@@ -636,31 +572,32 @@ class EdamHost(Host):
             )
 
     def arms(self, section: HostSection) -> list[Arm]:
-        """Its one kind of maps."""
         return [Arm(self.title, "CAM", section.method)]
 
     def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+        self, backbone: BackboneSpec, names: Sequence[str], settings: EdamSettings, **first: Any
     ) -> Edam:
-        """The untrained network."""
         return build_edam(backbone, names, settings, **first)
 
-    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
-        """The pairs of a step, or all that there are."""
+    def images_per_step(
+        self, network: Edam, data: HostData, settings: EdamSettings
+    ) -> tuple[int, str]:
         names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
         return min(settings.pairs, len(Partners(data.images).firsts)), "pairs"
 
-    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
-        """Train on pairs of images with a common class."""
+    def train(
+        self,
+        network: Edam,
+        data: HostData,
+        settings: EdamSettings,
+        **options: Unpack[engine.TrainingOptions],
+    ) -> History:
         return train_edam(network, data.images, settings, **options)
 
-    def load(self, path: Path, device: Any) -> Edam:
-        """A trained network with folded batch norms."""
-        return Edam.load(path).to(device).eval().folded()
-
-    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
-        """The class masks of an image."""
+    def maps(
+        self, network: Edam, view: View, settings: EdamSettings, vectors: Tensor | None
+    ) -> FusedMaps:
         return maps_of(network, view.image, view.labels, settings)
 
 
-HOST = EdamHost()
+HOST = _EdamHost()

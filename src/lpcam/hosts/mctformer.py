@@ -15,10 +15,9 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from random import getstate, setstate
 from random import seed as seed_python
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -29,13 +28,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
 from lpcam.classifiers.linear import mean_average_precision
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
+from lpcam.data.resize import quarter_size, resize
 from lpcam.hosts.base import (
     History,
     Host,
@@ -44,7 +43,6 @@ from lpcam.hosts.base import (
     View,
     check_finite,
     check_labels,
-    quarter,
 )
 from lpcam.hosts.mctformer_network import (
     Attended,
@@ -57,23 +55,6 @@ from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unf
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.training import loop as engine
-
-__all__ = [
-    "Mctformer",
-    "build_mctformer",
-    "check_blocks",
-    "fuse",
-    "learning_rate",
-    "local_features",
-    "maps_of",
-    "mctformer_loss",
-    "plan_of",
-    "refine",
-    "token_contrast",
-    "train_mctformer",
-    "validation_map",
-]
-
 
 EPSILON = 1e-8
 """Added to the range that a map is divided by (section 3, step 4)."""
@@ -170,8 +151,8 @@ def _seeded(seed: Sequence[int]) -> Iterator[None]:
             set_state(before[1])
 
 
-class _Augmented(Dataset[tuple[Tensor, int]]):
-    """Images (3, crop, crop) augmented by timm's ImageNet transform (section 2)."""
+class _Augment:
+    """Makes images (3, crop, crop) augmented by timm's ImageNet transform (section 2)."""
 
     def __init__(
         self,
@@ -200,7 +181,7 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
                 "give a policy as rand-m9-mstd0.5-inc1, or null for none"
             ) from error
 
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, int]:
+    def __call__(self, place: engine.Place) -> tuple[Tensor, int]:
         epoch, index, _ = place
         image = Image.fromarray(read_image(self.items[index].image))
         with _seeded([self.seed, epoch, index]):
@@ -223,32 +204,26 @@ def train_mctformer(
     items: Sequence[Item],
     validation: Sequence[Item],
     settings: MctformerSettings,
-    *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
-    processes: Processes | None = None,
-) -> list[dict[str, Any]]:
-    """Train in place by AdamW; a stopped training resumes from the checkpoints in ``folder``.
+    **options: Unpack[engine.TrainingOptions],
+) -> History:
+    """Train in place by AdamW; a stopped training resumes from its checkpoint.
 
     The weights of the last epoch are kept (section 2).
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         items: images and their image-level labels.
         validation: images whose mAP is measured after each epoch.
         settings: ``version`` must be that of the network.
+        options: as for :func:`lpcam.training.loop.run`.
 
     Returns:
         one record an epoch: ``epoch``, ``step``, mean ``loss`` and ``validation_map``.
 
     Raises:
         DataError: if there is no image.
-        ClassifierError: if settings and network disagree or timm does not know the augmentation,
-            and as :func:`lpcam.training.loop.run`.
-        ArtefactError: if a checkpoint is damaged or of another network.
+        ClassifierError: if settings and network disagree, or timm does not know the augmentation.
     """
-    processes = processes or Processes()
+    processes = options.get("processes") or Processes()
     if not items:
         raise DataError("there is no image to train MCTformer on; give images with labels")
     own = "v1" if network.head is None else "v2"
@@ -276,25 +251,20 @@ def train_mctformer(
             mean = mean + settings.contrast * token_contrast(tokens)
         return mean * (len(indices) / plan.batch)  # this process's share of the batch
 
-    history = engine.run(
+    return engine.run(
         network,
         optimizer,
-        _Augmented(items, network.preprocessing, settings, seed),
+        _Augment(items, network.preprocessing, settings, options["seed"]),
         len(items),
         loss,
         plan,
         label="training MCTformer",
         section="host.mctformer",
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        processes=processes,
+        **options,
         at_record=lambda _: {
             "validation_map": validation_map(network, validation, settings, processes)
         },
     )
-    network.eval()
-    return history
 
 
 @torch.inference_mode()
@@ -379,19 +349,15 @@ def maps_of(
         image: (H, W, 3) uint8 RGB.
         labels: the K present classes, from 0.
         settings: ``attention_blocks``, ``fusion``, ``affinity``, ``scales`` and ``flip`` are used.
-        vectors: (N, C) of :meth:`lpcam.method.prototypes.Prototypes.vectors`: LPCAM of the patch
-        tokens
-            replaces PatchCAM. None: PatchCAM in V2, the class attention alone in V1.
+        vectors: (N, C) prototypes: LPCAM of the patch tokens replaces PatchCAM. None: PatchCAM in
+            V2, the class attention alone in V1.
 
     Returns:
-        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1], on the network's
-        device.
+        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1].
 
     Raises:
         DataError: if a label is not a class.
-        ClassifierError: if the network or the vectors give NaN or Inf, or the network has fewer
-            blocks than ``attention_blocks``.
-        ValueError: if the vectors do not fit the network.
+        ClassifierError: if the network or the vectors give NaN or Inf.
 
     Example:
         >>> settings = MctformerSettings.from_preset("default", crop=32)
@@ -407,7 +373,7 @@ def maps_of(
         normalize(_summed(maps, goal), "minmax", EPSILON)
         if maps
         else torch.zeros(0, *goal, device=network.device)
-        for goal in (quarter(size), size)
+        for goal in (quarter_size(size), size)
     )
     return FusedMaps(cam, high_res)
 
@@ -430,11 +396,6 @@ def local_features(
 
     Returns:
         features (C, h, w), signed, at scale 1 without flip, and maps (K, h, w) in [0, 1].
-
-    Raises:
-        DataError: if a label is not a class.
-        ClassifierError: if the network gives NaN or Inf, has fewer blocks than
-            ``attention_blocks``, or PatchCAM of V1 is requested.
 
     Example:
         >>> settings = MctformerSettings.from_preset("default", crop=32)
@@ -536,7 +497,7 @@ def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Sum at a size (bilinear) over scales, images and mirror images, which are mirrored back."""
     total = []
     for pair in maps:
-        resized = F.interpolate(pair, size=size, mode="bilinear", align_corners=False)
+        resized = resize(pair, size)
         total.append(resized[0])
         if len(pair) > 1:
             total.append(unflip(resized[1]))
@@ -546,17 +507,17 @@ def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 # -- The host ----------------------------------------------------------------------------------
 
 
-class MctformerHost(Host):
+class _MctformerHost(Host[MctformerSettings, Mctformer]):
     """A vision transformer with a token for each class; its base CAM is its own PatchCAM."""
 
     title = "MCTformer"
     settings = MctformerSettings
+    network = Mctformer
     holds_out = True
     map_fields = frozenset({"scales", "flip", "attention_blocks", "fusion", "affinity"})
     prototype_fields = frozenset({"split_maps"})
 
     def check(self, section: HostSection) -> None:
-        """Refuse a section without a transformer, or settings that need PatchCAM with V1."""
         if section.backbone is None:
             raise ValueError("mctformer needs host.backbone, such as deit_small_patch16_224")
         if section.settings.version == "v1":
@@ -569,32 +530,39 @@ class MctformerHost(Host):
                 raise ValueError("mctformer.split_maps patch needs version v2")
 
     def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: Any, **first: Any
+        self,
+        backbone: BackboneSpec,
+        names: Sequence[str],
+        settings: MctformerSettings,
+        **first: Any,
     ) -> Mctformer:
-        """The untrained network."""
         arguments = backbone.arguments
         return build_mctformer(backbone.name, names, settings, arguments=arguments, **first)
 
-    def images_per_step(self, network: Any, data: HostData, settings: Any) -> tuple[int, str]:
-        """A batch, or all images where they are fewer."""
+    def images_per_step(
+        self, network: Mctformer, data: HostData, settings: MctformerSettings
+    ) -> tuple[int, str]:
         check_blocks(network, settings)
         return min(settings.batch_size, len(data.images)), "batch_size"
 
-    def train(self, network: Any, data: HostData, settings: Any, **options: Any) -> History:
-        """Train on image-level labels."""
+    def train(
+        self,
+        network: Mctformer,
+        data: HostData,
+        settings: MctformerSettings,
+        **options: Unpack[engine.TrainingOptions],
+    ) -> History:
         return train_mctformer(network, data.images, data.held_out, settings, **options)
 
-    def load(self, path: Path, device: Any) -> Mctformer:
-        """A trained network."""
-        return Mctformer.load(path).to(device).eval()
-
-    def local_features(self, network: Any, view: View, settings: Any) -> tuple[Tensor, Tensor]:
-        """Patch tokens and the maps that split them."""
+    def local_features(
+        self, network: Mctformer, view: View, settings: MctformerSettings
+    ) -> tuple[Tensor, Tensor]:
         return local_features(network, view.image, view.labels, settings)
 
-    def maps(self, network: Any, view: View, settings: Any, vectors: Tensor | None) -> FusedMaps:
-        """Fused and refined maps; LPCAM of the patch tokens replaces PatchCAM."""
+    def maps(
+        self, network: Mctformer, view: View, settings: MctformerSettings, vectors: Tensor | None
+    ) -> FusedMaps:
         return maps_of(network, view.image, view.labels, settings, vectors=vectors)
 
 
-HOST = MctformerHost()
+HOST = _MctformerHost()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
+
+from lpcam.data.dataset import IGNORE
+from lpcam.data.images import resize_image, scaled_size
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 """Blend an image with black, with its mean grey level, and with its grey version."""
@@ -103,3 +107,38 @@ def mirror_and_crop(
         canvas[..., rows[1], columns[1]] = source[..., rows[0], columns[0]]
         found.append(canvas)
     return found
+
+
+def scale_mirror_crop(
+    image: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    normalise: Callable[[NDArray[np.uint8]], Tensor],
+    scale: tuple[float, float],
+    crop: int,
+    generator: np.random.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Scale, mirror and crop an image and its mask at random.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, resized by Pillow's nearest neighbour.
+        normalise: turns the resized image into a tensor (3, h, w).
+        scale: range from which the scale is drawn.
+        crop: side of the crop. Beyond the image are the mean colour (0) and ignored pixels (255).
+
+    Returns:
+        (3, crop, crop) float32 and (crop, crop) uint8.
+
+    Example:
+        >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
+        >>> def plain(resized):
+        ...     return torch.from_numpy(resized).permute(2, 0, 1) / 255
+        >>> found = scale_mirror_crop(image, mask, plain, (1, 2), 48, np.random.default_rng(0))
+        >>> [part.shape for part in found]
+        [torch.Size([3, 48, 48]), torch.Size([48, 48])]
+    """
+    size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*scale)))
+    resized = np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    planes = [(normalise(resize_image(image, size)), 0), (torch.from_numpy(resized), IGNORE)]
+    canvas, labels = mirror_and_crop(planes, crop, generator)
+    return canvas, labels

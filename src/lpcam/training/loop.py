@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Required, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -76,6 +76,29 @@ class Plan:
         return cls(steps, batch, an_epoch, lambda step: poly(step, steps, settings.power))
 
 
+class TrainingOptions(TypedDict, total=False):
+    """Arguments that every training takes and hands on to :func:`run`."""
+
+    seed: Required[int]
+    """Seed of order, augmentation and dropout."""
+    folder: Required[Path]
+    """Folder of the checkpoint."""
+    workers: int
+    """Processes that make samples; 0 (the default) makes them in this one."""
+    processes: Processes
+    """Processes that share each step; the default is this one alone."""
+
+
+class Samples(Dataset[Sample]):
+    """Training samples made on demand by a function of their place, picklable if it is."""
+
+    def __init__(self, make: Callable[[Place], Sample]) -> None:
+        self.make = make
+
+    def __getitem__(self, place: Place) -> Sample:
+        return self.make(place)
+
+
 class Order:
     """This process's samples of each forward pass, from a given step to the end."""
 
@@ -105,7 +128,7 @@ class Order:
 def run(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    samples: Dataset[Sample],
+    samples: Dataset[Sample] | Callable[[Place], Sample],
     count: int,
     loss: Callable[[Any], Tensor],
     plan: Plan,
@@ -114,27 +137,26 @@ def run(
     section: str,
     seed: int,
     folder: Path,
-    workers: int,
-    processes: Processes,
+    workers: int = 0,
+    processes: Processes | None = None,
     scaler: torch.amp.GradScaler | None = None,
     at_record: Callable[[int], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
+    Afterwards the module is in evaluation mode.
+
     Args:
         module: module whose state a checkpoint holds.
         optimizer: its groups' learning rates are multiplied by the plan's factor.
-        samples: data set by :class:`Place`.
+        samples: data set by :class:`Place`, or a function that makes the sample of a place.
         count: number of samples in the list.
         loss: loss of one forward pass of this process: its part of the mean over the samples of
             all processes, so that the parts add up to the mean. It sets the training mode.
         plan: steps, batches and rates.
         label: name of the training in progress messages, such as "fine-tuning".
         section: recipe section of the settings, for messages.
-        seed: seed of order and dropout.
-        folder: folder of the checkpoint.
-        workers: processes that make samples; 0 makes them in this one.
-        processes: processes that share each step.
+        seed, folder, workers, processes: see :class:`TrainingOptions`.
         scaler: scaler of losses in float16; a step whose gradients overflow is skipped.
         at_record: more values of a record, from the number of steps done.
 
@@ -147,13 +169,14 @@ def run(
             no longer finite.
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
-    parts = plan.accumulation
+    parts, processes = plan.accumulation, processes or Processes()
     smallest_part(plan, count, processes, section)
     base = [float(group["lr"]) for group in optimizer.param_groups]
     checkpoint = folder / CHECKPOINT
     step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
     order = Order(count, plan, seed, step, processes)
-    loader = DataLoader(samples, batch_sampler=order, num_workers=workers, persistent_workers=False)
+    data = Samples(samples) if callable(samples) else samples
+    loader = DataLoader(data, batch_sampler=order, num_workers=workers, persistent_workers=False)
     value = 0.0
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with (
@@ -201,6 +224,7 @@ def run(
             due = recorded or step % (plan.checkpoint or CHECKPOINT_STEPS) == 0
             if due and processes.first:
                 _save(checkpoint, module, optimizer, scaler, step, running, history)
+    module.eval()
     return history
 
 

@@ -83,9 +83,13 @@ class SavedNetwork(nn.Module):
         load_weights(network, state, path)
         return network
 
-    @abstractmethod
+    def folded(self) -> SavedNetwork:
+        """A copy for inference with folded batch norms; the network itself if it has none."""
+        return self
+
     def _can_be_described(self) -> bool:
         """Whether :meth:`_description` is complete."""
+        return True
 
     @abstractmethod
     def _description(self) -> dict[str, Any]:
