@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,9 @@ from tiny import draw_folder, recipe_values, write_weights
 from lpcam.cli.main import main
 from lpcam.data.map_files import read_maps
 from lpcam.data.masks import read_index_mask, write_mask
-from lpcam.formats import map_folders as maps_module
-from lpcam.formats.masks import export as masks_module
 from lpcam.pipeline.recipe import load_recipe, parse_recipe
 from lpcam.pipeline.run import run
 from lpcam.runtime.files import read_json, write_json
-from lpcam.runtime.parallel import ordered_map
 
 
 @pytest.fixture(scope="module")
@@ -103,40 +99,32 @@ def test_keys_of_some_classes_are_those_of_the_whole_data_set(
             for name, maps in found.items()
         }
 
-    expected = {name: [["red", "blue"][key] for key in keys] for name, keys in own.items() if keys}
-    table = ["--classes", str(out / "classes.txt")]
-    assert {k: sorted(v) for k, v in back(*table).items()} == {
-        k: sorted(v) for k, v in expected.items()
+    expected = {
+        name: sorted(["red", "blue"][k] for k in keys) for name, keys in own.items() if keys
     }
-    for options in (["--data", str(data)], ["--data", str(data), *table]):
-        found = back(*options)
-        assert {k: sorted(v) for k, v in found.items() if v} == {
-            k: sorted(v) for k, v in expected.items()
-        }
+    table = ["--classes", str(out / "classes.txt")]
+    for options in (table, ["--data", str(data)], ["--data", str(data), *table]):
+        assert {k: sorted(v) for k, v in back(*options).items() if v} == expected
     capsys.readouterr()
     only = back("--data", str(data), "--classes", "blue")
     assert {k for k, v in only.items() if v} == {k for k, v in expected.items() if "blue" in v}
     reds = sum("red" in names for names in expected.values())
-    assert f"maps of classes not chosen were dropped: red {reds}" in capsys.readouterr().out
+    assert f"red {reds}" in capsys.readouterr().out
     (tmp_path / "two.txt").write_text("pink\nblue\n")
     irn = str(tmp_path / "irn")
     assert main(["export", "maps", str(part), irn, "--format", "irn", "--from", "cam"]) == 0
     arguments = ["import", "maps", irn, str(tmp_path / "refused")]
     assert main([*arguments, "--classes", str(tmp_path / "two.txt")]) == 1
-    message = "i02.npy is refused: it has the key 4, and no class has the mask value 5; give the"
-    assert message in capsys.readouterr().out
+    assert "i02.npy is refused: it has the key 4" in capsys.readouterr().out
     assert not (tmp_path / "refused" / "i02.npz").exists()
     (tmp_path / "kow.txt").write_text("kow\n")
-    message = refused(
-        capsys, *arguments, "--data", str(data), "--classes", str(tmp_path / "kow.txt")
-    )
-    assert "unknown class 'kow'" in message
-    message = refused(capsys, *arguments, "--classes", "blue")
-    assert "no class names 'blue': give voc12, coco14, or a file" in message
-    message = refused(capsys, *arguments, "--lists", "train")
-    assert "--lists names lists of a data set; give it by --data PATH" in message
-    message = refused(capsys, *arguments, "--data", str(data), "--lists", "train")
-    assert "lists (train) are chosen of the kinds voc and coco; a folder such as" in message
+    for options, named in (
+        (["--data", str(data), "--classes", str(tmp_path / "kow.txt")], "kow"),
+        (["--classes", "blue"], "blue"),
+        (["--lists", "train"], "--lists"),
+        (["--data", str(data), "--lists", "train"], "train"),
+    ):
+        assert named in refused(capsys, *arguments, *options)
 
 
 def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
@@ -148,7 +136,7 @@ def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
     words = ["--refine.method", "crf", "--run.folder", str(tmp_path / "run")]
     assert main(["import", "maps", str(out), str(tmp_path / "all"), *data]) == 0
     message = refused(capsys, *refine, str(tmp_path / "all"), *words)
-    assert "is of the classes pink, blue, black, green, red, not of red, blue; import" in message
+    assert "pink, blue, black, green, red" in message
     for name, given in (
         ("chosen", [*data, "--classes", "red,blue"]),
         ("file", ["--classes", str(out / "classes.txt")]),
@@ -195,63 +183,29 @@ def test_predicted_masks_are_exported_in_the_order_of_their_classes(
     assert names[2] == "zebra" and names[6] == "ant"
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("masks --format irn", "irn"),
+        ("masks --format coco --from pseudo/lpcam", "pseudo/lpcam"),
+        ("masks --format cvat --image-root images", "image root"),
+        ("maps --format irn --from x", "'x'"),
+        ("maps --format irn --instances", "--instances"),
+        ("masks --format coco --background 0.2", "--background"),
+        ("onnx --format coco", "--format"),
+    ],
+)
 def test_what_cannot_be_exported(
-    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, named: str, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out")
-    masks, maps = ["export", "masks", str(done), out], ["export", "maps", str(done), out]
-    assert "no format was given; choose one by --format voc|coco|" in refused(capsys, *masks)
-    assert "not irn; choose one by --format" in refused(capsys, *masks, "--format", "irn")
-    message = refused(capsys, *masks, "--format", "coco", "--from", "pseudo/lpcam")
-    assert "has no masks 'pseudo/lpcam'; it has seeds" in message
-    message = refused(capsys, *maps, "--format", "irn", "--from", "x")
-    assert "has no maps 'x'; it has lpcam, cam, lpcam_f" in message
-    assert "have one: --background is its score" in refused(capsys, *maps, "--format", "amn")
-    message = refused(capsys, *maps, "--format", "irn", "--background", "0.2")
-    assert "have no background: --background" in message
-    message = refused(capsys, *maps, "--format", "irn", "--instances")
-    assert "--instances belongs to masks; leave it out for maps" in message
-    for words in ("--background 0.2", "--bare-digits"):
-        message = refused(capsys, *masks, "--format", "coco", *words.split())
-        assert "belongs to maps; leave it out for masks" in message
-    for what, format in ((masks, "coco"), (maps, "irn")):
-        message = refused(capsys, *what, "--format", format, "--size", "64", "64")
-        assert "--size belongs to networks; leave it out for" in message
-        message = refused(capsys, *what, "--format", format, "--trained-on", "lpcam")
-        assert "--trained-on belongs to segmenters; leave it out for" in message
-    message = refused(capsys, *maps, "--format", "irn", "--image-root", "images")
-    assert "--image-root belongs to masks; leave it out for maps" in message
-    message = refused(capsys, *masks, "--format", "cvat", "--image-root", "images")
-    assert "the image root belongs to label-studio, not to cvat" in message
-    message = refused(capsys, "export", "masks", str(tmp_path), out, "--format", "coco")
-    assert "holds neither a run nor what 'lpcam predict' wrote" in message
-    message = refused(capsys, "export", "onnx", str(done), out, "--format", "coco")
-    assert "--format belongs to masks and maps; leave it out" in message
-    message = refused(capsys, "export", "onnx", str(done), out, "--threads", "1")
-    assert "--threads belongs to masks and maps; leave it out" in message
-    assert not Path(out).exists()
-
-
-@pytest.mark.parametrize("what", ["masks", "maps"])
-def test_exports_use_the_threads_that_are_asked_for(
-    what: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
-    module = {"masks": masks_module, "maps": maps_module}[what]
-
-    def recorded(function: Any, items: Any, workers: int) -> Any:
-        used.append(workers)
-        return ordered_map(function, items, workers)
-
-    monkeypatch.setattr(module, "ordered_map", recorded)
-    format = {"masks": "label-studio", "maps": "irn"}[what]
-    words = ["export", what, str(done), str(tmp_path / "out"), "--format", format]
-    words += ["--image-root", "boxes/images"] if what == "masks" else []
-    assert main([*words, "--threads", "3"]) == 0
-    assert used == [3]
-    if what == "masks":
-        tasks = json.loads((tmp_path / "out" / "tasks.json").read_text())
-        assert tasks[0]["data"]["image"] == "/data/local-files/?d=boxes/images/i00.png"
+    what, *options = words.split()
+    out = tmp_path / "out"
+    try:
+        assert main(["export", what, str(done), str(out), *options]) == 2
+    except SystemExit as left:
+        assert left.code == 2
+    assert named in capsys.readouterr().err
+    assert not out.exists()
 
 
 # -- Import ------------------------------------------------------------------------------------
@@ -275,9 +229,7 @@ def test_ids_that_are_paths_are_told_by_their_file_and_line(
     np.save(array, np.ones((2, 20)))
     ids.write_text("2007_000032\n\n/JPEGImages/2007_000033.jpg /Masks/2007_000033.png\n")
     command = ["import", "labels", str(array), str(tmp_path / "l.csv"), "--ids", str(ids)]
-    message = refused(capsys, *command)
-    assert f"{ids} line 3 (one id a line, such as 2007_000032): image name '/JPEG" in message
-    assert "arr.npy" not in message
+    assert f"{ids} line 3" in refused(capsys, *command)
     ids.write_text("2007_000032\n2007_000033.jpg\n")
     assert main(command) == 0
     assert "\n2007_000033,aero" in (tmp_path / "l.csv").read_text()
@@ -318,40 +270,31 @@ def test_a_check_tells_and_writes_what_it_found(
     assert values["command"].startswith("lpcam data check")
 
 
-def move_labels_and_masks(folder: Path) -> Path:
-    """A table and masks beside the folder; in the folder other ones."""
-    tables = folder.parent / "tables"
-    tables.mkdir()
-    (tables / "mine.jsonl").write_text('{"image": "i00.png", "labels": ["red"]}\n')
-    (folder / "masks").rename(tables / "drawn")
-    return tables
-
-
 def test_labels_masks_and_classes_are_those_that_were_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = draw_folder(tmp_path / "boxes")
+    folder, table = draw_folder(tmp_path / "boxes"), tmp_path / "mine.jsonl"
     (folder / "classes.txt").write_text("blue\ngreen\nred\n")
-    tables, found = move_labels_and_masks(folder), tmp_path / "found.json"
-    words = ["--labels", str(tables / "mine.jsonl"), "--masks", str(tables / "drawn")]
-    words += ["--classes", "red,blue", "--kind", "folder"]
+    table.write_text('{"image": "i00.png", "labels": ["red"]}\n')
+    drawn, found = (folder / "masks").rename(tmp_path / "drawn"), tmp_path / "found.json"
+    words = ["--labels", str(table), "--masks", str(drawn), "--classes", "red,blue"]
     check = ["data", "check", str(folder), "--no-estimate", "--json", str(found)]
-    assert main([*check, *words]) == 1  # the labels are wrong
+    assert main([*check, *words, "--kind", "folder"]) == 1  # the labels are wrong
     assert "1 image (.png), 2 classes, 1 mask; labels from mine.jsonl" in capsys.readouterr().out
-    weights = write_weights(tmp_path / "weights.safetensors")
-    model = ["--backbone", "test_resnet", "--weights", str(weights)]
+    model = [
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        str(write_weights(tmp_path / "w.safetensors")),
+    ]
     assert main(["init", str(folder), *model, *words]) == 0
     assert "1 images with labels, 1 of them with masks" in capsys.readouterr().out
     data = load_recipe(folder / "recipe.yaml").data
-    assert (data.kind, data.labels, data.masks) == (
-        "folder",
-        tables / "mine.jsonl",
-        tables / "drawn",
-    )
+    assert (data.kind, data.labels, data.masks) == ("folder", table, drawn)
     assert data.classes == ("red",)  # no image shows blue
     (folder / "recipe.yaml").unlink()
-    (tables / "drawn").rename(folder / "drawn")
-    assert main(["init", str(folder), *model, "--masks", str(folder / "drawn")]) == 0
+    drawn = drawn.rename(folder / "drawn")
+    assert main(["init", str(folder), *model, "--masks", str(drawn)]) == 0
     assert "\n  masks: drawn\n" in (folder / "recipe.yaml").read_text()
 
 
@@ -446,10 +389,15 @@ def test_masks_are_painted_of_annotations(tmp_path: Path) -> None:
         "annotations": [{**one, "area": 2}],
         "categories": [{"id": 9, "name": "cow"}],
     }
-    (tmp_path / "mine.json").write_text(json.dumps(document))
-    output = tmp_path / "masks"
-    assert main(["data", "masks", str(tmp_path / "mine.json"), str(output)]) == 0
+    source, output = tmp_path / "mine.json", tmp_path / "masks"
+    source.write_text(json.dumps(document))
+    assert main(["data", "masks", str(source), str(output)]) == 0
     assert read_index_mask(output / "a.png").tolist() == [[0, 1, 0], [0, 1, 0]]
+    # and init writes a recipe for the file
+    weights = write_weights(tmp_path / "weights.safetensors")
+    assert main(["init", str(source), "--backbone", "test_resnet", "--weights", str(weights)]) == 0
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert (data.kind, data.root, data.classes) == ("coco", source, ("cow",))
 
 
 def test_masks_of_a_folder_without_annotations(
@@ -457,30 +405,3 @@ def test_masks_of_a_folder_without_annotations(
 ) -> None:
     folder = draw_folder(tmp_path / "boxes", count=2)
     assert str(folder) in refused(capsys, "data", "masks", str(folder), str(tmp_path / "masks"))
-
-
-def test_a_recipe_for_a_json_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``lpcam init`` knows what it looks at."""
-    image = np.zeros((40, 40, 3), np.uint8)
-    Image.fromarray(image).save(tmp_path / "a.png")
-    document = {
-        "images": [{"id": 5, "file_name": "a.png", "height": 40, "width": 40}],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 5,
-                "category_id": 9,
-                "iscrowd": 0,
-                "area": 1,
-                "bbox": [0, 0, 1, 1],
-            }
-        ],
-        "categories": [{"id": 9, "name": "cow"}],
-    }
-    (tmp_path / "mine.json").write_text(json.dumps(document))
-    weights = write_weights(tmp_path / "weights.safetensors")
-    arguments = ["--backbone", "test_resnet", "--weights", str(weights)]
-    assert main(["init", str(tmp_path / "mine.json"), *arguments]) == 0
-    text = (tmp_path / "recipe.yaml").read_text()
-    assert "kind: coco" in text and "root: mine.json" in text
-    assert "cow: 1" in capsys.readouterr().out

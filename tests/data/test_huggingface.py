@@ -14,11 +14,15 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
+from lpcam.data import huggingface
 from lpcam.data.folder import read_folder
-from lpcam.data.huggingface import import_huggingface
 from lpcam.runtime.errors import DataError, LpcamError
 
 ANIMALS = ClassLabel(names=["hen", "cow", "dog"])
+
+
+def import_huggingface(*arguments: Any, **options: Any) -> Path:
+    return huggingface.import_huggingface(*arguments, **options).folder
 
 
 def encoded(colour: int, kind: str = "JPEG") -> bytes:

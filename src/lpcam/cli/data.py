@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lpcam.cli.command import THREADS, Invocation, argument, command, names
 from lpcam.data.dataset import ClassTable, choose_classes
+from lpcam.data.labels import read_lines
 from lpcam.runtime.errors import LpcamError
 
 KNOWN_CLASSES = ("voc12", "coco14")
@@ -105,29 +106,17 @@ def train_aug(call: Invocation) -> int:
 )
 def masks(call: Invocation) -> int:
     """Paint masks from COCO annotations."""
-    from lpcam.data.coco.dataset import CocoFolder  # noqa: PLC0415
-    from lpcam.data.coco.files import annotation_files  # noqa: PLC0415
-    from lpcam.runtime.progress import progress  # noqa: PLC0415
+    from lpcam.data.open_dataset import paint_masks  # noqa: PLC0415
 
     options = call.options
-    if options.path.is_dir() and not annotation_files(options.path):
-        raise LpcamError(
-            f"{options.path} has no COCO annotations to paint masks from; give a folder that holds "
-            "some, or a COCO JSON file"
-        )
-    folder = CocoFolder(options.path, lists=options.lists)
-    ids = list(folder.dataset.items)
-    with progress("painting masks", len(ids)) as advance:
-        painted = folder.with_masks(
-            options.output,
-            ids,
-            order=options.order,
-            crowds=options.crowds,
-            workers=call.threads,
-            progress=lambda _done, _total: advance(1, ""),
-        )
-    count = sum(item.mask is not None for item in painted.items.values())
-    print(f"{count} masks of {len(ids)} images in {options.output}")
+    masks, images = paint_masks(
+        options.path,
+        options.output,
+        lists=options.lists,
+        settings={"order": options.order, "crowds": options.crowds},
+        workers=call.threads,
+    )
+    print(f"{masks} masks of {images} images in {options.output}")
     return 0
 
 
@@ -212,22 +201,14 @@ def import_maps(call: Invocation) -> int:
 )
 def import_labels(call: Invocation) -> int:
     """Convert cls_labels.npy and the like to labels.csv."""
-    from lpcam.data.labels import image_name, read_text  # noqa: PLC0415
     from lpcam.formats.labels import import_labels as read  # noqa: PLC0415
 
-    options, ids = call.options, None
-    if options.ids is not None:
-        lines = read_text(options.ids, "Write one id a line.").splitlines()
-        ids = [
-            image_name(line, f"{options.ids} line {number} (one id a line, such as 2007_000032)")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+    options = call.options
     result = read(
         options.source,
         options.output,
-        classes=_class_names(options.classes),
-        ids=ids,
+        classes=_class_table(options.classes).names,
+        ids=None if options.ids is None else [name for _, name in read_lines(options.ids)],
         coco_split=options.coco_split,
     )
     print(result.summary())
@@ -245,26 +226,17 @@ def import_labels(call: Invocation) -> int:
 )
 def import_huggingface(call: Invocation) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""
-    from lpcam.data.huggingface import RECORD  # noqa: PLC0415
     from lpcam.data.huggingface import import_huggingface as read  # noqa: PLC0415
-    from lpcam.runtime.files import read_json  # noqa: PLC0415
 
     options = call.options
-    folder = read(
+    result = read(
         options.source,
         options.output,
         image=options.image,
         labels=options.labels,
         split=options.split,
     )
-    record = read_json(folder / RECORD)
-    if record["left_out"]:
-        first = record["left_out"][0]
-        print(
-            f"{len(record['left_out'])} of {record['rows']} rows were left out, the first: row "
-            f"{first['row']}, {first['reason']}"
-        )
-    print(f"wrote {folder}\nnext: lpcam init {shlex.quote(str(folder))}")
+    print(f"{result.summary()}\nnext: lpcam init {shlex.quote(str(result.folder))}")
     return 0
 
 
@@ -274,27 +246,13 @@ def _is_table(text: str) -> bool:
 
 def _class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
+    from lpcam.data.coco.dataset import COCO_CATEGORIES  # noqa: PLC0415
+    from lpcam.data.voc import CLASSES  # noqa: PLC0415
     from lpcam.formats.labels import read_classes  # noqa: PLC0415
 
-    if text not in KNOWN_CLASSES and Path(text).is_file():
-        return read_classes(Path(text))
-    known = _class_names(text)
-    return ClassTable(known, tuple(range(1, len(known) + 1)))
-
-
-def _class_names(text: str) -> tuple[str, ...]:
-    """Class names of a known data set, or of a file."""
-    if text == "voc12":
-        from lpcam.data.voc import CLASSES  # noqa: PLC0415
-
-        return CLASSES
-    if text == "coco14":
-        from lpcam.data.coco.dataset import COCO_CATEGORIES  # noqa: PLC0415
-
-        return tuple(name for _, name in COCO_CATEGORIES)
+    if text in KNOWN_CLASSES:
+        known = CLASSES if text == "voc12" else (name for _, name in COCO_CATEGORIES)
+        return ClassTable.numbered(known, text)
     if not Path(text).is_file():
         raise LpcamError(f"no class names {text!r}; give voc12, coco14, or a file of names")
-    from lpcam.data.labels import read_text  # noqa: PLC0415
-
-    lines = read_text(Path(text), "Write one name a line.").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    return read_classes(Path(text))

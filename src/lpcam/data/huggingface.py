@@ -10,6 +10,7 @@ import importlib
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,27 @@ _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF
 """By Pillow's name of a file's format. Images of other formats are saved as PNG."""
 
 
+@dataclass(frozen=True)
+class ImportedFolder:
+    """Result of `import_huggingface`."""
+
+    folder: Path
+    rows: int
+    left_out: tuple[dict[str, Any], ...]
+    """``row`` and ``reason`` of each row without a usable image or label."""
+
+    def summary(self) -> str:
+        """A text of one line per fact."""
+        lines = [f"wrote {self.folder}"]
+        if self.left_out:
+            first = self.left_out[0]
+            lines[:0] = [
+                f"{len(self.left_out)} of {self.rows} rows were left out, the first: row "
+                f"{first['row']}, {first['reason']}"
+            ]
+        return "\n".join(lines)
+
+
 def import_huggingface(
     source: str | Path | Any,
     output: Path,
@@ -40,7 +62,7 @@ def import_huggingface(
     labels: str = "label",
     split: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Path:
+) -> ImportedFolder:
     """Write the images of a data set with their labels as a user's folder.
 
     ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes unchanged;
@@ -56,9 +78,6 @@ def import_huggingface(
         labels: name of the column of labels: a ClassLabel or text, or lists of these.
         split: name of the split to import, if there are several.
         progress: called after each row with the number done and the number of all.
-
-    Returns:
-        ``output``.
 
     Raises:
         DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
@@ -78,7 +97,7 @@ def import_huggingface(
     stored = stored.cast_column(image, library.Image(decode=False))
     digits = max(6, len(str(len(dataset) - 1)))
     rows: list[tuple[str, str]] = []
-    left_out = []
+    left_out: list[dict[str, Any]] = []
     for number, (row, names) in enumerate(zip(stored, label_sets, strict=True)):
         try:
             if names is None:
@@ -108,7 +127,7 @@ def import_huggingface(
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("image", "labels"), *rows])
     write_bytes(output / "labels.csv", table.getvalue().encode())
-    return output
+    return ImportedFolder(output, len(dataset), tuple(left_out))
 
 
 def _library() -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lpcam.data.dataset import Dataset
 from lpcam.data.reader import READERS, Progress, Request, TrueMask
 from lpcam.runtime.errors import DataError
+from lpcam.runtime.progress import progress as shown
 
 Truth = Mapping[str, TrueMask]
 """True masks that are not files, by image id."""
@@ -99,3 +100,38 @@ def open_with_truth(
     request = Request(path, lists, unlabelled, labels, masks, classes, progress=progress)
     opened = reader.open(request)
     return opened.dataset, opened.true_masks
+
+
+def paint_masks(
+    path: Path,
+    folder: Path,
+    *,
+    lists: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    workers: int = 1,
+) -> tuple[int, int]:
+    """Paint the true masks that the annotations of a data set give, as ``folder/ID.png``.
+
+    Args:
+        path, lists: as in :func:`open_with_truth`.
+        settings: values of the reader's settings.
+        workers: number of masks painted at a time.
+
+    Returns:
+        Number of masks, and of images.
+
+    Raises:
+        DataError: if the data set has no annotations to paint from, and as its reader.
+    """
+    reader = READERS[kind_of(path)]
+    made = None if reader.settings is None else reader.settings.model_validate(settings or {})
+    opened = reader.open(Request(path, lists, settings=made))
+    if opened.paint is None:
+        raise DataError(
+            f"{path} has no annotations to paint masks from; give a folder with COCO annotations, "
+            "or a COCO JSON file"
+        )
+    ids = list(opened.dataset.items)
+    with shown("painting masks", len(ids)) as advance:
+        painted = opened.paint(folder, ids, workers, lambda _done, _total: advance(1, ""))
+    return sum(item.mask is not None for item in painted.items.values()), len(ids)
