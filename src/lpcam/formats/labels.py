@@ -1,9 +1,7 @@
 """Image-level labels of other programs (``cls_labels.npy``), imported as ``labels.csv``.
 
 The files are a dictionary {image: vector (N,)} or an array (n, N) in the order of a list
-(specification of data sets, sections 1 and 2). They are read by
-:mod:`lpcam.formats.pickled_arrays` without running
-code of them.
+(specification of data sets, sections 1 and 2), and are never unpickled.
 """
 
 from __future__ import annotations
@@ -27,11 +25,7 @@ from lpcam.runtime.files import write_bytes
 
 CLASSES_FILE = "classes.txt"
 """Class names beside ``labels.csv``; without it the classes would be sorted by name."""
-
-
 _VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
-
-
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 
 
@@ -65,7 +59,7 @@ def import_labels(
     """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
 
     A value above 0 is a label. Images keep the file's order. 10 digits become a VOC id
-    (2007000032: ``2007_000032``), as number or text; the suffix of an image file is dropped.
+    (2007000032: ``2007_000032``); the suffix of an image file is dropped.
 
     Args:
         source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
@@ -101,25 +95,23 @@ def import_labels(
         )
     found = read_pickled_arrays(source, what="label file")
     where = f"label file {source}"
+    rows: Iterable[Any]
     if isinstance(found, dict):
         if ids is not None:
             raise DataError(f"{where} names its images itself; leave the ids out")
-        names = [_image_name(key, coco_split, where) for key in found]
-        rows: Iterable[Any] = found.values()
+        keys, rows, listed = list(found), found.values(), where
     elif isinstance(found, np.ndarray) and found.ndim == 2:
         if ids is None or len(ids) != len(found):
             given = "none were" if ids is None else f"{len(ids)} were"
             raise DataError(f"{where} has {len(found)} rows; give as many ids ({given} given)")
-        listed = "the list of ids"
-        names = [_image_name(name, coco_split, listed) for name in ids]
-        check_unique(names, listed)
-        rows = found
+        keys, rows, listed = list(ids), found, "the list of ids"
     else:
         kind = found.shape if isinstance(found, np.ndarray) else type(found).__name__
         raise DataError(
             f"{where} holds {kind}; expected a dictionary of vectors or an array (n, N)"
         )
-    check_unique(names, where)
+    names = [_image_name(key, coco_split, listed) for key in keys]
+    check_unique(names, listed)
     if not names:
         raise DataError(f"{where} names no image")
     present = np.stack(
@@ -130,17 +122,12 @@ def import_labels(
     table.writerow(["image", "labels"])
     for name, row in zip(names, present, strict=True):
         table.writerow([name, ";".join(classes[n] for n in np.flatnonzero(row).tolist())])
-    contents: Mapping[Path, bytes] = {
-        output: text.getvalue().encode(),
-        output.with_name(CLASSES_FILE): "".join(f"{name}\n" for name in classes).encode(),
-    }
-    write_unchanged(contents)
-    return ImportedLabels(
-        output,
-        len(names),
-        int((~present.any(axis=1)).sum()),
-        tuple(int(count) for count in present.sum(axis=0)),
+    lines = "".join(f"{name}\n" for name in classes)
+    write_unchanged(
+        {output: text.getvalue().encode(), output.with_name(CLASSES_FILE): lines.encode()}
     )
+    without = int((~present.any(axis=1)).sum())
+    return ImportedLabels(output, len(names), without, tuple(present.sum(axis=0).tolist()))
 
 
 def write_unchanged(contents: Mapping[Path, bytes]) -> None:
@@ -189,7 +176,7 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
 
 
 def _labels(row: Any, count: int, name: str, where: str) -> NDArray[np.bool_]:
-    if not isinstance(row, np.ndarray) or row.ndim != 1 or len(row) != count:
+    if not isinstance(row, np.ndarray) or row.shape != (count,):
         shape = row.shape if isinstance(row, np.ndarray) else f"a {type(row).__name__}"
         raise DataError(
             f"{where} has {shape} for {name!r}; expected one value for each of the {count} classes "

@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
-from lpcam.formats.map_formats import maps_without_class
-from lpcam.formats.maps import AUTO, ForeignMaps, read_foreign_maps, write_foreign_maps
+from lpcam.formats.map_formats import Planes, maps_without_class
+from lpcam.formats.maps import AUTO, read_foreign_maps, write_foreign_maps
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
@@ -26,11 +25,7 @@ from lpcam.runtime.versions import __version__
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and their total."""
-
-
 _COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
-
-
 _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
 
 
@@ -98,8 +93,8 @@ def import_maps(
     """Import a folder of map files, ``source/ID.npy``, as ``output/ID.npz``.
 
     A file may also be named by the 12 digits of a COCO image, with or without ``COCO_train2014_``,
-    or by the 10 digits of a VOC image. The background of amn and psa-crf is dropped. Files that
-    cannot be read are left out, with the reason.
+    or by the 10 digits of a VOC image. A background plane is dropped. Files that cannot be read are
+    left out, with the reason.
 
     Args:
         source: the folder, searched recursively.
@@ -111,8 +106,7 @@ def import_maps(
             other classes are dropped and counted.
         without_file: how an image of ``ids`` without a file is treated: left out, or as having no
             class (MCTformer's convention; ``sizes`` must have its size).
-        normalise: divide each map by its maximum (:func:`lpcam.method.functional.normalize`), as
-        IRN does.
+        normalise: divide each map by its maximum, as IRN does.
         dtype: precision in which maps are stored.
         workers: number of files read at a time.
         progress: called after each image.
@@ -137,46 +131,42 @@ def import_maps(
     def convert(item_id: str) -> tuple[str, int, list[str]] | Skip:
         path, size = paths[item_id], (sizes or {}).get(item_id)
         try:
-            if path is None:
-                if without_file == "skip" or size is None:
-                    wanted = "" if without_file == "skip" else ", and its size was not given"
-                    return Skip(item_id, f"{source} has no file of it{wanted}")
+            if path is not None:
+                found = read_foreign_maps(path, size=size, style=style, classes=classes)
+                maps, kind = found.maps, found.style
+            elif without_file == "skip":
+                return Skip(item_id, f"{source} has no file of it")
+            else:
                 made_by: dict[str, Any] = {"imported": {"file": None}, "lpcam": __version__}
                 if table is not None:
                     made_by["classes"] = list(table.names)
-                found = ForeignMaps(replace(maps_without_class(size), made_by=made_by), "psa", None)
-            else:
-                found = read_foreign_maps(path, size=size, style=style, classes=classes)
-        except ArtefactError as error:
+                maps, kind = replace(maps_without_class(size), made_by=made_by), "no file"
+        except (ArtefactError, DataError) as error:
             return Skip(item_id, str(error))
-        maps, others = found.maps, list[str]()
+        others: list[str] = []
         if classes is not None and table is not None:
             maps, others = _chosen(maps, classes, table)
         if normalise:
-            maps = MapFile(
-                maps.keys,
-                _normalised(maps.cam),
-                _normalised(maps.high_res),
-                {**maps.made_by, "normalised": "max"},
-            )
+            made_by = {**maps.made_by, "normalised": "max"}
+            maps = MapFile(maps.keys, _normalised(maps.cam), _normalised(maps.high_res), made_by)
         write_maps(map_path(output, item_id), maps, dtype=dtype)
-        return "no file" if path is None else found.style, len(maps.keys), others
+        return kind, len(maps.keys), others
 
     done: list[str] = []
     empty: list[str] = []
     skipped: list[Skip] = []
     styles: Counter[str] = Counter()
     not_chosen: Counter[str] = Counter()
-    for number, (item_id, result) in enumerate(
-        zip(ids, ordered_map(convert, ids, workers), strict=True), start=1
-    ):
+    results = zip(ids, ordered_map(convert, ids, workers), strict=True)
+    for number, (item_id, result) in enumerate(results, start=1):
         if isinstance(result, Skip):
             skipped.append(result)
         else:
+            kind, count, others = result
             done.append(item_id)
-            styles[result[0]] += 1
-            not_chosen.update(result[2])
-            if not result[1]:
+            styles[kind] += 1
+            not_chosen.update(others)
+            if not count:
                 empty.append(item_id)
         if progress is not None:
             progress(number, len(ids))
@@ -197,11 +187,8 @@ def _chosen(maps: MapFile, classes: ClassTable, table: ClassTable) -> tuple[MapF
     return MapFile(keys, maps.cam[kept], maps.high_res[kept], made_by), others
 
 
-def _normalised(planes: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not planes.size:
-        return planes
-    found: NDArray[np.float32] = normalize(torch.from_numpy(planes)).numpy()
-    return found
+def _normalised(planes: Planes) -> Planes:
+    return normalize(torch.from_numpy(planes)).numpy() if planes.size else planes
 
 
 def _find_files(source: Path) -> dict[str, Path]:
@@ -269,7 +256,6 @@ def export_maps(
         names[item_id] = match[1] if match else item_id
     if len(set(names.values())) != len(ids):
         raise DataError("two of the images would be written to one file; give each id once")
-
     if classes is not None:
         lines = zip(classes.names, classes.mask_ids, strict=True)
         data = "".join(f"{name}\t{value}\n" for name, value in lines).encode()

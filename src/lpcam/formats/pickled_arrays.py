@@ -4,8 +4,8 @@ A pickle is a program, and ``np.load(allow_pickle=True)`` runs it. `read_pickled
 Python's own unpickler with almost everything taken out:
 
 - **Instructions**: those that numbers, text, lists, tuples, dictionaries and calls need. Any other
-  instruction (``INST``, ``OBJ``, ``NEWOBJ``, ``EXT``, sets, external buffers) ends the reading.
-  State is set only on the stand-ins of arrays and dtypes, so no other attribute changes.
+  (``INST``, ``OBJ``, ``NEWOBJ``, ``EXT``, sets, external buffers) ends the reading. State is set
+  only on the stand-ins of arrays and dtypes.
 - **Names**: a global is looked up in a table of this module and never imported. The table holds
   stand-ins, written here, for the few functions of NumPy and torch that rebuild arrays, for an
   empty ``OrderedDict`` and for bytes. NumPy's own functions are not called, because they trust the
@@ -35,25 +35,11 @@ from lpcam.runtime.files import read_bytes
 
 GROWTH = 4
 """Largest size of all arrays and containers of a file together, in multiples of the file's size."""
-
-
 DEEPEST = 16
 """Largest depth of nested containers."""
-
-
-_NPY = b"\x93NUMPY"
-
-
 _DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
-
-
 _OBJECTS = ("O", "O4", "O8")
-
-
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-
-
-_TORCH_LAYOUT = 1001
+_TORCH_MAGIC, _TORCH_LAYOUT = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read_pickled_arrays(source: Path | bytes, *, what: str) -> Any:
@@ -101,7 +87,7 @@ def _read(data: bytes) -> Any:
     if data.startswith(b"PK\x03\x04"):
         raise _RefusedError("it is an archive (.npz or torch.save); expected a .npy file")
     stream = io.BytesIO(data)
-    if data.startswith(_NPY):
+    if data.startswith(b"\x93NUMPY"):
         formats = np.lib.format
         one = formats.read_magic(stream) == (1, 0)
         read_header = formats.read_array_header_1_0 if one else formats.read_array_header_2_0
@@ -122,12 +108,7 @@ def _read(data: bytes) -> Any:
 
 
 class DtypeStandIn:
-    """Stand-in for ``numpy.dtype``: the name of a known dtype and its byte order.
-
-    Example:
-        >>> DtypeStandIn("f4").numpy()
-        dtype('float32')
-    """
+    """Stand-in for ``numpy.dtype``: the name of a known dtype and its byte order."""
 
     __slots__ = ("name", "order")
 
@@ -153,7 +134,7 @@ class DtypeStandIn:
 class ArrayStandIn:
     """Stand-in for ``numpy.ndarray``: a checked view of bytes of the file.
 
-    ``values`` are the stored values, a list for an array of objects, or None before a state is set.
+    ``values`` are a list for an array of objects, and None before a state is set.
     """
 
     __slots__ = ("name", "shape", "values")
@@ -219,10 +200,6 @@ def _check_lengths(numbers: Any) -> None:
         raise ValueError("a shape is not a tuple of at most 8 lengths")
 
 
-def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Any:
-    return _filled(shape, dtype, order, content, axes)
-
-
 def _scalar(dtype: Any, content: Any) -> Any:
     return _filled((), dtype, "C", content).numpy().item()
 
@@ -263,21 +240,12 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Ar
     return tensor
 
 
-def _parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
 _STORAGES = {
-    "torch.DoubleStorage": "f8",
-    "torch.FloatStorage": "f4",
-    "torch.HalfStorage": "f2",
-    "torch.LongStorage": "i8",
-    "torch.IntStorage": "i4",
-    "torch.ShortStorage": "i2",
-    "torch.CharStorage": "i1",
-    "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "b1",
-    "torch.BFloat16Storage": "bfloat16",
+    f"torch.{name}Storage": dtype
+    for name, dtype in {
+        **{"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": "bfloat16", "Bool": "b1"},
+        **{"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"},
+    }.items()
 }
 
 
@@ -303,11 +271,7 @@ _INSTRUCTIONS = (
 
 
 class _Reader(pickle._Unpickler):
-    """Unpickles one file of ``size`` bytes.
-
-    The base is Python's unpickler written in Python: unlike the one in C, it looks instructions up
-    in a table, which is cut down below.
-    """
+    # Python's unpickler written in Python: unlike the one in C, it looks instructions up in a table
 
     dispatch: ClassVar[dict[int, Any]] = {}
     stack: list[Any]
@@ -322,8 +286,12 @@ class _Reader(pickle._Unpickler):
         self.names: dict[str, Any] = {
             **NUMPY_STAND_INS,
             **_STORAGES,
-            "numpy.core.numeric._frombuffer": _from_buffer,
-            "numpy._core.numeric._frombuffer": _from_buffer,
+            **dict.fromkeys(
+                ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+                lambda content, dtype, shape, order, axes=None: _filled(
+                    shape, dtype, order, content, axes
+                ),
+            ),
             "collections.OrderedDict": lambda: _Dict(),  # noqa: PLW0108 - without arguments
             "builtins.bytes": lambda: b"",  # protocols 0 to 2 write empty bytes so
             "__builtin__.bytes": lambda: b"",
@@ -331,11 +299,10 @@ class _Reader(pickle._Unpickler):
             "torch.storage._load_from_bytes": self.storage,
             "torch._utils._rebuild_tensor": _tensor,
             "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         }
 
     def claim(self, size: int) -> None:
-        """Take ``size`` bytes from what the file may still ask for."""
         self.left -= size
         if self.left < 0:
             raise _RefusedError(
@@ -344,7 +311,7 @@ class _Reader(pickle._Unpickler):
             )
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of a name; nothing is imported."""
+        """Nothing is imported."""
         if f"{module}.{name}" not in self.names:
             raise _RefusedError(
                 f"it asks for '{module}.{name}', which is neither an array nor a plain container; "
@@ -353,21 +320,20 @@ class _Reader(pickle._Unpickler):
         return self.names[f"{module}.{name}"]
 
     def persistent_load(self, identity: Any) -> Any:
-        """The dtype, key and length of a storage of torch."""
         kind, dtype, key, _device, count, view = identity
         if kind != "storage" or type(dtype) is not str or type(key) is not str or view:
             raise ValueError("it refers to something outside the file")
         return dtype, key, count
 
     def encode(self, text: Any, encoding: Any) -> bytes:
-        """Stand-in for ``_codecs.encode``, by which protocols 0 to 2 write bytes."""
+        """Protocols 0 to 2 write bytes by ``_codecs.encode``."""
         if type(text) is not str or encoding != "latin1":
             raise ValueError("it encodes something other than bytes")
         self.claim(len(text))
         return text.encode("latin1")
 
     def storage(self, content: Any) -> ArrayStandIn:
-        """Stand-in for ``torch.storage._load_from_bytes``: values in torch.save's older layout."""
+        """A tensor's values in torch.save's older layout."""
         if type(content) is not bytes:
             raise ValueError("a tensor is not made of bytes")
         self.claim(len(content))
@@ -397,7 +363,6 @@ class _Reader(pickle._Unpickler):
         target.__setstate__(state)
 
     def load_dict(self) -> None:
-        """Push a dictionary of the values since the last mark."""
         items = self.pop_mark()
         found = _Dict()
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -405,11 +370,9 @@ class _Reader(pickle._Unpickler):
         self.append(found)
 
     def load_empty_dict(self) -> None:
-        """Push an empty dictionary."""
         self.append(_Dict())
 
     def refuse(self) -> None:
-        """End the reading at an instruction that is not listed."""
         raise _RefusedError(
             "it has an instruction that arrays and plain containers do not need; nothing was run. "
             "Save a dictionary of arrays instead"
@@ -439,22 +402,12 @@ class _Reader(pickle._Unpickler):
 
 
 _Reader.dispatch.update(dict.fromkeys(pickle._Unpickler.dispatch, _Reader.refuse))
-
-
 for _name in _INSTRUCTIONS.split():
     _code = getattr(pickle, _name)[0]
     _Reader.dispatch[_code] = pickle._Unpickler.dispatch[_code]
-
-
 _Reader.dispatch[pickle.BUILD[0]] = _Reader.load_build
-
-
 _Reader.dispatch[pickle.DICT[0]] = _Reader.load_dict
-
-
 _Reader.dispatch[pickle.EMPTY_DICT[0]] = _Reader.load_empty_dict
-
-
 # The unpickler's own allocates what the file claims before it reads.
 _Reader.dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]
 

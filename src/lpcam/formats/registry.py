@@ -24,7 +24,6 @@ FORMATS: Registry[Format] = Registry(
     },
 )
 """What ``lpcam export masks`` writes."""
-
 MAP_FORMATS: Registry[MapFormat] = Registry(
     "map format",
     "lpcam.map_formats",

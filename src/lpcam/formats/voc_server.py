@@ -19,20 +19,7 @@ from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import read_bytes, write_bytes
 
 Competition = Literal["comp5", "comp6"]
-"""Of the VOC test server: trained on VOC's own data alone, or on any."""
-
-
-ARCHIVE = "{}_test_cls.tar.gz"
-
-
-_VOC_ID = re.compile(r"\d{4}_\d{6}")
-
-
 _MOST_NAMED = 5
-"""Ids that a message names."""
-
-
-# -- The VOC test server -----------------------------------------------------------------------
 
 
 def write_voc_server(
@@ -45,54 +32,29 @@ def write_voc_server(
 ) -> Path:
     """Pack masks as the PASCAL VOC test server takes them.
 
-    Below ``output``: ``results/VOC2012/Segmentation/COMPETITION_test_cls/ID.png``, palette PNGs of
-    the values 0..20, and the same in ``COMPETITION_test_cls.tar.gz``, whose bytes depend on the
-    masks alone. Everything is checked before anything is written.
+    Writes ``results/VOC2012/Segmentation/COMPETITION_test_cls/ID.png``, palette PNGs of the values
+    0..20, and an archive of them, whose bytes depend on the masks alone. Everything is checked
+    before anything is written.
 
     Args:
         masks: the mask of each id, or a folder of ``ID.png``.
         ids: of the list ``test``, as YYYY_NNNNNN, each once.
-        classes: of the masks; names of VOC with VOC's mask ids, perhaps not all.
+        classes: of the masks: names of VOC with VOC's mask ids.
         output: a folder.
         competition: ``comp5`` for what was trained on VOC's own data alone, else ``comp6``.
 
     Returns:
-        the archive.
+        the archive, ``COMPETITION_test_cls.tar.gz``.
 
     Raises:
-        DataError: if there is no id, one is no VOC id or stands twice, a mask is missing, damaged
-            or has a value outside 0..20, the classes are not VOC's, or the competition is unknown.
+        DataError: if an id is no VOC id or repeats, a mask is missing, damaged or has a value
+            outside 0..20, the classes are not VOC's, or the competition is unknown.
         ArtefactError: if there are other masks in the folder already, or a file cannot be written.
     """
     if competition not in get_args(Competition):
         allowed = ", ".join(get_args(Competition))
         raise DataError(f"unknown competition {competition!r}; the server has {allowed}")
-    _check_voc_classes(classes)
-    if not ids:
-        raise DataError("no id was given; give those of the list 'test'")
-    wrong = [name for name in ids if _VOC_ID.fullmatch(name) is None]
-    if wrong:
-        raise DataError(f"{_named(wrong)} is no id of VOC, as 2008_000006 is; give VOC's own list")
-    check_unique(ids, "the list for the server")
-    paths = {
-        name: masks / f"{name}.png" if isinstance(masks, Path) else masks.get(name)
-        for name in sorted(ids)
-    }
-    present = {name: path for name, path in paths.items() if path is not None and path.is_file()}
-    missing = [name for name in paths if name not in present]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(paths)} masks are missing: {_named(missing)}; segment these "
-            "images first, for the server wants every image of its list"
-        )
-    for path in present.values():
-        values = np.unique(read_index_mask(path))
-        outside = values[values > len(VOC_CLASSES)].tolist()
-        if outside:
-            raise DataError(
-                f"mask {path} has the value {outside[0]}; the server takes 0 to "
-                f"{len(VOC_CLASSES)}, and 255 (ignored) is no answer"
-            )
+    present = _check(masks, ids, classes)
     inner = Path("results", "VOC2012", "Segmentation", f"{competition}_test_cls")
     written = [output / inner / f"{name}.png" for name in present]
     others = sorted(set((output / inner).glob("*")) - set(written))
@@ -111,18 +73,44 @@ def write_voc_server(
             member = tarfile.TarInfo((inner / into.name).as_posix())  # no date and no owner
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    target = output / ARCHIVE.format(competition)
+    target = output / f"{competition}_test_cls.tar.gz"
     write_bytes(target, buffer.getvalue())
     return target
 
 
-def _check_voc_classes(classes: ClassTable) -> None:
+def _check(
+    masks: Mapping[str, Path] | Path, ids: Sequence[str], classes: ClassTable
+) -> dict[str, Path]:
+    """The mask of each id, in the order of the archive."""
     for name, value in zip(classes.names, classes.mask_ids, strict=True):
-        if not value <= len(VOC_CLASSES) or VOC_CLASSES[value - 1] != name:
+        if dict(enumerate(VOC_CLASSES, start=1)).get(value) != name:
             raise DataError(
                 f"class {name!r} with the mask id {value} is not one of VOC; the server takes the "
                 f"{len(VOC_CLASSES)} classes of VOC with the ids 1 to {len(VOC_CLASSES)}"
             )
+    if not ids:
+        raise DataError("no id was given; give those of the list 'test'")
+    wrong = [name for name in ids if re.fullmatch(r"\d{4}_\d{6}", name) is None]
+    if wrong:
+        raise DataError(f"{_named(wrong)} is no id of VOC, as 2008_000006 is; give VOC's own list")
+    check_unique(ids, "the list for the server")
+    if isinstance(masks, Path):
+        masks = {name: masks / f"{name}.png" for name in ids}
+    found = {name: masks[name] for name in sorted(ids) if name in masks and masks[name].is_file()}
+    missing = sorted({*ids} - {*found})
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(ids)} masks are missing: {_named(missing)}; segment these "
+            "images first, because the server requires every image of its list"
+        )
+    for path in found.values():
+        outside = (values := np.unique(read_index_mask(path)))[values > len(VOC_CLASSES)].tolist()
+        if outside:
+            raise DataError(
+                f"mask {path} has the value {outside[0]}; the server takes 0 to "
+                f"{len(VOC_CLASSES)}, and not 255 (ignored)"
+            )
+    return found
 
 
 def _named(ids: Sequence[str]) -> str:

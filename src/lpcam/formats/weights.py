@@ -35,15 +35,9 @@ from lpcam.runtime.versions import __version__
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 """Keys under which training programs keep the weights, in the order in which they are tried."""
-
-
 _PARALLEL_PREFIX = "module."
-
-
 # Tied weights are once in a file and twice in its dictionary; torch does not compress.
 _GROWTH = 4
-
-
 _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),

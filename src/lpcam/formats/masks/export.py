@@ -29,8 +29,6 @@ from lpcam.runtime.files import read_json, write_bytes, write_json
 from lpcam.runtime.parallel import ordered_map
 
 INDEX = "exported.json"
-
-
 KIND = "lpcam export masks"
 
 

@@ -22,18 +22,10 @@ from lpcam.formats.masks.regions import runs
 
 FROM, TO = "mask", "image"
 """Names of the brush and of the image in the labelling configuration."""
-
-
 LOCAL_FILES = "/" + "data/local-files/?d="
 """Address of a local file, to which the path below the served folder is added."""
-
-
 _CHANNELS = 4
-
-
 _WORD = 8
-
-
 _SIZES = (3, 4, 8, 16)
 
 

@@ -1,24 +1,33 @@
-"""Export of a classifier with LPCAM to ONNX and torch.export."""
+"""Export of a classifier with LPCAM to ONNX and torch.export.
+
+An exported file gives ``logits`` (B, N) and ``maps`` (B, N, H, W) without this package::
+
+    session = onnxruntime.InferenceSession("animals.onnx")
+    image = numpy.asarray(PIL.Image.open("cow.jpg").convert("RGB"))
+    logits, maps = session.run(None, {"image": image[None]})
+"""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import operator
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpcam.formats.models.lpcam_model import LPCAMModel, _LPCAMFile
+from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import (
-    METADATA,
     OPSET,
     TRACED_SIZE,
+    ExportModule,
     ExportParity,
     Outputs,
     check_size,
@@ -30,8 +39,14 @@ from lpcam.formats.models.onnx import (
     write_onnx,
 )
 from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.versions import versions
 
-# -- Export ------------------------------------------------------------------------------------
+MAP_ERROR = 1e-4
+"""Largest accepted difference of an exported file's maps, whose values are at most 1."""
+COSINE_ERROR = 1e-5
+"""Accepted rounding error of a cosine; a map divided by a tiny maximum magnifies it."""
+METADATA = "lpcam.json"
+"""Name of the metadata inside a torch.export file."""
 
 
 def export_onnx(
@@ -47,8 +62,7 @@ def export_onnx(
 
     The input is ``image``, uint8 RGB (B, H, W, 3), if the model has a preprocessing, which is then
     part of the file; else ``images``, normalised float32 (B, c, H, W). The outputs are ``logits``
-    (B, N) and ``maps`` (B, N, H, W), float32. A copy of the model on the CPU, in float32 and
-    evaluation mode, is exported; the model itself is not changed.
+    (B, N) and ``maps`` (B, N, H, W), float32. The model itself is not changed.
 
     Args:
         path: the file, with the weights; replaced only if the comparison succeeds.
@@ -130,10 +144,7 @@ def _size(
 
 
 def _without_ceil(graph: torch.fx.Graph) -> None:
-    """Replace ceil(a / b) of sizes, as in timm's "same" padding, by -(-a // b).
-
-    torch 2.15 cannot save the former.
-    """
+    # ceil(a / b) of sizes, as in timm's "same" padding: torch 2.15 can only save -(-a // b)
     for node in list(graph.nodes):
         quotient = node.args[0] if node.target is math.ceil else None
         if not isinstance(quotient, torch.fx.Node) or quotient.target is not operator.truediv:
@@ -168,3 +179,52 @@ def _refuse_pickles(data: bytes, path: Path) -> None:
                     f"torch would pickle a part of this model ({name}), which this package does "
                     f"not write; {path} is not written; export to ONNX instead"
                 )
+
+
+class _LPCAMFile(ExportModule):
+    output = "maps"
+    limit = MAP_ERROR
+
+    def __init__(self, model: LPCAMModel) -> None:
+        super().__init__(model.preprocessing, model.channels, model.multiple)
+        self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        found: Outputs = self.model(self.normalised(images))
+        return found
+
+    def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
+        # Rounding of a map that is hardly above zero before its normalisation counts less: the
+        # difference is divided by 1 + 0.1 / that map's maximum.
+        difference = (found - expected).abs()
+        if self.model.head.normalize is not None:
+            images = self.normalised(images)
+            size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
+            with torch.no_grad():
+                features = self.model.backbone(images)
+                features = features[0] if isinstance(features, tuple) else features
+                top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
+            difference = difference * (top / (top + COSINE_ERROR / MAP_ERROR))
+        return float(difference.max())
+
+    def meaning(self) -> str:
+        taken = (
+            "image: uint8 RGB (batch, height, width, 3)"
+            if self.pixels is not None
+            else f"images: float32, normalised (batch, {self.channels}, height, width)"
+        )
+        grid = "height, width" if self.model.enlarge else "feature grid"
+        return (
+            f"{taken}. logits: float32 (batch, classes). maps: float32 (batch, classes, {grid}), "
+            f"{'from 0 to 1' if self.model.head.normalize else 'at least 0'}"
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        preprocessing = self.model.preprocessing
+        return {
+            "classes": list(self.model.classes),
+            "preprocessing": asdict(preprocessing) if preprocessing else None,
+            "normalize": self.model.head.normalize,
+            "versions": versions(),
+            "made_by": self.model.made_by,
+        }

@@ -1,18 +1,9 @@
 """LPCAM as a layer: a backbone and a head that gives logits and class maps in one pass.
 
 Equations 5 and 6 need one vector per class (:meth:`lpcam.method.prototypes.Prototypes.vectors`),
-so the
-maps of all classes are one L2 normalisation and one 1x1 convolution of the feature map. That is
-:class:`LPCAMHead`; :class:`LPCAMModel` is a backbone with it. Both use one scale and no mirror
-image; :class:`lpcam.method.extractors.LPCAM` makes maps over several scales and flip.
-
-A model is exported as ONNX or as a torch.export program, or saved to a folder that
-:meth:`LPCAMModel.from_pretrained` reads. An exported file gives ``logits`` (B, N) and ``maps``
-(B, N, H, W) without this package::
-
-    session = onnxruntime.InferenceSession("animals.onnx")
-    image = numpy.asarray(PIL.Image.open("cow.jpg").convert("RGB"))
-    logits, maps = session.run(None, {"image": image[None]})
+so the maps of all classes are one L2 normalisation and one 1x1 convolution of the feature map. That
+is :class:`lpcam.method.head.LPCAMHead`; :class:`LPCAMModel` is a backbone with it. Both use one
+scale and no mirror image; :class:`lpcam.method.extractors.LPCAM` uses several scales and flip.
 """
 
 from __future__ import annotations
@@ -34,7 +25,6 @@ from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Prepr
 from lpcam.classifiers.tracing import device_of, first_tensor
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
-from lpcam.formats.models.onnx import COSINE_ERROR, MAP_ERROR, ExportModule, Outputs
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize, _bias
 from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
@@ -49,19 +39,11 @@ from lpcam.runtime.files import (
 from lpcam.runtime.versions import versions
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-
-
-_FORMAT = 1
-
-
-_KIND = "LPCAMModel"
-
-
-# -- Model -------------------------------------------------------------------------------------
+_FORMAT, _KIND = 1, "LPCAMModel"
 
 
 class LPCAMModel(nn.Module):
-    """A backbone with an :class:`LPCAMHead`: images to logits and maps, at one scale without flip.
+    """A backbone with an LPCAM head: images to logits and maps, at one scale without flip.
 
     Args:
         backbone: normalised images (B, c, H, W) to features (B, C, h, w), or to those features
@@ -76,7 +58,7 @@ class LPCAMModel(nn.Module):
         multiple: number that both sides of an image must be multiples of.
         fixed_size: the only (H, W) that the backbone takes, or None if it takes several.
         spec: how to build the backbone of a :class:`~lpcam.classifiers.classifier.Classifier`
-        again.
+            again.
         made_by: provenance, as JSON values.
 
     Raises:
@@ -129,7 +111,7 @@ class LPCAMModel(nn.Module):
 
         Args:
             preprocessing: normalisation of RGB; None: that of the classifier, if it has one.
-            normalize: as in :class:`LPCAMHead`.
+            normalize: as in :class:`~lpcam.method.head.LPCAMHead`.
             enlarge: as in :class:`LPCAMModel`.
 
         Raises:
@@ -139,63 +121,49 @@ class LPCAMModel(nn.Module):
         """
         head = LPCAMHead.from_lpcam(lpcam, normalize=normalize)
         source = lpcam.source_
-        options: dict[str, Any] = (
-            {
+        backbone: nn.Module
+        if isinstance(source, WrappedModel):
+            backbone = _WrappedFeatures(source)
+            options: dict[str, Any] = {
                 "channels": source.channels_in,
                 "multiple": source.multiple,
                 "fixed_size": source.fixed_size,
-                "preprocessing": preprocessing,
             }
-            if isinstance(source, WrappedModel)
-            else {
-                "spec": source.spec,
-                "preprocessing": preprocessing or source.preprocessing,
-            }
-        )
-        return cls(
-            _WrappedFeatures(source)
-            if isinstance(source, WrappedModel)
-            else _Features(copy.deepcopy(source)),
-            head,
-            classes=source.classes,
-            enlarge=enlarge,
-            **options,
-            made_by={
-                "fingerprint": lpcam.prototypes_.fingerprint,
-                "method": "LPCAM" if lpcam.with_context else "LPCAM-F",
-                "settings": lpcam.prototypes_.made_by.get("settings"),
-                "versions": versions(),
-            },
-        )
+        else:
+            backbone = _Features(copy.deepcopy(source))
+            options = {"spec": source.spec}
+            preprocessing = preprocessing or source.preprocessing
+        made_by = {
+            "fingerprint": lpcam.prototypes_.fingerprint,
+            "method": "LPCAM" if lpcam.with_context else "LPCAM-F",
+            "settings": lpcam.prototypes_.made_by.get("settings"),
+            "versions": versions(),
+        }
+        options |= {"preprocessing": preprocessing, "enlarge": enlarge, "made_by": made_by}
+        return cls(backbone, head, classes=source.classes, **options)
 
     @classmethod
     def of_explainer(cls, explainer: Explainer, classifier: Classifier) -> Self:
         """A classifier with the prototypes of its explainer."""
+        settings = explainer.settings.model_dump(mode="json")
         return cls(
             _Features(classifier),
             LPCAMHead(classifier.weight, explainer.vectors, _bias(classifier)),
             classes=classifier.classes,
             preprocessing=classifier.preprocessing,
             spec=classifier.spec,
-            made_by={
-                **explainer.made_by,
-                "settings": explainer.settings.model_dump(mode="json"),
-            },
+            made_by={**explainer.made_by, "settings": settings},
         )
 
     @classmethod
     def from_run(cls, folder: Path | str) -> NoReturn:
         """Raises an error that names :meth:`lpcam.pipeline.run_folder.RunFolder.model`."""
-        raise LpcamError(
-            "LPCAMModel.from_run(folder) is RunFolder(folder).model() now; import RunFolder from "
-            "lpcam"
-        )
+        raise LpcamError("LPCAMModel.from_run(folder) is now lpcam.RunFolder(folder).model()")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, c, H, W) to logits (B, N) and maps (B, N, H, W)."""
         size = (images.shape[-2], images.shape[-1]) if self.enlarge else None
-        features = self.backbone(images)
-        pooled = None
+        features, pooled = self.backbone(images), None
         if isinstance(features, tuple):
             features, pooled = features
         found: tuple[Tensor, Tensor] = self.head(features, size, pooled)
@@ -214,7 +182,7 @@ class LPCAMModel(nn.Module):
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
         The folder can be uploaded to a model hub unchanged. Existing files of these names are
-        replaced atomically.
+        replaced.
 
         Args:
             licence: of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
@@ -225,8 +193,7 @@ class LPCAMModel(nn.Module):
             ArtefactError: if a file cannot be written, or the provenance is no JSON.
         """
         folder = Path(folder)
-        backbone = self.backbone
-        wrapped = backbone.wrapped if isinstance(backbone, _WrappedFeatures) else None
+        wrapped = self.backbone.wrapped if isinstance(self.backbone, _WrappedFeatures) else None
         config = {
             "format": _FORMAT,
             "kind": _KIND,
@@ -251,8 +218,7 @@ class LPCAMModel(nn.Module):
         card = _card(self, name or folder.resolve().name, licence, training_data)
         write_tensors(folder / WEIGHTS, self.state_dict(), {"kind": _KIND})
         write_bytes(folder / CARD, card.encode())
-        # last: only a complete folder has it
-        write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, config)  # last: only a complete folder has it
 
     @classmethod
     def from_pretrained(
@@ -269,9 +235,9 @@ class LPCAMModel(nn.Module):
                 is downloaded.
             backbone: the architecture, with any weights, if the folder does not describe it: the
                 model that LPCAM was given, or :func:`lpcam.classifiers.wrapped.wrap` of it if
-                layers were named;
-                for a model put together by hand, the module that gives the features. A copy takes
-                the weights and dtype of the folder; the result is on the device of ``backbone``.
+                layers were named; for a model put together by hand, the module that gives the
+                features. A copy takes the weights and dtype of the folder; the result is on the
+                device of ``backbone``.
             revision: branch, tag or commit of a model on the hub.
 
         Raises:
@@ -316,24 +282,22 @@ class LPCAMModel(nn.Module):
         given: nn.Module | WrappedModel | None,
         state: Mapping[str, Tensor],
     ) -> Self:
-        values = config["preprocessing"]
-        preprocessing = (
-            Preprocessing(tuple(values["mean"]), tuple(values["std"])) if values else None
-        )
+        normal: dict[str, Any] = {
+            key: tuple(value) for key, value in (config["preprocessing"] or {}).items()
+        }
         spec = BackboneSpec(**config["backbone"]) if config["backbone"] else None
-        backbone: nn.Module
         device = torch.device("cpu")
+        backbone: nn.Module
         if given is not None:
             device = given.device if isinstance(given, WrappedModel) else device_of(given)
             backbone = _given_backbone(given, config, state)
-        elif spec is None or preprocessing is None:
+        elif spec is None or not normal:
             raise ClassifierError(
                 "the folder does not describe this model's backbone; build it and give it: "
                 "from_pretrained(folder, backbone=module)"
             )
         else:
-            mean, std = preprocessing.mean, preprocessing.std
-            backbone = _Features(build(spec, config["classes"], weights=RANDOM, mean=mean, std=std))
+            backbone = _Features(build(spec, config["classes"], weights=RANDOM, **normal))
         weight = state["head.weight"]
         head = LPCAMHead(
             weight,
@@ -344,7 +308,7 @@ class LPCAMModel(nn.Module):
         model = cls(
             backbone,
             head,
-            preprocessing=preprocessing,
+            preprocessing=Preprocessing(**normal) if normal else None,
             fixed_size=tuple(config["fixed_size"]) if config["fixed_size"] else None,
             spec=spec,
             **{k: config[k] for k in ("classes", "enlarge", "channels", "multiple", "made_by")},
@@ -360,7 +324,6 @@ class LPCAMModel(nn.Module):
 
 
 def _digest(module: nn.Module) -> str:
-    """32 hex digits that change with any tensor of a module."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -376,11 +339,9 @@ def _pretrained_files(folder: str, revision: str | None) -> dict[str, Path]:
             f"there is no folder {folder!r}; expected a folder or the id of a model on a hub, "
             "'owner/name'"
         )
+    names = (CONFIG, WEIGHTS)
     try:
-        return {
-            name: Path(hf_hub_download(folder, name, revision=revision))
-            for name in (CONFIG, WEIGHTS)
-        }
+        return {name: Path(hf_hub_download(folder, name, revision=revision)) for name in names}
     except Exception as error:  # the client and the network raise errors of many kinds
         raise ArtefactError(
             f"there is no folder {folder!r}, and the Hugging Face hub does not give a model of "
@@ -389,7 +350,7 @@ def _pretrained_files(folder: str, revision: str | None) -> dict[str, Path]:
 
 
 def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
-    """The model card, Markdown."""
+    """The model card, in Markdown."""
     header: dict[str, Any] = {
         "library_name": "lpcam",
         "pipeline_tag": "image-classification",
@@ -532,57 +493,3 @@ def _given_backbone(
         # a new head reads the mean of the map, whatever the model's own head reads
         given = given.with_head(state["head.weight"], state.get("head.bias"))
     return _WrappedFeatures(given)
-
-
-class _LPCAMFile(ExportModule):
-    """An LPCAM model with the inputs and outputs of its exported file."""
-
-    output = "maps"
-    limit = MAP_ERROR
-
-    def __init__(self, model: LPCAMModel) -> None:
-        super().__init__(model.preprocessing, model.channels, model.multiple)
-        self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> Outputs:
-        found: Outputs = self.model(self.normalised(images))
-        return found
-
-    def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
-        """Largest difference of maps.
-
-        Rounding of a map that is hardly above zero before its normalisation counts less: the
-        difference is divided by 1 + 0.1 / that map's maximum.
-        """
-        difference = (found - expected).abs()
-        if self.model.head.normalize is not None:
-            images = self.normalised(images)
-            size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
-            with torch.no_grad():
-                features = self.model.backbone(images)
-                features = features[0] if isinstance(features, tuple) else features
-                top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
-            difference = difference * (top / (top + COSINE_ERROR / MAP_ERROR))
-        return float(difference.max())
-
-    def meaning(self) -> str:
-        taken = (
-            "image: uint8 RGB (batch, height, width, 3)"
-            if self.pixels is not None
-            else f"images: float32, normalised (batch, {self.channels}, height, width)"
-        )
-        grid = "height, width" if self.model.enlarge else "feature grid"
-        return (
-            f"{taken}. logits: float32 (batch, classes). maps: float32 (batch, classes, {grid}), "
-            f"{'from 0 to 1' if self.model.head.normalize else 'at least 0'}"
-        )
-
-    def metadata(self) -> dict[str, Any]:
-        preprocessing = self.model.preprocessing
-        return {
-            "classes": list(self.model.classes),
-            "preprocessing": asdict(preprocessing) if preprocessing else None,
-            "normalize": self.model.head.normalize,
-            "versions": versions(),
-            "made_by": self.model.made_by,
-        }

@@ -30,27 +30,15 @@ from lpcam.runtime.versions import __version__
 
 OPSET = 18
 """First version of ONNX's operators whose Resize has every mode used here."""
-
-
 SMALLEST_SIDE = 32
 """Shortest side, in pixels, of an image that exported networks take."""
-
-
 TRACED_SIZE = (97, 131)
 """Default height and width of the traced image; odd numbers, as photographs may have."""
-
-
 OTHER_SIZE = (128, 83)
 """Height and width of a second image on which a file of dynamic size is compared."""
-
-
 LOGIT_ERROR = 1e-4
 """Largest accepted difference of logits, relative to the largest logit."""
-
-
 _LARGEST_FILE = 2**31 - 1  # limit of protocol buffers
-
-
 Outputs = tuple[Tensor, Tensor]
 
 
@@ -59,7 +47,6 @@ class ExportParity:
     """How far an exported file differs from its model.
 
     Attributes:
-        path: the file.
         dynamic: whether it takes images of any size.
         checked: False if onnxruntime is not installed; ``sizes`` and ``errors`` are then empty.
         sizes: (height, width) of the images that were compared.
@@ -93,7 +80,7 @@ class ExportModule(nn.Module):
         self, preprocessing: Preprocessing | None, channels: int = 3, multiple: int = 1
     ) -> None:
         super().__init__()
-        self.pixels = FromPixels(preprocessing) if preprocessing else None
+        self.pixels = _FromPixels(preprocessing) if preprocessing else None
         self.channels = channels
         self.multiple = multiple
         self.input = "image" if preprocessing else "images"
@@ -117,7 +104,7 @@ class ExportModule(nn.Module):
 
     def example(self, count: int, size: tuple[int, int]) -> Tensor:
         """An input of ``count`` images of a size, for tracing and comparing."""
-        images = torch.from_numpy(photograph(count, size, self.channels))
+        images = torch.from_numpy(_photograph(count, size, self.channels))
         if self.pixels is not None:
             return images
         return (images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
@@ -134,9 +121,7 @@ class ExportModule(nn.Module):
         return text, {**self.metadata(), "sides": taken}
 
 
-class FromPixels(nn.Module):
-    """The normalisation of a :class:`~lpcam.classifiers.classifier.Preprocessing` as a module."""
-
+class _FromPixels(nn.Module):
     mean: Tensor
     std: Tensor
 
@@ -151,11 +136,7 @@ class FromPixels(nn.Module):
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise an error if the traced image is too small.
-
-    Raises:
-        ArtefactError: if a side is below 32 pixels.
-    """
+    """Raise ArtefactError if a side of the traced image is below 32 pixels."""
     if min(size) < SMALLEST_SIDE:
         raise ArtefactError(
             f"size {size[0]} x {size[1]} is too small; give sides of at least {SMALLEST_SIDE}"
@@ -178,8 +159,6 @@ def sides(size: tuple[int, int], *, dynamic: bool, multiple: int = 1) -> str:
     """The image sizes a file takes, in words.
 
     Example:
-        >>> sides((97, 131), dynamic=True)
-        'any, from 32 pixels'
         >>> sides((64, 64), dynamic=True, multiple=14)
         'multiples of 14, from 42 pixels'
     """
@@ -221,17 +200,8 @@ def write_onnx(
 ) -> ExportParity:
     """Write a module as ONNX if the file agrees with it in onnxruntime.
 
-    Args:
-        module: on the CPU, in evaluation mode.
-        path: the file; replaced only if the comparison succeeds.
-        opset: version of ONNX's operators, at least 18.
-        dynamic: whether the file takes images of any size, or of ``size`` only.
-        size: height and width of the traced image, in pixels.
-        made_by: provenance, added to that of the metadata.
-
-    Raises:
-        ArtefactError: if onnx or onnxscript is not installed, the module cannot be exported, the
-            file differs from it or is larger than 2 GiB, or cannot be written.
+    The module is on the CPU and in evaluation mode. Arguments and errors are those of
+    :func:`lpcam.formats.models.exporters.export_onnx`.
     """
     check_size(size)
     _check_opset(opset)
@@ -279,7 +249,6 @@ def compare_and_write(
     Args:
         data: content of the file.
         open_file: gives the function that runs the file, or None if there is no runtime.
-        size: height and width of the traced image.
 
     Raises:
         ArtefactError: if the file cannot be run, differs or cannot be written.
@@ -353,19 +322,7 @@ def _exported(module: ExportModule, opset: int, dynamic: bool, size: tuple[int, 
 def json_texts(
     values: Mapping[str, Any], made_by: Mapping[str, Any] | None, kind: str
 ) -> dict[str, str]:
-    """Metadata of a file, each value as JSON.
-
-    Args:
-        made_by: further provenance, merged into ``values["made_by"]``.
-        kind: of the file, for the message.
-
-    Raises:
-        ArtefactError: if a value cannot be written as JSON; the message names its key.
-
-    Example:
-        >>> json_texts({"classes": ["cow"], "made_by": {}}, {"run": 1}, "ONNX")
-        {'classes': '["cow"]', 'made_by': '{"run": 1}'}
-    """
+    """Metadata of a file, each value as JSON; ``made_by`` is merged into that of the values."""
     texts = {}
     for key, value in {**values, "made_by": {**values["made_by"], **(made_by or {})}}.items():
         try:
@@ -377,18 +334,15 @@ def json_texts(
 
 def _describe(model: Any, text: str, texts: Mapping[str, str]) -> None:
     """Add metadata; remove the exporter's notes, which hold source code and local paths."""
-    for graph in (model.graph, *model.functions):
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for part in (*graph.node, *graph.value_info):
-            part.doc_string = ""
-            del part.metadata_props[:]
-    for part in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+    whole = model.graph
+    parts = [model, *whole.input, *whole.output, *whole.initializer]
+    for graph in (whole, *model.functions):
+        parts += [graph, *graph.node, *graph.value_info]
+    for part in parts:
         part.doc_string = ""
         del part.metadata_props[:]
     model.doc_string = text
     model.producer_name, model.producer_version = "lpcam", __version__
-    del model.metadata_props[:]
     model.metadata_props.add(key="version", value=__version__)
     for key, value in texts.items():
         model.metadata_props.add(key=key, value=value)
@@ -406,13 +360,8 @@ def _session(data: bytes) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def photograph(count: int, size: tuple[int, int], channels: int = 3) -> NDArray[np.uint8]:
-    """(B, H, W, C) uint8 images of soft colour blobs with some noise, similar to photographs.
-
-    Example:
-        >>> photograph(2, (32, 45)).shape
-        (2, 32, 45, 3)
-    """
+def _photograph(count: int, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+    """Images (B, H, W, C) of soft colour blobs with some noise, similar to photographs."""
     generator = np.random.default_rng(0)
     coarse = torch.from_numpy(generator.random((count, channels, 6, 6), dtype=np.float32))
     blobs = F.interpolate(coarse, size=size, mode="bicubic").permute(0, 2, 3, 1).numpy()
@@ -433,15 +382,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-MAP_ERROR = 1e-4
-"""Largest accepted difference of an exported file's maps, whose values are at most 1."""
-
-
-COSINE_ERROR = 1e-5
-"""Accepted rounding error of a cosine; a map divided by a tiny maximum magnifies it."""
-
-
-METADATA = "lpcam.json"
-"""Name of the metadata inside a torch.export file."""
