@@ -167,15 +167,6 @@ def test_the_classifier_is_left_as_it_was(run: Path, image: np.ndarray) -> None:
     maps.lpcam[:] = 0  # an ordinary array of the caller's own
 
 
-def test_more_classes_than_a_mask_can_hold(run: Path, image: np.ndarray) -> None:
-    classifier, prototypes = loaded(run)
-    explainer = Explainer(classifier, prototypes)
-    explainer.classes = tuple(f"class {n}" for n in range(300))
-    assert explainer._values([7, 299]) == (1, 2)
-    with pytest.raises(DataError, match="255 classes"):
-        explainer._values(range(255))
-
-
 # -- Refusals -----------------------------------------------------------------------------------
 
 

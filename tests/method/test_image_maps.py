@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_overlay_takes_the_highest_class_by_default(maps: ImageMaps) -> None:
         maps.overlay(name="cat")
     with pytest.raises(DataError, match="GradCAM"):
         maps.overlay(method="GradCAM")  # type: ignore[arg-type]
+
+
+def test_more_classes_than_a_mask_can_hold() -> None:
+    def ids(chosen: Sequence[int], mask_ids: Sequence[int] | None = None) -> tuple[int, ...]:
+        names, scores = [f"class {n}" for n in range(300)], np.zeros(300)
+        image, maps = np.zeros((2, 2, 3), np.uint8), np.zeros((len(chosen), 2, 2), np.float32)
+        values = {"cam": maps, "lpcam": maps, "threshold": 0.5, "cam_threshold": 0.5}
+        return ImageMaps.of_classes(image, names, scores, chosen, mask_ids, **values).mask_ids
+
+    assert ids([7, 299]) == (1, 2)
+    assert ids([7, 299], range(300, 0, -1)) == (293, 1)
+    with pytest.raises(DataError, match="255 classes"):
+        ids(range(255))
 
 
 def test_found_has_areas_and_boxes(maps: ImageMaps) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
 from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
-from lpcam.method.image_maps import METHOD_NAMES, ImageMaps
+from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
@@ -33,12 +32,9 @@ from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
-logger = logging.getLogger(__name__)
 Scoring = Literal["sigmoid", "softmax"]
 MINIMUM_SCORE = 0.5
 """A class is predicted if its score is above this value."""
-MOST_MASK_VALUES = 254
-"""Values a mask has between background (0) and ignored (255)."""
 CLASSES_TOGETHER = 4
 """Classes whose maps are computed in one step; more are faster and need more memory."""
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
@@ -49,11 +45,8 @@ class Explainer:
 
     Args:
         model: a fitted :class:`~lpcam.method.extractors.LPCAM`, or the model that ``prototypes``
-        belong to: a
-            :class:`~lpcam.classifiers.classifier.Classifier` (copied: later changes have no
-            effect), a
-            :class:`~lpcam.classifiers.wrapped.WrappedModel`, or any image classifier that LPCAM
-            accepts.
+            belong to: anything that LPCAM accepts. A
+            :class:`~lpcam.classifiers.classifier.Classifier` is copied.
         prototypes: made from the features of ``model``; None: those of the fitted LPCAM.
         settings: scales, flip and thresholds, or the name of a preset; None: those of the LPCAM,
             else those stored with the prototypes, else the default preset.
@@ -159,8 +152,7 @@ class Explainer:
 
         Args:
             model: a file of :meth:`~lpcam.classifiers.classifier.Classifier.save`, or the name of
-            a timm model,
-                which keeps the head that it was trained with.
+                a timm model, which keeps the head that it was trained with.
             weights: of a timm model: ``"pretrained"`` or a safetensors file.
             preset: name of the settings; None: those stored with the prototypes, else the default.
             scoring: None: softmax for a timm model, sigmoid for a file.
@@ -209,19 +201,16 @@ class Explainer:
             PrototypeError: if the features hold NaN or Inf.
         """
         wanted = None if labels is None else self.indices(labels)
+        how = f"predicted, score above {minimum_score:g}" + " or the highest" * at_least_one
 
         def choose(scores: NDArray[np.float64]) -> list[int]:
             if wanted is not None:
                 return wanted
-            order = _falling(scores)
+            order = descending(scores)
             return [n for n in order if scores[n] > minimum_score] or order[: int(at_least_one)]
 
         maps = self._map(image, choose, threshold, name)
-        maps.made_by["labels"] = "given"
-        if wanted is None:
-            maps.made_by["labels"] = f"predicted, score above {minimum_score:g}" + (
-                " or the highest" if at_least_one else ""
-            )
+        maps.made_by["labels"] = how if wanted is None else "given"
         if not maps.classes:
             best, score = maps.ranking[0]
             note = (
@@ -233,7 +222,7 @@ class Explainer:
 
     def highest(self, image: ImageSource, count: int, *, name: str | None = None) -> ImageMaps:
         """Map the ``count`` classes of the highest scores. Raises as :meth:`__call__` does."""
-        return self._map(image, lambda scores: _falling(scores)[:count], None, name)
+        return self._map(image, lambda scores: descending(scores)[:count], None, name)
 
     def indices(self, labels: Sequence[str]) -> list[int]:
         """Indices of class names in the order given, without repetition.
@@ -244,11 +233,10 @@ class Explainer:
         for label in labels:
             if label not in self.classes:
                 near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.5)
-                near = near or list(self.classes[:8])
-                more = ", ..." if len(self.classes) > len(near) else ""
+                near = near or [*self.classes[:8], "..."]
                 raise DataError(
-                    f"unknown class {label!r}; the classifier's {len(self.classes)} classes are "
-                    f"{', '.join(near)}{more}"
+                    f"unknown class {label!r}; some of the classifier's {len(self.classes)} "
+                    f"classes are {', '.join(near)}"
                 )
         return [self.classes.index(label) for label in dict.fromkeys(labels)]
 
@@ -277,19 +265,19 @@ class Explainer:
             part = chosen[start : start + CLASSES_TOGETHER]
             to = slice(start, start + len(part))
             cams = cam_maps(features, weight[part], size, epsilon=settings.cam_epsilon)
-            cam[to] = _array(cams.high_res)
-            lpcam[to] = _array(lpcam_maps(features, self.vectors[part], size).high_res)
+            cam[to] = cams.high_res.float().cpu()
+            lpcam[to] = lpcam_maps(features, self.vectors[part], size).high_res.float().cpu()
         empty = [self.classes[n] for n in chosen if not bool(self.vectors[n].any())]
-        return ImageMaps(
-            image=image,
-            classes=tuple(self.classes[n] for n in chosen),
-            mask_ids=self._values(chosen),
-            scores=tuple(float(scores[n]) for n in chosen),
+        return ImageMaps.of_classes(
+            image,
+            self.classes,
+            scores,
+            chosen,
+            self.mask_ids,
             cam=cam,
             lpcam=lpcam,
             threshold=settings.threshold if threshold is None else threshold,
             cam_threshold=settings.cam_threshold,
-            ranking=tuple((self.classes[n], float(scores[n])) for n in _falling(scores)),
             notes=tuple(f"{c} has no prototypes, so its LPCAM is empty" for c in empty),
             name=own_name if name is None else name,
             made_by={**self.made_by, **made_from},
@@ -333,28 +321,6 @@ class Explainer:
         logits = logits.double().cpu()
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(0)
         return cast(NDArray[np.float64], scores.numpy())
-
-    def _values(self, chosen: Sequence[int]) -> tuple[int, ...]:
-        """Mask values; only the chosen are numbered if all classes exceed what a mask can hold."""
-        if self.mask_ids is not None:
-            return tuple(self.mask_ids[n] for n in chosen)
-        if len(self.classes) <= MOST_MASK_VALUES:
-            return tuple(n + 1 for n in chosen)
-        if len(chosen) > MOST_MASK_VALUES:
-            raise DataError(
-                f"{len(chosen)} classes were chosen, but a mask can hold {MOST_MASK_VALUES}; raise "
-                "the minimum score or name fewer labels"
-            )
-        return tuple(range(1, len(chosen) + 1))
-
-
-def _falling(scores: NDArray[np.float64]) -> list[int]:
-    """Indices of the scores from the highest to the lowest."""
-    return cast(list[int], np.argsort(-scores, kind="stable").tolist())
-
-
-def _array(maps: Tensor) -> NDArray[np.float32]:
-    return cast(NDArray[np.float32], maps.float().cpu().numpy())
 
 
 def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,7 @@ from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
 from lpcam.method.image_maps import KIND
 from lpcam.runtime.files import write_bytes
 
-logger = logging.getLogger(__name__)
 INDEX = "explained.json"
-
-
-# -- lpcam explain -----------------------------------------------------------------------------
 
 
 def _describe(found: Mapping[str, Any]) -> str:

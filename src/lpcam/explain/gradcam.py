@@ -31,7 +31,7 @@ from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 BRIGHTNESS = (0.9, 1.0, 1.1)
-"""Factors by which ``aug_smooth`` multiplies the normalised images, as pytorch-grad-cam does."""
+"""Factors by which ``aug_smooth`` multiplies images, as pytorch-grad-cam does."""
 
 
 class LPCAM(extract.LPCAM):
@@ -58,7 +58,7 @@ class LPCAM(extract.LPCAM):
 
     Raises:
         ClassifierError: if the classifier does not read a pooled map linearly.
-        PrototypeError, ArtefactError: if ``prototypes`` are of another model, or damaged.
+        PrototypeError: if ``prototypes`` are of another model.
 
     Example:
         >>> layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -129,7 +129,6 @@ class LPCAM(extract.LPCAM):
         Raises:
             ValueError: if images or targets are not of the form above.
             NotFittedError, PrototypeError: if there are no prototypes of a target's class.
-            ClassifierError: if the model's output holds no logits.
         """
         if not isinstance(input_tensor, Tensor) or input_tensor.ndim != 4 or not len(input_tensor):
             given = tuple(input_tensor.shape) if isinstance(input_tensor, Tensor) else "no tensor"

@@ -536,17 +536,15 @@ class LPCAM(CAM):
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
             DataError: if a class is unknown.
         """
-
-        from lpcam.method.image_maps import ImageMaps  # noqa: PLC0415 - pictures are not needed to map
+        from lpcam.method.image_maps import ImageMaps, descending  # noqa: PLC0415 - draws
 
         vectors, source, settings = self._vectors(), self.source_, self.settings_
         images = image[None].to(source.device)
         with full_precision(source.device):
             logits = source(images) if isinstance(source, Classifier) else source.logits(images)
             logits = logits[0].double().cpu()
-            scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)
-            order = scores.argsort(descending=True, stable=True).tolist()
-            wanted = [source.classes[order[0]]] if classes is None else list(classes)
+            scores = (logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)).numpy()
+            wanted = [source.classes[descending(scores)[0]]] if classes is None else list(classes)
             unknown = sorted(set(wanted) - set(source.classes))
             if unknown:
                 raise DataError(
@@ -558,17 +556,15 @@ class LPCAM(CAM):
             rows = single(source.weight)[chosen]
             cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon).high_res[0]
             lpcam = lpcam_maps(pairs, vectors[chosen], size).high_res[0]
-        few = len(source.classes) <= MOST_MASK_VALUES
-        return ImageMaps(
-            image=picture,
-            classes=tuple(wanted),
-            mask_ids=tuple(n + 1 for n in chosen) if few else tuple(range(1, len(chosen) + 1)),
-            scores=tuple(scores[chosen].tolist()),
+        return ImageMaps.of_classes(
+            picture,
+            source.classes,
+            scores,
+            chosen,
             cam=cam.float().cpu().numpy(),
             lpcam=lpcam.float().cpu().numpy(),
             threshold=settings.threshold,
             cam_threshold=settings.cam_threshold,
-            ranking=tuple((source.classes[n], float(scores[n])) for n in order),
             name=name,
             made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
         )
@@ -608,10 +604,6 @@ class LPCAM(CAM):
 
 
 NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
-
-
-MOST_MASK_VALUES = 254
-"""Values of a mask that can name a class; 0 is background and 255 ignored."""
 
 
 # -- Labels and images of a caller -------------------------------------------------------------

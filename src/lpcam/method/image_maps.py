@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ METHOD_NAMES: tuple[MethodName, MethodName] = ("CAM", "LPCAM")
 KIND = "lpcam explain"
 RANKING_LENGTH = 20
 """Classes whose scores are listed in the findings."""
+MOST_MASK_VALUES = 254
+"""Values of a mask between background (0) and ignored (255)."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,6 +72,46 @@ class ImageMaps:
     """Remarks for the reader, such as classes without prototypes."""
     name: str = "image"
     made_by: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_classes(
+        cls,
+        image: NDArray[np.uint8],
+        names: Sequence[str],
+        scores: NDArray[np.float64],
+        chosen: Sequence[int],
+        mask_ids: Sequence[int] | None = None,
+        **values: Any,
+    ) -> Self:
+        """The maps of some classes of a classifier.
+
+        Args:
+            names, scores: of all classes, (N,).
+            chosen: indices of the classes that are mapped.
+            mask_ids: of all classes; None: 1, 2, ..., in the order chosen if there are too many.
+            values: the other fields.
+
+        Raises:
+            DataError: if more classes are chosen than a mask can hold.
+        """
+        if mask_ids is None:
+            if len(chosen) > MOST_MASK_VALUES:
+                raise DataError(
+                    f"{len(chosen)} classes were chosen, but a mask can hold {MOST_MASK_VALUES}; "
+                    "raise the minimum score or name fewer labels"
+                )
+            few = len(names) <= MOST_MASK_VALUES
+            ids = [n + 1 for n in chosen] if few else list(range(1, len(chosen) + 1))
+        else:
+            ids = [mask_ids[n] for n in chosen]
+        return cls(
+            image=image,
+            classes=tuple(names[n] for n in chosen),
+            mask_ids=tuple(ids),
+            scores=tuple(float(scores[n]) for n in chosen),
+            ranking=tuple((names[n], float(scores[n])) for n in descending(scores)),
+            **values,
+        )
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -318,6 +360,17 @@ class ImageMaps:
                 f"{self.name!r} has no map of {name!r}; it has maps of {', '.join(self.classes)}"
             )
         return self.classes.index(name)
+
+
+def descending(scores: NDArray[np.float64]) -> list[int]:
+    """Indices of scores from the highest to the lowest; of equal ones the first comes first.
+
+    Example:
+        >>> descending(np.array([0.1, 0.9, 0.1]))
+        [1, 0, 2]
+    """
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return order
 
 
 def _box(where: NDArray[np.bool_]) -> list[int] | None:

@@ -93,14 +93,8 @@ def serve(
     with _listen(port) as listener:
         port = listener.getsockname()[1]
         app = application(explainer, name=name, port=port, threads=threads)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-        )
+        quiet: dict[str, Any] = {"access_log": False, "server_header": False}
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", **quiet)
         print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -122,15 +116,9 @@ def _listen(port: int) -> socket.socket:
 def application(
     explainer: Explainer, *, name: str, port: int, threads: int | None = None
 ) -> ASGIApp:
-    """The web application.
+    """The web application; arguments as of :func:`serve`.
 
-    Args:
-        name: of the run or model, for the page's title.
-        port: at which it is reached; requests that name another host or port are refused.
-        threads: number of CPU threads; None: the processors that this process may use.
-
-    Raises:
-        LpcamError: if the extra ``serve`` is not installed.
+    Requests that name another host or port are refused.
     """
     try:
         from starlette.applications import Starlette  # noqa: PLC0415 - an extra
@@ -175,12 +163,11 @@ def application(
         return Response(await queue.work(request, work), media_type="image/png")
 
     async def refuse(_request: Request, error: Exception) -> Response:
+        if not isinstance(error, LpcamError):
+            return JSONResponse({"error": "the server failed; see its terminal"}, 500)
         status = error.status if isinstance(error, RefusedError) else 422
         retry = {"retry-after": "3"} if status == 503 else {}
         return JSONResponse({"error": str(error)}, status, headers=retry)
-
-    async def fail(_request: Request, _error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed; see its terminal"}, 500)
 
     page = page_environment().get_template("serve.html.jinja").render()
     script = page_file("shared.js") + page_file("serve.js")
@@ -193,12 +180,9 @@ def application(
             Route("/maps", maps, methods=["POST"]),
             Route("/mask", mask, methods=["POST"]),
         ],
-        exception_handlers={LpcamError: refuse, Exception: fail},
+        exception_handlers={LpcamError: refuse, Exception: refuse},
     )
     return _OnlyOwnPage(app, port)
-
-
-# -- Which requests are answered -----------------------------------------------------------------
 
 
 class _OnlyOwnPage:
@@ -248,9 +232,6 @@ class _OnlyOwnPage:
         return None
 
 
-# -- Uploads -------------------------------------------------------------------------------------
-
-
 class _Queue:
     """Processes uploads one at a time; rejects them when too many wait."""
 
@@ -263,7 +244,10 @@ class _Queue:
         """The result of ``work`` on the body of a request, computed in a thread."""
         from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - an extra
 
-        _check_type(request.headers)
+        # Forms of other sites cannot send these types without asking first.
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if not kind.startswith("image/") and kind != "application/octet-stream":
+            raise RefusedError(415, f"the upload has the type {kind or 'none'}, not an image")
         if self.waiting >= MOST_WAITING:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
         self.waiting += 1
@@ -281,15 +265,6 @@ class _Queue:
                 return await run_in_threadpool(with_threads)
         finally:
             self.waiting -= 1
-
-
-def _check_type(headers: Mapping[str, str]) -> None:
-    # Forms of other sites cannot send these types without asking first.
-    kind = headers.get("content-type", "").split(";")[0].strip().lower()
-    if not kind.startswith("image/") and kind != "application/octet-stream":
-        raise RefusedError(
-            415, f"the upload has the type {kind or 'none'}, not an image; send a photograph"
-        )
 
 
 async def _body(request: Request) -> bytes:
@@ -348,10 +323,10 @@ def _mask_request(query: Mapping[str, str], explainer: Explainer) -> tuple[list[
         raise RefusedError(422, f"threshold must be from 0 to 1, got {threshold}")
     if len(indices) > MOST_CLASSES or len(set(indices)) < len(indices):
         raise RefusedError(422, f"classes must be at most {MOST_CLASSES} different numbers")
-    if not all(0 <= n < len(explainer.classes) for n in indices):
-        raise RefusedError(422, f"classes must be from 0 to {len(explainer.classes) - 1}")
-    method = query.get("method", "LPCAM")
-    if method not in METHOD_NAMES:
+    count = len(explainer.classes)
+    if not all(0 <= n < count for n in indices):
+        raise RefusedError(422, f"classes must be from 0 to {count - 1}")
+    if (method := query.get("method", "LPCAM")) not in METHOD_NAMES:
         raise RefusedError(422, f"method must be one of {', '.join(METHOD_NAMES)}")
     return [explainer.classes[n] for n in indices], threshold, method
 
