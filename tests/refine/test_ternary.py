@@ -55,8 +55,8 @@ def test_thresholds_come_before_the_crf() -> None:
 @pytest.mark.parametrize(
     ("maps", "message"),
     [
-        (torch.zeros(1, 5, 7), r"maps \(1, 5, 7\) and image \(5, 6, 3\) differ in size"),
-        (torch.full((1, 5, 6), torch.nan), "the maps hold NaN or Inf"),
+        (torch.zeros(1, 5, 7), r"\(1, 5, 7\)"),
+        (torch.full((1, 5, 6), torch.nan), "NaN"),
     ],
 )
 def test_what_does_not_fit_is_refused(maps: torch.Tensor, message: str) -> None:

@@ -27,6 +27,8 @@ from lpcam.training.loop import Place
 DECIDED = 0.5
 """Threshold of maps p / (p + p of the background): above it the class is likelier."""
 History = list[dict[str, Any]]
+Labelled = Sequence[tuple[Item, Path]]
+"""Images and the files of their labels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Source:
     """Name of their folders."""
     folder: Path
     key: str
-    """Of the result that holds them."""
+    """Cache key of the result that holds them."""
     seed_threshold: float
     """Fixed threshold of their seeds."""
 
@@ -65,9 +67,9 @@ class Tools:
     backbone: BackboneSection
     """The classifier's backbone."""
     classifier: Callable[[], Classifier]
-    """Makes the trained classifier; the untrained one where maps are another program's."""
+    """Returns the trained classifier, or its first weights where maps are another program's."""
     untrained: Callable[[], Classifier]
-    """Makes a classifier with random weights, to try what can be built on it."""
+    """Returns a classifier with random weights, to try what can be built on it."""
     seed: int
     items: Sequence[Item]
     """All images that are refined."""
@@ -78,8 +80,22 @@ class Tools:
     """The recipe's data.saliency."""
 
 
-Refine = Callable[[Picture], tuple[Tensor, Tensor]]
-"""Gives the refined maps of a picture at stride 4 (K, h, w) and at full size (K, H, W)."""
+@dataclass(frozen=True)
+class Job:
+    """One kind of maps to refine, with the recipe's section and what the run lends."""
+
+    section: RefineSection
+    source: Source
+    tools: Tools
+
+    @property
+    def settings(self) -> Any:
+        """Settings of the refinement."""
+        return self.section.settings
+
+
+Refine = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
+"""Returns the refined maps (K, H, W) of a picture, or those at stride 4 (K, h, w) and these."""
 
 
 class RefineSection(Section):
@@ -93,8 +109,8 @@ class RefineSection(Section):
 
     @property
     def settings(self) -> Any:
-        """Settings of the chosen refinement."""
-        return getattr(self, self.method)
+        """Settings of the chosen refinement; None if it has none."""
+        return getattr(self, self.method, None)
 
     @property
     def refinement(self) -> Refinement:
@@ -120,32 +136,25 @@ class RefineSection(Section):
 
 
 class Refinement(ABC):
-    """A method that turns maps into pseudo masks.
+    """A method that turns maps into pseudo masks: one object in :data:`REFINEMENTS`.
 
-    A refinement is one object in :data:`REFINEMENTS`. One that learns (``learns``) first writes
-    labels for each image and trains a network on them; see :class:`LearnedRefinement`.
+    One that trains a network first is a :class:`LearnedRefinement`.
     """
 
     title: ClassVar[str]
     """Name in rows and messages."""
-    settings: ClassVar[type[BaseModel]]
-    """Class of its settings."""
+    settings: ClassVar[type[BaseModel] | None] = None
+    """Class of its settings, if it has any."""
     uses_saliency: ClassVar[bool] = False
     """Whether it needs saliency maps (data.saliency)."""
+    every_image: ClassVar[bool] = False
+    """Whether images without a class are refined too, for the sake of further files."""
 
     def check(self, section: RefineSection) -> None:
-        """Refuse a section that does not fit the refinement.
-
-        Raises:
-            ValueError: saying which key is wrong.
-        """
+        """Raise a ValueError if the section does not fit the refinement."""
 
     def validate(self, section: RefineSection, tools: Tools) -> None:
-        """Refuse, before any stage runs, what the refinement could not work with.
-
-        Raises:
-            LpcamError: saying what is missing or does not fit.
-        """
+        """Raise an LpcamError, before any stage runs, if something is missing or does not fit."""
 
     def crf_use(self, section: RefineSection) -> str | Literal[False]:
         """Where a dense CRF takes part in its figures, for their protocol; False: nowhere."""
@@ -155,27 +164,24 @@ class Refinement(ABC):
         """Threshold of the refined maps: foreground is above it."""
         return DECIDED
 
-    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+    def key(self, job: Job) -> Mapping[str, Any]:
         """Everything beside the maps that the refined maps depend on, as JSON."""
-        own = section.settings.model_dump(mode="json", exclude={"preset"})
-        return {"settings": own, "seed_threshold": source.seed_threshold}
+        values = job.section.model_dump(mode="json").get(job.section.method) or {}
+        own = {name: value for name, value in values.items() if name != "preset"}
+        return {"settings": own, "seed_threshold": job.source.seed_threshold}
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
         """The refinement and its settings, for the protocol of figures."""
         return section.model_dump(mode="json", include={"method", section.method})
 
     @abstractmethod
-    def refiner(
-        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
-    ) -> Refine:
-        """A function that refines one picture.
+    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
+        """Return a function that refines one picture.
 
         Args:
-            section: with the settings.
-            source: the maps.
-            tools: what the run lends.
+            job: the maps, the settings and what the run lends.
             network: file of the trained network, for refinements that learn.
-            folder: of the pseudo masks, for further files beside them.
+            folder: folder of the pseudo masks, for further files beside them.
         """
 
 
@@ -190,14 +196,12 @@ class LearnedRefinement(Refinement):
         """The file of an image's labels."""
 
     @abstractmethod
-    def label_key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+    def label_key(self, job: Job) -> Mapping[str, Any]:
         """Everything beside the maps that the labels depend on, as JSON."""
 
     @abstractmethod
-    def labeller(
-        self, section: RefineSection, source: Source, tools: Tools
-    ) -> Callable[[Picture, Path], None]:
-        """A function that writes the labels of one picture to a file."""
+    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
+        """Return a function that writes the labels of one picture to a file."""
 
     @abstractmethod
     def network_key(self, section: RefineSection) -> Mapping[str, Any]:
@@ -205,37 +209,23 @@ class LearnedRefinement(Refinement):
 
     @abstractmethod
     def build(self, section: RefineSection, tools: Tools) -> Any:
-        """The untrained network, on the run's device."""
+        """Return the untrained network, on the run's device."""
 
     @abstractmethod
     def train(
-        self,
-        network: Any,
-        labelled: Sequence[tuple[Item, Path]],
-        section: RefineSection,
-        **options: Any,
+        self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
-        """Train the network in place on images with their label files; returns the history.
+        """Train the network in place on images and their label files, and return the history.
 
-        Args:
-            network: as :meth:`build` made it.
-            labelled: images and the files that :meth:`labeller` wrote.
-            section: with the settings.
-            options: ``seed``, ``folder`` (for checkpoints), ``workers`` and ``processes``.
+        ``options`` are ``seed``, ``folder`` (for checkpoints), ``workers`` and ``processes``.
         """
 
 
 def decided(scores: Tensor) -> Tensor:
-    """Turn scores of background and classes into maps that are cut at `DECIDED`.
+    """Turn scores (K + 1, H, W), background first, into maps (K, H, W) that are cut at `DECIDED`.
 
     A map is p / (p + p of the background). Only the likeliest class of a pixel has one, because
     near 1 rounding alone would decide between the others.
-
-    Args:
-        scores: (K + 1, H, W), non-negative, background first.
-
-    Returns:
-        (K, H, W) in [0, 1].
 
     Example:
         >>> import torch
@@ -249,11 +239,7 @@ def decided(scores: Tensor) -> Tensor:
 
 
 def check_label_crf(section: RefineSection) -> None:
-    """Refuse a CRF that does not take the hard labels of seeds.
-
-    Raises:
-        ValueError: saying which key is wrong.
-    """
+    """Raise a ValueError if the section's CRF does not take the hard labels of seeds."""
     crf = section.label_crf
     if crf.unary != "labels":
         raise ValueError(
@@ -277,10 +263,7 @@ REFINEMENTS: Registry[Refinement] = Registry(
 
 # -- Shared by the methods --------------------------------------------------------------------
 
-
 Module = TypeVar("Module", bound=nn.Module)
-
-
 Sample = TypeVar("Sample")
 
 
@@ -296,9 +279,8 @@ def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
         DataError: if a shape, dtype or device does not fit or a map is not finite.
 
     Example:
-        >>> check_image_and_maps(
-        ...     torch.zeros(4, 5, 3, dtype=torch.uint8), torch.zeros(2, 4, 5), "maps"
-        ... )
+        >>> image = torch.zeros(4, 5, 3, dtype=torch.uint8)
+        >>> check_image_and_maps(image, torch.zeros(2, 4, 5), "maps")
     """
     if image.dtype is not torch.uint8 or image.dim() < 3 or image.shape[-1] != 3:
         raise DataError(
@@ -324,27 +306,6 @@ def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
         raise DataError(f"{name} hold NaN or infinite values; recompute them")
 
 
-def check_label_files(labelled: Sequence[tuple[Item, Path]], name: str) -> None:
-    """Check that every image has its file of labels.
-
-    Args:
-        labelled: images and their files.
-        name: plural noun for the contents of the files, used in the message.
-
-    Raises:
-        DataError: if there is no image or a file is missing.
-
-    Example:
-        >>> check_label_files([(Item("a", Path("a.png"), ()), Path(__file__))], "labels")
-    """
-    missing = [f"{item.id} ({path})" for item, path in labelled if not path.is_file()]
-    if missing or not labelled:
-        raise DataError(
-            f"{len(missing)} of {len(labelled)} images have no {name}: {', '.join(missing[:3])}; "
-            "give images whose files exist"
-        )
-
-
 class Samples(Dataset[Sample]):
     """Training samples made on demand by a function of their place, picklable if it is."""
 
@@ -366,9 +327,7 @@ def compute_dtype(values: Tensor) -> torch.dtype:
 
 
 def shallow_copy(module: Module) -> Module:
-    """Return a copy of a module that shares its submodules and parameters.
-
-    Submodules can be replaced in the copy without changing the original.
+    """Return a copy of a module whose submodules can be replaced, but are shared at first.
 
     Example:
         >>> layer = nn.Sequential(nn.Linear(2, 2))

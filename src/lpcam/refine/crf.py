@@ -15,6 +15,7 @@ or in a batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,12 +27,11 @@ from torch import Tensor
 
 from lpcam.method.seeds import seeds
 from lpcam.refine.base import (
+    Job,
     Picture,
     Refine,
     Refinement,
     RefineSection,
-    Source,
-    Tools,
     check_image_and_maps,
     check_label_crf,
     compute_dtype,
@@ -58,34 +58,31 @@ class CrfSettings(PresetModel):
     gaussian_sxy: Positive
     """Standard deviation of the kernel of positions, in pixels."""
     gaussian_weight: Annotated[float, Field(ge=0.0)]
-    """Potts weight of it; 0 leaves it out."""
+    """Potts weight of that kernel; 0 leaves it out."""
     bilateral_sxy: Positive
     """Standard deviation of the positions in the kernel of positions and colours, in pixels."""
     bilateral_srgb: Positive
-    """Standard deviation of the colours in it, in levels of [0, 255]."""
+    """Standard deviation of the colours in that kernel, in levels of [0, 255]."""
     bilateral_weight: Annotated[float, Field(ge=0.0)]
-    """Potts weight of it; 0 leaves it out."""
+    """Potts weight of that kernel; 0 leaves it out."""
     iterations: Annotated[int, Field(ge=0)]
-    """Of mean field."""
+    """Number of iterations of mean field."""
 
 
 NORM_EPSILON = 1e-20
 """Added to the row sums of a kernel before their square root is taken."""
-
-
 SAFE_EXPONENT = 80.0
 """exp of it is finite in float32, as are sums of many labels' exponentials."""
-
-
 KEPT_SIZES = 4
 """Number of image sizes whose Gaussian kernels are kept."""
+ROUNDING = 1e-3
+"""Excess of maps over 1 that is cut off instead of refused."""
 
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     """Energies of hard labels that are right with a given probability.
 
-    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (count - 1)) for each other one
-    (specification of IRN, section 3).
+    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (count - 1)) for each other one.
 
     Args:
         labels: (..., H, W) integers in [0, count).
@@ -105,8 +102,6 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
         raise DataError(f"hard labels must be integers, got {labels.dtype}; threshold them first")
     _check_count(count)
-    if not 0.0 < gt_prob < 1.0:
-        raise DataError(f"gt_prob must lie between 0 and 1, got {gt_prob}")
     lowest, highest = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
     if lowest < 0 or highest >= count:
         raise DataError(
@@ -176,12 +171,7 @@ class Kernel:
 def gaussian_kernel(
     size: tuple[int, int], sxy: float, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Kernel:
-    """Kernel of the pixels' positions alone.
-
-    Args:
-        size: (H, W).
-        sxy: standard deviation in pixels.
-        device, dtype: of the kernel.
+    """Kernel of the positions alone of an image of ``size`` (H, W), with ``sxy`` in pixels.
 
     Example:
         >>> gaussian_kernel((4, 5), 3.0, device=torch.device("cpu")).norm.shape
@@ -197,9 +187,9 @@ def bilateral_kernel(
 
     Args:
         image: (H, W, 3) uint8.
-        sxy: standard deviation in pixels.
-        srgb: standard deviation in levels of [0, 255].
-        dtype: of the kernel.
+        sxy: standard deviation of the positions, in pixels.
+        srgb: standard deviation of the colours, in levels of [0, 255].
+        dtype: dtype of the kernel.
 
     Example:
         >>> bilateral_kernel(torch.zeros(4, 5, 3, dtype=torch.uint8), 30.0, 10.0).norm.shape
@@ -283,34 +273,11 @@ class DenseCrf:
         )
 
     def refine_labels(self, image: Tensor, labels: Tensor, count: int) -> Tensor:
-        """Marginals from hard labels, by ``gt_prob`` of the settings.
-
-        Args:
-            image: (..., H, W, 3) RGB, uint8, not normalised.
-            labels: (..., H, W) integers in [0, count).
-            count: n, the number of labels, at least 2.
-
-        Returns:
-            (..., n, H, W) float32, summing to one over the labels.
-
-        Raises:
-            DataError: as :func:`unary_from_labels` and :meth:`__call__`.
-        """
+        """Marginals (..., n, H, W) from hard labels, as :func:`unary_from_labels` takes them."""
         return self(image, unary_from_labels(labels, count, self.settings.gt_prob))
 
     def refine_probabilities(self, image: Tensor, probabilities: Tensor) -> Tensor:
-        """Marginals from probabilities or scores, at least ``clip`` of the settings.
-
-        Args:
-            image: (..., H, W, 3) RGB, uint8, not normalised.
-            probabilities: (..., n, H, W) in [0, 1].
-
-        Returns:
-            (..., n, H, W) of the probabilities' dtype.
-
-        Raises:
-            DataError: as :func:`unary_from_probabilities` and :meth:`__call__`.
-        """
+        """Marginals (..., n, H, W) from probabilities or scores of that shape, in [0, 1]."""
         unary = unary_from_probabilities(probabilities, self.settings.clip)
         return self(image, unary).to(probabilities.dtype)
 
@@ -333,21 +300,15 @@ class DenseCrf:
         """
         check_image_and_maps(image, unary, "unary energies")
         _check_count(unary.shape[-3])
-        height, width = unary.shape[-2:]
-        count = unary.shape[-3]
+        count, height, width = unary.shape[-3:]
         dtype = compute_dtype(unary)
         result = torch.empty_like(unary, memory_format=torch.contiguous_format)
         images = image.reshape(-1, height, width, 3)
         repeated = len(images) > 1 and images.stride(0) == 0
         pairwise: JoinedFilter | None = None
-        for number, (energy, into) in enumerate(
-            zip(
-                unary.reshape(-1, count, height, width),
-                result.view(-1, count, height * width),
-                strict=True,
-            )
-        ):
-            rows = energy.reshape(count, -1).t().to(dtype).contiguous()
+        energies = unary.reshape(-1, count, height * width)
+        for number, into in enumerate(result.view(-1, count, height * width)):
+            rows = energies[number].t().to(dtype).contiguous()
             if number == 0 or not repeated:
                 pairwise = self._pairwise(images[number], rows, dtype)
             into.copy_(mean_field(rows, pairwise, self.settings.iterations).t())
@@ -410,7 +371,40 @@ def required_memory(
     return numbers * element_size
 
 
-# -- The refinement ----------------------------------------------------------------------------
+def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
+    """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
+
+    Args:
+        crf: with the parameters of the method.
+        image: (H, W, 3) uint8 RGB.
+        planes: (K, H, W) in [0, 1], each divided by its maximum, on the image's device.
+        alphas: A powers; the larger, the less is background.
+
+    Returns:
+        (A, K + 1, H, W), summing to one, the background first. Without a class it is 1 everywhere.
+
+    Raises:
+        DataError: if image and maps do not fit, or a map is outside [0, 1]; and as `DenseCrf`.
+
+    Example:
+        >>> crf, image = DenseCrf(CrfSettings.from_preset("psa")), torch.zeros(4, 4, 3).byte()
+        >>> crf_scores(crf, image, torch.ones(1, 4, 4), [1.0, 12.0]).shape
+        torch.Size([2, 2, 4, 4])
+    """
+    check_image_and_maps(image, planes, "maps")
+    scores = planes.to(compute_dtype(planes))
+    if not len(scores):
+        return scores.new_ones(len(alphas), 1, *scores.shape[-2:])
+    lowest, highest = (float(value) for value in torch.aminmax(scores))
+    if lowest < 0 or highest > 1 + ROUNDING:
+        raise DataError(
+            f"maps reach from {lowest:.4g} to {highest:.4g}, expected [0, 1]; divide each by its "
+            "maximum"
+        )
+    scores = scores.clamp(max=1)
+    free = 1 - scores.amax(0, keepdim=True)
+    stacks = torch.stack([torch.cat([free**alpha, scores]) for alpha in alphas])
+    return crf.refine_probabilities(image.expand(len(alphas), *image.shape), stacks)
 
 
 class CrfRefinement(Refinement):
@@ -427,19 +421,13 @@ class CrfRefinement(Refinement):
         """Where a dense CRF takes part."""
         return "on the seeds"
 
-    def refiner(
-        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
-    ) -> Refine:
+    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Refines the seeds of the maps."""
-        crf = DenseCrf(section.settings, memory=tools.memory)
+        crf = DenseCrf(job.settings, memory=job.tools.memory)
 
-        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
-            planes = picture.planes
-            if not len(planes):
-                return planes, planes
-            hard = seeds(planes, source.seed_threshold)
-            full = decided(crf.refine_labels(picture.image, hard, len(planes) + 1))
-            return full, full
+        def refine(picture: Picture) -> Tensor:
+            hard = seeds(picture.planes, job.source.seed_threshold)
+            return decided(crf.refine_labels(picture.image, hard, len(picture.planes) + 1))
 
         return refine
 

@@ -26,12 +26,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lpcam.refine.base import (
-    Picture,
+    Job,
     Refine,
     Refinement,
     RefineSection,
     Source,
-    Tools,
     check_image_and_maps,
     compute_dtype,
 )
@@ -45,17 +44,15 @@ class PamrSettings(PresetModel):
     preset: str = "default"
 
     dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    """Of the 3 x 3 neighbourhoods, in pixels."""
+    """Dilations of the 3 x 3 neighbourhoods, in pixels."""
     width: Positive
-    """Of the affinity kernel, in local standard deviations of the image."""
+    """Width of the affinity kernel, in local standard deviations of the image."""
     iterations: Annotated[int, Field(ge=0)]
     """How often every pixel becomes the weighted mean of its neighbours."""
 
 
 EPSILON = 1e-8
-"""Added to width * sigma: where all neighbours are equal, all weights are."""
-
-
+"""Added to width * sigma, so that equal neighbours have equal weights."""
 STRIP_PIXELS = 2**14
 """Pixels whose weights a CPU computes together, so that they stay in a core's cache."""
 
@@ -87,11 +84,7 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 
 
 def affinities(
-    image: Tensor,
-    dilations: tuple[int, ...],
-    width: float,
-    *,
-    dtype: torch.dtype = torch.float32,
+    image: Tensor, dilations: tuple[int, ...], width: float, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Weights of each pixel's neighbours: (..., 8 D, H, W), summing to one.
 
@@ -187,9 +180,7 @@ def propagate(
         rows = shares.t().contiguous().view(-1)
         for _ in range(iterations):
             current = F.embedding_bag(
-                neighbours,
-                current,
-                begins,
+                *(neighbours, current, begins),
                 mode="sum",
                 per_sample_weights=rows,
                 include_last_offset=True,
@@ -201,13 +192,8 @@ def propagate(
 def _offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
     """Rows and columns of each neighbour, counted from the corner of the padding."""
     border = max(dilations)
-    return [
-        (border + dilation * down, border + dilation * right)
-        for dilation in dilations
-        for down in (-1, 0, 1)
-        for right in (-1, 0, 1)
-        if down or right
-    ]
+    around = [step for step in itertools.product((-1, 0, 1), repeat=2) if any(step)]
+    return [(border + d * down, border + d * right) for d in dilations for down, right in around]
 
 
 def _pad(values: Tensor, border: int) -> Tensor:
@@ -227,18 +213,9 @@ class PamrRefinement(Refinement):
         """That of the seeds."""
         return source.seed_threshold
 
-    def refiner(
-        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
-    ) -> Refine:
+    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Averages the maps."""
-
-        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
-            if not len(picture.planes):
-                return picture.planes, picture.planes
-            full = pamr(picture.image, picture.planes, section.settings)
-            return full, full
-
-        return refine
+        return lambda picture: pamr(picture.image, picture.planes, job.settings)
 
 
 REFINEMENT = PamrRefinement()

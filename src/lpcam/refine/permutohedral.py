@@ -21,8 +21,6 @@ from lpcam.runtime.errors import DataError
 
 PACKED_BITS = 63
 """Bits of a non-negative int64, which holds a lattice point's code and a position for sorting."""
-
-
 CODE_BITS = 52
 """Largest number of bits of a lattice point's code, which is computed in float64."""
 
@@ -61,21 +59,14 @@ class Lattice:
         return 1.0 / (1.0 + 2.0 ** (1 - self.vertices.shape[0]))
 
     def filter(self, values: Tensor) -> Tensor:
-        """Approximate sum over j of exp(-|f_i - f_j|^2 / 2) v_j, up to a factor near 1.
-
-        ``values`` is (P, C) of the lattice's dtype, and so is the result.
-        """
+        """Approximate sum over j of exp(-|f_i - f_j|^2 / 2) v_j (P, C), up to a factor near 1."""
         return join([self]).apply(values)
 
     def row_sums(self) -> Tensor:
         """The filter of ones (P,); gathering is faster than ``join`` for a single column."""
         ones = self.weights.new_ones(self.vertices.shape[1], 1)
-        table = _sum_rows(
-            ones,
-            self.members,
-            torch.cat([self.offsets, self.offsets[-1:]]),  # row M stays zero
-            self.member_weights,
-        ).view(-1)
+        offsets = torch.cat([self.offsets, self.offsets[-1:]])  # row M stays zero
+        table = _sum_rows(ones, self.members, offsets, self.member_weights).view(-1)
         for rows in self.blur:
             either = table.index_select(0, rows[:, 1]) + table.index_select(0, rows[:, 2])
             table = table + 0.5 * either
@@ -238,13 +229,9 @@ def _sort(values: Tensor) -> Tensor:
 
 
 def _blur_rows(codes: Tensor, number: Tensor, strides: Sequence[int], turn: int) -> Tensor:
-    """``Lattice.blur`` from the ascending codes r turn + sum of q_i strides_i.
+    """``Lattice.blur`` from the ascending codes (M,) r turn + sum of q_i strides_i.
 
-    Args:
-        codes: (M,).
-        number: (M,) int32: the lattice point of each code.
-        strides: of the digits q_1..q_d.
-        turn: of the remainder r.
+    ``number`` (M,) int32 is the lattice point of each code.
     """
     d, count = len(strides), codes.shape[0]
     result = torch.full((d + 1, count + 1, 3), count, dtype=torch.int32, device=codes.device)

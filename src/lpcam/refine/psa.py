@@ -12,7 +12,6 @@ scores have K + 1 planes, the background first; C channels of the features.
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,27 +33,32 @@ from lpcam.classifiers.classifier import (
     feature_maps,
     folded_backbone,
 )
-from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
 from lpcam.refine.base import (
     History,
+    Job,
+    Labelled,
     LearnedRefinement,
     Picture,
     Refine,
     RefineSection,
-    Samples,
-    Source,
     Tools,
     check_image_and_maps,
-    check_label_files,
     compute_dtype,
     decided,
     shallow_copy,
 )
-from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.levels import feature_levels, pad_sides, rounds_up
+from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
+from lpcam.refine.pair_network import (
+    check_label_size,
+    feature_levels,
+    pad_sides,
+    rounds_up,
+    train_on_pairs,
+)
+from lpcam.refine.psa_labels import STRIDE, label_pairs, pooled, read_scores, write_scores
 from lpcam.refine.walk import (
     Offset,
     Window,
@@ -66,12 +70,11 @@ from lpcam.refine.walk import (
     source_window,
 )
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
-from lpcam.runtime.files import read_bytes, write_bytes
+from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import Fraction, Positive, PresetModel
-from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
-from lpcam.training.optim import freeze, names_below, parameter_groups, sgd
+from lpcam.training.loop import Place
+from lpcam.training.optim import freeze, names_below, parameter_groups
 from lpcam.training.saved_network import SavedNetwork
 
 
@@ -82,28 +85,28 @@ class PsaSettings(PresetModel):
     preset: str = "default"
 
     low_alpha: Positive
-    """Power of the background's score (1 - the highest map) for the sure foreground ..."""
+    """Power of the background's score (1 - the highest map) for the sure foreground."""
     high_alpha: Positive
-    """... and for the sure background."""
+    """The same for the sure background."""
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     learning_rate: Positive
-    """Of the backbone; new layers have ``head_multiplier`` times it."""
+    """Learning rate of the backbone; new layers have ``head_multiplier`` times it."""
     head_multiplier: Positive
     bias_multiplier: Positive
-    """Of biases, on top of it; they have no weight decay."""
+    """Further factor of the learning rate of biases, which have no weight decay."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
     weight_decay: Annotated[float, Field(ge=0.0)]
     power: Annotated[float, Field(ge=0.0)]
-    """Of the poly schedule: lr (1 - t/T)^power."""
+    """Power of the poly schedule: lr (1 - t/T)^power."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
     crop: Annotated[int, Field(ge=16, multiple_of=8)]
     """Side of the square crop, in pixels."""
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
-    """Brightness, contrast, saturation and hue."""
+    """Largest random changes of brightness, contrast, saturation and hue."""
     radius: Annotated[int, Field(ge=2)]
-    """Pairs of the loss and the walk are nearer than it, in cells of 8 pixels."""
+    """Pairs of the loss and the walk are nearer than this, in cells of 8 pixels."""
     beta: Positive
     """Power of the affinities in the walk."""
     exponent: Annotated[int, Field(ge=0, le=16)]
@@ -111,7 +114,7 @@ class PsaSettings(PresetModel):
     tolerance: Annotated[float, Field(ge=0.0)]
     """Error that terms left out of the walk's power may make; 0 leaves out none."""
     threshold: Fraction
-    """The background's constant score, which walks too."""
+    """Constant score of the background, which walks too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,144 +126,14 @@ class PsaSettings(PresetModel):
         return self
 
 
-STRIDE = 8
-"""Pixels per cell of the grid of features, labels and walks."""
-
-
 WIDTHS = (64, 128, 256)
 """Channels to which the last three feature maps of a backbone are reduced."""
-
-
-PADDING = 1e-5
-"""A cell all of whose scores are below this lies beyond the image."""
-
-
-ROUNDING = 1e-3
-"""Excess of maps over 1 that is cut off instead of refused."""
-
-
 CHANNELS_A_TIME = 64
 """Channels whose differences are computed together, to bound the memory."""
-
-
+WALK = frozenset({"beta", "exponent", "tolerance", "threshold"})
+"""Settings of the walk alone."""
 HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
-
-
-def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
-    """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
-
-    Args:
-        crf: with the parameters of the method.
-        image: (H, W, 3) uint8 RGB.
-        planes: (K, H, W) in [0, 1], each divided by its maximum, on the image's device.
-        alphas: A powers; the larger, the less is background.
-
-    Returns:
-        (A, K + 1, H, W), summing to one, the background first. Without a class it is 1 everywhere.
-
-    Raises:
-        DataError: if image and maps do not fit, or a map is outside [0, 1]; and as
-            :class:`lpcam.refine.crf.DenseCrf`.
-
-    Example:
-        >>> from lpcam.refine.crf import CrfSettings
-        >>> crf, image = DenseCrf(CrfSettings.from_preset("psa")), torch.zeros(4, 4, 3).byte()
-        >>> crf_scores(crf, image, torch.ones(1, 4, 4), [1.0, 12.0]).shape
-        torch.Size([2, 2, 4, 4])
-    """
-    check_image_and_maps(image, planes, "maps")
-    scores = planes.to(compute_dtype(planes))
-    if not len(scores):
-        return scores.new_ones(len(alphas), 1, *scores.shape[-2:])
-    lowest, highest = (float(value) for value in torch.aminmax(scores))
-    if lowest < 0 or highest > 1 + ROUNDING:
-        raise DataError(
-            f"maps reach from {lowest:.4g} to {highest:.4g}, expected [0, 1]; divide each by its "
-            "maximum"
-        )
-    scores = scores.clamp(max=1)
-    free = 1 - scores.amax(0, keepdim=True)
-    stacks = torch.stack([torch.cat([free**alpha, scores]) for alpha in alphas])
-    return crf.refine_probabilities(image.expand(len(alphas), *image.shape), stacks)
-
-
-def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
-    """Write an image's scores in steps of 1 / 255, as a compressed npz without pickle.
-
-    Args:
-        path: ends in ``.npz``.
-        low: (K + 1, H, W) in [0, 1], of the lower alpha.
-        high: the same of the higher alpha.
-    """
-    first, second = ((s * 255).round().to(torch.uint8).cpu().numpy() for s in (low, high))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, low=first, high=second)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read a file of :func:`write_scores`: low and high, (K + 1, H, W) uint8 each, 255 for 1.
-
-    Raises:
-        ArtefactError: if the file is missing, damaged, or has other contents.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "scores.npz"
-        ...     write_scores(path, torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
-        ...     read_scores(path)[0].tolist()
-        [[[255, 255], [255, 255]]]
-    """
-    data = read_bytes(path)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            low, high = (archive[name] for name in ("low", "high"))
-        if low.ndim != 3 or not low.size or low.shape != high.shape:
-            raise ValueError(f"its arrays are {low.shape} and {high.shape}")
-        if low.dtype != np.uint8 or high.dtype != np.uint8:
-            raise ValueError(f"its arrays are {low.dtype} and {high.dtype}")
-    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
-        raise ArtefactError(
-            f"{path} does not hold the scores of two CRFs ({str(error) or type(error).__name__}); "
-            "delete it and run the stage psa-labels again"
-        ) from error
-    return low, high
-
-
-def pooled(scores: Tensor) -> Tensor:
-    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image.
-
-    Example:
-        >>> pooled(torch.ones(1, 8, 12)).tolist()
-        [[[1.0, 0.5]]]
-    """
-    return F.avg_pool2d(pad_sides(scores, STRIDE), STRIDE)
-
-
-def label_pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Labels of cells from the scores of two CRFs.
-
-    A cell has the class that is best where the background is favoured (``low``). It is background
-    where that is best although it is not favoured (``high``). Otherwise it is unknown.
-
-    Args:
-        low: (K + 1, h, w) scores of the lower alpha.
-        high: the same of the higher alpha.
-
-    Returns:
-        uint8 (h, w): 0 background, k + 1 the image's k-th class, 255 unknown or beyond the image.
-
-    Example:
-        >>> low, high = torch.tensor([[0.1, 0.9, 0.6]]), torch.tensor([[0.1, 0.9, 0.3]])
-        >>> label_pairs(torch.stack([low, 1 - low]), torch.stack([high, 1 - high])).tolist()
-        [[1, 0, 255]]
-    """
-    foreground, background = low.argmax(0), high.argmax(0) == 0
-    labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)
-    beyond = torch.maximum(low, high).amax(0) < PADDING
-    return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
 
 
 class Psa(SavedNetwork):
@@ -279,7 +152,7 @@ class Psa(SavedNetwork):
 
     kind = "psa"
     title = "PSA"
-    stage = "psa"
+    stage = "refine-network"
     builder = "lpcam.refine.psa.build_psa, from a classifier of lpcam.classifiers.classifier.build,"
 
     def __init__(self, classifier: Classifier, *, seed: int = 0) -> None:
@@ -329,9 +202,7 @@ class Psa(SavedNetwork):
             found = reduction(maps[level.index])
             if level.stride > STRIDE:
                 factor = level.stride // STRIDE
-                found = F.interpolate(
-                    found, scale_factor=factor, mode="bilinear", align_corners=False
-                )
+                found = F.interpolate(found, scale_factor=factor, mode="bilinear")
             parts.append(F.elu(found[..., :rows, :columns]))
         return F.elu(self.last(torch.cat(parts, 1)))
 
@@ -383,8 +254,7 @@ def feature_distances(
     Args:
         features: (B, C, h, w).
         radius: pairs are nearer than this, in cells.
-        sources_only: True takes only the pairs of :func:`lpcam.refine.walk.source_window`, those of
-            the loss.
+        sources_only: take only the pairs of :func:`lpcam.refine.walk.source_window`, as the loss.
 
     Yields:
         the offset (dy, dx) and (B, h - dy, w - abs(dx)) distances, indexed by the upper left corner
@@ -493,6 +363,8 @@ def augment(
     Args:
         image: (H, W, 3) uint8 RGB; black beyond its border.
         low, high: (K + 1, H, W) uint8, of :func:`read_scores`.
+        preprocessing: normalises the image.
+        settings: ``jitter`` and ``crop`` are used.
 
     Returns:
         (3, crop, crop) float32, normalised, and labels (crop / 8, crop / 8) uint8.
@@ -505,35 +377,31 @@ def augment(
 
 
 def _sample(
-    labelled: Sequence[tuple[Item, Path]],
+    labelled: Labelled,
     preprocessing: Preprocessing,
     settings: PsaSettings,
     seed: int,
-    place: engine.Place,
+    place: Place,
 ) -> tuple[Tensor, Tensor]:
     item, path = labelled[place.sample]
     low, high = read_scores(path)
     # The scores of an image that was shrunk to be refined have the smaller size.
     image = limit_long_side(read_image(item.image), max(low.shape[1:]))
-    if image.shape[:2] != low.shape[1:]:
-        raise DataError(
-            f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its scores "
-            f"{path} {low.shape[1]} x {low.shape[2]}; make the scores again"
-        )
+    check_label_size(item, path, image.shape[:2], low.shape[1:])
     generator = np.random.default_rng([seed, place.epoch, place.sample])
     return augment(image, low, high, preprocessing, settings, generator)
 
 
 def train_psa(
     network: Psa,
-    labelled: Sequence[tuple[Item, Path]],
+    labelled: Labelled,
     settings: PsaSettings,
     *,
     seed: int,
     folder: Path,
     workers: int = 0,
     processes: Processes | None = None,
-) -> list[dict[str, Any]]:
+) -> History:
     """Train in place; a stopped training resumes from the checkpoints in ``folder``.
 
     Args:
@@ -546,32 +414,21 @@ def train_psa(
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
 
     Raises:
-        DataError: if there is no image, or a file of scores is missing or has another shape.
+        DataError: if scores and image differ in size.
         ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.training.loop.run`.
-        ArtefactError: if a file of scores or a checkpoint is damaged or of another network.
+        ArtefactError: if a file of scores or a checkpoint is missing or damaged.
     """
     processes = processes or Processes()
-    check_label_files(labelled, "scores")
     freeze(network.backbone, settings.freeze, norms=True)
     model = processes.replicate(network)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = (part.to(network.device) for part in batch)
-        network.train()
-        counts = pair_counts(labels, settings.radius)
-        if processes.count > 1:
-            counts = processes.sum(counts.cpu()).to(network.device)
-        return psa_loss(model(images), labels, settings.radius, counts)
-
-    history = engine.run(
+    history = train_on_pairs(
         network,
-        sgd(parameter_groups(network, HEADS, settings), settings),
-        Samples(partial(_sample, labelled, network.preprocessing, settings, seed)),
+        parameter_groups(network, HEADS, settings),
+        partial(_sample, labelled, network.preprocessing, settings, seed),
+        lambda images, labels, counts: psa_loss(model(images), labels, settings.radius, counts),
         len(labelled),
-        loss,
-        engine.Plan.of_epochs(settings, len(labelled)),
-        label="training PSA",
-        section="refine.psa",
+        settings,
+        title="PSA",
         seed=seed,
         folder=folder,
         workers=workers,
@@ -588,14 +445,13 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     All pairs of the grid walk, also those at its edges. :meth:`Psa.folded` takes less time.
 
     Args:
+        network: the trained network.
         image: (H, W, 3) uint8 RGB.
         planes: (K, H, W) maps in [0, 1].
-        settings: ``radius``, ``beta``, ``exponent``, ``tolerance`` and ``threshold``, the score of
-            the background, are used.
+        settings: those of the walk; ``threshold`` is the score of the background.
 
     Returns:
-        (K + 1, H, W), the background first, on the network's device; the pseudo mask is the highest
-        of them.
+        (K + 1, H, W) on the network's device, the background first. The pseudo mask is the highest.
 
     Raises:
         DataError: if image and maps do not fit, or maps or features are not finite.
@@ -603,8 +459,8 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     Example:
         >>> from lpcam.classifiers.classifier import BackboneSpec, build
         >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
-        >>> image, settings = np.zeros((16, 24, 3), np.uint8), PsaSettings.from_preset("official")
-        >>> walk(network, image, torch.ones(1, 16, 24), settings).shape
+        >>> image = np.zeros((16, 24, 3), np.uint8)
+        >>> walk(network, image, torch.ones(1, 16, 24), PsaSettings.from_preset("official")).shape
         torch.Size([2, 16, 24])
     """
     network.eval()
@@ -625,9 +481,6 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     return full[0, :, :height, :width]
 
 
-# -- The refinement ----------------------------------------------------------------------------
-
-
 class PsaRefinement(LearnedRefinement):
     """Affinities learned from two CRFs of the maps, and a random walk by them."""
 
@@ -640,76 +493,55 @@ class PsaRefinement(LearnedRefinement):
         return "on the labels that PSA learns from"
 
     def validate(self, section: RefineSection, tools: Tools) -> None:
-        """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing.
-
-        Raises:
-            ClassifierError: if the backbone lacks the feature maps that PSA needs.
-        """
+        """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing."""
         network = build_psa(tools.untrained())
         names_below(dict(network.backbone.named_parameters()), section.settings.freeze)
 
-    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+    def key(self, job: Job) -> Mapping[str, Any]:
         """The settings of the walk."""
-        walk = {"radius", "beta", "exponent", "tolerance", "threshold"}
-        found = section.settings.model_dump(mode="json", include=walk)
+        found = job.settings.model_dump(mode="json", include={"radius", *WALK})
         # the threshold of the walk is the background's score, not that of the pseudo masks
         found["background"] = found.pop("threshold")
-        return found
+        return dict(found)
 
     def label_path(self, folder: Path, image_id: str) -> Path:
         """The scores of two CRFs."""
         return map_path(folder, image_id)
 
-    def label_key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+    def label_key(self, job: Job) -> Mapping[str, Any]:
         """The powers of the background, and the CRF."""
         crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
-        return {"alphas": [section.settings.low_alpha, section.settings.high_alpha], "crf": crf}
+        return {"alphas": [job.settings.low_alpha, job.settings.high_alpha], "crf": crf}
 
-    def labeller(
-        self, section: RefineSection, source: Source, tools: Tools
-    ) -> Callable[[Picture, Path], None]:
+    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
         """Writes the scores of two CRFs."""
-        crf = DenseCrf(CrfSettings.from_preset("psa"), memory=tools.memory)
-        alphas = (section.settings.low_alpha, section.settings.high_alpha)
-
-        def label(picture: Picture, path: Path) -> None:
-            low, high = crf_scores(crf, picture.image, picture.planes, alphas)
-            write_scores(path, low, high)
-
-        return label
+        crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
+        alphas = (job.settings.low_alpha, job.settings.high_alpha)
+        return lambda picture, path: write_scores(
+            path, *crf_scores(crf, picture.image, picture.planes, alphas)
+        )
 
     def network_key(self, section: RefineSection) -> Mapping[str, Any]:
         """The settings of the training."""
-        walk = {"preset", "beta", "exponent", "tolerance", "threshold"}
-        found: Mapping[str, Any] = section.settings.model_dump(mode="json", exclude=walk)
-        return found
+        return dict(section.settings.model_dump(mode="json", exclude={"preset", *WALK}))
 
     def build(self, section: RefineSection, tools: Tools) -> Psa:
         """The untrained network on a copy of the classifier's backbone."""
         return build_psa(tools.classifier(), seed=tools.seed)
 
     def train(
-        self,
-        network: Any,
-        labelled: Sequence[tuple[Item, Path]],
-        section: RefineSection,
-        **options: Any,
+        self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
         """Train the affinities."""
         return train_psa(network, labelled, section.settings, **options)
 
-    def refiner(
-        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
-    ) -> Refine:
+    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Walks the maps by the affinities."""
-        loaded = Psa.load(network).to(tools.device).folded()
+        loaded = Psa.load(network).to(job.tools.device).folded()
 
-        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
-            if not len(picture.planes):
-                return picture.planes, picture.planes
+        def refine(picture: Picture) -> Tensor:
             image = picture.image.cpu().numpy()
-            full = decided(walk(loaded, image, picture.planes, section.settings))
-            return full, full
+            return decided(walk(loaded, image, picture.planes, job.settings))
 
         return refine
 

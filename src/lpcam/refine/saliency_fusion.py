@@ -11,16 +11,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lpcam.refine.base import (
+    Job,
     Picture,
     Refine,
     Refinement,
     RefineSection,
-    Source,
     Tools,
     compute_dtype,
 )
-from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.psa import crf_scores
+from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.saliency_maps import (
     find_saliency,
     read_saliency,
@@ -42,9 +41,9 @@ class SaliencySettings(PresetModel):
     theta: Annotated[float, Field(ge=0.0, le=2.55)]
     """A pixel is salient above the grey level 100 theta of 255."""
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """A class below it never wins ..."""
+    """A class with a lower score never wins."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """... and one above it wins even where nothing is salient."""
+    """A class with a higher score wins even where nothing is salient."""
     crf: bool
     """Whether a dense CRF comes first; alpha and beta must fit."""
 
@@ -57,8 +56,6 @@ class SaliencySettings(PresetModel):
 
 NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (step 4)."""
-
-
 BACKGROUND_POWER = 1.0
 """Power of 1 - the highest map, the background's score before a CRF (step 1)."""
 
@@ -73,18 +70,16 @@ def fuse_saliency(
     """Labels of maps, with the background where an image is not salient.
 
     Args:
-        maps: (K, H, W) in [0, 1] of the image's classes, each divided by its maximum, in ascending
-            order of the classes (the first of equal scores wins).
+        maps: (K, H, W) in [0, 1] of the image's classes, each divided by its maximum.
         saliency: (H, W) uint8, grey levels of a saliency map of the image.
         settings: ``crf`` says whether a CRF comes first; ``alpha`` and ``beta`` must fit.
         crf: the image, (H, W, 3) uint8 RGB, and the CRF whose posteriors replace the maps.
 
     Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th map. Without a class all are background.
+        int64 (H, W): 0 for background, k + 1 for the k-th map; the first of equal ones wins.
 
     Raises:
-        DataError: if a CRF is given although the settings want none or is missing, or as
-            :func:`lpcam.refine.psa.crf_scores` and :func:`saliency_labels`.
+        DataError: if the settings and ``crf`` disagree, or as :func:`saliency_labels`.
 
     Example:
         >>> maps, saliency = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[0, 255]]).byte()
@@ -94,8 +89,7 @@ def fuse_saliency(
     if settings.crf != (crf is not None):
         raise DataError(
             f"saliency.crf is {settings.crf}, but {'a' if crf else 'no'} CRF was given; alpha and "
-            "beta fit one case only: give "
-            + ("the image and a CRF" if settings.crf else "none, or use the preset edam.crf")
+            "beta fit one case only"
         )
     _check_maps(maps, saliency)
     scores = maps
@@ -159,7 +153,7 @@ def _check_maps(maps: Tensor, saliency: Tensor) -> None:
 
 
 REVISION = 1
-"""Of the saliency that is computed, for cache keys."""
+"""Revision of the saliency that is computed, for cache keys."""
 
 
 class SaliencyRefinement(Refinement):
@@ -170,14 +164,9 @@ class SaliencyRefinement(Refinement):
     uses_saliency = True
 
     def validate(self, section: RefineSection, tools: Tools) -> None:
-        """Refuse saliency maps that are missing or damaged.
-
-        Raises:
-            DataError: naming the folder and the first image without one.
-        """
+        """Refuse saliency maps that are missing or damaged."""
         if isinstance(tools.saliency, Path):
-            paths = list(_saliency_files(tools, tools.saliency).values())
-            top = saliency_maximum(paths)
+            paths, top = _saliency_files(tools, tools.saliency)
             for _ in tools.sharing.map(lambda path: read_values(path, maximum=top), paths):
                 pass
 
@@ -185,16 +174,14 @@ class SaliencyRefinement(Refinement):
         """Where a dense CRF takes part."""
         return "on the maps" if section.settings.crf else False
 
-    def key(self, section: RefineSection, source: Source, tools: Tools) -> Mapping[str, Any]:
+    def key(self, job: Job) -> Mapping[str, Any]:
         """The settings and the saliency maps."""
-        found: dict[str, Any] = {
-            "settings": section.settings.model_dump(mode="json", exclude={"preset"})
-        }
-        if section.settings.crf:
+        found = {"settings": job.settings.model_dump(mode="json", exclude={"preset"})}
+        if job.settings.crf:
             found["crf"] = CrfSettings.from_preset("edam").model_dump(mode="json")
-        if not isinstance(tools.saliency, Path):
+        if not isinstance(job.tools.saliency, Path):
             return {**found, "saliency": {"computed": REVISION}}
-        paths = _saliency_files(tools, tools.saliency).values()
+        paths = find_saliency(job.tools.saliency, (item.id for item in job.tools.items)).values()
         return {**found, "saliency": digest_json([digest_file(path) for path in paths])}
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
@@ -202,39 +189,32 @@ class SaliencyRefinement(Refinement):
         maps = tools.saliency.name if isinstance(tools.saliency, Path) else tools.saliency
         return {**super().described(section, tools), "saliency_maps": maps}
 
-    def refiner(
-        self, section: RefineSection, source: Source, tools: Tools, network: Path, folder: Path
-    ) -> Refine:
+    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Fuses the maps with saliency maps, read or computed."""
-        settings, maps = section.settings, tools.saliency
-        top = None
-        if isinstance(maps, Path):
-            top = saliency_maximum(_saliency_files(tools, maps).values())
-        crf = None
-        if settings.crf:
-            crf = DenseCrf(CrfSettings.from_preset("edam"), memory=tools.memory)
+        maps = job.tools.saliency
+        top = _saliency_files(job.tools, maps)[1] if isinstance(maps, Path) else None
+        settings = CrfSettings.from_preset("edam")
+        crf = DenseCrf(settings, memory=job.tools.memory) if job.settings.crf else None
 
-        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+        def refine(picture: Picture) -> Tensor:
             image, planes = picture.image, picture.planes
-            if not len(planes):
-                return planes, planes
-            size = (image.shape[0], image.shape[1])
             if isinstance(maps, Path):
-                found = read_saliency(maps, picture.item.id, size, maximum=top)
-                levels = torch.from_numpy(found)
+                size = (image.shape[0], image.shape[1])
+                levels = torch.from_numpy(read_saliency(maps, picture.item.id, size, maximum=top))
             else:
                 levels = saliency(image.cpu())
             both = None if crf is None else (image, crf)
-            fused = fuse_saliency(planes, levels.to(image.device), settings, crf=both)
+            fused = fuse_saliency(planes, levels.to(image.device), job.settings, crf=both)
             numbers = torch.arange(1, len(planes) + 1, device=fused.device)
-            full = (fused == numbers[:, None, None]).to(planes)
-            return full, full
+            return (fused == numbers[:, None, None]).to(planes)
 
         return refine
 
 
-def _saliency_files(tools: Tools, folder: Path) -> dict[str, Path]:
-    return find_saliency(folder, (item.id for item in tools.items))
+def _saliency_files(tools: Tools, folder: Path) -> tuple[list[Path], float | None]:
+    """The saliency maps of all images, and the value that means 1 in them."""
+    paths = list(find_saliency(folder, (item.id for item in tools.items)).values())
+    return paths, saliency_maximum(paths)
 
 
 REFINEMENT = SaliencyRefinement()

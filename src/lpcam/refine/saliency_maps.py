@@ -16,14 +16,11 @@ from lpcam.data.dataset import safe_id
 from lpcam.data.images import MAXIMUM_PIXELS, load_image
 from lpcam.runtime.errors import DataError
 
+Plane = NDArray[np.float64]
 SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 """Extensions of map files."""
-
-
 LOOKED_AT = 300
 """Largest number of files that `saliency_maximum` opens."""
-
-
 _FULL = {("b", 1): 1.0, ("u", 1): 255.0, ("u", 2): 65535.0}
 """Largest value of an array, by its kind and bytes per value; of floats it is 1."""
 
@@ -69,15 +66,9 @@ def saliency_maximum(paths: Iterable[Path]) -> float | None:
     by the other maps of its folder: at most `LOOKED_AT`, spread evenly, are opened until one has
     other values.
 
-    Args:
-        paths: of `find_saliency`.
-
     Returns:
         1 if all maps have only 0 and 1; 255 if they have 8 bits and some have other values;
         otherwise None, the default of each kind of file.
-
-    Raises:
-        DataError: if a map that is opened cannot be read (ImageError) or is transparent.
 
     Example:
         >>> saliency_maximum([]) is None
@@ -106,15 +97,15 @@ def read_saliency(
     averages when it shrinks. An 8-bit map of the image's size keeps its values.
 
     Args:
+        folder: the folder of maps.
+        item_id: id of the image.
         size: (height, width) of the upright image.
         maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit
             images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
             may be a mask of 0 and 1; `saliency_maximum` decides this.
 
     Raises:
-        DataError: if the map is missing or there are two, cannot be read (ImageError), is
-            transparent, has NaN, negative values or values above ``maximum``, or its range is
-            unknown.
+        DataError: if the map is missing, unreadable, transparent or out of range.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -190,24 +181,14 @@ def _array(path: Path) -> tuple[NDArray[np.float32], float]:
 
 LONG_SIDE = 100
 """Pixels of the shrunk image, whose texture no longer counts as a barrier."""
-
-
 ROUNDS = 3
 """Rounds of sweeps down, up, right and left."""
-
-
 GAIN = 10.0
 """Gain of the sigmoid, for distances in [0, 1]."""
-
-
 BINS = 256
 """Bins of the histogram of which Otsu's threshold is computed."""
-
-
 SALIENT = 127
 """Grey level above which a pixel is salient."""
-
-
 TO_XYZ = np.array(
     [
         (0.4124564, 0.3575761, 0.1804375),
@@ -216,22 +197,14 @@ TO_XYZ = np.array(
     ]
 )
 """CIE XYZ of linear sRGB (IEC 61966-2-1)."""
-
-
 WHITE = np.array((0.95047, 1.0, 1.08883))
 """CIE XYZ of the white point D65."""
 
 
 def saliency(image: Tensor) -> Tensor:
-    """Saliency of a photograph in grey levels, above ``SALIENT`` on salient objects.
+    """Saliency (H, W) uint8 of a photograph (H, W, 3) uint8 RGB, above `SALIENT` on objects.
 
     Takes about 30 ms of one core. An image of one colour has no salient pixel.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (H, W) uint8, on the device of the image.
 
     Raises:
         DataError: if the image has another shape or dtype, or no pixels.
@@ -257,15 +230,14 @@ def saliency(image: Tensor) -> Tensor:
     top = distance.max()
     if top <= 0.0:
         return torch.zeros((height, width), dtype=torch.uint8, device=image.device)
-    large = Image.fromarray((distance / top).astype(np.float32)).resize(
-        (width, height), Image.Resampling.BILINEAR
-    )
+    scaled = Image.fromarray((distance / top).astype(np.float32))
+    large = scaled.resize((width, height), Image.Resampling.BILINEAR)
     values = np.array(large, dtype=np.float64)
     raised = 1.0 / (1.0 + np.exp(-GAIN * (values - otsu_threshold(values))))
     return torch.from_numpy(np.rint(255.0 * raised).astype(np.uint8)).to(image.device)
 
 
-def lab(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+def lab(image: NDArray[np.uint8]) -> Plane:
     """CIELAB (..., 3), lightness from 0 to 100, of sRGB (..., 3) under D65.
 
     Example:
@@ -276,15 +248,12 @@ def lab(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     linear = np.where(levels > 0.04045, ((levels + 0.055) / 1.055) ** 2.4, levels / 12.92)
     relative = linear @ TO_XYZ.T / WHITE
     bend = 6.0 / 29.0
-    x, y, z = np.moveaxis(
-        np.where(relative > bend**3, np.cbrt(relative), relative / (3 * bend**2) + 4.0 / 29.0),
-        -1,
-        0,
-    )
+    bent = np.where(relative > bend**3, np.cbrt(relative), relative / (3 * bend**2) + 4.0 / 29.0)
+    x, y, z = np.moveaxis(bent, -1, 0)
     return np.stack([116.0 * y - 16.0, 500.0 * (x - y), 200.0 * (y - z)], axis=-1)
 
 
-def barrier_distance(values: NDArray[np.float64], rounds: int = ROUNDS) -> NDArray[np.float64]:
+def barrier_distance(values: Plane, rounds: int = ROUNDS) -> Plane:
     """Approximate minimum barrier distance (H, W) from the border of values (H, W).
 
     Never below the true distance. Each pixel keeps the highest and lowest value of its best path.
@@ -308,12 +277,7 @@ def barrier_distance(values: NDArray[np.float64], rounds: int = ROUNDS) -> NDArr
     return distance
 
 
-def _sweep(
-    values: NDArray[np.float64],
-    distance: NDArray[np.float64],
-    highest: NDArray[np.float64],
-    lowest: NDArray[np.float64],
-) -> None:
+def _sweep(values: Plane, distance: Plane, highest: Plane, lowest: Plane) -> None:
     """Extend paths down the rows, in place."""
     for row in range(1, len(values)):
         top = np.maximum(highest[row - 1], values[row])
@@ -324,7 +288,7 @@ def _sweep(
         lowest[row, better] = bottom[better]
 
 
-def otsu_threshold(values: NDArray[np.float64]) -> float:
+def otsu_threshold(values: Plane) -> float:
     """Threshold with the largest variance between both parts of values in [0, 1] (Otsu 1979).
 
     Example:

@@ -15,9 +15,8 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORE, ClassTable
 from lpcam.data.masks import enlarge_labels
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.refine.base import Picture
+from lpcam.refine.base import Picture, check_image_and_maps
 from lpcam.refine.crf import DenseCrf
-from lpcam.runtime.errors import DataError
 
 
 def crf_labels(
@@ -36,7 +35,7 @@ def crf_labels(
         class all are background.
 
     Raises:
-        DataError: if sizes differ or maps are not finite, or as :class:`DenseCrf`.
+        DataError: if image and maps do not fit, or as :class:`DenseCrf`.
 
     Example:
         >>> from lpcam.refine.crf import CrfSettings
@@ -46,13 +45,7 @@ def crf_labels(
                 [1, 1]]), tensor([[0, 0],
                 [0, 0]])]
     """
-    if maps.ndim != 3 or maps.shape[-2:] != image.shape[:2]:
-        raise DataError(
-            f"maps {tuple(maps.shape)} and image {tuple(image.shape)} differ in size; resize the "
-            "maps to the image"
-        )
-    if not bool(torch.isfinite(maps).all()):
-        raise DataError("the maps hold NaN or Inf; recompute them")
+    check_image_and_maps(image, maps, "maps")
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
@@ -61,17 +54,10 @@ def crf_labels(
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
-    """Join the labels of a high and a low threshold.
+    """Join the labels (H, W) of a high and of a low threshold, as int64 (H, W).
 
-    A pixel has the class that the high threshold gives it; it is background where both say so, and
+    A pixel has the class that the high threshold gives it. It is background where both say so, and
     ignored (255) where only the low one gives a class.
-
-    Args:
-        foreground: int (H, W), of the high threshold.
-        background: int (H, W), of the low one.
-
-    Returns:
-        int64 (H, W).
 
     Example:
         >>> ternary(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 2]])).tolist()
@@ -84,16 +70,9 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
 def ternary_mask(
     crf: DenseCrf, picture: Picture, thresholds: Sequence[float], classes: ClassTable
 ) -> NDArray[np.uint8]:
-    """The ternary mask of an image, at the size of its maps.
+    """The ternary mask (H, W) of an image, at the size of its maps: 0, mask ids, 255 undecided.
 
-    Args:
-        crf: with the parameters of the method.
-        picture: the image and its maps.
-        thresholds: of the sure foreground and of the sure background.
-        classes: with the values of the classes in masks.
-
-    Returns:
-        uint8 (H, W): 0 for background, mask ids, 255 where undecided.
+    ``thresholds`` are those of the sure foreground and of the sure background.
     """
     labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
     labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])

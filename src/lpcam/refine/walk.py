@@ -27,20 +27,14 @@ from lpcam.runtime.errors import DataError
 
 Offset = tuple[int, int]
 """(dy, dx) in grid cells."""
-
-
+Pairs = Iterable[tuple[Offset, Tensor]]
+"""Values of all pairs at each offset."""
 Window = tuple[slice, slice]
 """Rows and columns of the grid."""
-
-
 STRIDE = 4
 """Pixels per cell of IRN's grid."""
-
-
 EPSILON = 1e-5
 """Added to each logarithm's argument and each mean's denominator of a loss over pairs."""
-
-
 PIECES_TRIED = 30
 """Number of the longest pieces of a path of which all pairs are tried."""
 
@@ -49,18 +43,13 @@ PIECES_TRIED = 30
 def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
 
-    Partners lie right of the cell or below it, nearer than ``radius``, ordered by the length of
-    their paths: 34 at radius 5 and 152 at radius 10 (specification of IRN, section 5).
-
-    Raises:
-        ValueError: if the radius is less than 2, so that there is no pair.
+    Partners lie right of the cell or below it, nearer than ``radius`` (at least 2), ordered by the
+    length of their paths: 34 at radius 5 and 152 at radius 10 (specification of IRN, section 5).
 
     Example:
         >>> pair_offsets(2)
         ((0, 1), (1, 0), (1, -1), (1, 1))
     """
-    if radius < 2:
-        raise ValueError(f"radius must be at least 2 cells, got {radius}")
     right = [(0, dx) for dx in range(1, radius)]
     below = [
         (dy, dx)
@@ -73,9 +62,11 @@ def pair_offsets(radius: int) -> tuple[Offset, ...]:
 
 @cache
 def path(offset: Offset) -> tuple[Offset, ...]:
-    """Cells between a cell (0, 0) and its partner at ``offset``, both included.
+    """Cells nearer than 1 to the line from a cell (0, 0) to its partner, in their bounding box.
 
-    Those of their bounding box whose distance from the line through both is less than 1.
+    Example:
+        >>> path((0, 2))
+        ((0, 0), (0, 1), (0, 2))
     """
     dy, dx = offset
     return tuple(
@@ -87,9 +78,7 @@ def path(offset: Offset) -> tuple[Offset, ...]:
 
 
 def source_window(height: int, width: int, radius: int) -> Window:
-    """Rows and columns of the cells all of whose partners lie on the grid: the pairs of the loss.
-
-    Both are empty where the grid is too small for the radius.
+    """Rows and columns of the cells all of whose partners lie on the grid; may be empty.
 
     Example:
         >>> source_window(10, 20, 3)
@@ -151,16 +140,11 @@ def _cover(
 
 
 def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the largest boundary value along the path of every pair on the grid, by offset.
+    """Yield the largest of the boundaries (..., h, w) along the path of every pair, by offset.
 
-    Args:
-        edge: (..., h, w) boundaries.
-        radius: pairs are nearer than this, in cells.
-
-    Yields:
-        the offset and (..., h - dy, w - abs(dx)) maxima, indexed by the upper left corner of the
-        pair's bounding box. Offsets without a pair on the grid are left out. A first-order gradient
-        flows to one of several equal boundaries.
+    Pairs are nearer than ``radius``, in cells. The maxima (..., h - dy, w - abs(dx)) are indexed by
+    the upper left corner of the pair's bounding box; offsets without a pair on the grid are left
+    out. A first-order gradient flows to one of several equal boundaries.
 
     Example:
         >>> dict(path_maxima(torch.tensor([[0.0, 0.5, 0.25]]), 3))[0, 2]
@@ -237,9 +221,8 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
         radius: pairs are nearer than this, in cells.
 
     Yields:
-        the offset (dy, dx) and (..., rows, columns) affinities of the window's cells with their
-        partners at that offset, in the order of :func:`pair_offsets`; nothing where the window is
-        empty. Differentiable.
+        the offset and (..., rows, columns) affinities of the window's cells with their partners
+        there, in the order of :func:`pair_offsets`; nothing where the window is empty.
 
     Example:
         >>> [offset for offset, _ in affinities(torch.zeros(5, 5), 2)]
@@ -256,12 +239,8 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     """Yield which pairs of :func:`source_window` are background, of one class, or different.
 
-    Args:
-        labels: (B, h, w) uint8; pairs with a label 255 are of no kind.
-        radius: pairs are nearer than this, in cells.
-
-    Yields:
-        the offset and bool (3, B, rows, columns); nothing where the window is empty.
+    For each offset, bool (3, B, rows, columns) from labels (B, h, w) uint8. Pairs with a label 255
+    are of no kind. Nothing is yielded where the window is empty.
 
     Example:
         >>> kinds = dict(pair_kinds(torch.tensor([[[0, 0, 1], [0, 1, 1]]]), 2))
@@ -285,10 +264,6 @@ def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 def pair_counts(labels: Tensor, radius: int) -> Tensor:
     """Number of pairs of each kind of :func:`pair_kinds`: (3,) float32.
 
-    Args:
-        labels: (B, h, w) uint8; pairs with a label 255 do not count.
-        radius: pairs are nearer than this, in cells.
-
     Example:
         >>> pair_counts(torch.tensor([[[0, 0, 0], [0, 0, 1], [0, 0, 1]]]), 2)
         tensor([5., 0., 3.])
@@ -298,11 +273,7 @@ def pair_counts(labels: Tensor, radius: int) -> Tensor:
 
 
 def likelihood_means(
-    pairs: Iterable[tuple[Offset, Tensor]],
-    labels: Tensor,
-    counts: Tensor,
-    zero: Tensor,
-    radius: int,
+    pairs: Pairs, labels: Tensor, counts: Tensor, zero: Tensor, radius: int
 ) -> Tensor:
     """Means (3,) of -log a over background pairs and pairs of a class, of -log(1 - a) over others.
 
@@ -311,7 +282,7 @@ def likelihood_means(
         labels: (B, h, w) uint8.
         counts: (3,) of :func:`pair_counts` of the whole batch, whose part the labels may be.
         zero: scalar 0 with a gradient, the sum where there is no pair.
-        radius: pairs are nearer than this, in cells.
+        radius: of the pairs.
 
     Example:
         >>> labels, zero = torch.zeros(1, 3, 3, dtype=torch.uint8), torch.zeros(())
@@ -327,17 +298,9 @@ def likelihood_means(
 
 
 def random_walk(
-    maps: Tensor,
-    edge: Tensor,
-    *,
-    radius: int,
-    beta: float,
-    exponent: int,
-    tolerance: float = 0.0,
+    maps: Tensor, edge: Tensor, *, radius: int, beta: float, exponent: int, tolerance: float = 0.0
 ) -> Tensor:
     """Random walk of :func:`affinity_walk` with IRN's affinities from boundaries.
-
-    With boundaries of 1 everywhere nothing moves.
 
     Args:
         maps: (..., K, h, w) sources x, finite.
@@ -345,12 +308,8 @@ def random_walk(
         radius: pairs are nearer than this, in cells.
         beta, exponent, tolerance: as for :func:`affinity_walk`.
 
-    Returns:
-        (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
-
     Raises:
         DataError: if shapes do not fit, a boundary is outside [0, 1], or a value is NaN or Inf.
-        ValueError: if beta, exponent, radius or tolerance is out of range.
 
     Example:
         >>> random_walk(torch.ones(1, 1, 3), torch.zeros(1, 3), radius=2, beta=10.0, exponent=8)
@@ -372,12 +331,7 @@ def random_walk(
 
 @torch.no_grad()
 def affinity_walk(
-    maps: Tensor,
-    pairs: Iterable[tuple[Offset, Tensor]],
-    *,
-    beta: float,
-    exponent: int,
-    tolerance: float = 0.0,
+    maps: Tensor, pairs: Pairs, *, beta: float, exponent: int, tolerance: float = 0.0
 ) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
@@ -402,18 +356,12 @@ def affinity_walk(
     Raises:
         DataError: if shapes do not fit, an offset comes twice or points backwards, an affinity is
             outside [0, 1], or a value is NaN or Inf.
-        ValueError: if beta, exponent or tolerance is out of range.
 
     Example:
         >>> pairs = [((0, 1), torch.ones(1, 1))]
         >>> affinity_walk(torch.tensor([[[1.0, 0.0]]]), pairs, beta=1.0, exponent=2)
         tensor([[[0.5000, 0.5000]]])
     """
-    if not beta > 0 or exponent < 0 or not tolerance >= 0:
-        raise ValueError(
-            f"expected beta > 0, exponent >= 0 and tolerance >= 0, got {beta}, {exponent} and "
-            f"{tolerance}"
-        )
     if maps.ndim < 3 or not maps.shape[-1] * maps.shape[-2]:
         raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w)")
     if not bool(torch.isfinite(maps).all()):
@@ -459,7 +407,7 @@ def affinity_walk(
 
 
 def _pair_weights(
-    zeros: Tensor, pairs: Iterable[tuple[Offset, Tensor]], beta: float
+    zeros: Tensor, pairs: Pairs, beta: float
 ) -> tuple[list[int], list[Tensor], Tensor]:
     """Distances of pairs in the flat grid, weights a^beta (..., 1, n), and column sums (..., 1, n).
 
@@ -512,9 +460,7 @@ def _in_unit_range(values: Tensor) -> bool:
     return bool(((values >= 0) & (values <= 1)).all())  # both are false for NaN
 
 
-def _checked(
-    maps: Tensor, pairs: Iterable[tuple[Offset, Tensor]]
-) -> Iterator[tuple[Offset, Tensor]]:
+def _checked(maps: Tensor, pairs: Pairs) -> Iterator[tuple[Offset, Tensor]]:
     """The pairs in the dtype of the computation, each checked against the maps."""
     height, width = maps.shape[-2:]
     seen: set[Offset] = set()

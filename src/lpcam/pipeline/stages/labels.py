@@ -1,9 +1,10 @@
-"""Ternary masks: sure foreground, sure background and undecided pixels, cleaned by a CRF."""
+"""Labels that networks learn from, made of maps: tasks of hosts and refinements."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,52 @@ def image_memory(context: Context) -> int | None:
     return memory_of_an_image(context.device, context.sharing.workers * context.processes.here)
 
 
+def label_task(
+    context: Context,
+    name: str,
+    label: str,
+    maps: Path,
+    key: str,
+    parts: Mapping[str, Any],
+    path: Callable[[Path, str], Path],
+    labeller: Callable[[], Callable[[Picture, Path], None]],
+    items: Sequence[Item],
+) -> Task:
+    """A task that writes a file of labels for every image from its maps.
+
+    Args:
+        name: name of the result.
+        label: shown with the progress.
+        maps: folder of the maps.
+        key: key of the result that holds them.
+        parts: what else the labels depend on, as JSON.
+        path: gives the file of an image's id in a folder.
+        labeller: makes a function that writes the labels of a picture to a file.
+        items: images to label.
+    """
+    parts = {
+        "revision": 1,
+        "maps": key,
+        **parts,
+        "maximum_side": context.recipe.maps.maximum_side,
+        "images": context.digest(items),
+    }
+
+    def work(cache: StageCache) -> None:
+        write = labeller()
+
+        @torch.inference_mode()
+        def make(item: Item) -> None:
+            file = path(cache.folder, item.id)
+            if not file.is_file():
+                write(picture(context, item, maps), file)
+
+        context.each(label, items, make)
+
+    outputs = [path(context.folder / name, item.id) for item in items]
+    return Task([context.result(name, parts, outputs)], work)
+
+
 def ternary_task(
     context: Context,
     name: str,
@@ -49,39 +96,21 @@ def ternary_task(
     settings: CrfSettings,
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes ternary masks of one kind of maps.
+    """A task that writes ternary masks of one kind of maps, as :func:`label_task` does.
 
     Args:
-        context: of the run.
-        name: of the result.
-        label: shown with the progress.
-        maps: folder of the maps.
-        key: of the result that holds the maps.
         thresholds: of the sure foreground and of the sure background.
         settings: of the dense CRF.
-        items: images to label.
     """
+    classes = context.dataset.classes
     parts = {
-        "revision": 1,
-        "maps": key,
         "thresholds": list(thresholds),
         "crf": settings.model_dump(mode="json", exclude={"preset"}),
-        "mask_ids": list(context.dataset.classes.mask_ids),
-        "maximum_side": context.recipe.maps.maximum_side,
-        "images": context.digest(items),
+        "mask_ids": list(classes.mask_ids),
     }
 
-    def work(cache: StageCache) -> None:
+    def labeller() -> Callable[[Picture, Path], None]:
         crf = DenseCrf(settings, memory=image_memory(context))
+        return lambda found, path: write_mask(path, ternary_mask(crf, found, thresholds, classes))
 
-        @torch.inference_mode()
-        def make(item: Item) -> None:
-            path = mask_path(cache.folder, item.id)
-            if not path.is_file():
-                found = picture(context, item, maps)
-                write_mask(path, ternary_mask(crf, found, thresholds, context.dataset.classes))
-
-        context.each(label, items, make)
-
-    paths = [mask_path(context.folder / name, item.id) for item in items]
-    return Task([context.result(name, parts, paths)], work)
+    return label_task(context, name, label, maps, key, parts, mask_path, labeller, items)

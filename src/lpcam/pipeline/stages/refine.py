@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from lpcam.pipeline.cache import StageCache, Task
 from lpcam.pipeline.context import Context, Given
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import build_classifier
-from lpcam.pipeline.stages.labels import image_memory, picture
+from lpcam.pipeline.stages.labels import image_memory, label_task, picture
 from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.pipeline.stages.training import History, training_options, training_task
-from lpcam.refine.base import LearnedRefinement, RefineSection, Source, Tools
+from lpcam.refine.base import Job, Labelled, LearnedRefinement, RefineSection, Source, Tools
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_file, digest_json
 
@@ -79,13 +80,9 @@ def tools(context: Context) -> Tools:
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, what the refinement could not work with.
-
-    Networks are not tried where there are trained ones: their stage knows whether they hold.
-    """
+    """Refuse, before any stage runs, what the refinement could not work with."""
     section = section_of(context)
-    if not any(context.folder.path.glob("refine-network/*/network.safetensors")):
-        section.refinement.validate(section, tools(context))
+    section.refinement.validate(section, tools(context))
 
 
 def import_maps(context: Context, folder: Path) -> None:
@@ -158,47 +155,30 @@ def _problem(maps: MapFile, item: Item, size: tuple[int, int], names: Sequence[s
     return None
 
 
+def jobs(context: Context) -> list[Job]:
+    """Each kind of maps that the recipe wants refined."""
+    lent = tools(context)
+    return [Job(section_of(context), source, lent) for source in sources(context)]
+
+
 def write_labels(context: Context) -> Iterator[Task]:
     """The labels that a refinement with a network learns from."""
-    section = section_of(context)
-    method = section.refinement
+    method = section_of(context).refinement
     if not isinstance(method, LearnedRefinement):
         return
-    items, lent = context.items("maps"), tools(context)
-    for source in sources(context):
-        name = f"refine-labels/{source.name}"
-        parts = {
-            "revision": 1,
-            "maps": source.key,
-            **method.label_key(section, source, lent),
-            "maximum_side": context.recipe.maps.maximum_side,
-            "images": context.digest(items),
-        }
-
-        def work(cache: StageCache, source: Source = source) -> None:
-            _label(context, method, source, cache, items, lent)
-
-        paths = [method.label_path(context.folder / name, item.id) for item in items]
-        yield Task([context.result(name, parts, paths)], work)
-
-
-def _label(
-    context: Context,
-    method: LearnedRefinement,
-    source: Source,
-    cache: StageCache,
-    items: Sequence[Item],
-    lent: Tools,
-) -> None:
-    label = method.labeller(section_of(context), source, lent)
-
-    @torch.inference_mode()
-    def make(item: Item) -> None:
-        path = method.label_path(cache.folder, item.id)
-        if not path.is_file():
-            label(picture(context, item, source.folder), path)
-
-    context.each(f"{method.title} labels of {source.method}", items, make)
+    for job in jobs(context):
+        source = job.source
+        yield label_task(
+            context,
+            f"refine-labels/{source.name}",
+            f"{method.title} labels of {source.method}",
+            source.folder,
+            source.key,
+            {"method": job.section.method, **method.label_key(job)},
+            method.label_path,
+            partial(method.labeller, job),
+            context.items("maps"),
+        )
 
 
 def train_networks(context: Context) -> Iterator[Task]:
@@ -207,12 +187,11 @@ def train_networks(context: Context) -> Iterator[Task]:
     method = section.refinement
     if not isinstance(method, LearnedRefinement):
         return
-    items, lent = context.items("maps"), tools(context)
     start = recipe.classifier.backbone_key()
     if method.starts_from == "classifier" and "classifier" in context.results:
         start = {"classifier": context.results["classifier"].output["digest"]}
-    for source in sources(context):
-        labels = context.results[f"refine-labels/{source.name}"]
+    for job in jobs(context):
+        labels = context.results[f"refine-labels/{job.source.name}"]
         parts = {
             "revision": 2,
             "labels": labels.key,
@@ -220,20 +199,21 @@ def train_networks(context: Context) -> Iterator[Task]:
             "settings": method.network_key(section),
             "seed": recipe.run.seed,
         }
-        labelled = [(item, method.label_path(labels.folder, item.id)) for item in items]
+        labelled = [(i, method.label_path(labels.folder, i.id)) for i in context.items("maps")]
 
-        def train(network: Any, folder: Path, labelled: Any = labelled) -> History:
+        def train(network: Any, folder: Path, labelled: Labelled = labelled) -> History:
             return method.train(network, labelled, section, **training_options(context, folder))
 
-        name = f"refine-network/{source.name}"
-        path = context.folder.network(name)
-        yield training_task(context, name, parts, path, lambda: method.build(section, lent), train)
+        name = f"refine-network/{job.source.name}"
+        path, build = context.folder.network(name), partial(method.build, section, job.tools)
+        yield training_task(context, name, parts, path, build, train)
 
 
 def write_pseudo_masks(context: Context) -> Iterator[Task]:
     """Refined maps and pseudo masks of every image of the list that has maps."""
-    section, items, lent = section_of(context), context.items("maps"), tools(context)
-    for source in sources(context):
+    section, items = section_of(context), context.items("maps")
+    for job in jobs(context):
+        source = job.source
         name, folder = f"pseudo/{source.name}", context.folder.refined_maps(source.name)
         trained = context.results.get(f"refine-network/{source.name}")
         parts = {
@@ -246,24 +226,19 @@ def write_pseudo_masks(context: Context) -> Iterator[Task]:
             "maximum_side": context.recipe.maps.maximum_side,
             "dtype": context.recipe.maps.dtype,
             "images": context.digest(items),
-            **section.refinement.key(section, source, lent),
+            **section.refinement.key(job),
         }
-
-        def work(cache: StageCache, source: Source = source) -> None:
-            _refine(context, source, cache, items, lent)
-
         outputs = [mask_path(context.folder / name, item.id) for item in items]
         outputs += [map_path(folder, item.id) for item in items]
-        yield Task([context.result(name, parts, outputs)], work)
+        yield Task([context.result(name, parts, outputs)], partial(_refine, context, job))
 
 
-def _refine(
-    context: Context, source: Source, cache: StageCache, items: Sequence[Item], lent: Tools
-) -> None:
-    section, maps_folder = section_of(context), context.folder.refined_maps(source.name)
+def _refine(context: Context, job: Job, cache: StageCache) -> None:
+    source, method = job.source, job.section.refinement
+    maps_folder = context.folder.refined_maps(source.name)
     network = context.folder.network(f"refine-network/{source.name}")
-    refine = section.refinement.refiner(section, source, lent, network, cache.folder)
-    threshold = section.refinement.threshold(section, source)
+    refine = method.refiner(job, network, cache.folder)
+    threshold = method.threshold(job.section, source)
 
     @torch.inference_mode()
     def make(item: Item) -> None:
@@ -271,8 +246,9 @@ def _refine(
         if path.is_file() and refined.is_file():
             return
         found = picture(context, item, source.folder)
-        maps = found.maps
-        quarter, full = refine(found)
+        maps, planes = found.maps, found.planes
+        result = refine(found) if len(planes) or method.every_image else planes
+        quarter, full = result if isinstance(result, tuple) else (result, result)
         write_maps(
             refined,
             MapFile(
@@ -284,10 +260,10 @@ def _refine(
             dtype=context.recipe.maps.dtype,
         )
         # From the file's own rounded values, so that masks and scores of the maps agree.
-        planes = torch.from_numpy(read_maps(refined).high_res)
-        write_mask(path, to_mask(seeds(planes, threshold), maps.keys, context.dataset.classes))
+        written = torch.from_numpy(read_maps(refined).high_res)
+        write_mask(path, to_mask(seeds(written, threshold), maps.keys, context.dataset.classes))
 
-    context.each(f"pseudo masks of {source.method}", items, make)
+    context.each(f"pseudo masks of {source.method}", items=context.items("maps"), make=make)
 
 
 def refined(context: Context) -> Mapping[str, tuple[Source, StageCache]]:

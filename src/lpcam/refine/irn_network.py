@@ -1,0 +1,270 @@
+"""IRN's network: a frozen pyramid of features and branches of 1 x 1 convolutions.
+
+Specification of IRN, sections 4 and 5. One branch predicts a boundary map; another, which masks do
+not need, a displacement field that points to the centre of each instance. The branches share no
+trained layer.
+
+Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import (
+    NO_CLASSES,
+    PROBE_SIZE,
+    BackboneSpec,
+    Classifier,
+    build,
+    described,
+    description,
+    feature_maps,
+    folded_backbone,
+)
+from lpcam.data.resize import quarter_size
+from lpcam.refine.base import shallow_copy
+from lpcam.refine.pair_network import Level, feature_levels, pad_sides, rounds_up
+from lpcam.refine.walk import STRIDE
+from lpcam.runtime.errors import ClassifierError
+from lpcam.training.saved_network import SavedNetwork
+
+BOUNDARY = (32, 4)
+"""Channels and groups of each level in the boundary branch."""
+POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
+"""The same in the displacement branch, for a level pooled to stride 4, at stride 4, and beyond."""
+
+
+class Pyramid(nn.Module):
+    """A frozen backbone's feature maps from stride 4 on, for images of any size.
+
+    The last map of stride 2, such as the first stage of a ResNet, is pooled to stride 4.
+
+    Args:
+        classifier: its backbone is used; its head is not.
+
+    Raises:
+        ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.backbone = classifier.backbone
+        self.preprocessing = classifier.preprocessing
+        self.spec = classifier.spec
+        self.requires_grad_(False)
+        self.eval()
+        found = feature_levels(self.backbone, "IRN")
+        strides = [level.stride for level in found]
+        if not {STRIDE, 2 * STRIDE} <= set(strides):
+            raise ClassifierError(
+                f"the backbone {type(self.backbone).__name__} gives feature maps at strides "
+                f"{sorted(set(strides))}; IRN needs 4 and 8 among them: choose a convolutional "
+                "one or a hierarchical transformer"
+            )
+        finest = [level for level in found if level.stride == STRIDE // 2][-1:]
+        self.levels = finest + [level for level in found if level.stride >= STRIDE]
+        whole = rounds_up(self.backbone, self.levels, PROBE_SIZE)
+        self.multiple = 1 if whole else max(STRIDE, *strides)
+
+    def train(self, mode: bool = True) -> Pyramid:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images.
+
+        Where the backbone drops the rest of a side, the images are padded with zeros (the mean
+        colour) at the right and bottom first.
+        """
+        found = feature_maps(self.backbone, pad_sides(images, self.multiple))
+        return [
+            F.max_pool2d(found[n.index], 3, 2, 1) if n.stride < STRIDE else found[n.index]
+            for n in self.levels
+        ]
+
+    def folded(self) -> Pyramid:
+        """A copy with the batch norms folded into the convolutions; equal up to rounding."""
+        twin = shallow_copy(self)
+        twin.backbone = folded_backbone(self.backbone)
+        return twin.requires_grad_(False)
+
+
+class _Unit(nn.Module):
+    """1 x 1 convolution, group norm, bilinear enlargement, crop, ReLU."""
+
+    def __init__(self, channels: int, features: int, groups: int, factor: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, features, 1, bias=False)
+        self.norm = nn.GroupNorm(groups, features)
+        self.factor = factor
+
+    def forward(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        found = self.norm(self.convolution(images))
+        if self.factor > 1:
+            found = F.interpolate(found, scale_factor=self.factor, mode="bilinear")
+        cropped: Tensor = found[..., : size[0], : size[1]]
+        return cropped.relu()
+
+
+class Boundary(nn.Module):
+    """Boundary logits (B, h, w) of a pyramid."""
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(
+            _Unit(level.channels, *BOUNDARY, max(1, level.stride // STRIDE)) for level in levels
+        )
+        self.last = nn.Conv2d(BOUNDARY[0] * len(levels), 1, 1)
+
+    def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Logits from the levels' features, at the size (h, w) of stride 4."""
+        found = [unit(f, size) for unit, f in zip(self.units, features, strict=True)]
+        logits: Tensor = self.last(torch.cat(found, 1))[:, 0]
+        return logits
+
+
+class Displacement(nn.Module):
+    """Displacement (B, 2, h, w) of a pyramid, in cells of stride 4, first down and then right.
+
+    In evaluation mode ``shift``, the mean over a list of images, is subtracted.
+    """
+
+    shift: Tensor
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        super().__init__()
+        self.deep = [level.stride > STRIDE for level in levels]
+        widths = [
+            DEEP if deep else SHALLOW if level.stride == STRIDE else POOLED
+            for level, deep in zip(levels, self.deep, strict=True)
+        ]
+        self.units = nn.ModuleList(
+            _Unit(level.channels, *width, max(1, level.stride // (2 * STRIDE)))
+            for level, width in zip(levels, widths, strict=True)
+        )
+        shallow = sum(width[0] for width in widths if width is not DEEP)
+        self.middle = _Unit(DEEP[0] * sum(self.deep), *DEEP, 2)
+        self.late = _Unit(shallow + DEEP[0], *DEEP)
+        self.last = nn.Conv2d(DEEP[0], 2, 1, bias=False)
+        self.register_buffer("shift", torch.zeros(2))
+
+    def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Displacement from the levels' features, at the size (h, w) of stride 4."""
+        half = features[self.deep.index(True)].shape[-2:]
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for unit, deep, feature in zip(self.units, self.deep, features, strict=True):
+            parts[deep].append(unit(feature, half if deep else size))
+        middle = self.middle(torch.cat(parts[1], 1), size)
+        field: Tensor = self.last(self.late(torch.cat([*parts[0], middle], 1), size))
+        return field if self.training else field - self.shift[:, None, None]
+
+
+class Branches(nn.Module):
+    """The trained part: the boundary branch and, optionally, the displacement branch.
+
+    The first weights of the boundary branch are the same with and without the other.
+    """
+
+    def __init__(self, levels: Sequence[Level], *, displacement: bool, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.boundary = Boundary(levels)
+            self.displacement = Displacement(levels) if displacement else None
+
+    def forward(
+        self, features: Sequence[Tensor], size: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, h, w) and displacement (B, 2, h, w) or None."""
+        field = None if self.displacement is None else self.displacement(features, size)
+        return self.boundary(features, size), field
+
+
+class Irn(SavedNetwork):
+    """A frozen pyramid of features and the trained branches.
+
+    Args:
+        pyramid: of an ImageNet backbone.
+        displacement: add a displacement branch.
+        seed: random seed of the branches' first weights.
+    """
+
+    kind = "irn"
+    title = "IRN"
+    stage = "refine-network"
+    builder = "lpcam.refine.irn_network.build_irn"
+
+    def __init__(self, pyramid: Pyramid, *, displacement: bool = True, seed: int = 0) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.branches = Branches(pyramid.levels, displacement=displacement, seed=seed)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.branches.boundary.last.weight.device
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, h, w) and displacement (B, 2, h, w) of (B, 3, H, W) normalised images."""
+        size = quarter_size(images.shape[-2:])
+        found: tuple[Tensor, Tensor | None] = self.branches(self.pyramid(images), size)
+        return found
+
+    def folded(self) -> Irn:
+        """A copy for inference with a folded backbone; shares the branches, cannot be saved."""
+        twin = shallow_copy(self)
+        twin.pyramid = self.pyramid.folded()
+        twin.pyramid.spec = None
+        return twin
+
+    def _can_be_described(self) -> bool:
+        return self.pyramid.spec is not None
+
+    @classmethod
+    def _described(cls, metadata: Mapping[str, Any]) -> Irn:
+        return cls(Pyramid(described(metadata)), displacement=metadata["displacement"])
+
+    def _description(self) -> dict[str, Any]:
+        pyramid = self.pyramid
+        return {
+            **description(pyramid.backbone, pyramid.spec, pyramid.preprocessing),
+            "displacement": self.branches.displacement is not None,
+        }
+
+
+def build_irn(
+    spec: BackboneSpec,
+    *,
+    weights: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    displacement: bool = True,
+    seed: int = 0,
+) -> Irn:
+    """Build IRN's network on a timm backbone, with untrained branches.
+
+    Args:
+        spec, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`; the weights
+            are ImageNet's, not those of the classifier that made the maps (section 4).
+        displacement: add a displacement branch.
+        seed: random seed of the branches' first weights.
+
+    Raises:
+        ClassifierError: as :func:`lpcam.classifiers.classifier.build`, or if the backbone gives no
+            feature maps at strides 4 and 8.
+
+    Example:
+        >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
+        >>> network(torch.zeros(1, 3, 64, 96))[0].shape
+        torch.Size([1, 16, 24])
+    """
+    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
+    return Irn(Pyramid(classifier), displacement=displacement, seed=seed)

@@ -1,0 +1,164 @@
+"""What IRN and PSA share: feature maps of a backbone, and training on pairs of grid cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpcam.classifiers.classifier import feature_maps
+from lpcam.data.dataset import Item
+from lpcam.refine.base import History, Samples
+from lpcam.refine.walk import pair_counts
+from lpcam.runtime.distributed import Processes
+from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.training import loop as engine
+from lpcam.training.optim import sgd
+
+SIDE = 128
+"""Side, in pixels, of the images on which strides are measured."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One of the feature maps of a backbone."""
+
+    index: int
+    """Position among all feature maps of the backbone."""
+    channels: int
+    stride: int
+    """Pixels per cell."""
+
+
+def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
+    """All feature maps of a backbone, in its order.
+
+    Args:
+        backbone: a model with ``forward_intermediates``, as timm's have.
+        method: name of the method that needs them, for the message.
+
+    Raises:
+        ClassifierError: if the backbone does not give feature maps.
+
+    Example:
+        >>> import timm
+        >>> levels = feature_levels(timm.create_model("test_resnet"), "IRN")
+        >>> [level.stride for level in levels]
+        [2, 4, 8, 16, 32]
+    """
+    if not hasattr(backbone, "forward_intermediates"):
+        raise ClassifierError(
+            f"the backbone {type(backbone).__name__} does not give the feature maps between its "
+            f"stages; {method} needs a timm model that has forward_intermediates"
+        )
+    return [
+        Level(number, found.shape[1], SIDE // found.shape[-1])
+        for number, found in enumerate(_maps_of_zeros(backbone, (SIDE, SIDE)))
+    ]
+
+
+def rounds_up(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> bool:
+    """Return True if feature maps of an image of (H, W) pixels have ceil(side / stride) cells.
+
+    False means that the backbone drops the rest of a side that is no multiple of its stride.
+
+    Example:
+        >>> import timm
+        >>> backbone = timm.create_model("test_convnext")
+        >>> rounds_up(backbone, feature_levels(backbone, "IRN"), (97, 131))
+        False
+    """
+    maps = _maps_of_zeros(backbone, size)
+    return all(
+        tuple(maps[level.index].shape[-2:]) == tuple(-(-side // level.stride) for side in size)
+        for level in levels
+    )
+
+
+def pad_sides(images: Tensor, multiple: int) -> Tensor:
+    """Pad images (..., H, W) with zeros at the right and bottom to multiples of a number.
+
+    Example:
+        >>> pad_sides(torch.ones(1, 3, 5, 8), 4).shape
+        torch.Size([1, 3, 8, 8])
+    """
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
+@torch.no_grad()
+def _maps_of_zeros(backbone: nn.Module, size: tuple[int, int]) -> list[Tensor]:
+    return feature_maps(backbone, next(backbone.parameters()).new_zeros(1, 3, *size))
+
+
+def check_label_size(item: Item, path: Path, image: Sequence[int], labels: Sequence[int]) -> None:
+    """Raise a DataError if an image and its labels differ in size (H, W).
+
+    Example:
+        >>> check_label_size(Item("a", Path("a.jpg"), ()), Path("a.png"), (4, 5), (4, 5))
+    """
+    if tuple(image) != tuple(labels):
+        raise DataError(
+            f"image {item.id!r} has {image[0]} x {image[1]} pixels but its labels {path} "
+            f"{labels[0]} x {labels[1]}; make the labels again"
+        )
+
+
+def train_on_pairs(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    make: Callable[[engine.Place], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    count: int,
+    settings: Any,
+    *,
+    title: str,
+    seed: int,
+    folder: Path,
+    workers: int,
+    processes: Processes,
+) -> History:
+    """Train a module in place on pairs of cells; a stopped training resumes from ``folder``.
+
+    Args:
+        module: the trained part of a network.
+        groups: parameter groups of the optimiser.
+        make: makes the image (3, H, W) and the labels (h, w) of a place; picklable.
+        loss: loss of images, labels and the number of pairs of each kind in the whole batch.
+        count: number of images.
+        settings: schedule and optimiser, and ``radius`` of the pairs, in cells.
+        title: name of the method, for progress and messages.
+        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
+
+    Returns:
+        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
+    """
+    device = next(module.parameters()).device
+
+    def batch_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = (part.to(device) for part in batch)
+        module.train()
+        counts = pair_counts(labels, settings.radius)
+        if processes.count > 1:
+            counts = processes.sum(counts.cpu()).to(device)
+        return loss(images, labels, counts)
+
+    return engine.run(
+        module,
+        sgd(groups, settings),
+        Samples(make),
+        count,
+        batch_loss,
+        engine.Plan.of_epochs(settings, count),
+        label=f"training {title}",
+        section=f"refine.{title.lower()}",
+        seed=seed,
+        folder=folder,
+        workers=workers,
+        processes=processes,
+    )
