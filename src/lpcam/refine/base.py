@@ -178,10 +178,8 @@ class Refinement(ABC):
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Return a function that refines one picture.
 
-        Args:
-            job: the maps, the settings and what the run lends.
-            network: file of the trained network, for refinements that learn.
-            folder: folder of the pseudo masks, for further files beside them.
+        ``network`` is the file of the trained network, for refinements that learn; ``folder`` is
+        that of the pseudo masks, for further files beside them.
         """
 
 
@@ -268,12 +266,9 @@ Sample = TypeVar("Sample")
 
 
 def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
-    """Check that an image and maps belong together.
+    """Check that an image (..., H, W, 3) uint8 and finite maps (..., n, H, W) belong together.
 
-    Args:
-        image: expected to be (..., H, W, 3) uint8.
-        maps: expected to be (..., n, H, W), floating-point and finite, on the same device.
-        name: plural noun for the maps, used in the messages.
+    ``name`` is a plural noun for the maps, used in the messages.
 
     Raises:
         DataError: if a shape, dtype or device does not fit or a map is not finite.

@@ -1,8 +1,7 @@
 """Dense CRF: mean field in a fully connected random field (Krähenbühl and Koltun 2011).
 
-"Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials": a unary energy per
-pixel and label, and between every two pixels a Potts energy weighted by a Gaussian of their
-positions and a bilateral one of positions and colours. Mean field repeats
+A unary energy per pixel and label, and between every two pixels a Potts energy weighted by a
+Gaussian of their positions and a bilateral one of positions and colours. Mean field repeats
 
     Q_i(l) proportional to exp(-U_i(l) + sum_m w_m sum_j k_m(f_i, f_j) Q_j(l)).
 
@@ -80,17 +79,14 @@ ROUNDING = 1e-3
 
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
-    """Energies of hard labels that are right with a given probability.
+    """Energies (..., n, H, W) float32 of hard labels that are right with a given probability.
 
-    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (count - 1)) for each other one.
+    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (n - 1)) for each other one.
 
     Args:
-        labels: (..., H, W) integers in [0, count).
+        labels: (..., H, W) integers in [0, n).
         count: n, the number of labels including the background, at least 2.
         gt_prob: in (0, 1).
-
-    Returns:
-        (..., n, H, W) float32 energies.
 
     Raises:
         DataError: if labels are not integers or out of range, or if there are fewer than two.
@@ -115,14 +111,9 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
 
 
 def unary_from_probabilities(probabilities: Tensor, clip: float) -> Tensor:
-    """Energies -log max(p, clip); the scores of a pixel need not sum to one.
+    """Energies -log max(p, clip) of probabilities (..., n, H, W), in float32 or longer.
 
-    Args:
-        probabilities: (..., n, H, W) in [0, 1], n at least 2.
-        clip: smallest probability, above 0.
-
-    Returns:
-        energies of the same shape, in float32 or longer.
+    The scores of a pixel need not sum to one.
 
     Raises:
         DataError: if values are NaN or outside [0, 1], or if there are fewer than two labels.
@@ -183,13 +174,9 @@ def gaussian_kernel(
 def bilateral_kernel(
     image: Tensor, sxy: float, srgb: float, *, dtype: torch.dtype = torch.float32
 ) -> Kernel:
-    """Kernel of positions and colours.
+    """Kernel of positions and colours of an image (H, W, 3) uint8.
 
-    Args:
-        image: (H, W, 3) uint8.
-        sxy: standard deviation of the positions, in pixels.
-        srgb: standard deviation of the colours, in levels of [0, 255].
-        dtype: dtype of the kernel.
+    ``sxy`` is in pixels, ``srgb`` in levels of [0, 255].
 
     Example:
         >>> bilateral_kernel(torch.zeros(4, 5, 3, dtype=torch.uint8), 30.0, 10.0).norm.shape
@@ -210,15 +197,9 @@ def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Te
 
 
 def mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -> Tensor:
-    """Marginals Q after some iterations from Q = softmax(-U).
+    """Marginals Q (P, n) after some iterations from Q = softmax(-U) of energies (P, n).
 
-    Args:
-        unary: (P, n) energies.
-        pairwise: sum of the kernels, with non-negative weights; None means no kernels.
-        iterations: 0 returns softmax(-U).
-
-    Returns:
-        (P, n) in [0, 1], rows summing to one.
+    ``pairwise`` is the sum of the kernels; None means that there is none.
 
     Example:
         >>> mean_field(torch.zeros(1, 2), None, 10)
@@ -295,8 +276,8 @@ class DenseCrf:
             (..., n, H, W) of the energies' dtype, summing to one over the labels.
 
         Raises:
-            DataError: if shapes, devices or dtypes do not fit, if an energy is not finite, if there
-                are fewer than two labels, or if an image needs more memory than allowed.
+            DataError: if inputs do not fit or are not finite, if there are fewer than two labels,
+                or if an image needs more memory than allowed.
         """
         check_image_and_maps(image, unary, "unary energies")
         _check_count(unary.shape[-3])
@@ -352,13 +333,10 @@ class DenseCrf:
 def required_memory(
     size: tuple[int, int], labels: int, lattice: int = 0, element_size: int = 4
 ) -> int:
-    """Approximate number of bytes that mean field takes, beside the image and its energies.
+    """Approximate number of bytes that mean field of (H, W) pixels takes.
 
-    Args:
-        size: (H, W).
-        labels: n.
-        lattice: number of lattice points of both kernels, known once the image is read.
-        element_size: bytes of a number: 4 or 8.
+    ``lattice`` is the number of lattice points of both kernels, known once the image is read, and
+    ``element_size`` that of a number's bytes.
 
     Example:
         >>> required_memory((500, 375), 21) // 2**20
@@ -377,7 +355,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     Args:
         crf: with the parameters of the method.
         image: (H, W, 3) uint8 RGB.
-        planes: (K, H, W) in [0, 1], each divided by its maximum, on the image's device.
+        planes: (K, H, W) in [0, 1], each divided by its maximum.
         alphas: A powers; the larger, the less is background.
 
     Returns:

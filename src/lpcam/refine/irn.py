@@ -158,15 +158,14 @@ def irn_loss(
     displacement: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> IrnLoss:
-    """IRN's losses (specification, section 6). A kind of pairs that does not occur adds zero.
+    """IRN's losses (specification, section 6).
 
     Args:
         logits: (B, h, w), boundaries before their sigmoid.
         labels: (B, h, w) uint8, 0 background, 255 ignored, otherwise classes.
         radius: pairs are nearer than this, in cells.
         displacement: (B, 2, h, w), or None.
-        counts: (3,) of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a
-            part of it.
+        counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
 
     Example:
         >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
@@ -213,17 +212,9 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Scale, mirror and crop an image and its labels at random (section 7).
 
-    A crop that reaches beyond the image has the mean colour and ignored labels there. The label of
-    a cell is that of its pixel (2, 2), as Pillow's nearest neighbour takes it.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        label: (H, W) uint8.
-        preprocessing: normalises the image.
-        settings: ``scale`` and ``crop`` are used.
-
-    Returns:
-        (3, crop, crop) float32 and (crop / 4, crop / 4) uint8.
+    Takes an image (H, W, 3) uint8 RGB and labels (H, W) uint8. Returns (3, crop, crop) float32 and
+    (crop / 4, crop / 4) uint8; beyond the image are the mean colour and ignored labels. The label
+    of a cell is that of its pixel (2, 2), as Pillow's nearest neighbour takes it.
     """
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
     tensor = preprocessing(resize_image(image, size))
@@ -262,12 +253,9 @@ def train_irn(
     The mean shift of a displacement branch over the same images is set at the end.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
-        settings: ``displacement`` must be that of the network.
-
-    Returns:
-        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
+        settings: those of the training are used.
+        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
 
     Raises:
         DataError: if labels are missing, or labels and image differ in size.
@@ -333,13 +321,7 @@ def _mean_displacement(
 def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
     """Boundaries e: sigmoid of the mean logit of images and their mirror images (section 8.1).
 
-    The images keep their size. :meth:`Irn.folded` of the network takes two thirds of the time.
-
-    Args:
-        images: (B, H, W, 3) uint8 RGB.
-
-    Returns:
-        (B, h, w) float32 in [0, 1], on the network's device.
+    Takes images (B, H, W, 3) uint8 RGB, and returns (B, h, w) float32 on the network's device.
 
     Example:
         >>> from lpcam.classifiers.classifier import BackboneSpec
@@ -363,14 +345,11 @@ def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
     Args:
         maps: (..., K, h, w) non-negative maps at stride 4.
         edge: (..., h, w) boundaries e in [0, 1].
-        settings: the settings of the walk are used.
+        settings: those of the walk are used.
 
     Returns:
         (..., K, h, w): the maps to the power of ``settings.sharpness``, times 1 - e, after the
         walk; not normalised.
-
-    Raises:
-        DataError: as :func:`lpcam.refine.walk.random_walk`.
 
     Example:
         >>> settings = IrnSettings.from_preset("official")
@@ -391,12 +370,7 @@ def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
 def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize walked maps to the image and divide them by the maximum over all classes jointly.
 
-    Args:
-        walked: (K, h, w) at stride 4.
-        size: (H, W) of the image in pixels.
-
-    Returns:
-        (K, H, W) in [0, 1]; zeros where nothing is above zero.
+    Takes maps (K, h, w) and (H, W) of the image, and returns (K, H, W) in [0, 1].
 
     Raises:
         DataError: if the size does not fit the grid.

@@ -10,7 +10,6 @@ Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +41,9 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 
 
 class Pyramid(nn.Module):
-    """A frozen backbone's feature maps from stride 4 on, for images of any size.
+    """Feature maps of a classifier's backbone, frozen, from stride 4 on, for images of any size.
 
     The last map of stride 2, such as the first stage of a ResNet, is pooled to stride 4.
-
-    Args:
-        classifier: its backbone is used; its head is not.
 
     Raises:
         ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
@@ -79,11 +75,7 @@ class Pyramid(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images.
-
-        Where the backbone drops the rest of a side, the images are padded with zeros (the mean
-        colour) at the right and bottom first.
-        """
+        """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images."""
         found = feature_maps(self.backbone, pad_sides(images, self.multiple))
         return [
             F.max_pool2d(found[n.index], 3, 2, 1) if n.stride < STRIDE else found[n.index]
@@ -189,13 +181,7 @@ class Branches(nn.Module):
 
 
 class Irn(SavedNetwork):
-    """A frozen pyramid of features and the trained branches.
-
-    Args:
-        pyramid: of an ImageNet backbone.
-        displacement: add a displacement branch.
-        seed: random seed of the branches' first weights.
-    """
+    """A frozen pyramid of features of an ImageNet backbone, and the trained branches."""
 
     kind = "irn"
     title = "IRN"
@@ -240,31 +226,23 @@ class Irn(SavedNetwork):
         }
 
 
-def build_irn(
-    spec: BackboneSpec,
-    *,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    displacement: bool = True,
-    seed: int = 0,
-) -> Irn:
+def build_irn(spec: BackboneSpec, *, displacement: bool = True, seed: int = 0, **first: Any) -> Irn:
     """Build IRN's network on a timm backbone, with untrained branches.
 
     Args:
-        spec, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`; the weights
-            are ImageNet's, not those of the classifier that made the maps (section 4).
+        spec: the backbone.
         displacement: add a displacement branch.
         seed: random seed of the branches' first weights.
+        first: ``weights``, ``mean`` and ``std``, as for :func:`lpcam.classifiers.classifier.build`;
+            ImageNet's, not those of the classifier that made the maps (section 4).
 
     Raises:
-        ClassifierError: as :func:`lpcam.classifiers.classifier.build`, or if the backbone gives no
-            feature maps at strides 4 and 8.
+        ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
 
     Example:
         >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
         >>> network(torch.zeros(1, 3, 64, 96))[0].shape
         torch.Size([1, 16, 24])
     """
-    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
+    classifier = build(spec, NO_CLASSES, seed=seed, **first)
     return Irn(Pyramid(classifier), displacement=displacement, seed=seed)

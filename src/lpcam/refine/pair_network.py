@@ -36,11 +36,7 @@ class Level:
 
 
 def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
-    """All feature maps of a backbone, in its order.
-
-    Args:
-        backbone: a model with ``forward_intermediates``, as timm's have.
-        method: name of the method that needs them, for the message.
+    """All feature maps of a backbone, in its order; ``method`` names who needs them.
 
     Raises:
         ClassifierError: if the backbone does not give feature maps.
@@ -118,10 +114,8 @@ def train_on_pairs(
     settings: Any,
     *,
     title: str,
-    seed: int,
-    folder: Path,
-    workers: int,
     processes: Processes,
+    **options: Any,
 ) -> History:
     """Train a module in place on pairs of cells; a stopped training resumes from ``folder``.
 
@@ -133,7 +127,7 @@ def train_on_pairs(
         count: number of images.
         settings: schedule and optimiser, and ``radius`` of the pairs, in cells.
         title: name of the method, for progress and messages.
-        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
+        options: ``seed``, ``folder`` and ``workers`` of :func:`lpcam.training.loop.run`.
 
     Returns:
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
@@ -157,8 +151,6 @@ def train_on_pairs(
         engine.Plan.of_epochs(settings, count),
         label=f"training {title}",
         section=f"refine.{title.lower()}",
-        seed=seed,
-        folder=folder,
-        workers=workers,
         processes=processes,
+        **options,
     )

@@ -63,12 +63,8 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 
     Args:
         image: (..., H, W, 3) RGB, uint8.
-        masks: (..., K, H, W) floating-point, finite; any range. Each result is a weighted mean of
-            a mask's own values, so its range is kept and classes that sum to one still do.
+        masks: (..., K, H, W) floating-point, finite; any range, which is kept.
         settings: dilations, width and iterations.
-
-    Returns:
-        (..., K, H, W) of the masks' dtype.
 
     Raises:
         DataError: if shapes, devices or dtypes do not fit, or if a mask holds NaN.
@@ -86,12 +82,9 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 def affinities(
     image: Tensor, dilations: tuple[int, ...], width: float, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights of each pixel's neighbours: (..., 8 D, H, W), summing to one.
+    """Weights of each pixel's neighbours at D dilations: (..., 8 D, H, W), summing to one.
 
-    Args:
-        image: (..., H, W, 3) uint8.
-        dilations: D distances, in pixels; the neighbours are ordered by dilation, then by row.
-        width: of the kernel, in standard deviations.
+    Neighbours are ordered by dilation, then by row.
 
     Example:
         >>> affinities(torch.zeros(1, 1, 3, dtype=torch.uint8), (1,), 0.1).unique()
@@ -148,11 +141,9 @@ def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
 def propagate(
     masks: Tensor, weights: Tensor, dilations: tuple[int, ...], iterations: int
 ) -> Tensor:
-    """Replace every pixel of masks by the weighted mean of its neighbours, ``iterations`` times.
+    """Replace pixels of masks (..., K, H, W) by weighted means of their neighbours, repeatedly.
 
-    Args:
-        masks: (..., K, H, W).
-        weights: (..., 8 D, H, W) of :func:`affinities` with the same dilations.
+    ``weights`` are those of :func:`affinities` with the same dilations.
 
     Example:
         >>> weights = torch.full((8, 1, 1), 0.125)

@@ -282,9 +282,7 @@ def join(
 ) -> JoinedFilter:
     """The filter sum over m of diag(after_m) K_m diag(before_m), in one pass over the points.
 
-    Args:
-        lattices: over the same P points.
-        before, after: (P,) factors for each lattice; None means ones.
+    The factors are (P,) for each lattice; None means ones.
 
     Example:
         >>> lattice = permutohedral_lattice(torch.tensor([[0.0, 50.0]]))

@@ -139,8 +139,7 @@ HEADS = ("reductions.", "last.")
 class Psa(SavedNetwork):
     """A backbone with 1 x 1 convolutions of its last three feature maps, and of them together.
 
-    Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged
-    (bilinear). Of WideResNet-38 the maps are the inputs of b5 and b6, and its features.
+    Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged.
 
     Args:
         classifier: its backbone is used, and trained; its head is not.
@@ -190,11 +189,7 @@ class Psa(SavedNetwork):
         return self.last.weight.device
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features f (B, C, h, w) of (B, 3, H, W) normalised images.
-
-        The images are padded with zeros (the mean colour) at the right and bottom to a multiple of
-        8 pixels, or of the largest stride where the backbone drops the rest of a side.
-        """
+        """Features f (B, C, h, w) of (B, 3, H, W) normalised images, padded with zeros."""
         rows, columns = (strided(side, STRIDE) for side in images.shape[-2:])
         maps = feature_maps(self.backbone, pad_sides(images, self.multiple))
         parts = []
@@ -249,7 +244,7 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
 def feature_distances(
     features: Tensor, radius: int, *, sources_only: bool = False
 ) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the mean absolute difference over the channels of every pair on the grid, by offset.
+    """Yield the mean absolute difference of features (B, C, h, w) of every pair, by offset.
 
     Args:
         features: (B, C, h, w).
@@ -257,9 +252,8 @@ def feature_distances(
         sources_only: take only the pairs of :func:`lpcam.refine.walk.source_window`, as the loss.
 
     Yields:
-        the offset (dy, dx) and (B, h - dy, w - abs(dx)) distances, indexed by the upper left corner
-        of the pair's bounding box, or (B, rows, columns) of the window; offsets without a pair are
-        left out. With a first-order gradient.
+        the offset and (B, h - dy, w - abs(dx)) distances, indexed by the upper left corner of the
+        pair's bounding box, or (B, rows, columns) of the window. With a first-order gradient.
 
     Example:
         >>> features = torch.tensor([[[[0.0, 1.0, 3.0]]]])
@@ -325,15 +319,13 @@ class _Distances(torch.autograd.Function):
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
     """PSA's loss: means of -log a over equal pairs and of -log(1 - a) over different pairs.
 
-    Pairs of background and pairs of a class weigh a quarter each, different ones half. A kind of
-    pairs that does not occur adds zero.
+    Pairs of background and pairs of a class weigh a quarter each, different ones half.
 
     Args:
         features: (B, C, h, w).
         labels: (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image.
         radius: pairs are nearer than this, in cells.
-        counts: (3,) of :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a
-            part of it.
+        counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
 
     Example:
         >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
@@ -360,14 +352,8 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Change the colours of an image at random, and mirror and crop it and its scores.
 
-    Args:
-        image: (H, W, 3) uint8 RGB; black beyond its border.
-        low, high: (K + 1, H, W) uint8, of :func:`read_scores`.
-        preprocessing: normalises the image.
-        settings: ``jitter`` and ``crop`` are used.
-
-    Returns:
-        (3, crop, crop) float32, normalised, and labels (crop / 8, crop / 8) uint8.
+    Takes an image (H, W, 3) uint8 RGB and the scores (K + 1, H, W) uint8 of its file. Returns a
+    normalised image (3, crop, crop) float32 and labels (crop / 8, crop / 8) uint8.
     """
     colours = torch.from_numpy(jitter_colours(image, settings.jitter, generator)).permute(2, 0, 1)
     planes = (colours, torch.from_numpy(low), torch.from_numpy(high))
@@ -405,13 +391,9 @@ def train_psa(
     """Train in place; a stopped training resumes from the checkpoints in ``folder``.
 
     Args:
-        network, seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
-        labelled: images and the files of their scores (:func:`write_scores`), of the image's size
-            or of the smaller one at which it was refined.
-        settings: of the training.
-
-    Returns:
-        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
+        labelled: images and the files of their scores, of the size at which they were refined.
+        settings: those of the training are used.
+        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
 
     Raises:
         DataError: if scores and image differ in size.
@@ -441,8 +423,6 @@ def train_psa(
 @torch.no_grad()
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
     """Scores of an image after its maps and a constant background have walked.
-
-    All pairs of the grid walk, also those at its edges. :meth:`Psa.folded` takes less time.
 
     Args:
         network: the trained network.

@@ -73,12 +73,8 @@ def pooled(scores: Tensor) -> Tensor:
 def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     """Labels of cells from the scores of two CRFs.
 
-    A cell has the class that is best where the background is favoured (``low``). It is background
-    where that is best although it is not favoured (``high``). Otherwise it is unknown.
-
-    Args:
-        low: (K + 1, h, w) scores of the lower alpha.
-        high: the same of the higher alpha.
+    A cell has the class that is best where the background is favoured: ``low`` (K + 1, h, w). It is
+    background where that is best although it is not favoured: ``high``. Otherwise it is unknown.
 
     Returns:
         (h, w) uint8: 0 background, k + 1 the image's k-th class, 255 unknown or beyond the image.

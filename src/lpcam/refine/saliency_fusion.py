@@ -111,10 +111,7 @@ def saliency_labels(
     Args:
         scores: (K, H, W) maps or posteriors in [0, 1].
         saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-        theta, alpha, beta: alpha is above 0 and beta below 1.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th class.
+        theta, alpha, beta: of :class:`SaliencySettings`.
 
     Raises:
         DataError: if shapes, dtypes or devices do not fit, or a score is not finite.

@@ -24,15 +24,8 @@ def crf_labels(
 ) -> list[Tensor]:
     """Seeds at each threshold, cleaned by the CRF, which gets hard labels and not the maps.
 
-    Args:
-        crf: with the parameters of the method.
-        image: (H, W, 3) uint8 RGB.
-        maps: (K, H, W) in [0, 1] of the image's own classes.
-        thresholds: a map above one is a seed of its class.
-
-    Returns:
-        for each threshold int64 (H, W): 0 for background, k + 1 for the k-th class. Without a
-        class all are background.
+    Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1] of its own classes. Returns
+    int64 (H, W) for each threshold: 0 for background, k + 1 for the k-th class.
 
     Raises:
         DataError: if image and maps do not fit, or as :class:`DenseCrf`.

@@ -280,9 +280,9 @@ def likelihood_means(
     Args:
         pairs: the affinities (B, rows, columns) of each offset, in the order of :func:`pair_kinds`.
         labels: (B, h, w) uint8.
-        counts: (3,) of :func:`pair_counts` of the whole batch, whose part the labels may be.
+        counts: :func:`pair_counts` of the whole batch, of which the labels may be a part.
         zero: scalar 0 with a gradient, the sum where there is no pair.
-        radius: of the pairs.
+        radius: pairs are nearer than this, in cells.
 
     Example:
         >>> labels, zero = torch.zeros(1, 3, 3, dtype=torch.uint8), torch.zeros(())
@@ -335,16 +335,14 @@ def affinity_walk(
 ) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
-    T has a unit diagonal before it is normalised. Affinities are symmetric, so every output is a
-    weighted mean of the sources around it. The power is a series of Chebyshev polynomials of T,
-    exact with 2^exponent terms; their weights fall like a Gaussian's, so that 98 of 256 steps reach
-    a tolerance of 1e-6 on a VOC image. At radius 5 it needs at most (68 + 5 K) h w numbers.
+    T has a unit diagonal before it is normalised. Every output is a weighted mean of the sources
+    around it. The power is a series of Chebyshev polynomials of T, exact with 2^exponent terms,
+    whose weights fall like a Gaussian's: 98 terms reach 1e-6 of 256 steps on a VOC image.
 
     Args:
         maps: (..., K, h, w) sources x, finite.
-        pairs: offsets (dy, dx) to the right and below, each once, and the affinities a_ij in [0, 1]
-            of all pairs of the grid at that offset, (..., h - dy, w - abs(dx)), indexed by the
-            upper left corner of the pair's bounding box.
+        pairs: affinities a_ij in [0, 1] of all pairs of the grid at each offset to the right and
+            below, (..., h - dy, w - abs(dx)), indexed by the upper left corner of the pair's box.
         beta: power of the affinities, > 0.
         exponent: log2 of the number of steps.
         tolerance: largest error of omitted terms, relative to the largest absolute source; 0 omits
