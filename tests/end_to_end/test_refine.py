@@ -22,6 +22,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.method.seeds import seeds
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import refine, run
+from lpcam.refine.base import REFINEMENTS, LearnedRefinement
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.irn import Irn, IrnSettings, boundary_maps, propagate, pseudo_maps
 from lpcam.refine.pamr import PamrSettings, pamr
@@ -32,6 +33,11 @@ from lpcam.training import loop as engine
 
 Values = dict[str, Any]
 IRN = {"method": "irn", "irn": {"epochs": 1, "batch_size": 4, "crop": 64, "radius": 5}}
+SMALL = {
+    "irn": IRN["irn"],
+    "psa": {"epochs": 1, "batch_size": 4, "crop": 48, "radius": 3, "freeze": ["conv1"]},
+}
+"""Settings of each refinement for a run in a second, where its own take longer."""
 SEEDS = ("CAM", "LPCAM-F", "LPCAM")
 STAGES = ("refine-labels", "refine-network", "pseudo")
 
@@ -295,25 +301,44 @@ def test_an_image_that_cannot_be_refined_is_named(
         go(values)
 
 
-@pytest.mark.parametrize("method", ["irn", "crf", "pamr"])
-def test_large_images_are_refined_smaller(plain: Values, tmp_path: Path, method: str) -> None:
-    """As they are mapped; what comes out has the size of the image all the same."""
+@pytest.mark.parametrize("method", list(REFINEMENTS))
+def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
+    """Masks of all images, of their size although they are refined smaller; rows; nothing twice."""
+    refinement = REFINEMENTS[method]
     values = changed(
         in_folder(plain, tmp_path / "run"),
         maps={**plain["maps"], "maximum_side": 40},
-        refine={**IRN, "method": method, "maps": ["LPCAM"]},
+        refine={"method": method, "maps": ["LPCAM"], method: SMALL.get(method, {})},
     )
-    go(values)
-    folder = tmp_path / "run"
+    if refinement.uses_saliency:
+        values["data"]["saliency"] = "computed"
+    rows = go(values).rows
+    folder = tmp_path / "run" / "pseudo" / "lpcam"
     for image in ids(values):
-        size = read_index_mask(Path(values["data"]["root"], "masks", f"{image}.png")).shape
-        assert max(size) > 40
-        assert read_index_mask(folder / "pseudo" / "lpcam" / f"{image}.png").shape == size
-        if method == "irn":
-            path = folder / "refine-labels" / "lpcam" / f"{image}.png"
-            assert read_index_mask(path).shape == size
-    fixed = {r["method"]: r for r in go(values).rows if r["threshold_source"] == "fixed"}
-    assert abs(fixed[f"LPCAM + {method.upper()}"]["miou"] - fixed["LPCAM"]["miou"]) < 0.2
+        truth = read_index_mask(Path(values["data"]["root"], "masks", f"{image}.png"))
+        mask, maps = (
+            read_index_mask(folder / f"{image}.png"),
+            read_maps(map_path(folder / "maps", image)),
+        )
+        assert mask.shape == truth.shape == maps.high_res.shape[1:]
+        assert max(truth.shape) > 40
+        assert {*np.unique(mask)} <= {0, *(maps.keys + 1)}
+        assert np.isfinite(maps.high_res).all() and 0 <= maps.high_res.max(initial=0) <= 1.001
+    assert not read_index_mask(folder / "i03.png").any()  # no label
+    fixed = {r["method"]: r for r in rows if r["threshold_source"] == "fixed"}
+    row = fixed[f"LPCAM + {refinement.title}"]
+    assert abs(row["miou"] - fixed["LPCAM"]["miou"]) < 0.25
+    recipe = parse_recipe(values, where="tiny.yaml")
+    assert recipe.refine is not None
+    assert row["protocol"]["crf"] == refinement.crf_use(recipe.refine)
+    assert row["protocol"]["refine"][method] == json.loads(
+        json.dumps(recipe.refine.settings.model_dump())
+    )
+    histories = json.loads((tmp_path / "run" / "metrics.json").read_text())["refine_history"]
+    assert set(histories) == ({"lpcam"} if isinstance(refinement, LearnedRefinement) else set())
+    before = times(tmp_path / "run")
+    go(values)
+    assert times(tmp_path / "run") == before
 
 
 # -- Maps of other programs ---------------------------------------------------------------------

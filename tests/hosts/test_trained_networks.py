@@ -23,8 +23,7 @@ from lpcam.hosts.mctformer import train_mctformer
 from lpcam.hosts.mctformer_network import MctformerSettings, build_mctformer
 from lpcam.refine.irn import IrnSettings, train_irn
 from lpcam.refine.irn_network import build_irn
-from lpcam.refine.psa import PsaSettings, build_psa, train_psa
-from lpcam.refine.psa_labels import write_scores
+from lpcam.refine.psa import PsaSettings, build_psa, train_psa, write_scores
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors

@@ -18,8 +18,17 @@ from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.refine import psa
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
-from lpcam.refine.psa import Psa, PsaSettings, build_psa, feature_distances, psa_loss
-from lpcam.refine.psa_labels import label_pairs, pooled, read_scores, write_scores
+from lpcam.refine.psa import (
+    Psa,
+    PsaSettings,
+    build_psa,
+    feature_distances,
+    label_pairs,
+    pooled,
+    psa_loss,
+    read_scores,
+    write_scores,
+)
 from lpcam.refine.walk import pair_counts, pair_offsets
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -188,10 +188,18 @@ class LearnedRefinement(Refinement):
 
     starts_from: ClassVar[Literal["backbone", "classifier"]] = "backbone"
     """Whose weights the network starts from: the backbone's first ones, or the classifier's."""
+    network_settings: ClassVar[Set[str]]
+    """Names of the settings that the network depends on, beside its labels."""
+    map_settings: ClassVar[Set[str]]
+    """Names of the settings that the refined maps depend on, beside the network."""
 
-    @abstractmethod
+    def key(self, job: Job) -> Mapping[str, Any]:
+        """Everything beside maps and network that the refined maps depend on, as JSON."""
+        return {"settings": job.settings.model_dump(mode="json", include=self.map_settings)}
+
     def label_path(self, folder: Path, image_id: str) -> Path:
         """The file of an image's labels."""
+        return folder / f"{image_id}.png"
 
     @abstractmethod
     def label_key(self, job: Job) -> Mapping[str, Any]:
@@ -200,10 +208,6 @@ class LearnedRefinement(Refinement):
     @abstractmethod
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
         """Return a function that writes the labels of one picture to a file."""
-
-    @abstractmethod
-    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
-        """The settings that the network depends on, as JSON."""
 
     @abstractmethod
     def build(self, section: RefineSection, tools: Tools) -> Any:

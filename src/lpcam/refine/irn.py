@@ -40,7 +40,7 @@ from lpcam.refine.base import (
 )
 from lpcam.refine.crf import DenseCrf
 from lpcam.refine.irn_network import Irn, build_irn
-from lpcam.refine.pair_network import check_label_size, train_on_pairs
+from lpcam.refine.pair_network import PairSettings, check_label_size, train_on_pairs
 from lpcam.refine.ternary import ternary_mask
 from lpcam.refine.walk import (
     EPSILON,
@@ -57,45 +57,26 @@ from lpcam.refine.walk import (
 )
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.settings import Fraction, Positive, PresetModel
+from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import mirror_and_crop
 from lpcam.training.loop import Place
 
 
-class IrnSettings(PresetModel):
-    """How IRN's boundaries are learnt and maps walked (specification of IRN, sections 3 to 8)."""
+class IrnSettings(PairSettings):
+    """How IRN's boundaries are learned and maps walked (specification of IRN, sections 3 to 8)."""
 
     table: ClassVar[str] = "irn"
+    cell: ClassVar[int] = STRIDE
     preset: str = "default"
 
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    learning_rate: Positive
-    """Learning rate of the boundary branch; the displacement branch has
-    ``displacement_multiplier`` times it."""
     displacement_multiplier: Positive
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on every trained weight."""
-    power: Annotated[float, Field(ge=0.0)]
-    """Power of the poly schedule: lr (1 - t/T)^power."""
-    crop: Annotated[int, Field(ge=16, multiple_of=4)]
-    """Side of the square crop, in pixels."""
+    """Factor of the learning rate of the displacement branch."""
     scale: tuple[Positive, Positive]
     """Range from which each image's scale is drawn."""
-    radius: Annotated[int, Field(ge=2)]
-    """Pairs of the loss are nearer than this, in cells of 4 pixels."""
     displacement: bool
     """Whether the displacement branch is trained too; boundaries do not depend on it."""
     walk_radius: Annotated[int, Field(ge=2)]
-    """Pairs of the walk are nearer than this, in cells of 4 pixels."""
-    beta: Positive
-    """Power of the affinities in the walk."""
-    exponent: Annotated[int, Field(ge=0, le=16)]
-    """The walk has 2^exponent steps."""
-    tolerance: Annotated[float, Field(ge=0.0)]
-    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    """Pairs of the walk are nearer than this, in cells of 4 pixels; ``radius`` is the loss's."""
     sharpness: Positive
     """Power of the maps before the walk."""
     foreground_threshold: Fraction
@@ -113,27 +94,11 @@ class IrnSettings(PresetModel):
     def _check(self) -> Self:
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale {list(self.scale)} must be a range: the smaller first")
-        if self.crop <= 8 * (self.radius - 1):
-            raise ValueError(
-                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
-                f"{8 * (self.radius - 1)}"
-            )
-        for high, low in (
-            ("foreground_threshold", "background_threshold"),
-            ("cam_foreground_threshold", "cam_background_threshold"),
-        ):
+        for kind in ("", "cam_"):
+            high, low = f"{kind}foreground_threshold", f"{kind}background_threshold"
             if getattr(self, high) < getattr(self, low):
                 raise ValueError(f"{high} must not be below {low}")
         return self
-
-
-WALK = frozenset({"walk_radius", "beta", "exponent", "tolerance", "sharpness"})
-"""Settings of the walk."""
-THRESHOLDS = frozenset(
-    f"{kind}{name}"
-    for kind in ("", "cam_")
-    for name in ("foreground_threshold", "background_threshold", "threshold")
-)
 
 
 class IrnLoss(NamedTuple):
@@ -399,6 +364,13 @@ class IrnRefinement(LearnedRefinement):
     title = "IRN"
     settings = IrnSettings
     every_image = True  # for their boundaries
+    map_settings = frozenset({"walk_radius", "beta", "exponent", "tolerance", "sharpness"})
+    network_settings = frozenset(
+        {
+            *("epochs", "batch_size", "learning_rate", "displacement_multiplier", "momentum"),
+            *("weight_decay", "power", "crop", "scale", "radius", "displacement"),
+        }
+    )
 
     def check(self, section: RefineSection) -> None:
         """Refuse a CRF that does not take the hard labels of seeds."""
@@ -412,17 +384,9 @@ class IrnRefinement(LearnedRefinement):
         """Threshold of the walked maps."""
         return _thresholds(section, source)[2]
 
-    def key(self, job: Job) -> Mapping[str, Any]:
-        """The settings of the walk."""
-        return dict(job.settings.model_dump(mode="json", include=WALK))
-
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
         """IRN's settings and those of the CRF of its labels."""
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
-
-    def label_path(self, folder: Path, image_id: str) -> Path:
-        """A ternary mask."""
-        return folder / f"{image_id}.png"
 
     def label_key(self, job: Job) -> Mapping[str, Any]:
         """Thresholds, CRF and mask ids."""
@@ -439,11 +403,6 @@ class IrnRefinement(LearnedRefinement):
         return lambda picture, path: write_mask(
             path, ternary_mask(crf, picture, thresholds, job.tools.classes)
         )
-
-    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
-        """The settings of the training."""
-        others = {"preset", *WALK, *THRESHOLDS}
-        return dict(section.settings.model_dump(mode="json", exclude=others))
 
     def build(self, section: RefineSection, tools: Tools) -> Irn:
         """The untrained network on the classifier's backbone, with the backbone's first weights."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import feature_maps
@@ -17,8 +18,46 @@ from lpcam.refine.base import History, Samples
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.settings import Positive, PresetModel
 from lpcam.training import loop as engine
 from lpcam.training.optim import sgd
+
+
+class PairSettings(PresetModel):
+    """Settings that IRN and PSA share: the training on pairs and the walk."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Positive
+    """Learning rate of the boundary branch or of the backbone; other parts have a multiple."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 penalty on trained weights."""
+    power: Annotated[float, Field(ge=0.0)]
+    """Power of the poly schedule: lr (1 - t/T)^power."""
+    crop: Annotated[int, Field(ge=16, multiple_of=4)]
+    """Side of the square crop, in pixels."""
+    radius: Annotated[int, Field(ge=2)]
+    """Pairs are nearer than this, in cells."""
+    beta: Positive
+    """Power of the affinities in the walk."""
+    exponent: Annotated[int, Field(ge=0, le=16)]
+    """The walk has 2^exponent steps."""
+    tolerance: Annotated[float, Field(ge=0.0)]
+    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    cell: ClassVar[int]
+    """Pixels per cell."""
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        least = 2 * self.cell * (self.radius - 1)
+        if self.crop <= least:
+            raise ValueError(
+                f"crop {self.crop} has no pair at radius {self.radius}; it must be above {least}"
+            )
+        return self
+
 
 SIDE = 128
 """Side, in pixels, of the images on which strides are measured."""

@@ -12,16 +12,17 @@ scores have K + 1 planes, the background first; C channels of the features.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +34,7 @@ from lpcam.classifiers.classifier import (
     feature_maps,
     folded_backbone,
 )
+from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
@@ -52,13 +54,13 @@ from lpcam.refine.base import (
 )
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.pair_network import (
+    PairSettings,
     check_label_size,
     feature_levels,
     pad_sides,
     rounds_up,
     train_on_pairs,
 )
-from lpcam.refine.psa_labels import STRIDE, label_pairs, pooled, read_scores, write_scores
 from lpcam.refine.walk import (
     Offset,
     Window,
@@ -70,70 +72,119 @@ from lpcam.refine.walk import (
     source_window,
 )
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ClassifierError
-from lpcam.runtime.settings import Fraction, Positive, PresetModel
+from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.files import read_bytes, write_bytes
+from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import Place
 from lpcam.training.optim import freeze, names_below, parameter_groups
 from lpcam.training.saved_network import SavedNetwork
 
+STRIDE = 8
+"""Pixels per cell of the grid of features, labels and walks."""
 
-class PsaSettings(PresetModel):
+
+class PsaSettings(PairSettings):
     """PSA's affinities and random walk (specification of MCTformer, section 4)."""
 
     table: ClassVar[str] = "psa"
+    cell: ClassVar[int] = STRIDE
     preset: str = "default"
 
     low_alpha: Positive
     """Power of the background's score (1 - the highest map) for the sure foreground."""
     high_alpha: Positive
     """The same for the sure background."""
-    epochs: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)]
-    learning_rate: Positive
-    """Learning rate of the backbone; new layers have ``head_multiplier`` times it."""
     head_multiplier: Positive
+    """Factor of the learning rate of new layers."""
     bias_multiplier: Positive
     """Further factor of the learning rate of biases, which have no weight decay."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    power: Annotated[float, Field(ge=0.0)]
-    """Power of the poly schedule: lr (1 - t/T)^power."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
     crop: Annotated[int, Field(ge=16, multiple_of=8)]
     """Side of the square crop, in pixels."""
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
     """Largest random changes of brightness, contrast, saturation and hue."""
-    radius: Annotated[int, Field(ge=2)]
-    """Pairs of the loss and the walk are nearer than this, in cells of 8 pixels."""
-    beta: Positive
-    """Power of the affinities in the walk."""
-    exponent: Annotated[int, Field(ge=0, le=16)]
-    """The walk has 2^exponent steps."""
-    tolerance: Annotated[float, Field(ge=0.0)]
-    """Error that terms left out of the walk's power may make; 0 leaves out none."""
     threshold: Fraction
     """Constant score of the background, which walks too."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.crop <= 16 * (self.radius - 1):
-            raise ValueError(
-                f"crop {self.crop} has no pair at radius {self.radius}; it must be above "
-                f"{16 * (self.radius - 1)}"
-            )
-        return self
 
-
+PADDING = 1e-5
+"""A cell all of whose scores are below this lies beyond the image."""
 WIDTHS = (64, 128, 256)
 """Channels to which the last three feature maps of a backbone are reduced."""
 CHANNELS_A_TIME = 64
 """Channels whose differences are computed together, to bound the memory."""
-WALK = frozenset({"beta", "exponent", "tolerance", "threshold"})
-"""Settings of the walk alone."""
 HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
+
+
+def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
+    """Write scores (K + 1, H, W) in [0, 1] of both alphas in steps of 1 / 255, as an npz file."""
+    first, second = ((s * 255).round().to(torch.uint8).cpu().numpy() for s in (low, high))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, low=first, high=second)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Read a file of :func:`write_scores`: low and high, (K + 1, H, W) uint8 each, 255 for 1.
+
+    Raises:
+        ArtefactError: if the file is missing, damaged, or has other contents.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "scores.npz"
+        ...     write_scores(path, torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
+        ...     read_scores(path)[0].tolist()
+        [[[255, 255], [255, 255]]]
+    """
+    data = read_bytes(path)
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            low, high = (archive[name] for name in ("low", "high"))
+        if low.ndim != 3 or not low.size or low.shape != high.shape:
+            raise ValueError(f"its arrays are {low.shape} and {high.shape}")
+        if low.dtype != np.uint8 or high.dtype != np.uint8:
+            raise ValueError(f"its arrays are {low.dtype} and {high.dtype}")
+    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
+        raise ArtefactError(
+            f"{path} does not hold the scores of two CRFs ({str(error) or type(error).__name__}); "
+            "delete it and run the stage refine-labels again"
+        ) from error
+    return low, high
+
+
+def pooled(scores: Tensor) -> Tensor:
+    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image.
+
+    Example:
+        >>> pooled(torch.ones(1, 8, 12)).tolist()
+        [[[1.0, 0.5]]]
+    """
+    return F.avg_pool2d(pad_sides(scores, STRIDE), STRIDE)
+
+
+def label_pairs(low: Tensor, high: Tensor) -> Tensor:
+    """Labels of cells from the scores of two CRFs.
+
+    A cell has the class that is best where the background is favoured: ``low`` (K + 1, h, w). It is
+    background where that is best although it is not favoured: ``high``. Otherwise it is unknown.
+
+    Returns:
+        (h, w) uint8: 0 background, k + 1 the image's k-th class, 255 unknown or beyond the image.
+
+    Example:
+        >>> low, high = torch.tensor([[0.1, 0.9, 0.6]]), torch.tensor([[0.1, 0.9, 0.3]])
+        >>> label_pairs(torch.stack([low, 1 - low]), torch.stack([high, 1 - high])).tolist()
+        [[1, 0, 255]]
+    """
+    foreground, background = low.argmax(0), high.argmax(0) == 0
+    labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)
+    beyond = torch.maximum(low, high).amax(0) < PADDING
+    return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
 
 
 class Psa(SavedNetwork):
@@ -467,6 +518,8 @@ class PsaRefinement(LearnedRefinement):
     title = "PSA"
     settings = PsaSettings
     starts_from = "classifier"
+    map_settings = frozenset({"radius", "beta", "exponent", "tolerance", "threshold"})
+    network_settings = frozenset(PsaSettings.model_fields) - {"preset", *map_settings} | {"radius"}
 
     def crf_use(self, section: RefineSection) -> str:
         """Where a dense CRF takes part."""
@@ -476,13 +529,6 @@ class PsaRefinement(LearnedRefinement):
         """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing."""
         network = build_psa(tools.untrained())
         names_below(dict(network.backbone.named_parameters()), section.settings.freeze)
-
-    def key(self, job: Job) -> Mapping[str, Any]:
-        """The settings of the walk."""
-        found = job.settings.model_dump(mode="json", include={"radius", *WALK})
-        # the threshold of the walk is the background's score, not that of the pseudo masks
-        found["background"] = found.pop("threshold")
-        return dict(found)
 
     def label_path(self, folder: Path, image_id: str) -> Path:
         """The scores of two CRFs."""
@@ -500,10 +546,6 @@ class PsaRefinement(LearnedRefinement):
         return lambda picture, path: write_scores(
             path, *crf_scores(crf, picture.image, picture.planes, alphas)
         )
-
-    def network_key(self, section: RefineSection) -> Mapping[str, Any]:
-        """The settings of the training."""
-        return dict(section.settings.model_dump(mode="json", exclude={"preset", *WALK}))
 
     def build(self, section: RefineSection, tools: Tools) -> Psa:
         """The untrained network on a copy of the classifier's backbone."""

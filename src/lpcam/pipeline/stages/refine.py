@@ -196,7 +196,7 @@ def train_networks(context: Context) -> Iterator[Task]:
             "revision": 2,
             "labels": labels.key,
             **start,
-            "settings": method.network_key(section),
+            "settings": section.settings.model_dump(mode="json", include=method.network_settings),
             "seed": recipe.run.seed,
         }
         labelled = [(i, method.label_path(labels.folder, i.id)) for i in context.items("maps")]
