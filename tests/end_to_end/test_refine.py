@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import shutil
@@ -17,7 +18,7 @@ from tiny import digests, recipe_values, times
 
 from lpcam.cli.main import main
 from lpcam.data.images import read_image
-from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
+from lpcam.data.map_files import map_path, read_maps, write_maps
 from lpcam.data.masks import read_index_mask
 from lpcam.method.seeds import seeds
 from lpcam.pipeline.recipe import parse_recipe
@@ -85,23 +86,18 @@ def ids(values: Values) -> list[str]:
 def test_what_irn_leaves(finished: Values) -> None:
     folder = Path(finished["run"]["folder"])
     for name in ("cam", "lpcam"):
-        for image in ids(finished):
-            size = read_maps(map_path(folder / "cam", image)).high_res.shape[1:]
+        for image in ids(finished):  # also i03, which has no label
             labels = read_index_mask(folder / "refine-labels" / name / f"{image}.png")
-            mask = read_index_mask(folder / "pseudo" / name / f"{image}.png")
             boundary = read_index_mask(folder / "pseudo" / name / "boundaries" / f"{image}.png")
             walked = read_maps(map_path(folder / "pseudo" / name / "maps", image))
-            assert labels.shape == mask.shape == size
+            assert labels.shape == walked.high_res.shape[1:]
             assert boundary.shape == walked.cam.shape[1:]
-            own = {0, *(k + 1 for k in walked.keys.tolist())}
-            assert set(np.unique(labels).tolist()) <= own | {255}
-            assert set(np.unique(mask).tolist()) <= own
+            assert {*np.unique(labels)} <= {0, 255, *(walked.keys + 1)}
             if len(walked.keys):
                 assert walked.high_res.max() == pytest.approx(1, abs=1e-6)
+        assert not read_index_mask(folder / "refine-labels" / name / "i03.png").any()
         with Image.open(folder / "pseudo" / name / "i00.png") as picture:
             assert picture.mode == "P"
-        assert not (read_index_mask(folder / "pseudo" / name / "i03.png")).any()  # no label
-        assert not (read_index_mask(folder / "refine-labels" / name / "i03.png")).any()
         assert (folder / "refine-network" / name / "network.safetensors").is_file()
         assert not (folder / "refine-network" / name / "checkpoint.safetensors").exists()
 
@@ -163,17 +159,6 @@ def test_rows_of_both_stages(finished: Values) -> None:
     assert fixed["LPCAM + IRN"]["threshold"] == settings.threshold
     assert fixed["CAM + IRN"]["threshold"] == settings.cam_threshold
     assert {k: len(v) for k, v in metrics["refine_history"].items()} == {"cam": 1, "lpcam": 1}
-
-    # the row is that of the masks on disk
-    from lpcam.evaluation.segmentation import confusion, scores  # noqa: PLC0415
-
-    total = torch.zeros(4, 4, dtype=torch.int64)
-    names = fixed["LPCAM"]["protocol"]["classes"]
-    for image in ids(finished):
-        truth = read_index_mask(Path(finished["data"]["root"], "masks", f"{image}.png"))
-        mask = read_index_mask(Path(finished["run"]["folder"], "pseudo", "lpcam", f"{image}.png"))
-        total += confusion(torch.from_numpy(truth), torch.from_numpy(mask), 4)
-    assert scores(total, names).miou == pytest.approx(fixed["LPCAM + IRN"]["miou"], abs=1e-9)
 
 
 def test_the_report_shows_pseudo_masks_and_boundaries(finished: Values) -> None:
@@ -244,30 +229,24 @@ def test_stopped_again_and_again(
 @pytest.mark.parametrize("method", ["crf", "pamr"])
 def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
-    values = changed(
-        in_folder(plain, tmp_path / "run"), refine={"method": method, "maps": ["LPCAM"]}
-    )
-    rows = go(values).rows
-    name = f"LPCAM + {method.upper()}"
-    assert [r["method"] for r in rows if r["stage"] == "pseudo"] == [name, name]
-    assert not (tmp_path / "run" / "refine-network").exists()
-    assert not (tmp_path / "run" / "refine-labels").exists()
+    run_in = in_folder(plain, tmp_path / "run")
+    go(changed(run_in, refine={"method": method, "maps": ["LPCAM"]}), until="pseudo")
     changed_pixels = 0
     for image in ("i00", "i04", "i05"):
         maps = read_maps(map_path(tmp_path / "run" / "lpcam", image))
-        picture = read_image(Path(values["data"]["root"], "images", f"{image}.png"))
+        picture = torch.from_numpy(
+            read_image(Path(plain["data"]["root"], "images", f"{image}.png"))
+        )
         planes = torch.from_numpy(maps.high_res)
         hard = seeds(planes, 0.3)
         if method == "crf":
             crf = DenseCrf(CrfSettings.from_preset("irn"))
-            marginals = crf.refine_labels(torch.from_numpy(picture), hard, len(planes) + 1)
-            expected = marginals.argmax(0)
+            expected = crf.refine_labels(picture, hard, len(planes) + 1).argmax(0)
         else:
-            settings = PamrSettings.from_preset("default")
-            expected = seeds(pamr(torch.from_numpy(picture), planes, settings), 0.3)
-        ids = torch.tensor([0, *(k + 1 for k in maps.keys.tolist())])
+            expected = seeds(pamr(picture, planes, PamrSettings.from_preset("default")), 0.3)
+        numbers = torch.tensor([0, *(maps.keys + 1)])
         found = read_index_mask(tmp_path / "run" / "pseudo" / "lpcam" / f"{image}.png")
-        wrong = (torch.from_numpy(found).long() != ids[expected]).float().mean()
+        wrong = (torch.from_numpy(found).long() != numbers[expected]).float().mean()
         assert float(wrong) < (1e-9 if method == "crf" else 0.01)  # maps are kept in 255 steps
         changed_pixels += int((expected != hard).sum())
     assert changed_pixels > 0
@@ -316,10 +295,8 @@ def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
     folder = tmp_path / "run" / "pseudo" / "lpcam"
     for image in ids(values):
         truth = read_index_mask(Path(values["data"]["root"], "masks", f"{image}.png"))
-        mask, maps = (
-            read_index_mask(folder / f"{image}.png"),
-            read_maps(map_path(folder / "maps", image)),
-        )
+        mask = read_index_mask(folder / f"{image}.png")
+        maps = read_maps(map_path(folder / "maps", image))
         assert mask.shape == truth.shape == maps.high_res.shape[1:]
         assert max(truth.shape) > 40
         assert {*np.unique(mask)} <= {0, *(maps.keys + 1)}
@@ -327,7 +304,7 @@ def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
     assert not read_index_mask(folder / "i03.png").any()  # no label
     fixed = {r["method"]: r for r in rows if r["threshold_source"] == "fixed"}
     row = fixed[f"LPCAM + {refinement.title}"]
-    assert abs(row["miou"] - fixed["LPCAM"]["miou"]) < 0.25
+    assert row["miou"] > fixed["LPCAM"]["miou"] - 0.25
     recipe = parse_recipe(values, where="tiny.yaml")
     assert recipe.refine is not None
     assert row["protocol"]["crf"] == refinement.crf_use(recipe.refine)
@@ -353,52 +330,34 @@ def test_given_maps(
     """The same masks as a run makes of the same maps; what does not fit is left out and told."""
     maps = tmp_path / "maps"
     shutil.copytree(Path(plain["run"]["folder"], "lpcam"), maps)
+
+    def change(image: str, **fields: Any) -> None:
+        path = map_path(maps, image)
+        write_maps(path, dataclasses.replace(read_maps(path), **fields), dtype="uint8")
+
     (maps / "i05.npz").unlink()
     (maps / "i06.npz").write_bytes(b"nothing")
     small = np.ones((1, 8, 8), np.float32)
-    write_maps(
-        map_path(maps, "i07"),
-        MapFile(np.array([0], np.int64), small[:, :2, :2], small),
-        dtype="uint8",
-    )
-    one = read_maps(map_path(maps, "i08"))
-    write_maps(map_path(maps, "i08"), MapFile(one.keys + 9, one.cam, one.high_res), dtype="uint8")
-    for image, own in (("i01", ["blue", "green", "red"]), ("i02", ["green", "blue", "red"])):
-        one = read_maps(map_path(maps, image))
-        made_by = {"imported": {}, "classes": own}
-        write_maps(
-            map_path(maps, image),
-            MapFile(one.keys, one.cam, one.high_res, made_by),
-            dtype="uint8",
-        )
-    one = read_maps(map_path(maps, "i10"))
-    assert one.keys.tolist() == [1]
-    write_maps(map_path(maps, "i10"), MapFile(one.keys * 0, one.cam, one.high_res), dtype="uint8")
-    one = read_maps(map_path(maps, "i09"))
-    write_maps(
-        map_path(maps, "i09"), MapFile(one.keys, 255 * one.cam, 255 * one.high_res), dtype="uint8"
-    )
+    change("i07", keys=np.array([0], np.int64), cam=small[:, :2, :2], high_res=small)
+    change("i08", keys=read_maps(map_path(maps, "i08")).keys + 9)
+    change("i01", made_by={"imported": {}, "classes": ["blue", "green", "red"]})
+    change("i02", made_by={"imported": {}, "classes": ["green", "blue", "red"]})
+    change("i10", keys=np.array([0], np.int64))
+    change("i09", high_res=255 * read_maps(map_path(maps, "i09")).high_res)
     recipe = changed(plain, refine={"method": "crf"})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     folder = tmp_path / "refined"
     command = ["refine", str(tmp_path / "tiny.yaml"), str(maps), "--run.folder", str(folder)]
     with caplog.at_level(logging.INFO):
         assert main(command) == 0
-    assert "1 images are left out: their maps have classes that they are" in caplog.text
+    assert "1 images are left out" in caplog.text
     printed = capsys.readouterr().out
-    assert "7 skipped" in printed
-    for words in (
-        *("i05.npz", "i06.npz is damaged", "8 x 8 pixels, but", "class index"),
-        "values up to 255; divide each map by its maximum",
-        "i02.npz has the classes green, blue, red, not blue, green, red; import it for",
-        "i10.npz has classes that the image is not labelled with: blue",
-    ):
+    reasons = ("i05.npz", "i06.npz is damaged", "8 x 8 pixels", "class index", "up to 255")
+    classes = ("i02.npz has the classes green, blue, red", "not labelled with: blue")
+    for words in ("7 skipped", *reasons, *classes):
         assert words in printed
     rows = json.loads((folder / "metrics.json").read_text())["rows"]
-    assert {(r["stage"], r["method"]) for r in rows} == {
-        ("seed", "given"),
-        ("pseudo", "given + CRF"),
-    }
+    assert {r["stage"]: r["method"] for r in rows} == {"seed": "given", "pseudo": "given + CRF"}
     assert all(r["images"] == 5 and len(r["protocol"]["given_maps"]) == 32 for r in rows)
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     go(changed(in_folder(recipe, tmp_path / "run"), refine={"method": "crf", "maps": ["LPCAM"]}))
@@ -411,7 +370,7 @@ def test_given_maps(
 
 
 def test_given_maps_are_refused(plain: Values, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"does not say how to refine maps.*--refine\.method"):
+    with pytest.raises(RecipeError, match=r"--refine\.method"):
         refine(parse_recipe(plain, where="tiny.yaml"), tmp_path)
     recipe = parse_recipe(
         changed(in_folder(plain, tmp_path / "run"), refine={"method": "crf"}), where="tiny.yaml"
@@ -420,9 +379,5 @@ def test_given_maps_are_refused(plain: Values, tmp_path: Path) -> None:
         refine(recipe, tmp_path)
     (tmp_path / "theirs" / "barn").mkdir(parents=True)
     np.save(tmp_path / "theirs" / "barn" / "i00.npy", np.ones((2, 2)))
-    message = (
-        r"can be refined: .*theirs holds \.npy files of another program; import them first: lpcam "
-        r"import maps .*theirs FOLDER --data PATH$"
-    )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"theirs holds \.npy files of another program"):
         refine(recipe, tmp_path / "theirs")

@@ -18,9 +18,9 @@ from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.refine import irn
 from lpcam.refine.irn import IrnSettings, boundary_maps, irn_loss
-from lpcam.refine.irn_network import Irn, Pyramid, build_irn
-from lpcam.refine.walk import pair_counts, pair_offsets, path
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.refine.irn_network import Pyramid, build_irn
+from lpcam.refine.walk import pair_offsets, path
+from lpcam.runtime.errors import ClassifierError
 
 SPEC = BackboneSpec("test_resnet", {}, 16)
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
@@ -224,47 +224,6 @@ def test_loss_pair_by_pair(values: tuple[int, ...]) -> None:
     assert torch.equal(plain.positive, found.positive)
 
 
-@pytest.mark.parametrize("size", [(3, 20), (20, 6), (1, 1)])
-def test_maps_too_small_for_a_pair(size: tuple[int, int]) -> None:
-    logits = drawn(2, *size).requires_grad_()
-    found = irn_loss(logits, drawn_labels(2, *size), 4, drawn(2, 2, *size))
-    assert float(found.total.detach()) == 0
-    assert not torch.autograd.grad(found.total, logits)[0].any()
-    assert float(pair_counts(drawn_labels(2, *size), 4).sum()) == 0
-
-
-def test_loss_has_a_finite_gradient_at_saturated_boundaries() -> None:
-    logits = torch.tensor([-200.0, 200.0]).repeat(1, 8, 4).requires_grad_()
-    for labels in (drawn_labels(1, 8, 8), torch.full((1, 8, 8), 255, dtype=torch.uint8)):
-        loss = irn_loss(logits, labels, 3).total
-        (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
-        assert bool(torch.isfinite(loss))
-        assert gradient is None or bool(torch.isfinite(gradient).all())
-
-
-def test_gradient_of_the_loss() -> None:
-    logits = drawn(1, 5, 6).double().requires_grad_()
-    displacement = drawn(1, 2, 5, 6, seed=1).double().requires_grad_()
-    labels = drawn_labels(1, 5, 6)
-    assert torch.autograd.gradcheck(
-        lambda e, d: irn_loss(e, labels, 3, d).total, (logits, displacement)
-    )
-
-
-def test_parts_of_a_batch_add_up() -> None:
-    logits, displacement = drawn(3, 9, 10), drawn(3, 2, 9, 10, seed=1)
-    labels = drawn_labels(3, 9, 10)
-    counts = pair_counts(labels, 3)
-    assert counts.tolist() == [float(n) for n in counts.long()]
-    whole = irn_loss(logits, labels, 3, displacement)
-    parts = [
-        irn_loss(logits[p], labels[p], 3, displacement[p], counts)
-        for p in (slice(0, 1), slice(1, 3))
-    ]
-    for found, *each in zip(whole, *parts, strict=True):
-        torch.testing.assert_close(found, sum(each))
-
-
 @pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
 def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     """At scale 1 the red value of each labelled cell's pixel is its label, also mirrored."""
@@ -285,42 +244,6 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     assert labelled > 0
 
 
-def test_loss_falls(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -> None:
-    network = fresh(displacement=False)
-    settings = PLAIN.model_copy(update={"epochs": 8, "momentum": 0.9, "scale": (0.9, 1.1)})
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    history = irn.train_irn(network, pairs, settings, seed=0, folder=tmp_path)
-    assert [record["epoch"] for record in history] == list(range(1, 9))
-    assert history[-1]["loss"] < 0.92 * history[0]["loss"]
-    assert not network.branches.training
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name]) == name.startswith("pyramid."), name
-
-
-def test_optimiser_of_the_specification(
-    fresh: Any,
-    pairs: list[tuple[Item, Path]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[list[dict[str, Any]]] = []
-    step = torch.optim.SGD.step
-
-    def record(self: torch.optim.SGD, *arguments: Any) -> Any:
-        seen.append([dict(group) for group in self.param_groups])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", record)
-    settings = IrnSettings.from_preset("official", epochs=1, batch_size=3, crop=48, radius=4)
-    irn.train_irn(fresh(), pairs, settings, seed=0, folder=tmp_path)
-    assert len(seen) == 4
-    for number, (boundary, displacement) in enumerate(seen):
-        assert boundary["lr"] == pytest.approx(0.1 * (1 - number / 4) ** 0.9)
-        assert displacement["lr"] == pytest.approx(10 * boundary["lr"])
-        for group in (boundary, displacement):
-            assert (group["momentum"], group["weight_decay"]) == (1e-4, 1e-4)
-
-
 def test_displacement_does_not_change_the_boundaries(
     fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path
 ) -> None:
@@ -330,24 +253,6 @@ def test_displacement_does_not_change_the_boundaries(
     for name, value in plain.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
     assert float(whole.branches.displacement.shift.abs().max()) > 0
-
-
-def test_bad_input(fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path) -> None:
-    def train(network: Irn, given: list[tuple[Item, Path]], settings: IrnSettings = PLAIN) -> None:
-        irn.train_irn(network, given, settings, seed=0, folder=tmp_path / "run")
-
-    plain = fresh(displacement=False)
-    lost = [*pairs[:-1], (pairs[-1][0], tmp_path / "none.png")]
-    with pytest.raises(DataError, match=r"none.png"):
-        train(plain, lost)
-    small = tmp_path / "small.png"
-    Image.fromarray(np.zeros((9, 9), np.uint8)).save(small)
-    with pytest.raises(DataError, match=r"small.png 9 x 9"):
-        train(plain, [(pairs[0][0], small)])
-    with pytest.raises(
-        ClassifierError, match=r"the loss is nan at step \d of 8; lower refine.irn.learn"
-    ):
-        train(plain, pairs, PLAIN.model_copy(update={"learning_rate": 1e30}))
 
 
 def test_boundary_maps(fresh: Any) -> None:
@@ -364,47 +269,3 @@ def test_boundary_maps(fresh: Any) -> None:
     torch.testing.assert_close(boundary_maps(network, images[1:]), found[1:])
     mirror = boundary_maps(network, images[:, :, ::-1])
     torch.testing.assert_close(mirror, found.flip(-1))
-
-
-def test_official_settings_are_those_of_the_specification() -> None:
-    """Written down again from sections 3, 5, 7 and 8."""
-    expected = {
-        "epochs": 3,
-        "batch_size": 32,
-        "learning_rate": 0.1,
-        "displacement_multiplier": 10,
-        "momentum": 1e-4,
-        "weight_decay": 1e-4,
-        "power": 0.9,
-        "crop": 512,
-        "scale": (0.5, 1.5),
-        "radius": 10,
-        "displacement": True,
-        "walk_radius": 5,
-        "beta": 10,
-        "exponent": 8,
-        "tolerance": 0,
-        "sharpness": 1,
-        "foreground_threshold": 0.45,
-        "background_threshold": 0.25,
-        "threshold": 0.35,
-        "cam_foreground_threshold": 0.3,
-        "cam_background_threshold": 0.05,
-        "cam_threshold": 0.25,
-    }
-    assert IrnSettings.from_preset("official").model_dump() == {"preset": "official", **expected}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"crop": 32, "radius": 5}, "crop 32 has no pair at radius 5; it must be above 32"),
-        ({"crop": 130}, "multiple of 4"),
-        ({"scale": (1.5, 0.5)}, r"scale \[1.5, 0.5\] must be a range: the smaller first"),
-        ({"background_threshold": 0.9}, "foreground_threshold must not be below background_thr"),
-        ({"exponent": 17}, "less than or equal to 16"),
-    ],
-)
-def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        IrnSettings.from_preset("default", **changes)

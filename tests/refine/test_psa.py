@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
-from lpcam.data.dataset import Item
-from lpcam.data.folder import read_folder
 from lpcam.refine import psa
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.psa import (
@@ -29,7 +26,7 @@ from lpcam.refine.psa import (
     read_scores,
     write_scores,
 )
-from lpcam.refine.walk import pair_counts, pair_offsets
+from lpcam.refine.walk import likelihood_means, pair_counts, pair_offsets
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 
 RAW = Preprocessing((0.0,) * 3, (1.0,) * 3)
@@ -44,24 +41,6 @@ CRF = DenseCrf(CrfSettings.from_preset("psa"))
 def fresh(classifier: Classifier) -> Any:
     """Makes equal untrained networks."""
     return lambda seed=0: build_psa(classifier, seed=seed)
-
-
-@pytest.fixture
-def labelled(pictures: Path, tmp_path: Path) -> list[tuple[Item, Path]]:
-    """The tiny images with certain scores of their masks, which leave a frame unknown."""
-    found = []
-    for item in read_folder(pictures).items.values():
-        assert item.mask is not None
-        mask = torch.from_numpy(np.array(Image.open(item.mask))).long()
-        planes = [mask == 0, *(mask == label + 1 for label in item.labels)]
-        low = torch.stack(planes).float()
-        high = low.clone()
-        if item.labels:
-            high[:, :9], high[1, :9] = 0, 1  # favours a class where low has the background
-        path = tmp_path / "scores" / f"{item.id}.npz"
-        write_scores(path, low, high)
-        found.append((item, path))
-    return found
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -280,57 +259,14 @@ def test_gradient_of_the_distances(sources_only: bool) -> None:
     assert torch.autograd.gradcheck(total, (features,))
 
 
-def loss_by_pairs(features: Tensor, labels: Tensor, radius: int) -> float:
-    """The specification's sums, pair by pair."""
-    sums, counts = [0.0] * 3, [0] * 3
-    reach = radius - 1
-    batch, height, width = labels.shape
-    for b in range(batch):
-        for y in range(height - reach):
-            for x in range(reach, width - reach):
-                for dy, dx in pair_offsets(radius):
-                    first, second = int(labels[b, y, x]), int(labels[b, y + dy, x + dx])
-                    if 255 in (first, second):
-                        continue
-                    gap = (features[b, :, y, x] - features[b, :, y + dy, x + dx]).abs().mean()
-                    affinity = math.exp(-float(gap))
-                    kind = 2 if first != second else int(first > 0)
-                    likelihood = 1 - affinity if kind == 2 else affinity
-                    sums[kind] -= math.log(likelihood + 1e-5)
-                    counts[kind] += 1
-    means = [total / (count + 1e-5) for total, count in zip(sums, counts, strict=True)]
-    return means[0] / 4 + means[1] / 4 + means[2] / 2
-
-
-@pytest.mark.parametrize("values", [(0, 1, 2, 255), (0, 0, 255), (3, 3, 255), (0, 7), (255, 255)])
-def test_loss_pair_by_pair(values: tuple[int, ...]) -> None:
-    """With kinds of pairs that do not occur, too."""
-    features, labels = 3 * drawn(2, 6, 8, 9), drawn_labels(2, 8, 9, values=values)
-    found = psa_loss(features, labels, 3)
-    assert float(found) == pytest.approx(loss_by_pairs(features, labels, 3), rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("size", [(2, 20), (20, 4), (1, 1)])
-def test_grids_too_small_for_a_pair(size: tuple[int, int]) -> None:
-    features = drawn(2, 6, *size).requires_grad_()
-    found = psa_loss(features, drawn_labels(2, *size), 3)
-    assert float(found.detach()) == 0
-    assert not torch.autograd.grad(found, features)[0].any()
-
-
-def test_equal_features_have_a_finite_gradient() -> None:
-    features = torch.zeros(1, 6, 8, 8).requires_grad_()
-    loss = psa_loss(features, drawn_labels(1, 8, 8), 3)
-    (gradient,) = torch.autograd.grad(loss, features)
-    assert bool(torch.isfinite(loss))
-    assert bool(torch.isfinite(gradient).all())
-
-
-def test_parts_of_a_batch_add_up() -> None:
-    features, labels = 3 * drawn(3, 6, 8, 9), drawn_labels(3, 8, 9)
-    counts = pair_counts(labels, 3)
-    parts = [psa_loss(features[p], labels[p], 3, counts) for p in (slice(0, 1), slice(1, 3))]
-    torch.testing.assert_close(sum(parts), psa_loss(features, labels, 3))
+def test_loss_is_that_of_the_affinities() -> None:
+    features, labels = 3 * drawn(2, 6, 8, 9), drawn_labels(2, 8, 9)
+    distances = feature_distances(features, 3, sources_only=True)
+    pairs = [(offset, (-distance).exp()) for offset, distance in distances]
+    zero = torch.zeros(())
+    means = likelihood_means(pairs, labels, pair_counts(labels, 3), zero, 3)
+    expected = (means * torch.tensor([0.25, 0.25, 0.5])).sum()
+    torch.testing.assert_close(psa_loss(features, labels, 3), expected)
 
 
 @pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
@@ -379,70 +315,6 @@ def test_colours_change_and_labels_do_not() -> None:
         values.add(round(float(tensor[0, 0, 0]), 4))
     assert len(values) > 5
     assert all(0.3 * 120 / 255 < value < 2 * 120 / 255 for value in values)
-
-
-def test_loss_falls(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path) -> None:
-    network = fresh()
-    settings = SETTINGS.model_copy(
-        update={"epochs": 6, "momentum": 0.9, "learning_rate": 0.02, "batch_size": 4}
-    )
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    history = psa.train_psa(network, labelled, settings, seed=0, folder=tmp_path)
-    assert [record["epoch"] for record in history] == list(range(1, 7))
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    assert not network.training
-    moved = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
-    assert {"last.weight", "reductions.0.weight", "backbone.layer2.0.conv1.weight"} <= moved
-    frozen = ("backbone.conv1", "backbone.layer1.", "backbone.bn1")
-    assert not [k for k in moved if k.startswith(frozen) or ".bn" in k]
-
-
-def test_optimiser_of_the_specification(
-    labelled: list[tuple[Item, Path]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The momentum is 5e-4; biases have twice the rate and no decay."""
-    seen: list[list[dict[str, Any]]] = []
-    step = torch.optim.SGD.step
-
-    def record(self: torch.optim.SGD, *arguments: Any) -> Any:
-        seen.append([dict(group) for group in self.param_groups])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", record)
-    spec = BackboneSpec("test_convnext", {})
-    network = build_psa(build(spec, ("one",), weights="random"))
-    settings = PsaSettings.from_preset("official", epochs=1, batch_size=6, crop=72, freeze=[])
-    psa.train_psa(network, labelled, settings, seed=0, folder=tmp_path)
-    assert len(seen) == 2
-    for number, groups in enumerate(seen):
-        rate = 0.01 * (1 - number / 2) ** 0.9
-        found = {round(g["lr"] / rate, 4): g for g in groups}
-        assert set(found) == {1.0, 2.0, 10.0}
-        assert all(g["momentum"] == 5e-4 for g in groups)
-        decays = {key: g["weight_decay"] for key, g in found.items()}
-        assert decays == {1.0: 5e-4, 2.0: 0.0, 10.0: 5e-4}
-        assert len(found[10.0]["params"]) == 1 + len(network.levels)
-
-
-def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path) -> None:
-    def train(given: list[tuple[Item, Path]], settings: PsaSettings = SETTINGS) -> None:
-        psa.train_psa(fresh(), given, settings, seed=0, folder=tmp_path / "run")
-
-    lost = [*labelled[:-1], (labelled[-1][0], tmp_path / "none.npz")]
-    with pytest.raises(ArtefactError, match=r"none.npz"):
-        train(lost)
-    other = tmp_path / "other.npz"
-    write_scores(other, drawn(2, 30, 9), drawn(2, 30, 9))
-    with pytest.raises(DataError, match=r"other.npz 30 x 9"):
-        train([(labelled[0][0], other)])
-    with pytest.raises(ClassifierError, match="no parameter of the backbone is below 'stem'"):
-        train(labelled, SETTINGS.model_copy(update={"freeze": ("stem",)}))
-    with pytest.raises(
-        ClassifierError, match=r"the loss is .* at step \d of 8; lower refine.psa.learn"
-    ):
-        train(labelled, SETTINGS.model_copy(update={"learning_rate": 1e30}))
 
 
 def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSettings) -> Tensor:
@@ -503,29 +375,3 @@ def test_walk_of_what_does_not_fit(fresh: Any) -> None:
     network.last.weight.data.fill_(math.nan)
     with pytest.raises(DataError, match=r"affinities at the offset .* hold NaN"):
         psa.walk(network, image, drawn(1, 16, 24), SETTINGS)
-
-
-def test_official_settings_are_those_of_the_specification() -> None:
-    """Written down again from section 4."""
-    expected = {
-        "low_alpha": 1,
-        "high_alpha": 12,
-        "epochs": 5,
-        "batch_size": 8,
-        "learning_rate": 0.01,
-        "head_multiplier": 10,
-        "bias_multiplier": 2,
-        "momentum": 5e-4,
-        "weight_decay": 5e-4,
-        "power": 0.9,
-        "freeze": ("conv1a", "b2", "b2_1", "b2_2"),
-        "crop": 448,
-        "jitter": (0.3, 0.3, 0.3, 0.1),
-        "radius": 5,
-        "beta": 8,
-        "exponent": 6,
-        "tolerance": 0,
-        "threshold": 0.39,
-    }
-    found = PsaSettings.from_preset("official").model_dump()
-    assert found == {"preset": "official", **expected}

@@ -1,0 +1,109 @@
+"""What the dense CRF and PAMR both promise: batches, threads, precision, thin images, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.pamr import PamrSettings, pamr
+from lpcam.runtime.errors import DataError
+
+SMALL = PamrSettings.from_preset("default", dilations=[1, 2], iterations=3)
+FILTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "crf": DenseCrf(CrfSettings.from_preset("psa")).refine_probabilities,
+    "pamr": lambda image, masks: pamr(image, masks, SMALL),
+}
+every_filter = pytest.mark.parametrize("refined", FILTERS.values(), ids=FILTERS)
+Filter = Callable[[Tensor, Tensor], Tensor]
+
+
+def drawn(*size: int, count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """An image (H, W, 3) and scores (count, H, W) that sum to one."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((1, 3, 3, 4), generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
+    noisy = smooth + torch.randn((3, *size), generator=generator) * 6
+    image = noisy.clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    return image, (torch.rand((count, *size), generator=generator) * 4).softmax(0)
+
+
+@every_filter
+def test_scores_of_a_pixel_still_sum_to_one(refined: Filter) -> None:
+    for size in ((20, 24), (1, 17), (17, 1), (1, 1), (2, 2)):
+        found = refined(*drawn(*size))
+        torch.testing.assert_close(found.sum(0), torch.ones(size), atol=1e-5, rtol=0)
+        assert float(found.min()) >= 0
+
+
+@every_filter
+def test_a_batch_is_its_images(refined: Filter) -> None:
+    images, scores = zip(*(drawn(10, 12, seed=seed) for seed in range(4)), strict=True)
+    batch = torch.stack(images).view(2, 2, 10, 12, 3), torch.stack(scores).view(2, 2, 3, 10, 12)
+    found = refined(*batch)
+    assert found.shape == batch[1].shape
+    for number, alone in enumerate(found.view(4, 3, 10, 12)):
+        expected = refined(images[number], scores[number])
+        torch.testing.assert_close(alone, expected, atol=1e-5, rtol=0)
+
+
+@every_filter
+def test_classes_may_be_permuted(refined: Filter) -> None:
+    image, scores = drawn(15, 13, count=4)
+    order = torch.tensor([2, 0, 3, 1])
+    expected = refined(image, scores)[order]
+    torch.testing.assert_close(refined(image, scores[order]), expected, atol=1e-5, rtol=0)
+
+
+@every_filter
+def test_same_bytes_with_other_threads(refined: Filter) -> None:
+    given = drawn(150, 200)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            found.append(refined(*given))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@every_filter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_is_kept(refined: Filter, dtype: torch.dtype) -> None:
+    image, scores = drawn(8, 9)
+    found = refined(image, scores.to(dtype))
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), refined(image, scores), atol=0.05, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@every_filter
+def test_gpu(refined: Filter) -> None:
+    image, scores = drawn(60, 80)
+    found = refined(image.cuda(), scores.cuda())
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), refined(image, scores), atol=1e-3, rtol=0)
+
+
+@every_filter
+@pytest.mark.parametrize(
+    ("image", "scores", "message"),
+    [
+        (torch.zeros(4, 5, 3), torch.zeros(2, 4, 5), "float32"),
+        (torch.zeros(3, 4, 5).byte(), torch.zeros(2, 4, 5), "uint8"),
+        (torch.zeros(4, 5, 3).byte(), torch.zeros(2, 5, 4), r"\(2, 5, 4\)"),
+        (torch.zeros(4, 5, 3).byte(), torch.zeros(3, 2, 4, 5), r"\(3, 2, 4, 5\)"),
+        (torch.zeros(4, 5, 3).byte(), torch.zeros(2, 4, 5).long(), "int64"),
+        (torch.zeros(4, 5, 3).byte(), torch.full((2, 4, 5), math.nan), "(?i)nan"),
+        (torch.zeros(0, 5, 3).byte(), torch.zeros(2, 0, 5), "no pixels"),
+    ],
+)
+def test_bad_input(refined: Filter, image: Tensor, scores: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        refined(image, scores)
