@@ -319,7 +319,9 @@ def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
     )
     # 1500 / 3000, in percent; measured three times
     assert "CAM + IRN goes from 16.7 at step 500 to 50 at step 1500" in text
-    assert "Loss of IRN’s boundaries against the training step. CAM + IRN goes from 2" in text
+    assert (
+        "Loss of the refinement’s network against the training step. CAM + IRN goes from 2" in text
+    )
     titles = [one for one in segmented.all("svg") if one.get("class") == "chart"]
     assert len(titles) == 3 + 3
     lines = [one for one in segmented.all("polyline") if "line" in str(one["class"])][-8:]

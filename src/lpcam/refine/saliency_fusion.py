@@ -78,9 +78,6 @@ def fuse_saliency(
     Returns:
         int64 (H, W): 0 for background, k + 1 for the k-th map; the first of equal ones wins.
 
-    Raises:
-        DataError: if the settings and ``crf`` disagree, or as :func:`saliency_labels`.
-
     Example:
         >>> maps, saliency = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[0, 255]]).byte()
         >>> fuse_saliency(maps, saliency, SaliencySettings.from_preset("edam")).tolist()

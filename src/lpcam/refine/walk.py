@@ -302,28 +302,12 @@ def random_walk(
 ) -> Tensor:
     """Random walk of :func:`affinity_walk` with IRN's affinities from boundaries.
 
-    Args:
-        maps: (..., K, h, w) sources x, finite.
-        edge: (..., h, w) boundaries e in [0, 1] of the same images.
-        radius: pairs are nearer than this, in cells.
-        beta, exponent, tolerance: as for :func:`affinity_walk`.
-
-    Raises:
-        DataError: if shapes do not fit, a boundary is outside [0, 1], or a value is NaN or Inf.
+    Boundaries e are (..., h, w) in [0, 1], of the same images as the maps (..., K, h, w).
 
     Example:
         >>> random_walk(torch.ones(1, 1, 3), torch.zeros(1, 3), radius=2, beta=10.0, exponent=8)
         tensor([[[1., 1., 1.]]])
     """
-    if maps.ndim < 3 or maps.shape[:-3] + maps.shape[-2:] != edge.shape or edge.numel() == 0:
-        raise DataError(
-            f"maps {tuple(maps.shape)} and boundaries {tuple(edge.shape)} do not fit; expected "
-            "(..., K, h, w) and (..., h, w) of the same images"
-        )
-    if not _in_unit_range(edge):
-        raise DataError(
-            "the boundaries hold NaN or values outside [0, 1]; give the sigmoid of the logits"
-        )
     maxima = path_maxima(edge.detach().to(compute_dtype(maps)), radius)
     pairs = ((offset, 1 - maximum) for offset, maximum in maxima)
     return affinity_walk(maps, pairs, beta=beta, exponent=exponent, tolerance=tolerance)
@@ -345,11 +329,7 @@ def affinity_walk(
             below, (..., h - dy, w - abs(dx)), indexed by the upper left corner of the pair's box.
         beta: power of the affinities, > 0.
         exponent: log2 of the number of steps.
-        tolerance: largest error of omitted terms, relative to the largest absolute source; 0 omits
-            none.
-
-    Returns:
-        (..., K, h, w) in the dtype of the maps (half precision is computed in float32).
+        tolerance: largest error of omitted terms, relative to the largest source; 0 omits none.
 
     Raises:
         DataError: if shapes do not fit, an offset comes twice or points backwards, an affinity is
@@ -454,10 +434,6 @@ def _series(steps: int, tail: float) -> tuple[float, ...]:
     return tuple(factor / kept for factor in factors)
 
 
-def _in_unit_range(values: Tensor) -> bool:
-    return bool(((values >= 0) & (values <= 1)).all())  # both are false for NaN
-
-
 def _checked(maps: Tensor, pairs: Pairs) -> Iterator[tuple[Offset, Tensor]]:
     """The pairs in the dtype of the computation, each checked against the maps."""
     height, width = maps.shape[-2:]
@@ -476,6 +452,6 @@ def _checked(maps: Tensor, pairs: Pairs) -> Iterator[tuple[Offset, Tensor]]:
                 f"affinities at the offset {offset} are {tuple(affinity.shape)}; expected "
                 f"{expected} for maps {tuple(maps.shape)}"
             )
-        if not _in_unit_range(affinity):
+        if not ((affinity >= 0) & (affinity <= 1)).all():  # both are false for NaN
             raise DataError(f"affinities at the offset {offset} hold NaN or values outside [0, 1]")
         yield offset, affinity.to(compute_dtype(maps))

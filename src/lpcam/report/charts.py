@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 38.0, 10.0, 12.0, 34.0
 CURVES = {"miou": "mIoU", "precision": "Precision", "recall": "Recall"}
 TRAINING_CURVES = (("loss", "Loss", 1.0), ("validation_miou", "mIoU on the test list", 100.0))
 """Curves of a segmenter's training: name of the value, title, and factor."""
-IRN_CURVES = (("loss", "Loss of IRN’s boundaries", 1.0),)
+IRN_CURVES = (("loss", "Loss of the refinement’s network", 1.0),)
 TABLE_ROWS = 20
 """Approximate rows of a training's table, besides those with a validation."""
 MARKED = 16

@@ -159,7 +159,7 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
     irn = [one for one in teachers if given["irn_history"].get(one["name"])]
     histories = [training_table("Training of the segmenters", given["history"], teachers)]
     if irn:
-        histories.append(training_table("Training of IRN", given["irn_history"], irn))
+        histories.append(training_table("Training of the refinement", given["irn_history"], irn))
     views = [
         view for one in given["images"] for view in (one["truth"], *one["masks"].values()) if view
     ]
