@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tiny import together
 
+from lpcam.cli.main import main
 from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
@@ -16,6 +17,7 @@ from lpcam.evaluation.scoring import Evaluation, evaluate_masks, score_maps, why
 from lpcam.method.settings import Method
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import read_json
 
 FIXED: dict[Method, float] = {"CAM": 0.5, "LPCAM": 0.25}
 
@@ -252,3 +254,22 @@ def test_mask_folders_that_do_not_fit(tmp_path: Path) -> None:
     masks(found, b=[[9, 0]])
     with pytest.raises(DataError, match=r"b\.png .* 9;"):
         evaluate_masks(found, truth)
+
+
+def test_the_command_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(tmp_path / "truth" / "a.png", np.array([[0, 3, 3, 7]], np.uint8))
+    write_mask(tmp_path / "found" / "a.png", np.array([[0, 3, 0, 7]], np.uint8))
+    (tmp_path / "classes.txt").write_text("cow\t3\ndog\t7\nsheep\t9\n")
+    words = ["evaluate", str(tmp_path / "found"), str(tmp_path / "truth"), "--threads", "2"]
+    words += ["--classes", str(tmp_path / "classes.txt"), "--json", str(tmp_path / "scores.json")]
+    assert main(words) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["iou"] == ["fp", "fn", "precision", "recall"]
+    assert lines["cow"] == ["50.0", "0.0", "50.0", "100.0", "50.0"]
+    assert lines["mean"] == ["66.7", "0.0", "25.0", "100.0", "75.0"]
+    found = read_json(tmp_path / "scores.json")
+    assert found["miou"] == pytest.approx(2 / 3) and found["left_out"] == ["sheep"]
+    assert found["per_class"]["dog"]["iou"] == 1.0 and found["command"].startswith("lpcam evaluate")
+    (tmp_path / "found" / "a.png").unlink()
+    assert main(words) == 2
+    assert "a.png" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,15 +126,15 @@ def report(call: Invocation) -> int:
 def evaluate(call: Invocation) -> int:
     """Score a folder of masks against a folder of true masks."""
     from lpcam.evaluation.scoring import evaluate_masks  # noqa: PLC0415
+    from lpcam.formats.labels import read_classes  # noqa: PLC0415
     from lpcam.runtime.files import write_json  # noqa: PLC0415
 
     options = call.options
-    found = evaluate_masks(
-        options.predictions, options.truth, classes=options.classes, workers=call.threads
-    )
+    classes = None if options.classes is None else read_classes(options.classes)
+    found = evaluate_masks(options.predictions, options.truth, classes, workers=call.threads)
     print(found.summary())
     if options.json is not None:
-        write_json(options.json, {**found.as_json(), "command": call.line})
+        write_json(options.json, {**asdict(found), "command": call.line})
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lpcam.evaluation.segmentation import (
 from lpcam.method.seeds import seeds
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
+from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
 MOST_VALUES = 8
@@ -36,7 +37,11 @@ MOST_VALUES = 8
 
 
 def evaluate_masks(
-    predictions: str | Path, truth: str | Path, classes: ClassTable | None = None
+    predictions: str | Path,
+    truth: str | Path,
+    classes: ClassTable | None = None,
+    *,
+    workers: int = 1,
 ) -> Scores:
     """Score a folder of predicted masks against a folder of true masks.
 
@@ -49,6 +54,7 @@ def evaluate_masks(
         truth: folder of true masks, of the same sizes.
         classes: names and mask values of the classes. Other values in the truth are not counted.
             None: every value in the true masks is a class, named after the value.
+        workers: images read at a time.
 
     Raises:
         DataError: if a folder has no PNG, a prediction is missing, has another size or a value that
@@ -77,12 +83,11 @@ def evaluate_masks(
         values = set().union(*(np.unique(read_index_mask(truth / n)).tolist() for n in names))
         ids = tuple(sorted(values - {BACKGROUND, IGNORE}))
         classes = ClassTable(tuple(str(value) for value in ids), ids)
-    labels = len(classes) + 1
-    matrix = torch.zeros(labels, labels, dtype=torch.int64)
-    for name in names:
+
+    def count(name: Path) -> Tensor:
         found = read_index_mask(predictions / name)
         found = np.where(found == IGNORE, BACKGROUND, found)
-        unknown = sorted(set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids})
+        unknown = set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids}
         if unknown:
             raise DataError(
                 f"{predictions / name} has values of no class: {_listed(unknown)}; the values of "
@@ -90,10 +95,12 @@ def evaluate_masks(
             )
         true = truth_labels(read_index_mask(truth / name), classes)
         try:
-            matrix += confusion(true, truth_labels(found, classes), labels)
+            return confusion(true, truth_labels(found, classes), len(classes) + 1)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
-    return scores(matrix, classes.names)
+
+    matrices = ordered_map(count, names, workers)
+    return scores(sum(matrices, torch.zeros((), dtype=torch.int64)), classes.names)
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,7 @@ class Evaluation:
     rows: list[dict[str, Any]]
     """Two for each method: ``method``, ``threshold``, ``threshold_source`` ("ground truth" or
     "fixed"), ``images``, the fields of :class:`lpcam.evaluation.segmentation.Scores`, and
-    ``part_coverage`` if the
-    data set has parts."""
+    ``part_coverage`` if the data set has parts."""
     curves: dict[str, dict[str, list[float]]]
     """:meth:`lpcam.evaluation.segmentation.ThresholdSweep.curves` of each method."""
     image_scores: dict[str, list[float | None]]
@@ -113,14 +119,7 @@ class Evaluation:
 
 
 def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
-    """Explain why no true mask shows a class; None if one does.
-
-    Masks are read up to the first that shows a class.
-
-    Args:
-        items: the images, each with a mask.
-        classes: names and mask values.
-    """
+    """Explain why no true mask shows a class; None if one does, at which reading stops."""
     held: set[int] = set()
     for item in items:
         assert item.mask is not None
@@ -224,26 +223,17 @@ def _truth(item: Item, dataset: Dataset) -> Tensor:
 def row_of(
     method: str, images: int, threshold: float | None, source: str | None, found: Scores
 ) -> dict[str, Any]:
-    """One row of :attr:`Evaluation.rows`.
-
-    Args:
-        method: name of the method.
-        images: number of images.
-        threshold: None for masks that were not cut from maps.
-        source: how the threshold was chosen, or None.
-        found: the scores.
-    """
-    names = ("miou", "fp", "fn", "precision", "recall")
+    """One row of :attr:`Evaluation.rows`; masks that were not cut from maps have no threshold."""
+    values = asdict(found)
+    per_class, left_out = values.pop("per_class"), list(values.pop("left_out"))
     return {
         "method": method,
         "images": images,
-        **{name: getattr(found, name) for name in names},
-        "precision_with_background": found.precision_with_background,
-        "recall_with_background": found.recall_with_background,
+        **values,
         "threshold": threshold,
         "threshold_source": source,
-        "per_class": found.per_class,
-        "left_out": list(found.left_out),
+        "per_class": per_class,
+        "left_out": left_out,
     }
 
 

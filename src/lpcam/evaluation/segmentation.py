@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +80,7 @@ class ThresholdSweep:
     """Exact confusion matrices at every threshold of a grid, from one pass over the data set.
 
     The label of a pixel at a threshold is that of :func:`lpcam.method.seeds.seeds`. ``histogram``,
-    int64
-    (N+1, N, T+1), counts pixels by truth, best class and grid cell of the best value, for T
+    int64 (N+1, N, T+1), counts pixels by truth, best class and grid cell of the best value, for T
     thresholds. Histograms of several processes can be summed.
 
     Args:
@@ -180,13 +178,8 @@ class ThresholdSweep:
     def curves(self, names: Sequence[str]) -> dict[str, list[float]]:
         """Lists ``miou``, ``precision`` and ``recall`` over ``thresholds`` (paper, Figure 5(d))."""
         found = [scores(confusion, names) for confusion in self.confusions()]
-        return {
-            "thresholds": list(self.thresholds),
-            **{
-                name: [getattr(one, name) for one in found]
-                for name in ("miou", "precision", "recall")
-            },
-        }
+        curves = {k: [getattr(one, k) for one in found] for k in ("miou", "precision", "recall")}
+        return {"thresholds": list(self.thresholds), **curves}
 
 
 @dataclass(frozen=True)
@@ -208,6 +201,19 @@ class Scores:
     recall_with_background: float
     per_class: dict[str, dict[str, float]]
     left_out: tuple[str, ...]
+
+    def summary(self) -> str:
+        """A table in percent: the background, each class, and the means."""
+        columns = ("iou", "fp", "fn", "precision", "recall")
+        rows = {name: [values[c] for c in columns] for name, values in self.per_class.items()}
+        rows["mean"] = [self.miou, self.fp, self.fn, self.precision, self.recall]
+        width = max(map(len, rows))
+        lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
+        for name, values in rows.items():
+            lines.append(f"{name:<{width}}" + "".join(f"{100 * value:11.1f}" for value in values))
+        if self.left_out:
+            lines.append(f"in no mask, and not counted: {', '.join(self.left_out)}")
+        return "\n".join(lines)
 
 
 def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
@@ -290,6 +296,11 @@ def part_counts(
 
     Raises:
         DataError: if the shapes differ.
+
+    Example:
+        >>> truth = torch.tensor([[1, 1, 0]])
+        >>> part_counts(truth, torch.tensor([[1, 0, 0]]), torch.tensor([[3, 3, 3]]), {"head": 3})
+        tensor([[1, 2]])
     """
     if not truth.shape == prediction.shape == parts.shape:
         raise DataError(
@@ -297,11 +308,9 @@ def part_counts(
             f"{tuple(parts.shape)} must have the size of the same image"
         )
     counted = (truth != IGNORE) & (truth != BACKGROUND)
-    rows: list[list[Any]] = []
-    for value in part_names.values():
-        here = counted & (parts == value)
-        rows.append([(here & (prediction == truth)).sum(), here.sum()])
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+    values = torch.tensor(list(part_names.values()), dtype=torch.int64)
+    here = counted & (parts == values[:, None, None])
+    return torch.stack([(here & (prediction == truth)).sum((1, 2)), here.sum((1, 2))], 1)
 
 
 def part_coverage(counts: Tensor, part_names: Mapping[str, int]) -> dict[str, float]:
