@@ -6,7 +6,7 @@ import platform
 from functools import cache
 from importlib import metadata
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def versions() -> dict[str, str]:
