@@ -3,13 +3,11 @@
 A pickle is a program. ``torch.load(weights_only=True)`` runs the few of its instructions that build
 tensors and plain containers and refuses every name outside its own list; what other packages have
 added to that list is removed while a file is read. Crafted files got past it in torch before 2.6
-(CVE-2025-32434) and before 2.10 (CVE-2026-24747); this package requires a newer one. Convert files
-of unknown origin where nothing can be lost: such a parser may have further flaws.
+(CVE-2025-32434) and before 2.10 (CVE-2026-24747); this package requires a newer one. Such a parser
+may have further flaws: convert files of unknown origin where nothing can be lost.
 
-NumPy's arrays and scalars, which training programs keep beside the weights, are rebuilt by the
-stand-ins of :mod:`lpcam.formats.pickled_arrays`, never by NumPy. Neither the unpacked archive nor
-all tensors
-together may be larger than four times the file.
+NumPy's arrays and scalars are rebuilt by the stand-ins of :mod:`lpcam.formats.pickled_arrays`.
+Neither the unpacked archive nor all tensors together may be larger than four times the file.
 """
 
 from __future__ import annotations
@@ -175,7 +173,7 @@ def _reason(error: Exception) -> str:
 
 
 def _unwrap(loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
-    """The keys that led to the state dict, and the state dict."""
+    """The keys that led to the state dict, and it."""
     path: list[str] = []
     while isinstance(loaded, dict):
         found = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
@@ -217,15 +215,12 @@ def _split(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], li
 
 def _check(size: int, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        found = None
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            found = "is sparse, quantised or nested"
-        elif tensor.device.type != "cpu":
-            found = f"has no values (device {tensor.device})"
-        elif tensor.dtype not in _DTYPES:
-            found = f"has the dtype {tensor.dtype}"
-        if found:
-            raise _RefusedError(f"the tensor {name!r} {found}; save dense real numbers")
+        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+        if not dense or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+            raise _RefusedError(
+                f"the tensor {name!r} is {'dense' if dense else 'sparse, quantised or nested'}, of "
+                f"{tensor.dtype} on {tensor.device}; save dense real numbers"
+            )
     # before anything is copied: a view may claim any size
     _check_claim(size, sum(t.numel() * t.element_size() for t in tensors.values()))
     for name, tensor in tensors.items():

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ _TENSOR_FORMAT = 1
 _TENSOR_KEY = "lpcam"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` whole or not at all; missing parent folders are made.
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write ``data``, or its parts, to ``path`` whole or not at all; missing folders are made.
 
     Raises:
         ArtefactError: if the disk is full, the folder may not be written or the path is no file's;
@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -20,11 +20,11 @@ from lpcam.data.drawing import overlay_mask
 from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask, voc_palette, write_mask
 from lpcam.data.voc import CLASSES, read_voc
-from lpcam.formats.masks import export as masks_module
 from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.masks.export import ExportedMasks, export_masks
 from lpcam.formats.masks.label_studio import packed_runs
 from lpcam.formats.registry import FORMATS
+from lpcam.runtime import files as runtime_files
 from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 
 TABLE = ClassTable(("cow", "wild & <horse>"), (10, 3))
@@ -616,6 +616,6 @@ def test_a_stopped_export_is_done_again(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(masks_module.os, "fsync", full)
+    monkeypatch.setattr(runtime_files.os, "fsync", full)
     with pytest.raises(ArtefactError, match="No space left on device"):
         export_masks(entries, TABLE, out, "coco")

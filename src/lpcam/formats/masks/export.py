@@ -8,8 +8,6 @@ lies ``exported.json``: what was written, what from, and what was left out.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +64,6 @@ class ExportedMasks:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """Counts and files of one image, and its part of the document."""
-
-    id: str
-    annotations: int
-    ignored_pixels: int
-    files: Sequence[str]
-    record: Any
-
-
 def export_masks(
     entries: Sequence[MaskEntry | Skip],
     classes: ClassTable,
@@ -100,7 +87,7 @@ def export_masks(
             which is left out for its reason.
         classes: names of the values in the masks.
         output: folder to write to.
-        format: a key of `FORMATS`.
+        format: a name of `FORMATS`.
         instances: an object is a connected component of a class instead of all pixels of a class in
             an image. ``yolo`` has a line per component in either case, ``overlays`` shows none.
         image_root: only for ``label-studio``: path of the images' folder below the served folder;
@@ -111,9 +98,9 @@ def export_masks(
 
     Raises:
         RegistryError: if the format is unknown.
-        DataError: if there is no mask, an id repeats or is unsafe, the
-            format cannot hold an entry, ``image_root`` does not fit the format or is not a relative
-            path, or every image would be left out.
+        DataError: if there is no mask, an id repeats or is unsafe, the format cannot hold an entry,
+            ``image_root`` does not fit the format or is not a relative path, or every image would
+            be left out.
         ArtefactError: if a file would be replaced that no earlier call wrote, or one cannot be
             written.
         LpcamError: for ``instances``, if SciPy is not installed.
@@ -132,17 +119,10 @@ def export_masks(
     if writer.refers_to_images:
         entries = _without_shared_images(entries)
     masks = [entry for entry in entries if isinstance(entry, MaskEntry)]
-    if not masks:
-        raise DataError("there is no mask to export; give at least one")
-    check_unique([safe_id(entry.id) for entry in masks], "what is to be exported")
-    ids_given = frozenset(entry.id for entry in masks)
-    for entry in masks:
-        writer.check(entry, ids_given)
+    _check_entries(masks, writer)
     prefix = _image_prefix(image_root, format)
-    common = [*writer.beside(classes, ())]
-    if writer.document_name is not None:
-        common.append(writer.document_name)
-    planned = {*common, *(path for entry in masks for path in writer.paths(entry))}
+    files = [*writer.beside(classes, ()), *filter(None, [writer.document_name])]
+    planned = {*files, *(path for entry in masks for path in writer.paths(entry))}
     before = _earlier_files(output, format)
     _check_targets(masks, output, planned, before)
     folders = {entry.images_below for entry in masks} - {None}
@@ -160,27 +140,35 @@ def export_masks(
     # Written first, so that a call after an interruption knows its files.
     write_json(output / INDEX, {**index, "files": sorted(before | planned)})
 
-    def work(entry: MaskEntry | Skip) -> _Written | Skip:
+    def export(entry: MaskEntry | Skip) -> tuple[Picture, Any] | Skip:
         if isinstance(entry, Skip):
             return entry
-        return _export(entry, writer, classes, output, prefix, instances)
+        try:
+            mask = _read(entry)
+            objects = regions(mask, classes, instances=instances, name=f"mask {entry.mask}")
+            picture = Picture(entry, prefix + entry.name, mask, objects, classes)
+            writer.write(picture, [output / path for path in writer.paths(entry)])
+        except DataError as error:
+            return Skip(entry.id, str(error))
+        return picture, writer.record(picture)
 
     left_out: list[Skip] = []
     ids: list[str] = []
-    files, counts = list(common), {"annotations": 0, "ignored_pixels": 0}
+    counts = {"annotations": 0, "ignored_pixels": 0}
 
     def records() -> Iterator[Any]:
-        for number, result in enumerate(ordered_map(work, entries, workers), start=1):
+        for number, result in enumerate(ordered_map(export, entries, workers), start=1):
             if progress is not None:
                 progress(number, len(entries))
             if isinstance(result, Skip):
                 left_out.append(result)
                 continue
-            ids.append(result.id)
-            files.extend(result.files)
-            counts["annotations"] += result.annotations
-            counts["ignored_pixels"] += result.ignored_pixels
-            yield result.record
+            picture, record = result
+            ids.append(picture.entry.id)
+            files.extend(writer.paths(picture.entry))
+            counts["annotations"] += len(picture.objects)
+            counts["ignored_pixels"] += int((picture.mask == IGNORE).sum())
+            yield record
         if not ids:
             raise DataError(f"no mask can be exported, the first because: {left_out[0].reason}")
 
@@ -188,7 +176,7 @@ def export_masks(
         for _ in records():
             pass
     else:
-        _write_parts(output / writer.document_name, writer.document(records(), classes))
+        write_bytes(output / writer.document_name, writer.document(records(), classes))
     for name, contents in writer.beside(classes, ids).items():
         write_bytes(output / name, contents)
     for stale in (before | planned) - set(files):
@@ -197,57 +185,37 @@ def export_masks(
     found = {"images": len(ids), **counts, "left_out": skipped, "files": sorted(files)}
     write_json(output / INDEX, {**index, **found})
     return ExportedMasks(
-        output,
-        format,
-        len(files),
-        len(ids),
-        counts["annotations"],
-        tuple(left_out),
-        counts["ignored_pixels"],
-        writer.ignored,
-        images_below,
+        folder=output,
+        format=format,
+        files=len(files),
+        images=len(ids),
+        left_out=tuple(left_out),
+        ignored=writer.ignored,
+        images_below=images_below,
+        **counts,
     )
 
 
-def _export(
-    entry: MaskEntry,
-    writer: Format,
-    classes: ClassTable,
-    output: Path,
-    prefix: str,
-    instances: bool,
-) -> _Written | Skip:
-    try:
-        mask = _read(entry)
-        try:
-            objects = regions(mask, classes, instances=instances)
-        except DataError as error:
-            raise DataError(f"mask {entry.mask} is refused: {error}") from error
-        picture = Picture(entry, prefix + entry.name, mask, objects, classes)
-        paths = writer.paths(entry)
-        writer.write(picture, [output / path for path in paths])
-    except DataError as error:
-        return Skip(entry.id, str(error))
-    ignored = int((mask == IGNORE).sum())
-    return _Written(entry.id, len(objects), ignored, paths, writer.record(picture))
-
-
-# -- Entries -----------------------------------------------------------------------------------
+def _check_entries(masks: Sequence[MaskEntry], writer: Format) -> None:
+    if not masks:
+        raise DataError("there is no mask to export; give at least one")
+    check_unique([safe_id(entry.id) for entry in masks], "what is to be exported")
+    ids = frozenset(entry.id for entry in masks)
+    for entry in masks:
+        writer.check(entry, ids)
 
 
 def _without_shared_images(entries: Iterable[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
     """Leave out an image that two lists of a data set share: it has two ids and one name."""
-    found: list[MaskEntry | Skip] = []
     owners: dict[str, str] = {}
-    for entry in entries:
-        if isinstance(entry, MaskEntry):
-            owner = owners.setdefault(entry.name, entry.id)
-            if owner != entry.id:
-                reason = f"its image {entry.name} is that of {owner!r}, whose mask is exported"
-                found.append(Skip(entry.id, reason))
-                continue
-        found.append(entry)
-    return found
+
+    def checked(entry: MaskEntry | Skip) -> MaskEntry | Skip:
+        if isinstance(entry, Skip) or owners.setdefault(entry.name, entry.id) == entry.id:
+            return entry
+        reason = f"its image {entry.name} is that of {owners[entry.name]!r}, whose mask is exported"
+        return Skip(entry.id, reason)
+
+    return [checked(entry) for entry in entries]
 
 
 def _image_prefix(root: str, format: str) -> str:
@@ -275,9 +243,6 @@ def _read(entry: MaskEntry) -> NDArray[np.uint8]:
                 f"upright image is {size[0]} x {size[1]}; give the mask of this image"
             )
     return mask
-
-
-# -- The output folder -------------------------------------------------------------------------
 
 
 def _earlier_files(output: Path, format: str) -> set[str]:
@@ -319,23 +284,3 @@ def _check_targets(
                 raise ArtefactError(
                     f"{path} is to be exported and would be overwritten; choose another --output"
                 )
-
-
-def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a document that is never whole in memory, atomically."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ArtefactError(
-            f"cannot write {path}: {error.strerror or error}; make room there or choose another "
-            "output folder"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -45,7 +45,11 @@ class Region:
 
 
 def regions(
-    mask: NDArray[np.uint8], classes: ClassTable, *, instances: bool = False
+    mask: NDArray[np.uint8],
+    classes: ClassTable,
+    *,
+    instances: bool = False,
+    name: str = "the mask",
 ) -> list[Region]:
     """The objects of a mask: in label order, the components of a class in reading order.
 
@@ -53,6 +57,7 @@ def regions(
         mask: uint8 (H, W), values as in mask files. 255 (ignored) belongs to no object.
         instances: one object a connected component (8 neighbours) instead of one a class. Objects
             of one class that touch are then still one.
+        name: of the mask, for the message.
 
     Raises:
         DataError: if the mask has a value that no class has.
@@ -65,8 +70,8 @@ def regions(
             f"{number} {name}" for name, number in zip(classes.names, classes.mask_ids, strict=True)
         )
         raise DataError(
-            f"it has the values {', '.join(map(str, unknown))}, which are of no class; the classes "
-            f"are {known}"
+            f"{name} is refused: it has the values {', '.join(map(str, unknown))}, which are of no "
+            f"class; the classes are {known}"
         )
     return [
         region
@@ -89,7 +94,6 @@ def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> list[Re
 
 
 def _boxed(label: int, y: NDArray[np.intp], x: NDArray[np.intp]) -> Region:
-    """The region of the pixels (N,), (N,)."""
     y0, x0 = int(y.min()), int(x.min())
     pixels = np.zeros((int(y.max()) - y0 + 1, int(x.max()) - x0 + 1), dtype=bool)
     pixels[y - y0, x - x0] = True

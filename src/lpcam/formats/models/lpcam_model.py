@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -364,7 +365,8 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         if normal
         else "as the backbone expects them"
     )
-    return CARD_TEXT.format(
+    text = (resources.files("lpcam.formats.models") / "card.md").read_text("utf-8")
+    return text.format(
         header=yaml.safe_dump(header, sort_keys=True, allow_unicode=True),
         name=name,
         architecture=model.spec.name if model.spec else type(model.backbone).__name__,
@@ -378,39 +380,6 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         licence=licence or "Not stated.",
         settings=json.dumps(model.made_by.get("settings"), indent=2, sort_keys=True),
     )
-
-
-CARD_TEXT = """\
----
-{header}---
-# {name}
-
-An image classifier ({architecture}, {count} classes) with class activation maps of {method} (Chen
-and Sun, *Extracting Class Activation Maps from Non-Discriminative Features as well*, CVPR 2023),
-computed at one scale without mirror images.
-
-## Use
-```python
-from lpcam.formats.models.lpcam_model import LPCAMModel
-model = LPCAMModel.from_pretrained("{name}"{given})
-logits, maps = model(images)  # (B, N) and (B, N, height, width), maps from 0 to 1
-```
-Images are (B, {channels}, height, width): {expected}.
-
-## Classes
-{classes}
-
-## Training data
-{data}
-
-## Licence
-{licence}
-
-## Settings
-```json
-{settings}
-```
-"""
 
 
 # -- Backbones ---------------------------------------------------------------------------------
@@ -430,9 +399,7 @@ class _Features(nn.Module):
 class _WrappedFeatures(nn.Module):
     """The feature map of a copy of a wrapped model, and its class token, as a traceable module.
 
-    :meth:`~lpcam.classifiers.wrapped.WrappedModel.features` restores the state of the user's
-    model, which tracers
-    cannot follow.
+    ``WrappedModel.features`` restores the state of the user's model, which tracers cannot follow.
     """
 
     def __init__(self, wrapped: WrappedModel) -> None:
