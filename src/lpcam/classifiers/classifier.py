@@ -15,12 +15,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpcam.classifiers.search import class_names
-from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork
 
@@ -390,6 +390,8 @@ def check_backbone(name: str) -> None:
     Example:
         >>> check_backbone("resnet50")
     """
+    import lpcam.classifiers.wideresnet38  # noqa: F401, PLC0415 - registers itself with timm
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"similar names are {', '.join(near)}" if near else "timm.list_models() lists all"
@@ -426,8 +428,8 @@ def _preprocessing(
 ) -> Preprocessing:
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return Preprocessing(
-        tuple(config.get("mean", IMAGENET_MEAN) if mean is None else mean),
-        tuple(config.get("std", IMAGENET_STD) if std is None else std),
+        tuple(config.get("mean", IMAGENET_DEFAULT_MEAN) if mean is None else mean),
+        tuple(config.get("std", IMAGENET_DEFAULT_STD) if std is None else std),
     )
 
 

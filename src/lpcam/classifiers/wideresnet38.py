@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import Tensor, nn
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
@@ -170,8 +165,8 @@ class WideResNet38(nn.Module):
         ]
         self.pretrained_cfg: dict[str, Any] = {
             "architecture": "wideresnet38",
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
             "num_classes": 0,
             "classifier": HEADS,
         }

@@ -106,7 +106,7 @@ class WrappedModel(Reading):
 
     @property
     def core(self) -> nn.Module:
-        """The model without the wrappers that :func:`~lpcam.classifiers.tracing.unwrap` removes."""
+        """The model without the wrappers that :func:`unwrap` removes."""
         return unwrap(self.model)
 
     @property

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import ValidationError
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
 from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
-from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
 from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
@@ -342,7 +342,8 @@ def _preprocessing(source: Classifier | WrappedModel, given: Preprocessing | Non
         return source.preprocessing
     config: Mapping[str, Any] = getattr(source.core, "pretrained_cfg", None) or {}
     return given or Preprocessing(
-        tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+        tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
+        tuple(config.get("std", IMAGENET_DEFAULT_STD)),
     )
 
 

@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from lpcam.classifiers.classifier import (
     read_weights,
     refuse_not_finite,
 )
-from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.hosts.base import HostSettings
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import Fraction, Positive
@@ -539,7 +539,8 @@ def _network(
     if preprocessing is None:
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         preprocessing = Preprocessing(
-            tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
+            tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
+            tuple(config.get("std", IMAGENET_DEFAULT_STD)),
         )
     return Mctformer(
         model,

@@ -1,6 +1,6 @@
 """Cosine k-means, and the protocol of a clustering method (section 3 of the paper).
 
-:class:`Clustering` is what :func:`lpcam.method.prototypes.make_prototypes` asks of a method, and
+:class:`Clustering` is what :func:`make_prototypes` asks of a method, and
 :data:`CLUSTERINGS` lists the methods by name.
 
 :func:`cosine_kmeans` and :class:`CosineKMeans` differ in how they are called only. The algorithm is
@@ -125,7 +125,7 @@ class CosineKMeans:
 
     @classmethod
     def of_settings(cls, settings: Any) -> Self:
-        """The method with the values of a :class:`lpcam.method.settings.FittingSettings`."""
+        """The method with the values of a :class:`FittingSettings`."""
         return cls(
             settings.init,
             settings.centers,

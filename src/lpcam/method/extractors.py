@@ -117,16 +117,13 @@ def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Ten
 class CAM:
     """Class activation maps of equation 1, over scales and flip.
 
-    The model is inspected when it is first needed and not changed: see
-    :func:`lpcam.classifiers.wrapped.wrap`,
-    which takes the keyword arguments.
+    The model is inspected when it is first needed and not changed: see :func:`wrap`, which takes
+    the keyword arguments.
 
     Args:
-        model: a :class:`~lpcam.classifiers.classifier.Classifier`, a
-        :class:`~lpcam.classifiers.wrapped.WrappedModel`, or any
-            image classifier.
-        settings: an :class:`~lpcam.method.settings.LpcamSettings` or the name of a preset; None:
-            ``voc12.official``, at scale 1 only if the model takes a fixed size of image.
+        model: a :class:`Classifier`, a :class:`WrappedModel`, or any image classifier.
+        settings: an :class:`LpcamSettings` or the name of a preset; None: ``voc12.official``, at
+            scale 1 only if the model takes a fixed size of image.
         classes: names of the classes.
         target_layer: name, module or callable that gives the map before the pooling.
         head: name, module or (weight, bias) of the linear head.
@@ -134,10 +131,9 @@ class CAM:
         example: images that the model takes, or their size (H, W).
 
     Attributes:
-        source_: the :class:`~lpcam.classifiers.classifier.Classifier` or
-        :class:`~lpcam.classifiers.wrapped.WrappedModel`
-            that gives features and class rows.
-        settings_: the :class:`~lpcam.method.settings.LpcamSettings` in use.
+        source_: the :class:`Classifier` or :class:`WrappedModel` that gives features and class
+            rows.
+        settings_: the :class:`LpcamSettings` in use.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -292,12 +288,9 @@ class LPCAM(CAM):
         with_context: False leaves the context out (LPCAM-F).
 
     Attributes:
-        prototypes_: :class:`~lpcam.method.prototypes.Prototypes`, after ``fit``, ``partial_fit`` or
-            ``load``.
-        source_: the :class:`~lpcam.classifiers.classifier.Classifier` or
-        :class:`~lpcam.classifiers.wrapped.WrappedModel`
-            that they belong to.
-        settings_: the :class:`~lpcam.method.settings.LpcamSettings` in use.
+        prototypes_: :class:`Prototypes`, after ``fit``, ``partial_fit`` or ``load``.
+        source_: the :class:`Classifier` or :class:`WrappedModel` that they belong to.
+        settings_: the :class:`LpcamSettings` in use.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -522,7 +515,7 @@ class LPCAM(CAM):
         scoring: Literal["sigmoid", "softmax"] = "sigmoid",
         name: str = "image",
     ) -> ImageMaps:
-        """CAM and LPCAM of one image as :class:`~lpcam.method.image_maps.ImageMaps`, to draw and
+        """CAM and LPCAM of one image as :class:`ImageMaps`, to draw and
         save.
 
         Args:

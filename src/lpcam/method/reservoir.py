@@ -37,9 +37,7 @@ def collect(
             feature grid by ``settings.split_resize``.
         settings: how prototypes are fitted.
         name: of the image.
-        times: how often the image was drawn for each class
-        (:func:`lpcam.method.reservoir.draw_images`);
-            None: once for each.
+        times: how often the image was drawn for each class (:func:`draw_images`); None: once.
 
     Example:
         >>> reservoir = Reservoir(None, seed=0)

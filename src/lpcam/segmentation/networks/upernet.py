@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import (
@@ -27,11 +28,10 @@ from lpcam.classifiers.classifier import (
     read_weights,
     refuse_not_finite,
 )
-from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import Option, SegmenterSpec, preprocessing_with
 
-PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 PATCH = 4

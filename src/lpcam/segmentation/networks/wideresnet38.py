@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import (
@@ -23,14 +24,14 @@ from lpcam.classifiers.classifier import (
     build,
     refuse_not_finite,
 )
-from lpcam.classifiers.wideresnet38 import IMAGENET_MEAN, IMAGENET_STD, WideResNet38
+from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
 
 BACKBONE = "wideresnet38"
 
 
-PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
+PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 HIDDEN = 512
