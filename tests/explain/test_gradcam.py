@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import sys
 import warnings
@@ -23,7 +22,7 @@ from torchvision.models.resnet import Bottleneck
 from lpcam.classifiers.features import FeaturePair
 from lpcam.explain.gradcam import LPCAM, principal_component
 from lpcam.method import extractors as extract
-from lpcam.method.functional import cosine_activation, lpcam_of_pair, normalize
+from lpcam.method.functional import cosine_activation, normalize
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError, NotFittedError, PrototypeError
 
@@ -102,9 +101,6 @@ def peer() -> Any:
     return pytest.importorskip("pytorch_grad_cam")
 
 
-# -- The call ----------------------------------------------------------------------------------
-
-
 def test_the_map_is_that_of_lpcam(cam: LPCAM, images: Tensor) -> None:
     found = cam(input_tensor=images, targets=[Target(0), Target(1), Target(1)])
     assert isinstance(found, np.ndarray)
@@ -145,53 +141,48 @@ def test_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
         mask = np.ones((4, 4))
 
     for targets, message in (
-        ([0], "target"),
-        (Target(0), "target"),
+        ([0], "3 targets"),
+        (Target(0), "3 targets"),
         ([0, 1, 2], "class 2"),
         ([0, 1, -1], "class -1"),
         ([0, 1, lambda output: output], "names no class"),
-        ([0, 1, 0.5], r"0\.5"),
         ([0, 1, Pixels(0)], "names no class"),
     ):
         with pytest.raises(ValueError, match=message):
             cam(images, targets)
 
 
-@pytest.mark.parametrize("given", [torch.rand(3, 32, 32), torch.rand(1, 3, 8, 32, 32), [1], ()])
+@pytest.mark.parametrize("given", [torch.rand(3, 32, 32), torch.rand(0, 3, 32, 32), [1]])
 def test_images_that_do_not_fit(cam: LPCAM, given: Any) -> None:
     with pytest.raises(ValueError, match="input_tensor"):
         cam(given)
-    with pytest.raises(ValueError, match=r"got \(0, 3, 32, 32\)"):
-        cam(torch.rand(0, 3, 32, 32))
 
 
 def test_batch_size_changes_nothing(cam: LPCAM, images: Tensor) -> None:
-    whole, logits = cam(images, aug_smooth=True), cam.outputs
+    whole = cam(images, aug_smooth=True)
     cam.batch_size = 2
     seen: list[int] = []
-    handle = cam.model.register_forward_pre_hook(lambda _model, given: seen.append(len(given[0])))
+    handle = cam.source.model.register_forward_pre_hook(
+        lambda _model, given: seen.append(len(given[0]))
+    )
     np.testing.assert_allclose(cam(images, aug_smooth=True), whole, atol=1e-6)
     handle.remove()
     assert seen == [2, 1] * 7  # the logits once, then six views
-    assert logits is not None
-    assert cam.outputs is not None
-    torch.testing.assert_close(cam.outputs, logits)
-    np.testing.assert_allclose(cam(images[1:2])[0], cam(images)[1], atol=1e-6)
-
-
-# -- Smoothing ---------------------------------------------------------------------------------
 
 
 def test_aug_smooth_is_the_mean_of_six_views(cam: LPCAM, images: Tensor) -> None:
     images = images + 0.3 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     targets = [0, 1, 1]
-    views = [cam(images * by, targets) for by in (0.9, 1.0, 1.1)]
-    views += [cam(images.flip(-1) * by, targets)[..., ::-1] for by in (0.9, 1.0, 1.1)]
-    smooth = cam(images, targets, aug_smooth=True)
-    np.testing.assert_allclose(smooth, np.mean(views, axis=0), atol=1e-6)
-    assert smooth.dtype == np.float32
-    assert cam.outputs is not None
-    torch.testing.assert_close(cam.outputs, cam.model.eval()(images))  # of the images as given
+    for eigen in (False, True):
+        views = [cam(images * by, targets, eigen_smooth=eigen) for by in (0.9, 1.0, 1.1)]
+        views += [
+            cam(images.flip(-1) * by, targets, eigen_smooth=eigen)[..., ::-1]
+            for by in (0.9, 1.0, 1.1)
+        ]
+        smooth = cam(images, targets, aug_smooth=True, eigen_smooth=eigen)
+        np.testing.assert_allclose(smooth, np.mean(views, axis=0), atol=1e-6)
+        assert smooth[0, 32, 40] > 0.8
+    torch.testing.assert_close(cam.outputs, cam.source.model.eval()(images))
 
 
 def test_the_principal_component_by_hand() -> None:
@@ -206,28 +197,17 @@ def test_the_principal_component_by_hand() -> None:
 
 def test_the_sign_of_the_principal_component_agrees_with_lpcam() -> None:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(6, 8, 5, 7, generator=generator)
+    features, other = torch.randn(2, 6, 8, 5, 7, generator=generator)
     vectors = torch.randn(6, 8, generator=generator)
     found = principal_component(FeaturePair(features, None), vectors)
     turned = principal_component(FeaturePair(features, None), -vectors)
     for row in range(6):
-        pair = (features[row : row + 1], None, vectors[row : row + 1])
         signed = cosine_activation(features[row : row + 1], vectors[row : row + 1])[0, 0]
         assert float(((found[row] - turned[row]) * (signed - signed.mean())).sum()) >= 0
-        assert lpcam_of_pair(*pair).shape == (1, 1, 5, 7)
-    other = torch.randn(6, 8, 5, 7, generator=generator)
     torch.testing.assert_close(
         principal_component(FeaturePair(features, other.flip(-1)), vectors),
         principal_component(FeaturePair(features + other, None), vectors),
     )
-
-
-def test_eigen_smooth_shows_the_same_square(cam: LPCAM, images: Tensor) -> None:
-    for aug_smooth in (False, True):
-        found = cam(images, eigen_smooth=True, aug_smooth=aug_smooth)
-        assert found.shape == (3, 64, 96)
-        assert found[0, 32, 40] > 0.9
-        assert found[0, 60, 90] == 0
 
 
 def test_settings_with_scales_and_flip(images: Tensor) -> None:
@@ -246,25 +226,12 @@ def test_settings_with_scales_and_flip(images: Tensor) -> None:
     assert LPCAM(model, settings="voc12.paper").settings.preset == "voc12.paper"
 
 
-# -- Prototypes --------------------------------------------------------------------------------
-
-
 def test_without_prototypes_the_ways_out_are_named(images: Tensor) -> None:
     cam = LPCAM(Squares())
     for call in (lambda: cam(images), lambda: cam.save("never")):
         with pytest.raises(NotFittedError, match=r"fit\(loader\)"):
             call()
     assert cam.outputs is None  # refused before any work
-
-
-def test_fit_takes_indices_and_multi_hot_labels(images: Tensor) -> None:
-    model = Squares()
-    by_index = LPCAM(model, settings=SETTINGS).fit([(images, LABELS)])
-    rows = torch.eye(2)[LABELS]
-    by_row = LPCAM(model, settings=SETTINGS).fit([(images[:1], rows[:1]), (images[1:], rows[1:])])
-    np.testing.assert_allclose(by_index(images), by_row(images), atol=1e-6)
-    with pytest.raises(ValueError, match="indices"):
-        by_index.fit([(images, torch.tensor([0, 1, 2]))])
 
 
 def test_prototypes_from_a_file_and_from_an_object(
@@ -307,35 +274,18 @@ def test_self_fit_takes_the_images_themselves(images: Tensor) -> None:
 def test_self_fit_of_a_class_that_is_nowhere_gives_an_empty_map(images: Tensor) -> None:
     cam = LPCAM(Squares(), self_fit=True, settings=SETTINGS)
     assert not cam(images[1:2], [0]).any()  # CAM of red is negative all over the green image
-    found = cam(images[:2], [0, 0])
-    assert found[0].any()
-    with pytest.raises(PrototypeError, match="NaN or Inf"):
-        cam(images * float("nan"))
+    assert cam(images[:2], [0, 0])[0].any()
 
 
-def test_self_fit_warns_of_no_class_that_is_absent(
-    images: Tensor, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("clusters", "warned"), [(2, []), (500, ["red: only "])])
+def test_self_fit_warns_of_the_classes_that_are_there(
+    images: Tensor, caplog: pytest.LogCaptureFixture, clusters: int, warned: list[str]
 ) -> None:
-    cam = LPCAM(Squares(), self_fit=True, settings=SETTINGS, classes=("red", "green"))
-    with caplog.at_level("WARNING"):
-        assert cam(images[:1], [0]).any()
-    assert not [text for text in caplog.messages if text.startswith("green: ")]
-    with caplog.at_level("WARNING"):
-        LPCAM(Squares(), settings=SETTINGS, classes=("red", "green")).fit(
-            [(images[:1], LABELS[:1])]
-        )
-    assert any(text.startswith("green: no foreground") for text in caplog.messages)
-
-
-def test_self_fit_still_warns_of_the_classes_that_are_there(
-    images: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = SETTINGS.model_copy(update={"clusters": 500})
+    settings = SETTINGS.model_copy(update={"clusters": clusters})
     cam = LPCAM(Squares(), self_fit=True, settings=settings, classes=("red", "green"))
     with caplog.at_level("WARNING"):
         cam(images[:1], [0])
-    assert caplog.messages
-    assert all(text.startswith("red: only ") for text in caplog.messages)
+    assert list(dict.fromkeys(text[:10] for text in caplog.messages)) == warned
 
 
 def test_a_class_without_prototypes_is_named(images: Tensor) -> None:
@@ -349,9 +299,6 @@ def test_a_class_without_prototypes_is_named(images: Tensor) -> None:
 def test_foreground_alone(images: Tensor) -> None:
     cam = LPCAM(Squares(), settings=SETTINGS, with_context=False).fit([(images, LABELS)])
     assert cam(images)[0, 60, 90] > 0.05  # LPCAM-F has no context to subtract
-
-
-# -- Target layers -----------------------------------------------------------------------------
 
 
 def test_the_layer_that_the_head_reads_is_taken_silently() -> None:
@@ -434,9 +381,6 @@ def test_reshape_transform_makes_the_map() -> None:
     assert hooks(model) == 0
 
 
-# -- The model is left as it was ---------------------------------------------------------------
-
-
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
 
@@ -504,54 +448,28 @@ def test_a_model_that_gives_an_object_with_logits(images: Tensor) -> None:
     model = Squares()
     plain = LPCAM(model, [model.patches], settings=SETTINGS).fit([(images, LABELS)])
     expected = plain(images)
+    model.__class__ = Wrapped
     for kind in (lambda t: {"logits": t}, lambda t: (t, None)):
-        model.__class__ = Wrapped
         model.kind = kind
         np.testing.assert_array_equal(plain(images), expected)
-    model.kind = lambda t: "nothing"
-    with pytest.raises(ClassifierError, match="gives str"):
-        plain(images)
-    model.kind = lambda t: t[:, :1]
-    with pytest.raises(ClassifierError, match=r"gives \(3, 1\)"):
-        plain(images)
+    for kind, given in ((lambda _: "nothing", "str"), (lambda t: t[:, :1], r"\(3, 1\)")):
+        model.kind = kind
+        with pytest.raises(ClassifierError, match=given):
+            plain(images)
 
 
 def test_nothing_is_held_between_calls(cam: LPCAM, images: Tensor) -> None:
-    """Neither the images nor their features: only the logits of the last call."""
     given = images.clone()
     gone = weakref.ref(given)
     cam(given, aug_smooth=True)
-    before = len([1 for o in gc.get_objects() if issubclass(type(o), Tensor)])
     del given
     assert gone() is None
-    for _ in range(20):
-        with LPCAM(cam.model, prototypes=cam.prototypes_, settings=SETTINGS) as other:
-            other(images)
-    del other
-    gc.collect()
-    assert len([1 for o in gc.get_objects() if issubclass(type(o), Tensor)]) <= before
 
 
 def test_inside_data_parallel(cam: LPCAM, images: Tensor) -> None:
     model = nn.DataParallel(cam.model)
     again = LPCAM(model, [model.module.patches], settings=SETTINGS).fit([(images, LABELS)])
     np.testing.assert_array_equal(again(images), cam(images))
-
-
-def test_a_hugging_face_classifier() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic"
-    )
-    model = transformers.ResNetForImageClassification(config)
-    with LPCAM(model, [model.resnet.encoder.stages[-1]], self_fit=True) as cam:
-        found = cam(torch.rand(2, 3, 64, 48), [Target(2), Target(0)])
-    assert found.shape == (2, 64, 48)
-    assert cam.outputs is not None
-    assert cam.outputs.shape == (2, 3)
-
-
-# -- Beside pytorch-grad-cam -------------------------------------------------------------------
 
 
 def vit_reshape(side: int) -> Callable[[Tensor], Tensor]:
@@ -583,24 +501,9 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[nn.Module]], Any
         lambda m: [m.layer4[-1], m.layer4[-2]],
         None,
     ),
-    "resnet of bottlenecks": (
-        lambda: torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], 5, width_per_group=8),
-        lambda m: [m.layer4],
-        None,
-    ),
     "densenet": (
         lambda: torchvision.models.DenseNet(4, (2, 2, 2, 2), 8, num_classes=5),
         lambda m: [m.features[-1]],
-        None,
-    ),
-    "mobilenet_v2": (
-        lambda: torchvision.models.mobilenet_v2(num_classes=5),
-        lambda m: [m.features[-1]],
-        None,
-    ),
-    "mnasnet": (
-        lambda: torchvision.models.mnasnet0_5(num_classes=5),
-        lambda m: [m.layers[-1]],
         None,
     ),
     "efficientnet": (
@@ -611,11 +514,6 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[nn.Module]], Any
     "convnext": (
         lambda: timm.create_model("test_convnext", num_classes=5),
         lambda m: [m.stages[-1]],
-        None,
-    ),
-    "timm resnet": (
-        lambda: timm.create_model("test_resnet", num_classes=5),
-        lambda m: [m.layer4[-1]],
         None,
     ),
     "vit": (vit, lambda m: [m.blocks[-1].norm1], vit_reshape(4)),
@@ -727,18 +625,14 @@ def test_their_views(peer: Any, cam: LPCAM, images: Tensor) -> None:
 
 def test_their_metrics(peer: Any, cam: LPCAM, images: Tensor) -> None:
     from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange  # noqa: PLC0415
-    from pytorch_grad_cam.metrics.road import ROADMostRelevantFirst  # noqa: PLC0415
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget  # noqa: PLC0415
 
-    model = cam.model.eval()
     maps = cam(images, [0, 1, 0])
     targets = [ClassifierOutputSoftmaxTarget(c) for c in (0, 1, 0)]
+    model = cam.source.model.eval()
     kept = CamMultImageConfidenceChange()(images, maps, targets, model)
     lost = CamMultImageConfidenceChange()(images, 1 - maps, targets, model)
-    assert kept.shape == (3,)
     assert bool((kept > lost).all())  # the map holds what the classifier goes by
-    road = ROADMostRelevantFirst(percentile=75)(images, maps, targets, model)
-    assert bool((road < 0).all())
 
 
 def test_their_methods_around_it(peer: Any, cam: LPCAM, images: Tensor) -> None:
