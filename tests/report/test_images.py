@@ -17,7 +17,7 @@ from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.method.seeds import seeds
 from lpcam.method.settings import Method
-from lpcam.report.images import choose, highlights, image_records, small_planes
+from lpcam.report.images import Sources, choose, highlights, image_records, small_planes
 from lpcam.runtime.distributed import Sharing
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
@@ -101,7 +101,7 @@ def run(tmp_path: Path) -> tuple[Dataset, list[Item], dict[Method, Path]]:
 def test_records(run: tuple[Dataset, list[Item], dict[Method, Path]]) -> None:
     dataset, items, folders = run
     scores: dict[Method, dict[str, float | None]] = {m: {"a": 0.25, "b": 0.5} for m in METHODS}
-    a, b, c = image_records(items, dataset, folders, scores, Sharing(workers=2))
+    a, b, c = image_records(items, Sources(dataset, folders, scores), Sharing(workers=2))
     assert [one["id"] for one in (a, b, c)] == ["a", "b", "c"]
     assert (a["height"], a["width"], b["height"], b["width"]) == (77, 256, 40, 30)
     assert a["score"] == {"CAM": 0.25, "LPCAM": 0.25}
@@ -141,6 +141,6 @@ def test_an_absent_class_has_no_iou(
     )
     for folder in folders.values():
         write_maps(map_path(folder, "b"), empty, dtype="uint8")
-    (record,) = image_records([one], dataset, folders, {m: {} for m in METHODS}, Sharing())
+    (record,) = image_records([one], Sources(dataset, folders, {m: {} for m in METHODS}), Sharing())
     assert set(decode(record["iou"]["CAM"]).ravel().tolist()) == {65535}
     assert record["score"] == {"CAM": None, "LPCAM": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.report.prototypes import (
     PATCH,
+    Fitted,
     Place,
     confusion_records,
     crop,
@@ -27,7 +29,6 @@ from lpcam.report.prototypes import (
 )
 
 SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False, split_maps="single_scale")
-CAMS = Path("cam")
 SHOWN = {"count": 4, "patches": 3}
 
 
@@ -129,15 +130,14 @@ def pairs(items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePai
         yield FeaturePair(torch.stack([FEATURES[item.id] for item in items]), None)
 
 
-def prototypes() -> Prototypes:
+def fitted(**others: Any) -> Fitted:
     found = centers([5, 4], [True, False])
-    return Prototypes(("cow", "dog"), found, found, "f", {})
+    prototypes = Prototypes(("cow", "dog"), found, found, "f", {})
+    return Fitted(Head(), prototypes, pairs, SETTINGS, Path("cam"))._replace(**others)
 
 
 def test_prototype_records(items: list[Item]) -> None:
-    cow, dog = prototype_records(
-        Head(), prototypes(), items, pairs, SETTINGS, CAMS, count=4, patches=3
-    )
+    cow, dog = prototype_records(fitted(), items, **SHOWN)
     assert [cow["class"], dog["class"]] == [0, 1]
     assert cow["example"]["id"] == "i0"  # of this class alone
     assert dog["example"]["id"] == "i1"
@@ -165,9 +165,7 @@ def test_the_split_is_that_of_the_run(items: list[Item], tmp_path: Path) -> None
         write_maps(
             map_path(tmp_path, item.id), MapFile(keys, high[:, ::4, ::4], high), dtype="uint8"
         )
-    cow, _ = prototype_records(
-        Head(), prototypes(), items, pairs, settings, tmp_path, count=4, patches=3
-    )
+    cow, _ = prototype_records(fitted(settings=settings, cams=tmp_path), items, **SHOWN)
     first = cow["sides"]["foreground"]["prototypes"][0]  # direction (1, 0): not on the right
     assert [p["cosine"] for p in first["patches"]] == [0.0, 0.0]
     first = cow["sides"]["context"]["prototypes"][0]
@@ -175,9 +173,7 @@ def test_the_split_is_that_of_the_run(items: list[Item], tmp_path: Path) -> None
 
 
 def test_a_class_without_images(items: list[Item]) -> None:
-    _, dog = prototype_records(
-        Head(), prototypes(), items[:1], pairs, SETTINGS, CAMS, count=4, patches=3
-    )
+    _, dog = prototype_records(fitted(), items[:1], **SHOWN)
     assert dog["example"] is None
     first = dog["sides"]["foreground"]["prototypes"][0]
     assert (first["patches"], first["map"]) == ([], None)
@@ -191,13 +187,13 @@ def test_a_class_without_prototypes(items: list[Item]) -> None:
         torch.zeros(2, 2, dtype=torch.bool),
     )
     none = Prototypes(("cow", "dog"), empty, empty, "f", {})
-    cow, _ = prototype_records(Head(), none, items, pairs, SETTINGS, CAMS, **SHOWN)
+    cow, _ = prototype_records(fitted(prototypes=none), items, **SHOWN)
     assert cow["example"] is None
     assert cow["sides"]["foreground"] == {"total": 0, "kept": 0, "prototypes": []}
 
 
 def test_confusion_records(items: list[Item]) -> None:
-    (one,) = confusion_records(Head(), prototypes(), items, pairs, SETTINGS, 5)
+    (one,) = confusion_records(fitted(), items, 5)
     # i1 has both classes, so none of them is absent; i0's pooled features are (4.5, 0.5)
     assert (one["id"], one["present"], one["lookalike"]) == ("i0", 0, 1)
     expected = torch.tensor([4.5, 0.5]).sigmoid().tolist()
@@ -206,4 +202,4 @@ def test_confusion_records(items: list[Item]) -> None:
         "CAM": [2, 10, 10],
         "LPCAM": [2, 10, 10],
     }
-    assert confusion_records(Head(), prototypes(), items, pairs, SETTINGS, 0) == []
+    assert confusion_records(fitted(), items, 0) == []

@@ -5,28 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from lpcam.classifiers.classifier import Classifier
-from lpcam.data.dataset import Dataset, Item
+from lpcam.data.dataset import Item
 from lpcam.data.drawing import choose_rows
 from lpcam.data.masks import voc_palette
-from lpcam.method.prototypes import Prototypes
-from lpcam.method.settings import LpcamSettings, Method
-from lpcam.report.images import (
-    NO_OUTPUTS,
-    LaterOutputs,
-    Scores,
-    choose,
-    highlights,
-    image_records,
-    in_turn,
-    run_all,
-)
-from lpcam.report.prototypes import Pairs, confusion_records, prototype_records
+from lpcam.method.settings import Method
+from lpcam.report.images import Sources, choose, highlights, image_records, in_turn, run_all
+from lpcam.report.prototypes import Fitted, confusion_records, prototype_records
 from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.settings import Section
@@ -56,12 +44,25 @@ MOST_BYTES = 12_000_000
 
 
 @dataclass(frozen=True)
-class Figures:
-    """The scores of a run; empty if its images have no true masks."""
+class Inputs:
+    """What a report is made from."""
 
+    title: str
+    items: Sequence[Item]
+    """The images that may be shown."""
+    sources: Sources
+    fitted: Fitted
+    section: ReportSection
+    sharing: Sharing
+    fixed: Mapping[Method, float]
+    """Threshold of each method."""
+    about: Mapping[str, Any]
+    """Protocol, skipped, notices, events, history, networks, stages and command."""
     rows: Sequence[Mapping[str, Any]] = ()
+    """Rows of metrics.json; empty without true masks."""
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    scores: Scores = field(default_factory=dict)
+    trained: SegmenterResults | None = None
+    """The segmenters of the run, if any."""
 
 
 def _size(record: Mapping[str, Any]) -> int:
@@ -69,50 +70,27 @@ def _size(record: Mapping[str, Any]) -> int:
     return len(json.dumps(record))
 
 
-def collect(
-    title: str,
-    items: Sequence[Item],
-    dataset: Dataset,
-    folders: Mapping[Method, Path],
-    figures: Figures,
-    fixed: Mapping[Method, float],
-    classifier: Classifier,
-    prototypes: Prototypes,
-    pairs: Pairs,
-    settings: LpcamSettings,
-    section: ReportSection,
-    sharing: Sharing,
-    about: Mapping[str, Any],
-    later: LaterOutputs = NO_OUTPUTS,
-    trained: SegmenterResults | None = None,
-) -> dict[str, Any]:
+def collect(inputs: Inputs) -> dict[str, Any]:
     """Gather the data of a report.
-
-    Args:
-        items: the images that may be shown.
-        folders: of each method's maps.
-        fixed: threshold of each method.
-        pairs: gives features of images (``FeatureStore.pairs``).
-        about: protocol, skipped, notices, events, history, networks, stages and command.
-        later: masks and planes of later stages.
-        trained: the segmenters of the run, if any.
 
     Raises:
         LpcamError: if an image or its maps cannot be read.
     """
-    found = highlights(figures.scores) if figures.scores else {}
+    sources, fitted, section = inputs.sources, inputs.fitted, inputs.section
+    classes, settings, sharing = sources.dataset.classes, fitted.settings, inputs.sharing
+    found = highlights(sources.scores) if sources.scores else {}
     wanted = in_turn(found.values())
-    shown = choose(items, section.images, wanted)
+    shown = choose(inputs.items, section.images, wanted)
     palette = voc_palette()
     searched = [item for item, _ in choose_rows(shown, section.searched)]
     # The store keeps these features; below they are read one by one, on one thread.
-    run_all(sharing, lambda item: list(pairs([item], (1.0,))), searched, "report: features")
+    run_all(sharing, fitted.features, searched, "report: features")
     tested, most_bytes = {}, MOST_BYTES
-    if trained is not None:
+    if inputs.trained is not None:
         most = min(SHOWN, section.images)
-        tested = {"segmenters": segmenter_records(trained, dataset.classes, sharing, most)}
+        tested = {"segmenters": segmenter_records(inputs.trained, classes, sharing, most)}
         most_bytes -= _size(tested)
-    records = image_records(shown, dataset, folders, figures.scores, sharing, later)
+    records = image_records(shown, sources, sharing)
     size = sum(map(_size, records))
     if size > most_bytes:
         fewer = max(1, int(len(records) * most_bytes / size))
@@ -121,20 +99,20 @@ def collect(
     ids = {record["id"] for record in records}
     return {
         "format": FORMAT,
-        "title": title,
+        "title": inputs.title,
         "lpcam_version": __version__,
-        "methods": list(folders),
-        "fixed": dict(fixed),
+        "methods": list(sources.folders),
+        "fixed": dict(inputs.fixed),
         "classes": [
             {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}
-            for name, value in zip(dataset.classes.names, dataset.classes.mask_ids, strict=True)
+            for name, value in zip(classes.names, classes.mask_ids, strict=True)
         ],
-        "rows": list(figures.rows),
-        "curves": {m: dict(curve) for m, curve in figures.curves.items() if m in folders},
+        "rows": list(inputs.rows),
+        "curves": {m: dict(curve) for m, curve in inputs.curves.items() if m in sources.folders},
         "images": records,
         "limited": size > most_bytes,
         "searched": len(searched),
-        "images_total": len(items),
+        "images_total": len(inputs.items),
         "highlights": {kind: [n for n in names if n in ids] for kind, names in found.items()},
         "prototypes": {
             "rule": {
@@ -146,19 +124,10 @@ def collect(
                 "mu_b_lower": settings.context_lower,
             },
             "classes": prototype_records(
-                classifier,
-                prototypes,
-                searched,
-                pairs,
-                settings,
-                folders["CAM"],
-                count=section.prototypes,
-                patches=section.patches,
+                fitted, searched, count=section.prototypes, patches=section.patches
             ),
         },
-        "confusions": confusion_records(
-            classifier, prototypes, searched, pairs, settings, section.confusions
-        ),
+        "confusions": confusion_records(fitted, searched, section.confusions),
         **tested,
-        **about,
+        **inputs.about,
     }

@@ -41,16 +41,18 @@ Scores = Mapping[Method, Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
-class LaterOutputs:
-    """Outputs of stages after the seeds: folders of ID.png by the name to show."""
+class Sources:
+    """What is shown of images, besides themselves."""
 
+    dataset: Dataset
+    folders: Mapping[Method, Path]
+    """Maps of each method."""
+    scores: Scores = field(default_factory=dict)
+    """Empty if the images have no true masks."""
     masks: Mapping[str, Path] = field(default_factory=dict)
-    """Mask values."""
+    """Folders of masks ID.png of later stages, by the name to show."""
     planes: Mapping[str, Path] = field(default_factory=dict)
-    """Grey pictures, 0 to 255."""
-
-
-NO_OUTPUTS = LaterOutputs()
+    """Folders of grey pictures ID.png, 0 to 255, of later stages."""
 
 
 def highlights(scores: Scores) -> dict[str, list[str]]:
@@ -97,25 +99,17 @@ def in_turn(lists: Iterable[Sequence[str]]) -> list[str]:
 
 
 def image_records(
-    items: Sequence[Item],
-    dataset: Dataset,
-    folders: Mapping[Method, Path],
-    scores: Scores,
-    sharing: Sharing,
-    later: LaterOutputs = NO_OUTPUTS,
+    items: Sequence[Item], sources: Sources, sharing: Sharing
 ) -> list[dict[str, Any]]:
-    """One record for each image, as the page reads it.
-
-    Args:
-        folders: of the maps of each method.
-        scores: of the images with true masks.
-        later: masks and planes of later stages.
-    """
+    """One record for each image, as the page reads it."""
+    classes = sources.dataset.classes
 
     def record(item: Item) -> dict[str, Any]:
         picture = thumbnail_record(read_image(item.image))
         size = picture["height"], picture["width"]
-        maps = {method: read_maps(map_path(folders[method], item.id)) for method in METHOD_NAMES}
+        maps = {
+            method: read_maps(map_path(sources.folders[method], item.id)) for method in METHOD_NAMES
+        }
         found: dict[str, Any] = {
             "id": item.id,
             **picture,
@@ -127,18 +121,18 @@ def image_records(
             "score": {},
         }
         if item.mask is not None:
-            truth = truth_labels(read_index_mask(item.mask), dataset.classes)
+            truth = truth_labels(read_index_mask(item.mask), classes)
             found["masks"]["truth"] = encode_array(nearest(truth.numpy(), size))
             for method, one in maps.items():
-                sweep = ThresholdSweep(len(dataset.classes), DEFAULT_THRESHOLDS)
+                sweep = ThresholdSweep(len(classes), DEFAULT_THRESHOLDS)
                 planes, keys = torch.from_numpy(one.high_res), torch.from_numpy(one.keys)
                 sweep.update(truth, planes, keys)
                 found["iou"][method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
-                found["score"][method] = scores[method].get(item.id)
-        for name, folder in later.masks.items():
-            mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), dataset.classes)
+                found["score"][method] = sources.scores[method].get(item.id)
+        for name, folder in sources.masks.items():
+            mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), classes)
             found["masks"][name] = encode_array(nearest(mask.numpy(), size))
-        for name, folder in later.planes.items():
+        for name, folder in sources.planes.items():
             plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
             found["extra"][name] = encode_unit(small_planes(plane[None])[0])
         return found

@@ -38,6 +38,22 @@ Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
 :meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`."""
 
 
+class Fitted(NamedTuple):
+    """A classifier with its prototypes, and where they read features and maps."""
+
+    classifier: Classifier
+    prototypes: Prototypes
+    pairs: Pairs
+    settings: LpcamSettings
+    cams: Path
+    """Folder of the CAM maps, which split the images if the settings say so."""
+
+    def features(self, item: Item) -> Tensor:
+        """Features (C, h, w) of an image at scale 1."""
+        (pair,) = self.pairs([item], (1.0,))
+        return pair.features[0]
+
+
 class Place(NamedTuple):
     """A location of an image's feature grid, and its cosine to a prototype."""
 
@@ -147,15 +163,7 @@ def shown_numbers(centers: Centers, index: int, count: int) -> list[int]:
 
 @torch.inference_mode()
 def prototype_records(
-    classifier: Classifier,
-    prototypes: Prototypes,
-    items: Sequence[Item],
-    pairs: Pairs,
-    settings: LpcamSettings,
-    cams: Path,
-    *,
-    count: int,
-    patches: int,
+    fitted: Fitted, items: Sequence[Item], *, count: int, patches: int
 ) -> list[dict[str, Any]]:
     """The prototypes of each class, each with its nearest patches in ``items`` and a map.
 
@@ -163,10 +171,10 @@ def prototype_records(
     prototypes in the rest.
 
     Args:
-        cams: folder of the CAM maps, which split the images if the settings say so.
         count: prototypes of each class and side, fewer if there are many classes.
         patches: nearest patches of each prototype.
     """
+    prototypes = fitted.prototypes
     most = MOST_PATCHES // max(1, len(prototypes.classes) * len(SIDES) * patches)
     count = max(1, min(count, most))
     records = []
@@ -184,15 +192,12 @@ def prototype_records(
                 [getattr(prototypes, side).centers[index][number] for side, number in shown]
             )
             sides_of = [side for side, _ in shown]
-            grids = (
-                _where_to_look(classifier, item, index, sides_of, pairs, settings, cams)
-                for item in own
-            )
+            grids = (_where_to_look(fitted, item, index, sides_of) for item in own)
             places = nearest_places(grids, centers, patches)
             foreground = sides_of.count("foreground")
             chosen = _example(own, [place.image for near in places[:foreground] for place in near])
             example = {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}
-            grid = F.normalize(_features(pairs, chosen).to(centers), dim=0)
+            grid = F.normalize(fitted.features(chosen).to(centers), dim=0)
             cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
             # each map has its own range, because all values are close together
             scaled = normalize(cosines, "minmax").cpu().numpy()
@@ -218,7 +223,7 @@ def prototype_records(
                 "total": int((of_side.sizes[index] > 0).sum()),
                 "kept": int(of_side.keep[index].sum()),
                 "prototypes": [
-                    {**_describe(of_side, side, index, number, settings), **one}
+                    {**_describe(of_side, side, index, number, fitted.settings), **one}
                     for (own_side, number), one in zip(shown, found, strict=True)
                     if own_side == side
                 ],
@@ -241,31 +246,20 @@ def _describe(
 
 
 def _where_to_look(
-    classifier: Classifier,
-    item: Item,
-    index: int,
-    sides: Sequence[SideName],
-    pairs: Pairs,
-    settings: LpcamSettings,
-    cams: Path,
+    fitted: Fitted, item: Item, index: int, sides: Sequence[SideName]
 ) -> tuple[str, Tensor, Tensor]:
     """An image's name, its features (C, h, w), and where a prototype of each side may lie."""
-    features = _features(pairs, item)
+    features, settings = fitted.features(item), fitted.settings
     if settings.split_maps == "multi_scale":
-        stored = read_maps(map_path(cams, item.id))
+        stored = read_maps(map_path(fitted.cams, item.id))
         plane = stored.high_res[stored.keys.tolist().index(index)]
         cam = on_grid(torch.from_numpy(plane)[None], features, settings)[0]
     else:
-        weight = classifier.weight[[index]]
+        weight = fitted.classifier.weight[[index]]
         cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
     parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
     by_side = dict(zip(SIDES, parts, strict=True))
     return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()
-
-
-def _features(pairs: Pairs, item: Item) -> Tensor:
-    (pair,) = pairs([item], (1.0,))
-    return pair.features[0]
 
 
 def _example(items: Sequence[Item], nearest: Sequence[str]) -> Item:
@@ -286,18 +280,8 @@ def _patches(items: Sequence[Item], places: Sequence[Sequence[Place]]) -> dict[P
     return pictures
 
 
-# -- Confusing classes -------------------------------------------------------------------------
-
-
 @torch.inference_mode()
-def confusion_records(
-    classifier: Classifier,
-    prototypes: Prototypes,
-    items: Sequence[Item],
-    pairs: Pairs,
-    settings: LpcamSettings,
-    count: int,
-) -> list[dict[str, Any]]:
+def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list[dict[str, Any]]:
     """Images in which the classifier scores an absent class high, with maps of both classes.
 
     One image for each pair of classes, the highest scores of absent classes first (paper,
@@ -306,12 +290,13 @@ def confusion_records(
     Args:
         count: pairs of classes, at most.
     """
+    weight, settings = fitted.classifier.weight, fitted.settings
     best: dict[tuple[int, int], tuple[float, float, Item]] = {}
     for item in items:
-        if not item.labels or len(item.labels) == len(prototypes.classes):
+        if not item.labels or len(item.labels) == len(fitted.prototypes.classes):
             continue
-        pooled = _features(pairs, item).mean((-2, -1)).to(classifier.weight)
-        scores = (classifier.weight @ pooled).sigmoid().tolist()
+        pooled = fitted.features(item).mean((-2, -1)).to(weight)
+        scores = (weight @ pooled).sigmoid().tolist()
         absent = max(
             (k for k in range(len(scores)) if k not in item.labels), key=lambda k: (scores[k], -k)
         )
@@ -320,7 +305,7 @@ def confusion_records(
         if key not in best or scores[absent] > best[key][1]:
             best[key] = (scores[present], scores[absent], item)
     ordered = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))[:count]
-    vectors = prototypes.vectors().to(classifier.weight)
+    vectors = fitted.prototypes.vectors().to(weight)
     records = []
     for (present, absent), (score, false_score, item) in ordered:
         picture = read_image(item.image)
@@ -331,9 +316,9 @@ def confusion_records(
                 pair.features[0],
                 pair.mirrored[0] if settings.flip and pair.mirrored is not None else None,
             )
-            for pair in pairs([item], settings.scales)
+            for pair in fitted.pairs([item], settings.scales)
         ]
-        cam = cam_maps(scales, classifier.weight[both], size, epsilon=settings.cam_epsilon)
+        cam = cam_maps(scales, weight[both], size, epsilon=settings.cam_epsilon)
         lpcam = lpcam_maps(scales, vectors[both], size)
         records.append(
             {

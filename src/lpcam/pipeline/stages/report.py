@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lpcam.data.dataset import Item
@@ -14,9 +15,10 @@ from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.evaluate import dataset_name
 from lpcam.pipeline.stages.seeds import RESULTS
-from lpcam.report.collect import Figures, collect
-from lpcam.report.images import LaterOutputs
+from lpcam.report.collect import Inputs, collect
+from lpcam.report.images import Sources
 from lpcam.report.page import render
+from lpcam.report.prototypes import Fitted
 from lpcam.report.segmenters import SegmenterResults, TrainedSegmenter
 from lpcam.runtime.files import read_json, write_bytes
 from lpcam.runtime.versions import versions
@@ -51,44 +53,44 @@ def _page(context: Context) -> str:
     recipe, folder = context.recipe, context.folder
     metrics = read_json(folder.metrics)
     scored = context.truth("evaluate")
-    figures = Figures()
+    shown: dict[str, Any] = {}
+    scores = {}
     if scored:
-        scores = read_json(folder.image_scores)
-        figures = Figures(
-            [row for row in metrics["rows"] if row["stage"] != segment.SEGMENTATION],
-            metrics["curves"],
-            {m: dict(zip(scores["ids"], scores[m], strict=True)) for m in METHODS},
-        )
+        by_image = read_json(folder.image_scores)
+        scores = {m: dict(zip(by_image["ids"], by_image[m], strict=True)) for m in METHODS}
+        shown["rows"] = [r for r in metrics["rows"] if r["stage"] != segment.SEGMENTATION]
+        shown["curves"] = metrics["curves"]
     use: dict[str, Any] = read_json(folder.use) if folder.use.is_file() else {}
     fingerprint = context.results["classifier"].output["fingerprint"]
-    return render(
-        collect(
-            dataset_name(context),
-            scored or _without_masks([item for item in context.items("maps") if item.labels]),
-            context.dataset,
-            {method: folder / RESULTS[method] for method in METHODS},
-            figures,
-            {method: recipe.fixed_threshold(method) for method in METHODS},
+    folders = {method: folder / RESULTS[method] for method in METHODS}
+    inputs = Inputs(
+        dataset_name(context),
+        scored or _without_masks([item for item in context.items("maps") if item.labels]),
+        Sources(context.dataset, folders, scores, *_later_outputs(context)),
+        Fitted(
             context.classifier,
             Prototypes.load(folder.prototypes(), fingerprint=fingerprint),
             context.store(context.classifier).pairs,
             recipe.lpcam,
-            recipe.report,
-            context.sharing,
-            {
-                "protocol": {"crf": False, **metrics["protocol"]},
-                "skipped": metrics["skipped"],
-                "notices": list(context.dataset.notices),
-                "events": metrics["prototype_events"],
-                "history": metrics["classifier_history"],
-                "networks": _networks(context, metrics),
-                "stages": [{"name": name, **use[name]} for name in context.stages if name in use],
-                "command": metrics["command"],
-            },
-            _later_outputs(context),
-            _segmenters(context, metrics),
-        )
+            folders["CAM"],
+        ),
+        recipe.report,
+        context.sharing,
+        {method: recipe.fixed_threshold(method) for method in METHODS},
+        {
+            "protocol": {"crf": False, **metrics["protocol"]},
+            "skipped": metrics["skipped"],
+            "notices": list(context.dataset.notices),
+            "events": metrics["prototype_events"],
+            "history": metrics["classifier_history"],
+            "networks": _networks(context, metrics),
+            "stages": [{"name": name, **use[name]} for name in context.stages if name in use],
+            "command": metrics["command"],
+        },
+        trained=_segmenters(context, metrics),
+        **shown,
     )
+    return render(collect(inputs))
 
 
 def _networks(context: Context, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -110,7 +112,8 @@ def _networks(context: Context, metrics: Mapping[str, Any]) -> list[dict[str, An
     ]
 
 
-def _later_outputs(context: Context) -> LaterOutputs:
+def _later_outputs(context: Context) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Folders of masks and of grey pictures of later stages, by the name to show."""
     masks, planes = {}, {}
     for arm in host.arms(context):
         masks[f"seed of {arm.title}"] = context.folder / host.result_name("host-seeds", arm)
@@ -119,7 +122,7 @@ def _later_outputs(context: Context) -> LaterOutputs:
         boundaries = context.folder.boundaries(source.name)
         if boundaries.is_dir():
             planes[f"boundaries learned from {source.method}"] = boundaries
-    return LaterOutputs(masks, planes)
+    return masks, planes
 
 
 def _segmenters(context: Context, metrics: Mapping[str, Any]) -> SegmenterResults | None:
