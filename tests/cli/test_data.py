@@ -152,21 +152,6 @@ def test_maps_for_a_recipe_of_some_classes_are_imported_for_them(
             np.testing.assert_allclose(found.high_res, own.high_res, atol=1e-3)
 
 
-def test_images_without_a_class_come_back_where_the_data_set_is_known(
-    done: Path, tmp_path: Path
-) -> None:
-    """PSA's style has no size for them: MCTformer writes no file."""
-    out, back = tmp_path / "npy", tmp_path / "npz"
-    main(["export", "maps", str(done), str(out), "--format", "psa"])
-    (out / "i03.npy").unlink()
-    data = str(done.parent / "boxes")
-    arguments = ["import", "maps", str(out), str(back), "--data", data, "--style", "psa"]
-    assert main(arguments) == 1  # left out, and said so
-    assert not (back / "i03.npz").exists()
-    assert main([*arguments, "--no-file-no-class"]) == 0
-    assert read_maps(back / "i03.npz").high_res.shape[0] == 0
-
-
 def test_predicted_masks_are_exported_in_the_order_of_their_classes(
     tmp_path: Path,
 ) -> None:
@@ -233,23 +218,6 @@ def test_ids_that_are_paths_are_told_by_their_file_and_line(
     ids.write_text("2007_000032\n2007_000033.jpg\n")
     assert main(command) == 0
     assert "\n2007_000033,aero" in (tmp_path / "l.csv").read_text()
-
-
-def test_a_hugging_face_data_set_becomes_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    pictures = [Image.fromarray(np.full((9, 9, 3), v, np.uint8)) for v in (10, 200)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
-    )
-    made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, features=features)
-    made.save_to_disk(str(tmp_path / "stored"))
-    output = tmp_path / "folder"
-    assert main(["import", "huggingface", str(tmp_path / "stored"), str(output)]) == 0
-    assert f"next: lpcam init {output}" in capsys.readouterr().out
-    assert main(["data", "check", str(output), "--no-estimate"]) in (0, 1)
-    assert "2 images (.png), 2 classes" in capsys.readouterr().out
 
 
 # -- Data --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lpcam.data.dataset import ClassTable, Dataset, Item, check_unique, safe_id
+from lpcam.data.dataset import ClassTable, Dataset, Item, safe_id
 from lpcam.runtime.errors import DataError
 
 
@@ -23,14 +23,6 @@ from lpcam.runtime.errors import DataError
 def test_class_table_refuses(names: tuple[str, ...], ids: tuple[int, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ClassTable(names, ids)
-
-
-def test_class_table_index() -> None:
-    table = ClassTable(("cow", "dog"), (10, 12))
-    assert len(table) == 2
-    assert table.index("dog") == 1
-    with pytest.raises(DataError, match=r"'cat'.* cow, dog"):
-        table.index("cat")
 
 
 def test_select_keeps_the_order_of_the_list_and_names_the_lists() -> None:
@@ -65,9 +57,3 @@ def test_safe_id_accepts(text: str) -> None:
 def test_safe_id_refuses(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         safe_id(text)
-
-
-def test_check_unique_names_the_id_and_the_list() -> None:
-    check_unique(["a", "b"], "train.txt")
-    with pytest.raises(DataError, match="'a' more than once"):
-        check_unique(["a", "b", "a"], "train.txt")

@@ -62,11 +62,3 @@ def test_sheet_has_a_column_for_each_picture(*, truth: bool) -> None:
     assert at(1, 0, 100, 100) == [40, 40, 40]
     if truth:
         assert at(1, 4, 100, 100) == [255, 255, 255]
-
-
-def test_sheet_is_the_same_bytes() -> None:
-    assert sheet([row(truth=True)]) == sheet([row(truth=True)])
-
-
-def test_sheet_without_rows() -> None:
-    assert Image.open(io.BytesIO(sheet([]))).size[1] == TITLE + GAP

@@ -55,28 +55,6 @@ def test_images_folder(tmp_path: Path) -> None:
     assert dataset.skipped == () and dataset.notices == ()
 
 
-def test_images_beside_labels_csv(tmp_path: Path) -> None:
-    root = make(tmp_path, "a,cow\nsub/b.jpg,cow\n", "a.jpg", "sub/b.JPG", "masks/a.png")
-    dataset = read_folder(root)
-    assert set(dataset.items) == {"a", "sub/b"}
-    assert dataset.items["a"].mask == root / "masks" / "a.png"
-    assert dataset.skipped == ()
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\xef\xbb\xbfimage,labels\r\na.jpg,cow;dog\r\n",
-        b'Image, Labels\n"a.jpg", cow ; dog \n\n',
-        b"image,labels\ra.jpg,cow;;dog\r",
-    ],
-)
-def test_dialects_of_labels_csv(tmp_path: Path, data: bytes) -> None:
-    dataset = read_folder(make(tmp_path, data, "a.jpg"))
-    assert dataset.classes.names == ("cow", "dog")
-    assert dataset.items["a"].labels == (0, 1)
-
-
 @pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
 def test_unicode_forms_match(tmp_path: Path, on_disk: str, in_table: str) -> None:
     disk = unicodedata.normalize(on_disk, "kälbchen é")  # type: ignore[arg-type]
@@ -176,32 +154,6 @@ def test_wrong_parts_json(tmp_path: Path, text: str) -> None:
         read_folder(root)
 
 
-def test_masks_of_no_image_are_told(tmp_path: Path) -> None:
-    root = make(tmp_path, "a,cow\n", "a.jpg", "masks/a_mask.png", "masks/a.tif")
-    dataset = read_folder(root)
-    assert dataset.items["a"].mask is None
-    (notice,) = dataset.notices
-    assert "masks/: a.tif, a_mask.png" in notice
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"image;labels\na;cow\n", "line 1 .*'image;labels'"),
-        (b"", "names no image"),
-        (b"image,labels\na,cow,dog\n", "line 2 has 3 columns"),
-        (b'image,labels\n"a,cow\n', "unexpected end of data"),
-        (b"image,labels\na,\n", r"labels\.csv: no classes"),
-        (b"image,labels\n..\\a,cow\n", "line 2: .* folder"),
-        (b"image,labels\nC:\\a,cow\n", "line 2: .* absolute"),
-        (b"image,labels\nz,cow\n", "none of the 1 images .*'z', .*'a'"),
-    ],
-)
-def test_wrong_labels_csv(tmp_path: Path, data: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_folder(make(tmp_path, data, "a.jpg"))
-
-
 def test_missing_things(tmp_path: Path) -> None:
     for root, message in (
         (tmp_path / "none", r"none; .*data\.root"),
@@ -227,12 +179,6 @@ def test_missing_things(tmp_path: Path) -> None:
 def test_wrong_classes_txt(tmp_path: Path, classes: str, message: str) -> None:
     root = make(tmp_path, "a,cow\nb,Horses\n", "a.jpg", "b.jpg", classes_txt=classes)
     with pytest.raises(DataError, match=message):
-        read_folder(root)
-
-
-def test_two_images_of_one_id(tmp_path: Path) -> None:
-    root = make(tmp_path, "a,cow\n", "images/a.jpg", "images/a.png")
-    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png .*'a'"):
         read_folder(root)
 
 
@@ -272,14 +218,6 @@ def test_folders_are_classes(tmp_path: Path, images: str) -> None:
     assert notice.endswith("cow, dog")
 
 
-def test_folders_are_classes_on_request_alone_where_there_is_a_table(tmp_path: Path) -> None:
-    root = make(tmp_path, "cow/1,hen\n", "cow/1.jpg", classes_txt="dog\ncow\nhen\n")
-    assert read_folder(root).items["cow/1"].labels == (2,)
-    dataset = read_folder(root, labels="folders", classes=["cow"])
-    assert dataset.classes == ClassTable(("cow",), (2,))
-    assert dataset.items["cow/1"].labels == (0,) and dataset.notices == ()
-
-
 @pytest.mark.parametrize("images", ["images/", ""])
 def test_folders_of_a_train_and_a_val_set_are_no_classes(tmp_path: Path, images: str) -> None:
     names = ("train/cow/1.jpg", "train/hen/2.jpg", "Val/cow/3.jpg")
@@ -315,19 +253,6 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
         *("cow/over/barn/2", "hen/back/1"),
     }
     assert dataset.items["hen/barn/2"].image == root / "hen" / "barn" / "2.jpg"
-
-
-def test_wrong_folders_of_classes(tmp_path: Path) -> None:
-    root = make_files(tmp_path, "images/cows/1.jpg", classes_txt="cow\n")
-    with pytest.raises(DataError, match=r"'cows' .*'cow'"):
-        read_folder(root)
-    (root / "classes.txt").unlink()
-    (root / "images" / "Background").mkdir()
-    (root / "images" / "Background" / "1.jpg").touch()
-    with pytest.raises(DataError, match="background"):
-        read_folder(root)
-    with pytest.raises(DataError, match="'folder'"):
-        read_folder(root, labels="folder")  # type: ignore[arg-type]
 
 
 def test_jsonl_serves_where_there_is_no_csv(tmp_path: Path) -> None:

@@ -162,11 +162,6 @@ def test_names_on_the_hub_come_without_programs(
         import_huggingface(tmp_path / "nope", tmp_path / "x")
 
 
-def test_another_format_of_rows_changes_nothing(tmp_path: Path) -> None:
-    dataset = make([0, 1], ANIMALS).with_format("numpy")
-    assert len(found(import_huggingface(dataset, tmp_path / "out"))) == 2
-
-
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [

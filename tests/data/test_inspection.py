@@ -15,10 +15,9 @@ from tiny import draw_folder
 from lpcam.data.dataset import ClassTable, Dataset, Item, Skip
 from lpcam.data.folder import read_folder
 from lpcam.data.inspection import Finding, Survey, _may_be_one, survey
-from lpcam.data.open_dataset import Truth, open_with_truth
-from lpcam.data.voc import CLASSES, read_voc
+from lpcam.data.open_dataset import Truth
 from lpcam.pipeline.estimate import estimate_run, usual_recipe
-from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.errors import LpcamError
 
 LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
 MASKS = {"a": [0, 1, 255], "b": [1, 2], "c": [0, 2]}
@@ -95,14 +94,6 @@ def test_labels_and_masks_that_disagree(tmp_path: Path) -> None:
     assert not found(few, "label without mask").attention
 
 
-def test_mask_values_of_no_class(tmp_path: Path) -> None:
-    result = survey(make(tmp_path, masks={**MASKS, "a": [0, 1, 7], "b": [1, 2, 7, 9]}))
-    finding = found(result, "mask values")
-    assert finding.names == ("a", "b")
-    assert "(7 in 2, 9 in 1; of 3 masks)" in finding.text
-    assert finding.attention
-
-
 def test_masks_of_0_and_255_alone(tmp_path: Path) -> None:
     result = survey(make(tmp_path, masks={name: [0, 255] for name in "abc"}))
     assert "write the class's number instead (1 for cow)" in found(result, "mask values").text
@@ -127,13 +118,6 @@ def test_masks_that_show_no_class(tmp_path: Path, masks: dict[str, list[int]], v
     assert ("mask values" in kinds(result)) == ("9" in values)
 
 
-def test_masks_painted_of_crowds_alone_are_not_told_to_be_drawn(tmp_path: Path) -> None:
-    truth: Truth = {"a": lambda: (np.array([[0, 255]], np.uint8), ())}
-    result = survey(make(tmp_path, masks={}), truth=truth)
-    assert found(result, "no truth").names == ("a",)
-    assert "mask values" not in kinds(result)
-
-
 def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
     dataset = make(tmp_path)
     Image.new("RGB", (6, 4)).save(tmp_path / "a-mask.png")
@@ -146,13 +130,6 @@ def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
     assert "is 9 × 9 (height × width), the upright image 5 × 6" in texts[("b",)]
     assert "No such file" in texts[("c",)]
     assert all(str(tmp_path) not in text for text in texts.values())
-
-
-def test_part_masks_are_looked_at_too(tmp_path: Path) -> None:
-    dataset = make(tmp_path, masks={})
-    Image.fromarray(np.zeros((3, 3), np.uint8)).save(tmp_path / "parts.png")
-    items = {**dataset.items, "d": replace(dataset.items["d"], parts=tmp_path / "parts.png")}
-    assert found(survey(replace(dataset, items=items)), "mask").names == ("d",)
 
 
 def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> None:
@@ -178,13 +155,6 @@ def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> Non
     assert "x_0; x_1; x_2 and 6 more" in result.summary()
     # the JSON has them all
     assert len(result.as_json()["findings"][0]["names"]) == 9
-
-
-def test_quotes_around_what_a_reason_names_stay(tmp_path: Path) -> None:
-    gone = (Skip("cow/q", f"cannot read {tmp_path}/q.png of 'cow/q': \"a/b\" is refused"),)
-    result = survey(replace(make(tmp_path), skipped=gone))
-    text = found(result, "left out").text
-    assert text == "1 image left out (cannot read q.png of 'q': \"b\" is refused)"
 
 
 def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
@@ -228,35 +198,6 @@ def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
     assert survey(dataset).whole.masks == 0
 
 
-def test_annotations_of_coco_are_tried_and_classes_told_once(tmp_path: Path) -> None:
-    images = []
-    for number, size in enumerate(((6, 4), (6, 4), (4, 6)), start=1):
-        Image.new("RGB", size, (number, 0, 0)).save(tmp_path / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "height": 4, "width": 6})
-    annotations = [
-        {"id": n, "image_id": n, "category_id": 7, "iscrowd": 0, "segmentation": shape}
-        for n, shape in enumerate(
-            ({"size": [4, 6], "counts": [0, 24]}, [[1, 2]], {"size": [4, 6], "counts": [24]}),
-            start=1,
-        )
-    ]
-    names = [{"id": 7, "name": "cow"}, {"id": 8, "name": "yak"}]
-    content = {"images": images, "annotations": annotations, "categories": names}
-    (tmp_path / "mine.json").write_text(json.dumps(content))
-    dataset, truth = open_with_truth(tmp_path / "mine.json")
-    result = survey(dataset, truth=truth)
-    wrong = {f.names: f.text for f in result.findings if f.kind == "annotations"}
-    assert set(wrong) == {("2",), ("3",)}
-    assert "(mine.json: annotation 2 cannot be painted: a polygon has 2" in wrong[("2",)]
-    assert (
-        "mine.json: the file says 4 x 6 (height x width), the upright image is 6 x 4"
-        in (wrong[("3",)])
-    )
-    assert result.whole.masks == 1
-    assert [f.kind for f in result.findings if "yak" in (f.text, *f.names)] == ["empty classes"]
-    assert not [f for f in result.findings if "yak" in f.text]
-
-
 def test_duplicates(tmp_path: Path) -> None:
     labels = dict.fromkeys("abcdefgh", (0,)) | {"f": (1,), "h": (0,)}
     dataset = make(tmp_path, labels, {})
@@ -294,11 +235,6 @@ def test_duplicates(tmp_path: Path) -> None:
 def test_names_that_may_be_one_class(one: str, other: str, images: int, same: bool) -> None:
     assert _may_be_one(one, other, images, 100) is same
     assert _may_be_one(other, one, 100, images) is same
-
-
-def test_no_classes_of_voc_are_taken_for_one() -> None:
-    pairs = [(a, b) for a in CLASSES for b in CLASSES if a != b]
-    assert not [pair for pair in pairs if _may_be_one(*pair, 1, 1000)]
 
 
 def test_class_and_image_names_that_are_near(tmp_path: Path) -> None:
@@ -350,13 +286,6 @@ def test_lists_that_others_make_up_are_not_compared(tmp_path: Path) -> None:
     # of images without a label a finding tells already
     assert found(result, "no label").names == ("b", "d")
     assert found(result, "notice").text == "other"
-
-
-def test_nothing_usable(tmp_path: Path) -> None:
-    dataset = make(tmp_path, {"a": (0,)}, {})
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no image of fields can be used: .*the file is empty"):
-        survey(dataset)
 
 
 def test_json_holds_everything(tmp_path: Path) -> None:
@@ -412,11 +341,3 @@ def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
     assert result.as_json()["estimate"]["seconds"]["all"] > 0
     # labels and masks of the drawing agree
     assert [f.kind for f in result.problems] == []
-
-
-def test_the_photographs(shared: Path) -> None:
-    root = shared / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
-    result = survey(read_voc(root, lists=["val"]), workers=2)
-    assert result.whole.images == 196
-    assert result.whole.classes[CLASSES.index("horse")] == 30
-    assert not [f for f in result.findings if f.kind in ("left out", "mask", "mask values")]

@@ -112,8 +112,3 @@ def test_backslashes_of_windows_are_slashes(tmp_path: Path, name: str) -> None:
 def test_wrong_tables(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_labels(write(tmp_path, name, text))
-
-
-def test_a_missing_table(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl"):
-        read_labels(tmp_path / "a.jsonl")

@@ -89,13 +89,6 @@ def test_unreadable_image_leaves_items_and_lists(root: Path) -> None:
     assert "b.png" in reasons["b"]
 
 
-def test_no_image_left(root: Path) -> None:
-    for path in (root / "images").iterdir():
-        path.write_bytes(b"text")
-    with pytest.raises(DataError, match="not an image"):
-        check_images(read_folder(root))
-
-
 @pytest.mark.parametrize("folder", ["masks", "parts"])
 def test_wrong_mask_names_item_and_sizes(root: Path, folder: str) -> None:
     path = root / folder / "a.png"
@@ -117,14 +110,6 @@ def test_mask_that_vanished_is_no_skip(root: Path) -> None:
     (root / "masks" / "a.png").unlink()
     with pytest.raises(DataError, match=r"cannot read .*masks.*a\.png of 'a': No such file"):
         check_images(dataset)
-
-
-def test_mask_has_the_upright_size(root: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 6)).save(root / "images" / "a.png", exif=exif)
-    _, records = check_images(read_folder(root))
-    assert (records["a"]["height"], records["a"]["width"]) == (4, 6)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -58,13 +58,6 @@ def test_root_may_be_the_folder_or_one_above(root: Path, up: int) -> None:
     assert dataset.items["2007_000002"].mask is None
 
 
-def test_subset_keeps_the_mask_ids_of_voc(root: Path) -> None:
-    dataset = read_voc(root, lists=["train"], classes=["person", "cow"])
-    assert dataset.classes.names == ("person", "cow")
-    assert dataset.classes.mask_ids == (15, 10)
-    assert [item.labels for item in dataset.items.values()] == [(0,), (1,), ()]
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -118,24 +111,6 @@ def test_an_id_with_blanks_is_one_whose_image_is_there(root: Path) -> None:
         write_list(root, "some", line)
         with pytest.raises(DataError, match=message):
             read_voc(root, lists=["some"])
-
-
-def test_missing_list_names_the_lists(root: Path) -> None:
-    write_list(root, "val", "2007_000001")
-    with pytest.raises(DataError, match=r"'test' .*train, val"):
-        read_voc(root, lists=["train", "test"])
-    with pytest.raises(DataError, match=r"'\.\./train'"):
-        read_voc(root, lists=["../train"])
-
-
-def test_unknown_class_has_a_close_match(root: Path) -> None:
-    with pytest.raises(DataError, match=r"'Aeroplan' .*'aeroplane'"):
-        read_voc(root, lists=["train"], classes=["Aeroplan"])
-
-
-def test_no_voc_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a VOC folder"):
-        read_voc(tmp_path, lists=["train"])
 
 
 BILLION_LAUGHS = '<!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'

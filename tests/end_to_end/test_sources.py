@@ -33,13 +33,6 @@ def copy_of(folder: Path, root: Path) -> Path:
     return root
 
 
-def json_lines(folder: Path, root: Path) -> dict[str, Any]:
-    lines = [{"image": image, "labels": [n for n in names if n]} for image, names in rows(folder)]
-    path = copy_of(folder, root) / "labels.jsonl"
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    return {"kind": "folder", "root": str(root)}
-
-
 def multi_hot(folder: Path, root: Path) -> dict[str, Any]:
     lines = [",".join(["image", *NAMES])]
     for image, names in rows(folder):
@@ -117,21 +110,13 @@ def coco(folder: Path, root: Path) -> dict[str, Any]:
     return {"kind": "coco", "root": str(root)}
 
 
-def coco_json(folder: Path, root: Path) -> dict[str, Any]:
-    shutil.copytree(folder / "images", root / "images")
-    (root / "my labels.json").write_text(json.dumps(annotations(folder)))
-    return {"kind": "coco", "root": str(root / "my labels.json")}
-
-
 Source = Callable[[Path, Path], dict[str, Any]]
 SOURCES: list[Source] = [
-    json_lines,
     multi_hot,
     masks_elsewhere,
     voc,
     voc_with_a_table,
     coco,
-    coco_json,
 ]
 
 

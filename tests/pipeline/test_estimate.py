@@ -16,7 +16,6 @@ from lpcam.pipeline import estimate
 from lpcam.pipeline.estimate import estimate_run, usual_recipe
 from lpcam.pipeline.recipe import Recipe, parse_recipe
 from lpcam.pipeline.run import run
-from lpcam.runtime.errors import ClassifierError
 
 RECIPE = usual_recipe("test_resnet")
 
@@ -96,32 +95,3 @@ def test_features_that_do_not_fit_are_counted_again(
     again = 2 + 1 / (1 + 0.25 + 2.25)
     making = (whole - again * share) / (1 - again)
     assert 0 < making < share < whole < again * share
-
-
-def test_slow_backbones_are_timed_on_fewer_images(
-    drawn: tuple[Dataset, dict[str, tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate, "TIMED_SECONDS", 0.0)
-    result = estimate_run(*drawn, RECIPE, workers=2)
-    assert result.timed == 2
-    assert result.seconds["all"] > 0
-
-
-def test_nothing_with_a_label_takes_no_time(
-    drawn: tuple[Dataset, dict[str, tuple[int, int]]],
-) -> None:
-    dataset, sizes = drawn
-    items = {name: replace(item, labels=()) for name, item in dataset.items.items()}
-    result = estimate_run(replace(dataset, items=items), sizes, RECIPE)
-    assert (result.timed, result.seconds["all"], result.disk["all"]) == (0, 0.0, 0)
-
-
-def test_one_image_is_enough(drawn: tuple[Dataset, dict[str, tuple[int, int]]]) -> None:
-    dataset, sizes = drawn
-    one = replace(dataset, items={"i00": dataset.items["i00"]}, lists={"all": ("i00",)})
-    assert estimate_run(one, sizes, RECIPE, workers=2).seconds["all"] > 0
-
-
-def test_unknown_backbone_is_named(drawn: tuple[Dataset, dict[str, tuple[int, int]]]) -> None:
-    with pytest.raises(ClassifierError, match=r"timm has no model 'mobilnet'"):
-        estimate_run(*drawn, usual_recipe("mobilnet"))

@@ -106,24 +106,11 @@ def test_an_existing_recipe_is_kept(tmp_path: Path) -> None:
     assert (folder / "recipe.yaml").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_used_gets_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no .*none; give a folder of images"):
-        write(tmp_path / "none")
-    folder = draw_folder(tmp_path / "boxes")
-    (folder / "labels.csv").unlink()
-    with pytest.raises(DataError, match=r"there is no .*labels\.csv; .*'image,labels'"):
-        write(folder)
-    assert not (folder / "recipe.yaml").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("2024", "2024"),
         ("Kühe & Pferde", "Kühe - Pferde"),
         (".hidden", "hidden"),
-        ("牛", "牛"),
-        ("yes", "yes"),
         ("a: {b} #c", "a- -b- -c"),
         ("x" * 150, "x" * 100),
         ("&&&", "run"),
@@ -133,15 +120,6 @@ def test_any_folder_name(tmp_path: Path, name: str, expected: str) -> None:
     folder = draw_folder(tmp_path / name, count=6)
     path, _ = write(folder)
     assert load_recipe(path).name == expected
-
-
-def test_any_class_name(tmp_path: Path) -> None:
-    folder = draw_folder(tmp_path / "boxes", count=6)
-    names = ["no", "12", "a, b: [c]", "#hash", "'quoted\"", "牛"]
-    rows = [f'i0{n}.png,"{name.replace(chr(34), chr(34) * 2)}"' for n, name in enumerate(names)]
-    (folder / "labels.csv").write_text("\n".join(["image,labels", *rows]), "utf-8")
-    path, _ = write(folder)
-    assert load_recipe(path).data.classes == tuple(sorted(names))
 
 
 def test_weights_of_a_file_are_found_from_anywhere(
@@ -161,15 +139,9 @@ def test_weights_of_a_file_are_found_from_anywhere(
     "backbone",
     [
         "resnet18",
-        "resnext50_32x4d",
-        "mobilenetv1_100",
         "mobilenetv2_100",
-        "mobilenetv3_small_050",
-        "mobilenetv4_conv_small",
         "efficientnet_b0",
-        "regnety_002",
         "convnext_atto",
-        "densenet121",
         "test_vit",
     ],
 )
@@ -205,20 +177,11 @@ def test_a_class_without_an_image_is_left_out(tmp_path: Path) -> None:
     assert table.mask_ids == (3, 1)
 
 
-def test_without_any_label_there_is_nothing_to_learn(tmp_path: Path) -> None:
-    folder = draw_folder(tmp_path / "boxes", count=6)
-    (folder / "classes.txt").write_text("blue\n")
-    (folder / "labels.csv").write_text("image,labels\ni00.png,\n")
-    with pytest.raises(DataError, match=r"no readable image of .* has a label; label some"):
-        write(folder)
-
-
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (("train2014", "val2014"), ("train2014", "val2014")),
         (("test", "train", "valid"), ("train", "valid")),
-        (("test", "train"), ("train", "test")),
         (("test2017", "train2017", "val2014"), ("train2017", "test2017")),
         (("train",), None),
         (("val", "trainer"), None),

@@ -58,21 +58,6 @@ def test_every_kind_of_file(tmp_path: Path, name: str, values: np.ndarray) -> No
     np.testing.assert_allclose(values, LEVELS / 255, atol=3e-4)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.npy"])
-def test_yes_and_no(tmp_path: Path, name: str) -> None:
-    values = np.array([[False, True], [True, False]])
-    found = read_saliency(save(tmp_path, values, name), "a", (2, 2))
-    np.testing.assert_array_equal(found, [[0, 255], [255, 0]])
-
-
-def test_colours_are_averaged(tmp_path: Path) -> None:
-    colours = np.array([[[0, 90, 1], [255, 255, 254]]], np.uint8)
-    found = read_saliency(save(tmp_path, colours), "a", (1, 2))
-    np.testing.assert_array_equal(found, [[30, 255]])
-    values = read_values(tmp_path / "a.png")
-    np.testing.assert_allclose(values, [[91 / 765, 764 / 765]], atol=1e-7)
-
-
 def test_other_sizes_are_resized(tmp_path: Path) -> None:
     """Twice as wide: new pixel centres lie at quarters of the old distances."""
     save(tmp_path, np.array([[0, 200]], np.uint8))

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from lpcam.data.dataset import ClassTable
-from lpcam.data.images import decode_image
+from lpcam.data.images import decode_image, png_bytes
 from lpcam.data.labels import normal_name
 from lpcam.runtime.errors import DataError, LpcamError
 from lpcam.runtime.files import write_bytes, write_json
@@ -81,16 +81,19 @@ def import_huggingface(
 
     Raises:
         DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
-            another type, a class name does not fit into ``labels.csv``, there are more than 254
-            classes, no row can be used, or ``output`` has a ``labels.csv`` already.
-        ArtefactError: if a file cannot be written.
+            another type, no row can be used, or ``output`` has a ``labels.csv`` already.
         LpcamError: if the library is not installed, or older than version 4.
     """
     library = _library()
     if (output / "labels.csv").exists():
         raise DataError(f"{output} has a labels.csv already; choose another output folder")
     dataset = _open(library, source, split)
-    _check_image_column(library, dataset, image)
+    if not isinstance(_column(dataset, image), library.Image):
+        images = [n for n, kind in dataset.features.items() if isinstance(kind, library.Image)]
+        raise DataError(
+            f"the column {image!r} does not hold images; those that do are "
+            f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
+        )
     classes, label_sets = _labels(library, dataset, labels)
 
     stored = dataset.with_format(None).select_columns([image])
@@ -191,16 +194,6 @@ def _load(library: Any, source: str | Path, split: str | None) -> tuple[Any, str
         ) from error
 
 
-def _check_image_column(library: Any, dataset: Any, image: str) -> None:
-    kind = _column(dataset, image)
-    if not isinstance(kind, library.Image):
-        images = [n for n, k in dataset.features.items() if isinstance(k, library.Image)]
-        raise DataError(
-            f"the column {image!r} holds {kind}, not images; the columns of images are "
-            f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
-        )
-
-
 def _column(dataset: Any, name: str) -> Any:
     """The type of a column."""
     if name not in dataset.features:
@@ -262,6 +255,4 @@ def _image_file(cell: Any, name: str) -> tuple[bytes, str]:
         raise DataError(f"its image is damaged or of an unknown format ({error})") from error
     if extension is not None:
         return data, extension
-    buffer = io.BytesIO()
-    Image.fromarray(decode_image(data, name)).save(buffer, "PNG")
-    return buffer.getvalue(), ".png"
+    return png_bytes(decode_image(data, name)), ".png"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lpcam.data.resize import quarter_size
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import _damaged, _json_text, read_bytes, write_bytes
 
@@ -119,7 +120,7 @@ def _check_maps(path: Path, maps: MapFile) -> None:
         raise refuse(f"high_res has shape {maps.high_res.shape}; expected (K, H, W)")
     height, width = maps.high_res.shape[1:]
     shapes = {"high_res": (count, height, width)}
-    shapes["cam"] = (count, -(-height // 4), -(-width // 4))
+    shapes["cam"] = (count, *quarter_size((height, width)))
     for name, values in (("cam", maps.cam), ("high_res", maps.high_res)):
         if values.shape != shapes[name] or values.dtype != np.float32:
             raise refuse(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from lpcam.data.dataset import Dataset
-from lpcam.data.images import MAXIMUM_PIXELS, load_image
+from lpcam.data.images import MAXIMUM_PIXELS, load_image, png_bytes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 
@@ -97,7 +95,7 @@ def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise DataError(f"mask is {mask.dtype} {mask.shape}; expected uint8 (H, W)")
-    _write_png(path, mask, voc_palette().tobytes())
+    write_bytes(path, png_bytes(mask, voc_palette().tobytes()))
 
 
 def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
@@ -113,16 +111,7 @@ def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
             f"plane is {plane.shape} with values from {plane.min()} to {plane.max()}; expected "
             "(H, W) in [0, 1]"
         )
-    _write_png(path, np.rint(plane * 255).astype(np.uint8), None)
-
-
-def _write_png(path: Path, values: NDArray[np.uint8], palette: bytes | None) -> None:
-    image = Image.fromarray(values)
-    if palette is not None:
-        image.putpalette(palette)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png_bytes(np.rint(plane * 255).astype(np.uint8)))
 
 
 def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:

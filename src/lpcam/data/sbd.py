@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,14 +36,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class TrainAug:
-    """The result of `make_train_aug`.
-
-    Args:
-        ids: the list, sorted.
-        counts: number of images of each source (``train``, ``val``, ``sbd``), of SBD's images that
-            are in val (``sbd in val``), of the list (``train_aug``), of masks that were written and
-            of masks that existed (``masks written``, ``masks kept``).
-    """
+    """The result of `make_train_aug`: the sorted list, and numbers of images by source."""
 
     ids: tuple[str, ...]
     masks_folder: Path
@@ -68,18 +61,14 @@ def make_train_aug(
     Args:
         voc: as in `lpcam.data.voc.read_voc`; with JPEGImages, SegmentationClass and the lists train
             and val.
-        sbd: the folder ``benchmark_RELEASE``, its ``dataset``, or the parent of the first, with
-            ``cls/ID.mat``, ``train.txt`` and ``val.txt``.
-        output: gets ``SegmentationClassAug/ID.png`` and
-            ``ImageSets/Segmentation/train_aug.txt``; None: the VOC folder.
+        sbd: the folder ``benchmark_RELEASE``, its ``dataset``, or the parent of the first.
+        output: folder to write; None: the VOC folder.
         workers: number of images processed at a time.
         progress: called after each mask with the number done and the number of all.
 
     Raises:
-        DataError: if a folder is not VOC or SBD, a list, image, mask or .mat file is missing or
-            damaged, a mask has another size than its image, or a different list or mask of the same
-            name exists.
-        ArtefactError: if a file cannot be written.
+        DataError: if a folder is not VOC or SBD, a file is missing or damaged, a mask has another
+            size than its image, or a different list or mask of the same name exists.
         LpcamError: if SciPy is not installed.
     """
     loadmat = _loadmat()
@@ -89,15 +78,16 @@ def make_train_aug(
     in_sbd = {image_id for name in ("train", "val") for image_id in _sbd_list(dataset, name)}
     official = {*train, *val}
     ids = tuple(sorted({*train, *(in_sbd - set(val))}))
-    _check_list(output, ids)
+    list_path = output / _LISTS / f"{LIST}.txt"
+    if list_path.is_file() and read_list(output, LIST) != ids:
+        raise DataError(
+            f"{list_path} exists with other images than the {len(ids)} of VOC and SBD, or in "
+            "another order; move it away or choose another output folder"
+        )
 
     everything = sorted(official | set(ids))
-    truth = {
-        i: root / "SegmentationClass" / f"{i}.png"
-        if i in official
-        else dataset / "cls" / f"{i}.mat"
-        for i in everything
-    }
+    truth = {i: dataset / "cls" / f"{i}.mat" for i in everything}
+    truth |= {i: root / "SegmentationClass" / f"{i}.png" for i in official}
     images = {i: _image_path(root, dataset, i) for i in everything}
     missing = [path for path in (*truth.values(), *images.values()) if not path.is_file()]
     if missing:
@@ -115,14 +105,22 @@ def make_train_aug(
                 f"the mask of {path} is {mask.shape[0]} x {mask.shape[1]} (height x width) but its "
                 f"image {images[image_id]} is {size[0]} x {size[1]}; download both again"
             )
-        return _write_new(output / MASKS / f"{image_id}.png", mask, path)
+        target = output / MASKS / f"{image_id}.png"
+        if not target.is_file():
+            write_mask(target, mask)
+            return True
+        if not np.array_equal(read_index_mask(target), mask):
+            raise DataError(
+                f"{target} exists and differs from {path}; move it away or choose another output "
+                "folder"
+            )
+        return False
 
     written = 0
     for number, new in enumerate(ordered_map(make, everything, workers), start=1):
         written += new
         if progress is not None:
             progress(number, len(everything))
-    list_path = output / _LISTS / f"{LIST}.txt"
     if not list_path.is_file():
         write_bytes(list_path, "".join(f"{image_id}\n" for image_id in ids).encode())
     counts = {
@@ -185,36 +183,11 @@ def _sbd_list(dataset: Path, name: str) -> list[str]:
     return ids
 
 
-def _check_list(output: Path, ids: Sequence[str]) -> None:
-    path = output / _LISTS / f"{LIST}.txt"
-    if not path.is_file():
-        return
-    existing = read_list(output, LIST)
-    if existing != tuple(ids):
-        raise DataError(
-            f"{path} exists with {len(existing)} images, of which {len({*existing} - {*ids})} are "
-            f"not among the {len(ids)} of VOC and SBD, or in another order; move it away or choose "
-            "another output folder"
-        )
-
-
 def _image_path(root: Path, dataset: Path, image_id: str) -> Path:
     """The image in VOC, else SBD's copy of it."""
     path = root / "JPEGImages" / f"{image_id}.jpg"
     copy = dataset / "img" / path.name
     return copy if not path.is_file() and copy.is_file() else path
-
-
-def _write_new(path: Path, mask: NDArray[np.uint8], source: Path) -> bool:
-    """Write a mask unless it exists; DataError if a different one exists."""
-    if not path.is_file():
-        write_mask(path, mask)
-        return True
-    if not np.array_equal(read_index_mask(path), mask):
-        raise DataError(
-            f"{path} exists and differs from {source}; move it away or choose another output folder"
-        )
-    return False
 
 
 def _loadmat() -> Callable[..., Any]:

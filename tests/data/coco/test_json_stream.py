@@ -65,12 +65,6 @@ def test_a_number_at_the_end_of_the_window_is_whole(
     assert member == (json.loads(number), 6, len(number))
 
 
-def test_unread_members_are_skipped(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", json.dumps({"a": [1, 2, 3], "b": [4, 5]}))
-    first = {key: next(members).value for key, members in stream_arrays(path, ["a", "b"])}
-    assert first == {"a": 1, "b": 4}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -100,12 +94,6 @@ def test_broken_files(tmp_path: Path, text: str | bytes, message: str, window: i
     with pytest.raises(DataError, match=message) as caught:
         stream(path, "a", window=window)
     assert str(path) in str(caught.value)
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(DataError, match=f"cannot read {path}"):
-            stream(path, "a")
 
 
 def test_progress_counts_bytes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,29 +75,23 @@ class CocoFolder:
     ``annotations/instances_NAME.json``, ``annotations/NAME.json``, ``NAME/_annotations.coco.json``
     and ``NAME.json``; a single ``annotations.json`` or ``_annotations.coco.json`` also works. Its
     images are searched in ``NAME``, ``images/NAME``, ``images``, the folder itself, and beside the
-    annotation file.
-
-    Each file gives the lists NAME, all its images in ascending order of their ids, and
-    ``NAME.labelled``, those of them with a label; ``all`` and ``all.labelled`` unite the files that
-    were read. Classes are the categories in ascending order of their ids, with mask values from 1.
+    annotation file. Each file gives the lists NAME and, of its images with a label,
+    ``NAME.labelled``; ``all`` and ``all.labelled`` unite the files that were read. Classes are the
+    categories in ascending order of their ids, with mask values from 1.
 
     An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
     whose images all have COCO's own names (``COCO_NAME_000000000009``), for the only file of a
-    folder, and for a file that is itself the root. So an image has the same id whichever lists are
-    read.
+    folder, and for a file that is itself the root.
 
     Args:
         root: an annotation file or a folder.
-        lists: names of the lists to read; None or ``all``: every file of the first of the places
-            above that has any.
-        classes: names of categories in label order; all if None. Others are not labelled, and masks
-            keep all mask values.
+        lists: names of the lists to read; None or ``all``: every file.
+        classes: names of categories in label order; all if None. Masks keep all mask values.
         progress: called with the bytes read so far and the size of all annotation files.
 
     Raises:
-        DataError: if there is no such file or list, no image of a wanted list exists, two files
-            have different categories, there are more than 254, a class is unknown, two images have
-            the same id or a file name leaves the folder; and as :meth:`CocoAnnotations.read`.
+        DataError: if a file, list or class is missing, files have different categories, two images
+            have the same id or a file name leaves the folder; and as :meth:`CocoAnnotations.read`.
 
     Example:
         >>> import json
@@ -204,12 +198,11 @@ class CocoFolder:
         workers: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> Dataset:
-        """Paint the masks of images as ``folder/ID.png``; see
-        `lpcam.data.coco.painting.paint_folder`.
+        """Paint the masks of images as ``folder/ID.png``.
 
         Args:
             ids: of items.
-            order, crowds, workers, progress: see there.
+            order, crowds, workers, progress: as in :func:`lpcam.data.coco.painting.paint_folder`.
 
         Returns:
             The data set with ``mask`` set for these items. A notice, which is logged as a warning,
@@ -248,10 +241,7 @@ class CocoFolder:
         return replace(self.dataset, items=items, notices=notices)
 
     def true_mask(self, name: str) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-        """The mask of an image in memory, and what is wrong with its annotations.
-
-        See `lpcam.data.coco.painting.true_mask`.
-        """
+        """The mask of an image in memory, and what is wrong with its annotations."""
         return true_mask(self._images[name], self._values)
 
     def outlined(self, name: str) -> bool:
@@ -318,52 +308,42 @@ def _file_names(paths: Collection[Path]) -> str:
 def _notices(
     indices: Sequence[CocoAnnotations], labelled: Mapping[int, int], items: Mapping[str, Item]
 ) -> tuple[str, ...]:
-    """What a user should know about labels and masks.
-
-    Args:
-        labelled: label index by category row.
-    """
+    """What a user should know about labels and masks; ``labelled`` is by category row."""
     names = [name for _, name in indices[0].categories]
     rows = np.concatenate([index.category_rows for index in indices])
     of_crowd = np.concatenate([index.crowds for index in indices])
     crowds = np.bincount(rows[of_crowd], minlength=len(names)).tolist()
     objects = np.bincount(rows[~of_crowd], minlength=len(names)).tolist()
-    notices = []
-    if any(crowds):
-        from_crowds = sum(
-            len({*whole} - {*seen})
-            for index in indices
-            for whole, seen in zip(index.labels(), index.labels(crowds=False), strict=True)
-        )
-        notices.append(
-            f"annotations of crowds, which give labels but are not painted: {sum(crowds)}; labels "
-            f"that only a crowd gives, without pixels in masks: {from_crowds}"
-        )
+    from_crowds = sum(
+        len({*whole} - {*seen})
+        for index in indices
+        for whole, seen in zip(index.labels(), index.labels(crowds=False), strict=True)
+    )
     only_crowds = [names[row] for row in labelled if crowds[row] and not objects[row]]
-    if only_crowds:
-        notices.append(
-            f"classes with crowds only, so without pixels in masks: {', '.join(only_crowds)}"
-        )
-    dropped = {
-        name: objects[row] + crowds[row]
+    dropped = sorted(
+        f"{name} {objects[row] + crowds[row]}"
         for row, name in enumerate(names)
         if row not in labelled and objects[row] + crowds[row]
-    }
-    if dropped:
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
-        notices.append(f"annotations of classes that were not chosen give no label: {counts}")
+    )
     boxes = sum(int((~index.outlined & ~index.crowds).sum()) for index in indices)
-    if boxes:
-        images = sum(int((~index.paintable()).sum()) for index in indices)
-        notices.append(
-            f"annotations without an outline, perhaps boxes only: {boxes}; images that have labels "
-            f"but no true mask because of them: {images}"
-        )
+    unpainted = sum(int((~index.paintable()).sum()) for index in indices)
     unlabelled = sum(not item.labels for item in items.values())
-    if unlabelled:
-        have = "has" if unlabelled == 1 else "have"
-        notices.append(f"{unlabelled} of {len(items)} images {have} no label")
-    return tuple(notices)
+    notices = {
+        "annotations of crowds, which give labels but are not painted: "
+        f"{sum(crowds)}; labels that only a crowd gives, without pixels in masks: "
+        f"{from_crowds}": sum(crowds),
+        f"classes with crowds only, so without pixels in masks: {', '.join(only_crowds)}": len(
+            only_crowds
+        ),
+        f"annotations of classes that were not chosen give no label: {', '.join(dropped)}": len(
+            dropped
+        ),
+        f"annotations without an outline, perhaps boxes only: {boxes}; images that have labels "
+        f"but no true mask because of them: {unpainted}": boxes,
+        f"{unlabelled} of {len(items)} images {'has' if unlabelled == 1 else 'have'} no "
+        "label": unlabelled,
+    }
+    return tuple(text for text, count in notices.items() if count)
 
 
 class CocoSection(Section):
@@ -407,14 +387,8 @@ class CocoReader(Reader):
         def paint(
             target: Path, ids: Iterable[str], workers: int, progress: Progress | None
         ) -> Dataset:
-            return folder.with_masks(
-                target,
-                list(ids),
-                order=settings.order,
-                crowds=settings.crowds,
-                workers=workers,
-                progress=progress,
-            )
+            options: dict[str, Any] = {**settings.model_dump(), "workers": workers}
+            return folder.with_masks(target, ids, progress=progress, **options)
 
         outlined = filter(folder.outlined, folder.dataset.items)
         masks = {name: partial(folder.true_mask, name) for name in outlined}

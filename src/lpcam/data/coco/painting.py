@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +74,7 @@ def paint(
         uint8 (height, width), 0 where nothing is painted.
 
     Raises:
-        DataError: naming the annotation, for a category without value, a polygon of fewer than 3
-            points, with an odd number of coordinates, NaN or coordinates far outside, a run-length
-            code of another size or with wrong counts, a crowd with polygons, or no segmentation.
+        DataError: naming the annotation that cannot be painted, and why.
         LpcamError: if pycocotools is missing (for polygons).
 
     Example:
@@ -84,13 +82,8 @@ def paint(
         >>> paint([{"category_id": 7, "segmentation": runs}], (2, 3), {7: 4}).tolist()
         [[0, 4, 4], [0, 4, 0]]
     """
-    if order not in get_args(Order) or crowds not in get_args(Crowds):
-        raise DataError(
-            f"order {order!r} or crowds {crowds!r} is unknown; choose 'file' or 'area', and "
-            "'background' or 'void'"
-        )
     height, width = size
-    if height < 1 or width < 1 or height * width > MAXIMUM_PIXELS:
+    if not 0 < height * width <= MAXIMUM_PIXELS:
         raise DataError(
             f"a mask of {height} x {width} pixels is refused; at most {MAXIMUM_PIXELS:,} are "
             "painted, and at least 1"
@@ -129,9 +122,8 @@ def paint_folder(
     """Paint the masks of images as ``folder/ID.png`` where they do not exist yet.
 
     ``folder/painted.json`` has the digest of each annotation file, ``order``, ``crowds`` and the
-    mask values. Where these have changed, the old masks of that file's images are removed first;
-    masks of files that are not read now stay. A call that was stopped can be repeated to resume.
-    The files are the same for any number of workers.
+    mask values. Where these have changed, the old masks of that file's images are removed first. A
+    call that was stopped can be repeated to resume.
 
     Args:
         images: all images of the annotation files that are read, by id.
@@ -141,9 +133,8 @@ def paint_folder(
         progress: called after each mask with the number of finished masks and of all.
 
     Returns:
-        The mask file of each painted image by id, and the reason of each image that has no mask: an
-        object has an outline that cannot be painted, or the image file has another size than the
-        annotations say. Images with an object without outline are in neither.
+        The mask file of each painted image by id, and the reason of each image whose mask cannot be
+        painted. Images with an object without outline are in neither.
 
     Raises:
         DataError: if an annotation file has changed since it was read.
@@ -159,19 +150,17 @@ def paint_folder(
     def make(name: str) -> str | None:
         """Paint a mask; returns why there is none."""
         image = images[name]
-        fault = _size_fault(image)
-        if fault is None:
-            annotations = image.annotations.annotations(image.row)
-            if crowds == "background":
-                annotations = [one for one in annotations if not one.get("iscrowd")]
-            size = image.annotations.sizes[image.row]
-            try:
-                write_mask(
-                    paths[name], paint(annotations, size, values, order=order, crowds=crowds)
-                )
-            except DataError as error:
-                return str(error)
-        return fault
+        if (fault := _size_fault(image)) is not None:
+            return fault
+        annotations = image.annotations.annotations(image.row)
+        if crowds == "background":
+            annotations = [one for one in annotations if not one.get("iscrowd")]
+        size = image.annotations.sizes[image.row]
+        try:
+            write_mask(paths[name], paint(annotations, size, values, order=order, crowds=crowds))
+        except DataError as error:
+            return str(error)
+        return None
 
     existing = [("", None)] * (len(paths) - len(missing))
     painted = zip(missing, ordered_map(make, missing, workers), strict=True)
@@ -189,12 +178,9 @@ def true_mask(
 ) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
     """The mask of an image in memory, and everything that is wrong with its annotations.
 
-    Args:
-        values: mask value of each category id.
-
     Returns:
-        uint8 (H, W), or None where the image has no mask; and the faults in words. Faulty outlines
-        of crowds are listed, although crowds are not painted; missing outlines are not.
+        uint8 (H, W), or None where the image has no mask; and the faults in words, also those of
+        crowds, which are not painted.
 
     Raises:
         DataError: if the annotation file has changed since it was read.
