@@ -23,10 +23,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def check_known(name: str, known: Sequence[str], where: str = "") -> None:
-    """Raise DataError if a class is unknown, with the most similar known name and all known names.
-
-    Args:
-        where: begins the error, such as ``labels.csv line 3: ``.
+    """Raise DataError if a class is unknown; ``where`` begins the message.
 
     Example:
         >>> check_known("cow", ["cow", "dog"])
@@ -131,12 +128,8 @@ class ClassTable:
 
     def index(self, name: str) -> int:
         """Label index of a class name; DataError lists the known names if it is unknown."""
-        try:
-            return self.names.index(name)
-        except ValueError:
-            raise DataError(
-                f"unknown class {name!r}; the classes are {', '.join(self.names)}"
-            ) from None
+        check_known(name, self.names)
+        return self.names.index(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +245,7 @@ def without_suffix(name: str) -> str:
 
 
 def check_unique(ids: Iterable[Hashable], where: str) -> None:
-    """Raise DataError if an id occurs twice.
-
-    Args:
-        where: what holds the ids, for the error.
+    """Raise DataError if an id occurs twice; ``where`` is what holds the ids.
 
     Example:
         >>> check_unique(["a", "b"], "list train.txt")

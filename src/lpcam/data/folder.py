@@ -73,8 +73,8 @@ def read_folder(
     else the columns of a multi-hot table, else all names of the table (or of the folders), sorted;
     they have mask ids from 1.
 
-    A row without an image and an image without a row (or, with ``"folders"``, outside all of them)
-    are left out, with the reason. The labels of repeated rows are united, with a notice.
+    A row without an image and an image without a row are left out, with the reason. The labels of
+    repeated rows are united, with a notice.
 
     Args:
         root: the folder.
@@ -86,10 +86,7 @@ def read_folder(
         masks: a folder of ``ID.png`` to use instead of ``masks`` of the folder.
 
     Raises:
-        DataError: naming the file and line, for a missing or wrong table of labels, no images, an
-            unknown class, a name that could leave the folder, two images with the same id, folders
-            such as ``train`` and ``val`` instead of classes, ``masks`` that are missing or belong
-            to no image, or a wrong list, ``classes.txt`` or ``parts.json``.
+        DataError: naming the file and line that is wrong or missing.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -105,7 +102,9 @@ def read_folder(
             "data.root in its recipe.yaml"
         )
     images_root = root / "images" if (root / "images").is_dir() else root
-    path = _table_path(root, labels)
+    path = labels if isinstance(labels, Path) else None
+    if labels is None:
+        path = next((root / name for name in TABLES if (root / name).is_file()), None)
     table = None if path is None else read_labels(path)
     images, skipped, others = _find_images(images_root, masks)
     notices: list[str] = []
@@ -163,17 +162,6 @@ def read_folder(
     return dataset if masks is None else with_mask_folder(dataset, masks)
 
 
-def _table_path(root: Path, labels: Path | Literal["folders"] | None) -> Path | None:
-    """The table of labels; None where the folders are the classes."""
-    if labels == FOLDERS:
-        return None
-    if isinstance(labels, Path):
-        return labels
-    if labels is not None:
-        raise DataError(f"labels are {labels!r}; give the path of a table, or {FOLDERS!r}")
-    return next((root / name for name in TABLES if (root / name).is_file()), None)
-
-
 def _table_of_folders(
     root: Path, images_root: Path, images: Iterable[str], skipped: dict[str, Skip]
 ) -> LabelTable:
@@ -217,11 +205,7 @@ def _labels_by_image(
     skipped: dict[str, Skip],
     notices: list[str],
 ) -> dict[str, set[str]]:
-    """Class names by image id, of all rows that name an image.
-
-    Args:
-        others: as of :func:`_find_images`.
-    """
+    """Class names by image id, of all rows that name an image."""
     present: dict[str, set[str]] = {}
     lines: dict[str, list[int]] = {}
     for row in table.rows:

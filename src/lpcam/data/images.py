@@ -58,10 +58,9 @@ def decode_image(
     maximum_pixels: int = MAXIMUM_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode the bytes of an image file as `read_image` does.
+    """Decode the bytes of an image file as `read_image` does; ``name`` is for messages.
 
     Args:
-        name: name of the image in messages.
         formats: names of Pillow's formats that are accepted; None: all.
 
     Example:
@@ -151,13 +150,7 @@ def load_image(
     maximum_pixels: int,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """Decode a file and turn it upright; every failure is an ImageError.
-
-    Args:
-        name: name of the image in messages.
-        source: the file or its bytes.
-        formats: names of Pillow's formats that are accepted; None: all.
-    """
+    """Decode a file or its bytes and turn it upright; every failure is an ImageError."""
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ValueError("the file is empty")

@@ -122,10 +122,7 @@ def relative_name(text: str) -> str:
 
 
 def image_name(text: str, where: str) -> str:
-    """The name of an image in a table or list as an id.
-
-    Args:
-        where: file and line, for the error.
+    """The name of an image in a table or list as an id; ``where`` is its file and line.
 
     Raises:
         DataError: if the name could leave its folder or is not an id otherwise.
@@ -141,10 +138,7 @@ def image_name(text: str, where: str) -> str:
 
 
 def read_text(path: Path, how: str) -> str:
-    """A UTF-8 file as text, without a byte order mark.
-
-    Args:
-        how: the form of the file, which ends the error.
+    """A UTF-8 file as text, without a byte order mark; ``how`` to write it ends the error.
 
     Raises:
         DataError: if the file cannot be read or is not UTF-8.
@@ -207,12 +201,12 @@ def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
         return None
     if len(cells) < 2 or folded[0] not in ("image", "filename") or "labels" in folded:
         raise DataError(f"{where} is {','.join(cells)!r}; {how}")
-    repeated = sorted({name for name in names[1:] if names.count(name) > 1})
-    if repeated or "" in names:
-        problem = (
-            f"the columns {', '.join(repeated)} repeat" if repeated else "a column has no name"
+    if "" in names or len(set(names[1:])) < len(names[1:]):
+        repeated = sorted({name for name in names[1:] if names.count(name) > 1})
+        raise DataError(
+            f"{where}: a column has no name, or repeats ({', '.join(repeated)}); a table of 0 and "
+            "1 has one column a class"
         )
-        raise DataError(f"{where}: {problem}; a table of 0 and 1 has one column a class")
     return tuple(names[1:])
 
 
@@ -225,11 +219,9 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
     for name, cell in zip(classes, cells, strict=True):
         value = _TRUE_FALSE.get(cell.strip().casefold())
         if value is None:
-            named = "if the column holds names of classes, call it 'labels'; "
             raise DataError(
-                f"{where} has {cell.strip()!r} in the column {name!r}, expected 0 or 1 (the first "
-                "line says that each column is a class); "
-                f"{named if len(classes) == 1 else ''}otherwise {how}"
+                f"{where} has {cell.strip()!r} in the column {name!r}, expected 0 or 1; if the "
+                f"column holds names of classes, call it 'labels'; otherwise {how}"
             )
         if value:
             labels.append(name)

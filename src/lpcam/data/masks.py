@@ -127,7 +127,7 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     Image.fromarray(np.array([[0, 7]], np.uint8)).save(Path(folder, "a.png"))
+        ...     write_mask(Path(folder, "a.png"), np.array([[0, 7]], np.uint8))
         ...     read_index_mask(Path(folder, "a.png")).tolist()
         [[0, 7]]
     """

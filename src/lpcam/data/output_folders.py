@@ -41,7 +41,7 @@ class OutputKind:
         forms: patterns of output paths below the output folder; the group ``name`` is the image's.
         describe: the findings of one image in words, for the summary.
         pictures: file or folder to look at, below the output folder.
-        others: files of the output folder that are not of one image.
+        others: files that are not of one image.
     """
 
     command: str

@@ -38,11 +38,9 @@ def check_images(
         save: called every `SAVE_SECONDS` with the records so far.
 
     Returns:
-        The data set without its unreadable images (they are in ``skipped`` with the reason, and in
-        no list any more), and by id a record that JSON can hold: ``height`` and ``width`` of the
-        upright image, ``image_digest`` of the image's file, ``digest`` of the image and its true
-        masks together, and ``size`` and ``mtime_ns`` as lists of three, for the image, the mask
-        and the parts (0 where there is none).
+        The data set without its unreadable images, and a record of each by id: ``height`` and
+        ``width`` of the upright image, ``image_digest`` of its file, ``digest`` of image and true
+        masks together, ``size`` and ``mtime_ns`` of image, mask and parts.
 
     Raises:
         DataError: naming the item, if a mask cannot be read, is not an index mask or has another

@@ -61,13 +61,10 @@ def read_voc(
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
         lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
             as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
-            of images and a class (repeated ids are then removed). An id with blanks is accepted if
-            its image exists.
-        classes: names from `CLASSES` (or from the folder's `CLASS_NAMES`, if it has that file), in
-            label order; all if None. Objects of other classes are not labelled; mask ids stay those
-            of VOC.
-        unlabelled: those of the lists whose images need no annotation; without one they have no
-            label. VOC's own ``test`` has none.
+            of images and a class. An id with blanks is accepted if its image exists.
+        classes: names from `CLASSES` (or from the folder's `CLASS_NAMES`), in label order; all if
+            None. Mask ids stay those of VOC.
+        unlabelled: those of the lists whose images need no annotation.
         labels: a table (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
 
     Raises:
