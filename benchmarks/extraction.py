@@ -39,7 +39,8 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
+from lpcam.method.extractors import CAM, LPCAM
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 
 CAM_GOAL = 1.03

@@ -36,7 +36,7 @@ from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.finetuning import FinetuneSettings, finetune
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.method.extractors import single_scale_cam
+from lpcam.method.multi_scale import single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings

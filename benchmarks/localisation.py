@@ -71,7 +71,7 @@ from lpcam.evaluation.segmentation import (
     scores,
     truth_labels,
 )
-from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import load_recipe
 from lpcam.pipeline.run_folder import RunFolder

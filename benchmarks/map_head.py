@@ -33,7 +33,6 @@ from benchmarks.measure import (
     verdict,
 )
 from lpcam.classifiers.features import FeaturePair
-from lpcam.method.extractors import lpcam_maps
 from lpcam.method.functional import (
     FusedMaps,
     foreground_minus_context,
@@ -41,6 +40,7 @@ from lpcam.method.functional import (
     lpcam_of_pair,
     unflip,
 )
+from lpcam.method.multi_scale import lpcam_maps
 
 GOAL = 300.0
 TOLERANCE = 1e-5

@@ -32,8 +32,8 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.voc import read_voc
 from lpcam.evaluation.segmentation import ThresholdSweep, best_threshold, scores, truth_labels
 from lpcam.method.clustering import cosine_kmeans
-from lpcam.method.extractors import cam_maps
 from lpcam.method.functional import cosine_activation, normalize, strided, unflip
+from lpcam.method.multi_scale import cam_maps
 from lpcam.method.prototypes import make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings

@@ -103,16 +103,22 @@ def _says_itself(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) ->
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_pickled(module: str) -> None:
-    """Neither pickle nor what pickles behind the scenes: torch.save, torch.load, np.load."""
+    """Neither pickle nor what pickles behind the scenes: torch.save, torch.load, np.load.
+
+    Two modules read files of other programs, with an unpickler that is cut down to arrays and with
+    torch's own that only loads weights; the first also writes such files.
+    """
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name.split(".")[0] for alias in node.names}
             names.add(str(getattr(node, "module", "")).split(".")[0])
-            assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+            allowed = {"pickle"} if module == "lpcam.formats.pickled_arrays" else set()
+            picklers = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+            assert not names & (picklers - allowed)
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        if module == "pickles" and called == "torch.load":  # the one importer of foreign files
+        if module == "lpcam.formats.weights" and called == "torch.load":
             given = {word.arg: ast.unparse(word.value) for word in node.keywords}
             assert given.get("weights_only") == "True", f"{module} line {node.lineno}"
             continue

@@ -16,8 +16,8 @@ from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel
-from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.functional import class_activation, normalize
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import (

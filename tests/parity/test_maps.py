@@ -5,8 +5,8 @@ import torch
 from parity.golden import load
 
 from lpcam.classifiers.features import FeaturePair
-from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.functional import FusedMaps, foreground_minus_context
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 
 TOLERANCE = 1e-5

@@ -68,6 +68,7 @@ class PlainBlock(_Block):
         )
 
     def branch(self, active: Tensor) -> Tensor:
+        """The residual of active features."""
         found: Tensor = self.bn_branch2b1(self.conv_branch2a(active)).relu()
         return self.conv_branch2b1(found)  # type: ignore[no-any-return]
 
@@ -88,6 +89,7 @@ class BottleneckBlock(_Block):
         self.conv_branch1 = _convolution(before, after, 1)
 
     def branch(self, active: Tensor) -> Tensor:
+        """The residual of active features."""
         found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
         found = self.conv_branch2b1(self.dropout_2b1(found))
         return self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))  # type: ignore[no-any-return]

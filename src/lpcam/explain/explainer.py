@@ -23,8 +23,9 @@ from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
 from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
-from lpcam.method.extractors import CAM, LPCAM, cam_maps, lpcam_maps
+from lpcam.method.extractors import CAM, LPCAM
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, descending
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError

@@ -299,6 +299,7 @@ class Context:
 
     @classifier.setter
     def classifier(self, classifier: Classifier) -> None:
+        """Keep a classifier that this process has just trained."""
         self._classifier = classifier
 
     def store(self, classifier: Classifier) -> FeatureStore:

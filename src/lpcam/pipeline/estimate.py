@@ -21,7 +21,7 @@ from lpcam.data.inspection import Estimate, Survey, survey
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.open_dataset import open_with_truth
-from lpcam.method.extractors import cam_maps, lpcam_maps
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from lpcam.runtime.parallel import ordered_map

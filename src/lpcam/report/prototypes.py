@@ -20,8 +20,8 @@ from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.explain.web import encode_picture, encode_unit
-from lpcam.method.extractors import cam_maps, lpcam_maps, single_scale_cam
 from lpcam.method.functional import normalize, split
+from lpcam.method.multi_scale import cam_maps, lpcam_maps, single_scale_cam
 from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.reservoir import SIDES, SideName, on_grid
 from lpcam.method.settings import LpcamSettings

@@ -13,8 +13,8 @@ from lpcam.data.dataset import Item
 from lpcam.data.images import scaled_size
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.resize import quarter_size, resize
-from lpcam.method.extractors import cam_maps, lpcam_maps
 from lpcam.method.functional import FusedMaps
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import StageCache, Task
 from lpcam.pipeline.context import Context

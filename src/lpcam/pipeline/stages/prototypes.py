@@ -12,7 +12,7 @@ from torch import Tensor
 from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
-from lpcam.method.extractors import single_scale_cam
+from lpcam.method.multi_scale import single_scale_cam
 from lpcam.method.prototypes import make_prototypes
 from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images
 from lpcam.method.settings import LpcamSettings

@@ -1,0 +1,73 @@
+"""CAM and LPCAM maps of one image from its features at several scales, with and without flip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from lpcam.classifiers.features import FeaturePair
+from lpcam.method.functional import (
+    FusedMaps,
+    cam_of_pair,
+    class_activation,
+    fuse_scales,
+    lpcam_of_pair,
+    normalize,
+)
+
+
+def cam_maps(
+    pairs: Iterable[FeaturePair], weight: Tensor, size: tuple[int, int], *, epsilon: float
+) -> FusedMaps:
+    """CAM of equation 1 over scales and flip (specification of LPCAM, section 3b).
+
+    Args:
+        pairs: features of each scale.
+        weight: (N, C), rows w_n of the wanted classes.
+        size: (H, W) of the image.
+        epsilon: added to the maximum before the division.
+
+    Example:
+        >>> maps = cam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.ones(1, 3), (8, 8),
+        ...                 epsilon=0.0)
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([1, 8, 8]), 1.0)
+    """
+    maps = [cam_of_pair(pair.features, pair.mirrored, weight) for pair in pairs]
+    return fuse_scales(maps, size, epsilon=epsilon)
+
+
+def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
+    """LPCAM of equations 5 and 6 over scales and flip (specification of LPCAM, section 3i).
+
+    Args:
+        pairs: features of each scale.
+        vectors: (N, C), rows of ``Prototypes.vectors`` of the wanted classes.
+        size: (H, W) of the image.
+
+    Example:
+        >>> maps = lpcam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.eye(3)[:2], (8, 8))
+        >>> maps.high_res.shape, float(maps.high_res.max())
+        (torch.Size([2, 8, 8]), 1.0)
+    """
+    maps = [lpcam_of_pair(pair.features, pair.mirrored, vectors) for pair in pairs]
+    return fuse_scales(maps, size)
+
+
+def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+    """Equation 1 on the feature grid, one scale, no flip.
+
+    Args:
+        features: (C, h, w).
+        weight: (K, C), rows w_n of the wanted classes.
+        epsilon: added to the maximum before the division.
+
+    Returns:
+        (K, h, w) in [0, 1].
+
+    Example:
+        >>> single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.ones(1, 1), epsilon=0.0)
+        tensor([[[0.2500, 1.0000, 0.0000]]])
+    """
+    return normalize(class_activation(features, weight).relu(), "max", epsilon)
