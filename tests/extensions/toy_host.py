@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import BackboneSpec
 from lpcam.data.images import read_image
 from lpcam.data.resize import quarter_size, resize
-from lpcam.hosts.base import Arm, History, Host, HostData, HostSection, HostSettings, View
+from lpcam.hosts.base import Arm, Host, HostData, HostSection, HostSettings, View
 from lpcam.method.functional import FusedMaps, normalize
+from lpcam.training.loop import History
 from lpcam.training.saved_network import SavedNetwork
 
 

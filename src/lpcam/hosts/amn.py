@@ -34,7 +34,6 @@ from lpcam.evaluation.segmentation import truth_labels
 from lpcam.hosts.base import (
     Arm,
     Base,
-    History,
     Host,
     HostData,
     HostNetwork,
@@ -283,7 +282,7 @@ def train_amn(
     classes: ClassTable,
     settings: AmnSettings,
     **options: Unpack[engine.TrainingOptions],
-) -> History:
+) -> engine.History:
     """Train in place; a stopped training resumes from its checkpoint (section 3).
 
     Adam without a schedule, with one rate for the backbone and one for conditioning and head;
@@ -580,13 +579,16 @@ class _AmnHost(Host[AmnSettings, Amn]):
         data: HostData,
         settings: AmnSettings,
         **options: Unpack[engine.TrainingOptions],
-    ) -> History:
+    ) -> engine.History:
         return train_amn(network, data.masks, data.classes, settings, **options)
 
     def local_features(
         self, network: Amn, view: View, settings: AmnSettings
     ) -> tuple[Tensor, Tensor]:
         return local_features(network, view.image, view.labels, settings, seed=view.mask)
+
+    def scorer(self, network: Amn) -> tuple[Tensor, Tensor]:
+        return network.constant_response()
 
     def maps(
         self, network: Amn, view: View, settings: AmnSettings, vectors: Tensor | None

@@ -24,11 +24,10 @@ from lpcam.refine.base import shallow_copy
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import PresetModel
-from lpcam.training.loop import TrainingOptions
+from lpcam.training.loop import History, TrainingOptions
 from lpcam.training.saved_network import SavedNetwork
 
 Base = Literal["CAM", "LPCAM"]
-History = list[dict[str, Any]]
 
 
 def folder_name(method: str) -> str:
@@ -152,8 +151,8 @@ class Host(ABC, Generic[S, N]):
     """A method with a network of its own; S is the class of its settings, N that of its network.
 
     A host is one object in :data:`HOSTS`. The stages of a run call it in this order: ``arms``,
-    ``build``, ``images_per_step``, ``train``, ``load``, ``local_features`` (where an arm has
-    prototypes) and ``maps``.
+    ``build``, ``images_per_step``, ``train``, ``load``, ``scorer`` and ``local_features`` (where an
+    arm has prototypes), and ``maps``.
     """
 
     title: str
@@ -221,6 +220,10 @@ class Host(ABC, Generic[S, N]):
 
     def local_features(self, network: N, view: View, settings: S) -> tuple[Tensor, Tensor]:
         """Features (C, h, w) of an image, and the maps (K, H, W) that split them (eq. 2)."""
+        raise ClassifierError(f"{self.title} has no prototypes of its own features")
+
+    def scorer(self, network: N) -> tuple[Tensor, Tensor]:
+        """Weight (N, C) and bias (N,) of the layer that scores the prototypes (eqs. 3 and 4)."""
         raise ClassifierError(f"{self.title} has no prototypes of its own features")
 
     @abstractmethod

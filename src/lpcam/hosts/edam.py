@@ -44,7 +44,6 @@ from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
 from lpcam.hosts.base import (
     Arm,
-    History,
     Host,
     HostData,
     HostNetwork,
@@ -455,7 +454,7 @@ def train_edam(
     items: Sequence[Item],
     settings: EdamSettings,
     **options: Unpack[engine.TrainingOptions],
-) -> History:
+) -> engine.History:
     """Train in place; a stopped training resumes from its checkpoint.
 
     SGD on the binary cross-entropy of every class and image of the pairs of :func:`pairs_of`.
@@ -591,7 +590,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
         data: HostData,
         settings: EdamSettings,
         **options: Unpack[engine.TrainingOptions],
-    ) -> History:
+    ) -> engine.History:
         return train_edam(network, data.images, settings, **options)
 
     def maps(

@@ -36,7 +36,6 @@ from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
 from lpcam.data.resize import quarter_size, resize
 from lpcam.hosts.base import (
-    History,
     Host,
     HostData,
     HostSection,
@@ -205,7 +204,7 @@ def train_mctformer(
     validation: Sequence[Item],
     settings: MctformerSettings,
     **options: Unpack[engine.TrainingOptions],
-) -> History:
+) -> engine.History:
     """Train in place by AdamW; a stopped training resumes from its checkpoint.
 
     The weights of the last epoch are kept (section 2).
@@ -551,13 +550,16 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         data: HostData,
         settings: MctformerSettings,
         **options: Unpack[engine.TrainingOptions],
-    ) -> History:
+    ) -> engine.History:
         return train_mctformer(network, data.images, data.held_out, settings, **options)
 
     def local_features(
         self, network: Mctformer, view: View, settings: MctformerSettings
     ) -> tuple[Tensor, Tensor]:
         return local_features(network, view.image, view.labels, settings)
+
+    def scorer(self, network: Mctformer) -> tuple[Tensor, Tensor]:
+        return network.constant_response()
 
     def maps(
         self, network: Mctformer, view: View, settings: MctformerSettings, vectors: Tensor | None

@@ -40,6 +40,10 @@ CHECKPOINT_STEPS = 50
 Sample = TypeVar("Sample")
 
 
+History = list[dict[str, Any]]
+"""Records of a training, as JSON."""
+
+
 # -- Order and schedule ------------------------------------------------------------------------
 
 
@@ -141,7 +145,7 @@ def run(
     processes: Processes | None = None,
     scaler: torch.amp.GradScaler | None = None,
     at_record: Callable[[int], dict[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
+) -> History:
     """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
     Afterwards the module is in evaluation mode.
@@ -264,7 +268,7 @@ def _save(
     scaler: torch.amp.GradScaler | None,
     step: int,
     running: float,
-    history: list[dict[str, Any]],
+    history: History,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -289,7 +293,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     label: str,
-) -> tuple[int, float, list[dict[str, Any]]]:
+) -> tuple[int, float, History]:
     if not path.is_file():
         return 0, 0.0, []
     tensors, metadata = read_tensors(path)

@@ -15,7 +15,8 @@ from lpcam.data.dataset import Item
 from lpcam.pipeline.cache import Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages.prototypes import check_memory
-from lpcam.pipeline.stages.training import History, training_options, training_task
+from lpcam.pipeline.stages.training import training_options, training_task
+from lpcam.training.loop import History
 
 HELD_OUT = 10
 """One image in so many is held out for the validation mAP where no list is named."""

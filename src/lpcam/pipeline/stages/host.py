@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -27,9 +25,11 @@ from lpcam.pipeline.stages.labels import ternary_task
 from lpcam.pipeline.stages.maps import no_maps, write_fused
 from lpcam.pipeline.stages.prototypes import check_memory, make
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
-from lpcam.pipeline.stages.training import History, training_options, training_task
+from lpcam.pipeline.stages.training import training_options, training_task
 from lpcam.refine.crf import CrfSettings
 from lpcam.runtime.errors import ClassifierError, PrototypeError
+from lpcam.training.loop import History
+from lpcam.training.saved_network import SavedNetwork
 
 
 def section_of(context: Context) -> HostSection:
@@ -66,8 +66,8 @@ def validate(context: Context) -> None:
     Skipped where the networks exist: their stage knows whether they are up to date.
 
     Raises:
-        ClassifierError: if the network or its weights cannot be had, or a step cannot be shared
-            among the processes.
+        ClassifierError: if the network cannot be built, or a step cannot be shared among the
+            processes.
         DataError: if the host cannot learn from these images.
     """
     section = section_of(context)
@@ -97,15 +97,9 @@ def write_masks(context: Context) -> Iterator[Task]:
         if thresholds is not None:
             source = context.results[RESULTS[base]]
             label = f"masks for {section.host.title} from {base}"
+            source_of = (source.folder, source.key)
             yield ternary_task(
-                context,
-                f"host-labels/{name}",
-                label,
-                source.folder,
-                source.key,
-                thresholds,
-                crf,
-                items,
+                context, f"host-labels/{name}", label, *source_of, thresholds, crf, items
             )
 
 
@@ -133,7 +127,7 @@ def train_networks(context: Context) -> Iterator[Task]:
             **learnt_from,
         }
 
-        def train(network: Any, folder: Path, data: HostData = data) -> History:
+        def train(network: SavedNetwork, folder: Path, data: HostData = data) -> History:
             options = training_options(context, folder)
             return host.train(network, data, section.settings, **options)
 
@@ -152,20 +146,22 @@ def _data(context: Context, network: str) -> HostData:
     return HostData(images, held_out, pairs, context.dataset.classes)
 
 
-def _build(context: Context) -> Any:
+def _build(context: Context) -> SavedNetwork:
     """The untrained network, on the run's device."""
     section, chosen = section_of(context), backbone_section(context)
     first = chosen.first_weights(context.recipe.run.seed)
     names = context.dataset.classes.names
-    return section.host.build(chosen.spec(), names, section.settings, **first).to(context.device)
+    network: SavedNetwork = section.host.build(chosen.spec(), names, section.settings, **first)
+    return network.to(context.device)
 
 
-def _load(context: Context, arm: Arm) -> Any:
+def _load(context: Context, arm: Arm) -> SavedNetwork:
     path = context.folder.network(f"host/{arm.network}")
     if context.loaded_network is None or context.loaded_network[0] != path:
         network = section_of(context).host.load(path, context.device)
         context.loaded_network = (path, network)  # one at a time is used
-    return context.loaded_network[1]
+    found: SavedNetwork = context.loaded_network[1]
+    return found
 
 
 def cluster(context: Context) -> Iterator[Task]:
@@ -193,30 +189,24 @@ def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
         "images": context.digest(items),
     }
 
-    def prepare() -> Any:
+    def prepare() -> SavedNetwork:
         network = _load(context, arm)
-        weight, _ = network.constant_response()
-        check_memory(context, settings, (len(context.dataset.classes), weight.shape[1]))
+        channels = section.host.scorer(network)[0].shape[1]
+        check_memory(context, settings, (len(context.dataset.classes), channels))
         return network
 
-    def work(network: Any, cache: StageCache) -> Output | None:
+    def work(network: SavedNetwork, cache: StageCache) -> Output | None:
         @torch.inference_mode()
         def local(batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
             views = [_view(context, arm, item) for item in batch]
             return [section.host.local_features(network, v, section.settings) for v in views]
 
-        weight, bias = network.constant_response()
-        fingerprint = trained.output["fingerprint"]
+        weight, bias = section.host.scorer(network)
+        fingerprint, label = trained.output["fingerprint"], f"local features of {arm.title}"
         try:
             return make(
-                context,
-                cache,
-                items,
-                settings,
-                local,
-                weight,
-                fingerprint,
-                label=f"local features of {arm.title}",
+                *(context, cache, items, settings, local, weight, fingerprint),
+                label=label,
                 bias=bias,
             )
         except PrototypeError as error:
@@ -287,23 +277,19 @@ def _vectors(context: Context, arm: Arm) -> Tensor | None:
 
 
 def _view(context: Context, arm: Arm, item: Item) -> View:
-    """An image at the size at which it is mapped."""
+    """An image at the size at which it is mapped, with its ternary mask (PIL nearest)."""
     image = limit_long_side(read_image(item.image), context.recipe.maps.maximum_side)
     masks = _masks(context, arm.network)
-    mask = None if masks is None else _mask(context, mask_path(masks.folder, item.id), image)
-    return View(image, item.labels, mask)
-
-
-def _mask(context: Context, path: Path, image: NDArray[np.uint8]) -> Tensor:
-    """A ternary mask at the image's size (PIL nearest)."""
-    mask = read_index_mask(path)
+    if masks is None:
+        return View(image, item.labels, None)
+    mask = read_index_mask(mask_path(masks.folder, item.id))
     if mask.shape != image.shape[:2]:
         size = (image.shape[1], image.shape[0])
         mask = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return torch.from_numpy(mask.astype(np.int64)).to(context.device)
+    return View(image, item.labels, torch.from_numpy(mask.astype(np.int64)).to(context.device))
 
 
-def described(context: Context) -> dict[str, Any]:
+def described(context: Context) -> dict[str, object]:
     """The host, its settings and its backbone, for the protocol of figures."""
     section = section_of(context)
     found = section.model_dump(mode="json", include={"method", section.method, "lpcam"})

@@ -23,10 +23,11 @@ from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.pipeline.stages.labels import image_memory, label_task, picture
 from lpcam.pipeline.stages.seeds import RESULTS
-from lpcam.pipeline.stages.training import History, training_options, training_task
+from lpcam.pipeline.stages.training import training_options, training_task
 from lpcam.refine.base import Job, Labelled, LearnedRefinement, RefineSection, Source, Tools
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_file, digest_json
+from lpcam.training.loop import History
 
 logger = logging.getLogger(__name__)
 HIGHEST = 1.001

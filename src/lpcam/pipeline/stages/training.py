@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from lpcam.pipeline.cache import Output, StageCache, Task
 from lpcam.pipeline.context import Context
 from lpcam.runtime.files import digest_file
 from lpcam.runtime.versions import versions
+from lpcam.training.loop import History, TrainingOptions
+from lpcam.training.saved_network import SavedNetwork
+
+N = TypeVar("N", bound=SavedNetwork)
 
 
-class Network(Protocol):
-    """A network that is trained and kept in a file."""
-
-    def save(self, path: Path, made_by: Mapping[str, Any]) -> None:
-        """Write the network."""
-
-    def fingerprint(self) -> str:
-        """Digest of its weights and description."""
-
-
-N = TypeVar("N", bound=Network)
-History = list[dict[str, Any]]
-
-
-def training_options(context: Context, folder: Path) -> dict[str, Any]:
-    """Arguments of every training: seed, folder of checkpoints, workers and processes."""
+def training_options(context: Context, folder: Path) -> TrainingOptions:
+    """Arguments of every training; ``folder`` is for checkpoints."""
     return {
         "seed": context.recipe.run.seed,
         "folder": folder,
@@ -39,7 +29,7 @@ def training_options(context: Context, folder: Path) -> dict[str, Any]:
 def training_task(
     context: Context,
     name: str,
-    parts: Mapping[str, Any],
+    parts: Mapping[str, object],
     path: Path,
     build: Callable[[], N],
     train: Callable[[N, Path], History],
@@ -47,6 +37,7 @@ def training_task(
     """A task that trains a network and writes its file.
 
     Args:
+        context: of the run.
         name: of the result.
         parts: its key.
         path: the file of the trained network.
