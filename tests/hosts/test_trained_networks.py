@@ -17,15 +17,12 @@ from torch import Tensor
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, build
 from lpcam.data.dataset import ClassTable
 from lpcam.data.folder import read_folder
-from lpcam.hosts.amn import AmnSettings, build_amn, train_amn
-from lpcam.hosts.edam import EdamSettings, build_edam, train_edam
-from lpcam.hosts.mctformer import train_mctformer
-from lpcam.hosts.mctformer_network import MctformerSettings, build_mctformer
+from lpcam.hosts.base import HOSTS, Arm, HostData, View
 from lpcam.refine.irn import IrnSettings, train_irn
 from lpcam.refine.irn_network import build_irn
 from lpcam.refine.psa import PsaSettings, build_psa, train_psa, write_scores
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.training import loop as engine
 from lpcam.training.optim import freeze
@@ -44,7 +41,7 @@ PSA = PsaSettings.from_preset(
     learning_rate=0.02,
     freeze=["conv1", "layer1"],
 )
-AMN = AmnSettings.from_preset(
+AMN = HOSTS["amn"].settings.from_preset(
     "official",
     epochs=2,
     batch_size=3,
@@ -53,7 +50,7 @@ AMN = AmnSettings.from_preset(
     learning_rate=1e-3,
     head_learning_rate=1e-2,
 )
-EDAM = EdamSettings.from_preset(
+EDAM = HOSTS["edam"].settings.from_preset(
     "official",
     iterations=8,
     pairs=3,
@@ -65,25 +62,53 @@ EDAM = EdamSettings.from_preset(
     freeze=["conv1", "bn1"],
     learning_rate=0.02,
 )
-MCTFORMER = MctformerSettings.from_preset(
+MCTFORMER = HOSTS["mctformer"].settings.from_preset(
     "default", crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
 )
+
+
+HOST_SETTINGS = {"amn": AMN, "edam": EDAM, "mctformer": MCTFORMER}
+FORWARD: dict[str, Callable[[Any, Tensor], Any]] = {
+    "irn": lambda network, images: torch.cat([part.flatten() for part in network(images)]),
+    "psa": lambda network, images: network(images),
+    "amn": lambda network, images: network(images, torch.eye(3)[: len(images)]),
+    "edam": lambda network, images: network(images),
+    "mctformer": lambda network, images: network(images).classes,
+}
+WITHOUT_NOISE: dict[str, dict[str, Any]] = {
+    "irn": {},
+    "psa": {},
+    "amn": {"dropout": 0.0, "epochs": 1},
+    "edam": {"dropout": 0.0},
+    # erasing draws from torch's generator, which threads share
+    "mctformer": {"erasing": 0.0, "epochs": 1},
+}
+TOLERANCES = {"irn": 5e-4, "psa": 1e-4, "amn": 2e-3, "edam": 1e-4, "mctformer": 1e-2}
 
 
 @dataclass
 class Case:
     """One kind of network: how it is built, trained and applied."""
 
+    name: str
     settings: Any
     build: Callable[..., Any]
     train: Callable[..., list[dict[str, Any]]]
-    apply: Callable[[Any, Tensor], Any]
-    without_noise: dict[str, Any]
-    tolerance: float
+
+    def apply(self, network: Any, images: Tensor) -> Any:
+        return FORWARD[self.name](network, images)
 
 
-@pytest.fixture(params=["irn", "psa", "amn", "edam", "mctformer"])
+def build_host(name: str, weights: Path, settings: Any, seed: int = 0) -> Any:
+    spec, first = SPEC, {"weights": str(weights), "mean": None, "std": None, "seed": seed}
+    if name == "mctformer":
+        spec, first["weights"] = BackboneSpec("test_vit", {"depth": 3}), "random"
+    return HOSTS[name].build(spec, CLASSES.names, settings, **first)
+
+
+@pytest.fixture(params=["irn", "psa", *HOST_SETTINGS])
 def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path: Path) -> Case:
+    name = request.param
     items = list(read_folder(pictures).items.values())
     labelled, scored = [], []
     for item in items:
@@ -98,65 +123,30 @@ def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path
         Image.fromarray(label).save(labelled[-1][1])
 
     def psa(settings: PsaSettings, seed: int = 0) -> Any:
-        classifier = build(SPEC, tuple(COLOURS), weights=weights)
-        network = build_psa(classifier, seed=seed)
+        network = build_psa(build(SPEC, CLASSES.names, weights=weights), seed=seed)
         freeze(network.backbone, settings.freeze, norms=True)
         return network
 
-    return {
-        "irn": Case(
+    if name == "irn":
+        return Case(
+            name,
             IRN,
             lambda settings, seed=0: build_irn(SPEC, weights=weights, seed=seed),
             lambda network, settings, **k: train_irn(network, labelled, settings, **k),
-            lambda network, images: torch.cat([p.flatten() for p in network(images)]),
-            {},
-            5e-4,
-        ),
-        "psa": Case(
-            PSA,
-            psa,
-            lambda network, settings, **k: train_psa(network, scored, settings, **k),
-            lambda network, images: network(images),
-            {},
-            1e-4,
-        ),
-        "amn": Case(
-            AMN,
-            lambda settings, seed=0: build_amn(
-                SPEC, CLASSES.names, settings, weights=weights, seed=seed
-            ),
-            lambda network, settings, **k: train_amn(network, labelled, CLASSES, settings, **k),
-            lambda network, images: network(images, torch.eye(2, 3)),
-            {"dropout": 0.0, "epochs": 1},
-            2e-3,
-        ),
-        "edam": Case(
-            EDAM,
-            lambda settings, seed=0: build_edam(
-                SPEC, CLASSES.names, settings, weights=weights, seed=seed
-            ),
-            lambda network, settings, **k: train_edam(network, items, settings, **k),
-            lambda network, images: network(images),
-            {"dropout": 0.0},
-            1e-4,
-        ),
-        "mctformer": Case(
-            MCTFORMER,
-            lambda settings, seed=0: build_mctformer(
-                "test_vit",
-                CLASSES.names,
-                settings,
-                arguments={"depth": 3},
-                weights="random",
-                seed=seed,
-            ),
-            lambda network, settings, **k: train_mctformer(network, items, items, settings, **k),
-            lambda network, images: network(images).classes,
-            # erasing draws from torch's generator, which threads share
-            {"erasing": 0.0, "epochs": 1},
-            1e-2,
-        ),
-    }[request.param]
+        )
+    if name == "psa":
+        return Case(name, PSA, psa, lambda network, own, **k: train_psa(network, scored, own, **k))
+    data = HostData(items, items, labelled, CLASSES)
+    return Case(
+        name,
+        HOST_SETTINGS[name],
+        lambda settings, seed=0: build_host(name, weights, settings, seed),
+        lambda network, settings, **k: HOSTS[name].train(network, data, settings, **k),
+    )
+
+
+def test_every_host_keeps_the_contract() -> None:
+    assert set(HOST_SETTINGS) == set(HOSTS)
 
 
 def images() -> Tensor:
@@ -243,7 +233,7 @@ def test_a_checkpoint_of_another_network(case: Case, tmp_path: Path) -> None:
 
 def test_processes_take_the_steps_of_one(case: Case, tmp_path: Path) -> None:
     """Batches of 3 shared by 2: means are over the whole batch."""
-    settings = case.settings.model_copy(update=case.without_noise)
+    settings = case.settings.model_copy(update=WITHOUT_NOISE[case.name])
     whole = case.build(settings)
     expected = case.train(whole, settings, seed=5, folder=tmp_path / "one")
     untrained = case.build(settings).state_dict()
@@ -260,7 +250,70 @@ def test_processes_take_the_steps_of_one(case: Case, tmp_path: Path) -> None:
         for name, value in network.state_dict().items():
             reference = whole.state_dict()[name]
             # Adam makes a whole step of the smallest gradient, whose sign rounding may turn
-            close = torch.isclose(value, reference, atol=case.tolerance, rtol=1e-2)
+            close = torch.isclose(value, reference, atol=TOLERANCES[case.name], rtol=1e-2)
             assert float(close.float().mean()) > 0.97, name
     moved = [(whole.state_dict()[k] - v).abs().max() for k, v in untrained.items() if v.ndim]
     assert max(moved) > 1e-3
+
+
+# -- Maps of hosts -------------------------------------------------------------------------------
+
+
+def view_of(*labels: int) -> View:
+    image = np.random.default_rng(0).integers(0, 256, (61, 83, 3)).astype(np.uint8)
+    return View(image, labels, torch.ones(61, 83, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", HOST_SETTINGS)
+def test_maps_of_an_image(name: str, weights: Path, tmp_path: Path) -> None:
+    """Sizes and range; a class's map does not depend on the order of the labels."""
+    host, settings = HOSTS[name], HOST_SETTINGS[name]
+    build_host(name, weights, settings).save(tmp_path / "network.safetensors")
+    network = host.load(tmp_path / "network.safetensors", torch.device("cpu"))
+    found = host.maps(network, view_of(2, 0), settings, None)
+    assert found.cam.shape == (2, 16, 21)
+    assert found.high_res.shape == (2, 61, 83)
+    assert 0 <= float(found.high_res.min()) <= float(found.high_res.max()) <= 1
+    other = host.maps(network, view_of(0, 2), settings, None)
+    torch.testing.assert_close(other.high_res.flip(0), found.high_res)
+    for label in (3, -1):
+        with pytest.raises(DataError, match=rf"\[{label}\].* 0 to 2"):
+            host.maps(network, view_of(0, label), settings, None)
+
+
+@pytest.mark.parametrize("name", HOST_SETTINGS)
+def test_no_maps_of_damaged_weights(name: str, weights: Path) -> None:
+    host, settings = HOSTS[name], HOST_SETTINGS[name]
+    network = build_host(name, weights, settings)
+    parts = {"amn": "conditioning.weight", "edam": "activation.weight", "mctformer": "head.weight"}
+    with torch.no_grad():
+        network.get_parameter(parts[name]).fill_(torch.nan)
+    with pytest.raises(ClassifierError, match="NaN"):
+        host.maps(network, view_of(0), settings, None)
+
+
+@pytest.mark.parametrize("name", HOST_SETTINGS)
+def test_a_batch_gives_what_its_images_give(name: str, weights: Path) -> None:
+    network = build_host(name, weights, HOST_SETTINGS[name])
+    size = 2 if name == "edam" else 1  # images of a pair see each other
+    batch = torch.cat([images(), images().flip(-1)])[: 4 if name == "edam" else 3]
+    with torch.no_grad():
+        whole = FORWARD[name](network, batch)
+        for first in range(0, len(batch), size):
+            part = batch[first : first + size]
+            if name == "amn":
+                found = network(part, torch.eye(3)[first : first + 1])
+            else:
+                found = FORWARD[name](network, part)
+            torch.testing.assert_close(found, whole[first : first + size], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", HOST_SETTINGS)
+def test_settings_of_the_keys_exist(name: str) -> None:
+    """A key of the network leaves out what a key of masks, prototypes or maps has."""
+    host, settings = HOSTS[name], HOST_SETTINGS[name]
+    left_out = host.map_fields | host.prototype_fields | host.mask_fields
+    assert left_out <= set(type(settings).model_fields)
+    assert not left_out & set(host.network_key(settings))
+    assert "threshold" not in host.network_key(settings)
+    assert set(host.maps_key(settings, Arm("x", "CAM", "x"))) == host.map_fields
