@@ -9,8 +9,7 @@ import pickle
 import sys
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -388,52 +387,18 @@ def test_a_file_cannot_claim_much_memory(name: str) -> None:
 
 # Fuzzing
 
-_events: list[str] | None = None
-_HARMLESS = ("object.", "sys._getframe", "gc.", "builtins.id", "code.__new__", "cpython.", "time.")
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _events is None or event.startswith(_HARMLESS):
-        return
-    if not (event == "compile" and arguments[1] == "<unknown>"):  # NumPy's header: ast.literal_eval
-        _events.append(f"{event} {arguments!r:.200}")
-
-
-sys.addaudithook(_audit)
-
-
-@contextmanager
-def watched() -> Iterator[list[str]]:
-    """What the interpreter reports meanwhile: imports, files, programs, code that is compiled."""
-    global _events  # noqa: PLW0603 - a hook of the interpreter cannot be removed
-    _events = []
-    try:
-        yield _events
-    finally:
-        _events = None
-
-
-def test_the_watch_sees_what_a_pickle_runs() -> None:
-    with watched() as seen:
-        pickle.loads(reduce_of(eval)("true"))
-    assert any(event.startswith("os.system") for event in seen)
-
 
 def mutated(random: np.random.Generator, sources: list[bytes]) -> bytes:
+    """A file with bytes changed, cut out, or put in from another."""
     data = bytearray(sources[random.integers(len(sources))])
-    for _ in range(random.integers(1, 5)):
-        place = int(random.integers(len(data)))
-        kind = random.integers(4)
-        if kind == 0:
+    for _ in range(random.integers(1, 3)):
+        place, length = int(random.integers(len(data))), int(random.integers(0, 12))
+        other = sources[random.integers(len(sources))]
+        start = int(random.integers(len(other)))
+        if random.integers(3):
             data[place] = int(random.integers(256))
-        elif kind == 1:
-            del data[place : place + int(random.integers(1, 12))]
-        elif kind == 2:
-            other = sources[random.integers(len(sources))]
-            start = int(random.integers(len(other)))
-            data[place:place] = other[start : start + int(random.integers(1, 60))]
         else:
-            data[place:place] = data[place : place + int(random.integers(1, 30))]
+            data[place : place + length] = other[start : start + int(random.integers(60))]
     return bytes(data)
 
 
@@ -442,7 +407,6 @@ def test_no_mutated_file_runs_anything_or_raises_anything_else(tmp_path: Path) -
     marker = tmp_path / "ran"
     good = [pickle.dumps({k: PLAIN[k] for k in ("keys", "cam", "nested")}, p) for p in range(6)]
     good += [saved({"keys": torch.tensor([1]), "cam": np.ones((1, 2, 2), np.float32)})]
-    good += [pickle.dumps({"a": torch.ones(2)}, 2)]
     sources = good + [payload(f"echo > {marker}") for payload in CANARIES.values()]
     random = np.random.default_rng(0)
     files = [mutated(random, sources) for _ in range(4_000)]
@@ -450,17 +414,14 @@ def test_no_mutated_file_runs_anything_or_raises_anything_else(tmp_path: Path) -
     files += [storage(lambda inner: mutated(random, [inner])) for _ in range(1_000)]
     for data in good:
         read(data)  # Python imports the codecs of text when it first needs them
-    outcomes = collections.Counter[bool]()
-    with watched() as seen:
-        for data in files:
-            try:
-                read(data)
-                outcomes[True] += 1
-            except ArtefactError:
-                outcomes[False] += 1
-    assert seen == []
-    assert not marker.exists()
-    assert min(outcomes.values()) > 20
+    modules, refused = set(sys.modules), 0
+    for data in files:
+        try:
+            read(data)
+        except ArtefactError:
+            refused += 1
+    assert not marker.exists() and set(sys.modules) == modules
+    assert 20 < refused < len(files) - 20
 
 
 # Writing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -82,20 +81,6 @@ def test_a_checkpoint_is_unwrapped_and_says_so(tmp_path: Path, key: str) -> None
     assert done.taken_from == (key,) and repr(key) in done.summary()
 
 
-def test_of_two_wrappers_the_first_known_one_is_taken_and_wrappers_nest(tmp_path: Path) -> None:
-    checkpoint = {"net": {"a": torch.ones(1)}, "model": {"state_dict": {"b": torch.ones(1)}}}
-    done = convert_weights(saved(tmp_path / "w.pth", checkpoint), tmp_path / "w.safetensors")
-    assert done.taken_from == ("model", "state_dict")
-    assert list(load_file(tmp_path / "w.safetensors")) == ["b"]
-
-
-def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
-    checkpoint: dict[str, Any] = {}
-    checkpoint["model"] = checkpoint
-    with pytest.raises(ArtefactError, match="no state dict"):
-        convert_weights(saved(tmp_path / "w.pth", checkpoint), tmp_path / "w.safetensors")
-
-
 def test_module_is_stripped_only_where_all_names_have_it(tmp_path: Path) -> None:
     all_of_them = {f"module.{name}": tensor for name, tensor in weights().items()}
     done = convert_weights(saved(tmp_path / "a.pth", all_of_them), tmp_path / "a.safetensors")
@@ -119,13 +104,6 @@ def test_a_prefix_takes_a_part(tmp_path: Path) -> None:
             convert_weights(source, tmp_path / "w.safetensors", prefix=prefix)
 
 
-def test_numbers_and_text_are_left_out_and_named(tmp_path: Path) -> None:
-    state = {"a": torch.ones(1), "step": 3, "lr": 0.1, "name": "net", "none": None, "ok": True}
-    done = convert_weights(saved(tmp_path / "w.pth", state), tmp_path / "w.safetensors")
-    assert done.left_out == ("step", "lr", "name", "none", "ok")
-    assert list(load_file(tmp_path / "w.safetensors")) == ["a"]
-
-
 def test_shared_and_strided_memory_is_written_out(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
     state = {"tied": whole, "too": whole, "turned": whole.T, "part": whole[1:, 1:]}
@@ -145,14 +123,6 @@ def test_arrays_of_numpy_become_tensors(tmp_path: Path, archive: bool, dtype: st
     native = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     assert equal(load_file(tmp_path / "w.safetensors"), {"rows": native, "columns": native})
     assert done.left_out == ("miou",)
-
-
-def test_numpy_1_names_its_modules_otherwise(tmp_path: Path) -> None:
-    source = saved(tmp_path / "w.pth", {"a": np.ones((2, 2), np.float32)})
-    assert b"numpy._core.multiarray" in member(source)
-    replaced(source, member(source).replace(b"numpy._core", b"numpy.core"))
-    convert_weights(source, tmp_path / "w.safetensors")
-    assert equal(load_file(tmp_path / "w.safetensors"), {"a": torch.ones(2, 2)})
 
 
 @pytest.mark.parametrize("value", [np.array([None]), np.array(["text"]), np.ones(1, complex)])
@@ -229,24 +199,6 @@ def test_what_other_packages_have_allowed_is_not_allowed_here(tmp_path: Path) ->
             convert_weights(source, tmp_path / "w.safetensors")
         assert set(torch.serialization.get_safe_globals()) == {*before, Allowed}
     assert set(torch.serialization.get_safe_globals()) == before
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        # a dtype with a forged state: NumPy would take the eight bytes for a pointer
-        b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01K\x01\x85cnumpy\ndtype\n(X\x02\x00\x00\x00O8"
-        b"K\x00K\x01tR\x89X\x08\x00\x00\x0012345678tb.",
-        b"cnumpy._core.multiarray\nscalar\n(X\x02\x00\x00\x00f8X\x08\x00\x00\x0012345678tR.",
-        b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01K\x01\x85NNNtb.",
-        b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01tb.",
-        b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8tRX\x01\x00\x00\x00ab.",
-    ],
-)
-def test_forged_arrays_are_refused(tmp_path: Path, program: bytes) -> None:
-    in_archive(tmp_path / "w.pth", b"\x80\x02" + program)
-    with pytest.raises(ArtefactError, match="is refused"):
-        convert_weights(tmp_path / "w.pth", tmp_path / "w.safetensors")
 
 
 # Large claims
@@ -328,13 +280,6 @@ def torchscript() -> bytes:
     return buffer.getvalue()
 
 
-def tar() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("storages"))
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -343,7 +288,6 @@ def tar() -> bytes:
         b"\x89PNG\r\n",
         b"PK\x03\x04" + bytes(90),
         pickle.dumps({"a": 1.0}, protocol=2),
-        tar,
         torchscript,
     ],
 )
@@ -394,11 +338,3 @@ def test_sources_and_targets_that_make_no_sense_are_refused(tmp_path: Path) -> N
     with pytest.raises(ArtefactError, match="both source and target"):
         convert_weights(same, same)
     assert same.read_bytes() == before
-
-
-def test_an_earlier_target_survives_a_refusal(tmp_path: Path) -> None:
-    target = tmp_path / "w.safetensors"
-    target.write_bytes(b"earlier")
-    with pytest.raises(ArtefactError):
-        convert_weights(saved(tmp_path / "w.pth", {"a": torch.tensor(float("nan"))}), target)
-    assert target.read_bytes() == b"earlier"

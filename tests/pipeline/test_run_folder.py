@@ -191,18 +191,6 @@ def test_an_image_has_the_unicode_form_that_it_has_on_disk(tmp_path: Path) -> No
     assert names_in(other, tmp_path / "others") == [name]
 
 
-def test_images_of_voc_are_below_jpegimages(tmp_path: Path) -> None:
-    root = tmp_path / "VOC2012"
-    picture(root / "JPEGImages/cow 7.jpg")
-    (root / "ImageSets/Segmentation").mkdir(parents=True)
-    (root / "ImageSets/Segmentation/train.txt").write_text("cow 7\n")
-    (root / "Annotations").mkdir()
-    (root / "Annotations/cow 7.xml").write_text("<annotation/>")
-    data = {"kind": "voc", "root": str(root), "lists": lists("train")}
-    run = run_of(tmp_path / "run", data, ["cow 7"])
-    assert names_in(run, tmp_path / "out") == ["cow 7.jpg"]
-
-
 def predicted(folder: Path, images: dict[str, str], skipped: Sequence[dict[str, str]] = ()) -> Path:
     """What ``lpcam predict`` wrote."""
     made_by = {"classes": {"cow": 1}, "run": "r"}
@@ -343,12 +331,3 @@ def test_missing_predictions_are_told(tmp_path: Path) -> None:
     (folder / "masks/a.png").unlink()
     with pytest.raises(ArtefactError, match="has no masks; run 'lpcam predict' first"):
         RunFolder(folder).masks()
-
-
-def test_what_is_told_names_the_folder_of_the_images(tmp_path: Path) -> None:
-    root = table(tmp_path / "data", ["a.png", "barn/b.png"])
-    run = run_of(tmp_path / "run", {"kind": "folder", "root": str(root)}, ["a", "barn/b"])
-    masks = RunFolder(run).masks()
-    done = export_masks(masks.entries, masks.classes, tmp_path / "out", "cvat")
-    assert done.images_below == root / "images"
-    assert read_json(tmp_path / "out/exported.json")["images_below"] == str(root / "images")

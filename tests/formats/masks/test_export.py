@@ -208,22 +208,6 @@ def test_all_formats_but_pictures_have_a_reader() -> None:
     assert {*READERS, "overlays"} == set(FORMATS)
 
 
-def test_the_photographs_masks_come_back_whole(shared: Path, tmp_path: Path) -> None:
-    voc = shared / "data" / "voc_animals" / "VOCdevkit" / "VOC2012"
-    ids = (voc / "ImageSets/Segmentation/train.txt").read_text().split()[::30]
-    table = ClassTable(CLASSES, tuple(range(1, 21)))
-    entries = [
-        MaskEntry(name, voc / f"JPEGImages/{name}.jpg", voc / f"SegmentationClass/{name}.png")
-        for name in ids
-    ]
-    for format in ("coco", "coco-polygons", "yolo", "cvat"):
-        export_masks(entries, table, tmp_path / format, format)
-        found = READERS[format](tmp_path / format, table, entries)
-        for entry in entries:
-            mask = read_index_mask(entry.mask)
-            assert (found[entry.id] == np.where(mask == 255, 0, mask)).all()
-
-
 # -- Libraries ---------------------------------------------------------------------------------
 
 
@@ -288,19 +272,6 @@ def test_supervision_and_the_voc_reader_read_voc(entries: list[MaskEntry], tmp_p
     )
     boxes = {Path(path).stem: found.xyxy.tolist() for path, _, found in read}
     assert boxes["full"] == [[0, 0, 6, 5]]
-
-
-def test_the_voc_reader_reads_ids_with_blanks(entries: list[MaskEntry], tmp_path: Path) -> None:
-    voc = tmp_path / "voc"
-    export_masks(entries, TABLE, voc, "voc")
-    for entry in entries:
-        path = voc / f"JPEGImages/{entry.id}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(read_image(entry.image or Path())).save(path)
-    dataset = read_voc(voc, lists=["all"])
-    assert dataset.lists["all"] == tuple(DRAWN) and dataset.skipped == ()
-    for name, mask in DRAWN.items():
-        assert (read_index_mask(dataset.items[name].mask or Path()) == mask).all()
 
 
 # -- What is written ---------------------------------------------------------------------------
@@ -379,27 +350,11 @@ def test_yolo_drops_a_leading_folder_images(entries: list[MaskEntry], tmp_path: 
     assert not (tmp_path / "both").exists()
 
 
-def test_label_studio_packing_by_hand() -> None:
-    # 4 values; words of 8, sizes 3, 4, 8, 16; a run: size 0, length 4, value 255
-    bits = f"{4:032b}" + "00111" + "0010001101111111" + "1" + "00" + "011" + "11111111" + "00000"
-    expected = [int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)]
-    assert packed_runs(np.array([[True]])) == expected
-    assert expected[:6] == [0, 0, 0, 4, 57, 27]  # as exports of Label Studio begin
-
-
 def test_label_studio_packs_runs_of_every_length() -> None:
     for pixels in (1, 2, 3, 4, 5, 63, 64, 65, 16384, 16385, 40000):
         mask = np.zeros((1, pixels + 3), dtype=bool)
         mask[0, 2:-1] = True
         assert (unpacked(packed_runs(mask)) == np.repeat(mask, 4) * 255).all()
-
-
-def test_label_studio_names_the_image_as_an_address(
-    entries: list[MaskEntry], tmp_path: Path
-) -> None:
-    export_masks(entries, TABLE, tmp_path / "out", "label-studio")
-    task = json.loads((tmp_path / "out/tasks.json").read_text("utf-8"))[1]
-    assert task["data"]["image"].endswith("/local-files/?d=barn/cow%207.png")
 
 
 def test_label_studio_images_may_lie_below_the_served_folder(

@@ -6,9 +6,6 @@ import copy
 import importlib
 import io
 import json
-import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +20,6 @@ import timm
 import torch
 import yaml
 from explaining import tiny_run
-from PIL import Image
 from tiny import BACKBONE, COLOURS
 from torch import Tensor, nn
 
@@ -31,10 +27,9 @@ from lpcam import LPCAM
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.formats.models import lpcam_model as head
-from lpcam.formats.models.exporters import _refuse_pickles, export_onnx, export_program
+from lpcam.formats.models.exporters import export_onnx, export_program
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import ExportParity
-from lpcam.method.functional import foreground_minus_context
 from lpcam.method.head import LPCAMHead
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.run_folder import RunFolder
@@ -42,8 +37,6 @@ from lpcam.runtime.errors import (
     ArtefactError,
     ClassifierError,
     LpcamError,
-    NotFittedError,
-    PrototypeError,
 )
 from lpcam.runtime.files import read_tensors, write_tensors
 
@@ -84,71 +77,10 @@ def model(lpcam: LPCAM) -> LPCAMModel:
     return LPCAMModel.from_lpcam(lpcam)
 
 
-# -- The head ------------------------------------------------------------------------------------
-
-
 def small_head(**options: Any) -> LPCAMHead:
     weight = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
     vectors = torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
     return LPCAMHead(weight, vectors, torch.tensor([0.5, 0.0]), **options)
-
-
-def test_logits_and_cosines_by_hand() -> None:
-    features = torch.tensor([[[[3.0, 0.0]], [[4.0, 2.0]]]])  # (3, 4) and (0, 2)
-    logits, maps = small_head(normalize=None)(features)
-    assert logits.tolist() == [[1.5 + 2 * 3 + 0.5, -3.0]]
-    # unit vectors (0.6, 0.8) and (0, 1)
-    torch.testing.assert_close(maps, torch.tensor([[[[1.0, 0.8]], [[0.0, 0.0]]]]))
-    again = small_head(normalize=None)(7 * features)[1]
-    torch.testing.assert_close(again, maps)  # the length of a feature does not count
-
-
-def test_maps_are_divided_by_their_maximum_and_zero_stays_zero() -> None:
-    features = torch.tensor([[[[0.0, -1.0]], [[2.0, 0.0]]], [[[0.0, 0.0]], [[0.0, 0.0]]]])
-    _, maps = small_head()(features)
-    assert maps[0].tolist() == [[[1.0, 0.0]], [[0.0, 1.0]]]
-    assert not maps[1].any()  # features of zero have no direction
-
-
-def test_the_head_of_prototypes_is_equation_six() -> None:
-    generator = torch.Generator().manual_seed(0)
-    foreground, context = (torch.randn(k, 5, generator=generator) for k in (3, 2))
-    features = torch.randn(2, 5, 3, 4, generator=generator)
-    vector = foreground_minus_context(foreground, context)[None]
-    _, maps = LPCAMHead(torch.zeros(1, 5), vector, normalize=None)(features)
-    cosine = nn.functional.cosine_similarity
-    rows = features[:, None], foreground[None, :, :, None, None], context[None, :, :, None, None]
-    expected = cosine(rows[0], rows[1], dim=2).mean(1) - cosine(rows[0], rows[2], dim=2).mean(1)
-    torch.testing.assert_close(maps[:, 0], expected.relu())
-
-
-def test_pooled_vectors_take_the_place_of_the_mean() -> None:
-    features = torch.rand(1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
-    logits, _ = small_head()(features, None, torch.tensor([[1.0, 1.0]]))
-    assert logits.tolist() == [[3.5, -1.0]]
-
-
-def test_wrong_shapes_are_refused() -> None:
-    for shapes in (((2, 3), (2, 4)), ((2, 3), (2, 3), (3,))):
-        with pytest.raises(ValueError, match=re.escape(str(shapes[-1]))):
-            LPCAMHead(*map(torch.zeros, shapes))
-    with pytest.raises(ValueError, match="'range'"):
-        small_head(normalize="range")
-    with pytest.raises(ValueError, match="3, 4, 4"):
-        small_head()(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="1 names for 2"):
-        LPCAMModel(nn.Identity(), small_head(), classes=["one"])
-
-
-def test_half_precision_does_not_overflow() -> None:
-    features = torch.tensor([[[[3000.0, 300.0]], [[4000.0, 0.0]]]])  # their squares would
-    expected = small_head()(features)[1]
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        logits, maps = small_head().to(dtype)(features.to(dtype))
-        assert logits.dtype == maps.dtype == dtype
-        torch.testing.assert_close(maps.float(), expected, atol=0.01, rtol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(small_head()(features)[1].float(), expected, atol=0.01, rtol=0)
 
 
 # -- The model -----------------------------------------------------------------------------------
@@ -204,16 +136,6 @@ def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: L
         half = copy.deepcopy(model).bfloat16()(images.bfloat16())
     for found in (automatic, half):
         assert float((found[1].float() - expected[1]).abs().mean()) < 0.02
-
-
-def test_an_unfitted_or_changed_lpcam_is_refused(lpcam: LPCAM) -> None:
-    with pytest.raises(NotFittedError, match="no prototypes"):
-        LPCAMModel.from_lpcam(LPCAM(lpcam.source_, SETTINGS))
-    changed = copy.deepcopy(lpcam)
-    with torch.no_grad():
-        changed.source_.head.weight.add_(1)
-    with pytest.raises(PrototypeError, match="this LPCAM"):
-        LPCAMHead.from_lpcam(changed)
 
 
 # -- Models of others ----------------------------------------------------------------------------
@@ -363,37 +285,6 @@ def test_nothing_of_this_machine_and_no_sample_is_in_a_file(exported: Exported) 
         assert not any(archive.getinfo(n).file_size for n in pickled)
 
 
-SCRIPT = """
-import sys
-sys.modules["lpcam"] = sys.modules["torch"] = None  # an import of either fails
-import numpy, onnxruntime, PIL.Image
-session = onnxruntime.InferenceSession(sys.argv[1])
-image = numpy.asarray(PIL.Image.open(sys.argv[2]).convert("RGB"))
-logits, maps = session.run(None, {"image": image[None]})
-best = int(logits[0].argmax())
-heat = PIL.Image.fromarray((255 * maps[0, best]).astype("uint8"))
-heat.save(sys.argv[3])
-print(best, heat.size)
-"""
-
-
-def test_onnx_shows_lpcam_with_nothing_of_ours_installed(
-    lpcam: LPCAM, exported: Exported, tmp_path: Path
-) -> None:
-    if exported.kind != "onnx":
-        pytest.skip("of ONNX alone")
-    image = photographs(1, (90, 70))
-    Image.fromarray(image[0]).save(tmp_path / "image.png")
-    command = [sys.executable, "-c", SCRIPT, exported.path, "image.png", "heat.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    tensor = normalised(lpcam.source_, image)
-    best = int(lpcam.source_(tensor).argmax())
-    assert done.stdout.split(maxsplit=1) == [str(best), "(70, 90)\n"]
-    heat = np.asarray(Image.open(tmp_path / "heat.png"))
-    np.testing.assert_allclose(heat, 255 * lpcam(tensor)[0, best].numpy(), atol=1.01)
-
-
 def test_without_preprocessing_a_file_takes_normalised_images(tmp_path: Path) -> None:
     theirs, _, lpcam = foreign("test_convnext")
     model = LPCAMModel.from_lpcam(lpcam)
@@ -513,19 +404,6 @@ def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_weights_that_torch_would_pickle_are_refused(tmp_path: Path) -> None:
-    for name, content in (
-        ("a/model_weights_config.json", json.dumps({"config": {"w": {"use_pickle": True}}})),
-        ("a/sample_inputs/model.pt", "pickled"),
-    ):
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("a/empty.pt", "")
-            archive.writestr(name, content)
-        with pytest.raises(ArtefactError, match=name):
-            _refuse_pickles(file.getvalue(), tmp_path)
-
-
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m"
     refuse(path, "opset 11", export_onnx, coarse(), opset=11)
@@ -570,21 +448,6 @@ def test_the_card_says_what_it_is(saved: Path) -> None:
     code = text.split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) == 3
     compile(code, "card", "exec")
-
-
-def test_a_half_precision_model_and_a_bias_come_back(lpcam: LPCAM, tmp_path: Path) -> None:
-    classifier = copy.deepcopy(lpcam.source_)
-    classifier.head.bias = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-    model = LPCAMModel.from_lpcam(
-        fitted(classifier, lambda images: normalised(classifier, images)), normalize=None
-    )
-    assert model.head.bias is not None
-    backbone = copy.deepcopy(model.backbone)
-    model.half().save_pretrained(tmp_path)
-    found = LPCAMModel.from_pretrained(tmp_path, backbone=backbone)
-    assert found.head.normalize is None
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor)
 
 
 def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
