@@ -167,13 +167,6 @@ def test_the_report_shows_pseudo_masks_and_boundaries(finished: Values) -> None:
         assert words in text
 
 
-def test_a_second_run_makes_nothing(values: Values, tmp_path: Path) -> None:
-    go(values)
-    before = times(tmp_path / "run")
-    go(values)
-    assert times(tmp_path / "run") == before
-
-
 @pytest.mark.parametrize(
     ("key", "value", "remade"),
     [

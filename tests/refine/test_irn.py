@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing
-from lpcam.data.dataset import Item
-from lpcam.data.folder import read_folder
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
 from lpcam.refine import irn
 from lpcam.refine.irn import IrnSettings, boundary_maps, irn_loss
-from lpcam.refine.irn_network import Pyramid, build_irn
+from lpcam.refine.irn_network import build_irn
 from lpcam.refine.walk import pair_offsets, path
 from lpcam.runtime.errors import ClassifierError
 
@@ -36,21 +33,6 @@ def fresh(weights: Path) -> Any:
     return lambda displacement=True, seed=0: build_irn(
         SPEC, weights=weights, displacement=displacement, seed=seed
     )
-
-
-@pytest.fixture
-def pairs(pictures: Path, tmp_path: Path) -> list[tuple[Item, Path]]:
-    """The tiny images with their masks as ternary labels, a frame of each ignored."""
-    found = []
-    for item in read_folder(pictures).items.values():
-        assert item.mask is not None
-        label = np.array(Image.open(item.mask))
-        label[:, :3] = 255
-        path = tmp_path / "labels" / f"{item.id}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(label).save(path)
-        found.append((item, path))
-    return found
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -76,19 +58,6 @@ def test_levels_of_a_resnet(fresh: Any) -> None:
     torch.testing.assert_close(features[4], backbone.forward_features(images))
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
-@pytest.mark.parametrize("size", [(64, 64), (61, 83), (33, 97), (9, 130)])
-def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
-    network = build_irn(BackboneSpec(name, {}), weights="random")
-    logits, displacement = network(drawn(2, 3, *size))
-    grid = (-(-size[0] // 4), -(-size[1] // 4))
-    assert displacement is not None
-    assert logits.shape == (2, *grid)
-    assert displacement.shape == (2, 2, *grid)
-    assert bool(torch.isfinite(logits).all())
-    assert float(logits.detach().std()) > 0
-
-
 def test_strides_that_round_down_get_whole_images() -> None:
     pyramid = build_irn(BackboneSpec("test_convnext", {}), weights="random").pyramid
     assert pyramid.multiple == 32
@@ -102,22 +71,6 @@ def test_a_backbone_without_fine_features() -> None:
     spec = BackboneSpec("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True})
     with pytest.raises(ClassifierError, match=r"at strides \[16\]; IRN needs 4 and 8 among them"):
         build_irn(spec, weights="random")
-
-
-def test_a_backbone_without_intermediates(classifier: Classifier) -> None:
-    classifier.backbone = torch.nn.Conv2d(3, 8, 3)
-    with pytest.raises(ClassifierError, match="Conv2d does not give the feature maps between its"):
-        Pyramid(classifier)
-
-
-def test_the_backbone_is_frozen(fresh: Any) -> None:
-    network = fresh().train()
-    assert network.branches.training
-    assert not any(module.training for module in network.pyramid.modules())
-    logits, displacement = network(drawn(2, 3, 48, 48))
-    (logits.sum() + displacement.sum()).backward()
-    assert all(p.grad is None and not p.requires_grad for p in network.pyramid.parameters())
-    assert all(p.grad is not None for p in network.branches.parameters())
 
 
 def test_boundary_branch_is_that_of_the_specification(fresh: Any) -> None:
@@ -242,17 +195,6 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
         assert bool((tensor[:, 2::4, 2::4][:, ~known] == 0).all())
         labelled += int(known.sum())
     assert labelled > 0
-
-
-def test_displacement_does_not_change_the_boundaries(
-    fresh: Any, pairs: list[tuple[Item, Path]], tmp_path: Path
-) -> None:
-    whole, plain = fresh(), fresh(displacement=False)
-    irn.train_irn(whole, pairs, SETTINGS, seed=0, folder=tmp_path / "whole")
-    irn.train_irn(plain, pairs, PLAIN, seed=0, folder=tmp_path / "plain")
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[name]), name
-    assert float(whole.branches.displacement.shift.abs().max()) > 0
 
 
 def test_boundary_maps(fresh: Any) -> None:

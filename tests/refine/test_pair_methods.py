@@ -118,6 +118,41 @@ def test_gradient_of_the_loss(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, labels), (given,))
 
 
+# -- Networks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 83), (9, 130), (1, 1)])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
+    """test_convnext drops the rest of a side; test_vit has no features fine enough for IRN."""
+    arguments = {"dynamic_img_size": True, "dynamic_img_pad": True} if name == "test_vit" else {}
+    spec, images = BackboneSpec(name, arguments), drawn(2, 3, *size)
+    network = build_psa(build(spec, ("one",), weights="random"))
+    with torch.no_grad():
+        found = {8: network(images)}
+        if name != "test_vit":
+            logits, displacement = build_irn(spec, weights="random")(images)
+            found[4] = torch.cat([logits[:, None], displacement], 1)
+            assert found[4].shape[1] == 3
+    for stride, values in found.items():
+        assert values.shape[2:] == tuple(-(-side // stride) for side in size)
+        assert bool(torch.isfinite(values).all())
+
+
+def test_displacement_does_not_change_the_boundaries(
+    labelled: dict[str, Any], weights: Path, tmp_path: Path
+) -> None:
+    networks = {}
+    for wanted in (True, False):
+        network = networks[wanted] = build_irn(SPEC, weights=weights, displacement=wanted)
+        folder, settings = tmp_path / str(wanted), IRN.model_copy(update={"displacement": wanted})
+        train_irn(network, labelled["irn"], settings, seed=0, folder=folder)
+    whole = networks[True].state_dict()
+    for name, value in networks[False].state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    assert float(whole["branches.displacement.shift"].abs().max()) > 0
+
+
 # -- Training ------------------------------------------------------------------------------------
 
 

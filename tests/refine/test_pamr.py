@@ -59,16 +59,6 @@ def test_neighbours_at_the_border_repeat_the_edge() -> None:
     assert float(found[0, 0, 0]) == pytest.approx(float(equal[equal > equal.max() * 0.99].sum()))
 
 
-def test_constant_masks_stay_and_sums_are_kept() -> None:
-    image = picture(20, 24)
-    constant = torch.full((2, 20, 24), 0.3)
-    torch.testing.assert_close(pamr(image, constant, DEFAULT), constant, atol=1e-5, rtol=0)
-    masks = torch.rand((4, 20, 24), generator=generator(2)).softmax(0)
-    found = pamr(image, masks, DEFAULT)
-    torch.testing.assert_close(found.sum(0), torch.ones(20, 24), atol=1e-5, rtol=0)
-    assert float(found.min()) >= float(masks.min()) and float(found.max()) <= float(masks.max())
-
-
 def test_masks_spread_within_a_region_and_not_across_its_edge() -> None:
     image = torch.zeros(16, 16, 3, dtype=torch.uint8)
     image[:, 8:] = 220

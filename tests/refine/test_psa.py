@@ -102,19 +102,14 @@ def test_files_that_hold_no_scores(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"cannot read .*scores.npz"):
         read_scores(path)
     write_scores(path, drawn(3, 6, 5), drawn(3, 6, 5))
-    whole = path.read_bytes()
-    np.savez(tmp_path / "names.npz", low=np.zeros((1, 2, 2), np.uint8))
-    np.savez(tmp_path / "shapes.npz", low=np.zeros((1, 2, 2), np.uint8), high=np.zeros(3, np.uint8))
-    np.savez(tmp_path / "floats.npz", low=np.zeros((1, 2, 2)), high=np.zeros((1, 2, 2)))
-    np.savez(tmp_path / "objects.npz", low=np.array([{}]), high=np.array([{}]))
-    contents = [whole[:40], b"", b"PK"] + [
-        (tmp_path / f"{name}.npz").read_bytes() for name in ("names", "shapes", "floats", "objects")
-    ]
+    contents, plane = [path.read_bytes()[:40], b"", b"PK"], np.zeros((1, 2, 2), np.uint8)
+    objects = np.array([{}])
+    for low, high in ((plane, plane[0]), (plane / 2, plane / 2), (objects, objects)):
+        np.savez(path, low=low, high=high)
+        contents.append(path.read_bytes())
     for content in contents:
         path.write_bytes(content)
-        with pytest.raises(
-            ArtefactError, match=r"scores.npz does not hold the scores of .* refine-labels again"
-        ):
+        with pytest.raises(ArtefactError, match=r"scores.npz .* refine-labels"):
             read_scores(path)
 
 
@@ -172,11 +167,8 @@ def test_features_are_those_of_the_specification(fresh: Any) -> None:
 def test_wide_resnet_38_is_tapped_where_b5_and_b6_begin_and_at_its_end() -> None:
     classifier = build(BackboneSpec("wideresnet38", WIDE), ("one",), weights="random")
     network = build_psa(classifier)
-    assert [(level.channels, level.stride) for level in network.levels] == [
-        (8, 8),
-        (16, 8),
-        (32, 8),
-    ]
+    levels = [(level.channels, level.stride) for level in network.levels]
+    assert levels == [(8, 8), (16, 8), (32, 8)]
     images = drawn(1, 3, 40, 56)
     maps: list[Tensor] = []
     backbone: Any = network.backbone
@@ -193,24 +185,6 @@ def test_wide_resnet_38_is_tapped_where_b5_and_b6_begin_and_at_its_end() -> None
     assert found.shape == (1, 448, 5, 7)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (8, 9), (33, 64), (70, 41)])
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("test_resnet", {}),
-        ("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True}),
-        ("test_efficientnet", {}),
-        ("test_convnext", {}),  # drops what is left over of a side
-    ],
-)
-def test_images_of_any_size(name: str, arguments: dict[str, Any], size: tuple[int, int]) -> None:
-    network = build_psa(build(BackboneSpec(name, arguments), ("one",), weights="random"))
-    with torch.no_grad():
-        found = network(drawn(1, 3, *size))
-    assert found.shape == (1, network.channels, -(-size[0] // 8), -(-size[1] // 8))
-    assert bool(torch.isfinite(found).all())
-
-
 def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
     plain = Classifier(torch.nn.Conv2d(3, 8, 3, 8), ("one",), RAW)
     with pytest.raises(ClassifierError, match="Conv2d does not give the feature maps between its"):
@@ -221,24 +195,6 @@ def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
         Psa(classifier)
 
 
-@pytest.mark.parametrize("size", [(6, 7), (1, 9), (8, 1), (2, 3), (1, 1)])
-def test_distances_of_all_pairs(size: tuple[int, int]) -> None:
-    features = drawn(2, 70, *size)  # in two parts
-    found = dict(feature_distances(features, 4))
-    expected = [o for o in pair_offsets(4) if o[0] < size[0] and abs(o[1]) < size[1]]
-    assert list(found) == expected
-    for (dy, dx), distance in found.items():
-        corner = max(0, -dx)
-        for y in range(size[0] - dy):
-            for x in range(size[1] - abs(dx)):
-                own, partner = (
-                    features[:, :, y, x + corner],
-                    features[:, :, y + dy, x + corner + dx],
-                )
-                wanted = (own - partner).abs().mean(1)
-                torch.testing.assert_close(distance[:, y, x], wanted)
-
-
 def test_distances_of_the_pairs_of_the_loss() -> None:
     features = drawn(2, 5, 9, 11)
     whole = dict(feature_distances(features, 4))
@@ -246,17 +202,6 @@ def test_distances_of_the_pairs_of_the_loss() -> None:
         left = 3 - max(0, -dx)
         torch.testing.assert_close(distance, whole[dy, dx][:, :6, left : left + 5])
     assert not list(feature_distances(features[..., :6], 4, sources_only=True))
-
-
-@pytest.mark.parametrize("sources_only", [False, True])
-def test_gradient_of_the_distances(sources_only: bool) -> None:
-    features = drawn(2, 3, 5, 6).double().requires_grad_()
-
-    def total(f: Tensor) -> Tensor:
-        pairs = feature_distances(f, 3, sources_only=sources_only)
-        return torch.stack([(d.exp() * (n + 1)).sum() for n, (_, d) in enumerate(pairs)]).sum()
-
-    assert torch.autograd.gradcheck(total, (features,))
 
 
 def test_loss_is_that_of_the_affinities() -> None:
@@ -277,17 +222,11 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     image = np.repeat(np.where(light, 200, 100).astype(np.uint8)[:, :, None], 3, axis=2)
     scores = np.stack([np.zeros(size), ~light, light]).astype(np.uint8) * 255
     settings = SETTINGS.model_copy(update={"jitter": (0.0, 0.0, 0.0, 0.0)})
-    black = Preprocessing((0.5,) * 3, (0.5,) * 3)(np.zeros((1, 1, 3), np.uint8))[0, 0, 0]
-    mirrored = set()
-    for seed in range(30):
-        tensor, labels = psa.augment(
-            image,
-            scores,
-            scores,
-            Preprocessing((0.5,) * 3, (0.5,) * 3),
-            settings,
-            np.random.default_rng(seed),
-        )
+    half = Preprocessing((0.5,) * 3, (0.5,) * 3)
+    black = half(np.zeros((1, 1, 3), np.uint8))[0, 0, 0]
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        tensor, labels = psa.augment(image, scores, scores, half, settings, generator)
         assert tensor.shape == (3, 64, 64)
         assert labels.shape == (8, 8)
         assert labels.dtype == torch.uint8
@@ -296,25 +235,6 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
         assert torch.equal(labels == 255, sum(counts) == 0)
         assert bool((labels[counts[0] > counts[1]] == 2).all())
         assert bool((labels[counts[1] > counts[0]] == 1).all())
-        columns = (tensor[0] > 0.5).nonzero()
-        if len(columns) and size[1] < 64:
-            inside = (tensor[0] > black).nonzero()[:, 1]
-            mirrored.add(bool(columns[:, 1].min() == inside.min()))
-    assert mirrored == ({True, False} if 3 <= size[1] < 64 else set())
-
-
-def test_colours_change_and_labels_do_not() -> None:
-    image = np.full((64, 64, 3), 120, np.uint8)
-    scores = np.full((1, 64, 64), 255, np.uint8)
-    values = set()
-    for seed in range(10):
-        tensor, labels = psa.augment(
-            image, scores, scores, RAW, SETTINGS, np.random.default_rng(seed)
-        )
-        assert not labels.any()
-        values.add(round(float(tensor[0, 0, 0]), 4))
-    assert len(values) > 5
-    assert all(0.3 * 120 / 255 < value < 2 * 120 / 255 for value in values)
 
 
 def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSettings) -> Tensor:
@@ -352,18 +272,6 @@ def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) ->
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     close = psa.walk(network, image, planes, settings.model_copy(update={"tolerance": 1e-6}))
     torch.testing.assert_close(close, expected, atol=2e-5, rtol=0)
-
-
-def test_walk_drops_nothing() -> None:
-    network = build_psa(build(BackboneSpec("wideresnet38", WIDE), ("one",), weights="random"))
-    image, planes = picture(32, 24), drawn(1, 32, 24)
-    found = [psa.walk(network.train(mode), image, planes, SETTINGS) for mode in (True, False)]
-    assert torch.equal(found[0], found[1])
-
-
-def test_walk_without_a_class(fresh: Any) -> None:
-    found = psa.walk(fresh(), picture(16, 24), torch.zeros(0, 16, 24), SETTINGS)
-    torch.testing.assert_close(found, torch.full((1, 16, 24), 0.39))
 
 
 def test_walk_of_what_does_not_fit(fresh: Any) -> None:

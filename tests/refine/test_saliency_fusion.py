@@ -56,14 +56,6 @@ def test_fusion_is_that_of_twenty_one_channels() -> None:
     assert set(found.unique().tolist()) == {0, 3, 8, 15}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_fusion_in_any_precision(dtype: torch.dtype) -> None:
-    maps = torch.tensor([[[1.0, 0.5, 0.0]], [[0.0, 0.25, 0.0]]], dtype=dtype)
-    found = fuse_saliency(maps, torch.zeros(1, 3, dtype=torch.uint8), PLAIN)
-    assert found.dtype == torch.int64
-    assert found.tolist() == [[1, 0, 0]]
-
-
 @pytest.mark.parametrize("settings", [PLAIN, WITH_CRF])
 def test_an_image_without_classes_is_background(settings: SaliencySettings) -> None:
     crf = (torch.zeros(4, 6, 3, dtype=torch.uint8), CRF) if settings.crf else None

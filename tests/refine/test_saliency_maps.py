@@ -51,35 +51,6 @@ def exact(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-def test_distance_of_a_walled_yard() -> None:
-    """The wall must be crossed both ways, but counts once: span 5 on it and behind it."""
-    values = np.array(
-        [
-            [1, 1, 1, 1, 1, 1],
-            [1, 6, 6, 6, 6, 1],
-            [1, 6, 1, 3, 6, 1],
-            [1, 6, 6, 6, 6, 1],
-            [1, 1, 1, 1, 1, 1],
-        ],
-        dtype=np.float64,
-    )
-    expected = np.zeros_like(values)
-    expected[1:4, 1:5] = 5
-    assert np.array_equal(barrier_distance(values), expected)
-
-
-def test_distance_through_a_gate() -> None:
-    """A gate of height 2 in a wall of height 9 is the way in."""
-    values = np.zeros((7, 7))
-    values[2:5, 2:5] = 9
-    values[3, 3] = 1
-    values[4, 3] = 2
-    expected = np.zeros((7, 7))
-    expected[2:5, 2:5] = 9
-    expected[3, 3] = expected[4, 3] = 2
-    assert np.array_equal(barrier_distance(values), expected)
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_distance_is_nearly_the_least_over_all_paths(seed: int) -> None:
     values = np.random.default_rng(seed).integers(0, 9, (10, 12)).astype(np.float64)

@@ -161,15 +161,6 @@ def test_boundaries_everywhere_and_nowhere() -> None:
     assert torch.equal(propagate(maps, torch.ones(*SIZE).double(), OFFICIAL), 0 * maps)
 
 
-def test_a_wall_is_not_crossed() -> None:
-    maps, edge = torch.zeros(1, 9, 15), torch.zeros(9, 15)
-    maps[0, 4, 2] = 1.0
-    edge[:, 7] = 1.0
-    walked = random_walk(maps, edge, radius=5, beta=10.0, exponent=8)
-    assert float(walked[..., :7].min()) > 0
-    assert float(walked[..., 7:].abs().max()) == 0
-
-
 def test_batches_and_classes_are_independent() -> None:
     maps, edge = drawn(3, 4, *SIZE), drawn(3, *SIZE, seed=5)
     arguments = {"radius": 5, "beta": 10.0, "exponent": 8, "tolerance": 1e-6}
@@ -181,14 +172,6 @@ def test_batches_and_classes_are_independent() -> None:
     permuted = random_walk(maps[:, order], edge, **arguments)
     assert torch.equal(permuted, whole[:, order])
     assert random_walk(maps[:, :0], edge, **arguments).shape == (3, 0, *SIZE)
-
-
-def test_half_precision_is_walked_in_float32() -> None:
-    maps, edge = drawn(1, *SIZE, dtype=torch.float16), drawn(*SIZE, dtype=torch.float16)
-    found = random_walk(maps, edge, radius=5, beta=10.0, exponent=8)
-    assert found.dtype == torch.float16
-    expected = random_walk(maps.float(), edge.float(), radius=5, beta=10.0, exponent=8)
-    assert torch.equal(found, expected.half())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -226,27 +209,6 @@ def drawn_pairs(*size: int, dtype: torch.dtype = torch.float64) -> dict[tuple[in
         for n, (dy, dx) in enumerate(pair_offsets(4))
         if dy < size[0] and abs(dx) < size[1]
     }
-
-
-@pytest.mark.parametrize("size", [(7, 9), (1, 8), (6, 2), (1, 1)])
-def test_walk_by_given_affinities(size: tuple[int, int]) -> None:
-    """The power of the dense matrix with a unit diagonal and columns that sum to 1."""
-    maps, pairs = drawn(2, *size), drawn_pairs(*size)
-    cells = torch.arange(size[0] * size[1]).reshape(size)
-    matrix = torch.eye(cells.numel()).double()
-    for (dy, dx), affinity in pairs.items():
-        corner = max(0, -dx)
-        own = cells[: size[0] - dy, corner : corner + size[1] - abs(dx)]
-        partner = own + dy * size[1] + dx
-        matrix[own, partner] = matrix[partner, own] = affinity
-    transition = matrix**8
-    transition = torch.matrix_power(transition / transition.sum(0), 64)
-    expected = (maps.flatten(1) @ transition).reshape(maps.shape)
-    found = affinity_walk(maps, pairs.items(), beta=8.0, exponent=6)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    halved = affinity_walk(maps.half(), pairs.items(), beta=8.0, exponent=6)
-    assert halved.dtype == torch.float16
-    torch.testing.assert_close(halved.double(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("offset", [(0, 1), (0, 0), (0, -1), (-1, 2), (7, 0), (0, 9), (1, -9)])

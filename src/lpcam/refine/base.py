@@ -147,6 +147,8 @@ class Refinement(ABC):
     """Class of its settings, if it has any."""
     uses_saliency: ClassVar[bool] = False
     """Whether it needs saliency maps (data.saliency)."""
+    crf_place: ClassVar[str | Literal[False]] = False
+    """Where a dense CRF takes part, for the protocol of figures; False: nowhere."""
     every_image: ClassVar[bool] = False
     """Whether images without a class are refined too, for the sake of further files."""
 
@@ -157,8 +159,8 @@ class Refinement(ABC):
         """Raise an LpcamError, before any stage runs, if something is missing or does not fit."""
 
     def crf_use(self, section: RefineSection) -> str | Literal[False]:
-        """Where a dense CRF takes part in its figures, for their protocol; False: nowhere."""
-        return False
+        """Where a dense CRF takes part with these settings; False: nowhere."""
+        return self.crf_place
 
     def threshold(self, section: RefineSection, source: Source) -> float:
         """Threshold of the refined maps: foreground is above it."""

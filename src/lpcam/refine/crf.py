@@ -159,35 +159,6 @@ class Kernel:
         return cls(lattice, (lattice.row_sums() + NORM_EPSILON).rsqrt_())
 
 
-def gaussian_kernel(
-    size: tuple[int, int], sxy: float, *, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Kernel:
-    """Kernel of the positions alone of an image of ``size`` (H, W), with ``sxy`` in pixels.
-
-    Example:
-        >>> gaussian_kernel((4, 5), 3.0, device=torch.device("cpu")).norm.shape
-        torch.Size([20])
-    """
-    return Kernel.of(_grid(size, device, dtype).div_(sxy))
-
-
-def bilateral_kernel(
-    image: Tensor, sxy: float, srgb: float, *, dtype: torch.dtype = torch.float32
-) -> Kernel:
-    """Kernel of positions and colours of an image (H, W, 3) uint8.
-
-    ``sxy`` is in pixels, ``srgb`` in levels of [0, 255].
-
-    Example:
-        >>> bilateral_kernel(torch.zeros(4, 5, 3, dtype=torch.uint8), 30.0, 10.0).norm.shape
-        torch.Size([20])
-    """
-    height, width, _ = image.shape
-    colours = image.reshape(-1, 3).t().to(dtype).div_(srgb)
-    grid = _grid((height, width), image.device, dtype).div_(sxy)
-    return Kernel.of(torch.cat([grid, colours]))
-
-
 def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """x and y of each pixel: (2, H W)."""
     y, x = torch.meshgrid(
@@ -248,9 +219,7 @@ class DenseCrf:
         self.settings = settings
         self.memory = memory
         self._gaussian = lru_cache(KEPT_SIZES)(
-            lambda size, device, dtype: gaussian_kernel(
-                size, settings.gaussian_sxy, device=device, dtype=dtype
-            )
+            lambda *grid: Kernel.of(_grid(*grid).div_(settings.gaussian_sxy))
         )
 
     def refine_labels(self, image: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -305,8 +274,9 @@ class DenseCrf:
             kernels.append(self._gaussian(size, image.device, dtype))
             weights.append(settings.gaussian_weight)
         if settings.bilateral_weight:
-            sxy, srgb = settings.bilateral_sxy, settings.bilateral_srgb
-            kernels.append(bilateral_kernel(image, sxy, srgb, dtype=dtype))
+            places = _grid(size, image.device, dtype).div_(settings.bilateral_sxy)
+            colours = image.reshape(-1, 3).t().to(dtype).div_(settings.bilateral_srgb)
+            kernels.append(Kernel.of(torch.cat([places, colours])))
             weights.append(settings.bilateral_weight)
         self._refuse_above_bound(size, unary, sum(k.lattice.size for k in kernels))
         if not kernels:
@@ -390,14 +360,11 @@ class CrfRefinement(Refinement):
 
     title = "CRF"
     settings = CrfSettings
+    crf_place = "on the seeds"
 
     def check(self, section: RefineSection) -> None:
         """Refuse a CRF that does not take the hard labels of seeds."""
         check_label_crf(section)
-
-    def crf_use(self, section: RefineSection) -> str:
-        """Where a dense CRF takes part."""
-        return "on the seeds"
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Refines the seeds of the maps."""

@@ -128,7 +128,6 @@ def irn_loss(
     Args:
         logits: (B, h, w), boundaries before their sigmoid.
         labels: (B, h, w) uint8, 0 background, 255 ignored, otherwise classes.
-        radius: pairs are nearer than this, in cells.
         displacement: (B, 2, h, w), or None.
         counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
 
@@ -307,14 +306,8 @@ def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
     """Walk the maps from where there is no boundary (sections 8.2 to 8.4).
 
-    Args:
-        maps: (..., K, h, w) non-negative maps at stride 4.
-        edge: (..., h, w) boundaries e in [0, 1].
-        settings: those of the walk are used.
-
-    Returns:
-        (..., K, h, w): the maps to the power of ``settings.sharpness``, times 1 - e, after the
-        walk; not normalised.
+    Takes maps (..., K, h, w) at stride 4 and boundaries e (..., h, w). Returns the maps to the
+    power of ``settings.sharpness``, times 1 - e, after the walk; not normalised.
 
     Example:
         >>> settings = IrnSettings.from_preset("official")
@@ -363,6 +356,7 @@ class IrnRefinement(LearnedRefinement):
 
     title = "IRN"
     settings = IrnSettings
+    crf_place = "on the labels that IRN learns from"
     every_image = True  # for their boundaries
     map_settings = frozenset({"walk_radius", "beta", "exponent", "tolerance", "sharpness"})
     network_settings = frozenset(
@@ -375,10 +369,6 @@ class IrnRefinement(LearnedRefinement):
     def check(self, section: RefineSection) -> None:
         """Refuse a CRF that does not take the hard labels of seeds."""
         check_label_crf(section)
-
-    def crf_use(self, section: RefineSection) -> str:
-        """Where a dense CRF takes part."""
-        return "on the labels that IRN learns from"
 
     def threshold(self, section: RefineSection, source: Source) -> float:
         """Threshold of the walked maps."""

@@ -192,10 +192,6 @@ class Psa(SavedNetwork):
 
     Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged.
 
-    Args:
-        classifier: its backbone is used, and trained; its head is not.
-        seed: random seed of the convolutions' first weights.
-
     Raises:
         ClassifierError: if the backbone does not give feature maps at stride 8, 16, ...
     """
@@ -297,14 +293,9 @@ def feature_distances(
 ) -> Iterator[tuple[Offset, Tensor]]:
     """Yield the mean absolute difference of features (B, C, h, w) of every pair, by offset.
 
-    Args:
-        features: (B, C, h, w).
-        radius: pairs are nearer than this, in cells.
-        sources_only: take only the pairs of :func:`lpcam.refine.walk.source_window`, as the loss.
-
-    Yields:
-        the offset and (B, h - dy, w - abs(dx)) distances, indexed by the upper left corner of the
-        pair's bounding box, or (B, rows, columns) of the window. With a first-order gradient.
+    The distances (B, h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's
+    bounding box. ``sources_only`` takes the pairs of :func:`lpcam.refine.walk.source_window` alone,
+    (B, rows, columns). With a first-order gradient.
 
     Example:
         >>> features = torch.tensor([[[[0.0, 1.0, 3.0]]]])
@@ -368,14 +359,12 @@ class _Distances(torch.autograd.Function):
 
 
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
-    """PSA's loss: means of -log a over equal pairs and of -log(1 - a) over different pairs.
+    """PSA's loss of features (B, C, h, w): means of -log a of equal pairs, -log(1 - a) of others.
 
     Pairs of background and pairs of a class weigh a quarter each, different ones half.
 
     Args:
-        features: (B, C, h, w).
         labels: (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image.
-        radius: pairs are nearer than this, in cells.
         counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
 
     Example:
@@ -475,14 +464,8 @@ def train_psa(
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
     """Scores of an image after its maps and a constant background have walked.
 
-    Args:
-        network: the trained network.
-        image: (H, W, 3) uint8 RGB.
-        planes: (K, H, W) maps in [0, 1].
-        settings: those of the walk; ``threshold`` is the score of the background.
-
-    Returns:
-        (K + 1, H, W) on the network's device, the background first. The pseudo mask is the highest.
+    Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1]. Returns (K + 1, H, W) on the
+    network's device, the background first; ``settings.threshold`` was its score.
 
     Raises:
         DataError: if image and maps do not fit, or maps or features are not finite.
@@ -517,13 +500,10 @@ class PsaRefinement(LearnedRefinement):
 
     title = "PSA"
     settings = PsaSettings
+    crf_place = "on the labels that PSA learns from"
     starts_from = "classifier"
     map_settings = frozenset({"radius", "beta", "exponent", "tolerance", "threshold"})
     network_settings = frozenset(PsaSettings.model_fields) - {"preset", *map_settings} | {"radius"}
-
-    def crf_use(self, section: RefineSection) -> str:
-        """Where a dense CRF takes part."""
-        return "on the labels that PSA learns from"
 
     def validate(self, section: RefineSection, tools: Tools) -> None:
         """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing."""
