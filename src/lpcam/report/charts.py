@@ -33,20 +33,10 @@ class Line(NamedTuple):
     """``best`` or ``fixed``, and where."""
 
 
-def chart(
+def _chart(
     title: str, axis: str, lines: Sequence[Line], text: str, *, right: float, unit: str = ""
 ) -> dict[str, Any]:
-    """A chart in the units of its view box, as the template draws it.
-
-    Args:
-        axis: name of the horizontal axis, which ends at ``right``.
-        text: the chart in words.
-
-    Example:
-        >>> line = Line("CAM", 0, [(0, 10), (1, 80)], [])
-        >>> [row["label"] for row in chart("mIoU", "threshold", [line], "", right=1)["rows"]]
-        ['0', '20', '40', '60', '80']
-    """
+    """A chart in the units of its view box; its horizontal axis ends at ``right``."""
     rise = tick(max((y for line in lines for _, y in line.points), default=0))
     wide = tick(right)
 
@@ -149,7 +139,7 @@ def threshold_charts(
             )
             words.append(text)
         text = f"{title} against the threshold. {'; '.join(words)}."
-        charts.append(chart(title, "threshold", lines, text, right=1.0, unit="%"))
+        charts.append(_chart(title, "threshold", lines, text, right=1.0, unit="%"))
     return charts
 
 
@@ -164,17 +154,14 @@ def threshold_table(
         [0.05]
     """
     names = sorted(curves, key=place)
-    rows: dict[float, dict[str, dict[str, float]]] = {}
-    for method in names:
+    rows: dict[float, list[dict[str, float]]] = {}
+    for column, method in enumerate(names):
         for n, threshold in enumerate(curves[method]["thresholds"]):
             # a fixed threshold such as 0.302 is in the curves too
             if math.isclose(20 * threshold, round(20 * threshold), abs_tol=1e-6):
-                at = rows.setdefault(round(threshold, 2), {})
-                at[method] = {name: curves[method][name][n] for name in CURVES}
-    return [
-        {"threshold": threshold, "values": [rows[threshold].get(name, {}) for name in names]}
-        for threshold in sorted(rows)
-    ]
+                row = rows.setdefault(round(threshold, 2), [{} for _ in names])
+                row[column] = {name: curves[method][name][n] for name in CURVES}
+    return [{"threshold": threshold, "values": rows[threshold]} for threshold in sorted(rows)]
 
 
 def training_charts(
@@ -212,7 +199,7 @@ def training_charts(
         if lines:
             text = f"{title} against the training step. {'; '.join(words)}."
             unit = "%" if factor != 1 else ""
-            charts.append(chart(title, "step", lines, text, right=last, unit=unit))
+            charts.append(_chart(title, "step", lines, text, right=last, unit=unit))
     return charts
 
 

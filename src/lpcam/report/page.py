@@ -43,14 +43,9 @@ _DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "
 def render(data: Mapping[str, Any]) -> str:
     """Make the page.
 
-    All text in the data is escaped. The page loads nothing: styles, script and pictures are part of
-    it, and its content security policy forbids everything else.
-
-    Args:
-        data: the report's data as :func:`lpcam.report.collect.collect` makes it.
-
-    Returns:
-        one HTML document; equal data give equal text.
+    All text in the data, as :func:`lpcam.report.collect.collect` makes them, is escaped. The page
+    loads nothing, and its content security policy forbids everything else. Equal data give equal
+    text.
 
     Raises:
         ArtefactError: if the data hold what JSON does not have, such as NaN.
@@ -115,9 +110,6 @@ def _json(data: Mapping[str, Any]) -> Markup:
     return Markup(text)
 
 
-# -- Values as text ----------------------------------------------------------------------------
-
-
 def _percent(fraction: float | None) -> str:
     """A fraction in percent with one decimal, without the sign."""
     return "–" if fraction is None else f"{100 * fraction:.1f}"
@@ -141,9 +133,6 @@ def _memory(count: int | None) -> str:
     if count is None:
         return "–"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-# -- Segmenters and stages ---------------------------------------------------------------------
 
 
 def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -195,19 +184,18 @@ def _picture_groups(
         "loss": f"Largest losses of training on {lpcam} against {cam}",
         "even": "Evenly spaced choice of the other images",
     }
-    groups = []
-    for kind, heading in headings.items():
-        shown = []
-        for image in images:
-            if image["kind"] == kind:
-                own, base = image["miou"].get("lpcam"), image["miou"].get("cam")
-                known = own is not None and base is not None
-                shown.append({**image, "gain": own - base if known else None})
-        if shown:
-            groups.append({"kind": kind, "title": heading, "images": shown})
-    if len(groups) == 1 and groups[0]["kind"] == "even":
-        groups[0]["title"] = "The images"
-    return groups
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for image in images:
+        own, base = image["miou"].get("lpcam"), image["miou"].get("cam")
+        gain = None if own is None or base is None else own - base
+        groups.setdefault(image["kind"], []).append({**image, "gain": gain})
+    if groups.keys() == {"even"}:
+        headings["even"] = "The images"
+    return [
+        {"kind": kind, "title": title, "images": groups[kind]}
+        for kind, title in headings.items()
+        if kind in groups
+    ]
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -188,34 +188,7 @@ def prototype_records(
         found: list[dict[str, Any]] = [{"patches": [], "map": None, "range": None} for _ in shown]
         example = None
         if own and shown:
-            centers = torch.stack(
-                [getattr(prototypes, side).centers[index][number] for side, number in shown]
-            )
-            sides_of = [side for side, _ in shown]
-            grids = (_where_to_look(fitted, item, index, sides_of) for item in own)
-            places = nearest_places(grids, centers, patches)
-            foreground = sides_of.count("foreground")
-            chosen = _example(own, [place.image for near in places[:foreground] for place in near])
-            example = {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}
-            grid = F.normalize(fitted.features(chosen).to(centers), dim=0)
-            cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
-            # each map has its own range, because all values are close together
-            scaled = normalize(cosines, "minmax").cpu().numpy()
-            pictures = _patches(own, places)
-            for row, near in enumerate(places):
-                low, high = (edge.item() for edge in cosines[row].aminmax())
-                found[row] = {
-                    "patches": [
-                        {
-                            "picture": pictures[place],
-                            "image": place.image,
-                            "cosine": round(place.cosine, 4),
-                        }
-                        for place in near
-                    ],
-                    "map": encode_unit(scaled[row]),
-                    "range": [round(low, 4), round(high, 4)],
-                }
+            example, found = _nearest(fitted, own, index, shown, patches)
         sides = {}
         for side in SIDES:
             of_side: Centers = getattr(prototypes, side)
@@ -230,6 +203,43 @@ def prototype_records(
             }
         records.append({"class": index, "example": example, "sides": sides})
     return records
+
+
+def _nearest(
+    fitted: Fitted,
+    items: Sequence[Item],
+    index: int,
+    shown: Sequence[tuple[SideName, int]],
+    patches: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An example image of a class, and patches and map of each of its prototypes that is shown."""
+    centers = torch.stack(
+        [getattr(fitted.prototypes, side).centers[index][number] for side, number in shown]
+    )
+    sides = [side for side, _ in shown]
+    grids = (_where_to_look(fitted, item, index, sides) for item in items)
+    places = nearest_places(grids, centers, patches)
+    foreground = places[: sides.count("foreground")]
+    counts = Counter(place.image for near in foreground for place in near)
+    # the image named most often; one with a single label if there is any
+    chosen = max(items, key=lambda item: (len(item.labels) == 1, counts[item.id]))
+    grid = F.normalize(fitted.features(chosen).to(centers), dim=0)
+    cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
+    # each map has its own range, because all values are close together
+    scaled = normalize(cosines, "minmax").cpu().numpy()
+    pictures = _patches(items, places)
+    found = [
+        {
+            "patches": [
+                {"picture": pictures[p], "image": p.image, "cosine": round(p.cosine, 4)}
+                for p in near
+            ],
+            "map": encode_unit(scaled[row]),
+            "range": [round(edge.item(), 4) for edge in cosines[row].aminmax()],
+        }
+        for row, near in enumerate(places)
+    ]
+    return {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}, found
 
 
 def _describe(
@@ -260,12 +270,6 @@ def _where_to_look(
     parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
     by_side = dict(zip(SIDES, parts, strict=True))
     return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()
-
-
-def _example(items: Sequence[Item], nearest: Sequence[str]) -> Item:
-    """The image named most often; one with a single label if there is any."""
-    counts = Counter(nearest)
-    return max(items, key=lambda item: (len(item.labels) == 1, counts[item.id]))
 
 
 def _patches(items: Sequence[Item], places: Sequence[Sequence[Place]]) -> dict[Place, str]:

@@ -146,8 +146,8 @@ def segmenter_records(
             for one in trained.segmenters
         ],
         "rows": list(trained.rows),
-        "history": {name: list(records) for name, records in trained.history.items()},
-        "irn_history": {name: list(records) for name, records in trained.irn_history.items()},
+        "history": dict(trained.history),
+        "irn_history": dict(trained.irn_history),
         "images": pictures,
         "images_total": len(trained.items),
     }

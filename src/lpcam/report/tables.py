@@ -56,15 +56,10 @@ def _lines(
     rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, places: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Rows of a group with their differences to the group's baseline."""
+    compared = [() if base is None or row is base else METRICS for row in rows]
     return [
-        {
-            "row": row,
-            "gains": {}
-            if base is None or row is base
-            else {name: row[name] - base[name] for name in METRICS},
-            "place": place,
-        }
-        for row, place in zip(rows, places, strict=True)
+        {"row": row, "gains": {n: row[n] - (base or {})[n] for n in names}, "place": place}
+        for row, names, place in zip(rows, compared, places, strict=True)
     ]
 
 
@@ -170,20 +165,18 @@ def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
         >>> bars(score_groups(rows, ["CAM", "LPCAM"])[0], "part_coverage")[0]["gain"]
         0.5
     """
-    lines, found = group["lines"], []
+    lines, base, found = group["lines"], group["base"], []
     for name in dict.fromkeys(name for line in lines for name in line["row"].get(key, {})):
-        by_method: dict[str, dict[str, Any]] = {}
+        drawn: dict[str, dict[str, Any]] = {}
         for line in lines:
-            value = line["row"].get(key, {}).get(name)
+            value, method = line["row"].get(key, {}).get(name), line["row"]["method"]
             if value is not None:
                 values = value if isinstance(value, Mapping) else {"iou": value}
-                method = line["row"]["method"]
-                by_method[method] = {"method": method, "place": line["place"], **values}
+                drawn[method] = {"method": method, "place": line["place"], **values}
         gain = None
-        if group["base"] is not None and len(by_method) == len(lines) > 1:
-            last, base = group["last"]["row"]["method"], group["base"]["method"]
-            gain = by_method[last]["iou"] - by_method[base]["iou"]
-        found.append({"name": name, "bars": list(by_method.values()), "gain": gain})
+        if base is not None and len(drawn) == len(lines) > 1:
+            gain = drawn[group["last"]["row"]["method"]]["iou"] - drawn[base["method"]]["iou"]
+        found.append({"name": name, "bars": list(drawn.values()), "gain": gain})
     if key == "per_class":
         found.sort(key=lambda one: -1e9 if one["gain"] is None else one["gain"], reverse=True)
     return found
@@ -217,12 +210,14 @@ def setting_lists(settings: Mapping[str, Any], whole: Sequence[str] = ()) -> dic
         >>> setting_lists({"batch_size": 4, "host": {"amn": {"epochs": 3}}})["wide"]
         [('Host', [('epochs', 3)])]
     """
-    labelled = {name: _LABELS.get(name, _words(name).capitalize()) for name in settings}
-    wide = [n for n, value in settings.items() if _is_group(value) and n not in whole]
-    return {
-        "short": [(labelled[n], value) for n, value in settings.items() if n not in wide],
-        "wide": [(labelled[n], list(_flat(settings[n]))) for n in wide],
-    }
+    short, wide = [], []
+    for name, value in settings.items():
+        label = _LABELS.get(name, _words(name).capitalize())
+        if isinstance(value, Mapping) and value and name not in whole:
+            wide.append((label, list(_flat(value))))
+        else:
+            short.append((label, value))
+    return {"short": short, "wide": wide}
 
 
 def plain(value: Any) -> str:
@@ -249,15 +244,11 @@ def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Settings and those of their groups, one by one."""
     several = sum(isinstance(value, Mapping) for value in values.values()) > 1
     for name, value in values.items():
-        if _is_group(value):
+        if isinstance(value, Mapping) and value:
             prefix = f"{_words(name)}: " if several else ""
             yield from ((prefix + _words(inner), one) for inner, one in value.items())
         else:
             yield _words(name), value
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value)
 
 
 def _words(name: object) -> str:
