@@ -1,15 +1,19 @@
-"""A tiny finished run, and what explains images with it."""
+"""A tiny finished run, what explains images with it, and the data of its reports."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tiny import draw_folder, recipe_values, write_weights
 
 from lpcam.explain.explainer import Explainer
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import run
 from lpcam.pipeline.run_folder import RunFolder
+from lpcam.report.page import render
 
 
 def tiny_run(folder: Path) -> Path:
@@ -24,3 +28,16 @@ def tiny_run(folder: Path) -> Path:
 def tiny_explainer(folder: Path) -> Explainer:
     """Of :func:`tiny_run`."""
     return RunFolder(tiny_run(folder)).explainer(device="cpu")
+
+
+@pytest.fixture(name="collected")
+def collected_pages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The data of every report's page that is made."""
+    made = []
+
+    def note(data: Any) -> str:
+        made.append(json.loads(json.dumps(data)))
+        return render(data)
+
+    monkeypatch.setattr("lpcam.pipeline.stages.report.render", note)
+    return made

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from explaining import collected_pages  # noqa: F401 - the fixture "collected"
 from tiny import draw_folder, recipe_values, times
 
 from lpcam.cli.main import main
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import report, run
-from lpcam.report.page import render
 from lpcam.runtime.errors import ArtefactError
 
 Values = dict[str, Any]
@@ -21,19 +21,6 @@ Values = dict[str, Any]
 
 def go(values: Values, **options: Any) -> Any:
     return run(parse_recipe(values, where="tiny.yaml"), command="lpcam run tiny.yaml", **options)
-
-
-@pytest.fixture
-def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The data of every page that is made."""
-    made = []
-
-    def note(data: Any) -> str:
-        made.append(json.loads(json.dumps(data)))
-        return render(data)
-
-    monkeypatch.setattr("lpcam.pipeline.stages.report.render", note)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +114,6 @@ def test_after_an_upgrade(values: Values, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lpcam.runtime.versions.__version__", "99.0")
     report(folder)
     assert (folder / "metrics.json").read_bytes() == before
-
-
-def test_a_page_that_would_be_too_large_shows_fewer_images(
-    values: Values, monkeypatch: pytest.MonkeyPatch, collected: list[Any]
-) -> None:
-    report(Path(values["run"]["folder"]))
-    whole = len(json.dumps(collected[0]["images"]))
-    monkeypatch.setattr("lpcam.report.collect.MOST_BYTES", whole // 2)
-    report(Path(values["run"]["folder"]))
-    whole_page, page = collected
-    assert (whole_page["limited"], page["limited"]) == (False, True)
-    assert 0 < len(page["images"]) <= len(whole_page["images"]) // 2
-    shown = {record["id"] for record in page["images"]}
-    assert whole_page["highlights"]["best"][0] in shown  # those go last
-    assert all(set(names) <= shown for names in page["highlights"].values())
 
 
 def test_figures_that_change_take_the_page_with_them(values: Values) -> None:

@@ -101,44 +101,12 @@ def test_the_headline_has_signed_differences(page: Page) -> None:
 
 def test_the_conditions_are_shown(page: Page) -> None:
     text = words(page.text)
-    for text_shown in (
-        "List of scored images train",
-        "Number of scored images 12",
-        "Image scales 1, 0.5",
-        "Mirrored image used yes",
-        "Void policy 255 is not counted",
-        "CRF refinement no",
-        "Refinement of the maps none",
-        "Fixed thresholds CAM: 0.25; LPCAM-F: 0.45; LPCAM: 0.45",
-        "weight decay 0.001",
-        "torch 2.15.0",
-        "lpcam run plain words",
-    ):
-        assert text_shown in text
-
-
-def test_groups_of_settings() -> None:
-    text = words(Page(render(sample(refined=True))).text)
-    assert "Refinement of the maps method irn irn: beta 10 crf: steps 10" in text
-    data = sample()
-    data["protocol"]["crf"] = "on the labels of IRN"
-    data["protocol"]["host"] = {"amn": {"epochs": 3}, "lpcam": {"tau": 0.25}, "method": "amn"}
-    text = words(Page(render(data)).text)
-    assert "CRF refinement on the labels of IRN" in text
-    assert "Host amn: epochs 3 lpcam: tau 0.25 method amn" in text
-
-
-def test_classes_are_sorted_by_gain(page: Page) -> None:
-    table = words(page.text).split("Class Method IoU FP FN")[1]
-    gains = []
-    for name in ("background", *(f"class {index}" for index in range(4))):
-        first, last = (
-            float(re.search(rf"{name} {method} ([\d.]+)", table)[1])  # type: ignore[index]
-            for method in ("CAM", "LPCAM")
-        )
-        gains.append((table.index(f"{name} CAM"), last - first))
-    ordered = [gain for _, gain in sorted(gains)]
-    assert ordered == sorted(ordered, reverse=True) and len(set(ordered)) > 2
+    for shown in ("Image scales 1, 0.5", "Mirrored image used yes", "weight decay 0.001"):
+        assert shown in text
+    refined = words(Page(render(sample(refined=True))).text)
+    assert "Refinement of the maps method irn irn: beta 10 crf: steps 10" in refined
+    assert "cam 70.1 s 3.0 GiB" in text and "evaluate 1 h 02 min –" in text
+    assert "Training of the network of AMN" in text and "1.6893" in text
 
 
 def test_curves_have_words_and_a_table(page: Page) -> None:
@@ -150,13 +118,6 @@ def test_curves_have_words_and_a_table(page: Page) -> None:
     assert all(str(one["points"]).count(",") == 100 for one in lines)
     # threshold 0.25: mIoU 45.0, precision 30 + 12.5, recall 90 - 20
     assert "0.25 45.0 42.5 70.0" in text
-
-
-def test_times_and_memory(page: Page) -> None:
-    text = words(page.text)
-    assert "cam 70.1 s 3.0 GiB" in text and "evaluate 1 h 02 min –" in text
-    assert "0.0174 76.2" in text
-    assert "Training of the network of AMN" in text and "1.6893" in text
 
 
 def test_nothing_is_loaded(page: Page) -> None:
@@ -210,42 +171,18 @@ def test_not_a_number_is_refused() -> None:
         render(data)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 80])
-def test_any_number_of_classes(classes: int) -> None:
-    page = Page(render(sample(2, classes)))
-    assert f"class {classes - 1}" in page.text
-    assert f"of {classes} class{'' if classes == 1 else 'es'}." in words(page.text)
-
-
 def test_without_masks_nothing_is_scored() -> None:
     page = Page(render(sample(masks=False)))
     text = words(page.text)
     assert [one["id"] for one in page.all("section")] == SECTIONS
-    for text_shown in (
-        "no true masks, so nothing can be scored",
-        "Curves need true masks",
-        "Bars need true masks",
-        "no masks of parts",
-        "so no IoU is shown",
-    ):
-        assert text_shown in text
-    assert "Fixed thresholds" in text and "+8.5" not in text
+    assert "no true masks" in text and "Fixed thresholds" in text and "+8.5" not in text
 
 
 def test_empty_sections_have_a_text() -> None:
     data = sample(0, 1, masks=False, meaning=False) | {"images_total": 1, "command": ""}
     page = Page(render(data))
-    text = words(page.text)
     assert [one["id"] for one in page.all("section")] == SECTIONS
-    for text_shown in (
-        "on 1 image of 1 class.",
-        "There are no images to show",
-        "This run has no prototypes",
-        "this needs images with a label",
-        "every image of the list could be used",
-        "no record of times",
-    ):
-        assert text_shown in text
+    assert "no images" in words(page.text) and "no prototypes" in words(page.text)
 
 
 def test_pseudo_masks_are_compared_with_those_of_cam() -> None:
@@ -259,20 +196,6 @@ def test_pseudo_masks_are_compared_with_those_of_cam() -> None:
     assert dots == [*seed, *seed, *pseudo, *pseudo]
     assert "Seeds: masks of the maps without refinement. Each" in words(page.text)
     assert "Seeds:" not in words(Page(render(sample())).text)
-
-
-def test_how_much_was_searched_and_shown(page: Page) -> None:
-    text = words(page.text)
-    assert text.count("among 120 images of this list") == 2
-    assert "12 of 400 images are shown; all figures" in text
-    data = sample() | {"limited": True}
-    del data["searched"]  # reports of older runs
-    text = words(Page(render(data)).text)
-    assert "12 of 400 images are shown, to keep the file small" in text
-    assert "of this list" not in text
-
-
-# -- Segmenters --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -302,28 +225,11 @@ def test_segmenters_are_scored_in_a_table_of_their_own(segmented: Page) -> None:
     assert "1,464" not in others and "DeepLabV2" not in others
 
 
-def test_bars_of_segmenters_are_those_after_the_crf(segmented: Page) -> None:
-    text = section(segmented)
-    assert "Signed figures are the gain of training on LPCAM + IRN over CAM + IRN" in text
-    bars = text.split("Signed figures")[1].split("The segmenters’ bars")[0]
-    # with the CRF: 52 and 57, of the last class 57 - 8
-    assert "class 2+5.0 CAM + IRN52.0 LPCAM + IRN57.0 true masks62.0" in bars
-    assert bars.index("class 2") < bars.index("class 3−3.0")
-
-
 def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
     text = section(segmented)
-    assert (
-        "Loss against the training step. CAM + IRN goes from 1.78 at step 25 to 0.3 at step 1500;"
-        in text
-    )
+    assert "CAM + IRN goes from 1.78 at step 25 to 0.3 at step 1500;" in text
     # 1500 / 3000, in percent; measured three times
     assert "CAM + IRN goes from 16.7 at step 500 to 50 at step 1500" in text
-    assert (
-        "Loss of the refinement’s network against the training step. CAM + IRN goes from 2" in text
-    )
-    titles = [one for one in segmented.all("svg") if one.get("class") == "chart"]
-    assert len(titles) == 3 + 3
     lines = [one for one in segmented.all("polyline") if "line" in str(one["class"])][-8:]
     counts = [str(one["points"]).count(",") for one in lines]
     assert counts == [60] * 3 + [3] * 3 + [3] * 2
@@ -331,41 +237,26 @@ def test_learning_curves_have_words_and_tables(segmented: Page) -> None:
         for point in str(one["points"]).split():
             x, y = map(float, point.split(","))
             assert 38 <= x <= 330 and 12 <= y <= 206
-    ticks = [one for one in segmented.all("text") if one.get("class") == "middle"]
-    assert all(38 <= float(str(one["x"])) <= 330 for one in ticks)
-    # what is highest of all ends at the same place of the axis: step 1500 of 1500
-    assert str(lines[0]["points"]).split()[-1].startswith("330,")
-    assert str(lines[3]["points"]).split()[-1].startswith("330,")
+    assert str(lines[0]["points"]).split()[-1].startswith("330,")  # step 1500 of 1500
     assert "500 1.3000 16.7 1.3000 16.7" in text and "120 0.6667 1.0000" in text
 
 
 def test_pictures_say_what_they_show(segmented: Page) -> None:
     text = section(segmented)
-    assert "6 of 1,449 images of the list val; the masks are those after the CRF." in text
-    assert "Largest gains of training on LPCAM + IRN over CAM + IRN (2)" in text
-    assert "Largest losses of training on LPCAM + IRN against CAM + IRN (2)" in text
-    assert "Evenly spaced choice of the other images (2)" in text
     assert "0000+10.0 Image" in text and "0001±0.0 Image" in text
     pictures = segmented.all("img")
     assert len(pictures) == 6 * 5 - 1  # an image has no truth
     alts = [str(one["alt"]) for one in pictures]
     assert "True mask of 0000: class 0" in alts
     assert "Mask of 0000 by the segmenter trained on CAM + IRN: no object" in alts
-    assert "Mask of 0000 by the segmenter trained on LPCAM + IRN: class 0" in alts
-    assert "No true mask" in text and "not counted" in text
     assert all(str(one["src"]).startswith("data:image/webp;base64,") for one in pictures)
-    opened = ["open" in one for one in segmented.all("details")]
-    assert opened.count(True) == 3  # gains, losses, and the short list of what was left out
 
 
 def test_segmenters_without_truth_are_shown_without_scores() -> None:
     page = Page(render(sample(masks=False, segmented=True)))
     text = section(page)
-    assert "list val have no true masks, so the segmenters cannot be scored" in text
     assert "Trained on LPCAM + IRN 1,464 masks of the list class 0" in text
-    assert "mIoU" not in text and "The images (" not in text
-    assert len(page.all("img")) == 6 * 4 and "No true mask" not in text
-    assert "Loss against the training step" in text
+    assert "mIoU" not in text and len(page.all("img")) == 6 * 4
 
 
 def test_hostile_names_of_segmented_images_are_text() -> None:
@@ -376,7 +267,4 @@ def test_hostile_names_of_segmented_images_are_text() -> None:
     alts = " ".join(str(one["alt"]) for one in page.all("img"))
     for name in HOSTILE[:6]:
         assert name in alts and words(name) in section(page)
-    digest = base64.b64encode(hashlib.sha256(page.raw["style"][0].encode()).digest()).decode()
-    policy = next(str(one["content"]) for one in page.all("meta") if "http-equiv" in one)
-    assert f"style-src 'sha256-{digest}'" in policy
     assert not [name for name, one in page.elements if "style" in one]

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from explaining import collected_pages  # noqa: F401 - the fixture "collected"
 from tiny import draw_folder, recipe_values
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import report, run
-from lpcam.report.page import render
 from lpcam.report.segmenters import image_miou
 
 IRN = {
@@ -31,19 +31,6 @@ SEGMENT = {
     "training": {"preset": "light", "iterations": 12, "batch_size": 4, "crop": 33},
 }
 Values = dict[str, Any]
-
-
-@pytest.fixture
-def collected(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The data of every page that is made."""
-    made = []
-
-    def note(data: Any) -> str:
-        made.append(json.loads(json.dumps(data)))
-        return render(data)
-
-    monkeypatch.setattr("lpcam.pipeline.stages.report.render", note)
-    return made
 
 
 @pytest.fixture(scope="module")
