@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -117,23 +115,20 @@ def test_the_map_is_that_of_lpcam(cam: LPCAM, images: Tensor) -> None:
     assert found[0, 60, 90] == 0  # the blue ground is context
 
 
-def test_outputs_are_the_logits_and_none_takes_the_best_class(cam: LPCAM, images: Tensor) -> None:
+def test_outputs_are_the_logits_and_targets_come_in_every_form(cam: LPCAM, images: Tensor) -> None:
     assert cam.outputs is None
-    found = cam(images)
-    assert cam.outputs is not None
-    assert not cam.outputs.requires_grad
-    torch.testing.assert_close(cam.outputs, cam.model.eval()(images))
+    best = cam(images)
+    assert cam.outputs is not None and not cam.outputs.requires_grad
+    torch.testing.assert_close(cam.outputs, cam.source.model.eval()(images))
     assert cam.outputs.argmax(1).tolist() == LABELS.tolist()
-    np.testing.assert_array_equal(found, cam(images, targets=LABELS.tolist()))
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [[0, 1, 0], (Target(0), 1, Target(0)), LABELS, LABELS.numpy(), [Target(np.int64(0)), 1, 0]],
-    ids=["indices", "mixed", "tensor", "array", "numpy category"],
-)
-def test_targets_in_every_form(cam: LPCAM, images: Tensor, targets: Any) -> None:
-    np.testing.assert_array_equal(cam(images, targets), cam(images))
+    for targets in (
+        [0, 1, 0],
+        (Target(0), 1, Target(0)),
+        LABELS,
+        LABELS.numpy(),
+        [Target(np.int64(0)), 1, 0],  # type: ignore[arg-type]
+    ):
+        np.testing.assert_array_equal(cam(images, targets), best)  # type: ignore[arg-type]
 
 
 def test_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
@@ -466,12 +461,6 @@ def test_nothing_is_held_between_calls(cam: LPCAM, images: Tensor) -> None:
     assert gone() is None
 
 
-def test_inside_data_parallel(cam: LPCAM, images: Tensor) -> None:
-    model = nn.DataParallel(cam.model)
-    again = LPCAM(model, [model.module.patches], settings=SETTINGS).fit([(images, LABELS)])
-    np.testing.assert_array_equal(again(images), cam(images))
-
-
 def vit_reshape(side: int) -> Callable[[Tensor], Tensor]:
     """As in the examples for transformers with a class token."""
     return lambda t: t[:, 1:].reshape(t.shape[0], side, side, -1).permute(0, 3, 1, 2)
@@ -480,18 +469,6 @@ def vit_reshape(side: int) -> Callable[[Tensor], Tensor]:
 def vit(name: str = "deit_tiny_patch16_224", **arguments: Any) -> nn.Module:
     return timm.create_model(
         name, num_classes=5, img_size=64, depth=2, embed_dim=24, num_heads=2, **arguments
-    )
-
-
-def swin() -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        num_classes=5,
-        img_size=64,
-        window_size=2,
-        embed_dim=8,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
     )
 
 
@@ -506,23 +483,12 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[nn.Module]], Any
         lambda m: [m.features[-1]],
         None,
     ),
-    "efficientnet": (
-        lambda: timm.create_model("test_efficientnet", num_classes=5),
-        lambda m: [m.conv_head],
-        None,
-    ),
     "convnext": (
         lambda: timm.create_model("test_convnext", num_classes=5),
         lambda m: [m.stages[-1]],
         None,
     ),
     "vit": (vit, lambda m: [m.blocks[-1].norm1], vit_reshape(4)),
-    "vit of the mean token": (
-        lambda: vit(global_pool="avg", fc_norm=False),
-        lambda m: [m.norm],
-        vit_reshape(4),
-    ),
-    "swin": (swin, lambda m: [m.layers[-1].blocks[-1].norm1], lambda t: t.permute(0, 3, 1, 2)),
 }
 
 
@@ -530,34 +496,20 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[nn.Module]], Any
 @pytest.mark.parametrize("name", MODELS)
 def test_a_script_of_theirs_runs_with_the_other_import(name: str) -> None:
     """Their models and target layers; shapes, type and range are those of their methods."""
-    methods: dict[str, Any] = {"ours": LPCAM}
-    if "pytorch_grad_cam" in sys.modules or importlib.util.find_spec("pytorch_grad_cam"):
-        from pytorch_grad_cam import GradCAM  # noqa: PLC0415
-
-        methods["theirs"] = GradCAM
     torch.manual_seed(0)
     make, layers, reshape = MODELS[name]
     model = make().eval()
-    input_tensor = torch.randn(2, 3, 64, 64)
-    targets = [Target(3), Target(1)]
-    results = {}
-    for key, method in methods.items():
-        options = {"reshape_transform": reshape, "target_layers": layers(model), "model": model}
-        own = {"self_fit": True} if key == "ours" else {}
-        with method(**options, **own) as cam:
-            cam.batch_size = 4
-            maps = cam(input_tensor=input_tensor, targets=targets)
-            best = cam(input_tensor, None)
-            smooth = cam(input_tensor, targets, eigen_smooth=True)
-            results[key] = cam.outputs
-        for found in (maps, best, smooth):
-            assert found.shape == (2, 64, 64)
-            assert found.dtype == np.float32
-            assert found.min() >= 0
-            assert found.max() <= 1
-            assert np.isfinite(found).all()
-    for outputs in results.values():
-        torch.testing.assert_close(outputs.detach(), model(input_tensor).detach())
+    images, targets = torch.randn(2, 3, 64, 64), [Target(3), Target(1)]
+    with LPCAM(
+        model=model, target_layers=layers(model), reshape_transform=reshape, self_fit=True
+    ) as cam:
+        cam.batch_size = 4
+        found = [cam(input_tensor=images, targets=targets), cam(images, None)]
+        found.append(cam(images, targets, eigen_smooth=True))
+    for maps in found:
+        assert (maps.shape, maps.dtype) == ((2, 64, 64), np.float32)
+        assert maps.min() >= 0 and maps.max() <= 1  # False of NaN
+    torch.testing.assert_close(cam.outputs, model(images).detach())
     assert hooks(model) == 0
 
 
@@ -598,18 +550,16 @@ def test_their_targets_and_their_picture(peer: Any, cam: LPCAM, images: Tensor) 
     from pytorch_grad_cam.utils import model_targets  # noqa: PLC0415
 
     expected = cam(images, [0, 1, 0])
-    for kind in ("ClassifierOutputTarget", "ClassifierOutputSoftmaxTarget"):
-        target = getattr(model_targets, kind)
-        found = cam(images, [target(0), target(1), target(0)])
-        np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match="names no class"):
-        cam(images, [model_targets.RawScoresOutputTarget()] * 3)
-    with pytest.raises(ValueError, match="names no class"):
-        cam(images, [model_targets.SemanticSegmentationTarget(0, np.ones((4, 4)))] * 3)
+    target = model_targets.ClassifierOutputSoftmaxTarget
+    np.testing.assert_array_equal(cam(images, [target(0), target(1), target(0)]), expected)
+    for unfit in (
+        model_targets.RawScoresOutputTarget(),
+        model_targets.SemanticSegmentationTarget(0, np.ones((4, 4))),
+    ):
+        with pytest.raises(ValueError, match="names no class"):
+            cam(images, [unfit] * 3)
     rgb = images[0].permute(1, 2, 0).numpy()
     shown = pictures.show_cam_on_image(rgb, expected[0, :], use_rgb=True)
-    assert shown.shape == (64, 96, 3)
-    assert shown.dtype == np.uint8
     assert shown[32, 40, 0] > shown[60, 90, 0]  # red where the map is high
 
 
@@ -621,18 +571,6 @@ def test_their_views(peer: Any, cam: LPCAM, images: Tensor) -> None:
         [ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])]
     )
     np.testing.assert_allclose(cam(images, [0, 1, 0], aug_smooth=True), ours, atol=1e-6)
-
-
-def test_their_metrics(peer: Any, cam: LPCAM, images: Tensor) -> None:
-    from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange  # noqa: PLC0415
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget  # noqa: PLC0415
-
-    maps = cam(images, [0, 1, 0])
-    targets = [ClassifierOutputSoftmaxTarget(c) for c in (0, 1, 0)]
-    model = cam.source.model.eval()
-    kept = CamMultImageConfidenceChange()(images, maps, targets, model)
-    lost = CamMultImageConfidenceChange()(images, 1 - maps, targets, model)
-    assert bool((kept > lost).all())  # the map holds what the classifier goes by
 
 
 def test_their_methods_around_it(peer: Any, cam: LPCAM, images: Tensor) -> None:
