@@ -10,7 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lpcam.data.dataset import ClassTable, Dataset
 from lpcam.runtime.registry import Registry
@@ -55,9 +62,8 @@ class DataSection(Section):
     """Where the images and labels are."""
 
     kind: str
-    """Name of a reader: ``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv,
-    labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a JSON
-    file."""
+    """Name of a reader. ``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv,
+    labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a file."""
     root: RecipePath
     """Folder (or JSON file) of the data set."""
     labels: LabelSource | None = None
@@ -84,10 +90,15 @@ class DataSection(Section):
         """Settings of the chosen reader; None if it has none."""
         return getattr(self, self.kind, None)
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in READERS:
+            raise ValueError(f"there is no such reader; there are {', '.join(READERS)}")
+        return kind
+
     @model_validator(mode="after")
     def _check(self) -> DataSection:
-        if self.kind not in READERS:
-            raise ValueError(f"there is no reader {self.kind!r}; there are {', '.join(READERS)}")
         self.reader.check_labels(self.labels)
         return self
 

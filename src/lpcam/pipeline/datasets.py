@@ -44,13 +44,13 @@ def read_dataset(
     with progress("reading labels", 1) as advance:
         opened = data.reader.open(
             Request(
-                data.root,
-                sorted(names),
-                frozenset(unlabelled),
-                data.labels,
-                data.masks,
-                data.classes,
-                data.settings,
+                root=data.root,
+                lists=sorted(names),
+                unlabelled=frozenset(unlabelled),
+                labels=data.labels,
+                masks=data.masks,
+                classes=data.classes,
+                settings=data.settings,
             )
         )
         advance(1, "")

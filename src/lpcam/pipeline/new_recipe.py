@@ -14,6 +14,7 @@ from lpcam.classifiers.classifier import check_backbone
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.inspection import FEW_IMAGES
 from lpcam.data.open_dataset import kind_of, open_with_truth
+from lpcam.data.reader import READERS, Reader
 from lpcam.data.validation import check_images
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import parse_recipe
@@ -56,11 +57,6 @@ run:
   folder: null          # null: runs/{name} below the folder where lpcam is run
   seed: 0
 """
-KIND_MEANS = {
-    "folder": "images and their labels; masks/ID.png, where there are any, serve scoring",
-    "voc": "the layout of PASCAL VOC 2012",
-    "coco": "COCO's annotations; masks are painted from them and serve scoring",
-}
 
 
 def write_recipe(
@@ -82,10 +78,10 @@ def write_recipe(
             :func:`lpcam.data.open_dataset.open_dataset` opens them.
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
-        kind, lists, labels, masks, classes: as of :func:`lpcam.data.open_dataset.open_dataset`;
-        what is
-            given stands in the recipe. Of COCO's lists the first is worked on, the last is tested;
-            where none is given and there are files such as ``train`` and ``val``, these.
+        kind, lists, labels, masks, classes: as of
+            :func:`lpcam.data.open_dataset.open_dataset`; what is given stands in the recipe. Of
+            given lists the first is worked on and the last is tested; where none is given and there
+            are lists such as ``train`` and ``val``, these.
 
     Returns:
         the recipe's path, and a summary of what was found, in words.
@@ -100,6 +96,7 @@ def write_recipe(
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
     kind = kind or kind_of(source)
+    reader = READERS[kind]
     dataset, truth = open_with_truth(
         source, kind, lists=lists, labels=labels, masks=masks, classes=classes
     )
@@ -118,7 +115,7 @@ def write_recipe(
         raise DataError(
             f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"
         ) from error
-    chosen = _lists(kind, dataset, lists)
+    chosen = _lists(reader, dataset, lists)
     learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
     shown = {index for item in learnt for index in item.labels}
     if not shown:
@@ -128,7 +125,7 @@ def write_recipe(
     text = TEMPLATE.format(
         path=path,
         kind=kind,
-        kind_means=KIND_MEANS[kind],
+        kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
         own=_own(folder, labels, masks),
         lists=_lists_line(chosen),
@@ -153,33 +150,29 @@ def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | N
     for key, value in (("labels", labels), ("masks", masks)):
         if isinstance(value, Path):
             path, base = value.expanduser().absolute(), folder.absolute()
-            inside = path.is_relative_to(base)
-            lines += (
-                f"  {key}: {_flow(path.relative_to(base).as_posix() if inside else str(path))}\n"
-            )
+            text = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+            lines += f"  {key}: {_flow(text)}\n"
         elif value is not None:
             lines += f"  {key}: {value}\n"
     return lines
 
 
-def _lists(kind: str, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
-    """The list to work on and the one to test on; None: those that are usual for the kind."""
-    if kind == "coco":
-        return (given[0], given[-1]) if given else _parts_of_coco(dataset)
-    if kind != "voc" or {"train", "train_aug"} <= dataset.lists.keys():
+def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
+    """The list to work on and the one to test on; None: those that are usual for the reader."""
+    usual = set(reader.usual_lists.values())
+    if not reader.chooses_lists or (len(usual) > 1 and usual <= dataset.lists.keys()):
         return None
-    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
-    return name, "val" if "val" in dataset.lists else name
-
-
-def _parts_of_coco(dataset: Dataset) -> tuple[str, str] | None:
-    """A list such as train2014, and that of the same year to test on; None without such a pair."""
-    for name in dataset.lists:
+    if given:
+        return given[0], given[-1]
+    for name in dataset.lists:  # such as train2014, and that of the same year to test on
         if found := re.fullmatch(r"train(\d*)", name):
             for test in ("val", "valid", "test"):
                 if test + found[1] in dataset.lists:
                     return name, test + found[1]
-    return None
+    if usual <= dataset.lists.keys():
+        return None
+    name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
+    return name, name
 
 
 def _lists_line(chosen: tuple[str, str] | None) -> str:
