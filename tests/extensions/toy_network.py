@@ -33,8 +33,7 @@ class Cells(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All parameters are those of new layers."""
-        assert self.head.bias is not None
-        return {"head": [self.head.weight], "head_bias": [self.head.bias]}
+        return {"head": list(self.parameters())}
 
 
 class CellNetwork:

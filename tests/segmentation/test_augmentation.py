@@ -25,7 +25,6 @@ from lpcam.segmentation.augmentation import (
     distort,
     draw_crop,
     draw_scale,
-    resize_bilinear,
     scale_saturation,
     turn_hue,
 )
@@ -83,23 +82,12 @@ def write(folder: Path, name: str, mask: np.ndarray, image: np.ndarray | None = 
     return Item(name, folder / f"{name}.png", ()), folder / f"{name}.mask.png"
 
 
-# -- Scale --------------------------------------------------------------------------------------
-
-
 def test_choices_are_drawn_equally_often() -> None:
     generator = rng(0)
     found = [draw_scale(DEEPLAB, generator) for _ in range(5000)]
     values, counts = np.unique(found, return_counts=True)
     assert values.tolist() == [0.5, 0.75, 1.0, 1.25, 1.5]
     assert np.abs(counts - 1000).max() < 150
-
-
-def test_a_range_is_drawn_uniformly() -> None:
-    generator = rng(0)
-    found = np.array([draw_scale(WIDERESNET, generator) for _ in range(5000)])
-    assert found.min() >= 0.7 and found.max() <= 1.3
-    counts, _ = np.histogram(found, 6, (0.7, 1.3))
-    assert np.abs(counts - 5000 / 6).max() < 130
 
 
 def test_a_batch_has_a_scale_of_seed_and_step() -> None:
@@ -133,16 +121,6 @@ def test_size_before_the_crop(
     assert augmented_size(size, box, scale) == expected
 
 
-def test_the_bilinear_resize_by_hand() -> None:
-    image = np.repeat(np.array([[0, 100]], np.uint8)[..., None], 3, axis=2)
-    assert resize_bilinear(image, (1, 4))[0, :, 0].tolist() == [0, 25, 75, 100]
-    assert resize_bilinear(image, (2, 1))[:, 0, 0].tolist() == [50, 50]
-    assert resize_bilinear(image, (1, 2)) is image
-
-
-# -- Crop and padding ---------------------------------------------------------------------------
-
-
 def test_a_crop_is_a_part_of_the_image() -> None:
     image = rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
     labels = np.arange(90 * 120).reshape(90, 120)
@@ -151,16 +129,6 @@ def test_a_crop_is_a_part_of_the_image() -> None:
     assert torch.equal(numbers[0].sort().values, torch.arange(64) + row * 120 + column)
     pixels = image.reshape(-1, 3)[numbers.numpy()]
     np.testing.assert_allclose(colours_of(found), pixels, atol=1e-3)
-
-
-def test_crops_are_drawn_uniformly_from_all_places() -> None:
-    labels = np.zeros((66, 40), np.uint8)
-    generator = rng(0)
-    windows = [draw_crop(labels, 64, None, generator) for _ in range(3000)]
-    starts, counts = np.unique([rows.start for rows, _ in windows], return_counts=True)
-    assert starts.tolist() == [0, 1, 2] and np.abs(counts - 1000).max() < 100
-    assert {columns.start for _, columns in windows} == {0}
-    assert all(rows.stop - rows.start == 64 for rows, _ in windows)
 
 
 @pytest.mark.parametrize("settings", [DEEPLAB, WIDERESNET], ids=["ignored", "background"])
@@ -181,28 +149,6 @@ def test_a_small_image_is_padded_with_the_mean_colour(settings: SegmenterSetting
         assert (found[:, outside] == 0).all(), "the mean colour"
         assert (found[(slice(None), *covered)] > 100).all()
     assert seen == {False, True}, "padding is to the right, or to the left of a mirror image"
-
-
-def test_only_the_shorter_axis_is_padded() -> None:
-    image, labels = patches(30, 100)
-    found, truth = augment(image, labels, CAFFE, plain(), rng(0))
-    assert (truth[30:] == 255).all() and (truth[:30] != 255).all()
-    assert (found[:, 30:] == 0).all()
-
-
-def test_padding_before_the_crop_gives_the_same() -> None:
-    """The order of section 1, pixel by pixel over many draws."""
-    labels = np.arange(10 * 80).reshape(10, 80)
-    image = np.zeros((10, 80, 3), np.uint8)
-    padded = np.full((64, 80), 255)
-    padded[:10] = labels
-    expected = {padded[:, n : n + 64].tobytes() for n in range(17)}
-    expected |= {padded[:, n : n + 64][:, ::-1].tobytes() for n in range(17)}
-    found = {
-        augment(image, labels, CAFFE, plain(), rng(seed))[1].numpy().tobytes()
-        for seed in range(400)
-    }
-    assert found == expected
 
 
 def test_a_class_that_covers_too_much_has_the_crop_drawn_again() -> None:
@@ -245,9 +191,6 @@ def test_a_crop_without_a_label_is_drawn_again_and_ten_draws_are_the_limit() -> 
         assert generator.draws == 2 * 11
 
 
-# -- Alignment, mirror image, determinism -------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "settings",
     [DEEPLAB, WIDERESNET, UPERNET.model_copy(update={"distortion": False})],
@@ -268,28 +211,6 @@ def test_image_and_labels_stay_aligned(settings: SegmenterSettings) -> None:
     assert checked > 60 * 300
 
 
-def test_labels_keep_the_place_of_their_pixels_at_edges() -> None:
-    """Half-pixel centres in both: an edge of the image is where the labels change."""
-    labels = np.zeros((40, 40), np.uint8)
-    labels[:, 21:] = 1
-    image = np.where(labels[..., None] == 1, 255, 0).astype(np.uint8).repeat(3, 2)
-    for scale in (0.5, 0.75, 1.25, 1.5, 1.1):
-        found, truth = augment(image, labels, CAFFE, plain(), rng(0), scale=scale)
-        here = truth != 255
-        above = torch.from_numpy(colours_of(found)[..., 0] > 127.5)
-        assert ((truth == 1) != above)[here].float().mean() < 0.03
-
-
-def test_distorted_colours_still_belong_to_their_labels() -> None:
-    for seed in range(20):
-        image, labels = patches(90, 100, seed=seed)
-        found, truth = augment(image, labels, CAFFE, UPERNET, rng(seed), scale=1.0)
-        sure = inner(found, truth)
-        for label in range(4):
-            pixels = found[:, sure & (truth == label)]
-            assert not pixels.numel() or (pixels.amax(1) - pixels.amin(1)).max() < 1e-3
-
-
 def test_half_of_the_images_are_mirrored_with_their_labels() -> None:
     image, labels = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
     image[:, :32], labels[:, :32] = 255, 1
@@ -299,38 +220,6 @@ def test_half_of_the_images_are_mirrored_with_their_labels() -> None:
         assert torch.equal(found[0] > 0, truth == 1)
         mirrored += int(truth[0, 0] == 0)
     assert 160 < mirrored < 240
-
-
-def test_the_generator_alone_decides() -> None:
-    image, labels = patches(90, 110)
-    for settings in (DEEPLAB, WIDERESNET, UPERNET):
-        one, other = (augment(image, labels, CAFFE, settings, rng(5)) for _ in range(2))
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-        different = augment(image, labels, CAFFE, settings, rng(6))
-        assert not torch.equal(one[0], different[0])
-
-
-def test_int64_labels_are_as_good_as_uint8() -> None:
-    image, labels = patches(90, 110)
-    one = augment(image, labels, CAFFE, DEEPLAB, rng(5))
-    other = augment(image, labels.astype(np.int64), CAFFE, DEEPLAB, rng(5))
-    assert torch.equal(one[1], other[1])
-
-
-def test_arguments_are_not_changed() -> None:
-    image, labels = patches(64, 64)
-    copies = image.copy(), labels.copy()
-    augment(image, labels, CAFFE, UPERNET, rng(0), scale=1.0)
-    assert np.array_equal(image, copies[0]) and np.array_equal(labels, copies[1])
-
-
-def test_unequal_sides_are_refused() -> None:
-    image, labels = patches(64, 70)
-    with pytest.raises(ValueError, match=r"image \(64, 70, 3\) and labels \(64, 60\)"):
-        augment(image, labels[:, :60], CAFFE, DEEPLAB, rng(0))
-
-
-# -- Colours ------------------------------------------------------------------------------------
 
 
 class Scripted:
@@ -361,12 +250,6 @@ NOTHING = [False] * 5
 PIXEL = np.array([[[200, 100, 50]]], np.uint8)
 
 
-def test_nothing_drawn_changes_nothing() -> None:
-    image = rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
-    assert np.array_equal(distorted(image, NOTHING, []), image)
-    assert np.array_equal(distorted(image, [False, True, False, False, False], []), image)
-
-
 @pytest.mark.parametrize(
     ("drawn", "values", "expected"),
     [
@@ -393,13 +276,6 @@ def test_changes_by_hand(drawn: list[bool], values: list[float], expected: list[
         assert found[0, 0].tolist() == expected
 
 
-def test_values_are_clipped_after_the_brightness() -> None:
-    drawn = [True, True, True, False, False]
-    bright, dark = np.full((1, 1, 3), 241, np.uint8), np.full((1, 1, 3), 9, np.uint8)
-    assert distorted(bright, drawn, [32.0, 0.8])[0, 0].tolist() == [204] * 3
-    assert distorted(dark, drawn, [-32.0, 1.5])[0, 0].tolist() == [0] * 3
-
-
 def test_saturation_and_hue_are_those_of_hsv() -> None:
     colours = rng(0).integers(0, 256, (40, 40, 3)).astype(np.float32)
     colours[0] = colours[0, :, :1]  # grey
@@ -413,14 +289,6 @@ def test_saturation_and_hue_are_those_of_hsv() -> None:
         np.testing.assert_allclose(saturated[place] / 255, expected, atol=1e-5)
         expected = colorsys.hsv_to_rgb((hue - 25 / 360) % 1, saturation, value)
         np.testing.assert_allclose(turned[place] / 255, expected, atol=1e-5)
-
-
-def test_the_identity_of_each_change() -> None:
-    colours = rng(1).integers(0, 256, (3, 30, 30)).astype(np.float32)
-    np.testing.assert_allclose(scale_saturation(colours, 1.0), colours, atol=1e-3)
-    for degrees in (0.0, 360.0):
-        np.testing.assert_allclose(turn_hue(colours, degrees), colours, atol=1e-2)
-    assert scale_saturation(colours, 0.5).dtype == turn_hue(colours, 9.0).dtype == np.float32
 
 
 def test_draws_have_the_ranges_and_frequencies_of_the_specification() -> None:
@@ -455,9 +323,6 @@ def test_padding_is_not_distorted() -> None:
     for seed in range(30):
         found, truth = augment(image, labels, CAFFE, UPERNET, rng(seed), scale=0.5)
         assert (truth == 255).any() and (found[:, truth == 255] == 0).all()
-
-
-# -- Samples by place ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -514,9 +379,6 @@ def test_a_mask_that_changed_its_size_is_named(pairs: list[tuple[Item, Path]]) -
         samples[Place(0, 1, 0)]
 
 
-# -- Checking masks -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("workers", [1, 3])
 def test_pixels_are_counted_and_empty_masks_left_out(tmp_path: Path, workers: int) -> None:
     mask = np.array([[0, 0, 10, 8], [255, 99, 10, 0]])
@@ -536,11 +398,6 @@ def test_pixels_are_counted_and_empty_masks_left_out(tmp_path: Path, workers: in
     assert found.unknown == (77, 99)
 
 
-def test_a_background_mask_is_used(tmp_path: Path) -> None:
-    pairs = [write(tmp_path, "a", np.zeros((4, 4)))]
-    assert check_masks(pairs, CLASSES, strict=True, workers=1).pixels == (16, 0, 0, 0)
-
-
 def test_unknown_mask_ids_are_an_error_where_they_must_not_be(tmp_path: Path) -> None:
     pairs = [write(tmp_path, "a", np.array([[0, 9, 255, 12]]))]
     expected = r"mask .*a.mask.png of 'a' has the values \[9, 12\].*mask ids \[10, 17, 8\]"
@@ -557,12 +414,6 @@ def test_missing_masks_are_counted_and_three_are_named(tmp_path: Path) -> None:
     assert "i4" not in str(error.value)
     with pytest.raises(DataError, match="0 of 0 images have no mask"):
         check_masks([], CLASSES, strict=True, workers=1)
-
-
-def test_masks_of_another_size_are_an_error(tmp_path: Path) -> None:
-    pair = write(tmp_path, "a", np.zeros((4, 6)), np.zeros((6, 4, 3), np.uint8))
-    with pytest.raises(DataError, match=r"is 4 x 6 \(height x width\) but .* is 6 x 4"):
-        check_masks([pair], CLASSES, strict=False, workers=2)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.data.drawing import overlay_mask
 from lpcam.data.masks import read_index_mask
-from lpcam.data.voc import CLASSES as VOC_CLASSES
-from lpcam.formats.voc_server import write_voc_server
-from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
+from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.segmentation import folders as files
 from lpcam.segmentation import inference as predict
-from lpcam.segmentation.folders import INDEX, read_probabilities, segment_files, write_probabilities
+from lpcam.segmentation.folders import INDEX, segment_files, write_probabilities
 from lpcam.segmentation.settings import SegmentTestSettings
 
 SETTINGS = SegmentTestSettings.from_preset("deeplabv2.official", crf=None)
@@ -77,9 +74,6 @@ def expected_mask(image: np.ndarray) -> np.ndarray:
     anchors = np.array([(128, 128, 128), *COLOURS.values()], np.float64)
     distances = ((image[None].astype(np.float64) - anchors[:, None, None]) ** 2).sum(-1)
     return np.array([0, 1, 2, 9], np.uint8)[distances.argmin(0)]
-
-
-# -- What is written -----------------------------------------------------------------------------
 
 
 def test_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -141,29 +135,6 @@ def test_what_cannot_be_read_is_left_out(folder: Path, tmp_path: Path) -> None:
     assert f"results in {tmp_path / 'out'}\npictures in {tmp_path / 'out' / 'overlays'}" in summary
 
 
-def test_a_summary_stays_short(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    for number in range(23):
-        Image.new("RGB", (8, 8), (128, 128, 128)).save(tmp_path / "in" / f"{number:02d}.png")
-    result = segment_files(Nearest(), [tmp_path / "in"], tmp_path / "out", SETTINGS)
-    lines = result.summary().splitlines()
-    assert lines[0] == "00: background alone"
-    assert lines[20] == "... and 3 more images"
-    assert len(lines) == 23
-
-
-def test_the_largest_class_comes_first(tmp_path: Path) -> None:
-    image = np.full((32, 40, 3), 128, np.uint8)
-    image[:8, :10], image[16:, :20] = COLOURS["blue"], COLOURS["red"]
-    Image.fromarray(image).save(tmp_path / "two.png")
-    result = segment_files(Nearest(), [tmp_path / "two.png"], tmp_path / "out", SETTINGS)
-    assert result.found[0]["classes"] == [
-        {"name": "red", "mask_value": 9, "area": 0.25},
-        {"name": "blue", "mask_value": 1, "area": 0.0625},
-    ]
-    assert result.summary().startswith("two: red (25 %), blue (6 %)\n")
-
-
 def test_a_large_image_is_segmented_smaller(tmp_path: Path) -> None:
     image = np.full((60, 201, 3), 128, np.uint8)
     image[:, :100] = COLOURS["red"]
@@ -184,8 +155,8 @@ def test_a_large_image_is_segmented_smaller(tmp_path: Path) -> None:
     assert set(np.unique(mask)) == {0, 9}
     assert (mask == expected_mask(image)).mean() > 0.98
     assert Image.open(tmp_path / "out" / "overlays" / "wide.png").size == (67, 20)
-    stored = read_probabilities(tmp_path / "out" / "probabilities" / "wide.npz")
-    assert stored.probabilities.shape == (4, 20, 67)
+    stored = np.load(tmp_path / "out" / "probabilities" / "wide.npz")
+    assert stored["probabilities"].shape == (4, 20, 67)
 
 
 def test_threads_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -221,9 +192,6 @@ def test_an_image_that_the_crf_refuses_is_left_out(folder: Path, tmp_path: Path)
     reason = {Path(s["image"]).name: s["reason"] for s in result.skipped}["a.png"]
     assert reason.startswith(f"cannot segment image {folder / 'a.png'}: a CRF of 4 labels on an")
     assert reason.endswith("or lower the longest side of images")
-
-
-# -- Earlier results -----------------------------------------------------------------------------
 
 
 def test_a_second_call_replaces_its_own_files_only(folder: Path, tmp_path: Path) -> None:
@@ -266,13 +234,6 @@ def test_foreign_files_are_never_replaced(folder: Path, tmp_path: Path, name: st
     assert tree(tmp_path / "out") == before
 
 
-def test_a_folder_of_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / INDEX).write_text('{"kind": "lpcam explain", "images": {}}')
-    with pytest.raises(ArtefactError, match=r"predicted\.json was not written by 'lpcam predict'"):
-        segment_files(Nearest(), [folder], tmp_path / "out", SETTINGS)
-
-
 def test_after_a_stop_the_same_call_finishes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,23 +253,6 @@ def test_after_a_stop_the_same_call_finishes(
     assert tree(tmp_path / "out") == tree(tmp_path / "other")
 
 
-def test_sources_without_images_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"there is no image below .*empty; files with the ending"):
-        segment_files(Nearest(), [tmp_path / "empty"], tmp_path / "out", SETTINGS)
-    with pytest.raises(DataError, match=r"there is no image or folder .*none\.png"):
-        segment_files(Nearest(), [tmp_path / "none.png"], tmp_path / "out", SETTINGS)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_segmenter_in_training_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClassifierError, match=r"call eval\(\) first"):
-        segment_files(Nearest().train(), [folder], tmp_path / "out", SETTINGS)
-
-
-# -- Probabilities -------------------------------------------------------------------------------
-
-
 def test_probabilities_are_stored_in_255_steps(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand((4, 7, 9), generator=generator).softmax(0)
@@ -316,24 +260,22 @@ def test_probabilities_are_stored_in_255_steps(tmp_path: Path) -> None:
     for name in ("1", "2"):
         write_probabilities(tmp_path / f"{name}.npz", scores, CLASSES, {"made": "here"})
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
-    stored = read_probabilities(tmp_path / "1.npz")
-    assert stored.names == ("background", "blue", "green", "red")
-    assert stored.mask_ids == (0, 1, 2, 9)
-    assert stored.made_by == {"made": "here"}
-    assert stored.probabilities[:, 0, 0].tolist() == [0, 1, 0, 0]
-    assert np.abs(stored.probabilities - scores.numpy()).max() <= 1 / 510 + 1e-6
-    plain = np.load(tmp_path / "1.npz", allow_pickle=False)  # with NumPy alone
-    assert plain["probabilities"].dtype == np.uint8
-    assert plain["names"].tolist() == ["background", "blue", "green", "red"]
+    stored = np.load(tmp_path / "1.npz", allow_pickle=False)
+    assert stored["names"].tolist() == ["background", "blue", "green", "red"]
+    assert stored["mask_ids"].tolist() == [0, 1, 2, 9]
+    assert json.loads(stored["made_by"].tobytes()) == {"made": "here"}
+    values = stored["probabilities"]
+    assert values.dtype == np.uint8 and values[:, 0, 0].tolist() == [0, 255, 0, 0]
+    assert np.abs(values / 255 - scores.numpy()).max() <= 1 / 510 + 1e-6
 
 
 def test_probabilities_of_a_folder(folder: Path, tmp_path: Path) -> None:
     result = segment_files(Nearest(), [folder], tmp_path / "out", SETTINGS, probabilities=True)
     for one in result.found:
-        stored = read_probabilities(tmp_path / "out" / one["files"]["probabilities"])
+        stored = np.load(tmp_path / "out" / one["files"]["probabilities"])["probabilities"] / 255
         image = colours_of(folder / f"{one['image']}.png")
         scores = predict.probabilities(Nearest(), image, SETTINGS)
-        assert np.abs(stored.probabilities - scores.numpy()).max() <= 1 / 510 + 1e-6
+        assert np.abs(stored - scores.numpy()).max() <= 1 / 510 + 1e-6
 
 
 def test_probabilities_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -343,111 +285,3 @@ def test_probabilities_that_are_none_are_refused(tmp_path: Path) -> None:
     for value in (1.1, -0.1, float("nan")):
         with pytest.raises(DataError, match=r"NaN or outside \[0, 1\]"):
             write_probabilities(path, torch.full((4, 2, 2), value), CLASSES, {})
-    path.write_bytes(b"something")
-    with pytest.raises(ArtefactError, match=r"p\.npz is damaged or holds no probabilities"):
-        read_probabilities(path)
-
-
-# -- The VOC test server -------------------------------------------------------------------------
-
-VOC = ClassTable(VOC_CLASSES, tuple(range(1, 21)))
-IDS = ["2008_000006", "2008_000011", "2012_004331"]
-
-
-@pytest.fixture
-def masks(tmp_path: Path) -> Path:
-    """One of grey values, two with palettes; and one of an image that is not asked for."""
-    root = tmp_path / "masks"
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    for number, name in enumerate([*IDS, "2008_000099"]):
-        picture = Image.fromarray(rng.integers(0, 21, (6 + number, 8)).astype(np.uint8))
-        if number:
-            picture.putpalette([0] * 768)
-        picture.save(root / f"{name}.png")
-    return root
-
-
-def test_the_servers_layout(masks: Path, tmp_path: Path) -> None:
-    archive = write_voc_server(masks, IDS, VOC, tmp_path / "server")
-    assert archive == tmp_path / "server" / "comp6_test_cls.tar.gz"
-    inner = "results/VOC2012/Segmentation/comp6_test_cls"
-    expected = {f"{inner}/{name}.png" for name in IDS}
-    assert set(tree(tmp_path / "server")) == expected | {archive.name}
-    with tarfile.open(archive) as packed:
-        members = packed.getmembers()
-        assert [m.name for m in members] == sorted(expected)
-        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
-        packed.extractall(tmp_path / "unpacked", filter="data")
-    for name in IDS:
-        unpacked = tmp_path / "unpacked" / inner / f"{name}.png"
-        assert unpacked.read_bytes() == (tmp_path / "server" / inner / f"{name}.png").read_bytes()
-        np.testing.assert_array_equal(
-            read_index_mask(unpacked), read_index_mask(masks / f"{name}.png")
-        )
-        palette = Image.open(unpacked).getpalette()
-        assert palette is not None and palette[:6] == [0, 0, 0, 128, 0, 0]
-
-
-def test_the_archive_depends_on_the_masks_alone(masks: Path, tmp_path: Path) -> None:
-    one = write_voc_server(masks, IDS, VOC, tmp_path / "1", competition="comp5")
-    given = {name: masks / f"{name}.png" for name in reversed(IDS)}
-    some = ClassTable(("cat", "dog"), (8, 12))
-    two = write_voc_server(given, IDS[::-1], some, tmp_path / "2", competition="comp5")
-    assert one.name == "comp5_test_cls.tar.gz"
-    assert one.read_bytes() == two.read_bytes()
-    assert one.read_bytes()[4:8] == bytes(4)  # gzip's date
-    again = write_voc_server(masks, IDS, VOC, tmp_path / "1", competition="comp5")
-    assert again.read_bytes() == two.read_bytes()
-
-
-@pytest.mark.parametrize("value", [21, 254, 255])
-def test_values_that_the_server_does_not_take(masks: Path, tmp_path: Path, value: int) -> None:
-    Image.fromarray(np.full((3, 3), value, np.uint8)).save(masks / f"{IDS[1]}.png")
-    with pytest.raises(DataError, match=rf"2008_000011\.png has the value {value}; the server tak"):
-        write_voc_server(masks, IDS, VOC, tmp_path / "server")
-    assert not (tmp_path / "server").exists()
-
-
-def test_missing_masks_are_named(masks: Path, tmp_path: Path) -> None:
-    (masks / f"{IDS[0]}.png").unlink()
-    more = [*IDS, *(f"2010_{n:06d}" for n in range(7))]
-    with pytest.raises(DataError, match=r"8 of 10 masks are missing: '2008_000006', .* and 3 more"):
-        write_voc_server(masks, more, VOC, tmp_path / "server")
-    with pytest.raises(DataError, match=r"2 of 3 masks are missing: '2008_000006', '2012_004331'"):
-        write_voc_server({IDS[1]: masks / f"{IDS[1]}.png"}, IDS, VOC, tmp_path / "server")
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([], "no id was given"),
-        (["barn/2008_000006"], "'barn/2008_000006' is no id of VOC, as 2008_000006 is"),
-        (["../2008_000006"], "is no id of VOC"),
-        (["2008000006"], "is no id of VOC"),
-        ([IDS[0], IDS[0]], "2008_000006"),
-    ],
-)
-def test_ids_that_are_not_vocs(masks: Path, tmp_path: Path, ids: list[str], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        write_voc_server(masks, ids, VOC, tmp_path / "server")
-
-
-@pytest.mark.parametrize(
-    "classes",
-    [ClassTable(("cat",), (1,)), ClassTable(("fanear",), (8,)), ClassTable(("cat",), (80,))],
-)
-def test_classes_that_are_not_vocs(masks: Path, tmp_path: Path, classes: ClassTable) -> None:
-    with pytest.raises(DataError, match="is not one of VOC; the server takes the 20 classes"):
-        write_voc_server(masks, IDS, classes, tmp_path / "server")
-
-
-def test_other_bad_input_for_the_server(masks: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="unknown competition 'comp3'; the server has comp5, comp6"):
-        write_voc_server(masks, IDS, VOC, tmp_path, competition="comp3")  # type: ignore[arg-type]
-    write_voc_server(masks, IDS, VOC, tmp_path / "server")
-    with pytest.raises(ArtefactError, match=r"2012_004331\.png is there already and not of this l"):
-        write_voc_server(masks, IDS[:2], VOC, tmp_path / "server")
-    (masks / f"{IDS[0]}.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="damaged or not an image"):
-        write_voc_server(masks, IDS, VOC, tmp_path / "server")

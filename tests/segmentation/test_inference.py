@@ -88,9 +88,6 @@ def near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=2e-6)
 
 
-# -- One scale -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (101, 35)])
 def test_one_scale_is_the_softmax_of_the_logits(size: tuple[int, int]) -> None:
     image = photograph(*size)
@@ -121,22 +118,6 @@ def test_sides_that_are_too_short_are_enlarged_alone(size: tuple[int, int]) -> N
     assert set(segmenter.seen) == {(1, 3, max(32, size[0]), max(32, size[1]))}
 
 
-def test_a_plain_image_is_plain_at_every_odd_size() -> None:
-    image = np.full((1, 1, 3), (10, 200, 90), np.uint8)
-    expected = logits_of(image).softmax(0)
-    for fusion in ("mean_logits", "mean_probabilities", "max_probabilities"):
-        chosen = settings(
-            scales=[0.5, 1.0, 1.37], flip=True, fusion=fusion, window=33, sides="truncated"
-        )
-        for size in ((33, 39), (7, 95)):
-            plain = np.broadcast_to(image, (*size, 3))
-            found = probabilities(Linear(4), plain, chosen)
-            near(found, expected.expand(3, *size))
-
-
-# -- Scales and fusion ---------------------------------------------------------------------------
-
-
 def test_sides_are_rounded_or_truncated() -> None:
     for scale, rounded, truncated in ((0.5, (50, 52), (50, 52)), (1.37, (138, 144), (138, 143))):
         assert sides((101, 105), scale, settings()) == rounded
@@ -154,12 +135,6 @@ def test_an_image_is_resized_to_fit_both_bounds(
     assert sides(size, 1.0, settings(resize=[2048, 512])) == expected
     height, width = sides(size, 0.5, settings(resize=[2048, 512]))
     assert abs(height - expected[0] / 2) <= 1 and abs(width - expected[1] / 2) <= 1
-
-
-def test_the_image_is_resized_once_to_bound_and_scale() -> None:
-    segmenter = Linear()
-    probabilities(segmenter, photograph(40, 50), settings(resize=[200, 80], scales=[1.0, 0.5]))
-    assert segmenter.seen == [(1, 3, 80, 100), (1, 3, 40, 50)]
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -193,14 +168,6 @@ def test_chunks_of_labels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     near(whole, probabilities(Linear(4), photograph(50, 60), chosen))
 
 
-def test_large_logits_have_probabilities_too() -> None:
-    logits = torch.tensor([500.0, 501.0, -500.0]).view(1, 3, 1, 1)
-    expected = torch.tensor([1.0, np.e, 0.0]) / (1.0 + np.e)
-    for fusion in ("mean_logits", "mean_probabilities"):
-        found = probabilities(Fixed(logits), photograph(32, 32), settings(fusion=fusion))
-        near(found[:, 3, 4], expected)
-
-
 def test_interpolated_probabilities_do_not_exceed_one() -> None:
     logits = torch.zeros(1, 3, 3, 3)
     logits[0, 1] = 200.0
@@ -214,16 +181,6 @@ def test_interpolated_probabilities_do_not_exceed_one() -> None:
         assert bool((labels(found) == 1).all())
 
 
-# -- Mirror images -------------------------------------------------------------------------------
-
-
-def test_a_network_that_mirrors_do_not_matter_to_has_the_same_probabilities() -> None:
-    image = photograph(40, 45)
-    for fusion in ("mean_logits", "mean_probabilities", "max_probabilities"):
-        plain = probabilities(Linear(), image, settings(fusion=fusion))
-        near(probabilities(Linear(), image, settings(fusion=fusion, flip=True)), plain)
-
-
 def test_logits_of_the_mirror_image_are_mirrored_back() -> None:
     image = photograph(40, 45)
     segmenter = Sided()
@@ -233,18 +190,6 @@ def test_logits_of_the_mirror_image_are_mirrored_back() -> None:
     one = probabilities(Sided(), image, settings(fusion="max_probabilities"))
     both = probabilities(Sided(), image, settings(fusion="max_probabilities", flip=True))
     near(both, torch.maximum(one, one.flip(-1)))
-
-
-# -- Windows -------------------------------------------------------------------------------------
-
-
-def test_windows_cover_an_axis() -> None:
-    assert window_starts(1024, 512, 0.333) == [0, 341, 512]
-    assert window_starts(512, 512, 0.333) == [0]
-    assert window_starts(513, 512, 0.333) == [0, 1]
-    assert window_starts(300, 512, 0.5) == [0]
-    assert window_starts(96, 32, 0.0) == [0, 32, 64]
-    assert window_starts(18, 16, 0.999) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.333, 0.5, 0.75, 0.9])
@@ -300,9 +245,6 @@ def test_logits_are_averaged_where_windows_overlap() -> None:
     near(found[0, 7], first.exp() / (first.exp() + 2))
 
 
-# -- Independence --------------------------------------------------------------------------------
-
-
 def test_the_result_does_not_depend_on_threads_or_earlier_images() -> None:
     chosen = settings(scales=[0.75, 1.0], flip=True, crf="deeplab")
     crf = make_crf(chosen)
@@ -311,37 +253,6 @@ def test_the_result_does_not_depend_on_threads_or_earlier_images() -> None:
     probabilities(Linear(4), photograph(50, 60, seed=1), chosen, crf=crf)
     torch.set_num_threads(2)
     assert torch.equal(one, probabilities(Linear(4), image, chosen, crf=crf))
-
-
-def test_the_image_is_left_as_it_was_and_gradients_are_not_kept() -> None:
-    image = photograph(40, 45)
-    before = image.copy()
-
-    class Trained(Linear):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(()))
-
-        def forward(self, images: Tensor) -> Tensor:
-            return images * self.gain  # three channels, three labels
-
-    found = probabilities(Trained(), image, settings(flip=True, fusion="max_probabilities"))
-    np.testing.assert_array_equal(image, before)
-    assert not found.requires_grad
-    near(found, Linear.preprocessing(before).softmax(0))
-
-
-# -- CRF -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", SegmentTestSettings.preset_names())
-def test_every_preset_has_its_crf(preset: str) -> None:
-    chosen = SegmentTestSettings.from_preset(preset)
-    crf = make_crf(chosen, memory=123)
-    assert (crf is None) == (chosen.crf is None)
-    if crf is not None:
-        assert crf.settings.preset == chosen.crf
-        assert crf.memory == 123
 
 
 def test_the_crf_smooths_what_has_one_colour() -> None:
@@ -387,15 +298,6 @@ def test_a_wrapped_image_by_hand() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_crf_that_needs_too_much_is_refused() -> None:
-    chosen = settings(crf="deeplab")
-    with pytest.raises(DataError, match=r"needs about .* more than"):
-        probabilities(Linear(), photograph(40, 45), chosen, crf=make_crf(chosen, memory=1000))
-
-
-# -- Labels and masks ----------------------------------------------------------------------------
-
-
 def test_labels_and_masks() -> None:
     scores = torch.tensor([[[0.2, 0.5, 0.4]], [[0.3, 0.5, 0.2]], [[0.5, 0.0, 0.4]]])
     found = labels(scores)
@@ -404,23 +306,6 @@ def test_labels_and_masks() -> None:
     np.testing.assert_array_equal(label_mask(found, CLASSES), [[7, 0, 0]])
     with pytest.raises(DataError, match="values from 3 to 3"):
         label_mask(torch.tensor([[3]]), CLASSES)
-
-
-# -- Bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((40, 40), np.uint8),
-        np.zeros((40, 40, 4), np.uint8),
-        np.zeros((40, 40, 3), np.float32),
-        np.zeros((0, 40, 3), np.uint8),
-    ],
-)
-def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(DataError, match=r"expected uint8 \(H, W, 3\) RGB"):
-        probabilities(Linear(), image, settings())
 
 
 def test_a_segmenter_in_training_is_refused() -> None:

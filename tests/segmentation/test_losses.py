@@ -14,9 +14,7 @@ from torch import Tensor
 from lpcam.segmentation.losses import (
     balanced_sum,
     cross_entropy_sum,
-    enlarge,
     nearest,
-    reduce_labels,
     segmentation_loss,
 )
 
@@ -36,17 +34,6 @@ def by_pillow(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(resized).astype(np.int64))
 
 
-# -- Sizes --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "reduced"), [(321, 41), (321, 21), (321, 31), (512, 128), (7, 7)])
-def test_reduced_labels_are_pillows(size: int, reduced: int) -> None:
-    labels = drawn_labels(2, size, size, values=(*range(21), 255))
-    found = reduce_labels(labels, (reduced, reduced))
-    for one, its in zip(labels, found, strict=True):
-        assert torch.equal(its, by_pillow(one, (reduced, reduced)))
-
-
 def test_every_pair_of_lengths_picks_pillows_pixels() -> None:
     """Also where a centre falls between two pixels and rounding decides."""
     lengths = [*range(1, 66), 160, 225, 241, 255]
@@ -54,29 +41,6 @@ def test_every_pair_of_lengths_picks_pillows_pixels() -> None:
         row = torch.arange(length)[None]
         for size in [*range(1, 130), 321]:
             assert torch.equal(nearest(length, size), by_pillow(row, (1, size))[0]), (length, size)
-
-
-def test_long_axes_pick_pillows_pixels() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        length, size = (int(n) for n in rng.integers(1, 3000, 2))
-        row = Image.fromarray(np.arange(length, dtype=np.int32)[None], "I")
-        expected = np.array(row.resize((size, 1), Image.Resampling.NEAREST))[0]
-        assert np.array_equal(nearest(length, size).numpy(), expected), (length, size)
-
-
-def test_sides_are_reduced_apart() -> None:
-    labels = drawn_labels(1, 60, 91)
-    assert torch.equal(reduce_labels(labels, (13, 40))[0], by_pillow(labels[0], (13, 40)))
-
-
-def test_logits_are_enlarged_without_aligned_corners() -> None:
-    logits = torch.tensor([[[[0.0, 4.0]]]])
-    assert enlarge(logits, (1, 4)).flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
-    assert enlarge(logits, (1, 2)) is logits
-
-
-# -- Sums and counts ----------------------------------------------------------------------------
 
 
 def test_sum_and_count_by_hand() -> None:
@@ -140,9 +104,6 @@ def test_double_precision_is_kept() -> None:
 
             assert loss(logits).dtype == torch.float64
             assert torch.autograd.gradcheck(loss, logits)
-
-
-# -- The loss of a batch ------------------------------------------------------------------------
 
 
 def test_reduced_losses_of_several_outputs_add_up() -> None:
@@ -218,28 +179,3 @@ def test_parts_of_two_processes_add_up_to_the_whole(kind: str, meet: str) -> Non
     found = torch.autograd.grad(parts[0] + parts[1], [logits for logits, _ in whole])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_the_loss_falls_along_its_gradient() -> None:
-    logits, labels = drawn(1, 3, 6, 6).requires_grad_(), drawn_labels(1, 48, 48)
-    for kind in ("cross_entropy", "balanced"):
-        loss = segmentation_loss([(logits, 1.0)], labels, kind=kind, meet="full")
-        (gradient,) = torch.autograd.grad(loss, logits)
-        better = segmentation_loss([(logits - 0.5 * gradient, 1.0)], labels, kind=kind, meet="full")
-        assert better < loss
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"logits \(1, 3, 5, 5\).*labels \(1, 9, 9\)"):
-        cross_entropy_sum(drawn(1, 3, 5, 5), torch.zeros(1, 9, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match="reduce the labels"):
-        balanced_sum(drawn(2, 3, 5, 5), torch.zeros(1, 5, 5, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(
-    "change", [{"outputs": []}, {"kind": "focal"}, {"meet": "half"}], ids=["none", "kind", "meet"]
-)
-def test_unknown_choices_are_refused(change: dict[str, object]) -> None:
-    values = {"outputs": [(drawn(1, 3, 5, 5), 1.0)], "kind": "balanced", "meet": "full", **change}
-    with pytest.raises(ValueError, match="expected an output, 'cross_entropy' or 'balanced'"):
-        segmentation_loss(labels=torch.zeros(1, 5, 5, dtype=torch.int64), **values)

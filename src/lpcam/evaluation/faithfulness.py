@@ -22,21 +22,11 @@ from torch import Tensor
 from lpcam.runtime.errors import DataError
 
 Score = Callable[[Tensor], Tensor]
-
-
 Fill = Literal["zero", "mean", "blur"]
-
-
 FILLS: tuple[Fill, ...] = ("zero", "mean", "blur")
-
-
 BLUR_SIZE = 11
 """Window of the Gaussian in pixels, as in RISE."""
-
-
 BLUR_SIGMA = 5.0
-
-
 STEPS = 50
 
 
@@ -73,9 +63,6 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
     planes = F.pad(images.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="reflect")
     blurred = F.conv2d(F.conv2d(planes, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
     return blurred.view_as(images)
-
-
-# -- Insertion and deletion --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,9 +171,6 @@ def _curve(
     return PixelCurve(fractions, torch.cat(found).view(count, steps + 1).to(before.dtype))
 
 
-# -- Average drop and increase in confidence ---------------------------------------------------
-
-
 @torch.no_grad()
 def confidences(
     score: Score, images: Tensor, maps: Tensor, classes: Tensor, *, batch: int = 16
@@ -266,9 +250,6 @@ def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
     """
     _check_pairs(whole, shown)
     return float((shown > whole).double().mean())
-
-
-# -- Inputs ------------------------------------------------------------------------------------
 
 
 def _check(images: Tensor, maps: Tensor, classes: Tensor) -> None:

@@ -26,25 +26,14 @@ from lpcam.runtime.errors import DataError
 
 MAP_THRESHOLDS = tuple(step / 100 for step in range(100))
 """Thresholds of a map for boxes: 0.00, 0.01, ..., 0.99. Choe et al. use 1000."""
-
-
 PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))
 """Thresholds of a map for pixels: 0.000, 0.001, ..., 1.000."""
-
-
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 """IoU thresholds of MaxBoxAccV2."""
-
-
 TOLERANCE = 15.0
 """Tolerance of the pointing game, in pixels."""
-
-
 ROUNDING = 1e-5
 """Resized maps may leave [0, 1] by this much; they are clipped."""
-
-
-# -- Truth -------------------------------------------------------------------------------------
 
 
 def class_truth(labels: Tensor, index: int) -> Tensor:
@@ -99,9 +88,6 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     shared = sides.clamp(min=0).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
     return shared / union
-
-
-# -- Boxes -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,9 +203,6 @@ class BoxAccuracy:
         return BoxScores(largest, largest_at, mean, every, every_at, self.pairs)
 
 
-# -- The pointing game -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PointingScores:
     """Fractions of hits, means over the classes that have pairs."""
@@ -312,9 +295,6 @@ class PointingGame:
         )
 
 
-# -- Pixels ------------------------------------------------------------------------------------
-
-
 class PixelAveragePrecision:
     """PxAP (Choe et al. 2020): area under the precision-recall curve of the pixels.
 
@@ -384,9 +364,6 @@ class PixelAveragePrecision:
         curve = self.curve()
         gains = [b - a for a, b in pairwise([0.0, *curve["recall"]])]
         return sum(p * gain for p, gain in zip(curve["precision"], gains, strict=True))
-
-
-# -- Inputs ------------------------------------------------------------------------------------
 
 
 def _grid(thresholds: Sequence[float]) -> tuple[float, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,6 +21,7 @@ from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item, Skip
 from lpcam.data.images import read_image, scaled_size, upright_size
 from lpcam.data.masks import read_index_mask
+from lpcam.data.resize import resize
 from lpcam.evaluation.segmentation import truth_labels
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.parallel import ordered_map
@@ -31,21 +31,12 @@ from lpcam.training.loop import Place
 
 REDRAWS = 10
 """How often a crop is drawn again for ``class_limit`` (section 3)."""
-
-
 BRIGHTNESS = 32.0
 """Largest change of 8-bit values by the photometric distortion (section 3, as what follows)."""
-
-
 CONTRAST = SATURATION = (0.5, 1.5)
 """Ranges of the factors of RGB and of the saturation."""
-
-
 HUE = 36.0
 """Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
-
-
-# -- Scale -------------------------------------------------------------------------------------
 
 
 def draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> float:
@@ -72,6 +63,10 @@ def augmented_size(
     With a ``box`` = (longest, shortest side) the image is made as large as fits in ``scale`` times
     the box, whose sides are truncated to whole pixels (section 3); else it is ``scale`` times as
     large. The aspect is kept; sides are rounded.
+
+    Example:
+        >>> augmented_size((100, 200), (512, 128), 0.5)
+        (64, 128)
     """
     if box is None:
         return scaled_size(*size, scale)
@@ -84,14 +79,8 @@ def resize_bilinear(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[
 
     Shrinking does not average over further pixels, as in OpenCV, which the recipes' programs use.
     """
-    if image.shape[:2] == size:
-        return image
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
-    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0]
-    return resized.round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-# -- Crop --------------------------------------------------------------------------------------
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return resize(planes.float(), size).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def draw_crop(
@@ -101,9 +90,6 @@ def draw_crop(
     generator: np.random.Generator,
 ) -> tuple[slice, slice]:
     """A random window of ``crop`` x ``crop`` pixels in labels (H, W), smaller where they are.
-
-    An axis that is shorter than the crop is taken whole: padding it first and cropping then would
-    leave no choice there either.
 
     Args:
         class_limit: the window is drawn again, ten times at most, while one class has more than
@@ -123,9 +109,6 @@ def draw_crop(
                 break
             window = draw()
     return window
-
-
-# -- Colours -----------------------------------------------------------------------------------
 
 
 def distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
@@ -188,9 +171,6 @@ def _value_and_chroma(
     return value, value - colours.min(0)
 
 
-# -- Image and labels --------------------------------------------------------------------------
-
-
 def augment(
     image: NDArray[np.uint8],
     labels: NDArray[np.uint8] | NDArray[np.int64],
@@ -204,9 +184,8 @@ def augment(
 
     The image is resized bilinearly and the labels by Pillow's nearest neighbour, a crop is taken,
     padded to the right and below where the image is smaller, and mirrored in half of the cases,
-    padding and all (the order of section 1); the distortion changes no padding. Padding has the
-    mean colour, 0 after normalisation. (Section 2 pads with 0 without saying of what; 0 before
-    normalisation would be black, which it means nowhere else.)
+    padding and all (the order of section 1). Padding has the mean colour, 0 after normalisation;
+    the distortion does not change it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -215,12 +194,7 @@ def augment(
 
     Returns:
         (3, crop, crop) float32 and (crop, crop) int64.
-
-    Raises:
-        ValueError: if image and labels differ in size.
     """
-    if image.shape[:2] != labels.shape:
-        raise ValueError(f"image {image.shape} and labels {labels.shape} must have equal sides")
     if scale is None:
         scale = draw_scale(settings, generator)
     size = augmented_size((labels.shape[0], labels.shape[1]), settings.resize, scale)
@@ -281,9 +255,6 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
             np.random.default_rng([self.seed, epoch, index]),
             scale=batch_scale(self.settings, self.seed, step) if together else None,
         )
-
-
-# -- Checking masks ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.data.output_folders import ImageResults, OutputKind, find_images, process_images
 from lpcam.refine.crf import DenseCrf
-from lpcam.runtime.errors import ArtefactError, DataError
-from lpcam.runtime.files import printable, read_bytes, write_bytes, write_json
+from lpcam.runtime.errors import DataError
+from lpcam.runtime.files import printable, write_bytes, write_json
 from lpcam.runtime.resources import memory_of_an_image
 from lpcam.runtime.versions import versions
 from lpcam.segmentation import inference as predict
@@ -31,19 +30,11 @@ from lpcam.segmentation.inference import SegmenterLike
 from lpcam.segmentation.settings import SegmentTestSettings
 
 KIND = "lpcam predict"
-
-
 INDEX = "predicted.json"
-
-
 MAXIMUM_SIDE = 1024
 """Pixels. A longer image is segmented at this long side, as a run maps it."""
-
-
 BACKGROUND_NAME = "background"
 """Of label 0 in files of probabilities."""
-
-
 _ZLIB_LEVEL = 1
 
 
@@ -82,12 +73,11 @@ def segment_files(
     """Segment image files and the images of folders; a broken one is left out, with the reason.
 
     Below ``output``, by the names of :func:`lpcam.data.output_folders.find_images`:
-    ``masks/NAME.png`` at
-    the image's size, with the VOC palette and the classes' mask ids; ``overlays/NAME.png``, the
-    mask over the image; ``found/NAME.json``, the classes and their share of the image; on demand
-    ``probabilities/NAME.npz`` (:func:`write_probabilities`); and ``predicted.json``, which names
-    the images, what was left out, and what made the masks. A later call replaces the files of the
-    same names that an earlier one wrote, and no others.
+    ``masks/NAME.png`` at the image's size, with the VOC palette and the classes' mask ids;
+    ``overlays/NAME.png``, the mask over the image; ``found/NAME.json``, the classes and their share
+    of the image; on demand ``probabilities/NAME.npz`` (:func:`write_probabilities`); and
+    ``predicted.json``, which names the images, what was left out, and what made the masks. A later
+    call replaces the files of the same names that an earlier one wrote, and no others.
 
     An image whose longer side is above ``maximum_side`` is segmented smaller: its mask is enlarged
     to the nearest pixel, its overlay and probabilities stay smaller.
@@ -199,22 +189,6 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-# -- Probabilities -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class ProbabilityFile:
-    """The probabilities of one image's labels."""
-
-    names: tuple[str, ...]
-    """Of the L labels: ``background``, then the classes."""
-    mask_ids: tuple[int, ...]
-    """Their values in masks."""
-    probabilities: NDArray[np.float32]
-    """(L, H, W) in [0, 1], in steps of 1/255."""
-    made_by: dict[str, Any] = field(default_factory=dict)
-
-
 def write_probabilities(
     path: Path, probabilities: Tensor, classes: ClassTable, made_by: Mapping[str, Any]
 ) -> None:
@@ -252,20 +226,3 @@ def write_probabilities(
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     write_bytes(path, buffer.getvalue())
-
-
-def read_probabilities(path: Path) -> ProbabilityFile:
-    """Read what :func:`write_probabilities` wrote; ArtefactError if it is damaged or another's."""
-    data = read_bytes(path)
-    try:
-        archive = np.load(io.BytesIO(data), allow_pickle=False)
-        return ProbabilityFile(
-            tuple(str(name) for name in archive["names"]),
-            tuple(int(value) for value in archive["mask_ids"]),
-            archive["probabilities"].astype(np.float32) / 255,
-            json.loads(archive["made_by"].tobytes()),
-        )
-    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
-        raise ArtefactError(
-            f"{path} is damaged or holds no probabilities ({error}); write it again with '{KIND}'"
-        ) from error

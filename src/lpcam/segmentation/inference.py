@@ -2,8 +2,7 @@
 
 The procedures are those of the specification of segmentation, sections 1 to 3 ("Test"); which one
 is followed is in :class:`~lpcam.segmentation.settings.SegmentTestSettings`. L labels are 0, the
-background, and
-n + 1 for class n; H x W is the image, h x w the logits of a network.
+background, and n + 1 for class n; H x W is the image, h x w the logits of a network.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import scaled_size
+from lpcam.data.resize import resize
 from lpcam.method.seeds import to_mask
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.errors import ClassifierError, DataError
@@ -27,12 +27,8 @@ from lpcam.segmentation.settings import SegmentTestSettings
 
 MINIMUM_SIDE = 32
 """Pixels. A side that a scale makes shorter is enlarged to it, alone: networks need as many."""
-
-
 WRAPPED_MEAN = (104.008, 116.669, 122.675)
 """Mean colour that the stock program of DeepLabV2 takes from its images: blue, green, red."""
-
-
 CHUNK_BYTES = 2**26
 """Of labels' planes that are enlarged together. All 81 of COCO at 12 megapixels are 3.9 GB, which
 are needed once and not twice."""
@@ -50,9 +46,6 @@ class SegmenterLike(Protocol):
     @property
     def training(self) -> bool: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
-
-
-# -- Probabilities -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -94,7 +87,11 @@ def probabilities(
     total = normalised.new_zeros(len(segmenter.classes) + 1, *size)  # probabilities are >= 0, too
     count = 0
     for scale in settings.scales:
-        scaled = _resize(normalised, sides(size, scale, settings), settings.align_corners)
+        to = sides(size, scale, settings)
+        if settings.align_corners and to != size:
+            scaled = F.interpolate(normalised, size=to, mode="bilinear", align_corners=True)
+        else:
+            scaled = resize(normalised, to)
         for mirrored in (False, True) if settings.flip else (False,):
             pixels = scaled.flip(-1) if mirrored else scaled
             logits = _windowed(segmenter, pixels, settings.window, settings.overlap)
@@ -118,6 +115,10 @@ def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) ->
     ``settings.resize`` bounds the longer and the shorter side before the scale; it enlarges, too.
     Both are one resize. Sides are rounded, a half to even, or truncated, and at least
     `MINIMUM_SIDE`.
+
+    Example:
+        >>> sides((375, 500), 0.5, SegmentTestSettings.from_preset("deeplabv2.official"))
+        (188, 250)
     """
     factor = scale
     if settings.resize is not None:
@@ -135,15 +136,13 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
     Neighbours share at least the part ``overlap`` of a window, but are at least a pixel apart. The
     last window ends at the end of the axis. One of no more than a window's length has one window.
+
+    Example:
+        >>> window_starts(100, 40, 0.25)
+        [0, 30, 60]
     """
     step = max(1, window - math.ceil(window * overlap))
     return [*range(0, length - window, step), max(0, length - window)]
-
-
-def _resize(images: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def _windowed(
@@ -192,7 +191,7 @@ def _fuse_(total: Tensor, maps: Tensor, *, largest: bool = False) -> None:
     step = max(1, CHUNK_BYTES // (total.element_size() * math.prod(size)))
     for start in range(0, len(total), step):
         into = total[start : start + step]
-        part = _resize(maps[None, start : start + step], size, align_corners=False)[0]
+        part = resize(maps[start : start + step], size)
         if largest:
             torch.maximum(into, part, out=into)
         else:
@@ -203,9 +202,6 @@ def _softmax_(logits: Tensor) -> None:
     """Over the labels (first axis), in place: torch's own needs the memory twice."""
     logits.sub_(logits.amax(0)).exp_()
     logits.div_(logits.sum(0))
-
-
-# -- Dense CRF ---------------------------------------------------------------------------------
 
 
 def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseCrf | None:
@@ -245,32 +241,34 @@ def refine(
 def wrapped_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What the stock program of DeepLabV2 gives to its CRF in the place of the image.
 
-    The image minus `WRAPPED_MEAN`, cast to 8 bits: fractions are cut off, and negative values wrap
-    around, -5 to 251 (specification of segmentation, section 1, "CRF bug").
+    The image (uint8 (H, W, 3) RGB) minus `WRAPPED_MEAN`, cast to 8 bits as BGR: fractions are cut
+    off, and negative values wrap around, -5 to 251 (specification of segmentation, section 1, "CRF
+    bug").
 
-    Args:
-        image: uint8 (H, W, 3) RGB.
-
-    Returns:
-        uint8 (H, W, 3) BGR.
+    Example:
+        >>> wrapped_image(np.full((1, 1, 3), 110, np.uint8)).tolist()
+        [[[5, 250, 244]]]
     """
     centred = image[:, :, ::-1] - np.array(WRAPPED_MEAN)
     wrapped: NDArray[np.uint8] = (np.trunc(centred).astype(np.int64) % 256).astype(np.uint8)
     return wrapped
 
 
-# -- Labels and masks --------------------------------------------------------------------------
-
-
 def labels(probabilities: Tensor) -> Tensor:
-    """The most probable label of each pixel, the first of equal ones: (L, H, W) to int64 (H, W)."""
+    """The most probable label of each pixel, the first of equal ones: (L, H, W) to int64 (H, W).
+
+    Example:
+        >>> labels(torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]])).tolist()
+        [[0, 1]]
+    """
     return probabilities.argmax(0)
 
 
 def label_mask(labels: Tensor, classes: ClassTable) -> NDArray[np.uint8]:
     """Mask values of labels: int64 (H, W), 0..N, to uint8 (H, W) of 0 and mask ids of the classes.
 
-    Raises:
-        DataError: if a label is out of range.
+    Example:
+        >>> label_mask(torch.tensor([[0, 2]]), ClassTable(("cow", "dog"), (10, 12)))
+        array([[ 0, 12]], dtype=uint8)
     """
     return to_mask(labels, np.arange(len(classes)), classes)

@@ -18,14 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.data.dataset import BACKGROUND, IGNORE
+from lpcam.data.resize import resize
 
 Kind = Literal["cross_entropy", "balanced"]
-
-
 Meeting = Literal["reduced", "full"]
-
-
-# -- Where labels and logits meet --------------------------------------------------------------
 
 
 def nearest(length: int, size: int) -> Tensor:
@@ -36,6 +32,10 @@ def nearest(length: int, size: int) -> Tensor:
 
     Returns:
         (size,) int64, on the CPU.
+
+    Example:
+        >>> nearest(4, 2).tolist()
+        [1, 3]
     """
     step = length / size
     centres = np.full(size, step)
@@ -46,7 +46,9 @@ def nearest(length: int, size: int) -> Tensor:
 def reduce_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Labels (..., H, W) at ``size`` = (h, w), exactly as Pillow's NEAREST gives them.
 
-    Section 1: 321 goes to 41, 160 to 21, 240 to 31. Enlarging works too.
+    Example:
+        >>> reduce_labels(torch.tensor([[0, 1, 2, 3]]), (1, 2)).tolist()
+        [[1, 3]]
     """
     rows, columns = (
         nearest(length, int(side)).to(labels.device)
@@ -55,29 +57,19 @@ def reduce_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def enlarge(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits (B, L, h, w) at ``size`` = (H, W): bilinear, align_corners False."""
-    if tuple(logits.shape[-2:]) == tuple(size):
-        return logits
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-# -- Sums and counts ---------------------------------------------------------------------------
-
-
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, summed over the pixels that count, and their number.
+    """Cross-entropy, summed over the pixels that count, and their number (int64).
+
+    Without a pixel that counts both are 0, and so is the gradient.
 
     Args:
         logits: (B, L, h, w); half precision is computed in float32.
         labels: (B, h, w) int64.
 
-    Returns:
-        two scalars; the count is int64. Without a pixel that counts, both are 0, and so is the
-        gradient.
-
-    Raises:
-        ValueError: if the shapes do not fit.
+    Example:
+        >>> total, count = cross_entropy_sum(torch.zeros(1, 2, 1, 2), torch.tensor([[[1, 255]]]))
+        >>> round(float(total), 4), int(count)
+        (0.6931, 1)
     """
     return _pixel_losses(logits, labels).sum(), (labels != IGNORE).sum()
 
@@ -99,20 +91,12 @@ def balanced_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, h, w), 0 where the label is 255."""
-    if logits.ndim != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} must be (B, L, h, w) and labels {tuple(labels.shape)} "
-            "their (B, h, w); reduce the labels or enlarge the logits first"
-        )
     # Without reduction, because CUDA adds up the others in any order.
     return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORE, reduction="none")
 
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-# -- The loss of a batch -----------------------------------------------------------------------
 
 
 def segmentation_loss(
@@ -139,21 +123,19 @@ def segmentation_loss(
         a scalar: this process's part, its sums divided by the counts of all. A mean without a
         pixel counts as 0, with a gradient of 0.
 
-    Raises:
-        ValueError: if there is no output, or ``kind`` or ``meet`` is unknown.
+    Example:
+        >>> outputs, labels = [(torch.zeros(1, 2, 1, 1), 1.0)], torch.tensor([[[0, 0]]])
+        >>> loss = segmentation_loss(outputs, labels, kind="cross_entropy", meet="full")
+        >>> round(float(loss), 4)
+        0.6931
     """
-    if not outputs or kind not in ("cross_entropy", "balanced") or meet not in ("reduced", "full"):
-        raise ValueError(
-            f"got {len(outputs)} outputs, kind {kind!r} and meet {meet!r}; expected an output, "
-            "'cross_entropy' or 'balanced', and 'reduced' or 'full'"
-        )
     summed = cross_entropy_sum if kind == "cross_entropy" else balanced_sum
     sums, counts = [], []
     for logits, weight in outputs:
         if meet == "reduced":
             met = logits, reduce_labels(labels, logits.shape[-2:])
         else:
-            met = enlarge(_wide(logits), labels.shape[-2:]), labels
+            met = resize(_wide(logits), labels.shape[-2:]), labels
         found, count = summed(*met)
         sums.append(weight * found)
         counts.append(count)

@@ -99,29 +99,13 @@ class Segmenter(nn.Module):
         values = metadata["spec"]
         spec = SegmenterSpec(**{**values, "pyramid": tuple(values["pyramid"])})
         classes = ClassTable(tuple(metadata["classes"]), tuple(metadata["mask_ids"]))
-        preprocessing = metadata["preprocessing"]
-        segmenter = build_segmenter(
-            spec,
-            classes,
-            weights=RANDOM,
-            mean=preprocessing["mean"],
-            std=preprocessing["std"],
-        )
+        segmenter = build_segmenter(spec, classes, weights=RANDOM, **metadata["preprocessing"])
         load_weights(segmenter.network, state, path)
         return segmenter
 
 
 def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
-    """Raise the errors of :func:`build_segmenter` that can be found without building.
-
-    Args:
-        spec: the architecture.
-        weights: ``"pretrained"``, ``"random"``, or a safetensors file.
-
-    Raises:
-        ClassifierError: if the backbone is unknown, the weights do not exist, or an optional
-            package is missing.
-    """
+    """Raise the ClassifierError of :func:`build_segmenter` that can be found without building."""
     if weights not in (PRETRAINED, RANDOM) and not Path(weights).is_file():
         raise ClassifierError(
             f"segment.weights: there is no file {weights!r}; give the path of a safetensors file, "
@@ -150,6 +134,12 @@ def build_segmenter(
 
     Raises:
         ClassifierError: if the backbone is unknown, or the weights are missing or do not fit.
+
+    Example:
+        >>> spec = SegmenterSpec("deeplabv2", "test_resnet", {})
+        >>> segmenter = build_segmenter(spec, ClassTable(("cow",), (1,)), weights="random")
+        >>> tuple(segmenter(torch.zeros(1, 3, 64, 64)).shape[:2])
+        (1, 2)
     """
     network, preprocessing = NETWORKS[spec.network].build(
         spec, len(classes) + 1, weights=weights, mean=mean, std=std, seed=seed

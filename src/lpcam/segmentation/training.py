@@ -26,16 +26,10 @@ from lpcam.training import loop as engine
 from lpcam.training.optim import names_below, poly
 
 Precision = Literal["float32", "bfloat16", "float16"]
-
-
 RECORDS = 100
 """Of the history over a whole training."""
-
-
 CHECKPOINTS = 40
 """Over a whole training, beside those of the records."""
-
-
 BETA2 = 0.999
 """Second beta of AdamW (section 3)."""
 
@@ -54,14 +48,15 @@ class Validation:
     """A longer image is segmented at this long side, in pixels, and its labels are enlarged."""
 
 
-# -- Steps and rates ---------------------------------------------------------------------------
-
-
 def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> engine.Plan:
     """How the settings train on a list of ``count`` images.
 
     The poly schedule is renewed every ``refresh`` steps and multiplied, over the first ``warmup``
     steps, by a factor that rises linearly to 1.
+
+    Example:
+        >>> plan_of(SegmenterSettings.from_preset("light", iterations=500), 100).steps
+        500
     """
     batch = min(settings.batch_size, count)
     steps = settings.iterations or (settings.epochs or 0) * (count // batch)
@@ -84,13 +79,11 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """The optimiser of a network's parameter groups, each with its rate and decay."""
     rate, decay = settings.learning_rate, settings.weight_decay
+    bias = (rate * settings.head_bias_multiplier, settings.head_bias_weight_decay)
     values = {
         "backbone": (rate, decay),
         "head": (rate * settings.head_multiplier, decay),
-        "head_bias": (
-            rate * settings.head_bias_multiplier,
-            settings.head_bias_weight_decay,
-        ),
+        "head_bias": bias,
         "no_decay": (rate, 0.0),
     }
     wanted = [
@@ -106,10 +99,8 @@ def optimizer_of(
 def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
     """Stop the gradient of backbone parameters whose names begin with a prefix.
 
-    Names are those of the backbone itself, as ``conv_stem`` or ``blocks.0`` of a timm MobileNetV2.
-
-    Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages there are.
+    Names are those of the backbone itself, as ``conv_stem`` or ``blocks.0`` of a timm MobileNetV2;
+    ClassifierError if a prefix matches nothing.
     """
     named = {
         name.removeprefix("backbone.").removeprefix("classifier.backbone."): parameter
@@ -117,9 +108,6 @@ def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
     }
     for name in names_below(named, prefixes):
         named[name].requires_grad_(False)
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 class _Outputs(nn.Module):
@@ -254,9 +242,6 @@ def check_batch(
 def _trains_batch_norms(network: nn.Module) -> bool:
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return any(p.requires_grad for norm in norms for p in norm.parameters())
-
-
-# -- Validation --------------------------------------------------------------------------------
 
 
 def validation_steps(plan: engine.Plan, times: int) -> set[int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -15,30 +13,36 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import PRETRAINED, RANDOM
+from lpcam.classifiers.classifier import RANDOM, Preprocessing
 from lpcam.runtime.errors import ClassifierError
+from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.networks.deeplabv2 import (
     BLOCKS,
     CAFFE,
     DILATIONS,
-    PREPROCESSING,
+    NETWORK,
     STRIDES,
     Aspp,
     CaffeResNet101,
     DeepLabV2,
-    build_deeplabv2,
     convert_names,
-    to_bgr,
 )
 
 TINY = {"blocks": [1, 1, 1, 1], "width": 8}
 PYRAMID = (0.5, 0.75)
 
 
+def build(backbone: str, labels: int, **options: Any) -> tuple[DeepLabV2, Preprocessing]:
+    names = ("arguments", "output_stride", "pyramid")
+    chosen = {name: options.pop(name) for name in names if name in options}
+    spec = SegmenterSpec("deeplabv2", backbone, **{"arguments": {}, **chosen})
+    return NETWORK.build(spec, labels, **options)
+
+
 def tiny(labels: int = 4, **options: Any) -> DeepLabV2:
     """A random Caffe network of one narrow block a stage."""
     options = {"arguments": TINY, "weights": RANDOM, "pyramid": PYRAMID, **options}
-    return build_deeplabv2(CAFFE, labels, **options)[0]
+    return build(CAFFE, labels, **options)[0]
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -52,9 +56,6 @@ def whole() -> DeepLabV2:
     with torch.device("meta"):
         backbone = CaffeResNet101()
         return DeepLabV2(backbone, backbone.channels, 21, pyramid=PYRAMID)
-
-
-# -- Architecture -------------------------------------------------------------------------------
 
 
 def test_number_of_parameters(whole: DeepLabV2) -> None:
@@ -127,16 +128,6 @@ def test_sides_of_the_features(
     assert features.shape == (2, 2048, *expected)
 
 
-def test_pool_rounds_its_size_up() -> None:
-    stem = CaffeResNet101(**TINY).layer1  # type: ignore[arg-type]
-    found: list[Tensor] = []
-    stem.conv1.register_forward_hook(lambda *given: found.append(given[2]))
-    pooled = stem(images(1, 3, 32, 32))
-    # 16 columns: floor gives 8 windows; the ninth sees column 15 alone
-    assert pooled.shape[-2:] == (9, 9)
-    assert torch.equal(pooled[0, :, 8, 8], found[0][0, :, 15, 15])
-
-
 def test_a_block_by_hand() -> None:
     """The second stage of the backbone: its first block, written out."""
     block = CaffeResNet101(**TINY).layer3.block1  # type: ignore[arg-type]
@@ -167,29 +158,12 @@ def test_a_block_by_hand() -> None:
 
 
 def test_rgb_is_reordered_to_bgr() -> None:
-    image = torch.stack([torch.full((2, 2), float(n)) for n in range(3)])[None]
-    assert to_bgr(image)[0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
     backbone = CaffeResNet101(**TINY).eval()  # type: ignore[arg-type]
     seen: list[Tensor] = []
     backbone.layer1.conv1.conv.register_forward_hook(lambda *given: seen.append(given[1][0]))
     given = images(1, 3, 33, 34)
     backbone(given)
     assert torch.equal(seen[0], given[:, [2, 1, 0]])
-
-
-def test_preprocessing_only_takes_the_mean_colour_off() -> None:
-    image = np.zeros((1, 2, 3), np.uint8)
-    image[0, 1] = 255, 117, 4
-    found = PREPROCESSING(image)
-    expected = torch.tensor([[-122.675, 132.325], [-116.669, 0.331], [-104.008, -100.008]])
-    assert torch.allclose(found[:, 0], expected, atol=1e-4)
-
-
-def test_too_few_blocks_are_refused() -> None:
-    with pytest.raises(ClassifierError, match=r"\[1, 1\]"):
-        CaffeResNet101([1, 1], 8)
-    with pytest.raises(ClassifierError, match="width 0"):
-        CaffeResNet101(width=0)
 
 
 def test_random_weights_keep_activations_near_one() -> None:
@@ -200,9 +174,6 @@ def test_random_weights_keep_activations_near_one() -> None:
     with torch.no_grad():
         deviation = float(backbone(images(1, 3, 65, 65)).square().mean().sqrt())
     assert 0.1 < deviation < 10.0
-
-
-# -- ASPP ---------------------------------------------------------------------------------------
 
 
 def test_aspp_is_the_sum_of_its_convolutions() -> None:
@@ -217,9 +188,6 @@ def test_aspp_is_the_sum_of_its_convolutions() -> None:
     seen = torch.tensor([[4.0, 6.0, 4.0], [6.0, 9.0, 6.0], [4.0, 6.0, 4.0]])
     far = torch.tensor([[4.0, 2.0, 4.0], [2.0, 1.0, 2.0], [4.0, 2.0, 4.0]])
     assert torch.equal(found, seen + 10.0 * far + 1100.0)
-
-
-# -- Pyramid ------------------------------------------------------------------------------------
 
 
 class Spy(nn.Module):
@@ -264,81 +232,6 @@ def test_outputs_and_maximum_by_hand() -> None:
         assert torch.equal(network(given), largest)
     # each scale is the largest somewhere
     assert {int(n) for n in torch.stack(resized).argmax(0).unique()} == {0, 1, 2}
-
-
-def test_without_a_pyramid_there_is_one_output() -> None:
-    network = tiny(pyramid=())
-    given = images(1, 3, 40, 57)
-    with torch.no_grad():
-        (found,) = network.outputs(given)
-        assert found[1] == 1.0
-        assert torch.equal(found[0], network(given))
-        assert torch.equal(found[0], network.aspp(network.backbone(given)))
-
-
-# -- Training -----------------------------------------------------------------------------------
-
-
-def test_parameter_groups_are_disjoint_and_complete() -> None:
-    network = tiny()
-    groups = network.parameter_groups()
-    assert list(groups) == ["backbone", "head", "head_bias"]
-    trained = [id(p) for group in groups.values() for p in group]
-    assert len(trained) == len(set(trained))
-    assert set(trained) == {id(p) for p in network.parameters() if p.requires_grad}
-    convolutions = [m for m in network.backbone.modules() if isinstance(m, nn.Conv2d)]
-    assert {id(p) for p in groups["backbone"]} == {id(c.weight) for c in convolutions}
-    assert [tuple(p.shape) for p in groups["head"]] == [(4, 256, 3, 3)] * 4
-    assert [tuple(p.shape) for p in groups["head_bias"]] == [(4,)] * 4
-    frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
-    norms = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    assert frozen == [f"{norm}.{name}" for norm in norms for name in ("weight", "bias")]
-
-
-def steps(network: DeepLabV2, count: int) -> list[float]:
-    """Losses of gradient descent on two images: bright is label 1, dark is 0."""
-    given = images(2, 3, 49, 49) / 10.0
-    labels = torch.zeros(2, 49, 49, dtype=torch.int64)
-    labels[0, :, 24:], labels[1, 24:] = 1, 1
-    given = given + 80.0 * (2.0 * labels[:, None] - 1.0)
-    groups = network.parameter_groups()
-    rates = {"backbone": 2e-3, "no_decay": 2e-3, "head": 2e-2, "head_bias": 4e-2}
-    optimizer = torch.optim.SGD(
-        [{"params": p, "lr": rates[key]} for key, p in groups.items()], momentum=0.9
-    )
-    losses = []
-    network.train()
-    for _ in range(count):
-        loss = torch.zeros(())
-        for logits, weight in network.outputs(given):
-            small = F.interpolate(labels[:, None].float(), logits.shape[-2:])[:, 0].long()
-            loss = loss + weight * F.cross_entropy(logits, small)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_training_lowers_the_loss_and_leaves_batch_norms_alone() -> None:
-    network = tiny(2)
-    before = copy.deepcopy(network.state_dict())
-    losses = steps(network, 12)
-    assert losses[-1] < 0.5 * losses[0]
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (".bn." in name), name
-
-
-# -- Building and weights -----------------------------------------------------------------------
-
-
-def test_random_weights_follow_the_seed_and_leave_the_generator_alone() -> None:
-    state = torch.random.get_rng_state()
-    first, same, other = (tiny(seed=seed).state_dict() for seed in (3, 3, 4))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    for name in ("aspp.c3.weight", "backbone.layer5.block1.conv3x3.conv.weight"):
-        assert torch.equal(first[name], same[name])
-        assert not torch.equal(first[name], other[name])
 
 
 def backbone_state(seed: int = 9) -> dict[str, Tensor]:
@@ -405,50 +298,12 @@ def test_convert_names() -> None:
         convert_names({"base.layer1.x": torch.ones(1), "scale.layer1.x": torch.ones(1)})
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    state = backbone_state()
-    name = "layer2.block1.reduce.conv.weight"
-
-    def refused(changed: dict[str, Tensor], message: str) -> None:
-        path = write(tmp_path / "w.safetensors", changed)
-        with pytest.raises(ClassifierError, match=message):
-            tiny(weights=path)
-
-    lacking = {k: v for k, v in state.items() if k != name}
-    refused(lacking, rf"'w.safetensors' do not fit.*1 missing \(first: {name}\)")
-    refused({**state, name: torch.ones(3)}, rf"1 of another shape \(first: {name}\)")
-    refused({**state, "gate": torch.ones(3)}, r"1 unexpected \(first: gate\)")
-    damaged = state[name].clone()
-    damaged[0, 0] = torch.nan
-    refused({**state, name: damaged}, rf"hold NaN or Inf in '{name}'; the file is damaged")
-    head = torch.full((4, 256, 3, 3), torch.inf)
-    refused({**state, "base.aspp.c1.weight": head}, r"hold NaN or Inf in 'aspp.c1.weight'")
-    torchvision = timm.create_model("test_resnet").state_dict()
-    refused(torchvision, r"missing .*unexpected .*for torchvision's or timm's .* is resnet101")
-
-
-def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(ClassifierError, match="no pretrained"):
-        tiny(weights=PRETRAINED)
-    with pytest.raises(ClassifierError, match=r"absent\.safetensors"):
-        tiny(weights=tmp_path / "absent.safetensors")
-    (tmp_path / "w.pth").write_bytes(b"pickle")
-    with pytest.raises(ClassifierError, match=r"w\.pth"):
-        tiny(weights=tmp_path / "w.pth")
-    (tmp_path / "w.safetensors").write_bytes(b"torn")
-    with pytest.raises(ClassifierError, match="cannot be read"):
-        tiny(weights=tmp_path / "w.safetensors")
-
-
 def test_arguments_that_the_caffe_backbone_lacks() -> None:
     with pytest.raises(ClassifierError, match="drop_rate"):
         tiny(arguments={"drop_rate": 0.1})
     with pytest.raises(ClassifierError, match="16"):
         tiny(output_stride=16)
     assert tiny(output_stride=8).backbone(images(1, 3, 65, 65)).shape[-1] == 9
-
-
-# -- timm's backbones ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -463,7 +318,7 @@ def test_arguments_that_the_caffe_backbone_lacks() -> None:
 )
 def test_backbones_of_timm(name: str, stride: int | None, sides: tuple[int, int]) -> None:
     arguments = {"dynamic_img_pad": True, "dynamic_img_size": True} if "vit" in name else {}
-    network, preprocessing = build_deeplabv2(
+    network, preprocessing = build(
         name, 5, arguments=arguments, output_stride=stride, weights=RANDOM, pyramid=PYRAMID
     )
     assert preprocessing.std[0] < 1.0
@@ -483,7 +338,7 @@ def test_backbones_of_timm(name: str, stride: int | None, sides: tuple[int, int]
 
 
 def test_what_timm_keeps_from_decay() -> None:
-    network = build_deeplabv2("test_vit", 2, arguments={"dynamic_img_pad": True}, weights=RANDOM)[0]
+    network = build("test_vit", 2, arguments={"dynamic_img_pad": True}, weights=RANDOM)[0]
     groups = network.parameter_groups()
     names = {id(p): name.removeprefix("backbone.") for name, p in network.named_parameters()}
     free = {names[id(p)] for p in groups["no_decay"]}
@@ -495,11 +350,11 @@ def test_what_timm_keeps_from_decay() -> None:
 def test_weights_of_a_timm_backbone(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=0)
     path = write(tmp_path / "w.safetensors", model.state_dict())
-    network = build_deeplabv2("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
+    network = build("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
     state = network.backbone.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[f"classifier.backbone.{name}"], tensor), name
-    again = build_deeplabv2("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
+    again = build("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
     assert torch.equal(network.aspp.c1.weight, again.aspp.c1.weight)
     with pytest.raises(ClassifierError, match="timm has no model 'resnet101_cafe'"):
-        build_deeplabv2("resnet101_cafe", 3, weights=RANDOM)
+        build("resnet101_cafe", 3, weights=RANDOM)

@@ -1,12 +1,15 @@
-"""What every segmentation network keeps to: seeds, preprocessing and parameter groups."""
+"""Contract of every segmentation network: seeds, preprocessing, groups, training, files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
 
 from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
 from lpcam.runtime.errors import ClassifierError
@@ -93,3 +96,62 @@ def test_pretrained_weights_that_do_not_exist_are_refused_early() -> None:
             NETWORKS[name].check(SPECS[name], PRETRAINED)
         with pytest.raises(ClassifierError, match="no pretrained"):
             build(SPECS[name], weights=PRETRAINED)
+
+
+def test_steps_lower_the_loss_and_change_what_is_trained(spec: SegmenterSpec) -> None:
+    torch.manual_seed(0)  # of dropout
+    network, preprocessing = build(spec)
+    labels = torch.zeros(4, 48, 48, dtype=torch.int64)
+    labels[:2, :, :24] = labels[2:, 24:] = 1
+    noise = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0)) / 4
+    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    images = (noise + 0.6 * labels[:, None] - mean) / std
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    groups = [p for group in network.parameter_groups().values() for p in group]
+    optimiser = torch.optim.Adam(groups, lr=1e-2)
+    losses = []
+    network.train()
+    for _ in range(20):
+        parts = [
+            weight * cross_entropy(interpolate(logits, (48, 48), mode="bilinear"), labels)
+            for logits, weight in network.outputs(images)
+        ]
+        optimiser.zero_grad()
+        loss = torch.stack(parts).sum()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0]
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in frozen), name
+
+
+def file_of(network: Any) -> dict[str, Tensor]:
+    """The backbone's tensors under the names that weights files have."""
+    backbone = getattr(network.backbone, "swin", network.backbone)
+    return {k: v.contiguous() for k, v in backbone.state_dict().items()}
+
+
+def test_files_that_do_not_fit_are_refused(spec: SegmenterSpec, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = file_of(build(spec)[0])
+    save_file(state, path)
+    loaded = file_of(build(spec, weights=path, seed=1)[0])
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
+    key = [name for name, tensor in state.items() if tensor.ndim > 1][-1]
+    for change, message in (
+        ({key: None}, f"1 missing .*{key}"),
+        ({key: torch.zeros(3)}, f"1 of another shape .*{key}"),
+        ({"gate": torch.zeros(3)}, "1 unexpected .*gate"),
+        ({key: torch.full_like(state[key], torch.nan)}, f"NaN or Inf in '{key}'"),
+    ):
+        changed: dict[str, Any] = {**state, **change}
+        save_file({k: v for k, v in changed.items() if v is not None}, path)
+        with pytest.raises(ClassifierError, match=message):
+            build(spec, weights=path)
+    path.write_bytes(b"torn")
+    (tmp_path / "w.pth").write_bytes(b"pickle")
+    for name in ("w.safetensors", "none.safetensors", "w.pth"):
+        with pytest.raises(ClassifierError, match=name):
+            build(spec, weights=tmp_path / name)

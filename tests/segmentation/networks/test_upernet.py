@@ -12,11 +12,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks import upernet
-from lpcam.segmentation.networks.upernet import SIZES, UperNetSwin, build_upernet, convert_names
+from lpcam.segmentation.networks.base import SegmenterSpec
+from lpcam.segmentation.networks.upernet import NETWORK, SIZES, UperNetSwin, convert_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,15 +31,13 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tiny(labels: int = 3, **options: Any) -> UperNetSwin:
-    options = {"arguments": TINY, "weights": "random", **options}
-    return build_upernet("tiny", labels, **options)[0]
+    options = {"arguments": TINY, "weights": "random", "size": "tiny", **options}
+    spec = SegmenterSpec("upernet", options.pop("size"), options.pop("arguments"))
+    return NETWORK.build(spec, labels, **options)[0]
 
 
 def cells(size: tuple[int, int], stride: int) -> tuple[int, int]:
     return -(-size[0] // stride), -(-size[1] // stride)
-
-
-# -- Sizes and shapes ---------------------------------------------------------------------------
 
 
 def counted(width: int, depths: tuple[int, ...], heads: tuple[int, ...], labels: int) -> int:
@@ -130,9 +128,6 @@ def test_the_settings_of_the_specification() -> None:
     assert network.auxiliary_head.num_convs == 1
 
 
-# -- Beyond the library -------------------------------------------------------------------------
-
-
 def test_dropout_of_whole_channels_before_both_classifiers() -> None:
     torch.manual_seed(0)
     network = tiny(arguments={**TINY, "channels": 400, "auxiliary_channels": 400}).train()
@@ -184,63 +179,6 @@ def test_one_image_cannot_be_trained_on() -> None:
     # where batch norms are shared by several processes, the library of torch decides
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in shared.modules())
-
-
-# -- Training -----------------------------------------------------------------------------------
-
-
-def test_groups_are_disjoint_and_complete() -> None:
-    network = tiny()
-    groups = network.parameter_groups()
-    names = {id(p): name for name, p in network.named_parameters()}
-    found = {key: {names[id(p)] for p in group} for key, group in groups.items()}
-    assert set().union(*found.values()) == set(names.values())
-    assert sum(map(len, groups.values())) == len(names)
-    assert all(p.requires_grad for p in network.parameters())
-    norm_or_table = {n for n in names.values() if "norm" in n or "relative_position" in n}
-    assert found["no_decay"] == norm_or_table
-    assert found["head_bias"] == {"decode_head.classifier.bias", "auxiliary_head.classifier.bias"}
-    assert all(".weight" in n and "_head." in n for n in found["head"])
-    assert all(n.startswith("backbone.swin.") for n in found["backbone"])
-    assert any(n.endswith("q_proj.bias") for n in found["backbone"])
-
-
-def test_every_parameter_has_a_gradient_and_steps_lower_the_loss() -> None:
-    torch.manual_seed(0)  # of dropout
-    network = tiny(arguments=NARROW).train()
-    x = images(4, 3, 32, 32) / 4
-    labels = torch.zeros(4, 32, 32, dtype=torch.int64)
-    labels[:2, :, :16] = labels[2:, 16:] = 1
-    x += labels[:, None]
-    groups = network.parameter_groups()
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": p, "weight_decay": 0.0 if k == "no_decay" else 0.01}
-            for k, p in groups.items()
-        ],
-        lr=5e-3,
-    )
-
-    def loss() -> Tensor:
-        parts = []
-        for logits, weight in network.outputs(x):
-            enlarged = nn.functional.interpolate(logits, (32, 32), mode="bilinear")
-            parts.append(weight * cross_entropy(enlarged, labels))
-        return torch.stack(parts).sum()
-
-    losses = []
-    for _ in range(15):
-        optimiser.zero_grad()
-        value = loss()
-        value.backward()
-        if not losses:
-            assert not [n for n, p in network.named_parameters() if p.grad is None]
-        optimiser.step()
-        losses.append(float(value.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-
-
-# -- Weights ------------------------------------------------------------------------------------
 
 
 def timm_swin() -> nn.Module:
@@ -331,32 +269,6 @@ def test_published_weights_from_a_folder_and_from_its_file(tmp_path: Path) -> No
     )
 
 
-def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    state = convert_names(timm_swin().state_dict())
-    state = {k: v.contiguous() for k, v in state.items()}
-    key = "encoder.layers.2.blocks.1.mlp.fc1.weight"
-    for change, message in (
-        ({key: None}, rf"1 missing \(first: {key}\)"),
-        ({key: torch.zeros(3, 4)}, rf"1 of another shape \(first: {key}\)"),
-        ({"encoder.extra": torch.zeros(3)}, r"1 unexpected \(first: encoder\.extra\)"),
-        ({"embeddings.norm.bias": torch.full((12,), torch.inf)}, "NaN or Inf in 'embeddings"),
-    ):
-        changed: dict[str, Any] = {**state, **change}
-        save_file({k: v for k, v in changed.items() if v is not None}, path)
-        with pytest.raises(ClassifierError, match=message):
-            tiny(weights=path)
-    with pytest.raises(ClassifierError, match="no weights file"):
-        tiny(weights=tmp_path / "none.safetensors")
-    path.write_bytes(b"nothing")
-    with pytest.raises(ClassifierError, match="cannot be read"):
-        tiny(weights=path)
-    pickled = tmp_path / "w.pth"
-    pickled.write_bytes(b"")
-    with pytest.raises(ClassifierError, match="lpcam convert"):
-        tiny(weights=pickled)
-
-
 def test_a_checkpoint_that_cannot_be_had(tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match="cannot be loaded"):
         tiny(weights="pretrained", arguments={**TINY, "checkpoint": str(tmp_path)})
@@ -373,9 +285,6 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
         tiny(weights="pretrained", arguments={**TINY, "checkpoint": str(tmp_path)})
 
 
-# -- What is refused ----------------------------------------------------------------------------
-
-
 def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ClassifierError, match="transformers"):
@@ -384,10 +293,10 @@ def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.Mo
 
 def test_bad_sizes_and_arguments() -> None:
     with pytest.raises(ClassifierError, match="'huge'"):
-        build_upernet("huge", 3, weights="random")
+        tiny(size="huge")
     with pytest.raises(ClassifierError, match="'width'"):
-        build_upernet("tiny", 3, arguments={"width": 3}, weights="random")
+        tiny(arguments={"width": 3})
     with pytest.raises(ClassifierError, match="depths"):
-        build_upernet("tiny", 3, arguments={"depths": [2, 2]}, weights="random")
+        tiny(arguments={"depths": [2, 2]})
     with pytest.raises(ClassifierError, match="'tiny'"):
-        build_upernet("tiny", 3, arguments={**TINY, "embed_dim": "wide"}, weights="random")
+        tiny(arguments={**TINY, "embed_dim": "wide"})

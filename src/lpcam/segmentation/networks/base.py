@@ -35,18 +35,15 @@ class Network(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, L, h, w) of normalised RGB images (B, 3, H, W)."""
-        ...
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
         """For training: logits of each output and the weight of its loss."""
-        ...
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters, each in one of ``backbone``, ``head``, ``head_bias``, ``no_decay``.
 
         The optimiser gives each group its learning rate and weight decay.
         """
-        ...
 
 
 class SegmentationNetwork(Protocol):
@@ -66,13 +63,7 @@ class SegmentationNetwork(Protocol):
     one_size_export: bool
 
     def check(self, spec: SegmenterSpec, weights: str) -> None:
-        """Raise the cheap errors of :meth:`build`, before any long computation.
-
-        Raises:
-            ClassifierError: if the backbone is unknown, it has no pretrained weights to download,
-                or an optional package is missing.
-        """
-        ...
+        """Raise the ClassifierError of :meth:`build` that can be found without building."""
 
     def build(
         self,
@@ -87,16 +78,16 @@ class SegmentationNetwork(Protocol):
         """A :class:`Network` in evaluation mode, and its preprocessing.
 
         Args:
+            spec: the architecture.
             labels: L, with the background.
             weights: of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
             mean, std: of RGB in [0, 1]; None: the network's own.
             seed: for the head and random weights.
 
         Raises:
-            ClassifierError: if an argument is not accepted, or the weights are missing or do not
-                fit.
+            ClassifierError: if an argument is not accepted, or the weights are missing, do not fit
+                or hold NaN or Inf.
         """
-        ...
 
 
 class FrozenNorms(nn.Module):

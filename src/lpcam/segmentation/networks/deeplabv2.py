@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import (
@@ -29,71 +28,31 @@ from lpcam.classifiers.classifier import (
     read_weights,
     refuse_not_finite,
 )
+from lpcam.data.resize import resize
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
 
 logger = logging.getLogger(__name__)
-
-
 CAFFE = "resnet101_caffe"
 """Name of the backbone that timm does not have."""
-
-
 PREPROCESSING = Preprocessing(
     mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
 )
 """Preprocessing of the Caffe backbone: RGB from 0 to 255 minus the mean colour, unscaled."""
-
-
 BLOCKS = (3, 4, 23, 3)
-
-
 WIDTH = 64
-
-
 STRIDES = (1, 2, 1, 1)
-
-
 DILATIONS = (1, 1, 2, 4)
-
-
 EXPANSION = 4
 """Output channels of a bottleneck divided by its inner channels."""
-
-
 OUTPUT_STRIDE = 8
-
-
 RATES = (6, 12, 18, 24)
-
-
 COLOUR_DEVIATION = 64.0
 """Approximate standard deviation of RGB from 0 to 255; only random weights need it."""
-
-
 _PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
-
-
 _RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
-
-
 _CLASSIFIER = "fc."
-
-
 _COUNTER = ".num_batches_tracked"
-
-
-# -- The Caffe backbone ------------------------------------------------------------------------
-
-
-def to_bgr(images: Tensor) -> Tensor:
-    """RGB (B, 3, H, W) to BGR, which the Caffe weights expect.
-
-    Example:
-        >>> to_bgr(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)).flatten().tolist()
-        [3.0, 2.0, 1.0]
-    """
-    return images.flip(1)
 
 
 class _Unit(nn.Module):
@@ -104,9 +63,9 @@ class _Unit(nn.Module):
         inputs: int,
         outputs: int,
         kernel: int,
-        *,
         stride: int = 1,
         dilation: int = 1,
+        *,
         relu: bool = True,
     ) -> None:
         super().__init__()
@@ -123,16 +82,15 @@ class _Unit(nn.Module):
 class _Bottleneck(nn.Module):
     """1 x 1 (with the stride), dilated 3 x 3 and 1 x 1 convolution, and a shortcut."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, stride: int, dilation: int, projection: bool
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, first: bool) -> None:
         super().__init__()
         middle = outputs // EXPANSION
-        self.reduce = _Unit(inputs, middle, 1, stride=stride)
+        stride = stride if first else 1
+        self.reduce = _Unit(inputs, middle, 1, stride)
         self.conv3x3 = _Unit(middle, middle, 3, dilation=dilation)
         self.increase = _Unit(middle, outputs, 1, relu=False)
         self.shortcut: nn.Module = (
-            _Unit(inputs, outputs, 1, stride=stride, relu=False) if projection else nn.Identity()
+            _Unit(inputs, outputs, 1, stride, relu=False) if first else nn.Identity()
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -156,14 +114,8 @@ class _Stem(nn.Module):
 def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
     stage = nn.Sequential()
     for number in range(count):
-        first = number == 0
-        block = _Bottleneck(
-            inputs if first else outputs,
-            outputs,
-            stride=stride if first else 1,
-            dilation=dilation,
-            projection=first,
-        )
+        before = outputs if number else inputs
+        block = _Bottleneck(before, outputs, stride, dilation, first=not number)
         stage.add_module(f"block{number + 1}", block)
     return stage
 
@@ -182,11 +134,6 @@ class CaffeResNet101(nn.Module):
 
     def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
         super().__init__()
-        if len(blocks) != len(STRIDES) or min(*blocks, width) < 1:
-            raise ClassifierError(
-                f"blocks {list(blocks)} and width {width} make no ResNet; give "
-                f"{len(STRIDES)} numbers of blocks and a width, all of at least 1"
-            )
         self.layer1 = _Stem(width)
         inputs, stages = width, []
         for number, (count, stride, dilation) in enumerate(
@@ -201,7 +148,7 @@ class CaffeResNet101(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB as :data:`PREPROCESSING` makes it, to (B, C, h, w)."""
-        found: Tensor = self.layer1(to_bgr(images))
+        found: Tensor = self.layer1(images.flip(1))  # the weights expect BGR
         for stage in (self.layer2, self.layer3, self.layer4, self.layer5):
             found = stage(found)
         return found
@@ -220,9 +167,6 @@ class CaffeResNet101(nn.Module):
         variance = self.layer1.conv1.bn.running_var
         assert variance is not None
         variance.fill_(2.0 * COLOUR_DEVIATION**2)  # He's weights double it
-
-
-# -- Head and network --------------------------------------------------------------------------
 
 
 class Aspp(nn.Module):
@@ -301,11 +245,12 @@ class DeepLabV2(FrozenNorms):
         ``no_decay`` holds the backbone's biases, its norms other than batch norms, and what timm
         excludes from weight decay.
         """
+        head = list(self.aspp.named_parameters())
         groups: dict[str, list[nn.Parameter]] = {
             "backbone": [],
             "no_decay": [],
-            "head": [p for name, p in self.aspp.named_parameters() if name.endswith("weight")],
-            "head_bias": [p for name, p in self.aspp.named_parameters() if name.endswith("bias")],
+            "head": [p for name, p in head if name.endswith("weight")],
+            "head_bias": [p for name, p in head if name.endswith("bias")],
         }
         named: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
         for name, parameter in self.backbone.named_parameters():
@@ -319,8 +264,7 @@ class DeepLabV2(FrozenNorms):
         logits = [self.aspp(self.backbone(images))]
         for scale in self.pyramid:
             size = [math.floor(side * scale) for side in images.shape[-2:]]
-            scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-            logits.append(self.aspp(self.backbone(scaled)))
+            logits.append(self.aspp(self.backbone(resize(images, size))))
         return logits
 
 
@@ -329,10 +273,7 @@ def _largest(logits: Sequence[Tensor]) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     size = logits[0].shape[-2:]
-    resized = [
-        F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in logits[1:]
-    ]
-    return torch.stack([logits[0], *resized]).max(0).values
+    return torch.stack([resize(each, size) for each in logits]).max(0).values
 
 
 class _Features(nn.Module):
@@ -350,62 +291,13 @@ class _Features(nn.Module):
         return self.classifier.features(images)
 
 
-# -- Building ----------------------------------------------------------------------------------
-
-
-def build_deeplabv2(
-    backbone: str,
-    labels: int,
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    output_stride: int | None = None,
-    weights: str | Path,
-    pyramid: Sequence[float] = (),
-    rates: Sequence[int] = RATES,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-) -> tuple[DeepLabV2, Preprocessing]:
-    """Build the network and what it expects of RGB.
-
-    Args:
-        backbone: ``"resnet101_caffe"`` or a timm name.
-        labels: L, with the background.
-        arguments: those of the timm model, or of :class:`CaffeResNet101` (blocks, width).
-        output_stride: of the backbone; None: 8 for Caffe's, the model's own for timm's.
-        weights: ``"pretrained"`` (timm only), ``"random"``, or a safetensors file. For the Caffe
-            backbone, names may have the prefixes of the field's files (:func:`convert_names`), a
-            classifier in the file is ignored, and an ASPP is used if it fits.
-        pyramid: further scales.
-        rates: dilations of the ASPP.
-        mean, std: of RGB in [0, 1]; default: those of the backbone.
-        seed: for a random backbone and the ASPP.
-
-    Raises:
-        ClassifierError: if the backbone cannot be built, or the weights are missing, do not fit or
-            hold NaN or Inf.
-    """
-    if backbone == CAFFE:
-        _check_caffe(arguments or {}, output_stride, weights)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            caffe = CaffeResNet101(**(arguments or {}))
-            network = DeepLabV2(caffe, caffe.channels, labels, pyramid=pyramid, rates=rates)
-        if str(weights) != RANDOM:
-            _load(network, Path(weights))
-        return network, preprocessing_with(PREPROCESSING, mean, std)
-    spec = BackboneSpec(backbone, dict(arguments or {}), output_stride)
-    # NO_CLASSES is one class, whose head is removed
-    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
-    features = _Features(classifier)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = DeepLabV2(features, features.channels, labels, pyramid=pyramid, rates=rates)
-    return network, classifier.preprocessing
-
-
 class DeepLabV2Network:
-    """DeepLabV2 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+    """DeepLabV2 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+
+    The backbone is ``resnet101_caffe``, whose arguments are ``blocks`` and ``width``, or a timm
+    model. Weights of the former have the names of the field's files (:func:`convert_names`): a
+    classifier in the file is ignored, and an ASPP is used if it fits.
+    """
 
     title = "DeepLabV2"
     default_backbone = CAFFE
@@ -420,20 +312,33 @@ class DeepLabV2Network:
             check_backbone(spec.backbone)
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **options: Any
+        self,
+        spec: SegmenterSpec,
+        labels: int,
+        *,
+        weights: str | Path,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> tuple[DeepLabV2, Preprocessing]:
-        """The network of :func:`build_deeplabv2`."""
-        return build_deeplabv2(
-            spec.backbone,
-            labels,
-            arguments=spec.arguments,
-            output_stride=spec.output_stride,
-            pyramid=spec.pyramid,
-            **options,
-        )
-
-
-# -- Weights -----------------------------------------------------------------------------------
+        """The network and its preprocessing."""
+        features: CaffeResNet101 | _Features
+        if spec.backbone == CAFFE:
+            self.check(spec, str(weights))
+            preprocessing = preprocessing_with(PREPROCESSING, mean, std)
+        else:
+            own = BackboneSpec(spec.backbone, dict(spec.arguments), spec.output_stride)
+            # NO_CLASSES is one class, whose head is removed
+            classifier = build(own, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
+            preprocessing = classifier.preprocessing
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            caffe = spec.backbone == CAFFE
+            features = CaffeResNet101(**spec.arguments) if caffe else _Features(classifier)
+            network = DeepLabV2(features, features.channels, labels, pyramid=spec.pyramid)
+        if caffe and str(weights) != RANDOM:
+            _load(network, Path(weights))
+        return network, preprocessing
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,37 +32,19 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import Option, SegmenterSpec, preprocessing_with
 
 PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
 PATCH = 4
-
-
 WINDOW = 7
-
-
 DROP_PATH = 0.3
 """Rate of stochastic depth of the last block; it rises linearly from 0 at the first."""
-
-
 POOLS = (1, 2, 3, 6)
 """Bins per side of the pyramid pooling on the last stage."""
-
-
 CHANNELS = 512
 """Channels of the main head."""
-
-
 AUXILIARY_CHANNELS = 256
-
-
 AUXILIARY_WEIGHT = 0.4
 """Weight of the auxiliary head's loss."""
-
-
 DROPOUT = 0.1
 """Rate of the dropout of whole channels before both classifiers."""
-
-
 CLASSIFIER_DEVIATION = 0.01
 """Standard deviation of the classifiers' initial weights."""
 
@@ -85,19 +67,8 @@ SIZES = {
     "small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), "microsoft/swin-small-patch4-window7-224"),
     "base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), "microsoft/swin-base-patch4-window7-224"),
 }
-
-
-ARGUMENTS = {
-    "embed_dim",
-    "depths",
-    "num_heads",
-    "window_size",
-    "drop_path",
-    "channels",
-    "auxiliary_channels",
-    "checkpoint",
-}
-"""Keys of the ``arguments`` of :func:`build_upernet`."""
+SWIN_ARGUMENTS = ("depths", "drop_path", "embed_dim", "num_heads", "window_size")
+ARGUMENTS = (*SWIN_ARGUMENTS, "auxiliary_channels", "channels", "checkpoint")
 
 
 class UperNetSwin(nn.Module):
@@ -210,69 +181,15 @@ def _drop_path(module: Any, inputs: Any, output: Tensor) -> Tensor:
     return dropped
 
 
-# -- Building ----------------------------------------------------------------------------------
-
-
-def build_upernet(
-    size: str,
-    labels: int,
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-) -> tuple[UperNetSwin, Preprocessing]:
-    """Build UperNet on a Swin of a size.
-
-    Args:
-        size: "tiny", "small" or "base".
-        labels: L, with the background.
-        arguments: ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin, which
-            replace those of the size; ``drop_path``; ``channels`` and ``auxiliary_channels`` of the
-            heads; ``checkpoint``, another model on the hub or a folder of the same layout.
-        weights: of Swin: ``"pretrained"`` (downloaded on first use), ``"random"``, or a safetensors
-            file with names of transformers, timm or the official program; a classification head is
-            ignored.
-        mean, std: of RGB in [0, 1]; default: ImageNet's.
-        seed: for random weights.
-
-    Returns:
-        The network in evaluation mode, and its preprocessing.
-
-    Raises:
-        ClassifierError: if transformers is not installed, the size or an argument is not accepted,
-            or weights are missing, do not fit or hold NaN or Inf.
-    """
-    _check_size(size)
-    chosen = dict(arguments or {})
-    unknown = sorted(chosen.keys() - ARGUMENTS)
-    if unknown:
-        raise ClassifierError(
-            f"UperNet has no argument {unknown[0]!r}; it takes {', '.join(sorted(ARGUMENTS))}"
-        )
-    transformers = _transformers()
-    checkpoint = str(chosen.pop("checkpoint", SIZES[size].checkpoint))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model = transformers.UperNetForSemanticSegmentation(
-                _config(transformers, size, labels, chosen)
-            )
-            network = UperNetSwin(model)
-        except Exception as error:  # whatever transformers or torch raises, one message serves
-            raise ClassifierError(
-                f"transformers could not make Swin {size!r} with arguments {chosen}: {error}"
-            ) from error
-        if str(weights) == PRETRAINED:
-            _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
-        elif str(weights) != RANDOM:
-            _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
-    return network, preprocessing_with(PREPROCESSING, mean, std)
-
-
 class UperNetNetwork:
-    """UperNet on Swin as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+    """UperNet on Swin as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+
+    The backbone is a size of Swin: ``tiny``, ``small`` or ``base``. Arguments are ``embed_dim``,
+    ``depths``, ``num_heads`` and ``window_size`` of Swin, which replace those of the size,
+    ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads, and ``checkpoint``: another
+    model on the hub, or a folder of the same layout. A file of weights has the names of
+    transformers, timm or the official program; a classification head in it is ignored.
+    """
 
     title = "UperNet"
     default_backbone = "tiny"
@@ -280,34 +197,52 @@ class UperNetNetwork:
     one_size_export = True  # torch 2.15 exports its pooling for the traced size only
 
     def check(self, spec: SegmenterSpec, weights: str) -> None:
-        """Raise ClassifierError if the size is unknown or transformers is not installed."""
-        _check_size(spec.backbone)
+        """Raise ClassifierError if an option is not accepted or transformers is not installed."""
+        if spec.backbone not in SIZES:
+            raise ClassifierError(
+                f"segment.backbone: there is no Swin {spec.backbone!r}; there are "
+                f"{', '.join(SIZES)}"
+            )
+        if unknown := sorted(set(spec.arguments) - set(ARGUMENTS)):
+            raise ClassifierError(
+                f"UperNet has no argument {unknown[0]!r}; it takes {', '.join(ARGUMENTS)}"
+            )
         if find_spec("transformers") is None:
             raise ClassifierError(
                 "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
             )
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **options: Any
+        self,
+        spec: SegmenterSpec,
+        labels: int,
+        *,
+        weights: str | Path,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> tuple[UperNetSwin, Preprocessing]:
-        """The network of :func:`build_upernet`."""
-        return build_upernet(spec.backbone, labels, arguments=spec.arguments, **options)
-
-
-def _check_size(size: str) -> None:
-    if size not in SIZES:
-        raise ClassifierError(
-            f"segment.backbone: there is no Swin {size!r}; there are {', '.join(SIZES)}"
-        )
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ClassifierError(
-            f"UperNet needs the library transformers ({error}): pip install 'lpcam[upernet]'"
-        ) from error
+        """The network and its preprocessing."""
+        self.check(spec, str(weights))
+        transformers = importlib.import_module("transformers")
+        size, chosen = spec.backbone, dict(spec.arguments)
+        checkpoint = str(chosen.pop("checkpoint", SIZES[size].checkpoint))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model = transformers.UperNetForSemanticSegmentation(
+                    _config(transformers, size, labels, chosen)
+                )
+                network = UperNetSwin(model)
+            except Exception as error:  # whatever transformers or torch raises
+                raise ClassifierError(
+                    f"transformers could not make Swin {size!r} with arguments {chosen}: {error}"
+                ) from error
+            if str(weights) == PRETRAINED:
+                _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
+            elif str(weights) != RANDOM:
+                _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
+        return network, preprocessing_with(PREPROCESSING, mean, std)
 
 
 def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
@@ -337,8 +272,6 @@ def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]
     )
 
 
-# -- Weights -----------------------------------------------------------------------------------
-
 _PUBLISHED = (  # names of files on the hub, to those that transformers has now
     (r"attention\.self\.query\.", "attention.q_proj."),
     (r"attention\.self\.key\.", "attention.k_proj."),
@@ -351,8 +284,6 @@ _PUBLISHED = (  # names of files on the hub, to those that transformers has now
     (r"intermediate\.dense\.", "mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
-
-
 _OFFICIAL = (  # names of the official program and of timm, to those that transformers has now
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^patch_embed\.norm\.", "embeddings.norm."),
@@ -365,8 +296,6 @@ _OFFICIAL = (  # names of the official program and of timm, to those that transf
         ".attention.relative_position_bias.relative_position_bias_table",
     ),
 )
-
-
 _LEFT_OUT = re.compile(
     # indices and masks that follow from the architecture, pooled features' norm, classifiers
     r"(^|\.)(relative_position_index|attn_mask)$|^(classifier|head|layernorm|norm)\."

@@ -5,13 +5,11 @@ The backbone is :class:`lpcam.classifiers.wideresnet38.WideResNet38`, which clas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import (
@@ -22,6 +20,7 @@ from lpcam.classifiers.classifier import (
     Classifier,
     Preprocessing,
     build,
+    misfit,
     refuse_not_finite,
 )
 from lpcam.classifiers.wideresnet38 import WideResNet38
@@ -29,15 +28,8 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
 
 BACKBONE = "wideresnet38"
-
-
-PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
 HIDDEN = 512
 """Channels between the two convolutions of the head."""
-
-
 DILATION = 12
 """Dilation of both convolutions."""
 
@@ -86,55 +78,13 @@ class WideResNet38LargeFov(FrozenNorms):
         }
 
 
-def build_wideresnet38(
-    labels: int,
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-) -> tuple[WideResNet38LargeFov, Preprocessing]:
-    """Build the segmenter.
-
-    Args:
-        labels: L, with the background.
-        arguments: those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden`` of
-        the head.
-        weights: ``"random"``, or a safetensors file of the backbone, also a classifier that
-            :meth:`lpcam.classifiers.classifier.Classifier.save` wrote. If the file holds fc1 and
-            fc2, they
-            become the head; a classification head fc8 is ignored.
-        mean, std: of RGB in [0, 1]; default: ImageNet's, or those of the classifier.
-        seed: for random weights and the head.
-
-    Raises:
-        ClassifierError: if ``"pretrained"`` is asked for, an argument is refused, or the file is
-            missing, is damaged or does not fit; the message names a tensor.
-        ArtefactError: if the file of a classifier is damaged.
-    """
-    _check_weights(weights)
-    chosen = dict(arguments or {})
-    hidden = chosen.pop("hidden", HIDDEN)
-    if not isinstance(hidden, int) or hidden < 1:
-        raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
-    spec = BackboneSpec(BACKBONE, chosen)
-    if str(weights) != RANDOM and _is_classifier(Path(weights)):
-        classifier = _load_classifier(Path(weights), spec)
-    else:
-        classifier = build(spec, NO_CLASSES, weights=weights, seed=seed)
-    backbone = classifier.backbone
-    assert isinstance(backbone, WideResNet38)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
-    if str(weights) != RANDOM:
-        _load_head(network, Path(weights))
-    return network, preprocessing_with(classifier.preprocessing, mean, std)
-
-
 class WideResNet38Network:
-    """WideResNet-38 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`."""
+    """WideResNet-38 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+
+    Arguments are those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden`` of
+    the head. A file of weights holds the backbone or a classifier of this package. If it holds fc1
+    and fc2, they become the head; a classification head fc8 is ignored.
+    """
 
     title = "WideResNet-38"
     default_backbone = BACKBONE
@@ -143,21 +93,41 @@ class WideResNet38Network:
 
     def check(self, spec: SegmenterSpec, weights: str) -> None:
         """Raise ClassifierError if pretrained weights are wanted, of which there are none."""
-        _check_weights(weights)
+        if weights == PRETRAINED:
+            raise ClassifierError(
+                f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
+                "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+            )
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **options: Any
+        self,
+        spec: SegmenterSpec,
+        labels: int,
+        *,
+        weights: str | Path,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
     ) -> tuple[WideResNet38LargeFov, Preprocessing]:
-        """The network of :func:`build_wideresnet38`."""
-        return build_wideresnet38(labels, arguments=spec.arguments, **options)
-
-
-def _check_weights(weights: str | Path) -> None:
-    if str(weights) == PRETRAINED:
-        raise ClassifierError(
-            f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
-            "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
-        )
+        """The network and its preprocessing."""
+        self.check(spec, str(weights))
+        arguments = dict(spec.arguments)
+        hidden = arguments.pop("hidden", HIDDEN)
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
+        own, path = BackboneSpec(BACKBONE, arguments), Path(weights)
+        if str(weights) != RANDOM and _is_classifier(path):
+            classifier = _load_classifier(path, own)
+        else:
+            classifier = build(own, NO_CLASSES, weights=weights, seed=seed)
+        backbone = classifier.backbone
+        assert isinstance(backbone, WideResNet38)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
+        if str(weights) != RANDOM:
+            _load_head(network, path)
+        return network, preprocessing_with(classifier.preprocessing, mean, std)
 
 
 def _is_classifier(path: Path) -> bool:
@@ -191,18 +161,12 @@ def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
         state = {name: file.get_tensor(name) for name in sorted(own.keys() & names)}
     if not state:
         return
-    for name, tensor in own.items():
-        if name not in state:
-            raise ClassifierError(
-                f"the weights {path.name!r} hold {sorted(state)} of the head but not {name!r}; "
-                "give a file with the whole head, or take those tensors out"
-            )
-        if state[name].shape != tensor.shape:
-            raise ClassifierError(
-                f"{name!r} of the weights {path.name!r} has the shape {tuple(state[name].shape)}, "
-                f"not {tuple(tensor.shape)}; the file is of other labels or of another network: "
-                "check it, or take fc1 and fc2 out of it to train a new head"
-            )
+    if difference := misfit(own, state):
+        raise ClassifierError(
+            f"fc1 and fc2 of the weights {path.name!r} do not fit this head: {difference}; the "
+            "file is of other labels or of another network: take fc1 and fc2 out of it to train a "
+            "new head"
+        )
     refuse_not_finite(state, path)
     network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
 
