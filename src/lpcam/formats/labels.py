@@ -72,10 +72,8 @@ def import_labels(
 
     Raises:
         DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
-            not fit the classes or ids, name an image twice or unsafely, or if ``output`` or
-            ``classes.txt`` exists with other contents.
-        ArtefactError: if the file is missing, damaged or tries to run code, or the output cannot be
-            written.
+            not fit the classes or ids, or ``output`` or ``classes.txt`` has other contents.
+        ArtefactError: if the file is missing, damaged or tries to run code.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -191,8 +189,7 @@ def read_classes(path: Path) -> ClassTable:
     """Read class names, one a line, with mask values from 1 on or given after a tab.
 
     Raises:
-        DataError: if the file is missing or not UTF-8 text, a value is not an integer, or the
-            classes do not make a :class:`lpcam.data.dataset.ClassTable`.
+        DataError: if the file is missing or damaged, or a value is not one of a mask.
 
     Example:
         >>> from tempfile import mkdtemp

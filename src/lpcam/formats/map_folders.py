@@ -31,12 +31,8 @@ _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
 
 @dataclass(frozen=True)
 class ImportedMaps:
-    """Result of `import_maps`.
-
-    ``ids`` were written, ``without_class`` are those of them without a map, ``styles`` counts files
-    by style, ``skipped`` are images that were left out, and ``not_chosen`` counts maps of classes
-    that were not chosen, by class.
-    """
+    """Result of `import_maps`: the images that were written, those of them without a class, numbers
+    of files by style, images that were left out, and numbers of dropped maps by class."""
 
     folder: Path
     ids: tuple[str, ...]
@@ -98,12 +94,11 @@ def import_maps(
 
     Args:
         source: the folder, searched recursively.
-        output: the folder for map files of this package (:func:`lpcam.data.map_files.write_maps`).
+        output: the folder for map files of this package.
         ids: ids of the images. None: the names of the files.
         sizes: (H, W) by id, checked against the files.
         style, classes: as in `read_foreign_maps`, for all files.
-        chosen: names of some of ``classes``, in the order that their label indices get; maps of
-            other classes are dropped and counted.
+        chosen: names of some of ``classes``, in label order; maps of others are dropped.
         without_file: how an image of ``ids`` without a file is treated: left out, or as having no
             class (MCTformer's convention; ``sizes`` must have its size).
         normalise: divide each map by its maximum, as IRN does.
@@ -112,9 +107,9 @@ def import_maps(
         progress: called after each image.
 
     Raises:
-        DataError: if there is no such folder or no file in it, an id is not safe, two files are of
-            one image, or a chosen class is not in ``classes``.
-        ArtefactError: if no file can be read, or an output cannot be written.
+        DataError: if there is no file, an id is unsafe, two files are of one image, or a chosen
+            class is unknown.
+        ArtefactError: if no file can be read.
     """
     table = None if classes is None else choose_classes(classes, chosen)
     files = _find_files(source)
@@ -235,20 +230,19 @@ def export_maps(
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
     Args:
-        source: a folder of map files (:func:`lpcam.data.map_files.write_maps`).
+        source: a folder of map files of this package.
         output: the folder to write to; files of the same names are replaced.
-        style, classes, background: as in `write_foreign_maps`. If classes are given, their names
-            and mask values are written to `CLASSES_FILE` beside the maps (`read_classes`).
+        style, classes, background: as in `write_foreign_maps`. Classes are also written to
+            `CLASSES_FILE` beside the maps.
         ids: ids of the images.
-        bare_digits: name the file of ``COCO_train2014_000000000009`` ``000000000009.npy``, as AMN
-            does.
+        bare_digits: name files of COCO by their 12 digits alone, as AMN does.
         workers: number of files written at a time.
         progress: called after each image.
 
     Raises:
-        DataError: as `write_foreign_maps`, or if an id is not safe, two ids give one file, or the
+        DataError: as `write_foreign_maps`, or if an id is unsafe, two ids give one file, or the
             folder has a different `CLASSES_FILE`.
-        ArtefactError: if a map file is missing or damaged, or an output cannot be written.
+        ArtefactError: if a map file is missing or damaged.
     """
     names = {}
     for item_id in ids:

@@ -29,11 +29,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True, eq=False)
 class ForeignMaps:
-    """Contents of a map file of another program.
-
-    ``background`` is the background plane, float32 (H, W), where the style has one; it is not part
-    of ``maps``.
-    """
+    """Contents of a map file; ``background`` is float32 (H, W), where the style has it."""
 
     maps: MapFile
     style: str
@@ -49,8 +45,7 @@ def read_foreign_maps(
 ) -> ForeignMaps:
     """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
 
-    Where the file has no map of stride 4 (psa), ``maps.cam`` is the full one resized. The file of
-    an image without a class may lack arrays, hold an empty dictionary, or have arrays of no planes.
+    Where the file has no map of stride 4 (psa), ``maps.cam`` is the full one resized.
 
     Args:
         path: the ``.npy`` file.
@@ -59,10 +54,6 @@ def read_foreign_maps(
         style: a name of `MAP_FORMATS`; "auto" finds it from the contents.
         classes: a key k becomes the label index of the class with mask value k + 1; any other key
             is refused. None: keys are not changed.
-
-    Returns:
-        The maps, with ``made_by`` {"imported": {"file", "digest", "style"}, "lpcam": version}, and
-        "classes", the names in label order, if classes are given.
 
     Raises:
         ArtefactError: if the file is missing, damaged, tries to run code, does not fit the style,
@@ -128,24 +119,20 @@ def write_foreign_maps(
     """Write the maps of one image for other programs, atomically.
 
     They read it with ``np.load(path, allow_pickle=True).item()``, without torch. Values are float32
-    and not changed. The file of an image without a class has arrays of no planes (irn), only
-    ``keys`` (amn), an empty dictionary (psa), or only the background (psa-crf).
+    and not changed.
 
     Args:
         path: the ``.npy`` file.
         maps: foreground planes.
         style: a name of `MAP_FORMATS`.
         background: background score for the styles that have one (amn, psa-crf), such as the
-            threshold of the seeds: of the whole image, or a plane (H, W), which is resized for
-            ``cam``.
+            threshold of the seeds: of the whole image, or a plane (H, W).
         classes: classes whose label indices are the keys of the maps; each becomes its mask value
             minus 1. None: keys are not changed.
 
     Raises:
-        RegistryError: if the style is unknown.
-        DataError: if a background is missing or superfluous, the background has another size, or a
-            key is not a label index.
-        ArtefactError: if the file cannot be written.
+        DataError: if a background is missing, superfluous or of another size, or a key is not a
+            label index.
     """
     format = MAP_FORMATS[style]
     if format.has_background != (background is not None):

@@ -54,12 +54,12 @@ def read_pickled_arrays(source: Path | bytes, *, what: str) -> Any:
         what: kind of file for error messages, such as ``"map file"``.
 
     Returns:
-        None, a bool, int, float, str, an array in native byte order, or a list, tuple or dict (keys
-        int or str) of these. Arrays may be read-only and share memory: copy before changing one.
+        None, a bool, int, float, str, an array in native byte order, or a list, tuple or dict of
+        these. Arrays may be read-only and share memory.
 
     Raises:
         ArtefactError: if the file is missing or damaged, holds anything else, or claims more memory
-            than it may (module docstring).
+            than it may.
 
     Example:
         >>> read_pickled_arrays(dictionary_file({"keys": np.array([3, 14])}), what="map file")

@@ -46,9 +46,8 @@ _DTYPES = (
 class Conversion:
     """Result of `convert_weights`.
 
-    ``tensors`` and ``values`` count what was written; ``taken_from`` lists the keys under which the
-    weights were found, outermost first; ``stripped`` is the prefix removed from every name;
-    ``left_out`` lists entries that were not written.
+    ``tensors`` and ``values`` count what was written; the weights were found under the keys
+    ``taken_from``; the prefix ``stripped`` was removed from every name.
     """
 
     source: Path
@@ -84,13 +83,11 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
             A common ``"module."`` of parallel training is removed before.
 
     Raises:
-        ArtefactError: if the source is missing, damaged, not written by torch.save, asks for
-            anything but tensors and plain containers, claims more than four times its size, or
-            holds no state dict or a tensor with NaN, infinity or an unusual layout or dtype; if the
-            target is not another ``.safetensors`` file or cannot be written.
+        ArtefactError: if the source is missing, damaged, asks for anything but tensors and plain
+            containers, claims more than four times its size, or holds no state dict or a tensor
+            with NaN or infinity; if the target is not another ``.safetensors`` file.
 
     Example:
-        >>> from pathlib import Path
         >>> from tempfile import mkdtemp
         >>> folder = Path(mkdtemp())
         >>> torch.save({"state_dict": {"module.fc.bias": torch.zeros(3)}}, folder / "w.pth")

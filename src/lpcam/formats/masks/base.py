@@ -24,8 +24,7 @@ class MaskEntry:
     """A mask to export, and its image where there is one.
 
     ``id`` and ``file_name`` are those of :class:`lpcam.data.dataset.Item`. Without an image, its
-    name
-    is taken to end in ``.jpg``.
+    name is taken to end in ``.jpg``.
 
     Example:
         >>> MaskEntry("barn/cow", Path("photos/barn/cow.png"), Path("seeds/barn/cow.png")).name

@@ -34,10 +34,8 @@ KIND = "lpcam export masks"
 class ExportedMasks:
     """Result of :func:`export_masks`.
 
-    ``annotations`` counts objects; in ``yolo`` there may be more lines than objects.
-    ``ignored_pixels`` counts pixels of 255, and ``ignored`` says what became of them.
-    ``images_below`` is the folder below which formats that refer to images name them, if there is
-    one for all images.
+    ``annotations`` counts objects, ``ignored_pixels`` pixels of 255; ``ignored`` says what became
+    of them. ``images_below`` is the one folder below which images are named, if there is one.
     """
 
     folder: Path
@@ -80,30 +78,23 @@ def export_masks(
 
     An image whose mask or image cannot be read, whose sizes differ or whose mask has a value that
     no class has is left out, with the reason. A later call into the same folder replaces what an
-    earlier one wrote in the same format, and no other file. Memory holds one mask per worker.
+    earlier one wrote in the same format, and no other file.
 
     Args:
-        entries: masks in the order in which they are written. A `Skip` is an image without a mask,
-            which is left out for its reason.
+        entries: masks in their order. A `Skip` is left out for its reason.
         classes: names of the values in the masks.
         output: folder to write to.
         format: a name of `FORMATS`.
-        instances: an object is a connected component of a class instead of all pixels of a class in
-            an image. ``yolo`` has a line per component in either case, ``overlays`` shows none.
-        image_root: only for ``label-studio``: path of the images' folder below the served folder;
-            it is put before each image's name.
+        instances: an object is a connected component of a class instead of all its pixels.
+        image_root: only for ``label-studio``: the images' folder below the served folder.
         workers: number of images processed at a time; the files do not depend on it.
         progress: called with the number of images done and their total.
         made_by: JSON values recorded in ``exported.json``.
 
     Raises:
-        RegistryError: if the format is unknown.
-        DataError: if there is no mask, an id repeats or is unsafe, the format cannot hold an entry,
-            ``image_root`` does not fit the format or is not a relative path, or every image would
-            be left out.
-        ArtefactError: if a file would be replaced that no earlier call wrote, or one cannot be
-            written.
-        LpcamError: for ``instances``, if SciPy is not installed.
+        DataError: if there is no mask, an id repeats or is unsafe, the format cannot hold an entry
+            or has no image root, or every image would be left out.
+        ArtefactError: if a file would be replaced that no earlier call wrote.
 
     Example:
         >>> from tempfile import mkdtemp

@@ -22,11 +22,9 @@ through their centres, as a line that is drawn over pixels has it."""
 def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]:
     """One closed outline a piece of a mask, holes cut open.
 
-    Pixels that touch at a corner alone are two pieces, as of
-    :func:`lpcam.method.objects.polygons`. The
-    first point is not repeated. Along ``centres`` pixel (y, x) is the point (x, y), so all
-    coordinates are whole; the outline of one pixel has four equal points. All lines are level or
-    upright: a reader that puts points between them, as Ultralytics does, stays on the same pixels.
+    Pixels that touch at a corner alone are two pieces. The first point is not repeated. Along
+    ``centres`` pixel (y, x) is the point (x, y); the outline of one pixel has four equal points.
+    All lines are level or upright: a reader that puts points between them stays on the same pixels.
 
     Args:
         mask: (H, W).

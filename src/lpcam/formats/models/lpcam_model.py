@@ -108,12 +108,7 @@ class LPCAMModel(nn.Module):
         """The model of a fitted LPCAM, with a copy of its backbone.
 
         Its maps equal those of that LPCAM with ``scales=(1.0,)`` and ``flip=False``; its logits
-        equal those of its classifier.
-
-        Args:
-            preprocessing: normalisation of RGB; None: that of the classifier, if it has one.
-            normalize: as in :class:`~lpcam.method.head.LPCAMHead`.
-            enlarge: as in :class:`LPCAMModel`.
+        equal those of its classifier. Without a preprocessing it takes that of the classifier.
 
         Raises:
             NotFittedError: if it has no prototypes.
@@ -235,10 +230,9 @@ class LPCAMModel(nn.Module):
             folder: a folder, or the id ``"owner/name"`` of a model on the Hugging Face hub, which
                 is downloaded.
             backbone: the architecture, with any weights, if the folder does not describe it: the
-                model that LPCAM was given, or :func:`lpcam.classifiers.wrapped.wrap` of it if
-                layers were named; for a model put together by hand, the module that gives the
-                features. A copy takes the weights and dtype of the folder; the result is on the
-                device of ``backbone``.
+                model that LPCAM was given (or ``wrap`` of it, if layers were named), or the module
+                that gives the features. A copy takes the weights and dtype of the folder; the
+                result is on the device of ``backbone``.
             revision: branch, tag or commit of a model on the hub.
 
         Raises:

@@ -1,7 +1,6 @@
 """Export of models to one file: the ONNX exporter, metadata, and the comparison with the model.
 
-An ONNX file runs in onnxruntime without this package. Metadata are JSON texts; the file holds
-nothing of the machine that wrote it.
+Metadata are JSON texts; a file holds nothing of the machine that wrote it.
 """
 
 from __future__ import annotations
