@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from faults.fault_test import environment
@@ -15,6 +17,7 @@ from tiny import draw_folder, recipe_values
 
 from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, parse_changes
 from lpcam.cli.main import main
+from lpcam.data.masks import write_mask
 from lpcam.pipeline import run as pipeline
 from lpcam.pipeline.recipe import bundled_recipes, load_recipe
 from lpcam.pipeline.stages import STAGES
@@ -200,7 +203,7 @@ def test_files_of_other_programs_have_a_run_folder_of_their_own(
 @pytest.mark.parametrize(
     "words",
     [
-        *("demo", "run R", "serve R", "predict I --run R", "explain I --run R", "evaluate P T"),
+        *("demo", "run R", "serve R", "predict I --run R", "explain I --run R"),
         *("export masks R O --format coco", "data check P", "data train-aug V S"),
         *("data masks P O", "import maps S O"),
     ],
@@ -303,6 +306,23 @@ def test_recipe_lists_fields_and_stages(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["recipe", "--stages"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [stage.name for stage in STAGES]
+
+
+def test_evaluate_scores_two_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, truth, scores = tmp_path / "found", tmp_path / "truth", tmp_path / "scores.json"
+    write_mask(truth / "a.png", np.array([[0, 0, 1, 1]], np.uint8))
+    write_mask(found / "a.png", np.array([[0, 0, 0, 1]], np.uint8))
+    (tmp_path / "classes.txt").write_text("cow\ndog\n")
+    words = [str(found), str(truth), "--classes", str(tmp_path / "classes.txt")]
+    assert main(["evaluate", *words, "--json", str(scores)]) == 0
+    (cow,) = [line for line in capsys.readouterr().out.splitlines() if "cow" in line]
+    assert re.findall(r"[\d.]+", cow)[0] == "50.0"
+    written = json.loads(scores.read_text())
+    assert written["per_class"]["cow"]["iou"] == 0.5
+    assert written["left_out"] == ["dog"]
+    assert written["command"].startswith("lpcam evaluate ")
+    assert main(["evaluate", str(found), str(truth)]) == 0
+    assert "│ 1 " in capsys.readouterr().out
 
 
 SMALL = {

@@ -8,10 +8,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import COLOURS, digests, draw_folder, draw_image, files, recipe_values, times
+from tiny import COLOURS, digests, draw_folder, draw_image, recipe_values, times
 
 from lpcam.classifiers.classifier import PROBE_SIZE, Classifier
 from lpcam.data.map_files import read_maps
@@ -66,6 +62,17 @@ def go(values: Values, **options: Any) -> RunResult:
 
 def metrics(values: Values) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Path(values["run"]["folder"], "metrics.json").read_text())
+    return found
+
+
+def elsewhere(values: Values, folder: Path) -> Values:
+    return with_change(values, "run.folder", str(folder))
+
+
+def results(values: Values) -> dict[str, str]:
+    """Digest of every file of a run but its recipe, which names the folder."""
+    found = digests(Path(values["run"]["folder"]))
+    del found["recipe.yaml"]
     return found
 
 
@@ -136,23 +143,18 @@ def test_rows_have_every_field(base: Values) -> None:
         *("rows", "curves", "skipped", "prototype_events", "classifier_history", "command"),
         *("host_history", "refine_history", "segmenter_history", "protocol"),
     }
-    assert found["command"] == COMMAND
-    assert found["skipped"] == []
+    assert (found["command"], found["skipped"]) == (COMMAND, [])
     kinds = [(row["method"], row["threshold_source"]) for row in found["rows"]]
     assert kinds == [(m, s) for m in METHODS for s in ("ground truth", "fixed")]
+    loaded = Classifier.load(Path(base["run"]["folder"], "classifier/classifier.safetensors"))
     for row in found["rows"]:
-        assert row["stage"] == "seed"
-        assert row["dataset"] == "boxes"
-        assert row["split"] == "all"
-        assert row["images"] == 12
-        for name in ("miou", "fp", "fn", "precision", "recall"):
-            assert 0 <= row[name] <= 1
+        expected = {"stage": "seed", "dataset": "boxes", "split": "all", "images": 12}
+        assert expected.items() <= row.items()
+        assert all(0 <= row[name] <= 1 for name in ("miou", "fp", "fn", "precision", "recall"))
         assert set(row["per_class"]) == {"background", "blue", "green", "red"}
         assert set(row["per_class"]["red"]) == {"iou", "fp", "fn", "precision", "recall"}
-        if row["threshold_source"] == "fixed":
-            assert row["threshold"] == 0.3
+        assert row["threshold_source"] == "ground truth" or row["threshold"] == 0.3
         protocol = row["protocol"]
-        assert protocol["command"] == COMMAND
         assert protocol["threshold"] == row["threshold"]
         assert ("sweep" in protocol["threshold_source"]) == (row["threshold_source"] != "fixed")
         expected = {
@@ -173,12 +175,12 @@ def test_rows_have_every_field(base: Values) -> None:
             "flip": True,
             "crf": False,
             "seed": 0,
+            "command": COMMAND,
             "versions": versions(),
         }
         assert expected.items() <= protocol.items()
         assert protocol["classifier"]["backbone"] == "test_resnet"
         assert protocol["classifier"]["trained_by"] == "probe"
-        loaded = Classifier.load(Path(base["run"]["folder"], "classifier/classifier.safetensors"))
         assert protocol["classifier"]["fingerprint"] == loaded.fingerprint()
     assert found["classifier_history"][0]["validation_map"] is not None
 
@@ -359,22 +361,15 @@ def test_a_change_remakes_what_depends_on_it(
 
 @pytest.mark.parametrize(("path", "value"), [("lpcam.tau", 0.3), ("maps.dtype", "float16")])
 def test_a_changed_run_equals_a_fresh_one(
-    values: Values, tmp_path: Path, path: str, value: Any
+    values: Values, base: Values, tmp_path: Path, path: str, value: Any
 ) -> None:
     changed = with_change(values, path, value)
+    fresh = elsewhere(changed, tmp_path / "fresh")
     go(changed)
-    fresh = with_change(changed, "run.folder", str(tmp_path / "fresh"))
     go(fresh)
-    found, expected = digests(tmp_path / "run"), digests(tmp_path / "fresh")
-    assert found.pop("recipe.yaml") != expected.pop("recipe.yaml")  # it names the folder
-    assert found == expected
-
-
-def test_going_back_to_the_old_settings(values: Values, base: Values) -> None:
-    go(with_change(values, "seeds.threshold", 0.5))
-    go(values)
-    found, expected = (digests(Path(v["run"]["folder"])) for v in (values, base))
-    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+    assert results(changed) == results(fresh) != results(base)
+    go(values)  # and back
+    assert results(values) == results(base)
 
 
 def test_a_touched_image_is_the_same_image(own: Values, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,36 +390,15 @@ def test_an_image_with_other_contents_remakes_the_run(own: Values, tmp_path: Pat
     height, width = np.array(Image.open(path)).shape[:2]
     image, _ = draw_image(["green"], (height, width), np.random.default_rng(9))
     Image.fromarray(image).save(path)
+    fresh = elsewhere(own, tmp_path / "fresh")
     go(own)
-    fresh = with_change(own, "run.folder", str(tmp_path / "fresh"))
     go(fresh)
-    found, expected = digests(tmp_path / "run"), digests(tmp_path / "fresh")
-    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+    assert results(own) == results(fresh)
 
 
-def test_a_mask_with_other_contents_remakes_the_evaluation_alone(own: Values) -> None:
-    folder, root = Path(own["run"]["folder"]), Path(own["data"]["root"])
-    before, rows = times(folder), metrics(own)["rows"]
-    mask = np.array(Image.open(root / "masks" / "i01.png"))
-    mask[:20] = 255
-    Image.fromarray(mask).save(root / "masks" / "i01.png")
-    go(own)
-    after = times(folder)
-    changed = {name for name in after if after[name] != before[name]}
-    assert changed - {"recipe.yaml", "use.json"} == {
-        "index.json",
-        "evaluation/stage.json",
-        "evaluation/images.json",
-        "metrics.json",
-        "sheet.png",
-    }
-    assert metrics(own)["rows"] != rows
-    check_rows(own, {name: number for number, name in enumerate(COLOURS, start=1)})
-
-
-def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> None:
+def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values, base: Values) -> None:
     folder = Path(values["run"]["folder"])
-    before, old = times(folder), digests(folder)
+    before = times(folder)
     for name in ("lpcam/i04.npz", "seeds/i05.png", "metrics.json"):
         (folder / name).unlink()
     go(values)
@@ -435,72 +409,64 @@ def test_a_file_that_was_deleted_is_made_again_and_no_other(values: Values) -> N
         *("seeds/i05.png", "metrics.json", "sheet.png", "evaluation/images.json"),
         *(f"{stage}/stage.json" for stage in ("lpcam", "lpcam_f", "seeds", "evaluation")),
     }
-    assert digests(folder) | {"recipe.yaml": ""} == old | {"recipe.yaml": ""}
+    assert results(values) == results(base)
+
+
+def test_a_changed_mask_remakes_the_evaluation_alone(own: Values) -> None:
+    folder, root = Path(own["run"]["folder"]), Path(own["data"]["root"])
+    before, rows = times(folder), metrics(own)["rows"]
+    mask = np.array(Image.open(root / "masks" / "i01.png"))
+    mask[:20] = 255
+    Image.fromarray(mask).save(root / "masks" / "i01.png")
+    assert go(own).rows != rows
+    changed = {name for name, written in times(folder).items() if written != before[name]}
+    assert changed - {"recipe.yaml", "use.json", "index.json", "metrics.json", "sheet.png"} == {
+        "evaluation/stage.json",
+        "evaluation/images.json",
+    }
+    check_rows(own, {name: number for number, name in enumerate(COLOURS, start=1)})
 
 
 # -- Seeds --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("memory", "share"), [(None, 0.5), (0.001, 0.5), (0.0005, 0.0)])
+@pytest.mark.parametrize(
+    ("memory", "share", "threads"), [(None, 0.5, 3), (0.001, 0.5, 1), (0.0005, 0.0, 1)]
+)
 def test_a_seed_gives_the_same_bytes(
     base: Values,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     memory: float | None,
     share: float,
+    threads: int,
 ) -> None:
     """In another folder, after other random numbers, with all, some and no features kept."""
     torch.rand(3)
     monkeypatch.setattr(context, "FEATURES_SHARE", share)
-    again = with_change(base, "run.folder", str(tmp_path / "again"))
-    go(with_change(again, "run.memory", memory))
-    found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
-    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
-
-
-def test_threads_do_not_change_the_bytes(base: Values, tmp_path: Path) -> None:
-    again = with_change(base, "run.folder", str(tmp_path / "again"))
-    go(with_change(again, "run.threads", 3))
-    found, expected = digests(tmp_path / "again"), digests(Path(base["run"]["folder"]))
-    assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
+    again = elsewhere(base, tmp_path / "again")
+    go(with_change(with_change(again, "run.memory", memory), "run.threads", threads))
+    assert results(again) == results(base)
 
 
 # -- Batches and precision ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alike(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Values:
-    """A finished run, image by image, on images of two sizes."""
-    root = draw_folder(tmp_path_factory.mktemp("alike") / "boxes")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_give_the_maps_of_single_images(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    root = draw_folder(tmp_path / "boxes")
     for path in sorted((root / "images").iterdir()):
         size = (72, 64) if int(path.stem[1:]) % 3 else (64, 72)
         for folder in ("images", "masks"):
             place = root / folder / path.name
             with Image.open(place) as picture:
                 picture.resize(size, Image.Resampling.NEAREST).save(place)
-    values = recipe_values(root, tmp_path_factory.mktemp("single") / "run", weights)
-    go(values)
-    return values
-
-
-def steps_apart(one: Path, other: Path) -> int:
-    """The largest difference of two runs' maps, in 255ths of their maximum."""
-    most = 0.0
-    for name in METHODS.values():
-        assert len(list((one / name).glob("*.npz"))) == 12
-        for path in (one / name).glob("*.npz"):
-            first, second = read_maps(path), read_maps(other / name / path.name)
-            assert np.array_equal(first.keys, second.keys)
-            if len(first.keys):
-                most = max(most, float(np.abs(first.high_res - second.high_res).max()))
-                most = max(most, float(np.abs(first.cam - second.cam).max()))
-    return round(most * 255)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_batches_give_the_maps_of_single_images(
-    alike: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+    single = recipe_values(root, tmp_path / "single", weights)
+    batched = with_change(elsewhere(single, tmp_path / "batched"), "run.batch", 4)
+    batched = with_change(batched, "run.threads", threads)
+    expected = go(single).rows
     passes: list[int] = []
     features = Classifier.features
 
@@ -509,117 +475,48 @@ def test_batches_give_the_maps_of_single_images(
         return features(self, images)
 
     monkeypatch.setattr(Classifier, "features", counted)
-    values = with_change(alike, "run.batch", 4)
-    values = with_change(values, "run.threads", threads)
-    values = with_change(values, "run.folder", str(tmp_path / "run"))
-    rows = go(values).rows
+    rows = go(batched).rows
     assert max(passes) == 8  # four images and their mirrors
-    assert steps_apart(Path(alike["run"]["folder"]), tmp_path / "run") <= 1
-    for row, single in zip(rows, metrics(alike)["rows"], strict=True):
-        assert row["miou"] == pytest.approx(single["miou"], abs=0.01)
-
-
-@pytest.mark.parametrize("stopped_at", [9, 13, 24])
-def test_batches_go_on_after_a_stop(
-    alike: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
-    """Within the rounding of a backbone that sums the features of other batches otherwise."""
-    monkeypatch.setattr(prototypes, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(prototypes, "CHECKPOINT_SHARE", 0)
-    values = with_change(alike, "run.batch", 4)
-    expected = go(with_change(values, "run.folder", str(tmp_path / "whole"))).rows
-    stopped = with_change(values, "run.folder", str(tmp_path / "stopped"))
-    stops = 0
-    with monkeypatch.context() as patch:
-        Stop(patch, stopped_at, after=True)
-        for _ in range(100):
-            try:
-                go(stopped)
-                break
-            except KeyboardInterrupt:
-                stops += 1
-    assert stops > 0
-    assert files(tmp_path / "stopped").keys() == files(tmp_path / "whole").keys()
-    assert steps_apart(tmp_path / "stopped", tmp_path / "whole") <= 1
-    for row, whole in zip(metrics(stopped)["rows"], expected, strict=True):
-        assert row["miou"] == pytest.approx(whole["miou"], abs=0.01)
-
-
-def test_precision_changes_every_key_and_the_maps_a_little(base: Values, tmp_path: Path) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
-    values = with_change(values, "maps.precision", "bfloat16")
-    go(values)
-    old = Path(base["run"]["folder"])
-    for stage in STAGES:
-        keys = [
-            json.loads((folder / stage / "stage.json").read_text())["key"]
-            for folder in (old, tmp_path / "run")
-        ]
-        assert keys[0] != keys[1], stage
-    worst = 0.0
-    for path in (old / "cam").glob("*.npz"):
-        first, second = read_maps(path), read_maps(tmp_path / "run" / "cam" / path.name)
-        if len(first.keys):
-            assert np.abs(first.high_res - second.high_res).mean() < 0.05
-            worst = max(worst, float(np.abs(first.high_res - second.high_res).max()))
-    assert worst > 0
+    for row, one in zip(rows, expected, strict=True):
+        assert row["miou"] == pytest.approx(one["miou"], abs=0.01)
+    for name in METHODS.values():
+        for path in (tmp_path / "single" / name).glob("*.npz"):
+            first, second = read_maps(path), read_maps(tmp_path / "batched" / name / path.name)
+            for a, b in ((first.cam, second.cam), (first.high_res, second.high_res)):
+                assert np.abs(a - b).max(initial=0) < 1.5 / 255  # one step of a map
 
 
 # -- Memory -------------------------------------------------------------------------------------
 
 
 def test_a_sample_that_cannot_fit_is_refused_before_any_work(base: Values, tmp_path: Path) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
-    values = with_change(values, "lpcam.max_features", 10_000_000)
-    values = with_change(values, "run.memory", 1.0)
+    values = elsewhere(base, tmp_path / "run")
+    large = with_change(with_change(values, "lpcam.max_features", 10_000_000), "run.memory", 1.0)
     # both sides of 3 classes, 96 channels of 2 bytes, twice the bound
     match = r"max_features 10000000 .* 21\.5 GiB, but 0\.5 GiB .*run\.memory"
     with pytest.raises(RecipeError, match=match):
-        go(values)
-    made = [path for path in digests(tmp_path / "run") if "/" in path]
-    assert made == []
-
-
-def test_maps_alone_need_no_sample(base: Values, tmp_path: Path) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
-    values = with_change(values, "lpcam.max_features", 10_000_000)
-    go(with_change(values, "run.memory", 1.0), until="cam")
-
-
-def test_a_sample_of_all_features_is_bounded_too(values: Values) -> None:
+        go(large)
+    assert [path for path in digests(tmp_path / "run") if "/" in path] == []
+    go(large, until="cam")  # which needs no sample
     everything = with_change(values, "lpcam.max_features", None)
-    with pytest.raises(RecipeError, match=r"sample of all features has reached .*--memory"):
+    with pytest.raises(RecipeError, match=r"all features .*run\.memory"):
         go(with_change(everything, "run.memory", 1e-5))
 
 
-def test_what_processes_here_may_keep(
+def test_what_processes_share(
     base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of what there is, shared fairly; the recipe's number is for each process."""
+    """Half of the memory there is, or what the recipe says for each; and every list evenly."""
     monkeypatch.setattr(context, "available_memory", lambda: 1000)
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    values = elsewhere(base, tmp_path / "run")
     for given, here, expected in ((None, 1, 500), (None, 4, 125), (2.0, 4, 2 * 2**30)):
         recipe = parse_recipe(with_change(values, "run.memory", given), where="tiny.yaml")
         one = Context(recipe, "", Processes(0, 1, here), None, until="evaluate")
         assert one.memory() == expected
-
-
-def test_every_list_is_shared_out_evenly(
-    base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
-    monkeypatch.setattr(Processes, "wait", lambda self: None)
-    recipe = parse_recipe(values, where="tiny.yaml")
     sharing = Context(recipe, "", Processes(0, 5, 1), None, until="evaluate").sharing
     assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
     assert len(sharing.owner) == len(sharing.sizes) == 12
-
-
-def test_another_seed_gives_other_prototypes(values: Values, base: Values) -> None:
-    go(with_change(values, "run.seed", 1), until="prototypes")
-    name = "prototypes/prototypes.safetensors"
-    found, expected = (digests(Path(v["run"]["folder"]))[name] for v in (values, base))
-    assert found != expected
 
 
 # -- Stops --------------------------------------------------------------------------------------
@@ -660,7 +557,7 @@ def test_a_run_that_is_stopped_again_and_again(
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     monkeypatch.setattr(prototypes, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(prototypes, "CHECKPOINT_SHARE", 0)
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = elsewhere(base, tmp_path / "run")
     values = with_change(values, "classifier.method", method)
     values = with_change(
         values,
@@ -684,44 +581,10 @@ def test_a_run_that_is_stopped_again_and_again(
     assert digests(tmp_path / "run") == expected
 
 
-def test_a_run_that_is_killed(base: Values, tmp_path: Path) -> None:
-    """SIGKILL, as of a machine that goes down, when a certain file is there."""
-    folder, kept = tmp_path / "run", "lpcam/i06.npz"
-    values = with_change(base, "run.folder", str(folder))
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(values))
-    source = str(Path(__file__).parents[2] / "src")
-    # the run waits for the kill once the file is there
-    waiting = (
-        "import os, sys, time\n"
-        "replace = os.replace\n"
-        f"wait = lambda b: str(b).endswith({kept!r}) and time.sleep(600)\n"
-        "os.replace = lambda a, b: (replace(a, b), wait(b))\n"
-        "from lpcam.cli.main import main\n"
-        f"main(['run', {str(recipe)!r}])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", waiting],
-        env={**os.environ, "PYTHONPATH": source},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while not (folder / kept).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert (folder / kept).exists()
-    assert not (folder / "metrics.json").exists()
-    go(values)
-    expected = digests(Path(base["run"]["folder"]))
-    assert digests(folder) | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
-
-
 def test_a_full_disk_is_told_and_nothing_is_lost(
     base: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = elsewhere(base, tmp_path / "run")
     written = 0
 
     def full(descriptor: int) -> None:
@@ -735,30 +598,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
         with pytest.raises(ArtefactError, match=r"cannot write .*: No space left.*; free some"):
             go(values)
     go(values)
-    expected = digests(Path(base["run"]["folder"]))
-    assert digests(tmp_path / "run") | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
-
-
-def test_a_read_only_folder_is_told(
-    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Simulated, for the superuser may write anywhere."""
-
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    changed = with_change(values, "seeds.threshold", 0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", refuse)
-        match = r"cannot write .*: Read-only file system; choose an output folder that you may"
-        with pytest.raises(ArtefactError, match=match):
-            go(changed)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "mkdir", refuse)
-        match = r"cannot use the run folder .*new: Read-only file system; .*--run\.folder"
-        with pytest.raises(ArtefactError, match=match):
-            go(with_change(values, "run.folder", str(tmp_path / "new")))
-    go(changed)  # nothing was lost
+    assert results(values) == results(base)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -792,7 +632,7 @@ def test_a_second_run_in_the_same_folder_is_refused(values: Values) -> None:
 
 
 def test_stages_one_by_one(base: Values, tmp_path: Path) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = elsewhere(base, tmp_path / "run")
     folders = {
         "classify": {"classifier"},
         "cam": {"classifier", "cam"},
@@ -805,8 +645,7 @@ def test_stages_one_by_one(base: Values, tmp_path: Path) -> None:
         result = go(values, until=stage)
         assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == expected
         assert bool(result.rows) == (stage == "evaluate")
-    found, wanted = digests(tmp_path / "run"), digests(Path(base["run"]["folder"]))
-    assert found | {"recipe.yaml": ""} == wanted | {"recipe.yaml": ""}
+    assert results(values) == results(base)
 
 
 # -- Lists, methods, kinds of data --------------------------------------------------------------
@@ -858,23 +697,6 @@ def test_a_folder_without_masks_gives_seeds_and_no_rows(weights: Path, tmp_path:
         assert picture.width == 4 * 208 + 8  # no column of truth
 
 
-def test_finetuning_is_in_the_protocol(base: Values, tmp_path: Path) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
-    values = with_change(values, "classifier.method", "finetune")
-    values = with_change(
-        values,
-        "classifier.finetune",
-        {"epochs": 2, "batch_size": 4, "long_side": [60, 64], "crop": 64, "freeze": ["conv1"]},
-    )
-    go(values)
-    found = metrics(values)
-    assert [record["epoch"] for record in found["classifier_history"]] == [1, 2]
-    classifier = found["rows"][0]["protocol"]["classifier"]
-    assert classifier["trained_by"] == "finetune"
-    assert classifier["settings"]["freeze"] == ["conv1"]
-    assert classifier["settings"]["momentum"] == 0.9
-
-
 def test_parts_are_scored_and_their_names_count(weights: Path, tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "boxes")
     shutil.copytree(root / "masks", root / "parts")
@@ -922,31 +744,26 @@ def test_a_class_with_one_image_is_never_held_out(weights: Path, tmp_path: Path)
 
 def odd_images(root: Path) -> dict[str, tuple[int, int]]:
     """Every odd kind of image that can be read, with its upright size (height, width)."""
-    rng = np.random.default_rng(1)
-    image, _ = draw_image(["red"], (60, 72), rng)
-    picture = Image.fromarray(image)
-    folder = root / "images"
-    picture.convert("L").save(folder / "grey.png")
-    Image.fromarray(np.array(picture.convert("L")).astype(np.uint16) * 257).save(
-        folder / "sixteen.png"
-    )
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    alpha = picture.convert("RGBA")
-    alpha.putalpha(128)
-    alpha.save(folder / "alpha.png")
-    exif = Image.Exif()
+    picture = Image.fromarray(draw_image(["red"], (60, 72), np.random.default_rng(1))[0])
+    grey, exif = np.array(picture.convert("L")), Image.Exif()
     exif[0x0112] = 6
-    picture.save(folder / "turned.jpg", exif=exif)
-    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
-    Image.new("RGB", (8000, 24), "red").save(folder / "wide.png")
-    (folder / "barn").mkdir()
-    picture.save(folder / "barn" / "rote Kühe 牛.png")
-    return {
-        **dict.fromkeys(("grey", "sixteen", "cmyk", "alpha", "barn/rote Kühe 牛"), (60, 72)),
-        "turned": (72, 60),
-        "dot": (1, 1),
-        "wide": (24, 8000),
+    kinds = {
+        "grey.png": Image.fromarray(grey),
+        "sixteen.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "cmyk.jpg": picture.convert("CMYK"),
+        "alpha.png": picture.convert("RGBA"),
+        "turned.jpg": picture,
+        "dot.png": Image.new("RGB", (1, 1), "red"),
+        "wide.png": Image.new("RGB", (8000, 24), "red"),
+        "barn/rote Kühe 牛.png": picture,
     }
+    kinds["alpha.png"].putalpha(128)
+    (root / "images" / "barn").mkdir()
+    for name, image in kinds.items():
+        options = {"exif": exif} if name == "turned.jpg" else {}
+        image.save(root / "images" / name, **options)
+    sizes = {name.rpartition(".")[0]: image.size[::-1] for name, image in kinds.items()}
+    return {**sizes, "turned": (72, 60)}
 
 
 def label(root: Path, *lines: str) -> None:
@@ -976,62 +793,43 @@ def test_images_of_every_kind(
         maps = read_maps(tmp_path / "run" / "lpcam" / f"{name}.npz")
         assert maps.high_res.shape == (1, *size)
         assert np.isfinite(maps.high_res).all()
-        with Image.open(tmp_path / "run" / "seeds" / f"{name}.png") as seed:
-            assert seed.size == (size[1], size[0])
-            assert set(np.unique(np.array(seed))) <= {0, 3}
-    # the 8,000-pixel image went through the backbone at maps.maximum_side
-    assert max(seen) == 128
+        seed = np.array(Image.open(tmp_path / "run" / "seeds" / f"{name}.png"))
+        assert seed.shape == size
+        assert set(np.unique(seed)) <= {0, 3}
+    assert max(seen) == 128  # maps.maximum_side, of the image of 8,000 pixels too
 
 
 def test_files_that_cannot_be_used_are_skipped_and_listed(own: Values) -> None:
     root, folder = Path(own["data"]["root"]), Path(own["run"]["folder"])
-    picture = Image.fromarray(draw_image(["red"], (60, 72), np.random.default_rng(1))[0])
-    picture.save(root / "images" / "short.jpg")
-    data = (root / "images" / "short.jpg").read_bytes()
-    (root / "images" / "short.jpg").write_bytes(data[: len(data) // 2])
-    (root / "images" / "empty.png").touch()
-    (root / "images" / "text.png").write_text("not a picture")
-    picture.save(root / "images" / "unlabelled.png")
-    label(root, "short.jpg,red", "empty.png,red", "text.png,red", "gone.png,red", "i01.png,green")
-    before = times(folder)
-    result = go(own)
-    reasons = {skip["id"]: skip["reason"] for skip in result.skipped}
-    assert set(reasons) == {"short", "empty", "text", "gone.png", "unlabelled"}
-    assert "cannot read image" in reasons["short"]
-    assert "the file is empty; replace the file or leave it out" in reasons["empty"]
-    assert "damaged or not an image" in reasons["text"]
-    assert reasons["gone.png"].startswith("labels.csv line 17 has no image below")
-    assert reasons["unlabelled"] == "it has no line in labels.csv; add one"
-    # the list is in the results, though nothing else had to be made again
-    assert metrics(own)["skipped"] == result.skipped
-    after = times(folder)
-    assert after["lpcam/i00.npz"] == before["lpcam/i00.npz"]
-    notices = json.loads((folder / "index.json").read_text())["notices"]
-    assert any("i01 (lines 3, 18)" in notice for notice in notices)
-
-
-def test_a_damaged_image_of_the_list_leaves_the_others(own: Values) -> None:
-    root, folder = Path(own["data"]["root"]), Path(own["run"]["folder"])
     whole = (root / "images" / "i05.png").read_bytes()
     (root / "images" / "i05.png").write_bytes(whole[:200])
+    (root / "images" / "empty.png").touch()
+    (root / "images" / "text.png").write_text("not a picture")
+    shutil.copy(root / "images" / "i01.png", root / "images" / "unlabelled.png")
+    label(root, "empty.png,red", "text.png,red", "gone.png,red", "i01.png,green")
     result = go(own)
-    assert [skip["id"] for skip in result.skipped] == ["i05"]
+    reasons = {skip["id"]: skip["reason"] for skip in result.skipped}
+    assert set(reasons) == {"i05", "empty", "text", "gone.png", "unlabelled"}
+    assert "empty" in reasons["empty"]
+    assert all("labels.csv" in reasons[name] for name in ("gone.png", "unlabelled"))
     assert metrics(own)["skipped"] == result.skipped
-    assert {p.stem for p in (folder / "seeds").glob("*.png")} == {
-        f"i{number:02d}" for number in range(12) if number != 5
-    }
     assert [row["images"] for row in result.rows] == [11] * 6
+    assert not (folder / "seeds" / "i05.png").exists()
+    notices = json.loads((folder / "index.json").read_text())["notices"]
+    assert any("i01 (lines 3, 17)" in notice for notice in notices)
+    before = times(folder)
+    (root / "images" / "unlabelled.png").unlink()
+    result = go(own)  # the list is in the results, though nothing else is made again
+    assert len(metrics(own)["skipped"]) == len(result.skipped) == 4
+    assert times(folder)["lpcam/i00.npz"] == before["lpcam/i00.npz"]
     (root / "images" / "i05.png").write_bytes(whole)
-    assert go(own).skipped == []
+    assert len(go(own).skipped) == 3
     assert (folder / "seeds" / "i05.png").exists()
 
 
 @pytest.mark.parametrize(
     ("factor", "told"),
-    [
-        (0, "the values in them are 0 (0 is background"),
-        (50, "Values of no class here: 50, 100, 150; write the classes' numbers"),
-    ],
+    [(0, "0 (0 is background"), (50, "50, 100, 150")],
 )
 def test_masks_that_show_no_class_are_no_truth(
     own: Values,
@@ -1051,10 +849,7 @@ def test_masks_that_show_no_class_are_no_truth(
         result = go(own)
         assert result.rows == [] and result.skipped == []
         (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert warning.startswith(
-            "the list 'all' is not scored: none of its true masks (12) shows a class"
-        )
-        assert told in warning
+        assert warning.startswith("the list 'all' is not scored: ") and told in warning
     found = metrics(own)
     assert (found["rows"], found["curves"]) == ([], {})
     assert not (folder / "evaluation" / "images.json").exists()
@@ -1068,32 +863,23 @@ def test_masks_that_show_no_class_are_no_truth(
 Spoil = Callable[[Path], None]
 
 
-def classes_of_two(root: Path) -> None:
-    (root / "classes.txt").write_text("blue\nred\n")
-
-
 def wrong_mask(root: Path) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "masks" / "i02.png")
 
 
-def only_blue(root: Path) -> None:
-    lines = (root / "labels.csv").read_text().splitlines()
-    names = [line.split(",")[0] for line in lines[1:]]
-    (root / "labels.csv").write_text("\n".join(["image,labels", *(f"{n},blue" for n in names)]))
-    (root / "classes.txt").write_text("blue\ngreen\nred\n")
+def unused_class(root: Path) -> None:
+    (root / "classes.txt").write_text("blue\ngreen\nred\nyellow\n")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: label(root, "../i01.png,red"), r"line 14: image name '\.\./i01\.png' is ref"),
-        (lambda root: label(root, "/etc/i01.png,red"), r"line 14: .* it is an absolute path"),
-        (classes_of_two, r"unknown class 'green'; .*blue, red"),
-        (wrong_mask, r"mask of 'i02', .*, is 5 x 5 \(height x width\) but the upright image is"),
-        (only_blue, r"no training image is labelled green, red; label some, or leave them out"),
-        (lambda root: (root / "labels.csv").unlink(), r"there is no .*labels\.csv; labels\.csv mu"),
+        (lambda root: label(root, "../i01.png,red"), r"line 14: .*'\.\./i01\.png'"),
+        (wrong_mask, "'i02'.* 5 x 5 "),
+        (unused_class, "yellow"),
+        (lambda root: (root / "labels.csv").unlink(), r"labels\.csv"),
     ],
-    ids=["dots", "slash", "class", "mask size", "no image of a class", "no labels"],
+    ids=["dots", "mask size", "no image of a class", "no labels"],
 )
 def test_data_that_stop_a_run(weights: Path, tmp_path: Path, spoil: Spoil, message: str) -> None:
     root = draw_folder(tmp_path / "boxes")
@@ -1105,20 +891,20 @@ def test_data_that_stop_a_run(weights: Path, tmp_path: Path, spoil: Spoil, messa
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("run.device", "cuda:7", r"the device 'cuda:7' cannot be used here .*use 'auto' or 'cpu'"),
-        ("run.device", "gpu", r"the device 'gpu' cannot be used here"),
+        ("run.device", "cuda:77", "'cuda:77'"),
+        ("run.device", "gpu", "'gpu'"),
         ("classifier.backbone", "resnet5O", "'resnet5O'.*resnet50"),
-        ("classifier.weights", "none.safetensors", r"no weights file 'none\.safetensors'"),
-        ("classifier.backbone", "test_convnext", r"do not fit 'test_convnext'.* missing \(first:"),
+        ("classifier.weights", "none.safetensors", r"'none\.safetensors'"),
+        ("classifier.backbone", "test_convnext", "'test_convnext'"),
         ("data.classes", ["red", "bleu"], "'bleu'.*'blue'"),
-        ("data.root", "nowhere", "there is no folder nowhere; give the folder that holds labels"),
-        ("classifier.std", [0.0, 0.0, 0.0], r"image 'i\d\d': the backbone gave NaN or Inf"),
+        ("data.root", "nowhere", "nowhere"),
+        ("classifier.std", [0.0, 0.0, 0.0], r"'i\d\d'.*NaN"),
     ],
 )
 def test_settings_that_stop_a_run(
     base: Values, tmp_path: Path, path: str, value: Any, message: str
 ) -> None:
-    values = with_change(base, "run.folder", str(tmp_path / "run"))
+    values = elsewhere(base, tmp_path / "run")
     with pytest.raises(LpcamError, match=message):
         go(with_change(values, path, value))
 
@@ -1141,23 +927,20 @@ def test_flat_maps_everywhere(values: Values) -> None:
         go(values)
 
 
-def test_prototypes_of_another_classifier_are_refused(values: Values, tmp_path: Path) -> None:
-    other = with_change(values, "run.folder", str(tmp_path / "other"))
-    other = with_change(other, "classifier.probe.weight_decay", 1e-4)
+def test_damaged_artefacts_are_named(values: Values, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lpcam" / "i00.npz"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ArtefactError, match=r"lpcam/i00\.npz"):
+        go(with_change(values, "seeds.threshold", 0.5))
+    path.unlink()
+    other = with_change(
+        elsewhere(values, tmp_path / "other"), "classifier.probe.weight_decay", 1e-4
+    )
     go(other, until="prototypes")
     name = "prototypes/prototypes.safetensors"
     shutil.copy(tmp_path / "other" / name, tmp_path / "run" / name)
-    (tmp_path / "run" / "lpcam" / "i00.npz").unlink()
-    with pytest.raises(PrototypeError, match=r"were made from the features of classifier \w{32}"):
+    with pytest.raises(PrototypeError, match=r"classifier \w{32}"):
         go(values)
-
-
-def test_damaged_artefacts_are_named(values: Values) -> None:
-    folder = Path(values["run"]["folder"])
-    data = (folder / "lpcam" / "i00.npz").read_bytes()
-    (folder / "lpcam" / "i00.npz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ArtefactError, match=r"lpcam/i00\.npz is damaged.*delete it and run"):
-        go(with_change(values, "seeds.threshold", 0.5))
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "index.json", "seeds/mine.png"])
@@ -1168,8 +951,3 @@ def test_the_users_own_files_are_not_overwritten(base: Values, tmp_path: Path, n
     with pytest.raises(ArtefactError, match=r"so (it|they) may be yours; .*--run\.folder"):
         go(with_change(base, "run.folder", str(tmp_path / "run")))
     assert path.read_text() == "[]"
-
-
-def test_a_newer_recipe(base: Values) -> None:
-    with pytest.raises(RecipeError, match="version 2"):
-        go(with_change(base, "version", 2))

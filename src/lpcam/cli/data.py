@@ -159,7 +159,7 @@ def import_maps(call: Invocation) -> int:
         if options.data is not None and not _is_table(options.classes):
             chosen = names(options.classes)
         else:
-            table = _class_table(options.classes)
+            table = class_table(options.classes)
     if options.data is not None:
         dataset = open_dataset(options.data, lists=options.lists)
         if table is not None:
@@ -244,7 +244,7 @@ def _is_table(text: str) -> bool:
     return text in KNOWN_CLASSES or Path(text).is_file()
 
 
-def _class_table(text: str) -> ClassTable:
+def class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
     from lpcam.data.coco.dataset import COCO_CATEGORIES  # noqa: PLC0415
     from lpcam.data.voc import CLASSES  # noqa: PLC0415

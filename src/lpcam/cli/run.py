@@ -6,18 +6,19 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpcam.cli.command import RUN, THREADS, Invocation, argument, command, positive_number
-from lpcam.cli.data import READING, reading
+from lpcam.cli.data import READING, class_table, reading
 
 if TYPE_CHECKING:
     from lpcam.pipeline.run import RunResult
 
 RECIPE = argument("recipe", help="A recipe file, or the name of a bundled recipe.")
+SCORES = ("mIoU", "FP", "FN", "precision", "recall")
 MEMORY = argument(
     "--memory",
     type=positive_number,
@@ -119,20 +120,24 @@ def report(call: Invocation) -> int:
     "use",
     argument("predictions", type=Path, help="Folder of predicted masks, ID.png."),
     argument("truth", type=Path, help="Folder of true masks, ID.png."),
-    argument("--classes", type=Path, help="File with one class name a line, background excluded."),
+    argument(
+        "--classes",
+        help="voc12, coco14, or a file with one class name a line, background excluded (default: "
+        "every value in the true masks is a class).",
+    ),
     argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
-    THREADS,
 )
 def evaluate(call: Invocation) -> int:
     """Score a folder of masks against a folder of true masks."""
     from lpcam.evaluation.scoring import evaluate_masks  # noqa: PLC0415
-    from lpcam.formats.labels import read_classes  # noqa: PLC0415
     from lpcam.runtime.files import write_json  # noqa: PLC0415
 
     options = call.options
-    classes = None if options.classes is None else read_classes(options.classes)
-    found = evaluate_masks(options.predictions, options.truth, classes, workers=call.threads)
-    print(found.summary())
+    classes = None if options.classes is None else class_table(options.classes)
+    found = evaluate_masks(options.predictions, options.truth, classes)
+    table = [[name, *map(_percent, one.values())] for name, one in found.per_class.items()]
+    mean = map(_percent, (found.miou, found.fp, found.fn, found.precision, found.recall))
+    _print_table("percent", ["class", "IoU", *SCORES[1:]], [*table, ["mean", *mean]])
     if options.json is not None:
         write_json(options.json, {**asdict(found), "command": call.line})
     return 0
@@ -227,21 +232,33 @@ def _print_result(result: RunResult) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], *, has_threshold: bool) -> None:
+    first = rows[0]
+    parts = sorted(first.get("part_coverage", {}))
+    table = []
+    for row in rows:
+        numbers = [row[name.lower()] for name in SCORES]
+        numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
+        chosen = [f"{row['threshold']:.2f}", row["threshold_source"]] if has_threshold else []
+        table.append([row["method"], *chosen, *map(_percent, numbers)])
+    _print_table(
+        f"{first['dataset']} {first['split']}, {first['images']} images, percent",
+        ["method", *(["threshold", "chosen by"] if has_threshold else []), *SCORES, *parts],
+        table,
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    first = rows[0]
-    parts = sorted(first.get("part_coverage", {}))
-    table = Table(title=f"{first['dataset']} {first['split']}, {first['images']} images, percent")
-    table.add_column("method")
-    if has_threshold:
-        table.add_column("threshold", justify="right")
-        table.add_column("chosen by")
-    for name in ("mIoU", "FP", "FN", "precision", "recall", *parts):
-        table.add_column(name, justify="right")
+    table = Table(title=title)
+    for name in columns:
+        words = name in ("method", "class", "chosen by")
+        table.add_column(name, justify="left" if words else "right")
     for row in rows:
-        numbers = [row[name] for name in ("miou", "fp", "fn", "precision", "recall")]
-        numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
-        chosen = [f"{row['threshold']:.2f}", row["threshold_source"]] if has_threshold else []
-        table.add_row(row["method"], *chosen, *(f"{100 * number:.1f}" for number in numbers))
+        table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -94,6 +94,7 @@ def mirror_and_crop(
         one tensor (..., crop, crop) per plane.
 
     Example:
+        >>> import torch
         >>> image = (torch.ones(3, 20, 30), 0)
         >>> [found.shape for found in mirror_and_crop([image], 16, np.random.default_rng(0))]
         [torch.Size([3, 16, 16])]
