@@ -86,16 +86,6 @@ def test_the_first_error_in_order_ends_it(workers: int) -> None:
     assert list(results) == []
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_of_the_source_is_the_callers(workers: int) -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        raise OSError("the source")
-
-    with pytest.raises(OSError, match="the source"):
-        list(ordered_map(lambda number: number, source(), workers))
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("end", ["whole", "closed", "error"])
 def test_each_call_has_one_thread_of_numerics(workers: int, end: str) -> None:
@@ -117,12 +107,6 @@ def test_each_call_has_one_thread_of_numerics(workers: int, end: str) -> None:
         with pytest.raises(ValueError, match="three"):
             list(results)
     assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize("workers", [0, -2])
-def test_no_workers(workers: int) -> None:
-    with pytest.raises(ValueError, match=f"workers must be at least 1, got {workers}"):
-        ordered_map(str, [1], workers)  # at the call, not at the first result
 
 
 # -- Sharing -------------------------------------------------------------------------------------
@@ -163,12 +147,6 @@ def test_every_image_is_in_one_process_and_one_batch(seed: int, batch: int) -> N
             assert batches == [[item] for item in mine]
         found += [item.id for one in batches for item in one]
     assert sorted(found) == sorted(item.id for item in items)
-
-
-def test_batches_begin_in_the_order_of_the_items() -> None:
-    sizes = {"a": (1, 2), "b": (2, 1), "c": (1, 2), "d": (2, 1), "e": (1, 2)}
-    found = Sharing(batch=2, sizes=sizes).batches(named(*"abcde"))
-    assert [[item.id for item in one] for one in found] == [["a", "c"], ["b", "d"], ["e"]]
 
 
 def test_alone_everything_is_mine_and_one_by_one() -> None:

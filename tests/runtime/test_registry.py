@@ -51,4 +51,4 @@ def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch: pytest.Monk
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with_points(monkeypatch, pi="math:e")
     with pytest.raises(RegistryError, match=r"'pi'.*math:pi.*math:e"):
-        Registry("number", "toys", OWN)
+        list(Registry("number", "toys", OWN))

@@ -67,10 +67,6 @@ def test_limits_of_control_groups(
     assert set(groups(tmp_path, lines, files)) == expected
 
 
-def test_without_control_groups(tmp_path: Path) -> None:
-    assert container_limits(tmp_path / "none", tmp_path) == []
-
-
 def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limits, expected in (
@@ -100,17 +96,6 @@ def test_reuse_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda option, _: int(option == -4))
     )
-    assert reuse_freed_memory() is False
-
-
-def test_a_c_library_without_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
-    assert reuse_freed_memory() is False
-
-    def none(_: object) -> None:
-        raise OSError("no library")
-
-    monkeypatch.setattr(ctypes, "CDLL", none)
     assert reuse_freed_memory() is False
 
 

@@ -27,6 +27,10 @@ RECORD = "stage.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LEFTOVERS = ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors")
 """Files that only an interrupted task needs."""
+Record = dict[str, Any]
+"""A JSON object: a row of figures, the entry of a history, a protocol."""
+Parts = Mapping[str, Any]
+"""Everything that a result depends on, as JSON."""
 Output = Mapping[str, Any]
 """What a task records of its results for later stages, as JSON."""
 
@@ -39,11 +43,11 @@ class StageCache:
         parts: everything that the result depends on, as JSON.
     """
 
-    def __init__(self, folder: Path, parts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, parts: Parts) -> None:
         self.folder = folder
         self.parts = dict(parts)
         self.key = digest_json(self.parts)
-        self.output: dict[str, Any] = {}
+        self.output: Record = {}
 
     def done(self, outputs: Iterable[Path] = ()) -> bool:
         """Tell whether the result is finished for this key and all its files exist."""
@@ -92,7 +96,7 @@ class StageCache:
             for path in self.folder.glob(pattern):
                 path.unlink()
 
-    def _record(self) -> dict[str, Any] | None:
+    def _record(self) -> Record | None:
         path = self.folder / RECORD
         if not path.is_file():
             return None
@@ -106,7 +110,7 @@ class StageCache:
         record = {"key": self.key, "parts": self.parts, "done": done, "output": self.output}
         write_json(self.folder / RECORD, {**record, "versions": versions()})
 
-    def _changed(self, old: Mapping[str, Any]) -> str:
+    def _changed(self, old: Parts) -> str:
         was, now = dict(_leaves(old)), dict(_leaves(self.parts))
         changed = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
         shown = [
@@ -133,8 +137,7 @@ class Result:
     name: str
     """Under which later stages find it, such as ``irn/lpcam``."""
     folder: Path
-    parts: Mapping[str, Any]
-    """Everything that it depends on, as JSON."""
+    parts: Parts
     outputs: Sequence[Path]
     """The files that it consists of."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from lpcam.data.dataset import Dataset, Item
 from lpcam.data.reader import ListName
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
-from lpcam.pipeline.cache import Output, Result, StageCache, Task
+from lpcam.pipeline.cache import Output, Parts, Record, Result, StageCache, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
@@ -104,7 +104,7 @@ class Context:
         self.results: dict[str, StageCache] = {}
         self.given_maps: Given | None = None
         self.given_masks: Given | None = None
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Record] = []
         self.stages: Sequence[str] = ()
         self.loaded_network: tuple[Path, Any] | None = None
         """A host's network that is in memory, with its file."""
@@ -146,7 +146,7 @@ class Context:
                 cache.remove_leftovers()
         return todo
 
-    def result(self, name: str, parts: Mapping[str, Any], outputs: Sequence[Path]) -> Result:
+    def result(self, name: str, parts: Parts, outputs: Sequence[Path]) -> Result:
         """A result in the folder of its name."""
         return Result(name, self.folder / name, parts, outputs)
 
@@ -199,7 +199,7 @@ class Context:
 
     # -- Data ----------------------------------------------------------------------------------
 
-    def _index(self) -> tuple[Dataset, dict[str, dict[str, Any]]]:
+    def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""
         path = self.folder.index
         before = read_json(path) if path.is_file() else {"records": {}}

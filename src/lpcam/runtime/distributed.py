@@ -1,8 +1,7 @@
-"""Several processes or machines working on one run, over torch.distributed.
+"""Several processes or machines that work on one run, over torch.distributed.
 
-They are started by ``torchrun``; accelerate joins them and chooses each one's device. What they
-make they write into the run folder, which all must see; the only things exchanged otherwise are
-"I am ready" and small sums.
+``torchrun`` starts them; accelerate joins them and chooses each one's device. They write their
+results into the run folder, which all must see, and exchange only barriers and small sums.
 """
 
 from __future__ import annotations
@@ -21,17 +20,18 @@ from lpcam.runtime.parallel import ordered_map
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for slower ones. A process that dies is noticed at once: torchrun stops
-the others of its machine, and their connections to other machines break. A machine that vanishes
-without a word is noticed by torchrun's own heartbeat."""
+the others of its machine, which breaks their connections; torchrun's heartbeat notices a machine
+that fails."""
 
 
 class Processes:
-    """This process among those of a run; alone, unless :func:`join` finds others.
+    """This process among those of a run.
 
-    Attributes:
+    Args:
         rank: number of this process, from 0.
-        count: of all processes.
-        here: of those on this machine.
+        count: number of processes.
+        here: number of processes on this machine.
+        group: the group in which they wait for each other.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, here: int = 1, group: Any = None) -> None:
@@ -45,12 +45,12 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when every process has come to this place."""
+        """Wait until every process has called this."""
         if self.count > 1:
             torch.distributed.barrier(group=self._group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes of a tensor of equal shape, on the CPU; the same in all."""
+        """Sum of the processes' tensors of equal shape, on the CPU."""
         if self.count == 1:
             return tensor
         total = tensor.detach().cpu().clone()
@@ -58,7 +58,7 @@ class Processes:
         return total
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """The module, with gradients averaged over the processes at every backward pass."""
+        """The module with gradients averaged over the processes at every backward pass."""
         if self.count == 1:
             return module
         from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415
@@ -72,7 +72,7 @@ class Processes:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for a run, by what ``torchrun`` has set."""
+    """Tell whether this is the first process of a run, by the environment of ``torchrun``."""
     return not _among_others() or os.environ.get("RANK", "0") == "0"
 
 
@@ -81,22 +81,22 @@ def _among_others() -> bool:
 
 
 def leave() -> None:
-    """Part from the other processes, when all runs of this one have gone well."""
+    """Destroy the process group after a successful run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def join(device: str) -> tuple[Processes, torch.device | None]:
-    """Join the processes that ``torchrun`` has started, if it has.
+    """Join the processes that ``torchrun`` has started, if there are any.
 
     Args:
-        device: "auto", "cpu" or "cuda", as the recipe has it.
+        device: "auto", "cpu" or "cuda", from the recipe.
 
     Returns:
-        this process among the others, and its device (None: it is alone and may choose).
+        This process, and its device; None if it is alone and may choose.
 
     Raises:
-        RecipeError: if accelerate is not installed, one certain GPU is given to all, or there are
+        RecipeError: if accelerate is not installed, all processes would use one GPU, or there are
             fewer GPUs than processes.
     """
     if not _among_others():

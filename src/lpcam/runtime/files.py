@@ -1,7 +1,7 @@
-"""Files that a run leaves behind: atomic writes, JSON, tensors, map files and digests.
+"""Files that a run writes: atomic writes, JSON, tensors and digests.
 
-Every write goes to a temporary file in the same folder and is moved into place when it is whole,
-so that a stopped run never leaves half a file under its final name. Nothing is ever pickled.
+Every write goes to a temporary file in the same folder, which is then moved into place, so an
+interrupted run never leaves half a file under its final name. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from torch import Tensor
 
 from lpcam.runtime.errors import ArtefactError
 
-_TENSOR_FORMAT = 1
-
-
-_TENSOR_KEY = "lpcam"
+_TENSOR_FORMAT, _TENSOR_KEY = 1, "lpcam"
 
 
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write ``data``, or its parts, to ``path`` whole or not at all; missing folders are made.
+    """Write a whole file, from bytes or parts of them, or nothing; missing folders are made.
 
     Raises:
-        ArtefactError: if the disk is full, the folder may not be written or the path is no file's;
-            an earlier file at ``path`` is then untouched and no temporary file stays.
+        ArtefactError: if the disk is full or the path cannot be written; an earlier file at
+            ``path`` is then unchanged.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
@@ -57,7 +54,7 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of ``path``; ArtefactError names the file and the reason if it cannot be read."""
+    """The contents of a file; ArtefactError names it if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -87,10 +84,10 @@ def _json_text(value: Any, what: str, indent: int | None) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as UTF-8 JSON with sorted keys, so that equal values give equal bytes.
+    """Write a value as UTF-8 JSON with sorted keys, so that equal values give equal bytes.
 
     Raises:
-        ArtefactError: for NaN, infinity or a value that JSON does not have, and as `write_bytes`.
+        ArtefactError: for NaN, infinity or a value that JSON cannot hold, and as `write_bytes`.
     """
     write_bytes(path, (_json_text(value, str(path), indent=2) + "\n").encode())
 
@@ -107,11 +104,11 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors (moved to the CPU) and JSON metadata as one safetensors file.
 
-    The metadata and the format's number are one JSON string under the key ``lpcam``: safetensors
-    orders several keys at random, and equal contents are to give equal bytes.
+    The metadata are one JSON string under the key ``lpcam``, because safetensors orders several
+    keys at random, and equal contents must give equal bytes.
 
     Raises:
-        ArtefactError: if the metadata is no JSON, and as `write_bytes`.
+        ArtefactError: if the metadata are not JSON, and as `write_bytes`.
     """
     header = {"format": _TENSOR_FORMAT, "metadata": dict(metadata)}
     plain, owners = {}, set()
@@ -159,7 +156,7 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """`digest_bytes` of a file's contents, read in blocks; ArtefactError if it cannot be read."""
+    """`digest_bytes` of a file's contents; ArtefactError names it if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -168,7 +165,12 @@ def digest_file(path: Path) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Digest of a value's canonical JSON: the order of keys does not count, tuples are lists."""
+    """Digest of a value as JSON; the order of keys does not matter, and tuples are lists.
+
+    Example:
+        >>> digest_json({"a": 1, "b": (2,)}) == digest_json({"b": [2], "a": 1})
+        True
+    """
     return digest_bytes(_json_text(value, "a value to digest", indent=None).encode())
 
 
@@ -182,7 +184,7 @@ def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's numbers as they lie in memory, of types too that NumPy has not (bfloat16)."""
+    """The bytes of a tensor's numbers, also of types that NumPy does not have (bfloat16)."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -204,6 +206,6 @@ def printable(path: Path) -> str:
 
 
 def weights_key(weights: str) -> str:
-    """What weights are: a word, or the digest of a file's contents."""
+    """What identifies weights in a cache key: a word, or the digest of a file's contents."""
     is_file = weights.endswith(".safetensors") and Path(weights).is_file()
     return digest_file(Path(weights)) if is_file else weights

@@ -16,27 +16,25 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
-
-
 AHEAD = 2
-"""Results that may wait, for each worker; more would only hold memory."""
+"""Results that may wait for the caller, for each worker; more would only use memory."""
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``function`` of every item, on ``workers`` threads, yielded in the order of the items.
+    """Call a function for every item on several threads; yield the results in order.
 
-    Every call runs with one thread of numerics, whatever ``workers`` is, and the caller's number of
-    threads is set again at the end. At most ``AHEAD * workers`` results wait for the caller, so
-    ``items`` may be endless. PyTorch's inference mode belongs to a thread: ``function`` must enter
-    it itself.
+    Every call uses one thread of numerics, whatever ``workers`` is; the caller's number of threads
+    is restored at the end. At most ``AHEAD * workers`` results wait for the caller, so ``items``
+    may be endless. PyTorch's inference mode belongs to a thread: ``function`` must enter it itself.
 
     Raises:
         ValueError: if ``workers`` is less than 1.
-        Exception: that of the first item, in order, whose call failed; no further call is begun,
-            and those under way are waited for.
+        Exception: that of the first item whose call failed, after the calls under way have ended.
+
+    Example:
+        >>> list(ordered_map(abs, [-1, -2], workers=2))
+        [1, 2]
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -45,7 +43,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of numerics, so that rounding does not depend on how many there are."""
+    """Use one thread of numerics, so that rounding does not depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,21 +19,20 @@ from rich.progress import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-T = TypeVar("T")
-
-
 LINE_EVERY_SECONDS = 15.0
-
-
 Advance = Callable[[int, str], None]
 """Called with how many steps were done and a short remark."""
 
 
 @contextmanager
 def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
-    """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run."""
+    """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run.
+
+    Example:
+        >>> with progress("maps", 2) as advance:
+        ...     for _ in range(2):
+        ...         advance(1, "")
+    """
     if sys.stderr.isatty():
         columns = (
             TextColumn("{task.description}"),
@@ -65,11 +63,3 @@ def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
         logger.info("%s: %d of %d, about %.0f s left%s", label, finished, total, left, note)
 
     yield advance
-
-
-def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Iterate with progress."""
-    with progress(label, total) as advance:
-        for item in items:
-            yield item
-            advance(1, "")

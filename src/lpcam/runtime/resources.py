@@ -12,24 +12,22 @@ import torch
 
 from lpcam.runtime.errors import RecipeError
 
-_MALLOPT_TRIM_THRESHOLD = -1
-
-
-_MALLOPT_MMAP_MAX = -4
-
-
-_MALLOPT_ARENA_MAX = -8
-
-
+_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX, _MALLOPT_ARENA_MAX = -1, -4, -8
 KEPT_WHEN_FREED = 2**31 - 1
-"""Bytes at the end of the heap that the allocator may keep, the most that it can be told."""
+"""Bytes at the end of the heap that the allocator may keep; the largest value it takes."""
+IMAGE_SHARE = 0.75
+"""Share of the available memory for what images need while they are processed."""
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of a name; of "auto" a GPU where there is one.
+    """The device of a name; "auto" takes a GPU where there is one.
 
     Raises:
         RecipeError: if it cannot be used here.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,10 +42,11 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def available_threads(processes_here: int = 1) -> int:
-    """Processors that this process may use, shared fairly with others on this machine.
+    """Number of processors for this process, one of some processes of a run on this machine.
 
-    Args:
-        processes_here: processes of the same run on this machine.
+    Example:
+        >>> available_threads() >= 1
+        True
     """
     return max(1, len(os.sched_getaffinity(0)) // processes_here)
 
@@ -63,22 +62,22 @@ def threads_beside(device: torch.device, threads: int) -> int:
 
 
 def available_memory() -> int:
-    """Memory that this process may use, in bytes.
+    """Memory that this process may use, in bytes: the machine's, or a container's lower limit.
 
-    That is the machine's, or less where a container or a batch system has set a limit.
+    Example:
+        >>> available_memory() > 0
+        True
     """
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *container_limits()])
 
 
-IMAGE_SHARE = 0.75
-"""Of the memory that may be used, for what images need while they are worked on."""
-
-
 def memory_of_an_image(device: torch.device, workers: int) -> int | None:
-    """Bytes that one image may need while ``workers`` are worked on at a time.
+    """Memory that one of ``workers`` images at a time may use, in bytes; None on a GPU.
 
-    None on a GPU, where what is free when it comes to it decides.
+    Example:
+        >>> memory_of_an_image(torch.device("cpu"), 2) < available_memory()
+        True
     """
     return int(available_memory() * IMAGE_SHARE / workers) if device.type == "cpu" else None
 
@@ -86,11 +85,11 @@ def memory_of_an_image(device: torch.device, workers: int) -> int | None:
 def container_limits(
     membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
 ) -> list[int]:
-    """Memory limits, in bytes, of the Linux control groups that this process is in; may be empty.
+    """Memory limits of the Linux control groups that this process is in, in bytes.
 
     Args:
-        membership: names the groups, a line ``number:controllers:path`` each.
-        root: of the groups' files: ``memory.max`` (version 2), or
+        membership: file with a line ``number:controllers:path`` for each group.
+        root: folder of the groups' files: ``memory.max`` (version 2), or
             ``memory/.../memory.limit_in_bytes`` (version 1).
     """
     try:
@@ -118,14 +117,13 @@ def container_limits(
 
 
 def reuse_freed_memory() -> bool:
-    """Let the C library keep the memory of freed tensors for the next ones.
+    """Let the C library keep the memory of freed tensors, for the whole process.
 
-    As it comes, the GNU library hands every block above 32 MB back to the system, which must clear
-    its pages when the next image asks for them: a third of the time of a backbone on a CPU. For the
-    whole process.
+    By default the GNU library returns every block above 32 MB to the system, which must clear its
+    pages for the next image: a third of the time of a backbone on a CPU.
 
     Returns:
-        whether the C library took the settings; others than GNU's have none.
+        True if the C library took the settings; only GNU's has them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -142,7 +140,7 @@ def reuse_freed_memory() -> bool:
 
 
 def reset_peak_memory() -> bool:
-    """Let :func:`peak_memory` count from now on; whether the system can do so (Linux can)."""
+    """Let :func:`peak_memory` count from now on; returns False if the system cannot."""
     try:
         Path("/proc", "self", "clear_refs").write_text("5")
     except OSError:
@@ -151,7 +149,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int | None:
-    """Most memory that this process has held since :func:`reset_peak_memory`, in bytes.
+    """Most memory used by this process since :func:`reset_peak_memory`, in bytes.
 
     None where the system does not tell.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lpcam.data.dataset import Item
 from lpcam.data.drawing import SheetRow, choose_rows, sheet
@@ -14,15 +13,13 @@ from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
 from lpcam.evaluation.scoring import score_maps
 from lpcam.method.settings import METHODS
-from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.cache import Record, StageCache, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.runtime.files import read_json, write_bytes, write_json
 from lpcam.runtime.versions import versions
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def evaluate(context: Context) -> Iterator[Task]:
 
 def _evaluate(context: Context, methods: Mapping[str, Scored], items: Sequence[Item]) -> None:
     """Write the figures."""
-    rows: list[Row] = []
+    rows: list[Record] = []
     found = None
     if items:
         folders = {name: one.folder for name, one in methods.items()}
@@ -140,7 +137,7 @@ def _evaluate(context: Context, methods: Mapping[str, Scored], items: Sequence[I
     )
 
 
-def _histories(context: Context, kind: str) -> dict[str, Any]:
+def _histories(context: Context, kind: str) -> Record:
     """How the networks of a kind of results learnt, by the name of each."""
     prefix = f"{kind}/"
     return {
@@ -150,7 +147,7 @@ def _histories(context: Context, kind: str) -> dict[str, Any]:
     }
 
 
-def _with_protocol(context: Context, method: Scored, row: Row) -> Row:
+def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
     """A row of maps, with everything that it must be read with."""
     shared = protocol(context)
     if method.stage == "seed":
@@ -177,12 +174,12 @@ def _with_protocol(context: Context, method: Scored, row: Row) -> Row:
     }
 
 
-def _segmenter_keys(context: Context) -> dict[str, Any]:
+def _segmenter_keys(context: Context) -> Record:
     tests = {name: r.key for name, r in context.results.items() if name.startswith("test/")}
     return {"tests": tests, "protocol": segment.protocol(context)}
 
 
-def _segmenter_row(context: Context, row: Row) -> Row:
+def _segmenter_row(context: Context, row: Record) -> Record:
     """A row of a segmenter, with how it was trained and tested."""
     figure = {k: v for k, v in row.items() if k not in ("crf", "teacher", "mask_threshold")}
     training = context.results[f"segment/{row['teacher']}"].output
@@ -221,7 +218,7 @@ def _crf_use(context: Context, method: Scored) -> bool | str:
     return section.refinement.crf_use(section)
 
 
-def protocol(context: Context) -> dict[str, Any]:
+def protocol(context: Context) -> Record:
     """What every figure of this run must be read with, apart from its threshold."""
     lists = context.recipe.data
     hosted = bool(host.arms(context))
@@ -239,7 +236,7 @@ def protocol(context: Context) -> dict[str, Any]:
     }
 
 
-def _source_protocol(context: Context) -> dict[str, Any]:
+def _source_protocol(context: Context) -> Record:
     if context.given_maps is not None:
         return {"given_maps": context.given_maps.key}
     if context.given_masks is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
-from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.cache import Parts, Record, StageCache, Task
 from lpcam.pipeline.context import Context
 from lpcam.runtime.progress import progress
 
@@ -65,7 +64,7 @@ def map_lpcam(context: Context) -> Iterator[Task]:
     yield _map_task(context, "LPCAM", items, keys, maps_of, load)
 
 
-def _map_parts(context: Context, items: Sequence[Item]) -> dict[str, Any]:
+def _map_parts(context: Context, items: Sequence[Item]) -> Record:
     settings = context.recipe.lpcam
     return {
         "revision": 2,
@@ -81,7 +80,7 @@ def _map_task(
     context: Context,
     label: str,
     items: Sequence[Item],
-    parts: Mapping[str, Mapping[str, Any]],
+    parts: Mapping[str, Parts],
     maps_of: MapsOf,
     load: Callable[[], None] = lambda: None,
 ) -> Task:
