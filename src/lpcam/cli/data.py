@@ -207,7 +207,7 @@ def import_labels(call: Invocation) -> int:
     result = read(
         options.source,
         options.output,
-        classes=_class_table(options.classes).names,
+        classes=class_table(options.classes).names,
         ids=None if options.ids is None else [name for _, name in read_lines(options.ids)],
         coco_split=options.coco_split,
     )

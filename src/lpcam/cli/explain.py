@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lpcam
 from lpcam.cli.command import (
     DEVICE,
     RUN,
@@ -88,14 +89,10 @@ def _explainer(options: argparse.Namespace) -> Explainer:
         unfit = [name for name in OF_MODEL if getattr(options, name) is not None]
         if unfit:
             raise LpcamError(f"--{unfit[0]} belongs to --model; a run has its own")
-        from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
-
-        return RunFolder(options.run).explainer(device=options.device)
+        return lpcam.RunFolder(options.run).explainer(device=options.device)
     if options.prototypes is None:
         raise LpcamError("--model needs --prototypes FILE, as LPCAM.save wrote it")
-    from lpcam.explain.explainer import Explainer  # noqa: PLC0415
-
-    return Explainer.from_files(
+    return lpcam.Explainer.from_files(
         options.model,
         options.prototypes,
         weights=options.weights or "pretrained",
@@ -116,11 +113,10 @@ def _explainer(options: argparse.Namespace) -> Explainer:
 def serve(call: Invocation) -> int:
     """Serve a local page that explains uploaded images."""
     from lpcam.explain.serve.app import serve as serve_page  # noqa: PLC0415
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
 
     options = call.options
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it
-        explainer = RunFolder(options.run).explainer(device=options.device)
+        explainer = lpcam.RunFolder(options.run).explainer(device=options.device)
         serve_page(explainer, port=options.port, threads=options.threads)
     return 0
 
@@ -139,13 +135,12 @@ def serve(call: Invocation) -> int:
 )
 def predict(call: Invocation) -> int:
     """Segment new images with a run's segmenter."""
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.runtime.resources import choose_device, threads_beside  # noqa: PLC0415
     from lpcam.segmentation.folders import segment_files  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
-    found = RunFolder(options.run).segmenters(options.trained_on)
+    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
     settings = found.section.test
     if options.no_crf:
         settings = settings.model_copy(update={"crf": None})

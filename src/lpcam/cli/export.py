@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lpcam
 from lpcam.cli.command import (
     RUN,
     SIZE,
@@ -51,11 +52,10 @@ FROM = argument(
 def export_masks(call: Invocation) -> int:
     """Write a run's masks in the format of another tool."""
     from lpcam.formats.masks.export import export_masks as write  # noqa: PLC0415
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.runtime.progress import progress  # noqa: PLC0415
 
     options = call.options
-    masks = RunFolder(options.run).masks(options.source)
+    masks = lpcam.RunFolder(options.run).masks(options.source)
     with progress(f"masks of {masks.name}", len(masks.entries)) as advance:
         result = write(
             masks.entries,
@@ -88,11 +88,10 @@ def export_masks(call: Invocation) -> int:
 def export_maps(call: Invocation) -> int:
     """Write a run's maps for IRN, AMN or PSA."""
     from lpcam.formats.map_folders import export_maps as write  # noqa: PLC0415
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.runtime.progress import progress  # noqa: PLC0415
 
     options = call.options
-    maps = RunFolder(options.run).maps(options.source)
+    maps = lpcam.RunFolder(options.run).maps(options.source)
     with progress(f"maps of {maps.name}", len(maps.ids)) as advance:
         written = write(
             maps.folder,
@@ -132,22 +131,21 @@ def export_program(call: Invocation) -> int:
 
 
 def _classifier(call: Invocation, write: Callable[..., ExportParity]) -> int:
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
-
     options = call.options
-    return _print(write(RunFolder(options.run).model(), options.output, **size_options(options)))
+    return _print(
+        write(lpcam.RunFolder(options.run).model(), options.output, **size_options(options))
+    )
 
 
 @command("export segmenter", "exchange", RUN, FILE, SIZE, TRAINED_ON)
 def export_segmenter(call: Invocation) -> int:
     """Write a run's segmenter as an ONNX file."""
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.segmentation.export import export_onnx as write  # noqa: PLC0415
     from lpcam.segmentation.networks.registry import NETWORKS  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
-    found = RunFolder(options.run).segmenters(options.trained_on)
+    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
     network = found.section.network
     if options.size is None and NETWORKS[network].one_size_export:
         raise LpcamError(f"{network} is exported for images of one size; give it: --size 512 512")
@@ -177,11 +175,10 @@ def _print(parity: ExportParity) -> int:
 def export_voc_server(call: Invocation) -> int:
     """Pack the tested masks for VOC's evaluation server."""
     from lpcam.formats.voc_server import write_voc_server  # noqa: PLC0415
-    from lpcam.pipeline.run_folder import RunFolder  # noqa: PLC0415
     from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
-    found = RunFolder(options.run).segmenters(options.trained_on)
+    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
     masks = found.tested(crf=not options.no_crf)
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if not ids:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lpcam
 from lpcam.cli.command import RUN, THREADS, Invocation, argument, command, positive_number
 from lpcam.cli.data import READING, class_table, reading
 
@@ -79,12 +80,8 @@ def init(call: Invocation) -> int:
 )
 def run(call: Invocation) -> int:
     """Run a recipe, from labels to scored masks and their report."""
-    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
-
-    recipe = load_recipe(call.options.recipe, _with_options(call))
-    from lpcam.pipeline.run import run as run_recipe  # noqa: PLC0415
-
-    return _in_processes(lambda: run_recipe(recipe, until=call.options.until, command=call.line))
+    recipe = lpcam.load_recipe(call.options.recipe, _with_options(call))
+    return _in_processes(lambda: lpcam.run(recipe, until=call.options.until, command=call.line))
 
 
 def _with_options(call: Invocation) -> dict[str, Any]:
@@ -129,12 +126,11 @@ def report(call: Invocation) -> int:
 )
 def evaluate(call: Invocation) -> int:
     """Score a folder of masks against a folder of true masks."""
-    from lpcam.evaluation.scoring import evaluate_masks  # noqa: PLC0415
     from lpcam.runtime.files import write_json  # noqa: PLC0415
 
     options = call.options
     classes = None if options.classes is None else class_table(options.classes)
-    found = evaluate_masks(options.predictions, options.truth, classes)
+    found = lpcam.evaluate_masks(options.predictions, options.truth, classes)
     table = [[name, *map(_percent, one.values())] for name, one in found.per_class.items()]
     mean = map(_percent, (found.miou, found.fp, found.fn, found.precision, found.recall))
     _print_table("percent", ["class", "IoU", *SCORES[1:]], [*table, ["mean", *mean]])
@@ -154,9 +150,7 @@ def evaluate(call: Invocation) -> int:
 )
 def refine(call: Invocation) -> int:
     """Make pseudo masks from maps of another program."""
-    from lpcam.pipeline.run import refine as refine_maps  # noqa: PLC0415
-
-    return _on_files(call, refine_maps, call.options.maps, "refined")
+    return _on_files(call, call.options.maps, "refined")
 
 
 @command(
@@ -170,21 +164,18 @@ def refine(call: Invocation) -> int:
 )
 def segment(call: Invocation) -> int:
     """Train a segmenter on masks of another program."""
-    from lpcam.pipeline.run import segment as segment_masks  # noqa: PLC0415
-
-    return _on_files(call, segment_masks, call.options.masks, "segmented")
+    return _on_files(call, call.options.masks, "segmented")
 
 
-def _on_files(call: Invocation, work: Callable[..., RunResult], folder: Path, suffix: str) -> int:
+def _on_files(call: Invocation, folder: Path, suffix: str) -> int:
     """Work on the maps or masks of another program, in a run folder of its own."""
-    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
+    from lpcam.pipeline import run as pipeline  # noqa: PLC0415
 
+    work = pipeline.refine if suffix == "refined" else pipeline.segment
     changes = _with_options(call)
-    recipe = load_recipe(call.options.recipe, changes)
+    recipe = lpcam.load_recipe(call.options.recipe, changes)
     if "run.folder" not in changes:  # the recipe's own folder holds its own maps
-        recipe = load_recipe(
-            call.options.recipe, {**changes, "run.folder": f"runs/{recipe.name}-{suffix}"}
-        )
+        recipe = recipe.changed({"run.folder": f"runs/{recipe.name}-{suffix}"})
     return _in_processes(lambda: work(recipe, folder, command=call.line))
 
 
@@ -252,13 +243,12 @@ def _percent(value: float) -> str:
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    import rich.table  # noqa: PLC0415
 
-    table = Table(title=title)
+    table = rich.table.Table(title=title)
     for name in columns:
         words = name in ("method", "class", "chosen by")
         table.add_column(name, justify="left" if words else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
