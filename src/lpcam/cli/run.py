@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,7 @@ def report(call: Invocation) -> int:
         "every value in the true masks is a class).",
     ),
     argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
+    THREADS,
 )
 def evaluate(call: Invocation) -> int:
     """Score a folder of masks against a folder of true masks."""
@@ -130,10 +131,8 @@ def evaluate(call: Invocation) -> int:
 
     options = call.options
     classes = None if options.classes is None else class_table(options.classes)
-    found = lpcam.evaluate_masks(options.predictions, options.truth, classes)
-    table = [[name, *map(_percent, one.values())] for name, one in found.per_class.items()]
-    mean = map(_percent, (found.miou, found.fp, found.fn, found.precision, found.recall))
-    _print_table("percent", ["class", "IoU", *SCORES[1:]], [*table, ["mean", *mean]])
+    found = lpcam.evaluate_masks(options.predictions, options.truth, classes, workers=call.threads)
+    print(found.summary())
     if options.json is not None:
         write_json(options.json, {**asdict(found), "command": call.line})
     return 0
@@ -223,32 +222,21 @@ def _print_result(result: RunResult) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], *, has_threshold: bool) -> None:
+    import rich.table  # noqa: PLC0415
+
     first = rows[0]
     parts = sorted(first.get("part_coverage", {}))
-    table = []
+    title = f"{first['dataset']} {first['split']}, {first['images']} images, percent"
+    table = rich.table.Table(title=title)
+    table.add_column("method")
+    if has_threshold:
+        table.add_column("threshold", justify="right")
+        table.add_column("chosen by")
+    for name in (*SCORES, *parts):
+        table.add_column(name, justify="right")
     for row in rows:
         numbers = [row[name.lower()] for name in SCORES]
         numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
         chosen = [f"{row['threshold']:.2f}", row["threshold_source"]] if has_threshold else []
-        table.append([row["method"], *chosen, *map(_percent, numbers)])
-    _print_table(
-        f"{first['dataset']} {first['split']}, {first['images']} images, percent",
-        ["method", *(["threshold", "chosen by"] if has_threshold else []), *SCORES, *parts],
-        table,
-    )
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    import rich.table  # noqa: PLC0415
-
-    table = rich.table.Table(title=title)
-    for name in columns:
-        words = name in ("method", "class", "chosen by")
-        table.add_column(name, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*row)
+        table.add_row(row["method"], *chosen, *(f"{100 * number:.1f}" for number in numbers))
     rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
