@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo   set up, then run LPCAM on the bundled creatures (runs/demo/)"
-	@echo "make test   set up, then lint, check types and run the tests"
+	@echo "make test   set up, then lint, check types, run the tests and the examples of docstrings"
 	@echo "            WORKERS=3 in three processes, ORDER=7 in a random order that 7 fixes"
 	@echo "make check  lint and types alone"
 	@echo "make docs   build the documentation (build/docs/index.html)"
