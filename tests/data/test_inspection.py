@@ -14,8 +14,9 @@ from tiny import draw_folder
 
 from lpcam.data.dataset import ClassTable, Dataset, Item, Skip
 from lpcam.data.folder import read_folder
-from lpcam.data.inspection import Finding, Survey, _may_be_one, survey
+from lpcam.data.inspection import _may_be_one, survey
 from lpcam.data.open_dataset import Truth
+from lpcam.data.survey import Finding, Survey
 from lpcam.pipeline.estimate import estimate_run, usual_recipe
 from lpcam.runtime.errors import LpcamError
 

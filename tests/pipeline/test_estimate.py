@@ -10,7 +10,7 @@ from tiny import draw_folder
 
 from lpcam.data.dataset import Dataset
 from lpcam.data.folder import read_folder
-from lpcam.data.inspection import Estimate
+from lpcam.data.survey import Estimate
 from lpcam.data.validation import check_images
 from lpcam.pipeline import estimate
 from lpcam.pipeline.estimate import estimate_run, usual_recipe

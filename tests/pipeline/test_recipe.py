@@ -76,7 +76,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(path: str, allowed: set
     [
         ("lpcam.tau", 1.5, "lpcam.tau = 1.5: .*1"),
         ("lpcam.tau", "much", "lpcam.tau = 'much'"),
-        ("data.kind", "zip", "data: .*'zip'.*voc"),
+        ("data.kind", "zip", "data.* 'zip'.*voc"),
         ("classifier.output_stride", 12, "classifier.output_stride = 12: .*8, 16"),
         ("seeds.method", "lpcam", "seeds.method = 'lpcam': .*'LPCAM-F'"),
         ("run.seed", -1, "run.seed = -1"),

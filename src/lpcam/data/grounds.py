@@ -23,6 +23,7 @@ Random = np.random.Generator
 def ellipse(
     centre: complex, rx: float, ry: float, turn: float = 0.0, count: int = 36
 ) -> list[complex]:
+    """Points of an ellipse, turned by an angle in radians."""
     angles = np.linspace(0.0, 2.0 * math.pi, count, endpoint=False).tolist()
     turned = complex(math.cos(turn), math.sin(turn))
     return [centre + complex(rx * math.cos(a), ry * math.sin(a)) * turned for a in angles]
@@ -54,6 +55,7 @@ def ribbon(line: Points, first: float, last: float) -> list[complex]:
 
 
 def xy(points: Iterable[complex], unit: float = 1.0) -> list[tuple[float, float]]:
+    """Points as Pillow takes them, multiplied by a number of pixels."""
     return [(p.real * unit, p.imag * unit) for p in points]
 
 
@@ -63,6 +65,7 @@ def mix(a: Colour, b: Colour, share: float) -> Colour:
 
 
 def vary(colour: Colour, rng: Random, amount: float = 12.0) -> Colour:
+    """A colour of a random lightness and tint near the given one."""
     light = rng.normal(0.0, amount)
     tint = rng.normal(0.0, amount / 3.0, 3)
     return tuple(int(np.clip(c + light + t, 0, 255)) for c, t in zip(colour, tint, strict=True))  # type: ignore[return-value]

@@ -2,231 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from lpcam.data.coco.files import ALL, LABELLED
-from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Dataset, Item
+from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item
 from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
+from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
 from lpcam.data.validation import check_images
 from lpcam.runtime.errors import DataError, LpcamError
-from lpcam.runtime.files import write_json
 from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.versions import versions
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run takes on this machine, by images that were timed on it."""
-
-    backbone: str
-    scales: tuple[float, ...]
-    flip: bool
-    device: str
-    workers: int
-    timed: int
-    """Images."""
-    seconds: Mapping[str, float]
-    """By list: for a run all of whose lists are this one."""
-    disk: Mapping[str, int]
-    """By list: bytes of maps and seeds."""
-    repeated: tuple[str, ...]
-    """Lists whose features do not fit into memory, so that the stages compute them again."""
-
 
 FEW_IMAGES = 20
 """A class with fewer images gets a warning in the summary."""
-MOST_NAMED = 3
-"""Images or classes that a line of a summary names; the JSON names all."""
-MOST_CLASSES = 24
-"""Classes in the table of a summary: of more, half as many from either end."""
-MOST_LISTS = 4
-"""Columns of lists in that table."""
-COMPANIONS = 2
-"""Classes named beside each in that table: those it is most often shown with."""
 RARE = 0.1
 """A class with less than this share of the images of a similar name may be a misspelling."""
 _UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")
 """A reader's notice of what is a finding here."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about a data set that its owner should know."""
-
-    kind: str
-    text: str
-    """A sentence, with the number of what it concerns."""
-    names: tuple[str, ...] = ()
-    """Of the images, pairs or classes that it concerns, all of them."""
-    attention: bool = True
-    """Whether it is likely a mistake, or spoils a run or its figures."""
-
-
-@dataclass(frozen=True)
-class ListCounts:
-    """Numbers of usable images of a list."""
-
-    name: str
-    images: int
-    labelled: int
-    masks: int
-    within: tuple[str, ...]
-    """Lists that hold all of its images."""
-    classes: tuple[int, ...]
-    """Images that show each class."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What :func:`survey` found."""
-
-    name: str
-    label_source: str
-    classes: ClassTable
-    suffixes: Mapping[str, int]
-    """Images by the extension of their file."""
-    smallest: tuple[int, int]
-    """(height, width) of the upright image with the fewest pixels."""
-    median: tuple[int, int]
-    """Median height and median width."""
-    largest: tuple[int, int]
-    lists: tuple[ListCounts, ...]
-    whole: ListCounts
-    """All images, whatever their list."""
-    together: NDArray[np.int64]
-    """(N, N): images that show both classes; on the diagonal those that show the class."""
-    alone: tuple[int, ...]
-    """Images that show this class and no other."""
-    findings: tuple[Finding, ...]
-    estimate: Estimate | None = field(default=None)
-
-    @property
-    def problems(self) -> tuple[Finding, ...]:
-        """The findings that need attention."""
-        return tuple(finding for finding in self.findings if finding.attention)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; ``co_occurrence`` is by class name, symmetric."""
-        names = self.classes.names
-        counts = {one.name: one.classes for one in self.lists}
-        return {
-            "format": 1,
-            "name": self.name,
-            "label_source": self.label_source,
-            "images": self.whole.images,
-            "labelled": self.whole.labelled,
-            "masks": self.whole.masks,
-            "suffixes": dict(self.suffixes),
-            "sizes": {
-                what: dict(zip(("height", "width"), getattr(self, what), strict=True))
-                for what in ("smallest", "median", "largest")
-            },
-            "lists": [
-                {k: v for k, v in asdict(one).items() if k != "classes"} for one in self.lists
-            ],
-            "classes": [
-                {
-                    "name": name,
-                    "mask_id": self.classes.mask_ids[row],
-                    "images": self.whole.classes[row],
-                    "alone": self.alone[row],
-                    "lists": {of: count[row] for of, count in counts.items()},
-                }
-                for row, name in enumerate(names)
-            ],
-            "co_occurrence": {
-                name: dict(zip(names, self.together[row].tolist(), strict=True))
-                for row, name in enumerate(names)
-            },
-            "findings": [asdict(finding) for finding in self.findings],
-            "needs_attention": bool(self.problems),
-            "estimate": None if self.estimate is None else asdict(self.estimate),
-        }
-
-    def write_json(self, path: Path, *, command: str) -> None:
-        """Write everything to a file, with the command that asked for it."""
-        write_json(path, {**self.as_json(), "command": command, "versions": versions()})
-
-    def summary(self, width: int = 100) -> str:
-        """The same in words and tables of at most ``width`` columns, long lists cut short."""
-        kinds = ", ".join(
-            suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
-            for suffix, count in self.suffixes.items()
-        )
-        sizes = [f"{height} × {across}" for height, across in (self.smallest, self.largest)]
-        lines = _wrapped(
-            f"{self.name}: {_count(self.whole.images, 'image')} ({kinds}), "
-            f"{_count(len(self.classes), 'class', 'classes')}, "
-            f"{_count(self.whole.masks, 'mask')}; labels from {self.label_source}. Height × width "
-            f"{' to '.join(sizes)}, median {self.median[0]} × {self.median[1]} pixels.",
-            width,
-        )
-        lines += ["", *_rendered(self._list_rows(), width)]
-        if self.estimate is not None:
-            lines += _wrapped(_how(self.estimate), width)
-        lines += ["", *_rendered(self._class_rows(), width), ""]
-        for title, attention in (("Needs attention", True), ("Good to know", False)):
-            findings = [f for f in self.findings if f.attention == attention]
-            lines += [title] * bool(findings)
-            for finding in findings:
-                lines += _wrapped(f"{finding.text}{_named(finding)}", width, "- ")
-        if not self.problems:
-            lines.append("Nothing needs attention.")
-        return "\n".join(lines)
-
-    def _list_rows(self) -> Iterator[list[str]]:
-        estimate = self.estimate
-        nested = any(one.within for one in self.lists)
-        titles = ["list", "images", "labelled", "masks"]
-        titles += [] if estimate is None else ["time of a run", "disk"]
-        yield [*titles, "lies within"] if nested else titles
-        for one in self.lists:
-            row = [one.name, f"{one.images:,}", f"{one.labelled:,}", f"{one.masks:,}"]
-            if estimate is not None:
-                row += [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
-            yield [*row, ", ".join(one.within)] if nested else row
-
-    def _class_rows(self) -> Iterator[list[str]]:
-        names, count = self.classes.names, len(self.classes)
-        shown: list[ListCounts] = []
-        for one in self.lists:  # those with counts of their own
-            if one.classes not in [other.classes for other in (self.whole, *shown)]:
-                shown.append(one)
-        shown = [self.whole, *shown[:MOST_LISTS]]
-        titles = ["class", "images", *(one.name for one in shown[1:]), "alone"]
-        yield [*titles, "most often together with"]
-        order, half = list(range(count)), MOST_CLASSES // 2
-        if count > MOST_CLASSES:
-            order.sort(key=lambda row: -self.whole.classes[row])
-            order[half:-half] = [-1]
-        for row in order:
-            if row < 0:
-                yield [f"... {count - 2 * half} more"]
-                continue
-            pairs = sorted((-n, other) for other, n in enumerate(self.together[row].tolist()) if n)
-            companions = [
-                f"{names[other]} {-100 * n / self.whole.classes[row]:.0f} %"
-                for n, other in pairs
-                if other != row
-            ]
-            counts = [f"{one.classes[row]:,}" for one in shown]
-            companion = ", ".join(companions[:COMPANIONS])
-            yield [names[row], *counts, f"{self.alone[row]}", companion]
 
 
 def survey(
@@ -315,7 +116,7 @@ def survey(
 
 def _left_out(dataset: Dataset) -> Iterator[Finding]:
     for text, names in _by_reason([(skip.id, skip.reason) for skip in dataset.skipped]):
-        yield Finding("left out", f"{_count(len(names), 'image')} left out ({text})", names)
+        yield Finding("left out", f"{count_of(len(names), 'image')} left out ({text})", names)
 
 
 def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -371,10 +172,10 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
     table = dataset.classes
     faults = [(name, why, look.made) for name, look in masks.items() for why in look.faults]
     for text, names in _by_reason((name, why) for name, why, made in faults if not made):
-        count = _count(len(names), "mask cannot be used", "masks cannot be used")
+        count = count_of(len(names), "mask cannot be used", "masks cannot be used")
         yield Finding("mask", f"{count} ({text})", names)
     for text, names in _by_reason((name, why) for name, why, made in faults if made):
-        images = _count(len(names), "image")
+        images = count_of(len(names), "image")
         yield Finding("annotations", f"{images} with wrong annotations ({text})", names)
     usable = {name: look.values for name, look in masks.items() if look.values is not None}
     labelled = [name for name in usable if dataset.items[name].labels]
@@ -401,7 +202,8 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
         yield Finding(
             "mask values",
             "mask values of no class here, whose pixels no score counts "
-            f"({_commonest(groups['strange'], 'values', ' in')}; of {_count(len(masks), 'mask')})",
+            f"({_commonest(groups['strange'], 'values', ' in')}; of "
+            f"{count_of(len(masks), 'mask')})",
             _united(groups["strange"]),
         )
     if usable and all_values.isdisjoint(table.mask_ids):
@@ -423,7 +225,7 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
         ("unseen", "label without mask", "a label but no pixel of the class in the mask"),
     ):
         if names := _united(groups[kind]):
-            text = f"{_count(len(names), 'image')} with {words} ({_commonest(groups[kind])})"
+            text = f"{count_of(len(names), 'image')} with {words} ({_commonest(groups[kind])})"
             # some labels without pixels are usual where objects are void, as difficult ones of VOC
             attention = kind == "unsaid" or len(names) > len(labelled) / 2
             yield Finding(title, text, names, attention)
@@ -454,7 +256,7 @@ def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Findin
     ):
         found = tuple(" = ".join(names) for names in equal if test(names))
         if found:
-            text = f"{_count(len(found), 'group')} of images with equal files{words}"
+            text = f"{count_of(len(found), 'group')} of images with equal files{words}"
             yield Finding(kind, text, found, bool(words))
 
 
@@ -467,13 +269,13 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
         if _may_be_one(a, b, counts[a], counts[b])
     )
     if close:
-        text = f"{_count(len(close), 'pair')} of classes that may be one, spelt in two ways"
+        text = f"{count_of(len(close), 'pair')} of classes that may be one, spelt in two ways"
         yield Finding("class names", text, close)
     parts = {name: [part.strip() for part in re.split(r"[,|]", name)] for name in names}
     joined = tuple(name for name in names if len(parts[name]) > 1 and {*parts[name]} <= {*names})
     if joined:
         text = (
-            f"{_count(len(joined), 'class whose name is', 'classes whose names are')} those of "
+            f"{count_of(len(joined), 'class whose name is', 'classes whose names are')} those of "
             "others with ',' or '|' between them; the labels of an image are separated by ';'"
         )
         yield Finding("class names", text, joined)
@@ -483,7 +285,7 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
     same = tuple(", ".join(ids) for ids in folded.values() if len(ids) > 1)
     if same:
         text = (
-            f"{_count(len(same), 'group')} of images whose names differ in capitals only; their "
+            f"{count_of(len(same), 'group')} of images whose names differ in capitals only; their "
             "outputs are one file on some systems"
         )
         yield Finding("image names", text, same)
@@ -505,16 +307,16 @@ def _list_findings(
 ) -> Iterator[Finding]:
     counts = list(zip(dataset.classes.names, whole.classes, strict=True))
     if none := tuple(name for name, count in counts if not count):
-        text = _count(len(none), "class that no image shows", "classes that no image shows")
+        text = count_of(len(none), "class that no image shows", "classes that no image shows")
         yield Finding("empty classes", text, none)
     if few := tuple(f"{name} ({count})" for name, count in counts if 0 < count < FEW_IMAGES):
-        text = f"{_count(len(few), 'class', 'classes')} with fewer than {FEW_IMAGES} images"
+        text = f"{count_of(len(few), 'class', 'classes')} with fewer than {FEW_IMAGES} images"
         yield Finding("small classes", f"{text}, whose maps may be weak", few, False)
     if bare := tuple(name for name, item in dataset.items.items() if not item.labels):
-        text = f"{_count(len(bare), 'image')} without a label"
+        text = f"{count_of(len(bare), 'image')} without a label"
         yield Finding("no label", text, bare, len(bare) == whole.images)
     if empty := tuple(one.name for one in lists if not one.images):
-        text = _count(len(empty), "list without a usable image", "lists without a usable image")
+        text = count_of(len(empty), "list without a usable image", "lists without a usable image")
         yield Finding("lists", text, empty)
     sets = {
         of: frozenset(ids)
@@ -525,7 +327,7 @@ def _list_findings(
     for a, b in itertools.combinations(sets, 2):
         both = sets[a] & sets[b]
         if both and both not in (sets[a], sets[b]):
-            text = f"the lists {a} and {b} share {_count(len(both), 'image')}"
+            text = f"the lists {a} and {b} share {count_of(len(both), 'image')}"
             yield Finding("lists", text, tuple(sorted(both)), False)
 
 
@@ -558,24 +360,6 @@ def _counts(
     )
 
 
-# -- Words -------------------------------------------------------------------------------------
-
-
-def _how(estimate: Estimate) -> str:
-    text = (
-        f"Time and disk of a run on a list: {_count(estimate.timed, 'image')} timed here with "
-        f"{estimate.backbone}, scales {', '.join(f'{s:g}' for s in estimate.scales)}"
-        f"{' and flip' if estimate.flip else ''}, {_count(estimate.workers, 'worker')} on "
-        f"{estimate.device}; without start, fit, clustering, evaluation and report."
-    )
-    if estimate.repeated:
-        text += (
-            f" The features of {', '.join(estimate.repeated)} do not fit into memory and are "
-            "counted for each stage."
-        )
-    return text
-
-
 def _united(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(sorted({name for group in groups.values() for name in group}))
 
@@ -586,48 +370,3 @@ def _commonest(groups: Mapping[str, Sequence[str]], what: str = "classes", word:
     texts = [f"{name}{word} {len(names):,}" for name, names in parts[: 2 * MOST_NAMED]]
     more = len(parts) - len(texts)
     return ", ".join([*texts, f"{more} more {what}"] if more else texts)
-
-
-def _named(finding: Finding) -> str:
-    names = list(finding.names[:MOST_NAMED])
-    more = len(finding.names) - len(names)
-    return f": {'; '.join(names)}{f' and {more:,} more' if more else ''}" if names else ""
-
-
-def _count(number: int, one: str, several: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
-
-
-def _wrapped(text: str, width: int, bullet: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=bullet,
-        subsequent_indent=" " * len(bullet),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _rendered(rows: Iterable[Sequence[str]], width: int) -> list[str]:
-    """Lines of a table whose first row is its head; numbers are aligned at the right."""
-    head, *body = rows
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
-    texts = ("list", "class", "lies within", "most often together with")
-    for title in head:
-        table.add_column(title, justify="left" if title in texts else "right")
-    for row in body:
-        table.add_row(*row)
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, markup=False, emoji=False).print(table)
-    return [line.rstrip() for line in stream.getvalue().splitlines()]

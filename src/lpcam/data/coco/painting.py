@@ -237,18 +237,18 @@ def _prepare(folder: Path, images: Mapping[str, CocoImage], options: Mapping[str
     for name, image in images.items():
         ids[image.record].append(name)
     files = {
-        image.record: {
-            "digest": _digest(image.annotations),
+        record: {
+            "digest": _digest(images[names[0]].annotations),
             "options": options,
-            "ids_begin": os.path.commonprefix(ids[image.record]),  # noqa: RUF071 - of characters
+            "ids_begin": os.path.commonprefix(names),  # noqa: RUF071 - of characters
         }
-        for image in {image.record: image for image in images.values()}.values()
+        for record, names in ids.items()
     }
-    stale = {
+    stale = [
         record
         for record, of in files.items()
         if any(known.get(record, {}).get(key) != of[key] for key in ("digest", "options"))
-    }
+    ]
     if not stale:
         return
     listing = cache(listing_of)
@@ -262,8 +262,8 @@ def _prepare(folder: Path, images: Mapping[str, CocoImage], options: Mapping[str
     # If this is stopped before the record is written, the remaining masks still fit the old record.
     for mask in old:
         mask.unlink(missing_ok=True)
-    removed = [mask.relative_to(folder).as_posix() for mask in old]
     # some of the removed masks may belong to a file that is not read now
+    removed = [mask.relative_to(folder).as_posix() for mask in old]
     kept = {
         record: of
         for record, of in known.items()
@@ -353,8 +353,7 @@ def _uncompress(text: str) -> list[int]:
     """The counts of compressed text.
 
     Characters from '0' on hold five bits of a number each, the lowest first, and a sixth bit that
-    says whether another follows. From the fourth number on they are differences to the number two
-    before.
+    says whether another follows; from the fourth number on they are differences to the second last.
     """
     counts: list[int] = []
     number, shift = 0, 0

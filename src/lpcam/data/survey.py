@@ -1,0 +1,281 @@
+"""What a look at a data set found, as JSON and as text."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from lpcam.data.dataset import ClassTable
+from lpcam.runtime.files import write_json
+from lpcam.runtime.versions import versions
+
+MOST_NAMED = 3
+"""Images or classes that a line of a summary names; the JSON names all."""
+MOST_CLASSES = 24
+"""Classes in the table of a summary: of more, half as many from either end."""
+MOST_LISTS = 4
+"""Columns of lists in that table."""
+COMPANIONS = 2
+"""Classes named beside each in that table: those it is most often shown with."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes on this machine, by images that were timed on it."""
+
+    backbone: str
+    scales: tuple[float, ...]
+    flip: bool
+    device: str
+    workers: int
+    timed: int
+    """Images."""
+    seconds: Mapping[str, float]
+    """By list: for a run all of whose lists are this one."""
+    disk: Mapping[str, int]
+    """By list: bytes of maps and seeds."""
+    repeated: tuple[str, ...]
+    """Lists whose features do not fit into memory, so that the stages compute them again."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a data set that its owner should know."""
+
+    kind: str
+    text: str
+    """A sentence, with the number of what it concerns."""
+    names: tuple[str, ...] = ()
+    """Of the images, pairs or classes that it concerns, all of them."""
+    attention: bool = True
+    """Whether it is likely a mistake, or spoils a run or its figures."""
+
+
+@dataclass(frozen=True)
+class ListCounts:
+    """Numbers of usable images of a list."""
+
+    name: str
+    images: int
+    labelled: int
+    masks: int
+    within: tuple[str, ...]
+    """Lists that hold all of its images."""
+    classes: tuple[int, ...]
+    """Images that show each class."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What :func:`survey` found."""
+
+    name: str
+    label_source: str
+    classes: ClassTable
+    suffixes: Mapping[str, int]
+    """Images by the extension of their file."""
+    smallest: tuple[int, int]
+    """(height, width) of the upright image with the fewest pixels."""
+    median: tuple[int, int]
+    """Median height and median width."""
+    largest: tuple[int, int]
+    lists: tuple[ListCounts, ...]
+    whole: ListCounts
+    """All images, whatever their list."""
+    together: NDArray[np.int64]
+    """(N, N): images that show both classes; on the diagonal those that show the class."""
+    alone: tuple[int, ...]
+    """Images that show this class and no other."""
+    findings: tuple[Finding, ...]
+    estimate: Estimate | None = field(default=None)
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """The findings that need attention."""
+        return tuple(finding for finding in self.findings if finding.attention)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it; ``co_occurrence`` is by class name, symmetric."""
+        names = self.classes.names
+        counts = {one.name: one.classes for one in self.lists}
+        return {
+            "format": 1,
+            "name": self.name,
+            "label_source": self.label_source,
+            "images": self.whole.images,
+            "labelled": self.whole.labelled,
+            "masks": self.whole.masks,
+            "suffixes": dict(self.suffixes),
+            "sizes": {
+                what: dict(zip(("height", "width"), getattr(self, what), strict=True))
+                for what in ("smallest", "median", "largest")
+            },
+            "lists": [
+                {k: v for k, v in asdict(one).items() if k != "classes"} for one in self.lists
+            ],
+            "classes": [
+                {
+                    "name": name,
+                    "mask_id": self.classes.mask_ids[row],
+                    "images": self.whole.classes[row],
+                    "alone": self.alone[row],
+                    "lists": {of: count[row] for of, count in counts.items()},
+                }
+                for row, name in enumerate(names)
+            ],
+            "co_occurrence": {
+                name: dict(zip(names, self.together[row].tolist(), strict=True))
+                for row, name in enumerate(names)
+            },
+            "findings": [asdict(finding) for finding in self.findings],
+            "needs_attention": bool(self.problems),
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+        }
+
+    def write_json(self, path: Path, *, command: str) -> None:
+        """Write everything to a file, with the command that asked for it."""
+        write_json(path, {**self.as_json(), "command": command, "versions": versions()})
+
+    def summary(self, width: int = 100) -> str:
+        """The same in words and tables of at most ``width`` columns, long lists cut short."""
+        kinds = ", ".join(
+            suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
+            for suffix, count in self.suffixes.items()
+        )
+        sizes = [f"{height} × {across}" for height, across in (self.smallest, self.largest)]
+        lines = _wrapped(
+            f"{self.name}: {count_of(self.whole.images, 'image')} ({kinds}), "
+            f"{count_of(len(self.classes), 'class', 'classes')}, "
+            f"{count_of(self.whole.masks, 'mask')}; labels from {self.label_source}. Height × "
+            f"width {' to '.join(sizes)}, median {self.median[0]} × {self.median[1]} pixels.",
+            width,
+        )
+        lines += ["", *_rendered(self._list_rows(), width)]
+        if self.estimate is not None:
+            lines += _wrapped(_how(self.estimate), width)
+        lines += ["", *_rendered(self._class_rows(), width), ""]
+        for title, attention in (("Needs attention", True), ("Good to know", False)):
+            findings = [f for f in self.findings if f.attention == attention]
+            lines += [title] * bool(findings)
+            for finding in findings:
+                lines += _wrapped(f"{finding.text}{_named(finding)}", width, "- ")
+        if not self.problems:
+            lines.append("Nothing needs attention.")
+        return "\n".join(lines)
+
+    def _list_rows(self) -> Iterator[list[str]]:
+        estimate = self.estimate
+        nested = any(one.within for one in self.lists)
+        titles = ["list", "images", "labelled", "masks"]
+        titles += [] if estimate is None else ["time of a run", "disk"]
+        yield [*titles, "lies within"] if nested else titles
+        for one in self.lists:
+            row = [one.name, f"{one.images:,}", f"{one.labelled:,}", f"{one.masks:,}"]
+            if estimate is not None:
+                row += [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
+            yield [*row, ", ".join(one.within)] if nested else row
+
+    def _class_rows(self) -> Iterator[list[str]]:
+        names, count = self.classes.names, len(self.classes)
+        shown: list[ListCounts] = []
+        for one in self.lists:  # those with counts of their own
+            if one.classes not in [other.classes for other in (self.whole, *shown)]:
+                shown.append(one)
+        shown = [self.whole, *shown[:MOST_LISTS]]
+        titles = ["class", "images", *(one.name for one in shown[1:]), "alone"]
+        yield [*titles, "most often together with"]
+        order, half = list(range(count)), MOST_CLASSES // 2
+        if count > MOST_CLASSES:
+            order.sort(key=lambda row: -self.whole.classes[row])
+            order[half:-half] = [-1]
+        for row in order:
+            if row < 0:
+                yield [f"... {count - 2 * half} more"]
+                continue
+            pairs = sorted((-n, other) for other, n in enumerate(self.together[row].tolist()) if n)
+            companions = [
+                f"{names[other]} {-100 * n / self.whole.classes[row]:.0f} %"
+                for n, other in pairs
+                if other != row
+            ]
+            counts = [f"{one.classes[row]:,}" for one in shown]
+            companion = ", ".join(companions[:COMPANIONS])
+            yield [names[row], *counts, f"{self.alone[row]}", companion]
+
+
+# -- Words -------------------------------------------------------------------------------------
+
+
+def _how(estimate: Estimate) -> str:
+    text = (
+        f"Time and disk of a run on a list: {count_of(estimate.timed, 'image')} timed here with "
+        f"{estimate.backbone}, scales {', '.join(f'{s:g}' for s in estimate.scales)}"
+        f"{' and flip' if estimate.flip else ''}, {count_of(estimate.workers, 'worker')} on "
+        f"{estimate.device}; without start, fit, clustering, evaluation and report."
+    )
+    if estimate.repeated:
+        text += (
+            f" The features of {', '.join(estimate.repeated)} do not fit into memory and are "
+            "counted for each stage."
+        )
+    return text
+
+
+def _named(finding: Finding) -> str:
+    names = list(finding.names[:MOST_NAMED])
+    more = len(finding.names) - len(names)
+    return f": {'; '.join(names)}{f' and {more:,} more' if more else ''}" if names else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def _wrapped(text: str, width: int, bullet: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _rendered(rows: Iterable[Sequence[str]], width: int) -> list[str]:
+    """Lines of a table whose first row is its head; numbers are aligned at the right."""
+    head, *body = rows
+    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
+    texts = ("list", "class", "lies within", "most often together with")
+    for title in head:
+        table.add_column(title, justify="left" if title in texts else "right")
+    for row in body:
+        table.add_row(*row)
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None, markup=False, emoji=False).print(table)
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def count_of(number: int, one: str, several: str | None = None) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> count_of(2, "mask")
+        '2 masks'
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
