@@ -108,8 +108,8 @@ def threshold_charts(
 
     Args:
         curves: for each method ``thresholds`` and the values there, fractions.
-        fixed: threshold of each method that is marked.
-        place: order and colour of a method.
+        fixed: threshold of each method, to be marked.
+        place: gives order and colour of a method.
 
     Example:
         >>> curve = {"thresholds": [0.0, 0.5], **dict.fromkeys(CURVES, [0.1, 0.6])}
@@ -215,14 +215,10 @@ def training_table(
         [1, 9]
     """
     at = {one["name"]: {r["step"]: r for r in history.get(one["name"], ())} for one in teachers}
-    steps = sorted({step for own in at.values() for step in own})
+    records = [record for own in at.values() for record in own.values()]
+    steps = sorted({record["step"] for record in records})
     every = max(1, len(steps) // TABLE_ROWS)
-    tested = {
-        step
-        for own in at.values()
-        for step, record in own.items()
-        if record.get("validation_miou") is not None
-    }
+    tested = {r["step"] for r in records if r.get("validation_miou") is not None}
     chosen = [s for n, s in enumerate(steps) if n % every == 0 or s == steps[-1] or s in tested]
     return {
         "title": title,

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -55,12 +56,8 @@ def render(data: Mapping[str, Any]) -> str:
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
     )
-    methods = data["methods"]
-
-    def own_place(method: str) -> int:
-        return place(method, methods)
-
-    groups = score_groups(data["rows"], methods)
+    own_place = partial(place, methods=data["methods"])
+    groups = score_groups(data["rows"], data["methods"])
     environment = page_environment()
     environment.filters.update(
         percent=_percent,
@@ -101,10 +98,7 @@ def _json(data: Mapping[str, Any]) -> Markup:
     try:
         text = json.dumps(drawn, sort_keys=True, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        raise ArtefactError(
-            f"the report's data cannot be written as JSON: {error}; give finite numbers, text, "
-            "lists and dictionaries only"
-        ) from error
+        raise ArtefactError(f"the report's data cannot be written as JSON: {error}") from error
     for sign in "<>&":  # other special characters are outside ASCII and already escaped
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
@@ -149,9 +143,8 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
     histories = [training_table("Training of the segmenters", given["history"], teachers)]
     if irn:
         histories.append(training_table("Training of the refinement", given["irn_history"], irn))
-    views = [
-        view for one in given["images"] for view in (one["truth"], *one["masks"].values()) if view
-    ]
+    truths = [one["truth"] for one in given["images"] if one["truth"]]
+    views = [*truths, *(view for one in given["images"] for view in one["masks"].values())]
     shown = {index for view in views for index in view["classes"]}
     return {
         "given": given,
@@ -168,8 +161,8 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
         "scored": histories[0]["scored"],
         "pictures": _picture_groups(given["images"], teachers),
         "swatches": [one for index, one in enumerate(data["classes"]) if index in shown],
-        "truth": any(one["truth"] for one in given["images"]),
-        "ignored": any(one["truth"] and one["truth"]["ignored"] for one in given["images"]),
+        "truth": bool(truths),
+        "ignored": any(truth["ignored"] for truth in truths),
     }
 
 

@@ -70,15 +70,11 @@ class Place(NamedTuple):
 def nearest_places(
     features: Iterator[tuple[str, Tensor, Tensor]], centers: Tensor, count: int
 ) -> list[list[Place]]:
-    """The ``count`` images with the nearest location to each centre, and that location.
+    """For each centre (K, C) the nearest location in each of the ``count`` nearest images.
 
     Args:
         features: name of each image, features (C, h, w), and locations where each centre is
             searched, bool (K, h, w). An image without such a location is left out.
-        centers: (K, C).
-
-    Returns:
-        K lists of places by falling cosine, one place an image.
 
     Example:
         >>> grid = torch.tensor([[[3.0, 1.0]], [[0.0, 1.0]]])
@@ -95,12 +91,9 @@ def nearest_places(
         cosines[~where_to_look.flatten(1)] = -torch.inf
         best, where = cosines.max(dim=1)
         for places, cosine, at in zip(found, best.tolist(), where.tolist(), strict=True):
-            if cosine == -math.inf:
-                continue
-            row, column = divmod(at, width)
-            places.append(
-                Place(name, (row + 0.5) / height, (column + 0.5) / width, 1 / height, cosine)
-            )
+            row, column = (at // width + 0.5) / height, (at % width + 0.5) / width
+            if cosine != -math.inf:
+                places.append(Place(name, row, column, 1 / height, cosine))
     return [sorted(places, key=lambda p: (-p.cosine, p.image))[:count] for places in found]
 
 
@@ -288,11 +281,7 @@ def _patches(items: Sequence[Item], places: Sequence[Sequence[Place]]) -> dict[P
 def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list[dict[str, Any]]:
     """Images in which the classifier scores an absent class high, with maps of both classes.
 
-    One image for each pair of classes, the highest scores of absent classes first (paper,
-    Figure 1).
-
-    Args:
-        count: pairs of classes, at most.
+    One image for each of at most ``count`` pairs of classes, the highest scores first (Figure 1).
     """
     weight, settings = fitted.classifier.weight, fitted.settings
     best: dict[tuple[int, int], tuple[float, float, Item]] = {}
@@ -311,25 +300,23 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
     ordered = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))[:count]
     vectors = fitted.prototypes.vectors().to(weight)
     records = []
-    for (present, absent), (score, false_score, item) in ordered:
+    for both, (score, false_score, item) in ordered:
         picture = read_image(item.image)
         size = picture.shape[0], picture.shape[1]
-        both = [present, absent]
         scales = [
             FeaturePair(
-                pair.features[0],
-                pair.mirrored[0] if settings.flip and pair.mirrored is not None else None,
+                p.features[0], p.mirrored[0] if settings.flip and p.mirrored is not None else None
             )
-            for pair in fitted.pairs([item], settings.scales)
+            for p in fitted.pairs([item], settings.scales)
         ]
-        cam = cam_maps(scales, weight[both], size, epsilon=settings.cam_epsilon)
-        lpcam = lpcam_maps(scales, vectors[both], size)
+        cam = cam_maps(scales, weight[list(both)], size, epsilon=settings.cam_epsilon)
+        lpcam = lpcam_maps(scales, vectors[list(both)], size)
         records.append(
             {
                 "id": item.id,
                 **thumbnail_record(picture),
-                "present": present,
-                "lookalike": absent,
+                "present": both[0],
+                "lookalike": both[1],
                 "scores": [round(score, 4), round(false_score, 4)],
                 "maps": {
                     name: encode_unit(small_planes(maps.cam.cpu().numpy()))

@@ -68,15 +68,7 @@ def image_miou(
 ) -> float | None:
     """Mean IoU of one image, over the background and the classes in its mask or its truth.
 
-    Args:
-        mask: (H, W) with the classes' mask ids.
-        truth: (H, W) with mask ids; others, and 255, are not counted.
-
-    Returns:
-        a fraction, or None if no pixel counts.
-
-    Raises:
-        DataError: if the sizes differ or the mask has an id of no class.
+    Masks (H, W) hold mask ids; in the truth other values are not counted. None: no pixel counts.
 
     Example:
         >>> mask, truth = np.array([[0, 3, 3, 0]], np.uint8), np.array([[0, 3, 0, 0]], np.uint8)
@@ -97,13 +89,10 @@ def choose_images(
     scores: Mapping[str, Mapping[str, float | None]],
     count: int = SHOWN,
 ) -> list[tuple[str, Item]]:
-    """Images to show, at most ``count``, each with its kind: ``gain``, ``loss`` or ``even``.
+    """Images to show, at most ``count``: the largest gains, the largest losses, an even choice.
 
     Args:
         scores: mean IoU by training masks and image id, of images with true masks.
-
-    Returns:
-        the largest gains first, then the largest losses, then an even choice in list order.
 
     Example:
         >>> [kind for kind, _ in choose_images([Item("a", Path("a"), ())], {})]
@@ -124,26 +113,14 @@ def choose_images(
 def segmenter_records(
     trained: SegmenterResults, classes: ClassTable, sharing: Sharing, count: int = SHOWN
 ) -> dict[str, Any]:
-    """The data of the page's section on segmenters.
-
-    Args:
-        count: images to show, at most.
-
-    Raises:
-        LpcamError: if an image or a mask cannot be read.
-    """
+    """The data of the page's section on segmenters, with at most ``count`` images."""
     shown = choose_images(trained.items, _scores(trained, classes, sharing), count)
-    pictures = run_all(
-        sharing,
-        lambda pair: _record(*pair, trained, classes),
-        shown,
-        "report: images of segmenters",
-    )
+    title = "report: images of segmenters"
+    pictures = run_all(sharing, lambda pair: _record(*pair, trained, classes), shown, title)
     return {
         **trained.about,
         "teachers": [
-            {"name": one.name, "title": one.title, "images": one.images}
-            for one in trained.segmenters
+            {"name": t.name, "title": t.title, "images": t.images} for t in trained.segmenters
         ],
         "rows": list(trained.rows),
         "history": dict(trained.history),
@@ -198,9 +175,7 @@ def _record(
         **thumbnail_record(picture, PICTURE),
         "truth": None if truth is None else view(truth),
         "masks": {name: view(mask) for name, mask in masks.items()},
-        "miou": {}
-        if truth is None
-        else {name: image_miou(mask, truth, classes) for name, mask in masks.items()},
+        "miou": {n: image_miou(m, truth, classes) for n, m in masks.items() if truth is not None},
     }
 
 

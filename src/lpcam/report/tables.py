@@ -149,12 +149,11 @@ def segmenter_groups(
 def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """One set of bars for each class or part, a bar for each line of a group that has it.
 
+    ``gain`` is the IoU of the group's last line minus its baseline's; None where a line lacks the
+    name. Classes have the largest gain first.
+
     Args:
         key: ``per_class`` (IoU, FP and FN) or ``part_coverage`` (a share, given as ``iou``).
-
-    Returns:
-        for each name its bars and ``gain``: the IoU of the group's last line minus its baseline's;
-        None where a line lacks the name. Classes have the largest gain first.
 
     Example:
         >>> row = {"stage": "seed", "threshold_source": "fixed", **dict.fromkeys(METRICS, 0.5)}
@@ -201,10 +200,7 @@ def protocol(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> di
 
 
 def setting_lists(settings: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str, Any]:
-    """Labelled settings: single ones (``short``) and groups of settings (``wide``).
-
-    Args:
-        whole: groups that are shown as one value.
+    """Labelled settings: single ones (``short``) and groups (``wide``) unless they are ``whole``.
 
     Example:
         >>> setting_lists({"batch_size": 4, "host": {"amn": {"epochs": 3}}})["wide"]
