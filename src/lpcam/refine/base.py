@@ -301,8 +301,6 @@ def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
         )
     if not image.numel():
         raise DataError(f"the image has no pixels: {tuple(image.shape)}")
-    if image.device != maps.device:
-        raise DataError(f"the image is on {image.device}, but the {name} are on {maps.device}")
     if not bool(torch.isfinite(maps).all()):
         raise DataError(f"{name} hold NaN or infinite values; recompute them")
 

@@ -145,10 +145,8 @@ def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             low, high = (archive[name] for name in ("low", "high"))
-        if low.ndim != 3 or not low.size or low.shape != high.shape:
-            raise ValueError(f"its arrays are {low.shape} and {high.shape}")
-        if low.dtype != np.uint8 or high.dtype != np.uint8:
-            raise ValueError(f"its arrays are {low.dtype} and {high.dtype}")
+        if low.ndim != 3 or low.shape != high.shape or not low.dtype == high.dtype == np.uint8:
+            raise ValueError(f"its arrays are {low.dtype} {low.shape}, {high.dtype} {high.shape}")
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
         raise ArtefactError(
             f"{path} does not hold the scores of two CRFs ({str(error) or type(error).__name__}); "

@@ -96,13 +96,10 @@ def read_saliency(
     Colours are averaged. A map of another size is resized by Pillow's bilinear filter, which
     averages when it shrinks. An 8-bit map of the image's size keeps its values.
 
-    Args:
-        folder: the folder of maps.
-        item_id: id of the image.
-        size: (height, width) of the upright image.
-        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit
-            images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
-            may be a mask of 0 and 1; `saliency_maximum` decides this.
+    ``size`` is (height, width) of the upright image, and ``maximum`` the value that means 1. None:
+    255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit images and booleans. An 8-bit map whose
+    largest value is 1 is then refused, because it may be a mask of 0 and 1; `saliency_maximum`
+    decides this.
 
     Raises:
         DataError: if the map is missing, unreadable, transparent or out of range.
@@ -264,8 +261,7 @@ def barrier_distance(values: Plane, rounds: int = ROUNDS) -> Plane:
         [0.0, 5.0, 0.0]
     """
     distance = np.full(values.shape, np.inf)
-    distance[[0, -1]] = 0.0
-    distance[:, [0, -1]] = 0.0
+    distance[[0, -1]] = distance[:, [0, -1]] = 0.0
     # The first sweep, down from the border, reaches every pixel.
     state = (distance, values.copy(), values.copy())
     for _ in range(rounds):

@@ -89,19 +89,14 @@ def validate(context: Context) -> None:
 def import_maps(context: Context, folder: Path) -> None:
     """Take the maps of another program instead of those of the run's own stages.
 
-    Images are left out, with the reason, if their map file is missing, damaged, of another size,
-    made with other classes (where it records their names, as imported files do), or of classes that
-    the image is not labelled with.
-
-    Args:
-        context: of the run.
-        folder: with one map file (:func:`lpcam.data.map_files.write_maps`) for each image of the
-            list for maps, named by the image's id.
+    ``folder`` holds one file of :func:`lpcam.data.map_files.write_maps` for each image of the list
+    for maps, named by its id. Images whose file is missing, damaged, of another size or of other
+    classes are left out, with the reason.
 
     Raises:
         DataError: if no image has maps.
     """
-    kept, skipped, digests, unlabelled = [], [], {}, 0
+    skipped, digests, unlabelled = [], {}, 0
     for item in context.items("maps"):
         path, record = map_path(folder, item.id), context.records[item.id]
         try:
@@ -112,12 +107,11 @@ def import_maps(context: Context, folder: Path) -> None:
         size = (record["height"], record["width"])
         problem = _problem(maps, item, size, context.dataset.classes.names)
         if problem is None:
-            kept.append(item.id)
             digests[item.id] = digest_file(path)
         else:
             unlabelled += problem.startswith("has classes that")
             skipped.append(Skip(item.id, f"the map {path} {problem}"))
-    if not kept:
+    if not digests:
         reason = skipped[0].reason
         if not map_path(folder, skipped[0].id).is_file() and any(folder.rglob("*.npy")):
             reason = (
@@ -272,10 +266,8 @@ def refined(context: Context) -> Mapping[str, tuple[Source, StageCache]]:
     section = context.recipe.refine
     if section is None or context.given_masks is not None:
         return {}
-    return {
-        section.title(source.method): (source, context.results[f"pseudo/{source.name}"])
-        for source in sources(context)
-    }
+    found = {source: context.results[f"pseudo/{source.name}"] for source in sources(context)}
+    return {section.title(source.method): (source, cache) for source, cache in found.items()}
 
 
 def described(context: Context) -> dict[str, Any] | None:
