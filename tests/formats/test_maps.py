@@ -73,15 +73,6 @@ def test_irn_files_are_read_as_they_are(tmp_path: Path, torch_inside: bool) -> N
     assert record["file"] == "a.npy" and record["style"] == "irn" and len(record["digest"]) == 32
 
 
-def test_amn_files_lose_their_first_plane_and_give_it_apart(tmp_path: Path) -> None:
-    found = read_foreign_maps(irn(tmp_path / "a.npy", extra=1))
-    assert found.style == "amn"
-    assert found.background is not None
-    assert np.array_equal(found.background, planes(3)[0])
-    assert np.array_equal(found.maps.high_res, planes(3)[1:])
-    assert np.array_equal(found.maps.cam, planes(3, 3, 4, seed=1)[1:])
-
-
 def test_psa_files_are_sorted_by_class_and_get_a_small_map(tmp_path: Path) -> None:
     full = np.zeros((2, 8, 8), np.float32)
     full[0] = 0.25
@@ -132,12 +123,6 @@ def test_the_published_ways_of_having_no_class(tmp_path: Path) -> None:
     for name in ("amn", "empty"):
         with pytest.raises(ArtefactError, match="the size of its image must be given"):
             read_foreign_maps(tmp_path / f"{name}.npy")
-
-
-def test_a_missing_small_map_is_made(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.npy", {"keys": np.array([1]), "high_res": np.ones((1, 9, 13), "f2")})
-    found = read_foreign_maps(path).maps
-    assert found.cam.dtype == np.float32 and found.cam.tolist() == np.ones((1, 3, 4)).tolist()
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -406,16 +391,6 @@ def test_images_without_a_file(tmp_path: Path) -> None:
         import_maps(tmp_path / "in", tmp_path / "out", ["a", "../a"])
     with pytest.raises(ArtefactError, match=r"can be used: .*the image 1 x 1"):
         import_maps(tmp_path / "in", tmp_path / "out", ["a"], sizes={"a": (1, 1)})
-
-
-def test_maps_are_normalised_only_on_request(tmp_path: Path) -> None:
-    saved(tmp_path / "in" / "a.npy", {5: planes(1)[0] * 8})
-    import_maps(tmp_path / "in", tmp_path / "out")
-    assert close(read_maps(map_path(tmp_path / "out", "a")), planes(1) * 8)
-    import_maps(tmp_path / "in", tmp_path / "out", normalise=True)
-    found = read_maps(map_path(tmp_path / "out", "a"))
-    assert close(found, planes(1) / planes(1).max()) and found.cam.max() == 1
-    assert found.made_by["normalised"] == "max"
 
 
 def test_a_folder_goes_out_and_comes_back(tmp_path: Path) -> None:

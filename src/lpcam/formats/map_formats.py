@@ -146,6 +146,7 @@ class MapsByClass:
 
     @property
     def layout(self) -> str:
+        """What the dictionary holds, in words."""
         if self.has_background:
             return "planes (H, W) by class, counted from 1, with 0 for the background"
         return "planes (H, W) by class, counted from 0"

@@ -216,43 +216,6 @@ def flat(entries: Sequence[MaskEntry]) -> list[MaskEntry]:
     return [entry for entry in entries if "/" not in entry.id]
 
 
-def of_supervision(dataset: Any) -> Masks:
-    found = {}
-    for path, image, detections in dataset:
-        mask = np.zeros(image.shape[:2], dtype=np.uint8)
-        for pixels, label in zip(detections.mask, detections.class_id, strict=True):
-            mask[pixels] = TABLE.mask_ids[TABLE.index(dataset.classes[label])]
-        found[Path(path).stem] = mask
-    return found
-
-
-def test_supervision_reads_coco_and_yolo(entries: list[MaskEntry], tmp_path: Path) -> None:
-    supervision = pytest.importorskip("supervision")
-    reader = supervision.DetectionDataset
-    chosen = flat(entries)
-    export_masks(chosen, TABLE, tmp_path / "coco", "coco")
-    export_masks(chosen, TABLE, tmp_path / "polygons", "coco-polygons")
-    export_masks(chosen, TABLE, tmp_path / "yolo", "yolo")
-    images = str(tmp_path / "images")
-    for dataset in (
-        reader.from_coco(images, str(tmp_path / "coco/annotations.json"), force_masks=True),
-        reader.from_yolo(
-            *(str(tmp_path / "yolo" / name) for name in ("images", "labels", "data.yaml")),
-            force_masks=True,
-        ),
-    ):
-        found = of_supervision(dataset)
-        assert len(found) == len(chosen)
-        for name, mask in found.items():
-            assert (mask == OBJECTS[name]).all(), name
-    drawn = reader.from_coco(images, str(tmp_path / "polygons/annotations.json"), force_masks=True)
-    pixels = {name: mask > 0 for name, mask in of_supervision(drawn).items()}
-    # It draws the outline's own pixels too, which COCO's outlines lie outside of.
-    grown = np.pad(OBJECTS["a"] > 0, ((1, 0), (1, 0)))
-    expected = grown[1:, 1:] | grown[:-1, 1:] | grown[1:, :-1] | grown[:-1, :-1]
-    assert (pixels["a"] == expected).all()
-
-
 def test_supervision_and_the_voc_reader_read_voc(entries: list[MaskEntry], tmp_path: Path) -> None:
     chosen = flat(entries)
     export_masks(chosen, TABLE, tmp_path / "voc", "voc")

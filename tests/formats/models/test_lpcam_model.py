@@ -114,15 +114,6 @@ def test_the_model_shares_nothing_with_the_classifier(lpcam: LPCAM) -> None:
     assert lpcam.source_.fingerprint() == before
 
 
-def test_maps_on_the_feature_grid(lpcam: LPCAM) -> None:
-    model = LPCAMModel.from_lpcam(lpcam, enlarge=False, normalize=None)
-    images = normalised(lpcam.source_, photographs(1, (64, 96)))
-    _, maps = model(images)
-    assert maps.shape == (1, 3, 4, 6)
-    features = lpcam.source_.features(images)
-    torch.testing.assert_close(maps, model.head.activation(features))
-
-
 def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: LPCAMModel) -> None:
     images = normalised(lpcam.source_, photographs(1, (64, 96)))
     torch.compiler.reset()
