@@ -9,6 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from lpcam.runtime.errors import DataError
 
+BACKGROUND = 0
+"""Mask value of the background."""
+IGNORE = 255
+"""Mask value of pixels that no loss and no metric counts (void)."""
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Extensions of image files, in lower case."""
+
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Words for an error that suggest the most similar known name; empty if none is similar.
@@ -33,33 +41,6 @@ def check_known(name: str, known: Sequence[str], where: str = "") -> None:
             f"{where}unknown class {name!r}{nearest_name(name, known)}; the classes are "
             f"{', '.join(known)}"
         )
-
-
-def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
-    """The named classes of ``table`` in the order given, with its mask ids; all of them for None.
-
-    Raises:
-        DataError: if a class is unknown or given twice.
-
-    Example:
-        >>> choose_classes(ClassTable(("cat", "cow"), (8, 10)), ["cow"])
-        ClassTable(names=('cow',), mask_ids=(10,))
-    """
-    if names is None:
-        return table
-    for name in names:
-        check_known(name, table.names)
-    ids = tuple(table.mask_ids[table.names.index(name)] for name in names)
-    return ClassTable(tuple(names), ids)
-
-
-BACKGROUND = 0
-"""Mask value of the background."""
-IGNORE = 255
-"""Mask value of pixels that no loss and no metric counts (void)."""
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
-"""Extensions of image files, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +111,24 @@ class ClassTable:
         """Label index of a class name; DataError lists the known names if it is unknown."""
         check_known(name, self.names)
         return self.names.index(name)
+
+
+def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
+    """The named classes of ``table`` in the order given, with its mask ids; all of them for None.
+
+    Raises:
+        DataError: if a class is unknown or given twice.
+
+    Example:
+        >>> choose_classes(ClassTable(("cat", "cow"), (8, 10)), ["cow"])
+        ClassTable(names=('cow',), mask_ids=(10,))
+    """
+    if names is None:
+        return table
+    for name in names:
+        check_known(name, table.names)
+    ids = tuple(table.mask_ids[table.names.index(name)] for name in names)
+    return ClassTable(tuple(names), ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,9 +167,7 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
             "one), the folder of its save_to_disk, or a name on the hub"
         )
     if split is not None and split != str(found.split):
-        raise DataError(
-            f"unknown split {split!r}; the data set has only one, {found.split or 'without a name'}"
-        )
+        raise DataError(f"unknown split {split!r}; the data set has only {found.split or 'one'}")
     return found
 
 

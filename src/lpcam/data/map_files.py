@@ -24,17 +24,16 @@ _ZLIB_LEVEL = 1
 
 @dataclass(frozen=True, eq=False)
 class MapFile:
-    """The maps of one image, for its K present classes only, foreground planes without background.
-
-    ``keys`` int64 (K,): 0-based class indices. ``cam`` float32 (K, ceil(H/4), ceil(W/4)) and
-    ``high_res`` float32 (K, H, W): finite, non-negative (specification of map files: data sets,
-    section 5). ``made_by`` is JSON: what the maps were made from.
-    """
+    """The maps of one image: planes of its K present classes, without background."""
 
     keys: NDArray[np.int64]
+    """(K,) 0-based class indices."""
     cam: NDArray[np.float32]
+    """(K, ceil(H/4), ceil(W/4)), finite and non-negative."""
     high_res: NDArray[np.float32]
+    """(K, H, W), finite and non-negative."""
     made_by: dict[str, Any] = field(default_factory=dict)
+    """What the maps were made from, as JSON can hold it."""
 
 
 def map_path(folder: Path, item_id: str) -> Path:

@@ -82,12 +82,12 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     """Image files by the names of their outputs.
 
     Folders are searched recursively, without hidden files and ``output``; the name is the path
-    below the folder without its extension. A file given directly keeps its own name. Images that
-    would share a name keep their extensions, and are numbered if that is not enough.
+    below the folder without its extension. Images that would share a name keep their extensions,
+    and are numbered if that is not enough.
 
     Raises:
-        DataError: if a source does not exist, there is no image, or a source is an output of an
-            earlier call.
+        DataError: if a source does not exist or is an output of an earlier call, or there is no
+            image.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -165,8 +165,7 @@ def process_images(
         title: of the progress bar.
 
     Raises:
-        ArtefactError: if a file that no earlier call wrote would be replaced, or a file cannot be
-            written.
+        ArtefactError: if a file that no earlier call wrote would be replaced.
     """
     before = _read_index(output / kind.index, kind.command)
     outputs = _outputs_by_image(output, kind.forms)
