@@ -35,3 +35,19 @@ def chromium() -> Iterator[Any]:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+def watched(browser: Any, own: tuple[str, ...], complaints: list[str], **options: Any) -> Any:
+    """A new page; what its console says and what it asks of others is added to the complaints."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(120_000)
+    page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
+
+    def asked(request: Any) -> None:
+        if not request.url.startswith(own):
+            complaints.append(f"request: {request.url}")
+
+    page.on("request", asked)
+    return page

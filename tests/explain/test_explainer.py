@@ -56,9 +56,6 @@ def loaded(run: Path) -> tuple[Classifier, Prototypes]:
     )
 
 
-# -- Maps ---------------------------------------------------------------------------------------
-
-
 def test_maps_are_those_of_the_extractors(run: Path, image: np.ndarray) -> None:
     classifier, prototypes = loaded(run)
     settings = LpcamSettings.from_preset("voc12.official", scales=[1.0])
@@ -167,9 +164,6 @@ def test_the_classifier_is_left_as_it_was(run: Path, image: np.ndarray) -> None:
     maps.lpcam[:] = 0  # an ordinary array of the caller's own
 
 
-# -- Refusals -----------------------------------------------------------------------------------
-
-
 def test_unknown_labels(explainer: Explainer, image: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"'gren'.*green"):
         explainer(image, labels=["red", "gren"])
@@ -226,9 +220,6 @@ def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
 def test_the_old_name_names_the_new_one() -> None:
     with pytest.raises(LpcamError, match=r"RunFolder\(.*explainer"):
         Explainer.from_run("run")
-
-
-# -- Other models ------------------------------------------------------------------------------
 
 
 def small_model(*end: nn.Module) -> nn.Module:

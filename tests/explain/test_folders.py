@@ -60,9 +60,6 @@ def touch(root: Path, names: Iterable[str]) -> None:
         (root / name).write_bytes(b"")
 
 
-# -- Names --------------------------------------------------------------------------------------
-
-
 def test_names_are_paths_below_the_folder(folder: Path, tmp_path: Path) -> None:
     touch(folder, [".hidden/x.png", ".y.png", "out/masks/a.png", "Z.JPEG"])
     images = find_images([folder], folder / "out")
@@ -105,9 +102,6 @@ def test_sources_that_are_none(tmp_path: Path, folder: Path) -> None:
     touch(tmp_path, ["out/masks/a.png"])
     with pytest.raises(DataError, match="output folder"):
         find_images([tmp_path / "out" / "masks" / "a.png"], tmp_path / "out")
-
-
-# -- What is written ----------------------------------------------------------------------------
 
 
 def test_a_folder(explainer: Explainer, folder: Path, tmp_path: Path) -> None:
@@ -215,9 +209,6 @@ def test_after_a_stop_the_same_call_finishes(
     explain_files(explainer, [folder], tmp_path / "out", labels=["blue"])
     explain_files(explainer, [folder], tmp_path / "other", labels=["blue"])
     assert tree(tmp_path / "out") == tree(tmp_path / "other")
-
-
-# -- The command --------------------------------------------------------------------------------
 
 
 def test_the_command(

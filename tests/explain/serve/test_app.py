@@ -60,9 +60,6 @@ def send(client: TestClient, data: Any, path: str = "/maps", **headers: str) -> 
     return client.post(path, content=data, headers=own)
 
 
-# -- Answers ------------------------------------------------------------------------------------
-
-
 def test_page_and_its_parts_come_with_closed_headers(client: TestClient) -> None:
     for path, kind in {
         "/": "text/html",
@@ -150,9 +147,6 @@ def test_many_classes_are_cut_to_the_highest(
     monkeypatch.setattr(server, "MOST_CLASSES", 2)
     answer = send(client, photograph).json()
     assert len(answer["classes"]) == 1
-
-
-# -- Refusals -----------------------------------------------------------------------------------
 
 
 def refused(answer: Any, status: int, reason: str) -> None:
@@ -345,9 +339,6 @@ def test_nothing_is_written(
     watching.clear()
     assert not opened
     assert not list(tmp_path.iterdir())
-
-
-# -- Starting -----------------------------------------------------------------------------------
 
 
 def test_a_taken_port_is_refused() -> None:

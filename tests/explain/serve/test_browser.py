@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import chromium  # noqa: F401 - the fixture "browser"
+from browsing import chromium, watched  # noqa: F401 - the fixture "browser"
 from explaining import tiny_run
 from PIL import Image, ImageFilter
 from tiny import draw_image
@@ -74,20 +74,9 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: Any, served: Served, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page; at the end, that nothing complained and nothing was asked of anybody else."""
-    options = getattr(request, "param", {})
-    context = browser.new_context(**options)
-    context.set_default_timeout(120_000)
-    page = context.new_page()
     complaints: list[str] = []
-    page.on("console", lambda m: complaints.append(m.text) if m.type != "log" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    foreign: list[str] = []
-
-    def note(request: Any) -> None:
-        if not request.url.startswith((served.home, "data:", f"blob:{served.home}")):
-            foreign.append(request.url)
-
-    page.on("request", note)
+    own = (served.home, "data:", f"blob:{served.home}")
+    page = watched(browser, own, complaints, **getattr(request, "param", {}))
     page.goto(served.home)
     page.locator("#run", has_text="run").wait_for()
     page.expected_complaints = []
@@ -95,9 +84,8 @@ def page(browser: Any, served: Served, request: pytest.FixtureRequest) -> Iterat
     for text in page.expected_complaints:
         complaints.remove(next(c for c in complaints if text in c))
     assert not complaints
-    assert not foreign
     assert page.evaluate("window.harmed") is None
-    context.close()
+    page.context.close()
 
 
 def upload(page: Any, path: Path) -> None:
@@ -129,9 +117,6 @@ def pixels(page: Any, selector: str) -> np.ndarray:
         selector,
     )
     return np.array(data[2], np.uint8).reshape(data[1], data[0], 4)[:, :, :3]
-
-
-# -- Looking ------------------------------------------------------------------------------------
 
 
 def test_slider_classes_and_method_change_the_mask_as_in_python(
@@ -204,18 +189,6 @@ def test_saved_mask_is_that_of_python(
     assert "Saved as my _b__cow_.7.mask.png" in page.locator("#status").text_content()
 
 
-def test_nothing_ticked_cannot_be_saved(page: Any, photograph: Path) -> None:
-    upload(page, photograph)
-    for row in range(3):
-        page.locator("#classes input[type=checkbox]").nth(row).uncheck()
-    assert page.locator("#save").is_disabled()
-    assert shares(page) == ["–"] * 3
-    assert "no class is selected" in page.locator("#mask").get_attribute("aria-label")
-
-
-# -- Ways in ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_drop_and_paste(page: Any, photograph: Path, event: str) -> None:
     page.evaluate(
@@ -281,9 +254,6 @@ def test_keys_alone(page: Any, photograph: Path) -> None:
     page.focus("#show-0")
     page.keyboard.press("ArrowDown")
     assert page.locator("#show-1").is_checked()
-
-
-# -- For everybody ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
