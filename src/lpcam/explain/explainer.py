@@ -134,9 +134,7 @@ class Explainer:
     @classmethod
     def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
         """Removed; the error names the new way."""
-        raise LpcamError(
-            f"Explainer.from_run is gone; use lpcam.RunFolder({str(folder)!r}).explainer()"
-        )
+        raise LpcamError("Explainer.from_run(folder) is now lpcam.RunFolder(folder).explainer()")
 
     @classmethod
     def from_files(

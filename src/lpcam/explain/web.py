@@ -53,8 +53,6 @@ def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
         >>> encode_array(np.zeros((2, 3), np.uint8))["shape"]
         [2, 3]
     """
-    if values.dtype not in (np.uint8, np.uint16):
-        raise TypeError(f"a page holds uint8 and uint16 arrays, got {values.dtype}")
     data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
     return {
         "shape": list(values.shape),
