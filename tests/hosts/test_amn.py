@@ -21,14 +21,15 @@ from lpcam.hosts.amn import (
     Amn,
     AmnSettings,
     amn_loss,
-    build_amn,
     export_maps,
     label_counts,
     maps_of,
 )
+from lpcam.hosts.base import HostData
 from lpcam.method.functional import FusedMaps
 from lpcam.runtime.errors import ClassifierError, DataError
 
+build_amn = amn.HOST.build
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = ClassTable(tuple(COLOURS), (1, 2, 3))
 SETTINGS = AmnSettings.from_preset(
@@ -41,6 +42,16 @@ SETTINGS = AmnSettings.from_preset(
     head_learning_rate=1e-2,
     scales=(1.0, 0.5),
 )
+
+
+def train_amn(
+    network: Amn,
+    labelled: list[tuple[Item, Path]],
+    classes: ClassTable,
+    settings: AmnSettings,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    return amn.HOST.train(network, HostData([], [], labelled, classes), settings, **options)
 
 
 @pytest.fixture
@@ -197,7 +208,7 @@ def test_loss_falls(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Pat
     network = fresh()
     settings = SETTINGS.model_copy(update={"epochs": 12, "scale": (0.9, 1.1), "smoothing": 0.1})
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    history = amn.train_amn(network, labelled, CLASSES, settings, seed=0, folder=tmp_path)
+    history = train_amn(network, labelled, CLASSES, settings, seed=0, folder=tmp_path)
     assert [record["epoch"] for record in history] == list(range(1, 13))
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert not network.training
@@ -228,7 +239,7 @@ def test_optimiser_of_the_specification(
         "official", epochs=2, batch_size=5, crop=48, dilations=(1, 2)
     )
     network = fresh()
-    history = amn.train_amn(network, labelled, CLASSES, settings, seed=0, folder=tmp_path)
+    history = train_amn(network, labelled, CLASSES, settings, seed=0, folder=tmp_path)
     assert len(seen) == 4  # of 12 images, two batches of 5 an epoch
     assert [record["step"] for record in history] == [2, 4]
     for backbone, head in seen:
@@ -247,7 +258,7 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
         settings: AmnSettings = SETTINGS,
         classes: ClassTable = CLASSES,
     ) -> None:
-        amn.train_amn(fresh(), given, classes, settings, seed=0, folder=tmp_path / "run")
+        train_amn(fresh(), given, classes, settings, seed=0, folder=tmp_path / "run")
 
     lost = [*labelled[:-1], (labelled[-1][0], tmp_path / "none.png")]
     with pytest.raises(DataError, match=r"1 of 12 images have no mask: i11 \(.*none.png\)"):
@@ -259,7 +270,7 @@ def test_bad_input(fresh: Any, labelled: list[tuple[Item, Path]], tmp_path: Path
     with pytest.raises(DataError, match=r"small.png of 'i00' is 9 x 9 .* but the upright image is"):
         train([(labelled[0][0], small)])
     with pytest.raises(DataError, match=r"has the values \[3\], which are of no class"):
-        amn.train_amn(
+        train_amn(
             build_amn(SPEC, CLASSES.names[:2], SETTINGS, weights="random"),
             labelled,
             ClassTable(CLASSES.names[:2], (1, 2)),

@@ -16,26 +16,26 @@ from tiny import COLOURS
 from torch import Tensor
 
 from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
-from lpcam.data.dataset import Item
+from lpcam.data.dataset import ClassTable, Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image, resize_image
 from lpcam.hosts import edam
+from lpcam.hosts.base import HostData
 from lpcam.hosts.edam import (
     EdamSettings,
     Encoder,
     Pair,
     Partners,
-    build_edam,
     class_masks,
     maps_of,
     pairs_of,
     sinusoidal_positions,
-    train_edam,
 )
 from lpcam.runtime.errors import DataError
 from lpcam.training import loop
 from lpcam.training.optim import freeze
 
+build_edam = edam.HOST.build
 SPEC = BackboneSpec("test_resnet", {}, 16)
 CLASSES = tuple(COLOURS)
 SETTINGS = EdamSettings.from_preset(
@@ -51,6 +51,11 @@ SETTINGS = EdamSettings.from_preset(
     scales=[1.0, 0.5],
 )
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
+
+
+def train_edam(network: edam.Edam, items: list[Item], *options: Any, **more: Any) -> Any:
+    data = HostData(items, [], [], ClassTable(CLASSES, (1, 2, 3)))
+    return edam.HOST.train(network, data, *options, **more)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
-from lpcam.data.dataset import Item
+from lpcam.data.dataset import ClassTable, Item
 from lpcam.data.folder import read_folder
 from lpcam.hosts import mctformer
+from lpcam.hosts.base import HostData
 from lpcam.hosts.mctformer import (
     fuse,
     learning_rate,
@@ -27,7 +28,6 @@ from lpcam.hosts.mctformer import (
     mctformer_loss,
     refine,
     token_contrast,
-    train_mctformer,
 )
 from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, Scores, build_mctformer
 from lpcam.method.functional import cosine_activation, normalize
@@ -69,6 +69,13 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def changed(**changes: Any) -> MctformerSettings:
     return SETTINGS.model_copy(update=changes)
+
+
+def train_mctformer(
+    network: Mctformer, items: list[Item], held_out: list[Item], *options: Any, **more: Any
+) -> Any:
+    data = HostData(items, held_out, [], ClassTable(CLASSES, (1, 2, 3)))
+    return mctformer.HOST.train(network, data, *options, **more)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ class Amn(HostNetwork):
 
     kind = "amn"
     title = "AMN"
-    builder = "lpcam.hosts.amn.build_amn"
+    builder = "lpcam.hosts.amn.HOST.build"
 
     def __init__(
         self, classifier: Classifier, *, dilations: Sequence[int], dropout: float, seed: int = 0
@@ -180,35 +180,6 @@ class Amn(HostNetwork):
     def _description(self) -> dict[str, Any]:
         own = {"dilations": list(self.dilations), "dropout": self.dropout}
         return {**self.classifier._description(), **own}
-
-
-def build_amn(
-    spec: BackboneSpec,
-    classes: Sequence[str],
-    settings: AmnSettings,
-    *,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-) -> Amn:
-    """Build AMN on a timm backbone, with untrained conditioning and head.
-
-    The weights are ImageNet's, not those of the classifier that made the maps (section 2).
-
-    Args:
-        spec, classes, weights, mean, std: as for :func:`lpcam.classifiers.classifier.build`.
-        settings: ``dilations`` and ``dropout`` are used.
-        seed: random seed of the first weights.
-
-    Example:
-        >>> spec, settings = BackboneSpec("test_resnet", {}, 16), AmnSettings.from_preset("default")
-        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
-        >>> network(torch.zeros(1, 3, 32, 48), torch.ones(1, 2)).shape
-        torch.Size([1, 3, 2, 3])
-    """
-    classifier = build(spec, classes, weights=weights, mean=mean, std=std, seed=seed)
-    return Amn(classifier, dilations=settings.dilations, dropout=settings.dropout, seed=seed)
 
 
 def label_counts(labels: Tensor) -> Tensor:
@@ -274,74 +245,6 @@ def _sample(
         read_image(item.image), labels, preprocessing, settings.scale, settings.crop, generator
     )
     return image, cropped, place.sample
-
-
-def train_amn(
-    network: Amn,
-    labelled: Sequence[tuple[Item, Path]],
-    classes: ClassTable,
-    settings: AmnSettings,
-    **options: Unpack[engine.TrainingOptions],
-) -> engine.History:
-    """Train in place; a stopped training resumes from its checkpoint (section 3).
-
-    Adam without a schedule, with one rate for the backbone and one for conditioning and head;
-    batch-norm statistics are frozen. A cell of the logits' grid is compared with the label at its
-    centre.
-
-    Args:
-        labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
-            Those without a pixel that counts are left out.
-        classes: of the network, with their mask ids.
-        options: as for :func:`lpcam.training.loop.run`.
-
-    Returns:
-        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
-
-    Raises:
-        DataError: as :func:`lpcam.segmentation.augmentation.check_masks`.
-        ClassifierError: if the classes are not the network's, or ``freeze`` matches nothing.
-    """
-    processes = options.get("processes") or Processes()
-    if classes.names != network.classes:
-        raise ClassifierError(
-            f"the network has the classes {', '.join(network.classes)}, but the labels are of "
-            f"{', '.join(classes.names)}; build it with the same classes in the same order"
-        )
-    pairs = check_masks(labelled, classes, strict=True).pairs
-    freeze(network.classifier.backbone, settings.freeze)
-    backbone = [p for p in network.classifier.backbone.parameters() if p.requires_grad]
-    rest = [*network.conditioning.parameters(), *network.head.parameters()]
-    groups = [
-        {"params": backbone, "lr": settings.learning_rate},
-        {"params": rest, "lr": settings.head_learning_rate},
-    ]
-    shown = multi_hot([item for item, _ in pairs], len(classes))
-    batch = min(settings.batch_size, len(pairs))
-    an_epoch = len(pairs) // batch
-    model = processes.replicate(network)
-
-    def loss(sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        images, labels, indices = sample
-        network.train()
-        # In this layout convolutions take half the time on a CPU; the numbers are the same.
-        images = images.to(network.device, memory_format=torch.channels_last)
-        logits = model(images, shown[indices].to(network.device))
-        labels = reduce_labels(labels, logits.shape[-2:])
-        counts = processes.sum(label_counts(labels))
-        return amn_loss(logits, labels.to(network.device), settings.smoothing, counts)
-
-    return engine.run(
-        network,
-        torch.optim.Adam([g for g in groups if g["params"]], weight_decay=settings.weight_decay),
-        partial(_sample, pairs, classes, network.preprocessing, settings, options["seed"]),
-        len(pairs),
-        loss,
-        engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
-        label="training AMN",
-        section="host.amn",
-        **options,
-    )
 
 
 def export_maps(
@@ -414,7 +317,7 @@ def maps_of(
     Example:
         >>> settings = AmnSettings.from_preset("default", gate=False)
         >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
-        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
+        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
         >>> maps_of(network, image, [1], settings).cam.shape
         torch.Size([1, 8, 12])
     """
@@ -483,7 +386,7 @@ def local_features(
     Example:
         >>> settings = AmnSettings.from_preset("default", gate=False)
         >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
-        >>> network = build_amn(spec, ("cat", "dog"), settings, weights="random")
+        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
         >>> [part.shape[1:] for part in local_features(network, image, [1], settings)]
         [torch.Size([2, 3]), torch.Size([32, 48])]
     """
@@ -565,7 +468,10 @@ class _AmnHost(Host[AmnSettings, Amn]):
     def build(
         self, backbone: BackboneSpec, names: Sequence[str], settings: AmnSettings, **first: Any
     ) -> Amn:
-        return build_amn(backbone, names, settings, **first)
+        """ImageNet's weights, not those of the classifier that made the maps (section 2)."""
+        classifier = build(backbone, names, **first)
+        sizes = settings.model_dump(include={"dilations", "dropout"})
+        return Amn(classifier, **sizes, seed=first.get("seed", 0))
 
     def images_per_step(
         self, network: Amn, data: HostData, settings: AmnSettings
@@ -580,7 +486,53 @@ class _AmnHost(Host[AmnSettings, Amn]):
         settings: AmnSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        return train_amn(network, data.masks, data.classes, settings, **options)
+        """Adam without a schedule; batch-norm statistics are frozen (section 3).
+
+        A cell of the logits' grid is compared with the label at its centre. Images whose mask has
+        no pixel that counts are left out.
+        """
+        processes = options.get("processes") or Processes()
+        if data.classes.names != network.classes:
+            raise ClassifierError(
+                f"the network has the classes {', '.join(network.classes)}, but the labels are of "
+                f"{', '.join(data.classes.names)}; build it with the same classes in the same order"
+            )
+        pairs = check_masks(data.masks, data.classes, strict=True).pairs
+        freeze(network.classifier.backbone, settings.freeze)
+        backbone = [p for p in network.classifier.backbone.parameters() if p.requires_grad]
+        rest = [*network.conditioning.parameters(), *network.head.parameters()]
+        groups = [
+            {"params": backbone, "lr": settings.learning_rate},
+            {"params": rest, "lr": settings.head_learning_rate},
+        ]
+        shown = multi_hot([item for item, _ in pairs], len(data.classes))
+        batch = min(settings.batch_size, len(pairs))
+        an_epoch = len(pairs) // batch
+        model = processes.replicate(network)
+
+        def loss(sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            images, labels, indices = sample
+            network.train()
+            # In this layout convolutions take half the time on a CPU; the numbers are the same.
+            images = images.to(network.device, memory_format=torch.channels_last)
+            logits = model(images, shown[indices].to(network.device))
+            labels = reduce_labels(labels, logits.shape[-2:])
+            counts = processes.sum(label_counts(labels))
+            return amn_loss(logits, labels.to(network.device), settings.smoothing, counts)
+
+        return engine.run(
+            network,
+            torch.optim.Adam(
+                [g for g in groups if g["params"]], weight_decay=settings.weight_decay
+            ),
+            partial(_sample, pairs, data.classes, network.preprocessing, settings, options["seed"]),
+            len(pairs),
+            loss,
+            engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
+            label="training AMN",
+            section="host.amn",
+            **options,
+        )
 
     def local_features(
         self, network: Amn, view: View, settings: AmnSettings

@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -229,7 +228,7 @@ class Edam(HostNetwork):
 
     kind = "edam"
     title = "EDAM"
-    builder = "lpcam.hosts.edam.build_edam"
+    builder = "lpcam.hosts.edam.HOST.build"
 
     def __init__(
         self,
@@ -306,37 +305,6 @@ class Edam(HostNetwork):
         }
 
 
-def build_edam(
-    spec: BackboneSpec,
-    classes: Sequence[str],
-    settings: EdamSettings,
-    *,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-) -> Edam:
-    """Build EDAM's network on a timm backbone.
-
-    Args:
-        spec: of the backbone; WideResNet-38 is used without its last ReLU (section 1) unless the
-            arguments say otherwise.
-        settings: ``width``, ``heads``, ``hidden`` and ``dropout`` are used.
-        classes, weights, mean, std, seed: as for :func:`lpcam.classifiers.classifier.build`.
-
-    Example:
-        >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
-        >>> network = build_edam(spec, ("cat", "dog"), settings, weights="random")
-        >>> network(torch.zeros(2, 3, 32, 48)).shape
-        torch.Size([2, 2])
-    """
-    if spec.name == "wideresnet38":
-        spec = replace(spec, arguments={"final_relu": False, **spec.arguments})
-    classifier = build(spec, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
-    sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
-    return Edam(classifier, classes, **sizes, seed=seed)
-
-
 class Pair(NamedTuple):
     """Two different images that share a class."""
 
@@ -357,6 +325,7 @@ class Partners:
         DataError: if no two images share a class.
 
     Example:
+        >>> from pathlib import Path
         >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
         >>> Partners(items).draw(0, np.random.default_rng(0))
         Pair(first=0, second=1, label=0)
@@ -396,6 +365,7 @@ def pairs_of(items: Sequence[Item], steps: int, pairs: int, seed: int) -> list[P
         DataError: if no two images share a class.
 
     Example:
+        >>> from pathlib import Path
         >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
         >>> sorted(pairs_of(items, 1, 2, seed=0))
         [Pair(first=0, second=1, label=0), Pair(first=1, second=0, label=0)]
@@ -449,69 +419,6 @@ def learning_rate_factor(step: int, settings: EdamSettings) -> float:
     return poly(step - settings.warmup, settings.iterations - settings.warmup, settings.power)
 
 
-def train_edam(
-    network: Edam,
-    items: Sequence[Item],
-    settings: EdamSettings,
-    **options: Unpack[engine.TrainingOptions],
-) -> engine.History:
-    """Train in place; a stopped training resumes from its checkpoint.
-
-    SGD on the binary cross-entropy of every class and image of the pairs of :func:`pairs_of`.
-
-    Args:
-        items: images with their labels; one that shares a class with no other is left out.
-        settings: its sizes must be those of the network.
-        options: as for :func:`lpcam.training.loop.run`.
-
-    Returns:
-        some records: ``epoch``, ``step`` and mean ``loss``.
-
-    Raises:
-        DataError: if no two images share a class, or a label is not a class of the network.
-        ClassifierError: if ``freeze`` matches nothing.
-    """
-    processes = options.get("processes") or Processes()
-    partners = Partners(items)
-    count = len(network.classes)
-    for item in items:
-        check_labels(item.labels, count)
-    freeze(network.classifier.backbone, settings.freeze, norms=True)
-    labels = multi_hot(items, count)
-    size = min(settings.pairs, len(partners.firsts))
-    steps = settings.iterations
-    model = processes.replicate(network)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, numbers = batch
-        network.train()
-        logits = model(images.flatten(0, 1).to(network.device))
-        target = labels[numbers.flatten()].to(network.device)
-        mean = F.binary_cross_entropy_with_logits(logits, target)
-        return mean * (len(numbers) / size)  # this process's share of the pairs
-
-    return engine.run(
-        network,
-        torch.optim.SGD(
-            parameter_groups(network, HEADS, settings),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-        ),
-        partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
-        len(partners.firsts),
-        loss,
-        engine.Plan(
-            steps,
-            settings.pairs,
-            max(1, steps // RECORDS),
-            lambda step: learning_rate_factor(step, settings),
-        ),
-        label="training EDAM",
-        section="host.edam",
-        **options,
-    )
-
-
 @torch.no_grad()
 def maps_of(
     network: Edam, image: NDArray[np.uint8], labels: Sequence[int], settings: EdamSettings
@@ -534,7 +441,7 @@ def maps_of(
 
     Example:
         >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
-        >>> network = build_edam(spec, ("cat", "dog"), settings, weights="random")
+        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
         >>> maps_of(network, np.zeros((30, 50, 3), np.uint8), [1], settings).cam.shape
         torch.Size([1, 8, 13])
     """
@@ -576,7 +483,13 @@ class _EdamHost(Host[EdamSettings, Edam]):
     def build(
         self, backbone: BackboneSpec, names: Sequence[str], settings: EdamSettings, **first: Any
     ) -> Edam:
-        return build_edam(backbone, names, settings, **first)
+        """WideResNet-38 is used without its last ReLU, unless the arguments say otherwise."""
+        if backbone.name == "wideresnet38":
+            arguments = {"final_relu": False, **backbone.arguments}
+            backbone = replace(backbone, arguments=arguments)
+        classifier = build(backbone, NO_CLASSES, **first)
+        sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
+        return Edam(classifier, names, **sizes, seed=first.get("seed", 0))
 
     def images_per_step(
         self, network: Edam, data: HostData, settings: EdamSettings
@@ -591,7 +504,49 @@ class _EdamHost(Host[EdamSettings, Edam]):
         settings: EdamSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        return train_edam(network, data.images, settings, **options)
+        """SGD on the binary cross-entropy of every class and image of pairs (section 2).
+
+        An image that shares a class with no other is left out.
+        """
+        processes = options.get("processes") or Processes()
+        items, partners = data.images, Partners(data.images)
+        count = len(network.classes)
+        for item in items:
+            check_labels(item.labels, count)
+        freeze(network.classifier.backbone, settings.freeze, norms=True)
+        labels = multi_hot(items, count)
+        size = min(settings.pairs, len(partners.firsts))
+        steps = settings.iterations
+        model = processes.replicate(network)
+
+        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            images, numbers = batch
+            network.train()
+            logits = model(images.flatten(0, 1).to(network.device))
+            target = labels[numbers.flatten()].to(network.device)
+            mean = F.binary_cross_entropy_with_logits(logits, target)
+            return mean * (len(numbers) / size)  # this process's share of the pairs
+
+        return engine.run(
+            network,
+            torch.optim.SGD(
+                parameter_groups(network, HEADS, settings),
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+            ),
+            partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
+            len(partners.firsts),
+            loss,
+            engine.Plan(
+                steps,
+                settings.pairs,
+                max(1, steps // RECORDS),
+                lambda step: learning_rate_factor(step, settings),
+            ),
+            label="training EDAM",
+            section="host.edam",
+            **options,
+        )
 
     def maps(
         self, network: Edam, view: View, settings: EdamSettings, vectors: Tensor | None

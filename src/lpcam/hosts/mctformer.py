@@ -2,8 +2,7 @@
 
 Training is that of section 2, maps are those of section 3, and LPCAM replaces PatchCAM as in
 section 6. The network is :mod:`lpcam.hosts.mctformer_network`. Options of MCTformer+ (2023) that
-are not
-published are marked as inferred.
+are not published are marked as inferred.
 
 Shapes: B images, N classes, K present classes, C channels of a token, h x w patches of an image of
 H x W pixels, P = h w.
@@ -62,9 +61,7 @@ EPSILON = 1e-8
 def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
     """Multi-label soft margin loss of the class scores, in V2 plus that of the patch scores.
 
-    Args:
-        scores: logits (B, N).
-        labels: (B, N), 1 for present classes.
+    ``labels`` (B, N) are 1 for present classes.
 
     Example:
         >>> mctformer_loss(Scores(torch.full((1, 2), 999.0), None), torch.ones(1, 2))
@@ -79,11 +76,8 @@ def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
 def token_contrast(tokens: Tensor) -> Tensor:
     """Contrastive loss of MCTformer+ that separates class tokens; its form here is inferred.
 
-    The cross-entropy of the softmax over each row of the tokens' cosines, whose target is the token
-    itself.
-
-    Args:
-        tokens: (B, N, C), class tokens of the last block.
+    The cross-entropy of the softmax over each row of the cosines of the last block's class tokens
+    (B, N, C), whose target is the token itself.
 
     Example:
         >>> bool(token_contrast(torch.eye(3)[None]) < token_contrast(torch.ones(1, 3, 3)))
@@ -198,74 +192,6 @@ class _Outputs(nn.Module):
         return self.network.outputs(images)
 
 
-def train_mctformer(
-    network: Mctformer,
-    items: Sequence[Item],
-    validation: Sequence[Item],
-    settings: MctformerSettings,
-    **options: Unpack[engine.TrainingOptions],
-) -> engine.History:
-    """Train in place by AdamW; a stopped training resumes from its checkpoint.
-
-    The weights of the last epoch are kept (section 2).
-
-    Args:
-        items: images and their image-level labels.
-        validation: images whose mAP is measured after each epoch.
-        settings: ``version`` must be that of the network.
-        options: as for :func:`lpcam.training.loop.run`.
-
-    Returns:
-        one record an epoch: ``epoch``, ``step``, mean ``loss`` and ``validation_map``.
-
-    Raises:
-        DataError: if there is no image.
-        ClassifierError: if settings and network disagree, or timm does not know the augmentation.
-    """
-    processes = options.get("processes") or Processes()
-    if not items:
-        raise DataError("there is no image to train MCTformer on; give images with labels")
-    own = "v1" if network.head is None else "v2"
-    if settings.version != own:
-        raise ClassifierError(
-            f"mctformer.version is {settings.version}, but the network was built as {own}; build "
-            "it with the same setting"
-        )
-    labels = multi_hot(items, len(network.classes))
-    plan = plan_of(settings, len(items))
-    decay, none = network.parameter_groups()
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "weight_decay": settings.weight_decay},
-        {"params": none, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    model = processes.replicate(_Outputs(network))
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, indices = batch
-        network.train()
-        scores, tokens = model(images.to(network.device))
-        mean = mctformer_loss(scores, labels[indices].to(network.device))
-        if settings.contrast > 0:
-            mean = mean + settings.contrast * token_contrast(tokens)
-        return mean * (len(indices) / plan.batch)  # this process's share of the batch
-
-    return engine.run(
-        network,
-        optimizer,
-        _Augment(items, network.preprocessing, settings, options["seed"]),
-        len(items),
-        loss,
-        plan,
-        label="training MCTformer",
-        section="host.mctformer",
-        **options,
-        at_record=lambda _: {
-            "validation_map": validation_map(network, validation, settings, processes)
-        },
-    )
-
-
 @torch.inference_mode()
 def validation_map(
     network: Mctformer,
@@ -300,10 +226,8 @@ def fuse(
 ) -> Tensor:
     """Class attention times ReLU(activation), or the square root of that (section 3, step 2).
 
-    Args:
-        attention: (..., h, w), non-negative.
-        activation: PatchCAM or LPCAM, of the same shape; None (V1) returns the attention.
-        fusion: ``"square_root"`` is MCTformer+'s.
+    Both are (..., h, w); an activation of None (V1) returns the attention. ``"square_root"`` is
+    MCTformer+'s.
 
     Example:
         >>> fuse(torch.tensor([[4.0]]), torch.tensor([[9.0]]), "square_root")
@@ -318,12 +242,8 @@ def fuse(
 def refine(maps: Tensor, affinity: Tensor) -> Tensor:
     """Sum of a map over all patches, weighted by the affinity of each patch (section 3, step 3).
 
-    Args:
-        maps: (..., K, h, w).
-        affinity: (..., P, P), whose rows are the patches that get a value.
-
-    Returns:
-        (..., K, h, w).
+    ``maps`` are (..., K, h, w), like the result; ``affinity`` is (..., P, P), and its rows are the
+    patches that get a value.
 
     Example:
         >>> refine(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0, 10.0], [0.5, 0.0]]))
@@ -477,9 +397,6 @@ def _refined(
 def check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
     """Check that a network has at least ``settings.attention_blocks`` blocks.
 
-    Raises:
-        ClassifierError: with both numbers.
-
     Example:
         >>> settings = MctformerSettings.from_preset("default", crop=32)
         >>> network = build_mctformer("test_vit", ("cat",), settings, weights="random")
@@ -551,7 +468,49 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         settings: MctformerSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        return train_mctformer(network, data.images, data.held_out, settings, **options)
+        """AdamW (section 2); a record an epoch has ``validation_map`` too."""
+        processes = options.get("processes") or Processes()
+        if not data.images:
+            raise DataError("there is no image to train MCTformer on; give images with labels")
+        own = "v1" if network.head is None else "v2"
+        if settings.version != own:
+            raise ClassifierError(
+                f"mctformer.version is {settings.version}, but the network was built as {own}; "
+                "build it with the same setting"
+            )
+        labels = multi_hot(data.images, len(network.classes))
+        plan = plan_of(settings, len(data.images))
+        decay, none = network.parameter_groups()
+        groups: list[dict[str, Any]] = [
+            {"params": decay, "weight_decay": settings.weight_decay},
+            {"params": none, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        model = processes.replicate(_Outputs(network))
+
+        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+            images, indices = batch
+            network.train()
+            scores, tokens = model(images.to(network.device))
+            mean = mctformer_loss(scores, labels[indices].to(network.device))
+            if settings.contrast > 0:
+                mean = mean + settings.contrast * token_contrast(tokens)
+            return mean * (len(indices) / plan.batch)  # this process's share of the batch
+
+        return engine.run(
+            network,
+            optimizer,
+            _Augment(data.images, network.preprocessing, settings, options["seed"]),
+            len(data.images),
+            loss,
+            plan,
+            label="training MCTformer",
+            section="host.mctformer",
+            **options,
+            at_record=lambda _: {
+                "validation_map": validation_map(network, data.held_out, settings, processes)
+            },
+        )
 
     def local_features(
         self, network: Mctformer, view: View, settings: MctformerSettings

@@ -105,12 +105,12 @@ STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 
 
 class Scores(NamedTuple):
-    """Logits of the image's classes."""
+    """Logits (B, N) of the image's classes."""
 
     classes: Tensor
-    """(B, N), of the class tokens; used at test."""
+    """Of the class tokens; used at test."""
     patches: Tensor | None
-    """(B, N), of PatchCAM; None in V1."""
+    """Of PatchCAM; None in V1."""
 
 
 class Attended(NamedTuple):
@@ -147,10 +147,6 @@ class MctformerSpec:
 def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
     """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on.
 
-    Args:
-        maps: any values.
-        decay: in (0, 1]; 1 is the plain mean.
-
     Example:
         >>> ranked_pooling(torch.tensor([[0.0, 3.0]]), 0.5)
         tensor(2.)
@@ -165,14 +161,7 @@ def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Scale positions of a square grid to another grid, bicubic (section 3).
 
     The factor is (h + 0.1) / g for a table of g x g, as in the transformers' programs, so that
-    rounding does not lose a row. A table of the same grid is returned unchanged.
-
-    Args:
-        table: (1, g g, C).
-        grid: (h, w).
-
-    Returns:
-        (1, h w, C).
+    rounding does not lose a row. ``table`` is (1, g g, C), the result (1, h w, C).
 
     Example:
         >>> scale_positions(torch.zeros(1, 4, 8), (3, 5)).shape
@@ -188,14 +177,9 @@ def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of a block and its attention, after the softmax, averaged over the heads.
+    """Output (B, T, C) of a block of timm and its attention (B, T, T), averaged over the heads.
 
-    Args:
-        block: a plain :class:`timm.models.vision_transformer.Block`.
-        tokens: (B, T, C).
-
-    Returns:
-        (B, T, C) and (B, T, T), whose rows are the queries and add up to 1.
+    The rows of the attention are the queries; they add up to 1.
 
     Example:
         >>> attend_block(Block(8, 2), torch.zeros(1, 3, 8))[1].shape
@@ -220,10 +204,6 @@ class Stem(nn.Module):
 
     A small transformer without a checkpoint can start from features of ImageNet. The specification
     has no stem.
-
-    Args:
-        classifier: its backbone is used; its head is not.
-        width: channels of the tokens.
     """
 
     def __init__(self, classifier: Classifier, width: int) -> None:
@@ -337,13 +317,8 @@ class Mctformer(SavedNetwork):
                 class_attention += attention[:, :count, count:]
         features = self._as_map(tokens, grid)
         cam = self._patch_cam(features)
-        return Attended(
-            self.scores(tokens, cam),
-            class_attention.reshape(batch, count, *grid),
-            between,
-            features,
-            cam,
-        )
+        class_attention = class_attention.reshape(batch, count, *grid)
+        return Attended(self.scores(tokens, cam), class_attention, between, features, cam)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Class and patch tokens (B, N + P, C) before the first block, and the grid (h, w).
@@ -370,10 +345,8 @@ class Mctformer(SavedNetwork):
     def constant_response(self) -> tuple[Tensor, Tensor]:
         """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal, detached.
 
-        The taps of the 3 x 3 convolution are added up. This scores prototypes (section 6).
-
-        Raises:
-            ClassifierError: for V1, which has no PatchCAM.
+        The taps of the 3 x 3 convolution are added up. This scores prototypes (section 6). V1 is
+        refused: it has no PatchCAM.
         """
         if self.head is None or self.head.bias is None:
             raise ClassifierError(
@@ -383,10 +356,7 @@ class Mctformer(SavedNetwork):
         return self.head.weight.detach().sum((-2, -1)), self.head.bias.detach()
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trained parameters with weight decay, and those without.
-
-        Tokens, positions, biases and gains have none (section 2).
-        """
+        """Trained parameters with weight decay, and those without (section 2)."""
         decay: list[nn.Parameter] = []
         none: list[nn.Parameter] = []
         for parameter in self.parameters():
@@ -421,11 +391,7 @@ class Mctformer(SavedNetwork):
 
 
 def _plain(model: nn.Module) -> VisionTransformer:
-    """The model, if it is a transformer all of whose parts the network knows.
-
-    Raises:
-        ClassifierError: if it has others, or lacks one.
-    """
+    """The model, if it is a transformer all of whose parts the network knows."""
     name = type(model).__name__
     if not isinstance(model, VisionTransformer):
         raise ClassifierError(
@@ -478,18 +444,17 @@ def build_mctformer(
         classes: N class names.
         settings: ``version``, ``crop``, which determines the grid of the positions, ``drop_path``,
             ``pooling`` and ``ranking_decay`` are used.
-        arguments: of timm, such as ``embed_dim``, ``depth`` and ``num_heads`` of a small one; and
-            ``stem``, timm's name of a convolutional backbone that makes the patch tokens, with
-            its ``stem_arguments``: see :class:`Stem`.
-        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
-            safetensors file: of the transformer, or of a whole MCTformer with these classes.
-            With a stem they are the stem's, and the transformer is random.
+        arguments: of timm, such as ``depth``; and ``stem``, timm's name of a convolutional backbone
+            that makes the patch tokens, with its ``stem_arguments``: see :class:`Stem`.
+        weights: ``"pretrained"`` (timm's), ``"random"``, or the path of a safetensors file: of the
+            transformer, or of a whole MCTformer with these classes. With a stem they are the
+            stem's, and the transformer is random.
         mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
         seed: of all that is random.
 
     Raises:
-        ClassifierError: if timm does not know the name or refuses an argument, the transformer is
-            of another kind, or the weights cannot be read, do not fit or hold NaN or Inf.
+        ClassifierError: if timm cannot make the transformer, it is of another kind, or the weights
+            cannot be read, do not fit or hold NaN or Inf.
 
     Example:
         >>> settings = MctformerSettings.from_preset("default", crop=32)
@@ -637,7 +602,6 @@ def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
         patches = planes.flatten(2).transpose(1, 2).to(table.dtype)
     copies = count // given[0]
     positions = table[:, : given[0]].repeat(1, copies, 1)
-    # The linear head of a checkpoint gives way to the network's own, if it has one.
     # A checkpoint's linear head is replaced by the network's convolution, if it has one.
     heads = {k: v for k, v in state.items() if k.startswith("head.")}
     convolution = "head.weight" in own and "head.weight" in heads and heads["head.weight"].ndim == 4
