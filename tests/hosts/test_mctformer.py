@@ -21,12 +21,10 @@ from lpcam.data.folder import read_folder
 from lpcam.hosts import mctformer
 from lpcam.hosts.base import HostData
 from lpcam.hosts.mctformer import (
-    fuse,
     learning_rate,
     local_features,
     maps_of,
     mctformer_loss,
-    refine,
     token_contrast,
 )
 from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, Scores, build_mctformer
@@ -192,22 +190,6 @@ def test_bad_input(items: list[Item], tmp_path: Path) -> None:
     v1 = one.model_copy(update={"version": "v1"})
     with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit .*; delete it"):
         train_mctformer(fresh(v1), items, [], v1, seed=0, folder=tmp_path)
-
-
-def test_fuse_by_hand() -> None:
-    attention = torch.tensor([[4.0, 1.0], [2.0, 0.0]])
-    cam = torch.tensor([[9.0, -1.0], [2.0, 5.0]])
-    assert fuse(attention, cam, "product").tolist() == [[36.0, 0.0], [4.0, 0.0]]
-    assert fuse(attention, cam, "square_root").tolist() == [[6.0, 0.0], [2.0, 0.0]]
-    assert torch.equal(fuse(attention, None, "product"), attention)
-
-
-def test_refine_by_hand() -> None:
-    maps = torch.tensor([[[1.0, 2.0]], [[0.0, 3.0]]])  # K = 2, h = 1, w = 2
-    affinity = torch.tensor([[1.0, 10.0], [0.5, 0.0]])  # not symmetric: rows ask
-    assert refine(maps, affinity).tolist() == [[[21.0, 0.5]], [[30.0, 0.0]]]
-    batch = refine(maps.expand(3, 2, 1, 2), affinity.expand(3, 2, 2))
-    assert torch.equal(batch[2], refine(maps, affinity))
 
 
 @torch.no_grad()
