@@ -82,6 +82,12 @@ def upright_size(path: Path) -> tuple[int, int]:
 
     Raises:
         ImageError: if the file has no header of an image.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.png"
+        >>> Image.new("RGB", (3, 2)).save(path)
+        >>> upright_size(path)
+        (2, 3)
     """
     try:
         with Image.open(path) as image:

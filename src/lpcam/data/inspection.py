@@ -53,6 +53,13 @@ def survey(
 
     Raises:
         DataError: if no image can be used.
+
+    Example:
+        >>> from lpcam.data.creatures import write
+        >>> from lpcam.data.folder import read_folder
+        >>> write(getfixture("tmp_path"), images=2, size=32, seed=0)
+        >>> survey(read_folder(getfixture("tmp_path"))).whole.masks
+        2
     """
     truth = truth or {}
     masked = [

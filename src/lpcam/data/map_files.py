@@ -37,7 +37,12 @@ class MapFile:
 
 
 def map_path(folder: Path, item_id: str) -> Path:
-    """Where a stage keeps the maps of an image."""
+    """Where a stage keeps the maps of an image.
+
+    Example:
+        >>> map_path(Path("cam"), "barn/cow 7").as_posix()
+        'cam/barn/cow 7.npz'
+    """
     return folder / f"{item_id}.npz"
 
 
@@ -79,6 +84,14 @@ def read_maps(path: Path) -> MapFile:
 
     Raises:
         ArtefactError: naming the file, if it is missing, damaged, or has other contents.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "a.npz"
+        >>> planes = np.ones((1, 4, 4), np.float32)
+        >>> maps = MapFile(np.array([2]), planes[:, :1, :1], planes)
+        >>> write_maps(path, maps, dtype="uint8")
+        >>> read_maps(path).keys.tolist()
+        [2]
     """
     data = read_bytes(path)
     try:
