@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,14 @@ FROM = argument(
 )
 
 
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    from lpcam.runtime.progress import progress  # noqa: PLC0415
+
+    with progress(label, total) as advance:
+        yield lambda _done, _total: advance(1, "")
+
+
 @command(
     "export masks",
     "exchange",
@@ -52,11 +61,10 @@ FROM = argument(
 def export_masks(call: Invocation) -> int:
     """Write a run's masks in the format of another tool."""
     from lpcam.formats.masks.export import export_masks as write  # noqa: PLC0415
-    from lpcam.runtime.progress import progress  # noqa: PLC0415
 
     options = call.options
     masks = lpcam.RunFolder(options.run).masks(options.source)
-    with progress(f"masks of {masks.name}", len(masks.entries)) as advance:
+    with _progress(f"masks of {masks.name}", len(masks.entries)) as advance:
         result = write(
             masks.entries,
             masks.classes,
@@ -66,7 +74,7 @@ def export_masks(call: Invocation) -> int:
             image_root=options.image_root,
             made_by={**masks.made_by, "command": call.line},
             workers=call.threads,
-            progress=lambda _done, _total: advance(1, ""),
+            progress=advance,
         )
     print(result.summary())
     return 1 if result.left_out else 0
@@ -88,11 +96,10 @@ def export_masks(call: Invocation) -> int:
 def export_maps(call: Invocation) -> int:
     """Write a run's maps for IRN, AMN or PSA."""
     from lpcam.formats.map_folders import export_maps as write  # noqa: PLC0415
-    from lpcam.runtime.progress import progress  # noqa: PLC0415
 
     options = call.options
     maps = lpcam.RunFolder(options.run).maps(options.source)
-    with progress(f"maps of {maps.name}", len(maps.ids)) as advance:
+    with _progress(f"maps of {maps.name}", len(maps.ids)) as advance:
         written = write(
             maps.folder,
             options.output,
@@ -102,7 +109,7 @@ def export_maps(call: Invocation) -> int:
             background=options.background,
             bare_digits=options.bare_digits,
             workers=call.threads,
-            progress=lambda _done, _total: advance(1, ""),
+            progress=advance,
         )
     print(written.summary())
     if maps.missing:
@@ -142,15 +149,15 @@ def export_segmenter(call: Invocation) -> int:
     """Write a run's segmenter as an ONNX file."""
     from lpcam.segmentation.export import export_onnx as write  # noqa: PLC0415
     from lpcam.segmentation.networks.registry import NETWORKS  # noqa: PLC0415
-    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
     found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
     network = found.section.network
     if options.size is None and NETWORKS[network].one_size_export:
         raise LpcamError(f"{network} is exported for images of one size; give it: --size 512 512")
-    segmenter = Segmenter.load(found.path)
-    return _print(write(segmenter, options.output, made_by=found.made_by, **size_options(options)))
+    return _print(
+        write(found.load(), options.output, made_by=found.made_by, **size_options(options))
+    )
 
 
 def _print(parity: ExportParity) -> int:
@@ -175,7 +182,6 @@ def _print(parity: ExportParity) -> int:
 def export_voc_server(call: Invocation) -> int:
     """Pack the tested masks for VOC's evaluation server."""
     from lpcam.formats.voc_server import write_voc_server  # noqa: PLC0415
-    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
 
     options = call.options
     found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
@@ -183,7 +189,7 @@ def export_voc_server(call: Invocation) -> int:
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if not ids:
         raise LpcamError(f"there is no mask in {masks}; bring the run up to date first")
-    archive = write_voc_server(masks, ids, Segmenter.load(found.path).classes, options.output)
+    archive = write_voc_server(masks, ids, found.load().classes, options.output)
     print(f"{len(ids)} masks in {archive}")
     return 0
 

@@ -23,6 +23,7 @@ from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_file, read_json
 from lpcam.runtime.resources import choose_device
 from lpcam.segmentation.folders import INDEX as PREDICTED
+from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmentSection
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class TrainedSegmenter:
     recipe: Recipe
     section: SegmentSection
     run: RunFolder
+
+    def load(self) -> Segmenter:
+        """The network with its classes and preprocessing."""
+        return Segmenter.load(self.path)
 
     def tested(self, *, crf: bool) -> Path:
         """Folder of its masks of the list to test: after the dense CRF, if there was one."""
