@@ -40,7 +40,6 @@ MAXIMUM_BYTES = 32 * 2**20
 MAXIMUM_PIXELS = 50_000_000
 """Largest uploaded image."""
 BODY_SECONDS = 60.0
-"""Time in which an upload must arrive."""
 MOST_WAITING = 4
 """Uploads in work or waiting; further ones are refused."""
 MOST_CLASSES = 24
