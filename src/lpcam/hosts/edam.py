@@ -116,20 +116,12 @@ class EdamSettings(HostSettings):
 
 PAIR = 2
 """Images from which a class is learnt together."""
-
-
 WAVELENGTHS = 10000.0
 """Ratio of the longest wavelength of the position code to the shortest."""
-
-
 NORM_EPSILON = 1e-6
 """Added to the standard deviation in the transformers' layer norms."""
-
-
 HEADS = ("activation.", "reduction.", "logits.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
-
-
 RECORDS = 25
 """Records in the history of a training, about one an epoch of the released list (section 2)."""
 

@@ -94,12 +94,8 @@ class MctformerSettings(HostSettings):
 
 TOKEN_DEVIATION = 0.02
 """Standard deviation of random class tokens and their positions."""
-
-
 MARGIN = 0.1
 """Cells added to the grid when the table of positions is scaled to it (section 3)."""
-
-
 STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 """Arguments of a network that timm's transformers do not have."""
 
@@ -132,14 +128,11 @@ class MctformerSpec:
     """Architecture of a network, apart from its classes and weights."""
 
     backbone: str
-    """A vision transformer of timm."""
     arguments: Mapping[str, Any]
-    """Of timm, such as ``embed_dim``, ``depth`` and ``num_heads``; and those of a stem."""
+    """Of timm, such as ``depth`` and ``num_heads``; and those of a stem."""
     crop: int
-    """Side, in pixels, of the training images, for whose grid there are positions."""
     drop_path: float
     version: str
-    """``"v1"`` or ``"v2"``."""
     ranking_decay: float
     """Decay in the pooling of PatchCAM; 1 is the plain mean."""
 
@@ -343,11 +336,7 @@ class Mctformer(SavedNetwork):
         return Scores(tokens[:, : len(self.classes)].mean(-1), pooled)
 
     def constant_response(self) -> tuple[Tensor, Tensor]:
-        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal, detached.
-
-        The taps of the 3 x 3 convolution are added up. This scores prototypes (section 6). V1 is
-        refused: it has no PatchCAM.
-        """
+        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal (section 6)."""
         if self.head is None or self.head.bias is None:
             raise ClassifierError(
                 "MCTformer V1 has no PatchCAM that could score prototypes; train V2 "
@@ -490,10 +479,7 @@ def _network(
     preprocessing: Preprocessing | None,
     stem_weights: str = RANDOM,
 ) -> Mctformer:
-    """A network with random weights except the stem's.
-
-    ``preprocessing`` None means that of the stem or of timm's pretrained cfg.
-    """
+    """A network with random weights except the stem's."""
     model = _transformer(
         spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
     )

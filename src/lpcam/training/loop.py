@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 
 CHECKPOINT = "checkpoint.safetensors"
-
-
 CHECKPOINT_FORMAT = 2
 
 
