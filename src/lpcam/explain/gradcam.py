@@ -47,8 +47,7 @@ class LPCAM(extract.LPCAM):
         self_fit: without other prototypes, take them at each call from its images, with their
             targets as labels. The map of an image then depends on the others of the call.
         settings: settings or the name of a preset; None: ``voc12.official`` at scale 1, unflipped.
-        random_state: random seed of the reservoir and the clustering.
-        with_context: False leaves the context out (LPCAM-F).
+        random_state, with_context: as for :class:`lpcam.LPCAM`.
         options: ``classes``, ``head``, ``pool`` and ``example``, as for :class:`lpcam.LPCAM`.
 
     Attributes:
