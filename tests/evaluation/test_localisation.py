@@ -189,12 +189,10 @@ def test_wrong_input_is_refused() -> None:
         (lambda: pixels.update(torch.zeros(1, 3), TRUTH), r"\(1, 3\)"),
         (lambda: game.update(torch.zeros(1, 2), torch.tensor([[1, 2]]), 0), "0, 1 and 255"),
         (lambda: game.update(torch.zeros(1, 2), torch.zeros(1, 2), 0), "does not show the class"),
-        (lambda: game.update(torch.zeros(1, 2), TRUTH, 2), "class 2"),
-        (lambda: box.update(torch.zeros(1, 2), torch.zeros(0, 4)), r"\(0, 4\)"),
-        (lambda: box.update(torch.zeros(1, 2), torch.tensor([[0, 0, 0, 1]])), "empty"),
+        (lambda: box.update(torch.zeros(1, 2), torch.zeros(0, 4)), r"\[\]"),
+        (lambda: box.update(torch.zeros(1, 2), torch.tensor([[0, 0, 0, 1]])), r"\[0, 0, 0, 1\]"),
         (lambda: BoxAccuracy([0.5, 0.5]), "increasing"),
         (lambda: PixelAveragePrecision([0.1, 0.5]), "0.1"),
-        (lambda: PointingGame(0), "num_classes"),
         *((metric.compute, "was counted") for metric in (box, game, pixels)),
     ]
     for call, message in refused:

@@ -291,33 +291,6 @@ def test_saturation_and_hue_are_those_of_hsv() -> None:
         np.testing.assert_allclose(turned[place] / 255, expected, atol=1e-5)
 
 
-def test_draws_have_the_ranges_and_frequencies_of_the_specification() -> None:
-    values: dict[tuple[float, float], list[float]] = {}
-    unchanged = 0
-
-    class Watched:
-        def __init__(self, seed: int) -> None:
-            self.inner = rng(seed)
-
-        def random(self, count: int) -> np.ndarray:
-            return self.inner.random(count)
-
-        def uniform(self, low: float, high: float) -> float:
-            value = float(self.inner.uniform(low, high))
-            values.setdefault((low, high), []).append(value)
-            return value
-
-    for seed in range(800):
-        found = distort(PIXEL, Watched(seed))  # type: ignore[arg-type]
-        unchanged += np.array_equal(found, PIXEL)
-    assert set(values) == {(-32.0, 32.0), (0.5, 1.5), (-36.0, 36.0)}
-    for drawn, times in zip(
-        (values[-32.0, 32.0], values[0.5, 1.5], values[-36.0, 36.0]), (400, 800, 400), strict=True
-    ):
-        assert abs(len(drawn) - times) < 0.15 * times
-    assert 25 <= unchanged <= 85, "one in sixteen"
-
-
 def test_padding_is_not_distorted() -> None:
     image, labels = patches(30, 30)
     for seed in range(30):

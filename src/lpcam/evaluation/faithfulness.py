@@ -150,8 +150,6 @@ def _curve(
     batch: int,
 ) -> PixelCurve:
     _check(before, maps, classes)
-    if steps < 1 or batch < 1:
-        raise DataError(f"steps are {steps} and batch is {batch}; expected at least 1")
     count, (height, width) = len(before), before.shape[-2:]
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order)
@@ -198,7 +196,7 @@ def confidences(
         (tensor([1.]), tensor([0.5000]))
     """
     _check(images, maps, classes)
-    if len(maps) and not (maps.min() >= -1e-5 and maps.max() <= 1 + 1e-5):
+    if not (maps.min() >= -1e-5 and maps.max() <= 1 + 1e-5):
         raise DataError(
             f"maps have values from {float(maps.min())} to {float(maps.max())}; expected 0 to 1, "
             "normalise them first"

@@ -58,16 +58,13 @@ def truth_boxes(truth: Tensor) -> Tensor:
     """Tightest boxes of the connected components (8 neighbours) of a class.
 
     Objects that touch share a box, and an object in two pieces has two: prefer the boxes of a data
-    set if it has some.
+    set if it has some. LpcamError if SciPy (extra ``objects``) is not installed.
 
     Args:
         truth: int64 (H, W) from :func:`class_truth`.
 
     Returns:
         int64 (M, 4) of x0, y0, x1, y1 (see :mod:`lpcam.method.objects`); M may be 0.
-
-    Raises:
-        LpcamError: if SciPy (extra ``objects``) is not installed.
 
     Example:
         >>> truth_boxes(torch.tensor([[1, 1, 255, 0]])).tolist()
@@ -154,14 +151,11 @@ class BoxAccuracy:
             DataError: if the map is not (H, W) in [0, 1], or there is no box or an empty one.
             LpcamError: if SciPy (extra ``objects``) is not installed.
         """
-        if truth.ndim != 2 or truth.shape[1:] != (4,) or not len(truth):
+        fits = truth.ndim == 2 and truth.shape[1:] == (4,) and len(truth) > 0
+        if not fits or bool((truth[:, 2:] <= truth[:, :2]).any()):
             raise DataError(
-                f"boxes of the truth are {tuple(truth.shape)}; expected (M, 4) with M >= 1: skip "
-                "classes that the truth does not show"
-            )
-        if bool((truth[:, 2:] <= truth[:, :2]).any()):
-            raise DataError(
-                f"boxes {truth.tolist()} include an empty one; expected x0 < x1, y0 < y1"
+                f"boxes of the truth are {truth.tolist()}; expected (M, 4) with M >= 1, x0 < x1 "
+                "and y0 < y1: skip classes that the truth does not show"
             )
         plane = _checked(values).cpu().numpy()
         ious = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)
@@ -184,11 +178,7 @@ class BoxAccuracy:
         self.pairs += 1
 
     def compute(self) -> BoxScores:
-        """The scores of all pairs so far.
-
-        Raises:
-            DataError: if there was none.
-        """
+        """The scores of all pairs so far; DataError if there was none."""
         if not self.pairs:
             raise DataError("no pair of map and boxes was counted; call update first")
         fractions, best = [], []
@@ -236,11 +226,6 @@ class PointingGame:
     """
 
     def __init__(self, num_classes: int, tolerance: float = TOLERANCE) -> None:
-        if num_classes < 1 or tolerance < 0:
-            raise DataError(
-                f"num_classes is {num_classes} and tolerance {tolerance}; expected at least 1 and "
-                "no negative tolerance"
-            )
         self.tolerance = tolerance
         self.counts = torch.zeros(num_classes, 3, dtype=torch.int64)
         """(N, 3) pairs, hits within the tolerance, exact hits"""
@@ -256,8 +241,6 @@ class PointingGame:
         Raises:
             DataError: if they do not fit, or the truth does not show the class.
         """
-        if not 0 <= index < len(self.counts):
-            raise DataError(f"class {index} is not one of {len(self.counts)}")
         plane = _checked(values)
         counted = _fits(plane, truth)
         on = (truth == 1).nonzero()
@@ -276,23 +259,14 @@ class PointingGame:
         self.counts[index, 2] += away == 0
 
     def compute(self) -> PointingScores:
-        """The scores of all pairs so far.
-
-        Raises:
-            DataError: if there was none.
-        """
+        """The scores of all pairs so far; DataError if there was none."""
         rows = {n: row for n, row in enumerate(self.counts.tolist()) if row[0]}
         if not rows:
             raise DataError("no pair of map and truth was counted; call update first")
         tolerant = {n: hits / pairs for n, (pairs, hits, _) in rows.items()}
         exact = {n: hits / pairs for n, (pairs, _, hits) in rows.items()}
-        return PointingScores(
-            sum(tolerant.values()) / len(rows),
-            sum(exact.values()) / len(rows),
-            tolerant,
-            exact,
-            sum(row[0] for row in rows.values()),
-        )
+        means = [sum(hits.values()) / len(rows) for hits in (tolerant, exact)]
+        return PointingScores(*means, tolerant, exact, sum(row[0] for row in rows.values()))
 
 
 class PixelAveragePrecision:
@@ -321,15 +295,7 @@ class PixelAveragePrecision:
         """(2, T) pixels off and on the class, by the highest threshold <= their value"""
 
     def update(self, values: Tensor, truth: Tensor) -> None:
-        """Count one pair.
-
-        Args:
-            values: map (H, W) in [0, 1].
-            truth: int64 (H, W) of :func:`class_truth`.
-
-        Raises:
-            DataError: if they do not fit.
-        """
+        """Count a map (H, W) in [0, 1] and its truth; DataError if they do not fit."""
         plane = _checked(values)
         counted = _fits(plane, truth)
         # in the dtype of the maps, in which a map is compared with one number too
@@ -340,11 +306,7 @@ class PixelAveragePrecision:
         self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
 
     def curve(self) -> dict[str, list[float]]:
-        """``thresholds`` (falling), ``precision`` and ``recall``.
-
-        Raises:
-            DataError: if no pixel of any class was counted.
-        """
+        """``thresholds`` (falling), ``precision`` and ``recall``; DataError without a pixel."""
         off, on = self.histogram.flip(1).cumsum(1).double()
         if not on[-1]:
             raise DataError("no pixel of a class was counted; call update with truth that has some")
@@ -356,11 +318,7 @@ class PixelAveragePrecision:
         }
 
     def compute(self) -> float:
-        """PxAP of all pairs so far, a fraction.
-
-        Raises:
-            DataError: if no pixel of any class was counted.
-        """
+        """PxAP of all pairs so far, a fraction; DataError without a pixel of any class."""
         curve = self.curve()
         gains = [b - a for a, b in pairwise([0.0, *curve["recall"]])]
         return sum(p * gain for p, gain in zip(curve["precision"], gains, strict=True))

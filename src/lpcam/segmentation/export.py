@@ -50,22 +50,16 @@ def export_onnx(
 ) -> ExportParity:
     """Write a segmenter as ONNX, after comparing the file with it in onnxruntime if installed.
 
-    A copy of the segmenter on the CPU, in evaluation mode, is exported.
-
     Args:
+        segmenter: a copy of it on the CPU, in evaluation mode, is exported.
         path: the file, with the weights; replaced only if the comparison succeeds.
-        opset: version of ONNX's operators, at least 18.
-        dynamic: whether the file takes images of any size from 32 pixels a side; otherwise only of
-            ``size``. The batch has any size in both cases. UperNet needs False, because torch 2.15
-            exports its pooling for the traced size only.
-        size: height and width of the traced image, in pixels.
-        made_by: provenance for the metadata, as JSON values.
+        opset, dynamic, size, made_by: as for :func:`lpcam.formats.models.onnx.write_onnx`. Networks
+            with ``one_size_export`` need ``dynamic=False``.
 
     Raises:
-        ArtefactError: if onnx or onnxscript is not installed, the network cannot be exported, the
-            file differs (another label for more than 0.1 % of the pixels, or logits by more than
-            1e-4 of the largest) or is larger than 2 GiB, or cannot be written. An earlier file is
-            then kept.
+        ArtefactError: if onnx or onnxscript is not installed, or the network cannot be exported;
+            or if another label is found for more than 0.1 % of the pixels. An earlier file is then
+            kept.
     """
     module = _SegmenterFile(segmenter).eval()
     return write_onnx(module, path, opset=opset, dynamic=dynamic, size=size, made_by=made_by)

@@ -78,7 +78,7 @@ def probabilities(
         ClassifierError: if the segmenter is in training mode, or its logits have another number of
             labels or are not finite.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3) RGB")
     if segmenter.training:
         raise ClassifierError("the segmenter is in training mode; call eval() first")
@@ -205,11 +205,7 @@ def _softmax_(logits: Tensor) -> None:
 
 
 def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseCrf | None:
-    """The dense CRF of the settings, for all images; None where they have none.
-
-    Args:
-        memory: bytes that one image may need; None: as :class:`~lpcam.refine.crf.DenseCrf`.
-    """
+    """The dense CRF of the settings with the memory for one image, in bytes; None without one."""
     if settings.crf is None:
         return None
     return DenseCrf(CrfSettings.from_preset(settings.crf), memory=memory)
@@ -219,19 +215,10 @@ def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseC
 def refine(
     probabilities: Tensor, image: NDArray[np.uint8], settings: SegmentTestSettings, crf: DenseCrf
 ) -> Tensor:
-    """Marginals of a dense CRF on probabilities.
+    """Marginals (L, H, W) of a dense CRF on probabilities (L, H, W) of an image.
 
-    Args:
-        probabilities: (L, H, W) of :func:`probabilities`; those below the CRF's ``clip`` count as
-            that.
-        image: uint8 (H, W, 3) RGB, as it was read.
-        settings: whether the CRF sees the image or :func:`wrapped_image`.
-
-    Returns:
-        (L, H, W), summing to one over the labels, of the same dtype and device.
-
-    Raises:
-        DataError: if sizes differ, or the CRF needs more memory than allowed.
+    The CRF sees the image, uint8 (H, W, 3) RGB, or :func:`wrapped_image`, as the settings say.
+    DataError if sizes differ, or the CRF needs more memory than allowed.
     """
     seen = wrapped_image(image) if settings.crf_image == "wrapped" else image
     colours = torch.from_numpy(np.ascontiguousarray(seen)).to(probabilities.device)

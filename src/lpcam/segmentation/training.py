@@ -15,7 +15,7 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.masks import enlarge_labels, read_index_mask
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.files import read_tensors
 from lpcam.segmentation import inference as predict
 from lpcam.segmentation.augmentation import Labelled
@@ -152,13 +152,10 @@ def train_segmenter(
         ``validation_miou``.
 
     Raises:
-        DataError: if there is no image.
         ClassifierError: if ``freeze`` matches nothing, the loss is no longer finite, or a batch
             cannot be shared out.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
-    if not pairs:
-        raise DataError("there is no image to train on; give images with masks")
     processes = processes or Processes()
     device, network = segmenter.device, segmenter.network
     check_batch(segmenter, settings, len(pairs), processes)
@@ -261,11 +258,7 @@ def best_so_far(path: Path) -> float:
 def validate(
     segmenter: Segmenter, validation: Validation, processes: Processes | None = None
 ) -> float:
-    """mIoU over background and classes, of images with true masks; without a CRF.
-
-    Raises:
-        DataError: if the truth has no pixel of any class.
-    """
+    """mIoU over background and classes, of images with true masks; without a CRF."""
     processes = processes or Processes()
     segmenter.eval()
     labels = len(segmenter.classes) + 1

@@ -98,17 +98,13 @@ class _Bottleneck(nn.Module):
         return found.relu()
 
 
-class _Stem(nn.Module):
+class _Stem(nn.Sequential):
     """7 x 7 convolution with stride 2, then max pooling whose size is rounded up."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = _Unit(3, width, 7, stride=2)
         self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
-
-    def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.pool(self.conv1(images))
-        return found
 
 
 def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
@@ -124,8 +120,8 @@ class CaffeResNet101(nn.Module):
     """Caffe's ResNet-101 with output stride 8, which differs from torchvision's.
 
     Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
-    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights, drawn
-    from torch's global generator, keep activations near 1 although batch norms have no statistics.
+    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights keep
+    activations near 1 although batch norms have no statistics.
 
     Args:
         blocks: bottlenecks of each of the four stages.
@@ -136,11 +132,9 @@ class CaffeResNet101(nn.Module):
         super().__init__()
         self.layer1 = _Stem(width)
         inputs, stages = width, []
-        for number, (count, stride, dilation) in enumerate(
-            zip(blocks, STRIDES, DILATIONS, strict=True)
-        ):
+        for number, count in enumerate(blocks):
             outputs = width * EXPANSION * 2**number
-            stages.append(_stage(inputs, outputs, count, stride, dilation))
+            stages.append(_stage(inputs, outputs, count, STRIDES[number], DILATIONS[number]))
             inputs = outputs
         self.layer2, self.layer3, self.layer4, self.layer5 = stages
         self.channels = inputs
@@ -148,8 +142,8 @@ class CaffeResNet101(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB as :data:`PREPROCESSING` makes it, to (B, C, h, w)."""
-        found: Tensor = self.layer1(images.flip(1))  # the weights expect BGR
-        for stage in (self.layer2, self.layer3, self.layer4, self.layer5):
+        found = images.flip(1)  # the weights expect BGR
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
             found = stage(found)
         return found
 
@@ -230,10 +224,7 @@ class DeepLabV2(FrozenNorms):
         return _largest(self._logits(images))
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """Logits of scale 1, of each further scale in its size, and their maximum; weights of 1.
-
-        Without a pyramid there is one output, scale 1.
-        """
+        """Logits of scale 1, of further scales in their sizes, and, if any, the maximum of all."""
         logits = self._logits(images)
         if self.pyramid:
             logits.append(_largest(logits))
