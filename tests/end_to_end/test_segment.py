@@ -377,9 +377,6 @@ def test_export(finished: Values, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert str(path) in printed and f"{'one' if size else 'any'} size" in printed
         assert path.stat().st_size > 10_000
         assert not printed.endswith("not installed\n")
-    command = ["export", "onnx", run_folder, str(tmp_path / "no.onnx"), "--trained-on", "cam"]
-    assert main(command) == 2
-    assert "--trained-on chooses among segmenters" in capsys.readouterr().err
 
 
 def test_where_there_is_no_segmenter(tmp_path: Path, values: Values) -> None:

@@ -266,7 +266,9 @@ class PointingGame:
         tolerant = {n: hits / pairs for n, (pairs, hits, _) in rows.items()}
         exact = {n: hits / pairs for n, (pairs, _, hits) in rows.items()}
         means = [sum(hits.values()) / len(rows) for hits in (tolerant, exact)]
-        return PointingScores(*means, tolerant, exact, sum(row[0] for row in rows.values()))
+        return PointingScores(
+            means[0], means[1], tolerant, exact, sum(row[0] for row in rows.values())
+        )
 
 
 class PixelAveragePrecision:
