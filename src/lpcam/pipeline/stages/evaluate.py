@@ -274,7 +274,7 @@ def _write_sheet(context: Context) -> None:
     for item, index in choose_rows(context.items("maps"), context.recipe.sheet.images):
         place = item.labels.index(index)
         cam, lpcam = (
-            read_maps(map_path(context.folder / name, item.id)).high_res[place]
+            read_maps(map_path(context.results[name].folder, item.id)).high_res[place]
             for name in ("cam", "lpcam")
         )
         rows.append(
@@ -283,7 +283,7 @@ def _write_sheet(context: Context) -> None:
                 context.dataset.classes.names[index],
                 cam,
                 lpcam,
-                read_index_mask(mask_path(context.folder / "seeds", item.id)),
+                read_index_mask(mask_path(context.results["seeds"].folder, item.id)),
                 None if item.mask is None else read_index_mask(item.mask),
             )
         )
