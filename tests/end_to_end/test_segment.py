@@ -284,9 +284,6 @@ def test_a_finished_segmenter_is_kept_where_other_masks_are_refused(
     assert path.read_bytes() == before
 
 
-# -- Masks of other programs -------------------------------------------------------------------
-
-
 def test_masks_of_another_program(
     values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,9 +340,6 @@ def test_a_recipe_that_makes_no_masks(values: Values, tmp_path: Path) -> None:
         go(only, until="test")
     with pytest.raises(RecipeError, match=r"names no segmenter; add a section"):
         segment(parse_recipe(only, where="tiny.yaml"), tmp_path)
-
-
-# -- New images --------------------------------------------------------------------------------
 
 
 def test_predict(values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,9 +51,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Segmenter]:
     return lambda: build_segmenter(SPEC, classes, weights="random", seed=1)
 
 
-# -- Plans and optimisers ----------------------------------------------------------------------
-
-
 def test_the_rate_of_deeplabv2_is_renewed_every_ten_steps() -> None:
     plan = train.plan_of(SegmenterSettings.from_preset("deeplabv2.voc12.official"), 10_582)
     assert (plan.steps, plan.batch, plan.accumulation) == (20_000, 10, 2)
@@ -107,9 +104,6 @@ def test_validations_are_spread_evenly_and_the_last_is_at_the_end() -> None:
     assert train.validation_steps(plan, 4) == {250, 500, 750, 1000}
     assert train.validation_steps(plan, 0) == set()
     assert train.validation_steps(engine.Plan(3, 4, 1, lambda _: 1.0), 9) == {1, 2, 3}
-
-
-# -- Training ----------------------------------------------------------------------------------
 
 
 def test_training_learns_the_boxes(

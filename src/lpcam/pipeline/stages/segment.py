@@ -152,9 +152,6 @@ def import_masks(context: Context, folder: Path) -> None:
     context.given_masks = Given(folder, digest_json([digest_file(path) for path in paths]))
 
 
-# -- Training ------------------------------------------------------------------------------------
-
-
 def train_segmenters(context: Context) -> Iterator[Task]:
     """A segmenter on each kind of masks."""
     section, truth = section_of(context), _validation_items(context)
@@ -281,9 +278,6 @@ def _check_masks(context: Context, masks: TrainingMasks) -> CheckedMasks:
     return found
 
 
-# -- Testing -------------------------------------------------------------------------------------
-
-
 def test(context: Context) -> Iterator[Task]:
     """Masks of the list to test by every segmenter."""
     section, items = section_of(context), context.items("test")
@@ -380,9 +374,6 @@ def _count(context: Context, folder: Path, items: Sequence[Item]) -> list[list[i
         total += counts
     summed: list[list[int]] = context.processes.sum(total).tolist()
     return summed
-
-
-# -- Figures -------------------------------------------------------------------------------------
 
 
 def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
