@@ -53,7 +53,6 @@ _MODULES = {
     "wrap": "lpcam.classifiers.wrapped",
 }
 """The module of each public name."""
-
 __all__ = [
     "CAM",
     "LPCAM",

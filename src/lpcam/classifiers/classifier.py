@@ -25,19 +25,11 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork
 
 PRETRAINED = "pretrained"
-
-
 RANDOM = "random"
-
-
 NO_CLASSES = ("none",)
 """Class names of a classifier whose backbone alone is used."""
-
-
 PROBE_SIZE = (97, 131)
 """(H, W) of the image that tests a backbone; like sides of photographs, not a round number."""
-
-
 TOLERANCE = 1e-4
 """Largest relative difference of logits that counts as rounding."""
 

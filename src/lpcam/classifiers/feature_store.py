@@ -56,8 +56,6 @@ def image_pyramid(
 
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

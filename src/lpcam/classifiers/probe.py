@@ -24,8 +24,6 @@ from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-
-
 SHARD = 128
 """Images whose pooled features share a file; a resumed run skips complete files."""
 

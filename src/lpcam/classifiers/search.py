@@ -30,15 +30,9 @@ from lpcam.classifiers.tracing import (
 from lpcam.runtime.errors import ClassifierError
 
 logger = logging.getLogger(__name__)
-
-
 Pool = Literal["mean", "token"]
-
-
 MOST_PREFIX_TOKENS = 16
 """Most class, distillation and register tokens before the patches."""
-
-
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
     "sigmoid": torch.sigmoid,
@@ -46,8 +40,6 @@ OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "log softmax": lambda z: z.log_softmax(1),
 }
 """Functions of its logits that a model may return."""
-
-
 Candidate = tuple[MapLayer, Tensor]
 """A layer that may give the map, and its output in the recorded pass"""
 

@@ -11,20 +11,12 @@ from torch import Tensor, nn
 
 CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
-
-
 DEPTHS = (3, 3, 6, 3)
 """Number of blocks of b2, b3, b4 and b5."""
-
-
 DROPOUTS = (0.3, 0.5)
 """Rates at which b6 and b7 drop whole channels in training."""
-
-
 STRIDE = 8
 """Pixels per cell of the features."""
-
-
 HEADS = ("fc8", "fc1", "fc2")
 """Layers after the backbone that weight files may hold, of a classifier or of a segmenter."""
 

@@ -35,19 +35,11 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.files import digest_tensors
 
 Layer = str | nn.Module
-
-
 TargetLayer = Layer | Callable[[Tensor], Any]
-
-
 Head = Layer | tuple[Tensor, Tensor | None]
-
-
 PROBE_SIZES = ((97, 131), (104, 136), (112, 144), (98, 126), (96, 160), (224, 448))
 """Sizes (H, W) tried in turn. The common divisor (1, 8, 16, 14, 32, 224) of the first one that the
 model takes is the number that its sides must be multiples of."""
-
-
 FALLBACK_SIDE = 224
 """Side tried last, for models that do not state their size."""
 

@@ -58,7 +58,6 @@ COMPANION_PROBABILITY = 0.6
 """Chance that an image with such a class has its companion ground."""
 OVERSAMPLING = 3
 """Shapes are drawn this much larger and averaged down, which makes their edges smooth."""
-
 _INK: Colour = (52, 44, 60)
 _CREAM: Colour = (250, 238, 214)
 _STOCKING: Colour = (78, 88, 140)

@@ -22,22 +22,12 @@ from lpcam.method.functional import NORM_EPSILON, unit
 from lpcam.runtime.registry import Registry
 
 Init = Literal["random", "k-means++"]
-
-
 CenterKind = Literal["mean", "unit"]
-
-
 ToleranceKind = Literal["absolute", "relative"]
-
-
 CPU_CHUNK_BYTES = 16 * 2**20
 """Size of a chunk on a CPU: a share of the processor's cache."""
-
-
 DEVICE_CHUNK_BYTES = 256 * 2**20
 """Size of a chunk on another device."""
-
-
 FRESH_SUMS = 8
 """All sums are recomputed after this many iterations, to limit the rounding error of updates."""
 
@@ -443,5 +433,4 @@ CLUSTERINGS: Registry[Callable[[Any], Clustering]] = Registry(
     {"cosine_kmeans": "lpcam.method.clustering:from_settings"},
 )
 """Clustering methods by name: each makes a :class:`Clustering` from settings of the fit."""
-
 from_settings = CosineKMeans.of_settings

@@ -26,16 +26,10 @@ from torch import Tensor
 
 NORM_EPSILON = 1e-8
 """Lower bound of the norm that a vector is divided by: a zero vector has cosine 0."""
-
-
 CHUNK_BYTES = 2**19
 """Features that a CPU processes together, so that they stay in the cache of a core."""
-
-
 BEST_MARGIN = 1e-6
 """Scores that differ from the best by less count as best if no score passes mu_f."""
-
-
 Normalization = Literal["max", "minmax"]
 
 

@@ -15,8 +15,6 @@ from lpcam.method.functional import NORM_EPSILON, strided
 
 GRID = 16
 """Maps are enlarged to the next multiple of this and cropped, as :func:`fuse_scales` does."""
-
-
 Normalize = Literal["max"]
 
 

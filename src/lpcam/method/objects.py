@@ -23,8 +23,6 @@ from lpcam.runtime.errors import DataError, LpcamError
 
 Connectivity = Literal[4, 8]
 """8: pixels that touch at a corner are connected. 4: they are not."""
-
-
 ScoreKind = Literal["max", "mean"]
 
 

@@ -32,8 +32,6 @@ from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread, ordered_map
 
 logger = logging.getLogger(__name__)
-
-
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
 

@@ -71,8 +71,6 @@ def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Ten
 
 
 SideName = Literal["foreground", "context"]
-
-
 SIDES: tuple[SideName, SideName] = ("foreground", "context")
 
 

@@ -37,7 +37,6 @@ from lpcam.runtime.resources import (
 )
 
 logger = logging.getLogger(__name__)
-
 GPU_BATCH = 8
 MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""

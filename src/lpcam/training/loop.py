@@ -25,19 +25,11 @@ from lpcam.runtime.progress import progress
 from lpcam.training.optim import Schedule, poly
 
 logger = logging.getLogger(__name__)
-
-
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_FORMAT = 2
-
-
 CHECKPOINT_STEPS = 50
 """Steps between checkpoints; one is also written with every record."""
-
-
 Sample = TypeVar("Sample")
-
-
 History = list[dict[str, Any]]
 """Records of a training, as JSON."""
 

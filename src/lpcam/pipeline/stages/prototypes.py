@@ -27,8 +27,6 @@ CHECKPOINT_SECONDS = 60.0
 """Least time between checkpoints of the reservoir of local features ..."""
 CHECKPOINT_SHARE = 10
 """... and at least so many times what the last one took: it may hold all features of a list."""
-
-
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
 
