@@ -44,8 +44,11 @@ def test_a_method_is_imported_when_it_is_looked_up(monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with_points(monkeypatch, e="math:e")
-    with pytest.raises(RegistryError, match=r"number 'phi'.*pi, slow, e"):
-        Registry("number", "toys", OWN)["phi"]
+    numbers: Registry[float] = Registry("number", "toys", OWN)
+    with pytest.raises(RegistryError, match=r"^there is no number 'phi'; there are pi, slow, e$"):
+        numbers["phi"]
+    assert numbers.get("phi") is None
+    assert numbers.get("phi", 1.6) == 1.6
 
 
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:

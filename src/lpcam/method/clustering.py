@@ -116,19 +116,12 @@ class CosineKMeans:
     @classmethod
     def of_settings(cls, settings: Any) -> Self:
         """The method with the values of a :class:`FittingSettings`."""
-        return cls(
-            settings.init,
-            settings.centers,
-            settings.max_iterations,
-            settings.tolerance,
-            settings.tolerance_kind,
-        )
+        names = ("init", "centers", "max_iterations", "tolerance", "tolerance_kind")
+        return cls(**{name: getattr(settings, name) for name in names})
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
-        """Cluster the points once for each generator; see :meth:`Clustering.fit`.
-
-        Half-precision points are summed in single precision; the centres are single precision.
+        """As :meth:`Clustering.fit`; the centres of half-precision points are single precision.
 
         Raises:
             ValueError: if there are fewer points than clusters, or they contain NaN or Inf.
@@ -199,11 +192,8 @@ def _iterate(points: _Points, current: Tensor, method: CosineKMeans) -> list[Clu
             state = None
         state = points.assign(unit(current, dim=2), method.centers, state)
         _fill_empty(points, state, method.centers)
-        updated = (
-            unit(state.sums, dim=2)
-            if method.centers == "unit"
-            else state.sums / state.sizes[..., None]
-        )
+        to_unit = method.centers == "unit"
+        updated = unit(state.sums, dim=2) if to_unit else state.sums / state.sizes[..., None]
         before, objective = objective, state.cosine.sum(1, dtype=torch.float64) / len(points.rows)
         if method.tolerance_kind == "absolute":
             shift = (updated - current).norm(dim=2).sum(1).square().double()

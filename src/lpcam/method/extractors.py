@@ -21,9 +21,7 @@ from lpcam.classifiers.features import FeaturePair, Source, full_precision, sing
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.search import Pool
 from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
-from lpcam.method.functional import (
-    FusedMaps,
-)
+from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
@@ -100,9 +98,8 @@ class CAM:
     _model_parameters = ("model", "classes", "target_layer", "head", "pool", "example")
 
     def __repr__(self) -> str:
-        model = (
-            repr(self.model) if isinstance(self.model, WrappedModel) else type(self.model).__name__
-        )
+        wrapped = isinstance(self.model, WrappedModel)
+        model = repr(self.model) if wrapped else type(self.model).__name__
         return f"{type(self).__name__}({model}, {self.settings!r})"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -132,23 +129,14 @@ class CAM:
 
     @property
     def source_(self) -> Source:
-        """Classifier that gives features and class rows.
-
-        Raises:
-            ClassifierError: if no feature map or linear head is found in the model.
-        """
+        """Classifier that gives features and class rows, found in the model at first use."""
         if self._source is None:
             self._source = self._find_source()
         return self._source
 
     @property
     def settings_(self) -> LpcamSettings:
-        """Settings in use.
-
-        Raises:
-            RecipeError: if there is no preset of that name.
-            ClassifierError: as ``source_``.
-        """
+        """Settings in use; raises RecipeError if there is no preset of that name."""
         source = self.source_
         if isinstance(self.settings, LpcamSettings):
             return self.settings
@@ -200,9 +188,8 @@ class CAM:
         return tensor_pyramid(source, images.to(source.device), settings.scales, flip=settings.flip)
 
     def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
-        return cam_maps(
-            pairs, single(self.source_.weight), size, epsilon=self.settings_.cam_epsilon
-        )
+        weight, epsilon = single(self.source_.weight), self.settings_.cam_epsilon
+        return cam_maps(pairs, weight, size, epsilon=epsilon)
 
 
 class LPCAM(CAM):
@@ -220,8 +207,7 @@ class LPCAM(CAM):
 
     Attributes:
         prototypes_: :class:`Prototypes`, after ``fit``, ``partial_fit`` or ``load``.
-        source_: the :class:`Classifier` or :class:`WrappedModel` that they belong to.
-        settings_: the :class:`LpcamSettings` in use.
+        source_, settings_: as for :class:`CAM`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -267,11 +253,7 @@ class LPCAM(CAM):
 
     @property
     def source_(self) -> Source:
-        """Classifier that the prototypes belong to.
-
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-        """
+        """Classifier that the prototypes belong to; NotFittedError if there are none."""
         if self._source is None:
             raise NotFittedError(
                 "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
@@ -314,14 +296,11 @@ class LPCAM(CAM):
         """Fit on a loader at once, then map its images lazily.
 
         Args:
-            loader: as for :meth:`fit`; read again for the maps, in whatever order it has then.
+            loader: as for :meth:`fit`, no iterator; read again for the maps, in the order it has
+                then.
 
         Returns:
             Iterator of (images, labels, maps (B, N, H, W)).
-
-        Raises:
-            ClassifierError: if the loader is an iterator, which cannot be read twice.
-            ValueError, PrototypeError: as :meth:`fit`.
         """
         _check_readable_twice(loader, "fit_maps")
         self.fit(loader)
@@ -356,13 +335,7 @@ class LPCAM(CAM):
         Clustering is postponed until ``prototypes_`` is needed. Parts in the same order give the
         prototypes of one ``fit``.
 
-        Args:
-            images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices.
-
-        Raises:
-            ValueError: if the labels do not fit the batch.
-            ClassifierError: if no feature map or linear head is found in the model.
+        ``images``, ``labels`` and the errors are those of :meth:`CAM.__call__`.
         """
         if self._source is None:
             self._source = self._find_source()
@@ -376,11 +349,8 @@ class LPCAM(CAM):
         if 1.0 not in scales:
             scales = (*scales, 1.0)
         with full_precision(source.device):
-            pairs = list(
-                tensor_pyramid(
-                    source, images.to(source.device), scales, flip=settings.flip and multi_scale
-                )
-            )
+            flip = settings.flip and multi_scale
+            pairs = list(tensor_pyramid(source, images.to(source.device), scales, flip=flip))
             features = pairs[scales.index(1.0)].features
             maps = None
             if multi_scale:
@@ -426,7 +396,7 @@ class LPCAM(CAM):
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
             PrototypeError: if no class has a foreground feature.
         """
-        _ = self.source_
+        _ = self.source_  # raises before the first fit
         return self._cluster() if self._prototypes is None else self._prototypes
 
     def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
@@ -446,8 +416,7 @@ class LPCAM(CAM):
         scoring: Literal["sigmoid", "softmax"] = "sigmoid",
         name: str = "image",
     ) -> ImageMaps:
-        """CAM and LPCAM of one image as :class:`ImageMaps`, to draw and
-        save.
+        """CAM and LPCAM of one image as :class:`ImageMaps`, to draw and save.
 
         Args:
             image: (c, H, W), normalised as the model expects.
@@ -494,11 +463,7 @@ class LPCAM(CAM):
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the prototypes, and the head if ``fit`` made one, to a safetensors file.
-
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-        """
+        """Write the prototypes, and the head if ``fit`` made one, to a safetensors file."""
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head
         prototypes.save(Path(path), {HEAD: source.weight} if new else None)

@@ -16,13 +16,14 @@ normalisation that its name or first line does not state.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lpcam.data.resize import quarter_size, resize
 
 NORM_EPSILON = 1e-8
 """Lower bound of the norm that a vector is divided by: a zero vector has cosine 0."""
@@ -404,9 +405,8 @@ def fuse_scales(
     height, width = size
     if not maps or height < 1 or width < 1:
         raise ValueError(f"got {len(maps)} scales and size {size}; expected both positive")
-    quarter = (strided(height, 4), strided(width, 4))
     full = (strided(height, stride) * stride, strided(width, stride) * stride)
-    cam = torch.stack([_bilinear(m, quarter) for m in maps]).sum(0)
+    cam = torch.stack([_bilinear(m, quarter_size(size)) for m in maps]).sum(0)
     high_res = torch.stack([_bilinear(m, full) for m in maps]).sum(0)[..., :height, :width]
     return FusedMaps(normalize(cam, "max", epsilon), normalize(high_res, "max", epsilon))
 
@@ -438,12 +438,7 @@ def normalize(maps: Tensor, mode: Normalization = "max", epsilon: float = 0.0) -
 
 
 def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    lead = maps.shape[:-2]
-    flat = maps.reshape(1, math.prod(lead), *maps.shape[-2:])
-    if flat.shape[1] == 0:
-        return maps.new_zeros(*lead, *size)
-    resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
-    return resized.reshape(*lead, *size)
+    return resize(maps.flatten(0, -3), size).reshape(*maps.shape[:-2], *size)
 
 
 def _check_channels(features: Tensor, rows: Tensor) -> None:

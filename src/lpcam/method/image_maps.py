@@ -198,30 +198,25 @@ class ImageMaps:
         return self._found(self.mask(threshold), threshold)
 
     def _found(self, mask: NDArray[np.uint8], threshold: float | None) -> dict[str, Any]:
-        height, width = self.size
-        mapped = self.cam.shape[1:]
-        classes = []
-        for name, value, score in zip(self.classes, self.mask_ids, self.scores, strict=True):
-            where = mask == value
-            classes.append(
-                {
-                    "name": name,
-                    "score": round(score, 6),
-                    "mask_value": value,
-                    "area": round(float(where.mean()), 6),
-                    "box": _box(where),
-                }
-            )
         return {
             "format": 1,
             "kind": KIND,
             "image": self.name,
-            "width": width,
-            "height": height,
-            "mapped_width": mapped[1],
-            "mapped_height": mapped[0],
+            "width": self.size[1],
+            "height": self.size[0],
+            "mapped_width": self.cam.shape[2],
+            "mapped_height": self.cam.shape[1],
             "threshold": self.threshold if threshold is None else threshold,
-            "classes": classes,
+            "classes": [
+                {
+                    "name": name,
+                    "score": round(score, 6),
+                    "mask_value": value,
+                    "area": round(float((mask == value).mean()), 6),
+                    "box": _box(mask == value),
+                }
+                for name, value, score in zip(self.classes, self.mask_ids, self.scores, strict=True)
+            ],
             "highest_scores": [
                 {"name": name, "score": round(score, 6)}
                 for name, score in self.ranking[:RANKING_LENGTH]
@@ -271,12 +266,8 @@ class ImageMaps:
         for axis, title in zip(axes[0], ("image", "CAM", "LPCAM", "mask"), strict=True):
             axis.set_title(title)
         for row, line in zip(rows, axes, strict=True):
-            pictures = (
-                row.image,
-                overlay(row.image, row.cam),
-                overlay(row.image, row.lpcam),
-                overlay_mask(row.image, row.seed),
-            )
+            heat = (overlay(row.image, row.cam), overlay(row.image, row.lpcam))
+            pictures = (row.image, *heat, overlay_mask(row.image, row.seed))
             for axis, picture in zip(line, pictures, strict=True):
                 axis.imshow(picture)
                 axis.set_xticks([])
@@ -342,9 +333,8 @@ class ImageMaps:
 
     def _plane(self, place: int, method: MethodName) -> NDArray[np.float32]:
         """One map at the size of the image, enlarged as a run enlarges its maps."""
-        plane: NDArray[np.float32] = resize_maps(self._maps(method)[place : place + 1], self.size)[
-            0
-        ]
+        plane: NDArray[np.float32]
+        (plane,) = resize_maps(self._maps(method)[place : place + 1], self.size)
         return plane
 
     def _place(self, name: str | None) -> int:

@@ -26,8 +26,14 @@ Connectivity = Literal[4, 8]
 ScoreKind = Literal["max", "mean"]
 
 
+class _Record:
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain numbers."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
 @dataclass(frozen=True)
-class Box:
+class Box(_Record):
     """Tightest box around a connected component."""
 
     x0: int
@@ -41,22 +47,14 @@ class Box:
     area: int
     """Number of pixels of the component, not of the box."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain numbers."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(_Record):
     """Pixel and value of a peak."""
 
     x: int
     y: int
     score: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain numbers."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,6 @@ def component_boxes(
 
     Returns:
         (K, 4) int64 of x0, y0, x1, y1, in the order of :func:`boxes`.
-
-    Raises:
-        DataError, LpcamError: as :func:`components`.
 
     Example:
         >>> component_boxes(np.array([[1, 0, 1], [0, 0, 1]])).tolist()
@@ -214,8 +209,7 @@ def points(
         most: maximum number of points; None: all.
 
     Raises:
-        DataError: if the map is not (H, W) or contains NaN or Inf.
-        LpcamError: if SciPy is not installed.
+        DataError, LpcamError: as :func:`boxes`.
 
     Example:
         >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
@@ -280,17 +274,14 @@ def instances(
         values: map (H, W).
         threshold: foreground is > threshold.
         distance: minimum Euclidean distance between two peaks of a component, in pixels.
-        score: maximum or mean of the map in an instance.
-        minimum_area: instances with fewer pixels are dropped.
-        connectivity: 4 or 8.
+        score, minimum_area, connectivity: as for :func:`boxes`.
 
     Returns:
         Instances by decreasing area. Their masks do not overlap; with ``minimum_area`` 1 they
         cover the foreground.
 
     Raises:
-        DataError: if the map is not (H, W) or contains NaN or Inf.
-        LpcamError: if SciPy is not installed.
+        DataError, LpcamError: as :func:`boxes`.
 
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)

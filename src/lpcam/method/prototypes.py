@@ -85,15 +85,10 @@ class Prototypes:
     """A sentence for each class where the ordinary rule of selection could not be followed."""
 
     def vectors(self, *, with_context: bool = True) -> Tensor:
-        """One vector for each class: v_n of equation 6.
-
-        A class without a prototype has a zero vector, hence an empty map.
+        """One vector (N, C) for each class: v_n of equation 6; zero if it has no prototype.
 
         Args:
             with_context: False leaves the context out (LPCAM-F, equation 5).
-
-        Returns:
-            (N, C).
         """
         rows = []
         for index in range(len(self.classes)):
@@ -112,13 +107,8 @@ class Prototypes:
             f"{side}.{part}": getattr(getattr(self, side), part) for side in SIDES for part in PARTS
         }
         tensors.update(extra or {})
-        metadata = {
-            "kind": "prototypes",
-            "classes": list(self.classes),
-            "fingerprint": self.fingerprint,
-            "made_by": self.made_by,
-            "events": list(self.events),
-        }
+        names = ("classes", "fingerprint", "made_by", "events")
+        metadata = {"kind": "prototypes", **{name: getattr(self, name) for name in names}}
         write_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
 
     @classmethod

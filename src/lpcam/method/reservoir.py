@@ -17,6 +17,9 @@ from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
 
+SideName = Literal["foreground", "context"]
+SIDES: tuple[SideName, SideName] = ("foreground", "context")
+
 
 def collect(
     reservoir: Reservoir,
@@ -70,13 +73,6 @@ def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Ten
     return F.interpolate(split_map[None], size=grid, mode=settings.split_resize, **options)[0]
 
 
-SideName = Literal["foreground", "context"]
-SIDES: tuple[SideName, SideName] = ("foreground", "context")
-
-
-# -- Collecting local features -----------------------------------------------------------------
-
-
 class Reservoir:
     """Uniform random sample of the local features of each class and side, of bounded size.
 
@@ -127,12 +123,7 @@ class Reservoir:
     @torch.inference_mode(False)
     @torch.no_grad()
     def add(
-        self,
-        index: int,
-        side: SideName,
-        rows: Tensor,
-        name: str,
-        where: Tensor | None = None,
+        self, index: int, side: SideName, rows: Tensor, name: str, where: Tensor | None = None
     ) -> None:
         """Offer local features of one image.
 
@@ -153,9 +144,8 @@ class Reservoir:
         self.seen[place] = self.seen.get(place, 0) + count
         if count == 0:
             return
-        digest = hashlib.blake2b(
-            f"{self.seed}/{index}/{side}/{name}".encode(), digest_size=7
-        ).digest()
+        text = f"{self.seed}/{index}/{side}/{name}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         keys = torch.rand(count, generator=generator, dtype=torch.float64)
         sample = self._samples.setdefault(place, _Sample(self.max_features))

@@ -66,14 +66,8 @@ def read_bytes(path: Path) -> bytes:
 def _json_text(value: Any, what: str, indent: int | None) -> str:
     separators = None if indent else (",", ":")
     try:
-        text = json.dumps(
-            value,
-            sort_keys=True,
-            ensure_ascii=False,
-            allow_nan=False,
-            indent=indent,
-            separators=separators,
-        )
+        options: Any = {"indent": indent, "separators": separators}
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, **options)
         text.encode()
     except (TypeError, ValueError) as error:
         raise ArtefactError(

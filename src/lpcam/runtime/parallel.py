@@ -29,30 +29,12 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
     may be endless. PyTorch's inference mode belongs to a thread: ``function`` must enter it itself.
 
     Raises:
-        ValueError: if ``workers`` is less than 1.
         Exception: that of the first item whose call failed, after the calls under way have ended.
 
     Example:
         >>> list(ordered_map(abs, [-1, -2], workers=2))
         [1, 2]
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    return _ordered_map(function, items, workers)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread of numerics, so that rounding does not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     if workers == 1:
         with one_thread():
             yield from map(function, items)
@@ -72,4 +54,15 @@ def _ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         # A worker's setting reaches some libraries of the whole process.
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread of numerics, so that rounding does not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(threads)

@@ -13,8 +13,11 @@ from lpcam.runtime.errors import LpcamError
 T = TypeVar("T")
 
 
-class RegistryError(LpcamError):
+class RegistryError(LpcamError, KeyError):
     """A name is not registered, or is registered twice."""
+
+    # KeyError would put the message in quotes.
+    __str__ = Exception.__str__
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -170,13 +170,7 @@ def with_settings(section: type[S], methods: Mapping[str, Configurable]) -> type
     for name, method in methods.items():
         settings = method.settings
         if settings is not None and name not in section.model_fields:
-            usual = settings.model_validate({})
-            fields[name] = (settings, usual)
-    made: type[S] = create_model(
-        section.__name__,
-        __base__=section,
-        __module__=section.__module__,
-        __doc__=section.__doc__,
-        **fields,
-    )
+            fields[name] = (settings, settings.model_validate({}))
+    place: dict[str, Any] = {"__module__": section.__module__, "__doc__": section.__doc__}
+    made: type[S] = create_model(section.__name__, __base__=section, **place, **fields)
     return made
