@@ -170,8 +170,7 @@ class CAM:
 
         Raises:
             ValueError: if the labels do not fit the batch.
-            ClassifierError: if no feature map or linear head is found in the model, or it cannot
-                take the images.
+            ClassifierError: if no features or head are found, or they cannot take the images.
             NotFittedError: for an LPCAM without prototypes.
         """
         present = None
@@ -265,14 +264,12 @@ class LPCAM(CAM):
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
         Args:
-            loader: yields normalised images (B, c, H, W) and labels: multi-hot (B, N), or (B,)
-                int64 class indices. It is read twice if a new head is fitted. Every image is used
-                for all its classes; ``images_per_class`` applies to runs only.
+            loader: yields images and labels as for :meth:`CAM.__call__`. It is read twice if a new
+                head is fitted, so it cannot be an iterator then. Every image is used for all its
+                classes; ``images_per_class`` applies to runs only.
 
         Raises:
-            ValueError: if the labels do not fit a batch.
-            ClassifierError: if no feature map or linear head is found in the model. For a new head:
-                if the loader is an iterator, which cannot be read twice, or a class has no image.
+            ClassifierError: if no feature map or linear head is found, or none can be fitted.
             PrototypeError: if no class has a foreground feature.
         """
         self._reset()
@@ -504,11 +501,7 @@ def multi_hot_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
     Args:
         labels: (B, N) multi-hot, returned unchanged; or (B,) integers, the index of each image's
             only class. For a single class give (B, 1).
-        batch: B.
-        classes: N.
-
-    Raises:
-        ValueError: if the labels have another shape, or an index is out of range.
+        batch, classes: B and N.
 
     Example:
         >>> multi_hot_labels(torch.tensor([1, 0]), 2, 2).tolist()

@@ -47,9 +47,6 @@ def class_activation(features: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., N, h, w), signed.
 
-    Raises:
-        ValueError: if the numbers of channels differ.
-
     Example:
         >>> features = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
         >>> class_activation(features, torch.tensor([[1.0, 1.0]])).tolist()
@@ -175,9 +172,6 @@ def mean_cosine(features: Tensor, prototypes: Tensor) -> Tensor:
     Returns:
         (..., h, w) in [-1, 1].
 
-    Raises:
-        ValueError: if the numbers of channels differ or there is no prototype.
-
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
         >>> mean_cosine(features, torch.tensor([[9.0, 0.0], [0.0, 0.5]])).tolist()
@@ -198,20 +192,11 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 
 
 def unit_mean(prototypes: Tensor) -> Tensor:
-    """Mean of the unit-normalised prototypes, *not* normalised again.
+    """Mean (C,) of the unit-normalised prototypes (K, C), K >= 1; *not* normalised again.
 
     Equation 5 needs this one vector only, because
     mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|. Normalising the mean of the raw centres would
     give a different, wrong map.
-
-    Args:
-        prototypes: (K, C), K >= 1.
-
-    Returns:
-        (C,).
-
-    Raises:
-        ValueError: if there is no prototype.
 
     Example:
         >>> unit_mean(torch.tensor([[100.0, 0.0], [0.0, 1.0]])).tolist()
@@ -228,7 +213,7 @@ def unit_mean(prototypes: Tensor) -> Tensor:
 
 
 def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tensor:
-    """Equation 6 before its ReLU, as one vector v_n of a class.
+    """Equation 6 before its ReLU, as one vector v_n (C,) of a class.
 
     A_n = FG_n - BG_n is linear in f/|f|, so it is the map of the vector
     v_n = unit_mean(F') - unit_mean(B'). :func:`cosine_activation` maps it.
@@ -237,9 +222,6 @@ def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tens
         foreground: (K, C), class prototypes F'_n, K >= 1.
         context: (K', C), context prototypes B'_n. Nothing is subtracted for None or K' = 0, as in
             the released program.
-
-    Returns:
-        (C,).
 
     Example:
         >>> foreground_minus_context(torch.eye(2)[:1], torch.eye(2)[1:]).tolist()
@@ -264,9 +246,6 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
 
     Returns:
         (..., N, h, w), signed.
-
-    Raises:
-        ValueError: if the numbers of channels differ.
 
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
@@ -344,13 +323,8 @@ def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Te
 def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) -> Tensor:
     """LPCAM of one scale: ReLU of the cosine of f + unflip(f_mirror).
 
-    Args:
-        features: (..., C, h, w) of the image.
-        mirrored: (..., C, h, w) of the mirrored image, or None without flip.
-        vectors: (N, C), from :func:`foreground_minus_context`.
-
-    Returns:
-        (..., N, h, w), non-negative, not normalised.
+    Arguments and result are as for :func:`cam_of_pair`, with ``vectors`` (N, C) of
+    :func:`foreground_minus_context` for the class rows.
 
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
@@ -394,9 +368,6 @@ def fuse_scales(
         stride: of the network, in pixels.
         epsilon: added to the maximum of each class before the division.
 
-    Raises:
-        ValueError: if there is no scale or the size is not positive.
-
     Example:
         >>> fused = fuse_scales([torch.ones(1, 2, 3), torch.ones(1, 4, 6)], (30, 48))
         >>> fused.cam.shape, fused.high_res.shape
@@ -421,9 +392,6 @@ def normalize(maps: Tensor, mode: Normalization = "max", epsilon: float = 0.0) -
         mode: "max": m / (max + epsilon), equations 1 and 6. "minmax": (m - min) / (max - min +
             epsilon).
         epsilon: added to the divisor.
-
-    Raises:
-        ValueError: if the mode is unknown.
 
     Example:
         >>> normalize(torch.tensor([[[1.0, 4.0]], [[0.0, 0.0]]])).tolist()

@@ -31,9 +31,6 @@ class LPCAMHead(nn.Module):
         normalize: ``"max"`` divides each map by its maximum (an all-zero map stays zero); None
             leaves equation 6's differences of cosines, from 0 to 2.
 
-    Raises:
-        ValueError: if the shapes do not fit or the normalisation is unknown.
-
     Example:
         >>> head = LPCAMHead(torch.eye(2), torch.eye(2))
         >>> logits, maps = head(torch.ones(1, 2, 3, 4), size=(48, 64))
@@ -98,9 +95,6 @@ class LPCAMHead(nn.Module):
 
         Returns:
             Logits (B, N), and non-negative maps (B, N, h, w) or (B, N, H, W).
-
-        Raises:
-            ValueError: if the features have another shape.
         """
         maps = self.activation(features, size)
         if self.normalize is not None:

@@ -126,14 +126,7 @@ class ImageMaps:
         return self.image.shape[0], self.image.shape[1]
 
     def plane(self, name: str | None = None, method: MethodName = "LPCAM") -> NDArray[np.float32]:
-        """The map of one class at the size of the image, (H, W) in [0, 1].
-
-        Args:
-            name: of the class; None: the class of the highest score.
-
-        Raises:
-            DataError: if the class has no map here.
-        """
+        """The map (H, W) of a class (None: of the highest score) at the size of the image."""
         return self._plane(self._place(name), method)
 
     def overlay(
@@ -149,9 +142,6 @@ class ImageMaps:
         Args:
             image: uint8 (H, W, 3) to draw on; None: the image that was mapped.
             name: of the class; None: the class of the highest score.
-
-        Raises:
-            DataError: if the class has no map here or the image has another size.
         """
         base = self.image if image is None else image
         return overlay(base, self.plane(name, method), opacity=opacity)
@@ -168,9 +158,6 @@ class ImageMaps:
         Args:
             threshold: None: that of the method.
             classes: that compete for pixels; None: all that have maps.
-
-        Raises:
-            DataError: if a class has no map here.
         """
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold
@@ -248,11 +235,7 @@ class ImageMaps:
         ]
 
     def plot(self) -> Figure:
-        """Image, CAM, LPCAM and mask of each class as a matplotlib figure.
-
-        Raises:
-            LpcamError: if matplotlib (extra ``plot``) is not installed.
-        """
+        """Image, CAM, LPCAM and mask of each class as a matplotlib figure (extra ``plot``)."""
         try:
             from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
         except ImportError:
@@ -300,9 +283,6 @@ class ImageMaps:
 
         Returns:
             the contents of the JSON file.
-
-        Raises:
-            ArtefactError: if a file cannot be written.
         """
         folder, name = Path(folder), self.name if name is None else name
         mask = self.mask()

@@ -29,6 +29,7 @@ def cam_maps(
         epsilon: added to the maximum before the division.
 
     Example:
+        >>> import torch
         >>> maps = cam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.ones(1, 3), (8, 8),
         ...                 epsilon=0.0)
         >>> maps.high_res.shape, float(maps.high_res.max())
@@ -47,6 +48,7 @@ def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, i
         size: (H, W) of the image.
 
     Example:
+        >>> import torch
         >>> maps = lpcam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.eye(3)[:2], (8, 8))
         >>> maps.high_res.shape, float(maps.high_res.max())
         (torch.Size([2, 8, 8]), 1.0)
@@ -67,6 +69,7 @@ def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Ten
         (K, h, w) in [0, 1].
 
     Example:
+        >>> import torch
         >>> single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.ones(1, 1), epsilon=0.0)
         tensor([[[0.2500, 1.0000, 0.0000]]])
     """

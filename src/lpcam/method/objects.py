@@ -88,7 +88,7 @@ def components(
         K.
 
     Raises:
-        DataError: if the mask is not (H, W), or ``connectivity`` is neither 4 nor 8.
+        DataError: if the mask is not (H, W).
         LpcamError: if SciPy is not installed.
 
     Example:
@@ -325,9 +325,6 @@ def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
 
     Returns:
         Rings (K, 2) float64 of x and y, in the reading order of their first corners.
-
-    Raises:
-        DataError: if the mask is not (H, W).
 
     Example:
         >>> polygons(np.array([[0, 1, 1]]))[0].tolist()

@@ -189,9 +189,6 @@ def make_prototypes(
     Raises:
         PrototypeError: if the numbers of channels of features and classifier differ, or no class
             has a foreground feature.
-
-    Example:
-        See :class:`Prototypes`.
     """
     features: dict[tuple[SideName, int], Tensor] = {}
     for side in SIDES:

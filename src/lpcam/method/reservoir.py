@@ -88,9 +88,6 @@ class Reservoir:
         seed: random seed of the keys.
         dtype: precision in which features are kept. float16 halves the memory.
 
-    Raises:
-        ValueError: if ``max_features`` is less than 1.
-
     Example:
         >>> reservoir = Reservoir(2, seed=0)
         >>> reservoir.add(0, "context", torch.ones(5, 3), "image 1")
@@ -162,11 +159,7 @@ class Reservoir:
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: Reservoir) -> None:
-        """Add the sample of other images; the result is that of one reservoir for all images.
-
-        Raises:
-            ValueError: if the two differ in ``max_features``, ``seed`` or ``dtype``.
-        """
+        """Add the sample of other images; the result is that of one reservoir for all images."""
         mine = (self.max_features, self.seed, self.dtype)
         others = (other.max_features, other.seed, other.dtype)
         if mine != others:

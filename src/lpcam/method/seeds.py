@@ -24,9 +24,6 @@ def seeds(maps: Tensor, threshold: float) -> Tensor:
     Returns:
         int64 (H, W), 0 for background and k + 1 for the k-th plane, on the device of the maps.
 
-    Raises:
-        DataError: if the maps have another number of dimensions.
-
     Example:
         >>> seeds(torch.tensor([[[0.1, 0.6, 0.2]], [[0.2, 0.4, 0.9]]]), 0.3).tolist()
         [[0, 1, 2]]
@@ -58,9 +55,6 @@ def to_mask(
 
     Returns:
         uint8 (H, W): 0, mask ids of ``classes``, and 255 if ``ignore_threshold`` is given.
-
-    Raises:
-        DataError: if the seed has values above K, or only one of the last two arguments is given.
 
     Example:
         >>> table = ClassTable(("cat", "dog"), (8, 12))
