@@ -33,20 +33,23 @@ class FinetuneSettings(PresetModel):
     preset: str = "momentum"
 
     epochs: Annotated[int, Field(ge=1)]
+    """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]
+    """Images per training step."""
     learning_rate: Positive
-    """Of the backbone; the head's is ``head_multiplier`` times as large."""
+    """Learning rate of the backbone; larger steps train faster but less stably."""
     head_multiplier: Positive
+    """Factor of the learning rate of the head."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Of SGD."""
+    """Momentum of SGD; a larger one averages over more steps."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 on every trained weight."""
+    """L2 penalty on every trained weight; a larger one keeps weights smaller."""
     power: Annotated[float, Field(ge=0.0)]
-    """Of the poly schedule: lr (1 - t/T)^power, renewed every step."""
+    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Inclusive range, in pixels, from which each image's long side is drawn."""
     crop: Annotated[int, Field(ge=1)]
-    """Side of the square crop, in pixels."""
+    """Side of the square crop, in pixels; a larger one needs more memory."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
 

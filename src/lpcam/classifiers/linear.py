@@ -26,11 +26,11 @@ class ProbeSettings(PresetModel):
     """Long side, in pixels, at which features are pooled; smaller images are enlarged to it. Null
     pools at the image's own size, so that the maps need no second pass at scale 1."""
     mirror: bool
-    """Whether the mirrored image is a second sample."""
+    """Whether the mirrored image is added as a second sample."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty: weight_decay / 2 times the squared norm of each row, beside its mean loss."""
+    """L2 penalty on the rows of the head: half of this times the squared norm of each row."""
     max_iterations: Annotated[int, Field(ge=1)]
-    """Of L-BFGS on the whole set at once."""
+    """Maximum number of L-BFGS iterations, each on the whole set."""
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:

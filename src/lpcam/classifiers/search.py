@@ -32,7 +32,7 @@ from lpcam.runtime.errors import ClassifierError
 logger = logging.getLogger(__name__)
 Pool = Literal["mean", "token"]
 MOST_PREFIX_TOKENS = 16
-"""Most class, distillation and register tokens before the patches."""
+"""Maximum number of class, distillation and register tokens before the patches."""
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda z: z,
     "sigmoid": torch.sigmoid,

@@ -19,17 +19,17 @@ class BackboneSection(WeightsSection):
     backbone: str | None
     """Name of a timm model."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for timm.create_model."""
+    """Further arguments of timm.create_model."""
     output_stride: Literal[8, 16, 32] | None = None
-    """Stride of the feature map; null leaves the model's own. Not every model has another."""
+    """Stride of the feature map; null keeps the model's own. Not all models support others."""
     dilated: bool = True
     """Whether layers are dilated where output_stride removes a stride; false: dilation is 1."""
     weights: str
     """"pretrained" (timm's), "random", or the path of a safetensors file."""
     mean: tuple[float, float, float] | None = None
-    """Mean of RGB in [0, 1]; null takes timm's pretrained cfg."""
+    """Mean of RGB in [0, 1]; null takes timm's value for the model."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of RGB in [0, 1]; null takes timm's pretrained cfg."""
+    """Standard deviation of RGB in [0, 1]; null takes timm's value for the model."""
 
     def backbone_key(self) -> dict[str, Any]:
         """Inputs that determine the first weights of a network on it, for a cache key."""

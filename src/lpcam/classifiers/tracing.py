@@ -30,7 +30,7 @@ Rows = tuple[Tensor, Tensor | None]
 TOLERANCE = 1e-4
 """Largest difference that counts as rounding, relative to the largest number (of logits: or 1)."""
 COARSE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""The same for a model that computes in half precision."""
+"""``TOLERANCE`` of models in half precision."""
 KEPT_MAPS = 64
 """Number of last maps that a record keeps, to bound its memory."""
 

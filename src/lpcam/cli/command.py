@@ -33,7 +33,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a command, as :meth:`argparse.ArgumentParser.add_argument` takes it."""
+    """An argument of a command, as ``ArgumentParser.add_argument`` takes it."""
 
     names: tuple[str, ...]
     settings: Mapping[str, Any]

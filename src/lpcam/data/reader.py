@@ -43,19 +43,19 @@ class Lists(Section):
     """Which list of the data set each stage works on; null takes the reader's usual one."""
 
     classify: str | None = None
-    """Trains the classifier (voc: train_aug; folder, coco: all)."""
+    """List that trains the classifier (voc: train_aug; folder, coco: all)."""
     validate_: str | None = Field(default=None, alias="validate")
-    """Measures its mAP; null holds out a seeded tenth of the list above."""
+    """List on which its mAP is measured; null holds out a random tenth of ``classify``."""
     prototypes: str | None = None
-    """Is clustered (voc: train; folder, coco: all)."""
+    """List whose features are clustered (voc: train; folder, coco: all)."""
     maps: str | None = None
-    """Gets maps and seeds (voc: train; folder, coco: all)."""
+    """List that gets maps and seed masks (voc: train; folder, coco: all)."""
     evaluate: str | None = None
-    """Is scored where masks exist; must lie within ``maps`` (voc: train; folder, coco: all)."""
+    """List that is scored where masks exist; within ``maps`` (voc: train; folder, coco: all)."""
     segment: str | None = None
-    """Trains the segmenter; must lie within ``maps`` (the list of ``maps``)."""
+    """List that trains the segmenter; within ``maps`` (default: the list ``maps``)."""
     test: str | None = None
-    """Is segmented, and scored where masks exist (voc: val; folder, coco: all)."""
+    """List that is segmented, and scored where masks exist (voc: val; folder, coco: all)."""
 
 
 class DataSection(Section):
@@ -67,17 +67,17 @@ class DataSection(Section):
     root: RecipePath
     """Folder (or JSON file) of the data set."""
     labels: LabelSource | None = None
-    """A file of image-level labels (.csv, .jsonl) instead of the usual source; folder: or the word
-    ``folders``, where each class has one."""
+    """File of image-level labels (.csv, .jsonl) instead of the usual source. ``folders`` (kind
+    folder): each class has a folder."""
     masks: RecipePath | None = None
-    """A folder of true masks, ID.png, instead of the usual ones."""
+    """Folder of true masks, ID.png, instead of the usual ones."""
     saliency: Saliency | None = None
     """Saliency maps for refine.method saliency: a folder of ID.png, 0 to 255; or ``computed``, by a
-    method that needs no network (docs/hosts.md)."""
+    method without a network (docs/hosts.md)."""
     name: str | None = None
-    """What the data set is called in every figure's protocol; null takes the folder's name."""
+    """Name of the data set in the protocol of all figures; null takes the folder's name."""
     classes: tuple[str, ...] | None = None
-    """A subset of the classes; mask ids of others are ignored. Null takes all."""
+    """Subset of the classes; mask ids of others are ignored. Null takes all."""
     lists: Lists = Lists()
 
     @property

@@ -1,4 +1,4 @@
-"""What a look at a data set found, as JSON and as text."""
+"""Results of inspecting a data set, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMPANIONS = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes on this machine, by images that were timed on it."""
+    """Time and disk space of a run on this machine, extrapolated from some timed images."""
 
     backbone: str
     scales: tuple[float, ...]
@@ -49,15 +49,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a data set that its owner should know."""
+    """A finding about a data set."""
 
     kind: str
     text: str
-    """A sentence, with the number of what it concerns."""
+    """A sentence, with the number of images, pairs or classes that it concerns."""
     names: tuple[str, ...] = ()
-    """Of the images, pairs or classes that it concerns, all of them."""
+    """Names of all images, pairs or classes that it concerns."""
     attention: bool = True
-    """Whether it is likely a mistake, or spoils a run or its figures."""
+    """Whether it is probably a mistake, or harms a run or its figures."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ListCounts:
 
 @dataclass(frozen=True)
 class Survey:
-    """What :func:`survey` found."""
+    """Result of :func:`lpcam.data.inspection.survey`."""
 
     name: str
     label_source: str
@@ -104,7 +104,7 @@ class Survey:
         return tuple(finding for finding in self.findings if finding.attention)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; ``co_occurrence`` is by class name, symmetric."""
+        """The survey as a JSON value; ``co_occurrence`` is by class name, symmetric."""
         names = self.classes.names
         counts = {one.name: one.classes for one in self.lists}
         return {
@@ -142,11 +142,11 @@ class Survey:
         }
 
     def write_json(self, path: Path, *, command: str) -> None:
-        """Write everything to a file, with the command that asked for it."""
+        """Write the survey to a JSON file, with the command line."""
         write_json(path, {**self.as_json(), "command": command, "versions": versions()})
 
     def summary(self, width: int = 100) -> str:
-        """The same in words and tables of at most ``width`` columns, long lists cut short."""
+        """The survey as text in at most ``width`` columns, with long lists cut short."""
         kinds = ", ".join(
             suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
             for suffix, count in self.suffixes.items()

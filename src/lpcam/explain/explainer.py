@@ -147,10 +147,10 @@ class Explainer:
         scoring: Scoring | None = None,
         device: str = "auto",
     ) -> Self:
-        """Load a classifier by file or timm name, and prototypes of :meth:`lpcam.LPCAM.save`.
+        """Load a classifier by file or timm name, and prototypes that ``LPCAM.save`` wrote.
 
         Args:
-            model: a file of :meth:`~lpcam.classifiers.classifier.Classifier.save`, or the name of
+            model: a file that ``Classifier.save`` wrote, or the name of
                 a timm model, which keeps the head that it was trained with.
             weights: of a timm model: ``"pretrained"`` or a safetensors file.
             preset: name of the settings; None: those stored with the prototypes, else the default.
@@ -323,7 +323,7 @@ class Explainer:
 
 
 def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
-    """The settings that :meth:`lpcam.LPCAM.save` stored with the prototypes, if any."""
+    """The settings that ``LPCAM.save`` stored with the prototypes, if any."""
     stored = prototypes.made_by.get("settings")
     if not isinstance(stored, Mapping):
         return None

@@ -38,12 +38,12 @@ class LPCAM(extract.LPCAM):
     """:class:`lpcam.LPCAM`, called as pytorch-grad-cam's methods are.
 
     Args:
-        model: a classifier; left as it was.
+        model: a classifier; it is not changed.
         target_layers: modules of the model. The one whose pooled map the classifier reads is used;
             if there is none, that map is found, with a warning.
         reshape_transform: from the output of a target layer to (B, C, h, w).
         tta_transforms: views of ``aug_smooth``; None: mirrored or not, times 0.9, 1 and 1.1.
-        prototypes: of an earlier :meth:`fit`, or the file that :meth:`save` wrote.
+        prototypes: result of an earlier ``fit``, or the file that ``save`` wrote.
         self_fit: without other prototypes, take them at each call from its images, with their
             targets as labels. The map of an image then depends on the others of the call.
         settings: settings or the name of a preset; None: ``voc12.official`` at scale 1, unflipped.

@@ -56,19 +56,21 @@ from lpcam.training.optim import freeze, names_below
 
 
 class AmnSettings(HostSettings):
-    """AMN: a per-pixel classifier told the image's labels (specification of AMN)."""
+    """AMN: a per-pixel classifier with the image's labels as input (specification of AMN)."""
 
     table: ClassVar[str] = "amn"
     preset: str = "default"
 
     epochs: Annotated[int, Field(ge=1)]
+    """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]
+    """Images per training step."""
     learning_rate: Positive
-    """Of the backbone, by Adam, without a schedule ..."""
+    """Adam's learning rate of the backbone; it is constant."""
     head_learning_rate: Positive
-    """... and of the head and the label conditioning."""
+    """Adam's learning rate of the head and the label conditioning; it is constant."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2, within Adam."""
+    """L2 penalty, as Adam applies it."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
     scale: tuple[Positive, Positive]
@@ -76,31 +78,32 @@ class AmnSettings(HostSettings):
     crop: Annotated[int, Field(ge=16)]
     """Side of the square crop, in pixels."""
     smoothing: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Part of the target that is shared among the other labels (section 3, epsilon)."""
+    """Part of the target shared among the other labels (epsilon in section 3)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Of the features' elements, in training alone."""
+    """Probability that a feature element is set to zero in training."""
     dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    """Of the head's parallel 3 x 3 convolutions."""
+    """Dilations of the head's parallel 3 x 3 convolutions; larger ones see more context."""
     foreground_threshold: Fraction
-    """The teacher's labels, of LPCAM: as those of IRN's labels ..."""
+    """LPCAM seeds above this are sure foreground in the teacher's masks, after a CRF."""
     background_threshold: Fraction
-    """... and of the background."""
+    """LPCAM seeds below this are sure background; pixels between are ignored."""
     cam_foreground_threshold: Fraction
-    """The same two for CAM."""
+    """``foreground_threshold`` for CAM."""
     cam_background_threshold: Fraction
+    """``background_threshold`` for CAM."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """At which each image is mapped; the logits are averaged."""
+    """Scales at which each image is mapped; the logits are averaged. More take more time."""
     flip: bool
     """Whether the mirrored image is mapped too."""
     gate: bool
-    """Where the teacher says background, probabilities are not stretched to [0, 1] (section 4)."""
+    """Whether probabilities stay unstretched where the teacher says background (section 4)."""
     reading: Literal["teacher", "features"]
-    """Where LPCAM enters (section 5). ``teacher``: its labels train AMN (Reading A). ``features``:
-    prototypes of AMN's own features map the image, AMN being taught by CAM (Reading B)."""
+    """Use of LPCAM (section 5). ``teacher``: its masks train AMN (Reading A). ``features``: CAM
+    masks train AMN, and prototypes of its features map the image (Reading B)."""
     conditioned: bool
-    """Reading B: whether its features are those after the label conditioning."""
+    """Whether Reading B uses the features after the label conditioning."""
     threshold: Fraction
-    """Fixed threshold of the seeds of its maps."""
+    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
 EPSILON = 1e-5
@@ -297,7 +300,7 @@ def maps_of(
 
     Without vectors they are AMN's probabilities. (The released program leaves dropout on, section
     3.) With vectors (Reading B, section 5) they are LPCAM (equations 5 and 6) on AMN's features,
-    each plane divided by its maximum. :meth:`Amn.folded` is faster.
+    each plane divided by its maximum. ``network.folded()`` is faster.
 
     Args:
         image: (H, W, 3) uint8 RGB.

@@ -87,7 +87,7 @@ class HostSettings(PresetModel):
     """Settings of a host."""
 
     threshold: float
-    """Fixed threshold of the seeds of its maps."""
+    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
 class HostSection(BackboneSection):
@@ -96,7 +96,7 @@ class HostSection(BackboneSection):
     method: str
     """Name of a host."""
     maps: Annotated[tuple[Base, ...], Field(min_length=1)] | None = None
-    """What the host builds on: CAM, or LPCAM in its place; each makes its own maps. Null: both."""
+    """Which maps the host builds on; it makes its own maps from each. Null: both."""
     backbone: str | None = None
     """Name of a timm model; null takes the classifier's backbone, weights and preprocessing."""
     weights: str = "pretrained"

@@ -68,42 +68,47 @@ class EdamSettings(HostSettings):
     preset: str = "default"
 
     iterations: Annotated[int, Field(ge=1)]
-    """Steps of SGD."""
+    """Number of SGD steps."""
     pairs: Annotated[int, Field(ge=1)]
-    """Pairs of images with a common class, a step."""
+    """Pairs of images with a common class in each step."""
     learning_rate: Positive
-    """Of the backbone and the transformers."""
+    """Learning rate of the backbone and the transformers."""
     head_multiplier: Positive
-    """Of the new convolutions."""
+    """Factor of the learning rate of the new convolutions."""
     bias_multiplier: Positive
-    """Of biases, on top of it; they have no weight decay."""
+    """Further factor of the learning rate of biases, which have no weight decay."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Momentum of SGD; a larger one averages over more steps."""
     weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 penalty on trained weights other than biases."""
     power: Annotated[float, Field(ge=0.0)]
-    """Of the poly schedule: lr (1 - t/T)^power."""
+    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     warmup: Annotated[int, Field(ge=0)]
-    """Steps over which the rate rises linearly, from ``warmup_factor`` of it."""
+    """Number of first steps in which the learning rate rises linearly; 0 turns it off."""
     warmup_factor: Fraction
+    """Factor of the learning rate at the first step of the warm-up."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
     long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Inclusive range, in pixels, from which each image's long side is drawn."""
     crop: Annotated[int, Field(ge=16)]
-    """Side of the square crop, in pixels; it fixes the table of positions."""
+    """Side of the square crop, in pixels; it determines the size of the table of positions."""
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
-    """Brightness, contrast, saturation and hue."""
+    """Largest random changes of brightness, contrast, saturation and hue."""
     width: Annotated[int, Field(ge=2)]
-    """Of the tokens; their norm needs two values."""
+    """Number of channels of the tokens."""
     heads: Annotated[int, Field(ge=1)]
+    """Number of attention heads; it divides ``width``."""
     hidden: Annotated[int, Field(ge=1)]
-    """Of the transformers' feed-forward part."""
+    """Number of hidden channels in the transformers' feed-forward part."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Probability that an activation in a transformer is set to zero in training."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """At which each image is mapped; the maps are summed."""
+    """Scales at which each image is mapped; the maps are summed. More scales take more time."""
     flip: bool
     """Whether the mirrored image is mapped too."""
     threshold: Fraction
-    """Fixed threshold of the seeds of its maps."""
+    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -417,7 +422,7 @@ def maps_of(
 ) -> FusedMaps:
     """The masks M of an image's classes, summed over scales and mirror images (section 3).
 
-    Each sum is divided by its maximum. :meth:`Edam.folded` takes two thirds of the time.
+    Each sum is divided by its maximum. ``network.folded()`` takes two thirds of the time.
 
     Args:
         image: (H, W, 3) uint8 RGB.

@@ -49,47 +49,49 @@ class MctformerSettings(HostSettings):
     preset: str = "default"
 
     version: Literal["v1", "v2"]
-    """``v1``: class tokens alone. ``v2``: and PatchCAM, a convolution on the patch tokens."""
+    """``v1``: class tokens only. ``v2``: also PatchCAM, a convolution on the patch tokens."""
     epochs: Annotated[int, Field(ge=1)]
+    """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]
+    """Images per training step."""
     learning_rate: Positive
-    """Of AdamW after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
     warmup_epochs: Annotated[int, Field(ge=0)]
+    """Number of first epochs in which the learning rate rises linearly."""
     warmup_learning_rate: Annotated[float, Field(ge=0.0)]
-    """From which the rate rises ..."""
+    """Learning rate at the start of the warm-up."""
     floor_learning_rate: Annotated[float, Field(ge=0.0)]
-    """... and to which it falls by a half cosine."""
+    """Learning rate at the end of the half-cosine decay."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """Of weights with two dimensions or more; not of tokens, positions, biases and norms."""
+    """Decay of weights with at least two dimensions, without tokens and positions."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Stochastic depth of the last block; it rises linearly from 0."""
+    """Stochastic depth rate of the last block; rates rise linearly from 0 at the first."""
     crop: Annotated[int, Field(ge=16)]
-    """Side, in pixels, of the image in training."""
+    """Side, in pixels, of the training images."""
     augmentation: str | None
-    """timm's policy of RandAugment; null has none."""
+    """RandAugment policy, in timm's notation; null turns it off."""
     erasing: Fraction
     """Probability that a random rectangle is erased."""
     pooling: Literal["mean", "ranked"]
-    """How PatchCAM becomes a score; ``ranked`` weighs sorted values by ``ranking_decay`` to the
-    power of their rank (MCTformer+)."""
+    """Pooling of PatchCAM to class scores; ``ranked`` weighs by rank (MCTformer+)."""
     ranking_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Weight of each rank relative to the one before, in ranked pooling; 1 is the mean."""
     contrast: Annotated[float, Field(ge=0.0)]
-    """Weight of the loss that keeps class tokens apart (MCTformer+); 0 leaves it out."""
+    """Weight of the loss that separates class tokens (MCTformer+); 0 turns it off."""
     attention_blocks: Annotated[int, Field(ge=1)]
-    """The last so many blocks give the attention of classes to patches."""
+    """Number of last blocks whose class-to-patch attention is summed."""
     fusion: Literal["product", "square_root"]
-    """Of that attention and PatchCAM; ``square_root`` is MCTformer+'s."""
+    """Fusion of class attention with PatchCAM; ``square_root`` is MCTformer+'s."""
     affinity: bool
-    """Whether the fused map is refined by the attention of patches to patches; of a transformer
-    that has learnt little it says nothing."""
+    """Whether the attention between patches refines the map; it needs a well-trained network."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """At which each image is mapped; the maps are summed."""
+    """Scales at which each image is mapped; the maps are summed. More scales take more time."""
     flip: bool
     """Whether the mirrored image is mapped too."""
     split_maps: Literal["refined", "patch"]
-    """Which map splits foreground from context for the prototypes: the refined one, or PatchCAM."""
+    """Map that splits foreground from context for the prototypes; ``patch`` is PatchCAM."""
     threshold: Fraction
-    """Fixed threshold of the seeds of its maps."""
+    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
 TOKEN_DEVIATION = 0.02
@@ -104,9 +106,9 @@ class Scores(NamedTuple):
     """Logits (B, N) of the image's classes."""
 
     classes: Tensor
-    """Of the class tokens; used at test."""
+    """Scores by the class tokens; used at test."""
     patches: Tensor | None
-    """Of PatchCAM; None in V1."""
+    """Scores by PatchCAM; None in V1."""
 
 
 class Attended(NamedTuple):
@@ -129,7 +131,7 @@ class MctformerSpec:
 
     backbone: str
     arguments: Mapping[str, Any]
-    """Of timm, such as ``depth`` and ``num_heads``; and those of a stem."""
+    """Arguments of the timm model, such as ``depth`` and ``num_heads``, and of a stem."""
     crop: int
     drop_path: float
     version: str
@@ -153,8 +155,7 @@ def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
 def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Scale positions of a square grid to another grid, bicubic (section 3).
 
-    The factor is (h + 0.1) / g for a table of g x g, as in the transformers' programs, so that
-    rounding does not lose a row. ``table`` is (1, g g, C), the result (1, h w, C).
+    The factor (h + 0.1) / g avoids losing a row by rounding. (1, g g, C) gives (1, h w, C).
 
     Example:
         >>> scale_positions(torch.zeros(1, 4, 8), (3, 5)).shape
@@ -226,8 +227,7 @@ class Mctformer(SavedNetwork):
     because files of weights have it, but never applied.
 
     Args:
-        transformer: a plain one of timm, whose parts are used: with a class token and a table of
-            positions, made with ``dynamic_img_size``.
+        transformer: a plain timm transformer with a class token, made with ``dynamic_img_size``.
         classes: the N names, in label order.
         preprocessing: what the transformer expects of RGB.
         patch_cam: True for V2, False for V1.

@@ -3,7 +3,7 @@
 Pixels: row y and column x, from 0 at the top left. Pixel (y, x) is the square from (x, y) to
 (x + 1, y + 1), so a box ``x0, y0, x1, y1`` contains the pixels x0 <= x < x1 and y0 <= y < y1, and
 outlines run along the edges of pixels. A pixel is foreground if its value is > the threshold, as in
-:func:`seeds`; a boolean mask needs no threshold.
+seed masks; a boolean mask needs no threshold.
 
 Everything is computed on the CPU. Components and peaks require SciPy (extra ``objects``).
 """

@@ -30,31 +30,31 @@ class FittingSettings(Section):
     tau_inclusive: bool
     """True: foreground is CAM >= tau (eq. 2). False: > tau, and equality joins neither side."""
     split_maps: Literal["multi_scale", "single_scale"]
-    """Which CAM decides the split: the fused one of all scales, or that of scale 1 alone."""
+    """CAM that decides the split: summed over all scales, or of scale 1 only."""
     split_resize: Literal["nearest", "bilinear"]
     """How a multi-scale CAM at image size is resized to the feature grid."""
     mu_f: Fraction
-    """Class prototypes are the foreground centres whose score is above it (eq. 3)."""
+    """Foreground centres with a score above this become class prototypes (eq. 3)."""
     mu_b: Fraction
-    """Context prototypes are the context centres whose score is below it (eq. 4) ..."""
+    """Context centres with a score below this become context prototypes (eq. 4)."""
     context_lower: Fraction | None
-    """... and above this one; null has no lower bound."""
+    """Context prototypes also have a score above this; null: no lower bound."""
     images_per_class: Annotated[int, Field(ge=1)] | None
     """Number of images drawn for each class to be clustered; null takes all of the list."""
     images_with_replacement: bool
     """Whether an image may be drawn more than once; its features then count as often."""
     max_features: Annotated[int, Field(ge=1)] | None
-    """Size of the sample of local features of each class and side; null keeps all features."""
+    """Maximum number of sampled features of each class and side; null keeps all."""
     init: Literal["random", "k-means++"]
-    """First centres: K distinct features, or spread ones."""
+    """First centres: K distinct random features, or spread ones (k-means++)."""
     centers: Literal["mean", "unit"]
-    """``mean``: mean of the members; ``unit``: mean of the members divided by their norms."""
+    """``mean``: mean of the members; ``unit``: mean of the normalised members."""
     tolerance: Positive
-    """When k-means stops; a larger one stops earlier."""
+    """Change below which k-means stops; a larger one stops earlier."""
     tolerance_kind: Literal["absolute", "relative"]
-    """``absolute``: on the squared sum of centre shifts; ``relative``: on the objective's gain."""
+    """``absolute``: squared sum of the centre shifts; ``relative``: gain of the objective."""
     max_iterations: Annotated[int, Field(ge=1)]
-    """Most iterations of k-means; reaching it gives a warning."""
+    """Maximum number of k-means iterations; reaching it gives a warning."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,20 +73,20 @@ class MappingSettings(Section):
     """How maps are made (specification of LPCAM, section 4)."""
 
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Scales at which each image is mapped; the maps are summed."""
+    """Scales at which each image is mapped; the maps are summed. More scales take more time."""
     flip: bool
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
-    """CAM is divided by its maximum plus this; LPCAM by its maximum."""
+    """Added to the maximum that CAM is divided by."""
 
 
 class SeedSettings(Section):
     """How seed masks are cut from maps."""
 
     threshold: Fraction
-    """Fixed threshold of the seeds of LPCAM and LPCAM-F: foreground has a value above it."""
+    """Threshold of the LPCAM and LPCAM-F seed masks; a higher one marks fewer pixels."""
     cam_threshold: Fraction
-    """Fixed threshold of the seeds of CAM."""
+    """Threshold of the CAM seed masks; a higher one marks fewer pixels."""
 
 
 class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):

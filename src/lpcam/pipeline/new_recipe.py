@@ -39,7 +39,7 @@ classifier:
   backbone: {backbone}  # any timm model with a spatial feature map
   output_stride: {stride}  # 16 gives maps twice as fine as the usual 32; not every model has it
   weights: {weights}    # "pretrained" (fetched once), or the path of a safetensors file
-  # probe: a linear probe on the frozen backbone, in minutes; finetune wants a GPU
+  # probe: a linear probe on the frozen backbone, in minutes; finetune needs a GPU
   method: probe
 
 lpcam:
@@ -79,9 +79,9 @@ def write_recipe(
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
         kind, lists, labels, masks, classes: as of
-            :func:`lpcam.data.open_dataset.open_dataset`; what is given stands in the recipe. Of
-            given lists the first is worked on and the last is tested; where none is given and there
-            are lists such as ``train`` and ``val``, these.
+            :func:`lpcam.data.open_dataset.open_dataset`; given values are written
+            to the recipe. The run uses the first list and tests on the last; without ``lists`` it
+            uses lists named like ``train`` and ``val``, if any.
 
     Returns:
         the recipe's path, and a summary of what was found, in words.

@@ -58,11 +58,11 @@ class SeedsSection(Section):
     """How maps become seed masks."""
 
     method: Method = "LPCAM"
-    """Whose maps are cut."""
+    """Method whose maps are cut into seed masks."""
     threshold: Fraction | None = None
-    """Foreground has a value above it; null takes the lpcam preset's."""
+    """Values above this are foreground; null takes the lpcam preset's."""
     ignore_threshold: Fraction | None = None
-    """Pixels between this and the threshold become 255 (ignored in training); null: none do."""
+    """Pixels between this and the threshold become 255 (ignored); null: none."""
 
 
 class SheetSection(Section):
@@ -78,17 +78,16 @@ class RunSection(Section):
     folder: RecipePath | None = None
     """Folder of the run; null: runs/NAME below the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Random seed of everything; a seed gives the same bytes on one machine."""
+    """Random seed; equal seeds give equal bytes on one machine."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Number of CPU threads, an image each; null takes the processors this process may use."""
+    """Number of CPU threads, each for one image; null takes all available processors."""
     memory: Annotated[float, Field(gt=0.0)] | None = None
-    """Memory each process may use for cached features and the sample to be clustered, in GiB. Null
-    takes half of the available memory. What an image needs in the backbone comes on top, for each
-    thread."""
+    """Memory each process may use for cached features and sampled features, in GiB; null takes half
+    of the available memory. The passes through the backbone need more."""
     batch: Annotated[int, Field(ge=1)] | None = None
-    """Most images of equal size that pass the backbone together; null: 1 on a CPU, 8 on a GPU. More
+    """Maximum number of equally sized images in a backbone pass; null: 1 on a CPU, 8 on a GPU. More
     than 1 changes results by rounding."""
 
 

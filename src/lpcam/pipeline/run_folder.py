@@ -41,7 +41,7 @@ class TrainedSegmenter:
     """A trained segmenter of a run."""
 
     name: str
-    """Of the masks that it was trained on: lpcam, cam, truth or given."""
+    """Name of the masks that it was trained on: lpcam, cam, truth or given."""
     path: Path
     recipe: Recipe
     section: SegmentSection
@@ -52,12 +52,12 @@ class TrainedSegmenter:
         return Segmenter.load(self.path)
 
     def tested(self, *, crf: bool) -> Path:
-        """Folder of its masks of the list to test: after the dense CRF, if there was one."""
+        """Folder of its masks of the test list, after the dense CRF if one was used."""
         return self.run.tested(self.name, crf=crf and self.section.test.crf is not None)
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What made it, for files that are written with it."""
+        """Provenance of the segmenter, for files that it writes."""
         return {
             "run": self.recipe.name,
             "trained_on": self.name,
@@ -70,9 +70,9 @@ class Masks:
     """Masks of one folder, and what they show."""
 
     name: str
-    """Of the folder within that of the run, such as ``pseudo/lpcam``."""
+    """Folder of the masks below the run folder, such as ``pseudo/lpcam``."""
     entries: tuple[MaskEntry | Skip, ...]
-    """In the order of the images' list; a `Skip` has no mask, or its image has gone."""
+    """In the order of the images' list; a `Skip` has no mask or no longer an image."""
     classes: ClassTable
     made_by: Mapping[str, Any]
 
@@ -266,7 +266,7 @@ class RunFolder:
         return found
 
     def _mask_ids(self, recipe: Recipe, count: int) -> tuple[int, ...] | None:
-        """Mask values of the classes, also where the data set has gone."""
+        """Mask values of the classes, even if the data set no longer exists."""
         ids = tuple(int(value) for value in self._parts("seeds").get("mask_ids", ()))
         if len(ids) == count:
             return ids

@@ -60,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run lends to its refinement."""
+    """Resources of a run that its refinement uses."""
 
     device: torch.device
     classes: ClassTable
@@ -82,7 +82,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Job:
-    """One kind of maps to refine, with the recipe's section and what the run lends."""
+    """One kind of maps to refine, with the recipe's section and the run's resources."""
 
     section: RefineSection
     source: Source
@@ -104,8 +104,7 @@ class RefineSection(Section):
     method: str = "irn"
     """Name of a refinement."""
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Which maps are refined; every image that has maps gets a pseudo mask. Null: the host's, or
-    CAM and LPCAM without a host."""
+    """Which maps are refined. Null: the host's, or CAM and LPCAM without a host."""
 
     @property
     def settings(self) -> Any:
@@ -189,7 +188,7 @@ class LearnedRefinement(Refinement):
     """A refinement with a network that learns from labels made of the maps."""
 
     starts_from: ClassVar[Literal["backbone", "classifier"]] = "backbone"
-    """Whose weights the network starts from: the backbone's first ones, or the classifier's."""
+    """Initial weights of the network: the backbone's first ones, or the classifier's."""
     network_settings: ClassVar[Set[str]]
     """Names of the settings that the network depends on, beside its labels."""
     map_settings: ClassVar[Set[str]]

@@ -49,7 +49,7 @@ class CrfSettings(PresetModel):
     preset: str = "irn"
 
     unary: Literal["labels", "probabilities"]
-    """What the method gives to its CRF."""
+    """Input that the method gives to its CRF: hard labels or probabilities."""
     gt_prob: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Probability that a hard label is right."""
     clip: Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -57,13 +57,13 @@ class CrfSettings(PresetModel):
     gaussian_sxy: Positive
     """Standard deviation of the kernel of positions, in pixels."""
     gaussian_weight: Annotated[float, Field(ge=0.0)]
-    """Potts weight of that kernel; 0 leaves it out."""
+    """Potts weight of the kernel of positions; 0 leaves it out."""
     bilateral_sxy: Positive
     """Standard deviation of the positions in the kernel of positions and colours, in pixels."""
     bilateral_srgb: Positive
     """Standard deviation of the colours in that kernel, in levels of [0, 255]."""
     bilateral_weight: Annotated[float, Field(ge=0.0)]
-    """Potts weight of that kernel; 0 leaves it out."""
+    """Potts weight of the kernel of positions and colours; 0 leaves it out."""
     iterations: Annotated[int, Field(ge=0)]
     """Number of iterations of mean field."""
 

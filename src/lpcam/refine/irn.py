@@ -78,17 +78,19 @@ class IrnSettings(PairSettings):
     walk_radius: Annotated[int, Field(ge=2)]
     """Pairs of the walk are nearer than this, in cells of 4 pixels; ``radius`` is the loss's."""
     sharpness: Positive
-    """Power of the maps before the walk."""
+    """Exponent of the maps before the walk; a larger one favours high values."""
     foreground_threshold: Fraction
-    """Threshold of the seeds whose CRF gives the sure foreground of the labels."""
+    """Seeds above this give, after a CRF, the sure foreground of the labels."""
     background_threshold: Fraction
-    """Threshold of the seeds whose CRF gives the sure background; pixels between are ignored."""
+    """Seeds below this give, after a CRF, the sure background; pixels between are ignored."""
     threshold: Fraction
-    """Threshold of the pseudo masks, as a part of the walked maps' joint maximum."""
+    """Threshold of the pseudo masks, as a fraction of the maximum of an image's walked maps."""
     cam_foreground_threshold: Fraction
-    """The same three for maps of CAM."""
+    """``foreground_threshold`` for maps of CAM."""
     cam_background_threshold: Fraction
+    """``background_threshold`` for maps of CAM."""
     cam_threshold: Fraction
+    """``threshold`` for maps of CAM."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

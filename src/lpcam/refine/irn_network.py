@@ -37,7 +37,7 @@ from lpcam.training.saved_network import SavedNetwork
 BOUNDARY = (32, 4)
 """Channels and groups of each level in the boundary branch."""
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
-"""The same in the displacement branch, for a level pooled to stride 4, at stride 4, and beyond."""
+"""Channels and groups in the displacement branch: level pooled to stride 4, at it, beyond."""
 
 
 class Pyramid(nn.Module):

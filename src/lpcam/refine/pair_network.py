@@ -27,25 +27,27 @@ class PairSettings(PresetModel):
     """Settings that IRN and PSA share: the training on pairs and the walk."""
 
     epochs: Annotated[int, Field(ge=1)]
+    """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]
+    """Images per training step."""
     learning_rate: Positive
-    """Learning rate of the boundary branch or of the backbone; other parts have a multiple."""
+    """Learning rate of IRN's boundary branch or PSA's backbone; other parts have a multiple."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Momentum of SGD."""
+    """Momentum of SGD; a larger one averages over more steps."""
     weight_decay: Annotated[float, Field(ge=0.0)]
     """L2 penalty on trained weights."""
     power: Annotated[float, Field(ge=0.0)]
-    """Power of the poly schedule: lr (1 - t/T)^power."""
+    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     crop: Annotated[int, Field(ge=16, multiple_of=4)]
     """Side of the square crop, in pixels."""
     radius: Annotated[int, Field(ge=2)]
-    """Pairs are nearer than this, in cells."""
+    """Pairs of cells are nearer than this, in cells; a larger one gives more pairs."""
     beta: Positive
-    """Power of the affinities in the walk."""
+    """Exponent of the affinities in the walk; a larger one spreads maps less."""
     exponent: Annotated[int, Field(ge=0, le=16)]
-    """The walk has 2^exponent steps."""
+    """Binary logarithm of the number of steps of the walk."""
     tolerance: Annotated[float, Field(ge=0.0)]
-    """Error that terms left out of the walk's power may make; 0 leaves out none."""
+    """Error allowed for leaving out small terms of the walk's power; 0 leaves out none."""
     cell: ClassVar[int]
     """Pixels per cell."""
 

@@ -48,7 +48,7 @@ class PamrSettings(PresetModel):
     width: Positive
     """Width of the affinity kernel, in local standard deviations of the image."""
     iterations: Annotated[int, Field(ge=0)]
-    """How often every pixel becomes the weighted mean of its neighbours."""
+    """Number of times that every pixel is replaced by the weighted mean of its neighbours."""
 
 
 EPSILON = 1e-8
@@ -201,7 +201,7 @@ class PamrRefinement(Refinement):
     settings = PamrSettings
 
     def threshold(self, section: RefineSection, source: Source) -> float:
-        """That of the seeds."""
+        """Threshold of the seed masks."""
         return source.seed_threshold
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:

@@ -92,9 +92,9 @@ class PsaSettings(PairSettings):
     preset: str = "default"
 
     low_alpha: Positive
-    """Power of the background's score (1 - the highest map) for the sure foreground."""
+    """Exponent of the background score (1 - the highest map) for the sure foreground."""
     high_alpha: Positive
-    """The same for the sure background."""
+    """Exponent of that score for the sure background; a larger one lowers the score."""
     head_multiplier: Positive
     """Factor of the learning rate of new layers."""
     bias_multiplier: Positive
@@ -106,7 +106,7 @@ class PsaSettings(PairSettings):
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]]
     """Largest random changes of brightness, contrast, saturation and hue."""
     threshold: Fraction
-    """Constant score of the background, which walks too."""
+    """Constant score of the background in the walk; a higher one gives smaller objects."""
 
 
 PADDING = 1e-5

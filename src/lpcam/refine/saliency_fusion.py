@@ -39,13 +39,13 @@ class SaliencySettings(PresetModel):
     preset: str = "edam"
 
     theta: Annotated[float, Field(ge=0.0, le=2.55)]
-    """A pixel is salient above the grey level 100 theta of 255."""
+    """Pixels with a grey level above 100 theta (of 255) are salient."""
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """A class with a lower score never wins."""
+    """A pixel never gets a class whose score is below this."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """A class with a higher score wins even where nothing is salient."""
+    """A pixel gets a class whose score is above this even where it is not salient."""
     crf: bool
-    """Whether a dense CRF comes first; alpha and beta must fit."""
+    """Whether a dense CRF is applied first; alpha and beta depend on it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -25,16 +25,16 @@ class ReportSection(Section):
     """The report at the end of a run: one HTML file, report.html."""
 
     images: Annotated[int, Field(ge=0, le=2000)] = 500
-    """In the viewer, at most; 500 take about 10 MB. 0 makes no report."""
+    """Maximum number of images in the viewer; 500 take about 10 MB. 0 makes no report."""
     searched: Annotated[int, Field(ge=1)] = 160
-    """Images, of those in the viewer, that are searched for the nearest patches of prototypes and
-    for confusing classes."""
+    """Number of images in the viewer that are searched for the nearest patches of prototypes and
+    for confused classes; more take more time."""
     prototypes: Annotated[int, Field(ge=1)] = 12
-    """Of each class and side that are shown, at most; fewer where there are many classes."""
+    """Maximum number of prototypes shown of each class and side."""
     patches: Annotated[int, Field(ge=1, le=12)] = 4
-    """Nearest patches of each prototype."""
+    """Number of nearest patches shown of each prototype."""
     confusions: Annotated[int, Field(ge=0, le=50)] = 6
-    """Pairs of classes that the classifier takes for each other."""
+    """Number of shown pairs of classes that the classifier confuses."""
 
 
 FORMAT = 1

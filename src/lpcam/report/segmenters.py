@@ -58,7 +58,7 @@ class SegmenterResults:
     history: Mapping[str, Sequence[Mapping[str, Any]]]
     """``step``, ``loss`` and sometimes ``validation_miou`` of each training by name."""
     irn_history: Mapping[str, Sequence[Mapping[str, Any]]]
-    """The same for the network of the refinement; may be empty."""
+    """Training history of the refinement's network; may be empty."""
     about: Mapping[str, Any]
     """``network``, ``split``, ``list``, ``checkpoint``, ``crf`` and ``settings``."""
 

@@ -163,7 +163,7 @@ class Sharing:
     workers: int = 1
     """Threads of this process, a batch each."""
     batch: int = 1
-    """Most images of equal size that pass the backbone together."""
+    """Maximum number of equally sized images in a backbone pass."""
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(height, width) of each image by id; those that are not in it count as of one size."""
     owner: Mapping[str, int] = field(default_factory=dict)

@@ -149,7 +149,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int | None:
-    """Most memory used by this process since :func:`reset_peak_memory`, in bytes.
+    """Peak memory of this process since :func:`reset_peak_memory`, in bytes.
 
     None where the system does not tell.
     """

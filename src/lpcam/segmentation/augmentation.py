@@ -1,4 +1,4 @@
-"""What a segmenter is trained on: checked masks, random scale, crop, mirror image and colours.
+"""Training data of a segmenter: checked masks, random scale, crop, mirror image and colours.
 
 Specification of segmentation, sections 1 to 3. What happens to an image depends on the seed, the
 epoch and the image alone; a scale of a whole batch on the seed and the step.
@@ -262,15 +262,15 @@ class CheckedMasks:
     """Masks that can be trained on, and what they hold."""
 
     pairs: tuple[tuple[Item, Path], ...]
-    """Those that are used, in their order."""
+    """Images and masks that are used, in list order."""
     dropped: tuple[Skip, ...]
-    """Those without a pixel that counts."""
+    """Images whose masks have no pixel to learn from."""
     pixels: tuple[int, ...]
-    """Of each label 0..N, the background first, in the masks that are used."""
+    """Number of pixels of each label 0..N in the masks that are used."""
     ignored: int
-    """Pixels of the same that do not count."""
+    """Number of ignored pixels in those masks."""
     unknown: tuple[int, ...]
-    """Mask ids of no class, in any mask; their pixels are among the ignored."""
+    """Mask ids of no class, in any mask; their pixels are ignored."""
 
 
 def check_masks(

@@ -32,9 +32,9 @@ from lpcam.segmentation.settings import SegmentTestSettings
 KIND = "lpcam predict"
 INDEX = "predicted.json"
 MAXIMUM_SIDE = 1024
-"""Pixels. A longer image is segmented at this long side, as a run maps it."""
+"""Maximum side, in pixels, at which an image is segmented, as a run maps it."""
 BACKGROUND_NAME = "background"
-"""Of label 0 in files of probabilities."""
+"""Name of label 0 in files of probabilities."""
 _ZLIB_LEVEL = 1
 
 
@@ -160,7 +160,7 @@ def _probabilities(
     crf: DenseCrf | None,
     path: Path,
 ) -> Tensor:
-    """Those of one image, its name in the message where the CRF refuses it."""
+    """Probabilities of one image; errors of the CRF name the image."""
     scores = predict.probabilities(segmenter, image, settings)
     if crf is None:
         return scores

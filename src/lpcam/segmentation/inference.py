@@ -26,12 +26,12 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.segmentation.settings import SegmentTestSettings
 
 MINIMUM_SIDE = 32
-"""Pixels. A side that a scale makes shorter is enlarged to it, alone: networks need as many."""
+"""Minimum side of a scaled image, in pixels; a shorter side is enlarged to it."""
 WRAPPED_MEAN = (104.008, 116.669, 122.675)
-"""Mean colour that the stock program of DeepLabV2 takes from its images: blue, green, red."""
+"""Mean colour that the original DeepLabV2 program subtracts from images: blue, green, red."""
 CHUNK_BYTES = 2**26
-"""Of labels' planes that are enlarged together. All 81 of COCO at 12 megapixels are 3.9 GB, which
-are needed once and not twice."""
+"""Size of the label planes that are enlarged together. All 81 of COCO at 12 megapixels are 3.9 GB,
+which should not be held twice."""
 
 
 class SegmenterLike(Protocol):
@@ -226,7 +226,7 @@ def refine(
 
 
 def wrapped_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What the stock program of DeepLabV2 gives to its CRF in the place of the image.
+    """The image that the original DeepLabV2 program gives to its CRF.
 
     The image (uint8 (H, W, 3) RGB) minus `WRAPPED_MEAN`, cast to 8 bits as BGR: fractions are cut
     off, and negative values wrap around, -5 to 251 (specification of segmentation, section 1, "CRF

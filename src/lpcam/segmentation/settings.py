@@ -18,59 +18,61 @@ class SegmenterSettings(PresetModel):
     preset: str = "deeplabv2.voc12.official"
 
     iterations: Annotated[int, Field(ge=1)] | None
-    """Steps of the optimiser; null counts in epochs."""
+    """Number of optimiser steps; null if ``epochs`` is given."""
     epochs: Annotated[int, Field(ge=1)] | None
-    """Passes over the list; null counts in iterations."""
+    """Passes over the list; null if ``iterations`` is given."""
     batch_size: Annotated[int, Field(ge=1)]
-    """Images a step, over all processes and sub-batches."""
+    """Images per step, over all processes and sub-batches."""
     accumulation: Annotated[int, Field(ge=1)]
-    """Sub-batches a step, one forward pass each; their mean losses are averaged."""
+    """Sub-batches per step; more need less memory. Their mean losses are averaged."""
     optimizer: Literal["sgd", "adamw"]
+    """Optimiser of all weights."""
     learning_rate: Positive
-    """Of the backbone."""
+    """Learning rate of the backbone."""
     head_multiplier: Positive
-    """Of the weights of new layers ..."""
+    """Factor of the learning rate of the weights of new layers."""
     head_bias_multiplier: Positive
-    """... and of their biases."""
+    """Factor of the learning rate of the biases of new layers."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Of SGD; the first beta of AdamW."""
+    """Momentum of SGD; the first beta of AdamW."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """Of every trained weight but those that a network names as without decay, and ..."""
+    """Decay of trained weights, except those that a network exempts."""
     head_bias_weight_decay: Annotated[float, Field(ge=0.0)]
-    """... of the biases of new layers."""
+    """Decay of the biases of new layers."""
     power: Annotated[float, Field(ge=0.0)]
-    """Of the poly schedule: lr (1 - t/T)^power."""
+    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     refresh: Annotated[int, Field(ge=1)]
-    """The rate is renewed every so many steps."""
+    """Steps between two updates of the learning rate by the schedule."""
     warmup: Annotated[int, Field(ge=0)]
-    """Steps over which the rate rises linearly to its schedule, from ``warmup_factor`` of it."""
+    """Number of first steps in which the learning rate rises linearly; 0 turns it off."""
     warmup_factor: Fraction
+    """Factor of the learning rate at the first step of the warm-up."""
     freeze: tuple[str, ...]
-    """Prefixes of the backbone's parameter names that are not trained, beside those that a network
-    never trains."""
+    """Name prefixes of backbone parameters that are not trained."""
     pyramid: tuple[Positive, ...]
-    """Further scales at which DeepLabV2 sees each image; the largest logits count, and each scale
-    has its own loss. Empty for others."""
+    """Further scales of each training image in DeepLabV2, which takes the largest logits; each
+    scale also has its own loss. Empty for other networks."""
     loss: Literal["cross_entropy", "balanced"]
-    """``balanced``: the mean over background pixels and that over the others are added."""
+    """``balanced`` adds the mean over background pixels to the mean over the others."""
     labels: Literal["reduced", "full"]
-    """``reduced``: labels are brought to the size of the logits (PIL nearest). ``full``: logits are
-    enlarged to that of the labels (bilinear)."""
+    """``reduced``: labels are resized to the size of the logits (PIL nearest). ``full``: logits are
+    resized to the size of the labels (bilinear)."""
     resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
     """Longest and shortest side, in pixels, that an image is resized to fit, before its scale."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Of which one is drawn, or the two ends of a range."""
+    """Random scales to choose from, or the two ends of a range."""
     scale_drawn: Literal["choice", "range"]
+    """How ``scales`` is used: as a choice or as a range."""
     scale_of: Literal["image", "batch"]
-    """What has a scale of its own."""
+    """Whether each image or each batch has its own random scale."""
     crop: Annotated[int, Field(ge=16)]
     """Side of the square crop, in pixels."""
     class_limit: Fraction | None
-    """A crop is drawn again (ten times at most) while one class has more than this part of it."""
+    """A crop is drawn again, at most ten times, if a class covers more than this fraction of it."""
     padding_label: Literal[0, 255]
-    """Of what a crop has beyond a smaller image, to its right and below."""
+    """Label of the padding where an image is smaller than the crop."""
     distortion: bool
-    """Random brightness, contrast, saturation and hue."""
+    """Whether brightness, contrast, saturation and hue change at random."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -99,24 +101,24 @@ class SegmentTestSettings(PresetModel):
     resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
     """Longest and shortest side, in pixels, that an image is resized to fit before its scales."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """At which each image is segmented."""
+    """Scales at which each image is segmented; more take more time."""
     sides: Literal["rounded", "truncated"]
-    """How the sides of a scaled image become whole pixels."""
+    """How the side lengths of a scaled image become integers."""
     align_corners: bool
-    """Of the bilinear resize of the normalised image to a scale."""
+    """Whether images are scaled with aligned corners (bilinear)."""
     flip: bool
     """Whether the mirrored image is segmented too."""
     fusion: Literal["mean_logits", "mean_probabilities", "max_probabilities"]
-    """How scales and mirror images become one, at the size of the image."""
+    """How the outputs of scales and mirror images are combined, at the size of the image."""
     window: Annotated[int, Field(ge=16)] | None
-    """Side, in pixels, of sliding windows over a scaled image; null segments it whole."""
+    """Side, in pixels, of sliding windows over a scaled image; null uses no windows."""
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Part of a window that its neighbour shares, at least; means are taken there."""
+    """Least fraction of a window that its neighbour shares; outputs are averaged there."""
     crf: Literal["deeplab", "wideresnet38"] | None
-    """Preset of the dense CRF on the probabilities; null has none."""
+    """Preset of the dense CRF on the probabilities; null applies none."""
     crf_image: Literal["image", "wrapped"]
-    """``wrapped``: the image minus the mean colour in BGR, its negative values wrapped around as
-    the stock program does, only to explain small differences to published figures."""
+    """Image of the CRF. ``wrapped`` imitates the original program, where the image minus the mean
+    colour (BGR) overflows; it explains small differences to published figures."""
 
 
 class SegmentSection(WeightsSection):
@@ -128,7 +130,7 @@ class SegmentSection(WeightsSection):
     """deeplabv2: ``resnet101_caffe`` or a timm model (null: the former). upernet: the Swin's size,
     ``tiny``, ``small`` or ``base`` (null: tiny). wideresnet38: null."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """More arguments of the backbone."""
+    """Further arguments of the backbone."""
     output_stride: Literal[8, 16, 32] | None = None
     """Output stride of a timm backbone; null keeps the model's own."""
     weights: str = "pretrained"
@@ -138,17 +140,17 @@ class SegmentSection(WeightsSection):
     std: tuple[float, float, float] | None = None
     """Standard deviation of RGB in [0, 1]; null takes the network's own."""
     masks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """A segmenter is trained on the pseudo masks of each of these maps; ``truth``: on the true
-    masks, an upper bound of what masks can give. Null: of all that are refined."""
+    """Maps whose pseudo masks train a segmenter each; ``truth`` trains one on the true masks, as an
+    upper bound. Null: all maps that are refined."""
     training: SegmenterSettings = SegmenterSettings.from_preset("deeplabv2.voc12.official")
     test: SegmentTestSettings = SegmentTestSettings.from_preset("deeplabv2.official")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's passes in training; weights and loss are in float32."""
     validations: Annotated[int, Field(ge=0)] = 5
-    """How often the mIoU is measured during training, on the list to test where it has masks: at
-    scale 1, without a CRF."""
+    """Number of mIoU measurements during training, on the test list if it has masks, at scale 1
+    without a CRF; 0 turns them off."""
     checkpoint: Literal["last", "best"] = "last"
-    """Which weights are tested and used; ``best`` is chosen on the truth of the list to test."""
+    """Weights that are tested and used: ``best`` has the highest measured mIoU on the test list."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -27,16 +27,16 @@ from lpcam.training.optim import names_below, poly
 
 Precision = Literal["float32", "bfloat16", "float16"]
 RECORDS = 100
-"""Of the history over a whole training."""
+"""Number of history records in a whole training."""
 CHECKPOINTS = 40
-"""Over a whole training, beside those of the records."""
+"""Number of checkpoints in a whole training, besides those at the records."""
 BETA2 = 0.999
 """Second beta of AdamW (section 3)."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Images with truth on which a training is looked at as it goes."""
+    """Images with true masks that measure the mIoU during a training."""
 
     items: Sequence[Item]
     settings: SegmentTestSettings
@@ -135,7 +135,7 @@ def train_segmenter(
     processes: Processes | None = None,
     validation: Validation | None = None,
 ) -> list[dict[str, Any]]:
-    """Train in place, with checkpoints in ``folder`` from which a stopped training goes on.
+    """Train in place, with checkpoints in ``folder`` from which a stopped training resumes.
 
     Args:
         pairs: images and their masks, as :func:`lpcam.segmentation.augmentation.check_masks` leaves
@@ -242,7 +242,7 @@ def _trains_batch_norms(network: nn.Module) -> bool:
 
 
 def validation_steps(plan: engine.Plan, times: int) -> set[int]:
-    """The steps, among those of a plan's records, after which a training is looked at."""
+    """The steps, among those of a plan's records, after which the mIoU is measured."""
     records = -(-plan.steps // plan.record)
     count = min(times, records)
     steps = {round((k + 1) * records / count) * plan.record for k in range(count)}

@@ -350,10 +350,9 @@ class CocoSection(Section):
     """How masks are painted from COCO annotations (specification of data sets, section 3)."""
 
     order: Literal["file", "area"] = "file"
-    """Which object covers which: ``file``: a later annotation an earlier one. ``area``: a smaller
-    one a larger one."""
+    """Objects painted on top: ``file``, later annotations; ``area``, smaller objects."""
     crowds: Literal["background", "void"] = "background"
-    """What the region of a crowd becomes; ``void``: 255, where no object covers it."""
+    """Value of crowd regions that no object covers; ``void`` is 255."""
 
 
 class CocoReader(Reader):

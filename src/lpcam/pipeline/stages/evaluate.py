@@ -30,15 +30,15 @@ class Scored:
     """``seed`` or ``pseudo``."""
     folder: Path
     key: str
-    """Of the result that holds them."""
+    """Cache key of the result that holds them."""
     threshold: float
-    """Fixed by the preset or the recipe."""
+    """Fixed threshold of the preset or the recipe."""
     hosted: bool = False
     """Whether a host made the maps, or those they were refined from."""
 
 
 def scored(context: Context) -> dict[str, Scored]:
-    """What this run scores, by the name of the method."""
+    """Maps that this run scores, by the name of the method."""
     if context.given_masks is not None:
         return {}
     recipe, found, given = context.recipe, {}, context.given_maps

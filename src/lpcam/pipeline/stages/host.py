@@ -39,7 +39,7 @@ def section_of(context: Context) -> HostSection:
 
 
 def arms(context: Context) -> list[Arm]:
-    """The maps that the recipe wants of its host; none without a host."""
+    """Maps that the recipe's host makes; empty without a host."""
     section = context.recipe.host
     return [] if section is None or not context.makes_maps else section.arms
 
@@ -61,7 +61,7 @@ def backbone_section(context: Context) -> BackboneSection:
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, what only the training would find.
+    """Validate the host's configuration before any stage runs.
 
     Skipped where the networks exist: their stage knows whether they are up to date.
 

@@ -24,9 +24,9 @@ from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import versions
 
 CHECKPOINT_SECONDS = 60.0
-"""Least time between checkpoints of the reservoir of local features ..."""
+"""Minimum time between checkpoints of the reservoir of local features."""
 CHECKPOINT_SHARE = 10
-"""... and at least so many times what the last one took: it may hold all features of a list."""
+"""Minimum ratio of that time to the duration of the last checkpoint, which may be large."""
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
 

@@ -43,7 +43,7 @@ def section_of(context: Context) -> RefineSection:
 
 
 def sources(context: Context) -> list[Source]:
-    """The maps that the recipe wants refined, or those of another program."""
+    """Maps that are refined: those the recipe names, or those of another program."""
     recipe, given = context.recipe, context.given_maps
     if given is not None:
         fixed = recipe.fixed_threshold("LPCAM")
@@ -63,7 +63,7 @@ def sources(context: Context) -> list[Source]:
 
 
 def tools(context: Context) -> Tools:
-    """What the run lends to its refinement."""
+    """Resources of the run that the refinement uses."""
     return Tools(
         device=context.device,
         classes=context.dataset.classes,
@@ -151,7 +151,7 @@ def _problem(maps: MapFile, item: Item, size: tuple[int, int], names: Sequence[s
 
 
 def jobs(context: Context) -> list[Job]:
-    """Each kind of maps that the recipe wants refined."""
+    """One job for each kind of maps that is refined."""
     lent = tools(context)
     return [Job(section_of(context), source, lent) for source in sources(context)]
 

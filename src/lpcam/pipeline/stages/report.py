@@ -25,7 +25,7 @@ from lpcam.runtime.versions import versions
 
 
 def write_report(context: Context) -> Iterator[Task]:
-    """Write the report, unless the recipe wants none."""
+    """Write the report, unless the recipe disables it."""
     section, path = context.recipe.report, context.folder.report
     if not section.images:
         if context.processes.first:

@@ -44,12 +44,12 @@ class TrainingMasks:
     """Masks that a segmenter is trained on."""
 
     title: str
-    """In the names of rows, such as ``LPCAM + IRN``."""
+    """Name in the rows of results, such as ``LPCAM + IRN``."""
     name: str
     """Name of the folders."""
     pairs: Sequence[tuple[Item, Path]]
     key: str
-    """Of what made the masks."""
+    """Cache key of the masks."""
 
     @property
     def strict(self) -> bool:
@@ -64,10 +64,10 @@ def section_of(context: Context) -> SegmentSection:
 
 
 def training_masks(context: Context) -> list[TrainingMasks]:
-    """The masks that the recipe wants segmenters trained on, or those that were given.
+    """Masks that segmenters are trained on: those of the recipe, or those that were given.
 
     Raises:
-        DataError: if true masks are wanted and there are none.
+        DataError: if the recipe names true masks and none exist.
     """
     recipe, items, given = context.recipe, context.items("segment"), context.given_masks
     if given is not None:
@@ -95,7 +95,7 @@ def training_masks(context: Context) -> list[TrainingMasks]:
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, what only the training would find.
+    """Validate the segmenter's configuration before any stage runs.
 
     The network is not tried where a training has finished: its stage knows whether it holds.
 

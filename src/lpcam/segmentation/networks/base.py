@@ -19,7 +19,7 @@ class SegmenterSpec:
     """Architecture of a segmenter, without its weights and the number of labels."""
 
     network: str
-    """Name in :data:`lpcam.segmentation.networks.registry.NETWORKS`."""
+    """Name of a network in ``NETWORKS``."""
     backbone: str
     """``resnet101_caffe`` or a timm name; ``wideresnet38``; a size of Swin."""
     arguments: Mapping[str, Any]
@@ -47,8 +47,7 @@ class Network(Protocol):
 
 
 class SegmentationNetwork(Protocol):
-    """A kind of segmentation network; :data:`lpcam.segmentation.networks.registry.NETWORKS` lists
-    them.
+    """A kind of segmentation network; ``lpcam.segmentation.networks.registry`` lists them.
 
     Attributes:
         title: name in tables of results.
