@@ -184,21 +184,15 @@ class Classifier(SavedNetwork):
             image = parameter.new_zeros(1, 3, *PROBE_SIZE)
             with torch.no_grad():
                 given = _forward(self.backbone, image)
-                self._gives_tokens = (
-                    isinstance(given, Tensor)
-                    and given.ndim == 3
-                    and hasattr(self.backbone, "forward_intermediates")
-                )
-                if self._gives_tokens:
-                    features = _token_map(self.backbone, image)
-                else:
-                    features = _as_map(self.backbone, given)
+                is_row = isinstance(given, Tensor) and given.ndim == 3
+                self._gives_tokens = is_row and hasattr(self.backbone, "forward_intermediates")
+                features = self.features(image) if is_row else _as_map(self.backbone, given)
         except (AssertionError, RuntimeError) as error:
             raise ClassifierError(
                 f"the backbone {type(self.backbone).__name__} cannot take an image of "
-                f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} "
-                f"pixels: {error}. LPCAM maps images of any size; some transformers do so with the "
-                "arguments dynamic_img_size: true and dynamic_img_pad: true"
+                f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} pixels: {error}. LPCAM maps images of any "
+                "size; some transformers do so with the arguments dynamic_img_size: true and "
+                "dynamic_img_pad: true"
             ) from error
         finally:
             self.backbone.train(was_training)
@@ -374,10 +368,7 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know.
-
-    Raises:
-        ClassifierError: with similar names that it knows.
+    """Refuse a name that timm does not know by a ClassifierError with similar names.
 
     Example:
         >>> check_backbone("resnet50")
@@ -477,14 +468,7 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse weights with NaN or Inf.
-
-    Args:
-        state: tensors by name.
-        path: name of the weights, for the message.
-
-    Raises:
-        ClassifierError: naming the first such tensor.
+    """Refuse weights with NaN or Inf by a ClassifierError that names ``path`` and the tensor.
 
     Example:
         >>> refuse_not_finite({"a": torch.ones(1)}, "w.safetensors")

@@ -110,10 +110,17 @@ class Finder:
             if match is not None:
                 layer, norms, raw = match
                 reading = Reading(layer, head.linear, norms)
-                if self.record.same_logits(reading.logits_of(raw), head.after):
+                if self.record.same(reading.logits_of(raw), head.after, 1.0):
                     return reading, self._names(head.after.shape[1]), head.output
         if self.classes is not None and self.pool != "token":
-            return self._find_for_new_head(heads), self.classes, "features"
+            if heads:
+                logger.warning(
+                    "the model's own head (%d classes) cannot serve for the %d given classes; a "
+                    "new linear head is fitted",
+                    counts[0],
+                    named,
+                )
+            return Reading(self._features_layer(heads), None, ()), self.classes, "features"
         raise self._failure(heads)
 
     def _names(self, count: int) -> Sequence[str]:
@@ -194,16 +201,21 @@ class Finder:
             before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
             if linear is None or before is None or after is None:
                 continue
-            if self.given is not None:
-                if call.module is self.given:
-                    yield Head(linear, before, after, "logits")
+            if self.given is None:
+                output = self._output(after)
+            else:
+                output = "logits" if call.module is self.given else None
+            if output is not None:
+                yield Head(linear, before, after, output)
+
+    def _output(self, logits: Tensor, least: float = 0.0) -> str | None:
+        """Which of OUTPUTS of these logits the model gives."""
+        for name, function in OUTPUTS.items():
+            if name == "softmax" and logits.shape[1] == 1:
                 continue
-            for name, function in OUTPUTS.items():
-                if name == "softmax" and after.shape[1] == 1:
-                    continue
-                if self.logits is not None and self.record.same(function(after), self.logits):
-                    yield Head(linear, before, after, name)
-                    break
+            if self.record.same(function(logits), self.logits, least):
+                return name
+        return None
 
     def _back(self, vector: Tensor) -> Iterator[tuple[Tensor, tuple[Norm, ...]]]:
         """The vector, then the input of each norm that gave it, with those norms."""
@@ -252,23 +264,20 @@ class Finder:
                 f"the given weight has {count} rows, but {len(self.classes)} class names were given"
             )
         names = self._names(count)
-        logits = self.logits if self.logits is not None and self.logits.shape[1] == count else None
+        comparable = self.logits is not None and self.logits.shape[1] == count
         fitting = [
             (layer, raw)
             for first, raw in self.candidates
             if _channels(first, raw) == weight.shape[1]
             for layer in self._readings(first, raw)
         ]
-        for norms in ((), (Norm("length"),)) if logits is not None else ():
+        for norms in ((), (Norm("length"),)) if comparable else ():
             for layer, raw in fitting:
-                found = Reading(layer, head, norms).logits_of(raw)
-                for name, function in OUTPUTS.items():
-                    if name == "softmax" and count == 1:
-                        continue
-                    if self.record.same_logits(function(found), logits):
-                        return Reading(self._with_stride(layer, raw), head, norms), names, name
+                output = self._output(Reading(layer, head, norms).logits_of(raw), 1.0)
+                if output is not None:
+                    return Reading(self._with_stride(layer, raw), head, norms), names, output
         if self.layer is not None and fitting:
-            if logits is not None:
+            if comparable:
                 logger.warning(
                     "the given weight on the mean of the given layer does not give the model's own "
                     "%d logits; it is used as a head beside the model's",
@@ -297,28 +306,11 @@ class Finder:
         for prefix in range(min(MOST_PREFIX_TOKENS, raw.shape[1] - 2) + 1):
             yield replace(layer, prefix=prefix)
 
-    def _find_for_new_head(self, heads: Sequence[Head]) -> Reading:
-        """The map that a new head is to be fitted on."""
-        assert self.classes is not None
-        if heads:
-            logger.warning(
-                "the model's own head (%d classes) cannot serve for the %d given classes; a new "
-                "linear head is fitted",
-                heads[0].after.shape[1],
-                len(self.classes),
-            )
-        layer = self._features_layer([head.before for head in heads])
-        if layer is None:
-            raise ClassifierError(
-                f"no feature map was found in {type(self.model).__name__}: no layer gives one (B, "
-                "C, h, w), with channels last or as tokens; pass target_layer="
-            )
-        return Reading(layer, None, ())
-
-    def _features_layer(self, vectors: Sequence[Tensor]) -> MapLayer | None:
-        """The map of a head's input or of the model's output; else the last map there is."""
-        output = flat(first_tensor(self.record.output))
-        for vector in (*vectors, *([] if output is None else [output])):
+    def _features_layer(self, heads: Sequence[Head]) -> MapLayer:
+        """The map for a new head: that of a head's input or of the output; else the last map."""
+        for vector in (*(head.before for head in heads), flat(first_tensor(self.record.output))):
+            if vector is None:
+                continue
             match = self._trace(vector, token=False) or self._trace(vector, token=True)
             if match is not None:
                 return replace(match[0], token=None)
@@ -334,7 +326,10 @@ class Finder:
             )
             if (layer.layout == "NHWC") == last:
                 return layer
-        return None
+        raise ClassifierError(
+            f"no feature map was found in {type(self.model).__name__}: no layer gives one (B, "
+            "C, h, w), with channels last or as tokens; pass target_layer="
+        )
 
     def _misshape(self, grid: Sequence[int]) -> float:
         """Difference between the aspect ratios of a grid and of the image, as a logarithm."""
@@ -427,18 +422,16 @@ def class_names(model: nn.Module, count: int) -> list[str]:
         >>> class_names(nn.Linear(4, 2), 2)
         ['class 0', 'class 1']
     """
-    names: list[str] | None = None
-    labels = getattr(getattr(model, "config", None), "id2label", None)
+    labels: Any = getattr(getattr(model, "config", None), "id2label", None)
     of_timm = getattr(model, "pretrained_cfg", None) is not None
     subset = imagenet_info.infer_imagenet_subset(model) if of_timm else None
+    info: Any = imagenet_info.ImageNetInfo(subset) if subset else None
     if isinstance(labels, Mapping) and set(labels) == set(range(count)):
-        names = [str(labels[index]) for index in range(count)]
-    elif subset:
-        info: Any = imagenet_info.ImageNetInfo(subset)
-        if info.num_classes() == count:
-            names = [info.index_to_description(index) for index in range(count)]
-    if names is None:
+        name_of: Callable[[int], Any] = labels.__getitem__
+    elif info is not None and info.num_classes() == count:
+        name_of = info.index_to_description
+    else:
         return [f"class {index}" for index in range(count)]
-    names = [name.split(",")[0].strip() for name in names]
+    names = [str(name_of(index)).split(",")[0].strip() for index in range(count)]
     uses = Counter(names)
     return [f"{n} ({index})" if uses[n] > 1 else n for index, n in enumerate(names)]

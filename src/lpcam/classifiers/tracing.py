@@ -193,11 +193,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The model's output as logits (B, N); (B,) becomes (B, 1).
-
-    Args:
-        output: a tensor, an object or mapping with ``logits``, or a collection whose first tensor
-            is taken.
+    """Logits (B, N) of an output: its ``logits``, or the first tensor; (B,) becomes (B, 1).
 
     Example:
         >>> logits_of({"features": torch.ones(2, 8), "logits": torch.ones(2, 3)}).shape
@@ -208,17 +204,15 @@ def logits_of(output: Any) -> Tensor | None:
         logits = output.get("logits")
     if logits is None:
         logits = first_tensor(output)
-    if isinstance(logits, Tensor) and logits.ndim == 1:
-        logits = logits[:, None]
-    return flat(logits) if isinstance(logits, Tensor) else None
+    if not isinstance(logits, Tensor):
+        return None
+    return flat(logits[:, None] if logits.ndim == 1 else logits)
 
 
 def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
     """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
 
-    Args:
-        tensor: the tensor, or None.
-        pooled: reduce a map (B, C, h, w) to its mean.
+    With ``pooled`` a map (B, C, h, w) becomes its mean.
 
     Example:
         >>> flat(torch.ones(2, 3, 1, 1)).shape, flat(torch.ones(2, 3, 4, 4))
@@ -265,10 +259,7 @@ class Record:
     def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
         """Pass images (B, c, H, W) through a model in evaluation mode and keep its outputs.
 
-        Args:
-            model: restored afterwards.
-            images: (B, c, H, W).
-            always: modules whose output is kept even if more than KEPT_MAPS maps follow.
+        Outputs of ``always`` are kept even if more than KEPT_MAPS maps follow.
         """
         calls: list[Call] = []
         maps: deque[int] = deque()
@@ -304,18 +295,12 @@ class Record:
         size = (images.shape[-2], images.shape[-1])
         return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
 
-    def same(self, one: Tensor | None, other: Tensor | None) -> bool:
-        """Whether two tensors are equal up to rounding; never true for NaN."""
+    def same(self, one: Tensor | None, other: Tensor | None, least: float = 0.0) -> bool:
+        """Whether tensors are equal up to rounding, relative to ``least`` or more; not NaN."""
         if one is None or other is None or one.shape != other.shape:
             return False
-        return float((one - other).abs().max()) <= self.tolerance * float(other.abs().max())
-
-    def same_logits(self, found: Tensor, wanted: Tensor | None) -> bool:
-        """As :meth:`same`, relative to at least 1."""
-        if wanted is None or wanted.shape != found.shape:
-            return False
-        largest = max(1.0, float(wanted.abs().max()))
-        return float((found - wanted).abs().max()) <= self.tolerance * largest
+        largest = max(least, float(other.abs().max()))
+        return float((one - other).abs().max()) <= self.tolerance * largest
 
     def token_stride(self, count: int) -> tuple[float, float]:
         """Pixels per patch of ``count`` patches, vertical and horizontal.
@@ -537,12 +522,11 @@ class Linear:
         weight = getattr(call.module, "weight", None)
         if not isinstance(weight, Tensor) or not hasattr(call.module, "bias"):
             return None
-        if weight.ndim not in (2, 4) or (weight.ndim == 4 and tuple(weight.shape[2:]) != (1, 1)):
-            return None
         before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
         if before is None or after is None:
             return None
-        if (after.shape[1], before.shape[1]) != tuple(weight.shape[:2]):
+        shape = (after.shape[1], before.shape[1])
+        if tuple(weight.shape) not in (shape, (*shape, 1, 1)):
             return None
         linear = cls(call.module, None, call.name)
         weight, bias = linear.rows()
@@ -551,11 +535,8 @@ class Linear:
 
     def rows(self) -> Rows:
         """Current weight (N, C) and bias (N,), detached, float32 or float64."""
-        if self.module is not None:
-            given: tuple[Any, Any] = self.module.weight, self.module.bias
-        else:
-            assert self.tensors is not None
-            given = self.tensors
+        module: Any = self.module
+        given: Any = self.tensors if module is None else (module.weight, module.bias)
         weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in given)
         assert weight is not None
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32

@@ -55,9 +55,6 @@ class WrappedModel(Reading):
     Made by :func:`wrap`.
 
     Attributes:
-        map_layer: the layer of the map and how its output is read.
-        norms: norms between the pooled vector and the head; their weights are in the rows, their
-            divisions in :meth:`divided`.
         model: the user's model.
         classes: the N names.
         output: what the model returns: ``"logits"``, or their ``"sigmoid"``, ``"softmax"`` or
@@ -167,9 +164,7 @@ class WrappedModel(Reading):
     def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
         """The map (B, C, h, w) from the output of :attr:`map_layer`; differentiable.
 
-        Args:
-            raw: the layer's output, float32 or float64.
-            size: (H, W) of the images.
+        ``size`` is (H, W) of the images.
         """
         if self.map_layer.token is not None:
             return self.map_layer.map(self.divided(raw), size)
@@ -191,11 +186,7 @@ class WrappedModel(Reading):
             return self.logits_of(raw)
 
     def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
-        """The same model with another linear head on the mean of the map.
-
-        Args:
-            weight: (N, C); a copy is kept.
-            bias: (N,), or None.
+        """The same model with a copy of (N, C) rows and (N,) bias as head on the map's mean.
 
         Raises:
             ValueError: if the weight does not have one row per class.
@@ -293,10 +284,8 @@ def wrap(
 ) -> WrappedModel:
     """Find a model's feature map and its linear head, and check that they give its logits.
 
-    Two random images are passed through the model, whose state is restored. The layer whose output
-    is the logits is followed back to the map whose mean it reads, through what may lie between:
-    ReLU before the pooling; batch norm (in evaluation), layer norm, RMS norm or L2 normalisation
-    after it.
+    The model's state is restored. Between map and head may lie ReLU, pooling by the mean, and then
+    batch norm (in evaluation), layer norm, RMS norm or L2 normalisation.
 
     Args:
         model: an image classifier, or with ``classes`` a backbone. Its logits may be a tensor, the
@@ -386,14 +375,14 @@ def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
         (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
         FALLBACK_SIDE,
     ]
-    sizes: list[tuple[int, int]] = []
+    sizes: dict[tuple[int, int], None] = {}
     for value in stated:
         pair = [value, value] if isinstance(value, int) else value
         if isinstance(pair, (list, tuple)) and len(pair) >= 2:
             height, width = pair[-2:]
             if isinstance(height, int) and isinstance(width, int) and height > 0:
-                sizes.append((height, width))
-    return list(dict.fromkeys(sizes))
+                sizes[height, width] = None
+    return list(sizes)
 
 
 def _probe(
