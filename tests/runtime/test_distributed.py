@@ -54,15 +54,13 @@ def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> N
     assert not torch.distributed.is_initialized()
 
 
-def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match=r"'cuda:1' names one GPU for all .*use 'auto' or 'cuda'"):
-        join("cuda:1")
-
-
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda", "need a GPU each, but there are 1; start fewer"), ("banana", "'banana' cannot be")],
+    [
+        ("cuda", "need a GPU each, but there are 1; start fewer"),
+        ("cuda:1", "'cuda:1' names one GPU for all .*use 'auto' or 'cuda'"),
+        ("banana", "'banana' cannot be"),
+    ],
 )
 def test_devices_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch, device: str, message: str

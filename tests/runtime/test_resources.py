@@ -33,17 +33,6 @@ def test_processes_share_the_processors(
     assert available_threads() == processors
 
 
-def groups(tmp_path: Path, lines: str, files: dict[str, str]) -> list[int]:
-    """The limits found where a process is in the groups of ``lines``."""
-    membership = tmp_path / "cgroup"
-    membership.write_text(lines, "utf-8")
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    return container_limits(membership, tmp_path / "groups")
-
-
 @pytest.mark.parametrize(
     ("lines", "files", "expected"),
     [
@@ -64,7 +53,13 @@ def groups(tmp_path: Path, lines: str, files: dict[str, str]) -> list[int]:
 def test_limits_of_control_groups(
     tmp_path: Path, lines: str, files: dict[str, str], expected: set[int]
 ) -> None:
-    assert set(groups(tmp_path, lines, files)) == expected
+    membership = tmp_path / "cgroup"
+    membership.write_text(lines, "utf-8")
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    assert set(container_limits(membership, tmp_path / "groups")) == expected
 
 
 def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,11 +73,8 @@ def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.Monke
         assert available_memory() == expected
 
 
-def test_reuse_of_freed_memory() -> None:
+def test_reuse_of_freed_memory_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reuse_freed_memory() is (platform.libc_ver()[0] == "glibc")
-
-
-def test_reuse_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[int, int] = {}
 
     def mallopt(option: int, value: int) -> int:

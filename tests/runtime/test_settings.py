@@ -108,13 +108,10 @@ def test_changes() -> None:
     assert settings.clusters == 12
     assert settings.mu_b == 0.9
     assert settings.changes() == {"tau": 0.25, "scales": (1.0, 0.5)}
+    assert settings.fitting.tau == 0.25
+    assert "scales" not in settings.fitting.model_dump()
     with pytest.raises(ValidationError, match="frozen"):
         settings.tau = 0.5  # type: ignore[misc]
-
-
-def test_preset_values_are_a_copy() -> None:
-    LpcamSettings.preset_values("voc12.official")["tau"] = 0.7
-    assert LpcamSettings.preset_values("voc12.official")["tau"] == 0.1
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
@@ -139,12 +136,6 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 def test_wrong_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LpcamSettings.from_preset("voc12.official", **change)
-
-
-def test_the_parts_of_the_settings_of_lpcam() -> None:
-    settings = LpcamSettings.from_preset("voc12.official", tau=0.25)
-    assert settings.fitting.tau == 0.25
-    assert "scales" not in settings.fitting.model_dump()
 
 
 # -- Settings of registered methods --------------------------------------------------------------
