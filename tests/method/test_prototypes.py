@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,25 +169,28 @@ def reservoir_of(places: dict[tuple[int, str], torch.Tensor]) -> Reservoir:
     return reservoir
 
 
+def made(
+    places: dict[tuple[int, str], torch.Tensor],
+    settings: LpcamSettings = SETTINGS,
+    weight: torch.Tensor = torch.eye(2, 4),  # noqa: B008 - never changed
+    classes: tuple[str, ...] = ("a", "b"),
+    **options: Any,
+) -> Prototypes:
+    return make_prototypes(reservoir_of(places), weight, classes, settings, seed=0, **options)
+
+
 def test_make_prototypes_follows_the_rules() -> None:
     weight = 8 * torch.eye(2, 4)
     strong = torch.tensor([[1.0, 0.0, 0.0, 0.2]]).repeat(5, 1) + 0.01 * rows(5)
     shared = torch.tensor([[0.1, 0.1, 1.0, 0.0]]).repeat(5, 1) + 0.01 * rows(5, seed=1)
     settings = SETTINGS.model_copy(update={"clusters": 2})
-    found = make_prototypes(
-        reservoir_of(
-            {
-                (0, "foreground"): torch.cat([strong, shared]),
-                (0, "context"): shared,
-                (1, "foreground"): shared,
-                (1, "context"): strong,
-            }
-        ),
-        weight,
-        ("first", "second"),
-        settings,
-        seed=0,
-    )
+    places = {
+        (0, "foreground"): torch.cat([strong, shared]),
+        (0, "context"): shared,
+        (1, "foreground"): shared,
+        (1, "context"): strong,
+    }
+    found = made(places, settings, weight, ("first", "second"))
     # class 0: the strong cluster scores near 1 and is kept, the shared one (0.5) is not
     kept = found.foreground.prototypes(0)
     assert kept.shape == (1, 4)
@@ -210,9 +214,7 @@ def test_unit_centres_are_scored_by_the_plain_means_of_their_members() -> None:
     """A unit centre has lost the length on which the score relies."""
     long = 50 * torch.tensor([[1.0, 0.1, 0.0, 0.0]]).repeat(4, 1)
     settings = SETTINGS.model_copy(update={"clusters": 1, "centers": "unit"})
-    found = make_prototypes(
-        reservoir_of({(0, "foreground"): long}), torch.eye(2, 4), ("a", "b"), settings, seed=0
-    )
+    found = made({(0, "foreground"): long}, settings)
     assert found.foreground.centers[0, 0].norm() == pytest.approx(1.0)
     assert found.foreground.scores[0, 0] == pytest.approx(1 / (1 + math.exp(-45)), abs=1e-6)
 
@@ -221,14 +223,7 @@ def test_restarts_take_the_prototypes_of_all_clusterings() -> None:
     places = {(0, "foreground"): rows(40), (0, "context"): rows(40, seed=1)}
     settings = SETTINGS.model_copy(update={"clusters": 4, "mu_f": 0.0, "init": "random"})
     once, thrice = (
-        make_prototypes(
-            reservoir_of(places),
-            torch.eye(2, 4),
-            ("a", "b"),
-            settings.model_copy(update={"restarts": restarts}),
-            seed=0,
-        )
-        for restarts in (1, 3)
+        made(places, settings.model_copy(update={"restarts": restarts})) for restarts in (1, 3)
     )
     assert thrice.foreground.centers.shape == (2, 12, 4)
     assert torch.equal(thrice.foreground.centers[0, :4], once.foreground.centers[0])
@@ -238,13 +233,8 @@ def test_restarts_take_the_prototypes_of_all_clusterings() -> None:
 
 
 def test_fewer_features_than_clusters() -> None:
-    found = make_prototypes(
-        reservoir_of({(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}),
-        torch.eye(2, 4),
-        ("few", "absent"),
-        SETTINGS,
-        seed=0,
-    )
+    places = {(0, "foreground"): rows(2), (0, "context"): rows(9, seed=1)}
+    found = made(places, classes=("few", "absent"))
     assert any("few: only 2 foreground features, fewer than K=3" in e for e in found.events)
     assert found.foreground.sizes[0].tolist() == [1, 1, 0]
     assert math.isnan(found.foreground.scores[0, 2])
@@ -255,20 +245,17 @@ def test_fewer_features_than_clusters() -> None:
 
 def test_prototypes_do_not_depend_on_other_classes() -> None:
     places = {(0, "foreground"): rows(30), (0, "context"): rows(30, seed=1)}
-    alone = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    alone = made(places)
     places[1, "foreground"] = rows(30, seed=2)
-    both = make_prototypes(reservoir_of(places), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+    both = made(places)
     assert torch.equal(alone.foreground.centers[0], both.foreground.centers[0])
 
 
 def test_threads_do_not_change_prototypes() -> None:
-    reservoir = reservoir_of(
-        {(c, side): rows(60, seed=c) for c in range(3) for side in ("foreground", "context")}
-    )
+    places = {(c, side): rows(60, seed=c) for c in range(3) for side in ("foreground", "context")}
     settings = SETTINGS.model_copy(update={"centers": "unit", "restarts": 2})
-    names = ("a", "b", "c")
     one, many = (
-        make_prototypes(reservoir, torch.eye(3, 4), names, settings, seed=0, workers=workers)
+        made(places, settings, torch.eye(3, 4), ("a", "b", "c"), workers=workers)
         for workers in (1, 4)
     )
     assert torch.equal(one.vectors(), many.vectors())
@@ -276,9 +263,8 @@ def test_threads_do_not_change_prototypes() -> None:
 
 
 def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    reservoir = reservoir_of({(0, "foreground"): rows(500, 16)})
     settings = SETTINGS.model_copy(update={"clusters": 12, "max_iterations": 1, "tolerance": 1e-9})
-    make_prototypes(reservoir, torch.eye(2, 16), ("a", "b"), settings, seed=0)
+    made({(0, "foreground"): rows(500, 16)}, settings, torch.eye(2, 16))
     assert "1 of 1 clusterings stopped at max_iterations=1" in caplog.text
 
 
@@ -299,10 +285,9 @@ def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
 
 def test_nothing_collected_and_wrong_channels() -> None:
     with pytest.raises(PrototypeError, match="no class has any foreground"):
-        make_prototypes(Reservoir(None, 0), torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0)
+        made({})
     with pytest.raises(PrototypeError, match="4 channels but the classifier 5"):
-        one = reservoir_of({(0, "foreground"): rows(9)})
-        make_prototypes(one, torch.eye(2, 5), ("a", "b"), SETTINGS, seed=0)
+        made({(0, "foreground"): rows(9)}, weight=torch.eye(2, 5))
 
 
 # -- on disk -------------------------------------------------------------------------------------
@@ -310,15 +295,9 @@ def test_nothing_collected_and_wrong_channels() -> None:
 
 @pytest.fixture
 def prototypes() -> Prototypes:
-    return make_prototypes(
-        reservoir_of({(0, "foreground"): rows(9), (0, "context"): rows(9, seed=1)}),
-        torch.eye(2, 4),
-        ("sheep", "grass"),
-        SETTINGS,
-        seed=0,
-        fingerprint="f" * 32,
-        made_by={"preset": "voc12.official"},
-    )
+    places = {(0, "foreground"): rows(9), (0, "context"): rows(9, seed=1)}
+    made_by = {"preset": "voc12.official"}
+    return made(places, classes=("sheep", "grass"), fingerprint="f" * 32, made_by=made_by)
 
 
 def test_save_and_load(tmp_path: Path, prototypes: Prototypes) -> None:

@@ -215,14 +215,7 @@ def points(
         >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
         [Point(x=1, y=0, score=0.9), Point(x=4, y=0, score=0.5)]
     """
-    plane = _finite(values)
-    kept: list[Point] = []
-    for peak in _peaks(plane, threshold):
-        if most is not None and len(kept) >= most:
-            break
-        if _far(peak, kept, distance):
-            kept.append(peak)
-    return kept
+    return _spread(_peaks(_finite(values), threshold), distance, most)
 
 
 def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
@@ -247,8 +240,15 @@ def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
     return sorted(found, key=lambda one: (-one.score, one.y, one.x))
 
 
-def _far(peak: Point, others: Sequence[Point], distance: float) -> bool:
-    return all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in others)
+def _spread(peaks: Sequence[Point], distance: float, most: int | None = None) -> list[Point]:
+    """The peaks that are not closer than ``distance`` to an earlier one that is kept."""
+    kept: list[Point] = []
+    for peak in peaks:
+        if most is not None and len(kept) >= most:
+            break
+        if all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in kept):
+            kept.append(peak)
+    return kept
 
 
 # -- Instances ---------------------------------------------------------------------------------
@@ -294,10 +294,7 @@ def instances(
     of_part: list[Point] = []
     for label, place in _places(labels, count):
         mine = labels[place] == label
-        same: list[Point] = []
-        for peak in _peaks(np.where(mine, plane[place], -np.inf), threshold):
-            if _far(peak, same, distance):
-                same.append(peak)
+        same = _spread(_peaks(np.where(mine, plane[place], -np.inf), threshold), distance)
         y, x = np.nonzero(mine)
         away = [(y - peak.y) ** 2 + (x - peak.x) ** 2 for peak in same]
         parts[place][y, x] = np.argmin(away, axis=0) + 1 + len(of_part)

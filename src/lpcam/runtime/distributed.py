@@ -122,16 +122,9 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
             f"{torch.cuda.device_count()}; start fewer, or set run.device to 'cpu'"
         )
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    return (
-        Processes(
-            state.process_index,
-            state.num_processes,
-            here,
-            # GPUs have a group of their own; waiting must not occupy them.
-            torch.distributed.new_group(backend="gloo", timeout=PATIENCE),
-        ),
-        state.device,
-    )
+    # GPUs have a group of their own; waiting must not occupy them.
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes, here, group), state.device
 
 
 # -- Images shared among processes and threads ---------------------------------------------------
