@@ -34,7 +34,7 @@ READING = (
 
 
 def reading(options: argparse.Namespace) -> dict[str, Any]:
-    """What `READING` was given, as :func:`lpcam.data.open_dataset.open_dataset` takes it."""
+    """The options `READING` as arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
     fields = ("kind", "lists", "labels", "masks", "classes")
     return {name: getattr(options, name) for name in fields}
 

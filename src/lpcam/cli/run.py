@@ -167,7 +167,7 @@ def segment(call: Invocation) -> int:
 
 
 def _on_files(call: Invocation, folder: Path, suffix: str) -> int:
-    """Work on the maps or masks of another program, in a run folder of its own."""
+    """Process the maps or masks of another program in a new run folder."""
     from lpcam.pipeline import run as pipeline  # noqa: PLC0415
 
     work = pipeline.refine if suffix == "refined" else pipeline.segment

@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Words for an error that suggest the most similar known name; empty if none is similar.
+    """Error text that suggests the most similar known name; empty if none is similar.
 
     Example:
         >>> nearest_name("Cows", ["cow", "dog"])

@@ -150,7 +150,7 @@ def _library() -> Any:
 
 
 def _open(library: Any, source: Any, split: str | None) -> Any:
-    """One split, as a Dataset."""
+    """Open one split as a Dataset."""
     found = source
     if isinstance(source, str | Path):
         found, split = _load(library, source, split)

@@ -1,4 +1,4 @@
-"""``lpcam data check``: what a data set holds, what is wrong with it, and what a run would take."""
+"""``lpcam data check``: contents and problems of a data set, and the cost of a run on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def survey(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
-    """Look at every file of a data set once, and count what is in it.
+    """Inspect every file of a data set once and count its contents.
 
     Unlike a run this does not stop at a mask that cannot be used: all of them are findings.
 
@@ -140,7 +140,7 @@ def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, tuple[
 
 
 class _Look(NamedTuple):
-    """What the true mask of an image holds."""
+    """Contents of the true mask of an image."""
 
     values: frozenset[int] | None
     """None where there is no usable mask of classes."""
@@ -299,7 +299,7 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
 
 
 def _may_be_one(one: str, other: str, images: int, others: int) -> bool:
-    """Whether two class names are one but for case, blanks, a plural, or a slip in a rare one."""
+    """Whether two class names differ only by case, blanks, a plural, or a typing error."""
     a, b = sorted((re.sub(r"[\W_]", "", name.casefold()) for name in (one, other)), key=len)
     if re.sub(r"\D", "", a) != re.sub(r"\D", "", b) or len(b) - len(a) > 2:
         return False

@@ -89,7 +89,7 @@ def read_labels(path: Path) -> LabelTable:
 
 
 def how_to_write(path: Path) -> str:
-    """Words for an error: the form of a table of labels, by its extension."""
+    """Error text that describes the form of a table of labels, by its extension."""
     if path.suffix.lower() == ".jsonl":
         return (
             f"{path.name} must be UTF-8 text with one JSON object a line, for example: "

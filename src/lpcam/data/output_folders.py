@@ -54,7 +54,7 @@ class OutputKind:
 
 @dataclass(frozen=True)
 class ImageResults:
-    """What a command that works on image files did."""
+    """Results of a command that works on image files."""
 
     kind: OutputKind
     folder: Path
@@ -64,7 +64,7 @@ class ImageResults:
     """``image`` and ``reason`` of each image that failed."""
 
     def summary(self) -> str:
-        """One line an image, at most `MOST_LINES`, then what was left out and where results are."""
+        """One line per image, at most `MOST_LINES`, then skipped images and the folder."""
         describe = self.kind.describe
         lines = [f"{one['image']}: {describe(one)}" for one in self.found[:MOST_LINES]]
         if len(self.found) > MOST_LINES:

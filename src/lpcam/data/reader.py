@@ -1,4 +1,4 @@
-"""What a reader is: it turns one kind of data set on disk into images with labels."""
+"""Interface of readers, which turn one kind of data set on disk into images with labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Saliency = Annotated[Literal["computed"] | Path, BeforeValidator(_word_or_path)]
 
 
 class Lists(Section):
-    """Which list of the data set each stage works on; null takes the reader's usual one."""
+    """The list of the data set that each stage works on; null takes the reader's usual one."""
 
     classify: str | None = None
     """List that trains the classifier (voc: train_aug; folder, coco: all)."""
@@ -112,7 +112,7 @@ class DataSection(Section):
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be read."""
+    """Arguments of a reader."""
 
     root: Path
     lists: Sequence[str] | None = None
@@ -169,7 +169,7 @@ class Reader(ABC):
         """
 
     def known_classes(self, root: Path, names: Sequence[str] | None) -> ClassTable | None:
-        """The classes (the named ones, or all) where they are known without images and labels."""
+        """The named classes (or all), if they are known without reading images and labels."""
         return None
 
     @abstractmethod

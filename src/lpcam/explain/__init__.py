@@ -1,1 +1,1 @@
-"""Maps of new images, for people."""
+"""Maps of new images."""

@@ -301,7 +301,7 @@ def _source(
 
 
 def _one_name(source: WrappedModel, model: nn.Module, options: Mapping[str, Any]) -> WrappedModel:
-    """What is found without a target layer, if it is the same map: prototypes name the layer."""
+    """The model found without a target layer if it has the same map; prototypes name the layer."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, source.channels_in, *source.probe_size, generator=generator)
     with suppress(ClassifierError):

@@ -1,4 +1,4 @@
-"""What the pages of report and server share: templates, styles, and pictures and arrays as text."""
+"""Shared parts of the report and server pages: templates, styles, and arrays as text."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def _find_files(source: Path) -> dict[str, Path]:
 
 
 def _image_of(name: str) -> str:
-    """One name for an image, however its file is named."""
+    """Normalised name of an image, independent of the spelling of its file name."""
     folder, slash, last = name.rpartition("/")
     if match := _COCO_ID.fullmatch(last):
         last = f"coco {match[1]}"

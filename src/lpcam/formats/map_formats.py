@@ -47,7 +47,7 @@ class MapFormat(Protocol):
     def has_background(self) -> bool: ...
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
-        """Whether a dictionary looks like this format; of one without a class it may."""
+        """Whether a dictionary may be of this format; one without a class may be of any."""
         ...
 
     def read(self, content: Mapping[Any, Any], size: Size | None) -> tuple[MapFile, Planes | None]:
@@ -78,7 +78,7 @@ class KeyedMaps:
         return f"'keys' (K,) and 'high_res' ({'K + 1' if self.has_background else 'K'}, H, W)"
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
-        """Whether the number of planes is that of this format."""
+        """Whether the number of planes fits this format."""
         try:
             extra = len(content["high_res"]) == len(content["keys"]) + 1
         except (KeyError, TypeError):
@@ -146,13 +146,13 @@ class MapsByClass:
 
     @property
     def layout(self) -> str:
-        """What the dictionary holds, in words."""
+        """Description of the dictionary."""
         if self.has_background:
             return "planes (H, W) by class, counted from 1, with 0 for the background"
         return "planes (H, W) by class, counted from 0"
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
-        """Whether all keys are integers, and the planes are probabilities where one is of 0."""
+        """Whether all keys are integers, and planes are probabilities if there is a key 0."""
         if not all(type(key) is int for key in content):
             return False
         if not self.has_background:
@@ -185,7 +185,7 @@ class MapsByClass:
         return MapFile(keys, _resized(full, quarter_size(full.shape[1:])), full), background
 
     def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
-        """One plane a class, in the order of the maps."""
+        """A dictionary with one plane per class, in the order of the maps."""
         first = 0 if background is None else 1
         found = {} if background is None else {0: background}
         planes = zip((maps.keys + first).tolist(), maps.high_res, strict=True)

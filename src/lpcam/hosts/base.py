@@ -42,7 +42,7 @@ def folder_name(method: str) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of maps that a host makes."""
+    """A kind of maps that a host makes."""
 
     title: str
     """Name of its rows, such as ``AMN+LPCAM``."""
@@ -60,7 +60,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class HostData:
-    """What a host's network learns from."""
+    """Training data of a host's network."""
 
     images: Sequence[Item]
     """Images that train it."""
@@ -91,7 +91,7 @@ class HostSettings(PresetModel):
 
 
 class HostSection(BackboneSection):
-    """A method with a network of its own that makes better maps."""
+    """Host: a method with its own network that improves the maps."""
 
     method: str
     """Name of a host."""

@@ -1,4 +1,4 @@
-"""From local features to prototypes: collect, cluster, score and select.
+"""Prototypes from local features: collect, cluster, score and select.
 
 A :class:`Reservoir` holds a sample of the local features of each class and side (foreground or
 context, equation 2). :func:`make_prototypes` clusters it, then scores and selects the centres

@@ -1,1 +1,1 @@
-"""From a recipe to a finished run."""
+"""Recipes, and the stages that run them."""

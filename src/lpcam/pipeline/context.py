@@ -1,4 +1,4 @@
-"""What the stages of a run share: folder, data, classifier, features and processes."""
+"""Objects that the stages of a run share: folder, data, classifier, features and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run takes of time and disk, by timing some images on this machine."""
+"""Estimate the time and disk space of a run by timing some images on this machine."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def inspect_dataset(
     workers: int = 1,
     **reading: Any,
 ) -> Survey:
-    """Look at every file of a data set, and estimate a run of it.
+    """Inspect every file of a data set, and estimate the cost of a run.
 
     Args:
         path, reading: as in :func:`lpcam.data.open_dataset.open_with_truth`.

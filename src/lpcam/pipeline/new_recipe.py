@@ -1,4 +1,4 @@
-"""``lpcam init``: look at a folder of images and labels, and write a recipe for it."""
+"""``lpcam init``: inspect a folder of images and labels, and write a recipe for it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class MapsSection(FeatureSettings):
     """uint8 stores 255 steps of each map's maximum, float16 takes three to four times the space."""
 
     def features_key(self) -> dict[str, Any]:
-        """What changes the features, for a cache key."""
+        """Settings that change the features, for a cache key."""
         return self.model_dump(include=set(FeatureSettings.model_fields))
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made."""
+    """Results of a run."""
 
     folder: Path
     rows: list[dict[str, Any]]

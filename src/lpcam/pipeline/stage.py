@@ -45,5 +45,5 @@ class Stage:
 
     @property
     def remedy(self) -> str:
-        """What to add to a recipe that does not have this stage."""
+        """Option that adds this stage to a recipe."""
         return "" if self.section is None else REMEDIES[self.section]

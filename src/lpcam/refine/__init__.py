@@ -1,1 +1,1 @@
-"""From maps to pseudo masks."""
+"""Refinements of maps to pseudo masks."""

@@ -1,4 +1,4 @@
-"""What a refinement is: a method that turns maps into pseudo masks."""
+"""Interface of refinements, which turn maps into pseudo masks."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ Refine = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
 
 
 class RefineSection(Section):
-    """How maps become pseudo masks before a segmenter is trained on them."""
+    """Refinement of maps to the pseudo masks that segmenters are trained on."""
 
     method: str = "irn"
     """Name of a refinement."""

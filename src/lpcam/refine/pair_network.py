@@ -1,4 +1,4 @@
-"""What IRN and PSA share: feature maps of a backbone, and training on pairs of grid cells."""
+"""Shared parts of IRN and PSA: feature maps of a backbone, training on pairs of cells."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ MOST_BYTES = 12_000_000
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a report is made from."""
+    """Inputs of a report."""
 
     title: str
     items: Sequence[Item]

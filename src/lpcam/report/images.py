@@ -42,7 +42,7 @@ Scores = Mapping[Method, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Sources:
-    """What is shown of images, besides themselves."""
+    """Maps and masks that are shown with the images."""
 
     dataset: Dataset
     folders: Mapping[Method, Path]

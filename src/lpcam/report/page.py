@@ -93,7 +93,7 @@ def _digest(text: str) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> Markup:
-    """What the script draws, as JSON that cannot end its script element."""
+    """Data of the page's script, as JSON that cannot end its script element."""
     drawn = {name: data[name] for name in _DRAWN} | {"heat": HEAT.astype(int).tolist()}
     try:
         text = json.dumps(drawn, sort_keys=True, allow_nan=False, separators=(",", ":"))
@@ -130,7 +130,7 @@ def _memory(count: int | None) -> str:
 
 
 def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the section on segmenters shows; None if the run has none."""
+    """Content of the section on segmenters; None if the run has none."""
     given = data.get("segmenters")
     if given is None:
         return None

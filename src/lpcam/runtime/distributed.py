@@ -134,7 +134,7 @@ R = TypeVar("R")
 
 
 class Identified(Protocol):
-    """Something that is known by an id, such as an image."""
+    """An object with an id, such as an image."""
 
     @property
     def id(self) -> str:

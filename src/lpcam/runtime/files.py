@@ -200,6 +200,6 @@ def printable(path: Path) -> str:
 
 
 def weights_key(weights: str) -> str:
-    """What identifies weights in a cache key: a word, or the digest of a file's contents."""
+    """Identification of weights in a cache key: a word, or the digest of a file's contents."""
     is_file = weights.endswith(".safetensors") and Path(weights).is_file()
     return digest_file(Path(weights)) if is_file else weights

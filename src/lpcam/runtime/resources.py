@@ -1,4 +1,4 @@
-"""What a process may use of its machine: processors and memory, set and not inherited."""
+"""Processors and memory that a process may use."""
 
 from __future__ import annotations
 

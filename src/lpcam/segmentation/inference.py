@@ -35,7 +35,7 @@ which should not be held twice."""
 
 
 class SegmenterLike(Protocol):
-    """What is needed of a segmenter: (B, 3, H, W) normalised images to logits (B, L, h, w)."""
+    """Interface of a segmenter: normalised images (B, 3, H, W) to logits (B, L, h, w)."""
 
     @property
     def classes(self) -> ClassTable: ...
@@ -199,7 +199,7 @@ def _fuse_(total: Tensor, maps: Tensor, *, largest: bool = False) -> None:
 
 
 def _softmax_(logits: Tensor) -> None:
-    """Over the labels (first axis), in place: torch's own needs the memory twice."""
+    """Softmax over the labels (first axis) in place, to halve the memory."""
     logits.sub_(logits.amax(0)).exp_()
     logits.div_(logits.sum(0))
 

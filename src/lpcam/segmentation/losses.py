@@ -25,7 +25,7 @@ Meeting = Literal["reduced", "full"]
 
 
 def nearest(length: int, size: int) -> Tensor:
-    """Which of ``length`` pixels of an axis Pillow's nearest neighbour takes for ``size``.
+    """Indices of the pixels that Pillow's nearest neighbour takes when resizing an axis.
 
     The pixel that holds (i + 1/2) length / size. Where that is a whole number, rounding decides;
     so the centres are added up one after the other in float64, as Pillow does.
@@ -75,7 +75,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`cross_entropy_sum`, of background and of all other pixels apart.
+    """Like :func:`cross_entropy_sum`, but separately for background and other pixels.
 
     The balanced loss is the mean over the former plus the mean over the latter (section 1, as in
     DSRG and AdvCAM).

@@ -122,7 +122,7 @@ class SegmentTestSettings(PresetModel):
 
 
 class SegmentSection(WeightsSection):
-    """A network that is trained on the pseudo masks and segments images without any label."""
+    """A network that is trained on the pseudo masks and segments images without labels."""
 
     network: str = "deeplabv2"
     """Name of a segmentation network."""

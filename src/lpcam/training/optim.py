@@ -13,7 +13,7 @@ from lpcam.runtime.errors import ClassifierError
 
 
 class Schedule(Protocol):
-    """Settings of a network that is trained by SGD for a number of epochs."""
+    """Settings of training by SGD for a number of epochs."""
 
     @property
     def epochs(self) -> int: ...
@@ -28,7 +28,7 @@ class Schedule(Protocol):
 
 
 class Rates(Protocol):
-    """Settings of a network whose new layers and biases have their own learning rates."""
+    """Settings of the learning rates of new layers and biases."""
 
     @property
     def learning_rate(self) -> float: ...

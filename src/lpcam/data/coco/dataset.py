@@ -241,7 +241,7 @@ class CocoFolder:
         return replace(self.dataset, items=items, notices=notices)
 
     def true_mask(self, name: str) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-        """The mask of an image in memory, and what is wrong with its annotations."""
+        """The mask of an image in memory, and the errors in its annotations."""
         return true_mask(self._images[name], self._values)
 
     def outlined(self, name: str) -> bool:
@@ -278,7 +278,7 @@ def _class_table(indices: Sequence[CocoAnnotations]) -> ClassTable:
 
 
 def _has_coco_names(name: str, index: CocoAnnotations) -> bool:
-    """Whether all images of a list have COCO's own names, which no other list has."""
+    """Whether all images of a list are named as in COCO."""
     pattern = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
     return all(map(pattern.fullmatch, index.file_names))
 
@@ -308,7 +308,7 @@ def _file_names(paths: Collection[Path]) -> str:
 def _notices(
     indices: Sequence[CocoAnnotations], labelled: Mapping[int, int], items: Mapping[str, Item]
 ) -> tuple[str, ...]:
-    """What a user should know about labels and masks; ``labelled`` is by category row."""
+    """Notices for the user about labels and masks; ``labelled`` is by category row."""
     names = [name for _, name in indices[0].categories]
     rows = np.concatenate([index.category_rows for index in indices])
     of_crowd = np.concatenate([index.crowds for index in indices])
@@ -362,7 +362,7 @@ class CocoReader(Reader):
     settings = CocoSection
 
     def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse any: the annotations have the labels."""
+        """Refuse every other source of labels: the annotations have them."""
         if labels is not None:
             raise ValueError(
                 "labels belongs to the kinds voc and folder; coco takes them from its annotations"

@@ -148,12 +148,12 @@ class CocoAnnotations:
         return DataError(f"{self.path} has changed since its index was read; read it again")
 
     def paintable(self) -> NDArray[np.bool_]:
-        """(I,) whether every object of an image has an outline, so that it can have a mask."""
+        """Bool (I,): whether every object of an image has an outline, as masks need."""
         bare = self._owners()[~self.crowds & ~self.outlined]
         return np.asarray(np.bincount(bare, minlength=len(self.image_ids)) == 0)
 
     def labels(self, *, crowds: bool = True) -> list[tuple[int, ...]]:
-        """Of each image row, the ascending category rows of its annotations.
+        """The ascending category rows of the annotations of each image.
 
         Args:
             crowds: whether crowds count.
@@ -166,7 +166,7 @@ class CocoAnnotations:
         return [tuple(rows[a:b]) for a, b in itertools.pairwise(ends)]
 
     def _owners(self) -> NDArray[np.int64]:
-        """(A,) the image row of each annotation."""
+        """The image row (A,) of each annotation."""
         return np.repeat(np.arange(len(self.image_ids)), np.diff(self.starts))
 
 

@@ -206,7 +206,7 @@ def true_mask(
 
 
 def _size_fault(image: CocoImage) -> str | None:
-    """Words for an image file that has another size than the annotations say."""
+    """Message for an image file whose size differs from the annotations."""
     assert image.path is not None
     try:
         height, width = upright_size(image.path)

@@ -331,7 +331,7 @@ def _mask_request(query: Mapping[str, str], explainer: Explainer) -> tuple[list[
 
 
 def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
-    """What the page draws: picture, classes with scores and colours, and maps as uint8."""
+    """Data of the page: picture, classes with scores and colours, and maps as uint8."""
     height, width = maps.size
     mapped = maps.cam.shape[1], maps.cam.shape[2]
     small = scaled_size(*mapped, min(1.0, PLANE_SIDE / max(mapped)))

@@ -1,4 +1,4 @@
-"""What every mask format shares: the masks that are exported, and the interface of a format."""
+"""Interface of mask formats, and the masks that they export."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Format:
         """Write the files of one image; ``paths`` are those of `paths`, below the output folder."""
 
     def record(self, picture: Picture) -> Any:
-        """What the document holds of one image."""
+        """The record of one image in the document."""
         return None
 
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ through their centres, as a line that is drawn over pixels has it."""
 
 
 def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]:
-    """One closed outline a piece of a mask, holes cut open.
+    """One closed outline for each piece of a mask; cuts connect the holes to it.
 
     Pixels that touch at a corner alone are two pieces. The first point is not repeated. Along
     ``centres`` pixel (y, x) is the point (x, y); the outline of one pixel has four equal points.

@@ -138,7 +138,7 @@ def _evaluate(context: Context, methods: Mapping[str, Scored], items: Sequence[I
 
 
 def _histories(context: Context, kind: str) -> Record:
-    """How the networks of a kind of results learnt, by the name of each."""
+    """Training histories of the networks of a kind of results, by name."""
     prefix = f"{kind}/"
     return {
         name.removeprefix(prefix): result.output["history"]
@@ -148,7 +148,7 @@ def _histories(context: Context, kind: str) -> Record:
 
 
 def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
-    """A row of maps, with everything that it must be read with."""
+    """A row of maps with its protocol."""
     shared = protocol(context)
     if method.stage == "seed":
         shared["refine"] = None
@@ -180,7 +180,7 @@ def _segmenter_keys(context: Context) -> Record:
 
 
 def _segmenter_row(context: Context, row: Record) -> Record:
-    """A row of a segmenter, with how it was trained and tested."""
+    """A row of a segmenter with its protocol of training and test."""
     figure = {k: v for k, v in row.items() if k not in ("crf", "teacher", "mask_threshold")}
     training = context.results[f"segment/{row['teacher']}"].output
     shared = protocol(context)
@@ -211,7 +211,7 @@ def _segmenter_row(context: Context, row: Record) -> Record:
 
 
 def _crf_use(context: Context, method: Scored) -> bool | str:
-    """Where a dense CRF took part in a figure."""
+    """The steps in which a dense CRF contributed to a figure."""
     if method.stage == "seed":
         return False  # the masks that a host learns from are in the protocol's host
     section = refine.section_of(context)
@@ -219,7 +219,7 @@ def _crf_use(context: Context, method: Scored) -> bool | str:
 
 
 def protocol(context: Context) -> Record:
-    """What every figure of this run must be read with, apart from its threshold."""
+    """Conditions of every figure of this run, apart from its threshold."""
     lists = context.recipe.data
     hosted = bool(host.arms(context))
     return {
@@ -291,5 +291,5 @@ def _write_sheet(context: Context) -> None:
 
 
 def dataset_name(context: Context) -> str:
-    """What the data set is called in every figure's protocol."""
+    """Name of the data set in the protocol of all figures."""
     return context.recipe.data.name or context.dataset.name

@@ -84,7 +84,7 @@ def _map_task(
     maps_of: MapsOf,
     load: Callable[[], None] = lambda: None,
 ) -> Task:
-    """One task for the maps of several results, from one feature pyramid for each image."""
+    """A task for the maps of several results, from one feature pyramid per image."""
     folder = context.folder
     results = [
         context.result(name, key, [map_path(folder / name, item.id) for item in items])
@@ -136,7 +136,7 @@ def _map_images(
 
 
 def write_fused(context: Context, cache: StageCache, item: Item, maps: FusedMaps) -> None:
-    """Write the maps of an image, enlarged to its size, as the recipe stores maps."""
+    """Write the maps of an image at its size, in the recipe's dtype."""
     fused = at_size(maps, context.sharing.sizes[item.id])
     write_maps(
         map_path(cache.folder, item.id),

@@ -1,4 +1,4 @@
-"""From maps to pseudo masks, by the refinement that the recipe names."""
+"""Pseudo masks from maps, by the refinement that the recipe names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def tools(context: Context) -> Tools:
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, what the refinement could not work with."""
+    """Validate the refinement's configuration before any stage runs."""
     section = section_of(context)
     section.refinement.validate(section, tools(context))
 

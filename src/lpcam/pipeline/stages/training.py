@@ -1,4 +1,4 @@
-"""What the stages that train a network share."""
+"""Helpers of the stages that train a network."""
 
 from __future__ import annotations
 

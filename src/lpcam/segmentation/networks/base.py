@@ -1,4 +1,4 @@
-"""What every kind of segmentation network provides, and what their modules share."""
+"""Interface and shared parts of the segmentation networks."""
 
 from __future__ import annotations
 

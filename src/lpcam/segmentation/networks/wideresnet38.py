@@ -92,7 +92,7 @@ class WideResNet38Network:
     one_size_export = False
 
     def check(self, spec: SegmenterSpec, weights: str) -> None:
-        """Raise ClassifierError if pretrained weights are wanted, of which there are none."""
+        """Raise ClassifierError for pretrained weights, which do not exist."""
         if weights == PRETRAINED:
             raise ClassifierError(
                 f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
