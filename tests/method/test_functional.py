@@ -37,11 +37,6 @@ def test_equations_3_and_4_by_hand() -> None:
     assert found.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(3))])
 
 
-def test_score_depends_on_the_length_of_the_centre() -> None:
-    center, weight = torch.tensor([[1.0, 0.0]]), torch.eye(2)
-    assert lf.score(10 * center, weight, 0).item() > 0.99 > lf.score(center, weight, 0).item()
-
-
 def test_score_of_one_class_is_the_sigmoid() -> None:
     """A softmax over one class would be 1 for every centre."""
     centers = torch.tensor([[2.0], [0.0], [-3.0]])

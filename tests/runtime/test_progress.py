@@ -59,14 +59,6 @@ def test_steps_of_an_earlier_run_do_not_shorten_the_estimate(
     assert caplog.messages == ["maps: 92 of 100, about 80 s left"]
 
 
-def test_a_short_job_has_no_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    with progress("maps", 1000) as advance:
-        for _ in range(1000):
-            clock.now += 0.014
-            advance(1, "")
-    assert caplog.messages == []
-
-
 def test_a_terminal_gets_a_bar(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

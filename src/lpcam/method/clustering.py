@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -103,13 +103,11 @@ class CosineKMeans:
     chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("init", ("random", "k-means++")),
-            ("centers", ("mean", "unit")),
-            ("tolerance_kind", ("absolute", "relative")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
+        kinds = {"init": Init, "centers": CenterKind, "tolerance_kind": ToleranceKind}
+        for name, kind in kinds.items():
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {known}")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; expected at least 1")
 
@@ -155,8 +153,7 @@ def cosine_kmeans(
         generator: on the CPU, draws the first centres; None: seeded with 0.
 
     Raises:
-        ValueError: if a shape is wrong, there are fewer points than clusters, or the points contain
-            NaN or Inf.
+        ValueError: as :meth:`CosineKMeans.fit`, or if a shape is wrong.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])

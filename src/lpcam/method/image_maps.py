@@ -213,11 +213,7 @@ class ImageMaps:
         }
 
     def sheet_rows(self, *, long_side: int | None = None) -> list[SheetRow]:
-        """Image, CAM, LPCAM and mask of each class as rows of a sheet; one row without a class.
-
-        Args:
-            long_side: pixels, to which larger pictures are reduced; None: the image's size.
-        """
+        """Rows of a sheet, one for each class (one without a class), at most ``long_side`` long."""
         mask, size = self.mask(), self.size
         if long_side is not None and max(size) > long_side:
             size = scaled_size(*size, long_side / max(size))

@@ -277,20 +277,14 @@ def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
 
 
 def draw_images(
-    labels: Sequence[tuple[str, Sequence[int]]],
-    classes: int,
-    settings: LpcamSettings,
-    *,
-    seed: int,
+    labels: Sequence[tuple[str, Sequence[int]]], classes: int, settings: LpcamSettings, *, seed: int
 ) -> dict[str, dict[int, int]]:
     """Draw the images that are clustered for each class (specification of LPCAM, section 4).
 
     Args:
         labels: name and class indices of each image.
         classes: N.
-        settings: ``images_per_class`` (None: every image of the class, once) and
-            ``images_with_replacement``.
-        seed: random seed; each class has its own generator.
+        seed: each class has its own generator.
 
     Returns:
         For each drawn image, how often it was drawn for each class.

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lpcam.method.clustering import CLUSTERINGS
+from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM"]
@@ -45,13 +45,13 @@ class FittingSettings(Section):
     """Whether an image may be drawn more than once; its features then count as often."""
     max_features: Annotated[int, Field(ge=1)] | None
     """Maximum number of sampled features of each class and side; null keeps all."""
-    init: Literal["random", "k-means++"]
+    init: Init
     """First centres: K distinct random features, or spread ones (k-means++)."""
-    centers: Literal["mean", "unit"]
+    centers: CenterKind
     """``mean``: mean of the members; ``unit``: mean of the normalised members."""
     tolerance: Positive
     """Change below which k-means stops; a larger one stops earlier."""
-    tolerance_kind: Literal["absolute", "relative"]
+    tolerance_kind: ToleranceKind
     """``absolute``: squared sum of the centre shifts; ``relative``: gain of the objective."""
     max_iterations: Annotated[int, Field(ge=1)]
     """Maximum number of k-means iterations; reaching it gives a warning."""
