@@ -178,11 +178,7 @@ def test_loss_falls_and_history_tells(fresh: Any, items: list[Item], tmp_path: P
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 6])
 def test_going_on_gives_the_same_bytes(
-    fresh: Any,
-    items: list[Item],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stopped_at: int,
+    fresh: Any, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
 ) -> None:
     """12 images in batches of 3: steps 1 to 4 are the first epoch, 5 to 8 the second."""
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
@@ -237,14 +233,9 @@ def test_a_batch_smaller_than_the_processes(
 ) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": batch})
     with pytest.raises(ClassifierError, match=r"2 images .* 3 processes"):
+        several = Processes(1, 3)
         train.finetune(
-            fresh(),
-            items[:images],
-            [],
-            settings,
-            seed=0,
-            folder=tmp_path,
-            processes=Processes(1, 3),
+            fresh(), items[:images], [], settings, seed=0, folder=tmp_path, processes=several
         )
 
 

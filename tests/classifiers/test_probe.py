@@ -138,10 +138,7 @@ def test_pooled_features_of_image_and_mirror(
 
 
 def test_pooled_features_go_on_after_a_stop(
-    classifier: Classifier,
-    items: list[Item],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    classifier: Classifier, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "SHARD", 4)
 
@@ -253,12 +250,7 @@ def test_fit_probe(
     training, validation = items[:9], items[9:]
     backbone = {k: v.clone() for k, v in classifier.backbone.state_dict().items()}
     history = probe.fit_probe(
-        classifier,
-        training,
-        validation,
-        SETTINGS,
-        pooled=pooled,
-        refit=refit,
+        classifier, training, validation, SETTINGS, pooled=pooled, refit=refit
     )
     assert all(torch.equal(v, backbone[k]) for k, v in classifier.backbone.state_dict().items())
 

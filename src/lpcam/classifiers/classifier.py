@@ -79,9 +79,7 @@ class Classifier(SavedNetwork):
     Args:
         backbone: a module that maps images (B, 3, H, W) to (B, C, h, w).
         classes: the N class names, in label order.
-        preprocessing: normalisation that the backbone expects.
-        spec: how to build the backbone again; None for a module passed in by the caller. Such a
-            classifier cannot be saved.
+        spec: how to build the backbone again; without one a classifier cannot be saved.
 
     Raises:
         ClassifierError: if the backbone gives no spatial map, or NaN or Inf.
@@ -111,8 +109,7 @@ class Classifier(SavedNetwork):
         self.preprocessing = preprocessing
         self.spec = spec
         self._gives_tokens = False
-        channels = self._probe_channels()
-        self.head = nn.Linear(channels, len(self.classes), bias=False)
+        self.head = nn.Linear(self._probe_channels(), len(self.classes), bias=False)
         self.eval()
 
     @property
@@ -260,12 +257,10 @@ def timm_classifier(
     logits, which is checked. A bias counts in the scores, but not in the maps (equation 1).
 
     Args:
-        name: timm name.
-        weights: ``"pretrained"`` (timm's, downloaded on first use) or a safetensors file of the
-            whole model.
+        weights: ``"pretrained"`` (timm's) or a safetensors file of the whole model.
         classes: N names; default: those of ImageNet if the model has its classes, else numbers.
-        arguments: arguments of ``timm.create_model``.
-        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        arguments: of ``timm.create_model``.
+        mean, std: as for :func:`build`.
 
     Raises:
         ClassifierError: if timm does not know the name, the weights cannot be had or do not fit,

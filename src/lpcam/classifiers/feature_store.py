@@ -13,11 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import (
-    FeaturePair,
-    _pair,
-    all_finite,
-)
+from lpcam.classifiers.features import FeaturePair, _pair, all_finite
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image, resize_image, scaled_size
 from lpcam.runtime.errors import PrototypeError
@@ -35,14 +31,12 @@ def image_pyramid(
     """Features of uint8 images at each scale, resized by Pillow's bicubic filter.
 
     Args:
-        classifier: whose backbone and preprocessing are used.
         images: (B, H, W, 3) uint8 RGB.
-        scales: factors of the sides.
         flip: whether the mirrored images pass too.
         precision: float16 or bfloat16 runs the backbone under autocast; None: in its own precision.
 
     Yields:
-        Features (B, C, h, w) float32 of each scale, in the order of ``scales``.
+        Features (B, C, h, w) float32 of each scale.
 
     Raises:
         PrototypeError: if the features contain NaN or Inf.

@@ -82,9 +82,6 @@ def augment(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        preprocessing: normalisation.
-        settings: range of long sides and side of the crop.
-        generator: source of all random choices.
         change: function applied to the resized image, to change its colours.
 
     Returns:
@@ -147,14 +144,10 @@ def finetune(
 
     Args:
         classifier: the classifier, on the device to train on.
-        items: training images.
         validation: images whose mAP is measured after each epoch.
-        settings: schedule, rates and sizes.
-        seed: seed of the order of the images and of their augmentation.
-        folder: folder of the checkpoint.
+        seed: of the order of the images and of their augmentation.
         workers: processes that read and augment images.
-        processes: processes that share each batch; default: only this one. The result does not
-            depend on their number, up to rounding.
+        processes: share each batch; their number changes results by rounding alone.
 
     Returns:
         one record per epoch: ``epoch``, ``step``, mean ``loss``, ``validation_map``.
@@ -166,15 +159,11 @@ def finetune(
     """
     processes = processes or Processes()
     freeze(classifier.backbone, settings.freeze)
+    backbone = [p for p in classifier.backbone.parameters() if p.requires_grad]
+    head, rate = list(classifier.head.parameters()), settings.learning_rate
     groups = [
-        {
-            "params": [p for p in classifier.backbone.parameters() if p.requires_grad],
-            "lr": settings.learning_rate,
-        },
-        {
-            "params": list(classifier.head.parameters()),
-            "lr": settings.learning_rate * settings.head_multiplier,
-        },
+        {"params": backbone, "lr": rate},
+        {"params": head, "lr": rate * settings.head_multiplier},
     ]
     size = min(settings.batch_size, len(items))
     labels = multi_hot(items, len(classifier.classes))

@@ -41,10 +41,8 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
 
     Args:
         logits: (M, N).
-        labels: (M, N), positive if > 0. A class without a positive image is not counted.
-
-    Returns:
-        A fraction, or None if no class has a positive image.
+        labels: (M, N), positive if > 0. A class without a positive image is not counted; without
+            any the result is None.
 
     Example:
         >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
@@ -73,7 +71,6 @@ def fit_head(
     Args:
         pooled: (M, V, C), V views of each of M images.
         labels: (M, N) multi-hot.
-        settings: weight decay and most iterations.
         classes: the N names, for the message.
 
     Returns:

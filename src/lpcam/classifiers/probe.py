@@ -41,10 +41,7 @@ def fit_probe(
     """Fit the classifier's head in place; its backbone does not change.
 
     Args:
-        classifier: whose head is fitted.
-        training: images to fit the head to.
         validation: images whose mAP is measured with the head fitted to ``training``.
-        settings: penalty and iterations of the solver.
         pooled: (M, V, C) of training and then validation images, from :func:`pooled_features`.
         refit: after the measurement, fit again to training and validation images together.
 
@@ -108,12 +105,9 @@ def pooled_features(
     Complete shards in ``folder`` are read instead of computed again.
 
     Args:
-        items: the images.
-        settings: ``long_side`` (pixels) that images are resized to, and ``mirror``.
         store: gives the features if ``settings.long_side`` is None (with its flip if
             ``settings.mirror``); otherwise its classifier does.
-        folder: folder of the shards, used for this classifier, list and settings only, by all
-            processes.
+        folder: of the shards of all processes, for this classifier, list and settings only.
         sharing: how images are shared among processes, threads and batches.
 
     Returns:

@@ -54,16 +54,9 @@ class Head(NamedTuple):
 
 
 class Finder:
-    """Searches a recorded pass for the map and the head.
+    """Searches a recorded pass of images (B, c, H, W) for the map and the head.
 
-    Args:
-        model: the bare model.
-        record: its recorded pass.
-        images: (B, c, H, W) of that pass.
-        layer: the layer of the map, or a callable from images to the map; None: search.
-        head: the linear layer, or weight (N, C) and bias; None: search.
-        pool: ``"token"`` if the head reads a class token.
-        classes: names of the classes; None: the model's own.
+    Other arguments are those of :func:`lpcam.classifiers.wrapped.wrap`.
     """
 
     def __init__(
@@ -91,7 +84,7 @@ class Finder:
         if isinstance(self.given, tuple):
             return self._find_for_tensors(*self.given)
         heads = list(self._heads())
-        if self.given is not None and not heads:
+        if not heads and self.given is not None:
             raise ClassifierError(
                 "the module given as head is not a linear layer that the model ran (a matrix or a "
                 "1 x 1 convolution on one vector per image); give its last linear layer, or the "
@@ -396,7 +389,7 @@ def _layouts(layer: Any, name: str, number: int, raw: Tensor | None) -> list[Can
         return []
     layouts: list[Layout] = []
     if raw.ndim == 4 and min(raw.shape[1:]) > 0:
-        if raw.shape[2] * raw.shape[3] > 1:
+        if raw.shape[2:].numel() > 1:
             layouts.append("NCHW")
         if raw.shape[1] * raw.shape[2] > 1:
             layouts.append("NHWC")

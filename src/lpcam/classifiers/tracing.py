@@ -287,8 +287,8 @@ class Record:
 
         with evaluation_mode(model), ExitStack() as hooks:
             for name, module in model.named_modules():
-                handle = module.register_forward_hook(partial(hook, name), with_kwargs=True)
-                hooks.callback(handle.remove)
+                called = partial(hook, name)
+                hooks.enter_context(module.register_forward_hook(called, with_kwargs=True))
             with torch.autocast(images.device.type, enabled=False):
                 output = model(images)
         tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
@@ -358,17 +358,14 @@ class MapLayer:
             if not isinstance(self.layer, nn.Module):
                 kept.append(first_tensor(self.layer(images)))
             else:
-                handle = self.layer.register_forward_hook(hook)
-                try:
+                with self.layer.register_forward_hook(hook):
                     model(images)
-                finally:
-                    handle.remove()
-        if not kept or kept[0] is None:
+        found = kept[0] if kept else None
+        if found is None:
             raise ClassifierError(
                 f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
                 "model has changed since it was wrapped, wrap it again"
             )
-        found = kept[0]
         return found if found.dtype == torch.float64 else found.float()
 
     def vector(self, raw: Tensor) -> Tensor:

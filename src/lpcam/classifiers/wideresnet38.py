@@ -165,13 +165,11 @@ class WideResNet38(nn.Module):
             "classifier": HEADS,
         }
 
-    def forward(self, images: Tensor) -> Tensor:
-        """As :meth:`forward_features`."""
-        return self.forward_features(images)
-
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images to (B, 4096, ceil(H / 8), ceil(W / 8))."""
         return self._maps(images)[-1]
+
+    forward = forward_features
 
     def forward_intermediates(
         self,
@@ -240,12 +238,7 @@ def _check_sizes(channels: Sequence[int], depths: Sequence[int]) -> None:
 def wideresnet38(
     pretrained: bool = False, *, num_classes: int = 0, output_stride: int = STRIDE, **arguments: Any
 ) -> nn.Module:
-    """WideResNet-38 for ``timm.create_model``.
-
-    Args:
-        pretrained, num_classes, output_stride: must be False, 0 and 8.
-        arguments: arguments of :class:`WideResNet38`; those that timm adds to every model are
-            ignored.
+    """WideResNet-38 for ``timm.create_model``, with the arguments of :class:`WideResNet38`.
 
     Raises:
         ValueError: if pre-trained weights, a classification head or another output stride than 8

@@ -110,11 +110,7 @@ class WrappedModel(Reading):
 
     @property
     def weight(self) -> Tensor:
-        """(N, C) rows w_n for the map of :meth:`features`, norms folded in; detached.
-
-        Raises:
-            ClassifierError: if a head is still to be fitted.
-        """
+        """(N, C) rows w_n for the map of :meth:`features`, norms folded in; detached."""
         return self._rows()[0]
 
     @property
@@ -153,19 +149,13 @@ class WrappedModel(Reading):
         Returns:
             (B, C, h, w) on the model's device, float32 (float64 for a float64 model). With a norm
             after the pooling it is divided by the size of each image's pooled vector.
-
-        Raises:
-            ClassifierError: if the images do not fit the model.
         """
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
             return self.features_of(raw, (images.shape[-2], images.shape[-1]))
 
     def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
-        """The map (B, C, h, w) from the output of :attr:`map_layer`; differentiable.
-
-        ``size`` is (H, W) of the images.
-        """
+        """The map (B, C, h, w) of images (H, W) from the map layer's output; differentiable."""
         if self.map_layer.token is not None:
             return self.map_layer.map(self.divided(raw), size)
         features = self.map_layer.map(raw, size)
@@ -175,11 +165,7 @@ class WrappedModel(Reading):
         return features
 
     def logits(self, images: Tensor) -> Tensor:
-        """The model's logits (B, N): the head on the mean of the map or on the class token.
-
-        Raises:
-            ClassifierError: if the images do not fit the model, or a head is still to be fitted.
-        """
+        """The model's logits (B, N): the head on the mean of the map or on the class token."""
         self._rows()
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
