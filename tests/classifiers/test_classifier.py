@@ -122,36 +122,21 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
 # -- A module of the caller's own ---------------------------------------------------------------
 
 
-class Blocks(nn.Module):
-    """Mean RGB of 16-pixel blocks."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(images, 16)
-
-
 def test_own_module() -> None:
-    classifier = Classifier(Blocks(), ("a", "b"), PLAIN)
+    classifier = Classifier(nn.AvgPool2d(16), ("a", "b"), PLAIN)
     image = torch.arange(3.0)[None, :, None, None].expand(1, 3, 32, 48)
     with torch.no_grad():
         classifier.head.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 2.0]]))
         assert classifier(image).tolist() == [[0.0, 5.0]]
 
 
-class Vector(Blocks):
-    """No spatial map."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).mean((-2, -1))
-
-
-class Broken(Blocks):
-    """Features that are not finite."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) / 0
-
-
-@pytest.mark.parametrize(("backbone", "named"), [(Vector(), r"\(1, 3\)"), (Broken(), "NaN")])
+@pytest.mark.parametrize(
+    ("backbone", "named"),
+    [
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), r"\(1, 3\)"),
+        (nn.Threshold(1.0, float("nan")), "NaN"),
+    ],
+)
 def test_unsuitable_backbones_are_refused(backbone: nn.Module, named: str) -> None:
     with pytest.raises(ClassifierError, match=named):
         Classifier(backbone, ("a",), PLAIN)
@@ -376,7 +361,7 @@ def test_folded_batch_norms(
     [
         *(lambda n=n: make(n) for n in ("test_convnext", "test_efficientnet_ln", "test_nfnet")),
         lambda: build(VIT, CLASSES, weights="random"),
-        lambda: Classifier(Blocks(), CLASSES, PLAIN),
+        lambda: Classifier(nn.AvgPool2d(16), CLASSES, PLAIN),
     ],
 )
 def test_folded_without_batch_norms(make_one: Callable[[], Classifier]) -> None:

@@ -183,14 +183,7 @@ HUGGING_FACE: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "ResNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, (9, 12)),
     "ConvNext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, (8, 11)),
     "Swin": (
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 4,
-        },
+        {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
         (9, 12),
     ),
     "Beit": (
