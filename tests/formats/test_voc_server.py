@@ -95,9 +95,9 @@ def test_missing_masks_are_named(masks: Path, tmp_path: Path) -> None:
     ("ids", "message"),
     [
         ([], "no id was given"),
-        (["barn/2008_000006"], "'barn/2008_000006' is no id of VOC, as 2008_000006 is"),
-        (["../2008_000006"], "is no id of VOC"),
-        (["2008000006"], "is no id of VOC"),
+        (["barn/2008_000006"], "'barn/2008_000006' is not an id of VOC, as 2008_000006 is"),
+        (["../2008_000006"], "is not an id of VOC"),
+        (["2008000006"], "is not an id of VOC"),
         ([IDS[0], IDS[0]], "2008_000006"),
     ],
 )

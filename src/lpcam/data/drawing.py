@@ -40,7 +40,7 @@ def overlay(
     Args:
         image: uint8 (H, W, 3).
         heat: (H, W) in [0, 1].
-        opacity: of the colour where the map is 1; a third of it where the map is 0.
+        opacity: opacity of the colour where the map is 1; a third of it where the map is 0.
 
     Returns:
         uint8 (H, W, 3).

@@ -43,7 +43,7 @@ def survey(
     Unlike a run this does not stop at a mask that cannot be used: all of them are findings.
 
     Args:
-        dataset: as a reader gave it.
+        dataset: a data set that a reader returned.
         truth: true masks that annotations give, as :func:`lpcam.data.open_dataset.open_with_truth`
             gives them. Each is made in memory, and what is wrong with it is a finding.
         estimate: called with the usable images and their sizes (height, width); its result goes

@@ -162,7 +162,7 @@ def process_images(
         make: writes the outputs of an image, given its name and file, and returns its findings.
         made_by, command: recorded in the index.
         workers: images processed at the same time.
-        title: of the progress bar.
+        title: title of the progress bar.
 
     Raises:
         ArtefactError: if a file that no earlier call wrote would be replaced.

@@ -30,7 +30,7 @@ def check_images(
     """Decode every image and true mask of a data set once.
 
     Args:
-        dataset: as a reader returned it.
+        dataset: a data set that a reader returned.
         known: the records of an earlier call. Files whose size and time of change are those
             recorded are not read again.
         progress: called after each item with the number done and the number of all.

@@ -216,7 +216,7 @@ class PointingGame:
 
     Args:
         num_classes: N.
-        tolerance: in pixels.
+        tolerance: distance in pixels.
 
     Example:
         >>> game = PointingGame(1, tolerance=1)

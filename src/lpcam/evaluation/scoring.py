@@ -156,7 +156,7 @@ def score_maps(
 
     Args:
         items: the images, each with a mask.
-        dataset: of the images.
+        dataset: dataset of the images.
         folders: folder of maps of each method.
         fixed: threshold of each method.
         sharing: how the images are shared among processes and threads.

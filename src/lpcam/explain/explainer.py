@@ -152,7 +152,7 @@ class Explainer:
         Args:
             model: a file that ``Classifier.save`` wrote, or the name of
                 a timm model, which keeps the head that it was trained with.
-            weights: of a timm model: ``"pretrained"`` or a safetensors file.
+            weights: weights of a timm model: ``"pretrained"`` or a safetensors file.
             preset: name of the settings; None: those stored with the prototypes, else the default.
             scoring: None: softmax for a timm model, sigmoid for a file.
 
@@ -191,8 +191,8 @@ class Explainer:
             image: a file, a Pillow image, or uint8 (H, W, 3) RGB.
             labels: classes to map; None: those whose score is above ``minimum_score``.
             at_least_one: if no score is above ``minimum_score``, map the class of the highest.
-            threshold: of the LPCAM mask, 0 to 1; None: that of the settings.
-            name: of the image in results; None: the file's name without extension.
+            threshold: threshold of the LPCAM mask, 0 to 1; None: that of the settings.
+            name: name of the image in results; None: the file's name without extension.
 
         Raises:
             ImageError: if the image cannot be read.

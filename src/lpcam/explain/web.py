@@ -47,7 +47,7 @@ def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
     """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes.
 
     Args:
-        level: of the compression, 1 (fast) to 9 (small).
+        level: level of the compression, 1 (fast) to 9 (small).
 
     Example:
         >>> encode_array(np.zeros((2, 3), np.uint8))["shape"]

@@ -38,8 +38,8 @@ def write_voc_server(
 
     Args:
         masks: the mask of each id, or a folder of ``ID.png``.
-        ids: of the list ``test``, as YYYY_NNNNNN, each once.
-        classes: of the masks: names of VOC with VOC's mask ids.
+        ids: ids of the list ``test``, as YYYY_NNNNNN, each once.
+        classes: classes of the masks: names of VOC with VOC's mask ids.
         output: a folder.
         competition: ``comp5`` for what was trained on VOC's own data alone, else ``comp6``.
 
@@ -92,7 +92,9 @@ def _check(
         raise DataError("no id was given; give those of the list 'test'")
     wrong = [name for name in ids if re.fullmatch(r"\d{4}_\d{6}", name) is None]
     if wrong:
-        raise DataError(f"{_named(wrong)} is no id of VOC, as 2008_000006 is; give VOC's own list")
+        raise DataError(
+            f"{_named(wrong)} is not an id of VOC, as 2008_000006 is; give VOC's own list"
+        )
     check_unique(ids, "the list for the server")
     if isinstance(masks, Path):
         masks = {name: masks / f"{name}.png" for name in ids}

@@ -118,7 +118,7 @@ class Amn(HostNetwork):
 
     Args:
         classifier: its backbone and classes are used; its head is not.
-        dilations: of the head's parallel 3 x 3 convolutions.
+        dilations: dilations of the head's parallel 3 x 3 convolutions.
         dropout: probability of dropping a feature, in training only.
         seed: random seed of the first weights of conditioning and head.
     """

@@ -197,7 +197,7 @@ class Host(ABC, Generic[S, N]):
         Args:
             backbone: the backbone it builds on.
             names: names of the classes.
-            settings: of the host.
+            settings: settings of the host.
             first: ``weights``, ``mean``, ``std`` and ``seed``.
         """
 
@@ -231,9 +231,9 @@ class Host(ABC, Generic[S, N]):
         """Maps of an image: ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W).
 
         Args:
-            network: as :meth:`load` gave it.
+            network: a network that :meth:`load` returned.
             view: the image.
-            settings: of the host.
+            settings: settings of the host.
             vectors: (N, C) prototypes of the host's own features; None for arms without.
         """
 

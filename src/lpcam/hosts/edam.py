@@ -178,9 +178,9 @@ class Encoder(nn.Module):
 
     Args:
         width: D, a multiple of ``heads``.
-        heads: of the attention.
+        heads: number of attention heads.
         hidden: width of the feed-forward part, with a GELU by its tanh approximation.
-        dropout: of attention, of both parts' outputs, of the hidden layer, and of the result.
+        dropout: rate in attention, of both parts' outputs, of the hidden layer, and of the result.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:

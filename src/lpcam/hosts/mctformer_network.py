@@ -231,7 +231,7 @@ class Mctformer(SavedNetwork):
         classes: the N names, in label order.
         preprocessing: what the transformer expects of RGB.
         patch_cam: True for V2, False for V1.
-        ranking_decay: of :func:`ranked_pooling`, which makes scores of PatchCAM; 1 is the mean.
+        ranking_decay: decay of :func:`ranked_pooling`, which pools PatchCAM; 1 is the mean.
         stem: makes the patch tokens instead of the transformer's layer.
         spec: how to build the network again; without it the network cannot be saved.
 
@@ -439,7 +439,7 @@ def build_mctformer(
             transformer, or of a whole MCTformer with these classes. With a stem they are the
             stem's, and the transformer is random.
         mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
-        seed: of all that is random.
+        seed: random seed.
 
     Raises:
         ClassifierError: if timm cannot make the transformer, it is of another kind, or the weights

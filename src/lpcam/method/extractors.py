@@ -420,7 +420,7 @@ class LPCAM(CAM):
             picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
             classes: names of at most 254 classes to map; None: the class with the highest score.
             scoring: turns the logits into scores; "softmax" if exactly one class is present.
-            name: of the image, for file names.
+            name: name of the image, for file names.
 
         Raises:
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.

@@ -365,7 +365,7 @@ def fuse_scales(
     Args:
         maps: (..., N, h, w) for each scale.
         size: (H, W) of the image in pixels.
-        stride: of the network, in pixels.
+        stride: stride of the network, in pixels.
         epsilon: added to the maximum of each class before the division.
 
     Example:

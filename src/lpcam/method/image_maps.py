@@ -86,7 +86,7 @@ class ImageMaps:
         """The maps of some classes of a classifier.
 
         Args:
-            names, scores: of all classes, (N,).
+            names, scores: names and scores of all classes, (N,).
             chosen: indices of the classes that are mapped.
             mask_ids: of all classes; None: 1, 2, ..., in the order chosen if there are too many.
             values: the other fields.
@@ -141,7 +141,7 @@ class ImageMaps:
 
         Args:
             image: uint8 (H, W, 3) to draw on; None: the image that was mapped.
-            name: of the class; None: the class of the highest score.
+            name: name of the class; None: the class of the highest score.
         """
         base = self.image if image is None else image
         return overlay(base, self.plane(name, method), opacity=opacity)
@@ -157,7 +157,7 @@ class ImageMaps:
 
         Args:
             threshold: None: that of the method.
-            classes: that compete for pixels; None: all that have maps.
+            classes: classes that compete for pixels; None: all that have maps.
         """
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold

@@ -180,8 +180,8 @@ def make_prototypes(
         classes: the N names.
         settings: how prototypes are fitted.
         seed: random seed of the clustering; each class and side has its own generator.
-        bias: of the rows, or None.
-        fingerprint: of the classifier.
+        bias: bias of the rows, or None.
+        fingerprint: fingerprint of the classifier.
         made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.

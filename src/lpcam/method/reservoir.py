@@ -39,7 +39,7 @@ def collect(
         split_map: (K, H', W'), max-normalised CAM of those classes at any size; resized to the
             feature grid by ``settings.split_resize``.
         settings: how prototypes are fitted.
-        name: of the image.
+        name: name of the image.
         times: how often the image was drawn for each class (:func:`draw_images`); None: once.
 
     Example:
@@ -125,9 +125,9 @@ class Reservoir:
         """Offer local features of one image.
 
         Args:
-            index: of the class.
+            index: index of the class.
             rows: (M, C), features.
-            name: of the image; seeds the keys.
+            name: name of the image; seeds the keys.
             where: (M,) bool, the rows that are offered; None: all.
 
         Raises:

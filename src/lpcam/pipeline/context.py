@@ -62,7 +62,7 @@ class Context:
         recipe: what to do.
         command: the command that asked for the run, recorded in every figure's protocol.
         processes: the processes that work on the run.
-        device: of this process; None lets the recipe choose.
+        device: device of this process; None lets the recipe choose.
         until: name of the last stage.
         only: name of the one stage that may have anything to do; None: any.
         lists: lists of the data that its stages need; None: what the recipe's need.

@@ -27,8 +27,8 @@ def read_dataset(
     """Read the labels and lists of a recipe's data set; images are not read yet.
 
     Args:
-        recipe: with the section data.
-        lists: those that are needed.
+        recipe: a recipe with the section data.
+        lists: names of the lists to read.
         painted: folder for masks that must be painted from annotations; None: none are.
         workers: number of masks painted at a time.
 

@@ -110,7 +110,7 @@ def estimate_run(
 
     Args:
         sizes: (height, width) of every image by id.
-        recipe: whose sections classifier, lpcam and maps, and device, count.
+        recipe: its sections classifier, lpcam and maps, and its device, are used.
         workers: images worked on at a time.
         memory: bytes that features may take; if those of a list are more, its passes are counted
             again for each stage. None: half of what this process may use.

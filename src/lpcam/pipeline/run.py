@@ -62,11 +62,11 @@ def run(
         recipe: a recipe, the path of a recipe file or the name of a bundled one.
         changes: values of the recipe to replace, such as ``{"lpcam.tau": 0.25}``.
         until: name of the last stage.
-        command: how the run was asked for, recorded in every figure's protocol.
+        command: the command line, recorded in every figure's protocol.
 
     Raises:
         RecipeError: if the recipe is invalid or has no stage of that name.
-        LpcamError: of a kind that says what is wrong with data, weights or artefacts.
+        LpcamError: if data, weights or artefacts do not fit; the message says why.
     """
     recipe = as_recipe(recipe, changes)
     names = stage_names()
@@ -99,7 +99,7 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
     Args:
         recipe: its data, classifier (the backbone of IRN), refine and run sections are used.
         maps: a folder of map files (:func:`lpcam.pipeline.stages.refine.import_maps`).
-        command: how it was asked for.
+        command: the command line, for the protocol.
 
     Raises:
         RecipeError: if the recipe has no section refine.
@@ -121,7 +121,7 @@ def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
     Args:
         recipe: its data, segment and run sections are used.
         masks: a folder of index masks (:func:`lpcam.pipeline.stages.segment.import_masks`).
-        command: how it was asked for.
+        command: the command line, for the protocol.
 
     Raises:
         RecipeError: if the recipe has no section segment.
@@ -141,7 +141,7 @@ def report(folder: Path, device: str | None = None) -> Path:
     """Make the report of a finished run again, from what is in its folder; returns its path.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         device: for the backbone's passes over the images that are searched for patches; None takes
             the recipe's.
 

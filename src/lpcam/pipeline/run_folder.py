@@ -94,7 +94,7 @@ class RunFolder:
     """The folder of a run: every path in it, and what a finished run can be used for.
 
     Args:
-        path: of the folder, which need not exist yet.
+        path: path of the folder, which need not exist yet.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -293,7 +293,7 @@ class RunFolder:
         """A trained segmenter of the run.
 
         Args:
-            name: of the masks that it was trained on; None takes the first there is of
+            name: name of the masks that it was trained on; None takes the first there is of
                 `TRAINED_ON`.
 
         Raises:

@@ -86,7 +86,7 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     Args:
         labels: (..., H, W) integers in [0, n).
         count: n, the number of labels including the background, at least 2.
-        gt_prob: in (0, 1).
+        gt_prob: probability that a label is right, in (0, 1).
 
     Raises:
         DataError: if labels are not integers or out of range, or if there are fewer than two.
@@ -323,7 +323,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
 
     Args:
-        crf: with the parameters of the method.
+        crf: CRF with the parameters of the method.
         image: (H, W, 3) uint8 RGB.
         planes: (K, H, W) in [0, 1], each divided by its maximum.
         alphas: A powers; the larger, the less is background.

@@ -220,7 +220,7 @@ def train_irn(
 
     Args:
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
-        settings: those of the training are used.
+        settings: only those of the training are used.
         seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
 
     Raises:

@@ -102,7 +102,7 @@ def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
 def rounds_up(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> bool:
     """Return True if feature maps of an image of (H, W) pixels have ceil(side / stride) cells.
 
-    False means that the backbone drops the rest of a side that is no multiple of its stride.
+    False means that the backbone drops the rest of a side that is not a multiple of its stride.
 
     Example:
         >>> import timm

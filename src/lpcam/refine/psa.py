@@ -430,7 +430,7 @@ def train_psa(
 
     Args:
         labelled: images and the files of their scores, of the size at which they were refined.
-        settings: those of the training are used.
+        settings: only those of the training are used.
         seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
 
     Raises:

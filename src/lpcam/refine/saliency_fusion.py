@@ -108,7 +108,7 @@ def saliency_labels(
     Args:
         scores: (K, H, W) maps or posteriors in [0, 1].
         saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-        theta, alpha, beta: of :class:`SaliencySettings`.
+        theta, alpha, beta: fields of :class:`SaliencySettings`.
 
     Raises:
         DataError: if shapes, dtypes or devices do not fit, or a score is not finite.

@@ -218,7 +218,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
     Args:
         pairs: images and their index masks, as :func:`check_masks` gives them.
         classes: the labels of mask ids; those of no class are ignored.
-        seed: of all that is drawn.
+        seed: random seed.
 
     Raises:
         DataError: at an item, if a file cannot be read or the sizes differ.

@@ -83,10 +83,10 @@ def segment_files(
     to the nearest pixel, its overlay and probabilities stay smaller.
 
     Args:
-        segmenter: in evaluation mode; with ``workers`` above 1 it is shared by threads.
+        segmenter: a segmenter in evaluation mode; with ``workers`` above 1 it is shared by threads.
         settings: scales, fusion and the CRF.
         probabilities: whether to keep them.
-        maximum_side: in pixels.
+        maximum_side: longest side in pixels.
         workers: images worked on at a time.
         memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
             three quarters of the memory, shared among the workers.

@@ -65,7 +65,7 @@ def probabilities(
     do not sum to one over the labels, and are left so: the CRF and the argmax need no sum.
 
     Args:
-        segmenter: in evaluation mode.
+        segmenter: a segmenter in evaluation mode.
         image: uint8 (H, W, 3) RGB, as it was read.
         settings: scales and how they become one.
         crf: that of :func:`make_crf`; None: no CRF, whatever the settings say.

@@ -128,8 +128,8 @@ def build_segmenter(
     Args:
         spec: the architecture.
         classes: class names and their values in masks.
-        weights: of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
-        mean, std: of RGB in [0, 1]; default: the network's own.
+        weights: weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
+        mean, std: mean and standard deviation of RGB in [0, 1]; default: the network's own.
         seed: for all random weights.
 
     Raises:

@@ -145,7 +145,7 @@ def train_segmenter(
         workers: processes that read and augment images.
         processes: those that share each batch; the step is that of the whole batch, whatever their
             number, but for rounding.
-        validation: at what times to measure the mIoU; None never does.
+        validation: when to measure the mIoU; None: never.
 
     Returns:
         some hundred records: ``epoch``, ``step``, mean ``loss`` and, where it was measured,

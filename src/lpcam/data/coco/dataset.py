@@ -201,7 +201,7 @@ class CocoFolder:
         """Paint the masks of images as ``folder/ID.png``.
 
         Args:
-            ids: of items.
+            ids: ids of items.
             order, crowds, workers, progress: as in :func:`lpcam.data.coco.painting.paint_folder`.
 
         Returns:

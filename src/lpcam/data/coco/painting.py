@@ -62,7 +62,7 @@ def paint(
     """Paint the mask of an image: each object over those before it, crowds not (section 3).
 
     Args:
-        annotations: of the image, as in the file. A segmentation is a list of polygons
+        annotations: annotations of the image, as in the file. A segmentation is a list of polygons
             ``[x, y, x, y, ...]`` or a run-length code (``counts`` as numbers or compressed text).
         size: (height, width) in pixels.
         values: mask value of each category id, 0..255.
@@ -127,7 +127,7 @@ def paint_folder(
 
     Args:
         images: all images of the annotation files that are read, by id.
-        ids: of the images to paint.
+        ids: ids of the images to paint.
         values, order, crowds: see :func:`paint`.
         workers: number of images painted at a time.
         progress: called after each mask with the number of finished masks and of all.

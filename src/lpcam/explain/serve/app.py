@@ -77,7 +77,7 @@ def serve(
     """Serve the page of an explainer until interrupted.
 
     Args:
-        name: of the run or model, for the page's title; empty: that of the explainer's run.
+        name: name of the run or model, for the page's title; empty: that of the explainer's run.
         port: on the loopback address; 0: any free port.
         threads: number of CPU threads; None: the processors that this process may use.
 

@@ -57,7 +57,7 @@ def regions(
         mask: uint8 (H, W), values as in mask files. 255 (ignored) belongs to no object.
         instances: one object a connected component (8 neighbours) instead of one a class. Objects
             of one class that touch are then still one.
-        name: of the mask, for the message.
+        name: name of the mask, for the message.
 
     Raises:
         DataError: if the mask has a value that no class has.

@@ -327,7 +327,7 @@ def json_texts(
         try:
             texts[key] = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ArtefactError(f"{key} of the {kind} file is no JSON: {error}") from error
+            raise ArtefactError(f"{key} of the {kind} file is not JSON: {error}") from error
     return texts
 
 

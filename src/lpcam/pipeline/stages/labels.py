@@ -99,8 +99,8 @@ def ternary_task(
     """A task that writes ternary masks of one kind of maps, as :func:`label_task` does.
 
     Args:
-        thresholds: of the sure foreground and of the sure background.
-        settings: of the dense CRF.
+        thresholds: thresholds of the sure foreground and of the sure background.
+        settings: settings of the dense CRF.
     """
     classes = context.dataset.classes
     parts = {

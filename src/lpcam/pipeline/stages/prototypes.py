@@ -87,13 +87,13 @@ def make(
     """Collect local features and make prototypes of them, in the folder of a result.
 
     Args:
-        context: of the run.
-        cache: of the result.
+        context: context of the run.
+        cache: cache of the result.
         items: images whose features are collected.
         settings: how prototypes are fitted.
         local: gives the features of a batch of images and the maps that split them.
         weight: (N, C) of the linear layer that scores centres (eqs. 3 and 4).
-        fingerprint: of the classifier or network that the features are of.
+        fingerprint: fingerprint of the classifier or network that the features are of.
         label: shown with the progress.
         bias: (N,) of that layer, where scores use it.
     """
@@ -191,8 +191,8 @@ def check_memory(context: Context, settings: LpcamSettings, shape: Sequence[int]
     """Refuse a sample that would not fit into memory when it is full.
 
     Args:
-        context: of the run.
-        settings: with the size of the sample.
+        context: context of the run.
+        settings: settings with the size of the sample.
         shape: numbers of classes and channels.
 
     Raises:

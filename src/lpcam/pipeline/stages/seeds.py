@@ -44,8 +44,8 @@ def mask_task(
     """A task that cuts masks from the maps of a result.
 
     Args:
-        context: of the run.
-        name: of the new result.
+        context: context of the run.
+        name: name of the new result.
         label: shown with the progress.
         source: the result that holds the maps.
         threshold: foreground is above it.

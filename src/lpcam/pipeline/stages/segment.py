@@ -135,7 +135,7 @@ def import_masks(context: Context, folder: Path) -> None:
     """Train on the masks of another program instead of the run's own.
 
     Args:
-        context: of the run.
+        context: context of the run.
         folder: with one index mask (PNG) for each image of the list to segment, named by its id.
 
     Raises:

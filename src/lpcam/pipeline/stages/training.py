@@ -37,8 +37,8 @@ def training_task(
     """A task that trains a network and writes its file.
 
     Args:
-        context: of the run.
-        name: of the result.
+        context: context of the run.
+        name: name of the result.
         parts: its key.
         path: the file of the trained network.
         build: makes the untrained network, before anything is removed.

@@ -79,8 +79,8 @@ class SegmentationNetwork(Protocol):
         Args:
             spec: the architecture.
             labels: L, with the background.
-            weights: of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
-            mean, std: of RGB in [0, 1]; None: the network's own.
+            weights: weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
+            mean, std: mean and standard deviation of RGB in [0, 1]; None: the network's own.
             seed: for the head and random weights.
 
         Raises:
