@@ -152,7 +152,7 @@ class MapsByClass:
         return "planes (H, W) by class, counted from 0"
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
-        """Whether all keys are integers, and planes are probabilities if there is a key 0."""
+        """Tell if all keys are integers and the planes of a file with key 0 are probabilities."""
         if not all(type(key) is int for key in content):
             return False
         if not self.has_background:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.settings import BackboneSection
@@ -22,7 +21,6 @@ from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import Section
-from lpcam.training.loop import Place
 
 DECIDED = 0.5
 """Threshold of maps p / (p + p of the background): above it the class is likelier."""
@@ -267,7 +265,6 @@ REFINEMENTS: Registry[Refinement] = Registry(
 # -- Shared by the methods --------------------------------------------------------------------
 
 Module = TypeVar("Module", bound=nn.Module)
-Sample = TypeVar("Sample")
 
 
 def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
@@ -302,16 +299,6 @@ def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
         raise DataError(f"the image has no pixels: {tuple(image.shape)}")
     if not bool(torch.isfinite(maps).all()):
         raise DataError(f"{name} hold NaN or infinite values; recompute them")
-
-
-class Samples(Dataset[Sample]):
-    """Training samples made on demand by a function of their place, picklable if it is."""
-
-    def __init__(self, make: Callable[[Place], Sample]) -> None:
-        self.make = make
-
-    def __getitem__(self, place: Place) -> Sample:
-        return self.make(place)
 
 
 def compute_dtype(values: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import feature_maps
 from lpcam.data.dataset import Item
-from lpcam.refine.base import History, Samples
+from lpcam.refine.base import History
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
@@ -186,7 +186,7 @@ def train_on_pairs(
     return engine.run(
         module,
         sgd(groups, settings),
-        Samples(make),
+        make,
         count,
         batch_loss,
         engine.Plan.of_epochs(settings, count),

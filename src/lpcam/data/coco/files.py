@@ -104,7 +104,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
 
 
 def _has_annotations(path: Path) -> bool:
-    """Whether the object of a JSON file has arrays of images and annotations.
+    """Tell if the object of a JSON file has arrays of images and annotations.
 
     In a file of more than 1 MiB one of them is enough: it may be large.
     """
