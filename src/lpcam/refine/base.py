@@ -21,10 +21,10 @@ from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import Section
+from lpcam.training.loop import History
 
 DECIDED = 0.5
 """Threshold of maps p / (p + p of the background): above it the class is likelier."""
-History = list[dict[str, Any]]
 Labelled = Sequence[tuple[Item, Path]]
 """Images and the files of their labels."""
 

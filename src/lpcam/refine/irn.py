@@ -27,7 +27,6 @@ from lpcam.data.masks import read_index_mask, write_mask, write_plane
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
 from lpcam.refine.base import (
-    History,
     Job,
     Labelled,
     LearnedRefinement,
@@ -59,7 +58,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import mirror_and_crop
-from lpcam.training.loop import Place
+from lpcam.training.loop import History, Place
 
 
 class IrnSettings(PairSettings):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import feature_maps
 from lpcam.data.dataset import Item
-from lpcam.refine.base import History
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.settings import Positive, PresetModel
 from lpcam.training import loop as engine
+from lpcam.training.loop import History
 from lpcam.training.optim import sgd
 
 

@@ -39,7 +39,6 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
 from lpcam.refine.base import (
-    History,
     Job,
     Labelled,
     LearnedRefinement,
@@ -76,7 +75,7 @@ from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_bytes, write_bytes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
-from lpcam.training.loop import Place
+from lpcam.training.loop import History, Place
 from lpcam.training.optim import freeze, names_below, parameter_groups
 from lpcam.training.saved_network import SavedNetwork
 
