@@ -12,13 +12,7 @@ def test_labels(preset: str, name: str) -> None:
     golden = load("edam_saliency")
     settings = SaliencySettings.from_preset(preset)
     assert settings.theta == float(golden["theta"])
-    found = saliency_labels(
-        golden["maps"],
-        golden["saliency"],
-        theta=settings.theta,
-        alpha=settings.alpha,
-        beta=settings.beta,
-    )
+    found = saliency_labels(golden["maps"], golden["saliency"], settings)
     ids = torch.cat([torch.zeros(1, dtype=torch.int64), golden["keys"] + 1])
     assert torch.equal(ids[found], golden[f"labels_{name}"].long())
     assert len(found.unique()) == len(ids)

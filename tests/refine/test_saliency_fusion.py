@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.saliency_fusion import SaliencySettings, fuse_saliency, saliency_labels
+from lpcam.data.dataset import Item
+from lpcam.refine.saliency_fusion import REFINEMENT, SaliencySettings, saliency_labels
 from lpcam.runtime.errors import DataError
 
 PLAIN = SaliencySettings.from_preset("edam")
 WITH_CRF = SaliencySettings.from_preset("edam.crf")
-CRF = DenseCrf(CrfSettings.from_preset("edam"))
 
 
 def fused(values: list[list[float]], level: int, settings: SaliencySettings = PLAIN) -> list[int]:
     """Labels of pixels of one saliency, each with a value a class."""
     maps = torch.tensor(values).T[:, None]
     saliency = torch.full((1, len(values)), level, dtype=torch.uint8)
-    return fuse_saliency(maps, saliency, settings)[0].tolist()
+    return saliency_labels(maps, saliency, settings)[0].tolist()
 
 
 def test_background_where_not_salient_and_low_maps_where_salient() -> None:
@@ -51,42 +55,38 @@ def test_fusion_is_that_of_twenty_one_channels() -> None:
     table[table < 0.25] = -2
     table[table > 0.95] = 2
     table[0] = (saliency <= 20).float()
-    found = torch.tensor([0, *(key + 1 for key in keys)])[fuse_saliency(maps, saliency, PLAIN)]
+    found = torch.tensor([0, *(key + 1 for key in keys)])[saliency_labels(maps, saliency, PLAIN)]
     assert torch.equal(found, table.argmax(0))
     assert set(found.unique().tolist()) == {0, 3, 8, 15}
 
 
 @pytest.mark.parametrize("settings", [PLAIN, WITH_CRF])
-def test_an_image_without_classes_is_background(settings: SaliencySettings) -> None:
-    crf = (torch.zeros(4, 6, 3, dtype=torch.uint8), CRF) if settings.crf else None
-    saliency = torch.full((4, 6), 255, dtype=torch.uint8)
-    found = fuse_saliency(torch.zeros(0, 4, 6), saliency, settings, crf=crf)
-    assert found.shape == (4, 6)
-    assert not found.any()
-
-
-def test_fusion_after_a_crf() -> None:
-    """The CRF fills a gap in its object; saliency removes the other; maps may exceed 1 a little."""
+def test_fusion_of_an_image(settings: SaliencySettings, tmp_path: Path) -> None:
+    """A CRF fills a gap in its object; saliency removes the other; maps may exceed 1 a little."""
     image = torch.full((24, 32, 3), 30, dtype=torch.uint8)
     image[6:18, 4:14] = 200
     image[6:18, 18:28] = 200
     maps = torch.zeros(2, 24, 32)
     maps[0, 6:18, 4:14] = 0.7
-    maps[0, 10:14, 7:11] = 1.0
+    maps[0, 10:14, 7:11] = 1 + 1e-6
     maps[0, 7, 5] = 0.2
     maps[1, 6:18, 18:28] = 0.6
-    background = 1 - maps.amax(0, keepdim=True)
-    posteriors = CRF.refine_probabilities(image, torch.cat([background, maps]))[1:]
-    saliency = torch.zeros(24, 32, dtype=torch.uint8)
+    saliency = np.zeros((24, 32), np.uint8)
     saliency[:, :16] = 255
-    maps[0, 10:14, 7:11] += 1e-6
-    found = fuse_saliency(maps, saliency, WITH_CRF, crf=(image, CRF))
-    assert (found[6:18, 4:14] == 1).all()
-    expected = saliency_labels(
-        posteriors, saliency, theta=0.2, alpha=WITH_CRF.alpha, beta=WITH_CRF.beta
-    )
-    assert torch.equal(found, expected)
-    assert fuse_saliency(maps, saliency, PLAIN)[7, 5] == 0
+    Image.fromarray(saliency).save(tmp_path / "a.png")
+    item = Item("a", tmp_path / "a.jpg", (0, 1))
+    tools: Any = SimpleNamespace(memory=None, saliency=tmp_path, items=[item])
+    job: Any = SimpleNamespace(settings=settings, tools=tools)
+    refine = REFINEMENT.refiner(job, tmp_path, tmp_path)
+    planes: Any = SimpleNamespace(item=item, image=image, planes=maps)
+    found: Any = refine(planes)
+    expected = (torch.from_numpy(saliency) > 0) & (image[..., 0] == 200)
+    if not settings.crf:
+        expected[7, 5] = False
+    assert torch.equal(found[0] == 1, expected)
+    assert not found[1].any()
+    planes.planes = maps[:0]
+    assert refine(planes).shape == (0, 24, 32)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,4 @@ def test_fusion_after_a_crf() -> None:
 )
 def test_maps_and_saliency_that_do_not_fit(maps: Tensor, saliency: Tensor, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        fuse_saliency(maps, saliency, PLAIN)
-
-
-def test_a_crf_is_given_if_and_only_if_the_settings_say_so() -> None:
-    maps, saliency = torch.zeros(1, 4, 5), torch.zeros(4, 5, dtype=torch.uint8)
-    with pytest.raises(DataError, match="is True"):
-        fuse_saliency(maps, saliency, WITH_CRF)
-    with pytest.raises(DataError, match="is False"):
-        fuse_saliency(maps, saliency, PLAIN, crf=(torch.zeros(4, 5, 3).byte(), CRF))
+        saliency_labels(maps, saliency, PLAIN)

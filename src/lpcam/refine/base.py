@@ -225,17 +225,15 @@ class LearnedRefinement(Refinement):
 def decided(scores: Tensor) -> Tensor:
     """Turn scores (K + 1, H, W), background first, into maps (K, H, W) that are cut at `DECIDED`.
 
-    A map is p / (p + p of the background). Only the likeliest class of a pixel has one, because
-    near 1 rounding alone would decide between the others.
+    A map is p / (p + p of the background), for the likeliest class of a pixel alone, because near
+    1 rounding would decide between the others.
 
     Example:
-        >>> import torch
         >>> decided(torch.tensor([[[0.2]], [[0.6]], [[0.2]]])).flatten()
         tensor([0.7500, 0.0000])
     """
     classes, background = scores[1:], scores[:1]
-    tiny = torch.finfo(scores.dtype).tiny
-    full = classes / (classes + background).clamp_min(tiny)
+    full = classes / (classes + background).clamp_min(torch.finfo(scores.dtype).tiny)
     return torch.where(classes == classes.amax(0), full, 0)
 
 
@@ -267,59 +265,43 @@ REFINEMENTS: Registry[Refinement] = Registry(
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
-    """Check that an image (..., H, W, 3) uint8 and finite maps (..., n, H, W) belong together.
-
-    ``name`` is a plural noun for the maps, used in the messages.
-
-    Raises:
-        DataError: if a shape, dtype or device does not fit or a map is not finite.
-
-    Example:
-        >>> image = torch.zeros(4, 5, 3, dtype=torch.uint8)
-        >>> check_image_and_maps(image, torch.zeros(2, 4, 5), "maps")
-    """
-    if image.dtype is not torch.uint8 or image.dim() < 3 or image.shape[-1] != 3:
+def check_image(image: Tensor) -> None:
+    """Raise a DataError if an image is not (H, W, 3) uint8, or has no pixels."""
+    if image.dtype is not torch.uint8 or image.shape[2:] != (3,) or not image.numel():
         raise DataError(
             f"the image is {image.dtype} {tuple(image.shape)}; expected RGB, uint8 of the shape "
-            "(..., height, width, 3), not normalised"
+            "(height, width, 3), not normalised"
         )
+
+
+def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
+    """Check that finite maps (..., n, H, W) fit an image (H, W, 3) uint8; ``name`` is their plural.
+
+    Raises:
+        DataError: if a shape or dtype does not fit or a map is not finite.
+    """
+    check_image(image)
     if not maps.is_floating_point() or maps.dim() < 3:
         raise DataError(
             f"the {name} are {maps.dtype} {tuple(maps.shape)}; expected floating-point numbers of "
             "the shape (..., labels, height, width)"
         )
-    expected = (*maps.shape[:-3], *maps.shape[-2:], 3)
-    if tuple(image.shape) != expected:
+    if image.shape != (*maps.shape[-2:], 3):
         raise DataError(
-            f"image and {name} differ in size: the image is {tuple(image.shape)}, expected "
-            f"{expected} for {name} {tuple(maps.shape)}; resize one to the other"
+            f"image and {name} differ in size: {tuple(image.shape)} and {tuple(maps.shape)}; "
+            "resize one to the other"
         )
-    if not image.numel():
-        raise DataError(f"the image has no pixels: {tuple(image.shape)}")
     if not bool(torch.isfinite(maps).all()):
         raise DataError(f"{name} hold NaN or infinite values; recompute them")
 
 
 def compute_dtype(values: Tensor) -> torch.dtype:
-    """Return float64 for float64 values and float32 for every shorter type.
-
-    Example:
-        >>> compute_dtype(torch.zeros(1, dtype=torch.float16))
-        torch.float32
-    """
+    """Return float64 for float64 values and float32 for every shorter type."""
     return torch.float64 if values.dtype is torch.float64 else torch.float32
 
 
 def shallow_copy(module: Module) -> Module:
-    """Return a copy of a module whose submodules can be replaced, but are shared at first.
-
-    Example:
-        >>> layer = nn.Sequential(nn.Linear(2, 2))
-        >>> twin = shallow_copy(layer)
-        >>> twin[0] is layer[0], twin._modules is layer._modules
-        (True, False)
-    """
+    """Return a copy of a module whose submodules can be replaced, but are shared at first."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin

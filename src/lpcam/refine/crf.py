@@ -7,15 +7,13 @@ Gaussian of their positions and a bilateral one of positions and colours. Mean f
 
 The sum over j is a filter on :mod:`lpcam.refine.permutohedral` lattices. Kernels are normalised
 symmetrically, D^-1/2 K D^-1/2 with D the row sums; a pixel counts among its own neighbours, as in
-the authors' program. The result has the same bytes for any number of threads, and for images alone
-or in a batch.
+the authors' program. The result has the same bytes for any number of threads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -77,6 +75,9 @@ KEPT_SIZES = 4
 ROUNDING = 1e-3
 """Excess of maps over 1 that is cut off instead of refused."""
 
+Kernel = tuple[Lattice, Tensor]
+"""A lattice of P points, and 1 / sqrt of the kernel's row sums (P,)."""
+
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     """Energies (..., n, H, W) float32 of hard labels that are right with a given probability.
@@ -95,10 +96,10 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
         >>> unary_from_labels(torch.tensor([[0, 1]]), 2, 0.5).shape
         torch.Size([2, 1, 2])
     """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+    if labels.is_floating_point() or labels.dtype is torch.bool:
         raise DataError(f"hard labels must be integers, got {labels.dtype}; threshold them first")
     _check_count(count)
-    lowest, highest = (int(v) for v in torch.aminmax(labels)) if labels.numel() else (0, 0)
+    lowest, highest = (int(v) for v in torch.aminmax(labels))
     if lowest < 0 or highest >= count:
         raise DataError(
             f"labels reach from {lowest} to {highest}, expected 0 to {count - 1} for {count} "
@@ -144,19 +145,10 @@ def _check_count(count: int) -> None:
         raise DataError(f"a CRF needs at least two labels, got {count}")
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A lattice and the symmetric normalisation of its kernel."""
-
-    lattice: Lattice
-    norm: Tensor
-    """(P,): 1 / sqrt of the kernel's row sums."""
-
-    @classmethod
-    def of(cls, positions: Tensor) -> Kernel:
-        """Kernel of positions (d, P) divided by the standard deviations."""
-        lattice = permutohedral_lattice(positions)
-        return cls(lattice, (lattice.row_sums() + NORM_EPSILON).rsqrt_())
+def _kernel(positions: Tensor) -> Kernel:
+    """Kernel of positions (d, P) divided by the standard deviations."""
+    lattice = permutohedral_lattice(positions)
+    return lattice, (lattice.row_sums() + NORM_EPSILON).rsqrt_()
 
 
 def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -167,15 +159,8 @@ def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Te
     return torch.stack([x, y]).view(2, -1)
 
 
-def mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -> Tensor:
-    """Marginals Q (P, n) after some iterations from Q = softmax(-U) of energies (P, n).
-
-    ``pairwise`` is the sum of the kernels; None means that there is none.
-
-    Example:
-        >>> mean_field(torch.zeros(1, 2), None, 10)
-        tensor([[0.5000, 0.5000]])
-    """
+def _mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -> Tensor:
+    """Marginals Q (P, n) after some iterations from Q = softmax(-U) of energies (P, n)."""
     # The smallest energy of a pixel becomes 0, so that one of its exponents is not negative.
     energy = unary - unary.amin(1, keepdim=True)
     marginals = _normalise(energy.neg().exp_())
@@ -219,7 +204,7 @@ class DenseCrf:
         self.settings = settings
         self.memory = memory
         self._gaussian = lru_cache(KEPT_SIZES)(
-            lambda *grid: Kernel.of(_grid(*grid).div_(settings.gaussian_sxy))
+            lambda *grid: _kernel(_grid(*grid).div_(settings.gaussian_sxy))
         )
 
     def refine_labels(self, image: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -233,90 +218,63 @@ class DenseCrf:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, unary: Tensor) -> Tensor:
-        """Marginals from unary energies, one image after another.
-
-        The kernels of an image that ``Tensor.expand`` repeats are computed once.
+        """Marginals (..., n, H, W) from unary energies, summing to one over the labels.
 
         Args:
-            image: (..., H, W, 3) RGB, uint8.
+            image: (H, W, 3) RGB, uint8; the same for all leading axes.
             unary: (..., n, H, W) finite energies on the same device; lower is likelier.
-
-        Returns:
-            (..., n, H, W) of the energies' dtype, summing to one over the labels.
 
         Raises:
             DataError: if inputs do not fit or are not finite, if there are fewer than two labels,
-                or if an image needs more memory than allowed.
+                or if the image needs more memory than allowed.
         """
         check_image_and_maps(image, unary, "unary energies")
-        _check_count(unary.shape[-3])
         count, height, width = unary.shape[-3:]
+        _check_count(count)
         dtype = compute_dtype(unary)
-        result = torch.empty_like(unary, memory_format=torch.contiguous_format)
-        images = image.reshape(-1, height, width, 3)
-        repeated = len(images) > 1 and images.stride(0) == 0
-        pairwise: JoinedFilter | None = None
-        energies = unary.reshape(-1, count, height * width)
-        for number, into in enumerate(result.view(-1, count, height * width)):
-            rows = energies[number].t().to(dtype).contiguous()
-            if number == 0 or not repeated:
-                pairwise = self._pairwise(images[number], rows, dtype)
-            into.copy_(mean_field(rows, pairwise, self.settings.iterations).t())
-        return result
+        pairwise = self._pairwise(image, count, dtype)
+        marginals = [
+            _mean_field(rows.t().to(dtype).contiguous(), pairwise, self.settings.iterations).t()
+            for rows in unary.reshape(-1, count, height * width)
+        ]
+        return torch.stack(marginals).to(unary.dtype).reshape(unary.shape)
 
-    def _pairwise(self, image: Tensor, unary: Tensor, dtype: torch.dtype) -> JoinedFilter | None:
+    def _pairwise(self, image: Tensor, labels: int, dtype: torch.dtype) -> JoinedFilter | None:
         """The joined kernels of an image, each times its weight; None where no kernel has one."""
-        settings = self.settings
-        size = (int(image.shape[0]), int(image.shape[1]))
-        self._refuse_above_bound(size, unary, 0)
-        kernels, weights = [], []
+        settings, size = self.settings, (int(image.shape[0]), int(image.shape[1]))
+        self._check_memory(image, labels, dtype, 0)
+        found: list[tuple[Kernel, float]] = []
         if settings.gaussian_weight:
-            kernels.append(self._gaussian(size, image.device, dtype))
-            weights.append(settings.gaussian_weight)
+            kernel = self._gaussian(size, image.device, dtype)
+            found.append((kernel, settings.gaussian_weight))
         if settings.bilateral_weight:
             places = _grid(size, image.device, dtype).div_(settings.bilateral_sxy)
             colours = image.reshape(-1, 3).t().to(dtype).div_(settings.bilateral_srgb)
-            kernels.append(Kernel.of(torch.cat([places, colours])))
-            weights.append(settings.bilateral_weight)
-        self._refuse_above_bound(size, unary, sum(k.lattice.size for k in kernels))
-        if not kernels:
+            kernel = _kernel(torch.cat([places, colours]))
+            found.append((kernel, settings.bilateral_weight))
+        self._check_memory(image, labels, dtype, sum(lattice.size for (lattice, _), _ in found))
+        if not found:
             return None
-        norms = [kernel.norm for kernel in kernels]
-        after = [norm * weight for norm, weight in zip(norms, weights, strict=True)]
-        return join([kernel.lattice for kernel in kernels], norms, after)
+        return join([(lattice, norm, norm * weight) for (lattice, norm), weight in found])
 
-    def _refuse_above_bound(self, size: tuple[int, int], unary: Tensor, lattice: int) -> None:
-        need = required_memory(size, unary.shape[1], lattice, unary.element_size())
-        bound = self.memory
+    def _check_memory(self, image: Tensor, labels: int, dtype: torch.dtype, lattice: int) -> None:
+        """Refuse an image that needs too much; ``lattice`` is the number of lattice points."""
+        # Per pixel: the joined splat and slice, the kept Gaussian kernel, codes and places while
+        # the lattice is made; energies, marginals, exponents and the result. Per lattice point:
+        # neighbours in six directions, twice while lattices are joined, and rows of values.
+        height, width = image.shape[:2]
+        numbers = height * width * (90 + 5 * labels) + lattice * (110 + 3 * labels)
+        need, bound = numbers * dtype.itemsize, self.memory
         if bound is None:
-            cuda = unary.device.type == "cuda"
-            free = torch.cuda.mem_get_info(unary.device)[0] if cuda else available_memory()
+            cuda = image.device.type == "cuda"
+            free = torch.cuda.mem_get_info(image.device)[0] if cuda else available_memory()
             bound = free * 3 // 4
         if need > bound:
             raise DataError(
-                f"a CRF of {unary.shape[1]} labels on an image of {size[1]} × {size[0]} pixels "
-                f"needs about {need / 2**30:.2g} GiB, more than the {bound / 2**30:.2g} GiB "
-                "allowed; resize the image and its maps, or allow more (argument memory)"
+                f"a CRF of {labels} labels on an image of {width} × {height} pixels needs about "
+                f"{need / 2**30:.2g} GiB, more than the {bound / 2**30:.2g} GiB allowed; resize "
+                "the image and its maps, or allow more (argument memory)"
             )
-
-
-def required_memory(
-    size: tuple[int, int], labels: int, lattice: int = 0, element_size: int = 4
-) -> int:
-    """Approximate number of bytes that mean field of (H, W) pixels takes.
-
-    ``lattice`` is the number of lattice points of both kernels, known once the image is read, and
-    ``element_size`` that of a number's bytes.
-
-    Example:
-        >>> required_memory((500, 375), 21) // 2**20
-        139
-    """
-    # Per pixel: the joined splat and slice, the kept Gaussian kernel, codes and places while the
-    # lattice is made; energies, marginals, exponents and the result. Per lattice point: neighbours
-    # in six directions, twice while lattices are joined, and rows of values.
-    numbers = math.prod(size) * (90 + 5 * labels) + lattice * (110 + 3 * labels)
-    return numbers * element_size
 
 
 def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
@@ -352,7 +310,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     scores = scores.clamp(max=1)
     free = 1 - scores.amax(0, keepdim=True)
     stacks = torch.stack([torch.cat([free**alpha, scores]) for alpha in alphas])
-    return crf.refine_probabilities(image.expand(len(alphas), *image.shape), stacks)
+    return crf.refine_probabilities(image, stacks)
 
 
 class CrfRefinement(Refinement):

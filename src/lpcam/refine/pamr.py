@@ -62,12 +62,11 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
     """Refine soft masks by local affinities of the image.
 
     Args:
-        image: (..., H, W, 3) RGB, uint8.
-        masks: (..., K, H, W) floating-point, finite; any range, which is kept.
-        settings: dilations, width and iterations.
+        image: (H, W, 3) RGB, uint8.
+        masks: (..., H, W) floating-point, finite; any range, which is kept.
 
     Raises:
-        DataError: if shapes, devices or dtypes do not fit, or if a mask holds NaN.
+        DataError: if shapes or dtypes do not fit, or if a mask holds NaN.
 
     Example:
         >>> image, masks = torch.zeros(4, 5, 3, dtype=torch.uint8), torch.ones(2, 4, 5)
@@ -82,56 +81,53 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 def affinities(
     image: Tensor, dilations: tuple[int, ...], width: float, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights of each pixel's neighbours at D dilations: (..., 8 D, H, W), summing to one.
+    """Weights of each pixel's neighbours at D dilations: (8 D, H, W), summing to one.
 
     Neighbours are ordered by dilation, then by row.
 
     Example:
-        >>> affinities(torch.zeros(1, 1, 3, dtype=torch.uint8), (1,), 0.1).unique()
+        >>> affinities(torch.zeros(1, 3, 3, dtype=torch.uint8), (1,), 0.1).unique()
         tensor([0.1250])
     """
-    height, length = int(image.shape[-3]), int(image.shape[-2])
-    levels = image.movedim(-1, -3).reshape(-1, 3, height, length)
+    height, length = int(image.shape[0]), int(image.shape[1])
+    levels = image.movedim(-1, 0)
     # the mean over the channels and the sign of the exponent are included
-    factors = (-1.0 / 3.0) / (_deviations(levels, dilations).to(dtype) * width + EPSILON)
-    border = max(dilations)
-    padded = _pad(levels.to(dtype), border)
-    offsets = _offsets(dilations)
-    result = factors.new_empty(len(levels), len(offsets), height, length)
+    factor = (-1.0 / 3.0) / (_deviations(levels, dilations).to(dtype) * width + EPSILON)
+    border, offsets = max(dilations), _offsets(dilations)
+    values = _pad(levels.to(dtype), border)
+    weights = factor.new_empty(len(offsets), height, length)
     strip = max(1, STRIP_PIXELS // length) if image.device.type == "cpu" else height
-    for values, factor, weights in zip(padded, factors, result, strict=True):
-        for top in range(0, height, strip):
-            end = min(top + strip, height)
-            middle = values[:, top + border : end + border, border : border + length].contiguous()
-            kernel = torch.zeros_like(weights[:, top:end])
-            for into, (down, right) in zip(kernel, offsets, strict=True):
-                there = values[:, top + down : end + down, right : right + length]
-                difference = (there - middle).abs_()
-                for channel in range(3):
-                    into.addcmul_(difference[channel], factor[channel, top:end])
-            # A softmax whose bytes do not depend on the number of threads.
-            kernel.sub_(kernel.amax(0)).exp_()
-            total = kernel[0].clone()
-            for each in kernel[1:]:
-                total += each
-            torch.div(kernel, total, out=weights[:, top:end])
-    return result.view(*image.shape[:-3], *result.shape[1:])
+    for top in range(0, height, strip):
+        end = min(top + strip, height)
+        middle = values[:, top + border : end + border, border : border + length].contiguous()
+        kernel = torch.zeros_like(weights[:, top:end])
+        for into, (down, right) in zip(kernel, offsets, strict=True):
+            there = values[:, top + down : end + down, right : right + length]
+            difference = (there - middle).abs_()
+            for channel in range(3):
+                into.addcmul_(difference[channel], factor[channel, top:end])
+        # A softmax whose bytes do not depend on the number of threads.
+        kernel.sub_(kernel.amax(0)).exp_()
+        total = kernel[0].clone()
+        for each in kernel[1:]:
+            total += each
+        torch.div(kernel, total, out=weights[:, top:end])
+    return weights
 
 
 def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    """Standard deviations over all windows, centres included: (B, 3, H, W) from uint8.
+    """Standard deviations over all windows, centres included: (3, H, W) from uint8.
 
     Computed in integers, as n sum of x^2 - (sum of x)^2 would lose all its digits otherwise.
     """
-    samples = 9 * len(dilations)
+    samples, border = 9 * len(dilations), max(dilations)
     exact = torch.int32 if (samples * 255) ** 2 < 2**31 else torch.int64
-    size = (int(levels.shape[-2]), int(levels.shape[-1]))
-    border = max(dilations)
+    height, width = levels.shape[-2:]
     values = _pad(levels.float(), border).to(exact)
     total, squares = (torch.zeros_like(levels, dtype=exact) for _ in range(2))
     for dilation in dilations:
         for y, x in itertools.product((border - dilation, border, border + dilation), repeat=2):
-            window = values[..., y : y + size[0], x : x + size[1]]
+            window = values[:, y : y + height, x : x + width]
             total += window
             squares += window * window
     numerator = squares * samples - total * total
@@ -141,43 +137,29 @@ def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
 def propagate(
     masks: Tensor, weights: Tensor, dilations: tuple[int, ...], iterations: int
 ) -> Tensor:
-    """Replace pixels of masks (..., K, H, W) by weighted means of their neighbours, repeatedly.
+    """Replace pixels of masks (..., H, W) by weighted means of their neighbours, repeatedly.
 
     ``weights`` are those of :func:`affinities` with the same dilations.
-
-    Example:
-        >>> weights = torch.full((8, 1, 1), 0.125)
-        >>> propagate(torch.ones(1, 1, 1), weights, (1,), 3)
-        tensor([[[1.]]])
     """
-    count, height, width = (int(length) for length in masks.shape[-3:])
-    border = max(dilations)
+    height, width = (int(length) for length in masks.shape[-2:])
     device = masks.device
-    offsets = torch.tensor(_offsets(dilations), device=device) - border
+    offsets = torch.tensor(_offsets(dilations), device=device) - max(dilations)
     y = torch.arange(height, device=device).unsqueeze(1) + offsets[:, 0]
     x = torch.arange(width, device=device).unsqueeze(1) + offsets[:, 1]
     y = y.clamp_(0, height - 1).mul_(width).to(torch.int32)
     x = x.clamp_(0, width - 1).to(torch.int32)
     neighbours = (y.unsqueeze(1) + x).view(-1)
     begins = torch.arange(0, len(neighbours) + 1, len(offsets), dtype=torch.int32, device=device)
-    result = torch.empty_like(masks, memory_format=torch.contiguous_format)
-    for given, shares, into in zip(
-        masks.reshape(-1, count, height * width),
-        weights.reshape(-1, len(offsets), height * width),
-        result.view(-1, count, height * width),
-        strict=True,
-    ):
-        current = given.t().to(weights.dtype).contiguous()
-        rows = shares.t().contiguous().view(-1)
-        for _ in range(iterations):
-            current = F.embedding_bag(
-                *(neighbours, current, begins),
-                mode="sum",
-                per_sample_weights=rows,
-                include_last_offset=True,
-            )
-        into.copy_(current.t())
-    return result
+    rows = weights.flatten(1).t().contiguous().view(-1)
+    current = masks.reshape(-1, height * width).t().to(weights.dtype).contiguous()
+    for _ in range(iterations):
+        current = F.embedding_bag(
+            *(neighbours, current, begins),
+            mode="sum",
+            per_sample_weights=rows,
+            include_last_offset=True,
+        )
+    return current.t().to(masks.dtype).reshape(masks.shape)
 
 
 def _offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -188,10 +170,8 @@ def _offsets(dilations: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _pad(values: Tensor, border: int) -> Tensor:
-    """Repeat the edge on all sides."""
-    flat = values.reshape(-1, 1, *values.shape[-2:])
-    padded = F.pad(flat, (border,) * 4, mode="replicate")
-    return padded.reshape(*values.shape[:-2], *padded.shape[-2:])
+    """Repeat the edge on all sides of (3, H, W)."""
+    return F.pad(values, (border,) * 4, mode="replicate")
 
 
 class PamrRefinement(Refinement):

@@ -58,10 +58,6 @@ class Lattice:
         """Factor that undoes the blur's gain: 1 / (1 + 2^-d)."""
         return 1.0 / (1.0 + 2.0 ** (1 - self.vertices.shape[0]))
 
-    def filter(self, values: Tensor) -> Tensor:
-        """Approximate sum over j of exp(-|f_i - f_j|^2 / 2) v_j (P, C), up to a factor near 1."""
-        return join([self]).apply(values)
-
     def row_sums(self) -> Tensor:
         """The filter of ones (P,); gathering is faster than ``join`` for a single column."""
         ones = self.weights.new_ones(self.vertices.shape[1], 1)
@@ -275,61 +271,50 @@ class JoinedFilter:
         return _sum_rows(values, *self.slice)
 
 
-def join(
-    lattices: Sequence[Lattice],
-    before: Sequence[Tensor] | None = None,
-    after: Sequence[Tensor] | None = None,
-) -> JoinedFilter:
+def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> JoinedFilter:
     """The filter sum over m of diag(after_m) K_m diag(before_m), in one pass over the points.
 
-    The factors are (P,) for each lattice; None means ones.
+    Each part is a lattice over the same P points and its factors (P,) before and after. K is
+    approximately exp(-|f_i - f_j|^2 / 2), up to a factor near 1.
 
     Example:
         >>> lattice = permutohedral_lattice(torch.tensor([[0.0, 50.0]]))
-        >>> join([lattice, lattice]).apply(torch.ones(2, 1)).shape
+        >>> join([(lattice, torch.ones(2), torch.ones(2))]).apply(torch.ones(2, 1)).shape
         torch.Size([2, 1])
     """
-    points = lattices[0].vertices.shape[1]
-    width = sum(lattice.vertices.shape[0] for lattice in lattices)
-    vertices = lattices[0].vertices.new_empty(points, width)
-    weights = lattices[0].weights.new_empty(points, width)
-    offsets, member_weights = [], []
-    blur: list[list[Tensor]] = [[] for _ in range(max(len(x.vertices) for x in lattices))]
-    rows = entries = column = 0
-    for number, lattice in enumerate(lattices):
-        columns = slice(column, column + lattice.vertices.shape[0])
-        vertices[:, columns] = (lattice.vertices + rows if rows else lattice.vertices).t()
-        factor = after[number] * lattice.scale if after else lattice.scale
-        weights[:, columns] = (lattice.weights * factor).t()
-        into = lattice.member_weights
-        if before:
-            into = into * before[number].index_select(0, lattice.members)
-        member_weights.append(into)
-        offsets.append(lattice.offsets + entries)
+    directions = max(len(lattice.blur) for lattice, *_ in parts)
+    members, begins, splat_weights, vertices, weights = [], [], [], [], []
+    blur: list[list[Tensor]] = [[] for _ in range(directions)]
+    rows = entries = 0
+    for lattice, before, after in parts:
+        members.append(lattice.members)
+        begins.append(lattice.offsets + entries)
+        splat_weights.append(lattice.member_weights * before.index_select(0, lattice.members))
+        vertices.append((lattice.vertices + rows).t())
+        weights.append((lattice.weights * (after * lattice.scale)).t())
         still = lattice.blur.new_full((lattice.size + 1, 3), lattice.size)
         still[:, 0] = lattice.blur[0, :, 0]
         for direction, bags in enumerate(blur):
-            own = lattice.blur[direction] if direction < len(lattice.vertices) else still
-            bags.append(own + rows if rows else own)
-        column = columns.stop
+            own = lattice.blur[direction] if direction < len(lattice.blur) else still
+            bags.append(own + rows)
         rows += lattice.size + 1
-        entries += lattice.members.shape[0]
-    device = vertices.device
-    end = torch.tensor([entries], dtype=torch.int32, device=device)
+        entries += len(lattice.members)
+    slices, slice_weights = torch.cat(vertices, 1), torch.cat(weights, 1)
+    points, width = slices.shape
+
+    def bounds(stop: int, step: int) -> Tensor:
+        return torch.arange(0, stop + 1, step, dtype=torch.int32, device=slices.device)
+
     return JoinedFilter(
         splat=(
-            torch.cat([lattice.members for lattice in lattices]),
-            torch.cat([*offsets, end]),
-            torch.cat(member_weights),
+            torch.cat(members),
+            torch.cat([*begins, begins[0].new_tensor([entries])]),
+            torch.cat(splat_weights),
         ),
         blur=[torch.cat(bags).view(-1) for bags in blur],
-        blur_offsets=torch.arange(0, 3 * rows + 1, 3, dtype=torch.int32, device=device),
-        blur_weights=weights.new_tensor([1.0, 0.5, 0.5]).repeat(rows),
-        slice=(
-            vertices.view(-1),
-            torch.arange(0, points * width + 1, width, dtype=torch.int32, device=device),
-            weights.view(-1),
-        ),
+        blur_offsets=bounds(3 * rows, 3),
+        blur_weights=slice_weights.new_tensor([1.0, 0.5, 0.5]).repeat(rows),
+        slice=(slices.view(-1), bounds(points * width, width), slice_weights.view(-1)),
     )
 
 

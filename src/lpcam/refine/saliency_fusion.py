@@ -10,15 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lpcam.refine.base import (
-    Job,
-    Picture,
-    Refine,
-    Refinement,
-    RefineSection,
-    Tools,
-    compute_dtype,
-)
+from lpcam.refine.base import Job, Picture, Refine, Refinement, RefineSection, Tools, compute_dtype
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.saliency_maps import (
     find_saliency,
@@ -58,96 +50,49 @@ NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (step 4)."""
 BACKGROUND_POWER = 1.0
 """Power of 1 - the highest map, the background's score before a CRF (step 1)."""
+REVISION = 1
+"""Revision of the saliency that is computed, for cache keys."""
 
 
-def fuse_saliency(
-    maps: Tensor,
-    saliency: Tensor,
-    settings: SaliencySettings,
-    *,
-    crf: tuple[Tensor, DenseCrf] | None = None,
-) -> Tensor:
-    """Labels of maps, with the background where an image is not salient.
-
-    Args:
-        maps: (K, H, W) in [0, 1] of the image's classes, each divided by its maximum.
-        saliency: (H, W) uint8, grey levels of a saliency map of the image.
-        settings: ``crf`` says whether a CRF comes first; ``alpha`` and ``beta`` must fit.
-        crf: the image, (H, W, 3) uint8 RGB, and the CRF whose posteriors replace the maps.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th map; the first of equal ones wins.
-
-    Example:
-        >>> maps, saliency = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[0, 255]]).byte()
-        >>> fuse_saliency(maps, saliency, SaliencySettings.from_preset("edam")).tolist()
-        [[0, 1]]
-    """
-    if settings.crf != (crf is not None):
-        raise DataError(
-            f"saliency.crf is {settings.crf}, but {'a' if crf else 'no'} CRF was given; alpha and "
-            "beta fit one case only"
-        )
-    _check_maps(maps, saliency)
-    scores = maps
-    if crf is not None:
-        scores = crf_scores(crf[1], crf[0], maps, [BACKGROUND_POWER])[0, 1:]
-    return saliency_labels(
-        scores, saliency, theta=settings.theta, alpha=settings.alpha, beta=settings.beta
-    )
-
-
-def saliency_labels(
-    scores: Tensor, saliency: Tensor, *, theta: float, alpha: float, beta: float
-) -> Tensor:
+def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings) -> Tensor:
     """The best class of each pixel, or the background (steps 2 to 5).
 
     A pixel that is not salient is background unless a class has more than ``beta``. A salient pixel
     has the best class unless all have less than ``alpha``. The first of equal classes wins.
 
     Args:
-        scores: (K, H, W) maps or posteriors in [0, 1].
+        scores: (K, H, W) maps, each divided by its maximum, or posteriors of a CRF; in [0, 1].
         saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-        theta, alpha, beta: fields of :class:`SaliencySettings`.
+        settings: ``theta``, ``alpha`` and ``beta``; the last two must fit the kind of scores.
+
+    Returns:
+        int64 (H, W): 0 for background, k + 1 for the k-th class.
 
     Raises:
-        DataError: if shapes, dtypes or devices do not fit, or a score is not finite.
+        DataError: if shapes or dtypes do not fit, or a score is not finite.
 
     Example:
-        >>> scores, saliency = torch.tensor([[[0.9, 0.1]]]), torch.tensor([[0, 255]]).byte()
-        >>> saliency_labels(scores, saliency, theta=0.2, alpha=0.25, beta=0.8).tolist()
+        >>> scores, saliency = torch.tensor([[[0.97, 0.1]]]), torch.tensor([[0, 255]]).byte()
+        >>> saliency_labels(scores, saliency, SaliencySettings.from_preset("edam")).tolist()
         [[1, 0]]
     """
-    _check_maps(scores, saliency)
+    if scores.ndim != 3 or not scores.is_floating_point() or not bool(scores.isfinite().all()):
+        raise DataError(
+            f"maps are {scores.dtype} {tuple(scores.shape)}; expected finite floating-point "
+            "numbers of the shape (classes, height, width)"
+        )
+    if saliency.dtype != torch.uint8 or saliency.shape != scores.shape[1:]:
+        raise DataError(
+            f"the saliency map is {saliency.dtype} {tuple(saliency.shape)}; expected grey levels "
+            f"of the maps' size, uint8 {tuple(scores.shape[1:])}: read it with read_saliency"
+        )
     # alpha and beta of posteriors are nearer to 0 and 1 than half precision can represent
     wide = scores.to(compute_dtype(scores))
-    decided = torch.where(wide > beta, ALWAYS, torch.where(wide < alpha, NEVER, wide))
+    below = torch.where(wide < settings.alpha, NEVER, wide)
+    decided = torch.where(wide > settings.beta, ALWAYS, below)
     # in float32, in which 100 times 0.29 is the grey level 29
-    background = (saliency.float() <= 100 * theta).to(wide.dtype)
+    background = (saliency.float() <= 100 * settings.theta).to(wide.dtype)
     return torch.cat([background[None], decided]).argmax(0)
-
-
-def _check_maps(maps: Tensor, saliency: Tensor) -> None:
-    if maps.ndim != 3 or not maps.is_floating_point() or not bool(torch.isfinite(maps).all()):
-        raise DataError(
-            f"maps are {maps.dtype} {tuple(maps.shape)}; expected finite floating-point numbers of "
-            "the shape (classes, height, width)"
-        )
-    if saliency.dtype != torch.uint8 or saliency.ndim != 2:
-        raise DataError(
-            f"the saliency map is {saliency.dtype} {tuple(saliency.shape)}; expected grey levels, "
-            "uint8 of the shape (height, width): multiply a map in [0, 1] by 255"
-        )
-    if saliency.shape != maps.shape[1:] or saliency.device != maps.device:
-        raise DataError(
-            f"the saliency map {tuple(saliency.shape)} on {saliency.device} and the maps "
-            f"{tuple(maps.shape)} on {maps.device} differ in size or device; read it with "
-            "lpcam.refine.saliency_maps.read_saliency at the size of the image"
-        )
-
-
-REVISION = 1
-"""Revision of the saliency that is computed, for cache keys."""
 
 
 class SaliencyRefinement(Refinement):
@@ -197,8 +142,9 @@ class SaliencyRefinement(Refinement):
                 levels = torch.from_numpy(read_saliency(maps, picture.item.id, size, maximum=top))
             else:
                 levels = saliency(image.cpu())
-            both = None if crf is None else (image, crf)
-            fused = fuse_saliency(planes, levels.to(image.device), job.settings, crf=both)
+            if crf is not None:
+                planes = crf_scores(crf, image, planes, [BACKGROUND_POWER])[0, 1:]
+            fused = saliency_labels(planes, levels.to(image.device), job.settings)
             numbers = torch.arange(1, len(planes) + 1, device=fused.device)
             return (fused == numbers[:, None, None]).to(planes)
 

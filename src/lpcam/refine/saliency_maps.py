@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lpcam.data.dataset import safe_id
 from lpcam.data.images import MAXIMUM_PIXELS, load_image
+from lpcam.refine.base import check_image
 from lpcam.runtime.errors import DataError
 
 Plane = NDArray[np.float64]
@@ -37,26 +38,21 @@ def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} of saliency maps; give one that holds ID.png")
-    found: dict[str, Path] = {}
-    missing = []
+    found = {}
     for image_id in ids:
         paths = [folder / f"{safe_id(image_id)}{suffix}" for suffix in SUFFIXES]
-        present = [path for path in paths if path.is_file()]
-        if len(present) > 1:
+        found[image_id] = [path for path in paths if path.is_file()]
+        if len(found[image_id]) > 1:
             raise DataError(
                 f"the image {image_id!r} has several saliency maps, "
-                f"{' and '.join(path.name for path in present)} in {folder}; keep one"
+                f"{' and '.join(path.name for path in found[image_id])} in {folder}; keep one"
             )
-        if present:
-            found[image_id] = present[0]
-        else:
-            missing.append(image_id)
-    if missing:
+    if missing := [image_id for image_id, paths in found.items() if not paths]:
         raise DataError(
             f"{len(missing)} images have no saliency map in {folder}, the first is {missing[0]!r}; "
             f"expected a file of that name with one of {', '.join(SUFFIXES)}"
         )
-    return found
+    return {image_id: paths[0] for image_id, paths in found.items()}
 
 
 def saliency_maximum(paths: Iterable[Path]) -> float | None:
@@ -96,10 +92,13 @@ def read_saliency(
     Colours are averaged. A map of another size is resized by Pillow's bilinear filter, which
     averages when it shrinks. An 8-bit map of the image's size keeps its values.
 
-    ``size`` is (height, width) of the upright image, and ``maximum`` the value that means 1. None:
-    255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit images and booleans. An 8-bit map whose
-    largest value is 1 is then refused, because it may be a mask of 0 and 1; `saliency_maximum`
-    decides this.
+    Args:
+        folder: folder of the maps.
+        item_id: id of the image.
+        size: (height, width) of the upright image.
+        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit
+            images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
+            may be a mask of 0 and 1; `saliency_maximum` decides this.
 
     Raises:
         DataError: if the map is missing, unreadable, transparent or out of range.
@@ -143,18 +142,15 @@ def _plane(path: Path) -> tuple[NDArray[np.float32], float]:
     if path.suffix == ".npy":
         return _array(path)
     image = load_image(path, path, MAXIMUM_PIXELS)
-    if image.mode in ("F", "1"):
-        return np.array(image, dtype=np.float32), 1.0
-    if image.mode.startswith("I"):
-        return np.array(image, dtype=np.float32), 65535.0
-    if image.mode == "L" and not image.has_transparency_data:
-        return np.array(image, dtype=np.float32), 255.0
+    full = 1.0 if image.mode in ("F", "1") else 65535.0 if image.mode.startswith("I") else 255.0
+    if full != 255 or (image.mode == "L" and not image.has_transparency_data):
+        return np.array(image, dtype=np.float32), full
     if image.has_transparency_data and np.array(image.convert("RGBA"))[:, :, 3].min() < 255:
         raise DataError(
             f"saliency map {path} is transparent in places, where its value is unknown; save it "
             "without an alpha channel"
         )
-    return np.array(image.convert("RGB"), dtype=np.float32).mean(axis=2), 255.0
+    return np.array(image.convert("RGB"), dtype=np.float32).mean(axis=2), full
 
 
 def _array(path: Path) -> tuple[NDArray[np.float32], float]:
@@ -212,11 +208,7 @@ def saliency(image: Tensor) -> Tensor:
         >>> (saliency(image) > SALIENT)[20, [0, 20]].tolist()
         [False, True]
     """
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.numel():
-        raise DataError(
-            f"the image is {image.dtype} {tuple(image.shape)}; expected RGB, uint8 of the shape "
-            "(height, width, 3)"
-        )
+    check_image(image)
     height, width = image.shape[:2]
     scale = min(1.0, LONG_SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -235,12 +227,7 @@ def saliency(image: Tensor) -> Tensor:
 
 
 def lab(image: NDArray[np.uint8]) -> Plane:
-    """CIELAB (..., 3), lightness from 0 to 100, of sRGB (..., 3) under D65.
-
-    Example:
-        >>> lab(np.array([0, 0, 0], np.uint8)).round(1).tolist()
-        [0.0, 0.0, 0.0]
-    """
+    """CIELAB (..., 3), lightness from 0 to 100, of sRGB (..., 3) under D65."""
     levels = image / 255.0
     linear = np.where(levels > 0.04045, ((levels + 0.055) / 1.055) ** 2.4, levels / 12.92)
     relative = linear @ TO_XYZ.T / WHITE
@@ -255,19 +242,14 @@ def barrier_distance(values: Plane, rounds: int = ROUNDS) -> Plane:
 
     Never below the true distance. Each pixel keeps the highest and lowest value of its best path.
     A sweep extends the path of each row (or column) to the next one where that is better.
-
-    Example:
-        >>> barrier_distance(np.pad(np.array([[5.0]]), 1))[1].tolist()
-        [0.0, 5.0, 0.0]
     """
     distance = np.full(values.shape, np.inf)
     distance[[0, -1]] = distance[:, [0, -1]] = 0.0
     # The first sweep, down from the border, reaches every pixel.
-    state = (distance, values.copy(), values.copy())
+    state = (values, distance, values.copy(), values.copy())
     for _ in range(rounds):
-        for turned in (False, True):
-            # views, which the sweeps change in place
-            views = tuple(part.T if turned else part for part in (values, *state))
+        # views, which the sweeps change in place
+        for views in (state, [part.T for part in state]):
             _sweep(*views)
             _sweep(*(part[::-1] for part in views))
     return distance
@@ -285,12 +267,7 @@ def _sweep(values: Plane, distance: Plane, highest: Plane, lowest: Plane) -> Non
 
 
 def otsu_threshold(values: Plane) -> float:
-    """Threshold with the largest variance between both parts of values in [0, 1] (Otsu 1979).
-
-    Example:
-        >>> 0.2 < otsu_threshold(np.array([0.1, 0.2, 0.8, 0.9])) < 0.8
-        True
-    """
+    """Threshold with the largest variance between both parts of values in [0, 1] (Otsu 1979)."""
     counts, edges = np.histogram(values, BINS, (0.0, 1.0))
     parts = counts / counts.sum()
     below = parts.cumsum()

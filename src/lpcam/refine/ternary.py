@@ -29,21 +29,12 @@ def crf_labels(
 
     Raises:
         DataError: if image and maps do not fit, or as :class:`DenseCrf`.
-
-    Example:
-        >>> from lpcam.refine.crf import CrfSettings
-        >>> crf, image = DenseCrf(CrfSettings.from_preset("irn")), torch.zeros(2, 2, 3).byte()
-        >>> crf_labels(crf, image, torch.full((1, 2, 2), 0.4), (0.3, 0.5))
-        [tensor([[1, 1],
-                [1, 1]]), tensor([[0, 0],
-                [0, 0]])]
     """
     check_image_and_maps(image, maps, "maps")
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
-    repeated = image.expand(len(hard), *image.shape)  # so that its kernels are computed once
-    return list(crf.refine_labels(repeated, torch.stack(hard), len(maps) + 1).argmax(1))
+    return list(crf.refine_labels(image, torch.stack(hard), len(maps) + 1).argmax(1))
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
@@ -56,8 +47,7 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
         >>> ternary(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 2]])).tolist()
         [[0, 1, 255]]
     """
-    unsure = (foreground == 0) & (background != 0)
-    return torch.where(unsure, IGNORE, foreground).to(torch.int64)
+    return foreground.masked_fill((foreground == 0) & (background != 0), IGNORE)
 
 
 def ternary_mask(
