@@ -39,10 +39,10 @@ def root(tmp_path: Path) -> Path:
 
 def test_records(root: Path) -> None:
     dataset = read_folder(root)
-    calls: list[tuple[int, int]] = []
-    checked, records = check_images(dataset, progress=lambda *done: calls.append(done))
+    calls: list[tuple[int, str]] = []
+    checked, records = check_images(dataset, advance=lambda *done: calls.append(done))
     assert checked == dataset
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, "")] * 3
     assert [(r["height"], r["width"]) for r in records.values()] == [(4, 6), (5, 6), (6, 6)]
     assert records["b"]["digest"] == records["b"]["image_digest"]
     assert records["b"]["digest"] == digest_file(root / "images" / "b.png")
@@ -94,11 +94,7 @@ def test_wrong_mask_names_item_and_sizes(root: Path, folder: str) -> None:
     path = root / folder / "a.png"
     what = {"masks": "mask", "parts": "part mask"}[folder]
     mask_of((6, 4)).save(path)
-    message = rf"^{what} of 'a', .*a\.png, is 6 x 4 .* 4 x 6"
-    with pytest.raises(DataError, match=message):
-        check_images(read_folder(root))
-    Image.new("RGB", (6, 4)).save(path)
-    with pytest.raises(DataError, match=f"^{what} of 'a': .*holds colours"):
+    with pytest.raises(DataError, match=rf"^{what} of 'a': .*a\.png is 6 x 4 .* 4 x 6"):
         check_images(read_folder(root))
     path.write_bytes(b"text")
     with pytest.raises(DataError, match=f"^{what} of 'a': .*not an image"):
@@ -121,16 +117,12 @@ def test_several_readers_find_the_same_in_the_same_order(root: Path, workers: in
             path.write_bytes(path.read_bytes()[:40])
         with (root / "labels.csv").open("a") as file:
             file.write(f"d{number:02d},cow\n")
-    calls: list[tuple[int, int]] = []
     dataset = read_folder(root)
-    checked, records = check_images(
-        dataset, progress=lambda *done: calls.append(done), workers=workers
-    )
-    assert calls == [(done, 15) for done in range(1, 16)]
+    checked, records = check_images(dataset, workers=workers)
     assert [skip.id for skip in checked.skipped] == ["d00", "d03", "d06", "d09"]
     assert list(records) == list(checked.items) == [i for i in dataset.items if i in records]
     assert records["d07"]["width"] == 12
     for name in ("a", "d05"):  # the first error in order, whichever thread is the first
         mask_of((9, 9)).save(root / "masks" / f"{name}.png")
-    with pytest.raises(DataError, match=r"^mask of 'a', "):
+    with pytest.raises(DataError, match=r"^mask of 'a': "):
         check_images(read_folder(root), workers=workers)

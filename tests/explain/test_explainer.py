@@ -119,11 +119,9 @@ def test_every_way_to_give_an_image(
     turned.getexif()[0x0112] = 6
     np.testing.assert_array_equal(explainer(turned).image, image)
     data = path.read_bytes()
-    np.testing.assert_array_equal(decode_image(data, "x", maximum_pixels=10_000), image)
-    with pytest.raises(ImageError, match="90 x 70"):
-        decode_image(data, "x", maximum_pixels=100)
+    np.testing.assert_array_equal(decode_image(data, "x"), image)
     with pytest.raises(ImageError, match="empty"):
-        decode_image(b"", "x", maximum_pixels=100)
+        decode_image(b"", "x")
     with pytest.raises(ImageError, match="32-bit float"):
         explainer(Image.fromarray(np.zeros((5, 5), np.float32)))
 

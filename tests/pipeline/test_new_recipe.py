@@ -91,7 +91,7 @@ def test_the_first_wrong_mask_names_the_command_that_lists_all(tmp_path: Path) -
     folder = draw_folder(tmp_path / "my boxes")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "masks" / "i02.png")
     message = (
-        r"mask of 'i02', .* is 5 x 5 .*; save the mask in the size of the image\. All that is "
+        r"mask of 'i02': .* is 5 x 5 .*; save the mask in the size of the image\. All that is "
         r"wrong is listed by: lpcam data check '.*my boxes'$"
     )
     with pytest.raises(DataError, match=message):

@@ -14,8 +14,7 @@ two libraries.
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -54,8 +53,7 @@ GROUPS: tuple[int, ...] = tuple(kind["torso"] for kind in _KINDS.values())
 """Torso group of each class: 0 spots, 1 stripes, 2 scales."""
 COMPANIONS = {n: k["ground"] for n, k in enumerate(_KINDS.values()) if "ground" in k}
 """Grounds that co-occur with a class, by label index."""
-COMPANION_PROBABILITY = 0.6
-"""Chance that an image with such a class has its companion ground."""
+_COMPANION_PROBABILITY = 0.6  # that an image with such a class has its companion ground
 OVERSAMPLING = 3
 """Shapes are drawn this much larger and averaged down, which makes their edges smooth."""
 _INK: Colour = (52, 44, 60)
@@ -63,8 +61,7 @@ _CREAM: Colour = (250, 238, 214)
 _STOCKING: Colour = (78, 88, 140)
 _HOOF: Colour = (48, 46, 66)
 _TUFT: Colour = (226, 110, 70)
-_OUTLINE = 0.035
-"""Width of the ink outline of a shape, in lengths of a torso."""
+_OUTLINE = 0.035  # width of the ink outline of a shape, in lengths of a torso
 
 
 # -- Drawing in a creature's own frame: x forward, y down, torso length about 1 --------------------
@@ -75,8 +72,8 @@ class _Sheet:
 
     def __init__(self, picture: Image.Image) -> None:
         self.picture = picture
-        self.classes = Image.new("L", picture.size, 0)
-        self.parts = Image.new("L", picture.size, 0)
+        self.classes = Image.new("L", picture.size)
+        self.parts = Image.new("L", picture.size)
 
     def finish(self) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         """Picture averaged down; masks taken at the pixel centres, so that no ids are blended."""
@@ -117,17 +114,16 @@ class _Creature:
         points: Points,
         colour: Colour,
         part: str,
-        *,
         shade: float = 0.0,
         texture: _Texture | None = None,
     ) -> None:
         """One closed shape: fill, texture inside it, a shaded lower rim, an ink outline."""
         placed, ink = self.place(points), max(1, round(_OUTLINE * self.scale))
-        pad, (width, height) = max(2, ink), self.sheet.picture.size
+        picture, pad = self.sheet.picture, max(2, ink)
         xs, ys = zip(*placed, strict=True)
         left, top = max(0, math.floor(min(xs)) - pad), max(0, math.floor(min(ys)) - pad)
-        right = min(width, math.ceil(max(xs)) + pad + 1)
-        bottom = min(height, math.ceil(max(ys)) + pad + 1)
+        right = min(picture.width, math.ceil(max(xs)) + pad + 1)
+        bottom = min(picture.height, math.ceil(max(ys)) + pad + 1)
         if right <= left or bottom <= top:
             return
         size = (right - left, bottom - top)
@@ -135,49 +131,47 @@ class _Creature:
         def move(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
             return [(x - left, y - top) for x, y in some]
 
-        mask = Image.new("L", size, 0)
+        mask = Image.new("L", size)
         ImageDraw.Draw(mask).polygon(move(placed), fill=255)
         fill = Image.new("RGB", size, colour)
         if texture is not None:
             draw = ImageDraw.Draw(fill)
-            for patch in texture.patches:
-                inside = move(self.place(patch))
+            for inside in (move(self.place(patch)) for patch in texture.patches):
                 if texture.lines:
-                    span = math.dist(inside[0], inside[-1])
-                    draw.line(inside, fill=texture.colour, width=max(2, round(span * 0.2)))
+                    width = max(2, round(math.dist(inside[0], inside[-1]) * 0.2))
+                    draw.line(inside, fill=texture.colour, width=width)
                 else:
                     draw.polygon(inside, fill=texture.colour)
         if shade > 0:
             # what a copy of the shape moved up does not cover is the rim away from the light
-            lifted, offset = Image.new("L", size, 0), round(shade * self.scale)
+            lifted, offset = Image.new("L", size), round(shade * self.scale)
             lifted.paste(mask, (0, -offset))
             rim = ImageChops.subtract(mask, lifted).filter(ImageFilter.BoxBlur(offset / 3))
             fill.paste(mix(colour, _INK, 0.45), (0, 0), rim.point(lambda v: v * 0.55))
-        self.sheet.picture.paste(fill, (left, top), mask)
+        picture.paste(fill, (left, top), mask)
         ring = placed + placed[:2]
         for image, value in ((self.sheet.classes, self.mask_id), (self.sheet.parts, PARTS[part])):
             ImageDraw.Draw(image).polygon(placed, fill=value)
             ImageDraw.Draw(image).line(ring, fill=value, width=ink, joint="curve")
         edge = mix(colour, _INK, 0.8)
-        ImageDraw.Draw(self.sheet.picture).line(ring, fill=edge, width=ink, joint="curve")
+        ImageDraw.Draw(picture).line(ring, fill=edge, width=ink, joint="curve")
 
-    def mark(self, points: Points, colour: Colour) -> None:
-        """A flat detail on a shape already drawn (an eye, a nostril)."""
-        ImageDraw.Draw(self.sheet.picture).polygon(self.place(points), fill=colour)
-
-    def stroke(self, line: Points, colour: Colour, width: float) -> None:
-        """A thin line on a shape already drawn (a mouth)."""
-        pixels = max(1, round(width * self.scale))
-        pen = ImageDraw.Draw(self.sheet.picture)
-        pen.line(self.place(line), fill=colour, width=pixels, joint="curve")
+    def mark(self, points: Points, colour: Colour, width: float = 0.0) -> None:
+        """A detail on a shape already drawn: an area (an eye), or a line of a width (a mouth)."""
+        draw, placed = ImageDraw.Draw(self.sheet.picture), self.place(points)
+        if width:
+            pixels = max(1, round(width * self.scale))
+            draw.line(placed, fill=colour, width=pixels, joint="curve")
+        else:
+            draw.polygon(placed, fill=colour)
 
 
 # -- Parts that classes share ----------------------------------------------------------------------
 
 
 def _spots(colour: Colour, rng: Random) -> _Texture:
-    xs, ys = rng.uniform(-0.75, 0.85, 44).tolist(), rng.uniform(-0.6, 0.45, 44).tolist()
-    spots = zip(xs, ys, rng.uniform(0.035, 0.085, 44).tolist(), strict=True)
+    ranges = (-0.75, 0.85), (-0.6, 0.45), (0.035, 0.085)
+    spots = zip(*(rng.uniform(*ends, 44).tolist() for ends in ranges), strict=True)
     return _Texture(colour, [ellipse(complex(x, y), r, r * 0.85, count=12) for x, y, r in spots])
 
 
@@ -191,13 +185,11 @@ def _stripes(colour: Colour, rng: Random) -> _Texture:
 
 
 def _scales(colour: Colour, rng: Random) -> _Texture:
-    size, rows = rng.uniform(0.13, 0.16), []
-    for row in range(12):
-        for column in range(16):
-            corner = complex(-0.95 + (column + 0.5 * (row % 2)) * size, -0.75 + row * size * 0.8)
-            bend = corner + complex(size / 2, size * 1.5)
-            rows.append(curve(corner, bend, corner + size, 6))
-    return _Texture(colour, rows, lines=True)
+    size, scales = rng.uniform(0.13, 0.16), []
+    for row, column in itertools.product(range(12), range(16)):
+        corner = complex(-0.95 + (column + 0.5 * (row % 2)) * size, -0.75 + row * size * 0.8)
+        scales.append(curve(corner, corner + complex(size / 2, size * 1.5), corner + size, 6))
+    return _Texture(colour, scales, lines=True)
 
 
 _TORSOS: tuple[tuple[Colour, Colour, Callable[[Colour, Random], _Texture]], ...] = (
@@ -216,8 +208,8 @@ def _bands(line: Points, colour: Colour, count: int) -> _Texture:
         step = line[i + 1] - line[i]
         point, half = line[i] + step * (at - i), along(step) * 0.028
         side = along(step) * 1j * 0.2
-        patches.append([point + side - half, point - side - half])
-        patches[-1] += [point - side + half, point + side + half]
+        right = [point - side - half, point - side + half]
+        patches.append([point + side - half, *right, point + side + half])
     return _Texture(colour, patches)
 
 
@@ -246,8 +238,7 @@ def _torso(creature: _Creature, group: int, head: complex) -> None:
     rng = creature.rng
     base, second, pattern = _TORSOS[group]
     base, second = vary(base, rng), vary(second, rng)
-    texture = pattern(second, rng)
-    belly = rng.uniform(0.33, 0.42)
+    texture, belly = pattern(second, rng), rng.uniform(0.33, 0.42)
     neck = ribbon(curve(0.28 - 0.05j, 0.5 - 0.12j, head), 0.42, 0.26)
     creature.shape(neck, base, "torso", texture=texture)
     # a back that is flatter than the belly reads as an animal, not as an egg
@@ -278,7 +269,7 @@ _EYE: tuple[tuple[complex, float, float, Colour, int], ...] = (
 
 def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
     rng = creature.rng
-    size, nod = float(rng.uniform(0.235, 0.28)), float(rng.normal(0.0, 0.12))
+    size, nod = rng.uniform(0.235, 0.28), rng.normal(0.0, 0.12)
     frame = complex(math.cos(nod) * size, math.sin(nod) * size)
     named = {"own": vary(kind["colour"], rng, 8), "ink": _INK, "cream": _CREAM}
 
@@ -298,24 +289,22 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
                 points = placed(ellipse(centre + offset * r, rx * r, ry * r, count=count))
                 creature.mark(points, colour)
         elif verb == "petals":
-            distance, r, begin = given[:3]
-            for a in np.linspace(0.0, 2 * math.pi, 11, endpoint=False).tolist():
-                b = a + begin
-                centre = complex(distance * math.cos(b), distance * math.sin(b))
-                petal = placed(ellipse(centre, r, r * 0.62, b, 16))
-                creature.shape(petal, colour_of(given[3]), "head")
+            distance, r, begin, colour = given
+            for angle in np.linspace(0.0, 2 * math.pi, 11, endpoint=False).tolist():
+                turn = angle + begin
+                centre = complex(distance * math.cos(turn), distance * math.sin(turn))
+                petal = placed(ellipse(centre, r, r * 0.62, turn, 16))
+                creature.shape(petal, colour_of(colour), "head")
         else:
             ((outline, values),) = given[0].items()
             values = [complex(v) if isinstance(v, str) else v for v in values]
             points = placed(_OUTLINES[outline](*values))
-            colour = colour_of(given[1] if len(given) > 1 else "own" if verb == "shape" else "ink")
-            amount = given[2] if len(given) > 2 else 0.05 if verb == "shape" else 0.11
+            usual: list[Any] = ["own", 0.05] if verb == "shape" else ["ink", 0.11]
+            paint, amount = given[1:] + usual[len(given) - 1 :]
             if verb == "shape":
-                creature.shape(points, colour, "head", shade=amount)
-            elif verb == "mark":
-                creature.mark(points, colour)
+                creature.shape(points, colour_of(paint), "head", shade=amount)
             else:
-                creature.stroke(points, colour, amount * size)
+                creature.mark(points, colour_of(paint), amount * size * (verb == "line"))
 
 
 # -- One image, and the set ------------------------------------------------------------------------
@@ -346,7 +335,7 @@ def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
     labels = tuple(int(v) for v in rng.choice(len(CLASSES), size=count, replace=False))
     large = size * OVERSAMPLING
     companions = [COMPANIONS[n] for n in labels if n in COMPANIONS]
-    if companions and rng.uniform() < COMPANION_PROBABILITY:
+    if companions and rng.uniform() < _COMPANION_PROBABILITY:
         ground = companions[int(rng.integers(len(companions)))]
     else:
         ground = list(GROUNDS)[int(rng.integers(len(GROUNDS)))]
@@ -356,15 +345,13 @@ def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
     sheet = _Sheet(picture)
     places = []
     if count == 1:
-        scale = rng.uniform(0.36, 0.52) * large
-        x, y = rng.uniform(0.46, 0.54) * large, rng.uniform(0.51, 0.57) * large
-        places.append((y, x, scale, labels[0]))
+        scale, x = rng.uniform(0.36, 0.52) * large, rng.uniform(0.46, 0.54) * large
+        places.append((rng.uniform(0.51, 0.57) * large, x, scale, labels[0]))
     else:
-        down = rng.permutation(2)
-        for i, label in enumerate(labels):
+        for label, middle, down in zip(labels, (0.31, 0.69), rng.permutation(2), strict=True):
             scale = rng.uniform(0.27, 0.34) * large
-            x = ((0.31 if i == 0 else 0.69) + rng.uniform(-0.05, 0.05)) * large
-            y = ((0.34 if down[i] == 0 else 0.72) + rng.uniform(-0.05, 0.05)) * large
+            x = (middle + rng.uniform(-0.05, 0.05)) * large
+            y = ((0.72 if down else 0.34) + rng.uniform(-0.05, 0.05)) * large
             places.append((y, x, scale, label))
     # the lower one in the picture is nearer and is drawn last
     for y, x, scale, label in sorted(places):
@@ -416,9 +403,7 @@ def write(folder: Path, *, images: int, size: int, seed: int) -> None:
     # colours of the index masks, only for looking at them: black, then those of the heads
     palette = bytes((0, 0, 0, *(value for kind in _KINDS.values() for value in kind["colour"])))
     palette = palette.ljust(768, b"\0")
-    table = io.StringIO()
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(("image", "labels"))
+    table = "image,labels\n"
     for i in range(images):
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, i])))
         sheet, labels = _draw(size, rng)
@@ -427,5 +412,5 @@ def write(folder: Path, *, images: int, size: int, seed: int) -> None:
         (folder / "images" / name).write_bytes(png_bytes(_light(picture, rng)))
         (folder / "masks" / name).write_bytes(png_bytes(classes, palette))
         (folder / "parts" / name).write_bytes(png_bytes(parts, palette))
-        rows.writerow((name, ";".join(CLASSES[n] for n in sorted(labels))))
-    (folder / "labels.csv").write_bytes(table.getvalue().encode())
+        table += f"{name},{';'.join(CLASSES[n] for n in sorted(labels))}\n"
+    (folder / "labels.csv").write_bytes(table.encode())

@@ -15,21 +15,12 @@ from lpcam.data.images import scaled_size
 from lpcam.data.masks import voc_palette
 from lpcam.runtime.errors import DataError
 
-# Colours of the heat map at equal steps from 0 to 1. Lightness increases steadily, so that it can
-# be read in grey and by the colour-blind.
-HEAT = np.array(
-    [
-        (16, 8, 48),
-        (62, 16, 104),
-        (118, 28, 112),
-        (174, 46, 92),
-        (222, 80, 58),
-        (246, 136, 40),
-        (252, 196, 76),
-        (254, 248, 170),
-    ],
-    dtype=np.float64,
-)
+# Red, green and blue of the heat map at equal steps from 0 to 1. Lightness increases steadily, so
+# that it can be read in grey and by the colour-blind.
+_RED = (16, 62, 118, 174, 222, 246, 252, 254)
+_GREEN = (8, 16, 28, 46, 80, 136, 196, 248)
+_BLUE = (48, 104, 112, 92, 58, 40, 76, 170)
+HEAT = np.stack([_RED, _GREEN, _BLUE], axis=1).astype(np.float64)
 
 
 def overlay(
@@ -61,7 +52,7 @@ def overlay(
         )
     steps = np.linspace(0, 1, len(HEAT))
     value = np.clip(heat, 0, 1)
-    colour = np.stack([np.interp(value, steps, HEAT[:, c]) for c in range(3)], axis=2)
+    colour = np.stack([np.interp(value, steps, channel) for channel in HEAT.T], axis=2)
     weight = (opacity * (1 + 2 * value) / 3)[:, :, None]
     return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
 
@@ -72,11 +63,6 @@ def overlay_mask(
     """Draw mask values, uint8 (H, W), in VOC colours over an image, uint8 (H, W, 3).
 
     Background is not drawn. Raises DataError if the sizes differ.
-
-    Example:
-        >>> image, mask = np.zeros((1, 2, 3), np.uint8), np.array([[0, 1]], np.uint8)
-        >>> overlay_mask(image, mask, opacity=1.0).tolist()
-        [[[0, 0, 0], [128, 0, 0]]]
     """
     _check_sizes(image, mask)
     weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]
@@ -116,39 +102,32 @@ class SheetRow:
 
 def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:
     """Up to ``count`` (image, class) pairs: classes in turn, each class's images in list order."""
-    queues: dict[int, list[Item]] = {}
-    for item in items:
-        for index in item.labels:
-            queues.setdefault(index, []).append(item)
-    chosen: list[tuple[Item, int]] = []
-    used: set[str] = set()
-    while len(chosen) < count and any(queues.values()):
-        for index in sorted(queues):
-            while queues[index] and queues[index][0].id in used:
-                queues[index].pop(0)
-            if queues[index] and len(chosen) < count:
-                item = queues[index].pop(0)
-                used.add(item.id)
-                chosen.append((item, index))
-    return chosen
+    queues = {
+        index: iter([item for item in items if index in item.labels])
+        for index in sorted({index for item in items for index in item.labels})
+    }
+    chosen: dict[str, tuple[Item, int]] = {}
+    while queues and len(chosen) < count:
+        for index, queue in list(queues.items()):
+            item = next((item for item in queue if item.id not in chosen), None)
+            if item is None:
+                del queues[index]
+            elif len(chosen) < count:
+                chosen[item.id] = (item, index)
+    return list(chosen.values())
 
 
 def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
-    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth.
-
-    Args:
-        mask_title: over the column of seeds.
-    """
+    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth."""
     titles = ["image", "CAM", "LPCAM", mask_title]
-    if any(row.truth is not None for row in rows):
-        titles.append("truth")
+    titles += ["truth"] * any(row.truth is not None for row in rows)
     sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)
     canvas = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(16)
     for column, title in enumerate(titles):
-        centre = GAP + column * (CELL + GAP) + CELL // 2
-        draw.text((centre, TITLE // 2 + 2), title, fill="black", font=font, anchor="mm")
+        centre = (GAP + column * (CELL + GAP) + CELL // 2, TITLE // 2 + 2)
+        draw.text(centre, title, fill="black", font=font, anchor="mm")
     for number, row in enumerate(rows):
         top = TITLE + number * (CELL + GAP)
         pictures = [
@@ -160,11 +139,10 @@ def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
         if row.truth is not None:
             pictures.append(overlay_mask(row.image, row.truth))
         for column, picture in enumerate(pictures):
-            height, width = picture.shape[:2]
-            height, width = scaled_size(height, width, CELL / max(height, width))
+            height, width = scaled_size(*picture.shape[:2], CELL / max(picture.shape[:2]))
             thumbnail = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-            left = GAP + column * (CELL + GAP) + (CELL - thumbnail.width) // 2
-            canvas.paste(thumbnail, (left, top + (CELL - thumbnail.height) // 2))
+            left = GAP + column * (CELL + GAP) + (CELL - width) // 2
+            canvas.paste(thumbnail, (left, top + (CELL - height) // 2))
         box = draw.textbbox((GAP + 5, top + 4), row.name, font=font)
         draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill="white")
         draw.text((GAP + 5, top + 4), row.name, fill="black", font=font)

@@ -5,32 +5,22 @@ Arrays are (height, width[, 3]) uint8. Pillow's global settings are not changed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lpcam.runtime.errors import ImageError
 
 MAXIMUM_PIXELS = 100_000_000
-"""Number of pixels of the largest image that is read by default; 300 MB as RGB."""
-_EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+"""Number of pixels of the largest image that is read; 300 MB as RGB."""
 
 
-def read_image(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
+def read_image(path: Path) -> NDArray[np.uint8]:
     """Read an image file as upright RGB, uint8 (H, W, 3).
 
     EXIF orientation is applied, 16-bit values are scaled (65535 becomes 255), grey, palette, 1-bit
@@ -39,38 +29,25 @@ def read_image(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[n
 
     Raises:
         ImageError: naming the file and the reason, if it is missing, empty, truncated, damaged, not
-            an image, larger than ``maximum_pixels`` or of 32-bit values whose range is unknown.
+            an image, larger than `MAXIMUM_PIXELS` or of 32-bit values whose range is unknown.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     Image.new("RGB", (1, 2), "red").save(Path(folder, "a.png"))
-        ...     read_image(Path(folder, "a.png")).tolist()
+        >>> path = getfixture("tmp_path") / "a.png"
+        >>> Image.new("RGB", (1, 2), "red").save(path)
+        >>> read_image(path).tolist()
         [[[255, 0, 0]], [[255, 0, 0]]]
     """
-    return _read_rgb(load_image(path, path, maximum_pixels), path)
+    return decode_image(path, str(path))
 
 
 def decode_image(
-    data: bytes,
-    name: str,
-    *,
-    maximum_pixels: int = MAXIMUM_PIXELS,
-    formats: tuple[str, ...] | None = None,
+    source: Path | bytes, name: str, *, formats: tuple[str, ...] | None = None
 ) -> NDArray[np.uint8]:
-    """Decode the bytes of an image file as `read_image` does; ``name`` is for messages.
+    """Decode a file or its bytes as `read_image` does; ``name`` is for messages.
 
-    Args:
-        formats: names of Pillow's formats that are accepted; None: all.
-
-    Example:
-        >>> decode_image(b"P6 1 1 255 abc", "a.ppm").tolist()
-        [[[97, 98, 99]]]
+    ``formats`` are names of Pillow's formats that are accepted; None: all.
     """
-    return _read_rgb(load_image(name, data, maximum_pixels, formats), name)
-
-
-def _read_rgb(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
+    image = load_image(source, name, formats)
     try:
         return to_rgb(image)
     except (ValueError, OSError) as error:
@@ -78,34 +55,25 @@ def _read_rgb(image: Image.Image, name: Path | str) -> NDArray[np.uint8]:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an upright image, from the header of its file.
-
-    Raises:
-        ImageError: if the file has no header of an image.
-
-    Example:
-        >>> path = getfixture("tmp_path") / "a.png"
-        >>> Image.new("RGB", (3, 2)).save(path)
-        >>> upright_size(path)
-        (2, 3)
-    """
+    """(height, width) of an upright image, from the header of its file; ImageError if none."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             # Pillow gives the upright size of a TIFF, and the stored size of other files.
-            turned = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
+            turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
 
 
-def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize a uint8 image (H, W, 3) to ``size`` = (height, width) by Pillow's bicubic filter.
+def _orientation(image: Image.Image) -> int:
+    with contextlib.suppress(Exception):  # the pixels of an image with damaged EXIF may be intact
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
 
-    Example:
-        >>> resize_image(np.zeros((4, 6, 3), np.uint8), (2, 3)).shape
-        (2, 3, 3)
-    """
+
+def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize a uint8 image (H, W, 3) to ``size`` = (height, width) by Pillow's bicubic filter."""
     height, width = size
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -123,22 +91,12 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def limit_long_side(image: NDArray[np.uint8], maximum: int) -> NDArray[np.uint8]:
-    """Shrink an image (H, W, 3) whose longer side exceeds ``maximum`` pixels to that length.
-
-    Example:
-        >>> limit_long_side(np.zeros((40, 80, 3), np.uint8), 20).shape
-        (10, 20, 3)
-    """
+    """Shrink an image (H, W, 3) whose longer side exceeds ``maximum`` pixels to that length."""
     return image if max(image.shape[:2]) <= maximum else resize_long_side(image, maximum)
 
 
 def resize_long_side(image: NDArray[np.uint8], long_side: int) -> NDArray[np.uint8]:
-    """Enlarge or shrink an image (H, W, 3) so that its longer side is ``long_side`` pixels.
-
-    Example:
-        >>> resize_long_side(np.zeros((4, 8, 3), np.uint8), 20).shape
-        (10, 20, 3)
-    """
+    """Enlarge or shrink an image (H, W, 3) so that its longer side is ``long_side`` pixels."""
     height, width = image.shape[:2]
     return resize_image(image, scaled_size(height, width, long_side / max(height, width)))
 
@@ -151,53 +109,36 @@ def _unreadable(name: Path | str, error: Exception) -> ImageError:
 
 
 def load_image(
-    name: Path | str,
-    source: Path | bytes,
-    maximum_pixels: int,
-    formats: tuple[str, ...] | None = None,
+    source: Path | bytes, name: Path | str, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode a file or its bytes and turn it upright; every failure is an ImageError."""
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
-            # maximum_pixels decides, not Pillow's lower limit
+            # MAXIMUM_PIXELS decides, not Pillow's lower limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             opened = Image.open(file, formats=formats)
         with opened as image:
             width, height = image.size
-            if not 0 < width * height <= maximum_pixels:
+            if not 0 < width * height <= MAXIMUM_PIXELS:
                 raise ValueError(
-                    f"{width} x {height} pixels are none or more than {maximum_pixels:,} allowed"
+                    f"{width} x {height} pixels are none or more than {MAXIMUM_PIXELS:,} allowed"
                 )
             image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            if turn is None:
-                return image
-            turned = image.transpose(turn)
-            turned.format = image.format
-            return turned
+            with contextlib.suppress(Exception):  # damaged EXIF
+                ImageOps.exif_transpose(image, in_place=True)
+            return image
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(name, error) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # the pixels of an image with damaged EXIF may be intact
-        return 1
-
-
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert a decoded image to RGB, uint8 (H, W, 3); see `read_image`.
+    """Convert a decoded image to RGB, uint8 (H, W, 3), as `read_image` does.
 
     Raises:
         ValueError: if the range of its values is unknown.
-
-    Example:
-        >>> to_rgb(Image.new("L", (1, 1), 7)).tolist()
-        [[[7, 7, 7]]]
     """
     if image.mode == "F":
         raise ValueError("it has 32-bit float values of unknown range; save it with 8 or 16 bits")
@@ -215,12 +156,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:
-    """A PNG file of values (H, W) or (H, W, 3), with a palette of 256 RGB colours if given.
-
-    Example:
-        >>> png_bytes(np.zeros((2, 3), np.uint8))[1:4]
-        b'PNG'
-    """
+    """A PNG file of values (H, W) or (H, W, 3), with a palette of 256 RGB colours if given."""
     image = Image.fromarray(values)
     if palette is not None:
         image.putpalette(palette)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.data.dataset import Dataset
-from lpcam.data.images import MAXIMUM_PIXELS, load_image, png_bytes
+from lpcam.data.images import load_image, png_bytes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 
@@ -62,23 +62,13 @@ def voc_palette() -> NDArray[np.uint8]:
         >>> voc_palette()[[0, 1, 255]].tolist()
         [[0, 0, 0], [128, 0, 0], [224, 224, 192]]
     """
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    values = np.arange(256)
-    for step in range(8):
-        for channel in range(3):
-            bit = values >> (3 * step + channel) & 1
-            palette[:, channel] |= (bit << (7 - step)).astype(np.uint8)
-    return palette
+    steps = np.arange(8)[:, None]
+    bits = np.arange(256)[:, None, None] >> (3 * steps + np.arange(3)) & 1
+    return np.asarray((bits << (7 - steps)).sum(axis=1), np.uint8)
 
 
 def enlarge_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize integer labels (H, W) to ``size`` (height, width) by nearest neighbour.
-
-    Example:
-        >>> import torch
-        >>> enlarge_labels(torch.tensor([[1, 2]]), (1, 4)).tolist()
-        [[1, 1, 2, 2]]
-    """
+    """Resize integer labels (H, W) to ``size`` (height, width) by nearest neighbour."""
     if tuple(labels.shape) == tuple(size):
         return labels
     # float32 holds every label exactly
@@ -99,12 +89,7 @@ def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
 
 
 def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
-    """Write values (H, W) in [0, 1] atomically as a grey PNG of 0 to 255.
-
-    Raises:
-        DataError: if the plane has another shape or values outside [0, 1].
-        ArtefactError: if the file cannot be written.
-    """
+    """Write values (H, W) in [0, 1] atomically as a grey PNG of 0 to 255; others: DataError."""
     # both comparisons are false for NaN
     if plane.ndim != 2 or (plane.size and not (plane.min() >= 0 and plane.max() <= 1)):
         raise DataError(
@@ -114,24 +99,26 @@ def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
     write_bytes(path, png_bytes(np.rint(plane * 255).astype(np.uint8)))
 
 
-def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDArray[np.uint8]:
+def read_index_mask(path: Path, *, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Read a mask as the values stored in it, uint8 (H, W): palette indices or grey values.
 
     A 1-bit mask gives 0 and 1. The colours of a palette are ignored (specification of data sets,
     section 1).
 
+    Args:
+        size: (height, width) of the upright image, which the mask must have; None: any.
+
     Raises:
-        DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG) or has
-            values above 255.
+        DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG), has
+            values above 255 or another size.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     write_mask(Path(folder, "a.png"), np.array([[0, 7]], np.uint8))
-        ...     read_index_mask(Path(folder, "a.png")).tolist()
+        >>> path = getfixture("tmp_path") / "a.png"
+        >>> write_mask(path, np.array([[0, 7]], np.uint8))
+        >>> read_index_mask(path).tolist()
         [[0, 7]]
     """
-    image = load_image(path, path, maximum_pixels)
+    image = load_image(path, path)
     problem = None
     if image.format == "JPEG":
         problem = "it is a JPEG, whose values are not exact"
@@ -144,5 +131,11 @@ def read_index_mask(path: Path, *, maximum_pixels: int = MAXIMUM_PIXELS) -> NDAr
         raise DataError(
             f"mask {path} is refused: {problem}; save it as an 8-bit grey or palette PNG whose "
             "pixel values are 0 (background), the class's number, or 255 (ignored)"
+        )
+    if size is not None and values.shape != tuple(size):
+        height, width = values.shape
+        raise DataError(
+            f"mask {path} is {height} x {width} (height x width), the upright image {size[0]} x "
+            f"{size[1]}; save the mask in the size of the image"
         )
     return values.astype(np.uint8)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,12 @@ from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
+SHEET = "sheet.png"
 SHEET_ROWS = 24
 """Rows of the contact sheet."""
-SHEET = "sheet.png"
-MOST_LINES = 20
-"""Images that a summary lists."""
+_MOST_LINES = 20  # images that a summary lists
 OUTPUT_FOLDERS = ("found", "heatmaps", "masks", "overlays", "probabilities")
-_LONGEST_NAME = 160
-"""Bytes of an output's name, so that an ending still fits into the 255 of most file systems."""
-
-
-# -- Any command that writes files for each image ----------------------------------------------
+_LONGEST_NAME = 160  # bytes, so that an ending still fits into the 255 of most file systems
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,15 @@ class ImageResults:
     """``image`` and ``reason`` of each image that failed."""
 
     def summary(self) -> str:
-        """One line per image, at most `MOST_LINES`, then skipped images and the folder."""
+        """One line per image, of the first ones, then skipped images and the folder."""
         describe = self.kind.describe
-        lines = [f"{one['image']}: {describe(one)}" for one in self.found[:MOST_LINES]]
-        if len(self.found) > MOST_LINES:
-            lines.append(f"... and {len(self.found) - MOST_LINES} more images")
+        lines = [f"{one['image']}: {describe(one)}" for one in self.found[:_MOST_LINES]]
+        if len(self.found) > _MOST_LINES:
+            lines.append(f"... and {len(self.found) - _MOST_LINES} more images")
         if self.skipped:
-            lines.append(f"{len(self.skipped)} left out:")
-            lines += [f"  {skip['reason']}" for skip in self.skipped]
+            lines += [f"{len(self.skipped)} left out:", *(f"  {s['reason']}" for s in self.skipped)]
         lines.append(f"results in {self.folder}")
-        if self.found:
-            lines.append(f"pictures in {self.folder / self.kind.pictures}")
+        lines += [f"pictures in {self.folder / self.kind.pictures}"] * bool(self.found)
         return "\n".join(lines)
 
 
@@ -101,44 +95,41 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     sources = list(sources)
     for source in sources:
         if source.is_dir():
-            found = [
-                (path.relative_to(source).as_posix(), path)
-                for path in sorted(source.rglob("*"))
-                if path.suffix.lower() in IMAGE_SUFFIXES
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(source).parts)
-                and not path.resolve().is_relative_to(output.resolve())
-            ]
-        elif source.is_file():
-            if any(source.resolve().is_relative_to(folder) for folder in own):
-                raise DataError(
-                    f"{source} is in the output folder {output}, where the results would replace "
-                    "it; choose another --output"
-                )
-            found = [(source.name, source)]
-        else:
+            for path in sorted(source.rglob("*")):
+                below, target = path.relative_to(source), path.resolve()
+                if (
+                    path.suffix.lower() in IMAGE_SUFFIXES
+                    and path.is_file()
+                    and not any(part.startswith(".") for part in below.parts)
+                    and not target.is_relative_to(output.resolve())
+                ):
+                    files.setdefault(target, (below.as_posix(), path))
+        elif not source.is_file():
             raise DataError(f"there is no image or folder {source}")
-        for name, path in found:
-            files.setdefault(path.resolve(), (name, path))
+        elif any(source.resolve().is_relative_to(folder) for folder in own):
+            raise DataError(
+                f"{source} is in the output folder {output}, where the results would replace it; "
+                "choose another --output"
+            )
+        else:
+            files.setdefault(source.resolve(), (source.name, source))
     if not files:
         raise DataError(
-            f"there is no image below {', '.join(str(s) for s in sources)}; files with the endings "
+            f"there is no image below {', '.join(map(str, sources))}; files with the endings "
             f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
         )
-    alike: dict[str, list[tuple[str, str, Path]]] = {}
-    for whole, path in files.values():
-        short = _safe_name(whole.removesuffix(Path(whole).suffix))
-        alike.setdefault(short.casefold(), []).append((short, whole, path))
-    taken = {key for key, same in alike.items() if len(same) == 1}
+    short = {name: _safe_name(name.removesuffix(Path(name).suffix)) for name, _ in files.values()}
+    counts = Counter(short[name].casefold() for name, _ in files.values())
+    taken = {name for name, count in counts.items() if count == 1}
     names: dict[str, Path] = {}
-    for same in alike.values():
-        for short, whole, path in same:
-            name, number = short, 1
-            while len(same) > 1 and (number == 1 or name.casefold() in taken):
-                name = _safe_name(whole) + (f"-{number}" if number > 1 else "")
-                number += 1
+    for whole, path in files.values():
+        name = short[whole]
+        if counts[name.casefold()] > 1:
+            tries = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            name = _safe_name(whole)
+            name += next(end for end in tries if f"{name}{end}".casefold() not in taken)
             taken.add(name.casefold())
-            names[name] = path
+        names[name] = path
     return names
 
 
@@ -196,18 +187,17 @@ def process_images(
         except (DataError, PrototypeError) as error:
             return str(error)
 
-    found, skipped = [], []
+    found = []
     with progress(title, len(images)) as advance:
         for name, result in zip(images, ordered_map(work, images.items(), workers), strict=True):
             if isinstance(result, str):
-                skipped.append({"image": printable(images[name]), "reason": result})
-                del index["images"][name]
+                index["skipped"].append({"image": index["images"].pop(name), "reason": result})
                 logger.warning("left out: %s", result)
             else:
                 found.append(result)
             advance(1, name)
-    write_json(output / kind.index, {**index, "skipped": skipped})
-    return ImageResults(kind, output, found, skipped)
+    write_json(output / kind.index, index)
+    return ImageResults(kind, output, found, index["skipped"])
 
 
 def _read_index(path: Path, command: str) -> dict[str, str] | None:

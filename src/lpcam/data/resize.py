@@ -9,12 +9,7 @@ from torch import Tensor
 
 
 def quarter_size(size: Sequence[int]) -> tuple[int, int]:
-    """Size (ceil(H / 4), ceil(W / 4)) of the stride-4 maps of an image.
-
-    Example:
-        >>> quarter_size((375, 500))
-        (94, 125)
-    """
+    """Size (ceil(H / 4), ceil(W / 4)) of the stride-4 maps of an image."""
     height, width = size
     return -(-height // 4), -(-width // 4)
 

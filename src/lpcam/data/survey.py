@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,9 @@ from lpcam.runtime.versions import versions
 
 MOST_NAMED = 3
 """Images or classes that a line of a summary names; the JSON names all."""
-MOST_CLASSES = 24
-"""Classes in the table of a summary: of more, half as many from either end."""
-MOST_LISTS = 4
-"""Columns of lists in that table."""
-COMPANIONS = 2
-"""Classes named beside each in that table: those it is most often shown with."""
+_MOST_CLASSES = 24  # rows in the table of classes: of more, half as many from either end
+_MOST_LISTS = 4  # columns of lists in that table
+_COMPANIONS = 2  # classes named beside each: those it is most often shown with
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,8 @@ class Survey:
     classes: ClassTable
     suffixes: Mapping[str, int]
     """Images by the extension of their file."""
-    smallest: tuple[int, int]
-    """(height, width) of the upright image with the fewest pixels."""
-    median: tuple[int, int]
-    """Median height and median width."""
-    largest: tuple[int, int]
+    sizes: Mapping[str, tuple[int, int]]
+    """(height, width) of the smallest, the median and the largest upright image."""
     lists: tuple[ListCounts, ...]
     whole: ListCounts
     """All images, whatever their list."""
@@ -96,7 +90,7 @@ class Survey:
     alone: tuple[int, ...]
     """Images that show this class and no other."""
     findings: tuple[Finding, ...]
-    estimate: Estimate | None = field(default=None)
+    estimate: Estimate | None = None
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -106,7 +100,8 @@ class Survey:
     def as_json(self) -> dict[str, Any]:
         """The survey as a JSON value; ``co_occurrence`` is by class name, symmetric."""
         names = self.classes.names
-        counts = {one.name: one.classes for one in self.lists}
+        lists = [asdict(one) for one in self.lists]
+        counts = {one["name"]: one.pop("classes") for one in lists}
         return {
             "format": 1,
             "name": self.name,
@@ -115,13 +110,8 @@ class Survey:
             "labelled": self.whole.labelled,
             "masks": self.whole.masks,
             "suffixes": dict(self.suffixes),
-            "sizes": {
-                what: dict(zip(("height", "width"), getattr(self, what), strict=True))
-                for what in ("smallest", "median", "largest")
-            },
-            "lists": [
-                {k: v for k, v in asdict(one).items() if k != "classes"} for one in self.lists
-            ],
+            "sizes": {name: {"height": h, "width": w} for name, (h, w) in self.sizes.items()},
+            "lists": lists,
             "classes": [
                 {
                     "name": name,
@@ -133,12 +123,12 @@ class Survey:
                 for row, name in enumerate(names)
             ],
             "co_occurrence": {
-                name: dict(zip(names, self.together[row].tolist(), strict=True))
-                for row, name in enumerate(names)
+                name: dict(zip(names, row, strict=True))
+                for name, row in zip(names, self.together.tolist(), strict=True)
             },
             "findings": [asdict(finding) for finding in self.findings],
             "needs_attention": bool(self.problems),
-            "estimate": None if self.estimate is None else asdict(self.estimate),
+            "estimate": self.estimate and asdict(self.estimate),
         }
 
     def write_json(self, path: Path, *, command: str) -> None:
@@ -151,15 +141,15 @@ class Survey:
             suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
             for suffix, count in self.suffixes.items()
         )
-        sizes = [f"{height} × {across}" for height, across in (self.smallest, self.largest)]
+        sizes = {name: f"{height} × {across}" for name, (height, across) in self.sizes.items()}
         lines = _wrapped(
             f"{self.name}: {count_of(self.whole.images, 'image')} ({kinds}), "
             f"{count_of(len(self.classes), 'class', 'classes')}, "
             f"{count_of(self.whole.masks, 'mask')}; labels from {self.label_source}. Height × "
-            f"width {' to '.join(sizes)}, median {self.median[0]} × {self.median[1]} pixels.",
+            f"width {sizes['smallest']} to {sizes['largest']}, median {sizes['median']} pixels.",
             width,
         )
-        lines += ["", *_rendered(self._list_rows(), width)]
+        lines += ["", *_rendered(list(self._list_rows()), width)]
         if self.estimate is not None:
             lines += _wrapped(_how(self.estimate), width)
         lines += ["", *_rendered(self._class_rows(), width), ""]
@@ -173,43 +163,40 @@ class Survey:
         return "\n".join(lines)
 
     def _list_rows(self) -> Iterator[list[str]]:
-        estimate = self.estimate
-        nested = any(one.within for one in self.lists)
-        titles = ["list", "images", "labelled", "masks"]
-        titles += [] if estimate is None else ["time of a run", "disk"]
-        yield [*titles, "lies within"] if nested else titles
+        estimate, nested = self.estimate, any(one.within for one in self.lists)
+        costs = [] if estimate is None else ["time of a run", "disk"]
+        yield ["list", "images", "labelled", "masks", *costs, *["lies within"] * nested]
         for one in self.lists:
-            row = [one.name, f"{one.images:,}", f"{one.labelled:,}", f"{one.masks:,}"]
             if estimate is not None:
-                row += [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
-            yield [*row, ", ".join(one.within)] if nested else row
+                costs = [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
+            counts = [f"{count:,}" for count in (one.images, one.labelled, one.masks)]
+            yield [one.name, *counts, *costs, *[", ".join(one.within)] * nested]
 
-    def _class_rows(self) -> Iterator[list[str]]:
-        names, count = self.classes.names, len(self.classes)
-        shown: list[ListCounts] = []
-        for one in self.lists:  # those with counts of their own
-            if one.classes not in [other.classes for other in (self.whole, *shown)]:
-                shown.append(one)
-        shown = [self.whole, *shown[:MOST_LISTS]]
-        titles = ["class", "images", *(one.name for one in shown[1:]), "alone"]
-        yield [*titles, "most often together with"]
-        order, half = list(range(count)), MOST_CLASSES // 2
-        if count > MOST_CLASSES:
-            order.sort(key=lambda row: -self.whole.classes[row])
-            order[half:-half] = [-1]
-        for row in order:
-            if row < 0:
-                yield [f"... {count - 2 * half} more"]
-                continue
-            pairs = sorted((-n, other) for other, n in enumerate(self.together[row].tolist()) if n)
+    def _class_rows(self) -> list[list[str]]:
+        shown: dict[tuple[int, ...], ListCounts] = {}  # those with counts of their own
+        for one in (self.whole, *self.lists):
+            shown.setdefault(one.classes, one)
+        columns = list(shown.values())[: 1 + _MOST_LISTS]
+
+        def row(index: int, name: str) -> list[str]:
+            pairs = sorted((-n, other) for other, n in enumerate(self.together[index].tolist()))
             companions = [
-                f"{names[other]} {-100 * n / self.whole.classes[row]:.0f} %"
+                f"{self.classes.names[other]} {-100 * n / self.whole.classes[index]:.0f} %"
                 for n, other in pairs
-                if other != row
+                if n and other != index
             ]
-            counts = [f"{one.classes[row]:,}" for one in shown]
-            companion = ", ".join(companions[:COMPANIONS])
-            yield [names[row], *counts, f"{self.alone[row]}", companion]
+            counts = [f"{one.classes[index]:,}" for one in columns]
+            return [name, *counts, f"{self.alone[index]}", ", ".join(companions[:_COMPANIONS])]
+
+        classes, half = list(enumerate(self.classes.names)), _MOST_CLASSES // 2
+        if len(classes) <= _MOST_CLASSES:
+            rows = [row(*one) for one in classes]
+        else:
+            classes.sort(key=lambda one: -self.whole.classes[one[0]])
+            rows = [row(*one) for one in classes]
+            rows[half:-half] = [[f"... {len(rows) - 2 * half} more"]]
+        lists = [one.name for one in columns[1:]]
+        return [["class", "images", *lists, "alone", "most often together with"], *rows]
 
 
 # -- Words -------------------------------------------------------------------------------------
@@ -231,9 +218,8 @@ def _how(estimate: Estimate) -> str:
 
 
 def _named(finding: Finding) -> str:
-    names = list(finding.names[:MOST_NAMED])
-    more = len(finding.names) - len(names)
-    return f": {'; '.join(names)}{f' and {more:,} more' if more else ''}" if names else ""
+    names, more = "; ".join(finding.names[:MOST_NAMED]), len(finding.names) - MOST_NAMED
+    return f": {names}{f' and {more:,} more' if more > 0 else ''}" if names else ""
 
 
 def _duration(seconds: float) -> str:
@@ -247,24 +233,18 @@ def _bytes(count: int) -> str:
 
 
 def _wrapped(text: str, width: int, bullet: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=bullet,
-        subsequent_indent=" " * len(bullet),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(width, bullet, " " * len(bullet))
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)
 
 
-def _rendered(rows: Iterable[Sequence[str]], width: int) -> list[str]:
+def _rendered(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """Lines of a table whose first row is its head; numbers are aligned at the right."""
-    head, *body = rows
     table = Table(box=None, pad_edge=False, header_style="", padding=(0, 2, 0, 0))
     texts = ("list", "class", "lies within", "most often together with")
-    for title in head:
+    for title in rows[0]:
         table.add_column(title, justify="left" if title in texts else "right")
-    for row in body:
+    for row in rows[1:]:
         table.add_row(*row)
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None, markup=False, emoji=False).print(table)
@@ -272,10 +252,5 @@ def _rendered(rows: Iterable[Sequence[str]], width: int) -> list[str]:
 
 
 def count_of(number: int, one: str, several: str | None = None) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> count_of(2, "mask")
-        '2 masks'
-    """
+    """A number with its noun, such as "2 masks"."""
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"

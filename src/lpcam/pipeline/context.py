@@ -217,7 +217,7 @@ class Context:
             dataset, records = check_images(
                 dataset,
                 before["records"],
-                progress=lambda _done, _total: advance(1, ""),
+                advance=advance,
                 workers=self.threads,
                 save=lambda records: write_json(path, {**before, "records": records}),
             )

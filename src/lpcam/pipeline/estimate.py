@@ -26,7 +26,6 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import available_memory, choose_device
 
 TIMED_IMAGES = 12
@@ -80,17 +79,7 @@ def inspect_dataset(
         chosen = usual_recipe() if recipe is None else load_recipe(recipe)
         estimate = partial(estimate_run, recipe=chosen, workers=workers)
     dataset, truth = open_with_truth(path, **reading)
-    masked = sum(
-        i.mask is not None or i.parts is not None or i.id in truth for i in dataset.items.values()
-    )
-    with progress("checking files", len(dataset.items) + masked) as advance:
-        return survey(
-            dataset,
-            truth=truth,
-            estimate=estimate,
-            workers=workers,
-            progress=lambda _done, _total: advance(1, ""),
-        )
+    return survey(dataset, truth=truth, estimate=estimate, workers=workers)
 
 
 def estimate_run(

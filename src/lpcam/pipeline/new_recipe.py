@@ -110,7 +110,7 @@ def write_recipe(
             )
     try:
         with progress("looking at the images", len(dataset.items)) as advance:
-            dataset, _ = check_images(dataset, progress=lambda _done, _total: advance(1, ""))
+            dataset, _ = check_images(dataset, advance=advance)
     except DataError as error:
         raise DataError(
             f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"

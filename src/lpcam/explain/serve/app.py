@@ -306,7 +306,7 @@ def _decoded(data: bytes) -> NDArray[np.uint8]:
     if width * height > MAXIMUM_PIXELS:
         raise RefusedError(413, f"{too_many} ({width} x {height}); send a smaller one")
     try:
-        return decode_image(data, "the upload", maximum_pixels=MAXIMUM_PIXELS, formats=formats)
+        return decode_image(data, "the upload", formats=formats)
     except ImageError as error:
         raise RefusedError(415, str(error).removeprefix("cannot read image ")) from None
 
