@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def overlay(
     value = np.clip(heat, 0, 1)
     colour = np.stack([np.interp(value, steps, channel) for channel in HEAT.T], axis=2)
     weight = (opacity * (1 + 2 * value) / 3)[:, :, None]
-    return np.rint((1 - weight) * image + weight * colour).astype(np.uint8)
+    return _blended(image, colour, weight)
 
 
 def overlay_mask(
@@ -66,10 +67,16 @@ def overlay_mask(
     """
     _check_sizes(image, mask)
     weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]
-    return np.rint((1 - weight) * image + weight * voc_palette()[mask]).astype(np.uint8)
+    return _blended(image, voc_palette()[mask], weight)
 
 
-def _check_sizes(image: NDArray[np.uint8], plane: NDArray[np.float32] | NDArray[np.uint8]) -> None:
+def _blended(
+    image: NDArray[np.uint8], over: NDArray[Any], weight: NDArray[Any]
+) -> NDArray[np.uint8]:
+    return np.asarray(np.rint((1 - weight) * image + weight * over), np.uint8)
+
+
+def _check_sizes(image: NDArray[np.uint8], plane: NDArray[Any]) -> None:
     if image.ndim != 3 or image.dtype != np.uint8 or image.shape[:2] != plane.shape:
         raise DataError(
             f"image is {image.dtype} {image.shape} and the plane over it {plane.shape}; expected "
@@ -139,7 +146,8 @@ def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
         if row.truth is not None:
             pictures.append(overlay_mask(row.image, row.truth))
         for column, picture in enumerate(pictures):
-            height, width = scaled_size(*picture.shape[:2], CELL / max(picture.shape[:2]))
+            height, width = picture.shape[:2]
+            height, width = scaled_size(height, width, CELL / max(height, width))
             thumbnail = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
             left = GAP + column * (CELL + GAP) + (CELL - width) // 2
             canvas.paste(thumbnail, (left, top + (CELL - height) // 2))
