@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lpcam.runtime.errors import LpcamError
 
 
+class Lazy:
+    """A module that is imported when one of its names is first used.
+
+    PyTorch alone takes seconds, and ``lpcam --help`` needs none of it.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._module), name)
+
+
+recipes = Lazy("lpcam.pipeline.recipe")
+resources = Lazy("lpcam.runtime.resources")
+
+
 @dataclass(frozen=True)
 class Invocation:
     """How a command was called."""
 
-    options: argparse.Namespace
-    changes: Mapping[str, Any]
-    """Values of the recipe to replace, by dotted key."""
     line: str
     """The whole command line, which figures and files record."""
+    changes: Mapping[str, Any]
+    """Values of the recipe to replace, by dotted key."""
+    given_threads: int | None
 
     @property
     def threads(self) -> int:
         """Number of threads: those of ``--threads``, else all that may be used."""
-        from lpcam.runtime.resources import available_threads  # noqa: PLC0415
-
-        return self.options.threads or available_threads()
+        return self.given_threads or int(resources.available_threads())
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Command:
     group: str
     help: str
     arguments: Sequence[Argument]
-    work: Callable[[Invocation], int]
+    work: Callable[..., int]
     recipe_values: bool = False
     """Whether ``--section.key value`` replaces values of a recipe."""
 
@@ -70,17 +85,18 @@ PARENTS = {
 
 def command(
     name: str, group: str, *arguments: Argument, recipe_values: bool = False
-) -> Callable[[Callable[[Invocation], int]], Callable[[Invocation], int]]:
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Declare the decorated function as a command; its docstring is the help.
 
     Args:
         name: what is typed, such as ``run`` or ``data check``.
         group: one of `GROUPS`.
-        arguments: of the command.
+        arguments: of the command. The function gets an `Invocation` and, by name, their values,
+            except for that of ``--threads``.
         recipe_values: whether it takes ``--section.key value``.
     """
 
-    def declare(work: Callable[[Invocation], int]) -> Callable[[Invocation], int]:
+    def declare(work: Callable[..., int]) -> Callable[..., int]:
         text = " ".join((work.__doc__ or "").split())
         COMMANDS[name] = Command(name, group, text, arguments, work, recipe_values)
         return work
@@ -145,9 +161,9 @@ SIZE = argument(
 )
 
 
-def size_options(options: argparse.Namespace) -> dict[str, Any]:
+def size_options(size: list[int] | None) -> dict[str, Any]:
     """Arguments of an exporter for the one size that was asked for, if any."""
-    return {} if options.size is None else {"size": tuple(options.size), "dynamic": False}
+    return {} if size is None else {"size": tuple(size), "dynamic": False}
 
 
 # -- Values of recipes ---------------------------------------------------------------------------
@@ -163,8 +179,6 @@ def parse_changes(rest: Sequence[str]) -> dict[str, Any]:
         >>> parse_changes(["--lpcam.tau", "0.25", "--run.seed=3"])
         {'lpcam.tau': 0.25, 'run.seed': 3}
     """
-    from lpcam.pipeline.recipe import parse_value  # noqa: PLC0415
-
     pairs: list[tuple[str, str]] = []
     words = iter(rest)
     for word in words:
@@ -179,9 +193,4 @@ def parse_changes(rest: Sequence[str]) -> dict[str, Any]:
                 raise LpcamError(f"--{key} has no value; write --{key} VALUE")
             value = following
         pairs.append((key, value))
-    return {key: parse_value(key, value) for key, value in pairs}
-
-
-def command_line(given: Sequence[str]) -> str:
-    """The command line as it would be typed."""
-    return shlex.join(["lpcam", *given])
+    return {key: recipes.parse_value(key, value) for key, value in pairs}

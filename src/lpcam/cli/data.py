@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 from typing import Any, Literal
 
-from lpcam.cli.command import THREADS, Invocation, argument, command, names
+from lpcam.cli.command import THREADS, Invocation, Lazy, argument, command, names
 from lpcam.data.dataset import ClassTable, choose_classes
 from lpcam.data.labels import read_lines
 from lpcam.runtime.errors import LpcamError
+
+images = Lazy("lpcam.data.images")
+opening = Lazy("lpcam.data.open_dataset")
+estimate = Lazy("lpcam.pipeline.estimate")
+sbd = Lazy("lpcam.data.sbd")
+voc = Lazy("lpcam.data.voc")
+coco = Lazy("lpcam.data.coco.dataset")
+huggingface = Lazy("lpcam.data.huggingface")
+label_files = Lazy("lpcam.formats.labels")
+map_folders = Lazy("lpcam.formats.map_folders")
 
 KNOWN_CLASSES = ("voc12", "coco14")
 
@@ -30,13 +39,7 @@ READING = (
     argument("--masks", type=Path, help="Folder of true masks, ID.png."),
     argument("--classes", type=names, help="Some of its classes, e.g. cow,dog."),
 )
-"""Arguments that say how a data set is read."""
-
-
-def reading(options: argparse.Namespace) -> dict[str, Any]:
-    """The options `READING` as arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
-    fields = ("kind", "lists", "labels", "masks", "classes")
-    return {name: getattr(options, name) for name in fields}
+"""Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
 
 @command(
@@ -49,41 +52,38 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
     argument("--no-estimate", action="store_true", help="Do not estimate time and disk."),
     THREADS,
 )
-def check(call: Invocation) -> int:
+def check(
+    call: Invocation,
+    path: Path,
+    json: Path | None,
+    recipe: str | None,
+    no_estimate: bool,
+    **reading: Any,
+) -> int:
     """Show what a data set holds and what is wrong with it."""
-    from lpcam.pipeline.estimate import inspect_dataset  # noqa: PLC0415
-
-    options = call.options
-    if options.no_estimate and options.recipe is not None:
+    if no_estimate and recipe is not None:
         raise LpcamError("--recipe names the run to estimate; leave it or --no-estimate out")
-    found = inspect_dataset(
-        options.path,
-        recipe=options.recipe,
-        estimated=not options.no_estimate,
-        workers=call.threads,
-        **reading(options),
+    found = estimate.inspect_dataset(
+        path, recipe=recipe, estimated=not no_estimate, workers=call.threads, **reading
     )
     print(found.summary())
-    if options.json is not None:
-        found.write_json(options.json, command=call.line)
-        print(f"wrote {options.json}")
+    if json is not None:
+        found.write_json(json, command=call.line)
+        print(f"wrote {json}")
     return 1 if found.problems else 0
 
 
 @command(
     "data train-aug",
     "exchange",
-    argument("voc", type=Path, help="The VOC2012 folder."),
-    argument("sbd", type=Path, help="The benchmark_RELEASE folder."),
+    argument("voc_folder", type=Path, metavar="voc", help="The VOC2012 folder."),
+    argument("sbd_folder", type=Path, metavar="sbd", help="The benchmark_RELEASE folder."),
     argument("--output", type=Path, help="Folder to write (default: VOC2012 itself)."),
     THREADS,
 )
-def train_aug(call: Invocation) -> int:
+def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path | None) -> int:
     """Make the list train_aug and its masks from VOC 2012 and SBD."""
-    from lpcam.data.sbd import make_train_aug  # noqa: PLC0415
-
-    options = call.options
-    made = make_train_aug(options.voc, options.sbd, options.output, workers=call.threads)
+    made = sbd.make_train_aug(voc_folder, sbd_folder, output, workers=call.threads)
     print(", ".join(f"{name}: {count:,}" for name, count in made.counts.items()))
     print(f"list {made.list_path}\nmasks in {made.masks_folder}")
     return 0
@@ -104,19 +104,14 @@ def train_aug(call: Invocation) -> int:
     ),
     THREADS,
 )
-def masks(call: Invocation) -> int:
+def masks(
+    call: Invocation, path: Path, output: Path, lists: list[str] | None, **settings: str
+) -> int:
     """Paint masks from COCO annotations."""
-    from lpcam.data.open_dataset import paint_masks  # noqa: PLC0415
-
-    options = call.options
-    masks, images = paint_masks(
-        options.path,
-        options.output,
-        lists=options.lists,
-        settings={"order": options.order, "crowds": options.crowds},
-        workers=call.threads,
+    painted = opening.paint_masks(
+        path, output, lists=lists, settings=settings, workers=call.threads
     )
-    print(f"{masks} masks of {images} images in {options.output}")
+    print("{} masks of {} images in {}".format(*painted, output))
     return 0
 
 
@@ -142,39 +137,43 @@ def masks(call: Invocation) -> int:
     argument("--normalise", action="store_true", help="Divide each map by its maximum."),
     THREADS,
 )
-def import_maps(call: Invocation) -> int:
+def import_maps(
+    call: Invocation,
+    source: Path,
+    output: Path,
+    style: str,
+    data: Path | None,
+    lists: list[str] | None,
+    classes: str | None,
+    no_file_no_class: bool,
+    normalise: bool,
+) -> int:
     """Read .npy maps of IRN, AMN or PSA, for lpcam refine."""
-    from lpcam.data.images import upright_size  # noqa: PLC0415
-    from lpcam.data.open_dataset import open_dataset  # noqa: PLC0415
-    from lpcam.formats.map_folders import import_maps as read  # noqa: PLC0415
-
-    options = call.options
-    for name in ("no_file_no_class", "lists"):
-        if getattr(options, name) and options.data is None:
-            option = name.replace("_", "-")
+    for option, value in {"no-file-no-class": no_file_no_class, "lists": lists}.items():
+        if value and data is None:
             raise LpcamError(f"--{option} needs the data set of the images: --data PATH")
     about: dict[str, Any] = {}
     chosen, table = None, None
-    if options.classes is not None:
-        if options.data is not None and not _is_table(options.classes):
-            chosen = names(options.classes)
+    if classes is not None:
+        if data is not None and not _is_table(classes):
+            chosen = names(classes)
         else:
-            table = class_table(options.classes)
-    if options.data is not None:
-        dataset = open_dataset(options.data, lists=options.lists)
+            table = class_table(classes)
+    if data is not None:
+        dataset = opening.open_dataset(data, lists=lists)
         if table is not None:
             choose_classes(dataset.classes, table.names)
-        about["sizes"] = {i.id: upright_size(i.image) for i in dataset.items.values()}
+        about["sizes"] = {i.id: images.upright_size(i.image) for i in dataset.items.values()}
         about["ids"] = list(dataset.items)
         table = table or dataset.classes
-    result = read(
-        options.source,
-        options.output,
-        style=options.style,
+    result = map_folders.import_maps(
+        source,
+        output,
+        style=style,
         classes=table,
         chosen=chosen,
-        without_file="no class" if options.no_file_no_class else "skip",
-        normalise=options.normalise,
+        without_file="no class" if no_file_no_class else "skip",
+        normalise=normalise,
         workers=call.threads,
         **about,
     )
@@ -199,17 +198,21 @@ def import_maps(call: Invocation) -> int:
     ),
     argument("--ids", type=Path, help="File with one id a line, for an array without names."),
 )
-def import_labels(call: Invocation) -> int:
+def import_labels(
+    call: Invocation,
+    source: Path,
+    output: Path,
+    classes: str,
+    coco_split: str | None,
+    ids: Path | None,
+) -> int:
     """Convert cls_labels.npy and the like to labels.csv."""
-    from lpcam.formats.labels import import_labels as read  # noqa: PLC0415
-
-    options = call.options
-    result = read(
-        options.source,
-        options.output,
-        classes=class_table(options.classes).names,
-        ids=None if options.ids is None else [name for _, name in read_lines(options.ids)],
-        coco_split=options.coco_split,
+    result = label_files.import_labels(
+        source,
+        output,
+        classes=class_table(classes).names,
+        ids=None if ids is None else [name for _, name in read_lines(ids)],
+        coco_split=coco_split,
     )
     print(result.summary())
     return 0
@@ -224,18 +227,9 @@ def import_labels(call: Invocation) -> int:
     argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
     argument("--split", help="Which split, where there are several."),
 )
-def import_huggingface(call: Invocation) -> int:
+def import_huggingface(call: Invocation, source: str, output: Path, **columns: str | None) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""
-    from lpcam.data.huggingface import import_huggingface as read  # noqa: PLC0415
-
-    options = call.options
-    result = read(
-        options.source,
-        options.output,
-        image=options.image,
-        labels=options.labels,
-        split=options.split,
-    )
+    result = huggingface.import_huggingface(source, output, **columns)
     print(f"{result.summary()}\nnext: lpcam init {shlex.quote(str(result.folder))}")
     return 0
 
@@ -246,13 +240,10 @@ def _is_table(text: str) -> bool:
 
 def class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
-    from lpcam.data.coco.dataset import COCO_CATEGORIES  # noqa: PLC0415
-    from lpcam.data.voc import CLASSES  # noqa: PLC0415
-    from lpcam.formats.labels import read_classes  # noqa: PLC0415
-
     if text in KNOWN_CLASSES:
-        known = CLASSES if text == "voc12" else (name for _, name in COCO_CATEGORIES)
+        known = voc.CLASSES if text == "voc12" else (n for _, n in coco.COCO_CATEGORIES)
         return ClassTable.numbered(known, text)
     if not Path(text).is_file():
         raise LpcamError(f"no class names {text!r}; give voc12, coco14, or a file of names")
-    return read_classes(Path(text))
+    found: ClassTable = label_files.read_classes(Path(text))
+    return found

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lpcam
 from lpcam.cli.command import (
@@ -14,22 +13,26 @@ from lpcam.cli.command import (
     THREADS,
     TRAINED_ON,
     Invocation,
+    Lazy,
     argument,
     command,
     fraction,
     names,
-    positive,
+    resources,
 )
 from lpcam.runtime.errors import LpcamError
 
 if TYPE_CHECKING:
     from lpcam.explain.explainer import Explainer
 
+explanations = Lazy("lpcam.explain.folders")
+page = Lazy("lpcam.explain.serve.app")
+segmentation = Lazy("lpcam.segmentation.folders")
+segmenters = Lazy("lpcam.segmentation.segmenter")
+
 IMAGES = argument(
     "images", type=Path, nargs="+", metavar="IMAGE", help="Image files or folders of them."
 )
-OF_MODEL = ("prototypes", "weights", "preset", "scoring")
-"""Options that describe a model that is not a run's."""
 
 
 @command(
@@ -47,11 +50,7 @@ OF_MODEL = ("prototypes", "weights", "preset", "scoring")
         help="How --model scores classes (default: softmax for a timm model, sigmoid for a file).",
     ),
     argument("--labels", type=names, help="Classes to map, e.g. cat,dog; else those predicted."),
-    argument(
-        "--score",
-        type=fraction,
-        help="Least score of a predicted class (default: 0.5).",
-    ),
+    argument("--score", type=fraction, help="Least score of a predicted class (default: 0.5)."),
     argument(
         "--at-least-one", action="store_true", help="Map the best class where none is predicted."
     ),
@@ -60,21 +59,27 @@ OF_MODEL = ("prototypes", "weights", "preset", "scoring")
     THREADS,
     DEVICE,
 )
-def explain(call: Invocation) -> int:
+def explain(
+    call: Invocation,
+    images: list[Path],
+    labels: list[str] | None,
+    score: float | None,
+    at_least_one: bool,
+    threshold: float | None,
+    output: Path,
+    **source: Any,
+) -> int:
     """Map and mask new images."""
-    from lpcam.explain.folders import explain_files  # noqa: PLC0415
-
-    options = call.options
-    if options.labels is not None and options.score is not None:
+    if labels is not None and score is not None:
         raise LpcamError("--score chooses classes, and --labels names them; give one of the two")
-    result = explain_files(
-        _explainer(options),
-        options.images,
-        options.output,
-        labels=options.labels,
-        minimum_score=0.5 if options.score is None else options.score,
-        at_least_one=options.at_least_one,
-        threshold=options.threshold,
+    result = explanations.explain_files(
+        _explainer(**source),
+        images,
+        output,
+        labels=labels,
+        minimum_score=0.5 if score is None else score,
+        at_least_one=at_least_one,
+        threshold=threshold,
         workers=call.threads,
         command=call.line,
     )
@@ -82,24 +87,20 @@ def explain(call: Invocation) -> int:
     return 1 if result.skipped else 0
 
 
-def _explainer(options: argparse.Namespace) -> Explainer:
-    if (options.run is None) == (options.model is None):
+def _explainer(
+    run: Path | None, model: str | None, prototypes: Path | None, device: str, **of_model: Any
+) -> Explainer:
+    if (run is None) == (model is None):
         raise LpcamError("give either --run FOLDER or --model NAME")
-    if options.run is not None:
-        unfit = [name for name in OF_MODEL if getattr(options, name) is not None]
-        if unfit:
-            raise LpcamError(f"--{unfit[0]} belongs to --model; a run has its own")
-        return lpcam.RunFolder(options.run).explainer(device=options.device)
-    if options.prototypes is None:
+    if run is not None:
+        for name, value in {"prototypes": prototypes, **of_model}.items():
+            if value is not None:
+                raise LpcamError(f"--{name} belongs to --model; a run has its own")
+        return lpcam.RunFolder(run).explainer(device=device)
+    if prototypes is None:
         raise LpcamError("--model needs --prototypes FILE, as LPCAM.save wrote it")
-    return lpcam.Explainer.from_files(
-        options.model,
-        options.prototypes,
-        weights=options.weights or "pretrained",
-        preset=options.preset,
-        scoring=options.scoring,
-        device=options.device,
-    )
+    of_model["weights"] = of_model["weights"] or "pretrained"
+    return lpcam.Explainer.from_files(str(model), prototypes, device=device, **of_model)
 
 
 @command(
@@ -107,17 +108,14 @@ def _explainer(options: argparse.Namespace) -> Explainer:
     "look",
     RUN,
     argument("--port", type=int, default=8765, help="Port on 127.0.0.1; 0 takes a free one."),
-    argument("--threads", type=positive, metavar="N", help="Number of CPU threads."),
+    THREADS,
     DEVICE,
 )
-def serve(call: Invocation) -> int:
+def serve(call: Invocation, run: Path, port: int, device: str) -> int:
     """Serve a local page that explains uploaded images."""
-    from lpcam.explain.serve.app import serve as serve_page  # noqa: PLC0415
-
-    options = call.options
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it
-        explainer = lpcam.RunFolder(options.run).explainer(device=options.device)
-        serve_page(explainer, port=options.port, threads=options.threads)
+        explainer = lpcam.RunFolder(run).explainer(device=device)
+        page.serve(explainer, port=port, threads=call.given_threads)
     return 0
 
 
@@ -133,26 +131,30 @@ def serve(call: Invocation) -> int:
     THREADS,
     DEVICE,
 )
-def predict(call: Invocation) -> int:
+def predict(
+    call: Invocation,
+    images: list[Path],
+    run: Path,
+    output: Path,
+    probabilities: bool,
+    no_crf: bool,
+    trained_on: str | None,
+    device: str,
+) -> int:
     """Segment new images with a run's segmenter."""
-    from lpcam.runtime.resources import choose_device, threads_beside  # noqa: PLC0415
-    from lpcam.segmentation.folders import segment_files  # noqa: PLC0415
-    from lpcam.segmentation.segmenter import Segmenter  # noqa: PLC0415
-
-    options = call.options
-    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
+    found = lpcam.RunFolder(run).segmenters(trained_on)
     settings = found.section.test
-    if options.no_crf:
+    if no_crf:
         settings = settings.model_copy(update={"crf": None})
-    device = choose_device(options.device)
-    result = segment_files(
-        Segmenter.load(found.path).to(device),
-        options.images,
-        options.output,
+    chosen = resources.choose_device(device)
+    result = segmentation.segment_files(
+        segmenters.Segmenter.load(found.path).to(chosen),
+        images,
+        output,
         settings,
-        probabilities=options.probabilities,
+        probabilities=probabilities,
         maximum_side=found.recipe.maps.maximum_side,
-        workers=threads_beside(device, call.threads),
+        workers=resources.threads_beside(chosen, call.threads),
         command=call.line,
         made_by=found.made_by,
     )

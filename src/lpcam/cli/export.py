@@ -14,6 +14,7 @@ from lpcam.cli.command import (
     THREADS,
     TRAINED_ON,
     Invocation,
+    Lazy,
     argument,
     command,
     fraction,
@@ -24,6 +25,15 @@ from lpcam.runtime.errors import LpcamError
 
 if TYPE_CHECKING:
     from lpcam.formats.models.onnx import ExportParity
+
+progress = Lazy("lpcam.runtime.progress")
+mask_files = Lazy("lpcam.formats.masks.export")
+map_files = Lazy("lpcam.formats.map_folders")
+models = Lazy("lpcam.formats.models.exporters")
+segmenters = Lazy("lpcam.segmentation.export")
+networks = Lazy("lpcam.segmentation.networks.registry")
+voc_server = Lazy("lpcam.formats.voc_server")
+weights = Lazy("lpcam.formats.weights")
 
 OUTPUT = argument("output", type=Path, help="Folder to write.")
 FILE = argument("output", type=Path, help="File to write.")
@@ -37,9 +47,7 @@ FROM = argument(
 
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    from lpcam.runtime.progress import progress  # noqa: PLC0415
-
-    with progress(label, total) as advance:
+    with progress.progress(label, total) as advance:
         yield lambda _done, _total: advance(1, "")
 
 
@@ -58,20 +66,25 @@ def _progress(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
     ),
     THREADS,
 )
-def export_masks(call: Invocation) -> int:
+def export_masks(
+    call: Invocation,
+    run: Path,
+    output: Path,
+    format: str,
+    source: str | None,
+    instances: bool,
+    image_root: str | None,
+) -> int:
     """Write a run's masks in the format of another tool."""
-    from lpcam.formats.masks.export import export_masks as write  # noqa: PLC0415
-
-    options = call.options
-    masks = lpcam.RunFolder(options.run).masks(options.source)
+    masks = lpcam.RunFolder(run).masks(source)
     with _progress(f"masks of {masks.name}", len(masks.entries)) as advance:
-        result = write(
+        result = mask_files.export_masks(
             masks.entries,
             masks.classes,
-            options.output,
-            options.format,
-            instances=options.instances,
-            image_root=options.image_root,
+            output,
+            format,
+            instances=instances,
+            image_root=image_root,
             made_by={**masks.made_by, "command": call.line},
             workers=call.threads,
             progress=advance,
@@ -93,70 +106,63 @@ def export_masks(call: Invocation) -> int:
     argument("--bare-digits", action="store_true", help="Name COCO's files 000000000009.npy."),
     THREADS,
 )
-def export_maps(call: Invocation) -> int:
+def export_maps(
+    call: Invocation,
+    run: Path,
+    output: Path,
+    format: str,
+    source: str | None,
+    background: float | None,
+    bare_digits: bool,
+) -> int:
     """Write a run's maps for IRN, AMN or PSA."""
-    from lpcam.formats.map_folders import export_maps as write  # noqa: PLC0415
-
-    options = call.options
-    maps = lpcam.RunFolder(options.run).maps(options.source)
+    maps = lpcam.RunFolder(run).maps(source)
     with _progress(f"maps of {maps.name}", len(maps.ids)) as advance:
-        written = write(
+        written = map_files.export_maps(
             maps.folder,
-            options.output,
-            options.format,
+            output,
+            format,
             maps.ids,
             classes=maps.classes,
-            background=options.background,
-            bare_digits=options.bare_digits,
+            background=background,
+            bare_digits=bare_digits,
             workers=call.threads,
             progress=advance,
         )
     print(written.summary())
     if maps.missing:
-        total = len(maps.missing) + len(maps.ids)
         print(
-            f"{len(maps.missing)} of {total} images have no map in {maps.folder}, such as "
-            f"{maps.missing[0]}; bring the run up to date first"
+            f"{len(maps.missing)} of {len(maps.missing) + len(maps.ids)} images have no map in "
+            f"{maps.folder}, such as {maps.missing[0]}; bring the run up to date first"
         )
     return 1 if maps.missing else 0
 
 
 @command("export onnx", "exchange", RUN, FILE, SIZE)
-def export_onnx(call: Invocation) -> int:
+def export_onnx(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
     """Write classifier and prototypes as one ONNX file."""
-    from lpcam.formats.models.exporters import export_onnx as write  # noqa: PLC0415
-
-    return _classifier(call, write)
+    model = lpcam.RunFolder(run).model()
+    return _print(models.export_onnx(model, output, **size_options(size)))
 
 
 @command("export torch-export", "exchange", RUN, FILE, SIZE)
-def export_program(call: Invocation) -> int:
+def export_program(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
     """Write classifier and prototypes as a torch.export program."""
-    from lpcam.formats.models.exporters import export_program as write  # noqa: PLC0415
-
-    return _classifier(call, write)
-
-
-def _classifier(call: Invocation, write: Callable[..., ExportParity]) -> int:
-    options = call.options
-    return _print(
-        write(lpcam.RunFolder(options.run).model(), options.output, **size_options(options))
-    )
+    model = lpcam.RunFolder(run).model()
+    return _print(models.export_program(model, output, **size_options(size)))
 
 
 @command("export segmenter", "exchange", RUN, FILE, SIZE, TRAINED_ON)
-def export_segmenter(call: Invocation) -> int:
+def export_segmenter(
+    call: Invocation, run: Path, output: Path, size: list[int] | None, trained_on: str | None
+) -> int:
     """Write a run's segmenter as an ONNX file."""
-    from lpcam.segmentation.export import export_onnx as write  # noqa: PLC0415
-    from lpcam.segmentation.networks.registry import NETWORKS  # noqa: PLC0415
-
-    options = call.options
-    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
+    found = lpcam.RunFolder(run).segmenters(trained_on)
     network = found.section.network
-    if options.size is None and NETWORKS[network].one_size_export:
+    if size is None and networks.NETWORKS[network].one_size_export:
         raise LpcamError(f"{network} is exported for images of one size; give it: --size 512 512")
     return _print(
-        write(found.load(), options.output, made_by=found.made_by, **size_options(options))
+        segmenters.export_onnx(found.load(), output, made_by=found.made_by, **size_options(size))
     )
 
 
@@ -179,17 +185,16 @@ def _print(parity: ExportParity) -> int:
     argument("--no-crf", action="store_true", help="Take the masks before the dense CRF."),
     TRAINED_ON,
 )
-def export_voc_server(call: Invocation) -> int:
+def export_voc_server(
+    call: Invocation, run: Path, output: Path, no_crf: bool, trained_on: str | None
+) -> int:
     """Pack the tested masks for VOC's evaluation server."""
-    from lpcam.formats.voc_server import write_voc_server  # noqa: PLC0415
-
-    options = call.options
-    found = lpcam.RunFolder(options.run).segmenters(options.trained_on)
-    masks = found.tested(crf=not options.no_crf)
+    found = lpcam.RunFolder(run).segmenters(trained_on)
+    masks = found.tested(crf=not no_crf)
     ids = sorted(path.stem for path in masks.glob("*.png"))
     if not ids:
         raise LpcamError(f"there is no mask in {masks}; bring the run up to date first")
-    archive = write_voc_server(masks, ids, found.load().classes, options.output)
+    archive = voc_server.write_voc_server(masks, ids, found.load().classes, output)
     print(f"{len(ids)} masks in {archive}")
     return 0
 
@@ -203,11 +208,7 @@ def export_voc_server(call: Invocation) -> int:
         "--prefix", default="", help="Take only the tensors whose names begin so, and drop it."
     ),
 )
-def convert(call: Invocation) -> int:
+def convert(call: Invocation, source: Path, target: Path, prefix: str) -> int:
     """Convert pickled weights to safetensors, without executing code from them."""
-    from lpcam.formats.weights import convert_weights  # noqa: PLC0415
-
-    options = call.options
-    found = convert_weights(options.source, options.target, prefix=options.prefix)
-    print(found.summary())
+    print(weights.convert_weights(source, target, prefix=prefix).summary())
     return 0

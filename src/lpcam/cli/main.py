@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from lpcam.cli.command import (
     PARENTS,
     Command,
     Invocation,
-    command_line,
     parse_changes,
 )
 from lpcam.runtime.errors import LpcamError
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command.recipe_values:
             _refuse_values_before_arguments(command, options, given[1:])
-        return command.work(Invocation(options, parse_changes(rest), command_line(given)))
+        values = {name: value for name, value in vars(options).items() if name != "work"}
+        line = shlex.join(["lpcam", *given])
+        call = Invocation(line, parse_changes(rest), values.pop("threads", None))
+        return command.work(call, **values)
     except LpcamError as error:
         print(f"lpcam: {error}", file=sys.stderr)
         return 2

@@ -12,11 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lpcam
-from lpcam.cli.command import RUN, THREADS, Invocation, argument, command, positive_number
-from lpcam.cli.data import READING, class_table, reading
+from lpcam.cli.command import (
+    RUN,
+    THREADS,
+    Invocation,
+    Lazy,
+    argument,
+    command,
+    positive_number,
+    recipes,
+)
+from lpcam.cli.data import READING, class_table
 
 if TYPE_CHECKING:
     from lpcam.pipeline.run import RunResult
+
+demonstration = Lazy("lpcam.pipeline.demo")
+new_recipe = Lazy("lpcam.pipeline.new_recipe")
+pipeline = Lazy("lpcam.pipeline.run")
+stages = Lazy("lpcam.pipeline.stages")
+distributed = Lazy("lpcam.runtime.distributed")
+files = Lazy("lpcam.runtime.files")
+console = Lazy("rich.console")
+tables = Lazy("rich.table")
 
 RECIPE = argument("recipe", help="A recipe file, or the name of a bundled recipe.")
 SCORES = ("mIoU", "FP", "FN", "precision", "recall")
@@ -34,11 +52,9 @@ MEMORY = argument(
     argument("--folder", type=Path, default=Path("runs/demo"), help="Folder of the run."),
     THREADS,
 )
-def demo(call: Invocation) -> int:
+def demo(call: Invocation, folder: Path) -> int:
     """Draw the bundled data set and run LPCAM on it."""
-    from lpcam.pipeline.demo import demo as run_demo  # noqa: PLC0415
-
-    _print_result(run_demo(call.options.folder, call.options.threads, call.line))
+    _print_result(demonstration.demo(folder, call.given_threads, call.line))
     return 0
 
 
@@ -55,14 +71,9 @@ def demo(call: Invocation) -> int:
     argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
     argument("--weights", default="pretrained", help="'pretrained' or a safetensors file."),
 )
-def init(call: Invocation) -> int:
+def init(call: Invocation, folder: Path, backbone: str, weights: str, **reading: Any) -> int:
     """Check a folder of images and write a recipe for it."""
-    from lpcam.pipeline.new_recipe import write_recipe  # noqa: PLC0415
-
-    options = call.options
-    path, summary = write_recipe(
-        options.folder, options.backbone, options.weights, **reading(options)
-    )
+    path, summary = new_recipe.write_recipe(folder, backbone, weights, **reading)
     print(f"{summary}\n\nwrote {path}\nnext: lpcam run {shlex.quote(str(path))}")
     return 0
 
@@ -78,37 +89,34 @@ def init(call: Invocation) -> int:
     MEMORY,
     recipe_values=True,
 )
-def run(call: Invocation) -> int:
+def run(call: Invocation, recipe: str, until: str, memory: float | None) -> int:
     """Run a recipe, from labels to scored masks and their report."""
-    recipe = lpcam.load_recipe(call.options.recipe, _with_options(call))
-    return _in_processes(lambda: lpcam.run(recipe, until=call.options.until, command=call.line))
+    loaded = lpcam.load_recipe(recipe, _with_options(call, memory))
+    return _in_processes(lambda: lpcam.run(loaded, until=until, command=call.line))
 
 
-def _with_options(call: Invocation) -> dict[str, Any]:
+def _with_options(call: Invocation, memory: float | None) -> dict[str, Any]:
     """The recipe's values with those of ``--threads`` and ``--memory``."""
-    own = {"run.threads": call.options.threads, "run.memory": call.options.memory}
+    own = {"run.threads": call.given_threads, "run.memory": memory}
     return {**call.changes, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _in_processes(work: Callable[[], RunResult]) -> int:
     """Run in one of several processes; the first prints the result."""
-    from lpcam.runtime.distributed import is_first, leave  # noqa: PLC0415
-
-    if not is_first():
+    first = distributed.is_first()
+    if not first:
         logging.getLogger().setLevel(logging.WARNING)
     result = work()
-    if is_first():
+    if first:
         _print_result(result)
-    leave()
+    distributed.leave()
     return 0
 
 
 @command("report", "look", RUN, argument("--device", help="Device used to search for patches."))
-def report(call: Invocation) -> int:
+def report(call: Invocation, run: Path, device: str | None) -> int:
     """Write the report of a finished run again."""
-    from lpcam.pipeline.run import report as write_report  # noqa: PLC0415
-
-    print(f"report in {write_report(call.options.run, device=call.options.device)}")
+    print(f"report in {pipeline.report(run, device=device)}")
     return 0
 
 
@@ -125,16 +133,15 @@ def report(call: Invocation) -> int:
     argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
     THREADS,
 )
-def evaluate(call: Invocation) -> int:
+def evaluate(
+    call: Invocation, predictions: Path, truth: Path, classes: str | None, json: Path | None
+) -> int:
     """Score a folder of masks against a folder of true masks."""
-    from lpcam.runtime.files import write_json  # noqa: PLC0415
-
-    options = call.options
-    classes = None if options.classes is None else class_table(options.classes)
-    found = lpcam.evaluate_masks(options.predictions, options.truth, classes, workers=call.threads)
+    table = None if classes is None else class_table(classes)
+    found = lpcam.evaluate_masks(predictions, truth, table, workers=call.threads)
     print(found.summary())
-    if options.json is not None:
-        write_json(options.json, {**asdict(found), "command": call.line})
+    if json is not None:
+        files.write_json(json, {**asdict(found), "command": call.line})
     return 0
 
 
@@ -147,9 +154,9 @@ def evaluate(call: Invocation) -> int:
     MEMORY,
     recipe_values=True,
 )
-def refine(call: Invocation) -> int:
+def refine(call: Invocation, recipe: str, maps: Path, memory: float | None) -> int:
     """Make pseudo masks from maps of another program."""
-    return _on_files(call, call.options.maps, "refined")
+    return _on_files(call, recipe, maps, memory, "refined")
 
 
 @command(
@@ -161,21 +168,21 @@ def refine(call: Invocation) -> int:
     MEMORY,
     recipe_values=True,
 )
-def segment(call: Invocation) -> int:
+def segment(call: Invocation, recipe: str, masks: Path, memory: float | None) -> int:
     """Train a segmenter on masks of another program."""
-    return _on_files(call, call.options.masks, "segmented")
+    return _on_files(call, recipe, masks, memory, "segmented")
 
 
-def _on_files(call: Invocation, folder: Path, suffix: str) -> int:
+def _on_files(
+    call: Invocation, recipe: str, folder: Path, memory: float | None, suffix: str
+) -> int:
     """Process the maps or masks of another program in a new run folder."""
-    from lpcam.pipeline import run as pipeline  # noqa: PLC0415
-
     work = pipeline.refine if suffix == "refined" else pipeline.segment
-    changes = _with_options(call)
-    recipe = lpcam.load_recipe(call.options.recipe, changes)
+    changes = _with_options(call, memory)
+    loaded = lpcam.load_recipe(recipe, changes)
     if "run.folder" not in changes:  # the recipe's own folder holds its own maps
-        recipe = recipe.changed({"run.folder": f"runs/{recipe.name}-{suffix}"})
-    return _in_processes(lambda: work(recipe, folder, command=call.line))
+        loaded = loaded.changed({"run.folder": f"runs/{loaded.name}-{suffix}"})
+    return _in_processes(lambda: work(loaded, folder, command=call.line))
 
 
 @command(
@@ -183,33 +190,26 @@ def _on_files(call: Invocation, folder: Path, suffix: str) -> int:
     "about",
     argument("name", nargs="?", help="Name of a bundled recipe; without one, lists them."),
     argument("--fields", action="store_true", help="List every key and what it means."),
-    argument("--stages", action="store_true", help="List the stages of a run."),
+    argument("--stages", action="store_true", help="List the stages of a run.", dest="list_stages"),
 )
-def recipe(call: Invocation) -> int:
+def recipe(call: Invocation, name: str | None, fields: bool, list_stages: bool) -> int:
     """Print a bundled recipe, or list recipes, keys or stages."""
-    from lpcam.pipeline import recipe as recipes  # noqa: PLC0415
-
-    if call.options.fields:
+    if fields:
         for key, kind, meaning in recipes.describe_fields():
             print(f"{key}  ({kind})\n    {meaning}" if meaning else f"{key}  ({kind})")
-    elif call.options.stages:
-        from lpcam.pipeline.stages import STAGES  # noqa: PLC0415
-
-        for stage in STAGES:
-            print(f"{stage.name:<16}{stage.help}")
-    elif call.options.name is None:
+    elif list_stages:
+        print("\n".join(f"{stage.name:<16}{stage.help}" for stage in stages.STAGES))
+    elif name is None:
         print("\n".join(recipes.bundled_recipes()))
     else:
-        print(recipes.bundled_text(call.options.name))
+        print(recipes.bundled_text(name))
     return 0
 
 
 def _print_result(result: RunResult) -> None:
     """Print the figures, what was skipped, and where the results are."""
-    for rows, has_threshold in (
-        ([row for row in result.rows if row["stage"] != "segmentation"], True),
-        ([row for row in result.rows if row["stage"] == "segmentation"], False),
-    ):
+    for has_threshold in (True, False):
+        rows = [row for row in result.rows if (row["stage"] != "segmentation") == has_threshold]
         if rows:
             _print_rows(rows, has_threshold=has_threshold)
     if result.skipped:
@@ -222,21 +222,16 @@ def _print_result(result: RunResult) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], *, has_threshold: bool) -> None:
-    import rich.table  # noqa: PLC0415
-
     first = rows[0]
     parts = sorted(first.get("part_coverage", {}))
-    title = f"{first['dataset']} {first['split']}, {first['images']} images, percent"
-    table = rich.table.Table(title=title)
-    table.add_column("method")
-    if has_threshold:
-        table.add_column("threshold", justify="right")
-        table.add_column("chosen by")
-    for name in (*SCORES, *parts):
-        table.add_column(name, justify="right")
+    table = tables.Table(
+        title=f"{first['dataset']} {first['split']}, {first['images']} images, percent"
+    )
+    for name in ("method", *(("threshold", "chosen by") if has_threshold else ()), *SCORES, *parts):
+        table.add_column(name, justify="left" if name in ("method", "chosen by") else "right")
     for row in rows:
         numbers = [row[name.lower()] for name in SCORES]
         numbers += [row["part_coverage"].get(name, float("nan")) for name in parts]
         chosen = [f"{row['threshold']:.2f}", row["threshold_source"]] if has_threshold else []
         table.add_row(row["method"], *chosen, *(f"{100 * number:.1f}" for number in numbers))
-    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console.Console(width=None if sys.stdout.isatty() else 120).print(table)
