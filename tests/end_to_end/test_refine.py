@@ -25,7 +25,7 @@ from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import refine, run
 from lpcam.refine.base import REFINEMENTS, LearnedRefinement
 from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.irn import Irn, IrnSettings, boundary_maps, propagate, pseudo_maps
+from lpcam.refine.irn import Irn, IrnSettings, boundary_map, propagate, pseudo_maps
 from lpcam.refine.pamr import PamrSettings, pamr
 from lpcam.refine.ternary import crf_labels, ternary
 from lpcam.runtime import files
@@ -131,7 +131,7 @@ def test_walked_maps_are_those_of_the_source_and_its_own_network(finished: Value
         network = Irn.load(folder / "refine-network" / name / "network.safetensors").folded()
         maps = read_maps(map_path(folder / name, "i00"))
         picture = read_image(Path(finished["data"]["root"], "images", "i00.png"))
-        boundary = boundary_maps(network, picture[None])[0]
+        boundary = boundary_map(network, picture)
         walked = propagate(torch.from_numpy(maps.cam), boundary, settings)
         expected = pseudo_maps(walked, (picture.shape[0], picture.shape[1])).numpy()
         found = read_maps(map_path(folder / "pseudo" / name / "maps", "i00"))

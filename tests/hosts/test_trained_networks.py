@@ -120,7 +120,7 @@ def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path
         planes = [label == 0, *(label == own + 1 for own in item.labels)]
         low = torch.from_numpy(np.stack(planes)).float()
         scored.append((item, tmp_path / f"{item.id}.npz"))
-        write_scores(scored[-1][1], low, low)
+        write_scores(scored[-1][1], torch.stack([low, low]))
         label[:, :3] = 255
         labelled.append((item, tmp_path / f"{item.id}.png"))
         Image.fromarray(label).save(labelled[-1][1])

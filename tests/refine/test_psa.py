@@ -87,21 +87,20 @@ def test_maps_that_are_no_scores() -> None:
 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
-    path, again = tmp_path / "a" / "one.npz", tmp_path / "two.npz"
-    low, high = drawn(3, 6, 5), drawn(3, 6, 5, seed=1)
+    path, again, scores = tmp_path / "a" / "one.npz", tmp_path / "two.npz", drawn(2, 3, 6, 5)
     for place in (path, again):
-        write_scores(place, low, high)
+        write_scores(place, scores)
     assert path.read_bytes() == again.read_bytes()
-    for found, scores in zip(read_scores(path), (low, high), strict=True):
-        assert found.dtype == np.uint8
-        torch.testing.assert_close(torch.from_numpy(found) / 255, scores, atol=1 / 509, rtol=0)
+    found = read_scores(path)
+    assert found.dtype == np.uint8
+    torch.testing.assert_close(torch.from_numpy(found) / 255, scores, atol=1 / 509, rtol=0)
 
 
 def test_files_that_hold_no_scores(tmp_path: Path) -> None:
     path = tmp_path / "scores.npz"
     with pytest.raises(ArtefactError, match=r"cannot read .*scores.npz"):
         read_scores(path)
-    write_scores(path, drawn(3, 6, 5), drawn(3, 6, 5))
+    write_scores(path, drawn(2, 3, 6, 5))
     contents, plane = [path.read_bytes()[:40], b"", b"PK"], np.zeros((1, 2, 2), np.uint8)
     objects = np.array([{}])
     for low, high in ((plane, plane[0]), (plane / 2, plane / 2), (objects, objects)):
@@ -214,7 +213,7 @@ def test_loss_is_that_of_the_affinities() -> None:
     torch.testing.assert_close(psa_loss(features, labels, 3), expected)
 
 
-@pytest.mark.parametrize("size", [(40, 90), (100, 30), (5, 9), (200, 7)])
+@pytest.mark.parametrize("size", [(40, 90), (200, 7)])
 def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     """Light pixels are of the second class, dark ones of the first; black is beyond the image."""
     light = np.zeros(size, bool)
@@ -224,9 +223,9 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
     settings = SETTINGS.model_copy(update={"jitter": (0.0, 0.0, 0.0, 0.0)})
     half = Preprocessing((0.5,) * 3, (0.5,) * 3)
     black = half(np.zeros((1, 1, 3), np.uint8))[0, 0, 0]
-    for seed in range(20):
+    for seed in range(6):
         generator = np.random.default_rng(seed)
-        tensor, labels = psa.augment(image, scores, scores, half, settings, generator)
+        tensor, labels = psa.augment(half, settings, image, np.stack([scores, scores]), generator)
         assert tensor.shape == (3, 64, 64)
         assert labels.shape == (8, 8)
         assert labels.dtype == torch.uint8

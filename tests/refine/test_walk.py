@@ -12,7 +12,6 @@ from torch import Tensor
 from lpcam.refine.irn import IrnSettings, propagate, pseudo_maps
 from lpcam.refine.walk import (
     affinities,
-    affinity_walk,
     pair_offsets,
     path,
     path_maxima,
@@ -75,8 +74,8 @@ def test_paths_by_hand() -> None:
     assert set(path((2, -2))) == {(0, 0), (0, -1), (1, 0), (1, -1), (1, -2), (2, -1), (2, -2)}
 
 
-@pytest.mark.parametrize("radius", [2, 5, 8, 10])
-@pytest.mark.parametrize("size", [SIZE, (1, 9), (6, 1), (3, 4), (1, 1)])
+@pytest.mark.parametrize("radius", [2, 5, 10])
+@pytest.mark.parametrize("size", [SIZE, (1, 9), (6, 1), (3, 4)])
 def test_path_maxima(radius: int, size: tuple[int, int]) -> None:
     edge = drawn(*size)
     height, width = size
@@ -114,8 +113,8 @@ def test_affinities_have_a_gradient() -> None:
     assert torch.autograd.gradcheck(total, (edge,))
 
 
-@pytest.mark.parametrize("size", [(9, 12), (1, 14), (11, 1), (2, 3), (1, 1)])
-@pytest.mark.parametrize("exponent", [0, 1, 4, 8])
+@pytest.mark.parametrize("size", [(9, 12), (1, 14), (11, 1), (1, 1)])
+@pytest.mark.parametrize("exponent", [0, 1, 8])
 def test_walk_is_the_power_of_the_dense_matrix(size: tuple[int, int], exponent: int) -> None:
     maps, edge = drawn(2, *size), drawn(*size, seed=1) ** 3
     arguments = {"radius": 5, "beta": 2.5, "exponent": exponent}
@@ -174,24 +173,15 @@ def test_batches_and_classes_are_independent() -> None:
     assert random_walk(maps[:, :0], edge, **arguments).shape == (3, 0, *SIZE)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_maps_that_are_not_finite(bad: float) -> None:
-    maps = drawn(2, *SIZE)
-    maps[1, 3, 3] = bad
-    for call in (
-        lambda: random_walk(maps, drawn(*SIZE), radius=5, beta=10.0, exponent=8),
-        lambda: propagate(maps, drawn(*SIZE), OFFICIAL),
-    ):
-        with pytest.raises(DataError, match="NaN"):
-            call()
-
-
-@pytest.mark.parametrize("bad", [math.nan, 1.1])
-def test_boundaries_out_of_range(bad: float) -> None:
-    edge = drawn(*SIZE)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1.1])
+def test_values_out_of_range(bad: float) -> None:
+    maps, edge = drawn(2, *SIZE), drawn(*SIZE)
     edge[2, 2] = bad
-    with pytest.raises(DataError, match=r"NaN or values outside \[0, 1\]"):
-        random_walk(drawn(2, *SIZE), edge, radius=5, beta=10.0, exponent=8)
+    with pytest.raises(DataError, match=r"values outside \[0, 1\]"):
+        random_walk(maps, edge, radius=5, beta=10.0, exponent=8)
+    if not math.isfinite(bad):
+        with pytest.raises(DataError, match="NaN"):
+            random_walk(maps * bad, drawn(*SIZE), radius=5, beta=10.0, exponent=8)
 
 
 @pytest.mark.parametrize(
@@ -200,37 +190,6 @@ def test_boundaries_out_of_range(bad: float) -> None:
 def test_shapes_that_do_not_fit(maps: tuple[int, ...], edge: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="expected"):
         random_walk(drawn(*maps), drawn(*edge), radius=5, beta=10.0, exponent=8)
-
-
-def drawn_pairs(*size: int, dtype: torch.dtype = torch.float64) -> dict[tuple[int, int], Tensor]:
-    """Affinities of all pairs nearer than 4, of no boundary."""
-    return {
-        (dy, dx): drawn(size[0] - dy, size[1] - abs(dx), seed=n, dtype=dtype)
-        for n, (dy, dx) in enumerate(pair_offsets(4))
-        if dy < size[0] and abs(dx) < size[1]
-    }
-
-
-@pytest.mark.parametrize("offset", [(0, 1), (0, 0), (0, -1), (-1, 2), (7, 0), (0, 9), (1, -9)])
-def test_offsets_that_come_twice_or_are_not_of_the_grid(offset: tuple[int, int]) -> None:
-    pairs = [*drawn_pairs(7, 9).items(), (offset, drawn(7, 8))]
-    match = rf"the offset \({offset[0]}, {offset[1]}\) comes twice, points backwards or leaves"
-    with pytest.raises(DataError, match=match):
-        affinity_walk(drawn(1, 7, 9), pairs, beta=8.0, exponent=6)
-
-
-def test_affinities_that_do_not_fit() -> None:
-    pairs = drawn_pairs(7, 9)
-    with pytest.raises(DataError, match=r"at the offset \(0, 1\) are \(7, 8\); expected \(7, 9\)"):
-        affinity_walk(drawn(1, 7, 10), pairs.items(), beta=8.0, exponent=6)
-    for bad in (math.nan, -0.1, 1.1):
-        pairs[1, 1][2, 3] = bad
-        with pytest.raises(DataError, match=r"offset \(1, 1\) hold NaN or values outside \[0, 1\]"):
-            affinity_walk(drawn(1, 7, 9), pairs.items(), beta=8.0, exponent=6)
-    with pytest.raises(DataError, match="the maps hold NaN or Inf"):
-        affinity_walk(drawn(1, 7, 9) * math.nan, [], beta=8.0, exponent=6)
-    with pytest.raises(DataError, match=r"maps are \(7, 9\); expected \(..., K, h, w\)"):
-        affinity_walk(drawn(7, 9), [], beta=8.0, exponent=6)
 
 
 def test_propagate_starts_where_there_is_no_boundary() -> None:
@@ -259,10 +218,3 @@ def test_pseudo_maps(size: tuple[int, int]) -> None:
 def test_pseudo_masks_of_nothing() -> None:
     assert not pseudo_maps(torch.zeros(2, 3, 4), (12, 16)).any()
     assert pseudo_maps(torch.zeros(0, 3, 4), (10, 16)).shape == (0, 10, 16)
-
-
-@pytest.mark.parametrize("size", [(53, 68), (48, 68), (52, 64)])
-def test_size_that_does_not_fit(size: tuple[int, int]) -> None:
-    match = rf"walked maps \(2, 13, 17\) are not those of an image of {size[0]} x {size[1]} pixels"
-    with pytest.raises(DataError, match=match):
-        pseudo_maps(drawn(2, *SIZE), size)

@@ -7,7 +7,7 @@ Shapes: B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W / 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
@@ -16,13 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
-from lpcam.data.dataset import IGNORE, Item
-from lpcam.data.images import read_image, resize_image, scaled_size
+from lpcam.data.dataset import Item
+from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask, write_mask, write_plane
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
@@ -39,13 +38,11 @@ from lpcam.refine.base import (
 )
 from lpcam.refine.crf import DenseCrf
 from lpcam.refine.irn_network import Irn, build_irn
-from lpcam.refine.pair_network import PairSettings, check_label_size, train_on_pairs
+from lpcam.refine.pair_network import PairSettings, train_on_pairs
 from lpcam.refine.ternary import ternary_mask
 from lpcam.refine.walk import (
     EPSILON,
     STRIDE,
-    Offset,
-    Window,
     affinities,
     likelihood_means,
     pair_counts,
@@ -55,10 +52,9 @@ from lpcam.refine.walk import (
     source_window,
 )
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
-from lpcam.training.augmentation import mirror_and_crop
-from lpcam.training.loop import History, Place
+from lpcam.training.augmentation import scale_mirror_crop
+from lpcam.training.loop import History
 
 
 class IrnSettings(PairSettings):
@@ -129,6 +125,7 @@ def irn_loss(
     Args:
         logits: (B, h, w), boundaries before their sigmoid.
         labels: (B, h, w) uint8, 0 background, 255 ignored, otherwise classes.
+        radius: pairs are nearer than this, in cells.
         displacement: (B, 2, h, w), or None.
         counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
 
@@ -137,70 +134,46 @@ def irn_loss(
         >>> irn_loss(torch.zeros(1, 8, 8), labels, 3).total
         tensor(0.)
     """
-    if counts is None:
-        counts = pair_counts(labels, radius)
+    counts = pair_counts(labels, radius) if counts is None else counts
     zero = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
     pairs = affinities(logits.sigmoid(), radius)
     background, foreground, negative = likelihood_means(pairs, labels, counts, zero, radius)
-    moves = [zero.expand(2)]
+    sums = [zero.expand(2)]
     if displacement is not None:
         window = source_window(labels.shape[-2], labels.shape[-1], radius)
         for offset, kinds in pair_kinds(labels, radius):
-            flat = kinds.flatten(1).to(logits.dtype)
-            moves.append(_displacement_sums(displacement, offset, window, flat))
+            still, moved, _ = kinds.flatten(1).to(logits.dtype)
+            partner = displacement[:, :, *partner_window(window, offset)]
+            delta = displacement[:, :, *window] - partner
+            target = delta.new_tensor(offset)[:, None, None]
+            apart = still @ delta.abs().sum(1).flatten()
+            off_centre = moved @ (delta - target).abs().sum(1).flatten()
+            sums.append(torch.stack([apart, off_centre]))
     # over both channels
-    still, moved = torch.stack(moves).sum(0) / (2 * counts[:2].to(logits.dtype) + EPSILON)
-    return IrnLoss((background + foreground) / 2, negative, moved, still)
-
-
-def _displacement_sums(
-    displacement: Tensor, offset: Offset, window: Window, kinds: Tensor
-) -> Tensor:
-    """|delta|_1 summed over background pairs, |delta - offset|_1 over pairs of a class."""
-    partner = displacement[:, :, *partner_window(window, offset)]
-    delta = displacement[:, :, *window] - partner
-    target = delta.new_tensor(offset)[:, None, None]
-    return torch.stack(
-        [
-            kinds[0] @ delta.abs().sum(1).flatten(),
-            kinds[1] @ (delta - target).abs().sum(1).flatten(),
-        ]
-    )
+    apart, off_centre = torch.stack(sums).sum(0) / (2 * counts[:2].to(logits.dtype) + EPSILON)
+    return IrnLoss((background + foreground) / 2, negative, off_centre, apart)
 
 
 def augment(
-    image: NDArray[np.uint8],
-    label: NDArray[np.uint8],
     preprocessing: Preprocessing,
     settings: IrnSettings,
+    image: NDArray[np.uint8],
+    label: NDArray[np.uint8],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, mirror and crop an image and its labels at random (section 7).
+    """Scale, mirror and crop an image and its labels (H, W) at random (section 7).
 
-    Takes an image (H, W, 3) uint8 RGB and labels (H, W) uint8. Returns (3, crop, crop) float32 and
-    (crop / 4, crop / 4) uint8; beyond the image are the mean colour and ignored labels. The label
-    of a cell is that of its pixel (2, 2), as Pillow's nearest neighbour takes it.
+    Returns (3, crop, crop) float32 and (crop / 4, crop / 4) uint8. The label of a cell is that of
+    its pixel (2, 2), as Pillow's nearest neighbour takes it.
     """
-    size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*settings.scale)))
-    tensor = preprocessing(resize_image(image, size))
-    resized = np.array(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
-    planes = [(tensor, 0), (torch.from_numpy(resized), IGNORE)]
-    canvas, labels = mirror_and_crop(planes, settings.crop, generator)
+    canvas, labels = scale_mirror_crop(
+        image, label, preprocessing, settings.scale, settings.crop, generator
+    )
     return canvas, labels[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
 
 
-def _sample(
-    labelled: Labelled,
-    preprocessing: Preprocessing,
-    settings: IrnSettings,
-    seed: int,
-    place: Place,
-) -> tuple[Tensor, Tensor]:
-    item, path = labelled[place.sample]
-    image, label = read_image(item.image), read_index_mask(path)
-    check_label_size(item, path, image.shape[:2], label.shape)
-    generator = np.random.default_rng([seed, place.epoch, place.sample])
-    return augment(image, label, preprocessing, settings, generator)
+def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    return read_image(item.image), read_index_mask(path)
 
 
 def train_irn(
@@ -208,19 +181,15 @@ def train_irn(
     labelled: Labelled,
     settings: IrnSettings,
     *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
     processes: Processes | None = None,
+    **options: Any,
 ) -> History:
-    """Train the branches in place; a stopped training resumes from the checkpoints in ``folder``.
-
-    The mean shift of a displacement branch over the same images is set at the end.
+    """Train the branches in place; a stopped training resumes from its checkpoints.
 
     Args:
         labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
         settings: only those of the training are used.
-        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
+        processes, options: as for :func:`lpcam.training.loop.run`.
 
     Raises:
         DataError: if labels are missing, or labels and image differ in size.
@@ -229,9 +198,10 @@ def train_irn(
     """
     processes = processes or Processes()
     branches, pyramid = network.branches, network.pyramid.folded()
-    groups = [{"params": list(branches.boundary.parameters()), "lr": settings.learning_rate}]
+    rate = settings.learning_rate
+    groups = [{"params": list(branches.boundary.parameters()), "lr": rate}]
     if branches.displacement is not None:
-        rate = settings.learning_rate * settings.displacement_multiplier
+        rate *= settings.displacement_multiplier
         groups.append({"params": list(branches.displacement.parameters()), "lr": rate})
     model = processes.replicate(branches)
 
@@ -239,69 +209,39 @@ def train_irn(
         logits, displacement = model(pyramid(images), labels.shape[-2:])
         return irn_loss(logits, labels, settings.radius, displacement, counts).total
 
-    history = train_on_pairs(
+    return train_on_pairs(
         branches,
         groups,
-        partial(_sample, labelled, pyramid.preprocessing, settings, seed),
+        _read,
+        partial(augment, pyramid.preprocessing, settings),
         loss,
-        len(labelled),
+        labelled,
         settings,
         title="IRN",
-        seed=seed,
-        folder=folder,
-        workers=workers,
         processes=processes,
+        **options,
     )
-    network.eval()
-    if branches.displacement is not None:
-        items = [item for item, _ in labelled]
-        branches.displacement.shift.copy_(_mean_displacement(network, items, settings, processes))
-    return history
 
 
 @torch.no_grad()
-def _mean_displacement(
-    network: Irn, items: Sequence[Item], settings: IrnSettings, processes: Processes
-) -> Tensor:
-    """Mean (2,) of the displacement over as many images as fill batches, without ``shift``.
+def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
+    """Boundaries e (h, w): sigmoid of the mean logit of an image and its mirror image (8.1).
 
-    Uses the upper left crop of each image, padded with the mean colour (section 7).
-    """
-    branch = network.branches.displacement
-    assert branch is not None
-    crop = settings.crop
-    count = len(items) - len(items) % min(settings.batch_size, len(items))
-    total = torch.zeros(2, dtype=torch.float64)
-    pyramid = network.pyramid.folded()
-    for item in items[processes.rank : count : processes.count]:
-        part = pyramid.preprocessing(read_image(item.image)[:crop, :crop])
-        image = F.pad(part, (0, crop - part.shape[2], 0, crop - part.shape[1]))[None]
-        field = branch(pyramid(image.to(network.device)), quarter_size((crop, crop)))
-        own = branch.shift if not branch.training else 0
-        total += (field.mean((0, 2, 3)) + own).double().cpu()
-    return (processes.sum(total) / count).float()
-
-
-@torch.no_grad()
-def boundary_maps(network: Irn, images: NDArray[np.uint8]) -> Tensor:
-    """Boundaries e: sigmoid of the mean logit of images and their mirror images (section 8.1).
-
-    Takes images (B, H, W, 3) uint8 RGB, and returns (B, h, w) float32 on the network's device.
+    Takes (H, W, 3) uint8 RGB, and returns float32 on the network's device.
 
     Example:
         >>> from lpcam.classifiers.classifier import BackboneSpec
         >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
-        >>> boundary_maps(network, np.zeros((1, 30, 50, 3), np.uint8)).shape
-        torch.Size([1, 8, 13])
+        >>> boundary_map(network, np.zeros((30, 50, 3), np.uint8)).shape
+        torch.Size([8, 13])
     """
     network.eval()
-    preprocessing = network.pyramid.preprocessing
-    tensor = torch.stack([preprocessing(image) for image in images]).to(network.device)
+    tensor = network.pyramid.preprocessing(image)[None].to(network.device)
     size = quarter_size(tensor.shape[-2:])
     boundary = network.branches.boundary
     logits: Tensor = boundary(network.pyramid(tensor), size)
     mirrored: Tensor = boundary(network.pyramid(tensor.flip(-1)), size)
-    return ((logits + unflip(mirrored)) / 2).sigmoid()
+    return ((logits + unflip(mirrored)) / 2).sigmoid()[0]
 
 
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
@@ -331,25 +271,19 @@ def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
 
     Takes maps (K, h, w) and (H, W) of the image, and returns (K, H, W) in [0, 1].
 
-    Raises:
-        DataError: if the size does not fit the grid.
-
     Example:
         >>> pseudo_maps(torch.ones(1, 2, 3), (7, 10)).shape
         torch.Size([1, 7, 10])
     """
-    height, width = size
-    if walked.ndim != 3 or tuple(walked.shape[-2:]) != quarter_size(size):
-        raise DataError(
-            f"walked maps {tuple(walked.shape)} are not those of an image of {height} x {width} "
-            f"pixels; expected (K, {', '.join(map(str, quarter_size(size)))})"
-        )
     if not len(walked):
-        return walked.new_zeros(0, height, width)
+        return walked.new_zeros(0, *size)
     full = F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)
-    cut = full[0, :, :height, :width]
-    top = cut.max()
-    return cut / top if float(top) > 0 else torch.zeros_like(cut)
+    return _divided(full[0, :, : size[0], : size[1]])
+
+
+def _divided(maps: Tensor) -> Tensor:
+    """Maps divided by their common maximum, if it is above 0."""
+    return maps / maps.max() if bool(maps.any()) else maps
 
 
 class IrnRefinement(LearnedRefinement):
@@ -414,23 +348,24 @@ class IrnRefinement(LearnedRefinement):
 
         def refine(picture: Picture) -> tuple[Tensor, Tensor]:
             image = picture.image.cpu().numpy()
-            boundary = boundary_maps(loaded, image[None])[0]
+            boundary = boundary_map(loaded, image)
             write_plane(folder / "boundaries" / f"{picture.item.id}.png", boundary.cpu().numpy())
             quarter = resize(torch.from_numpy(picture.maps.cam), boundary.shape).to(boundary)
             walked = propagate(quarter, boundary, job.settings)
             full = pseudo_maps(walked, (image.shape[0], image.shape[1]))
-            top = walked.max() if walked.numel() else walked.new_ones(())
-            return walked / top if float(top) > 0 else walked, full
+            return _divided(walked), full
 
         return refine
 
 
 def _thresholds(section: RefineSection, source: Source) -> tuple[float, float, float]:
     """Thresholds for maps of one kind: sure foreground, sure background, pseudo masks."""
-    irn = section.settings
-    if source.method == "CAM":
-        return irn.cam_foreground_threshold, irn.cam_background_threshold, irn.cam_threshold
-    return irn.foreground_threshold, irn.background_threshold, irn.threshold
+    kind = "cam_" if source.method == "CAM" else ""
+    high, low, masks = (
+        float(getattr(section.settings, f"{kind}{name}"))
+        for name in ("foreground_threshold", "background_threshold", "threshold")
+    )
+    return high, low, masks
 
 
 REFINEMENT = IrnRefinement()

@@ -29,7 +29,7 @@ from lpcam.classifiers.classifier import (
 )
 from lpcam.data.resize import quarter_size
 from lpcam.refine.base import shallow_copy
-from lpcam.refine.pair_network import Level, feature_levels, pad_sides, rounds_up
+from lpcam.refine.pair_network import Level, feature_levels, pad_sides, side_multiple
 from lpcam.refine.walk import STRIDE
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork
@@ -57,17 +57,16 @@ class Pyramid(nn.Module):
         self.requires_grad_(False)
         self.eval()
         found = feature_levels(self.backbone, "IRN")
-        strides = [level.stride for level in found]
-        if not {STRIDE, 2 * STRIDE} <= set(strides):
+        strides = {level.stride for level in found}
+        if not {STRIDE, 2 * STRIDE} <= strides:
             raise ClassifierError(
                 f"the backbone {type(self.backbone).__name__} gives feature maps at strides "
-                f"{sorted(set(strides))}; IRN needs 4 and 8 among them: choose a convolutional "
-                "one or a hierarchical transformer"
+                f"{sorted(strides)}; IRN needs 4 and 8 among them: choose a convolutional one or "
+                "a hierarchical transformer"
             )
         finest = [level for level in found if level.stride == STRIDE // 2][-1:]
         self.levels = finest + [level for level in found if level.stride >= STRIDE]
-        whole = rounds_up(self.backbone, self.levels, PROBE_SIZE)
-        self.multiple = 1 if whole else max(STRIDE, *strides)
+        self.multiple = side_multiple(self.backbone, self.levels, PROBE_SIZE)
 
     def train(self, mode: bool = True) -> Pyramid:
         """Stay in evaluation mode."""
@@ -83,9 +82,9 @@ class Pyramid(nn.Module):
         ]
 
     def folded(self) -> Pyramid:
-        """A copy with the batch norms folded into the convolutions; equal up to rounding."""
+        """A copy with folded batch norms, equal up to rounding; cannot be saved."""
         twin = shallow_copy(self)
-        twin.backbone = folded_backbone(self.backbone)
+        twin.backbone, twin.spec = folded_backbone(self.backbone), None
         return twin.requires_grad_(False)
 
 
@@ -124,12 +123,11 @@ class Boundary(nn.Module):
 
 
 class Displacement(nn.Module):
-    """Displacement (B, 2, h, w) of a pyramid, in cells of stride 4, first down and then right.
-
-    In evaluation mode ``shift``, the mean over a list of images, is subtracted.
-    """
+    """Displacement (B, 2, h, w) of a pyramid, in cells of stride 4, first down and then right."""
 
     shift: Tensor
+    """Mean over a list of images, which the released program subtracts in evaluation mode; masks
+    do not need it, so it stays zero in a network that was trained here."""
 
     def __init__(self, levels: Sequence[Level]) -> None:
         super().__init__()
@@ -151,11 +149,11 @@ class Displacement(nn.Module):
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Displacement from the levels' features, at the size (h, w) of stride 4."""
         half = features[self.deep.index(True)].shape[-2:]
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for unit, deep, feature in zip(self.units, self.deep, features, strict=True):
-            parts[deep].append(unit(feature, half if deep else size))
-        middle = self.middle(torch.cat(parts[1], 1), size)
-        field: Tensor = self.last(self.late(torch.cat([*parts[0], middle], 1), size))
+        shallow, deep = [], []
+        for unit, is_deep, feature in zip(self.units, self.deep, features, strict=True):
+            (deep if is_deep else shallow).append(unit(feature, half if is_deep else size))
+        middle = self.middle(torch.cat(deep, 1), size)
+        field: Tensor = self.last(self.late(torch.cat([*shallow, middle], 1), size))
         return field if self.training else field - self.shift[:, None, None]
 
 
@@ -208,7 +206,6 @@ class Irn(SavedNetwork):
         """A copy for inference with a folded backbone; shares the branches, cannot be saved."""
         twin = shallow_copy(self)
         twin.pyramid = self.pyramid.folded()
-        twin.pyramid.spec = None
         return twin
 
     def _can_be_described(self) -> bool:

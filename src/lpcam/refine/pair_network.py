@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import feature_maps
 from lpcam.data.dataset import Item
+from lpcam.refine.base import Labelled
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
@@ -63,6 +67,12 @@ class PairSettings(PresetModel):
 
 SIDE = 128
 """Side, in pixels, of the images on which strides are measured."""
+Read = Callable[[Item, Path], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+"""Reads the image (H, W, 3) of an item, and labels (..., H, W) from their file."""
+Augment = Callable[
+    [NDArray[np.uint8], NDArray[np.uint8], np.random.Generator], tuple[Tensor, Tensor]
+]
+"""Makes an image (3, crop, crop) and labels of its cells (h, w)."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,6 @@ def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
 
     Raises:
         ClassifierError: if the backbone does not give feature maps.
-
-    Example:
-        >>> import timm
-        >>> levels = feature_levels(timm.create_model("test_resnet"), "IRN")
-        >>> [level.stride for level in levels]
-        [2, 4, 8, 16, 32]
     """
     if not hasattr(backbone, "forward_intermediates"):
         raise ClassifierError(
@@ -99,31 +103,22 @@ def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
     ]
 
 
-def rounds_up(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> bool:
-    """Return True if feature maps of an image of (H, W) pixels have ceil(side / stride) cells.
+def side_multiple(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> int:
+    """Number of which the sides of images must be multiples, for :func:`pad_sides`.
 
-    False means that the backbone drops the rest of a side that is not a multiple of its stride.
-
-    Example:
-        >>> import timm
-        >>> backbone = timm.create_model("test_convnext")
-        >>> rounds_up(backbone, feature_levels(backbone, "IRN"), (97, 131))
-        False
+    1 if the feature maps of an image of (H, W) pixels have ceil(side / stride) cells, else the
+    largest stride, because the backbone drops the rest of a side.
     """
     maps = _maps_of_zeros(backbone, size)
-    return all(
+    whole = all(
         tuple(maps[level.index].shape[-2:]) == tuple(-(-side // level.stride) for side in size)
         for level in levels
     )
+    return 1 if whole else max(level.stride for level in levels)
 
 
 def pad_sides(images: Tensor, multiple: int) -> Tensor:
-    """Pad images (..., H, W) with zeros at the right and bottom to multiples of a number.
-
-    Example:
-        >>> pad_sides(torch.ones(1, 3, 5, 8), 4).shape
-        torch.Size([1, 3, 8, 8])
-    """
+    """Pad images (..., H, W) with zeros at the right and bottom to multiples of a number."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple))
 
@@ -133,28 +128,30 @@ def _maps_of_zeros(backbone: nn.Module, size: tuple[int, int]) -> list[Tensor]:
     return feature_maps(backbone, next(backbone.parameters()).new_zeros(1, 3, *size))
 
 
-def check_label_size(item: Item, path: Path, image: Sequence[int], labels: Sequence[int]) -> None:
-    """Raise a DataError if an image and its labels differ in size (H, W).
-
-    Example:
-        >>> check_label_size(Item("a", Path("a.jpg"), ()), Path("a.png"), (4, 5), (4, 5))
-    """
-    if tuple(image) != tuple(labels):
+def _sample(
+    read: Read, augment: Augment, labelled: Labelled, seed: int, place: engine.Place
+) -> tuple[Tensor, Tensor]:
+    item, path = labelled[place.sample]
+    image, labels = read(item, path)
+    if image.shape[:2] != labels.shape[-2:]:
         raise DataError(
-            f"image {item.id!r} has {image[0]} x {image[1]} pixels but its labels {path} "
-            f"{labels[0]} x {labels[1]}; make the labels again"
+            f"image {item.id!r} has {image.shape[0]} x {image.shape[1]} pixels but its labels "
+            f"{path} {labels.shape[-2]} x {labels.shape[-1]}; make the labels again"
         )
+    return augment(image, labels, np.random.default_rng([seed, place.epoch, place.sample]))
 
 
 def train_on_pairs(
     module: nn.Module,
     groups: Sequence[dict[str, Any]],
-    make: Callable[[engine.Place], tuple[Tensor, Tensor]],
+    read: Read,
+    augment: Augment,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    count: int,
+    labelled: Labelled,
     settings: Any,
     *,
     title: str,
+    seed: int,
     processes: Processes,
     **options: Any,
 ) -> History:
@@ -163,15 +160,18 @@ def train_on_pairs(
     Args:
         module: the trained part of a network.
         groups: parameter groups of the optimiser.
-        make: makes the image (3, H, W) and the labels (h, w) of a place; picklable.
+        read, augment: make the samples; picklable.
         loss: loss of images, labels and the number of pairs of each kind in the whole batch.
-        count: number of images.
+        labelled: images and the files of their labels.
         settings: schedule and optimiser, and ``radius`` of the pairs, in cells.
         title: name of the method, for progress and messages.
-        options: ``seed``, ``folder`` and ``workers`` of :func:`lpcam.training.loop.run`.
+        options: ``folder`` and ``workers`` of :func:`lpcam.training.loop.run`.
 
     Returns:
         one record an epoch: ``epoch``, ``step`` and mean ``loss``.
+
+    Raises:
+        DataError: if labels and image differ in size; and as ``read`` and the loop.
     """
     device = next(module.parameters()).device
 
@@ -183,15 +183,18 @@ def train_on_pairs(
             counts = processes.sum(counts.cpu()).to(device)
         return loss(images, labels, counts)
 
-    return engine.run(
+    history = engine.run(
         module,
         sgd(groups, settings),
-        make,
-        count,
+        partial(_sample, read, augment, labelled, seed),
+        len(labelled),
         batch_loss,
-        engine.Plan.of_epochs(settings, count),
+        engine.Plan.of_epochs(settings, len(labelled)),
         label=f"training {title}",
         section=f"refine.{title.lower()}",
+        seed=seed,
         processes=processes,
         **options,
     )
+    module.eval()
+    return history

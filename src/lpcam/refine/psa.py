@@ -34,7 +34,7 @@ from lpcam.classifiers.classifier import (
     feature_maps,
     folded_backbone,
 )
-from lpcam.data.dataset import BACKGROUND, IGNORE
+from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
@@ -54,10 +54,9 @@ from lpcam.refine.base import (
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.pair_network import (
     PairSettings,
-    check_label_size,
     feature_levels,
     pad_sides,
-    rounds_up,
+    side_multiple,
     train_on_pairs,
 )
 from lpcam.refine.walk import (
@@ -75,7 +74,7 @@ from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_bytes, write_bytes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
-from lpcam.training.loop import History, Place
+from lpcam.training.loop import History
 from lpcam.training.optim import freeze, names_below, parameter_groups
 from lpcam.training.saved_network import SavedNetwork
 
@@ -118,60 +117,45 @@ HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 
 
-def write_scores(path: Path, low: Tensor, high: Tensor) -> None:
-    """Write scores (K + 1, H, W) in [0, 1] of both alphas in steps of 1 / 255, as an npz file."""
-    first, second = ((s * 255).round().to(torch.uint8).cpu().numpy() for s in (low, high))
+def write_scores(path: Path, scores: Tensor) -> None:
+    """Write scores (2, K + 1, H, W) in [0, 1], of the low and the high alpha, as uint8 in npz."""
+    low, high = (scores * 255).round().to(torch.uint8).cpu().numpy()
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, low=first, high=second)
+    np.savez_compressed(buffer, low=low, high=high)
     write_bytes(path, buffer.getvalue())
 
 
-def read_scores(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read a file of :func:`write_scores`: low and high, (K + 1, H, W) uint8 each, 255 for 1.
+def read_scores(path: Path) -> NDArray[np.uint8]:
+    """Read a file of :func:`write_scores`: (2, K + 1, H, W) uint8, 255 for 1.
 
     Raises:
         ArtefactError: if the file is missing, damaged, or has other contents.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "scores.npz"
-        ...     write_scores(path, torch.ones(1, 2, 2), torch.zeros(1, 2, 2))
-        ...     read_scores(path)[0].tolist()
-        [[[255, 255], [255, 255]]]
     """
     data = read_bytes(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            low, high = (archive[name] for name in ("low", "high"))
-        if low.ndim != 3 or low.shape != high.shape or not low.dtype == high.dtype == np.uint8:
-            raise ValueError(f"its arrays are {low.dtype} {low.shape}, {high.dtype} {high.shape}")
+            scores = np.stack([archive[name] for name in ("low", "high")])
+        if scores.ndim != 4 or scores.dtype != np.uint8:
+            raise ValueError(f"its arrays are {scores.dtype} {scores.shape}")
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
         raise ArtefactError(
             f"{path} does not hold the scores of two CRFs ({str(error) or type(error).__name__}); "
             "delete it and run the stage refine-labels again"
         ) from error
-    return low, high
+    return scores
 
 
 def pooled(scores: Tensor) -> Tensor:
-    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image.
-
-    Example:
-        >>> pooled(torch.ones(1, 8, 12)).tolist()
-        [[[1.0, 0.5]]]
-    """
+    """Means (..., n, h, w) of cells of 8 x 8 pixels of (..., n, H, W), zeros beyond the image."""
     return F.avg_pool2d(pad_sides(scores, STRIDE), STRIDE)
 
 
 def label_pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Labels of cells from the scores of two CRFs.
+    """Labels of cells (h, w) uint8 from the scores (K + 1, h, w) of two CRFs.
 
-    A cell has the class that is best where the background is favoured: ``low`` (K + 1, h, w). It is
-    background where that is best although it is not favoured: ``high``. Otherwise it is unknown.
-
-    Returns:
-        (h, w) uint8: 0 background, k + 1 the image's k-th class, 255 unknown or beyond the image.
+    A cell has the class k + 1 that is best where the background is favoured: ``low``. It is
+    background, 0, where that is best although it is not favoured: ``high``. Otherwise, and beyond
+    the image, it is unknown, 255.
 
     Example:
         >>> low, high = torch.tensor([[0.1, 0.9, 0.6]]), torch.tensor([[0.1, 0.9, 0.3]])
@@ -224,8 +208,8 @@ class Psa(SavedNetwork):
             for weight in self.reductions.parameters():
                 nn.init.kaiming_normal_(weight)
             nn.init.xavier_uniform_(self.last.weight)
-        whole = rounds_up(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
-        self.multiple = STRIDE if whole else max(level.stride for level in self.levels)
+        multiple = side_multiple(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
+        self.multiple = max(STRIDE, multiple)
         self.eval()
 
     @property
@@ -256,8 +240,7 @@ class Psa(SavedNetwork):
     def folded(self) -> Psa:
         """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
         twin = shallow_copy(self)
-        twin.backbone = folded_backbone(self.backbone)
-        twin.spec = None
+        twin.backbone, twin.spec = folded_backbone(self.backbone), None
         return twin
 
     def _can_be_described(self) -> bool:
@@ -369,8 +352,7 @@ def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | Non
         >>> psa_loss(torch.zeros(1, 4, 8, 8), labels, 3)
         tensor(0.)
     """
-    if counts is None:
-        counts = pair_counts(labels, radius)
+    counts = pair_counts(labels, radius) if counts is None else counts
     zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
     distances = feature_distances(features, radius, sources_only=True)
     pairs = ((offset, (-distance).exp()) for offset, distance in distances)
@@ -380,39 +362,27 @@ def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | Non
 
 
 def augment(
-    image: NDArray[np.uint8],
-    low: NDArray[np.uint8],
-    high: NDArray[np.uint8],
     preprocessing: Preprocessing,
     settings: PsaSettings,
+    image: NDArray[np.uint8],
+    scores: NDArray[np.uint8],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Change the colours of an image at random, and mirror and crop it and its scores.
 
-    Takes an image (H, W, 3) uint8 RGB and the scores (K + 1, H, W) uint8 of its file. Returns a
+    Takes an image (H, W, 3) uint8 RGB and the scores (2, K + 1, H, W) uint8 of its file. Returns a
     normalised image (3, crop, crop) float32 and labels (crop / 8, crop / 8) uint8.
     """
     colours = torch.from_numpy(jitter_colours(image, settings.jitter, generator)).permute(2, 0, 1)
-    planes = (colours, torch.from_numpy(low), torch.from_numpy(high))
-    canvas, *scores = mirror_and_crop([(p, 0) for p in planes], settings.crop, generator)
-    cells = [pooled(stack / 255) for stack in scores]
-    return preprocessing(canvas.permute(1, 2, 0).numpy()), label_pairs(cells[0], cells[1])
+    planes = [(colours, 0), (torch.from_numpy(scores), 0)]
+    canvas, cropped = mirror_and_crop(planes, settings.crop, generator)
+    return preprocessing(canvas.permute(1, 2, 0).numpy()), label_pairs(*pooled(cropped / 255))
 
 
-def _sample(
-    labelled: Labelled,
-    preprocessing: Preprocessing,
-    settings: PsaSettings,
-    seed: int,
-    place: Place,
-) -> tuple[Tensor, Tensor]:
-    item, path = labelled[place.sample]
-    low, high = read_scores(path)
+def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    scores = read_scores(path)
     # The scores of an image that was shrunk to be refined have the smaller size.
-    image = limit_long_side(read_image(item.image), max(low.shape[1:]))
-    check_label_size(item, path, image.shape[:2], low.shape[1:])
-    generator = np.random.default_rng([seed, place.epoch, place.sample])
-    return augment(image, low, high, preprocessing, settings, generator)
+    return limit_long_side(read_image(item.image), max(scores.shape[2:])), scores
 
 
 def train_psa(
@@ -420,17 +390,15 @@ def train_psa(
     labelled: Labelled,
     settings: PsaSettings,
     *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
     processes: Processes | None = None,
+    **options: Any,
 ) -> History:
-    """Train in place; a stopped training resumes from the checkpoints in ``folder``.
+    """Train in place; a stopped training resumes from its checkpoints.
 
     Args:
         labelled: images and the files of their scores, of the size at which they were refined.
         settings: only those of the training are used.
-        seed, folder, workers, processes: as for :func:`lpcam.training.loop.run`.
+        processes, options: as for :func:`lpcam.training.loop.run`.
 
     Raises:
         DataError: if scores and image differ in size.
@@ -440,21 +408,18 @@ def train_psa(
     processes = processes or Processes()
     freeze(network.backbone, settings.freeze, norms=True)
     model = processes.replicate(network)
-    history = train_on_pairs(
+    return train_on_pairs(
         network,
         parameter_groups(network, HEADS, settings),
-        partial(_sample, labelled, network.preprocessing, settings, seed),
+        _read,
+        partial(augment, network.preprocessing, settings),
         lambda images, labels, counts: psa_loss(model(images), labels, settings.radius, counts),
-        len(labelled),
+        labelled,
         settings,
         title="PSA",
-        seed=seed,
-        folder=folder,
-        workers=workers,
         processes=processes,
+        **options,
     )
-    network.eval()
-    return history
 
 
 @torch.no_grad()
@@ -475,8 +440,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
         torch.Size([2, 16, 24])
     """
     network.eval()
-    # on the CPU, where the image is
-    check_image_and_maps(torch.from_numpy(np.ascontiguousarray(image)), planes.cpu(), "maps")
+    check_image_and_maps(torch.from_numpy(image), planes, "maps")
     height, width = image.shape[:2]
     scores = planes.to(network.device, compute_dtype(planes))
     scores = torch.cat([scores.new_full((1, height, width), settings.threshold), scores])
@@ -521,7 +485,7 @@ class PsaRefinement(LearnedRefinement):
         crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
         alphas = (job.settings.low_alpha, job.settings.high_alpha)
         return lambda picture, path: write_scores(
-            path, *crf_scores(crf, picture.image, picture.planes, alphas)
+            path, crf_scores(crf, picture.image, picture.planes, alphas)
         )
 
     def build(self, section: RefineSection, tools: Tools) -> Psa:

@@ -2,18 +2,17 @@
 
 Specifications: IRN, sections 5, 6 and 8; MCTformer, section 4. IRN's affinity of two cells is
 a_ij = 1 - max over the path between them of the boundary e; PSA's (:mod:`lpcam.refine.psa`) comes
-from features. Only pairs nearer than a radius count, so a row of the transition matrix has a few
-dozen entries and x T^256 is computed without storing the matrix.
+from features. Only pairs nearer than a radius count, so x T^256 is computed without storing T.
 
-Shapes: K classes, h x w the grid (of stride 4 for IRN and 8 for PSA), n = h w; leading axes are
-images of one size.
+Shapes: K classes, h x w the grid (of stride 4 for IRN and 8 for PSA); leading axes are images of
+one size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, reduce
 from itertools import combinations
 from typing import Any
 
@@ -44,7 +43,7 @@ def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
 
     Partners lie right of the cell or below it, nearer than ``radius`` (at least 2), ordered by the
-    length of their paths: 34 at radius 5 and 152 at radius 10 (specification of IRN, section 5).
+    length of their paths (specification of IRN, section 5).
 
     Example:
         >>> pair_offsets(2)
@@ -62,12 +61,7 @@ def pair_offsets(radius: int) -> tuple[Offset, ...]:
 
 @cache
 def path(offset: Offset) -> tuple[Offset, ...]:
-    """Cells nearer than 1 to the line from a cell (0, 0) to its partner, in their bounding box.
-
-    Example:
-        >>> path((0, 2))
-        ((0, 0), (0, 1), (0, 2))
-    """
+    """Cells nearer than 1 to the line from a cell (0, 0) to its partner, in their bounding box."""
     dy, dx = offset
     return tuple(
         (y, x)
@@ -89,22 +83,17 @@ def source_window(height: int, width: int, radius: int) -> Window:
 
 
 def partner_window(window: Window, offset: Offset) -> Window:
-    """Rows and columns of the partners at an offset from the cells of a window.
-
-    Example:
-        >>> partner_window((slice(0, 8), slice(2, 18)), (1, -2))
-        (slice(1, 9, None), slice(0, 16, None))
-    """
+    """Rows and columns of the partners at an offset from the cells of a window."""
     (rows, columns), (dy, dx) = window, offset
     return slice(rows.start + dy, rows.stop + dy), slice(columns.start + dx, columns.stop + dx)
 
 
 @cache
 def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]], ...]:
-    """For each offset the shorter offsets, and their shifts, whose paths together cover its path.
+    """For each offset the shorter ones, and their shifts, whose paths together cover its path.
 
-    (0, 0) stands for a single cell. Computing the maximum along a path from those of shorter paths
-    saves nine tenths of the comparisons. Shifts count from the corner of the bounding box.
+    This saves nine tenths of the comparisons. (0, 0) is a single cell; shifts count from the corner
+    of the bounding box.
     """
     cells: dict[Offset, frozenset[Offset]] = {(0, 0): frozenset([(0, 0)])}
     plan = []
@@ -142,9 +131,9 @@ def _cover(
 def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     """Yield the largest of the boundaries (..., h, w) along the path of every pair, by offset.
 
-    Pairs are nearer than ``radius``, in cells. The maxima (..., h - dy, w - abs(dx)) are indexed by
-    the upper left corner of the pair's bounding box; offsets without a pair on the grid are left
-    out. A first-order gradient flows to one of several equal boundaries.
+    The maxima (..., h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's
+    bounding box; offsets without a pair on the grid are left out. A first-order gradient flows to
+    one of several equal boundaries.
 
     Example:
         >>> dict(path_maxima(torch.tensor([[0.0, 0.5, 0.25]]), 3))[0, 2]
@@ -172,12 +161,9 @@ def _plan_of(edge: Tensor, radius: int) -> Iterator[tuple[Offset, list[tuple[Off
 def _maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     found: dict[Offset, Tensor] = {(0, 0): edge}
     for offset, parts in _plan_of(edge, radius):
-        windows = [found[piece][..., rows, columns] for piece, (rows, columns) in parts]
-        maximum = windows[0]
-        for window in windows[1:]:
-            maximum = torch.maximum(maximum, window)
-        found[offset] = maximum
-        yield offset, maximum
+        windows = (found[piece][..., rows, columns] for piece, (rows, columns) in parts)
+        found[offset] = reduce(torch.maximum, windows)
+        yield offset, found[offset]
 
 
 class _Maxima(torch.autograd.Function):
@@ -216,17 +202,8 @@ class _Maxima(torch.autograd.Function):
 def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     """Yield the affinities 1 - max over the path of the pairs of :func:`source_window`.
 
-    Args:
-        edge: (..., h, w) boundaries e in [0, 1].
-        radius: pairs are nearer than this, in cells.
-
-    Yields:
-        the offset and (..., rows, columns) affinities of the window's cells with their partners
-        there, in the order of :func:`pair_offsets`; nothing where the window is empty.
-
-    Example:
-        >>> [offset for offset, _ in affinities(torch.zeros(5, 5), 2)]
-        [(0, 1), (1, 0), (1, -1), (1, 1)]
+    For boundaries (..., h, w) in [0, 1] the affinities are (..., rows, columns) of the window;
+    nothing is yielded where it is empty.
     """
     rows, columns = source_window(edge.shape[-2], edge.shape[-1], radius)
     if rows.stop <= rows.start or columns.stop <= columns.start:
@@ -241,11 +218,6 @@ def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 
     For each offset, bool (3, B, rows, columns) from labels (B, h, w) uint8. Pairs with a label 255
     are of no kind. Nothing is yielded where the window is empty.
-
-    Example:
-        >>> kinds = dict(pair_kinds(torch.tensor([[[0, 0, 1], [0, 1, 1]]]), 2))
-        >>> kinds[0, 1].flatten().tolist(), kinds[1, 0].flatten().tolist()
-        ([False, False, True], [False, False, True])
     """
     window = source_window(labels.shape[-2], labels.shape[-1], radius)
     own = labels[:, *window]
@@ -262,12 +234,7 @@ def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 
 
 def pair_counts(labels: Tensor, radius: int) -> Tensor:
-    """Number of pairs of each kind of :func:`pair_kinds`: (3,) float32.
-
-    Example:
-        >>> pair_counts(torch.tensor([[[0, 0, 0], [0, 0, 1], [0, 0, 1]]]), 2)
-        tensor([5., 0., 3.])
-    """
+    """Number of pairs of each kind of :func:`pair_kinds`: (3,) float32."""
     counts = [kinds.sum((1, 2, 3)).float() for _, kinds in pair_kinds(labels, radius)]
     return torch.stack(counts).sum(0) if counts else torch.zeros(3, device=labels.device)
 
@@ -283,12 +250,6 @@ def likelihood_means(
         counts: :func:`pair_counts` of the whole batch, of which the labels may be a part.
         zero: scalar 0 with a gradient, the sum where there is no pair.
         radius: pairs are nearer than this, in cells.
-
-    Example:
-        >>> labels, zero = torch.zeros(1, 3, 3, dtype=torch.uint8), torch.zeros(())
-        >>> pairs = affinities(torch.zeros(1, 3, 3), 2)
-        >>> likelihood_means(pairs, labels, pair_counts(labels, 2), zero, 2).abs() < 1e-4
-        tensor([True, True, True])
     """
     sums = [zero.expand(3)]
     for (_, affinity), (_, kinds) in zip(pairs, pair_kinds(labels, radius), strict=True):
@@ -332,27 +293,27 @@ def affinity_walk(
         tolerance: largest error of omitted terms, relative to the largest source; 0 omits none.
 
     Raises:
-        DataError: if shapes do not fit, an offset comes twice or points backwards, an affinity is
-            outside [0, 1], or a value is NaN or Inf.
+        DataError: if shapes do not fit, an affinity is outside [0, 1], or a value is NaN or Inf.
 
     Example:
         >>> pairs = [((0, 1), torch.ones(1, 1))]
         >>> affinity_walk(torch.tensor([[[1.0, 0.0]]]), pairs, beta=1.0, exponent=2)
         tensor([[[0.5000, 0.5000]]])
     """
-    if maps.ndim < 3 or not maps.shape[-1] * maps.shape[-2]:
-        raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w)")
-    if not bool(torch.isfinite(maps).all()):
-        raise DataError("the maps hold NaN or Inf; recompute them")
+    if maps.ndim < 3 or not maps.isfinite().all():
+        raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w) without NaN or Inf")
     height, width = maps.shape[-2:]
+    count = height * width
     zeros = maps.new_zeros((*maps.shape[:-3], height, width), dtype=compute_dtype(maps))
-    shifts, weights, degree = _pair_weights(zeros, _checked(maps, pairs), beta)
-    factors = _series(2**exponent, _tail(tolerance, height * width, len(shifts)))
+    shifts, weights, degree = _pair_weights(zeros, pairs, beta)
+    # P is similar to a symmetric matrix with eigenvalues in [-1, 1], where no polynomial exceeds 1;
+    # the similarity costs the root of the degrees' sum at most. Scaling the rest up costs a 2.
+    tail = tolerance / (2 * math.sqrt(count * (2 * len(shifts) + 1)))
+    factors = _series(2**exponent, tail)
 
     current = maps.to(zeros.dtype).flatten(-2).clone()
     low, high = current.amin(-1, keepdim=True), current.amax(-1, keepdim=True)
     change, between = torch.empty_like(current), torch.empty_like(current)
-    count = height * width
     # Each pair's difference serves both its cells. The views are made once: making them takes
     # longer than the arithmetic.
     views = [
@@ -399,22 +360,18 @@ def _pair_weights(
         plane = torch.zeros_like(zeros)
         first = max(0, -dx)
         window = plane[..., : height - dy, first : first + width - abs(dx)]
-        torch.pow(affinity, beta, out=window)
+        if affinity.shape != window.shape or not ((affinity >= 0) & (affinity <= 1)).all():
+            raise DataError(
+                f"affinities at the offset {(dy, dx)} are {tuple(affinity.shape)} or hold NaN or "
+                f"values outside [0, 1]; expected {tuple(window.shape)} for the maps"
+            )
+        torch.pow(affinity.to(zeros.dtype), beta, out=window)
         weight, shift = plane.flatten(-2), dy * width + dx
         degree += weight
         degree[..., shift:] += weight[..., : weight.shape[-1] - shift]
         shifts.append(shift)
         weights.append(weight[..., None, :])
     return shifts, weights, degree[..., None, :]
-
-
-def _tail(tolerance: float, count: int, offsets: int) -> float:
-    """Weight of the terms that may be left out for an error of ``tolerance`` in any cell.
-
-    P is similar to a symmetric matrix with eigenvalues in [-1, 1], where no polynomial exceeds 1;
-    the similarity costs the root of the degrees' sum at most. Scaling the rest up costs a factor 2.
-    """
-    return tolerance / (2 * math.sqrt(count * (2 * offsets + 1)))
 
 
 @cache
@@ -432,26 +389,3 @@ def _series(steps: int, tail: float) -> tuple[float, ...]:
         if (whole - kept) / whole <= tail:
             break
     return tuple(factor / kept for factor in factors)
-
-
-def _checked(maps: Tensor, pairs: Pairs) -> Iterator[tuple[Offset, Tensor]]:
-    """The pairs in the dtype of the computation, each checked against the maps."""
-    height, width = maps.shape[-2:]
-    seen: set[Offset] = set()
-    for offset, affinity in pairs:
-        dy, dx = offset
-        if offset in seen or offset <= (0, 0) or dy >= height or abs(dx) >= width:
-            raise DataError(
-                f"the offset {offset} comes twice, points backwards or leaves the grid of "
-                f"{height} x {width} cells; give each pair of cells once"
-            )
-        seen.add(offset)
-        expected = (*maps.shape[:-3], height - dy, width - abs(dx))
-        if tuple(affinity.shape) != expected:
-            raise DataError(
-                f"affinities at the offset {offset} are {tuple(affinity.shape)}; expected "
-                f"{expected} for maps {tuple(maps.shape)}"
-            )
-        if not ((affinity >= 0) & (affinity <= 1)).all():  # both are false for NaN
-            raise DataError(f"affinities at the offset {offset} hold NaN or values outside [0, 1]")
-        yield offset, affinity.to(compute_dtype(maps))
