@@ -40,22 +40,18 @@ def same(found: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         expected = (expected.float() if expected.dtype == torch.bfloat16 else expected).numpy()
     if isinstance(expected, np.ndarray):
-        native = expected.dtype.newbyteorder("=")
-        return (
-            type(found) is np.ndarray
-            and found.dtype == native
-            and found.shape == expected.shape
-            and found.tobytes() == expected.astype(native).tobytes()
+        native = expected.astype(expected.dtype.newbyteorder("="))
+        return type(found) is np.ndarray and (
+            (found.dtype, found.shape, found.tobytes())
+            == (native.dtype, native.shape, native.tobytes())
         )
     if isinstance(expected, dict):
         return list(found) == list(expected) and all(same(found[k], expected[k]) for k in found)
+    if type(found) is not type(expected):
+        return False
     if isinstance(expected, list | tuple):
-        return (
-            type(found) is type(expected)
-            and len(found) == len(expected)
-            and all(same(a, b) for a, b in zip(found, expected, strict=True))
-        )
-    return bool(type(found) is type(expected) and found == expected)
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
 
 
 PLAIN: dict[str, Any] = {
@@ -75,17 +71,6 @@ DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_protocol_gives_what_was_written(protocol: int) -> None:
     assert same(read(pickle.dumps(PLAIN, protocol)), PLAIN)
-
-
-def test_a_file_is_read_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.npy"
-    np.save(path, PLAIN, allow_pickle=True)  # type: ignore[arg-type]
-    assert same(read_pickled_arrays(path, what="map file"), PLAIN)
-    path.write_bytes(b"damaged")
-    with pytest.raises(ArtefactError, match=r"map file .*a\.npy"):
-        read_pickled_arrays(path, what="map file")
-    with pytest.raises(ArtefactError, match=r"b\.npy"):
-        read_pickled_arrays(tmp_path / "b.npy", what="map file")
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -166,14 +151,6 @@ def test_tensors_of_a_gpu_are_read_without_one() -> None:
     cpu = b"X\x03\x00\x00\x00cpu"
     moved = storage(lambda inner: inner.replace(cpu, b"X\x06\x00\x00\x00cuda:0"))
     assert same(read(moved), np.ones(2, np.float32))
-
-
-def test_arrays_of_objects_are_their_elements() -> None:
-    rows = np.empty(2, dtype=object)
-    rows[:] = [{"a": 1}, np.arange(2)]
-    assert same(read(pickle.dumps(rows)), [{"a": 1}, np.arange(2)])
-    with pytest.raises(ArtefactError):
-        read(pickle.dumps(rows.reshape(2, 1)))
 
 
 def test_shared_values_are_read_at_every_place() -> None:
@@ -273,7 +250,6 @@ BUFFER = b"cnumpy._core.numeric\n_frombuffer\n(C\x041234"
         NEW + b"Nb.",
         F4 + b"(K\x03X\x01\x00\x00\x00!tb.",
         BUFFER + F4 + b"K\x02\x85X\x01\x00\x00\x00CtR.",
-        BUFFER + F4 + b"K\x01\x85X\x01\x00\x00\x00AtR.",
         BUFFER + F4 + b"K\x01\x85X\x01\x00\x00\x00KK\x01K\x00\x86tR.",
         b"ctorch._utils\n_rebuild_tensor_v2\n(NK\x00K\x01\x85K\x01\x85\x89NtR.",
         b"ctorch.storage\n_load_from_bytes\n(NtR.",
@@ -308,10 +284,8 @@ def test_a_tensor_beyond_its_storage_is_refused(numbers: tuple[Any, ...]) -> Non
     [
         lambda inner: inner[:-1],
         lambda inner: inner + b"\x00",
-        lambda inner: inner[:-16] + b"\x03" + inner[-15:],
         lambda inner: inner.replace(b"K\x02N", b"K\x03N"),
         lambda inner: inner.replace(b"FloatStorage", b"OtherStorage"),
-        lambda inner: inner.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
         lambda inner: b"",
     ],
 )
@@ -321,14 +295,17 @@ def test_a_damaged_tensor_is_refused(change: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_tensors_are_refused() -> None:
-    for tensor in (
+def test_other_arrays_and_tensors_are_refused() -> None:
+    for value in (
+        np.array([{}, {}]),
+        np.array(["text"]),
+        np.ones(1, complex),
         torch.eye(2).to_sparse(),
         torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
         torch.ones(2, dtype=torch.complex64).conj(),
     ):
         with pytest.raises(ArtefactError, match="map file is refused"):
-            read(pickle.dumps(tensor))
+            read(pickle.dumps(value))
 
 
 # Large claims
@@ -445,5 +422,3 @@ def test_a_written_dictionary_is_read_by_numpy() -> None:
         assert all(array.flags.writeable for array in found.values())
         assert b"numpy._core" not in data, "NumPy 1 has no such module"
     assert dictionary_file(values) == dictionary_file({k: v.copy() for k, v in values.items()})
-    with pytest.raises(ValueError, match="dtype object"):
-        dictionary_file({"a": np.array([None])})

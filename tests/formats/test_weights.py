@@ -62,15 +62,16 @@ def test_every_value_and_dtype_is_kept(tmp_path: Path, archive: bool, suffix: st
 
 def test_the_file_says_what_it_was_made_from(tmp_path: Path) -> None:
     source = saved(tmp_path / "w.pth", {"net": {"module.a": torch.ones(2), "note": "x"}})
-    convert_weights(source, tmp_path / "w.safetensors")
-    _, record = read_tensors(tmp_path / "w.safetensors")
+    target = tmp_path / "w.safetensors"
+    convert_weights(source, target)
+    _, record = read_tensors(target)
     assert record["source"] == "w.pth" and record["source_digest"] == digest_file(source)
-    assert record["taken_from"] == ["net"] and record["stripped"] == "module."
+    assert (record["taken_from"], record["stripped"]) == (["net"], "module.")
     assert record["left_out"] == ["note"]
-    assert str(tmp_path).encode() not in (tmp_path / "w.safetensors").read_bytes()
-    first = (tmp_path / "w.safetensors").read_bytes()
-    convert_weights(source, tmp_path / "w.safetensors")
-    assert (tmp_path / "w.safetensors").read_bytes() == first
+    first = target.read_bytes()
+    assert str(tmp_path).encode() not in first
+    convert_weights(source, target)
+    assert target.read_bytes() == first
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net"])
@@ -123,13 +124,6 @@ def test_arrays_of_numpy_become_tensors(tmp_path: Path, archive: bool, dtype: st
     native = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     assert equal(load_file(tmp_path / "w.safetensors"), {"rows": native, "columns": native})
     assert done.left_out == ("miou",)
-
-
-@pytest.mark.parametrize("value", [np.array([None]), np.array(["text"]), np.ones(1, complex)])
-def test_arrays_of_anything_but_numbers_are_refused(tmp_path: Path, value: Any) -> None:
-    source = saved(tmp_path / "w.pth", {"a": torch.ones(1), "b": value, "c": {}})
-    with pytest.raises(ArtefactError, match="is refused"):
-        convert_weights(source, tmp_path / "w.safetensors")
 
 
 # Code in a file
@@ -301,8 +295,11 @@ def quantised() -> dict[str, Tensor]:
         ({"a": torch.tensor(float("-inf")).half()}, "'a'"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "torch.complex64"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
-        (quantised, "quantised"),
+        (quantised, "qint8"),
         ({"a": torch.ones(2, device="meta")}, "meta"),
+        ({"a": torch.ones(1), "b": np.array([None])}, "several objects"),
+        ({"a": torch.ones(1), "b": np.array(["text"])}, "other than numbers"),
+        ({"a": torch.ones(1), "b": np.ones(1, complex)}, "other than numbers"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -315,13 +312,12 @@ def test_what_cannot_be_weights_is_refused(tmp_path: Path, state: Any, message: 
 
 def test_sources_and_targets_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "w.pth", weights())
-    with pytest.raises(ArtefactError, match=r"'w\.pth'"):
-        convert_weights(source, source)
+    same = saved(tmp_path / "w.safetensors", weights())
+    for one in (source, same):
+        before = one.read_bytes()
+        with pytest.raises(ArtefactError, match=one.name):
+            convert_weights(one, one)
+        assert one.read_bytes() == before
     for missing in (tmp_path, tmp_path / "other.pth"):
         with pytest.raises(ArtefactError, match="is not a file"):
             convert_weights(missing, tmp_path / "w.safetensors")
-    same = source.rename(tmp_path / "w.safetensors")
-    before = same.read_bytes()
-    with pytest.raises(ArtefactError, match="both source and target"):
-        convert_weights(same, same)
-    assert same.read_bytes() == before

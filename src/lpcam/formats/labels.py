@@ -21,7 +21,7 @@ from lpcam.data.dataset import ClassTable, check_unique, safe_id
 from lpcam.data.labels import read_text
 from lpcam.formats.pickled_arrays import read_pickled_arrays
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.files import write_bytes
+from lpcam.runtime.files import read_bytes, write_bytes
 
 CLASSES_FILE = "classes.txt"
 """Class names beside ``labels.csv``; without it the classes would be sorted by name."""
@@ -91,8 +91,8 @@ def import_labels(
             f"{source} is a table of labels already and needs no import; name it in data.labels of "
             "a recipe, or by lpcam init FOLDER --labels FILE"
         )
-    found = read_pickled_arrays(source, what="label file")
     where = f"label file {source}"
+    found = read_pickled_arrays(read_bytes(source), what=where)
     rows: Iterable[Any]
     if isinstance(found, dict):
         if ids is not None:

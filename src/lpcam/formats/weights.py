@@ -13,10 +13,11 @@ Neither the unpacked archive nor all tensors together may be larger than four ti
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,6 @@ from lpcam.runtime.versions import __version__
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 """Keys under which training programs keep the weights, in the order in which they are tried."""
-_PARALLEL_PREFIX = "module."
 # Tied weights are once in a file and twice in its dictionary; torch does not compress.
 _GROWTH = 4
 _DTYPES = (
@@ -50,7 +50,6 @@ class Conversion:
     ``taken_from``; the prefix ``stripped`` was removed from every name.
     """
 
-    source: Path
     target: Path
     tensors: int
     values: int
@@ -94,28 +93,24 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
         >>> convert_weights(folder / "w.pth", folder / "w.safetensors").taken_from
         ('state_dict',)
     """
-    if target.suffix != ".safetensors":
-        raise ArtefactError(
-            f"cannot write weights to {target.name!r}; expected a .safetensors file"
-        )
     if not source.is_file():
         raise ArtefactError(f"{source} is not a file; expected a file written by torch.save")
-    if target.exists() and target.samefile(source):
-        raise ArtefactError(f"{target} is both source and target; choose another target")
-
+    if target.suffix != ".safetensors" or target.resolve() == source.resolve():
+        raise ArtefactError(f"cannot write weights to {target}; give another .safetensors file")
     data = read_bytes(source)
     try:
         taken_from, entries = _unwrap(_load(data))
-        tensors, left_out = _split(len(data), entries)
-        parallel = all(name.startswith(_PARALLEL_PREFIX) for name in tensors)
-        stripped = (_PARALLEL_PREFIX if parallel else "") + prefix
+        tensors, left_out = _tensors(len(data), entries)
+        parallel = all(name.startswith("module.") for name in tensors)
+        stripped = ("module." if parallel else "") + prefix
         taken = {n.removeprefix(stripped): t for n, t in tensors.items() if n.startswith(stripped)}
         if not taken or "" in taken:
-            found = "a tensor with this very name" if taken else "no tensor name"
             raise _RefusedError(
-                f"the prefix {stripped!r} fits {found}; its names are {_some(list(tensors))}"
+                f"the prefix {stripped!r} begins no name or is one; they are {_some(tensors)}"
             )
-        _check(len(data), taken)
+        for name, tensor in taken.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise _RefusedError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
     except _RefusedError as error:
         raise ArtefactError(f"{source} is refused: {error}") from error
     left_out += [name for name in tensors if not name.startswith(stripped)]
@@ -130,7 +125,7 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
     }
     write_tensors(target, taken, record)
     values = sum(tensor.numel() for tensor in taken.values())
-    return Conversion(source, target, len(taken), values, taken_from, stripped, tuple(left_out))
+    return Conversion(target, len(taken), values, taken_from, stripped, tuple(left_out))
 
 
 class _RefusedError(Exception):
@@ -138,16 +133,14 @@ class _RefusedError(Exception):
 
 
 def _load(data: bytes) -> Any:
-    if data.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-            raise _RefusedError(f"it is a damaged archive ({error}); fetch it again") from error
-        _check_claim(len(data), unpacked)
     try:
+        if data.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                _check_claim(len(data), sum(member.file_size for member in archive.infolist()))
         with _only_our_globals(), warnings.catch_warnings(action="ignore"):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True, mmap=False)
+    except _RefusedError:
+        raise
     except Exception as error:  # a crafted or damaged file makes torch raise anything
         raise _RefusedError(_reason(error)) from error
 
@@ -180,49 +173,46 @@ def _unwrap(loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
             break
         path.append(found[0])
         loaded = loaded[found[0]]
-    holds = f"the keys {_some(list(loaded))}" if isinstance(loaded, dict) else type(loaded).__name__
+    holds = f"the keys {_some(loaded)}" if isinstance(loaded, dict) else type(loaded).__name__
     raise _RefusedError(
         "it holds no state dict: expected names with tensors, at the top or under "
         f"{', '.join(map(repr, WRAPPERS))}; found {holds}"
     )
 
 
-def _split(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
+def _tensors(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors, and the names of the plain values beside them."""
     tensors: dict[str, Tensor] = {}
     left_out = []
-    # before anything is copied: arrays may share their bytes
-    _check_claim(size, sum(v.size_in_bytes for v in entries.values() if type(v) is ArrayStandIn))
-    for name, value in entries.items():
+    found = {k: v.value if type(v) is ArrayStandIn else v for k, v in entries.items()}
+    # before anything is copied: a view may claim any size, and arrays may share their bytes
+    arrays = [v for v in found.values() if isinstance(v, np.ndarray | Tensor)]
+    _check_claim(size, sum(math.prod(array.shape) * array.itemsize for array in arrays))
+    for name, value in found.items():
         if not isinstance(name, str):
             raise _RefusedError(f"it has the key {name!r:.80}; expected names of weights")
-        if type(value) is ArrayStandIn and isinstance(value.values, np.ndarray):
-            tensors[name] = torch.from_numpy(np.array(value.numpy(), order="C"))
-        elif type(value) in (Tensor, nn.Parameter):
-            tensors[name] = value.detach()
-        elif type(value) in (type(None), bool, int, float, str, bytes):
+        if isinstance(value, np.ndarray):
+            native = np.array(value, value.dtype.newbyteorder("="), order="C")
+            value = torch.from_numpy(native)  # noqa: PLW2901
+        if type(value) in (type(None), bool, int, float, str, bytes):
             left_out.append(name)
-        else:
+        elif type(value) not in (Tensor, nn.Parameter):
             raise _RefusedError(
                 f"it has a {type(value).__name__} under {name!r}; expected tensors (numbers and "
                 "text are left out). Save it without this entry"
             )
-    return tensors, left_out
-
-
-def _check(size: int, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-        if not dense or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+        elif (value.layout, value.device.type, value.is_nested) != (
+            torch.strided,
+            "cpu",
+            False,
+        ) or (value.dtype not in _DTYPES):
             raise _RefusedError(
-                f"the tensor {name!r} is {'dense' if dense else 'sparse, quantised or nested'}, of "
-                f"{tensor.dtype} on {tensor.device}; save dense real numbers"
+                f"the tensor {name!r} is of {value.dtype} and {value.layout} on {value.device}; "
+                "save dense real numbers"
             )
-    # before anything is copied: a view may claim any size
-    _check_claim(size, sum(t.numel() * t.element_size() for t in tensors.values()))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise _RefusedError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
+        else:
+            tensors[name] = value.detach()
+    return tensors, left_out
 
 
 def _check_claim(size: int, claimed: int) -> None:
@@ -233,10 +223,9 @@ def _check_claim(size: int, claimed: int) -> None:
         )
 
 
-def _some(names: Iterable[Any], count: int = 5) -> str:
-    names = list(names)
-    shown = ", ".join(f"{name!r:.80}" for name in names[:count])
-    return f"{shown} and {len(names) - count} more" if len(names) > count else shown or "none"
+def _some(names: Collection[Any]) -> str:
+    shown = ", ".join(f"{name!r:.80}" for name in list(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 
 
 @contextmanager

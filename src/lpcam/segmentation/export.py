@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lpcam.data.dataset import BACKGROUND
 from lpcam.formats.models.onnx import (
-    OPSET,
     TRACED_SIZE,
     ExportModule,
     ExportParity,
@@ -43,7 +42,6 @@ def export_onnx(
     segmenter: Segmenter,
     path: Path,
     *,
-    opset: int = OPSET,
     dynamic: bool = True,
     size: tuple[int, int] = TRACED_SIZE,
     made_by: Mapping[str, Any] | None = None,
@@ -53,16 +51,17 @@ def export_onnx(
     Args:
         segmenter: a copy of it on the CPU, in evaluation mode, is exported.
         path: the file, with the weights; replaced only if the comparison succeeds.
-        opset, dynamic, size, made_by: as for :func:`lpcam.formats.models.onnx.write_onnx`. Networks
-            with ``one_size_export`` need ``dynamic=False``.
+        dynamic, size: as for :func:`lpcam.formats.models.exporters.export_onnx`. Networks with
+            ``one_size_export`` need ``dynamic=False``.
+        made_by: provenance for the metadata, as JSON values.
 
     Raises:
         ArtefactError: if onnx or onnxscript is not installed, or the network cannot be exported;
             or if another label is found for more than 0.1 % of the pixels. An earlier file is then
             kept.
     """
-    module = _SegmenterFile(segmenter).eval()
-    return write_onnx(module, path, opset=opset, dynamic=dynamic, size=size, made_by=made_by)
+    module = _SegmenterFile(segmenter, made_by or {}).eval()
+    return write_onnx(module, path, dynamic=dynamic, size=size)
 
 
 class _SegmenterFile(ExportModule):
@@ -72,8 +71,9 @@ class _SegmenterFile(ExportModule):
     limit = LABEL_ERROR
     mask_ids: Tensor
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: Segmenter, made_by: Mapping[str, Any]) -> None:
         super().__init__(segmenter.preprocessing)
+        self.made_by = dict(made_by)
         self.segmenter = copy.deepcopy(segmenter).cpu().float()
         ids = torch.tensor((BACKGROUND, *segmenter.classes.mask_ids), dtype=torch.uint8)
         self.register_buffer("mask_ids", ids)
@@ -105,5 +105,5 @@ class _SegmenterFile(ExportModule):
             "preprocessing": asdict(self.segmenter.preprocessing),
             "spec": None if spec is None else asdict(spec),
             "versions": versions(),
-            "made_by": {},
+            "made_by": self.made_by,
         }

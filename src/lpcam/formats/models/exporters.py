@@ -15,7 +15,7 @@ import json
 import math
 import operator
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,12 @@ from torch import Tensor
 
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import (
-    OPSET,
     TRACED_SIZE,
     ExportModule,
     ExportParity,
     Outputs,
-    check_size,
     compare_and_write,
-    json_texts,
-    quiet,
-    refusal,
+    exporting,
     rounded_up,
     write_onnx,
 )
@@ -53,10 +49,8 @@ def export_onnx(
     model: LPCAMModel,
     path: Path,
     *,
-    opset: int = OPSET,
     dynamic: bool = True,
     size: tuple[int, int] | None = None,
-    made_by: Mapping[str, Any] | None = None,
 ) -> ExportParity:
     """Write a model as ONNX, after comparing the file with it in onnxruntime if installed.
 
@@ -66,11 +60,9 @@ def export_onnx(
 
     Args:
         path: the file, with the weights; replaced only if the comparison succeeds.
-        opset: version of ONNX's operators, at least 18.
         dynamic: whether the file takes images of any size from 32 pixels a side; otherwise only of
             ``size``. The batch has any size in both cases. Ignored for a model of one image size.
         size: height and width of the traced image, in pixels; None chooses one.
-        made_by: further provenance for the metadata, as JSON values.
 
     Raises:
         ArtefactError: if onnx or onnxscript is not installed, the network cannot be exported, the
@@ -78,8 +70,7 @@ def export_onnx(
             file is then kept.
     """
     size, dynamic = _size(model, size, dynamic)
-    module = _LPCAMFile(model)
-    return write_onnx(module, path, opset=opset, dynamic=dynamic, size=size, made_by=made_by)
+    return write_onnx(_LPCAMFile(model), path, dynamic=dynamic, size=size)
 
 
 def export_program(
@@ -88,7 +79,6 @@ def export_program(
     *,
     dynamic: bool = True,
     size: tuple[int, int] | None = None,
-    made_by: Mapping[str, Any] | None = None,
 ) -> ExportParity:
     """Write a model as a torch.export program (.pt2), after comparing the file with it.
 
@@ -97,25 +87,20 @@ def export_program(
     Arguments, inputs, outputs and errors are those of :func:`export_onnx`.
     """
     size, dynamic = _size(model, size, dynamic)
-    check_size(size)
     module = _LPCAMFile(model)
     text, values = module.described(size, dynamic=dynamic)
-    texts = json_texts({"meaning": text, **values}, made_by, "torch.export")
-    metadata = "{" + ", ".join(f'"{key}": {value}' for key, value in texts.items()) + "}"
+    metadata = json.dumps({"meaning": text, **values}, sort_keys=True, ensure_ascii=False)
     shapes = dict.fromkeys(module.dimensions(dynamic), torch.export.Dim.AUTO)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(
-                module, (module.example(2, size),), dynamic_shapes=(shapes,), strict=False
-            )
-            program._example_inputs = None
-            _without_ceil(program.graph)
-            for node in program.graph.nodes:
-                node.meta.pop("stack_trace", None)  # holds local paths
-            buffer = io.BytesIO()
-            torch.export.save(program, buffer, extra_files={METADATA: metadata})
-    except Exception as error:  # the exporter raises whatever one of its passes meets
-        raise refusal(error, size, dynamic=dynamic) from error
+    with exporting(size, dynamic=dynamic):
+        program = torch.export.export(
+            module, (module.example(2, size),), dynamic_shapes=(shapes,), strict=False
+        )
+        program._example_inputs = None
+        _without_ceil(program.graph)
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # holds local paths
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={METADATA: metadata})
     data = buffer.getvalue()
     _refuse_pickles(data, path)
 
@@ -201,8 +186,7 @@ class _LPCAMFile(ExportModule):
             images = self.normalised(images)
             size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
             with torch.no_grad():
-                features = self.model.backbone(images)
-                features = features[0] if isinstance(features, tuple) else features
+                features, _ = self.model.features(images)
                 top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
             difference = difference * (top / (top + COSINE_ERROR / MAP_ERROR))
         return float(difference.max())

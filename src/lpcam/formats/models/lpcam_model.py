@@ -1,9 +1,7 @@
 """LPCAM as a layer: a backbone and a head that gives logits and class maps in one pass.
 
-Equations 5 and 6 need one vector per class (:meth:`lpcam.method.prototypes.Prototypes.vectors`),
-so the maps of all classes are one L2 normalisation and one 1x1 convolution of the feature map. That
-is :class:`lpcam.method.head.LPCAMHead`; :class:`LPCAMModel` is a backbone with it. Both use one
-scale and no mirror image; :class:`lpcam.method.extractors.LPCAM` uses several scales and flip.
+:class:`LPCAMModel` is a backbone with :class:`lpcam.method.head.LPCAMHead`. It uses one scale and
+no mirror image; :class:`lpcam.method.extractors.LPCAM` uses several scales and flip.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 import yaml
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
@@ -51,15 +49,13 @@ class LPCAMModel(nn.Module):
             and the vectors (B, C) that the head's linear layer reads instead of their mean.
         head: the head for these features.
         classes: N class names; None: "0", "1", ...
-        preprocessing: normalisation of RGB. Only exported files apply it, and then take uint8
-            images; without it they take normalised images. :meth:`forward` never applies it.
-        enlarge: True enlarges maps to the images' size; False leaves them on the feature grid,
-            which saves memory for many classes.
+        preprocessing: normalisation of RGB for exported files, which then take uint8 images;
+            :meth:`forward` never applies it.
+        enlarge: False leaves maps on the feature grid instead of enlarging them to the images.
         channels: c, the channels of the images.
         multiple: number that both sides of an image must be multiples of.
         fixed_size: the only (H, W) that the backbone takes, or None if it takes several.
-        spec: how to build the backbone of a :class:`~lpcam.classifiers.classifier.Classifier`
-            again.
+        spec: how to build the backbone of a classifier again.
         made_by: provenance, as JSON values.
 
     Raises:
@@ -117,10 +113,11 @@ class LPCAMModel(nn.Module):
         """
         head = LPCAMHead.from_lpcam(lpcam, normalize=normalize)
         source = lpcam.source_
+        options: dict[str, Any]
         backbone: nn.Module
         if isinstance(source, WrappedModel):
             backbone = _WrappedFeatures(source)
-            options: dict[str, Any] = {
+            options = {
                 "channels": source.channels_in,
                 "multiple": source.multiple,
                 "fixed_size": source.fixed_size,
@@ -135,8 +132,15 @@ class LPCAMModel(nn.Module):
             "settings": lpcam.prototypes_.made_by.get("settings"),
             "versions": versions(),
         }
-        options |= {"preprocessing": preprocessing, "enlarge": enlarge, "made_by": made_by}
-        return cls(backbone, head, classes=source.classes, **options)
+        return cls(
+            backbone,
+            head,
+            classes=source.classes,
+            preprocessing=preprocessing,
+            enlarge=enlarge,
+            made_by=made_by,
+            **options,
+        )
 
     @classmethod
     def of_explainer(cls, explainer: Explainer, classifier: Classifier) -> Self:
@@ -159,13 +163,14 @@ class LPCAMModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, c, H, W) to logits (B, N) and maps (B, N, H, W)."""
         size = (images.shape[-2], images.shape[-1]) if self.enlarge else None
-        features, pooled = self.backbone(images), None
-        if isinstance(features, tuple):
-            features, pooled = features
+        features, pooled = self.features(images)
         found: tuple[Tensor, Tensor] = self.head(features, size, pooled)
         return found
 
-    # -- Folders of a model hub --------------------------------------------------------------------
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The feature map, and the vectors of the linear layer where they are not its mean."""
+        found = self.backbone(images)
+        return found if isinstance(found, tuple) else (found, None)
 
     def save_pretrained(
         self,
@@ -173,7 +178,6 @@ class LPCAMModel(nn.Module):
         *,
         licence: str | None = None,
         training_data: str | None = None,
-        name: str | None = None,
     ) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
@@ -183,7 +187,6 @@ class LPCAMModel(nn.Module):
         Args:
             licence: of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
             training_data: description of the images behind the classifier and the prototypes.
-            name: model name in the card; None: the folder's.
 
         Raises:
             ArtefactError: if a file cannot be written, or the provenance is no JSON.
@@ -211,7 +214,7 @@ class LPCAMModel(nn.Module):
             "made_by": self.made_by,
             "versions": versions(),
         }
-        card = _card(self, name or folder.resolve().name, licence, training_data)
+        card = _card(self, folder.resolve().name, licence, training_data)
         write_tensors(folder / WEIGHTS, self.state_dict(), {"kind": _KIND})
         write_bytes(folder / CARD, card.encode())
         write_json(folder / CONFIG, config)  # last: only a complete folder has it
@@ -241,32 +244,28 @@ class LPCAMModel(nn.Module):
             ClassifierError: if the folder does not describe its backbone and none is given, or the
                 feature map is not found in the given one.
         """
-        paths = _pretrained_files(str(folder), revision)
-        config = read_json(paths[CONFIG])
-        if not isinstance(config, dict) or config.get("kind") != _KIND:
+        path = _pretrained_folder(str(folder), revision)
+        config = read_json(path / CONFIG)
+        written = (config.get("kind"), config.get("format")) if isinstance(config, dict) else ()
+        if written != (_KIND, _FORMAT):
             raise ArtefactError(
-                f"{paths[CONFIG]} is no configuration of a model with prototypes; give a folder "
-                "that save_pretrained wrote"
+                f"{path / CONFIG} describes {written}, this version reads {(_KIND, _FORMAT)}; give "
+                "a folder that save_pretrained wrote, or install the version that wrote it"
             )
-        if config.get("format") != _FORMAT:
-            raise ArtefactError(
-                f"{paths[CONFIG]} has format {config.get('format')!r}, this version reads "
-                f"{_FORMAT}; install the version that wrote it"
-            )
-        state, _ = read_tensors(paths[WEIGHTS])
+        state, _ = read_tensors(path / WEIGHTS)
         try:
             model = cls._from_config(config, backbone, state)
+            expected = {key: config["fingerprints"].get(key) for key in model._fingerprints()}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArtefactError(
                 f"{folder} does not fit its own description "
                 f"({' '.join(str(error).split()):.300}); download or make it again"
             ) from error
         for what, found in model._fingerprints().items():
-            expected = config["fingerprints"].get(what)
-            if found != expected:
+            if found != expected[what]:
                 raise ArtefactError(
                     f"the {what} in {folder} is {found}, but its {CONFIG} was written for "
-                    f"{expected}; download or make it again"
+                    f"{expected[what]}; download or make it again"
                 )
         return model
 
@@ -293,11 +292,10 @@ class LPCAMModel(nn.Module):
             )
         else:
             backbone = _Features(build(spec, config["classes"], weights=RANDOM, **normal))
-        weight = state["head.weight"]
         head = LPCAMHead(
-            weight,
-            torch.zeros_like(weight),
-            torch.zeros_like(weight[:, 0]) if config["bias"] else None,
+            state["head.weight"],
+            state["head.vectors"],
+            state.get("head.bias"),
             normalize=config["normalize"],
         )
         model = cls(
@@ -326,22 +324,17 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _pretrained_files(folder: str, revision: str | None) -> dict[str, Path]:
-    if Path(folder).is_dir():
-        return {name: Path(folder) / name for name in (CONFIG, WEIGHTS)}
-    if folder.count("/") != 1 or folder.startswith((".", "/", "~")):
-        raise ArtefactError(
-            f"there is no folder {folder!r}; expected a folder or the id of a model on a hub, "
-            "'owner/name'"
-        )
-    names = (CONFIG, WEIGHTS)
+def _pretrained_folder(name: str, revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return {name: Path(hf_hub_download(folder, name, revision=revision)) for name in names}
+        found = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
     except Exception as error:  # the client and the network raise errors of many kinds
         raise ArtefactError(
-            f"there is no folder {folder!r}, and the Hugging Face hub does not give a model of "
-            f"that name: {' '.join(str(error).split()):.300}"
+            f"there is no folder {name!r}, and the Hugging Face hub does not give a model of that "
+            f"name ('owner/name'): {' '.join(str(error).split()):.300}"
         ) from error
+    return Path(found)
 
 
 def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
@@ -350,18 +343,15 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         "library_name": "lpcam",
         "pipeline_tag": "image-classification",
         "tags": ["lpcam", "class-activation-map", "weakly-supervised-segmentation"],
+        **({} if licence is None else {"license": licence}),
     }
-    if licence is not None:
-        header["license"] = licence
     normal = model.preprocessing
-    expected = (
-        f"RGB from 0 to 1, minus {list(normal.mean)}, divided by {list(normal.std)}"
-        if normal
-        else "as the backbone expects them"
-    )
+    expected = "as the backbone expects them"
+    if normal:
+        expected = f"RGB from 0 to 1, minus {list(normal.mean)}, divided by {list(normal.std)}"
     text = (resources.files("lpcam.formats.models") / "card.md").read_text("utf-8")
     return text.format(
-        header=yaml.safe_dump(header, sort_keys=True, allow_unicode=True),
+        header=yaml.safe_dump(header, allow_unicode=True),
         name=name,
         architecture=model.spec.name if model.spec else type(model.backbone).__name__,
         method=model.made_by.get("method", "LPCAM"),
@@ -374,9 +364,6 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         licence=licence or "Not stated.",
         settings=json.dumps(model.made_by.get("settings"), indent=2, sort_keys=True),
     )
-
-
-# -- Backbones ---------------------------------------------------------------------------------
 
 
 class _Features(nn.Module):

@@ -5,6 +5,7 @@ Metadata are JSON texts; a file holds nothing of the machine that wrote it.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib
 import json
@@ -60,7 +61,7 @@ class ExportParity:
     errors: Mapping[str, float]
 
 
-class ExportModule(nn.Module):
+class ExportModule(nn.Module, abc.ABC):
     """Base class of modules that are exported: uint8 or normalised images to two outputs.
 
     Args:
@@ -84,17 +85,17 @@ class ExportModule(nn.Module):
         self.multiple = multiple
         self.input = "image" if preprocessing else "images"
 
+    @abc.abstractmethod
     def meaning(self) -> str:
         """Inputs and outputs in words."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def metadata(self) -> dict[str, Any]:
         """JSON values that describe the model."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
         """Difference of the second output from what was expected for some images."""
-        raise NotImplementedError
 
     def normalised(self, images: Tensor) -> Tensor:
         """Normalised float32 (B, c, H, W) of the file's input."""
@@ -114,10 +115,21 @@ class ExportModule(nn.Module):
         return {0: "batch", **({first: "height", first + 1: "width"} if dynamic else {})}
 
     def described(self, size: tuple[int, int], *, dynamic: bool) -> tuple[str, dict[str, Any]]:
-        """Text and metadata of the file, with the sizes of images it takes."""
-        taken = sides(size, dynamic=dynamic, multiple=self.multiple)
-        text = f"{self.meaning()}. Height and width: {taken}."
-        return text, {**self.metadata(), "sides": taken}
+        """The file's text and metadata, with the image sizes it takes.
+
+        Raises:
+            ArtefactError: if a side of the traced image is below 32 pixels.
+        """
+        if min(size) < SMALLEST_SIDE:
+            raise ArtefactError(
+                f"size {size[0]} x {size[1]} is too small; give sides of at least {SMALLEST_SIDE}"
+            )
+        sides = f"{size[0]} x {size[1]} pixels only"
+        if dynamic:
+            which = "any" if self.multiple == 1 else f"multiples of {self.multiple}"
+            sides = f"{which}, from {rounded_up((SMALLEST_SIDE,) * 2, self.multiple)[0]} pixels"
+        text = f"{self.meaning()}. Height and width: {sides}."
+        return text, {**self.metadata(), "sides": sides}
 
 
 class _FromPixels(nn.Module):
@@ -134,39 +146,6 @@ class _FromPixels(nn.Module):
         return (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
 
 
-def check_size(size: tuple[int, int]) -> None:
-    """Raise ArtefactError if a side of the traced image is below 32 pixels."""
-    if min(size) < SMALLEST_SIDE:
-        raise ArtefactError(
-            f"size {size[0]} x {size[1]} is too small; give sides of at least {SMALLEST_SIDE}"
-        )
-
-
-def _check_opset(opset: int) -> None:
-    if opset < OPSET:
-        raise ArtefactError(f"opset {opset} is too old for the export; give {OPSET} or a newer one")
-    for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ArtefactError(
-                f"the export to ONNX needs {name}: pip install 'lpcam[onnx]'"
-            ) from error
-
-
-def sides(size: tuple[int, int], *, dynamic: bool, multiple: int = 1) -> str:
-    """The image sizes a file takes, in words.
-
-    Example:
-        >>> sides((64, 64), dynamic=True, multiple=14)
-        'multiples of 14, from 42 pixels'
-    """
-    if not dynamic:
-        return f"{size[0]} x {size[1]} pixels only"
-    which = "any" if multiple == 1 else f"multiples of {multiple}"
-    return f"{which}, from {-(-SMALLEST_SIDE // multiple) * multiple} pixels"
-
-
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width, each the next multiple of a number.
 
@@ -178,41 +157,59 @@ def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     return height, width
 
 
-def refusal(error: Exception, size: tuple[int, int], *, dynamic: bool) -> ArtefactError:
-    """The error to raise when one of torch's exporters fails on a network."""
-    what = "with images of any size" if dynamic else f"at {size[0]} x {size[1]} pixels"
-    advice = "; dynamic=False with the size of your images may do" if dynamic else ""
-    cause = " ".join(str(error.__cause__ or error).split())
-    return ArtefactError(
-        f"the network cannot be exported {what}: {type(error).__name__} ({cause:.300}){advice}"
-    )
+@contextlib.contextmanager
+def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
+    """Silence torch's exporters, and raise ArtefactError if one of them fails on a network."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+            yield
+    except Exception as error:  # the exporters raise whatever one of their passes meets
+        what = "with images of any size" if dynamic else f"at {size[0]} x {size[1]} pixels"
+        advice = "; dynamic=False with the size of your images may do" if dynamic else ""
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ArtefactError(
+            f"the network cannot be exported {what}: {type(error).__name__} ({cause:.300}){advice}"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def write_onnx(
-    module: ExportModule,
-    path: Path,
-    *,
-    opset: int,
-    dynamic: bool,
-    size: tuple[int, int],
-    made_by: Mapping[str, Any] | None,
+    module: ExportModule, path: Path, *, dynamic: bool, size: tuple[int, int]
 ) -> ExportParity:
     """Write a module as ONNX if the file agrees with it in onnxruntime.
 
     The module is on the CPU and in evaluation mode. Arguments and errors are those of
     :func:`lpcam.formats.models.exporters.export_onnx`.
     """
-    check_size(size)
-    _check_opset(opset)
     text, values = module.described(size, dynamic=dynamic)
-    texts = json_texts(values, made_by, "ONNX")
-    try:
-        model = _exported(module, opset, dynamic, size)
-    except ArtefactError:
-        raise
-    except Exception as error:  # the exporter raises whatever one of its passes meets
-        raise refusal(error, size, dynamic=dynamic) from error
-    _describe(model, text, texts)
+    for name in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ArtefactError(
+                f"the export to ONNX needs {name}: pip install 'lpcam[onnx]'"
+            ) from error
+    # A batch of two: the exporter takes a batch of one for a constant. Axes are given by name,
+    # without a range: it refuses a range one pixel wider than it can prove.
+    with exporting(size, dynamic=dynamic):
+        program: Any = torch.onnx.export(
+            module,
+            (module.example(2, size),),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(module.dimensions(dynamic),),
+            input_names=[module.input],
+            output_names=["logits", module.output],
+            verbose=False,
+        )
+        model = program.model_proto
+    _describe(model, text, values)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError(
             f"the ONNX file would have {model.ByteSize():,} bytes, and its format ends at "
@@ -221,9 +218,14 @@ def write_onnx(
     data: bytes = model.SerializeToString()
 
     def open_file() -> Callable[[Tensor], Outputs] | None:
-        session = _session(data)
-        if session is None:
+        try:
+            onnxruntime = importlib.import_module("onnxruntime")
+        except ImportError:
             return None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> Outputs:
             first, second = session.run(None, {module.input: images.numpy()})
@@ -254,84 +256,45 @@ def compare_and_write(
     """
     advice = "give dynamic=False and the size of your images" if dynamic else "try another export"
     other = OTHER_SIZE if size != OTHER_SIZE else TRACED_SIZE
-    sizes = tuple(
-        rounded_up(each, module.multiple) for each in ((size, other) if dynamic else (size,))
-    )
-    errors = {"logits": 0.0, module.output: 0.0}
+    sizes = (size, rounded_up(other, module.multiple))[: 2 if dynamic else 1]
     try:
         run = open_file()
-        if run is None:
-            sizes, errors = (), {}
-        for count, tried in enumerate(sizes, start=1):
-            assert run is not None
-            images = module.example(count, tried)
-            with torch.no_grad():
-                expected, found = module(images), run(images)
-            shapes, wanted = ([tuple(each.shape) for each in one] for one in (found, expected))
-            if shapes != wanted:
-                raise ArtefactError(
-                    f"the file gives {shapes[0]} and {shapes[1]} for {tuple(images.shape)}, the "
-                    f"model {wanted[0]} and {wanted[1]}; {path} is not written; {advice}"
-                )
-            scale = expected[0].abs().max().clamp_min(NORM_EPSILON)
-            logits = float((found[0] - expected[0]).abs().max() / scale)
-            second = module.error(images, expected[1], found[1])
-            if not (logits <= LOGIT_ERROR and second <= module.limit):  # also if one is NaN
-                raise ArtefactError(
-                    f"the file differs from the model at {tried[0]} x {tried[1]} pixels: logits by "
-                    f"{logits:.2g} of the largest, {module.output} by {second:.2g} (at most "
-                    f"{LOGIT_ERROR} and {module.limit} accepted); {path} is not written; {advice}"
-                )
-            errors["logits"] = max(errors["logits"], logits)
-            errors[module.output] = max(errors[module.output], second)
-    except ArtefactError:
-        raise
+        sizes = () if run is None else sizes
+        found = [_errors(module, run, count, tried) for count, tried in enumerate(sizes, start=1)]
     except Exception as error:  # the runtimes' errors have no common base class
         raise ArtefactError(
             f"the exported model cannot be run ({' '.join(str(error).split()):.300}); {path} is "
             f"not written; {advice}"
         ) from error
+    for tried, (logits, second) in zip(sizes, found, strict=True):
+        if not (logits <= LOGIT_ERROR and second <= module.limit):  # also if one is NaN
+            raise ArtefactError(
+                f"the file differs from the model at {tried[0]} x {tried[1]} pixels: logits by "
+                f"{logits:.2g} of the largest, {module.output} by {second:.2g} (at most "
+                f"{LOGIT_ERROR} and {module.limit} accepted); {path} is not written; {advice}"
+            )
+    names = ("logits", module.output)
+    errors = dict(zip(names, map(max, zip(*found, strict=True)), strict=False))
     write_bytes(path, data)
-    return ExportParity(path, dynamic, run is not None, sizes, errors)
+    return ExportParity(path, dynamic, bool(sizes), sizes, errors)
 
 
-def _exported(module: ExportModule, opset: int, dynamic: bool, size: tuple[int, int]) -> Any:
-    """The ONNX model (a protocol buffer)."""
-    # A batch of two: the exporter takes a batch of one for a constant. Axes are given by name,
-    # without a range: it refuses a range one pixel wider than it can prove.
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            (module.example(2, size),),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=(module.dimensions(dynamic),),
-            input_names=[module.input],
-            output_names=["logits", module.output],
-            verbose=False,
-        )
-        assert program is not None
-        model = program.model_proto
-    found = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    if found != [opset]:
-        raise ArtefactError(f"the exporter wrote opset {found}, not {opset}; ask for that one")
-    return model
+def _errors(
+    module: ExportModule, run: Any, count: int, size: tuple[int, int]
+) -> tuple[float, float]:
+    """Differences of a file's two outputs from those of its module."""
+    images = module.example(count, size)
+    with torch.no_grad():
+        expected, found = module(images), run(images)
+    shapes, wanted = ([tuple(each.shape) for each in one] for one in (found, expected))
+    if shapes != wanted:
+        raise ValueError(f"it gives {shapes} for {tuple(images.shape)}, the model {wanted}")
+    scale = expected[0].abs().max().clamp_min(NORM_EPSILON)
+    logits = float((found[0] - expected[0]).abs().max() / scale)
+    return logits, module.error(images, expected[1], found[1])
 
 
-def json_texts(
-    values: Mapping[str, Any], made_by: Mapping[str, Any] | None, kind: str
-) -> dict[str, str]:
-    """Metadata of a file, each value as JSON; ``made_by`` is merged into that of the values."""
-    texts = {}
-    for key, value in {**values, "made_by": {**values["made_by"], **(made_by or {})}}.items():
-        try:
-            texts[key] = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ArtefactError(f"{key} of the {kind} file is not JSON: {error}") from error
-    return texts
-
-
-def _describe(model: Any, text: str, texts: Mapping[str, str]) -> None:
+def _describe(model: Any, text: str, values: Mapping[str, Any]) -> None:
     """Add metadata; remove the exporter's notes, which hold source code and local paths."""
     whole = model.graph
     parts = [model, *whole.input, *whole.output, *whole.initializer]
@@ -343,20 +306,9 @@ def _describe(model: Any, text: str, texts: Mapping[str, str]) -> None:
     model.doc_string = text
     model.producer_name, model.producer_version = "lpcam", __version__
     model.metadata_props.add(key="version", value=__version__)
-    for key, value in texts.items():
-        model.metadata_props.add(key=key, value=value)
-
-
-def _session(data: bytes) -> Any:
-    """An onnxruntime session on the CPU, or None if onnxruntime is not installed."""
-    try:
-        onnxruntime = importlib.import_module("onnxruntime")
-    except ImportError:
-        return None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    for key, value in values.items():
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+        model.metadata_props.add(key=key, value=text)
 
 
 def _photograph(count: int, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
@@ -366,18 +318,3 @@ def _photograph(count: int, size: tuple[int, int], channels: int) -> NDArray[np.
     blobs = F.interpolate(coarse, size=size, mode="bicubic").permute(0, 2, 3, 1).numpy()
     noise = generator.normal(0.0, 8.0, blobs.shape)
     return np.clip(255.0 * blobs + noise, 0, 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the messages that exporters log about their passes."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
