@@ -92,7 +92,7 @@ def test_augment_crops_and_mirrors() -> None:
 
 def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]) -> None:
     def one(seed: int, epoch: int, index: int) -> Tensor:
-        image, place = train._Augmented(items, RAW, SETTINGS, seed)[engine.Place(epoch, index, 0)]
+        image, place = train._sample(items, RAW, SETTINGS, seed, engine.Place(epoch, index, 0))
         assert place == index
         return image
 
@@ -173,7 +173,7 @@ def test_loss_falls_and_history_tells(fresh: Any, items: list[Item], tmp_path: P
         logits.append(classifier(tensor[None])[0].detach())
     expected = mean_average_precision(torch.stack(logits), multi_hot(items[9:], 3))
     assert history[-1]["validation_map"] == pytest.approx(expected)
-    assert train.validation_map(classifier, [], settings) is None
+    assert train.validation_map(classifier, [], settings, Processes()) is None
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 6])

@@ -261,7 +261,7 @@ def test_what_is_refused_before_any_work(values: Values, tmp_path: Path) -> None
     (tmp_path / "own.safetensors").write_bytes(b"no tensors")
     refused(ClassifierError, r"own\.safetensors' cannot be read", weights=own)
     training = {**SEGMENT["training"], "batch_size": 14, "accumulation": 14}
-    refused(ClassifierError, "12 images in 14 parts .* leaves a part empty", training=training)
+    refused(ClassifierError, "12 images in 14 parts", training=training)
     swin = {"preset": "upernet.voc12.paper", "batch_size": 1}
     tiny = {"network": "upernet", "backbone": "tiny", "training": swin}
     tiny["arguments"] = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}

@@ -97,7 +97,7 @@ def test_each_process_gets_its_place_and_device(
     assert (found.rank, found.count, found.here) == (1, 4, 2)
     assert own == State.device
     assert asked == [{"cpu": on_cpu, "timeout": processes.PATIENCE}]
-    assert found._group["backend"] == "gloo"  # waiting must not occupy a GPU
+    assert found.group["backend"] == "gloo"  # waiting must not occupy a GPU
 
 
 def test_a_sum_leaves_its_own_share_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,41 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeaturePair, _pair, all_finite
+from lpcam.classifiers.features import FeaturePair, all_finite, features_of
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image, resize_image, scaled_size
 from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.settings import Section
-
-
-def image_pyramid(
-    classifier: Classifier,
-    images: NDArray[np.uint8],
-    scales: Sequence[float],
-    *,
-    flip: bool,
-    precision: torch.dtype | None = None,
-) -> Iterator[FeaturePair]:
-    """Features of uint8 images at each scale, resized by Pillow's bicubic filter.
-
-    Args:
-        images: (B, H, W, 3) uint8 RGB.
-        flip: whether the mirrored images pass too.
-        precision: float16 or bfloat16 runs the backbone under autocast; None: in its own precision.
-
-    Yields:
-        Features (B, C, h, w) float32 of each scale.
-
-    Raises:
-        PrototypeError: if the features contain NaN or Inf.
-    """
-    height, width = images.shape[1:3]
-    for scale in scales:
-        size = scaled_size(height, width, scale)
-        resized = images if size == (height, width) else [resize_image(i, size) for i in images]
-        tensor = torch.stack([classifier.preprocessing(image) for image in resized])
-        yield _pair(classifier, tensor.to(classifier.device), flip=flip, precision=precision)
-
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +36,37 @@ class FeatureSettings(Section):
     """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
 
 
+def image_pyramid(
+    classifier: Classifier,
+    images: NDArray[np.uint8],
+    scales: Sequence[float],
+    *,
+    flip: bool,
+    precision: torch.dtype | None = None,
+) -> Iterator[FeaturePair]:
+    """Features (B, C, h, w) of RGB images (B, H, W, 3) at each scale, by Pillow's bicubic filter.
+
+    float16 or bfloat16 run the backbone under autocast. NaN or Inf are a PrototypeError.
+    """
+    height, width = images.shape[1:3]
+    for scale in scales:
+        size = scaled_size(height, width, scale)
+        resized = images if size == (height, width) else [resize_image(i, size) for i in images]
+        tensor = torch.stack([classifier.preprocessing(image) for image in resized])
+        tensor = tensor.to(classifier.device)
+        yield features_of(classifier, tensor, flip=flip, precision=precision)
+
+
+@contextmanager
+def naming(items: Sequence[Item]) -> Iterator[None]:
+    """Put the images' names before the message of a PrototypeError."""
+    try:
+        yield
+    except PrototypeError as error:
+        names = ", ".join(repr(item.id) for item in items)
+        raise PrototypeError(f"image {names}: {error}") from None
+
+
 class FeatureStore:
     """Features of images at several scales, from memory or from the backbone; thread-safe.
 
@@ -72,7 +74,6 @@ class FeatureStore:
     changes of the classifier's weights have no effect.
 
     Args:
-        classifier: gives the backbone.
         flip: give features of the mirrored image too.
         maximum_side: longest side in pixels; larger images are resized to it first.
         dtype: precision in which features are kept; results are float32.
@@ -105,14 +106,10 @@ class FeatureStore:
 
     @torch.inference_mode()
     def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
-        """Features (B, C, h, w) of images and their mirrors at each scale, float32.
+        """Features (B, C, h, w) of B images of equal size and their mirrors at each scale, float32.
 
-        Args:
-            items: B images of equal size.
-
-        Raises:
-            ImageError: if an image cannot be read.
-            PrototypeError: if features hold NaN or Inf, or are too large for half precision.
+        An ImageError is an image that cannot be read; a PrototypeError are features that hold NaN
+        or Inf, or are too large for half precision.
         """
         images = None
         for scale in scales:
@@ -123,28 +120,21 @@ class FeatureStore:
                     images = np.stack(
                         [limit_long_side(read_image(i.image), self.maximum_side) for i in items]
                     )
-                stacked = self._compute(items, images, scale)
+                with naming(items):
+                    stacked = self._compute(images, scale)
                 for item, one in zip(items, stacked, strict=True):
                     self._offer(item.id, scale, one)
             full = torch.stack(stacked).to(self.classifier.device).float()
             yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
 
-    def _compute(
-        self, items: Sequence[Item], images: NDArray[np.uint8], scale: float
-    ) -> list[Tensor]:
-        names = ", ".join(repr(item.id) for item in items)
-        try:
-            (pair,) = image_pyramid(
-                self.classifier, images, (scale,), flip=self.flip, precision=self.precision
-            )
-        except PrototypeError as error:
-            raise PrototypeError(f"image {names}: {error}") from None
-        parts = [part.to(self.dtype) for part in pair if part is not None]
-        stacked = torch.stack(parts, dim=1)
+    def _compute(self, images: NDArray[np.uint8], scale: float) -> list[Tensor]:
+        (pair,) = image_pyramid(
+            self.classifier, images, (scale,), flip=self.flip, precision=self.precision
+        )
+        stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
         if not all_finite(stacked):
             raise PrototypeError(
-                f"the features of image {names} are too large for half precision; set "
-                "maps.features to float32"
+                "the features are too large for half precision; set maps.features to float32"
             )
         return list(stacked)
 

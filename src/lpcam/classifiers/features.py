@@ -1,9 +1,8 @@
-"""Feature pyramids of images, and a store that shares them between stages."""
+"""Feature maps of normalised images at several scales."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,9 +27,6 @@ class FeaturePair(NamedTuple):
     """(..., C, h, w), or None without flip"""
 
 
-# -- One image at several scales ---------------------------------------------------------------
-
-
 def tensor_pyramid(
     source: Source, images: Tensor, scales: Sequence[float], *, flip: bool
 ) -> Iterator[FeaturePair]:
@@ -38,27 +34,24 @@ def tensor_pyramid(
 
     Resized sides are rounded to multiples of ``source.multiple``, if the model requires them.
     """
-    height, width = images.shape[-2:]
     multiple = source.multiple if isinstance(source, WrappedModel) else 1
+    own = tuple(images.shape[-2:])
     for scale in scales:
-        size = scaled_size(height, width, scale)
-        resized = images
-        if size != (height, width):
-            size = (_nearest_multiple(size[0], multiple), _nearest_multiple(size[1], multiple))
-        if size != (height, width):
+        resized, size = images, scaled_size(own[0], own[1], scale)
+        if size != own:
+            height, width = (max(1, round(side / multiple)) * multiple for side in size)
+            size = height, width
+        if size != own:
             resized = F.interpolate(
                 single(images), size=size, mode="bicubic", align_corners=False, antialias=True
             ).to(images.dtype)
-        yield _pair(source, resized, flip=flip, precision=None)
+        yield features_of(source, resized, flip=flip)
 
 
-def _nearest_multiple(side: int, multiple: int) -> int:
-    return max(1, round(side / multiple)) * multiple
-
-
-def _pair(
-    source: Source, images: Tensor, *, flip: bool, precision: torch.dtype | None
+def features_of(
+    source: Source, images: Tensor, *, flip: bool, precision: torch.dtype | None = None
 ) -> FeaturePair:
+    """Features of images (B, c, H, W), under autocast to ``precision`` if it is given."""
     stacked = torch.cat([images, images.flip(-1)]) if flip else images
     if isinstance(source, Classifier):
         # Convolutions on a CPU are a tenth faster in this layout, with the same results.
@@ -77,30 +70,17 @@ def _pair(
 
 
 def single(values: Tensor) -> Tensor:
-    """Convert half precision to float32; keep float32 and float64.
-
-    Example:
-        >>> single(torch.ones(1, dtype=torch.float16)).dtype
-        torch.float32
-    """
+    """Convert half precision to float32; keep float32 and float64."""
     return values.float() if values.dtype.itemsize < torch.float32.itemsize else values
 
 
 def all_finite(values: Tensor) -> bool:
-    """Check that no value is NaN or Inf.
-
-    Example:
-        >>> all_finite(torch.tensor([1.0, float("nan")]))
-        False
-    """
+    """Check that no value is NaN or Inf."""
     # A NaN or Inf makes the sum NaN or Inf; so does an overflow, which needs a second look.
     total = values.sum(dtype=torch.float32)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> torch.autocast:
     """Context without the caller's autocast."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-    return context
+    return torch.autocast(device.type, enabled=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from functools import partial
+from typing import Annotated, Any, ClassVar, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import Classifier, Preprocessing
 from lpcam.classifiers.linear import mean_average_precision
@@ -54,9 +53,6 @@ class FinetuneSettings(PresetModel):
     """Prefixes of the backbone's parameter names that are not trained."""
 
 
-# -- Augmentation ------------------------------------------------------------------------------
-
-
 class Sizes(Protocol):
     """Settings of the sizes of training images, in pixels."""
 
@@ -74,25 +70,12 @@ def augment(
     *,
     change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Tensor:
-    """Augment one image (specification of IRN, section 1).
+    """Augment an RGB image (H, W, 3) to a tensor (3, crop, crop) (specification of IRN, section 1).
 
-    The long side is resized to a random length in ``settings.long_side`` (PIL bicubic), RGB is
-    normalised, and the image is mirrored with probability one half. Then a random square crop is
-    taken; a smaller image is placed at random on a canvas of the mean colour.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        change: function applied to the resized image, to change its colours.
-
-    Returns:
-        (3, crop, crop) float32.
-
-    Example:
-        >>> settings = FinetuneSettings.from_preset("official", long_side=[40, 64], crop=48)
-        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        >>> image, generator = np.zeros((20, 30, 3), np.uint8), np.random.default_rng(0)
-        >>> augment(image, plain, settings, generator).shape
-        torch.Size([3, 48, 48])
+    The long side is resized to a random length in ``settings.long_side`` (PIL bicubic), ``change``
+    alters its colours, RGB is normalised, and the image is mirrored with probability one half. Then
+    a random square crop is taken; a smaller image is placed at random on a canvas of the mean
+    colour.
     """
     low, high = settings.long_side
     resized = resize_long_side(image, int(generator.integers(low, high + 1)))
@@ -101,29 +84,17 @@ def augment(
     return mirror_and_crop([(tensor, 0)], settings.crop, generator)[0]
 
 
-class _Augmented(Dataset[tuple[Tensor, int]]):
-    """Augmented images by (epoch, index)."""
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        preprocessing: Preprocessing,
-        settings: FinetuneSettings,
-        seed: int,
-    ) -> None:
-        self.items = items
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __getitem__(self, place: engine.Place) -> tuple[Tensor, int]:
-        epoch, index, _ = place
-        generator = np.random.default_rng([self.seed, epoch, index])
-        image = read_image(self.items[index].image)
-        return augment(image, self.preprocessing, self.settings, generator), index
-
-
-# -- Training ----------------------------------------------------------------------------------
+def _sample(
+    items: Sequence[Item],
+    preprocessing: Preprocessing,
+    settings: FinetuneSettings,
+    seed: int,
+    place: engine.Place,
+) -> tuple[Tensor, int]:
+    """The augmented image of a place and its index."""
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    image = read_image(items[place.sample].image)
+    return augment(image, preprocessing, settings, generator), place.sample
 
 
 def finetune(
@@ -131,13 +102,9 @@ def finetune(
     items: Sequence[Item],
     validation: Sequence[Item],
     settings: FinetuneSettings,
-    *,
-    seed: int,
-    folder: Path,
-    workers: int = 0,
-    processes: Processes | None = None,
-) -> list[dict[str, Any]]:
-    """Fine-tune in place, with checkpoints in ``folder`` from which a stopped run resumes.
+    **options: Unpack[engine.TrainingOptions],
+) -> engine.History:
+    """Fine-tune in place, with checkpoints in a folder from which a stopped run resumes.
 
     SGD on the multi-label soft margin loss, poly schedule per step, head learning rate
     ``head_multiplier`` times the backbone's, batch-norm statistics frozen.
@@ -145,19 +112,17 @@ def finetune(
     Args:
         classifier: the classifier, on the device to train on.
         validation: images whose mAP is measured after each epoch.
-        seed: of the order of the images and of their augmentation.
-        workers: processes that read and augment images.
-        processes: share each batch; their number changes results by rounding alone.
+        options: see :class:`lpcam.training.loop.TrainingOptions`. The number of processes changes
+            results by rounding alone.
 
     Returns:
         one record per epoch: ``epoch``, ``step``, mean ``loss``, ``validation_map``.
 
     Raises:
-        ClassifierError: if ``freeze`` matches nothing, a batch has fewer images than there are
-            processes, or the loss is no longer finite.
-        ArtefactError: if a checkpoint is damaged or of other weights.
+        ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.training.loop.run`.
+        ArtefactError: as :func:`lpcam.training.loop.run`.
     """
-    processes = processes or Processes()
+    processes = options.get("processes") or Processes()
     freeze(classifier.backbone, settings.freeze)
     backbone = [p for p in classifier.backbone.parameters() if p.requires_grad]
     head, rate = list(classifier.head.parameters()), settings.learning_rate
@@ -177,25 +142,21 @@ def finetune(
         )
         return mean * (len(indices) / size)  # this process's share of the batch
 
-    history = engine.run(
+    def at_record(_: int) -> dict[str, Any]:
+        return {"validation_map": validation_map(classifier, validation, settings, processes)}
+
+    return engine.run(
         classifier,
         sgd(groups, settings),
-        _Augmented(items, classifier.preprocessing, settings, seed),
+        partial(_sample, items, classifier.preprocessing, settings, options["seed"]),
         len(items),
         loss,
         engine.Plan.of_epochs(settings, len(items)),
         label="fine-tuning",
         section="classifier.finetune",
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        processes=processes,
-        at_record=lambda _: {
-            "validation_map": validation_map(classifier, validation, settings, processes)
-        },
+        at_record=at_record,
+        **options,
     )
-    classifier.eval()
-    return history
 
 
 @torch.inference_mode()
@@ -203,14 +164,11 @@ def validation_map(
     classifier: Classifier,
     items: Sequence[Item],
     settings: FinetuneSettings,
-    processes: Processes | None = None,
+    processes: Processes,
 ) -> float | None:
     """Mean average precision on whole images at the middle training size; None without images."""
-    processes = processes or Processes()
     classifier.eval()
     side = sum(settings.long_side) // 2
-    if not items:
-        return None
     logits = torch.zeros(len(items), len(classifier.classes))
     for row in range(processes.rank, len(items), processes.count):
         image = resize_long_side(read_image(items[row].image), side)

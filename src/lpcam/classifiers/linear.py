@@ -37,12 +37,14 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
     """Mean over classes of the average precision of image-level predictions.
 
     The average precision of a class is the mean, over its positive images, of the precision among
-    the images that score at least as high.
+    the images that score at least as high. A class without positive images is not counted.
 
     Args:
         logits: (M, N).
-        labels: (M, N), positive if > 0. A class without a positive image is not counted; without
-            any the result is None.
+        labels: (M, N), positive if > 0.
+
+    Returns:
+        the mean; None if no class has a positive image.
 
     Example:
         >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
@@ -71,25 +73,16 @@ def fit_head(
     Args:
         pooled: (M, V, C), V views of each of M images.
         labels: (M, N) multi-hot.
-        classes: the N names, for the message.
 
     Returns:
         (N, C) float32, the rows w_n.
 
     Raises:
         ClassifierError: if a class has no image.
-
-    Example:
-        >>> settings = ProbeSettings.from_preset("default", weight_decay=0.1)
-        >>> rows = fit_head(torch.eye(2)[:, None], torch.eye(2), settings, ["cat", "dog"])
-        >>> (rows > 0).tolist()
-        [[True, False], [False, True]]
     """
     rows = pooled.flatten(0, 1).double()
     targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
-    counts = zip(classes, labels.sum(0).tolist(), strict=True)
-    absent = [name for name, total in counts if total == 0]
-    if absent:
+    if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(
             f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
             "data.classes"

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.feature_store import FeatureStore, image_pyramid
+from lpcam.classifiers.feature_store import FeatureStore, image_pyramid, naming
 from lpcam.classifiers.linear import ProbeSettings, fit_head, mean_average_precision
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_long_side
 from lpcam.runtime.distributed import Sharing
-from lpcam.runtime.errors import ClassifierError, PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.progress import progress
@@ -51,25 +50,11 @@ def fit_probe(
 
     Raises:
         ClassifierError: if a class has no training image.
-
-    Example:
-        >>> from lpcam.classifiers.classifier import Preprocessing
-        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        >>> classifier = Classifier(torch.nn.AvgPool2d(8), ["cat", "dog"], plain)
-        >>> items = [Item("a", Path("a.png"), (0,)), Item("b", Path("b.png"), (1,))]
-        >>> settings = ProbeSettings.from_preset("default")
-        >>> pooled = torch.eye(3)[:2, None]
-        >>> [record] = fit_probe(classifier, items, [], settings, pooled=pooled, refit=False)
-        >>> record["validation_map"], (classifier.weight[:, 0] > 0).tolist()
-        (None, [True, False])
     """
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
-    validation_map = None
-    if validation:
-        logits = pooled[count:, 0] @ weight.T
-        validation_map = mean_average_precision(logits, labels[count:])
+    validation_map = mean_average_precision(pooled[count:, 0] @ weight.T, labels[count:])
     loss = float(F.multilabel_soft_margin_loss(pooled[:count, 0] @ weight.T, labels[:count]))
     shown = "unknown" if validation_map is None else f"{validation_map:.3f}"
     logger.info("linear probe: loss %.4f, validation mAP %s", loss, shown)
@@ -81,12 +66,7 @@ def fit_probe(
 
 
 def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
-    """Image-level labels (len(items), classes) float32, 1 for present classes.
-
-    Example:
-        >>> multi_hot([Item("a", Path("a.png"), (0, 2))], 3)
-        tensor([[1., 0., 1.]])
-    """
+    """Image-level labels (len(items), classes) float32, 1 for present classes."""
     labels = torch.zeros(len(items), classes)
     for row, item in enumerate(items):
         labels[row, list(item.labels)] = 1.0
@@ -114,10 +94,9 @@ def pooled_features(
         (len(items), 1 or 2, C) float32 in the first process, None in the others.
 
     Raises:
-        ClassifierError, PrototypeError: if features hold NaN or Inf.
+        PrototypeError: if features hold NaN or Inf.
     """
-    mine = sharing.mine(items)
-    processes = sharing.processes
+    mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 
     @torch.inference_mode()
@@ -134,8 +113,9 @@ def pooled_features(
             rows: dict[str, Tensor] = {}
             batches = sharing.batches(part)
             for batch, pooled in zip(batches, sharing.map(pool, batches), strict=True):
-                for item, row in zip(batch, pooled, strict=True):
-                    rows[f"image {item.id}"] = row  # a bare id may be a reserved name
+                # a bare id may be a reserved name
+                names = (f"image {item.id}" for item in batch)
+                rows |= dict(zip(names, pooled, strict=True))
                 advance(len(batch), "")
             write_tensors(path, rows, {"kind": "pooled features"})
     processes.wait()
@@ -152,18 +132,8 @@ def _pooled(batch: Sequence[Item], settings: ProbeSettings, store: FeatureStore)
         (pair,) = store.pairs(batch, (1.0,))
     else:
         images = [resize_long_side(read_image(item.image), settings.long_side) for item in batch]
-        try:
-            (pair,) = image_pyramid(
-                store.classifier,
-                np.stack(images),
-                (1.0,),
-                flip=settings.mirror,
-                precision=store.precision,
-            )
-        except PrototypeError as error:
-            names = ", ".join(repr(item.id) for item in batch)
-            raise ClassifierError(f"image {names}: {error}") from None
-    views = [pair.features]
-    if settings.mirror and pair.mirrored is not None:
-        views.append(pair.mirrored)
+        options: Any = {"flip": settings.mirror, "precision": store.precision}
+        with naming(batch):
+            (pair,) = image_pyramid(store.classifier, np.stack(images), (1.0,), **options)
+    views = [view for view in pair[: 1 + settings.mirror] if view is not None]
     return torch.stack([view.mean((-2, -1)) for view in views], dim=1).cpu()

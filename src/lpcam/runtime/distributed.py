@@ -24,21 +24,17 @@ the others of its machine, which breaks their connections; torchrun's heartbeat 
 that fails."""
 
 
+@dataclass(eq=False)
 class Processes:
-    """This process among those of a run.
+    """This process among those of a run."""
 
-    Args:
-        rank: number of this process, from 0.
-        count: number of processes.
-        here: number of processes on this machine.
-        group: the group in which they wait for each other.
-    """
-
-    def __init__(self, rank: int = 0, count: int = 1, here: int = 1, group: Any = None) -> None:
-        self.rank = rank
-        self.count = count
-        self.here = here
-        self._group = group
+    rank: int = 0
+    """Number of this process, from 0."""
+    count: int = 1
+    here: int = 1
+    """Number of processes on this machine."""
+    group: Any = None
+    """The group in which they wait for each other."""
 
     @property
     def first(self) -> bool:
@@ -47,14 +43,14 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process has called this."""
         if self.count > 1:
-            torch.distributed.barrier(group=self._group)
+            torch.distributed.barrier(group=self.group)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of the processes' tensors of equal shape, on the CPU."""
         if self.count == 1:
             return tensor
         total = tensor.detach().cpu().clone()
-        torch.distributed.all_reduce(total, group=self._group)
+        torch.distributed.all_reduce(total, group=self.group)
         return total
 
     def replicate(self, module: nn.Module) -> nn.Module:
@@ -66,8 +62,7 @@ class Processes:
         on_cpu = next(module.parameters()).device.type == "cpu"
         # Some backbones have layers behind the features, which get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[unused])
-        replica: nn.Module = accelerator.prepare_model(module)
+        replica: nn.Module = Accelerator(cpu=on_cpu, kwargs_handlers=[unused]).prepare_model(module)
         return replica
 
 
@@ -87,28 +82,21 @@ def leave() -> None:
 
 
 def join(device: str) -> tuple[Processes, torch.device | None]:
-    """Join the processes that ``torchrun`` has started, if there are any.
+    """Join the processes that ``torchrun`` has started: this process and its device.
 
-    Args:
-        device: "auto", "cpu" or "cuda", from the recipe.
-
-    Returns:
-        This process, and its device; None if it is alone and may choose.
-
-    Raises:
-        RecipeError: if accelerate is not installed, all processes would use one GPU, or there are
-            fewer GPUs than processes.
+    The device is None for a process that is alone and may choose. RecipeError: accelerate is not
+    installed, all processes would use one GPU, or there are fewer GPUs than processes.
     """
     if not _among_others():
         return Processes(), None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
-        raise RecipeError(f"the device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
-    if ":" in device:
+    if device.startswith("cuda:"):
         raise RecipeError(
             f"run.device {device!r} names one GPU for all processes; use 'auto' or 'cuda', and "
             "each takes its own"
         )
+    if device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"the device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
     try:
         from accelerate import PartialState  # noqa: PLC0415 - an extra
     except ImportError:
@@ -133,15 +121,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Identified(Protocol):
-    """An object with an id, such as an image."""
-
+class _Identified(Protocol):
     @property
-    def id(self) -> str:
-        """Name of it in every list."""
+    def id(self) -> str: ...
 
 
-Identity = TypeVar("Identity", bound=Identified)
+Identity = TypeVar("Identity", bound=_Identified)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Files that a run writes: atomic writes, JSON, tensors and digests.
 
 Every write goes to a temporary file in the same folder, which is then moved into place, so an
-interrupted run never leaves half a file under its final name. Nothing is ever pickled.
+interrupted run never leaves half a file under its final name. Nothing is ever pickled. What cannot
+be read or written is an ArtefactError that names the file.
 """
 
 from __future__ import annotations
@@ -26,12 +27,7 @@ _TENSOR_FORMAT, _TENSOR_KEY = 1, "lpcam"
 
 
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a whole file, from bytes or parts of them, or nothing; missing folders are made.
-
-    Raises:
-        ArtefactError: if the disk is full or the path cannot be written; an earlier file at
-            ``path`` is then unchanged.
-    """
+    """Write a whole file, from bytes or parts of them, or nothing; missing folders are made."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +50,7 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The contents of a file; ArtefactError names it if it cannot be read."""
+    """The contents of a file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -63,11 +59,17 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _json_text(value: Any, what: str, indent: int | None) -> str:
-    separators = None if indent else (",", ":")
+def _json_text(value: Any, what: str, indent: int | None = None) -> str:
+    """JSON with sorted keys; the message for NaN and for other types names ``what``."""
     try:
-        options: Any = {"indent": indent, "separators": separators}
-        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, **options)
+        text = json.dumps(
+            value,
+            sort_keys=True,
+            ensure_ascii=False,
+            allow_nan=False,
+            indent=indent,
+            separators=None if indent else (",", ":"),
+        )
         text.encode()
     except (TypeError, ValueError) as error:
         raise ArtefactError(
@@ -78,16 +80,12 @@ def _json_text(value: Any, what: str, indent: int | None) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as UTF-8 JSON with sorted keys, so that equal values give equal bytes.
-
-    Raises:
-        ArtefactError: for NaN, infinity or a value that JSON cannot hold, and as `write_bytes`.
-    """
+    """Write a value as UTF-8 JSON with sorted keys, so that equal values give equal bytes."""
     write_bytes(path, (_json_text(value, str(path), indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; ArtefactError names the file if it is missing or damaged."""
+    """The value of a JSON file."""
     data = read_bytes(path)
     try:
         return json.loads(data)
@@ -100,9 +98,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     The metadata are one JSON string under the key ``lpcam``, because safetensors orders several
     keys at random, and equal contents must give equal bytes.
-
-    Raises:
-        ArtefactError: if the metadata are not JSON, and as `write_bytes`.
     """
     header = {"format": _TENSOR_FORMAT, "metadata": dict(metadata)}
     plain, owners = {}, set()
@@ -112,17 +107,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         # safetensors refuses tensors that share memory, as tied weights and views do
         plain[name] = whole.clone() if memory in owners else whole
         owners.add(memory)
-    data = safetensors.torch.save(plain, {_TENSOR_KEY: _json_text(header, str(path), indent=None)})
-    write_bytes(path, data)
+    write_bytes(path, safetensors.torch.save(plain, {_TENSOR_KEY: _json_text(header, str(path))}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote: tensors on the CPU, and the metadata.
-
-    Raises:
-        ArtefactError: if the file is missing, damaged, of a newer format or not written by this
-            package.
-    """
+    """Read what `write_tensors` wrote: tensors on the CPU, and the metadata."""
     data = read_bytes(path)
     try:
         tensors = safetensors.torch.load(data)
@@ -150,7 +139,7 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """`digest_bytes` of a file's contents; ArtefactError names it if it cannot be read."""
+    """`digest_bytes` of a file's contents."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -159,13 +148,8 @@ def digest_file(path: Path) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Digest of a value as JSON; the order of keys does not matter, and tuples are lists.
-
-    Example:
-        >>> digest_json({"a": 1, "b": (2,)}) == digest_json({"b": [2], "a": 1})
-        True
-    """
-    return digest_bytes(_json_text(value, "a value to digest", indent=None).encode())
+    """Digest of a value as JSON; the order of keys does not matter, and tuples are lists."""
+    return digest_bytes(_json_text(value, "a value to digest").encode())
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str:
@@ -190,12 +174,7 @@ def _damaged(path: Path, reason: str) -> ArtefactError:
 
 
 def printable(path: Path) -> str:
-    """A path as text that can be written as UTF-8; bytes that are not UTF-8 become U+FFFD.
-
-    Example:
-        >>> printable(Path("images/a.png"))
-        'images/a.png'
-    """
+    """A path as text that can be written as UTF-8; bytes that are not UTF-8 become U+FFFD."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

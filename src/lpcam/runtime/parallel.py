@@ -24,16 +24,8 @@ AHEAD = 2
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Call a function for every item on several threads; yield the results in order.
 
-    Every call uses one thread of numerics, whatever ``workers`` is; the caller's number of threads
-    is restored at the end. At most ``AHEAD * workers`` results wait for the caller, so ``items``
-    may be endless. PyTorch's inference mode belongs to a thread: ``function`` must enter it itself.
-
-    Raises:
-        Exception: that of the first item whose call failed, after the calls under way have ended.
-
-    Example:
-        >>> list(ordered_map(abs, [-1, -2], workers=2))
-        [1, 2]
+    The first error in order is raised once the calls under way have ended. ``items`` may be
+    endless. PyTorch's inference mode belongs to a thread: ``function`` must enter it itself.
     """
     if workers == 1:
         with one_thread():
@@ -59,7 +51,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one thread of numerics, so that rounding does not depend on the number of threads."""
+    """Use one thread of numerics, and restore the caller's number afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

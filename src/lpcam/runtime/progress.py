@@ -8,15 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 logger = logging.getLogger(__name__)
 LINE_EVERY_SECONDS = 15.0
@@ -26,24 +19,18 @@ Advance = Callable[[int, str], None]
 
 @contextmanager
 def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
-    """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run.
-
-    Example:
-        >>> with progress("maps", 2) as advance:
-        ...     for _ in range(2):
-        ...         advance(1, "")
-    """
+    """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run."""
     if sys.stderr.isatty():
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[remark]}"),
+            "{task.description}",
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            "left",
+            bars.TimeRemainingColumn(),
+            "{task.fields[remark]}",
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=total, completed=done, remark="")
             yield lambda steps, remark: bar.update(task, advance=steps, remark=remark)
         return

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Generic, TypeVar, cast
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
 
 from lpcam.runtime.errors import LpcamError
 
@@ -44,37 +43,30 @@ class Registry(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     @cached_property
-    def _sources(self) -> dict[str, str]:
-        found = dict(self._own)
-        for name, value in sorted((p.name, p.value) for p in entry_points(group=self.group)):
-            if name in found:
+    def _points(self) -> dict[str, EntryPoint]:
+        found = {name: EntryPoint(name, value, self.group) for name, value in self._own.items()}
+        for point in sorted(entry_points(group=self.group)):
+            if point.name in found:
                 raise RegistryError(
-                    f"the {self.kind} {name!r} is registered twice: {found[name]} and {value}; "
-                    "uninstall one of them or rename it"
+                    f"the {self.kind} {point.name!r} is registered twice: "
+                    f"{found[point.name].value} and {point.value}; uninstall one of them or "
+                    "rename it"
                 )
-            found[name] = value
+            found[point.name] = point
         return found
 
     def __getitem__(self, name: str) -> T:
-        """The entry of a name.
-
-        Raises:
-            RegistryError: if there is none; the message lists those there are.
-        """
+        if name not in self._points:
+            raise RegistryError(f"there is no {self.kind} {name!r}; there are {', '.join(self)}")
         if name not in self._loaded:
-            if name not in self._sources:
-                raise RegistryError(
-                    f"there is no {self.kind} {name!r}; there are {', '.join(self)}"
-                )
-            module, _, attribute = self._sources[name].partition(":")
-            self._loaded[name] = cast(T, getattr(import_module(module), attribute))
+            self._loaded[name] = self._points[name].load()
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._sources
+        return name in self._points
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._points)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._points)

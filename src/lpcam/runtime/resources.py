@@ -20,15 +20,7 @@ IMAGE_SHARE = 0.75
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of a name; "auto" takes a GPU where there is one.
-
-    Raises:
-        RecipeError: if it cannot be used here.
-
-    Example:
-        >>> choose_device("cpu")
-        device(type='cpu')
-    """
+    """The device of a name, refused if it cannot be used; "auto" takes a GPU where there is one."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -42,43 +34,23 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def available_threads(processes_here: int = 1) -> int:
-    """Number of processors for this process, one of some processes of a run on this machine.
-
-    Example:
-        >>> available_threads() >= 1
-        True
-    """
+    """Number of processors for this process, one of some processes of a run on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // processes_here)
 
 
 def threads_beside(device: torch.device, threads: int) -> int:
-    """Threads that read and write beside a device: on a GPU a few are enough.
-
-    Example:
-        >>> threads_beside(torch.device("cpu"), 16), threads_beside(torch.device("cuda"), 16)
-        (16, 4)
-    """
+    """Threads that read and write beside a device: on a GPU a few are enough."""
     return threads if device.type == "cpu" else min(threads, 4)
 
 
 def available_memory() -> int:
-    """Memory that this process may use, in bytes: the machine's, or a container's lower limit.
-
-    Example:
-        >>> available_memory() > 0
-        True
-    """
+    """Memory that this process may use, in bytes: the machine's, or a container's lower limit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([machine, *container_limits()])
 
 
 def memory_of_an_image(device: torch.device, workers: int) -> int | None:
-    """Memory that one of ``workers`` images at a time may use, in bytes; None on a GPU.
-
-    Example:
-        >>> memory_of_an_image(torch.device("cpu"), 2) < available_memory()
-        True
-    """
+    """Memory that one of ``workers`` images at a time may use, in bytes; None on a GPU."""
     return int(available_memory() * IMAGE_SHARE / workers) if device.type == "cpu" else None
 
 
@@ -87,10 +59,8 @@ def container_limits(
 ) -> list[int]:
     """Memory limits of the Linux control groups that this process is in, in bytes.
 
-    Args:
-        membership: file with a line ``number:controllers:path`` for each group.
-        root: folder of the groups' files: ``memory.max`` (version 2), or
-            ``memory/.../memory.limit_in_bytes`` (version 1).
+    ``membership`` has a line ``number:controllers:path`` for each group. ``root`` holds their
+    ``memory.max`` (version 2), or ``memory/.../memory.limit_in_bytes`` (version 1).
     """
     try:
         lines = membership.read_text("utf-8").splitlines()
@@ -117,42 +87,33 @@ def container_limits(
 
 
 def reuse_freed_memory() -> bool:
-    """Let the C library keep the memory of freed tensors, for the whole process.
+    """Let the C library keep the memory of freed tensors; True if it is GNU's, which can.
 
-    By default the GNU library returns every block above 32 MB to the system, which must clear its
-    pages for the next image: a third of the time of a backbone on a CPU.
-
-    Returns:
-        True if the C library took the settings; only GNU's has them.
+    By default it returns every block above 32 MB to the system, which must clear its pages for the
+    next image: a third of the time of a backbone on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     # One arena for all threads: those beside the first cannot hold large blocks.
-    wanted = (
-        (_MALLOPT_MMAP_MAX, 0),
-        (_MALLOPT_TRIM_THRESHOLD, KEPT_WHEN_FREED),
-        (_MALLOPT_ARENA_MAX, 1),
-    )
-    taken = [mallopt(option, value) for option, value in wanted]
+    wanted = {
+        _MALLOPT_MMAP_MAX: 0,
+        _MALLOPT_TRIM_THRESHOLD: KEPT_WHEN_FREED,
+        _MALLOPT_ARENA_MAX: 1,
+    }
+    taken = [mallopt(option, value) for option, value in wanted.items()]
     return all(taken)
 
 
-def reset_peak_memory() -> bool:
-    """Let :func:`peak_memory` count from now on; returns False if the system cannot."""
-    try:
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory` count from now on, where the system can."""
+    with contextlib.suppress(OSError):
         Path("/proc", "self", "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def peak_memory() -> int | None:
-    """Peak memory of this process since :func:`reset_peak_memory`, in bytes.
-
-    None where the system does not tell.
-    """
+    """Peak memory of this process in bytes; None where the system does not tell."""
     try:
         text = Path("/proc", "self", "status").read_text("utf-8")
     except OSError:

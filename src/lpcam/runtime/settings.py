@@ -70,7 +70,7 @@ class WeightsSection(Section):
 # -- Presets -------------------------------------------------------------------------------------
 
 
-class PresetModel(BaseModel):
+class PresetModel(Section):
     """Settings that are filled from the preset ``preset``, then from the values given beside it.
 
     The presets of a subclass are in ``TABLE.yaml`` beside its module, where ``TABLE`` is its class
@@ -78,7 +78,6 @@ class PresetModel(BaseModel):
     values of a method are there and nowhere else: fields have no defaults.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     table: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]] | None] = None
     preset: str
@@ -89,10 +88,10 @@ class PresetModel(BaseModel):
         if not isinstance(given, dict):
             return given
         name = given.get("preset", cls.usual_preset())
-        if not isinstance(name, str) or name not in cls.preset_names():
+        if not isinstance(name, str) or name not in _presets(cls):
             allowed = ", ".join(cls.preset_names())
             raise ValueError(f"unknown preset {name!r}; allowed: {allowed}")
-        return {**cls.preset_values(name), "preset": name, **given}
+        return {**_presets(cls)[name], "preset": name, **given}
 
     @classmethod
     def usual_preset(cls) -> str:
@@ -106,11 +105,7 @@ class PresetModel(BaseModel):
 
     @classmethod
     def preset_values(cls, name: str) -> dict[str, Any]:
-        """Values of one preset as a fresh dict.
-
-        Raises:
-            RecipeError: if there is no preset of that name; the message lists those there are.
-        """
+        """Values of one preset as a fresh dict; RecipeError lists the names if it is unknown."""
         presets = _presets(cls)
         if name not in presets:
             allowed = ", ".join(presets)
@@ -157,20 +152,15 @@ class Configurable(Protocol):
 
 
 def with_settings(section: type[S], methods: Mapping[str, Configurable]) -> type[S]:
-    """A section with one more field for each method that has settings, named like the method.
+    """A subclass of a section with one more field for each method of a registry with settings.
 
-    Args:
-        section: the class to extend.
-        methods: a registry. Where a section already has a field of a method's name, it stays.
-
-    Returns:
-        A subclass of the same name.
+    The field is named like the method. A field that the section already has stays.
     """
-    fields: dict[str, Any] = {}
-    for name, method in methods.items():
-        settings = method.settings
-        if settings is not None and name not in section.model_fields:
-            fields[name] = (settings, settings.model_validate({}))
+    fields: dict[str, Any] = {
+        name: (method.settings, method.settings.model_validate({}))
+        for name, method in methods.items()
+        if method.settings is not None and name not in section.model_fields
+    }
     place: dict[str, Any] = {"__module__": section.__module__, "__doc__": section.__doc__}
     made: type[S] = create_model(section.__name__, __base__=section, **place, **fields)
     return made

@@ -9,16 +9,12 @@ from importlib import metadata
 __version__ = "0.2.0"
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on, read without importing any."""
     names = ("torch", "torchvision", "timm", "numpy", "pillow")
     return {
         "lpcam": __version__,
         "python": platform.python_version(),
-        **{name: _installed(name) for name in names},
+        **{name: metadata.version(name) for name in names},
     }
-
-
-@cache
-def _installed(name: str) -> str:
-    return metadata.version(name)

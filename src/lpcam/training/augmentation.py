@@ -23,20 +23,7 @@ def jitter_colours(
     """Change brightness, contrast, saturation and hue at random, in random order, in 8 bits.
 
     The first three are multiplied by factors uniform in [1 - j, 1 + j], and the hue is turned by a
-    fraction of its circle uniform in [-j, j]. A quantity whose j is 0 is unchanged.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        jitter: j of brightness, contrast and saturation, in [0, 1], and of hue, in [0, 0.5].
-            Larger values change colours more.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Example:
-        >>> grey = np.full((1, 1, 3), 90, np.uint8)
-        >>> jitter_colours(grey, (0, 0, 0.9, 0), np.random.default_rng(0)).tolist()
-        [[[90, 90, 90]]]
+    fraction of its circle uniform in [-j, j]. ``jitter`` holds the j of each, at most 0.5 for hue.
     """
     *factors, turn = (float(generator.uniform(-j, j)) for j in jitter)
     picture = Image.fromarray(image)
@@ -51,12 +38,7 @@ def jitter_colours(
 
 
 def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """Turn the hue of an RGB image by a fraction of its circle, in steps of 1 / 256.
-
-    Example:
-        >>> turn_hue(Image.new("RGB", (1, 1), "red"), 0.5).getpixel((0, 0))
-        (0, 252, 255)
-    """
+    """Turn the hue of an RGB image by a fraction of its circle, in steps of 1 / 256."""
     hue, saturation, value = picture.convert("HSV").split()
     steps = round(turn * 256) % 256
     turned = hue.point([(level + steps) % 256 for level in range(256)])
@@ -64,14 +46,9 @@ def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
 
 
 def random_window(length: int, crop: int, generator: np.random.Generator) -> tuple[slice, slice]:
-    """Random crop along one axis; an axis shorter than the crop is placed in it at random.
+    """Random crop along one axis, or random place of an axis that is shorter than the crop.
 
-    Returns:
-        the part of the image's axis and the part of the crop's axis, of equal length.
-
-    Example:
-        >>> random_window(4, 4, np.random.default_rng(0))
-        (slice(0, 4, None), slice(0, 4, None))
+    Returns the part of the image's axis and the part of the crop's axis, of equal length.
     """
     offset = int(generator.integers(0, abs(length - crop) + 1))
     taken = min(length, crop)
@@ -84,20 +61,8 @@ def mirror_and_crop(
 ) -> list[Tensor]:
     """Mirror tensors with probability one half, and take the same random square crop of each.
 
-    Args:
-        planes: tensors (..., H, W) of one size, each with the value that fills the canvas around
-            it.
-        crop: side of the crop; a shorter axis is placed at random in it.
-        generator: source of the random choices.
-
-    Returns:
-        one tensor (..., crop, crop) per plane.
-
-    Example:
-        >>> import torch
-        >>> image = (torch.ones(3, 20, 30), 0)
-        >>> [found.shape for found in mirror_and_crop([image], 16, np.random.default_rng(0))]
-        [torch.Size([3, 16, 16])]
+    ``planes`` are tensors (..., H, W) of one size, each with the value that fills the canvas where
+    an axis is shorter than the crop. Returns one tensor (..., crop, crop) per plane.
     """
     mirrored = generator.random() < 0.5
     rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
@@ -118,25 +83,11 @@ def scale_mirror_crop(
     crop: int,
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, mirror and crop an image and its mask at random.
+    """Scale, mirror and crop an image (H, W, 3) and its mask (H, W) at random.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        mask: (H, W) uint8, resized by Pillow's nearest neighbour.
-        normalise: turns the resized image into a tensor (3, h, w).
-        scale: range from which the scale is drawn.
-        crop: side of the crop. Beyond the image are the mean colour (0) and ignored pixels (255).
-
-    Returns:
-        (3, crop, crop) float32 and (crop, crop) uint8.
-
-    Example:
-        >>> image, mask = np.zeros((20, 30, 3), np.uint8), np.ones((20, 30), np.uint8)
-        >>> def plain(resized):
-        ...     return torch.from_numpy(resized).permute(2, 0, 1) / 255
-        >>> found = scale_mirror_crop(image, mask, plain, (1, 2), 48, np.random.default_rng(0))
-        >>> [part.shape for part in found]
-        [torch.Size([3, 48, 48]), torch.Size([48, 48])]
+    The scale is drawn from a range, and the mask is resized by Pillow's nearest neighbour. Beyond
+    the image are the mean colour (0) and ignored pixels (255). Returns tensors (3, crop, crop)
+    float32 and (crop, crop) uint8.
     """
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*scale)))
     resized = np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))

@@ -93,28 +93,29 @@ class Samples(Dataset[Sample]):
         return self.make(place)
 
 
+@dataclass(frozen=True)
 class Order:
     """This process's samples of each forward pass, from a given step to the end."""
 
-    def __init__(
-        self, count: int, plan: Plan, seed: int, first_step: int, processes: Processes
-    ) -> None:
-        self.count = count
-        self.batch = min(plan.batch, count)
-        self.steps_an_epoch = count // self.batch  # an incomplete last batch is dropped
-        self.plan = plan
-        self.seed = seed
-        self.first_step = first_step
-        self.processes = processes
+    count: int
+    plan: Plan
+    seed: int
+    first_step: int
+    processes: Processes
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps of one pass over the list; an incomplete last batch is dropped."""
+        return self.count // min(self.plan.batch, self.count)
 
     def __iter__(self) -> Iterator[list[Place]]:
-        parts, epoch, order = self.plan.accumulation, -1, np.arange(0)
+        batch, epoch, order = min(self.plan.batch, self.count), -1, np.arange(0)
         for step in range(self.first_step, self.plan.steps):
             if epoch != step // self.steps_an_epoch:
                 epoch = step // self.steps_an_epoch
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            first = step % self.steps_an_epoch * self.batch
-            for part in np.array_split(order[first : first + self.batch], parts):
+            first = step % self.steps_an_epoch * batch
+            for part in np.array_split(order[first : first + batch], self.plan.accumulation):
                 mine = part[self.processes.rank :: self.processes.count].tolist()
                 yield [Place(epoch, sample, step) for sample in mine]
 
@@ -147,7 +148,6 @@ def run(
         count: number of samples in the list.
         loss: loss of one forward pass of this process: its part of the mean over the samples of
             all processes, so that the parts add up to the mean. It sets the training mode.
-        plan: steps, batches and rates.
         label: name of the training in progress messages, such as "fine-tuning".
         section: recipe section of the settings, for messages.
         seed, folder, workers, processes: see :class:`TrainingOptions`.
@@ -159,8 +159,7 @@ def run(
         and those of ``at_record``.
 
     Raises:
-        ClassifierError: if a forward pass has fewer images than there are processes, or the loss is
-            no longer finite.
+        ClassifierError: as :func:`smallest_part`, or if the loss is no longer finite.
         ArtefactError: if a checkpoint is damaged or of other weights.
     """
     parts, processes = plan.accumulation, processes or Processes()
@@ -179,12 +178,13 @@ def run(
     ):
         for turn, batch in enumerate(loader):
             # Dropout depends only on the seed and the step, so that a resumed run repeats it.
-            torch.manual_seed(_mixed(seed, step, turn % parts, processes.rank))
+            mixed = np.random.SeedSequence((seed, step, turn % parts, processes.rank))
+            torch.manual_seed(int(mixed.generate_state(1)[0]))
             if turn % parts == 0:
+                value = 0.0
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * plan.rate(step)
                 optimizer.zero_grad()
-                value = 0.0
             part = loss(batch) / parts
             value += float(processes.sum(part.detach().cpu()))
             if not math.isfinite(value):
@@ -213,8 +213,9 @@ def run(
                 mean = running / since
                 history.append({"epoch": epoch, "step": step, "loss": mean, **more})
                 running = 0.0
-                record = ", ".join(f"{k} {_shown(v)}" for k, v in history[-1].items())
-                logger.info("%s: %s", label, record)
+                values = history[-1].items()
+                shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values)
+                logger.info("%s: %s", label, ", ".join(shown))
             due = recorded or step % (plan.checkpoint or CHECKPOINT_STEPS) == 0
             if due and processes.first:
                 _save(checkpoint, module, optimizer, scaler, step, running, history)
@@ -225,30 +226,17 @@ def run(
 def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
     """Images in the smallest forward pass over all processes, of a list of ``count`` images.
 
-    Raises:
-        ClassifierError: if that is fewer than there are processes.
+    Fewer of them than processes are a ClassifierError.
     """
     batch, parts = min(plan.batch, count), plan.accumulation
     size = batch // parts
     if size < processes.count:
-        whole = f"a batch of {batch} images"
+        whole = f"a batch of {batch} images" + (f" in {parts} parts" if parts > 1 else "")
         raise ClassifierError(
-            f"{whole} in {parts} parts ({section}.accumulation) leaves a part empty; lower it, or "
-            "give more images"
-            if processes.count == 1
-            else f"{whole if parts == 1 else f'{whole} in {parts} parts'} cannot be shared out "
-            f"among {processes.count} processes; start fewer, or raise {section}.batch_size"
+            f"{whole} cannot be shared out among {processes.count} processes; start fewer, raise "
+            f"{section}.batch_size, or have fewer parts (accumulation)"
         )
     return size
-
-
-def _mixed(*numbers: int) -> int:
-    """Combine several integers into one seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _save(
@@ -263,18 +251,15 @@ def _save(
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if v is not None}
-    write_tensors(
-        path,
-        tensors,
-        {
-            "kind": "checkpoint",
-            "format": CHECKPOINT_FORMAT,
-            "step": step,
-            "running": running,
-            "history": history,
-            "scaler": {} if scaler is None else scaler.state_dict(),
-        },
-    )
+    metadata = {
+        "kind": "checkpoint",
+        "format": CHECKPOINT_FORMAT,
+        "step": step,
+        "running": running,
+        "history": history,
+        "scaler": {} if scaler is None else scaler.state_dict(),
+    }
+    write_tensors(path, tensors, metadata)
 
 
 def _resume(
@@ -287,12 +272,11 @@ def _resume(
     if not path.is_file():
         return 0, 0.0, []
     tensors, metadata = read_tensors(path)
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     try:
         if metadata.get("format") != CHECKPOINT_FORMAT:
             raise RuntimeError(f"format {metadata.get('format')}, not {CHECKPOINT_FORMAT}")
-        module.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
+        module.load_state_dict(weights)
     except RuntimeError as error:
         raise ArtefactError(
             f"the checkpoint {path} does not fit this {type(module).__name__.lower()} "

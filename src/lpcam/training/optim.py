@@ -41,25 +41,12 @@ class Rates(Protocol):
 
 
 def poly(step: int, steps: int, power: float) -> float:
-    """Factor (1 - t/T)^power of the learning rate at step t of T.
-
-    Example:
-        >>> poly(25, 100, 1.0)
-        0.75
-    """
+    """Factor (1 - t/T)^power of the learning rate at step t of T."""
     return math.pow(1.0 - step / steps, power)
 
 
-# -- Training ----------------------------------------------------------------------------------
-
-
 def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay; groups without parameters are left out.
-
-    Args:
-        groups: parameter groups with ``params`` and ``lr``.
-        settings: momentum and weight decay.
-    """
+    """SGD with momentum and weight decay; groups without parameters are left out."""
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         momentum=settings.momentum,
@@ -72,12 +59,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups: weights and biases of new layers, and of the others.
 
-    Biases have no weight decay.
-
-    Args:
-        network: the network to train.
-        heads: prefixes of the names of the new layers' parameters.
-        settings: learning rate, its multipliers, and weight decay.
+    Names of the new layers' parameters begin with one of ``heads``. Biases have no weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
@@ -96,25 +78,10 @@ def parameter_groups(
     ]
 
 
-# -- Freezing ----------------------------------------------------------------------------------
-
-
 def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:
-    """Freeze the parameters of a backbone whose names begin with a prefix; the others train.
+    """Freeze the parameters of a backbone :func:`names_below` a prefix; the others train.
 
-    Args:
-        backbone: changed in place.
-        prefixes: dotted names of stages or layers.
-        norms: freeze the parameters of its batch norms too.
-
-    Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages.
-
-    Example:
-        >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-        >>> freeze(backbone, ["0"])
-        >>> [name for name, p in backbone.named_parameters() if p.requires_grad]
-        ['1.weight', '1.bias']
+    With ``norms`` the parameters of its batch norms are frozen too.
     """
     named = dict(backbone.named_parameters())
     frozen = names_below(named, prefixes)
@@ -128,8 +95,7 @@ def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False)
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
     """The dotted names that are, or are below, one of the prefixes.
 
-    Raises:
-        ClassifierError: if a prefix matches nothing; the message lists the stages.
+    A prefix that matches nothing is a ClassifierError, which lists the stages.
 
     Example:
         >>> names_below(["layer1.0.weight", "layer10.0.weight"], ["layer1"])
