@@ -20,6 +20,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lpcam.classifiers import wideresnet38  # noqa: F401 - registers itself with timm
 from lpcam.classifiers.search import class_names
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork
@@ -29,7 +30,7 @@ RANDOM = "random"
 NO_CLASSES = ("none",)
 """Class names of a classifier whose backbone alone is used."""
 PROBE_SIZE = (97, 131)
-"""(H, W) of the image that tests a backbone; like sides of photographs, not a round number."""
+"""(H, W) of the image that tests a backbone, not round numbers."""
 TOLERANCE = 1e-4
 """Largest relative difference of logits that counts as rounding."""
 
@@ -59,7 +60,6 @@ class BackboneSpec:
     """Name and arguments of a timm backbone.
 
     Attributes:
-        name: timm name.
         arguments: arguments of ``timm.create_model``.
         output_stride: pixels per cell of the features, for models that can remove strides.
         dilated: False sets every dilation back to 1 after ``output_stride`` has removed strides, as
@@ -123,9 +123,21 @@ class Classifier(SavedNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
-        if self._gives_tokens:
-            return _token_map(self.backbone, images)
-        return _as_map(self.backbone, _forward(self.backbone, images))
+        backbone: Any = self.backbone
+        if self._gives_tokens:  # a transformer: its last tokens on their grid, without prefix
+            (found,) = backbone.forward_intermediates(
+                images, indices=1, norm=True, intermediates_only=True
+            )
+        else:
+            found = getattr(backbone, "forward_features", backbone)(images)
+        if not isinstance(found, Tensor) or found.ndim != 4:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ClassifierError(
+                f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "
+                "(B, C, h, w) before pooling; choose a backbone that has one"
+            )
+        channels_last = str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        return found.permute(0, 3, 1, 2) if channels_last else found
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N)."""
@@ -150,7 +162,7 @@ class Classifier(SavedNetwork):
         twin.spec = None
         _fold_batch_norms(twin.backbone)
         _pad_within(twin.backbone)
-        image = next(self.backbone.parameters(), torch.zeros(())).new_zeros(1, 3, *PROBE_SIZE)
+        image = self._blank()
         image[..., ::2, ::3] = 1.0
         # TensorFloat-32, which cuDNN takes where it can, rounds more coarsely than this test.
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
@@ -159,6 +171,10 @@ class Classifier(SavedNetwork):
         if not torch.allclose(expected, found, rtol=0.0, atol=1e-4 * float(expected.abs().max())):
             twin.backbone = copy.deepcopy(self.backbone).eval()
         return twin
+
+    def _blank(self) -> Tensor:
+        """A black image (1, 3, *PROBE_SIZE) of the backbone's dtype and device."""
+        return next(self.backbone.parameters(), torch.zeros(())).new_zeros(1, 3, *PROBE_SIZE)
 
     def _can_be_described(self) -> bool:
         return self.spec is not None
@@ -174,34 +190,31 @@ class Classifier(SavedNetwork):
         return described(metadata, metadata["classes"])
 
     def _probe_channels(self) -> int:
-        was_training = self.backbone.training
-        self.backbone.eval()
+        """Number of channels of the features; refuses a backbone that gives no map."""
+        backbone: Any = self.backbone
+        was_training = backbone.training
+        backbone.eval()
         try:
-            parameter = next(self.backbone.parameters(), torch.zeros(()))
-            image = parameter.new_zeros(1, 3, *PROBE_SIZE)
             with torch.no_grad():
-                given = _forward(self.backbone, image)
-                is_row = isinstance(given, Tensor) and given.ndim == 3
-                self._gives_tokens = is_row and hasattr(self.backbone, "forward_intermediates")
-                features = self.features(image) if is_row else _as_map(self.backbone, given)
+                if hasattr(backbone, "forward_intermediates"):
+                    given = backbone.forward_features(self._blank())
+                    self._gives_tokens = isinstance(given, Tensor) and given.ndim == 3
+                features = self.features(self._blank())
         except (AssertionError, RuntimeError) as error:
             raise ClassifierError(
-                f"the backbone {type(self.backbone).__name__} cannot take an image of "
+                f"the backbone {type(backbone).__name__} cannot take an image of "
                 f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} pixels: {error}. LPCAM maps images of any "
                 "size; some transformers do so with the arguments dynamic_img_size: true and "
                 "dynamic_img_pad: true"
             ) from error
         finally:
-            self.backbone.train(was_training)
+            backbone.train(was_training)
         if not bool(torch.isfinite(features).all()):
             raise ClassifierError(
                 "the backbone gives NaN or Inf on an all-zero image; its weights are damaged or "
                 "belong to another architecture"
             )
         return features.shape[1]
-
-
-# -- Building a classifier ---------------------------------------------------------------------
 
 
 def build(
@@ -242,25 +255,15 @@ def build(
         return Classifier(backbone, classes, _preprocessing(backbone, mean, std), spec)
 
 
-def timm_classifier(
-    name: str,
-    *,
-    weights: str | Path = PRETRAINED,
-    classes: Sequence[str] | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Classifier:
+def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifier:
     """A timm model with the head that it was trained with; such a classifier cannot be saved.
 
     The head must be linear in the mean of the feature map: head and mean must give the model's own
-    logits, which is checked. A bias counts in the scores, but not in the maps (equation 1).
+    logits, which is checked. A bias counts in the scores, but not in the maps (equation 1). Classes
+    are those of ImageNet if the model has them, else numbers.
 
     Args:
         weights: ``"pretrained"`` (timm's) or a safetensors file of the whole model.
-        classes: N names; default: those of ImageNet if the model has its classes, else numbers.
-        arguments: of ``timm.create_model``.
-        mean, std: as for :func:`build`.
 
     Raises:
         ClassifierError: if timm does not know the name, the weights cannot be had or do not fit,
@@ -271,49 +274,40 @@ def timm_classifier(
         Traceback (most recent call last):
         lpcam.runtime.errors.ClassifierError: timm has no model 'resnet5'; ...
     """
-    spec = BackboneSpec(name, arguments or {})
+    spec = BackboneSpec(name, {})
     with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
         model: Any = _create(spec, pretrained=str(weights) == PRETRAINED).eval()
         if str(weights) != PRETRAINED:
             _load_weights(model, Path(weights), spec, with_head=True)
         head = model.get_classifier()
-        not_linear = ClassifierError(
-            f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
-            "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
-            "head on this backbone ('lpcam classify')"
-        )
-        if not isinstance(head, nn.Linear):
-            raise not_linear
-        names = class_names(model, head.out_features) if classes is None else classes
-        if head.out_features != len(names):
-            raise ClassifierError(
-                f"{name!r} has {head.out_features} classes, but {len(names)} names were given; "
-                "give one name per class, in the order of its logits"
-            )
-        classifier = Classifier(model, names, _preprocessing(model, mean, std))
+        if isinstance(head, nn.Linear):
+            names = class_names(model, head.out_features)
+            classifier = Classifier(model, names, _preprocessing(model, None, None))
+            if _serves(head, classifier):
+                model.reset_classifier(0)  # else the head would be twice among the parameters
+                return classifier
+    raise ClassifierError(
+        f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
+        "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
+        "head on this backbone ('lpcam classify')"
+    )
+
+
+def _serves(head: nn.Linear, classifier: Classifier) -> bool:
+    """Make a model's head the classifier's, and tell whether it then gives the model's logits."""
     if head.in_features != classifier.head.in_features:
-        raise not_linear
+        return False
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
+    classifier.head = head
     with torch.no_grad():
-        expected = model(image)
-        classifier.head = head
+        expected = classifier.backbone(image)
         difference = float((classifier(image) - expected).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # true for NaN
-        raise not_linear
-    model.reset_classifier(0)  # else the head's weights would be twice among the parameters
-    return classifier
+    return difference <= TOLERANCE * max(1.0, float(expected.abs().max()))  # false for NaN
 
 
 def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
-    """A classifier with random weights, from the :func:`description` of its backbone.
-
-    Example:
-        >>> plain = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        >>> text = description(nn.Identity(), BackboneSpec("test_resnet", {}), plain)
-        >>> described(text).spec
-        BackboneSpec(name='test_resnet', arguments={}, output_stride=None, dilated=True)
-    """
+    """A classifier with random weights, from the :func:`description` of its backbone."""
     preprocessing = Preprocessing(*(tuple(metadata["preprocessing"][k]) for k in ("mean", "std")))
     spec = BackboneSpec(**metadata["backbone"])
     with torch.random.fork_rng(devices=[]):  # the weights will be replaced
@@ -324,12 +318,7 @@ def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) 
 def description(
     backbone: nn.Module, spec: BackboneSpec | None, preprocessing: Preprocessing
 ) -> dict[str, Any]:
-    """Architecture and preprocessing as JSON, for files and fingerprints.
-
-    Example:
-        >>> description(nn.Identity(), None, Preprocessing((0.5,), (1.0,)))
-        {'backbone': 'Identity', 'preprocessing': {'mean': (0.5,), 'std': (1.0,)}}
-    """
+    """Architecture and preprocessing as JSON, for files and fingerprints."""
     return {
         "backbone": asdict(spec) if spec else type(backbone).__name__,
         "preprocessing": asdict(preprocessing),
@@ -337,39 +326,21 @@ def description(
 
 
 def folded_backbone(backbone: nn.Module) -> nn.Module:
-    """A copy of a backbone for inference, as :meth:`Classifier.folded`.
-
-    Example:
-        >>> layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        >>> len(list(folded_backbone(nn.Sequential(*layers))[1].parameters()))
-        0
-    """
+    """A copy of a backbone for inference, as :meth:`Classifier.folded`."""
     with torch.random.fork_rng(devices=[]):  # a random head is drawn, which is not used
         classifier = Classifier(backbone, NO_CLASSES, Preprocessing((), ()))
     return classifier.folded().backbone
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    """All intermediate maps (B, C, h, w) of a timm backbone for images (B, 3, H, W).
-
-    Example:
-        >>> backbone = timm.create_model("test_resnet")
-        >>> [m.shape[-1] for m in feature_maps(backbone, torch.zeros(1, 3, 64, 64))]
-        [32, 16, 8, 4, 2]
-    """
+    """All intermediate maps (B, C, h, w) of a timm backbone for images (B, 3, H, W)."""
     intermediates: Any = backbone.forward_intermediates
     found: list[Tensor] = intermediates(images, intermediates_only=True, output_fmt="NCHW")
     return found
 
 
 def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know by a ClassifierError with similar names.
-
-    Example:
-        >>> check_backbone("resnet50")
-    """
-    import lpcam.classifiers.wideresnet38  # noqa: F401, PLC0415 - registers itself with timm
-
+    """Refuse a name that timm does not know by a ClassifierError with similar names."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"similar names are {', '.join(near)}" if near else "timm.list_models() lists all"
@@ -415,16 +386,7 @@ def _preprocessing(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ClassifierError: if it is missing, damaged or of another format.
-
-    Example:
-        >>> read_weights(Path("resnet.pth"))
-        Traceback (most recent call last):
-        lpcam.runtime.errors.ClassifierError: no weights file 'resnet.pth'; ...
-    """
+    """The tensors of a safetensors file; a missing, damaged or other one is a ClassifierError."""
     if not path.is_file():
         raise ClassifierError(
             f"no weights file {str(path)!r}; give the path of a safetensors file, "
@@ -450,24 +412,19 @@ def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
         >>> misfit({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(2)})
         '1 missing (first: b), 1 of another shape (first: a)'
     """
+    both = own.keys() & state.keys()
     found = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": sorted(
-            k for k in own.keys() & state.keys() if own[k].shape != state[k].shape
-        ),
+        "missing": own.keys() - both,
+        "unexpected": state.keys() - both,
+        "of another shape": {k for k in both if own[k].shape != state[k].shape},
     }
     return ", ".join(
-        f"{len(names)} {what} (first: {names[0]})" for what, names in found.items() if names
+        f"{len(names)} {what} (first: {min(names)})" for what, names in found.items() if names
     )
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse weights with NaN or Inf by a ClassifierError that names ``path`` and the tensor.
-
-    Example:
-        >>> refuse_not_finite({"a": torch.ones(1)}, "w.safetensors")
-    """
+    """Refuse weights with NaN or Inf by a ClassifierError that names ``path`` and the tensor."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ClassifierError(
@@ -549,27 +506,3 @@ class _SameConvolution(nn.Module):
         return F.conv2d(
             images, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
         )[:, :, kept[0], kept[1]]
-
-
-def _forward(backbone: nn.Module, images: Tensor) -> Any:
-    return getattr(backbone, "forward_features", backbone)(images)
-
-
-def _as_map(backbone: nn.Module, features: Any) -> Tensor:
-    """What a convolutional backbone gave, as (B, C, h, w)."""
-    if not isinstance(features, Tensor) or features.ndim != 4:
-        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ClassifierError(
-            f"the backbone {type(backbone).__name__} gives {shape}, not a feature map "
-            "(B, C, h, w) before pooling; choose a backbone that has one"
-        )
-    if str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
-        return features.permute(0, 3, 1, 2)
-    return features
-
-
-def _token_map(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The last tokens of a transformer on their grid (B, C, h, w), without prefix tokens."""
-    intermediates: Any = backbone.forward_intermediates
-    maps = intermediates(images, indices=1, norm=True, intermediates_only=True)
-    return _as_map(backbone, maps[-1])

@@ -43,30 +43,27 @@ class _Block(nn.Module):
         return shortcut + self.branch(active)
 
 
-class PlainBlock(_Block):
-    """Block of two 3 x 3 convolutions, each after batch norm and ReLU."""
+class _PlainBlock(_Block):
+    """Two 3 x 3 convolutions, each after batch norm and ReLU."""
 
     def __init__(
         self, before: int, middle: int, after: int, stride: int, dilations: tuple[int, int]
     ) -> None:
         super().__init__()
-        first, second = dilations
         self.bn_branch2a = nn.BatchNorm2d(before)
-        self.conv_branch2a = _convolution(before, middle, 3, stride, first)
+        self.conv_branch2a = _convolution(before, middle, 3, stride, dilations[0])
         self.bn_branch2b1 = nn.BatchNorm2d(middle)
-        self.conv_branch2b1 = _convolution(middle, after, 3, 1, second)
-        self.conv_branch1 = (
-            _convolution(before, after, 1, stride) if before != after or stride > 1 else None
-        )
+        self.conv_branch2b1 = _convolution(middle, after, 3, 1, dilations[1])
+        same = before == after and stride == 1
+        self.conv_branch1 = None if same else _convolution(before, after, 1, stride)
 
     def branch(self, active: Tensor) -> Tensor:
-        """The residual of active features."""
         found: Tensor = self.bn_branch2b1(self.conv_branch2a(active)).relu()
         return self.conv_branch2b1(found)  # type: ignore[no-any-return]
 
 
-class BottleneckBlock(_Block):
-    """Block of 1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after channel dropout."""
+class _BottleneckBlock(_Block):
+    """1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after channel dropout."""
 
     def __init__(self, before: int, after: int, dilation: int, dropout: float) -> None:
         super().__init__()
@@ -81,7 +78,6 @@ class BottleneckBlock(_Block):
         self.conv_branch1 = _convolution(before, after, 1)
 
     def branch(self, active: Tensor) -> Tensor:
-        """The residual of active features."""
         found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
         found = self.conv_branch2b1(self.dropout_2b1(found))
         return self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))  # type: ignore[no-any-return]
@@ -108,8 +104,7 @@ class WideResNet38(nn.Module):
         final_relu: apply ReLU to the features. EDAM keeps them signed.
 
     Raises:
-        ValueError: if there are not seven channels and four depths, all positive, with an even
-            number of channels of b5 and multiples of 4 for b6 and b7.
+        ValueError: if numbers do not fit, or b5's channels are odd or b6's or b7's not of 4.
 
     Example:
         >>> import torch
@@ -129,7 +124,16 @@ class WideResNet38(nn.Module):
         final_relu: bool = True,
     ) -> None:
         super().__init__()
-        _check_sizes(channels, depths)
+        whole = all(isinstance(n, int) and n > 0 for n in (*channels, *depths))
+        if len(channels) != len(CHANNELS) or len(depths) != len(DEPTHS) or not whole:
+            raise ValueError(
+                f"channels {list(channels)} and depths {list(depths)} must be {len(CHANNELS)} and "
+                f"{len(DEPTHS)} positive whole numbers, such as {list(CHANNELS)} and {list(DEPTHS)}"
+            )
+        if channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
+            raise ValueError(
+                f"channels {list(channels)}: the fifth must be even, the last two multiples of 4"
+            )
         stem, *wide = channels
         self.final_relu = final_relu
         self.num_features = channels[-1]
@@ -145,17 +149,18 @@ class WideResNet38(nn.Module):
                 first = name == names[0]
                 stride = 2 if first and number < 3 else 1
                 dilations = (1 if first else dilation, dilation)
-                self.add_module(name, PlainBlock(before, middle, after, stride, dilations))
+                self.add_module(name, _PlainBlock(before, middle, after, stride, dilations))
                 before = after
-        self.b6 = BottleneckBlock(wide[3], wide[4], 4, DROPOUTS[0])
-        self.b7 = BottleneckBlock(wide[4], wide[5], 4, DROPOUTS[1])
+        self.b6 = _BottleneckBlock(wide[3], wide[4], 4, DROPOUTS[0])
+        self.b7 = _BottleneckBlock(wide[4], wide[5], 4, DROPOUTS[1])
         self.stages.append(["b6", "b7"])
         self.bn7 = nn.BatchNorm2d(wide[5])
         self.feature_info = [
-            {"num_chs": count, "reduction": reduction, "module": module}
-            for count, reduction, module in zip(
-                (*wide[:4], wide[5]), (2, 4, 8, 8, 8), ("b3", "b4", "b5", "b6", "bn7"), strict=True
-            )
+            {"num_chs": wide[0], "reduction": 2, "module": "b3"},
+            {"num_chs": wide[1], "reduction": 4, "module": "b4"},
+            {"num_chs": wide[2], "reduction": 8, "module": "b5"},
+            {"num_chs": wide[3], "reduction": 8, "module": "b6"},
+            {"num_chs": wide[5], "reduction": 8, "module": "bn7"},
         ]
         self.pretrained_cfg: dict[str, Any] = {
             "architecture": "wideresnet38",
@@ -175,63 +180,40 @@ class WideResNet38(nn.Module):
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
+        *,
         intermediates_only: bool = False,
+        **_: Any,
     ) -> Any:
         """The activations that enter b3, b4, b5 and b6 (strides 2, 4, 8, 8), and the features.
 
-        The arguments are those of timm's models. ``norm`` has no effect: all are normalised.
-
-        Returns:
-            a list of (B, C, h, w), or the features and that list.
-
-        Raises:
-            ValueError: if ``output_fmt`` is not NCHW.
+        The arguments are those of timm's models; others than these have no effect. Returns a list
+        of (B, C, h, w), or the features and that list.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        every = list(range(len(self.feature_info)))
-        taken = every[-indices:] if isinstance(indices, int) else indices or every
-        taken = [every[index] for index in taken]
-        maps = self._maps(x, max(taken) if stop_early and intermediates_only else None)
-        chosen = [maps[index] for index in taken]
+        maps = self._maps(x)
+        if isinstance(indices, int):
+            chosen = maps[-indices:]
+        else:
+            chosen = maps if indices is None else [maps[index] for index in indices]
         return chosen if intermediates_only else (maps[-1], chosen)
 
     def get_classifier(self) -> nn.Module:
         """An identity, as for timm's models without a head."""
         return nn.Identity()
 
-    def _maps(self, images: Tensor, last: int | None = None) -> list[Tensor]:
+    def _maps(self, images: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
         features = self.conv1a(images)
         for number, names in enumerate(self.stages):
-            block: Any = getattr(self, names[0])
-            active = block.activated(features)
+            first, *blocks = (self.get_submodule(name) for name in names)
+            active = first.activated(features)  # type: ignore[operator]
             if number:
                 maps.append(active)
-                if last is not None and len(maps) > last:
-                    return maps
-            features = block(features, active)
-            for name in names[1:]:
-                features = getattr(self, name)(features)
+            features = first(features, active)
+            for block in blocks:
+                features = block(features)
         features = self.bn7(features)
         maps.append(features.relu() if self.final_relu else features)
         return maps
-
-
-def _check_sizes(channels: Sequence[int], depths: Sequence[int]) -> None:
-    whole = all(isinstance(n, int) and n > 0 for n in (*channels, *depths))
-    if len(channels) != len(CHANNELS) or len(depths) != len(DEPTHS) or not whole:
-        raise ValueError(
-            f"channels {list(channels)} and depths {list(depths)} must be {len(CHANNELS)} and "
-            f"{len(DEPTHS)} positive whole numbers, such as {list(CHANNELS)} and {list(DEPTHS)}"
-        )
-    if channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
-        raise ValueError(
-            f"channels {list(channels)}: the fifth must be even, the last two multiples of 4"
-        )
 
 
 @register_model  # type: ignore[untyped-decorator, unused-ignore]
@@ -240,14 +222,7 @@ def wideresnet38(
 ) -> nn.Module:
     """WideResNet-38 for ``timm.create_model``, with the arguments of :class:`WideResNet38`.
 
-    Raises:
-        ValueError: if pre-trained weights, a classification head or another output stride than 8
-            are requested.
-
-    Example:
-        >>> wideresnet38(num_classes=10)
-        Traceback (most recent call last):
-        ValueError: num_classes 10 and output_stride 8: ...
+    Refuses pre-trained weights, a classification head and other output strides by a ValueError.
     """
     if pretrained:
         raise ValueError(
