@@ -159,7 +159,7 @@ def test_a_new_head_reads_the_mean_of_the_patch_tokens() -> None:
         wrapped.features(pictures(size=(64, 96))),
         wrap(model, pool="token").features(pictures(size=(64, 96))),
     )
-    with pytest.raises(ClassifierError, match=r"no linear head for a, b yet; LPCAM\(model, cl"):
+    with pytest.raises(ClassifierError, match="no linear head for a, b"):
         wrapped.weight  # noqa: B018
     headed = wrapped.with_head(torch.ones(2, 64))
     assert (headed.needs_head, headed.pool, headed.bias) == (False, "mean", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from lpcam.classifiers.tracing import (
     first_tensor,
     flat,
     logits_of,
+    misshape,
 )
 from lpcam.runtime.errors import ClassifierError
 
@@ -42,6 +42,8 @@ OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Functions of its logits that a model may return."""
 Candidate = tuple[MapLayer, Tensor]
 """A layer that may give the map, and its output in the recorded pass"""
+Found = tuple[Reading, Sequence[str], str]
+"""The map and the head, names of the classes, and which of OUTPUTS the model gives"""
 
 
 class Head(NamedTuple):
@@ -64,10 +66,10 @@ class Finder:
         model: nn.Module,
         record: Record,
         images: Tensor,
-        layer: nn.Module | Callable[[Tensor], Any] | None = None,
-        head: nn.Module | Rows | None = None,
-        pool: Pool | None = None,
-        classes: Sequence[str] | None = None,
+        layer: nn.Module | Callable[[Tensor], Any] | None,
+        head: nn.Module | Rows | None,
+        pool: Pool | None,
+        classes: Sequence[str] | None,
     ) -> None:
         self.model, self.record = model, record
         self.layer, self.given, self.pool = layer, head, pool
@@ -75,12 +77,8 @@ class Finder:
         self.logits = logits_of(record.output)
         self.candidates = self._candidates(images)
 
-    def find(self) -> tuple[Reading, Sequence[str], str]:
-        """The map and the head, names of the classes, and which of OUTPUTS the model gives.
-
-        Raises:
-            ClassifierError: if nothing fits; the message says what was found and what to pass.
-        """
+    def find(self) -> Found:
+        """The map and the head; if nothing fits, a ClassifierError says what was found."""
         if isinstance(self.given, tuple):
             return self._find_for_tensors(*self.given)
         heads = list(self._heads())
@@ -90,13 +88,12 @@ class Finder:
                 "1 x 1 convolution on one vector per image); give its last linear layer, or the "
                 "pair (weight, bias)"
             )
-        counts = [head.after.shape[1] for head in heads]
         named = None if self.classes is None else len(self.classes)
-        own = [h for h, n in zip(heads, counts, strict=True) if named in (None, n)]
+        own = [head for head in heads if named in (None, head.after.shape[1])]
         if heads and not own and (self.given is not None or self.pool == "token"):
             raise ClassifierError(
-                f"the head {heads[0].linear} has {counts[0]} classes, but {named} names were "
-                "given; give one name per class, in the order of its logits"
+                f"the head {heads[0].linear} has {heads[0].after.shape[1]} classes, but {named} "
+                "names were given; give one name per class, in the order of its logits"
             )
         for head in own:
             match = self._trace(head.before, token=self.pool == "token")
@@ -105,16 +102,16 @@ class Finder:
                 reading = Reading(layer, head.linear, norms)
                 if self.record.same(reading.logits_of(raw), head.after, 1.0):
                     return reading, self._names(head.after.shape[1]), head.output
-        if self.classes is not None and self.pool != "token":
-            if heads:
-                logger.warning(
-                    "the model's own head (%d classes) cannot serve for the %d given classes; a "
-                    "new linear head is fitted",
-                    counts[0],
-                    named,
-                )
-            return Reading(self._features_layer(heads), None, ()), self.classes, "features"
-        raise self._failure(heads)
+        if self.classes is None or self.pool == "token":
+            raise self._failure(heads)
+        if heads:
+            logger.warning(
+                "the model's own head (%d classes) cannot serve for the %d given classes; a new "
+                "linear head is fitted",
+                heads[0].after.shape[1],
+                named,
+            )
+        return Reading(self._features_layer(heads), None, ()), self.classes, "features"
 
     def _names(self, count: int) -> Sequence[str]:
         return class_names(self.model, count) if self.classes is None else self.classes
@@ -128,39 +125,27 @@ class Finder:
                 raw = first_tensor(self.layer(images))
             name = getattr(self.layer, "__name__", type(self.layer).__name__)
             return _layouts(self.layer, name, 0, raw)
-        calls = list(reversed(self.record.calls))
-        if self.layer is not None:
-            calls = [call for call in calls if call.module is self.layer]
-            if not calls:
-                raise ClassifierError("the target_layer gave no tensor when the model ran")
-        return [
-            found
-            for call in calls
-            for found in _layouts(call.module, call.name, call.number, call.after)
-        ]
+        calls = [c for c in self.record.calls[::-1] if self.layer in (None, c.module)]
+        if self.layer is not None and not calls:
+            raise ClassifierError("the target_layer gave no tensor when the model ran")
+        return [one for c in calls for one in _layouts(c.module, c.name, c.number, c.after)]
 
     def _with_stride(self, layer: MapLayer, raw: Tensor) -> MapLayer:
         """The layer with the stride of its tokens, which gives the grid for other sizes."""
         if layer.layout != "tokens":
             return layer
-        stride = self.record.token_stride(raw.shape[1] - layer.prefix)
-        return replace(layer, stride=stride)
+        return replace(layer, stride=self.record.token_stride(raw.shape[1] - layer.prefix))
 
     def _mean_match(self, target: Tensor, *, length: bool = False) -> Candidate | None:
         """The last map whose mean (with ``length``: normalised mean) is the target (B, C)."""
         for layer, raw in self.candidates:
             if _channels(layer, raw) != target.shape[1]:
                 continue
-            prefixes = range(1)
-            if layer.layout == "tokens":
-                prefixes = range(min(MOST_PREFIX_TOKENS, raw.shape[1] - 2) + 1)
             for relu in (False, True):
-                for prefix in prefixes:
+                for prefix in _prefixes(layer, raw):
                     tried = replace(layer, relu=relu, prefix=prefix)
                     mean = tried.vector(raw)
-                    if length:
-                        mean = F.normalize(mean, dim=1)
-                    if self.record.same(mean, target):
+                    if self.record.same(F.normalize(mean, dim=1) if length else mean, target):
                         return self._with_stride(tried, raw), raw
         return None
 
@@ -180,10 +165,9 @@ class Finder:
         said = getattr(self.model, "num_prefix_tokens", None)
         if isinstance(said, int) and said >= least:
             return said
-        for prefix in range(least, min(MOST_PREFIX_TOKENS, count - 1) + 1):
-            if any(h * w == count - prefix > 1 for h, w in self.record.grids):
-                return prefix
-        return least
+        cells = {h * w for h, w in self.record.grids if h * w > 1}
+        tried = range(least, min(MOST_PREFIX_TOKENS, count - 1) + 1)
+        return next((prefix for prefix in tried if count - prefix in cells), least)
 
     # .. from the head back to the map
 
@@ -204,9 +188,8 @@ class Finder:
     def _output(self, logits: Tensor, least: float = 0.0) -> str | None:
         """Which of OUTPUTS of these logits the model gives."""
         for name, function in OUTPUTS.items():
-            if name == "softmax" and logits.shape[1] == 1:
-                continue
-            if self.record.same(function(logits), self.logits, least):
+            trivial = name == "softmax" and logits.shape[1] == 1
+            if not trivial and self.record.same(function(logits), self.logits, least):
                 return name
         return None
 
@@ -218,8 +201,7 @@ class Finder:
             for call in reversed(self.record.calls):
                 if not self.record.same(flat(call.after), vector):
                     continue
-                norm = Norm.of(call, self.record)
-                before = flat(call.before)
+                norm, before = Norm.of(call, self.record), flat(call.before)
                 if norm is not None and before is not None and norm not in norms:
                     break
             else:
@@ -243,15 +225,12 @@ class Finder:
 
     # .. where the model's own head is not used
 
-    def _find_for_tensors(
-        self, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Reading, Sequence[str], str]:
+    def _find_for_tensors(self, weight: Tensor, bias: Tensor | None) -> Found:
         """The last map on which given rows give the model's logits; else the given layer."""
         if not isinstance(weight, Tensor) or weight.ndim not in (2, 4):
             raise ClassifierError("head=(weight, bias) needs a weight (N, C)")
         weight = weight.detach().flatten(1)
-        head = Linear(tensors=(weight, bias))
-        count = weight.shape[0]
+        head, count = Linear(tensors=(weight, bias)), weight.shape[0]
         if self.classes is not None and len(self.classes) != count:
             raise ClassifierError(
                 f"the given weight has {count} rows, but {len(self.classes)} class names were given"
@@ -288,16 +267,13 @@ class Finder:
     def _readings(self, layer: MapLayer, raw: Tensor) -> Iterator[MapLayer]:
         """Ways to read a layer's output for a given weight, the likeliest first."""
         if layer.layout != "tokens":
-            yield layer
-            yield replace(layer, relu=True)
+            yield from (layer, replace(layer, relu=True))
             return
         least = self._prefix(raw.shape[1], 0)
         if self.pool == "token":
             yield replace(layer, token=0, prefix=max(1, least))
-            return
-        yield replace(layer, prefix=least)
-        for prefix in range(min(MOST_PREFIX_TOKENS, raw.shape[1] - 2) + 1):
-            yield replace(layer, prefix=prefix)
+        else:
+            yield from (replace(layer, prefix=n) for n in (least, *_prefixes(layer, raw)))
 
     def _features_layer(self, heads: Sequence[Head]) -> MapLayer:
         """The map for a new head: that of a head's input or of the output; else the last map."""
@@ -314,20 +290,13 @@ class Finder:
             if layer.layout == "tokens":
                 return self._with_stride(replace(layer, prefix=self._prefix(raw.shape[1], 0)), raw)
             # of two layouts the one whose grid has the shape of the image
-            last = said.endswith("NHWC") or self._misshape(raw.shape[1:3]) < self._misshape(
-                raw.shape[2:]
-            )
-            if (layer.layout == "NHWC") == last:
+            last, first = (misshape(g, self.record.size) for g in (raw.shape[1:3], raw.shape[2:]))
+            if (layer.layout == "NHWC") == (said.endswith("NHWC") or last < first):
                 return layer
         raise ClassifierError(
             f"no feature map was found in {type(self.model).__name__}: no layer gives one (B, "
             "C, h, w), with channels last or as tokens; pass target_layer="
         )
-
-    def _misshape(self, grid: Sequence[int]) -> float:
-        """Difference between the aspect ratios of a grid and of the image, as a logarithm."""
-        height, width = self.record.size
-        return abs(math.log(grid[0] / grid[1]) - math.log(height / width))
 
     # .. why nothing was found
 
@@ -337,10 +306,9 @@ class Finder:
         own = "target_layer= and head= where they are known"
         if not heads:
             shape = None if self.logits is None else tuple(self.logits.shape)
-            what = f"gives logits {shape}" if shape else "gives no logits (B, N)"
             return ClassifierError(
                 f"no linear layer was found in {name} whose output is what the model gives: it "
-                f"{what}. Pass {new}, or {own}"
+                f"gives {f'logits {shape}' if shape else 'no logits (B, N)'}. Pass {new}, or {own}"
             )
         vector, start = heads[0].before, f"the head {heads[0].linear} of {name}"
         if self.pool == "token":
@@ -402,6 +370,12 @@ def _channels(layer: MapLayer, raw: Tensor) -> int:
     return raw.shape[1 if layer.layout == "NCHW" else -1]
 
 
+def _prefixes(layer: MapLayer, raw: Tensor) -> range:
+    """Possible numbers of tokens before the patches; at least two patches remain."""
+    most = min(MOST_PREFIX_TOKENS, raw.shape[1] - 2) if layer.layout == "tokens" else 0
+    return range(most + 1)
+
+
 # -- Names of classes --------------------------------------------------------------------------
 
 
@@ -410,10 +384,6 @@ def class_names(model: nn.Module, count: int) -> list[str]:
 
     They come from its configuration (``id2label``), or from ImageNet if timm knows the model's
     classes; otherwise they are numbers.
-
-    Example:
-        >>> class_names(nn.Linear(4, 2), 2)
-        ['class 0', 'class 1']
     """
     labels: Any = getattr(getattr(model, "config", None), "id2label", None)
     of_timm = getattr(model, "pretrained_cfg", None) is not None

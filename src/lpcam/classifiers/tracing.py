@@ -39,21 +39,11 @@ KEPT_MAPS = 64
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel or torch.compile.
-
-    Example:
-        >>> layer = nn.Linear(2, 3)
-        >>> unwrap(nn.DataParallel(layer)) is layer
-        True
-    """
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    """The module inside DataParallel, DistributedDataParallel or torch.compile."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
@@ -62,16 +52,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Compiled modules run uncompiled, because compiled code may ignore hooks. If a class overrides
     ``train`` (to clear caches or merge weights), its method is called.
-
-    Example:
-        >>> with evaluation_mode(layer := nn.Dropout()):
-        ...     layer.training
-        False
     """
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    overriding = [module for module in modules if module.training and _overrides_train(module)]
+    flags = {module: module.training for module in model.modules()}
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    overriding = [module for module, flag in flags.items() if flag and _overrides_train(module)]
     # Merging weights and undoing it changes them by rounding.
     saved = [
         (tensor, tensor.detach().clone())
@@ -80,29 +64,28 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     ]
 
     def restore() -> None:
-        for module, flag in zip(modules, flags, strict=True):
+        for module, flag in flags.items():
             if module.training != flag:
                 module.training = flag
-        for parameter, need in needed:
+        for parameter, need in needed.items():
             if parameter.requires_grad != need:
                 parameter.requires_grad_(need)
         for tensor, value in saved:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
 
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    devices = {p.device.index for p in needed if p.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
-        if any(_is_compiled(module) for module in modules):
+        if any(_is_compiled(module) for module in flags):
             stance: Any = torch.compiler.set_stance("force_eager")
             stack.enter_context(stance)
         stack.callback(restore)
         for module in overriding:
             stack.callback(module.train, True)
             module.train(False)
-        for module in modules:
-            # A class may override eval() to leave some modules in training mode.
+        for module in flags:  # a class may override eval() to leave some modules in training mode
             if module.training:
                 module.training = False
         yield
@@ -122,26 +105,14 @@ def _is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def without_grad_and_autocast(device: torch.device) -> Iterator[None]:
-    """Ordinary tensors without gradients, inside inference mode and autocast too.
-
-    Example:
-        >>> with torch.inference_mode(), without_grad_and_autocast(torch.device("cpu")):
-        ...     torch.ones(1).is_inference()
-        False
-    """
+    """Ordinary tensors without gradients, inside inference mode and autocast too."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions on a GPU in full float32; the setting applies to all threads.
-
-    Example:
-        >>> with without_tf32():
-        ...     torch.backends.cuda.matmul.fp32_precision
-        'ieee'
-    """
+    """Products and convolutions on a GPU in full float32; the setting applies to all threads."""
     # Reading the older allow_tf32 raises if a caller has set these to different values.
     cudnn: Any = torch.backends.cudnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
@@ -162,13 +133,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Dtype of the model's first floating-point tensor.
-
-    Example:
-        >>> model = nn.Linear(2, 3).double()
-        >>> device_of(model), dtype_of(model)
-        (device(type='cpu'), torch.float64)
-    """
+    """Dtype of the model's first floating-point tensor."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
@@ -177,12 +142,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module gave, or the first one of a list, tuple or mapping.
-
-    Example:
-        >>> first_tensor({"a": None, "b": [torch.tensor(2)]})
-        tensor(2)
-    """
+    """The tensor that a module gave, or the first one of a list, tuple or mapping."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -193,12 +153,7 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Logits (B, N) of an output: its ``logits``, or the first tensor; (B,) becomes (B, 1).
-
-    Example:
-        >>> logits_of({"features": torch.ones(2, 8), "logits": torch.ones(2, 3)}).shape
-        torch.Size([2, 3])
-    """
+    """Logits (B, N) of an output: its ``logits``, or the first tensor; (B,) becomes (B, 1)."""
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
@@ -213,10 +168,6 @@ def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
     """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
 
     With ``pooled`` a map (B, C, h, w) becomes its mean.
-
-    Example:
-        >>> flat(torch.ones(2, 3, 1, 1)).shape, flat(torch.ones(2, 3, 4, 4))
-        (torch.Size([2, 3]), None)
     """
     if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
@@ -265,19 +216,20 @@ class Record:
         maps: deque[int] = deque()
         grids: list[tuple[int, int]] = []
         counts: Counter[nn.Module] = Counter()
-        dtypes: set[torch.dtype] = set()
+        tolerance = TOLERANCE
 
         def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal tolerance
             before, after = first_tensor((args, list(kwargs.values()))), first_tensor(output)
-            call = Call(name, module, counts[module], before, after)
+            number = counts[module]
             counts[module] += 1
             if after is None:
                 return
-            if after.is_floating_point():
-                dtypes.add(after.dtype)
+            tolerance = max(tolerance, COARSE.get(after.dtype, 0.0))
             if after.ndim == 4:
-                grids.extend((tuple(after.shape[2:]), tuple(after.shape[1:3])))  # type: ignore[arg-type]
-            calls.append(call)
+                _, a, b, c = after.shape
+                grids.extend(((b, c), (a, b)))
+            calls.append(Call(name, module, number, before, after))
             if module in always or (flat(after) is not None and after.ndim != 3):
                 return
             maps.append(len(calls) - 1)
@@ -291,7 +243,6 @@ class Record:
                 hooks.enter_context(module.register_forward_hook(called, with_kwargs=True))
             with torch.autocast(images.device.type, enabled=False):
                 output = model(images)
-        tolerance = max([TOLERANCE, *(COARSE[dtype] for dtype in dtypes if dtype in COARSE)])
         size = (images.shape[-2], images.shape[-1])
         return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
 
@@ -309,17 +260,18 @@ class Record:
         number if one explains the grid.
         """
         fitting = [grid for grid in self.grids if grid[0] * grid[1] == count]
-        wanted = math.log(self.size[0] / self.size[1])
-        grid = min(
-            [*fitting, grid_of(count, self.size)],
-            key=lambda g: abs(math.log(g[0] / g[1]) - wanted),
-        )
+        grid = min([*fitting, grid_of(count, self.size)], key=lambda g: misshape(g, self.size))
         exact = [s / g for s, g in zip(self.size, grid, strict=True)]
         for whole in (math.floor(min(exact)), math.ceil(max(exact))):
             for rounding in (math.floor, math.ceil):
                 if whole and tuple(rounding(s / whole) for s in self.size) == grid:
                     return float(whole), float(whole)
         return exact[0], exact[1]
+
+
+def misshape(grid: Sequence[int], size: tuple[int, int]) -> float:
+    """Difference between the aspect ratios of a grid and of an image, as a logarithm."""
+    return abs(math.log(grid[0] / grid[1]) - math.log(size[0] / size[1]))
 
 
 # -- The layer of the feature map --------------------------------------------------------------
@@ -343,24 +295,20 @@ class MapLayer:
 
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
-        kept: list[Tensor | None] = []
-        count, thread = 0, threading.get_ident()
+        outputs: list[Any] = []
+        thread = threading.get_ident()
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal count
-            if threading.get_ident() != thread:
-                return
-            if count == self.number:
-                kept.append(first_tensor(output))
-            count += 1
+            if threading.get_ident() == thread:
+                outputs.append(output if len(outputs) == self.number else None)
 
         with evaluation_mode(model):
-            if not isinstance(self.layer, nn.Module):
-                kept.append(first_tensor(self.layer(images)))
-            else:
+            if isinstance(self.layer, nn.Module):
                 with self.layer.register_forward_hook(hook):
                     model(images)
-        found = kept[0] if kept else None
+            else:
+                outputs.append(self.layer(images))
+        found = first_tensor(outputs[self.number :])
         if found is None:
             raise ClassifierError(
                 f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
@@ -370,9 +318,7 @@ class MapLayer:
 
     def vector(self, raw: Tensor) -> Tensor:
         """(B, C): the token that the head reads, or the mean of the map."""
-        if self.token is not None:
-            return raw[:, self.token]
-        return self.map(raw).mean((-2, -1))
+        return self.map(raw).mean((-2, -1)) if self.token is None else raw[:, self.token]
 
     def map(self, raw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, h, w) from the layer's output for images of a size (H, W).
@@ -412,12 +358,8 @@ def grid_of(
             rows, columns = (rounding(n / s) for n, s in zip(size, stride, strict=True))
             if rows * columns == count:
                 return rows, columns
-    wanted = math.log(size[0] / size[1])
-    rows = min(
-        (n for n in range(1, count + 1) if count % n == 0),
-        key=lambda n: abs(math.log(n * n / count) - wanted),
-    )
-    return rows, count // rows
+    factors = ((n, count // n) for n in range(1, count + 1) if count % n == 0)
+    return min(factors, key=lambda grid: misshape(grid, size))
 
 
 # -- Norms between the pooled vector and the head ----------------------------------------------
@@ -468,8 +410,7 @@ class Norm:
     @classmethod
     def of(cls, call: Call, record: Record) -> Norm | None:
         """The norm that a call computes, if the numbers agree."""
-        before, after = flat(call.before), flat(call.after)
-        module = call.module
+        before, after, module = flat(call.before), flat(call.after), call.module
         if call.before is None or before is None or after is None or before.shape != after.shape:
             return None
         if record.same(after, before):  # dropout and the like
@@ -488,18 +429,15 @@ class Norm:
         return None
 
     def __str__(self) -> str:
-        if self.module is None:
-            return "L2 normalisation"
-        return f"{self.name} ({type(self.module).__name__})"
+        kind = type(self.module).__name__
+        return "L2 normalisation" if self.module is None else f"{self.name} ({kind})"
 
 
 def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
     """Number that a norm adds to a variance; for None the rounding unit of the input."""
     said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
-    numbers = [float(value) for value in said if isinstance(value, (int, float))]
-    if numbers:
-        return numbers[0]
-    return torch.finfo(dtype).eps if None in said else 1e-6
+    default = torch.finfo(dtype).eps if None in said else 1e-6
+    return next((float(value) for value in said if isinstance(value, (int, float))), default)
 
 
 # -- The head ----------------------------------------------------------------------------------
@@ -517,18 +455,16 @@ class Linear:
     def of(cls, call: Call, record: Record) -> Linear | None:
         """The matrix or 1 x 1 convolution that a call computes, if the numbers agree."""
         weight = getattr(call.module, "weight", None)
+        before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
         if not isinstance(weight, Tensor) or not hasattr(call.module, "bias"):
             return None
-        before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
         if before is None or after is None:
             return None
         shape = (after.shape[1], before.shape[1])
         if tuple(weight.shape) not in (shape, (*shape, 1, 1)):
             return None
         linear = cls(call.module, None, call.name)
-        weight, bias = linear.rows()
-        found = F.linear(before, weight.to(before), None if bias is None else bias.to(before))
-        return linear if record.same(found, after) else None
+        return linear if record.same(linear(before), after) else None
 
     def rows(self) -> Rows:
         """Current weight (N, C) and bias (N,), detached, float32 or float64."""
@@ -539,10 +475,19 @@ class Linear:
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
 
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Logits (B, N) of vectors (B, C)."""
+        return apply_rows(self.rows(), vectors)
+
     def __str__(self) -> str:
-        if self.module is None:
-            return "the given weight"
-        return f"{self.name} ({type(self.module).__name__})"
+        kind = type(self.module).__name__
+        return "the given weight" if self.module is None else f"{self.name} ({kind})"
+
+
+def apply_rows(rows: Rows, vectors: Tensor) -> Tensor:
+    """Logits (B, N) of vectors (B, C), in the vectors' precision."""
+    weight, bias = rows
+    return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))
 
 
 @dataclass(eq=False)
@@ -572,6 +517,4 @@ class Reading:
 
     def logits_of(self, raw: Tensor) -> Tensor:
         """Logits (B, N) from the output of the map layer."""
-        vectors = self.divided(self.map_layer.vector(raw))
-        weight, bias = self.rows(raw.device)
-        return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))
+        return apply_rows(self.rows(raw.device), self.divided(self.map_layer.vector(raw)))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +77,8 @@ class WrappedModel(Reading):
     new_head: bool = False
 
     def __repr__(self) -> str:
-        return (
-            f"WrappedModel({type(self.core).__name__}, {len(self.classes)} classes: {self.found})"
-        )
+        name = type(self.core).__name__
+        return f"WrappedModel({name}, {len(self.classes)} classes: {self.found})"
 
     @property
     def found(self) -> str:
@@ -130,8 +130,7 @@ class WrappedModel(Reading):
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         if self.head is None:
             raise ClassifierError(
-                "this model has no linear head for "
-                f"{', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''} yet; "
+                f"this model has no linear head for {', '.join(self.classes):.100} yet; "
                 "LPCAM(model, classes=[...]).fit(loader) fits one"
             )
         with without_grad_and_autocast(self.device):
@@ -172,11 +171,7 @@ class WrappedModel(Reading):
             return self.logits_of(raw)
 
     def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
-        """The same model with a copy of (N, C) rows and (N,) bias as head on the map's mean.
-
-        Raises:
-            ValueError: if the weight does not have one row per class.
-        """
+        """The same model with a copy of (N, C) rows and (N,) bias as head on the map's mean."""
         if weight.ndim != 2 or weight.shape[0] != len(self.classes):
             raise ValueError(
                 f"expected a weight of {len(self.classes)} rows, got {tuple(weight.shape)}"
@@ -197,26 +192,24 @@ class WrappedModel(Reading):
 
         A callable that gives the map is identified by its output for a fixed image.
         """
-        place = {
-            field: getattr(self.map_layer, field)
-            for field in ("layout", "prefix", "stride", "relu", "token")
-        }
-        if isinstance(self.map_layer.layer, nn.Module):
-            place |= {"layer": self.map_layer.name, "call": self.map_layer.number}
+        layer = self.map_layer
+        fields = ("layout", "prefix", "stride", "relu", "token")
+        place: dict[str, Any] = {field: getattr(layer, field) for field in fields}
+        if isinstance(layer.layer, nn.Module):
+            place |= {"layer": layer.name, "call": layer.number}
         else:
             place["signs"] = self._signs()
-        head = None if self.head is None or self.head.module is None else self.head.name
         description = {
             "classes": list(self.classes),
             "place": place,
             "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
-            "head": head,
+            "head": None if self.head is None or self.head.module is None else self.head.name,
         }
         state = self.core.state_dict()
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
         if self.head is not None and self.head.tensors is not None:
-            tensors["head weight"], bias = self.head.tensors
-            tensors.update({} if bias is None else {"head bias": bias})
+            given = zip(("head weight", "head bias"), self.head.tensors, strict=True)
+            tensors |= {name: t for name, t in given if t is not None}
         return digest_tensors(tensors, description)
 
     def _signs(self) -> str:
@@ -226,11 +219,9 @@ class WrappedModel(Reading):
         with without_grad_and_autocast(self.device):
             features = self.features(image)[0].cpu().double()
         features = (features - features.mean()).flatten()
-        signs = ""
-        for _ in range(64):
-            direction = torch.randn(features.shape, generator=generator, dtype=torch.float64)
-            signs += "+" if float(features @ direction) > 0 else "-"
-        return f"{signs} {features.numel()}"
+        draw = partial(torch.randn, features.shape, generator=generator, dtype=torch.float64)
+        signs = ("+" if float(features @ draw()) > 0 else "-" for _ in range(64))
+        return f"{''.join(signs)} {features.numel()}"
 
     def _raw(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.channels_in:
@@ -332,10 +323,10 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
         if all(given is not module for module in model.modules()):
             raise ClassifierError(f"the module given as {argument} is not a part of the model")
         return given
-    if not isinstance(given, str):
-        if given is not None and not callable(given):
-            raise ClassifierError(f"{argument} cannot be {type(given).__name__}")
+    if given is None or callable(given):
         return given
+    if not isinstance(given, str):
+        raise ClassifierError(f"{argument} cannot be {type(given).__name__}")
     modules = dict(model.named_modules())
     if given not in modules:
         near = difflib.get_close_matches(given, [n for n in modules if n], n=5, cutoff=0.3)
@@ -346,10 +337,9 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
 
 def _channels_in(model: nn.Module) -> int:
     """Channels of an image: those that the first convolution takes."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return int(getattr(getattr(model, "config", None), "num_channels", 3))
+    stated = int(getattr(getattr(model, "config", None), "num_channels", 3))
+    found = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next(found, stated)
 
 
 def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
@@ -375,7 +365,8 @@ def _probe(
     model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
 ) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
     """A recorded pass of two random images, the only size the model takes, and the multiple."""
-    channels, probes, stated = _channels_in(model), list(PROBE_SIZES), _stated_sizes(model)
+    channels, stated = _channels_in(model), _stated_sizes(model)
+    probes: tuple[tuple[int, int], ...] = PROBE_SIZES
     if example is not None:
         if isinstance(example, Tensor):
             if example.ndim not in (3, 4):
@@ -384,8 +375,7 @@ def _probe(
                 )
             channels = example.shape[-3]
             example = (example.shape[-2], example.shape[-1])
-        height, width = example
-        probes, stated = [], [(height, width)]
+        probes, stated = (), [example]
     first: Exception | None = None
     for size in (*probes, *stated):
         generator = torch.Generator().manual_seed(0)
@@ -400,12 +390,10 @@ def _probe(
             continue
         if size in probes:
             return record, images, None, math.gcd(*size)
-        if example is None:
-            return record, images, size, 1
-        for other in (*PROBE_SIZES, (2 * size[0], 2 * size[1])):
+        others = () if example is None else (*PROBE_SIZES, (2 * size[0], 2 * size[1]))
+        for other in others:
             if _takes(model, images, other):
-                of_probe = other in PROBE_SIZES
-                return record, images, None, math.gcd(*(other if of_probe else size))
+                return record, images, None, math.gcd(*(other if other in PROBE_SIZES else size))
         return record, images, size, 1
     tried = ", ".join(f"{h} x {w}" for h, w in (*probes, *stated))
     raise ClassifierError(
@@ -421,8 +409,8 @@ def _takes(model: nn.Module, images: Tensor, size: tuple[int, int]) -> bool:
     try:
         with evaluation_mode(model):
             model(resized)
+        return True
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model may refuse a size in any way
         return False
-    return True
