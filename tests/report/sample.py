@@ -223,10 +223,6 @@ def _segmenters(
         ],
         "rows": rows if truth else [],
         "history": dict.fromkeys(teachers, history),
-        "irn_history": {
-            "cam": [{"epoch": e, "step": 40 * e, "loss": 2 / e} for e in (1, 2, 3)],
-            "lpcam": [{"epoch": e, "step": 40 * e, "loss": 3 / e} for e in (1, 2, 3)],
-        },
         "images": images,
         "images_total": 1449,
     }

@@ -373,7 +373,7 @@ def test_empty_places(open_page: Open, data: dict[str, Any]) -> None:
 def test_segmenters_are_shown_without_script(open_page: Open) -> None:
     page = open_page(sample(segmented=True), wait=None, java_script_enabled=False)
     assert page.is_visible("table.segmented") and page.is_visible("ol.segmented")
-    assert page.locator("#segmenters svg.chart").count() == 3
+    assert page.locator("#segmenters svg.chart").count() == 2
     pictures = page.locator("#segmenters img")
     assert pictures.count() == 29
     assert pictures.first.evaluate("(one) => [one.naturalWidth, one.naturalHeight]") == [40, 30]

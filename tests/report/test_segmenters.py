@@ -82,7 +82,7 @@ def trained(tmp_path: Path) -> SegmenterResults:
         for name in ("cam", "lpcam")
     ]
     history = {"cam": [{"step": 1, "loss": 0.5}]}
-    return SegmenterResults(made, [], items, history, {}, {"network": "DeepLabV2"})
+    return SegmenterResults(made, [], items, history, {"network": "DeepLabV2"})
 
 
 def pixels(uri: str) -> np.ndarray:

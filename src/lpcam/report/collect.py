@@ -37,8 +37,6 @@ class ReportSection(Section):
     """Number of shown pairs of classes that the classifier confuses."""
 
 
-FORMAT = 1
-"""Version of the data that a page is made from."""
 MOST_BYTES = 12_000_000
 """Size of the images in a page, which with the rest stays below 15 MB."""
 
@@ -65,23 +63,13 @@ class Inputs:
     """The segmenters of the run, if any."""
 
 
-def _size(record: Mapping[str, Any]) -> int:
-    """Bytes of a record in the page."""
-    return len(json.dumps(record))
-
-
 def collect(inputs: Inputs) -> dict[str, Any]:
-    """Gather the data of a report.
-
-    Raises:
-        LpcamError: if an image or its maps cannot be read.
-    """
+    """Gather the data of a report; LpcamError if an image or its maps cannot be read."""
     sources, fitted, section = inputs.sources, inputs.fitted, inputs.section
     classes, settings, sharing = sources.dataset.classes, fitted.settings, inputs.sharing
     found = highlights(sources.scores) if sources.scores else {}
     wanted = in_turn(found.values())
     shown = choose(inputs.items, section.images, wanted)
-    palette = voc_palette()
     searched = [item for item, _ in choose_rows(shown, section.searched)]
     # The store keeps these features; below they are read one by one, on one thread.
     run_all(sharing, fitted.features, searched, "report: features")
@@ -89,23 +77,25 @@ def collect(inputs: Inputs) -> dict[str, Any]:
     if inputs.trained is not None:
         most = min(SHOWN, section.images)
         tested = {"segmenters": segmenter_records(inputs.trained, classes, sharing, most)}
-        most_bytes -= _size(tested)
+        most_bytes -= len(json.dumps(tested))
     records = image_records(shown, sources, sharing)
-    size = sum(map(_size, records))
+    size = sum(len(json.dumps(record)) for record in records)
     if size > most_bytes:
         fewer = max(1, int(len(records) * most_bytes / size))
         kept = {item.id for item in choose(shown, fewer, wanted)}
         records = [record for record in records if record["id"] in kept]
     ids = {record["id"] for record in records}
     return {
-        "format": FORMAT,
+        "format": 1,
         "title": inputs.title,
         "lpcam_version": __version__,
         "methods": list(sources.folders),
         "fixed": dict(inputs.fixed),
         "classes": [
-            {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[value].tolist())}
-            for name, value in zip(classes.names, classes.mask_ids, strict=True)
+            {"name": name, "color": f"#{bytes(colour).hex()}"}
+            for name, colour in zip(
+                classes.names, voc_palette()[list(classes.mask_ids)], strict=True
+            )
         ],
         "rows": list(inputs.rows),
         "curves": {m: dict(curve) for m, curve in inputs.curves.items() if m in sources.folders},

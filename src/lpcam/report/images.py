@@ -17,23 +17,18 @@ from lpcam.data.dataset import Dataset, Item
 from lpcam.data.images import limit_long_side, read_image, scaled_size
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
-from lpcam.evaluation.segmentation import DEFAULT_THRESHOLDS, ThresholdSweep, truth_labels
+from lpcam.evaluation.segmentation import ThresholdSweep, truth_labels
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
 from lpcam.method.image_maps import METHOD_NAMES, resize_maps
 from lpcam.method.settings import Method
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.progress import progress
 
-PICTURE = 256
-"""Long side of a thumbnail, in pixels."""
-PLANE = 64
-"""Long side of a map in the page; feature grids are coarser."""
-UNDEFINED = 65535
-"""Stored for an IoU whose class is neither in the truth nor in the seed."""
-IOU_STEPS = 10_000
-"""Steps in which an IoU from 0 to 1 is stored."""
-HIGHLIGHTS = 12
-"""Images in each list of highlights."""
+_PICTURE = 256  # long side of a thumbnail, in pixels
+_PLANE = 64  # long side of a map in the page; feature grids are coarser
+_UNDEFINED = 65535  # stored for an IoU whose class is neither in the truth nor in the seed
+_IOU_STEPS = 10_000  # steps in which an IoU from 0 to 1 is stored
+_HIGHLIGHTS = 12  # images in each list of highlights
 T = TypeVar("T")
 R = TypeVar("R")
 Scores = Mapping[Method, Mapping[str, float | None]]
@@ -56,31 +51,21 @@ class Sources:
 
 
 def highlights(scores: Scores) -> dict[str, list[str]]:
-    """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst.
-
-    Example:
-        >>> highlights({"CAM": {"a": 0.5}, "LPCAM": {"a": 0.6}})["most improved"]
-        ['a']
-    """
+    """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst."""
     cam, lpcam = ({k: v for k, v in scores[m].items() if v is not None} for m in METHOD_NAMES)
     gains = {name: lpcam[name] - cam[name] for name in lpcam if name in cam}
     by_gain = sorted(gains, key=lambda name: (-gains[name], name))
     by_score = sorted(lpcam, key=lambda name: (-lpcam[name], name))
     return {
-        "most improved": [name for name in by_gain[:HIGHLIGHTS] if gains[name] > 0],
-        "most worsened": [name for name in by_gain[: -HIGHLIGHTS - 1 : -1] if gains[name] < 0],
-        "best": by_score[:HIGHLIGHTS],
-        "worst": by_score[: -HIGHLIGHTS - 1 : -1],
+        "most improved": [name for name in by_gain[:_HIGHLIGHTS] if gains[name] > 0],
+        "most worsened": [name for name in by_gain[::-1][:_HIGHLIGHTS] if gains[name] < 0],
+        "best": by_score[:_HIGHLIGHTS],
+        "worst": by_score[::-1][:_HIGHLIGHTS],
     }
 
 
 def choose(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Item]:
-    """At most ``count`` images in list order: the wanted ids first, then an even choice.
-
-    Example:
-        >>> [item.id for item in choose([Item(n, Path(n), ()) for n in "abcd"], 2, ["d"])]
-        ['a', 'd']
-    """
+    """At most ``count`` images in list order: the wanted ids first, then an even choice."""
     picked = set(list(dict.fromkeys(wanted))[:count])
     others = [item.id for item in items if item.id not in picked]
     more = max(0, min(count - len(picked), len(others)))
@@ -89,12 +74,7 @@ def choose(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Ite
 
 
 def in_turn(lists: Iterable[Sequence[str]]) -> list[str]:
-    """The first of each list, then the second of each, and so on.
-
-    Example:
-        >>> in_turn([["a", "b"], [], ["c"]])
-        ['a', 'c', 'b']
-    """
+    """The first of each list, then the second of each, and so on."""
     return [name for turn in zip_longest(*lists) for name in turn if name is not None]
 
 
@@ -107,46 +87,38 @@ def image_records(
     def record(item: Item) -> dict[str, Any]:
         picture = thumbnail_record(read_image(item.image))
         size = picture["height"], picture["width"]
-        maps = {
-            method: read_maps(map_path(sources.folders[method], item.id)) for method in METHOD_NAMES
-        }
-        found: dict[str, Any] = {
+        maps = {m: read_maps(map_path(sources.folders[m], item.id)) for m in METHOD_NAMES}
+        masks, extra, ious, scores = {}, {}, {}, {}
+        if item.mask is not None:
+            truth = truth_labels(read_index_mask(item.mask), classes)
+            masks["truth"] = encode_array(nearest(truth.numpy(), size))
+            for method, one in maps.items():
+                sweep = ThresholdSweep(len(classes))
+                sweep.update(truth, torch.from_numpy(one.high_res), torch.from_numpy(one.keys))
+                ious[method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
+                scores[method] = sources.scores[method].get(item.id)
+        for name, folder in sources.masks.items():
+            mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), classes)
+            masks[name] = encode_array(nearest(mask.numpy(), size))
+        for name, folder in sources.planes.items():
+            plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
+            extra[name] = encode_unit(small_planes(plane[None])[0])
+        return {
             "id": item.id,
             **picture,
             "labels": list(item.labels),
             "planes": {method: encode_unit(small_planes(one.cam)) for method, one in maps.items()},
-            "masks": {},
-            "extra": {},
-            "iou": {},
-            "score": {},
+            "masks": masks,
+            "extra": extra,
+            "iou": ious,
+            "score": scores,
         }
-        if item.mask is not None:
-            truth = truth_labels(read_index_mask(item.mask), classes)
-            found["masks"]["truth"] = encode_array(nearest(truth.numpy(), size))
-            for method, one in maps.items():
-                sweep = ThresholdSweep(len(classes), DEFAULT_THRESHOLDS)
-                planes, keys = torch.from_numpy(one.high_res), torch.from_numpy(one.keys)
-                sweep.update(truth, planes, keys)
-                found["iou"][method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
-                found["score"][method] = sources.scores[method].get(item.id)
-        for name, folder in sources.masks.items():
-            mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), classes)
-            found["masks"][name] = encode_array(nearest(mask.numpy(), size))
-        for name, folder in sources.planes.items():
-            plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
-            found["extra"][name] = encode_unit(small_planes(plane[None])[0])
-        return found
 
     return run_all(sharing, record, items, "report: images")
 
 
 def run_all(sharing: Sharing, work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """The results of ``work`` on all items, in order, with a progress bar.
-
-    Example:
-        >>> run_all(Sharing(), abs, [-1, 2], "numbers")
-        [1, 2]
-    """
+    """The results of ``work`` on all items, in order, with a progress bar."""
     results = []
     with progress(title, len(items)) as advance:
         for result in sharing.map(work, items):
@@ -155,40 +127,25 @@ def run_all(sharing: Sharing, work: Callable[[T], R], items: Sequence[T], title:
     return results
 
 
-def thumbnail_record(image: NDArray[np.uint8], long_side: int = PICTURE) -> dict[str, Any]:
-    """A reduced picture of an image (H, W, 3), its width and height.
-
-    Example:
-        >>> thumbnail_record(np.zeros((40, 60, 3), np.uint8), 30)["height"]
-        20
-    """
+def thumbnail_record(image: NDArray[np.uint8], long_side: int = _PICTURE) -> dict[str, Any]:
+    """A reduced picture of an image (H, W, 3), its width and height."""
     small = limit_long_side(image, long_side)
     return {"picture": encode_picture(small), "width": small.shape[1], "height": small.shape[0]}
 
 
 def small_planes(planes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Maps (K, h, w) reduced to a long side of at most PLANE (bilinear, antialiased).
-
-    Example:
-        >>> small_planes(np.zeros((2, 100, 200), np.float32)).shape
-        (2, 32, 64)
-    """
+    """Maps (K, h, w) reduced to a long side of at most 64 pixels (bilinear, antialiased)."""
     height, width = planes.shape[1:]
-    size = scaled_size(height, width, min(1.0, PLANE / max(height, width)))
+    size = scaled_size(height, width, min(1.0, _PLANE / max(height, width)))
     return resize_maps(planes, size, antialias=True)
 
 
 def nearest(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A mask of values below 256 at another size (height, width), to the nearest pixel.
-
-    Example:
-        >>> nearest(np.eye(2), (4, 4))[0].tolist()
-        [1, 1, 0, 0]
-    """
+    """A mask of values below 256 at another size (height, width), to the nearest pixel."""
     small = Image.fromarray(mask.astype(np.uint8))
     return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _steps(ious: NDArray[np.float64]) -> NDArray[np.uint16]:
-    steps = np.rint(np.nan_to_num(ious) * IOU_STEPS).astype(np.uint16)
-    return np.where(np.isnan(ious), np.uint16(UNDEFINED), steps)
+    steps = np.where(np.isnan(ious), _UNDEFINED, np.rint(ious * _IOU_STEPS))
+    return steps.astype(np.uint16)

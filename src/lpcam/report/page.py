@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from markupsafe import Markup
@@ -18,8 +19,6 @@ from markupsafe import Markup
 from lpcam.data.drawing import HEAT
 from lpcam.explain.web import page_environment, page_file
 from lpcam.report.charts import (
-    IRN_CURVES,
-    TRAINING_CURVES,
     threshold_charts,
     threshold_table,
     threshold_text,
@@ -42,11 +41,10 @@ _DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """Make the page.
+    """Make the page from what :func:`lpcam.report.collect.collect` gathers.
 
-    All text in the data, as :func:`lpcam.report.collect.collect` makes them, is escaped. The page
-    loads nothing, and its content security policy forbids everything else. Equal data give equal
-    text.
+    All text in the data is escaped. The page loads nothing, and its content security policy forbids
+    everything else. Equal data give equal text.
 
     Raises:
         ArtefactError: if the data hold what JSON does not have, such as NaN.
@@ -58,6 +56,7 @@ def render(data: Mapping[str, Any]) -> str:
     )
     own_place = partial(place, methods=data["methods"])
     groups = score_groups(data["rows"], data["methods"])
+    headline = groups[0] if groups else None
     environment = page_environment()
     environment.filters.update(
         percent=_percent,
@@ -74,13 +73,13 @@ def render(data: Mapping[str, Any]) -> str:
         script=Markup(script),
         drawn=_json(data),
         groups=groups,
-        headline=groups[0] if groups else None,
+        headline=headline,
         colours={one["name"]: one["color"] for one in data["classes"]},
         protocol=protocol(data, groups),
         charts=threshold_charts(data["curves"], data["fixed"], own_place),
         curve_rows=threshold_table(data["curves"], own_place),
-        per_class=bars(groups[0], "per_class") if groups else [],
-        parts=bars(groups[0], "part_coverage") if groups else [],
+        per_class=bars(headline, "per_class"),
+        parts=bars(headline, "part_coverage"),
         segmenters=_segmenters(data),
         stages=_stages(data["stages"]),
     )
@@ -99,9 +98,8 @@ def _json(data: Mapping[str, Any]) -> Markup:
         text = json.dumps(drawn, sort_keys=True, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise ArtefactError(f"the report's data cannot be written as JSON: {error}") from error
-    for sign in "<>&":  # other special characters are outside ASCII and already escaped
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
+    # other special characters are outside ASCII and already escaped
+    return Markup(text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}))
 
 
 def _percent(fraction: float | None) -> str:
@@ -134,15 +132,11 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
     given = data.get("segmenters")
     if given is None:
         return None
-    teachers = sorted(
-        ({**one, "place": place(one["title"], data["methods"])} for one in given["teachers"]),
-        key=lambda one: one["place"],
-    )
+    methods = data["methods"]
+    teachers = [{**one, "place": place(one["title"], methods)} for one in given["teachers"]]
+    teachers.sort(key=itemgetter("place"))
     groups = segmenter_groups(given["rows"], teachers)
-    irn = [one for one in teachers if given["irn_history"].get(one["name"])]
-    histories = [training_table("Training of the segmenters", given["history"], teachers)]
-    if irn:
-        histories.append(training_table("Training of the refinement", given["irn_history"], irn))
+    charts = training_charts(given["history"], teachers)
     truths = [one["truth"] for one in given["images"] if one["truth"]]
     views = [*truths, *(view for one in given["images"] for view in one["masks"].values())]
     shown = {index for view in views for index in view["classes"]}
@@ -151,14 +145,11 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
         "teachers": teachers,
         "groups": groups,
         # the last group is the final result: after the CRF, if there is one
-        "per_class": bars(groups[-1], "per_class") if groups else [],
+        "per_class": bars(groups[-1] if groups else None, "per_class"),
         "settings": setting_lists({"network": given["network"], **given["settings"]}),
-        "charts": [
-            *training_charts(given["history"], teachers, TRAINING_CURVES),
-            *training_charts(given["irn_history"], irn, IRN_CURVES),
-        ],
-        "histories": histories,
-        "scored": histories[0]["scored"],
+        "charts": charts,
+        "steps": training_table(given["history"], teachers),
+        "scored": any(chart["unit"] for chart in charts),
         "pictures": _picture_groups(given["images"], teachers),
         "swatches": [one for index, one in enumerate(data["classes"]) if index in shown],
         "truth": bool(truths),
@@ -172,18 +163,16 @@ def _picture_groups(
     """Images by why they are shown, each with the difference of LPCAM's segmenter to CAM's."""
     titles = {one["name"]: one["title"] for one in teachers}
     cam, lpcam = titles.get("cam", ""), titles.get("lpcam", "")
-    headings = {
-        "gain": f"Largest gains of training on {lpcam} over {cam}",
-        "loss": f"Largest losses of training on {lpcam} against {cam}",
-        "even": "Evenly spaced choice of the other images",
-    }
     groups: dict[str, list[dict[str, Any]]] = {}
     for image in images:
         own, base = image["miou"].get("lpcam"), image["miou"].get("cam")
         gain = None if own is None or base is None else own - base
         groups.setdefault(image["kind"], []).append({**image, "gain": gain})
-    if groups.keys() == {"even"}:
-        headings["even"] = "The images"
+    headings = {
+        "gain": f"Largest gains of training on {lpcam} over {cam}",
+        "loss": f"Largest losses of training on {lpcam} against {cam}",
+        "even": "Evenly spaced choice of the other images" if len(groups) > 1 else "The images",
+    }
     return [
         {"kind": kind, "title": title, "images": groups[kind]}
         for kind, title in headings.items()
@@ -192,9 +181,9 @@ def _picture_groups(
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    longest = max((stage["seconds"] for stage in stages), default=0.0)
+    longest = max((stage["seconds"] for stage in stages), default=0.0) or 1
     return {
-        "rows": [{**one, "share": 100 * one["seconds"] / (longest or 1)} for one in stages],
+        "rows": [{**one, "share": 100 * one["seconds"] / longest} for one in stages],
         "total": sum(stage["seconds"] for stage in stages),
         "memory": any(stage.get("peak_memory") is not None for stage in stages),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +29,8 @@ from lpcam.report.images import small_planes, thumbnail_record
 
 PATCH = 64
 """Side of a patch in the page, in pixels."""
-PATCH_CELLS = 5
-"""Side of a patch in the image, in cells of the feature grid."""
-MOST_PATCHES = 1600
-"""Patches in a page (about 2 MB); with many classes fewer prototypes of each are shown."""
+_PATCH_CELLS = 5  # side of a patch in the image, in cells of the feature grid
+_MOST_PATCHES = 1600  # in a page (about 2 MB); with many classes fewer prototypes of each are shown
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
 """Features of images of equal size at each scale:
 :meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`."""
@@ -55,33 +53,24 @@ class Fitted(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A location of an image's feature grid, and its cosine to a prototype."""
+    """A location of an image's feature grid, in shares of the image, and its cosine to a centre."""
 
     image: str
     row: float
-    """Centre, as a share of the image's height."""
     column: float
-    """Centre, as a share of the image's width."""
     cell: float
-    """Height of a cell, as a share of the image's height."""
+    """Height of a cell."""
     cosine: float
 
 
 def nearest_places(
-    features: Iterator[tuple[str, Tensor, Tensor]], centers: Tensor, count: int
+    features: Iterable[tuple[str, Tensor, Tensor]], centers: Tensor, count: int
 ) -> list[list[Place]]:
     """For each centre (K, C) the nearest location in each of the ``count`` nearest images.
 
     Args:
         features: name of each image, features (C, h, w), and locations where each centre is
             searched, bool (K, h, w). An image without such a location is left out.
-
-    Example:
-        >>> grid = torch.tensor([[[3.0, 1.0]], [[0.0, 1.0]]])
-        >>> anywhere = torch.ones(1, 1, 2, dtype=torch.bool)
-        >>> ((place,),) = nearest_places(iter([("a", grid, anywhere)]), torch.eye(2)[:1], 1)
-        >>> place.column, place.cosine
-        (0.25, 1.0)
     """
     unit = F.normalize(centers, dim=1)
     found: list[list[Place]] = [[] for _ in range(len(centers))]
@@ -98,30 +87,19 @@ def nearest_places(
 
 
 def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
-    """The square patch (PATCH, PATCH, 3) around a place, moved inside the image at its border.
-
-    Example:
-        >>> crop(np.zeros((400, 600, 3), np.uint8), Place("a", 0.5, 0.5, 0.1, 1.0)).shape
-        (64, 64, 3)
-    """
+    """The square patch around a place, at most PATCH wide, moved inside the image at its border."""
     height, width = picture.shape[:2]
-    side = min(height, width, max(8, round(PATCH_CELLS * place.cell * height)))
+    side = min(height, width, max(8, round(_PATCH_CELLS * place.cell * height)))
     top, left = (
         min(max(0, round(share * length - side / 2)), length - side)
         for share, length in ((place.row, height), (place.column, width))
     )
-    return limit_long_side(
-        np.ascontiguousarray(picture[top : top + side, left : left + side]), PATCH
-    )
+    patch = picture[top : top + side, left : left + side]
+    return limit_long_side(np.ascontiguousarray(patch), PATCH)
 
 
 def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:
-    """Why a centre was kept as a prototype or rejected, in words.
-
-    Example:
-        >>> rule_of("foreground", 0.95, True, LpcamSettings.from_preset("small", mu_f=0.9))
-        'score 0.95 > μ_f 0.9'
-    """
+    """Why a centre was kept as a prototype or rejected, in words."""
     if side == "foreground":
         if kept and score > settings.mu_f:
             return f"score {score:.2f} > μ_f {settings.mu_f:g}"
@@ -138,18 +116,10 @@ def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -
 
 
 def shown_numbers(centers: Centers, index: int, count: int) -> list[int]:
-    """Numbers of the centres to show: the largest prototypes, and a third for rejected ones.
-
-    Example:
-        >>> keep = torch.tensor([[True, False, True]])
-        >>> one = Centers(torch.ones(1, 3, 2), torch.ones(1, 3), torch.tensor([[5, 7, 9]]), keep)
-        >>> shown_numbers(one, 0, 3)
-        [2, 0, 1]
-    """
-    exists = (centers.sizes[index] > 0).nonzero().flatten().tolist()
-    by_size = sorted(exists, key=lambda k: (-int(centers.sizes[index, k]), k))
-    kept = [k for k in by_size if centers.keep[index, k]]
-    rejected = [k for k in by_size if not centers.keep[index, k]]
+    """Numbers of the centres to show: the largest prototypes, and a third for rejected ones."""
+    sizes, keep = centers.sizes[index].tolist(), centers.keep[index].tolist()
+    by_size = sorted((k for k, size in enumerate(sizes) if size), key=lambda k: (-sizes[k], k))
+    kept, rejected = [k for k in by_size if keep[k]], [k for k in by_size if not keep[k]]
     room = min(len(rejected), max(count // 3, count - len(kept)))
     return kept[: count - room] + rejected[:room]
 
@@ -167,33 +137,38 @@ def prototype_records(
         count: prototypes of each class and side, fewer if there are many classes.
         patches: nearest patches of each prototype.
     """
-    prototypes = fitted.prototypes
-    most = MOST_PATCHES // max(1, len(prototypes.classes) * len(SIDES) * patches)
-    count = max(1, min(count, most))
+    classes = fitted.prototypes.classes
+    count = max(1, min(count, _MOST_PATCHES // (len(classes) * len(SIDES) * patches)))
+    both: dict[SideName, Centers] = {side: getattr(fitted.prototypes, side) for side in SIDES}
     records = []
-    for index in range(len(prototypes.classes)):
+    for index in range(len(classes)):
         own = [item for item in items if index in item.labels]
-        shown = [
-            (side, number)
-            for side in SIDES
-            for number in shown_numbers(getattr(prototypes, side), index, count)
-        ]
+        shown = [(side, n) for side in SIDES for n in shown_numbers(both[side], index, count)]
         found: list[dict[str, Any]] = [{"patches": [], "map": None, "range": None} for _ in shown]
         example = None
         if own and shown:
             example, found = _nearest(fitted, own, index, shown, patches)
-        sides = {}
-        for side in SIDES:
-            of_side: Centers = getattr(prototypes, side)
-            sides[side] = {
-                "total": int((of_side.sizes[index] > 0).sum()),
-                "kept": int(of_side.keep[index].sum()),
-                "prototypes": [
-                    {**_describe(of_side, side, index, number, fitted.settings), **one}
-                    for (own_side, number), one in zip(shown, found, strict=True)
-                    if own_side == side
-                ],
+        sides: dict[SideName, dict[str, Any]] = {
+            side: {
+                "total": int((centers.sizes[index] > 0).sum()),
+                "kept": int(centers.keep[index].sum()),
+                "prototypes": [],
             }
+            for side, centers in both.items()
+        }
+        for (side, number), one in zip(shown, found, strict=True):
+            score = both[side].scores[index, number].item()
+            kept = bool(both[side].keep[index, number])
+            sides[side]["prototypes"].append(
+                {
+                    "number": number,
+                    "score": score,
+                    "size": int(both[side].sizes[index, number]),
+                    "kept": kept,
+                    "rule": rule_of(side, score, kept, fitted.settings),
+                    **one,
+                }
+            )
         records.append({"class": index, "example": example, "sides": sides})
     return records
 
@@ -220,7 +195,12 @@ def _nearest(
     cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
     # each map has its own range, because all values are close together
     scaled = normalize(cosines, "minmax").cpu().numpy()
-    pictures = _patches(items, places)
+    pictures: dict[Place, str] = {}
+    for item in items:
+        here = [place for near in places for place in near if place.image == item.id]
+        if here:
+            picture = read_image(item.image)
+            pictures |= {place: encode_picture(crop(picture, place)) for place in here}
     found = [
         {
             "patches": [
@@ -233,19 +213,6 @@ def _nearest(
         for row, near in enumerate(places)
     ]
     return {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}, found
-
-
-def _describe(
-    centers: Centers, side: SideName, index: int, number: int, settings: LpcamSettings
-) -> dict[str, Any]:
-    score, kept = float(centers.scores[index, number]), bool(centers.keep[index, number])
-    return {
-        "number": number,
-        "score": score,
-        "size": int(centers.sizes[index, number]),
-        "kept": kept,
-        "rule": rule_of(side, score, kept, settings),
-    }
 
 
 def _where_to_look(
@@ -265,18 +232,6 @@ def _where_to_look(
     return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()
 
 
-def _patches(items: Sequence[Item], places: Sequence[Sequence[Place]]) -> dict[Place, str]:
-    """The picture of each place; every image is read once."""
-    wanted = {place for own in places for place in own}
-    pictures: dict[Place, str] = {}
-    for item in items:
-        here = [place for place in wanted if place.image == item.id]
-        if here:
-            picture = read_image(item.image)
-            pictures |= {place: encode_picture(crop(picture, place)) for place in here}
-    return pictures
-
-
 @torch.inference_mode()
 def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list[dict[str, Any]]:
     """Images in which the classifier scores an absent class high, with maps of both classes.
@@ -286,31 +241,26 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
     weight, settings = fitted.classifier.weight, fitted.settings
     best: dict[tuple[int, int], tuple[float, float, Item]] = {}
     for item in items:
-        if not item.labels or len(item.labels) == len(fitted.prototypes.classes):
+        others = [k for k in range(len(weight)) if k not in item.labels]
+        if not item.labels or not others:
             continue
         pooled = fitted.features(item).mean((-2, -1)).to(weight)
         scores = (weight @ pooled).sigmoid().tolist()
-        absent = max(
-            (k for k in range(len(scores)) if k not in item.labels), key=lambda k: (scores[k], -k)
-        )
-        present = max(item.labels, key=lambda k: (scores[k], -k))
-        key = (present, absent)
-        if key not in best or scores[absent] > best[key][1]:
-            best[key] = (scores[present], scores[absent], item)
-    ordered = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))[:count]
+        present, absent = (max(own, key=lambda k: (scores[k], -k)) for own in (item.labels, others))
+        if scores[absent] > best.get((present, absent), (0.0, -1.0))[1]:
+            best[present, absent] = (scores[present], scores[absent], item)
     vectors = fitted.prototypes.vectors().to(weight)
     records = []
-    for both, (score, false_score, item) in ordered:
-        picture = read_image(item.image)
+    for both, (score, false_score, item) in sorted(
+        best.items(), key=lambda entry: (-entry[1][1], entry[0])
+    )[:count]:
+        picture, rows = read_image(item.image), list(both)
+        pairs = list(fitted.pairs([item], settings.scales))
         size = picture.shape[0], picture.shape[1]
-        scales = [
-            FeaturePair(
-                p.features[0], p.mirrored[0] if settings.flip and p.mirrored is not None else None
-            )
-            for p in fitted.pairs([item], settings.scales)
-        ]
-        cam = cam_maps(scales, weight[list(both)], size, epsilon=settings.cam_epsilon)
-        lpcam = lpcam_maps(scales, vectors[list(both)], size)
+        maps = {
+            "CAM": cam_maps(pairs, weight[rows], size, epsilon=settings.cam_epsilon),
+            "LPCAM": lpcam_maps(pairs, vectors[rows], size),
+        }
         records.append(
             {
                 "id": item.id,
@@ -319,8 +269,8 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
                 "lookalike": both[1],
                 "scores": [round(score, 4), round(false_score, 4)],
                 "maps": {
-                    name: encode_unit(small_planes(maps.cam.cpu().numpy()))
-                    for name, maps in (("CAM", cam), ("LPCAM", lpcam))
+                    name: encode_unit(small_planes(one.cam[0].cpu().numpy()))
+                    for name, one in maps.items()
                 },
             }
         )

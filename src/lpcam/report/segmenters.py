@@ -23,12 +23,7 @@ PICTURE = 176
 """Long side of a picture, in pixels."""
 SHOWN = 48
 """Images shown at most."""
-EACH = 6
-"""One in EACH images has one of the largest gains, and one in EACH one of the largest losses."""
-BASELINE, COMPARED = "cam", "lpcam"
-"""Training masks whose segmenters are compared image by image."""
-KINDS = {"most improved": "gain", "most worsened": "loss"}
-"""Kinds of images by their names in :func:`lpcam.report.images.highlights`."""
+_EACH = 6  # one in so many images has one of the largest gains, and one of the largest losses
 
 
 @dataclass(frozen=True)
@@ -51,14 +46,11 @@ class SegmenterResults:
 
     segmenters: Sequence[TrainedSegmenter]
     rows: Sequence[Mapping[str, Any]]
-    """Rows of metrics.json, each with ``teacher`` (a name) and ``crf`` (bool); empty without true
-    masks."""
+    """Rows of metrics.json with ``teacher`` (a name) and ``crf``; empty without true masks."""
     items: Sequence[Item]
     """The test list."""
     history: Mapping[str, Sequence[Mapping[str, Any]]]
     """``step``, ``loss`` and sometimes ``validation_miou`` of each training by name."""
-    irn_history: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Training history of the refinement's network; may be empty."""
     about: Mapping[str, Any]
     """``network``, ``split``, ``list``, ``checkpoint``, ``crf`` and ``settings``."""
 
@@ -69,15 +61,9 @@ def image_miou(
     """Mean IoU of one image, over the background and the classes in its mask or its truth.
 
     Masks (H, W) hold mask ids; in the truth other values are not counted. None: no pixel counts.
-
-    Example:
-        >>> mask, truth = np.array([[0, 3, 3, 0]], np.uint8), np.array([[0, 3, 0, 0]], np.uint8)
-        >>> round(image_miou(mask, truth, ClassTable(("cat",), (3,))), 3)
-        0.583
     """
-    counts = confusion(
-        truth_labels(truth, classes), truth_labels(mask, classes), len(classes) + 1
-    ).double()
+    labels = truth_labels(truth, classes), truth_labels(mask, classes)
+    counts = confusion(*labels, len(classes) + 1).double()
     hit = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - hit
     there = union > 0
@@ -85,25 +71,19 @@ def image_miou(
 
 
 def choose_images(
-    items: Sequence[Item],
-    scores: Mapping[str, Mapping[str, float | None]],
-    count: int = SHOWN,
+    items: Sequence[Item], scores: Mapping[str, Mapping[str, float | None]], count: int
 ) -> list[tuple[str, Item]]:
     """Images to show, at most ``count``: the largest gains, the largest losses, an even choice.
 
     Args:
-        scores: mean IoU by training masks and image id, of images with true masks.
-
-    Example:
-        >>> [kind for kind, _ in choose_images([Item("a", Path("a"), ())], {})]
-        ['even']
+        scores: mean IoU by training masks, ``cam`` and ``lpcam``, and image id; may be empty.
     """
-    found = {}
-    if BASELINE in scores and COMPARED in scores:
-        found = highlights({"CAM": scores[BASELINE], "LPCAM": scores[COMPARED]})
-    by_id, most = {item.id: item for item in items}, count // EACH
+    found = highlights({"CAM": scores["cam"], "LPCAM": scores["lpcam"]}) if scores else {}
+    by_id = {item.id: item for item in items}
     shown = [
-        (kind, by_id[name]) for key, kind in KINDS.items() for name in found.get(key, [])[:most]
+        (kind, by_id[name])
+        for kind, key in (("gain", "most improved"), ("loss", "most worsened"))
+        for name in found.get(key, [])[: count // _EACH]
     ]
     taken = {item.id for _, item in shown}
     others = [item for item in items if item.id not in taken]
@@ -116,7 +96,6 @@ def segmenter_records(
     """The data of the page's section on segmenters, with at most ``count`` images."""
     shown = choose_images(trained.items, _scores(trained, classes, sharing), count)
     title = "report: images of segmenters"
-    pictures = run_all(sharing, lambda pair: _record(*pair, trained, classes), shown, title)
     return {
         **trained.about,
         "teachers": [
@@ -124,8 +103,7 @@ def segmenter_records(
         ],
         "rows": list(trained.rows),
         "history": dict(trained.history),
-        "irn_history": dict(trained.irn_history),
-        "images": pictures,
+        "images": run_all(sharing, lambda pair: _record(*pair, trained, classes), shown, title),
         "images_total": len(trained.items),
     }
 
@@ -133,21 +111,21 @@ def segmenter_records(
 def _scores(
     trained: SegmenterResults, classes: ClassTable, sharing: Sharing
 ) -> dict[str, dict[str, float | None]]:
-    """Each image's mean IoU by the two segmenters that are compared."""
-    compared = [one for one in trained.segmenters if one.name in (BASELINE, COMPARED)]
-    scored = [item for item in trained.items if item.mask is not None]
-    if len(compared) < 2 or not scored:
+    """Each image's mean IoU by the segmenters of CAM and LPCAM, if both exist."""
+    compared = [one for one in trained.segmenters if one.name in ("cam", "lpcam")]
+    truths = {item.id: item.mask for item in trained.items if item.mask is not None}
+    if len(compared) < 2 or not truths:
         return {}
 
-    def score(item: Item) -> list[float | None]:
-        assert item.mask is not None
-        truth = read_index_mask(item.mask)
-        return [image_miou(_mask(one, item), truth, classes) for one in compared]
+    def score(name: str) -> list[float | None]:
+        truth = read_index_mask(truths[name])
+        return [image_miou(_mask(one, name), truth, classes) for one in compared]
 
-    rows = run_all(sharing, score, scored, "report: scores of segmenters")
+    rows = run_all(sharing, score, list(truths), "report: scores of segmenters")
+    columns = zip(*rows, strict=True)
     return {
-        one.name: {item.id: row[n] for item, row in zip(scored, rows, strict=True)}
-        for n, one in enumerate(compared)
+        one.name: dict(zip(truths, column, strict=True))
+        for one, column in zip(compared, columns, strict=True)
     }
 
 
@@ -155,17 +133,16 @@ def _record(
     kind: str, item: Item, trained: SegmenterResults, classes: ClassTable
 ) -> dict[str, Any]:
     picture = limit_long_side(read_image(item.image), PICTURE)
-    masks = {one.name: _mask(one, item) for one in trained.segmenters}
+    masks = {one.name: _mask(one, item.id) for one in trained.segmenters}
     truth = None if item.mask is None else read_index_mask(item.mask)
 
     def view(mask: NDArray[np.uint8]) -> dict[str, Any]:
         known = np.isin(mask, [BACKGROUND, *classes.mask_ids])
         values = nearest(np.where(known, mask, IGNORE), picture.shape[:2])
-        # from the whole mask: an object may be too small for the picture
-        there = [n for n, value in enumerate(classes.mask_ids) if (mask == value).any()]
         return {
             "picture": encode_picture(overlay_mask(picture, values)),
-            "classes": there,
+            # from the whole mask: an object may be too small for the picture
+            "classes": [n for n, value in enumerate(classes.mask_ids) if (mask == value).any()],
             "ignored": bool((values == IGNORE).any()),
         }
 
@@ -179,5 +156,5 @@ def _record(
     }
 
 
-def _mask(segmenter: TrainedSegmenter, item: Item) -> NDArray[np.uint8]:
-    return read_index_mask(segmenter.folder / f"{item.id}.png")
+def _mask(segmenter: TrainedSegmenter, name: str) -> NDArray[np.uint8]:
+    return read_index_mask(segmenter.folder / f"{name}.png")

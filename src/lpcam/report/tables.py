@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-METRICS = ("miou", "fp", "fn", "precision", "recall")
-"""Columns of the tables of scores, by their names in a row."""
-SOURCES = {
+Rows = Sequence[Mapping[str, Any]]
+
+_METRICS = ("miou", "fp", "fn", "precision", "recall")  # columns of the tables of scores
+_SOURCES = {
     "ground truth": "Each method at its own best threshold",
     "fixed": "Each method at its fixed threshold",
 }
 """Titles of groups, by how the threshold was chosen."""
-JOINT = " + "
-"""Between a method and what refined its maps, as in "LPCAM + IRN"."""
+_JOINT = " + "  # between a method and what refined its maps, as in "LPCAM + IRN"
 _LABELS = {
     "dataset": "Data set",
     "split": "List of scored images",
@@ -37,116 +37,85 @@ _LABELS = {
     "host": "Host",
     "versions": "Versions",
 }
-_ELSEWHERE = ("command", "threshold", "threshold_source", "classes")
-"""Settings that the page shows elsewhere."""
+_ELSEWHERE = ("command", "threshold", "threshold_source", "classes")  # shown elsewhere
 
 
 def place(method: str, methods: Sequence[str]) -> int:
-    """Order and colour of a method; refined maps have those of their method.
-
-    Example:
-        >>> place("LPCAM + IRN", ["CAM", "LPCAM"]), place("other", ["CAM", "LPCAM"])
-        (1, 2)
-    """
-    own = method.partition(JOINT)[0]
+    """Order and colour of a method; refined maps ("CAM + IRN") have those of their method."""
+    own = method.partition(_JOINT)[0]
     return methods.index(own) if own in methods else len(methods)
 
 
-def _lines(
-    rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, places: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Rows of a group with their differences to the group's baseline."""
-    compared = [() if base is None or row is base else METRICS for row in rows]
-    return [
-        {"row": row, "gains": {n: row[n] - (base or {})[n] for n in names}, "place": place}
-        for row, names, place in zip(rows, compared, places, strict=True)
-    ]
+def _group(
+    rows: Rows, places: Sequence[int], base: Mapping[str, Any] | None, last: int, **about: Any
+) -> dict[str, Any]:
+    """Rows that may be compared, with their differences to a baseline; one of them is stressed."""
+    lines = []
+    for row, own in zip(rows, places, strict=True):
+        gains = (
+            {n: row[n] - base[n] for n in _METRICS} if base is not None and row is not base else {}
+        )
+        lines.append({"row": row, "gains": gains, "place": own})
+    return {**about, "lines": lines, "base": base, "last": lines[last]}
 
 
-def score_groups(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+def score_groups(rows: Rows, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Rows that may be compared: of one stage and one way to choose the threshold.
 
     The baseline of a group is the first of the methods, or its refined maps ("CAM + IRN").
-
-    Example:
-        >>> row = {"stage": "seed", "threshold_source": "fixed", **dict.fromkeys(METRICS, 0.5)}
-        >>> rows = [{**row, "method": "CAM"}, {**row, "method": "LPCAM", "miou": 0.75}]
-        >>> score_groups(rows, ["CAM", "LPCAM"])[0]["last"]["gains"]["miou"]
-        0.25
     """
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["stage"], row["threshold_source"]), []).append(row)
-    order = [*SOURCES, *sorted({source for _, source in found} - SOURCES.keys())]
+    order = [*_SOURCES, *sorted({source for _, source in found} - _SOURCES.keys())]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     groups = []
     for stage, source in sorted(found, key=lambda key: (stages.index(key[0]), order.index(key[1]))):
         members = sorted(found[stage, source], key=lambda row: place(row["method"], methods))
         places = [place(row["method"], methods) for row in members]
-        base = members[0] if places[0] == 0 else None
-        lines = _lines(members, base, places)
+        own = [number for number, at in enumerate(places) if at < len(methods)]
         groups.append(
-            {
-                "stage": _stage_title(stage, members) if len(stages) > 1 else "",
-                "source": source,
-                "title": SOURCES.get(source, f"Threshold: {source}"),
-                "how": members[0].get("protocol", {}).get("threshold_source", ""),
-                "lines": lines,
-                "base": base,
-                "last": ([one for one in lines if one["place"] < len(methods)] or lines)[-1],
-            }
+            _group(
+                members,
+                places,
+                members[0] if places[0] == 0 else None,
+                own[-1] if own else -1,
+                stage=_stage_title(stage, members) if len(stages) > 1 else "",
+                source=source,
+                title=_SOURCES.get(source, f"Threshold: {source}"),
+                how=members[0].get("protocol", {}).get("threshold_source", ""),
+            )
         )
     return groups
 
 
-def _stage_title(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _stage_title(stage: str, rows: Rows) -> str:
     if stage == "seed":
         return "Seeds: masks of the maps without refinement"
     if stage != "pseudo":
         return stage
-    ways = sorted({way for row in rows if (way := row["method"].partition(JOINT)[2])})
+    ways = sorted({way for row in rows if (way := row["method"].partition(_JOINT)[2])})
     return "Pseudo masks: masks of the refined maps" + (f" ({', '.join(ways)})" if ways else "")
 
 
-def segmenter_groups(
-    rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Rows of segmenters without a CRF, then with one; the baseline is the one trained on CAM.
-
-    Example:
-        >>> row = {"teacher": "cam", "crf": False, "images": 3, **dict.fromkeys(METRICS, 0.5)}
-        >>> teachers = [{"name": "cam", "title": "CAM", "images": 9, "place": 0}]
-        >>> [group["title"] for group in segmenter_groups([row], teachers)]
-        ['The network alone']
-    """
-    by_name = {one["name"]: one for one in teachers}
+def segmenter_groups(rows: Rows, teachers: Rows) -> list[dict[str, Any]]:
+    """Rows of segmenters without a CRF, then with one; the baseline is the one trained on CAM."""
     groups = []
-    for crf in (False, True):
+    for crf, title in ((False, "The network alone"), (True, "After a dense CRF")):
         found = {row["teacher"]: row for row in rows if row["crf"] == crf}
-        own = [
-            {**found[name], "method": one["title"], "masks": one["images"]}
-            for name, one in by_name.items()
-            if name in found
-        ]
-        if not own:
+        shown = [one for one in teachers if one["name"] in found]
+        if not shown:
             continue
-        base = next((row for row in own if row["teacher"] == "cam"), None)
-        lines = _lines(own, base, [by_name[row["teacher"]]["place"] for row in own])
-        lpcam = (line for line in lines if line["row"]["teacher"] == "lpcam")
-        groups.append(
-            {
-                "title": "After a dense CRF" if crf else "The network alone",
-                "crf": crf,
-                "images": own[0]["images"],
-                "lines": lines,
-                "base": base,
-                "last": next(lpcam, lines[-1]),
-            }
-        )
+        own = [{**found[t["name"]], "method": t["title"], "masks": t["images"]} for t in shown]
+        names = [one["name"] for one in shown]
+        base = own[names.index("cam")] if "cam" in names else None
+        last = names.index("lpcam") if "lpcam" in names else -1
+        places, images = [one["place"] for one in shown], own[0]["images"]
+        groups.append(_group(own, places, base, last, title=title, crf=crf, images=images))
     return groups
 
 
-def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+def bars(group: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """One set of bars for each class or part, a bar for each line of a group that has it.
 
     ``gain`` is the IoU of the group's last line minus its baseline's; None where a line lacks the
@@ -154,16 +123,9 @@ def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
     Args:
         key: ``per_class`` (IoU, FP and FN) or ``part_coverage`` (a share, given as ``iou``).
-
-    Example:
-        >>> row = {"stage": "seed", "threshold_source": "fixed", **dict.fromkeys(METRICS, 0.5)}
-        >>> rows = [
-        ...     {**row, "method": "CAM", "part_coverage": {"head": 0.25}},
-        ...     {**row, "method": "LPCAM", "part_coverage": {"head": 0.75}},
-        ... ]
-        >>> bars(score_groups(rows, ["CAM", "LPCAM"])[0], "part_coverage")[0]["gain"]
-        0.5
     """
+    if group is None:
+        return []
     lines, base, found = group["lines"], group["base"], []
     for name in dict.fromkeys(name for line in lines for name in line["row"].get(key, {})):
         drawn: dict[str, dict[str, Any]] = {}
@@ -181,31 +143,19 @@ def bars(group: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return found
 
 
-def protocol(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The conditions of a run: single settings, and settings in groups.
-
-    Example:
-        >>> data = {"protocol": {"flip": True}, "images_total": 4, "fixed": {}}
-        >>> protocol(data, [])["short"]
-        [('Number of scored images', 4), ('Mirrored image used', True)]
-    """
+def protocol(data: Mapping[str, Any], groups: Rows) -> dict[str, Any]:
+    """The conditions of a run: single settings, and settings in groups."""
     given: dict[str, Any] = dict(data["protocol"])
     row = groups[0]["lines"][0]["row"] if groups else {}
     given.setdefault("images", row.get("images", data["images_total"]))
-    if data["fixed"]:
-        given["thresholds"] = {f"{name}:": value for name, value in data["fixed"].items()}
+    given["thresholds"] = {f"{name}:": value for name, value in data["fixed"].items()}
     known = [name for name in _LABELS if name in given]
     ordered = {name: given[name] for name in [*known, *given] if name not in _ELSEWHERE}
     return setting_lists(ordered, ("changed_from_preset", "thresholds"))
 
 
 def setting_lists(settings: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str, Any]:
-    """Labelled settings: single ones (``short``) and groups (``wide``) unless they are ``whole``.
-
-    Example:
-        >>> setting_lists({"batch_size": 4, "host": {"amn": {"epochs": 3}}})["wide"]
-        [('Host', [('epochs', 3)])]
-    """
+    """Labelled settings: single ones (``short``), and groups (``wide``) that are not ``whole``."""
     short, wide = [], []
     for name, value in settings.items():
         label = _LABELS.get(name, _words(name).capitalize())
@@ -223,8 +173,6 @@ def plain(value: Any) -> str:
         >>> plain([1.0, None, True]), plain({"batch_size": 4})
         ('1, none, yes', 'batch size 4')
     """
-    if value is None:
-        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -233,7 +181,7 @@ def plain(value: Any) -> str:
         return "; ".join(f"{_words(k)} {plain(v)}" for k, v in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(plain(one) for one in value) or "none"
-    return str(value)
+    return "none" if value is None else str(value)
 
 
 def _flat(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

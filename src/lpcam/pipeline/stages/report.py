@@ -153,7 +153,6 @@ def _segmenters(context: Context, metrics: Mapping[str, Any]) -> SegmenterResult
         rows,
         context.items("test") if context.truth("test") else _without_masks(context.items("test")),
         metrics["segmenter_history"],
-        metrics["refine_history"],
         {
             "network": section.title,
             "split": lists.list_of("test"),
