@@ -194,18 +194,9 @@ def test_backbones_without_fitting_maps(classifier: Classifier) -> None:
         Psa(classifier)
 
 
-def test_distances_of_the_pairs_of_the_loss() -> None:
-    features = drawn(2, 5, 9, 11)
-    whole = dict(feature_distances(features, 4))
-    for (dy, dx), distance in feature_distances(features, 4, sources_only=True):
-        left = 3 - max(0, -dx)
-        torch.testing.assert_close(distance, whole[dy, dx][:, :6, left : left + 5])
-    assert not list(feature_distances(features[..., :6], 4, sources_only=True))
-
-
 def test_loss_is_that_of_the_affinities() -> None:
     features, labels = 3 * drawn(2, 6, 8, 9), drawn_labels(2, 8, 9)
-    distances = feature_distances(features, 3, sources_only=True)
+    distances = feature_distances(features, 3)
     pairs = [(offset, (-distance).exp()) for offset, distance in distances]
     zero = torch.zeros(())
     means = likelihood_means(pairs, labels, pair_counts(labels, 3), zero, 3)
@@ -237,14 +228,15 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
 
 
 def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSettings) -> Tensor:
-    """The specification: affinities of all pairs, diagonal 1, to the power, columns, squarings."""
+    """The specification: pairs of the loss, diagonal 1, to the power, columns, squarings."""
     height, width = features.shape[1:]
     cells = [(y, x) for y in range(height) for x in range(width)]
     matrix = torch.eye(len(cells), dtype=torch.float64)
     offsets = set(pair_offsets(settings.radius))
     for i, (y, x) in enumerate(cells):
         for j, (v, u) in enumerate(cells):
-            if (v - y, u - x) in offsets:
+            inside = y <= height - settings.radius and 4 <= x <= width - settings.radius
+            if inside and (v - y, u - x) in offsets:
                 gap = (features[:, y, x] - features[:, v, u]).abs().mean()
                 matrix[i, j] = matrix[j, i] = math.exp(-float(gap))
     transition = matrix**settings.beta
@@ -254,7 +246,7 @@ def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSe
     return (scores.double().flatten(1) @ transition).reshape(scores.shape)
 
 
-@pytest.mark.parametrize("size", [(40, 56), (37, 50), (5, 70)])
+@pytest.mark.parametrize("size", [(40, 80), (45, 75)])
 def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) -> None:
     network, image, planes = fresh().train(), picture(*size), drawn(2, *size)
     settings = PsaSettings.from_preset("official")
@@ -273,12 +265,23 @@ def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) ->
     torch.testing.assert_close(close, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(32, 90), (90, 64)])
+def test_grids_too_small_for_the_walk_are_left(
+    fresh: Any, size: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    planes = drawn(2, *size)
+    found = psa.walk(fresh(), picture(*size), planes, PsaSettings.from_preset("official"))
+    assert torch.equal(found[1:], planes)
+    assert bool((found[0] == torch.tensor(0.39)).all())
+    assert f"{size[0]} x {size[1]} pixels is too small" in caplog.text
+
+
 def test_walk_of_what_does_not_fit(fresh: Any) -> None:
-    network, image = fresh(), picture(16, 24)
+    network, image = fresh(), picture(40, 72)
     with pytest.raises(DataError, match="image and maps differ in size"):
-        psa.walk(network, image, drawn(1, 16, 23), SETTINGS)
+        psa.walk(network, image, drawn(1, 40, 71), SETTINGS)
     with pytest.raises(DataError, match="maps hold NaN"):
-        psa.walk(network, image, drawn(1, 16, 24) * math.nan, SETTINGS)
+        psa.walk(network, image, drawn(1, 40, 72) * math.nan, SETTINGS)
     network.last.weight.data.fill_(math.nan)
     with pytest.raises(DataError, match=r"affinities at the offset .* hold NaN"):
-        psa.walk(network, image, drawn(1, 16, 24), SETTINGS)
+        psa.walk(network, image, drawn(1, 40, 72), SETTINGS)

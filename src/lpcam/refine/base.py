@@ -187,6 +187,8 @@ class LearnedRefinement(Refinement):
 
     starts_from: ClassVar[Literal["backbone", "classifier"]] = "backbone"
     """Initial weights of the network: the backbone's first ones, or the classifier's."""
+    revision: ClassVar[int] = 2
+    """Version of the training, for the network's cache key."""
     network_settings: ClassVar[Set[str]]
     """Names of the settings that the network depends on, beside its labels."""
     map_settings: ClassVar[Set[str]]

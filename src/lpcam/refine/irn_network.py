@@ -149,7 +149,8 @@ class Displacement(nn.Module):
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Displacement from the levels' features, at the size (h, w) of stride 4."""
         half = features[self.deep.index(True)].shape[-2:]
-        shallow, deep = [], []
+        shallow: list[Tensor] = []
+        deep: list[Tensor] = []
         for unit, is_deep, feature in zip(self.units, self.deep, features, strict=True):
             (deep if is_deep else shallow).append(unit(feature, half if is_deep else size))
         middle = self.middle(torch.cat(deep, 1), size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,7 @@ from lpcam.training.loop import History
 from lpcam.training.optim import freeze, names_below, parameter_groups
 from lpcam.training.saved_network import SavedNetwork
 
+logger = logging.getLogger(__name__)
 STRIDE = 8
 """Pixels per cell of the grid of features, labels and walks."""
 
@@ -207,7 +209,7 @@ class Psa(SavedNetwork):
             self.last = nn.Conv2d(self.channels, self.channels, 1, bias=False)
             for weight in self.reductions.parameters():
                 nn.init.kaiming_normal_(weight)
-            nn.init.xavier_uniform_(self.last.weight)
+            nn.init.xavier_uniform_(self.last.weight, gain=4.0)
         multiple = side_multiple(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
         self.multiple = max(STRIDE, multiple)
         self.eval()
@@ -268,40 +270,17 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
     return Psa(twin, seed=seed).to(classifier.device)
 
 
-def feature_distances(
-    features: Tensor, radius: int, *, sources_only: bool = False
-) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the mean absolute difference of features (B, C, h, w) of every pair, by offset.
+def feature_distances(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+    """Yield the mean absolute difference of features (B, C, h, w) of pairs of cells, by offset.
 
-    The distances (B, h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's
-    bounding box. ``sources_only`` takes the pairs of :func:`lpcam.refine.walk.source_window` alone,
-    (B, rows, columns). With a first-order gradient.
-
-    Example:
-        >>> features = torch.tensor([[[[0.0, 1.0, 3.0]]]])
-        >>> {offset: distance.tolist() for offset, distance in feature_distances(features, 2)}
-        {(0, 1): [[[1.0, 2.0]]]}
+    Pairs are those of :func:`lpcam.refine.walk.source_window`, (B, rows, columns); nothing is
+    yielded where it is empty. With a first-order gradient.
     """
-    windows = _windows(features.shape[-2:], radius, sources_only=sources_only)
-    if features.requires_grad and torch.is_grad_enabled():
-        return zip(windows, _Distances.apply(features, windows), strict=True)
-    return ((offset, _distance(features, *sides)) for offset, sides in windows.items())
-
-
-def _windows(
-    size: Sequence[int], radius: int, *, sources_only: bool
-) -> dict[Offset, tuple[Window, Window]]:
-    """The first and the second cells of the pairs at each offset."""
-    height, width = size
-    found = {}
-    for dy, dx in pair_offsets(radius):
-        rows, columns = source_window(height, width, radius)
-        if not sources_only:
-            rows = slice(0, max(0, height - dy))
-            columns = slice(max(0, -dx), max(0, -dx, min(width, width - dx)))
-        if rows.stop > rows.start and columns.stop > columns.start:
-            found[dy, dx] = ((rows, columns), partner_window((rows, columns), (dy, dx)))
-    return found
+    window = source_window(features.shape[-2], features.shape[-1], radius)
+    if features[..., *window].numel():
+        offsets = pair_offsets(radius)
+        partners = [partner_window(window, offset) for offset in offsets]
+        yield from zip(offsets, _Distances.apply(features, window, partners), strict=True)
 
 
 def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
@@ -317,25 +296,37 @@ class _Distances(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, windows: dict[Offset, tuple[Window, Window]]
+        ctx: Any, features: Tensor, own: Window, partners: Sequence[Window]
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(features)
-        ctx.windows = windows
-        return tuple(_distance(features, *sides) for sides in windows.values())
+        ctx.windows = own, partners
+        return tuple(_distance(features, own, partner) for partner in partners)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (features,) = ctx.saved_tensors
+        own, partners = ctx.windows
         total = torch.zeros_like(features)
         shares = [(gradient / features.shape[1])[:, None] for gradient in gradients]
         parts, changes = (torch.split(x, CHANNELS_A_TIME, 1) for x in (features, total))
         for part, into in zip(parts, changes, strict=True):
-            for (own, partner), share in zip(ctx.windows.values(), shares, strict=True):
+            for partner, share in zip(partners, shares, strict=True):
                 change = (part[:, :, *partner] - part[:, :, *own]).sign_().mul_(share)
                 into[:, :, *partner] += change
                 into[:, :, *own] -= change
-        return total, None
+        return total, None, None
+
+
+def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+    """Yield the affinities of all pairs of the grid, for :func:`lpcam.refine.walk.affinity_walk`.
+
+    They are zero where the loss has no such pair, near the border: some of its cells never move.
+    """
+    reach = radius - 1
+    for (dy, dx), distance in feature_distances(features, radius):
+        sides = reach + min(0, dx), reach - max(0, dx), 0, reach - dy
+        yield (dy, dx), F.pad((-distance).exp(), sides)
 
 
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
@@ -354,7 +345,7 @@ def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | Non
     """
     counts = pair_counts(labels, radius) if counts is None else counts
     zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
-    distances = feature_distances(features, radius, sources_only=True)
+    distances = feature_distances(features, radius)
     pairs = ((offset, (-distance).exp()) for offset, distance in distances)
     background, foreground, different = likelihood_means(pairs, labels, counts, zero, radius)
     loss: Tensor = (background + foreground) / 4 + different / 2
@@ -427,7 +418,8 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     """Scores of an image after its maps and a constant background have walked.
 
     Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1]. Returns (K + 1, H, W) on the
-    network's device, the background first; ``settings.threshold`` was its score.
+    network's device, the background first; ``settings.threshold`` was its score. Where the grid is
+    too small for any pair of the loss, the scores are those before the walk.
 
     Raises:
         DataError: if image and maps do not fit, or maps or features are not finite.
@@ -435,9 +427,9 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     Example:
         >>> from lpcam.classifiers.classifier import BackboneSpec, build
         >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
-        >>> image = np.zeros((16, 24, 3), np.uint8)
-        >>> walk(network, image, torch.ones(1, 16, 24), PsaSettings.from_preset("official")).shape
-        torch.Size([2, 16, 24])
+        >>> image = np.zeros((48, 80, 3), np.uint8)
+        >>> walk(network, image, torch.ones(1, 48, 80), PsaSettings.from_preset("official")).shape
+        torch.Size([2, 48, 80])
     """
     network.eval()
     check_image_and_maps(torch.from_numpy(image), planes, "maps")
@@ -445,9 +437,17 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     scores = planes.to(network.device, compute_dtype(planes))
     scores = torch.cat([scores.new_full((1, height, width), settings.threshold), scores])
     features = network(network.preprocessing(image)[None].to(network.device))
+    pairs = list(walk_affinities(features, settings.radius))
+    if not pairs:
+        logger.warning(
+            "an image of %s x %s pixels is too small for PSA's walk; its maps stay as they are",
+            height,
+            width,
+        )
+        return scores
     walked = affinity_walk(
         pooled(scores)[None],
-        ((offset, (-d).exp()) for offset, d in feature_distances(features, settings.radius)),
+        pairs,
         beta=settings.beta,
         exponent=settings.exponent,
         tolerance=settings.tolerance,
@@ -463,6 +463,7 @@ class PsaRefinement(LearnedRefinement):
     settings = PsaSettings
     crf_place = "on the labels that PSA learns from"
     starts_from = "classifier"
+    revision = 3
     map_settings = frozenset({"radius", "beta", "exponent", "tolerance", "threshold"})
     network_settings = frozenset(PsaSettings.model_fields) - {"preset", *map_settings} | {"radius"}
 

@@ -206,7 +206,7 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     nothing is yielded where it is empty.
     """
     rows, columns = source_window(edge.shape[-2], edge.shape[-1], radius)
-    if rows.stop <= rows.start or columns.stop <= columns.start:
+    if not edge[..., rows, columns].numel():
         return
     for offset, maximum in path_maxima(edge, radius):
         corner = min(0, offset[1])

@@ -188,7 +188,7 @@ def train_networks(context: Context) -> Iterator[Task]:
     for job in jobs(context):
         labels = context.results[f"refine-labels/{job.source.name}"]
         parts = {
-            "revision": 2,
+            "revision": method.revision,
             "labels": labels.key,
             **start,
             "settings": section.settings.model_dump(mode="json", include=method.network_settings),
