@@ -14,7 +14,6 @@ from PIL import Image
 
 from lpcam.data import creatures
 from lpcam.data.masks import read_index_mask
-from lpcam.runtime.errors import DataError
 
 COUNT = len(creatures.CLASSES)
 
@@ -133,10 +132,3 @@ def test_a_companion_ground_co_occurs_with_its_class(
             found.append(ground == companion)
     assert np.mean(with_class) > 0.4
     assert np.mean(without) < 1 / len(grounds)
-
-
-@pytest.mark.parametrize(("field", "value"), [("images", 0), ("size", 31), ("seed", -1)])
-def test_bad_arguments_are_named(tmp_path: Path, field: str, value: int) -> None:
-    with pytest.raises(DataError, match=f"{field} .*{value}"):
-        creatures.write(tmp_path / "never", **{"images": 1, "size": 64, "seed": 0, field: value})
-    assert not (tmp_path / "never").exists()

@@ -84,8 +84,7 @@ def _check_sizes(image: NDArray[np.uint8], plane: NDArray[Any]) -> None:
         )
 
 
-CELL = 200
-"""Side of a picture's cell, in pixels."""
+CELL = 200  #: Side of a picture's cell, in pixels.
 GAP = 8
 TITLE = 30
 
@@ -94,17 +93,12 @@ TITLE = 30
 class SheetRow:
     """One image and one of its classes."""
 
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB"""
+    image: NDArray[np.uint8]  #: (H, W, 3) RGB
     name: str
-    cam: NDArray[np.float32]
-    """(H, W) in [0, 1], of the class"""
-    lpcam: NDArray[np.float32]
-    """(H, W) in [0, 1], of the class"""
-    seed: NDArray[np.uint8]
-    """(H, W) mask ids, all classes of the image"""
-    truth: NDArray[np.uint8] | None
-    """(H, W) mask ids, or None where there is no mask"""
+    cam: NDArray[np.float32]  #: (H, W) in [0, 1], of the class
+    lpcam: NDArray[np.float32]  #: (H, W) in [0, 1], of the class
+    seed: NDArray[np.uint8]  #: (H, W) mask ids, all classes of the image
+    truth: NDArray[np.uint8] | None  #: (H, W) mask ids, or None where there is no mask
 
 
 def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:

@@ -16,8 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lpcam.runtime.errors import ImageError
 
-MAXIMUM_PIXELS = 100_000_000
-"""Number of pixels of the largest image that is read; 300 MB as RGB."""
+MAXIMUM_PIXELS = 100_000_000  #: Of the largest image that is read; 300 MB as RGB.
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -82,10 +81,6 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Size (height, width) of an image at ``scale``: sides are rounded half to even, at least 1.
 
     The released CAM programs round this way (specification IRN, section 2).
-
-    Example:
-        >>> scaled_size(375, 500, 1.5)
-        (562, 750)
     """
     return max(1, round(height * scale)), max(1, round(width * scale))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lpcam.data.coco.files import ALL, LABELLED
 from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item
@@ -26,8 +25,8 @@ from lpcam.runtime.progress import progress
 FEW_IMAGES = 20
 """A class with fewer images gets a warning in the summary."""
 _RARE = 0.1  # a class with less than this share of a similar one's images may be a misspelling
+# a reader's notice of what is a finding here
 _UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")
-"""A reader's notice of what is a finding here."""
 _Groups = defaultdict[str, list[str]]
 
 
@@ -50,13 +49,6 @@ def survey(
 
     Raises:
         DataError: if no image can be used.
-
-    Example:
-        >>> from lpcam.data.creatures import write
-        >>> from lpcam.data.folder import read_folder
-        >>> write(getfixture("tmp_path"), images=2, size=32, seed=0)
-        >>> survey(read_folder(getfixture("tmp_path"))).whole.masks
-        2
     """
     truth = truth or {}
     items = dataset.items.values()
@@ -76,11 +68,23 @@ def survey(
             masks[item.id] = look
             advance(1, "")
 
-    made = {name for name, look in masks.items() if look.made and look.values is not None}
-    sets = {name: frozenset(ids) for name, ids in dataset.lists.items()}
-    whole = _counts(dataset, "", list(sizes), made, {})
-    lists = tuple(_counts(dataset, of, ids, made, sets) for of, ids in dataset.lists.items())
-    labels = _multi_hot(dataset, sizes)
+    place = {name: row for row, name in enumerate(sizes)}
+    labels = np.zeros((len(sizes), len(dataset.classes)), np.float32)
+    for row, item in enumerate(dataset.items.values()):
+        labels[row, list(item.labels)] = 1
+    true = {i for i, look in masks.items() if look.values is not None or dataset.items[i].mask}
+
+    def counts(name: str, ids: Sequence[str], within: tuple[str, ...] = ()) -> ListCounts:
+        rows = labels[[place[i] for i in ids]]
+        shown = tuple(rows.sum(0).astype(int).tolist())
+        return ListCounts(name, len(ids), int(rows.any(1).sum()), len(true & {*ids}), within, shown)
+
+    sets = {of: frozenset(ids) for of, ids in dataset.lists.items()}
+    whole = counts("", list(sizes))
+    lists = tuple(
+        counts(of, ids, tuple(o for o in sets if o != of and ids and sets[of] <= sets[o]))
+        for of, ids in dataset.lists.items()
+    )
     findings = [
         *_left_out(dataset),
         *_mask_findings(dataset, masks),
@@ -112,18 +116,11 @@ def survey(
 
 
 def _some(
-    kind: str,
-    names: Sequence[str],
-    one: str,
-    rest: str = "",
-    *,
-    several: str | None = None,
-    attention: bool = True,
+    kind: str, names: Sequence[str], one: str, rest: str = "", several: str = "", alert: bool = True
 ) -> Iterator[Finding]:
     """A finding if there are names: their number with a noun (and its plural), and the rest."""
     if names:
-        text = f"{count_of(len(names), one, several)}{rest}"
-        yield Finding(kind, text, tuple(names), attention)
+        yield Finding(kind, f"{count_of(len(names), one, several)}{rest}", tuple(names), alert)
 
 
 def _left_out(dataset: Dataset) -> Iterator[Finding]:
@@ -147,11 +144,9 @@ def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[s
 class _Look(NamedTuple):
     """Contents of the true mask of an image."""
 
-    values: frozenset[int] | None
-    """None where there is no usable mask of classes."""
+    values: frozenset[int] | None  # None where there is no usable mask of classes
     faults: tuple[str, ...]
-    made: bool
-    """Whether it is made from annotations, not read from a file."""
+    made: bool  # from annotations, not read from a file
 
 
 def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
@@ -222,7 +217,7 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
     ids = _united(unseen)
     text = f" with a label but no pixel of the class in the mask ({_commonest(unseen)})"
     attention = len(ids) > len(labelled) / 2
-    yield from _some("label without mask", ids, "image", text, attention=attention)
+    yield from _some("label without mask", ids, "image", text, alert=attention)
 
 
 def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Finding]:
@@ -244,7 +239,7 @@ def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Findin
             found[kind] += [" = ".join(names)] * holds
     for kind, text in words.items():
         rest = f" of images with equal files{text}"
-        yield from _some(kind, found[kind], "group", rest, attention=bool(text))
+        yield from _some(kind, found[kind], "group", rest, alert=bool(text))
 
 
 def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
@@ -296,10 +291,10 @@ def _list_findings(
     yield from _some("empty classes", none, "class that no image shows", several=several)
     few = [f"{name} ({count})" for name, count in counts if 0 < count < FEW_IMAGES]
     rest = f" with fewer than {FEW_IMAGES} images, whose maps may be weak"
-    yield from _some("small classes", few, "class", rest, several="classes", attention=False)
+    yield from _some("small classes", few, "class", rest, several="classes", alert=False)
     bare = [name for name, item in dataset.items.items() if not item.labels]
     of_all = len(bare) == whole.images
-    yield from _some("no label", bare, "image", " without a label", attention=of_all)
+    yield from _some("no label", bare, "image", " without a label", alert=of_all)
     empty = [one.name for one in lists if not one.images]
     several = "lists without a usable image"
     yield from _some("lists", empty, "list without a usable image", several=several)
@@ -314,35 +309,6 @@ def _list_findings(
         if both and both not in (sets[a], sets[b]):
             text = f"the lists {a} and {b} share {count_of(len(both), 'image')}"
             yield Finding("lists", text, tuple(sorted(both)), False)
-
-
-# -- Counts ------------------------------------------------------------------------------------
-
-
-def _multi_hot(dataset: Dataset, ids: Collection[str]) -> NDArray[np.float32]:
-    """(images, classes), 1 where an image shows a class."""
-    labels = np.zeros((len(ids), len(dataset.classes)), np.float32)
-    for row, name in enumerate(ids):
-        labels[row, list(dataset.items[name].labels)] = 1
-    return labels
-
-
-def _counts(
-    dataset: Dataset,
-    name: str,
-    ids: Sequence[str],
-    made: Collection[str],
-    sets: Mapping[str, frozenset[str]],
-) -> ListCounts:
-    items = [dataset.items[i] for i in ids]
-    return ListCounts(
-        name,
-        len(items),
-        sum(bool(item.labels) for item in items),
-        sum(item.mask is not None or item.id in made for item in items),
-        tuple(o for o, others in sets.items() if o != name and ids and sets[name] <= others),
-        tuple(_multi_hot(dataset, ids).sum(0).astype(int).tolist()),
-    )
 
 
 def _united(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

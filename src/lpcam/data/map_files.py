@@ -24,12 +24,9 @@ _MAP_MEMBERS = ("keys", "cam", "cam_scale", "high_res", "high_res_scale", "made_
 class MapFile:
     """The maps of one image: planes of its K present classes, without background."""
 
-    keys: NDArray[np.int64]
-    """(K,) 0-based class indices."""
-    cam: NDArray[np.float32]
-    """(K, ceil(H/4), ceil(W/4)), finite and non-negative."""
-    high_res: NDArray[np.float32]
-    """(K, H, W), finite and non-negative."""
+    keys: NDArray[np.int64]  #: (K,) 0-based class indices.
+    cam: NDArray[np.float32]  #: (K, ceil(H/4), ceil(W/4)), finite and non-negative.
+    high_res: NDArray[np.float32]  #: (K, H, W), finite and non-negative.
     made_by: dict[str, Any] = field(default_factory=dict)
     """What the maps were made from, as JSON can hold it."""
 

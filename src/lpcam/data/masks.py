@@ -56,12 +56,7 @@ def _names(item_id: str) -> list[str]:
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """VOC colours, uint8 (256, 3) (specification of data sets, section 1).
-
-    Example:
-        >>> voc_palette()[[0, 1, 255]].tolist()
-        [[0, 0, 0], [128, 0, 0], [224, 224, 192]]
-    """
+    """VOC colours, uint8 (256, 3) (specification of data sets, section 1)."""
     steps = np.arange(8)[:, None]
     bits = np.arange(256)[:, None, None] >> (3 * steps + np.arange(3)) & 1
     return np.asarray((bits << (7 - steps)).sum(axis=1), np.uint8)

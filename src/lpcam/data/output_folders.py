@@ -20,8 +20,7 @@ from lpcam.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 SHEET = "sheet.png"
-SHEET_ROWS = 24
-"""Rows of the contact sheet."""
+SHEET_ROWS = 24  #: Rows of the contact sheet.
 _MOST_LINES = 20  # images that a summary lists
 OUTPUT_FOLDERS = ("found", "heatmaps", "masks", "overlays", "probabilities")
 _LONGEST_NAME = 160  # bytes, so that an ending still fits into the 255 of most file systems
@@ -29,23 +28,14 @@ _LONGEST_NAME = 160  # bytes, so that an ending still fits into the 255 of most 
 
 @dataclass(frozen=True)
 class OutputKind:
-    """How a command names what it writes.
+    """How a command that works on image files names what it writes, below the output folder."""
 
-    Args:
-        command: the command, such as ``lpcam explain``; the index records it as its kind.
-        index: file name of the index.
-        forms: patterns of output paths below the output folder; the group ``name`` is the image's.
-        describe: the findings of one image in words, for the summary.
-        pictures: file or folder to look at, below the output folder.
-        others: files that are not of one image.
-    """
-
-    command: str
-    index: str
-    forms: Sequence[re.Pattern[str]]
-    describe: Callable[[Mapping[str, Any]], str]
-    pictures: str
-    others: Sequence[str] = ()
+    command: str  #: Such as ``lpcam explain``; the index records it as its kind.
+    index: str  #: File name of the index.
+    forms: Sequence[re.Pattern[str]]  #: Paths of outputs; the group ``name`` is the image's.
+    describe: Callable[[Mapping[str, Any]], str]  #: The findings of one image in words.
+    pictures: str  #: File or folder to look at.
+    others: Sequence[str] = ()  #: Files that are not of one image.
 
 
 @dataclass(frozen=True)
@@ -54,10 +44,8 @@ class ImageResults:
 
     kind: OutputKind
     folder: Path
-    found: list[dict[str, Any]]
-    """The contents of each image's JSON file."""
-    skipped: list[dict[str, str]]
-    """``image`` and ``reason`` of each image that failed."""
+    found: list[dict[str, Any]]  #: The contents of each image's JSON file.
+    skipped: list[dict[str, str]]  #: ``image`` and ``reason`` of each image that failed.
 
     def summary(self) -> str:
         """One line per image, of the first ones, then skipped images and the folder."""
@@ -82,13 +70,6 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     Raises:
         DataError: if a source does not exist or is an output of an earlier call, or there is no
             image.
-
-    Example:
-        >>> folder = getfixture("tmp_path")
-        >>> for name in ("a.png", "b.png", "b.jpg"):
-        ...     (folder / name).touch()
-        >>> list(find_images([folder], folder / "out"))
-        ['a', 'b.jpg', 'b.png']
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
     files: dict[Path, tuple[str, Path]] = {}

@@ -18,8 +18,7 @@ from lpcam.data.dataset import ClassTable
 from lpcam.runtime.files import write_json
 from lpcam.runtime.versions import versions
 
-MOST_NAMED = 3
-"""Images or classes that a line of a summary names; the JSON names all."""
+MOST_NAMED = 3  #: Images or classes that a line of a summary names; the JSON names all.
 _MOST_CLASSES = 24  # rows in the table of classes: of more, half as many from either end
 _MOST_LISTS = 4  # columns of lists in that table
 _COMPANIONS = 2  # classes named beside each: those it is most often shown with
@@ -34,14 +33,10 @@ class Estimate:
     flip: bool
     device: str
     workers: int
-    timed: int
-    """Images."""
-    seconds: Mapping[str, float]
-    """By list: for a run all of whose lists are this one."""
-    disk: Mapping[str, int]
-    """By list: bytes of maps and seeds."""
-    repeated: tuple[str, ...]
-    """Lists whose features do not fit into memory, so that the stages compute them again."""
+    timed: int  #: Images.
+    seconds: Mapping[str, float]  #: By list: for a run all of whose lists are this one.
+    disk: Mapping[str, int]  #: By list: bytes of maps and seeds.
+    repeated: tuple[str, ...]  #: Lists whose features do not fit into memory and are made anew.
 
 
 @dataclass(frozen=True)
@@ -49,12 +44,9 @@ class Finding:
     """A finding about a data set."""
 
     kind: str
-    text: str
-    """A sentence, with the number of images, pairs or classes that it concerns."""
-    names: tuple[str, ...] = ()
-    """Names of all images, pairs or classes that it concerns."""
-    attention: bool = True
-    """Whether it is probably a mistake, or harms a run or its figures."""
+    text: str  #: A sentence, with the number of images, pairs or classes that it concerns.
+    names: tuple[str, ...] = ()  #: Names of all images, pairs or classes that it concerns.
+    attention: bool = True  #: Whether it is probably a mistake, or harms a run or its figures.
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,8 @@ class ListCounts:
     images: int
     labelled: int
     masks: int
-    within: tuple[str, ...]
-    """Lists that hold all of its images."""
-    classes: tuple[int, ...]
-    """Images that show each class."""
+    within: tuple[str, ...]  #: Lists that hold all of its images.
+    classes: tuple[int, ...]  #: Images that show each class.
 
 
 @dataclass(frozen=True)
@@ -78,17 +68,12 @@ class Survey:
     name: str
     label_source: str
     classes: ClassTable
-    suffixes: Mapping[str, int]
-    """Images by the extension of their file."""
-    sizes: Mapping[str, tuple[int, int]]
-    """(height, width) of the smallest, the median and the largest upright image."""
+    suffixes: Mapping[str, int]  #: Images by the extension of their file.
+    sizes: Mapping[str, tuple[int, int]]  #: (height, width): ``smallest``, ``median``, ``largest``
     lists: tuple[ListCounts, ...]
-    whole: ListCounts
-    """All images, whatever their list."""
-    together: NDArray[np.int64]
-    """(N, N): images that show both classes; on the diagonal those that show the class."""
-    alone: tuple[int, ...]
-    """Images that show this class and no other."""
+    whole: ListCounts  #: All images, whatever their list.
+    together: NDArray[np.int64]  #: (N, N): images that show both; on the diagonal, the class.
+    alone: tuple[int, ...]  #: Images that show this class and no other.
     findings: tuple[Finding, ...]
     estimate: Estimate | None = None
 
@@ -251,6 +236,6 @@ def _rendered(rows: Sequence[Sequence[str]], width: int) -> list[str]:
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
-def count_of(number: int, one: str, several: str | None = None) -> str:
+def count_of(number: int, one: str, several: str = "") -> str:
     """A number with its noun, such as "2 masks"."""
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"

@@ -16,8 +16,7 @@ from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import Advance
 
-SAVE_SECONDS = 30.0
-"""Seconds between two calls of ``save``."""
+SAVE_SECONDS = 30.0  #: Seconds between two calls of ``save``.
 
 
 def check_images(
@@ -45,14 +44,6 @@ def check_images(
     Raises:
         DataError: naming the item, if a mask cannot be read, is not an index mask or has another
             size than its image, or if no image is left.
-
-    Example:
-        >>> from lpcam.data.creatures import write
-        >>> from lpcam.data.folder import read_folder
-        >>> write(getfixture("tmp_path"), images=1, size=32, seed=0)
-        >>> _, records = check_images(read_folder(getfixture("tmp_path")))
-        >>> records["0000"]["height"], records["0000"]["width"]
-        (32, 32)
     """
     known = known or {}
     records: dict[str, dict[str, Any]] = {}

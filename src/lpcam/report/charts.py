@@ -22,11 +22,9 @@ class _Line(NamedTuple):
     """One line of a chart, in the units of the data."""
 
     method: str
-    place: int
-    """Index of the colour."""
+    place: int  #: Index of the colour.
     points: Sequence[tuple[float, float]]
-    marks: Sequence[tuple[str, float, float]]
-    """``best`` or ``fixed``, and where."""
+    marks: Sequence[tuple[str, float, float]]  #: ``best`` or ``fixed``, and where.
 
 
 def _chart(

@@ -37,8 +37,7 @@ class ReportSection(Section):
     """Number of shown pairs of classes that the classifier confuses."""
 
 
-MOST_BYTES = 12_000_000
-"""Size of the images in a page, which with the rest stays below 15 MB."""
+MOST_BYTES = 12_000_000  #: Of the images in a page, which with the rest stays below 15 MB.
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,17 @@ class Inputs:
     """Inputs of a report."""
 
     title: str
-    items: Sequence[Item]
-    """The images that may be shown."""
+    items: Sequence[Item]  #: The images that may be shown.
     sources: Sources
     fitted: Fitted
     section: ReportSection
     sharing: Sharing
-    fixed: Mapping[Method, float]
-    """Threshold of each method."""
+    fixed: Mapping[Method, float]  #: Threshold of each method.
     about: Mapping[str, Any]
     """Protocol, skipped, notices, events, history, networks, stages and command."""
-    rows: Sequence[Mapping[str, Any]] = ()
-    """Rows of metrics.json; empty without true masks."""
+    rows: Sequence[Mapping[str, Any]] = ()  #: Rows of metrics.json; empty without true masks.
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    trained: SegmenterResults | None = None
-    """The segmenters of the run, if any."""
+    trained: SegmenterResults | None = None  #: The segmenters of the run, if any.
 
 
 def collect(inputs: Inputs) -> dict[str, Any]:

@@ -31,8 +31,7 @@ _IOU_STEPS = 10_000  # steps in which an IoU from 0 to 1 is stored
 _HIGHLIGHTS = 12  # images in each list of highlights
 T = TypeVar("T")
 R = TypeVar("R")
-Scores = Mapping[Method, Mapping[str, float | None]]
-"""Mean IoU of each image by method and id."""
+Scores = Mapping[Method, Mapping[str, float | None]]  #: Mean IoU by method and image id.
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,11 @@ class Sources:
     """Maps and masks that are shown with the images."""
 
     dataset: Dataset
-    folders: Mapping[Method, Path]
-    """Maps of each method."""
-    scores: Scores = field(default_factory=dict)
-    """Empty if the images have no true masks."""
+    folders: Mapping[Method, Path]  #: Maps of each method.
+    scores: Scores = field(default_factory=dict)  #: Empty if the images have no true masks.
+    #: Folders of masks ID.png of later stages, by the name to show.
     masks: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of masks ID.png of later stages, by the name to show."""
-    planes: Mapping[str, Path] = field(default_factory=dict)
-    """Folders of grey pictures ID.png, 0 to 255, of later stages."""
+    planes: Mapping[str, Path] = field(default_factory=dict)  #: As ``masks``, of grey pictures.
 
 
 def highlights(scores: Scores) -> dict[str, list[str]]:

@@ -18,22 +18,7 @@ from markupsafe import Markup
 
 from lpcam.data.drawing import HEAT
 from lpcam.explain.web import page_environment, page_file
-from lpcam.report.charts import (
-    threshold_charts,
-    threshold_table,
-    threshold_text,
-    training_charts,
-    training_table,
-)
-from lpcam.report.tables import (
-    bars,
-    place,
-    plain,
-    protocol,
-    score_groups,
-    segmenter_groups,
-    setting_lists,
-)
+from lpcam.report import charts, tables
 from lpcam.runtime.errors import ArtefactError
 
 _DRAWN = ("methods", "fixed", "classes", "images", "highlights", "prototypes", "confusions")
@@ -54,15 +39,15 @@ def render(data: Mapping[str, Any]) -> str:
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
     )
-    own_place = partial(place, methods=data["methods"])
-    groups = score_groups(data["rows"], data["methods"])
+    own_place = partial(tables.place, methods=data["methods"])
+    groups = tables.score_groups(data["rows"], data["methods"])
     headline = groups[0] if groups else None
     environment = page_environment()
     environment.filters.update(
         percent=_percent,
         points=_points,
-        plain=plain,
-        threshold=threshold_text,
+        plain=tables.plain,
+        threshold=charts.threshold_text,
         seconds=_seconds,
         memory=_memory,
     )
@@ -75,11 +60,11 @@ def render(data: Mapping[str, Any]) -> str:
         groups=groups,
         headline=headline,
         colours={one["name"]: one["color"] for one in data["classes"]},
-        protocol=protocol(data, groups),
-        charts=threshold_charts(data["curves"], data["fixed"], own_place),
-        curve_rows=threshold_table(data["curves"], own_place),
-        per_class=bars(headline, "per_class"),
-        parts=bars(headline, "part_coverage"),
+        protocol=tables.protocol(data, groups),
+        charts=charts.threshold_charts(data["curves"], data["fixed"], own_place),
+        curve_rows=charts.threshold_table(data["curves"], own_place),
+        per_class=tables.bars(headline, "per_class"),
+        parts=tables.bars(headline, "part_coverage"),
         segmenters=_segmenters(data),
         stages=_stages(data["stages"]),
     )
@@ -133,10 +118,10 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
     if given is None:
         return None
     methods = data["methods"]
-    teachers = [{**one, "place": place(one["title"], methods)} for one in given["teachers"]]
+    teachers = [{**one, "place": tables.place(one["title"], methods)} for one in given["teachers"]]
     teachers.sort(key=itemgetter("place"))
-    groups = segmenter_groups(given["rows"], teachers)
-    charts = training_charts(given["history"], teachers)
+    groups = tables.segmenter_groups(given["rows"], teachers)
+    curves = charts.training_charts(given["history"], teachers)
     truths = [one["truth"] for one in given["images"] if one["truth"]]
     views = [*truths, *(view for one in given["images"] for view in one["masks"].values())]
     shown = {index for view in views for index in view["classes"]}
@@ -145,11 +130,11 @@ def _segmenters(data: Mapping[str, Any]) -> dict[str, Any] | None:
         "teachers": teachers,
         "groups": groups,
         # the last group is the final result: after the CRF, if there is one
-        "per_class": bars(groups[-1] if groups else None, "per_class"),
-        "settings": setting_lists({"network": given["network"], **given["settings"]}),
-        "charts": charts,
-        "steps": training_table(given["history"], teachers),
-        "scored": any(chart["unit"] for chart in charts),
+        "per_class": tables.bars(groups[-1] if groups else None, "per_class"),
+        "settings": tables.setting_lists({"network": given["network"], **given["settings"]}),
+        "charts": curves,
+        "steps": charts.training_table(given["history"], teachers),
+        "scored": any(chart["unit"] for chart in curves),
         "pictures": _picture_groups(given["images"], teachers),
         "swatches": [one for index, one in enumerate(data["classes"]) if index in shown],
         "truth": bool(truths),

@@ -27,13 +27,11 @@ from lpcam.method.reservoir import SIDES, SideName, on_grid
 from lpcam.method.settings import LpcamSettings
 from lpcam.report.images import small_planes, thumbnail_record
 
-PATCH = 64
-"""Side of a patch in the page, in pixels."""
+PATCH = 64  #: Side of a patch in the page, in pixels.
 _PATCH_CELLS = 5  # side of a patch in the image, in cells of the feature grid
 _MOST_PATCHES = 1600  # in a page (about 2 MB); with many classes fewer prototypes of each are shown
+#: :meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`.
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
-"""Features of images of equal size at each scale:
-:meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`."""
 
 
 class Fitted(NamedTuple):
@@ -43,8 +41,7 @@ class Fitted(NamedTuple):
     prototypes: Prototypes
     pairs: Pairs
     settings: LpcamSettings
-    cams: Path
-    """Folder of the CAM maps, which split the images if the settings say so."""
+    cams: Path  #: Folder of the CAM maps, which split the images if the settings say so.
 
     def features(self, item: Item) -> Tensor:
         """Features (C, h, w) of an image at scale 1."""
@@ -58,8 +55,7 @@ class Place(NamedTuple):
     image: str
     row: float
     column: float
-    cell: float
-    """Height of a cell."""
+    cell: float  #: Height of a cell.
     cosine: float
 
 

@@ -19,10 +19,8 @@ from lpcam.explain.web import encode_picture
 from lpcam.report.images import choose, highlights, nearest, run_all, thumbnail_record
 from lpcam.runtime.distributed import Sharing
 
-PICTURE = 176
-"""Long side of a picture, in pixels."""
-SHOWN = 48
-"""Images shown at most."""
+PICTURE = 176  #: Long side of a picture, in pixels.
+SHOWN = 48  #: Images shown at most.
 _EACH = 6  # one in so many images has one of the largest gains, and one of the largest losses
 
 
@@ -30,14 +28,10 @@ _EACH = 6  # one in so many images has one of the largest gains, and one of the 
 class TrainedSegmenter:
     """A segmenter, named by the masks that it was trained on."""
 
-    name: str
-    """``cam``, ``lpcam`` or ``truth``."""
-    title: str
-    """The masks in words, such as "LPCAM + IRN"."""
-    images: int
-    """Number of training masks."""
-    folder: Path
-    """Its predictions for the test list: ID.png with mask ids."""
+    name: str  #: ``cam``, ``lpcam`` or ``truth``.
+    title: str  #: The masks in words, such as "LPCAM + IRN".
+    images: int  #: Number of training masks.
+    folder: Path  #: Its predictions for the test list: ID.png with mask ids.
 
 
 @dataclass(frozen=True)
@@ -45,10 +39,8 @@ class SegmenterResults:
     """The segmenters of a run and their tests."""
 
     segmenters: Sequence[TrainedSegmenter]
-    rows: Sequence[Mapping[str, Any]]
-    """Rows of metrics.json with ``teacher`` (a name) and ``crf``; empty without true masks."""
-    items: Sequence[Item]
-    """The test list."""
+    rows: Sequence[Mapping[str, Any]]  #: Those of metrics.json, with ``teacher`` and ``crf``.
+    items: Sequence[Item]  #: The test list.
     history: Mapping[str, Sequence[Mapping[str, Any]]]
     """``step``, ``loss`` and sometimes ``validation_miou`` of each training by name."""
     about: Mapping[str, Any]
