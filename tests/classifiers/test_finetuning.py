@@ -173,7 +173,7 @@ def test_loss_falls_and_history_tells(fresh: Any, items: list[Item], tmp_path: P
         logits.append(classifier(tensor[None])[0].detach())
     expected = mean_average_precision(torch.stack(logits), multi_hot(items[9:], 3))
     assert history[-1]["validation_map"] == pytest.approx(expected)
-    assert train.validation_map(classifier, [], settings, Processes()) is None
+    assert train.validation_map(classifier, [], 64, Processes()) is None
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 6])

@@ -1,4 +1,4 @@
-"""MCTformer: losses, schedule, augmentation, training, maps, LPCAM in PatchCAM's place."""
+"""MCTformer: losses, schedule, augmentation, maps, LPCAM in PatchCAM's place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +14,68 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts.common import CLASSES, build_host, drawn, map_image, photograph
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
-from lpcam.data.dataset import ClassTable, Item
-from lpcam.data.folder import read_folder
+from lpcam.data.dataset import Item
 from lpcam.hosts import mctformer
-from lpcam.hosts.base import HostData
-from lpcam.hosts.mctformer import (
-    learning_rate,
-    local_features,
-    maps_of,
-    mctformer_loss,
-    token_contrast,
-)
-from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, Scores, build_mctformer
-from lpcam.method.functional import cosine_activation, normalize
+from lpcam.hosts.base import HostData, View
+from lpcam.hosts.mctformer import HOST
+from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, Scores
+from lpcam.method.functional import cosine_activation
 from lpcam.method.prototypes import make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
+from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
 
-CLASSES = ("blue", "green", "red")
-SETTINGS = MctformerSettings.from_preset(
-    "default",
-    fusion="product",
-    affinity=True,
-    crop=48,
-    epochs=2,
-    batch_size=3,
-    warmup_epochs=0,
-    learning_rate=1e-3,
-)
+SETTINGS = MctformerSettings.from_preset("default", fusion="product", affinity=True, crop=48)
 OFFICIAL = MctformerSettings.from_preset("official")
 PLUS = MctformerSettings.from_preset("plus", crop=48)
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
 
 
-def fresh(settings: MctformerSettings = SETTINGS, seed: int = 1) -> Mctformer:
-    return build_mctformer(
-        "test_vit", CLASSES, settings, arguments={"depth": 3}, weights="random", seed=seed
-    )
+def fresh(settings: MctformerSettings = SETTINGS) -> Mctformer:
+    network: Mctformer = build_host("mctformer", "random", settings, seed=1)
+    return network
 
 
-def photograph(height: int = 53, width: int = 70, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+maps_of = partial(map_image, "mctformer")
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def local_features(
+    network: Mctformer, image: np.ndarray, labels: list[int], settings: MctformerSettings
+) -> tuple[Tensor, Tensor]:
+    return HOST.local_features(network, View(image, tuple(labels), None), settings)
 
 
 def changed(**changes: Any) -> MctformerSettings:
     return SETTINGS.model_copy(update=changes)
 
 
-def train_mctformer(
-    network: Mctformer, items: list[Item], held_out: list[Item], *options: Any, **more: Any
-) -> Any:
-    data = HostData(items, held_out, [], ClassTable(CLASSES, (1, 2, 3)))
-    return mctformer.HOST.train(network, data, *options, **more)
-
-
-@pytest.fixture
-def items(pictures: Path) -> list[Item]:
-    return list(read_folder(pictures).items.values())
-
-
-def test_loss_adds_the_two_scores() -> None:
-    classes, patches = drawn(4, 3), drawn(4, 3, seed=1)
+def test_loss_adds_the_scores_and_the_contrast_of_tokens() -> None:
+    classes, patches, tokens = drawn(4, 3), drawn(4, 3, seed=1), torch.ones(4, 3, 6)
     labels = (drawn(4, 3, seed=2) > 0).float()
+    margins = [F.binary_cross_entropy_with_logits(one, labels) for one in (classes, patches)]
 
-    def margin(logits: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, labels)
+    def loss(patches: Tensor | None, contrast: float) -> Tensor:
+        return mctformer._loss(Scores(classes, patches, tokens), labels, contrast)
 
-    torch.testing.assert_close(mctformer_loss(Scores(classes, None), labels), margin(classes))
-    torch.testing.assert_close(
-        mctformer_loss(Scores(classes, patches), labels), margin(classes) + margin(patches)
-    )
-
-
-def test_contrast_is_least_where_tokens_point_apart() -> None:
-    same = token_contrast(torch.ones(2, 4, 6))
-    assert float(same) == pytest.approx(math.log(4))
-    apart = token_contrast(torch.eye(4, 6).expand(2, 4, 6) * 9.0)
+    torch.testing.assert_close(loss(None, 0.0), margins[0])
+    torch.testing.assert_close(loss(patches, 0.0), sum(margins))
+    torch.testing.assert_close(loss(patches, 2.0), sum(margins) + 2 * math.log(3))
+    apart = mctformer._token_contrast(torch.eye(4, 6).expand(2, 4, 6) * 9.0)
     assert float(apart) == pytest.approx(-math.log(math.e / (math.e + 3)))
-    assert apart < same
 
 
 def test_learning_rates_of_the_specification() -> None:
-    assert learning_rate(0, OFFICIAL) == 1e-6
-    assert learning_rate(4, OFFICIAL) == pytest.approx(1e-6 + 0.8 * (6.25e-5 - 1e-6))
-    assert learning_rate(30, OFFICIAL) == pytest.approx((6.25e-5 + 1e-5) / 2)
-    assert 1e-5 < learning_rate(59, OFFICIAL) < 1.01e-5
-    rates = [learning_rate(epoch, OFFICIAL) for epoch in range(5, 60)]
+    rate = mctformer._learning_rate
+    assert rate(0, OFFICIAL) == 1e-6
+    assert rate(4, OFFICIAL) == pytest.approx(1e-6 + 0.8 * (6.25e-5 - 1e-6))
+    assert rate(30, OFFICIAL) == pytest.approx((6.25e-5 + 1e-5) / 2)
+    assert 1e-5 < rate(59, OFFICIAL) < 1.01e-5
+    rates = [rate(epoch, OFFICIAL) for epoch in range(5, 60)]
     assert rates == sorted(rates, reverse=True)
     assert OFFICIAL.learning_rate == pytest.approx(5e-4 * OFFICIAL.batch_size / 512)
 
@@ -116,8 +84,8 @@ def augmented(
     items: list[Item], epoch: int = 0, sample: int = 0, seed: int = 7, **changes: Any
 ) -> Tensor:
     settings = changed(**{"augmentation": "rand-m9-mstd0.5-inc1", "erasing": 0.5, **changes})
-    make = mctformer._Augment(items, RAW, settings, seed)
-    return make(engine.Place(epoch, sample, 99))[0]
+    transform = mctformer._transform(RAW, settings)
+    return mctformer._sample(items, transform, seed, engine.Place(epoch, sample, 99))[0]
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(items: list[Item]) -> None:
@@ -143,10 +111,10 @@ def test_augmentation_in_threads_is_that_of_one(items: list[Item]) -> None:
 
 
 def test_augmentation_is_handed_to_other_processes(items: list[Item]) -> None:
-    make = mctformer._Augment(items, RAW, changed(augmentation="rand-m9-inc1"), 0)
-    again = pickle.loads(pickle.dumps(make))
+    transform = mctformer._transform(RAW, changed(augmentation="rand-m9-inc1"))
+    make = partial(mctformer._sample, items, transform, 0)
     place = engine.Place(0, 0, 0)
-    assert torch.equal(make(place)[0], again(place)[0])
+    assert torch.equal(make(place)[0], pickle.loads(pickle.dumps(make))(place)[0])
 
 
 def test_what_the_settings_of_the_augmentation_do(items: list[Item]) -> None:
@@ -162,34 +130,26 @@ def test_what_the_settings_of_the_augmentation_do(items: list[Item]) -> None:
         augmented(items, augmentation="rnd-m9")
 
 
-def test_loss_falls(items: list[Item], tmp_path: Path) -> None:
-    settings = changed(epochs=12, batch_size=6, learning_rate=2e-3)
-    history = train_mctformer(fresh(), items, items, settings, seed=0, folder=tmp_path)
-    assert [record["epoch"] for record in history] == list(range(1, 13))
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
-    assert history[-1]["validation_map"] > 0.6
+@pytest.mark.parametrize(("count", "batch"), [(10, 4), (3, 3)])
+def test_optimiser_of_the_specification(
+    items: list[Item], count: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(
+        _: Any, optimizer: Any, samples: Any, count: int, loss: Any, plan: Any, **__: Any
+    ) -> Any:
+        assert (plan.batch, plan.record, plan.steps) == (
+            batch,
+            count // batch,
+            6 * (count // batch),
+        )
+        assert plan.rate(plan.record - 1) == plan.rate(0) != plan.rate(plan.record)
+        return optimizer.param_groups
 
-
-def test_contrast_and_ranked_pooling_train(items: list[Item], tmp_path: Path) -> None:
-    settings = PLUS.model_copy(update={"epochs": 1, "batch_size": 6, "warmup_epochs": 0})
-    network = fresh(settings)
-    history = train_mctformer(network, items, [], settings, seed=0, folder=tmp_path / "plus")
-    assert history[0]["validation_map"] is None
-    without = settings.model_copy(update={"contrast": 0.0})
-    other = train_mctformer(fresh(without), items, [], without, seed=0, folder=tmp_path / "none")
-    assert history[0]["loss"] > other[0]["loss"] + 0.5  # log 3 at equal tokens
-
-
-def test_bad_input(items: list[Item], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no image to train MCTformer on"):
-        train_mctformer(fresh(), [], [], SETTINGS, seed=0, folder=tmp_path)
-    with pytest.raises(ClassifierError, match="version is v1, but the network was built as v2"):
-        train_mctformer(fresh(), items, [], changed(version="v1"), seed=0, folder=tmp_path)
-    one = changed(epochs=1, batch_size=12)
-    train_mctformer(fresh(), items, [], one, seed=0, folder=tmp_path)
-    v1 = one.model_copy(update={"version": "v1"})
-    with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit .*; delete it"):
-        train_mctformer(fresh(v1), items, [], v1, seed=0, folder=tmp_path)
+    monkeypatch.setattr(engine, "run", run)
+    data, settings = HostData(items[:count], [], [], CLASSES), changed(batch_size=4)
+    groups = HOST.train(fresh(), data, settings, seed=0, folder=Path())
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert all(group["betas"] == (0.9, 0.999) for group in groups)
 
 
 @torch.no_grad()
@@ -215,8 +175,10 @@ def by_hand(
     return (total - total.min()) / (total.max() - total.min() + 1e-8)
 
 
-@pytest.mark.parametrize("size", [(53, 70), (32, 48), (7, 90)])
-@pytest.mark.parametrize(("version", "affinity"), [("v1", True), ("v2", True), ("v2", False)])
+@pytest.mark.parametrize(
+    ("size", "version", "affinity"),
+    [((53, 70), "v2", True), ((32, 48), "v1", True), ((7, 90), "v2", False)],
+)
 def test_maps_pass_by_pass(size: tuple[int, int], version: str, affinity: bool) -> None:
     settings = changed(version=version, affinity=affinity)
     network, image = fresh(settings), photograph(*size)
@@ -256,42 +218,29 @@ def test_scales_are_summed_with_the_fusion_of_mctformer_plus() -> None:
     assert not torch.allclose(maps_of(network, image, [0, 1], product).cam, found.cam, atol=1e-2)
 
 
-def test_no_label_no_map() -> None:
+def test_an_image_without_a_label_has_features_and_no_maps() -> None:
     found = maps_of(fresh(), photograph(), [], SETTINGS)
     assert found.cam.shape == (0, 14, 18) and found.high_res.shape == (0, 53, 70)
     features, split = local_features(fresh(), photograph(), [], SETTINGS)
     assert features.shape == (64, 3, 4) and split.shape == (0, 3, 4)
 
 
-def test_labels_and_weights_that_make_no_maps() -> None:
-    network = fresh()
-    with pytest.raises(ValueError, match=r"expected vectors \(3, 64\), got \(2, 64\)"):
-        maps_of(network, photograph(), [0], SETTINGS, vectors=drawn(2, 64))
-    with pytest.raises(ClassifierError, match="gave NaN or Inf for this image"):
-        maps_of(network, photograph(), [0], SETTINGS, vectors=torch.full((3, 64), torch.nan))
-    with pytest.raises(ClassifierError, match=r"attention_blocks 9 is more than the \d+ blocks"):
-        maps_of(network, photograph(), [0], changed(attention_blocks=9))
-    for damaged in (network.cls_token, network.head.weight):
-        before = damaged.detach().clone()
-        with torch.no_grad():
-            damaged.view(-1)[0] = torch.nan
-        with pytest.raises(ClassifierError, match="gave NaN or Inf for this image"):
-            maps_of(network, photograph(), [0], SETTINGS)
-        with torch.no_grad():
-            damaged.copy_(before)
-    assert float(maps_of(network, photograph(), [0], SETTINGS).cam.max()) > 0
+def test_more_blocks_than_there_are() -> None:
+    settings = changed(attention_blocks=9)
+    with pytest.raises(ClassifierError, match="attention_blocks 9"):
+        maps_of(fresh(), photograph(), [0], settings)
+    with pytest.raises(ClassifierError, match="attention_blocks 9"):
+        HOST.images_per_step(fresh(), HostData([], [], [], CLASSES), settings)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_lpcam_pass_by_pass(version: str) -> None:
-    settings = changed(version=version)
-    network, image, vectors = fresh(settings), photograph(), drawn(3, 64)
-    found = maps_of(network, image, [2, 1], settings, vectors=vectors)
+def test_lpcam_pass_by_pass() -> None:
+    network, image, vectors = fresh(), photograph(), drawn(3, 64)
+    found = maps_of(network, image, [2, 1], SETTINGS, vectors=vectors)
     for plane, label in enumerate([2, 1]):
         expected = by_hand(network, image, label, (53, 70), vector=vectors[label])
         torch.testing.assert_close(found.high_res[plane], expected, atol=1e-4, rtol=0)
     # a vector's length does not count
-    longer = maps_of(network, image, [2, 1], settings, vectors=5 * vectors)
+    longer = maps_of(network, image, [2, 1], SETTINGS, vectors=5 * vectors)
     torch.testing.assert_close(longer.high_res, found.high_res, atol=1e-3, rtol=0)
 
 
@@ -315,9 +264,6 @@ def test_split_map_of_patch_cam() -> None:
     with torch.no_grad():
         cam = network.head(features[None])[0, 1].relu()
     torch.testing.assert_close(split[0], cam / cam.max(), atol=1e-5, rtol=0)
-    v1 = settings.model_copy(update={"version": "v1"})
-    with pytest.raises(ClassifierError, match="no PatchCAM that could split"):
-        local_features(fresh(v1), image, [1], v1)
 
 
 def test_features_are_of_scale_1_whatever_the_scales() -> None:
@@ -341,9 +287,15 @@ def test_prototypes_of_signed_features() -> None:
         features, split = local_features(network, image, [0, 1, 2], SETTINGS)
         collect(reservoir, features, [0, 1, 2], split, settings, f"image {seed}")
         assert bool((features < 0).any()) and bool((split > 0.39).any())
-    weight, bias = network.constant_response()
+    weight, bias = HOST.scorer(network)
     made = make_prototypes(
-        reservoir, weight, CLASSES, settings, seed=0, bias=bias, fingerprint=network.fingerprint()
+        reservoir,
+        weight,
+        CLASSES.names,
+        settings,
+        seed=0,
+        bias=bias,
+        fingerprint=network.fingerprint(),
     )
     centers = made.foreground.centers[1]
     assert bool((centers < 0).any())
@@ -355,5 +307,3 @@ def test_prototypes_of_signed_features() -> None:
         found = maps_of(network, image, [0, 1, 2], SETTINGS, vectors=vectors)
         assert bool(torch.isfinite(found.high_res).all())
         assert float(found.high_res.min()) >= 0 and float(found.high_res.max()) <= 1
-    none = normalize(cosine_activation(-features, features.mean((1, 2))[None]).relu(), "max")
-    assert bool(torch.isfinite(none).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hosts.common import CLASSES, FORWARD, SETTINGS, SPEC, build_host, drawn, map_image, photograph
 from PIL import Image
-from tiny import COLOURS, together
+from tiny import together
 from torch import Tensor
 
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, build
-from lpcam.data.dataset import ClassTable, Item
-from lpcam.data.folder import read_folder
-from lpcam.hosts.base import HOSTS, Arm, HostData, View
-from lpcam.hosts.mctformer import validation_map
+from lpcam.classifiers.finetuning import validation_map
+from lpcam.data.dataset import Item
+from lpcam.hosts.base import HOSTS, Arm, HostData
 from lpcam.refine.irn import IrnSettings, train_irn
 from lpcam.refine.irn_network import build_irn
 from lpcam.refine.psa import PsaSettings, build_psa, train_psa, write_scores
@@ -28,8 +29,6 @@ from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.training import loop as engine
 from lpcam.training.optim import freeze
 
-SPEC = BackboneSpec("test_resnet", {}, 16)
-CLASSES = ClassTable(tuple(COLOURS), (1, 2, 3))
 IRN = IrnSettings.from_preset(
     "official", epochs=2, batch_size=3, crop=48, radius=4, learning_rate=0.05
 )
@@ -42,39 +41,10 @@ PSA = PsaSettings.from_preset(
     learning_rate=0.02,
     freeze=["conv1", "layer1"],
 )
-AMN = HOSTS["amn"].settings.from_preset(
-    "official",
-    epochs=2,
-    batch_size=3,
-    crop=64,
-    dilations=(1, 2),
-    learning_rate=1e-3,
-    head_learning_rate=1e-2,
-)
-EDAM = HOSTS["edam"].settings.from_preset(
-    "official",
-    iterations=8,
-    pairs=3,
-    crop=48,
-    long_side=(40, 64),
-    warmup=2,
-    width=8,
-    hidden=12,
-    freeze=["conv1", "bn1"],
-    learning_rate=0.02,
-)
-MCTFORMER = HOSTS["mctformer"].settings.from_preset(
-    "default", crop=48, epochs=2, batch_size=3, warmup_epochs=0, learning_rate=1e-3
-)
-
-
-HOST_SETTINGS = {"amn": AMN, "edam": EDAM, "mctformer": MCTFORMER}
-FORWARD: dict[str, Callable[[Any, Tensor], Any]] = {
+APPLY: dict[str, Callable[[Any, Tensor], Any]] = {
     "irn": lambda network, images: torch.cat([part.flatten() for part in network(images)]),
     "psa": lambda network, images: network(images),
-    "amn": lambda network, images: network(images, torch.eye(3)[: len(images)]),
-    "edam": lambda network, images: network(images),
-    "mctformer": lambda network, images: network(images).classes,
+    **FORWARD,
 }
 WITHOUT_NOISE: dict[str, dict[str, Any]] = {
     "irn": {},
@@ -99,31 +69,25 @@ class Case:
     """Images that a host is measured on."""
 
     def apply(self, network: Any, images: Tensor) -> Any:
-        return FORWARD[self.name](network, images)
+        return APPLY[self.name](network, images)
 
 
-def build_host(name: str, weights: Path, settings: Any, seed: int = 0) -> Any:
-    spec, first = SPEC, {"weights": str(weights), "mean": None, "std": None, "seed": seed}
-    if name == "mctformer":
-        spec, first["weights"] = BackboneSpec("test_vit", {"depth": 3}), "random"
-    return HOSTS[name].build(spec, CLASSES.names, settings, **first)
-
-
-@pytest.fixture(params=["irn", "psa", *HOST_SETTINGS])
-def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path: Path) -> Case:
-    name = request.param
-    items = list(read_folder(pictures).items.values())
-    labelled, scored = [], []
-    for item in items:
+@pytest.fixture(params=["irn", "psa", *SETTINGS])
+def case(
+    request: pytest.FixtureRequest,
+    weights: Path,
+    items: list[Item],
+    labelled: list[tuple[Item, Path]],
+    tmp_path: Path,
+) -> Case:
+    name, scored = request.param, []
+    for item in items if name == "psa" else ():
         assert item.mask is not None
         label = np.array(Image.open(item.mask))
         planes = [label == 0, *(label == own + 1 for own in item.labels)]
         low = torch.from_numpy(np.stack(planes)).float()
         scored.append((item, tmp_path / f"{item.id}.npz"))
         write_scores(scored[-1][1], torch.stack([low, low]))
-        label[:, :3] = 255
-        labelled.append((item, tmp_path / f"{item.id}.png"))
-        Image.fromarray(label).save(labelled[-1][1])
 
     def psa(settings: PsaSettings, seed: int = 0) -> Any:
         network = build_psa(build(SPEC, CLASSES.names, weights=weights), seed=seed)
@@ -142,7 +106,7 @@ def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path
     data = HostData(items, items, labelled, CLASSES)
     return Case(
         name,
-        HOST_SETTINGS[name],
+        SETTINGS[name],
         lambda settings, seed=0: build_host(name, weights, settings, seed),
         lambda network, settings, **k: HOSTS[name].train(network, data, settings, **k),
         items,
@@ -150,11 +114,11 @@ def case(request: pytest.FixtureRequest, weights: Path, pictures: Path, tmp_path
 
 
 def test_every_host_keeps_the_contract() -> None:
-    assert set(HOST_SETTINGS) == set(HOSTS)
+    assert set(SETTINGS) == set(HOSTS)
 
 
 def images() -> Tensor:
-    return torch.randn(2, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+    return drawn(2, 3, 61, 83)
 
 
 def test_saved_network_is_read_again(case: Case, tmp_path: Path) -> None:
@@ -211,9 +175,8 @@ class Stopping(Processes):
         return tensor
 
 
-@pytest.mark.parametrize("sums", [2, 5])
 def test_resumed_training_gives_the_same_bytes(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sums: int
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "CHECKPOINT_STEPS", 1)
     whole, resumed = case.build(case.settings), case.build(case.settings)
@@ -221,7 +184,7 @@ def test_resumed_training_gives_the_same_bytes(
     expected = case.train(whole, case.settings, **options)
     options["folder"] = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        case.train(case.build(case.settings), case.settings, **options, processes=Stopping(sums))
+        case.train(case.build(case.settings), case.settings, **options, processes=Stopping(5))
     assert case.train(resumed, case.settings, **options) == expected
     assert resumed.fingerprint() == whole.fingerprint()
     files = [(tmp_path / name / engine.CHECKPOINT).read_bytes() for name in ("whole", "stopped")]
@@ -254,7 +217,8 @@ def test_processes_take_the_steps_of_one(case: Case, tmp_path: Path) -> None:
         # is compared instead of that of another training.
         measured = [one.pop("validation_map", None) for one in history]
         if measured[-1] is not None:
-            again = validation_map(network, case.items, settings)
+            score = lambda found: found.classes  # noqa: E731
+            again = validation_map(network, case.items, settings.crop, Processes(), score)
             assert measured[-1] == pytest.approx(again, abs=1e-9)
         for found, wanted in zip(history, expected, strict=True):
             continuous = {k: v for k, v in wanted.items() if k != "validation_map"}
@@ -268,47 +232,103 @@ def test_processes_take_the_steps_of_one(case: Case, tmp_path: Path) -> None:
     assert max(moved) > 1e-3
 
 
-# -- Maps of hosts -------------------------------------------------------------------------------
+# -- Hosts -------------------------------------------------------------------------------------
+
+LEARNING: dict[str, tuple[dict[str, Any], float, str]] = {
+    "amn": (
+        {"epochs": 10, "scale": (0.9, 1.1), "smoothing": 0.1},
+        0.8,
+        r"classifier\.(head|backbone\.(conv1|bn1))\.|running_|num_batches",
+    ),
+    "edam": (
+        {"iterations": 100, "learning_rate": 0.05, "jitter": (0.0,) * 4, "dropout": 0.0},
+        0.75,
+        r"classifier\.(head|backbone\.conv1)\.|bn\d|downsample\.2|key\.bias",
+    ),
+    "mctformer": ({"epochs": 10, "batch_size": 6, "learning_rate": 2e-3}, 0.8, r"^norm\."),
+}
+"""Changes of the settings, largest fall of the loss, names of what does not change."""
 
 
-def view_of(*labels: int) -> View:
-    image = np.random.default_rng(0).integers(0, 256, (61, 83, 3)).astype(np.uint8)
-    return View(image, labels, torch.ones(61, 83, dtype=torch.int64))
+@pytest.mark.parametrize("name", SETTINGS)
+def test_loss_falls(
+    name: str, weights: Path, items: list[Item], labelled: list[tuple[Item, Path]], tmp_path: Path
+) -> None:
+    changes, fall, frozen = LEARNING[name]
+    settings = SETTINGS[name].model_copy(update=changes)
+    network = build_host(name, weights, settings)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    data = HostData(items, items, labelled, CLASSES)
+    history = HOSTS[name].train(network, data, settings, seed=0, folder=tmp_path)
+    losses = [record["loss"] for record in history]
+    some = len(losses) // 5
+    assert np.mean(losses[-some:]) < fall * np.mean(losses[:some])
+    assert not network.training
+    for key, value in network.state_dict().items():
+        if not key.endswith("key.bias"):  # which no softmax feels
+            assert torch.equal(value, before[key]) == bool(re.search(frozen, key)), key
+    if HOSTS[name].holds_out:
+        assert history[-1]["validation_map"] > 0.6
 
 
-@pytest.mark.parametrize("name", HOST_SETTINGS)
+@pytest.mark.parametrize("name", ["amn", "edam"])
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("test_efficientnet", (64, 64)), ("test_convnext", (64, 99)), ("test_vit", (33, 47))],
+)
+def test_any_backbone_and_size(name: str, backbone: str, size: tuple[int, int]) -> None:
+    arguments = {"dynamic_img_size": True, "dynamic_img_pad": True} if "vit" in backbone else {}
+    network = build_host(name, "random", spec=BackboneSpec(backbone, arguments))
+    with torch.no_grad():
+        assert bool(torch.isfinite(FORWARD[name](network, drawn(2, 3, *size))).all())
+    found = map_image(name, network, photograph(*size), [1], mask=torch.ones(size))
+    assert found.cam.shape == (1, -(-size[0] // 4), -(-size[1] // 4))
+    assert found.high_res.shape == (1, *size)
+
+
+def map_labels(name: str, network: Any, *labels: int) -> Any:
+    mask = torch.ones(61, 83, dtype=torch.int64)
+    return map_image(name, network, photograph(61, 83), labels, mask=mask)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_maps_of_an_image(name: str, weights: Path, tmp_path: Path) -> None:
     """Sizes and range; a class's map does not depend on the order of the labels."""
-    host, settings = HOSTS[name], HOST_SETTINGS[name]
-    build_host(name, weights, settings).save(tmp_path / "network.safetensors")
-    network = host.load(tmp_path / "network.safetensors", torch.device("cpu"))
-    found = host.maps(network, view_of(2, 0), settings, None)
+    build_host(name, weights).save(tmp_path / "network.safetensors")
+    network = HOSTS[name].load(tmp_path / "network.safetensors", torch.device("cpu"))
+    found = map_labels(name, network, 2, 0)
     assert found.cam.shape == (2, 16, 21)
     assert found.high_res.shape == (2, 61, 83)
     assert 0 <= float(found.high_res.min()) <= float(found.high_res.max()) <= 1
-    other = host.maps(network, view_of(0, 2), settings, None)
+    other = map_labels(name, network, 0, 2)
     torch.testing.assert_close(other.high_res.flip(0), found.high_res)
     for label in (3, -1):
         with pytest.raises(DataError, match=rf"\[{label}\].* 0 to 2"):
-            host.maps(network, view_of(0, label), settings, None)
+            map_labels(name, network, 0, label)
 
 
-@pytest.mark.parametrize("name", HOST_SETTINGS)
-def test_no_maps_of_damaged_weights(name: str, weights: Path) -> None:
-    host, settings = HOSTS[name], HOST_SETTINGS[name]
-    network = build_host(name, weights, settings)
-    parts = {"amn": "conditioning.weight", "edam": "activation.weight", "mctformer": "head.weight"}
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("amn", "conditioning.weight"),
+        ("edam", "activation.weight"),
+        ("mctformer", "head.weight"),
+        ("mctformer", "cls_token"),
+    ],
+)
+def test_no_maps_of_damaged_weights(name: str, part: str, weights: Path) -> None:
+    network = build_host(name, weights)
     with torch.no_grad():
-        network.get_parameter(parts[name]).fill_(torch.nan)
+        network.get_parameter(part).fill_(torch.nan)
     with pytest.raises(ClassifierError, match="NaN"):
-        host.maps(network, view_of(0), settings, None)
+        map_labels(name, network, 0)
 
 
-@pytest.mark.parametrize("name", HOST_SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_batch_gives_what_its_images_give(name: str, weights: Path) -> None:
-    network = build_host(name, weights, HOST_SETTINGS[name])
+    network = build_host(name, weights)
     size = 2 if name == "edam" else 1  # images of a pair see each other
-    batch = torch.cat([images(), images().flip(-1)])[: 4 if name == "edam" else 3]
+    batch = drawn(4, 3, 61, 83)[: 4 if name == "edam" else 3]
     with torch.no_grad():
         whole = FORWARD[name](network, batch)
         for first in range(0, len(batch), size):
@@ -320,10 +340,10 @@ def test_a_batch_gives_what_its_images_give(name: str, weights: Path) -> None:
             torch.testing.assert_close(found, whole[first : first + size], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", HOST_SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_the_keys_exist(name: str) -> None:
     """A key of the network leaves out what a key of masks, prototypes or maps has."""
-    host, settings = HOSTS[name], HOST_SETTINGS[name]
+    host, settings = HOSTS[name], SETTINGS[name]
     left_out = host.map_fields | host.prototype_fields | host.mask_fields
     assert left_out <= set(type(settings).model_fields)
     assert not left_out & set(host.network_key(settings))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from parity.golden import load
 
+from lpcam.classifiers.classifier import BackboneSpec
 from lpcam.hosts.mctformer import fuse, refine
 from lpcam.hosts.mctformer_network import Mctformer, MctformerSettings, build_mctformer
 
@@ -13,17 +14,17 @@ TOLERANCE = 1e-4
 def network_of(golden: dict[str, torch.Tensor]) -> Mctformer:
     state = {k.removeprefix("state."): v for k, v in golden.items() if k.startswith("state.")}
     count, width = state["cls_token"].shape[1:]
+    arguments = {
+        "embed_dim": width,
+        "depth": int(golden["depth"]),
+        "num_heads": int(golden["heads"]),
+        "patch_size": int(golden["patch"]),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+    }
     network = build_mctformer(
-        "vit_tiny_patch16_224",
+        BackboneSpec("vit_tiny_patch16_224", arguments),
         [f"class {n}" for n in range(count)],
         MctformerSettings.from_preset("official", crop=golden["image"].shape[-1]),
-        arguments={
-            "embed_dim": width,
-            "depth": int(golden["depth"]),
-            "num_heads": int(golden["heads"]),
-            "patch_size": int(golden["patch"]),
-            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        },
         weights="random",
     )
     network.load_state_dict(state, strict=True)

@@ -130,7 +130,7 @@ def finetune(
         {"params": backbone, "lr": rate},
         {"params": head, "lr": rate * settings.head_multiplier},
     ]
-    size = min(settings.batch_size, len(items))
+    size, side = min(settings.batch_size, len(items)), sum(settings.long_side) // 2
     labels = multi_hot(items, len(classifier.classes))
     model = processes.replicate(classifier)
 
@@ -143,7 +143,7 @@ def finetune(
         return mean * (len(indices) / size)  # this process's share of the batch
 
     def at_record(_: int) -> dict[str, Any]:
-        return {"validation_map": validation_map(classifier, validation, settings, processes)}
+        return {"validation_map": validation_map(classifier, validation, side, processes)}
 
     return engine.run(
         classifier,
@@ -161,17 +161,23 @@ def finetune(
 
 @torch.inference_mode()
 def validation_map(
-    classifier: Classifier,
+    network: Any,
     items: Sequence[Item],
-    settings: FinetuneSettings,
+    side: int,
     processes: Processes,
+    scores: Callable[[Any], Tensor] = lambda found: found,
 ) -> float | None:
-    """Mean average precision on whole images at the middle training size; None without images."""
-    classifier.eval()
-    side = sum(settings.long_side) // 2
-    logits = torch.zeros(len(items), len(classifier.classes))
+    """Mean average precision over the classes on whole images; None without images.
+
+    Args:
+        network: has ``classes``, ``preprocessing`` and ``device``.
+        side: long side of the images, in pixels.
+        scores: logits (B, N) of what the network gives for images.
+    """
+    network.eval()
+    logits = torch.zeros(len(items), len(network.classes))
     for row in range(processes.rank, len(items), processes.count):
         image = resize_long_side(read_image(items[row].image), side)
-        tensor = classifier.preprocessing(image)
-        logits[row] = classifier(tensor[None].to(classifier.device))[0].float().cpu()
-    return mean_average_precision(processes.sum(logits), multi_hot(items, len(classifier.classes)))
+        tensor = network.preprocessing(image)[None].to(network.device)
+        logits[row] = scores(network(tensor))[0].float().cpu()
+    return mean_average_precision(processes.sum(logits), multi_hot(items, len(network.classes)))

@@ -10,7 +10,7 @@ classes, C channels, h x w the feature grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Unpack
@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, Literal, Unpack
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -45,14 +44,17 @@ from lpcam.hosts.base import (
 )
 from lpcam.method.functional import FusedMaps, lpcam_of_pair, normalize, unflip
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.segmentation.augmentation import check_masks
-from lpcam.segmentation.losses import reduce_labels
+from lpcam.segmentation.losses import reduce_labels, sums_by_side
 from lpcam.segmentation.networks.deeplabv2 import Aspp
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.optim import freeze, names_below
+
+EPSILON = 1e-5
+"""Added to the range that probabilities are divided by (section 4)."""
 
 
 class AmnSettings(HostSettings):
@@ -106,21 +108,12 @@ class AmnSettings(HostSettings):
     """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
-EPSILON = 1e-5
-"""Added to the range that probabilities are divided by (section 4)."""
-
-
 class Amn(HostNetwork):
     """Backbone, label conditioning and head (section 2).
 
     A linear layer turns an image's labels into a factor for each channel; summed dilated
-    convolutions turn the features times the factors into logits.
-
-    Args:
-        classifier: its backbone and classes are used; its head is not.
-        dilations: dilations of the head's parallel 3 x 3 convolutions.
-        dropout: probability of dropping a feature, in training only.
-        seed: random seed of the first weights of conditioning and head.
+    convolutions turn the features times the factors into logits. Of the classifier, the backbone
+    and the classes are used; ``dropout`` is the probability of dropping a feature in training.
     """
 
     kind = "amn"
@@ -133,7 +126,8 @@ class Amn(HostNetwork):
         super().__init__()
         self.classifier = classifier
         classifier.head.requires_grad_(False)
-        channels, count = classifier.weight.shape[1], len(classifier.classes)
+        self.classes = classifier.classes
+        channels, count = classifier.weight.shape[1], len(self.classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.conditioning = nn.Linear(count, channels)
@@ -141,14 +135,6 @@ class Amn(HostNetwork):
         self.dropout = dropout
         self.dilations = tuple(dilations)
         self.eval()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.classifier.classes
-
-    @property
-    def device(self) -> torch.device:
-        return self.conditioning.weight.device
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Logits (B, L, h, w) of normalised images (B, 3, H, W) with labels (B, N) multi-hot."""
@@ -164,17 +150,6 @@ class Amn(HostNetwork):
         found: Tensor = self.head(F.dropout(features, self.dropout, self.training))
         return found
 
-    def constant_response(self) -> tuple[Tensor, Tensor]:
-        """Weight (L, C) and bias (L,) of the head on an input that is the same everywhere.
-
-        They score the prototypes of Reading B, whose head is no 1 x 1 convolution (section 5,
-        inferred).
-        """
-        branches = [b for b in self.head.children() if isinstance(b, nn.Conv2d)]
-        weight = torch.stack([b.weight.detach().sum((2, 3)) for b in branches]).sum(0)
-        bias = torch.stack([b.bias.detach() for b in branches if b.bias is not None]).sum(0)
-        return weight, bias
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Amn:
         classifier = described(metadata, metadata["classes"])
@@ -185,52 +160,25 @@ class Amn(HostNetwork):
         return {**self.classifier._description(), **own}
 
 
-def label_counts(labels: Tensor) -> Tensor:
-    """Number of pixels (2,) int64 of labels (B, h, w) that are background, and of a class.
-
-    Example:
-        >>> label_counts(torch.tensor([[[0, 0, 0, 5, 255]]])).tolist()
-        [3, 1]
-    """
-    return _sides(labels).sum((1, 2, 3))
-
-
-def _sides(labels: Tensor) -> Tensor:
-    """(2, B, h, w) bool: the background, and the pixels of a class."""
-    background = labels == BACKGROUND
-    return torch.stack([background, ~background & (labels != IGNORE)])
-
-
 def amn_loss(
-    logits: Tensor, labels: Tensor, smoothing: float, counts: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Tensor:
-    """Balanced cross-entropy with smoothed labels (section 3).
+    """Balanced cross-entropy of logits (B, L, h, w) with smoothed labels (B, h, w) (section 3).
 
-    Half the mean over background pixels and half the mean over those of a class, each over the
-    whole batch. A mean without a pixel is 0, and so is its gradient.
-
-    Args:
-        logits: (B, L, h, w); half precision is computed in float32.
-        labels: (B, h, w) integers: 0 background, 1..N classes, 255 not counted.
-        smoothing: part of the target that the L - 1 other labels share evenly.
-        counts: of :func:`label_counts` of the whole batch, where this is a part of it.
-
-    Returns:
-        a scalar; the parts of a batch add up to its loss.
-
-    Example:
-        >>> amn_loss(torch.zeros(1, 2, 1, 1), torch.full((1, 1, 1), 255), 0.4)
-        tensor(0.)
+    Half the mean over background pixels and half the mean over those of a class; a mean without a
+    pixel is 0. ``smoothing`` is the part of the target that the L - 1 other labels share evenly.
+    ``total`` sums the numbers of pixels over the processes that share the batch.
     """
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    likelihoods = wide.log_softmax(1)
+    likelihoods = logits.log_softmax(1)
     target = labels.long().masked_fill(labels == IGNORE, BACKGROUND)
     own = likelihoods.gather(1, target[:, None])[:, 0]
     others = likelihoods.sum(1) - own
     losses = -(1 - smoothing) * own - smoothing / (logits.shape[1] - 1) * others
-    sums = torch.where(_sides(labels), losses, 0.0).sum((1, 2, 3))
-    counts = label_counts(labels) if counts is None else counts.to(losses.device)
-    return (sums / counts.clamp(min=1).to(sums.dtype)).sum() / 2
+    sums, counts = sums_by_side(losses, labels)
+    return (sums / total(counts).to(sums).clamp(min=1)).sum() / 2
 
 
 def _sample(
@@ -253,30 +201,12 @@ def _sample(
 def export_maps(
     logits: Sequence[Tensor], labels: Sequence[int], seed: Tensor | None, size: tuple[int, int]
 ) -> FusedMaps:
-    """Probabilities of an image's labels, stretched to [0, 1] (section 4).
+    """Probabilities of an image's labels, stretched to [0, 1] (section 4), background first.
 
-    The logits of the scales are enlarged to each size and averaged; after the softmax over all L
-    labels the planes of the background and the present classes are kept. Each plane is stretched by
-    its minimum and maximum, except where the seed mask says background.
-
-    Args:
-        logits: (L, h, w) of each scale, the mean of the image's and its mirror image's.
-        labels: the K present classes, from 0.
-        seed: (H, W) labels that the network was trained on, of which only 0 matters; None stretches
-            every pixel.
-        size: (H, W) of the image.
-
-    Returns:
-        ``cam`` (K + 1, ceil(H/4), ceil(W/4)) and ``high_res`` (K + 1, H, W), background first.
-
-    Raises:
-        DataError: if the seed has another size, or a label is not a class.
-
-    Example:
-        >>> export_maps([torch.zeros(3, 2, 2)], [1], None, (8, 12)).high_res.shape
-        torch.Size([2, 8, 12])
+    The logits (L, h, w) of the scales are enlarged to each size and averaged; after the softmax
+    over all L labels the planes of the background and the present classes are kept. Each plane is
+    stretched by its minimum and maximum, except where the seed mask (H, W) says background.
     """
-    check_labels(labels, logits[0].shape[0] - 1)
     kept = [0, *(index + 1 for index in labels)]
 
     def planes(target: tuple[int, int]) -> Tensor:
@@ -286,77 +216,13 @@ def export_maps(
     return FusedMaps(planes(quarter_size(size)), planes(size))
 
 
-@torch.no_grad()
-def maps_of(
-    network: Amn,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    settings: AmnSettings,
-    *,
-    seed: Tensor | None = None,
-    vectors: Tensor | None = None,
-) -> FusedMaps:
-    """Maps of one image over scales and mirror images, without dropout.
-
-    Without vectors they are AMN's probabilities. (The released program leaves dropout on, section
-    3.) With vectors (Reading B, section 5) they are LPCAM (equations 5 and 6) on AMN's features,
-    each plane divided by its maximum. ``network.folded()`` is faster.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: the K present classes, from 0.
-        settings: ``scales``, ``flip``, ``gate`` and, with vectors, ``conditioned`` are used.
-        seed: (H, W) integers, the labels that the network was trained on. With ``gate`` no plane is
-            stretched or raised where they are background.
-        vectors: (N, C) prototypes of the features of :func:`local_features`.
-
-    Returns:
-        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W), in [0, 1].
-
-    Raises:
-        DataError: if the seed is missing or has another size, or a label is not a class.
-        ClassifierError, PrototypeError: if the logits or the features hold NaN or Inf.
-
-    Example:
-        >>> settings = AmnSettings.from_preset("default", gate=False)
-        >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
-        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
-        >>> maps_of(network, image, [1], settings).cam.shape
-        torch.Size([1, 8, 12])
-    """
-    size = (image.shape[0], image.shape[1])
-    check_labels(labels, len(network.classes))
-    if not settings.gate:
-        seed = None
-    elif seed is None:
-        raise DataError(
-            "the image has no labels, which say where its maps are not stretched; make them, or "
-            "set amn.gate to false"
-        )
-    conditioned = vectors is None or settings.conditioned
-    pairs = _pairs(network, image, labels, settings.scales, settings.flip, conditioned)
-    if vectors is not None:
-        return _lpcam_maps(pairs, vectors[list(labels)].to(network.device), seed, size)
-    logits = []
-    for pair in pairs:
-        found = network.logits(pair.features)[0]
-        if pair.mirrored is not None:
-            found = (found + unflip(network.logits(pair.mirrored)[0])) / 2
-        check_finite(found, "AMN's conditioning or head")
-        logits.append(found)
-    cam, high_res = export_maps(logits, labels, seed, size)
-    return FusedMaps(cam[1:], high_res[1:])
-
-
 def _lpcam_maps(
     pairs: Iterator[FeaturePair], vectors: Tensor, seed: Tensor | None, size: tuple[int, int]
 ) -> FusedMaps:
-    """LPCAM of vectors (K, C) on the features of all scales."""
+    """LPCAM (equations 5 and 6) of vectors (K, C), each plane divided by its maximum."""
     maps = [
-        lpcam_of_pair(
-            pair.features[0], None if pair.mirrored is None else pair.mirrored[0], vectors
-        )
-        for pair in pairs
+        lpcam_of_pair(features[0], None if mirrored is None else mirrored[0], vectors)
+        for features, mirrored in pairs
     ]
 
     def planes(target: tuple[int, int]) -> Tensor:
@@ -368,54 +234,19 @@ def _lpcam_maps(
     return FusedMaps(planes(quarter_size(size)), planes(size))
 
 
-@torch.no_grad()
-def local_features(
-    network: Amn,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    settings: AmnSettings,
-    *,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Features of an image for prototypes, and the maps that split them (section 5).
-
-    Args:
-        network, image, labels, seed: as for :func:`maps_of`.
-        settings: with ``conditioned`` the features are those after the conditioning, and signed.
-
-    Returns:
-        features (C, h, w) at scale 1, and maps (K, H, W) of :func:`maps_of` without vectors.
-
-    Example:
-        >>> settings = AmnSettings.from_preset("default", gate=False)
-        >>> spec, image = BackboneSpec("test_resnet", {}, 16), np.zeros((32, 48, 3), np.uint8)
-        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
-        >>> [part.shape[1:] for part in local_features(network, image, [1], settings)]
-        [torch.Size([2, 3]), torch.Size([32, 48])]
-    """
-    check_labels(labels, len(network.classes))
-    (pair,) = _pairs(network, image, labels, (1.0,), False, settings.conditioned)
-    return pair.features[0], maps_of(network, image, labels, settings, seed=seed).high_res
-
-
 def _pairs(
-    network: Amn,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    scales: Sequence[float],
-    flip: bool,
-    conditioned: bool,
+    network: Amn, view: View, scales: Sequence[float], flip: bool, conditioned: bool
 ) -> Iterator[FeaturePair]:
     """Features (1, C, h, w) of each scale in evaluation mode, optionally conditioned."""
     network.eval()
     shown = torch.zeros(1, len(network.classes), device=network.device)
-    shown[0, list(labels)] = 1.0
-    for pair in image_pyramid(network.classifier, image[None], scales, flip=flip):
-        if not conditioned:
+    shown[0, list(view.labels)] = 1.0
+    for pair in image_pyramid(network.classifier, view.image[None], scales, flip=flip):
+        if conditioned:
+            mirrored = None if pair.mirrored is None else network.condition(pair.mirrored, shown)
+            yield FeaturePair(network.condition(pair.features, shown), mirrored)
+        else:
             yield pair
-            continue
-        mirrored = None if pair.mirrored is None else network.condition(pair.mirrored, shown)
-        yield FeaturePair(network.condition(pair.features, shown), mirrored)
 
 
 def _mean_at(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -437,9 +268,6 @@ def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None, size: tuple[i
         )
     sure = reduce_labels(seed, planes.shape[-2:]).to(planes.device) == BACKGROUND
     return torch.where(sure, planes, stretched)
-
-
-# -- The host ----------------------------------------------------------------------------------
 
 
 class _AmnHost(Host[AmnSettings, Amn]):
@@ -495,11 +323,6 @@ class _AmnHost(Host[AmnSettings, Amn]):
         no pixel that counts are left out.
         """
         processes = options.get("processes") or Processes()
-        if data.classes.names != network.classes:
-            raise ClassifierError(
-                f"the network has the classes {', '.join(network.classes)}, but the labels are of "
-                f"{', '.join(data.classes.names)}; build it with the same classes in the same order"
-            )
         pairs = check_masks(data.masks, data.classes, strict=True).pairs
         freeze(network.classifier.backbone, settings.freeze)
         backbone = [p for p in network.classifier.backbone.parameters() if p.requires_grad]
@@ -519,9 +342,8 @@ class _AmnHost(Host[AmnSettings, Amn]):
             # In this layout convolutions take half the time on a CPU; the numbers are the same.
             images = images.to(network.device, memory_format=torch.channels_last)
             logits = model(images, shown[indices].to(network.device))
-            labels = reduce_labels(labels, logits.shape[-2:])
-            counts = processes.sum(label_counts(labels))
-            return amn_loss(logits, labels.to(network.device), settings.smoothing, counts)
+            labels = reduce_labels(labels, logits.shape[-2:]).to(network.device)
+            return amn_loss(logits, labels, settings.smoothing, processes.sum)
 
         return engine.run(
             network,
@@ -537,18 +359,49 @@ class _AmnHost(Host[AmnSettings, Amn]):
             **options,
         )
 
+    @torch.no_grad()
     def local_features(
         self, network: Amn, view: View, settings: AmnSettings
     ) -> tuple[Tensor, Tensor]:
-        return local_features(network, view.image, view.labels, settings, seed=view.mask)
+        """Features at scale 1, signed if ``conditioned``; AMN's own maps split them (section 5)."""
+        (pair,) = _pairs(network, view, (1.0,), False, settings.conditioned)
+        return pair.features[0], self.maps(network, view, settings, None).high_res
 
     def scorer(self, network: Amn) -> tuple[Tensor, Tensor]:
-        return network.constant_response()
+        """The head on an input that is the same everywhere (section 5, inferred)."""
+        branches = [b for b in network.head.children() if isinstance(b, nn.Conv2d)]
+        weight = torch.stack([b.weight.detach().sum((2, 3)) for b in branches]).sum(0)
+        bias = torch.stack([b.bias.detach() for b in branches if b.bias is not None]).sum(0)
+        return weight, bias
 
+    @torch.no_grad()
     def maps(
         self, network: Amn, view: View, settings: AmnSettings, vectors: Tensor | None
     ) -> FusedMaps:
-        return maps_of(network, view.image, view.labels, settings, seed=view.mask, vectors=vectors)
+        """AMN's probabilities, or with vectors LPCAM of its features (Reading B, section 5).
+
+        Dropout is off; the released program leaves it on (section 3).
+        """
+        check_labels(view.labels, len(network.classes))
+        if settings.gate and view.mask is None:
+            raise DataError(
+                "the image has no labels, which say where its maps are not stretched; make them, "
+                "or set amn.gate to false"
+            )
+        seed, size = view.mask if settings.gate else None, view.size
+        conditioned = vectors is None or settings.conditioned
+        pairs = _pairs(network, view, settings.scales, settings.flip, conditioned)
+        if vectors is not None:
+            return _lpcam_maps(pairs, vectors[list(view.labels)].to(network.device), seed, size)
+        logits = []
+        for pair in pairs:
+            found = network.logits(pair.features)[0]
+            if pair.mirrored is not None:
+                found = (found + unflip(network.logits(pair.mirrored)[0])) / 2
+            check_finite(found, "AMN's conditioning or head")
+            logits.append(found)
+        cam, high_res = export_maps(logits, view.labels, seed, size)
+        return FusedMaps(cam[1:], high_res[1:])
 
 
 HOST = _AmnHost()

@@ -31,12 +31,7 @@ Base = Literal["CAM", "LPCAM"]
 
 
 def folder_name(method: str) -> str:
-    """Name of a method's folders.
-
-    Example:
-        >>> folder_name("AMN+LPCAM")
-        'amn_lpcam'
-    """
+    """Name of a method's folders: ``amn_lpcam`` for ``AMN+LPCAM``."""
     return method.lower().replace("-", "_").replace("+", "_")
 
 
@@ -81,6 +76,12 @@ class View:
     """Class indices of its K image-level labels."""
     mask: Tensor | None
     """(H, W) int64 ternary mask that the network learnt from; None for hosts without masks."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        height, width = self.image.shape[:2]
+        return height, width
 
 
 class HostSettings(PresetModel):
@@ -150,9 +151,8 @@ N = TypeVar("N", bound=SavedNetwork)
 class Host(ABC, Generic[S, N]):
     """A method with a network of its own; S is the class of its settings, N that of its network.
 
-    A host is one object in :data:`HOSTS`. The stages of a run call it in this order: ``arms``,
-    ``build``, ``images_per_step``, ``train``, ``load``, ``scorer`` and ``local_features`` (where an
-    arm has prototypes), and ``maps``.
+    The stages of a run call it in this order: ``arms``, ``build``, ``images_per_step``, ``train``,
+    ``load``, ``scorer`` and ``local_features`` (where an arm has prototypes), and ``maps``.
     """
 
     title: str
@@ -169,11 +169,7 @@ class Host(ABC, Generic[S, N]):
     """Settings that change only the masks that it learns from."""
 
     def check(self, section: HostSection) -> None:
-        """Refuse a section that does not fit the host.
-
-        Raises:
-            ValueError: saying which key is wrong.
-        """
+        """Raise a ValueError that names the key, if a section does not fit the host."""
 
     def arms(self, section: HostSection) -> list[Arm]:
         """The maps that a section asks for; by default one network serves CAM and LPCAM."""
@@ -184,10 +180,7 @@ class Host(ABC, Generic[S, N]):
         ]
 
     def mask_thresholds(self, settings: S, base: Base) -> tuple[float, float] | None:
-        """Thresholds (foreground, background) of the ternary masks that the network learns from.
-
-        None for hosts that learn from image-level labels alone.
-        """
+        """Thresholds (foreground, background) of the masks to learn from; None: it uses none."""
         return None
 
     @abstractmethod
@@ -197,7 +190,6 @@ class Host(ABC, Generic[S, N]):
         Args:
             backbone: the backbone it builds on.
             names: names of the classes.
-            settings: settings of the host.
             first: ``weights``, ``mean``, ``std`` and ``seed``.
         """
 
@@ -230,11 +222,7 @@ class Host(ABC, Generic[S, N]):
     def maps(self, network: N, view: View, settings: S, vectors: Tensor | None) -> FusedMaps:
         """Maps of an image: ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W).
 
-        Args:
-            network: a network that :meth:`load` returned.
-            view: the image.
-            settings: settings of the host.
-            vectors: (N, C) prototypes of the host's own features; None for arms without.
+        ``vectors`` (N, C) are prototypes of the host's own features; None for arms without.
         """
 
     def network_key(self, settings: S) -> Mapping[str, Any]:
@@ -272,6 +260,10 @@ class HostNetwork(SavedNetwork):
     def preprocessing(self) -> Preprocessing:
         return self.classifier.preprocessing
 
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.device
+
     def folded(self) -> Self:
         """A copy for inference with a folded backbone; shares the rest, cannot be saved."""
         twin = shallow_copy(self)
@@ -283,14 +275,7 @@ class HostNetwork(SavedNetwork):
 
 
 def check_labels(labels: Sequence[int], count: int) -> None:
-    """Check that labels are classes of a network.
-
-    Raises:
-        DataError: if a label is not from 0 to ``count`` - 1.
-
-    Example:
-        >>> check_labels([0, 2], 3)
-    """
+    """Raise a DataError if a label is not one of ``count`` classes of a network."""
     if wrong := [label for label in labels if not 0 <= label < count]:
         raise DataError(
             f"labels {wrong} are not classes of the network; expected indices from 0 to {count - 1}"
@@ -298,15 +283,7 @@ def check_labels(labels: Sequence[int], count: int) -> None:
 
 
 def check_finite(values: Tensor, source: str) -> None:
-    """Check what a part of a network gave for an image.
-
-    Raises:
-        ClassifierError: naming the source, if a value is NaN or Inf.
-
-    Example:
-        >>> import torch
-        >>> check_finite(torch.ones(3), "the head")
-    """
+    """Raise a ClassifierError if a part of a network gave NaN or Inf for an image."""
     if not all_finite(values):
         raise ClassifierError(
             f"{source} gave NaN or Inf for this image; check the weights, the prototypes and the "

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from lpcam.classifiers.classifier import (
     Preprocessing,
     build,
     described,
-    description,
 )
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.finetuning import augment
@@ -121,38 +120,15 @@ class EdamSettings(HostSettings):
 
 PAIR = 2
 """Images from which a class is learnt together."""
-WAVELENGTHS = 10000.0
-"""Ratio of the longest wavelength of the position code to the shortest."""
-NORM_EPSILON = 1e-6
-"""Added to the standard deviation in the transformers' layer norms."""
 HEADS = ("activation.", "reduction.", "logits.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 RECORDS = 25
 """Records in the history of a training, about one an epoch of the released list (section 2)."""
 
 
-def class_masks(scores: Tensor) -> Tensor:
-    """M (B, N + 1, h, w) in [0, 1] of scores of that shape (section 1).
-
-    The scores are divided by their length over the channels; M are the absolute values.
-
-    Example:
-        >>> class_masks(torch.tensor([3.0, -4.0]).reshape(1, 2, 1, 1)).flatten()
-        tensor([0.6000, 0.8000])
-    """
-    return F.normalize(scores, dim=1).abs()
-
-
-def sinusoidal_positions(count: int, width: int) -> Tensor:
-    """Code (count, width) float32 of positions 0, 1, ...: sines in even columns, cosines in odd.
-
-    Columns 2 i and 2 i + 1 have the wavelength 2 pi 10000^(2 i / width) (Vaswani et al. 2017).
-
-    Example:
-        >>> sinusoidal_positions(1, 4)
-        tensor([[0., 1., 0., 1.]])
-    """
-    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(WAVELENGTHS) / width))
+def _positions(count: int, width: int) -> Tensor:
+    """Sinusoidal code (count, width) of positions 0, 1, ... (Vaswani et al. 2017)."""
+    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(count)[:, None] * rates
     code = torch.empty(count, width)
     code[:, 0::2] = angles.sin()
@@ -170,17 +146,14 @@ class _Norm(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         centred = tokens - tokens.mean(-1, keepdim=True)
-        return self.weight * centred / (tokens.std(-1, keepdim=True) + NORM_EPSILON) + self.bias
+        return self.weight * centred / (tokens.std(-1, keepdim=True) + 1e-6) + self.bias
 
 
 class Encoder(nn.Module):
     """A transformer's encoder block that normalises first: attention, then a feed-forward part.
 
-    Args:
-        width: D, a multiple of ``heads``.
-        heads: number of attention heads.
-        hidden: width of the feed-forward part, with a GELU by its tanh approximation.
-        dropout: rate in attention, of both parts' outputs, of the hidden layer, and of the result.
+    The GELU is the tanh approximation. Attention, the outputs of both parts, the hidden layer and
+    the result have dropout.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
@@ -200,12 +173,12 @@ class Encoder(nn.Module):
         return self._drop(tokens)
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        parts = [
+        query, key, value = (
             layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
-        ]
+        )
         dropout = self.dropout if self.training else 0.0
-        found = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], dropout_p=dropout)
+        found = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         joined: Tensor = self.joined(found.transpose(1, 2).flatten(-2))
         return joined
 
@@ -214,13 +187,9 @@ class Encoder(nn.Module):
 
 
 class Edam(HostNetwork):
-    """A backbone, the discriminative activation layer and collaborative multi-attention.
+    """A classifier's backbone, the discriminative activation layer and collaborative attention.
 
-    Args:
-        classifier: its backbone is used; its head is not.
-        classes: the N class names, in label order.
-        width, heads, hidden, dropout: as for :class:`Encoder`.
-        seed: random seed of the first weights of all but the backbone.
+    ``sizes`` are the width, heads, hidden width and dropout of each class's :class:`Encoder`.
     """
 
     kind = "edam"
@@ -231,40 +200,29 @@ class Edam(HostNetwork):
         self,
         classifier: Classifier,
         classes: Sequence[str],
-        *,
-        width: int,
-        heads: int,
-        hidden: int,
-        dropout: float,
+        sizes: Mapping[str, Any],
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.classifier.requires_grad_(False)
+        self.classifier = classifier.requires_grad_(False)
         self.classes = tuple(classes)
-        self.dropout = dropout
-        self.sizes = {"width": width, "heads": heads, "hidden": hidden, "dropout": dropout}
+        self.sizes = dict(sizes)
         channels, count = classifier.head.in_features, len(self.classes)
+        width = self.sizes["width"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.activation = nn.Conv2d(channels, count + 1, 3, padding=1, bias=False)
             nn.init.xavier_uniform_(self.activation.weight)
             self.reduction = nn.Conv2d(channels, width, 1, bias=False)
             self.segments = nn.Embedding(PAIR, width)
-            self.encoders = nn.ModuleList(
-                Encoder(width, heads, hidden, dropout) for _ in self.classes
-            )
+            self.encoders = nn.ModuleList(Encoder(**self.sizes) for _ in self.classes)
             # the row of a class is its convolution of 1 x 1 to one channel
             self.logits = nn.Linear(width, count, bias=False)
         self.eval()
 
-    @property
-    def device(self) -> torch.device:
-        return self.logits.weight.device
-
     def masks(self, features: Tensor) -> Tensor:
         """M: (B, C, h, w) to (B, N + 1, h, w) in [0, 1], the implicit background last."""
-        return class_masks(self.activation(features))
+        return F.normalize(self.activation(features), dim=1).abs()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N) of (B, 3, H, W) normalised images, each two of which are a pair."""
@@ -272,61 +230,28 @@ class Edam(HostNetwork):
         masks = self.masks(features)[:, :-1]
         reduced = self.reduction(features)
         cells = reduced.shape[-2] * reduced.shape[-1]
-        code = sinusoidal_positions(cells, reduced.shape[1]).to(reduced)
+        code = _positions(cells, reduced.shape[1]).to(reduced)
         places = self.segments.weight[:, None] + code  # of an image of a pair, and in it
         pooled = []
         for row, encoder in enumerate(self.encoders):
             masked = (reduced * masks[:, row : row + 1]).flatten(2).transpose(1, 2)
             tokens = masked.unflatten(0, (-1, PAIR)) + places
-            tokens = F.dropout(tokens, self.dropout, self.training)
+            tokens = F.dropout(tokens, self.sizes["dropout"], self.training)
             seen = encoder(tokens.flatten(1, 2))  # all cells of both images of a pair
             pooled.append(seen.unflatten(1, (PAIR, cells)).mean(2).flatten(0, 1))
         return (torch.stack(pooled, 1) * self.logits.weight).sum(-1)
 
-    def train(self, mode: bool = True) -> Edam:
-        """Set training mode, but keep every batch norm in evaluation mode."""
-        super().train(mode)
-        self.classifier.train(mode)
-        return self
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Edam:
-        return cls(described(metadata), metadata["classes"], **metadata["sizes"])
+        return cls(described(metadata), metadata["classes"], metadata["sizes"])
 
     def _description(self) -> dict[str, Any]:
-        classifier = self.classifier
-        return {
-            **description(classifier.backbone, classifier.spec, classifier.preprocessing),
-            "classes": list(self.classes),
-            "sizes": self.sizes,
-        }
-
-
-class Pair(NamedTuple):
-    """Two different images that share a class."""
-
-    first: int
-    """Index among the images."""
-    second: int
-    label: int
-    """A class of both."""
+        own = {"classes": list(self.classes), "sizes": self.sizes}
+        return {**self.classifier._description(), **own}
 
 
 class Partners:
-    """Draws another image that shares a class with an image.
-
-    Args:
-        items: images with their labels.
-
-    Raises:
-        DataError: if no two images share a class.
-
-    Example:
-        >>> from pathlib import Path
-        >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
-        >>> Partners(items).draw(0, np.random.default_rng(0))
-        Pair(first=0, second=1, label=0)
-    """
+    """Draws another image that shares a class with an image; DataError if no two images do."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         of_class: dict[int, list[int]] = {}
@@ -343,42 +268,13 @@ class Partners:
                 "on; give at least two images of a class"
             )
 
-    def draw(self, first: int, generator: np.random.Generator) -> Pair:
+    def draw(self, first: int, generator: np.random.Generator) -> int:
         """Draw a class of an image of ``firsts`` and another image of it, both uniformly."""
         label = self.labels[first][int(generator.integers(len(self.labels[first])))]
         others = self.of_class[label]
         # a cyclic step between 1 and len - 1 never returns to the image itself
         step = int(generator.integers(1, len(others)))
-        return Pair(first, others[(others.index(first) + step) % len(others)], label)
-
-
-def pairs_of(items: Sequence[Item], steps: int, pairs: int, seed: int) -> list[Pair]:
-    """The pairs of a training, in their order: ``pairs`` for each of ``steps`` steps (section 2).
-
-    In an epoch each image that has a partner comes first once, in random order, with a new partner.
-    (The released list is fixed and not public.) A step has fewer pairs if there are fewer images.
-
-    Raises:
-        DataError: if no two images share a class.
-
-    Example:
-        >>> from pathlib import Path
-        >>> items = [Item(str(n), Path(f"{n}.png"), (0,)) for n in range(2)]
-        >>> sorted(pairs_of(items, 1, 2, seed=0))
-        [Pair(first=0, second=1, label=0), Pair(first=1, second=0, label=0)]
-    """
-    partners = Partners(items)
-    plan = engine.Plan(steps, pairs, steps, lambda _: 1.0)
-    order = engine.Order(len(partners.firsts), plan, seed, 0, Processes())
-    return [
-        partners.draw(partners.firsts[place.sample], _generator(seed, place))
-        for step in order
-        for place in step
-    ]
-
-
-def _generator(seed: int, place: engine.Place) -> np.random.Generator:
-    return np.random.default_rng([seed, place.epoch, place.sample])
+        return others[(others.index(first) + step) % len(others)]
 
 
 def _sample(
@@ -390,73 +286,26 @@ def _sample(
     place: engine.Place,
 ) -> tuple[Tensor, Tensor]:
     """Augmented images (2, 3, crop, crop) of a pair and their numbers (2,)."""
-    generator = _generator(seed, place)
-    pair = partners.draw(partners.firsts[place.sample], generator)
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    first = partners.firsts[place.sample]
+    pair = (first, partners.draw(first, generator))
 
     def change(resized: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return jitter_colours(resized, settings.jitter, generator)
 
     images = [
         augment(read_image(items[n].image), preprocessing, settings, generator, change=change)
-        for n in (pair.first, pair.second)
+        for n in pair
     ]
-    return torch.stack(images), torch.tensor([pair.first, pair.second])
+    return torch.stack(images), torch.tensor(pair)
 
 
-def learning_rate_factor(step: int, settings: EdamSettings) -> float:
-    """Factor of the learning rates at a step: a linear warm-up, then the poly schedule.
-
-    Example:
-        >>> learning_rate_factor(0, EdamSettings.from_preset("default", warmup=0))
-        1.0
-    """
+def _rate(step: int, settings: EdamSettings) -> float:
+    """Factor of the learning rates at a step: a linear warm-up, then the poly schedule."""
     if step < settings.warmup:
         low = settings.warmup_factor
         return low + (1.0 - low) * step / settings.warmup
     return poly(step - settings.warmup, settings.iterations - settings.warmup, settings.power)
-
-
-@torch.no_grad()
-def maps_of(
-    network: Edam, image: NDArray[np.uint8], labels: Sequence[int], settings: EdamSettings
-) -> FusedMaps:
-    """The masks M of an image's classes, summed over scales and mirror images (section 3).
-
-    Each sum is divided by its maximum. ``network.folded()`` takes two thirds of the time.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: the K present classes.
-        settings: ``scales`` and ``flip`` are used.
-
-    Returns:
-        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1].
-
-    Raises:
-        DataError: if a label is not a class of the network.
-        ClassifierError, PrototypeError: if the masks or the backbone's features hold NaN or Inf.
-
-    Example:
-        >>> spec, settings = BackboneSpec("test_resnet", {}), EdamSettings.from_preset("default")
-        >>> network = HOST.build(spec, ("cat", "dog"), settings, weights="random")
-        >>> maps_of(network, np.zeros((30, 50, 3), np.uint8), [1], settings).cam.shape
-        torch.Size([1, 8, 13])
-    """
-    check_labels(labels, len(network.classes))
-    network.eval()
-    chosen = list(labels)
-    maps = []
-    for pair in image_pyramid(network.classifier, image[None], settings.scales, flip=settings.flip):
-        found = network.masks(pair.features)[0, chosen]
-        if pair.mirrored is not None:
-            found = found + unflip(network.masks(pair.mirrored)[0, chosen])
-        check_finite(found, "EDAM's activation layer")
-        maps.append(found)
-    # At stride 1 the sizes are the image's, to which the released program resizes.
-    return fuse_scales(maps, (image.shape[0], image.shape[1]), stride=1)
-
-
-# -- The host ----------------------------------------------------------------------------------
 
 
 class _EdamHost(Host[EdamSettings, Edam]):
@@ -486,7 +335,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
             backbone = replace(backbone, arguments=arguments)
         classifier = build(backbone, NO_CLASSES, **first)
         sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
-        return Edam(classifier, names, **sizes, seed=first.get("seed", 0))
+        return Edam(classifier, names, sizes, first.get("seed", 0))
 
     def images_per_step(
         self, network: Edam, data: HostData, settings: EdamSettings
@@ -507,11 +356,8 @@ class _EdamHost(Host[EdamSettings, Edam]):
         """
         processes = options.get("processes") or Processes()
         items, partners = data.images, Partners(data.images)
-        count = len(network.classes)
-        for item in items:
-            check_labels(item.labels, count)
         freeze(network.classifier.backbone, settings.freeze, norms=True)
-        labels = multi_hot(items, count)
+        labels = multi_hot(items, len(network.classes))
         size = min(settings.pairs, len(partners.firsts))
         steps = settings.iterations
         model = processes.replicate(network)
@@ -538,17 +384,29 @@ class _EdamHost(Host[EdamSettings, Edam]):
                 steps,
                 settings.pairs,
                 max(1, steps // RECORDS),
-                lambda step: learning_rate_factor(step, settings),
+                lambda step: _rate(step, settings),
             ),
             label="training EDAM",
             section="host.edam",
             **options,
         )
 
+    @torch.no_grad()
     def maps(
         self, network: Edam, view: View, settings: EdamSettings, vectors: Tensor | None
     ) -> FusedMaps:
-        return maps_of(network, view.image, view.labels, settings)
+        """The masks M, summed over scales and mirror images, over their maximum (section 3)."""
+        check_labels(view.labels, len(network.classes))
+        network.eval()
+        maps, chosen, scales = [], list(view.labels), settings.scales
+        for pair in image_pyramid(network.classifier, view.image[None], scales, flip=settings.flip):
+            found = network.masks(pair.features)[0, chosen]
+            if pair.mirrored is not None:
+                found = found + unflip(network.masks(pair.mirrored)[0, chosen])
+            check_finite(found, "EDAM's activation layer")
+            maps.append(found)
+        # At stride 1 the sizes are the image's, to which the released program resizes.
+        return fuse_scales(maps, view.size, stride=1)
 
 
 HOST = _EdamHost()

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from random import getstate, setstate
 from random import seed as seed_python
 from typing import Any, Literal, Unpack
@@ -26,13 +27,13 @@ from numpy.random import seed as seed_numpy
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
-from lpcam.classifiers.linear import mean_average_precision
+from lpcam.classifiers.finetuning import validation_map
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image, resize_image, resize_long_side, scaled_size
+from lpcam.data.images import read_image, resize_image, scaled_size
 from lpcam.data.resize import quarter_size, resize
 from lpcam.hosts.base import (
     Host,
@@ -51,37 +52,29 @@ from lpcam.hosts.mctformer_network import (
 )
 from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unflip, unit
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
 
 EPSILON = 1e-8
 """Added to the range that a map is divided by (section 3, step 4)."""
 
 
-def mctformer_loss(scores: Scores, labels: Tensor) -> Tensor:
+def _loss(scores: Scores, labels: Tensor, contrast: float) -> Tensor:
     """Multi-label soft margin loss of the class scores, in V2 plus that of the patch scores.
 
-    ``labels`` (B, N) are 1 for present classes.
-
-    Example:
-        >>> mctformer_loss(Scores(torch.full((1, 2), 999.0), None), torch.ones(1, 2))
-        tensor(0.)
+    ``labels`` (B, N) are 1 for present classes; ``contrast`` is the weight of MCTformer+'s loss.
     """
     loss = F.multilabel_soft_margin_loss(scores.classes, labels)
     if scores.patches is not None:
         loss = loss + F.multilabel_soft_margin_loss(scores.patches, labels)
-    return loss
+    return loss + contrast * _token_contrast(scores.tokens) if contrast > 0 else loss
 
 
-def token_contrast(tokens: Tensor) -> Tensor:
+def _token_contrast(tokens: Tensor) -> Tensor:
     """Contrastive loss of MCTformer+ that separates class tokens; its form here is inferred.
 
     The cross-entropy of the softmax over each row of the cosines of the last block's class tokens
     (B, N, C), whose target is the token itself.
-
-    Example:
-        >>> bool(token_contrast(torch.eye(3)[None]) < token_contrast(torch.ones(1, 3, 3)))
-        True
     """
     directions = unit(tokens, dim=-1)
     cosines = directions @ directions.transpose(1, 2)
@@ -89,37 +82,16 @@ def token_contrast(tokens: Tensor) -> Tensor:
     return F.cross_entropy(cosines.flatten(0, 1), targets)
 
 
-def learning_rate(epoch: int, settings: MctformerSettings) -> float:
+def _learning_rate(epoch: int, settings: MctformerSettings) -> float:
     """Learning rate of an epoch: a linear warm-up, then a half cosine (section 2).
 
     The cosine counts from the first epoch, not from the end of the warm-up.
-
-    Example:
-        >>> learning_rate(0, MctformerSettings.from_preset("official"))
-        1e-06
     """
     top, low, warmup = settings.learning_rate, settings.warmup_learning_rate, settings.warmup_epochs
     if epoch < warmup:
         return low + (top - low) * epoch / warmup
     floor = settings.floor_learning_rate
     return floor + (top - floor) * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
-
-
-def plan_of(settings: MctformerSettings, count: int) -> engine.Plan:
-    """Plan of a training on ``count`` images; an incomplete last batch is dropped.
-
-    Example:
-        >>> plan_of(MctformerSettings.from_preset("official", epochs=2, batch_size=4), 10).steps
-        4
-    """
-    batch = min(settings.batch_size, count)
-    an_epoch = count // batch
-    return engine.Plan(
-        settings.epochs * an_epoch,
-        batch,
-        an_epoch,
-        lambda step: learning_rate(step // an_epoch, settings) / settings.learning_rate,
-    )
 
 
 _AUGMENTING = threading.Lock()
@@ -144,81 +116,34 @@ def _seeded(seed: Sequence[int]) -> Iterator[None]:
             set_state(before[1])
 
 
-class _Augment:
-    """Makes images (3, crop, crop) augmented by timm's ImageNet transform (section 2)."""
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        preprocessing: Preprocessing,
-        settings: MctformerSettings,
-        seed: int,
-    ) -> None:
-        self.items = items
-        self.seed = seed
-        try:
-            self.transform = create_transform(
-                settings.crop,
-                is_training=True,
-                color_jitter=0.0,
-                auto_augment=settings.augmentation,
-                interpolation="bicubic",
-                mean=preprocessing.mean,
-                std=preprocessing.std,
-                re_prob=settings.erasing,
-                re_mode="pixel",
-            )
-        except Exception as error:  # whatever timm raises of a policy it does not know
-            raise ClassifierError(
-                f"timm does not know the augmentation {settings.augmentation!r} ({error!r}); "
-                "give a policy as rand-m9-mstd0.5-inc1, or null for none"
-            ) from error
-
-    def __call__(self, place: engine.Place) -> tuple[Tensor, int]:
-        epoch, index, _ = place
-        image = Image.fromarray(read_image(self.items[index].image))
-        with _seeded([self.seed, epoch, index]):
-            return self.transform(image), index
+def _transform(preprocessing: Preprocessing, settings: MctformerSettings) -> Any:
+    """timm's ImageNet transform (section 2)."""
+    try:
+        return create_transform(
+            settings.crop,
+            is_training=True,
+            color_jitter=0.0,
+            auto_augment=settings.augmentation,
+            interpolation="bicubic",
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            re_prob=settings.erasing,
+            re_mode="pixel",
+        )
+    except Exception as error:  # whatever timm raises of a policy it does not know
+        raise ClassifierError(
+            f"timm does not know the augmentation {settings.augmentation!r} ({error!r}); "
+            "give a policy as rand-m9-mstd0.5-inc1, or null for none"
+        ) from error
 
 
-class _Outputs(nn.Module):
-    """A network whose forward pass gives its training outputs, for replication."""
-
-    def __init__(self, network: Mctformer) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Scores, Tensor]:
-        return self.network.outputs(images)
-
-
-@torch.inference_mode()
-def validation_map(
-    network: Mctformer,
-    items: Sequence[Item],
-    settings: MctformerSettings,
-    processes: Processes | None = None,
-) -> float | None:
-    """Mean average precision over the classes of the class scores; None without images.
-
-    Whole images are scored, their long side being ``settings.crop``. (The released program averages
-    over images instead.)
-
-    Example:
-        >>> settings = MctformerSettings.from_preset("default", crop=32)
-        >>> network = build_mctformer("test_vit", ("cat",), settings, weights="random")
-        >>> validation_map(network, [], settings)
-    """
-    processes = processes or Processes()
-    network.eval()
-    if not items:
-        return None
-    logits = torch.zeros(len(items), len(network.classes))
-    for row in range(processes.rank, len(items), processes.count):
-        image = resize_long_side(read_image(items[row].image), settings.crop)
-        tensor = network.preprocessing(image)[None].to(network.device)
-        logits[row] = network(tensor).classes[0].float().cpu()
-    return mean_average_precision(processes.sum(logits), multi_hot(items, len(network.classes)))
+def _sample(
+    items: Sequence[Item], transform: Any, seed: int, place: engine.Place
+) -> tuple[Tensor, int]:
+    """An augmented image (3, crop, crop) and its number."""
+    image = Image.fromarray(read_image(items[place.sample].image))
+    with _seeded([seed, place.epoch, place.sample]):
+        return transform(image), place.sample
 
 
 def fuse(
@@ -226,12 +151,7 @@ def fuse(
 ) -> Tensor:
     """Class attention times ReLU(activation), or the square root of that (section 3, step 2).
 
-    Both are (..., h, w); an activation of None (V1) returns the attention. ``"square_root"`` is
-    MCTformer+'s.
-
-    Example:
-        >>> fuse(torch.tensor([[4.0]]), torch.tensor([[9.0]]), "square_root")
-        tensor([[6.]])
+    Both are (..., h, w); an activation of None (V1) returns the attention.
     """
     if activation is None:
         return attention
@@ -240,140 +160,27 @@ def fuse(
 
 
 def refine(maps: Tensor, affinity: Tensor) -> Tensor:
-    """Sum of a map over all patches, weighted by the affinity of each patch (section 3, step 3).
+    """Sum of maps (..., K, h, w) over all patches, weighted by affinity (section 3, step 3).
 
-    ``maps`` are (..., K, h, w), like the result; ``affinity`` is (..., P, P), and its rows are the
-    patches that get a value.
-
-    Example:
-        >>> refine(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[1.0, 10.0], [0.5, 0.0]]))
-        tensor([[[21.0000,  0.5000]]])
+    The rows of ``affinity`` (..., P, P) are the patches that get a value.
     """
     flat = maps.flatten(-2).transpose(-2, -1)
     return (affinity @ flat).transpose(-2, -1).reshape(maps.shape)
 
 
-@torch.no_grad()
-def maps_of(
-    network: Mctformer,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    settings: MctformerSettings,
-    *,
-    vectors: Tensor | None = None,
-) -> FusedMaps:
-    """MCTformer's maps of one image, summed over scales and mirror images, min-max normalised.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: the K present classes, from 0.
-        settings: ``attention_blocks``, ``fusion``, ``affinity``, ``scales`` and ``flip`` are used.
-        vectors: (N, C) prototypes: LPCAM of the patch tokens replaces PatchCAM. None: PatchCAM in
-            V2, the class attention alone in V1.
-
-    Returns:
-        ``cam`` (K, ceil(H/4), ceil(W/4)) and ``high_res`` (K, H, W) in [0, 1].
-
-    Raises:
-        DataError: if a label is not a class.
-        ClassifierError: if the network or the vectors give NaN or Inf.
-
-    Example:
-        >>> settings = MctformerSettings.from_preset("default", crop=32)
-        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
-        >>> maps_of(network, np.zeros((32, 48, 3), np.uint8), [1], settings).cam.shape
-        torch.Size([1, 8, 12])
-    """
-    size = (image.shape[0], image.shape[1])
-    _check(network, labels, settings, vectors)
-    views = _views(network, image, settings.scales, settings) if labels else ()
-    maps = [_refined(view, labels, settings, vectors) for view in views]
-    cam, high_res = (
-        normalize(_summed(maps, goal), "minmax", EPSILON)
-        if maps
-        else torch.zeros(0, *goal, device=network.device)
-        for goal in (quarter_size(size), size)
-    )
-    return FusedMaps(cam, high_res)
-
-
-@torch.no_grad()
-def local_features(
-    network: Mctformer,
-    image: NDArray[np.uint8],
-    labels: Sequence[int],
-    settings: MctformerSettings,
-) -> tuple[Tensor, Tensor]:
-    """Patch tokens of an image for prototypes, and the maps that split them (section 6).
-
-    The split maps, made without LPCAM and summed at the size of the grid, are the refined ones,
-    min-max normalised, or, with ``settings.split_maps`` ``patch``, PatchCAM after a ReLU, divided
-    by its maximum.
-
-    Args:
-        network, image, labels, settings: as for :func:`maps_of`.
-
-    Returns:
-        features (C, h, w), signed, at scale 1 without flip, and maps (K, h, w) in [0, 1].
-
-    Example:
-        >>> settings = MctformerSettings.from_preset("default", crop=32)
-        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
-        >>> local_features(network, np.zeros((32, 48, 3), np.uint8), [1], settings)[1].shape
-        torch.Size([1, 2, 3])
-    """
-    _check(network, labels, settings, None)
-    scales = settings.scales if 1.0 in settings.scales else (*settings.scales, 1.0)
-    views = _views(network, image, scales, settings)
-    features = views[scales.index(1.0)].features[0]
-    grid = (features.shape[1], features.shape[2])
-    if not labels:
-        return features, features.new_zeros(0, *grid)
-    used = views[: len(settings.scales)]
-    if settings.split_maps == "refined":
-        maps = [_refined(view, labels, settings, None) for view in used]
-        return features, normalize(_summed(maps, grid), "minmax", EPSILON)
-    cams = [view.patch_cam for view in used if view.patch_cam is not None]
-    for cam in cams:
-        check_finite(cam, "MCTformer")
-    if not cams:
-        raise ClassifierError(
-            "MCTformer V1 has no PatchCAM that could split its features; set "
-            "mctformer.split_maps to refined, or train V2"
-        )
-    return features, normalize(_summed([cam[:, list(labels)].relu() for cam in cams], grid), "max")
-
-
-def _check(
-    network: Mctformer,
-    labels: Sequence[int],
-    settings: MctformerSettings,
-    vectors: Tensor | None,
-) -> None:
-    check_blocks(network, settings)
-    count, width = network.cls_token.shape[1:]
-    check_labels(labels, count)
-    if vectors is not None:
-        if tuple(vectors.shape) != (count, width):
-            raise ValueError(f"expected vectors {(count, width)}, got {tuple(vectors.shape)}")
-        check_finite(vectors, "the prototypes of MCTformer")
-
-
 def _views(
-    network: Mctformer,
-    image: NDArray[np.uint8],
-    scales: Sequence[float],
-    settings: MctformerSettings,
+    network: Mctformer, image: NDArray[np.uint8], scales: Sequence[float], own: MctformerSettings
 ) -> list[Attended]:
     """The network's outputs for an image, and optionally its mirror image, at each scale."""
+    _check_blocks(network, own)
     network.eval()
     found = []
     for scale in scales:
         size = scaled_size(image.shape[0], image.shape[1], scale)
         resized = image if size == image.shape[:2] else resize_image(image, size)
         tensor = network.preprocessing(resized)[None].to(network.device)
-        pair = torch.cat([tensor, tensor.flip(-1)]) if settings.flip else tensor
-        view = network.attend(pair, settings.attention_blocks, affinity=settings.affinity)
+        pair = torch.cat([tensor, tensor.flip(-1)]) if own.flip else tensor
+        view = network.attend(pair, own.attention_blocks, affinity=own.affinity)
         check_finite(view.features, "MCTformer")
         found.append(view)
     return found
@@ -394,14 +201,7 @@ def _refined(
     return found
 
 
-def check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
-    """Check that a network has at least ``settings.attention_blocks`` blocks.
-
-    Example:
-        >>> settings = MctformerSettings.from_preset("default", crop=32)
-        >>> network = build_mctformer("test_vit", ("cat",), settings, weights="random")
-        >>> check_blocks(network, settings)
-    """
+def _check_blocks(network: Mctformer, settings: MctformerSettings) -> None:
     if settings.attention_blocks > len(network.blocks):
         raise ClassifierError(
             f"mctformer.attention_blocks {settings.attention_blocks} is more than the "
@@ -418,9 +218,6 @@ def _summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         if len(pair) > 1:
             total.append(unflip(resized[1]))
     return torch.stack(total).sum(0)
-
-
-# -- The host ----------------------------------------------------------------------------------
 
 
 class _MctformerHost(Host[MctformerSettings, Mctformer]):
@@ -452,13 +249,12 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         settings: MctformerSettings,
         **first: Any,
     ) -> Mctformer:
-        arguments = backbone.arguments
-        return build_mctformer(backbone.name, names, settings, arguments=arguments, **first)
+        return build_mctformer(backbone, names, settings, **first)
 
     def images_per_step(
         self, network: Mctformer, data: HostData, settings: MctformerSettings
     ) -> tuple[int, str]:
-        check_blocks(network, settings)
+        _check_blocks(network, settings)
         return min(settings.batch_size, len(data.images)), "batch_size"
 
     def train(
@@ -470,60 +266,95 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
     ) -> engine.History:
         """AdamW (section 2); a record an epoch has ``validation_map`` too."""
         processes = options.get("processes") or Processes()
-        if not data.images:
-            raise DataError("there is no image to train MCTformer on; give images with labels")
-        own = "v1" if network.head is None else "v2"
-        if settings.version != own:
-            raise ClassifierError(
-                f"mctformer.version is {settings.version}, but the network was built as {own}; "
-                "build it with the same setting"
-            )
         labels = multi_hot(data.images, len(network.classes))
-        plan = plan_of(settings, len(data.images))
+        batch = min(settings.batch_size, len(data.images))
+        an_epoch = len(data.images) // batch  # an incomplete last batch is dropped
+        rate = settings.learning_rate
         decay, none = network.parameter_groups()
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": settings.weight_decay},
             {"params": none, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-        model = processes.replicate(_Outputs(network))
+        model = processes.replicate(network)
 
-        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, indices = batch
+        def loss(sample: tuple[Tensor, Tensor]) -> Tensor:
+            images, indices = sample
             network.train()
-            scores, tokens = model(images.to(network.device))
-            mean = mctformer_loss(scores, labels[indices].to(network.device))
-            if settings.contrast > 0:
-                mean = mean + settings.contrast * token_contrast(tokens)
-            return mean * (len(indices) / plan.batch)  # this process's share of the batch
+            target = labels[indices].to(network.device)
+            mean = _loss(model(images.to(network.device)), target, settings.contrast)
+            return mean * (len(indices) / batch)  # this process's share of the batch
 
+        def measured(_: int) -> dict[str, Any]:
+            precision = validation_map(
+                network, data.held_out, settings.crop, processes, lambda found: found.classes
+            )
+            return {"validation_map": precision}
+
+        transform = _transform(network.preprocessing, settings)
         return engine.run(
             network,
-            optimizer,
-            _Augment(data.images, network.preprocessing, settings, options["seed"]),
+            torch.optim.AdamW(groups, lr=rate),
+            partial(_sample, data.images, transform, options["seed"]),
             len(data.images),
             loss,
-            plan,
+            engine.Plan(
+                settings.epochs * an_epoch,
+                batch,
+                an_epoch,
+                lambda step: _learning_rate(step // an_epoch, settings) / rate,
+            ),
             label="training MCTformer",
             section="host.mctformer",
+            at_record=measured,
             **options,
-            at_record=lambda _: {
-                "validation_map": validation_map(network, data.held_out, settings, processes)
-            },
         )
 
+    @torch.no_grad()
     def local_features(
         self, network: Mctformer, view: View, settings: MctformerSettings
     ) -> tuple[Tensor, Tensor]:
-        return local_features(network, view.image, view.labels, settings)
+        """Patch tokens (C, h, w) at scale 1 and the maps (K, h, w) that split them (section 6).
+
+        The split maps, made without LPCAM and summed at the size of the grid, are the refined ones,
+        min-max normalised, or, with ``split_maps`` ``patch``, PatchCAM after a ReLU, divided by its
+        maximum.
+        """
+        scales = settings.scales if 1.0 in settings.scales else (*settings.scales, 1.0)
+        views = _views(network, view.image, scales, settings)
+        features = views[scales.index(1.0)].features[0]
+        grid = (features.shape[1], features.shape[2])
+        used = views[: len(settings.scales)]
+        if settings.split_maps == "refined":
+            maps = [_refined(each, view.labels, settings, None) for each in used]
+            return features, normalize(_summed(maps, grid), "minmax", EPSILON)
+        cams = [each.patch_cam for each in used if each.patch_cam is not None]
+        for cam in cams:
+            check_finite(cam, "MCTformer")
+        positive = [cam[:, list(view.labels)].relu() for cam in cams]
+        return features, normalize(_summed(positive, grid), "max")
 
     def scorer(self, network: Mctformer) -> tuple[Tensor, Tensor]:
-        return network.constant_response()
+        """PatchCAM where neighbours are all equal (section 6)."""
+        if network.head is None or network.head.bias is None:
+            raise ClassifierError(
+                "MCTformer V1 has no PatchCAM that could score prototypes; train V2 "
+                "(mctformer.version: v2)"
+            )
+        return network.head.weight.detach().sum((-2, -1)), network.head.bias.detach()
 
+    @torch.no_grad()
     def maps(
         self, network: Mctformer, view: View, settings: MctformerSettings, vectors: Tensor | None
     ) -> FusedMaps:
-        return maps_of(network, view.image, view.labels, settings, vectors=vectors)
+        """Maps summed over scales and mirror images, min-max normalised (section 3).
+
+        With vectors LPCAM of the patch tokens replaces PatchCAM; V1 has neither.
+        """
+        check_labels(view.labels, len(network.classes))
+        views = _views(network, view.image, settings.scales, settings)
+        maps = [_refined(each, view.labels, settings, vectors) for each in views]
+        sizes = (quarter_size(view.size), view.size)
+        return FusedMaps(*(normalize(_summed(maps, goal), "minmax", EPSILON) for goal in sizes))
 
 
 HOST = _MctformerHost()

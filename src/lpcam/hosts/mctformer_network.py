@@ -32,13 +32,12 @@ from lpcam.classifiers.classifier import (
     Preprocessing,
     build,
     check_backbone,
-    misfit,
     read_weights,
-    refuse_not_finite,
 )
 from lpcam.hosts.base import HostSettings
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import Fraction, Positive
+from lpcam.segmentation.networks.base import load_fitting, preprocessing_with
 from lpcam.training.saved_network import SavedNetwork
 
 
@@ -94,21 +93,19 @@ class MctformerSettings(HostSettings):
     """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
-TOKEN_DEVIATION = 0.02
-"""Standard deviation of random class tokens and their positions."""
-MARGIN = 0.1
-"""Cells added to the grid when the table of positions is scaled to it (section 3)."""
 STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 """Arguments of a network that timm's transformers do not have."""
 
 
 class Scores(NamedTuple):
-    """Logits (B, N) of the image's classes."""
+    """Logits (B, N) of the image's classes, and what else the losses read."""
 
     classes: Tensor
     """Scores by the class tokens; used at test."""
     patches: Tensor | None
     """Scores by PatchCAM; None in V1."""
+    tokens: Tensor
+    """(B, N, C), the last block's class tokens."""
 
 
 class Attended(NamedTuple):
@@ -140,12 +137,7 @@ class MctformerSpec:
 
 
 def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
-    """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on.
-
-    Example:
-        >>> ranked_pooling(torch.tensor([[0.0, 3.0]]), 0.5)
-        tensor(2.)
-    """
+    """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on."""
     values = maps.flatten(-2).sort(-1, descending=True).values
     ranks = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
     weights = decay**ranks
@@ -153,19 +145,15 @@ def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
 
 
 def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Scale positions of a square grid to another grid, bicubic (section 3).
+    """Positions (1, g g, C) of a square grid scaled to another, (1, h w, C), bicubic (section 3).
 
-    The factor (h + 0.1) / g avoids losing a row by rounding. (1, g g, C) gives (1, h w, C).
-
-    Example:
-        >>> scale_positions(torch.zeros(1, 4, 8), (3, 5)).shape
-        torch.Size([1, 15, 8])
+    The factor (h + 0.1) / g avoids losing a row by rounding.
     """
     side = math.isqrt(table.shape[1])
     if grid == (side, side):
         return table
     planes = table.transpose(1, 2).reshape(1, -1, side, side)
-    factors = ((grid[0] + MARGIN) / side, (grid[1] + MARGIN) / side)
+    factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     scaled = F.interpolate(planes, scale_factor=factors, mode="bicubic", align_corners=False)
     return scaled[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2)
 
@@ -173,11 +161,7 @@ def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Output (B, T, C) of a block of timm and its attention (B, T, T), averaged over the heads.
 
-    The rows of the attention are the queries; they add up to 1.
-
-    Example:
-        >>> attend_block(Block(8, 2), torch.zeros(1, 3, 8))[1].shape
-        torch.Size([1, 3, 3])
+    The rows of the attention are the queries; timm's blocks do not give it.
     """
     attention = block.attn
     batch, count, _ = tokens.shape
@@ -196,8 +180,7 @@ def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class Stem(nn.Module):
     """A frozen convolutional backbone whose cells are the patches (a hybrid transformer).
 
-    A small transformer without a checkpoint can start from features of ImageNet. The specification
-    has no stem.
+    A small transformer without a checkpoint can start from features of ImageNet.
     """
 
     def __init__(self, classifier: Classifier, width: int) -> None:
@@ -220,20 +203,17 @@ class Stem(nn.Module):
 
 
 class Mctformer(SavedNetwork):
-    """Class tokens on a vision transformer, V1 or V2.
+    """Class tokens on a vision transformer, V1 or V2, with random weights except the stem's.
 
     The score of a class is the mean over the channels of its token; V2 scores the classes by
     PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept,
     because files of weights have it, but never applied.
 
     Args:
-        transformer: a plain timm transformer with a class token, made with ``dynamic_img_size``.
+        spec: the architecture.
         classes: the N names, in label order.
-        preprocessing: what the transformer expects of RGB.
-        patch_cam: True for V2, False for V1.
-        ranking_decay: decay of :func:`ranked_pooling`, which pools PatchCAM; 1 is the mean.
-        stem: makes the patch tokens instead of the transformer's layer.
-        spec: how to build the network again; without it the network cannot be saved.
+        preprocessing: of RGB; None: the stem's, or that of timm's pretrained cfg.
+        stem_weights: weights of the stem, if the architecture has one.
 
     Raises:
         ClassifierError: if the transformer is of another kind.
@@ -242,36 +222,44 @@ class Mctformer(SavedNetwork):
     kind = "mctformer"
     title = "MCTformer"
     stage = "host"
-    builder = "lpcam.hosts.mctformer_network.build_mctformer"
+    builder = "lpcam.hosts.mctformer.HOST.build"
 
     def __init__(
         self,
-        transformer: nn.Module,
+        spec: MctformerSpec,
         classes: Sequence[str],
-        preprocessing: Preprocessing,
-        *,
-        patch_cam: bool = True,
-        ranking_decay: float = 1.0,
-        stem: Stem | None = None,
-        spec: MctformerSpec | None = None,
+        preprocessing: Preprocessing | None = None,
+        stem_weights: str = RANDOM,
     ) -> None:
         super().__init__()
-        plain = _plain(transformer)
-        self.classes = tuple(classes)
-        self.preprocessing = preprocessing
-        self.ranking_decay = ranking_decay
+        plain = _plain(
+            _transformer(
+                spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
+            )
+        )
+        config: Mapping[str, Any] = getattr(plain, "pretrained_cfg", None) or {}
+        usual = Preprocessing(
+            tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
+            tuple(config.get("std", IMAGENET_DEFAULT_STD)),
+        )
         self.spec = spec
-        width, count = plain.embed_dim, len(self.classes)
+        self.classes = tuple(classes)
         self.cell = int(plain.patch_embed.feat_ratio())
+        self.patch_embed: nn.Module = plain.patch_embed
+        width, count = plain.embed_dim, len(self.classes)
+        if STEM in spec.arguments:
+            stem = _stem(spec, self.cell, stem_weights)
+            self.patch_embed, usual = Stem(stem, width), stem.preprocessing
+        self.preprocessing = preprocessing or usual
         self.cls_token = nn.Parameter(torch.empty(1, count, width))
         self.pos_embed = nn.Parameter(torch.empty(1, count + plain.patch_embed.num_patches, width))
         for parameter in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=TOKEN_DEVIATION)
-        self.patch_embed: nn.Module = plain.patch_embed if stem is None else stem
+            nn.init.trunc_normal_(parameter, std=0.02)
         self.pos_drop = plain.pos_drop
         self.blocks = plain.blocks
         self.norm = plain.norm.requires_grad_(False)  # not applied, so it gets no gradient
-        self.head = nn.Conv2d(width, count, 3, padding=1) if patch_cam else None
+        v2 = spec.version == "v2"
+        self.head = nn.Conv2d(width, count, 3, padding=1) if v2 else None
         self.eval()
 
     @property
@@ -279,23 +267,16 @@ class Mctformer(SavedNetwork):
         return self.cls_token.device
 
     def forward(self, images: Tensor) -> Scores:
-        """Logits of the classes of (B, 3, H, W) normalised images."""
-        return self.outputs(images)[0]
-
-    def outputs(self, images: Tensor) -> tuple[Scores, Tensor]:
-        """Scores and the last block's class tokens (B, N, C), for training."""
+        """Scores of (B, 3, H, W) normalised images."""
         tokens, grid = self.embed(images)
         tokens = self.blocks(tokens)
-        scores = self.scores(tokens, self._patch_cam(self._as_map(tokens, grid)))
-        return scores, tokens[:, : len(self.classes)]
+        return self._scores(tokens, self._patch_cam(self._as_map(tokens, grid)))
 
     def attend(self, images: Tensor, blocks: int, *, affinity: bool = True) -> Attended:
-        """Outputs that maps are made of (section 3, steps 1 to 3).
+        """Outputs of images (B, 3, H, W) that maps are made of (section 3, steps 1 to 3).
 
-        Args:
-            images: (B, 3, H, W), normalised.
-            blocks: number of the last blocks whose attention of classes to patches is summed.
-            affinity: True adds up the attention of patches to patches, P x P numbers.
+        Class-to-patch attention is summed over the last ``blocks`` blocks; ``affinity`` adds up the
+        attention of patches to patches, P x P numbers.
         """
         tokens, grid = self.embed(images)
         count, depth = len(self.classes), len(self.blocks)
@@ -311,7 +292,7 @@ class Mctformer(SavedNetwork):
         features = self._as_map(tokens, grid)
         cam = self._patch_cam(features)
         class_attention = class_attention.reshape(batch, count, *grid)
-        return Attended(self.scores(tokens, cam), class_attention, between, features, cam)
+        return Attended(self._scores(tokens, cam), class_attention, between, features, cam)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Class and patch tokens (B, N + P, C) before the first block, and the grid (h, w).
@@ -330,19 +311,11 @@ class Mctformer(SavedNetwork):
         tokens: Tensor = self.pos_drop(torch.cat([classes, patches + positions], 1))
         return tokens, (height, width)
 
-    def scores(self, tokens: Tensor, patch_cam: Tensor | None) -> Scores:
+    def _scores(self, tokens: Tensor, patch_cam: Tensor | None) -> Scores:
         """Scores from the last block's tokens (B, N + P, C) and PatchCAM (B, N, h, w)."""
-        pooled = None if patch_cam is None else ranked_pooling(patch_cam, self.ranking_decay)
-        return Scores(tokens[:, : len(self.classes)].mean(-1), pooled)
-
-    def constant_response(self) -> tuple[Tensor, Tensor]:
-        """Weight (N, C) and bias (N,) of PatchCAM where neighbours are all equal (section 6)."""
-        if self.head is None or self.head.bias is None:
-            raise ClassifierError(
-                "MCTformer V1 has no PatchCAM that could score prototypes; train V2 "
-                "(mctformer.version: v2)"
-            )
-        return self.head.weight.detach().sum((-2, -1)), self.head.bias.detach()
+        decay, own = self.spec.ranking_decay, tokens[:, : len(self.classes)]
+        pooled = None if patch_cam is None else ranked_pooling(patch_cam, decay)
+        return Scores(own.mean(-1), pooled, own)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Trained parameters with weight decay, and those without (section 2)."""
@@ -354,19 +327,17 @@ class Mctformer(SavedNetwork):
                 (none if special or parameter.ndim < 2 else decay).append(parameter)
         return decay, none
 
-    def _can_be_described(self) -> bool:
-        return self.spec is not None
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
-        given = metadata["preprocessing"]
-        preprocessing = Preprocessing(tuple(given["mean"]), tuple(given["std"]))
+        preprocessing = Preprocessing(
+            *(tuple(metadata["preprocessing"][key]) for key in ("mean", "std"))
+        )
         with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
-            return _network(MctformerSpec(**metadata["spec"]), metadata["classes"], preprocessing)
+            return cls(MctformerSpec(**metadata["spec"]), metadata["classes"], preprocessing)
 
     def _description(self) -> dict[str, Any]:
         return {
-            "spec": asdict(self.spec) if self.spec else "of the caller's own",
+            "spec": asdict(self.spec),
             "preprocessing": asdict(self.preprocessing),
             "classes": list(self.classes),
         }
@@ -413,11 +384,10 @@ def _plain(model: nn.Module) -> VisionTransformer:
 
 
 def build_mctformer(
-    backbone: str,
+    backbone: BackboneSpec,
     classes: Sequence[str],
     settings: MctformerSettings,
     *,
-    arguments: Mapping[str, Any] | None = None,
     weights: str | Path,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -429,84 +399,39 @@ def build_mctformer(
     positions of patches are resized (bicubic) if the checkpoint has another grid.
 
     Args:
-        backbone: timm's name, such as ``deit_small_patch16_224``.
-        classes: N class names.
+        backbone: timm's name, such as ``deit_small_patch16_224``, and arguments of timm, such as
+            ``depth``; and ``stem``, timm's name of a convolutional backbone that makes the patch
+            tokens, with its ``stem_arguments``.
         settings: ``version``, ``crop``, which determines the grid of the positions, ``drop_path``,
             ``pooling`` and ``ranking_decay`` are used.
-        arguments: of timm, such as ``depth``; and ``stem``, timm's name of a convolutional backbone
-            that makes the patch tokens, with its ``stem_arguments``: see :class:`Stem`.
         weights: ``"pretrained"`` (timm's), ``"random"``, or the path of a safetensors file: of the
             transformer, or of a whole MCTformer with these classes. With a stem they are the
             stem's, and the transformer is random.
         mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
-        seed: random seed.
 
     Raises:
         ClassifierError: if timm cannot make the transformer, it is of another kind, or the weights
             cannot be read, do not fit or hold NaN or Inf.
-
-    Example:
-        >>> settings = MctformerSettings.from_preset("default", crop=32)
-        >>> network = build_mctformer("test_vit", ("cat", "dog"), settings, weights="random")
-        >>> network(torch.zeros(1, 3, 32, 48)).classes.shape
-        torch.Size([1, 2])
     """
-    ranked = settings.pooling == "ranked"
-    spec = MctformerSpec(
-        backbone,
-        dict(arguments or {}),
-        settings.crop,
-        settings.drop_path,
-        settings.version,
-        settings.ranking_decay if ranked else 1.0,
-    )
+    decay = settings.ranking_decay if settings.pooling == "ranked" else 1.0
+    options = (settings.crop, settings.drop_path, settings.version, decay)
+    spec = MctformerSpec(backbone.name, dict(backbone.arguments), *options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stem = str(weights) if STEM in spec.arguments else RANDOM
-        network = _network(spec, classes, None, stem)
-        own = network.preprocessing
-        network.preprocessing = Preprocessing(
-            own.mean if mean is None else tuple(mean), own.std if std is None else tuple(std)
-        )
-        if str(weights) != RANDOM and STEM not in spec.arguments:
-            _load_weights(network, weights, spec)
+        if STEM in spec.arguments:
+            network = Mctformer(spec, classes, stem_weights=str(weights))
+        else:
+            network = Mctformer(spec, classes)
+            if str(weights) == PRETRAINED:
+                _load(network, _transformer(spec, pretrained=True).state_dict(), PRETRAINED)
+            elif str(weights) != RANDOM:
+                _load(network, read_weights(Path(weights)), str(weights))
+    network.preprocessing = preprocessing_with(network.preprocessing, mean, std)
     return network
 
 
-def _network(
-    spec: MctformerSpec,
-    classes: Sequence[str],
-    preprocessing: Preprocessing | None,
-    stem_weights: str = RANDOM,
-) -> Mctformer:
-    """A network with random weights except the stem's."""
-    model = _transformer(
-        spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
-    )
-    stem = None
-    if STEM in spec.arguments:
-        stem = _stem(spec, _plain(model), stem_weights)
-        preprocessing = preprocessing or stem.classifier.preprocessing
-    if preprocessing is None:
-        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        preprocessing = Preprocessing(
-            tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
-            tuple(config.get("std", IMAGENET_DEFAULT_STD)),
-        )
-    return Mctformer(
-        model,
-        classes,
-        preprocessing,
-        patch_cam=spec.version == "v2",
-        ranking_decay=spec.ranking_decay,
-        stem=stem,
-        spec=spec,
-    )
-
-
-def _stem(spec: MctformerSpec, transformer: VisionTransformer, weights: str) -> Stem:
-    """A stem whose output stride is the side of the transformer's patches."""
-    cell = int(transformer.patch_embed.feat_ratio())
+def _stem(spec: MctformerSpec, cell: int, weights: str) -> Classifier:
+    """A backbone whose output stride is the side of the transformer's patches."""
     backbone = BackboneSpec(spec.arguments[STEM], spec.arguments.get(STEM_ARGUMENTS, {}), cell)
     classifier = build(backbone, NO_CLASSES, weights=weights)
     side = classifier.features(torch.zeros(1, 3, cell, cell)).shape[-1]
@@ -515,7 +440,7 @@ def _stem(spec: MctformerSpec, transformer: VisionTransformer, weights: str) -> 
             f"the stem {spec.arguments[STEM]!r} makes {side} x {side} features of {cell} x {cell} "
             "pixels, the transformer's patch; expected one"
         )
-    return Stem(classifier, transformer.embed_dim)
+    return classifier
 
 
 def _transformer(spec: MctformerSpec, **options: Any) -> nn.Module:
@@ -524,77 +449,46 @@ def _transformer(spec: MctformerSpec, **options: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(spec.backbone, num_classes=0, **options, **arguments)
     except Exception as error:  # whatever timm, torch or a hub client raises, one message serves
-        what = "with its pretrained weights " if options.get("pretrained") else ""
         raise ClassifierError(
-            f"timm could not make {spec.backbone!r} {what}with arguments {arguments}: {error}. "
-            "MCTformer needs a vision transformer, as deit_small_patch16_224; the size of its "
-            "images is mctformer.crop. Without a network, or for another width than the "
+            f"timm could not make {spec.backbone!r} with arguments {arguments} and {options}: "
+            f"{error}. MCTformer needs a vision transformer, as deit_small_patch16_224; the size "
+            "of its images is mctformer.crop. Without a network, or for another width than the "
             "pretrained one, give weights as 'random' or a safetensors file"
         ) from error
     return model
 
 
-def _load_weights(network: Mctformer, weights: str | Path, spec: MctformerSpec) -> None:
-    if str(weights) == PRETRAINED:
-        state = dict(_transformer(spec, pretrained=True).state_dict())
-    else:
-        state = read_weights(Path(weights))
-        refuse_not_finite(state, Path(weights))
-    own = network.state_dict()
-    try:
-        state = _with_class_tokens(state, own)
-        if difference := misfit(own, state):
-            raise ClassifierError(f"{difference}; check the backbone's name and arguments")
-    except ClassifierError as error:
-        raise ClassifierError(
-            f"the weights {str(weights)!r} do not fit {spec.backbone!r} with arguments "
-            f"{dict(spec.arguments)}: {error}"
-        ) from None
-    network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
+def _load(network: Mctformer, state: Mapping[str, Tensor], name: str) -> None:
+    what = f"{network.spec.backbone!r} with arguments {dict(network.spec.arguments)}"
+    fitted = _with_class_tokens(state, network.state_dict())
+    load_fitting(network, fitted, name, what, "check the backbone's name and arguments")
 
 
 def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a transformer renamed and copied to fit a network with ``own`` tensors."""
-    if "dist_token" in state:
-        raise ClassifierError(
-            "they have a distillation token; take the checkpoint that was trained without "
-            "distillation"
-        )
-    if not {"cls_token", "pos_embed"} <= state.keys():
-        raise ClassifierError(
-            "they have no cls_token or no pos_embed; give those of a plain vision transformer"
-        )
-    token, table, (_, count, width) = state["cls_token"], state["pos_embed"], own["cls_token"].shape
-    given = token.shape[1:]
-    if token.ndim != own["cls_token"].ndim or given[1] != width:
-        raise ClassifierError(
-            f"their tokens have shape {tuple(token.shape)}, but the network's have {width} "
-            "channels; set embed_dim to theirs"
-        )
-    if given[0] not in (1, count):
-        raise ClassifierError(
-            f"they have {given[0]} class tokens; expected one, or one for each of {count} classes"
-        )
-    patches = table[:, given[0] :]
-    side, wanted = (math.isqrt(n) for n in (patches.shape[1], own["pos_embed"].shape[1] - count))
-    if side < 1 or side * side != patches.shape[1] or patches.shape[2] != width:
-        raise ClassifierError(
-            f"their table of positions has shape {tuple(table.shape)}; expected (1, {given[0]} + a "
-            f"square, {width})"
-        )
+    """Tensors of a transformer, its tokens copied and its positions resized to fit ``own``.
+
+    Those that cannot be fitted are left as they are.
+    """
+    fitted = dict(state)
+    heads = {k for k in state if k.startswith("head.")}
+    if not ("head.weight" in own and "head.weight" in heads and state["head.weight"].ndim == 4):
+        # a checkpoint's linear head is replaced by the network's convolution, if it has one
+        fitted = {k: v for k, v in state.items() if k not in heads}
+        fitted |= {k: v for k, v in own.items() if k.startswith("head.")}
+    count, width = own["cls_token"].shape[1:]
+    token, table = (state.get(name, torch.empty(0)) for name in ("cls_token", "pos_embed"))
+    given = token.shape[1] if token.ndim == 3 else 0
+    square = table.shape[1] - given if table.ndim == 3 and table.shape[2] == width else 0
+    side, wanted = math.isqrt(max(0, square)), math.isqrt(own["pos_embed"].shape[1] - count)
+    if given not in (1, count) or side < 1 or side * side != square:
+        return fitted
+    patches = table[:, given:]
     if side != wanted:
         planes = patches.transpose(1, 2).reshape(1, width, side, side).float()
         planes = F.interpolate(planes, size=(wanted, wanted), mode="bicubic", align_corners=False)
         patches = planes.flatten(2).transpose(1, 2).to(table.dtype)
-    copies = count // given[0]
-    positions = table[:, : given[0]].repeat(1, copies, 1)
-    # A checkpoint's linear head is replaced by the network's convolution, if it has one.
-    heads = {k: v for k, v in state.items() if k.startswith("head.")}
-    convolution = "head.weight" in own and "head.weight" in heads and heads["head.weight"].ndim == 4
-    kept = heads if convolution else {k: v for k, v in own.items() if k.startswith("head.")}
-    return {
-        **{k: v for k, v in state.items() if k not in heads},
-        **kept,
-        "cls_token": token.repeat(1, copies, 1),
-        "pos_embed": torch.cat([positions, patches], 1),
-    }
+    copies = count // given
+    positions = table[:, :given].repeat(1, copies, 1)
+    fitted["cls_token"] = token.repeat(1, copies, 1)
+    fitted["pos_embed"] = torch.cat([positions, patches], 1)
+    return fitted

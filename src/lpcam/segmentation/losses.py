@@ -17,25 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpcam.classifiers.features import single
 from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.data.resize import resize
 
-Kind = Literal["cross_entropy", "balanced"]
-Meeting = Literal["reduced", "full"]
-
 
 def nearest(length: int, size: int) -> Tensor:
-    """Indices of the pixels that Pillow's nearest neighbour takes when resizing an axis.
+    """Indices (size,) of the pixels that Pillow's nearest neighbour takes when resizing an axis.
 
     The pixel that holds (i + 1/2) length / size. Where that is a whole number, rounding decides;
     so the centres are added up one after the other in float64, as Pillow does.
-
-    Returns:
-        (size,) int64, on the CPU.
-
-    Example:
-        >>> nearest(4, 2).tolist()
-        [1, 3]
     """
     step = length / size
     centres = np.full(size, step)
@@ -57,67 +48,31 @@ def reduce_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, summed over the pixels that count, and their number (int64).
-
-    Without a pixel that counts both are 0, and so is the gradient.
-
-    Args:
-        logits: (B, L, h, w); half precision is computed in float32.
-        labels: (B, h, w) int64.
-
-    Example:
-        >>> total, count = cross_entropy_sum(torch.zeros(1, 2, 1, 2), torch.tensor([[[1, 255]]]))
-        >>> round(float(total), 4), int(count)
-        (0.6931, 1)
-    """
-    return _pixel_losses(logits, labels).sum(), (labels != IGNORE).sum()
-
-
-def balanced_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Like :func:`cross_entropy_sum`, but separately for background and other pixels.
-
-    The balanced loss is the mean over the former plus the mean over the latter (section 1, as in
-    DSRG and AdvCAM).
-
-    Returns:
-        (2,) sums and (2,) int64 counts, the background's first.
-    """
-    losses = _pixel_losses(logits, labels)
+def sums_by_side(losses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (2,) of losses (B, h, w) over background and over class pixels, and their numbers."""
     background = labels == BACKGROUND
-    parts = torch.stack([background, ~background & (labels != IGNORE)])
-    return torch.where(parts, losses, 0.0).sum((1, 2, 3)), parts.sum((1, 2, 3))
-
-
-def _pixel_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, h, w), 0 where the label is 255."""
-    # Without reduction, because CUDA adds up the others in any order.
-    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORE, reduction="none")
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    sides = torch.stack([background, ~background & (labels != IGNORE)])
+    return torch.where(sides, losses, 0.0).sum((1, 2, 3)), sides.sum((1, 2, 3))
 
 
 def segmentation_loss(
     outputs: Sequence[tuple[Tensor, float]],
     labels: Tensor,
     *,
-    kind: Kind,
-    meet: Meeting,
-    total: Callable[[Tensor], Tensor] | None = None,
+    kind: Literal["cross_entropy", "balanced"],
+    meet: Literal["reduced", "full"],
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Tensor:
     """Weighted sum, over a network's outputs, of their mean cross-entropies.
 
     Args:
         outputs: (logits (B, L, h, w), weight of their loss); sizes may differ.
         labels: (B, H, W) int64, of the size of the network's input.
-        kind: ``cross_entropy`` is the mean over the pixels that count; ``balanced`` as
-            :func:`balanced_sum`.
+        kind: ``cross_entropy`` is the mean over the pixels that count; ``balanced`` the mean over
+            those of the background plus the mean over those of a class (section 1, as in DSRG and
+            AdvCAM).
         meet: ``reduced`` brings the labels to each output's size, ``full`` its logits to theirs.
-        total: sums int64 counts over the processes that share the batch, as
-            :meth:`lpcam.runtime.distributed.Processes.sum`. It is called once. None: there is one
-            process.
+        total: sums int64 counts over the processes that share the batch; called once.
 
     Returns:
         a scalar: this process's part, its sums divided by the counts of all. A mean without a
@@ -129,18 +84,20 @@ def segmentation_loss(
         >>> round(float(loss), 4)
         0.6931
     """
-    summed = cross_entropy_sum if kind == "cross_entropy" else balanced_sum
     sums, counts = [], []
     for logits, weight in outputs:
+        wide, met = single(logits), labels
         if meet == "reduced":
-            met = logits, reduce_labels(labels, logits.shape[-2:])
+            met = reduce_labels(labels, logits.shape[-2:])
         else:
-            met = resize(_wide(logits), labels.shape[-2:]), labels
-        found, count = summed(*met)
+            wide = resize(wide, labels.shape[-2:])
+        # Without reduction, because CUDA adds up the others in any order.
+        losses = F.cross_entropy(wide, met, ignore_index=IGNORE, reduction="none")
+        if kind == "balanced":
+            found, count = sums_by_side(losses, met)
+        else:
+            found, count = losses.sum(), (met != IGNORE).sum()
         sums.append(weight * found)
         counts.append(count)
-    every = torch.stack(counts)
-    if total is not None:
-        every = total(every).to(every.device)
     weighted = torch.stack(sums)
-    return (weighted / every.clamp(min=1).to(weighted.dtype)).sum()
+    return (weighted / total(torch.stack(counts)).clamp(min=1).to(weighted)).sum()

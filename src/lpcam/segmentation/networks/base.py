@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Preprocessing
+from lpcam.classifiers.classifier import Preprocessing, misfit, refuse_not_finite
+from lpcam.runtime.errors import ClassifierError
 
 Option = Literal["backbone", "output_stride", "pyramid"]
 
@@ -106,6 +107,26 @@ class FrozenNorms(nn.Module):
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def load_fitting(
+    module: nn.Module, state: Mapping[str, Tensor], name: str, what: str, advice: str
+) -> None:
+    """Load weights, each in the module's precision.
+
+    Args:
+        name: the file, for messages.
+        what: the module in messages.
+        advice: what to do if they do not fit.
+
+    Raises:
+        ClassifierError: if the names or shapes are not the module's, or a value is NaN or Inf.
+    """
+    own = module.state_dict()
+    if difference := misfit(own, state):
+        raise ClassifierError(f"the weights {name!r} do not fit {what}: {difference}; {advice}")
+    refuse_not_finite(state, name)
+    module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})
 
 
 def preprocessing_with(
