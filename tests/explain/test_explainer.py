@@ -27,7 +27,6 @@ from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
-    LpcamError,
     NotFittedError,
     PrototypeError,
     RecipeError,
@@ -213,11 +212,6 @@ def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:
     (copy / "seeds").mkdir(exist_ok=True)
     (copy / "seeds" / "stage.json").write_text('{"parts": {"mask_ids": [9, 4, 2]}}')
     assert mask_ids() == (9, 4, 2)
-
-
-def test_the_old_name_names_the_new_one() -> None:
-    with pytest.raises(LpcamError, match=r"RunFolder\(.*explainer"):
-        Explainer.from_run("run")
 
 
 def small_model(*end: nn.Module) -> nn.Module:

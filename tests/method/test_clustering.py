@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lpcam.method.clustering import Clusters, CosineKMeans, _Points, cosine_kmeans
+from lpcam.method import clustering
+from lpcam.method.clustering import Clusters, CosineKMeans, cosine_kmeans
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -80,15 +81,18 @@ def test_k_means_plus_plus_spreads_better_than_chance() -> None:
 
 
 @pytest.mark.parametrize("centers", ["mean", "unit"])
-def test_neither_chunks_nor_other_restarts_matter(centers: Any) -> None:
+def test_neither_chunks_nor_other_restarts_matter(
+    centers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points = torch.rand(200, 6, generator=generator(), dtype=torch.float64) - 0.2
     points[3] = 0.0
     alone = [
         CosineKMeans("random", centers, tolerance=1e-9).fit(points, 4, [generator(seed)])[0]
         for seed in range(3)
     ]
-    for chunk_bytes in (None, 200):
-        method = CosineKMeans("random", centers, tolerance=1e-9, chunk_bytes=chunk_bytes)
+    for chunk_bytes in (2**20, 200):
+        monkeypatch.setattr(clustering, "CPU_CHUNK_BYTES", chunk_bytes)
+        method = CosineKMeans("random", centers, tolerance=1e-9)
         together = method.fit(points, 4, [generator(seed) for seed in range(3)])
         for one, other in zip(together, alone, strict=True):
             assert_same(one, other)
@@ -152,10 +156,13 @@ def test_half_precision_is_summed_in_single(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("centers", ["mean", "unit"])
-def test_centres_are_the_means_of_their_members_after_many_iterations(centers: Any) -> None:
+def test_centres_are_the_means_of_their_members_after_many_iterations(
+    centers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums are updated by the points that move; in double precision no rounding hides an error."""
+    monkeypatch.setattr(clustering, "CPU_CHUNK_BYTES", 4000)
     points = torch.rand(3000, 6, generator=generator(), dtype=torch.float64) - 0.2
-    found = cosine_kmeans(points, 12, centers=centers, tolerance=1e-12, chunk_bytes=4000)
+    found = cosine_kmeans(points, 12, centers=centers, tolerance=1e-12)
     assert found.iterations > 10
     rows = points if centers == "mean" else torch.nn.functional.normalize(points, dim=1)
     for cluster in range(12):
@@ -171,7 +178,7 @@ def test_the_rest_of_a_much_larger_sum_keeps_its_digits() -> None:
     values = torch.rand(2000, 2, generator=generator())
     values[10:] = 1e6 * values[10:].flip(1) + torch.tensor([0.0, 1e7])
     values[:10, 0] += 5.0
-    points = _Points(values, 2, None)
+    points = clustering._Points(values, 2)
     whole = points.assign(torch.tensor([[[1.0, 1.0], [-1.0, -1.0]]]), "mean")
     left = points.assign(torch.eye(2)[None], "mean", whole)
     assert (whole.sizes.tolist(), left.sizes.tolist()) == ([[2000, 0]], [[10, 1990]])
@@ -196,5 +203,5 @@ def test_bad_points(points: torch.Tensor, k: int, message: str) -> None:
     "option", [{"init": "middle"}, {"init": torch.ones(3, 2)}, {"max_iterations": 0}], ids=str
 )
 def test_bad_options(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(option))} (is|has)"):
+    with pytest.raises(ValueError, match=next(iter(option))):
         cosine_kmeans(torch.rand(5, 2), 2, **option)

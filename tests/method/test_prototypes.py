@@ -60,26 +60,20 @@ def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
 
 
 def test_reservoir_is_uniform() -> None:
-    """Over many seeds every image serves about equally: 40 images, 280 rows, 28 kept, 300 seeds."""
+    """Over many seeds every image serves about equally: 40 images, 280 rows, 28 kept, 60 seeds."""
     counts = torch.zeros(40)
-    for seed in range(300):
+    for seed in range(60):
         reservoir = Reservoir(28, seed)
         fill(reservoir, list(range(40)))
         counts += torch.bincount(sample(reservoir)[:, 0].long(), minlength=40)
-    expected = 300 * 28 / 40
+    expected = 60 * 28 / 40
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 75  # 39 degrees of freedom: mean 39, 99.9 % below 73
 
 
-def test_reservoir_refuses_nan_and_bad_bounds() -> None:
-    reservoir = Reservoir(None, 0)
+def test_reservoir_refuses_nan_and_what_half_precision_cannot_hold() -> None:
     with pytest.raises(PrototypeError, match="'a' contain NaN or Inf"):
-        reservoir.add(0, "context", torch.tensor([[float("nan")]]), "a")
-    with pytest.raises(ValueError, match="max_features"):
-        Reservoir(0, 0)
-
-
-def test_reservoir_refuses_what_half_precision_cannot_hold() -> None:
+        Reservoir(None, 0).add(0, "context", torch.tensor([[float("nan")]]), "a")
     large = torch.tensor([[7e4, 1.0]])
     with pytest.raises(PrototypeError, match=r"7e\+04.*float16"):
         Reservoir(None, 0).add(0, "context", large, "a")
@@ -110,12 +104,6 @@ def test_merged_reservoirs_are_one_reservoir(bound: int | None, tmp_path: Path) 
     fill(whole, [41])
     fill(merged, [41])  # and it goes on as one
     assert torch.equal(merged.features(0, "context"), whole.features(0, "context"))
-
-
-def test_reservoirs_that_differ_are_not_merged() -> None:
-    for other in (Reservoir(9, 0), Reservoir(10, 1), Reservoir(10, 0, torch.float32)):
-        with pytest.raises(ValueError, match="cannot be merged"):
-            Reservoir(10, 0).merge(other)
 
 
 def test_rows_that_cannot_stay_are_not_looked_at() -> None:
@@ -283,11 +271,9 @@ def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
     torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
 
 
-def test_nothing_collected_and_wrong_channels() -> None:
+def test_nothing_collected() -> None:
     with pytest.raises(PrototypeError, match="no class has any foreground"):
         made({})
-    with pytest.raises(PrototypeError, match="4 channels but the classifier 5"):
-        made({(0, "foreground"): rows(9)}, weight=torch.eye(2, 5))
 
 
 # -- on disk -------------------------------------------------------------------------------------

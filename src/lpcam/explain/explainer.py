@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -24,20 +23,22 @@ from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
 from lpcam.method.extractors import CAM, LPCAM
-from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, descending
-from lpcam.method.multi_scale import cam_maps, lpcam_maps
+from lpcam.method.image_maps import (
+    ImageMaps,
+    Scoring,
+    class_indices,
+    class_scores,
+    descending,
+)
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, DataError, ImageError, PrototypeError
 from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
-Scoring = Literal["sigmoid", "softmax"]
 MINIMUM_SCORE = 0.5
 """A class is predicted if its score is above this value."""
-CLASSES_TOGETHER = 4
-"""Classes whose maps are computed in one step; more are faster and need more memory."""
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
 
@@ -46,8 +47,7 @@ class Explainer:
 
     Args:
         model: a fitted :class:`~lpcam.method.extractors.LPCAM`, or the model that ``prototypes``
-            belong to: anything that LPCAM accepts. A
-            :class:`~lpcam.classifiers.classifier.Classifier` is copied.
+            belong to: anything that LPCAM accepts. A :class:`Classifier` is copied.
         prototypes: made from the features of ``model``; None: those of the fitted LPCAM.
         settings: scales, flip and thresholds, or the name of a preset; None: those of the LPCAM,
             else those stored with the prototypes, else the default preset.
@@ -108,7 +108,12 @@ class Explainer:
         # A wrapped model is read by hooks, which two threads would share.
         self._lock = threading.Lock() if isinstance(source, WrappedModel) else nullcontext()
         self.mask_ids = None if mask_ids is None else tuple(mask_ids)
-        self.scoring: Scoring = scoring or _usual_scoring(source)
+        if scoring is None:
+            sigmoid = (
+                isinstance(source, Classifier) or source.new_head or source.output == "sigmoid"
+            )
+            scoring = "sigmoid" if sigmoid else "softmax"
+        self.scoring = scoring
         self.score_side = score_side
         self.maximum_side = maximum_side
         self.precision = PRECISIONS[precision]
@@ -132,11 +137,6 @@ class Explainer:
         }
 
     @classmethod
-    def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
-        """Removed; the error names the new way."""
-        raise LpcamError("Explainer.from_run(folder) is now lpcam.RunFolder(folder).explainer()")
-
-    @classmethod
     def from_files(
         cls,
         model: str | Path,
@@ -150,8 +150,8 @@ class Explainer:
         """Load a classifier by file or timm name, and prototypes that ``LPCAM.save`` wrote.
 
         Args:
-            model: a file that ``Classifier.save`` wrote, or the name of
-                a timm model, which keeps the head that it was trained with.
+            model: a file that ``Classifier.save`` wrote, or the name of a timm model, which keeps
+                the head that it was trained with.
             weights: weights of a timm model: ``"pretrained"`` or a safetensors file.
             preset: name of the settings; None: those stored with the prototypes, else the default.
             scoring: None: softmax for a timm model, sigmoid for a file.
@@ -161,12 +161,10 @@ class Explainer:
             ArtefactError: if a file is missing or damaged.
             PrototypeError: if the prototypes belong to another classifier.
         """
-        from_file = Path(model).suffix == ".safetensors"
-        classifier = (
-            Classifier.load(Path(model))
-            if from_file
-            else timm_classifier(str(model), weights=weights)
-        )
+        if from_file := Path(model).suffix == ".safetensors":
+            classifier = Classifier.load(Path(model))
+        else:
+            classifier = timm_classifier(str(model), weights=weights)
         return cls(
             classifier.to(choose_device(device)),
             Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint()),
@@ -210,74 +208,51 @@ class Explainer:
 
         maps = self._map(image, choose, threshold, name)
         maps.made_by["labels"] = how if wanted is None else "given"
-        if not maps.classes:
-            best, score = maps.ranking[0]
-            note = (
-                f"no class scores above {minimum_score:g} (the highest: {best} {score:.2f}), so "
-                "the mask is all background"
-            )
-            return replace(maps, notes=(*maps.notes, note))
-        return maps
+        if maps.classes:
+            return maps
+        best, score = maps.ranking[0]
+        note = (
+            f"no class scores above {minimum_score:g} (the highest: {best} {score:.2f}), so the "
+            "mask is all background"
+        )
+        return replace(maps, notes=(note,))
 
-    def highest(self, image: ImageSource, count: int, *, name: str | None = None) -> ImageMaps:
+    def highest(self, image: ImageSource, count: int) -> ImageMaps:
         """Map the ``count`` classes of the highest scores. Raises as :meth:`__call__` does."""
-        return self._map(image, lambda scores: descending(scores)[:count], None, name)
+        return self._map(image, lambda scores: descending(scores)[:count])
 
     def indices(self, labels: Sequence[str]) -> list[int]:
-        """Indices of class names in the order given, without repetition.
-
-        Raises:
-            DataError: naming an unknown class and similar names.
-        """
-        for label in labels:
-            if label not in self.classes:
-                near = difflib.get_close_matches(label, self.classes, n=5, cutoff=0.5)
-                near = near or [*self.classes[:8], "..."]
-                raise DataError(
-                    f"unknown class {label!r}; some of the classifier's {len(self.classes)} "
-                    f"classes are {', '.join(near)}"
-                )
-        return [self.classes.index(label) for label in dict.fromkeys(labels)]
+        """Indices of class names, without repetition; DataError for an unknown class."""
+        return class_indices(self.classes, labels)
 
     @torch.inference_mode()
     def _map(
         self,
         source: ImageSource,
         choose: Callable[[NDArray[np.float64]], list[int]],
-        threshold: float | None,
-        name: str | None,
+        threshold: float | None = None,
+        name: str | None = None,
     ) -> ImageMaps:
         image, own_name = _read(source)
         made_from = {"file": printable(Path(source))} if isinstance(source, str | Path) else {}
         mapped = limit_long_side(image, self.maximum_side)
-        size = (mapped.shape[0], mapped.shape[1])
         settings = self.settings
         with self._lock:
-            features = self._pyramid(mapped, settings.scales, flip=settings.flip)
-            pairs = dict(zip(settings.scales, features, strict=True))
-            scores = self._scores(mapped, pairs.get(1.0))
-        chosen = choose(scores)
-        # NumPy arrays, because inference tensors cannot be used everywhere.
-        cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
-        weight = single(self.classifier.weight)
-        for start in range(0, len(chosen), CLASSES_TOGETHER):
-            part = chosen[start : start + CLASSES_TOGETHER]
-            to = slice(start, start + len(part))
-            cams = cam_maps(features, weight[part], size, epsilon=settings.cam_epsilon)
-            cam[to] = cams.high_res.float().cpu()
-            lpcam[to] = lpcam_maps(features, self.vectors[part], size).high_res.float().cpu()
-        empty = [self.classes[n] for n in chosen if not bool(self.vectors[n].any())]
-        return ImageMaps.of_classes(
-            image,
+            pairs = self._pyramid(mapped, settings.scales, flip=settings.flip)
+            at_1 = dict(zip(settings.scales, pairs, strict=True)).get(1.0)
+            scores = self._scores(mapped, at_1)
+        return ImageMaps.of_features(
+            pairs,
+            (mapped.shape[0], mapped.shape[1]),
+            choose(scores),
+            single(self.classifier.weight),
+            self.vectors,
             self.classes,
             scores,
-            chosen,
+            settings,
             self.mask_ids,
-            cam=cam,
-            lpcam=lpcam,
+            image=image,
             threshold=settings.threshold if threshold is None else threshold,
-            cam_threshold=settings.cam_threshold,
-            notes=tuple(f"{c} has no prototypes, so its LPCAM is empty" for c in empty),
             name=own_name if name is None else name,
             made_by={**self.made_by, **made_from},
         )
@@ -317,9 +292,7 @@ class Explainer:
             if pair is None:
                 (pair,) = self._pyramid(image, (1.0,), flip=False)
             logits = self.classifier.head(pair.features.mean((-2, -1)))
-        logits = logits.double().cpu()
-        scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(0)
-        return cast(NDArray[np.float64], scores.numpy())
+        return class_scores(logits, self.scoring)
 
 
 def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
@@ -344,12 +317,6 @@ def _preprocessing(source: Classifier | WrappedModel, given: Preprocessing | Non
         tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
         tuple(config.get("std", IMAGENET_DEFAULT_STD)),
     )
-
-
-def _usual_scoring(source: Classifier | WrappedModel) -> Scoring:
-    if isinstance(source, Classifier) or source.new_head or source.output == "sigmoid":
-        return "sigmoid"
-    return "softmax"
 
 
 def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:

@@ -16,7 +16,7 @@ from lpcam.data.output_folders import (
     find_images,
     process_images,
 )
-from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
+from lpcam.explain.explainer import Explainer
 from lpcam.method.image_maps import KIND
 from lpcam.runtime.files import write_bytes
 
@@ -53,11 +53,9 @@ def explain_files(
     output: Path,
     *,
     labels: Sequence[str] | None = None,
-    minimum_score: float = MINIMUM_SCORE,
-    at_least_one: bool = False,
-    threshold: float | None = None,
     workers: int = 1,
     command: str = "",
+    **options: Any,
 ) -> ImageResults:
     """Explain image files and the images of folders, as :func:`process_images` does.
 
@@ -65,9 +63,9 @@ def explain_files(
     contact sheet of the first images) and the index ``explained.json``.
 
     Args:
-        labels, minimum_score, at_least_one, threshold: as of :meth:`Explainer.__call__`.
         workers: images processed at the same time.
         command: recorded in the index.
+        labels, options: as of :meth:`Explainer.__call__`.
 
     Raises:
         DataError: if there is no image or a label is unknown.
@@ -79,14 +77,7 @@ def explain_files(
     rows: dict[str, list[SheetRow]] = {name: [] for name in list(images)[:SHEET_ROWS]}
 
     def make(name: str, path: Path) -> dict[str, Any]:
-        maps = explainer(
-            path,
-            labels=labels,
-            minimum_score=minimum_score,
-            at_least_one=at_least_one,
-            threshold=threshold,
-            name=name,
-        )
+        maps = explainer(path, labels=labels, name=name, **options)
         if name in rows:
             rows[name] = maps.sheet_rows(long_side=2 * CELL)
         return maps.save(output)

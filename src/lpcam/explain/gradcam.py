@@ -135,6 +135,7 @@ class LPCAM(extract.LPCAM):
         if not self.self_fit:
             _ = self.prototypes_
         source, count = self.source, len(self.source.classes)
+        views = self._views() if aug_smooth else [(_same, _same)]
         with torch.no_grad():
             images = input_tensor.to(source.device, source.dtype)
             with evaluation_mode(source.model):
@@ -147,11 +148,10 @@ class LPCAM(extract.LPCAM):
                 rows = self._own_rows if self._source is None else self._rows
                 vectors = rows(images, indices).to(source.weight)[indices]
                 maps = [
-                    undo(self._of_views(make(images), vectors, eigen=eigen_smooth)[:, None].cpu())
-                    for make, undo in (self._views() if aug_smooth else [(_same, _same)])
+                    undo(self._of_view(make(images), vectors, eigen=eigen_smooth)[:, None].cpu())
+                    for make, undo in views
                 ]
-        found: NDArray[np.float32] = torch.stack(maps).mean(0)[:, 0].float().numpy()
-        return found
+        return np.asarray(torch.stack(maps).mean(0)[:, 0].float())
 
     def forward(
         self, input_tensor: Tensor, targets: Sequence[Any] | None = None, eigen_smooth: bool = False
@@ -191,12 +191,11 @@ class LPCAM(extract.LPCAM):
         finally:
             logger.removeFilter(of_present)
 
-    def _of_views(self, images: Tensor, vectors: Tensor, *, eigen: bool) -> Tensor:
+    def _of_view(self, images: Tensor, vectors: Tensor, *, eigen: bool) -> Tensor:
         """Maps (B, H, W) of images (B, c, H, W) by the vector of each image (B, C)."""
         assert isinstance(self.settings, LpcamSettings)
         scales, flip = self.settings.scales, self.settings.flip
-        of_pair = principal_component if eigen else _lpcam_of_each
-        found = []
+        of_pair, found = principal_component if eigen else _lpcam_of_each, []
         for part, rows in zip(self._parts(images), self._parts(vectors), strict=True):
             pairs = tensor_pyramid(self.source, part, scales, flip=flip)
             maps = [of_pair(pair, rows)[:, None] for pair in pairs]
@@ -240,10 +239,6 @@ def principal_component(pair: FeaturePair, vectors: Tensor) -> Tensor:
     The products of vector (B, C) and unit feature, channel by channel, are centred over the
     locations and projected on the direction in which they vary most. Its sign is the one that
     correlates with the sum.
-
-    Example:
-        >>> principal_component(FeaturePair(torch.rand(2, 8, 4, 6), None), torch.rand(2, 8)).shape
-        torch.Size([2, 4, 6])
     """
     features = pair.features
     if pair.mirrored is not None:
@@ -272,7 +267,7 @@ def _source(
     options: Mapping[str, Any],
 ) -> WrappedModel:
     """The model with the target layer that its classifier reads, or with what is found instead."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): repr(name) for name, module in model.named_modules()}
     outside = [type(layer).__name__ for layer in layers if id(layer) not in names]
     if outside:
         raise ClassifierError(
@@ -282,19 +277,19 @@ def _source(
         target: TargetLayer = layer if reshape is None else partial(_read, model, layer, reshape)
         with suppress(ClassifierError):
             source = wrap(model, target_layer=target, **options)
-            if others := [repr(names[id(other)]) for other in layers if other is not layer]:
+            if others := [names[id(other)] for other in layers if other is not layer]:
                 warnings.warn(
-                    f"the classifier reads the map of {names[id(layer)]!r}; LPCAM maps that one "
+                    f"the classifier reads the map of {names[id(layer)]}; LPCAM maps that one "
                     f"alone, without {', '.join(others)}",
                     stacklevel=3,
                 )
             return _one_name(source, model, options)
     source = _found(model, options)
     if layers:
-        given = ", ".join(repr(names[id(layer)]) for layer in layers)
         warnings.warn(
-            f"the classifier does not read the pooled map of {given}, so LPCAM maps what it does "
-            f"read: {source.found}",
+            f"the classifier does not read the pooled map of "
+            f"{', '.join(names[id(layer)] for layer in layers)}, so LPCAM maps what it does read: "
+            f"{source.found}",
             stacklevel=3,
         )
     return source
@@ -321,9 +316,8 @@ def _found(model: nn.Module, options: Mapping[str, Any]) -> WrappedModel:
     try:
         return wrap(model, **options)
     except ClassifierError:
-        if options.get("pool") is None:
-            with suppress(ClassifierError):
-                return wrap(model, **{**options, "pool": "token"})
+        with suppress(ClassifierError):
+            return wrap(model, **{"pool": "token", **options})
         raise
 
 

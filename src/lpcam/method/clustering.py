@@ -1,19 +1,17 @@
 """Cosine k-means, and the protocol of a clustering method (section 3 of the paper).
 
-:class:`Clustering` is what :func:`make_prototypes` asks of a method, and
-:data:`CLUSTERINGS` lists the methods by name.
-
-:func:`cosine_kmeans` and :class:`CosineKMeans` differ in how they are called only. The algorithm is
-``_iterate``; ``_Points`` reads the points chunk by chunk, so that half-precision points are never
-held in single precision as a whole.
+:class:`Clustering` is what :func:`make_prototypes` asks of a method, and :data:`CLUSTERINGS` lists
+the methods by name. The algorithm of :class:`CosineKMeans` is ``_iterate``; ``_Points`` reads the
+points chunk by chunk, so that half-precision points are never held in single precision as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, Protocol
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,20 +53,14 @@ class Clustering(Protocol):
     """A clustering method."""
 
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
-        """Cluster the points once for each generator.
+        """Cluster points (M, C), M >= ``k``, once for each generator, on the points' device.
 
-        Args:
-            points: (M, C) floating point, M >= ``k``, on any device.
-            k: number of clusters.
-            generators: on the CPU, one for each restart; the only source of randomness.
-
-        Returns:
-            One result for each generator, on the device of the points.
+        The generators are on the CPU and the only source of randomness.
         """
         ...
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class CosineKMeans:
     """K-means with cosine assignment, as a :class:`Clustering`.
 
@@ -86,7 +78,6 @@ class CosineKMeans:
         tolerance_kind: how change is measured. "absolute": squared sum of the shifts of the centres
             (the released program, with tolerance 5). "relative": gain of the objective divided by
             1 - objective.
-        chunk_bytes: size of the single-precision chunks; None chooses by the device.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
@@ -97,25 +88,9 @@ class CosineKMeans:
 
     init: Init = "random"
     centers: CenterKind = "mean"
-    max_iterations: int = 100
+    max_iterations: Annotated[int, pydantic.Field(ge=1)] = 100
     tolerance: float = 1e-4
     tolerance_kind: ToleranceKind = "relative"
-    chunk_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        kinds = {"init": Init, "centers": CenterKind, "tolerance_kind": ToleranceKind}
-        for name, kind in kinds.items():
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {known}")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations is {self.max_iterations}; expected at least 1")
-
-    @classmethod
-    def of_settings(cls, settings: Any) -> Self:
-        """The method with the values of a :class:`FittingSettings`."""
-        names = ("init", "centers", "max_iterations", "tolerance", "tolerance_kind")
-        return cls(**{name: getattr(settings, name) for name in names})
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
@@ -124,9 +99,22 @@ class CosineKMeans:
         Raises:
             ValueError: if there are fewer points than clusters, or they contain NaN or Inf.
         """
-        source = _Points(points, k, self.chunk_bytes)
+        source = _Points(points, k)
         pick = source.spread_rows if self.init == "k-means++" else source.random_rows
         return _iterate(source, torch.stack([points[pick(k, one)] for one in generators]), self)
+
+
+def from_settings(settings: Any) -> CosineKMeans:
+    """The method with the values of a :class:`FittingSettings`."""
+    return CosineKMeans(**{one.name: getattr(settings, one.name) for one in fields(CosineKMeans)})
+
+
+CLUSTERINGS: Registry[Callable[[Any], Clustering]] = Registry(
+    "clustering",
+    "lpcam.clusterings",
+    {"cosine_kmeans": "lpcam.method.clustering:from_settings"},
+)
+"""Clustering methods by name: each makes a :class:`Clustering` from settings of the fit."""
 
 
 @torch.no_grad()
@@ -135,25 +123,20 @@ def cosine_kmeans(
     k: int,
     *,
     init: Init | Tensor = "random",
-    centers: CenterKind = "mean",
-    max_iterations: int = 100,
-    tolerance: float = 1e-4,
-    tolerance_kind: ToleranceKind = "relative",
     generator: torch.Generator | None = None,
-    chunk_bytes: int | None = None,
+    **options: Any,
 ) -> Clusters:
-    """K-means with cosine assignment (section 3 of the paper).
+    """K-means with cosine assignment (section 3 of the paper), once.
 
     Args:
         points: (M, C) floating point, M >= ``k``.
         k: number of clusters.
         init: as for :class:`CosineKMeans`, or the first centres (``k``, C).
-        centers, max_iterations, tolerance, tolerance_kind, chunk_bytes: as for
-            :class:`CosineKMeans`.
         generator: on the CPU, draws the first centres; None: seeded with 0.
+        options: the other fields of :class:`CosineKMeans`.
 
     Raises:
-        ValueError: as :meth:`CosineKMeans.fit`, or if a shape is wrong.
+        ValueError: as :meth:`CosineKMeans.fit`, or if a shape or an option is wrong.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
@@ -161,17 +144,15 @@ def cosine_kmeans(
         >>> found.centers.tolist(), found.assignments.tolist()
         ([[3.0, 0.0], [0.0, 3.0]], [0, 0, 1])
     """
-    name: Init = "random" if isinstance(init, Tensor) else init
-    method = CosineKMeans(name, centers, max_iterations, tolerance, tolerance_kind, chunk_bytes)
     if not isinstance(init, Tensor):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        return method.fit(points, k, [generator])[0]
-    source = _Points(points, k, chunk_bytes)
+        return CosineKMeans(init=init, **options).fit(points, k, [generator])[0]
+    source = _Points(points, k)
     if init.shape != (k, points.shape[1]):
         raise ValueError(
             f"init has shape {tuple(init.shape)}; expected {(k, points.shape[1])}, one centre a row"
         )
-    return _iterate(source, init[None], method)[0]
+    return _iterate(source, init[None], CosineKMeans(**options))[0]
 
 
 # -- The algorithm -----------------------------------------------------------------------------
@@ -194,28 +175,27 @@ def _iterate(points: _Points, current: Tensor, method: CosineKMeans) -> list[Clu
         before, objective = objective, state.cosine.sum(1, dtype=torch.float64) / len(points.rows)
         if method.tolerance_kind == "absolute":
             shift = (updated - current).norm(dim=2).sum(1).square().double()
-            converged = shift < method.tolerance
+            converged = (shift < method.tolerance).tolist()
         else:
             distance = (1.0 - objective).clamp_min(NORM_EPSILON)
-            converged = objective - before < method.tolerance * distance
-        stops = [bool(done) or iteration == method.max_iterations for done in converged]
-        for row, restart in enumerate(running):
-            if stops[row]:
-                found[restart] = Clusters(
-                    updated[row].clone(),
-                    updated[row].clone(),
-                    state.labels[row].clone(),
-                    state.sizes[row].clone(),
-                    iteration,
-                    bool(converged[row]),
-                    float(objective[row]),
-                )
-        if all(stops):
+            converged = (objective - before < method.tolerance * distance).tolist()
+        going = []
+        for row, done in enumerate(converged):
+            if not done and iteration < method.max_iterations:
+                going.append(row)
+                continue
+            centers, labels, sizes = (
+                one[row].clone() for one in (updated, state.labels, state.sizes)
+            )
+            found[running[row]] = Clusters(
+                centers, centers, labels, sizes, iteration, done, float(objective[row])
+            )
+        if not going:
             break
-        if any(stops):
+        if len(going) < len(running):
             state = None
-        rows = [row for row, stop in enumerate(stops) if not stop]
-        running, current, objective = [running[r] for r in rows], updated[rows], objective[rows]
+        running = [running[row] for row in going]
+        current, objective = updated[going], objective[going]
     results = [found[restart] for restart in range(len(found))]
     if method.centers == "mean":
         return results
@@ -231,18 +211,18 @@ def _fill_empty(points: _Points, state: _Assignment, centers: CenterKind) -> Non
     restarts = torch.nonzero((state.sizes == 0).any(1)).flatten().tolist()
     for row in restarts:
         labels, sizes = state.labels[row], state.sizes[row].tolist()
-        empty = [cluster for cluster, size in enumerate(sizes) if size == 0]
-        for worst in torch.argsort(state.cosine[row], stable=True).tolist():
-            if not empty:
-                break
-            owner = int(labels[worst])
-            if sizes[owner] > 1:
-                sizes[owner] -= 1
-                labels[worst] = empty[0]
-                sizes[empty.pop(0)] = 1
+        worst = iter(torch.argsort(state.cosine[row], stable=True).tolist())
+        for empty in [cluster for cluster, size in enumerate(sizes) if size == 0]:
+            point = next(point for point in worst if sizes[int(labels[point])] > 1)
+            sizes[int(labels[point])] -= 1
+            sizes[empty] = 1
+            labels[point] = empty
         state.sizes[row] = torch.tensor(sizes, device=labels.device)
     if restarts:
         state.sums = points.sums(state.labels, state.sizes.shape[1], centers)
+
+
+# -- Reading the points ------------------------------------------------------------------------
 
 
 @dataclass
@@ -261,13 +241,10 @@ class _Assignment:
     """(R, K) int64, the sizes when the sums were last computed from all points"""
 
 
-# -- Reading the points ------------------------------------------------------------------------
-
-
 class _Points:
     """Points (M, C), read in chunks of bounded size, and their norms."""
 
-    def __init__(self, points: Tensor, k: int, chunk_bytes: int | None) -> None:
+    def __init__(self, points: Tensor, k: int) -> None:
         if points.ndim != 2 or not points.is_floating_point():
             raise ValueError(
                 f"points are {points.dtype} of shape {tuple(points.shape)}; expected floating "
@@ -275,12 +252,10 @@ class _Points:
             )
         if not 1 <= k <= len(points):
             raise ValueError(f"k is {k} for {len(points)} points; expected 1 to {len(points)}")
-        half = points.dtype in (torch.float16, torch.bfloat16)
         self.rows = points
-        self.dtype = torch.float32 if half else points.dtype
-        if chunk_bytes is None:
-            chunk_bytes = CPU_CHUNK_BYTES if points.device.type == "cpu" else DEVICE_CHUNK_BYTES
+        self.dtype = torch.promote_types(points.dtype, torch.float32)
         row_bytes = max(1, points.shape[1] * self.dtype.itemsize)
+        chunk_bytes = CPU_CHUNK_BYTES if points.device.type == "cpu" else DEVICE_CHUNK_BYTES
         self.chunk = min(len(points), max(1, chunk_bytes // row_bytes))
         self._buffer = points.new_empty(self.chunk, points.shape[1], dtype=self.dtype)
         norms = [torch.linalg.vector_norm(part, dim=1) for _, part in self.chunks()]
@@ -292,11 +267,9 @@ class _Points:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows of each chunk and its points (n, C) in the dtype of the sums."""
         for start in range(0, len(self.rows), self.chunk):
-            place = slice(start, min(start + self.chunk, len(self.rows)))
-            part = self.rows[place]
-            if part.dtype != self.dtype:
-                part = self._buffer[: len(part)].copy_(part)
-            yield place, part
+            part = self.rows[start : start + self.chunk]
+            place = slice(start, start + len(part))
+            yield place, part if part.dtype == self.dtype else self._buffer[: len(part)].copy_(part)
 
     def random_rows(self, k: int, generator: torch.Generator) -> Tensor:
         """(k,) int64, distinct random rows."""
@@ -317,8 +290,7 @@ class _Points:
             distance = torch.minimum(distance, to_last.clamp_min(0.0))
             distance[chosen] = 0.0
             if float(distance.sum()) <= 0.0:  # all other points repeat a chosen one
-                distance = torch.ones(count, dtype=torch.float64)
-                distance[chosen] = 0.0
+                distance.fill_(1.0)[chosen] = 0.0
             cumulative = distance.cumsum(0)
             draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
             chosen.append(min(int(torch.searchsorted(cumulative, draw, right=True)), count - 1))
@@ -334,18 +306,12 @@ class _Points:
             centers: "unit" sums the normalised points, "mean" the raw ones.
             previous: the last assignment; its sums are updated by the points that changed cluster.
         """
-        restarts, k, channels = directions.shape
-        rows = self.rows
-        sizes = rows.new_zeros(restarts, k, dtype=torch.int64)
-        state = _Assignment(
-            rows.new_empty(restarts, len(rows), dtype=torch.int64),
-            rows.new_empty(restarts, len(rows), dtype=self.dtype),
-            sizes if previous is None else previous.sizes.clone(),
-            rows.new_zeros(restarts, k, channels, dtype=self.dtype),
-            sizes if previous is None else previous.summed,
-        )
+        restarts, k, _ = directions.shape
+        state = self._empty(self.rows.new_empty(restarts, len(self.rows), dtype=torch.int64), k)
         if previous is not None:
+            state.sizes += previous.sizes
             state.sums += previous.sums
+            state.summed = previous.summed
         columns = directions.flatten(0, 1).T.contiguous()
         for place, part in self.chunks():
             top = (part @ columns).view(-1, restarts, k).max(dim=2)
@@ -363,12 +329,15 @@ class _Points:
 
     def sums(self, labels: Tensor, k: int, centers: CenterKind) -> Tensor:
         """(R, K, C): sums of the members by labels (R, M)."""
-        sizes = labels.new_zeros(len(labels), k)
-        sums = self.rows.new_zeros(*sizes.shape, self.rows.shape[1], dtype=self.dtype)
-        state = _Assignment(labels, self.inverse_norm, sizes, sums, sizes)
+        state = self._empty(labels, k)
         for place, part in self.chunks():
             self._add(state, place, part, centers)
-        return sums
+        return state.sums
+
+    def _empty(self, labels: Tensor, k: int) -> _Assignment:
+        sizes = labels.new_zeros(len(labels), k)
+        sums = self.rows.new_zeros(*sizes.shape, self.rows.shape[1], dtype=self.dtype)
+        return _Assignment(labels, torch.empty_like(labels, dtype=self.dtype), sizes, sums, sizes)
 
     def _add(
         self,
@@ -386,38 +355,26 @@ class _Points:
         restarts, k, _ = state.sums.shape
         offsets = torch.arange(0, restarts * k, k, device=part.device)[:, None]
         clusters = (state.labels[:, place] + offsets).flatten()
-        entries = torch.arange(len(clusters), device=part.device)
-        factors: Tensor | None = None
-        if before is None:
-            sizes = torch.bincount(clusters, minlength=restarts * k)
-            state.sizes += sizes.view_as(state.sizes)
-        else:
+        entries, added = torch.arange(len(clusters), device=part.device), len(clusters)
+        if before is not None:
             left = (before + offsets).flatten()
             moved = torch.nonzero(clusters != left).squeeze(1)
-            gained, lost = (
-                torch.bincount(one[moved], minlength=restarts * k) for one in (clusters, left)
-            )
-            state.sizes += (gained - lost).view_as(state.sizes)
-            sizes = gained + lost
-            clusters, entries = torch.cat([clusters[moved], left[moved]]), torch.cat([moved, moved])
+            clusters = torch.cat([clusters[moved], left[moved]])
+            entries, added = torch.cat([moved, moved]), len(moved)
         if not len(entries):
             return
+        gained, lost = (
+            torch.bincount(one, minlength=restarts * k)
+            for one in (clusters[:added], clusters[added:])
+        )
+        state.sizes += (gained - lost).view_as(state.sizes)
         order = torch.argsort(clusters, stable=True)
         members = entries[order] % len(part)
-        if centers == "unit":
-            factors = self.inverse_norm[place][members]
+        factors = self.inverse_norm[place][members] if centers == "unit" else None
         if before is not None:
-            signs = torch.where(order < len(entries) // 2, 1.0, -1.0).to(part.dtype)
+            signs = torch.where(order < added, 1.0, -1.0).to(part.dtype)
             factors = signs if factors is None else signs * factors
+        starts = (gained + lost).cumsum(0) - (gained + lost)
         state.sums += F.embedding_bag(
-            members, part, sizes.cumsum(0) - sizes, mode="sum", per_sample_weights=factors
+            members, part, starts, mode="sum", per_sample_weights=factors
         ).view_as(state.sums)
-
-
-CLUSTERINGS: Registry[Callable[[Any], Clustering]] = Registry(
-    "clustering",
-    "lpcam.clusterings",
-    {"cosine_kmeans": "lpcam.method.clustering:from_settings"},
-)
-"""Clustering methods by name: each makes a :class:`Clustering` from settings of the fit."""
-from_settings = CosineKMeans.of_settings

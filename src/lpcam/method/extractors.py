@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -26,23 +26,21 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ClassifierError, DataError, NotFittedError, PrototypeError
+from lpcam.runtime.errors import ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
 
 if TYPE_CHECKING:
     from lpcam.method.image_maps import ImageMaps
-
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
 PRESET = "voc12.official"
 HEAD = "head.weight"
 """Name of the rows of a new head in a file of prototypes."""
+NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
 
 
-# -- Extractors --------------------------------------------------------------------------------
-
-
+@dataclass(eq=False, repr=False)
 class CAM:
     """Class activation maps of equation 1, over scales and flip.
 
@@ -59,11 +57,6 @@ class CAM:
         pool: ``"token"`` for a head that reads a class token.
         example: images that the model takes, or their size (H, W).
 
-    Attributes:
-        source_: the :class:`Classifier` or :class:`WrappedModel` that gives features and class
-            rows.
-        settings_: the :class:`LpcamSettings` in use.
-
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(8, 2))
@@ -71,31 +64,23 @@ class CAM:
         torch.Size([1, 2, 32, 32])
     """
 
-    def __init__(
-        self,
-        model: nn.Module | WrappedModel,
-        settings: LpcamSettings | str | None = None,
-        *,
-        classes: Sequence[str] | None = None,
-        target_layer: TargetLayer | None = None,
-        head: Head | None = None,
-        pool: Pool | None = None,
-        example: Tensor | tuple[int, int] | None = None,
-    ) -> None:
-        # Stored as given, so that sklearn.base.clone works.
-        self.model = model
-        self.settings = settings
-        self.classes = classes
-        self.target_layer = target_layer
-        self.head = head
-        self.pool = pool
-        self.example = example
+    # Stored as given, so that sklearn.base.clone works.
+    model: nn.Module | WrappedModel
+    settings: LpcamSettings | str | None = None
+    _: KW_ONLY
+    classes: Sequence[str] | None = None
+    target_layer: TargetLayer | None = None
+    head: Head | None = None
+    pool: Pool | None = None
+    example: Tensor | tuple[int, int] | None = None
+
+    _model_options = ("classes", "target_layer", "head", "pool", "example")
+
+    def __post_init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
         self._source: Source | None = None
-
-    _model_parameters = ("model", "classes", "target_layer", "head", "pool", "example")
 
     def __repr__(self) -> str:
         wrapped = isinstance(self.model, WrappedModel)
@@ -104,7 +89,7 @@ class CAM:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor as they were given."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def set_params(self, **parameters: Any) -> Self:
         """Change arguments of the constructor.
@@ -123,7 +108,7 @@ class CAM:
                     f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}"
                 )
             setattr(self, name, value)
-        if not parameters.keys().isdisjoint(self._model_parameters):
+        if not parameters.keys().isdisjoint(("model", *self._model_options)):
             self._reset()
         return self
 
@@ -145,7 +130,7 @@ class CAM:
         return LpcamSettings.from_preset(self.settings or PRESET)
 
     def _find_source(self) -> Source:
-        options = {name: getattr(self, name) for name in self._model_parameters[1:]}
+        options = {name: getattr(self, name) for name in self._model_options}
         if not isinstance(self.model, (Classifier, WrappedModel)):
             return wrap(self.model, **options)
         given = sorted(name for name, value in options.items() if value is not None)
@@ -175,7 +160,7 @@ class CAM:
         """
         present = None
         if labels is not None:
-            present = multi_hot_labels(labels, images.shape[0], len(self.source_.classes))
+            present = _multi_hot(labels, len(images), len(self.source_.classes))
         with full_precision(self.source_.device):
             maps = self._maps(self._pairs(images), _size(images)).high_res
             if present is not None:
@@ -191,6 +176,7 @@ class CAM:
         return cam_maps(pairs, weight, size, epsilon=epsilon)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class LPCAM(CAM):
     """LPCAM of equations 2 to 6: fit prototypes on a labelled loader, then map images.
 
@@ -204,10 +190,6 @@ class LPCAM(CAM):
             value is 65504.
         with_context: False leaves the context out (LPCAM-F).
 
-    Attributes:
-        prototypes_: :class:`Prototypes`, after ``fit``, ``partial_fit`` or ``load``.
-        source_, settings_: as for :class:`CAM`.
-
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(8, 2))
@@ -217,32 +199,9 @@ class LPCAM(CAM):
         torch.Size([4, 2, 32, 32])
     """
 
-    def __init__(
-        self,
-        model: nn.Module | WrappedModel,
-        settings: LpcamSettings | str | None = None,
-        *,
-        classes: Sequence[str] | None = None,
-        target_layer: TargetLayer | None = None,
-        head: Head | None = None,
-        pool: Pool | None = None,
-        example: Tensor | tuple[int, int] | None = None,
-        random_state: int = 0,
-        dtype: torch.dtype = torch.float16,
-        with_context: bool = True,
-    ) -> None:
-        super().__init__(
-            model,
-            settings,
-            classes=classes,
-            target_layer=target_layer,
-            head=head,
-            pool=pool,
-            example=example,
-        )
-        self.random_state = random_state
-        self.dtype = dtype
-        self.with_context = with_context
+    random_state: int = 0
+    dtype: torch.dtype = torch.float16
+    with_context: bool = True
 
     def _reset(self) -> None:
         super()._reset()
@@ -259,6 +218,34 @@ class LPCAM(CAM):
                 "load(path) with a file that save wrote"
             )
         return self._source
+
+    @property
+    def prototypes_(self) -> Prototypes:
+        """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
+
+        Raises:
+            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
+            PrototypeError: if no class has a foreground feature.
+        """
+        source = self.source_
+        if self._prototypes is None:
+            assert self._reservoir is not None
+            settings = self.settings_
+            with full_precision(source.device):
+                self._prototypes = make_prototypes(
+                    self._reservoir,
+                    single(source.weight),
+                    source.classes,
+                    settings,
+                    seed=self.random_state,
+                    fingerprint=source.fingerprint(),
+                    made_by={
+                        "settings": settings.model_dump(mode="json"),
+                        "random_state": self.random_state,
+                        "images": self._images,
+                    },
+                )
+        return self._prototypes
 
     def fit(self, loader: Batches) -> Self:
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
@@ -282,7 +269,7 @@ class LPCAM(CAM):
                 self.partial_fit(images, labels)
             if self._images == 0:
                 raise PrototypeError(NO_IMAGE)
-            self._cluster()
+            _ = self.prototypes_
         except BaseException:
             # A later partial_fit must not add to a part of this loader.
             self._reset()
@@ -290,14 +277,11 @@ class LPCAM(CAM):
         return self
 
     def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Fit on a loader at once, then map its images lazily.
+        """Fit on a loader at once, then map its images lazily: (images, labels, maps).
 
         Args:
             loader: as for :meth:`fit`, no iterator; read again for the maps, in the order it has
                 then.
-
-        Returns:
-            Iterator of (images, labels, maps (B, N, H, W)).
         """
         _check_readable_twice(loader, "fit_maps")
         self.fit(loader)
@@ -309,8 +293,7 @@ class LPCAM(CAM):
         settings = ProbeSettings.from_preset("default")
         pooled, labels = [], []
         for images, given in loader:
-            multi_hot = multi_hot_labels(given, images.shape[0], len(source.classes))
-            labels.append((multi_hot > 0).cpu())
+            labels.append((_multi_hot(given, len(images), len(source.classes)) > 0).cpu())
             with torch.no_grad(), full_precision(source.device):
                 (pair,) = tensor_pyramid(
                     source, images.to(source.device), (1.0,), flip=settings.mirror
@@ -337,24 +320,21 @@ class LPCAM(CAM):
         if self._source is None:
             self._source = self._find_source()
         source, settings = self.source_, self.settings_
-        labels = multi_hot_labels(labels, images.shape[0], len(source.classes))
+        labels = _multi_hot(labels, len(images), len(source.classes))
         weight, epsilon = single(source.weight), settings.cam_epsilon
         if self._reservoir is None:
             self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
         multi_scale = settings.split_maps == "multi_scale"
         scales = settings.scales if multi_scale else (1.0,)
-        if 1.0 not in scales:
-            scales = (*scales, 1.0)
+        count, flip = len(scales), settings.flip and multi_scale
+        scales = scales if 1.0 in scales else (*scales, 1.0)
         with full_precision(source.device):
-            flip = settings.flip and multi_scale
             pairs = list(tensor_pyramid(source, images.to(source.device), scales, flip=flip))
-            features = pairs[scales.index(1.0)].features
-            maps = None
+            features, maps = pairs[scales.index(1.0)].features, None
             if multi_scale:
-                used = pairs[: len(settings.scales)]
-                maps = cam_maps(used, weight, _size(images), epsilon=epsilon).high_res
+                maps = cam_maps(pairs[:count], weight, _size(images), epsilon=epsilon).high_res
             self._prototypes = None
-            for row in range(images.shape[0]):
+            for row in range(len(images)):
                 present = (labels[row] > 0).nonzero().flatten().tolist()
                 split_map = (
                     maps[row, present]
@@ -365,36 +345,6 @@ class LPCAM(CAM):
                 collect(self._reservoir, features[row], present, split_map, settings, name)
                 self._images += 1
         return self
-
-    def _cluster(self) -> Prototypes:
-        source, settings = self.source_, self.settings_
-        assert self._reservoir is not None
-        with full_precision(source.device):
-            self._prototypes = make_prototypes(
-                self._reservoir,
-                single(source.weight),
-                source.classes,
-                settings,
-                seed=self.random_state,
-                fingerprint=source.fingerprint(),
-                made_by={
-                    "settings": settings.model_dump(mode="json"),
-                    "random_state": self.random_state,
-                    "images": self._images,
-                },
-            )
-        return self._prototypes
-
-    @property
-    def prototypes_(self) -> Prototypes:
-        """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
-
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-            PrototypeError: if no class has a foreground feature.
-        """
-        _ = self.source_  # raises before the first fit
-        return self._cluster() if self._prototypes is None else self._prototypes
 
     def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
         return lpcam_maps(pairs, self._vectors(), size)
@@ -426,38 +376,27 @@ class LPCAM(CAM):
             NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
             DataError: if a class is unknown.
         """
-        from lpcam.method.image_maps import ImageMaps, descending  # noqa: PLC0415 - draws
+        from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
 
         vectors, source, settings = self._vectors(), self.source_, self.settings_
         images = image[None].to(source.device)
         with full_precision(source.device):
             logits = source(images) if isinstance(source, Classifier) else source.logits(images)
-            logits = logits[0].double().cpu()
-            scores = (logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)).numpy()
-            wanted = [source.classes[descending(scores)[0]]] if classes is None else list(classes)
-            unknown = sorted(set(wanted) - set(source.classes))
-            if unknown:
-                raise DataError(
-                    f"unknown classes {', '.join(unknown)}; expected some of the classifier's: "
-                    f"{', '.join(source.classes)}"
-                )
-            chosen = [source.classes.index(one) for one in wanted]
-            pairs, size = list(self._pairs(images)), _size(images)
-            rows = single(source.weight)[chosen]
-            cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon).high_res[0]
-            lpcam = lpcam_maps(pairs, vectors[chosen], size).high_res[0]
-        return ImageMaps.of_classes(
-            picture,
-            source.classes,
-            scores,
-            chosen,
-            cam=cam.float().cpu().numpy(),
-            lpcam=lpcam.float().cpu().numpy(),
-            threshold=settings.threshold,
-            cam_threshold=settings.cam_threshold,
-            name=name,
-            made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
-        )
+            scores = drawn.class_scores(logits[0], scoring)
+            best = drawn.descending(scores)[:1]
+            return drawn.ImageMaps.of_features(
+                list(self._pairs(images)),
+                _size(images),
+                best if classes is None else drawn.class_indices(source.classes, classes),
+                single(source.weight),
+                vectors,
+                source.classes,
+                scores,
+                settings,
+                image=picture,
+                name=name,
+                made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the prototypes, and the head if ``fit`` made one, to a safetensors file."""
@@ -476,11 +415,11 @@ class LPCAM(CAM):
         source = self._find_source()
         if HEAD in tensors and isinstance(source, WrappedModel) and source.needs_head:
             head = tensors[HEAD]
-            if head.shape[0] != len(source.classes):
+            if len(head) != len(source.classes):
                 names = ", ".join(map(str, metadata.get("classes", ())))
                 raise PrototypeError(
-                    f"the head in {path} has {head.shape[0]} classes, but {len(source.classes)} "
-                    f"names were given; give those of the file: classes=[...] with {names}"
+                    f"the head in {path} has {len(head)} classes, but {len(source.classes)} names "
+                    f"were given; give those of the file: classes=[...] with {names}"
                 )
             source = source.with_head(head.to(source.device))
         prototypes = Prototypes.load(Path(path), fingerprint=source.fingerprint())
@@ -489,37 +428,24 @@ class LPCAM(CAM):
         return self
 
 
-NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
-
-
 # -- Labels and images of a caller -------------------------------------------------------------
 
 
-def multi_hot_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Image-level labels as (B, N) multi-hot.
-
-    Args:
-        labels: (B, N) multi-hot, returned unchanged; or (B,) integers, the index of each image's
-            only class. For a single class give (B, 1).
-        batch, classes: B and N.
-
-    Example:
-        >>> multi_hot_labels(torch.tensor([1, 0]), 2, 2).tolist()
-        [[0, 1], [1, 0]]
-    """
+def _multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
+    """Labels (B, N) as they are, or multi-hot (B, N) of class indices (B,)."""
     if tuple(labels.shape) == (batch, classes):
         return labels
     integers = labels.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64)
-    if tuple(labels.shape) == (batch,) and integers and classes > 1:
-        if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(
-                f"expected class indices from 0 to {classes - 1}, got {int(labels.min())} to "
-                f"{int(labels.max())}"
-            )
-        return F.one_hot(labels.long(), classes)
-    raise ValueError(
-        f"expected multi-hot labels of shape {(batch, classes)}, got {tuple(labels.shape)}"
-    )
+    if tuple(labels.shape) != (batch,) or not integers or classes == 1:
+        raise ValueError(
+            f"expected multi-hot labels of shape {(batch, classes)}, got {tuple(labels.shape)}"
+        )
+    if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"expected class indices from 0 to {classes - 1}, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    return F.one_hot(labels.long(), classes)
 
 
 def _check_readable_twice(loader: Batches, what: str) -> None:

@@ -31,6 +31,8 @@ CHUNK_BYTES = 2**19
 """Features that a CPU processes together, so that they stay in the cache of a core."""
 BEST_MARGIN = 1e-6
 """Scores that differ from the best by less count as best if no score passes mu_f."""
+GRID = 16
+"""Usual stride of a network, in pixels: maps are enlarged to a multiple of it, then cropped."""
 Normalization = Literal["max", "minmax"]
 
 
@@ -53,15 +55,15 @@ def class_activation(features: Tensor, weight: Tensor) -> Tensor:
         [[[4.0, 1.0]]]
     """
     _check_channels(features, weight)
-    flat = features.flatten(-2)
-    return (weight @ flat).reshape(*flat.shape[:-2], weight.shape[0], *features.shape[-2:])
+    maps = weight @ features.flatten(-2)
+    return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
 
 
 # -- Equation 2: foreground and context --------------------------------------------------------
 
 
 def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
-    """Equation 2: locations of the foreground and of the context of a class.
+    """Equation 2: locations of the foreground and of the context of a class, as boolean tensors.
 
     Args:
         cam: (..., h, w), max-normalised CAM of a class, in [0, 1].
@@ -69,18 +71,12 @@ def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
         inclusive: True: foreground is cam >= tau and context the rest (the paper). False: cam > tau
             and cam < tau; locations equal to tau belong to neither (the released program).
 
-    Returns:
-        Foreground and context, boolean tensors of the shape of ``cam``.
-
     Example:
         >>> foreground, context = split(torch.tensor([0.0, 0.1, 0.5]), 0.1, inclusive=True)
         >>> foreground.tolist(), context.tolist()
         ([False, True, True], [True, False, False])
     """
-    if inclusive:
-        foreground = cam >= tau
-        return foreground, ~foreground
-    return cam > tau, cam < tau
+    return (cam >= tau if inclusive else cam > tau), cam < tau
 
 
 # -- Equations 3 and 4: score of a centre, and selection ---------------------------------------
@@ -90,10 +86,8 @@ def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = Non
     """Equations 3 and 4: z_i = softmax over classes of (centre . w), read at one class.
 
     The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
-    mu_b depend on it. For spherical clusters give the plain means of the members.
-
-    A softmax over one class is always 1. A binary classifier with one row is therefore scored by
-    the sigmoid, which is the softmax of its logit and zero.
+    mu_b depend on it. For spherical clusters give the plain means of the members. The only row of
+    a binary classifier is scored by the sigmoid, the softmax of its logit and zero.
 
     Args:
         centers: (K, C).
@@ -111,9 +105,7 @@ def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = Non
     logits = centers @ weight.T
     if bias is not None:
         logits = logits + bias
-    if weight.shape[0] == 1:
-        return logits[:, 0].sigmoid()
-    return logits.softmax(dim=1)[:, index]
+    return logits[:, 0].sigmoid() if len(weight) == 1 else logits.softmax(dim=1)[:, index]
 
 
 def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
@@ -122,9 +114,6 @@ def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
     Args:
         scores: (K,). NaN marks a missing centre and is never selected.
         mu_f: threshold in [0, 1]. Larger values select fewer centres.
-
-    Returns:
-        (K,) bool.
 
     Example:
         >>> select_foreground(torch.tensor([0.95, 0.5]), 0.9).tolist()
@@ -145,9 +134,6 @@ def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
         mu_b: threshold in [0, 1]. Larger values select more centres.
         lower: None: no lower bound (the paper). The released program uses 0.05 on VOC and 0 on
             COCO, where it drops scores that underflow to 0.
-
-    Returns:
-        (K,) bool.
 
     Example:
         >>> select_context(torch.tensor([0.01, 0.5, 0.95]), 0.9, 0.05).tolist()
@@ -194,18 +180,15 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 def unit_mean(prototypes: Tensor) -> Tensor:
     """Mean (C,) of the unit-normalised prototypes (K, C), K >= 1; *not* normalised again.
 
-    Equation 5 needs this one vector only, because
-    mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|. Normalising the mean of the raw centres would
-    give a different, wrong map.
+    Equation 5 needs this one vector only: mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|.
+    Normalising the mean of the raw centres would give a different, wrong map.
 
     Example:
         >>> unit_mean(torch.tensor([[100.0, 0.0], [0.0, 1.0]])).tolist()
         [0.5, 0.5]
     """
-    if prototypes.ndim != 2 or prototypes.shape[0] == 0:
-        raise ValueError(
-            f"prototypes have shape {tuple(prototypes.shape)}; expected (K, C) with K >= 1"
-        )
+    if prototypes.ndim != 2 or not len(prototypes):
+        raise ValueError(f"expected prototypes (K, C) with K >= 1, got {tuple(prototypes.shape)}")
     return unit(prototypes, dim=1).mean(0)
 
 
@@ -228,9 +211,7 @@ def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tens
         [1.0, -1.0]
     """
     vector = unit_mean(foreground)
-    if context is None or context.shape[0] == 0:
-        return vector
-    return vector - unit_mean(context)
+    return vector if context is None or not len(context) else vector - unit_mean(context)
 
 
 def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None = None) -> Tensor:
@@ -255,15 +236,19 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
     # The products are divided by the norm: N instead of C divisions a location. They and the
     # squares of the norm are summed over chunks of channels, each while it is in the cache.
     _check_channels(features, vectors)
-    chunks = _chunks(features)
+    channels = step = features.shape[-3]
+    if features.device.type == "cpu" and features.stride(-3) != 1:  # else C is the last in memory
+        plane = features.narrow(-3, 0, 1).numel() * features.element_size()
+        step = max(1, min(channels, CHUNK_BYTES // max(1, plane)))
     products, squares = [], []
-    for start, step in chunks:
-        part = features.narrow(-3, start, step)
+    for start in range(0, channels, step):
+        size = min(step, channels - start)
+        part = features.narrow(-3, start, size)
         if mirrored is not None:
-            part = part + unflip(mirrored.narrow(-3, start, step))
+            part = part + unflip(mirrored.narrow(-3, start, size))
         flat = part.flatten(-2)
-        products.append(vectors[:, start : start + step] @ flat)
-        if len(chunks) > 1:
+        products.append(vectors[:, start : start + size] @ flat)
+        if step < channels:
             wide = flat if flat.dtype == torch.float64 else flat.float()  # half would overflow
             squares.append(wide.square().sum(-2, keepdim=True))
     norm = (
@@ -273,16 +258,6 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
     )
     maps = sum(products[1:], products[0]) / norm.clamp_min(NORM_EPSILON)
     return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
-
-
-def _chunks(features: Tensor) -> list[tuple[int, int]]:
-    """First channel and number of channels of each chunk: several on a CPU if C is not last."""
-    channels = features.shape[-3]
-    step = channels
-    if features.device.type == "cpu" and features.stride(-3) != 1:
-        plane = features.narrow(-3, 0, 1).numel() * features.element_size()
-        step = max(1, min(channels, CHUNK_BYTES // max(1, plane)))
-    return [(start, min(step, channels - start)) for start in range(0, channels, step)]
 
 
 # -- Flip and scales ---------------------------------------------------------------------------
@@ -315,16 +290,13 @@ def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Te
         [[[2.0, 1.0]]]
     """
     maps = class_activation(features, weight).relu()
-    if mirrored is not None:
-        maps = maps + unflip(class_activation(mirrored, weight).relu())
-    return maps
+    return maps if mirrored is None else maps + unflip(class_activation(mirrored, weight).relu())
 
 
 def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) -> Tensor:
     """LPCAM of one scale: ReLU of the cosine of f + unflip(f_mirror).
 
-    Arguments and result are as for :func:`cam_of_pair`, with ``vectors`` (N, C) of
-    :func:`foreground_minus_context` for the class rows.
+    As :func:`cam_of_pair`, with ``vectors`` (N, C) of :func:`foreground_minus_context` as rows.
 
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
@@ -354,13 +326,12 @@ def strided(length: int, stride: int) -> int:
 
 
 def fuse_scales(
-    maps: Sequence[Tensor], size: tuple[int, int], *, stride: int = 16, epsilon: float = 0.0
+    maps: Sequence[Tensor], size: tuple[int, int], *, stride: int = GRID, epsilon: float = 0.0
 ) -> FusedMaps:
     """Resize each scale's maps bilinearly, sum them over scales, divide by the maximum.
 
-    The resize has ``align_corners=False``. ``high_res`` is resized to the next multiple of
-    ``stride``, which the maps of a strided network cover, and cropped (specification of LPCAM,
-    section 3, b and i).
+    ``high_res`` is resized to the next multiple of ``stride``, which the maps of a strided network
+    cover, and cropped (specification of LPCAM, section 3, b and i).
 
     Args:
         maps: (..., N, h, w) for each scale.
@@ -377,8 +348,11 @@ def fuse_scales(
     if not maps or height < 1 or width < 1:
         raise ValueError(f"got {len(maps)} scales and size {size}; expected both positive")
     full = (strided(height, stride) * stride, strided(width, stride) * stride)
-    cam = torch.stack([_bilinear(m, quarter_size(size)) for m in maps]).sum(0)
-    high_res = torch.stack([_bilinear(m, full) for m in maps]).sum(0)[..., :height, :width]
+    cam, high_res = (
+        torch.stack([resize(m.flatten(0, -3), to).reshape(*m.shape[:-2], *to) for m in maps]).sum(0)
+        for to in (quarter_size(size), full)
+    )
+    high_res = high_res[..., :height, :width]
     return FusedMaps(normalize(cam, "max", epsilon), normalize(high_res, "max", epsilon))
 
 
@@ -403,10 +377,6 @@ def normalize(maps: Tensor, mode: Normalization = "max", epsilon: float = 0.0) -
         raise ValueError(f"mode is {mode!r}; expected 'max' or 'minmax'")
     top = maps.amax((-2, -1), keepdim=True)
     return torch.where(top > 0, maps / torch.where(top > 0, top + epsilon, 1.0), 0.0)
-
-
-def _bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return resize(maps.flatten(0, -3), size).reshape(*maps.shape[:-2], *size)
 
 
 def _check_channels(features: Tensor, rows: Tensor) -> None:

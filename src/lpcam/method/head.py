@@ -8,17 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.method.extractors import LPCAM
-from lpcam.method.functional import NORM_EPSILON, strided
+from lpcam.method.functional import GRID, NORM_EPSILON, strided
 
-GRID = 16
-"""Maps are enlarged to the next multiple of this and cropped, as :func:`fuse_scales` does."""
 Normalize = Literal["max"]
-
-
-# -- Head --------------------------------------------------------------------------------------
 
 
 class LPCAMHead(nn.Module):
@@ -51,12 +45,10 @@ class LPCAMHead(nn.Module):
         normalize: Normalize | None = "max",
     ) -> None:
         super().__init__()
-        fits = weight.ndim == 2 and vectors.shape == weight.shape
-        if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        given = [None if one is None else tuple(one.shape) for one in (weight, vectors, bias)]
+        if weight.ndim != 2 or given[1] != given[0] or given[2] not in (None, (len(weight),)):
             raise ValueError(
-                f"expected weight and vectors (N, C) and a bias (N,) or None, got "
-                f"{tuple(weight.shape)}, {tuple(vectors.shape)} and "
-                f"{None if bias is None else tuple(bias.shape)}"
+                f"expected weight and vectors (N, C) and a bias (N,) or None, got {given}"
             )
         if normalize not in ("max", None):
             raise ValueError(f"unknown normalisation {normalize!r}; use 'max' or None")
@@ -75,8 +67,9 @@ class LPCAMHead(nn.Module):
         prototypes, source = lpcam.prototypes_, lpcam.source_
         prototypes.check_fingerprint(source.fingerprint(), "this LPCAM")
         vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
-        head = cls(source.weight, vectors, _bias(source), normalize=normalize)
-        return head.to(source.dtype) if isinstance(source, WrappedModel) else head
+        if isinstance(source, WrappedModel):
+            return cls(source.weight, vectors, source.bias, normalize=normalize).to(source.dtype)
+        return cls(source.weight, vectors, source.head.bias, normalize=normalize)
 
     def forward(
         self,
@@ -84,7 +77,7 @@ class LPCAMHead(nn.Module):
         size: tuple[int, int] | None = None,
         pooled: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits and maps.
+        """Logits (B, N), and non-negative maps (B, N, h, w) or (B, N, H, W).
 
         Args:
             features: (B, C, h, w), before pooling.
@@ -92,16 +85,12 @@ class LPCAMHead(nn.Module):
                 them on the feature grid.
             pooled: (B, C), input of the linear layer, e.g. class tokens; None: the mean of the
                 features.
-
-        Returns:
-            Logits (B, N), and non-negative maps (B, N, h, w) or (B, N, H, W).
         """
         maps = self.activation(features, size)
         if self.normalize is not None:
             top = maps.amax((-2, -1), keepdim=True)
             maps = maps / torch.where(top > 0, top, torch.ones_like(top))
-        if pooled is None:
-            pooled = features.mean((-2, -1))
+        pooled = features.mean((-2, -1)) if pooled is None else pooled
         return F.linear(pooled, self.weight, self.bias), maps
 
     def activation(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -121,7 +110,3 @@ class LPCAMHead(nn.Module):
         whole = (strided(height, GRID) * GRID, strided(width, GRID) * GRID)
         maps = F.interpolate(maps, size=whole, mode="bilinear", align_corners=False)
         return maps[..., :height, :width]
-
-
-def _bias(source: Classifier | WrappedModel) -> Tensor | None:
-    return source.bias if isinstance(source, WrappedModel) else source.head.bias

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from lpcam.data.dataset import ClassTable
+from lpcam.classifiers.features import FeaturePair
 from lpcam.data.drawing import CELL, SheetRow, overlay, overlay_mask, sheet
 from lpcam.data.images import png_bytes, resize_image, scaled_size
 from lpcam.data.masks import write_mask
-from lpcam.method.seeds import to_mask
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
+from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, LpcamError
 from lpcam.runtime.files import write_bytes, write_json
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MethodName = Literal["CAM", "LPCAM"]
 METHOD_NAMES: tuple[MethodName, MethodName] = ("CAM", "LPCAM")
+Scoring = Literal["sigmoid", "softmax"]
 KIND = "lpcam explain"
 RANKING_LENGTH = 20
 """Classes whose scores are listed in the findings."""
 MOST_MASK_VALUES = 254
 """Values of a mask between background (0) and ignored (255)."""
+CLASSES_TOGETHER = 4
+"""Classes whose maps are computed in one step; more are faster and need more memory."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,50 +82,52 @@ class ImageMaps:
     made_by: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_classes(
+    def of_features(
         cls,
-        image: NDArray[np.uint8],
+        pairs: Sequence[FeaturePair],
+        size: tuple[int, int],
+        chosen: Sequence[int],
+        weight: Tensor,
+        vectors: Tensor,
         names: Sequence[str],
         scores: NDArray[np.float64],
-        chosen: Sequence[int],
+        settings: LpcamSettings,
         mask_ids: Sequence[int] | None = None,
         **values: Any,
     ) -> Self:
-        """The maps of some classes of a classifier.
+        """The maps of the ``chosen`` classes from features of one image of a size (h, w).
 
-        Args:
-            names, scores: names and scores of all classes, (N,).
-            chosen: indices of the classes that are mapped.
-            mask_ids: of all classes; None: 1, 2, ..., in the order chosen if there are too many.
-            values: the other fields.
-
-        Raises:
-            DataError: if more classes are chosen than a mask can hold.
+        ``weight``, ``vectors``, ``names``, ``scores`` and ``mask_ids`` are of all classes;
+        ``values`` are the other fields.
         """
-        if mask_ids is None:
-            if len(chosen) > MOST_MASK_VALUES:
-                raise DataError(
-                    f"{len(chosen)} classes were chosen, but a mask can hold {MOST_MASK_VALUES}; "
-                    "raise the minimum score or name fewer labels"
-                )
-            few = len(names) <= MOST_MASK_VALUES
-            ids = [n + 1 for n in chosen] if few else list(range(1, len(chosen) + 1))
-        else:
-            ids = [mask_ids[n] for n in chosen]
+        ids = _mask_ids(len(names), chosen, mask_ids)
+        # NumPy arrays, because inference tensors cannot be used everywhere.
+        cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
+        for start in range(0, len(chosen), CLASSES_TOGETHER):
+            part = list(chosen[start : start + CLASSES_TOGETHER])
+            to = slice(start, start + len(part))
+            cams = cam_maps(pairs, weight[part], size, epsilon=settings.cam_epsilon)
+            cam[to] = cams.high_res.float().cpu()
+            lpcam[to] = lpcam_maps(pairs, vectors[part], size).high_res.float().cpu()
+        empty = [names[n] for n in chosen if not bool(vectors[n].any())]
         return cls(
-            image=image,
             classes=tuple(names[n] for n in chosen),
-            mask_ids=tuple(ids),
+            mask_ids=ids,
             scores=tuple(float(scores[n]) for n in chosen),
+            cam=cam,
+            lpcam=lpcam,
             ranking=tuple((names[n], float(scores[n])) for n in descending(scores)),
-            **values,
+            notes=tuple(f"{name} has no prototypes, so its LPCAM is empty" for name in empty),
+            **{
+                "threshold": settings.threshold,
+                "cam_threshold": settings.cam_threshold,
+                **values,
+            },
         )
 
     def __repr__(self) -> str:
         height, width = self.size
-        found = ", ".join(
-            f"{name} {score:.2f}" for name, score in zip(self.classes, self.scores, strict=True)
-        )
+        found = ", ".join(f"{n} {s:.2f}" for n, s in zip(self.classes, self.scores, strict=True))
         return f"ImageMaps({self.name!r}, {width} x {height} pixels: {found or 'no class'})"
 
     @property
@@ -130,21 +140,10 @@ class ImageMaps:
         return self._plane(self._place(name), method)
 
     def overlay(
-        self,
-        image: NDArray[np.uint8] | None = None,
-        name: str | None = None,
-        *,
-        method: MethodName = "LPCAM",
-        opacity: float = 0.7,
+        self, name: str | None = None, *, method: MethodName = "LPCAM", opacity: float = 0.7
     ) -> NDArray[np.uint8]:
-        """A class's map in colours over the image, uint8 (H, W, 3).
-
-        Args:
-            image: uint8 (H, W, 3) to draw on; None: the image that was mapped.
-            name: name of the class; None: the class of the highest score.
-        """
-        base = self.image if image is None else image
-        return overlay(base, self.plane(name, method), opacity=opacity)
+        """The map of a class (None: of the highest score) in colours over the image, (H, W, 3)."""
+        return overlay(self.image, self.plane(name, method), opacity=opacity)
 
     def mask(
         self,
@@ -162,29 +161,33 @@ class ImageMaps:
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold
         places = range(len(self.classes)) if classes is None else [self._place(n) for n in classes]
-        if not places:
-            return np.zeros(self.size, np.uint8)
         # As lpcam.method.seeds.seeds, one class at a time: a map of 20 megapixels takes 80 MB.
-        best = torch.full(self.size, threshold)
-        seed = torch.zeros(self.size, dtype=torch.uint8)  # at most 254 classes
-        for number, place in enumerate(places, start=1):
-            plane = torch.from_numpy(self._plane(place, method))
-            seed[plane > best] = number
-            best = torch.maximum(best, plane)
-        table = ClassTable(
-            tuple(self.classes[p] for p in places), tuple(self.mask_ids[p] for p in places)
-        )
-        return to_mask(seed, np.arange(len(places)), table)
+        best = np.full(self.size, threshold, np.float32)
+        mask = np.zeros(self.size, np.uint8)
+        for place in places:
+            plane = self._plane(place, method)
+            mask[plane > best] = self.mask_ids[place]
+            np.maximum(best, plane, out=best)
+        return mask
 
-    def found(self, threshold: float | None = None) -> dict[str, Any]:
+    def found(self) -> dict[str, Any]:
         """Classes, scores, areas and boxes of the LPCAM mask, and provenance, as JSON.
 
         ``area`` is the share of the image's pixels. ``box`` is [left, top, right, bottom] in pixels
         from the upper left corner, the last two exclusive, or None if there is no pixel.
         """
-        return self._found(self.mask(threshold), threshold)
-
-    def _found(self, mask: NDArray[np.uint8], threshold: float | None) -> dict[str, Any]:
+        mask, classes = self.mask(), []
+        for name, value, score in zip(self.classes, self.mask_ids, self.scores, strict=True):
+            box = Image.fromarray(mask == value).getbbox()
+            classes.append(
+                {
+                    "name": name,
+                    "score": round(score, 6),
+                    "mask_value": value,
+                    "area": round(float((mask == value).mean()), 6),
+                    "box": None if box is None else list(box),
+                }
+            )
         return {
             "format": 1,
             "kind": KIND,
@@ -193,17 +196,8 @@ class ImageMaps:
             "height": self.size[0],
             "mapped_width": self.cam.shape[2],
             "mapped_height": self.cam.shape[1],
-            "threshold": self.threshold if threshold is None else threshold,
-            "classes": [
-                {
-                    "name": name,
-                    "score": round(score, 6),
-                    "mask_value": value,
-                    "area": round(float((mask == value).mean()), 6),
-                    "box": _box(mask == value),
-                }
-                for name, value, score in zip(self.classes, self.mask_ids, self.scores, strict=True)
-            ],
+            "threshold": self.threshold,
+            "classes": classes,
             "highest_scores": [
                 {"name": name, "score": round(score, 6)}
                 for name, score in self.ranking[:RANKING_LENGTH]
@@ -214,13 +208,12 @@ class ImageMaps:
 
     def sheet_rows(self, *, long_side: int | None = None) -> list[SheetRow]:
         """Rows of a sheet, one for each class (one without a class), at most ``long_side`` long."""
-        mask, size = self.mask(), self.size
+        mask, size, image = self.mask(), self.size, self.image
         if long_side is not None and max(size) > long_side:
             size = scaled_size(*size, long_side / max(size))
+            image = resize_image(image, size)
             # nearest pixel: mask values cannot be averaged
-            shrunk = Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
-            mask = np.array(shrunk)
-        image = self.image if size == self.size else resize_image(self.image, size)
+            mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
         if not self.classes:
             nothing = np.zeros(size, np.float32)
             return [SheetRow(image, "no class", nothing, nothing, mask, None)]
@@ -249,8 +242,7 @@ class ImageMaps:
             pictures = (row.image, *heat, overlay_mask(row.image, row.seed))
             for axis, picture in zip(line, pictures, strict=True):
                 axis.imshow(picture)
-                axis.set_xticks([])
-                axis.set_yticks([])
+                axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(row.name.replace("$", r"\$"))  # a dollar sign begins a formula
         return figure
 
@@ -266,30 +258,23 @@ class ImageMaps:
             f'src="data:image/png;base64,{picture}"><p>{text}{notes}</p></div>'
         )
 
-    def save(self, folder: Path | str, name: str | None = None) -> dict[str, Any]:
+    def save(self, folder: Path | str) -> dict[str, Any]:
         """Write heat maps, overlays, mask and findings below a folder; each file atomically.
 
         ``masks/NAME.png`` has the VOC palette. ``heatmaps/NAME.CLASS.cam.png`` and ``.lpcam.png``
         are 8-bit grey, round(255 * map). ``overlays/`` has the maps and ``NAME.mask.png`` over the
         image, at the size at which it was mapped. ``found/NAME.json`` holds :meth:`found` and the
-        names of these files.
-
-        Args:
-            name: relative path without extension; None: the image's name.
-
-        Returns:
-            the contents of the JSON file.
+        names of these files, and is returned.
         """
-        folder, name = Path(folder), self.name if name is None else name
-        mask = self.mask()
-        picture = resize_image(self.image, self.cam.shape[1:])
+        folder, name, mask, found = Path(folder), self.name, self.mask(), self.found()
+        size = self.cam.shape[1:]
+        picture = resize_image(self.image, size)
         files = {"mask": f"masks/{name}.png", "mask_overlay": f"overlays/{name}.mask.png"}
         write_mask(folder / files["mask"], mask)
-        shown = resize_image(overlay_mask(self.image, mask), picture.shape[:2])
+        shown = resize_image(overlay_mask(self.image, mask), size)
         write_bytes(folder / files["mask_overlay"], png_bytes(shown))
-        found = self._found(mask, None)
         for place, part in enumerate(file_parts(self.classes)):
-            own = {}
+            own = found["classes"][place]["files"] = {}
             for method in METHOD_NAMES:
                 end = f"{name}.{part}.{method.lower()}.png"
                 heat = np.rint(255 * self._plane(place, method).clip(0, 1)).astype(np.uint8)
@@ -297,7 +282,6 @@ class ImageMaps:
                 for kind, values in (("heatmap", heat), ("overlay", drawn)):
                     own[f"{method.lower()}_{kind}"] = f"{kind}s/{end}"
                     write_bytes(folder / f"{kind}s/{end}", png_bytes(values))
-            found["classes"][place]["files"] = own
         found["files"] = files
         write_json(folder / "found" / f"{name}.json", found)  # last: the others are complete
         return found
@@ -328,36 +312,47 @@ class ImageMaps:
         return self.classes.index(name)
 
 
-def descending(scores: NDArray[np.float64]) -> list[int]:
-    """Indices of scores from the highest to the lowest; of equal ones the first comes first.
+def _mask_ids(count: int, chosen: Sequence[int], given: Sequence[int] | None) -> tuple[int, ...]:
+    """Mask values of the chosen of ``count`` classes: 1, 2, ... in the order chosen if too many."""
+    if given is not None:
+        return tuple(given[n] for n in chosen)
+    if len(chosen) > MOST_MASK_VALUES:
+        raise DataError(
+            f"{len(chosen)} classes were chosen, but a mask can hold {MOST_MASK_VALUES}; raise the "
+            "minimum score or name fewer labels"
+        )
+    return tuple(n + 1 for n in (chosen if count <= MOST_MASK_VALUES else range(len(chosen))))
 
-    Example:
-        >>> descending(np.array([0.1, 0.9, 0.1]))
-        [1, 0, 2]
-    """
+
+def class_scores(logits: Tensor, scoring: Scoring) -> NDArray[np.float64]:
+    """Scores (N,) in [0, 1] of one image from its logits (N,)."""
+    logits = logits.double().cpu()
+    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)
+    return np.asarray(scores)
+
+
+def class_indices(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """Indices of class names in the order given, without repetition; DataError for unknown ones."""
+    for label in labels:
+        if label not in classes:
+            near = difflib.get_close_matches(label, classes, n=5, cutoff=0.5)
+            raise DataError(
+                f"unknown class {label!r}; some of the classifier's {len(classes)} classes are "
+                f"{', '.join(near or [*classes[:8], '...'])}"
+            )
+    return [classes.index(label) for label in dict.fromkeys(labels)]
+
+
+def descending(scores: NDArray[np.float64]) -> list[int]:
+    """Indices of scores from the highest to the lowest; of equal ones the first comes first."""
     order: list[int] = np.argsort(-scores, kind="stable").tolist()
     return order
-
-
-def _box(where: NDArray[np.bool_]) -> list[int] | None:
-    rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def resize_maps(
     maps: NDArray[np.float32], size: tuple[int, int], *, antialias: bool = False
 ) -> NDArray[np.float32]:
-    """Maps (K, h, w) at another size (height, width), bilinear.
-
-    Args:
-        antialias: for pictures: average over the pixels that one smaller pixel replaces.
-
-    Example:
-        >>> resize_maps(np.ones((2, 4, 4), np.float32), (6, 3)).shape
-        (2, 6, 3)
-    """
+    """Maps (K, h, w) at another size (height, width), bilinear; smooth if shrunk with antialias."""
     if maps.shape[1:] == size or not len(maps):
         return maps
     resized: NDArray[np.float32] = F.interpolate(

@@ -30,10 +30,9 @@ def cam_maps(
 
     Example:
         >>> import torch
-        >>> maps = cam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.ones(1, 3), (8, 8),
-        ...                 epsilon=0.0)
-        >>> maps.high_res.shape, float(maps.high_res.max())
-        (torch.Size([1, 8, 8]), 1.0)
+        >>> pair = FeaturePair(torch.ones(3, 2, 2), None)
+        >>> cam_maps([pair], torch.ones(1, 3), (8, 9), epsilon=0.0).high_res.shape
+        torch.Size([1, 8, 9])
     """
     maps = [cam_of_pair(pair.features, pair.mirrored, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
@@ -42,31 +41,24 @@ def cam_maps(
 def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
     """LPCAM of equations 5 and 6 over scales and flip (specification of LPCAM, section 3i).
 
-    Args:
-        pairs: features of each scale.
-        vectors: (N, C), rows of ``Prototypes.vectors`` of the wanted classes.
-        size: (H, W) of the image.
+    As :func:`cam_maps`, with rows (N, C) of ``Prototypes.vectors``.
 
     Example:
         >>> import torch
-        >>> maps = lpcam_maps([FeaturePair(torch.ones(3, 2, 2), None)], torch.eye(3)[:2], (8, 8))
-        >>> maps.high_res.shape, float(maps.high_res.max())
-        (torch.Size([2, 8, 8]), 1.0)
+        >>> pair = FeaturePair(torch.ones(3, 2, 2), None)
+        >>> lpcam_maps([pair], torch.eye(3)[:2], (8, 9)).high_res.shape
+        torch.Size([2, 8, 9])
     """
-    maps = [lpcam_of_pair(pair.features, pair.mirrored, vectors) for pair in pairs]
-    return fuse_scales(maps, size)
+    return fuse_scales([lpcam_of_pair(p.features, p.mirrored, vectors) for p in pairs], size)
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """Equation 1 on the feature grid, one scale, no flip.
+    """Equation 1 on the feature grid, one scale, no flip: (K, h, w) in [0, 1].
 
     Args:
         features: (C, h, w).
         weight: (K, C), rows w_n of the wanted classes.
         epsilon: added to the maximum before the division.
-
-    Returns:
-        (K, h, w) in [0, 1].
 
     Example:
         >>> import torch

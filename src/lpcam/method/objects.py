@@ -5,7 +5,8 @@ Pixels: row y and column x, from 0 at the top left. Pixel (y, x) is the square f
 outlines run along the edges of pixels. A pixel is foreground if its value is > the threshold, as in
 seed masks; a boolean mask needs no threshold.
 
-Everything is computed on the CPU. Components and peaks require SciPy (extra ``objects``).
+Everything is computed on the CPU. A map that is not (H, W), or with NaN or Inf, raises DataError.
+Components and peaks require SciPy (extra ``objects``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from lpcam.runtime.errors import DataError, LpcamError
 Connectivity = Literal[4, 8]
 """8: pixels that touch at a corner are connected. 4: they are not."""
 ScoreKind = Literal["max", "mean"]
+Plane = NDArray[Any] | Tensor
+"""A map or mask (H, W)."""
 
 
 class _Record:
@@ -74,22 +77,12 @@ class Instance:
 # -- Components --------------------------------------------------------------------------------
 
 
-def components(
-    mask: NDArray[Any] | Tensor, *, connectivity: Connectivity = 8
-) -> tuple[NDArray[np.int32], int]:
-    """Connected components of a mask.
-
-    Args:
-        mask: (H, W), foreground where it is not 0.
-        connectivity: 4 or 8.
+def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[np.int32], int]:
+    """Connected components of a mask, whose foreground is not 0.
 
     Returns:
         int32 (H, W), 0 outside and 1..K inside, numbered by their first pixel in reading order; and
         K.
-
-    Raises:
-        DataError: if the mask is not (H, W).
-        LpcamError: if SciPy is not installed.
 
     Example:
         >>> labels, count = components(np.array([[1, 0, 1], [0, 0, 1]]))
@@ -102,8 +95,7 @@ def components(
     ndimage = _ndimage()
     labels = np.empty(values.shape, dtype=np.int32)
     structure = ndimage.generate_binary_structure(2, 2 if connectivity == 8 else 1)
-    count = int(ndimage.label(values, structure, output=labels))
-    return labels, count
+    return labels, int(ndimage.label(values, structure, output=labels))
 
 
 def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
@@ -112,13 +104,8 @@ def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slic
     return [(label, place) for label, place in enumerate(found, start=1) if place is not None]
 
 
-def component_boxes(
-    mask: NDArray[Any] | Tensor, *, connectivity: Connectivity = 8
-) -> NDArray[np.int64]:
-    """Tightest boxes of the connected components of a mask, the largest component first.
-
-    Returns:
-        (K, 4) int64 of x0, y0, x1, y1, in the order of :func:`boxes`.
+def component_boxes(mask: Plane, *, connectivity: Connectivity = 8) -> NDArray[np.int64]:
+    """Tightest boxes (K, 4) of the connected components of a mask, in the order of :func:`boxes`.
 
     Example:
         >>> component_boxes(np.array([[1, 0, 1], [0, 0, 1]])).tolist()
@@ -133,7 +120,7 @@ def component_boxes(
 
 
 def boxes(
-    values: NDArray[Any] | Tensor,
+    values: Plane,
     threshold: float = 0.0,
     *,
     score: ScoreKind = "max",
@@ -143,18 +130,12 @@ def boxes(
     """Tightest boxes of the connected components of a map, the largest component first.
 
     Args:
-        values: map or mask (H, W).
         threshold: foreground is > threshold.
         score: maximum or mean of the map in a component.
         minimum_area: components with fewer pixels are dropped.
-        connectivity: 4 or 8.
 
     Returns:
         Boxes by decreasing area, then from top to bottom and left to right.
-
-    Raises:
-        DataError: if the map is not (H, W) or contains NaN or Inf.
-        LpcamError: if SciPy is not installed.
 
     Example:
         >>> boxes(np.array([[0.9, 0.0, 0.4], [0.0, 0.0, 0.8]]), 0.3)[0]
@@ -176,10 +157,9 @@ def _boxes(
     if score not in ("max", "mean"):
         raise DataError(f"score is {score!r}; expected 'max' or 'mean'")
     found = []
-    for label, place in _places(labels, count):
-        inside = plane[place][labels[place] == label]
+    for label, (rows, columns) in _places(labels, count):
+        inside = plane[rows, columns][labels[rows, columns] == label]
         if len(inside) >= minimum_area:
-            rows, columns = place
             value = float(inside.max() if score == "max" else inside.mean())
             x0, y0, x1, y1 = columns.start, rows.start, columns.stop, rows.stop
             found.append((Box(x0, y0, x1, y1, value, len(inside)), label))
@@ -190,11 +170,7 @@ def _boxes(
 
 
 def points(
-    values: NDArray[Any] | Tensor,
-    threshold: float = 0.0,
-    *,
-    distance: float = 16.0,
-    most: int | None = None,
+    values: Plane, threshold: float = 0.0, *, distance: float = 16.0, most: int | None = None
 ) -> list[Point]:
     """Peaks of a map, the highest first.
 
@@ -203,19 +179,15 @@ def points(
     ones in reading order; a point closer than ``distance`` to a selected one is dropped.
 
     Args:
-        values: map (H, W).
         threshold: peaks are > threshold.
         distance: minimum Euclidean distance between two points, in pixels.
         most: maximum number of points; None: all.
-
-    Raises:
-        DataError, LpcamError: as :func:`boxes`.
 
     Example:
         >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
         [Point(x=1, y=0, score=0.9), Point(x=4, y=0, score=0.5)]
     """
-    return _spread(_peaks(_finite(values), threshold), distance, most)
+    return _spread(_peaks(_finite(values), threshold), distance)[:most]
 
 
 def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
@@ -240,12 +212,10 @@ def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
     return sorted(found, key=lambda one: (-one.score, one.y, one.x))
 
 
-def _spread(peaks: Sequence[Point], distance: float, most: int | None = None) -> list[Point]:
+def _spread(peaks: Sequence[Point], distance: float) -> list[Point]:
     """The peaks that are not closer than ``distance`` to an earlier one that is kept."""
     kept: list[Point] = []
     for peak in peaks:
-        if most is not None and len(kept) >= most:
-            break
         if all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in kept):
             kept.append(peak)
     return kept
@@ -255,7 +225,7 @@ def _spread(peaks: Sequence[Point], distance: float, most: int | None = None) ->
 
 
 def instances(
-    values: NDArray[Any] | Tensor,
+    values: Plane,
     threshold: float,
     *,
     distance: float = 16.0,
@@ -265,23 +235,15 @@ def instances(
 ) -> list[Instance]:
     """Candidates for the objects of one class: connected components, split at their peaks.
 
-    A component with several peaks at least ``distance`` apart is split among them: each pixel
-    belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
+    A component with several peaks at least ``distance`` pixels apart is split among them: each
+    pixel belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
     watershed: valleys between peaks are ignored, and a part of a component that is not convex may
-    be in several pieces. A class map does not separate objects that touch.
-
-    Args:
-        values: map (H, W).
-        threshold: foreground is > threshold.
-        distance: minimum Euclidean distance between two peaks of a component, in pixels.
-        score, minimum_area, connectivity: as for :func:`boxes`.
+    be in several pieces. A class map does not separate objects that touch. Other arguments are
+    those of :func:`boxes`.
 
     Returns:
         Instances by decreasing area. Their masks do not overlap; with ``minimum_area`` 1 they
         cover the foreground.
-
-    Raises:
-        DataError, LpcamError: as :func:`boxes`.
 
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
@@ -309,16 +271,13 @@ def instances(
 # -- Outlines ----------------------------------------------------------------------------------
 
 
-def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
-    """Exact outlines of a mask along the edges of its pixels.
+def polygons(mask: Plane) -> list[NDArray[np.float64]]:
+    """Exact outlines of a mask, whose foreground is not 0, along the edges of its pixels.
 
     A ring lists the corners at which a closed line turns; the first is not repeated. Rings around
     foreground have a positive shoelace area (clockwise on the screen), rings around holes a
     negative one; the areas sum to the number of pixels. Filling all rings by the even-odd or
     non-zero rule gives the mask. Pixels that only touch at a corner are in different rings.
-
-    Args:
-        mask: (H, W), foreground where it is not 0.
 
     Returns:
         Rings (K, 2) float64 of x and y, in the reading order of their first corners.
@@ -330,9 +289,8 @@ def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
     # Contours at a level, as libraries compute them, cut the corners of pixels.
     inside = np.pad(_plane(mask) != 0, 1)
     # Edges between pixels inside and outside, from corner to corner, with the inside on the right:
-    # top edges go right, right edges down, and so on.
+    # top edges go right (direction 0), right edges down (1), and so on.
     here = inside[1:-1, 1:-1]
-    steps = ((1, 0), (0, 1), (-1, 0), (0, -1))  # right, down, left, up
     starts = ((0, 0), (1, 0), (1, 1), (0, 1))  # corner of the pixel where that edge begins
     beyond = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
     leaving: dict[tuple[int, int], list[int]] = {}
@@ -342,29 +300,25 @@ def polygons(mask: NDArray[Any] | Tensor) -> list[NDArray[np.float64]]:
             leaving.setdefault(corner, []).append(direction)
     rings = []
     for first in sorted(leaving, key=lambda corner: (corner[1], corner[0])):
-        while leaving.get(first):
-            rings.append(_ring(first, leaving, steps))
+        while leaving[first]:
+            rings.append(_ring(first, leaving))
     return rings
 
 
-def _ring(
-    first: tuple[int, int],
-    leaving: dict[tuple[int, int], list[int]],
-    steps: Sequence[tuple[int, int]],
-) -> NDArray[np.float64]:
+def _ring(first: tuple[int, int], leaving: dict[tuple[int, int], list[int]]) -> NDArray[np.float64]:
     """Follow edges from a corner back to it, removing them from ``leaving``."""
     corners = []
-    corner, direction = first, leaving[first].pop()
-    beginning = direction
+    corner, beginning = first, leaving[first].pop()
+    direction = beginning
     while True:
-        corner = (corner[0] + steps[direction][0], corner[1] + steps[direction][1])
+        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[direction]
+        corner = (corner[0] + dx, corner[1] + dy)
         if corner == first:
             break
         # If two pixels touch at this corner, two edges leave it: turning right stays with ours.
         onward = leaving[corner]
-        turn = (direction + 1) % 4
-        if turn not in onward:
-            turn = onward[0]
+        right = (direction + 1) % 4
+        turn = right if right in onward else onward[0]
         onward.remove(turn)
         if turn != direction:
             corners.append(corner)
@@ -377,14 +331,14 @@ def _ring(
 # -- Inputs ------------------------------------------------------------------------------------
 
 
-def _plane(values: NDArray[Any] | Tensor) -> NDArray[Any]:
+def _plane(values: Plane) -> NDArray[Any]:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim != 2:
         raise DataError(f"map is {array.shape}; expected (H, W), one class of one image")
     return array
 
 
-def _finite(values: NDArray[Any] | Tensor) -> NDArray[np.float64]:
+def _finite(values: Plane) -> NDArray[np.float64]:
     array = _plane(values).astype(np.float64)
     if not np.isfinite(array).all():
         raise DataError("map has NaN or infinite values; compute it again")

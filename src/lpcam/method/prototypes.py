@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpcam.method.clustering import CLUSTERINGS, Clustering, Clusters
+from lpcam.method.clustering import CLUSTERINGS, Clusters
 from lpcam.method.functional import (
     foreground_minus_context,
     score,
     select_context,
     select_foreground,
-    unit_mean,
 )
 from lpcam.method.reservoir import SIDES, Reservoir, SideName
 from lpcam.method.settings import LpcamSettings
@@ -34,9 +33,6 @@ from lpcam.runtime.parallel import one_thread, ordered_map
 logger = logging.getLogger(__name__)
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
-
-
-# -- Prototypes --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,26 +86,18 @@ class Prototypes:
         Args:
             with_context: False leaves the context out (LPCAM-F, equation 5).
         """
-        rows = []
-        for index in range(len(self.classes)):
-            selected = self.foreground.prototypes(index)
-            if selected.shape[0] == 0:
-                rows.append(torch.zeros_like(self.foreground.centers[index, 0]))
-            elif with_context:
-                rows.append(foreground_minus_context(selected, self.context.prototypes(index)))
-            else:
-                rows.append(unit_mean(selected))
-        return torch.stack(rows)
+        vectors = torch.zeros_like(self.foreground.centers[:, 0])
+        for index in torch.nonzero(self.foreground.keep.any(1)).flatten().tolist():
+            context = self.context.prototypes(index) if with_context else None
+            vectors[index] = foreground_minus_context(self.foreground.prototypes(index), context)
+        return vectors
 
     def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
         """Write a safetensors file atomically, with ``extra`` tensors if given."""
-        tensors = {
-            f"{side}.{part}": getattr(getattr(self, side), part) for side in SIDES for part in PARTS
-        }
-        tensors.update(extra or {})
+        tensors = {f"{s}.{part}": getattr(getattr(self, s), part) for s in SIDES for part in PARTS}
         names = ("classes", "fingerprint", "made_by", "events")
         metadata = {"kind": "prototypes", **{name: getattr(self, name) for name in names}}
-        write_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()}, metadata)
+        write_tensors(path, {**tensors, **(extra or {})}, metadata)
 
     @classmethod
     def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
@@ -175,36 +163,19 @@ def make_prototypes(
     """Cluster the features of every class and side, score the centres and select prototypes.
 
     Args:
-        reservoir: filled with local features.
         weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
         classes: the N names.
-        settings: how prototypes are fitted.
         seed: random seed of the clustering; each class and side has its own generator.
-        bias: bias of the rows, or None.
-        fingerprint: fingerprint of the classifier.
+        bias: of the rows, or None.
+        fingerprint: of the classifier.
         made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.
 
     Raises:
-        PrototypeError: if the numbers of channels of features and classifier differ, or no class
-            has a foreground feature.
+        PrototypeError: if no class has a foreground feature.
     """
-    features: dict[tuple[SideName, int], Tensor] = {}
-    for side in SIDES:
-        for index in range(len(classes)):
-            rows = reservoir.features(index, side)
-            if rows is None:
-                continue
-            if rows.shape[1] != weight.shape[1]:
-                raise PrototypeError(
-                    f"the features have {rows.shape[1]} channels but the classifier "
-                    f"{weight.shape[1]}; collect them with the classifier's own backbone"
-                )
-            features[side, index] = rows
-    device = weight.device if device is None else device
-    method = CLUSTERINGS[settings.clustering](settings)
-    clustered = _cluster(features, settings, method, seed, device, workers)
+    clustered = _cluster(reservoir, settings, seed, device or weight.device, workers)
     events: list[str] = []
     sides = []
     for side in SIDES:
@@ -217,11 +188,11 @@ def make_prototypes(
         )
         sides.append(found)
         for index, name in enumerate(classes):
-            if (side, index) not in clustered:
+            if (index, side) not in clustered:
                 effect = "empty" if side == "foreground" else "the foreground term alone"
                 events.append(f"{name}: no {side} feature was collected; its map is {effect}")
                 continue
-            results = clustered[side, index]
+            results = clustered[index, side]
             count = len(results[0].sizes)
             if count < settings.clusters:
                 events.append(
@@ -229,14 +200,13 @@ def make_prototypes(
                     f"{count} clusters were made"
                 )
             # A unit centre has lost the length that the score depends on; the plain mean has it.
-            means = torch.cat([result.means for result in results])
+            means = torch.cat([one.means for one in results])
             with one_thread():
-                row = index + weight.shape[0] - len(classes)  # after a row of the background
+                row = index + len(weight) - len(classes)  # after a row of the background
                 z = score(means, weight.to(means), row, None if bias is None else bias.to(means))
-            made = len(means)
-            found.centers[index, :made] = torch.cat([result.centers for result in results]).cpu()
-            found.scores[index, :made] = z.cpu()
-            found.sizes[index, :made] = torch.cat([result.sizes for result in results]).cpu()
+            found.centers[index, : len(z)] = torch.cat([one.centers for one in results]).cpu()
+            found.scores[index, : len(z)] = z.cpu()
+            found.sizes[index, : len(z)] = torch.cat([one.sizes for one in results]).cpu()
             scores = found.scores[index]
             if side == "foreground":
                 found.keep[index] = select_foreground(scores, settings.mu_f)
@@ -267,18 +237,16 @@ def make_prototypes(
 
 
 def _cluster(
-    features: Mapping[tuple[SideName, int], Tensor],
-    settings: LpcamSettings,
-    method: Clustering,
-    seed: int,
-    device: torch.device,
-    workers: int,
-) -> dict[tuple[SideName, int], list[Clusters]]:
+    reservoir: Reservoir, settings: LpcamSettings, seed: int, device: torch.device, workers: int
+) -> dict[tuple[int, SideName], list[Clusters]]:
     """Cluster the features of each class and side, one result for each restart."""
+    method = CLUSTERINGS[settings.clustering](settings)
+    features = {
+        place: rows for place in reservoir.seen if (rows := reservoir.features(*place)) is not None
+    }
 
-    def fit(place: tuple[SideName, int]) -> list[Clusters]:
-        side, index = place
-        rows = features[place].to(device)
+    def fit(place: tuple[int, SideName]) -> list[Clusters]:
+        (index, side), rows = place, features[place].to(device)
         generators = [
             torch.Generator().manual_seed(
                 ((restart * 1_009 + seed) * len(SIDES) + SIDES.index(side)) * 1_000_003 + index

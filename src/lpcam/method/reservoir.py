@@ -33,13 +33,9 @@ def collect(
     """Split one image's features by its CAM (equation 2) and offer them to the reservoir.
 
     Args:
-        reservoir: changed in place.
         features: (C, h, w) at scale 1, without flip.
         classes: indices of the K present classes.
-        split_map: (K, H', W'), max-normalised CAM of those classes at any size; resized to the
-            feature grid by ``settings.split_resize``.
-        settings: how prototypes are fitted.
-        name: name of the image.
+        split_map: (K, H', W'), max-normalised CAM of those classes at any size.
         times: how often the image was drawn for each class (:func:`draw_images`); None: once.
 
     Example:
@@ -52,16 +48,12 @@ def collect(
     """
     if not classes:
         return
-    split_map = on_grid(split_map, features, settings)
     rows = features.flatten(1).T
-    for row, index in enumerate(classes):
-        foreground, context = split(
-            split_map[row].flatten(), settings.tau, inclusive=settings.tau_inclusive
-        )
+    for plane, index in zip(on_grid(split_map, features, settings), classes, strict=True):
+        sides = split(plane.flatten(), settings.tau, inclusive=settings.tau_inclusive)
         for turn in range(1 if times is None else times.get(index, 0)):
-            turn_name = f"{name}#{turn}" if turn else name
-            reservoir.add(index, "foreground", rows, turn_name, where=foreground)
-            reservoir.add(index, "context", rows, turn_name, where=context)
+            for side, where in zip(SIDES, sides, strict=True):
+                reservoir.add(index, side, rows, f"{name}#{turn}" if turn else name, where)
 
 
 def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Tensor:
@@ -78,13 +70,11 @@ class Reservoir:
 
     Every feature gets a random key from a generator that is seeded with the seed, the image, the
     class and the side. The features of the ``max_features`` smallest keys are kept, so the sample
-    depends neither on the order of the images nor on how they are shared among processes.
-
-    The sample is in main memory, with at most twice ``max_features`` rows for each class and side.
+    depends neither on the order of the images nor on how they are shared among processes. It is in
+    main memory, with at most twice ``max_features`` rows for each class and side.
 
     Args:
-        max_features: size of the sample of each class and side. Larger values need more memory and
-            a longer clustering; None keeps all features.
+        max_features: size of the sample of each class and side; None keeps all features.
         seed: random seed of the keys.
         dtype: precision in which features are kept. float16 halves the memory.
 
@@ -98,8 +88,6 @@ class Reservoir:
     def __init__(
         self, max_features: int | None, seed: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        if max_features is not None and max_features < 1:
-            raise ValueError(f"max_features must be at least 1 or None, got {max_features}")
         self.max_features = max_features
         self.seed = seed
         self.dtype = dtype
@@ -110,23 +98,17 @@ class Reservoir:
     @property
     def nbytes(self) -> int:
         """Size of all kept features in bytes."""
-        # Not summed over the parts, of which there are as many as images.
-        return sum(
-            sample.count * sample.rows[0].shape[1] * self.dtype.itemsize
-            for sample in self._samples.values()
-            if sample.rows
+        return self.dtype.itemsize * sum(
+            sample.count * sample.rows[0].shape[1] for sample in self._samples.values()
         )
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def add(
         self, index: int, side: SideName, rows: Tensor, name: str, where: Tensor | None = None
     ) -> None:
-        """Offer local features of one image.
+        """Offer local features (M, C) of one image.
 
         Args:
             index: index of the class.
-            rows: (M, C), features.
             name: name of the image; seeds the keys.
             where: (M,) bool, the rows that are offered; None: all.
 
@@ -135,38 +117,37 @@ class Reservoir:
                 ``dtype``.
         """
         # Keys are drawn first, so that a full sample copies only the few rows that it takes.
-        place = (index, side)
-        offered = None if where is None else torch.nonzero(where).flatten()
-        count = rows.shape[0] if offered is None else len(offered)
-        self.seen[place] = self.seen.get(place, 0) + count
-        if count == 0:
-            return
+        place, rows = (index, side), rows.detach()
+        where = rows.new_ones(len(rows), dtype=torch.bool) if where is None else where
+        offered = torch.nonzero(where).flatten()
+        self.seen[place] = self.seen.get(place, 0) + len(offered)
         text = f"{self.seed}/{index}/{side}/{name}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        keys = torch.rand(count, generator=generator, dtype=torch.float64)
-        sample = self._samples.setdefault(place, _Sample(self.max_features))
+        keys = torch.rand(len(offered), generator=generator, dtype=torch.float64)
+        sample = self._samples.get(place) or _Sample(self.max_features)
         chosen = sample.candidates(keys)
-        if len(chosen) == 0:
+        if not len(chosen):
             return
-        numbers = chosen if offered is None else offered[chosen.to(offered.device)]
-        taken = rows[numbers.to(rows.device)]
+        taken = rows[offered[chosen.to(offered.device)].to(rows.device)]
         kept = taken.to(self.dtype)
         if not bool(torch.isfinite(kept).all()):
-            raise _not_finite(taken, self.dtype, name)
+            reason = (
+                f"reach {float(taken.abs().max()):.3g}, more than "
+                f"{str(self.dtype).removeprefix('torch.')} can represent; use float32 "
+                "(maps.features: float32 in a recipe, dtype=torch.float32 of LPCAM)"
+                if bool(torch.isfinite(taken).all())
+                else "contain NaN or Inf; check the weights and the preprocessing of the classifier"
+            )
+            raise PrototypeError(f"the features of image {name!r} {reason}")
+        self._samples[place] = sample
         sample.take(keys[chosen], kept.cpu())
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def merge(self, other: Reservoir) -> None:
-        """Add the sample of other images; the result is that of one reservoir for all images."""
-        mine = (self.max_features, self.seed, self.dtype)
-        others = (other.max_features, other.seed, other.dtype)
-        if mine != others:
-            raise ValueError(
-                f"reservoirs with (max_features, seed, dtype) {mine} and {others} cannot be "
-                "merged; make all with the same values"
-            )
+        """Add the sample of other images, made with the same arguments.
+
+        The result is that of one reservoir for all images.
+        """
         for place, count in other.seen.items():
             self.seen[place] = self.seen.get(place, 0) + count
         for place, offered in other._samples.items():
@@ -176,8 +157,6 @@ class Reservoir:
                 if len(chosen):
                     sample.take(keys[chosen], rows[chosen])
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def checkpoint(self, path: Path, images: int) -> None:
         """Write the sample and the number of images it has seen, to resume from."""
         tensors = {}
@@ -187,8 +166,6 @@ class Reservoir:
         seen = [[index, side, count] for (index, side), count in self.seen.items()]
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def restore(self, path: Path) -> int:
         """Read a checkpoint and return the number of images it has seen."""
         tensors, metadata = read_tensors(path)
@@ -196,13 +173,9 @@ class Reservoir:
             self.seen[index, side] = count
             if f"{index}.{side}.rows" in tensors:
                 sample = self._samples[index, side] = _Sample(self.max_features)
-                sample.take(
-                    tensors[f"{index}.{side}.keys"], tensors[f"{index}.{side}.rows"].to(self.dtype)
-                )
+                sample.take(tensors[f"{index}.{side}.keys"], tensors[f"{index}.{side}.rows"])
         return int(metadata["images"])
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def features(self, index: int, side: SideName) -> Tensor | None:
         """Sample (M, C) of a class and side, ordered by the keys; None if there is none."""
         sample = self._samples.get((index, side))
@@ -234,18 +207,19 @@ class _Sample:
             self.keys.append(keys)
             self.rows.append(rows)
             self.count += len(rows)
-            if self.bound is None or sum(map(len, self.keys)) < self.bound:
+            if self.bound is None or self.count < self.bound:
                 return
             self.whole()
         else:
             # New rows replace those whose keys are now too large.
-            (held,), (block,), bound = self.keys, self.rows, len(self.keys[0])
+            (held,), (block,), bound = self.keys, self.rows, self.count
             stays = torch.zeros(bound + len(keys), dtype=torch.bool)
             stays[torch.cat([held, keys]).argsort()[:bound]] = True
             leaving, coming = ~stays[:bound], stays[bound:]
             held[leaving], block[leaving] = keys[coming], rows[coming]
         self._largest = float(self.keys[0].max())
 
+    @torch.inference_mode(False)  # so that rows can be replaced in any mode
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys in increasing order and their rows, at most ``bound``, as one block."""
         if not self._sorted:
@@ -261,19 +235,6 @@ class _Sample:
             self.keys, self.rows, self._sorted = [keys[order]], [block], True
             self.count = len(block)
         return self.keys[0], self.rows[0]
-
-
-def _not_finite(rows: Tensor, dtype: torch.dtype, name: str) -> PrototypeError:
-    if not bool(torch.isfinite(rows).all()):
-        return PrototypeError(
-            f"the features of image {name!r} contain NaN or Inf; check the weights and the "
-            "preprocessing of the classifier"
-        )
-    return PrototypeError(
-        f"the features of image {name!r} reach {float(rows.abs().max()):.3g}, more than "
-        f"{str(dtype).removeprefix('torch.')} can represent; use float32 (maps.features: float32 "
-        "in a recipe, dtype=torch.float32 of LPCAM)"
-    )
 
 
 def draw_images(

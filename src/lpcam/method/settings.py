@@ -22,11 +22,9 @@ class FittingSettings(Section):
     clusters: Annotated[int, Field(ge=1)]
     """K, the number of clusters of each class and side. More clusters follow rarer features."""
     restarts: Annotated[int, Field(ge=1)]
-    """Number of clusterings with different first centres; the prototypes of all are used together,
-    to reduce the variance of initialisation."""
+    """Number of clusterings whose prototypes are used together, against variance of the start."""
     tau: Fraction
-    """Threshold on the CAM that splits foreground from context (eq. 2). Raising it leaves fewer,
-    surer foreground features."""
+    """Threshold on the CAM that splits foreground (fewer if it grows) from context (eq. 2)."""
     tau_inclusive: bool
     """True: foreground is CAM >= tau (eq. 2). False: > tau, and equality joins neither side."""
     split_maps: Literal["multi_scale", "single_scale"]

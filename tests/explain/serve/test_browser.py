@@ -215,7 +215,7 @@ def test_what_cannot_be_read_is_told_and_the_last_photograph_stays(
     page.expected_complaints = ["415"]
     page.set_input_files("#file", bad)
     page.wait_for_selector("#error:not([hidden])")
-    assert "Refused: the file is not a readable image" in page.locator("#error").text_content()
+    assert "Refused: cannot read image" in page.locator("#error").text_content()
     assert page.locator("#viewer").is_visible()
     upload(page, photograph)
     assert page.locator("#error").is_hidden()

@@ -25,7 +25,7 @@ from lpcam.classifiers.tracing import device_of, first_tensor
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.method.extractors import LPCAM
-from lpcam.method.head import LPCAMHead, Normalize, _bias
+from lpcam.method.head import LPCAMHead, Normalize
 from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
 from lpcam.runtime.files import (
     read_json,
@@ -148,7 +148,7 @@ class LPCAMModel(nn.Module):
         settings = explainer.settings.model_dump(mode="json")
         return cls(
             _Features(classifier),
-            LPCAMHead(classifier.weight, explainer.vectors, _bias(classifier)),
+            LPCAMHead(classifier.weight, explainer.vectors, classifier.head.bias),
             classes=classifier.classes,
             preprocessing=classifier.preprocessing,
             spec=classifier.spec,
