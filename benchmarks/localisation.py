@@ -47,8 +47,9 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.creatures import write as draw_creatures
 from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.folder import read_folder
-from lpcam.data.images import read_image, scaled_size
+from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
+from lpcam.data.resize import scaled_size
 from lpcam.data.voc import read_voc
 from lpcam.evaluation.faithfulness import (
     average_drop,

@@ -16,7 +16,8 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair, all_finite, features_of
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image, resize_image, scaled_size
+from lpcam.data.images import limit_long_side, read_image, resize_image
+from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.settings import Section
 

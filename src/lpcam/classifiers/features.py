@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.wrapped import WrappedModel
-from lpcam.data.images import scaled_size
+from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import PrototypeError
 
 Source = Classifier | WrappedModel

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from lpcam.data.dataset import BACKGROUND, Item
-from lpcam.data.images import scaled_size
 from lpcam.data.masks import voc_palette
+from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import DataError
 
 # Red, green and blue of the heat map at equal steps from 0 to 1. Lightness increases steadily, so

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ImageError
 
 MAXIMUM_PIXELS = 100_000_000  #: Of the largest image that is read; 300 MB as RGB.
@@ -75,14 +76,6 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
     """Resize a uint8 image (H, W, 3) to ``size`` = (height, width) by Pillow's bicubic filter."""
     height, width = size
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Size (height, width) of an image at ``scale``: sides are rounded half to even, at least 1.
-
-    The released CAM programs round this way (specification IRN, section 2).
-    """
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def limit_long_side(image: NDArray[np.uint8], maximum: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Sizes and resizing of maps: the one bilinear resize, and the size of stride-4 maps."""
+"""Sizes of images and maps, and the one bilinear resize of maps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """Size (height, width) of an image at ``scale``: sides are rounded half to even, at least 1.
+
+    The released CAM programs round this way (specification IRN, section 2).
+    """
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def quarter_size(size: Sequence[int]) -> tuple[int, int]:

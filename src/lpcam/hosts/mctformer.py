@@ -33,8 +33,8 @@ from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
 from lpcam.classifiers.finetuning import validation_map
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image, resize_image, scaled_size
-from lpcam.data.resize import quarter_size, resize
+from lpcam.data.images import read_image, resize_image
+from lpcam.data.resize import quarter_size, resize, scaled_size
 from lpcam.hosts.base import (
     Host,
     HostData,

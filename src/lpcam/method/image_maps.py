@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.drawing import CELL, SheetRow, overlay, overlay_mask, sheet
-from lpcam.data.images import png_bytes, resize_image, scaled_size
+from lpcam.data.images import png_bytes, resize_image
 from lpcam.data.masks import write_mask
+from lpcam.data.resize import scaled_size
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, LpcamError

@@ -16,11 +16,11 @@ from lpcam.classifiers.classifier import BackboneSpec, build
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
-from lpcam.data.images import scaled_size
 from lpcam.data.inspection import survey
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.open_dataset import open_with_truth
+from lpcam.data.resize import scaled_size
 from lpcam.data.survey import Estimate, Survey
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask

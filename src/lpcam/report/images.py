@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpcam.data.dataset import Dataset, Item
-from lpcam.data.images import limit_long_side, read_image, scaled_size
+from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
+from lpcam.data.resize import scaled_size
 from lpcam.evaluation.segmentation import ThresholdSweep, truth_labels
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
 from lpcam.method.image_maps import METHOD_NAMES, resize_maps

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item, Skip
-from lpcam.data.images import read_image, scaled_size, upright_size
+from lpcam.data.images import read_image, upright_size
 from lpcam.data.masks import read_index_mask
-from lpcam.data.resize import resize
+from lpcam.data.resize import resize, scaled_size
 from lpcam.evaluation.segmentation import truth_labels
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.parallel import ordered_map

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
-from lpcam.data.images import scaled_size
-from lpcam.data.resize import resize
+from lpcam.data.resize import resize, scaled_size
 from lpcam.method.seeds import to_mask
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.errors import ClassifierError, DataError

@@ -11,7 +11,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from lpcam.data.dataset import IGNORE
-from lpcam.data.images import resize_image, scaled_size
+from lpcam.data.images import resize_image
+from lpcam.data.resize import scaled_size
 
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 """Blend an image with black, with its mean grey level, and with its grey version."""

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpcam.data.drawing import HEAT
-from lpcam.data.images import decode_image, limit_long_side, png_bytes, scaled_size
+from lpcam.data.images import decode_image, limit_long_side, png_bytes
 from lpcam.data.masks import voc_palette
+from lpcam.data.resize import scaled_size
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
 from lpcam.explain.web import encode_picture, encode_unit, page_environment, page_file
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, resize_maps

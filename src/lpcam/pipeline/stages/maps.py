@@ -9,9 +9,8 @@ import torch
 
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
-from lpcam.data.images import scaled_size
 from lpcam.data.map_files import MapFile, map_path, write_maps
-from lpcam.data.resize import quarter_size, resize
+from lpcam.data.resize import quarter_size, resize, scaled_size
 from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
