@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,40 +27,190 @@ import numpy as np
 import yaml
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from lpcam.data.grounds import (
-    GROUNDS,
-    Colour,
-    Points,
-    Random,
-    along,
-    curve,
-    ellipse,
-    mix,
-    ribbon,
-    vary,
-)
 from lpcam.data.images import png_bytes
 
+Colour = tuple[int, int, int]
+Points = Sequence[complex]  # x + y j with y down: a product with a complex number turns and scales
+Random = np.random.Generator
 #: Values of the part masks; 0 is no part.
 PARTS: dict[str, int] = {"head": 1, "torso": 2, "legs": 3, "tail": 4}
 _KINDS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("lpcam.data").joinpath("creatures.yaml").read_text("utf-8")
 )
-CLASSES: tuple[str, ...] = tuple(_KINDS)
-"""Class names in mask-id order; the first has mask id 1."""
+CLASSES: tuple[str, ...] = tuple(_KINDS)  #: In mask-id order; the first has mask id 1.
 GROUPS: tuple[int, ...] = tuple(kind["torso"] for kind in _KINDS.values())
 """Torso group of each class: 0 spots, 1 stripes, 2 scales."""
 COMPANIONS = {n: k["ground"] for n, k in enumerate(_KINDS.values()) if "ground" in k}
 """Grounds that co-occur with a class, by label index."""
 _COMPANION_PROBABILITY = 0.6  # that an image with such a class has its companion ground
-OVERSAMPLING = 3
-"""Shapes are drawn this much larger and averaged down, which makes their edges smooth."""
+OVERSAMPLING = 3  #: Shapes are drawn this much larger and averaged down, for smooth edges.
 _INK: Colour = (52, 44, 60)
 _CREAM: Colour = (250, 238, 214)
 _STOCKING: Colour = (78, 88, 140)
 _HOOF: Colour = (48, 46, 66)
 _TUFT: Colour = (226, 110, 70)
 _OUTLINE = 0.035  # width of the ink outline of a shape, in lengths of a torso
+
+
+# -- Geometry and colours ------------------------------------------------------------------------
+
+
+def _ellipse(
+    centre: complex, rx: float, ry: float, turn: float = 0.0, count: int = 36
+) -> list[complex]:
+    """Points of an ellipse, turned by an angle in radians."""
+    angles = np.linspace(0.0, 2.0 * math.pi, count, endpoint=False).tolist()
+    turned = complex(math.cos(turn), math.sin(turn))
+    return [centre + complex(rx * math.cos(a), ry * math.sin(a)) * turned for a in angles]
+
+
+def _curve(start: complex, bend: complex, end: complex, count: int = 12) -> list[complex]:
+    """Points of a quadratic Bézier curve."""
+    steps = np.linspace(0.0, 1.0, count).tolist()
+    return [(1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t * t * end for t in steps]
+
+
+def _along(step: complex) -> complex:
+    """The direction of a step, of length 1."""
+    return step / (math.hypot(step.real, step.imag) or 1.0)
+
+
+def _ribbon(line: Points, first: float, last: float) -> list[complex]:
+    """Outline of a line whose width goes from ``first`` to ``last``."""
+    end = len(line) - 1
+    sides = [
+        _along(line[min(i + 1, end)] - line[max(i - 1, 0)])
+        * (0.5 * (first + (last - first) * i / end))
+        * 1j
+        for i in range(len(line))
+    ]
+    left = [point + side for point, side in zip(line, sides, strict=True)]
+    right = [point - side for point, side in zip(line, sides, strict=True)]
+    return left + right[::-1]
+
+
+def _xy(points: Iterable[complex], unit: float = 1.0) -> list[tuple[float, float]]:
+    """Points as Pillow takes them, multiplied by a number of pixels."""
+    return [(p.real * unit, p.imag * unit) for p in points]
+
+
+def _mix(a: Colour, b: Colour, share: float) -> Colour:
+    """Colour between ``a`` (share 0) and ``b`` (share 1)."""
+    return tuple(round(p + (q - p) * share) for p, q in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+def _vary(colour: Colour, rng: Random, amount: float = 12.0) -> Colour:
+    """A colour of a random lightness and tint near the given one."""
+    light = rng.normal(0.0, amount)
+    tint = rng.normal(0.0, amount / 3.0, 3)
+    return tuple(int(np.clip(c + light + t, 0, 255)) for c, t in zip(colour, tint, strict=True))  # type: ignore[return-value]
+
+
+# -- Grounds, in hundredths of the picture's side --------------------------------------------------
+
+
+def _between(a: Colour, b: Colour, rng: Random) -> Colour:
+    return _mix(a, b, float(rng.uniform()))
+
+
+def _meadow(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    for y in np.sort(rng.uniform(0, 104, 330)).tolist():
+        x, h, lean = rng.uniform(-2, 102), rng.uniform(5, 10), rng.uniform(-3, 3)
+        colour = _between((108, 150, 92), (196, 212, 140), rng)
+        blade = [complex(x - 1.0, y), complex(x + lean, y - h), complex(x + 1.0, y)]
+        draw.polygon(_xy(blade, unit), fill=colour)
+
+
+def _bricks(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    height, width = rng.uniform(9, 11), rng.uniform(20, 24)
+    shift = rng.uniform(0, 20)
+    for row in range(13):
+        for column in range(-1, 7):
+            x, y = column * width + (row % 2) * width / 2 - shift, row * height - shift / 4
+            colour = _between((190, 138, 120), (222, 176, 152), rng)
+            box = [complex(x, y), complex(x + width - 1.4, y + height - 1.4)]
+            draw.rounded_rectangle(_xy(box, unit), radius=1.2 * unit, fill=colour)
+
+
+def _reeds(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    for _ in range(46):
+        x, lean, top = rng.uniform(-4, 104), rng.uniform(-7, 7), rng.uniform(-8, 50)
+        colour = _between((120, 140, 96), (184, 186, 118), rng)
+        line = _curve(complex(x, 104.0), complex(x, 50.0), complex(x + lean, top), 8)
+        draw.line(_xy(line, unit), fill=colour, width=round(2.0 * unit))
+        if rng.uniform() < 0.45:
+            tip = _ellipse(complex(x + lean, top), 1.8, 5.5, 0.0, 14)
+            draw.polygon(_xy(tip, unit), fill=(140, 104, 78))
+
+
+def _ripples(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    phase, tall = rng.uniform(0, 6), rng.uniform(1.2, 2.2)
+    for row in range(-1, 17):
+        colour = _between((146, 186, 214), (204, 226, 238), rng)
+        line = [
+            complex(x, row * 6.4 + tall * math.sin(x / 5.5 + phase + row * 1.3))
+            for x in range(-2, 104, 2)
+        ]
+        draw.line(_xy(line, unit), fill=colour, width=round(2.2 * unit), joint="curve")
+
+
+def _pebbles(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    for _ in range(230):
+        x, y, r = rng.uniform(-3, 103), rng.uniform(-3, 103), rng.uniform(2.2, 5.0)
+        colour = _between((150, 148, 150), (214, 208, 200), rng)
+        stone = _ellipse(complex(x, y), r, r * 0.75, rng.uniform(0, 3), 14)
+        draw.polygon(_xy(stone, unit), fill=colour, outline=(128, 124, 128))
+
+
+def _planks(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    width, x = rng.uniform(13, 18), -rng.uniform(0, 10)
+    while x < 102:
+        colour = _between((196, 172, 140), (222, 202, 170), rng)
+        draw.rectangle(_xy([complex(x, 0), complex(x + width - 1, 101)], unit), fill=colour)
+        for _ in range(5):
+            a, y, length = x + rng.uniform(2, width - 2), rng.uniform(-20, 100), rng.uniform(12, 40)
+            line = [complex(a, y), complex(a + rng.normal(0, 0.5), y + length)]
+            grain = _mix(colour, (140, 104, 74), 0.4)
+            draw.line(_xy(line, unit), fill=grain, width=max(1, round(0.7 * unit)))
+        x += width
+
+
+def _dunes(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    for row in range(9):
+        y, phase, tall = row * 12.5 - 4 + rng.normal(0, 1.5), rng.uniform(0, 6), rng.uniform(2, 5)
+        share = (row % 2) * 0.6 + float(rng.uniform(0, 0.4))
+        ridge = [complex(x, y + tall * math.sin(x / 14 + phase)) for x in range(-4, 106, 4)]
+        shape = _xy([*ridge, 100 + 100j, 100j], unit)
+        draw.polygon(shape, fill=_mix((240, 222, 182), (214, 184, 142), share))
+
+
+def _tiles(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    side, shift = rng.uniform(12, 16), rng.uniform(0, 10)
+    dark, light = _vary((186, 196, 214), rng, 6), _vary((226, 228, 236), rng, 6)
+    for row in range(-1, 10):
+        for column in range(-1, 10):
+            corner = complex(column * side - shift, row * side - shift)
+            box = _xy([corner, corner + complex(side, side)], unit)
+            draw.rectangle(box, fill=dark if (row + column) % 2 else light)
+
+
+def _snow(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
+    for _ in range(90):
+        x, y, r = rng.uniform(0, 100), rng.uniform(0, 100), rng.uniform(0.8, 2.4)
+        draw.ellipse(_xy([complex(x - r, y - r), complex(x + r, y + r)], unit), (238, 242, 250))
+
+
+GROUNDS: dict[str, tuple[Colour, Callable[[ImageDraw.ImageDraw, float, Random], None]]] = {
+    "meadow": ((150, 184, 116), _meadow),
+    "bricks": ((226, 212, 196), _bricks),
+    "reeds": ((214, 220, 184), _reeds),
+    "ripples": ((176, 208, 228), _ripples),
+    "pebbles": ((172, 168, 166), _pebbles),
+    "planks": ((164, 136, 106), _planks),
+    "dunes": ((244, 230, 196), _dunes),
+    "tiles": ((206, 212, 224), _tiles),
+    "snow": ((200, 214, 232), _snow),
+}
 
 
 # -- Drawing in a creature's own frame: x forward, y down, torso length about 1 --------------------
@@ -146,13 +296,13 @@ class _Creature:
             lifted, offset = Image.new("L", size), round(shade * self.scale)
             lifted.paste(mask, (0, -offset))
             rim = ImageChops.subtract(mask, lifted).filter(ImageFilter.BoxBlur(offset / 3))
-            fill.paste(mix(colour, _INK, 0.45), (0, 0), rim.point(lambda v: v * 0.55))
+            fill.paste(_mix(colour, _INK, 0.45), (0, 0), rim.point(lambda v: v * 0.55))
         picture.paste(fill, (left, top), mask)
         ring = placed + placed[:2]
         for image, value in ((self.sheet.classes, self.mask_id), (self.sheet.parts, PARTS[part])):
             ImageDraw.Draw(image).polygon(placed, fill=value)
             ImageDraw.Draw(image).line(ring, fill=value, width=ink, joint="curve")
-        edge = mix(colour, _INK, 0.8)
+        edge = _mix(colour, _INK, 0.8)
         ImageDraw.Draw(picture).line(ring, fill=edge, width=ink, joint="curve")
 
     def mark(self, points: Points, colour: Colour, width: float = 0.0) -> None:
@@ -171,23 +321,23 @@ class _Creature:
 def _spots(colour: Colour, rng: Random) -> _Texture:
     ranges = (-0.75, 0.85), (-0.6, 0.45), (0.035, 0.085)
     spots = zip(*(rng.uniform(*ends, 44).tolist() for ends in ranges), strict=True)
-    return _Texture(colour, [ellipse(complex(x, y), r, r * 0.85, count=12) for x, y, r in spots])
+    return _Texture(colour, [_ellipse(complex(x, y), r, r * 0.85, count=12) for x, y, r in spots])
 
 
 def _stripes(colour: Colour, rng: Random) -> _Texture:
     start, gap, lean = rng.uniform(-0.9, -0.75), rng.uniform(0.15, 0.19), rng.uniform(-0.12, 0.12)
     lines = [
-        curve(complex(x, -0.75), complex(x + 0.12, -0.1), complex(x + lean, 0.55))
+        _curve(complex(x, -0.75), complex(x + 0.12, -0.1), complex(x + lean, 0.55))
         for x in np.arange(start, 1.1, gap).tolist()
     ]
-    return _Texture(colour, [ribbon(line, 0.085, 0.045) for line in lines])
+    return _Texture(colour, [_ribbon(line, 0.085, 0.045) for line in lines])
 
 
 def _scales(colour: Colour, rng: Random) -> _Texture:
     size, scales = rng.uniform(0.13, 0.16), []
     for row, column in itertools.product(range(12), range(16)):
         corner = complex(-0.95 + (column + 0.5 * (row % 2)) * size, -0.75 + row * size * 0.8)
-        scales.append(curve(corner, corner + complex(size / 2, size * 1.5), corner + size, 6))
+        scales.append(_curve(corner, corner + complex(size / 2, size * 1.5), corner + size, 6))
     return _Texture(colour, scales, lines=True)
 
 
@@ -205,19 +355,19 @@ def _bands(line: Points, colour: Colour, count: int) -> _Texture:
         at = (band + 0.5) / count * last
         i = min(int(at), last - 1)
         step = line[i + 1] - line[i]
-        point, half = line[i] + step * (at - i), along(step) * 0.028
-        side = along(step) * 1j * 0.2
+        point, half = line[i] + step * (at - i), _along(step) * 0.028
+        side = _along(step) * 1j * 0.2
         right = [point - side - half, point - side + half]
         patches.append([point + side - half, *right, point + side + half])
     return _Texture(colour, patches)
 
 
 def _leg(creature: _Creature, hip: complex, length: float, swing: float, *, far: bool) -> None:
-    colour = mix(_STOCKING, _INK, 0.3) if far else vary(_STOCKING, creature.rng, 8)
-    band = mix(_CREAM, _INK, 0.3) if far else _CREAM
+    colour = _mix(_STOCKING, _INK, 0.3) if far else _vary(_STOCKING, creature.rng, 8)
+    band = _mix(_CREAM, _INK, 0.3) if far else _CREAM
     foot = hip + complex(swing, length)
-    line = curve(hip, hip + complex(swing * 0.2 + 0.07, length * 0.5), foot)
-    creature.shape(ribbon(line, 0.25, 0.16), colour, "legs", texture=_bands(line, band, 4))
+    line = _curve(hip, hip + complex(swing * 0.2 + 0.07, length * 0.5), foot)
+    creature.shape(_ribbon(line, 0.25, 0.16), colour, "legs", texture=_bands(line, band, 4))
     hoof = [foot + p for p in (-0.1 + 0.07j, -0.08 - 0.05j, 0.08 - 0.05j, 0.17 + 0.07j)]
     creature.shape(hoof, _HOOF, "legs")
 
@@ -225,25 +375,25 @@ def _leg(creature: _Creature, hip: complex, length: float, swing: float, *, far:
 def _tail(creature: _Creature) -> None:
     rng = creature.rng
     tip = complex(-0.84 + rng.uniform(-0.08, 0.08), -0.52 + rng.uniform(-0.15, 0.25))
-    line = curve(-0.5 - 0.12j, complex(-0.95, 0.05 + rng.uniform(-0.2, 0.15)), tip, 16)
-    colour = vary(_STOCKING, rng, 8)
-    creature.shape(ribbon(line, 0.22, 0.13), colour, "tail", texture=_bands(line, _CREAM, 6))
+    line = _curve(-0.5 - 0.12j, complex(-0.95, 0.05 + rng.uniform(-0.2, 0.15)), tip, 16)
+    colour = _vary(_STOCKING, rng, 8)
+    creature.shape(_ribbon(line, 0.22, 0.13), colour, "tail", texture=_bands(line, _CREAM, 6))
     flame = (-0.06 - 0.08j, 0.1 - 0.15j, 0.32 + 0j, 0.1 + 0.15j, -0.06 + 0.08j)
-    turn = along(tip - line[-3])
-    creature.shape([tip + p * turn for p in flame], vary(_TUFT, rng, 8), "tail", shade=0.04)
+    turn = _along(tip - line[-3])
+    creature.shape([tip + p * turn for p in flame], _vary(_TUFT, rng, 8), "tail", shade=0.04)
 
 
 def _torso(creature: _Creature, group: int, head: complex) -> None:
     rng = creature.rng
     base, second, pattern = _TORSOS[group]
-    base, second = vary(base, rng), vary(second, rng)
+    base, second = _vary(base, rng), _vary(second, rng)
     texture, belly = pattern(second, rng), rng.uniform(0.33, 0.42)
-    neck = ribbon(curve(0.28 - 0.05j, 0.5 - 0.12j, head), 0.42, 0.26)
+    neck = _ribbon(_curve(0.28 - 0.05j, 0.5 - 0.12j, head), 0.42, 0.26)
     creature.shape(neck, base, "torso", texture=texture)
     # a back that is flatter than the belly reads as an animal, not as an egg
     body = [
         complex(p.real, p.imag * (0.85 if p.imag < 0 else 1.05))
-        for p in ellipse(0j, 0.61, belly, 0.0, 48)
+        for p in _ellipse(0j, 0.61, belly, 0.0, 48)
     ]
     creature.shape(body, base, "torso", texture=texture, shade=0.13)
 
@@ -252,11 +402,11 @@ def _torso(creature: _Creature, group: int, head: complex) -> None:
 
 _OUTLINES: dict[str, Callable[..., list[complex]]] = {
     "polygon": lambda *points: list(points),
-    "ellipse": ellipse,
-    "curve": curve,
-    "ribbon": lambda a, b, c, *widths: ribbon(curve(a, b, c), *widths),
-    "bar": lambda a, b, *widths: ribbon([a, b], *widths),
-    "bill": lambda first, a, b, c, *last: [first, *curve(a, b, c), *last],
+    "ellipse": _ellipse,
+    "curve": _curve,
+    "ribbon": lambda a, b, c, *widths: _ribbon(_curve(a, b, c), *widths),
+    "bar": lambda a, b, *widths: _ribbon([a, b], *widths),
+    "bill": lambda first, a, b, c, *last: [first, *_curve(a, b, c), *last],
 }
 _EYE: tuple[tuple[complex, float, float, Colour, int], ...] = (
     (0j, 1.15, 1.25, _INK, 20),
@@ -270,12 +420,12 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
     rng = creature.rng
     size, nod = rng.uniform(0.235, 0.28), rng.normal(0.0, 0.12)
     frame = complex(math.cos(nod) * size, math.sin(nod) * size)
-    named = {"own": vary(kind["colour"], rng, 8), "ink": _INK, "cream": _CREAM}
+    named = {"own": _vary(kind["colour"], rng, 8), "ink": _INK, "cream": _CREAM}
 
     def colour_of(given: Any) -> Colour:
         if isinstance(given, dict):
             a, b, share = given["mix"]
-            return mix(colour_of(a), colour_of(b), share)
+            return _mix(colour_of(a), colour_of(b), share)
         return named[given] if isinstance(given, str) else tuple(given)
 
     def placed(points: Iterable[complex]) -> list[complex]:
@@ -285,14 +435,14 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
         if verb == "eye":
             centre, r = complex(given[0]), given[1]
             for offset, rx, ry, colour, count in _EYE:
-                points = placed(ellipse(centre + offset * r, rx * r, ry * r, count=count))
+                points = placed(_ellipse(centre + offset * r, rx * r, ry * r, count=count))
                 creature.mark(points, colour)
         elif verb == "petals":
             distance, r, begin, colour = given
             for angle in np.linspace(0.0, 2 * math.pi, 11, endpoint=False).tolist():
                 turn = angle + begin
                 centre = complex(distance * math.cos(turn), distance * math.sin(turn))
-                petal = placed(ellipse(centre, r, r * 0.62, turn, 16))
+                petal = placed(_ellipse(centre, r, r * 0.62, turn, 16))
                 creature.shape(petal, colour_of(colour), "head")
         else:
             ((outline, values),) = given[0].items()
@@ -339,7 +489,7 @@ def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
     else:
         ground = list(GROUNDS)[int(rng.integers(len(GROUNDS)))]
     base, paint = GROUNDS[ground]
-    picture = Image.new("RGB", (large, large), vary(base, rng, 8))
+    picture = Image.new("RGB", (large, large), _vary(base, rng, 8))
     paint(ImageDraw.Draw(picture), large / 100, rng)
     sheet = _Sheet(picture)
     places = []

@@ -39,10 +39,6 @@ class ClassTable:
     A subset of a larger data set keeps that data set's mask ids, so that seed masks can be compared
     with the official masks.
 
-    Args:
-        names: the class with label index ``n`` (0-based) is ``names[n]``.
-        mask_ids: its pixel value in masks and seed masks, 1..254.
-
     Raises:
         DataError: if there is no name, names or ids repeat, lengths differ or an id is outside
             1..254.
@@ -53,8 +49,8 @@ class ClassTable:
         12
     """
 
-    names: tuple[str, ...]
-    mask_ids: tuple[int, ...]
+    names: tuple[str, ...]  #: The class with label index ``n`` (0-based) is ``names[n]``.
+    mask_ids: tuple[int, ...]  #: Its pixel value in masks and seed masks, 1..254.
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -74,11 +70,7 @@ class ClassTable:
 
     @classmethod
     def numbered(cls, names: Iterable[str], source: Path | str) -> ClassTable:
-        """All classes of a data set, with the mask values 1, 2, 3, ...; errors name the source.
-
-        Raises:
-            DataError: if a class is called background, a name repeats or there are more than 254.
-        """
+        """All classes of a data set, with the mask values 1, 2, 3, ...; errors name the source."""
         names = tuple(names)
         if "background" in (name.casefold() for name in names):
             raise DataError(
@@ -100,11 +92,7 @@ class ClassTable:
 
 
 def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
-    """The named classes of ``table`` in the order given, with its mask ids; all of them for None.
-
-    Raises:
-        DataError: if a class is unknown or given twice.
-    """
+    """The named classes of ``table`` in the order given, with its mask ids; None: all of them."""
     if names is None:
         return table
     return ClassTable(tuple(names), tuple(table.mask_ids[table.index(name)] for name in names))
@@ -114,21 +102,16 @@ def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable
 class Item:
     """One image with its image-level labels.
 
-    Args:
-        id: relative POSIX path without extension (``2007_000063``, ``barn/cow 7``), which names the
-            image in every list and output file.
-        labels: sorted 0-based class indices, possibly none.
-        mask: file of the true mask, for evaluation only.
-        parts: file of the true mask of parts, for evaluation only.
-        file_name: path below the data set's folder of images, spelled as on disk. None: ``id`` with
-            the extension of ``image``.
+    Its id is a relative POSIX path without extension (``2007_000063``, ``barn/cow 7``), which names
+    the image in every list and output file.
     """
 
     id: str
     image: Path
-    labels: tuple[int, ...]
-    mask: Path | None = None
-    parts: Path | None = None
+    labels: tuple[int, ...]  #: Sorted 0-based class indices, possibly none.
+    mask: Path | None = None  #: File of the true mask, for evaluation only.
+    parts: Path | None = None  #: File of the true mask of parts, for evaluation only.
+    #: Path below the folder of images, spelled as on disk; None: ``id`` with the image's extension.
     file_name: str | None = None
 
 
@@ -144,10 +127,6 @@ class Skip:
 class Dataset:
     """Items by id, named lists of ids, and what was left out.
 
-    Args:
-        label_source: where the image-level labels come from; part of the protocol of every figure.
-        part_names: value of each part in masks of parts, by name (0 is no part).
-
     Example:
         >>> cow = Item("cow 7", Path("cow 7.jpg"), labels=(0,))
         >>> farm = Dataset("farm", ClassTable(("cow",), (1,)), {"cow 7": cow}, {}, "labels.csv")
@@ -159,10 +138,10 @@ class Dataset:
     classes: ClassTable
     items: Mapping[str, Item]
     lists: Mapping[str, tuple[str, ...]]
-    label_source: str
+    label_source: str  #: Where the labels come from; part of the protocol of every figure.
     skipped: tuple[Skip, ...] = ()
     notices: tuple[str, ...] = ()
-    part_names: Mapping[str, int] = field(default_factory=dict)
+    part_names: Mapping[str, int] = field(default_factory=dict)  #: Values in masks of parts.
 
     def without(self, skipped: Sequence[Skip]) -> Dataset:
         """A copy that lacks some items, also in its lists, with the reasons added."""

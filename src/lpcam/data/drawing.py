@@ -45,7 +45,6 @@ def overlay(
         >>> overlay(image, heat, opacity=1.0).tolist()
         [[[254, 248, 170]]]
     """
-    _check_sizes(image, heat)
     # interpolated maps overshoot by rounding; both comparisons are false for NaN
     if heat.size and not (heat.min() >= -1e-6 and heat.max() <= 1 + 1e-6):
         raise DataError(
@@ -65,7 +64,6 @@ def overlay_mask(
 
     Background is not drawn. Raises DataError if the sizes differ.
     """
-    _check_sizes(image, mask)
     weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]
     return _blended(image, voc_palette()[mask], weight)
 
@@ -73,15 +71,12 @@ def overlay_mask(
 def _blended(
     image: NDArray[np.uint8], over: NDArray[Any], weight: NDArray[Any]
 ) -> NDArray[np.uint8]:
-    return np.asarray(np.rint((1 - weight) * image + weight * over), np.uint8)
-
-
-def _check_sizes(image: NDArray[np.uint8], plane: NDArray[Any]) -> None:
-    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[:2] != plane.shape:
+    if image.ndim != 3 or image.dtype != np.uint8 or image.shape[:2] != weight.shape[:2]:
         raise DataError(
-            f"image is {image.dtype} {image.shape} and the plane over it {plane.shape}; expected "
-            "uint8 (H, W, 3) and (H, W)"
+            f"image is {image.dtype} {image.shape} and the plane over it {weight.shape[:2]}; "
+            "expected uint8 (H, W, 3) and (H, W)"
         )
+    return np.asarray(np.rint((1 - weight) * image + weight * over), np.uint8)
 
 
 CELL = 200  #: Side of a picture's cell, in pixels.

@@ -59,17 +59,14 @@ def upright_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
+            turn = 1
+            with contextlib.suppress(Exception):  # damaged EXIF
+                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             # Pillow gives the upright size of a TIFF, and the stored size of other files.
-            turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+            turned = image.format != "TIFF" and turn in (5, 6, 7, 8)
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
-
-
-def _orientation(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # the pixels of an image with damaged EXIF may be intact
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return 1
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -115,7 +112,7 @@ def load_image(
                     f"{width} x {height} pixels are none or more than {MAXIMUM_PIXELS:,} allowed"
                 )
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF
+            with contextlib.suppress(Exception):  # its EXIF is damaged, its pixels may be intact
                 ImageOps.exif_transpose(image, in_place=True)
             return image
     except Exception as error:  # decoders raise anything on damaged data

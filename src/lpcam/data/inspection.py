@@ -86,7 +86,6 @@ def survey(
         for of, ids in dataset.lists.items()
     )
     findings = [
-        *_left_out(dataset),
         *_mask_findings(dataset, masks),
         *_duplicates(dataset, {n: record["image_digest"] for n, record in records.items()}),
         *_name_findings(dataset, whole),
@@ -121,11 +120,6 @@ def _some(
     """A finding if there are names: their number with a noun (and its plural), and the rest."""
     if names:
         yield Finding(kind, f"{count_of(len(names), one, several)}{rest}", tuple(names), alert)
-
-
-def _left_out(dataset: Dataset) -> Iterator[Finding]:
-    for text, names in _by_reason((skip.id, skip.reason) for skip in dataset.skipped):
-        yield from _some("left out", names, "image", f" left out ({text})")
 
 
 def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
@@ -167,14 +161,18 @@ def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
 
 
 def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Finding]:
-    """Masks that cannot be used, values of no class, and what labels and masks disagree on."""
+    """Files that cannot be used, values of no class, and what labels and masks disagree on."""
     table = dataset.classes
-    faults = [(look.made, name, why) for name, look in masks.items() for why in look.faults]
-    for text, names in _by_reason(fault[1:] for fault in faults if not fault[0]):
-        several = "masks cannot be used"
-        yield from _some("mask", names, "mask cannot be used", f" ({text})", several=several)
-    for text, names in _by_reason(fault[1:] for fault in faults if fault[0]):
-        yield from _some("annotations", names, "image", f" with wrong annotations ({text})")
+    faults: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    for name, look in masks.items():
+        faults[look.made] += [(name, why) for why in look.faults]
+    for kind, reasons, one, rest, several in (
+        ("left out", [(s.id, s.reason) for s in dataset.skipped], "image", " left out", ""),
+        ("mask", faults[False], "mask cannot be used", "", "masks cannot be used"),
+        ("annotations", faults[True], "image", " with wrong annotations", ""),
+    ):
+        for text, names in _by_reason(reasons):
+            yield from _some(kind, names, one, f"{rest} ({text})", several)
     usable = {name: look.values for name, look in masks.items() if look.values is not None}
     labelled = [name for name in usable if dataset.items[name].labels]
     all_values = frozenset().union(*usable.values())

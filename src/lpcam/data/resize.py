@@ -23,15 +23,9 @@ def quarter_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def resize(planes: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize planes bilinearly, sampling at pixel centres.
+    """Resize planes (C, h, w) or (B, C, h, w) to ``size`` (H, W) bilinearly, at pixel centres.
 
-    Args:
-        planes: floating point, (C, h, w) or (B, C, h, w); C may be 0.
-        size: (H, W) of the result.
-
-    Returns:
-        (C, H, W) or (B, C, H, W), on the same device and of the same dtype. ``planes`` itself where
-        it has that size.
+    C may be 0. Device and dtype stay; ``planes`` itself is returned where it has that size.
 
     Example:
         >>> import torch

@@ -142,7 +142,10 @@ class Survey:
             findings = [f for f in self.findings if f.attention == attention]
             lines += [title] * bool(findings)
             for finding in findings:
-                lines += _wrapped(f"{finding.text}{_named(finding)}", width, "- ")
+                names, more = finding.names[:MOST_NAMED], len(finding.names) - MOST_NAMED
+                named = f": {'; '.join(names)}" if names else ""
+                named += f" and {more:,} more" if more > 0 else ""
+                lines += _wrapped(f"{finding.text}{named}", width, "- ")
         if not self.problems:
             lines.append("Nothing needs attention.")
         return "\n".join(lines)
@@ -174,11 +177,11 @@ class Survey:
             return [name, *counts, f"{self.alone[index]}", ", ".join(companions[:_COMPANIONS])]
 
         classes, half = list(enumerate(self.classes.names)), _MOST_CLASSES // 2
-        if len(classes) <= _MOST_CLASSES:
-            rows = [row(*one) for one in classes]
-        else:
+        many = len(classes) > _MOST_CLASSES
+        if many:
             classes.sort(key=lambda one: -self.whole.classes[one[0]])
-            rows = [row(*one) for one in classes]
+        rows = [row(*one) for one in classes]
+        if many:
             rows[half:-half] = [[f"... {len(rows) - 2 * half} more"]]
         lists = [one.name for one in columns[1:]]
         return [["class", "images", *lists, "alone", "most often together with"], *rows]
@@ -200,11 +203,6 @@ def _how(estimate: Estimate) -> str:
             "counted for each stage."
         )
     return text
-
-
-def _named(finding: Finding) -> str:
-    names, more = "; ".join(finding.names[:MOST_NAMED]), len(finding.names) - MOST_NAMED
-    return f": {names}{f' and {more:,} more' if more > 0 else ''}" if names else ""
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from lpcam.data.dataset import Item
 from lpcam.data.drawing import choose_rows
 from lpcam.data.masks import voc_palette
 from lpcam.method.settings import Method
-from lpcam.report.images import Sources, choose, highlights, image_records, in_turn, run_all
+from lpcam.report.images import Sources, choose, highlights, image_records, run_all
 from lpcam.report.prototypes import Fitted, confusion_records, prototype_records
 from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
 from lpcam.runtime.distributed import Sharing
@@ -63,7 +64,8 @@ def collect(inputs: Inputs) -> dict[str, Any]:
     sources, fitted, section = inputs.sources, inputs.fitted, inputs.section
     classes, settings, sharing = sources.dataset.classes, fitted.settings, inputs.sharing
     found = highlights(sources.scores) if sources.scores else {}
-    wanted = in_turn(found.values())
+    # the first of each list, then the second of each, and so on
+    wanted = [name for turn in zip_longest(*found.values()) for name in turn if name is not None]
     shown = choose(inputs.items, section.images, wanted)
     searched = [item for item, _ in choose_rows(shown, section.searched)]
     # The store keeps these features; below they are read one by one, on one thread.

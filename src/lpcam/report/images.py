@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,11 +69,6 @@ def choose(items: Sequence[Item], count: int, wanted: Sequence[str]) -> list[Ite
     return [item for item in items if item.id in picked]
 
 
-def in_turn(lists: Iterable[Sequence[str]]) -> list[str]:
-    """The first of each list, then the second of each, and so on."""
-    return [name for turn in zip_longest(*lists) for name in turn if name is not None]
-
-
 def image_records(
     items: Sequence[Item], sources: Sources, sharing: Sharing
 ) -> list[dict[str, Any]]:
@@ -92,7 +86,8 @@ def image_records(
             for method, one in maps.items():
                 sweep = ThresholdSweep(len(classes))
                 sweep.update(truth, torch.from_numpy(one.high_res), torch.from_numpy(one.keys))
-                ious[method] = encode_array(_steps(sweep.ious(list(item.labels)).numpy()))
+                steps = (sweep.ious(list(item.labels)) * _IOU_STEPS).round().nan_to_num(_UNDEFINED)
+                ious[method] = encode_array(steps.numpy().astype(np.uint16))
                 scores[method] = sources.scores[method].get(item.id)
         for name, folder in sources.masks.items():
             mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), classes)
@@ -141,8 +136,3 @@ def nearest(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
     """A mask of values below 256 at another size (height, width), to the nearest pixel."""
     small = Image.fromarray(mask.astype(np.uint8))
     return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
-
-
-def _steps(ious: NDArray[np.float64]) -> NDArray[np.uint16]:
-    steps = np.where(np.isnan(ious), _UNDEFINED, np.rint(ious * _IOU_STEPS))
-    return steps.astype(np.uint16)

@@ -111,7 +111,8 @@ def _scores(
 
     def score(name: str) -> list[float | None]:
         truth = read_index_mask(truths[name])
-        return [image_miou(_mask(one, name), truth, classes) for one in compared]
+        masks = (read_index_mask(one.folder / f"{name}.png") for one in compared)
+        return [image_miou(mask, truth, classes) for mask in masks]
 
     rows = run_all(sharing, score, list(truths), "report: scores of segmenters")
     columns = zip(*rows, strict=True)
@@ -125,7 +126,8 @@ def _record(
     kind: str, item: Item, trained: SegmenterResults, classes: ClassTable
 ) -> dict[str, Any]:
     picture = limit_long_side(read_image(item.image), PICTURE)
-    masks = {one.name: _mask(one, item.id) for one in trained.segmenters}
+    folders = {one.name: one.folder for one in trained.segmenters}
+    masks = {name: read_index_mask(path / f"{item.id}.png") for name, path in folders.items()}
     truth = None if item.mask is None else read_index_mask(item.mask)
 
     def view(mask: NDArray[np.uint8]) -> dict[str, Any]:
@@ -146,7 +148,3 @@ def _record(
         "masks": {name: view(mask) for name, mask in masks.items()},
         "miou": {n: image_miou(m, truth, classes) for n, m in masks.items() if truth is not None},
     }
-
-
-def _mask(segmenter: TrainedSegmenter, name: str) -> NDArray[np.uint8]:
-    return read_index_mask(segmenter.folder / f"{name}.png")
