@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.drawing import overlay_mask
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side, png_bytes, read_image
+from lpcam.data.map_files import write_arrays
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.data.output_folders import ImageResults, OutputKind, find_images, process_images
 from lpcam.refine.crf import DenseCrf
@@ -35,7 +33,6 @@ MAXIMUM_SIDE = 1024
 """Maximum side, in pixels, at which an image is segmented, as a run maps it."""
 BACKGROUND_NAME = "background"
 """Name of label 0 in files of probabilities."""
-_ZLIB_LEVEL = 1
 
 
 def _describe(found: Mapping[str, Any]) -> str:
@@ -121,7 +118,7 @@ def segment_files(
         mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
         files = {"mask": f"masks/{name}.png", "overlay": f"overlays/{name}.png"}
         write_mask(output / files["mask"], mask)
-        write_bytes(output / files["overlay"], _png(overlay_mask(seen, small)))
+        write_bytes(output / files["overlay"], png_bytes(overlay_mask(seen, small)))
         if probabilities:
             files["probabilities"] = f"probabilities/{name}.npz"
             write_probabilities(output / files["probabilities"], scores, segmenter.classes, made)
@@ -183,12 +180,6 @@ def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]
     return sorted(found, key=lambda one: -float(one["area"]))
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_probabilities(
     path: Path, probabilities: Tensor, classes: ClassTable, made_by: Mapping[str, Any]
 ) -> None:
@@ -219,10 +210,4 @@ def write_probabilities(
         "mask_ids": np.array([0, *classes.mask_ids], np.uint8),
         "made_by": np.frombuffer(json.dumps(dict(made_by), sort_keys=True).encode(), np.uint8),
     }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_ZLIB_LEVEL) as archive:
-        for name, array in members.items():
-            # a member opened by name carries no date: equal values give equal bytes
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
+    write_arrays(path, members)
