@@ -1,8 +1,10 @@
 """Where the reference figures are: LPCAM_GOLDEN, else ../shared/golden beside the checkout."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +31,17 @@ def load_words(name: str) -> dict[str, list[str]]:
         }
 
 
+def load_json(name: str) -> Any:
+    """Contents of one reference file of names, shapes or settings."""
+    return json.loads(_path(name, "json").read_text("utf-8"))
+
+
 def _numeric(archive: Mapping[str, np.ndarray], key: str) -> bool:
     return archive[key].dtype.kind != "U"
 
 
-def _path(name: str) -> Path:
-    path = Path(os.environ.get("LPCAM_GOLDEN", DEFAULT)) / f"{name}.npz"
+def _path(name: str, ending: str = "npz") -> Path:
+    path = Path(os.environ.get("LPCAM_GOLDEN", DEFAULT)) / f"{name}.{ending}"
     if not path.is_file():
         pytest.skip(f"no reference figures at {path}; set LPCAM_GOLDEN to their folder")
     return path

@@ -1,14 +1,11 @@
 """PSA's pairs, walk and first weights against the released program's."""
 
-import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity.golden import DEFAULT, load
+from parity.golden import load, load_json
 
 from lpcam.classifiers.classifier import BackboneSpec, build
 from lpcam.refine.psa import PsaSettings, build_psa, feature_distances, pooled, walk_affinities
@@ -47,10 +44,7 @@ def test_walk(grid: int) -> None:
 
 
 def test_first_weights() -> None:
-    path = Path(os.environ.get("LPCAM_GOLDEN", DEFAULT)) / "psa_init.json"
-    if not path.is_file():
-        pytest.skip(f"no reference figures at {path}; set LPCAM_GOLDEN to their folder")
-    tensors = json.loads(path.read_text())["tensors"]
+    tensors = load_json("psa_init")["tensors"]
     network = build_psa(build(BackboneSpec("test_resnet", {}), ("one",), weights="random"))
     for layer, name in zip(network.reductions, ("f8_3", "f8_4", "f8_5"), strict=True):
         assert isinstance(layer, torch.nn.Conv2d)

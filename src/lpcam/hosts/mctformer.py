@@ -82,12 +82,14 @@ def _token_contrast(tokens: Tensor) -> Tensor:
     return F.cross_entropy(cosines.flatten(0, 1), targets)
 
 
-def _learning_rate(epoch: int, settings: MctformerSettings) -> float:
+def learning_rate(epoch: int, settings: MctformerSettings) -> float:
     """Learning rate of an epoch: a linear warm-up, then a half cosine (section 2).
 
-    The cosine counts from the first epoch, not from the end of the warm-up.
+    The cosine counts from the first epoch, not from the end of the warm-up. The released program
+    advances its schedule after each epoch, so an epoch has the rate of the one before it.
     """
     top, low, warmup = settings.learning_rate, settings.warmup_learning_rate, settings.warmup_epochs
+    epoch = max(epoch - 1, 0)
     if epoch < warmup:
         return low + (top - low) * epoch / warmup
     floor = settings.floor_learning_rate
@@ -301,7 +303,7 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
                 settings.epochs * an_epoch,
                 batch,
                 an_epoch,
-                lambda step: _learning_rate(step // an_epoch, settings) / rate,
+                lambda step: learning_rate(step // an_epoch, settings) / rate,
             ),
             label="training MCTformer",
             section="host.mctformer",

@@ -58,10 +58,10 @@ def probabilities(
     """Probabilities of the labels at every pixel of an image.
 
     Every scale and mirror image is segmented alone, so that the result does not depend on what else
-    is segmented. ``mean_logits`` enlarges logits to the image and takes the softmax of their mean;
-    ``mean_probabilities`` and ``max_probabilities`` take the softmax at the size of the logits and
-    enlarge that. All enlargements are bilinear with align_corners False. The largest probabilities
-    do not sum to one over the labels, and are left so: the CRF and the argmax need no sum.
+    is segmented. Logits are enlarged to the image (bilinear, align_corners False). ``mean_logits``
+    takes the softmax of their mean, ``mean_probabilities`` and ``max_probabilities`` the mean and
+    the maximum of their softmaxes. The largest probabilities do not sum to one over the labels, and
+    are left so: the CRF and the argmax need no sum.
 
     Args:
         segmenter: a segmenter in evaluation mode.
@@ -96,15 +96,17 @@ def probabilities(
             logits = _windowed(segmenter, pixels, settings.window, settings.overlap)
             if mirrored:
                 logits = logits.flip(-1)
-            if settings.fusion != "mean_logits":
-                logits = logits.softmax(0)
-            _fuse_(total, logits, largest=settings.fusion == "max_probabilities")
+            if settings.fusion == "mean_logits":
+                _add_(total, logits)
+            else:
+                full = resize(logits, size).softmax(0)
+                largest = settings.fusion == "max_probabilities"
+                torch.maximum(total, full, out=total) if largest else total.add_(full)
             count += 1
     if settings.fusion != "max_probabilities":
         total.div_(count)
     if settings.fusion == "mean_logits":
         _softmax_(total)
-    total.clamp_(0.0, 1.0)  # interpolation overshoots by rounding
     return total if crf is None else refine(total, image, settings, crf)
 
 
@@ -162,7 +164,7 @@ def _windowed(
         for left in window_starts(width, window, overlap):
             place = (..., slice(top, top + window), slice(left, left + window))
             part = images[place]
-            _fuse_(total[place], _logits(segmenter, part))
+            _add_(total[place], _logits(segmenter, part))
             count[place] += 1.0
     return total.div_(count)
 
@@ -184,17 +186,12 @@ def _logits(segmenter: SegmenterLike, images: Tensor) -> Tensor:
     return logits[0].float()
 
 
-def _fuse_(total: Tensor, maps: Tensor, *, largest: bool = False) -> None:
-    """Enlarge maps (L, h, w) to those of ``total`` (L, H, W), and add them or keep the larger."""
+def _add_(total: Tensor, maps: Tensor) -> None:
+    """Enlarge maps (L, h, w) to the size of ``total`` (L, H, W), and add them to it."""
     size = (total.shape[-2], total.shape[-1])
     step = max(1, CHUNK_BYTES // (total.element_size() * math.prod(size)))
     for start in range(0, len(total), step):
-        into = total[start : start + step]
-        part = resize(maps[start : start + step], size)
-        if largest:
-            torch.maximum(into, part, out=into)
-        else:
-            into.add_(part)
+        total[start : start + step].add_(resize(maps[start : start + step], size))
 
 
 def _softmax_(logits: Tensor) -> None:

@@ -128,18 +128,17 @@ class UperNetSwin(nn.Module):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters: ``backbone`` (Swin), ``head`` and ``head_bias`` (convolutions).
 
-        ``no_decay`` holds the norms and tables of relative positions of all parts.
+        ``no_decay`` holds the Swin's norms and tables of relative positions.
         """
         groups: dict[str, list[nn.Parameter]] = {
             name: [] for name in ("backbone", "head", "head_bias", "no_decay")
         }
-        norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
         for part in (self.backbone, self.decode_head, self.auxiliary_head):
             for module in part.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     if not parameter.requires_grad:
                         continue
-                    if isinstance(module, norms) or name == "relative_position_bias_table":
+                    if isinstance(module, nn.LayerNorm) or name == "relative_position_bias_table":
                         group = "no_decay"
                     elif part is self.backbone:
                         group = "backbone"

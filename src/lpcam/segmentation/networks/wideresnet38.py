@@ -52,8 +52,6 @@ class WideResNet38LargeFov(FrozenNorms):
         self.fc2 = nn.Conv2d(hidden, labels, 3, padding=DILATION, dilation=DILATION)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
         self.freeze_norms()
         self.backbone.conv1a.requires_grad_(False)
         self.eval()
