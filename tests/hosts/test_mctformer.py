@@ -138,7 +138,7 @@ def test_optimiser_of_the_specification(
             count // batch,
             6 * (count // batch),
         )
-        assert plan.rate(plan.record - 1) == plan.rate(0) != plan.rate(plan.record)
+        assert plan.rate(2 * plan.record - 1) == plan.rate(0) != plan.rate(2 * plan.record)
         return optimizer.param_groups
 
     monkeypatch.setattr(engine, "run", run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,14 +12,25 @@ import torch
 from parity.golden import load, load_json
 from torch import Tensor, nn
 
+from lpcam.classifiers.classifier import BackboneSpec
+from lpcam.hosts.base import HOSTS
+from lpcam.hosts.edam import Edam, EdamSettings, groups_of
 from lpcam.hosts.mctformer import learning_rate
 from lpcam.hosts.mctformer_network import MctformerSettings
 from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.segmentation.settings import SegmenterSettings
 from lpcam.segmentation.training import optimizer_of
+from lpcam.training.optim import freeze
 
 VOC = tuple(f"class {n}" for n in range(20))
+
+
+def edam() -> Edam:
+    settings = EdamSettings.from_preset("official")
+    return HOSTS["edam"].build(
+        BackboneSpec("wideresnet38", {}), VOC, settings, weights="random", seed=0
+    )
 
 
 def check_drawn(tensors: list[Tensor], expected: dict[str, Any]) -> None:
@@ -31,6 +44,56 @@ def check_drawn(tensors: list[Tensor], expected: dict[str, Any]) -> None:
     assert abs(float(values.mean())) < 4 * expected["std"] / math.sqrt(len(values))
     if expected["bound"] is not None:
         assert float(values.abs().max()) <= expected["bound"] * (1 + 1e-6)
+
+
+EDAM_NAMES = [
+    ("activation.weight", "mask_layer.weight"),
+    ("reduction.weight", "d_d.weight"),
+    ("segments.weight", "embedding.segment.weight"),
+    *(
+        (rf"encoders.\d+.{ours}.{part}", f"trans_list.*.0.{theirs}.{part}")
+        for ours, theirs in {
+            "query": "attention.linear_layers.0",
+            "key": "attention.linear_layers.1",
+            "value": "attention.linear_layers.2",
+            "joined": "attention.output_linear",
+            "inner": "feed_forward.w_1",
+            "outer": "feed_forward.w_2",
+        }.items()
+        for part in ("weight", "bias")
+    ),
+    (r"encoders.\d+.norms.0.weight", "trans_list.*.0.input_sublayer.norm.a_2"),
+    (r"encoders.\d+.norms.0.bias", "trans_list.*.0.input_sublayer.norm.b_2"),
+    (r"encoders.\d+.norms.1.weight", "trans_list.*.0.output_sublayer.norm.a_2"),
+    (r"encoders.\d+.norms.1.bias", "trans_list.*.0.output_sublayer.norm.b_2"),
+    ("logits.weight", "fc_list.*.weight"),
+]
+
+
+@cache
+def edam_state() -> dict[str, Tensor]:
+    return dict(edam().state_dict())
+
+
+@pytest.mark.parametrize(("ours", "theirs"), EDAM_NAMES, ids=[ours for ours, _ in EDAM_NAMES])
+def test_edam_first_weights(ours: str, theirs: str) -> None:
+    expected = load_json("edam_init")["tensors"][theirs]
+    check_drawn([t for name, t in edam_state().items() if re.fullmatch(ours, name)], expected)
+
+
+def test_edam_groups() -> None:
+    golden = load_json("edam_groups")
+    settings, network = EdamSettings.from_preset("official"), edam()
+    freeze(network.classifier.backbone, settings.freeze, norms=True)
+    found: dict[tuple[float, float], int] = {}
+    for group in groups_of(network, settings):
+        key = (round(group["lr"] / golden["base_lr"], 9), settings.weight_decay)
+        found[key] = found.get(key, 0) + len(group["params"])
+    # the twenty logits are one tensor here
+    assert found == {(1.0, 5e-4): 356, (10.0, 5e-4): 3}
+    trained = [v for v in golden["parameters"].values() if v["trained"]]
+    assert len(trained) == 356 + 22
+    assert {(v["lr_multiple"], v["weight_decay"]) for v in trained} == {(1, 5e-4), (10, 5e-4)}
 
 
 def test_mctformer_schedule() -> None:

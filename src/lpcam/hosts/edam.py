@@ -57,7 +57,7 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours
-from lpcam.training.optim import freeze, names_below, parameter_groups, poly
+from lpcam.training.optim import freeze, names_below, poly, sgd
 
 
 class EdamSettings(HostSettings):
@@ -74,12 +74,10 @@ class EdamSettings(HostSettings):
     """Learning rate of the backbone and the transformers."""
     head_multiplier: Positive
     """Factor of the learning rate of the new convolutions."""
-    bias_multiplier: Positive
-    """Further factor of the learning rate of biases, which have no weight decay."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Momentum of SGD; a larger one averages over more steps."""
     weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on trained weights other than biases."""
+    """L2 penalty on all trained weights; a larger one keeps them smaller."""
     power: Annotated[float, Field(ge=0.0)]
     """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     warmup: Annotated[int, Field(ge=0)]
@@ -118,6 +116,8 @@ class EdamSettings(HostSettings):
         return self
 
 
+SEGMENTS = 5
+"""Rows of the released table of segments, of which two are used."""
 PAIR = 2
 """Images from which a class is learnt together."""
 HEADS = ("activation.", "reduction.", "logits.")
@@ -147,6 +147,26 @@ class _Norm(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         centred = tokens - tokens.mean(-1, keepdim=True)
         return self.weight * centred / (tokens.std(-1, keepdim=True) + 1e-6) + self.bias
+
+
+def _xavier(weight: Tensor, fans: int) -> None:
+    """Draw the uniform first weights of a tensor whose fans, in and out, have this sum."""
+    bound = math.sqrt(6 / fans)
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def groups_of(network: Edam, settings: EdamSettings) -> list[dict[str, Any]]:
+    """The trained parameters of the backbone and transformers, and of the new convolutions.
+
+    All have weight decay, as in the released program, where the groups of biases are empty.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(HEADS)].append(parameter)
+    rate = settings.learning_rate
+    rates = {False: rate, True: rate * settings.head_multiplier}
+    return [{"params": groups[new], "lr": rates[new]} for new in groups]
 
 
 class Encoder(nn.Module):
@@ -212,12 +232,16 @@ class Edam(HostNetwork):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.activation = nn.Conv2d(channels, count + 1, 3, padding=1, bias=False)
-            nn.init.xavier_uniform_(self.activation.weight)
             self.reduction = nn.Conv2d(channels, width, 1, bias=False)
             self.segments = nn.Embedding(PAIR, width)
             self.encoders = nn.ModuleList(Encoder(**self.sizes) for _ in self.classes)
             # the row of a class is its convolution of 1 x 1 to one channel
             self.logits = nn.Linear(width, count, bias=False)
+            linear = [m for m in self.encoders.modules() if isinstance(m, nn.Linear)]
+            for module in (self.activation, self.reduction, *linear):
+                nn.init.xavier_uniform_(module.weight)
+            _xavier(self.segments.weight, SEGMENTS + width)
+            _xavier(self.logits.weight, 1 + width)
         self.eval()
 
     def masks(self, features: Tensor) -> Tensor:
@@ -372,11 +396,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
 
         return engine.run(
             network,
-            torch.optim.SGD(
-                parameter_groups(network, HEADS, settings),
-                lr=settings.learning_rate,
-                momentum=settings.momentum,
-            ),
+            sgd(groups_of(network, settings), settings),
             partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
             len(partners.firsts),
             loss,
