@@ -57,7 +57,7 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours
-from lpcam.training.optim import freeze, names_below, poly, sgd
+from lpcam.training.optim import freeze, names_below, poly
 
 
 class EdamSettings(HostSettings):
@@ -396,7 +396,11 @@ class _EdamHost(Host[EdamSettings, Edam]):
 
         return engine.run(
             network,
-            sgd(groups_of(network, settings), settings),
+            torch.optim.SGD(
+                groups_of(network, settings),
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            ),
             partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
             len(partners.firsts),
             loss,
