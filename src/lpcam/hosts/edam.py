@@ -237,9 +237,10 @@ class Edam(HostNetwork):
             self.encoders = nn.ModuleList(Encoder(**self.sizes) for _ in self.classes)
             # the row of a class is its convolution of 1 x 1 to one channel
             self.logits = nn.Linear(width, count, bias=False)
-            linear = [m for m in self.encoders.modules() if isinstance(m, nn.Linear)]
-            for module in (self.activation, self.reduction, *linear):
-                nn.init.xavier_uniform_(module.weight)
+            layers: list[nn.Conv2d | nn.Linear] = [self.activation, self.reduction]
+            layers += [m for m in self.encoders.modules() if isinstance(m, nn.Linear)]
+            for layer in layers:
+                nn.init.xavier_uniform_(layer.weight)
             _xavier(self.segments.weight, SEGMENTS + width)
             _xavier(self.logits.weight, 1 + width)
         self.eval()
