@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from lpcam.data.masks import voc_palette
+from lpcam.evaluation.segmentation import ThresholdSweep
 from lpcam.explain.web import encode_array as array
 from lpcam.explain.web import encode_picture as picture
-from lpcam.method.seeds import seeds
+from lpcam.explain.web import encode_unit as unit
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
@@ -31,14 +32,14 @@ METHODS = ("CAM", "LPCAM-F", "LPCAM")
 DRAWN = ("CAM", "LPCAM")
 FIXED = {"CAM": 0.25, "LPCAM-F": 0.45, "LPCAM": 0.45}
 UNDEFINED = 65535
+TEACHERS = {"cam": "CAM + IRN", "lpcam": "LPCAM + IRN", "truth": "true masks"}
 
 
 def unpacked(packed: dict[str, Any]) -> NDArray[Any]:
     """An array of the page's data."""
     kind = np.dtype(packed["type"]).newbyteorder("<")
-    return np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), kind).reshape(
-        packed["shape"]
-    )
+    data = zlib.decompress(base64.b64decode(packed["data"]))
+    return np.frombuffer(data, kind).reshape(packed["shape"])
 
 
 def blob(height: int, width: int, y: float, x: float, size: float) -> NDArray[np.float32]:
@@ -53,22 +54,6 @@ def enlarged(planes: NDArray[np.uint8], height: int, width: int) -> torch.Tensor
     """Planes (K, h, w) as maps (K, height, width) in [0, 1]: bilinear."""
     maps = torch.from_numpy(planes.copy()).float().unsqueeze(0) / 255
     return torch.nn.functional.interpolate(maps, size=(height, width), mode="bilinear")[0]
-
-
-def iou_table(
-    maps: torch.Tensor, truth: NDArray[np.uint8], labels: list[int]
-) -> NDArray[np.uint16]:
-    """IoU of each label's seed at each threshold, times 10000."""
-    table = np.full((len(labels), len(THRESHOLDS)), UNDEFINED, np.uint16)
-    real, counted = torch.from_numpy(truth.astype(np.int64)), torch.from_numpy(truth != 255)
-    for step, threshold in enumerate(THRESHOLDS):
-        seed = seeds(maps, threshold)
-        for k, label in enumerate(labels):
-            marked, there = (seed == k + 1) & counted, (real == label + 1) & counted
-            union = int((marked | there).sum())
-            if union:
-                table[k, step] = round(10000 * int((marked & there).sum()) / union)
-    return table
 
 
 def _image(
@@ -89,20 +74,16 @@ def _image(
             own[:] = [np.clip(p + generator.normal(0, 0.004, p.shape), 0, 1) for p in own]
     truth[:2] = 255
     pixels[truth > 0] = pixels[truth > 0] // 2 + 90
-    small = {
-        name: np.rint(255 * np.stack(planes[name])).astype(np.uint8)
-        if labels
-        else np.zeros((0, height // 4, width // 4), np.uint8)
-        for name in DRAWN
-    }
-    tables = {
-        name: iou_table(enlarged(small[name], height, width), truth, labels) for name in DRAWN
-    }
-    scores = {}
-    for name, table in tables.items():
-        values = table[:, round(100 * FIXED[name])]
-        if (values != UNDEFINED).any():
-            scores[name] = float(values[values != UNDEFINED].mean() / 10000)
+    small = {name: np.rint(255 * np.stack(planes[name])).astype(np.uint8) for name in DRAWN}
+    tables, scores = {}, {}
+    for name, values in small.items():
+        sweep = ThresholdSweep(max(labels) + 1)
+        real, keys = torch.from_numpy(truth.astype(np.int64)), torch.tensor(labels)
+        sweep.update(real, enlarged(values, height, width), keys)
+        table = (10000 * sweep.ious(labels)).round().nan_to_num(UNDEFINED)
+        tables[name] = table.numpy().astype(np.uint16)
+        own = table[:, round(100 * FIXED[name])]
+        scores[name] = (own[own != UNDEFINED].mean() / 10000).item()
     return {
         "id": f"{number:04}",
         "picture": picture(pixels),
@@ -121,16 +102,9 @@ def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
     rows = []
     for source in ("ground truth", "fixed"):
         for place, method in enumerate(METHODS):
-            per_class = {}
-            for index, name in enumerate(["background", *names]):
-                iou = 0.3 + 0.04 * place + 0.02 * ((index * (place + 1)) % 7)
-                per_class[name] = {
-                    "iou": iou,
-                    "fp": 0.6 * (1 - iou),
-                    "fn": 0.4 * (1 - iou),
-                    "precision": 0.5 + 0.05 * place,
-                    "recall": 0.6,
-                }
+            ious = [
+                0.3 + 0.04 * place + 0.02 * ((n * (place + 1)) % 7) for n in range(len(names) + 1)
+            ]
             row: dict[str, Any] = {
                 "stage": "seed",
                 "method": method,
@@ -141,71 +115,57 @@ def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
                 "fn": 0.25 + 0.02 * place,
                 "precision": 0.51,
                 "recall": 0.58,
-                "per_class": per_class,
+                "per_class": {
+                    name: {"iou": iou, "fp": 0.6 * (1 - iou), "fn": 0.4 * (1 - iou)}
+                    for name, iou in zip(["background", *names], ious, strict=True)
+                },
                 "protocol": {"threshold_source": f"how {source} was chosen"},
                 "images": 12,
             }
             if parts:
                 row["part_coverage"] = {"head": 0.8 - 0.02 * place, "legs": 0.3 + 0.1 * place}
             rows.append(row)
-    if refined:
-        further = [
-            {**row, "stage": "pseudo", "method": f"{row['method']} + IRN"}
-            for row in rows
-            if row["method"] in DRAWN
-        ]
-        for row in further:
-            for gained in ("miou", "precision", "recall"):
-                row[gained] += 0.1 if row["method"] == "CAM + IRN" else 0.12
-        rows += reversed(further)  # the page has an order of its own
-    return rows
+    further = []
+    for row in rows if refined else ():
+        if row["method"] in DRAWN:
+            gain = 0.1 if row["method"] == "CAM" else 0.12
+            better = {name: row[name] + gain for name in ("miou", "precision", "recall")}
+            further.append({**row, "stage": "pseudo", "method": f"{row['method']} + IRN", **better})
+    return rows + further[::-1]  # the page has an order of its own
 
 
 def _segmenters(
     names: list[str], ids: list[str], truth: bool, generator: np.random.Generator
 ) -> dict[str, Any]:
     """Three segmenters: LPCAM's is better than CAM's by 5 points, that of the truth by 10."""
-    teachers = {"cam": "CAM + IRN", "lpcam": "LPCAM + IRN", "truth": "true masks"}
     rows = []
     for crf in (False, True):
-        for place, (teacher, title) in enumerate(teachers.items()):
+        for place, teacher in enumerate(TEACHERS):
             iou = 0.5 + 0.05 * place + 0.02 * crf
-            figures = {"iou": iou, "fp": 0.2, "fn": 0.8 - iou, "precision": 0.7, "recall": 0.6}
+            figures = {"fp": 0.2, "fn": 0.8 - iou, "precision": 0.7, "recall": 0.6}
+            classes = {name: {**figures, "iou": iou} for name in ("background", *names)}
             # of the last class LPCAM's segmenter knows less
-            worse = {**figures, "iou": iou - 0.08 * (teacher == "lpcam")}
-            rows.append(
-                {
-                    **{key: value for key, value in figures.items() if key != "iou"},
-                    "stage": "segmentation",
-                    "method": f"DeepLabV2 on {title}{', CRF' if crf else ''}",
-                    "teacher": teacher,
-                    "crf": crf,
-                    "threshold": None,
-                    "threshold_source": None,
-                    "images": 1449,
-                    "miou": iou,
-                    "per_class": dict.fromkeys(("background", *names[:-1]), figures)
-                    | {names[-1]: worse},
-                }
-            )
+            classes[names[-1]] = {**figures, "iou": iou - 0.08 * (teacher == "lpcam")}
+            row = {"teacher": teacher, "crf": crf, "images": 1449, "miou": iou}
+            rows.append({**row, **figures, "per_class": classes})
     seen = picture(generator.integers(0, 255, (30, 40, 3)).astype(np.uint8))
     view = {"picture": seen, "classes": [0], "ignored": False}
-    kinds = ("gain", "loss", "even")
-    images = [
-        {
-            "id": name,
-            "kind": kinds[number % 3],
-            "picture": seen,
-            "width": 40,
-            "height": 30,
-            "truth": {**view, "ignored": True} if truth and number != 2 else None,
-            "masks": {"cam": {**view, "classes": []}, "lpcam": view, "truth": view},
-            "miou": {"cam": 0.4, "lpcam": 0.4 + 0.1 * (1 - number % 3), "truth": 0.7}
-            if truth and number != 2
-            else {},
-        }
-        for number, name in enumerate(ids[:6])
-    ]
+    images = []
+    for number, name in enumerate(ids[:6]):
+        known = truth and number != 2
+        lpcam = 0.4 + 0.1 * (1 - number % 3)
+        images.append(
+            {
+                "id": name,
+                "kind": ("gain", "loss", "even")[number % 3],
+                "picture": seen,
+                "width": 40,
+                "height": 30,
+                "truth": {**view, "ignored": True} if known else None,
+                "masks": {"cam": {**view, "classes": []}, "lpcam": view, "truth": view},
+                "miou": {"cam": 0.4, "lpcam": lpcam, "truth": 0.7} if known else {},
+            }
+        )
     history = [
         {"epoch": 1, "step": step, "loss": 1.8 - step / 1000}
         | ({"validation_miou": step / 3000} if truth and step % 500 == 0 else {})
@@ -218,11 +178,9 @@ def _segmenters(
         "checkpoint": "last",
         "crf": "deeplab",
         "settings": {"backbone": "resnet18", "mean": None, "training": {"batch_size": 10}},
-        "teachers": [
-            {"name": name, "title": title, "images": 1464} for name, title in teachers.items()
-        ],
+        "teachers": [{"name": n, "title": title, "images": 1464} for n, title in TEACHERS.items()],
         "rows": rows if truth else [],
-        "history": dict.fromkeys(teachers, history),
+        "history": dict.fromkeys(TEACHERS, history),
         "images": images,
         "images_total": 1449,
     }
@@ -232,7 +190,7 @@ def _prototype(number: int, side: str, generator: np.random.Generator) -> dict[s
     kept = number % 3 != 2
     score = 0.95 if (side == "foreground") == kept else 0.5
     patch = generator.integers(0, 255, (8, 8, 3)).astype(np.uint8)
-    large = np.repeat(np.repeat(patch, 8, 0), 8, 1)
+    large = patch.repeat(8, 0).repeat(8, 1)
     return {
         "number": number,
         "score": score,
@@ -241,7 +199,7 @@ def _prototype(number: int, side: str, generator: np.random.Generator) -> dict[s
         "rule": f"score {score} decides by {'μ_f' if side == 'foreground' else 'μ_b'}",
         "range": [-0.054 + 0.1 * number, 0.62],
         "patches": [{"picture": picture(large), "image": "0000", "cosine": 0.87}] * 3,
-        "map": array(np.rint(255 * blob(15, 20, 0.2 * number, 0.5, 0.3)).astype(np.uint8)),
+        "map": unit(blob(15, 20, 0.2 * number, 0.5, 0.3)),
     }
 
 
@@ -261,7 +219,6 @@ def sample(
 
     Args:
         images: how many; beyond 12 they repeat.
-        classes: how many.
         hostile: names, reasons and commands are those of `HOSTILE`.
         masks: without, there is nothing that needs truth.
         parts: whether parts have scores.
@@ -274,7 +231,6 @@ def sample(
     names = [f"class {index}" for index in range(classes)]
     if hostile:
         names[: len(HOSTILE)] = HOSTILE[:classes]
-    palette = voc_palette()
     made = []
     distinct = min(images, 4 if large else 12)
     for number in range(distinct):
@@ -282,12 +238,10 @@ def sample(
         labels = sorted({number % classes, second % classes})
         made.append(_image(number, labels, generator, large))
     shown = [{**made[number % distinct], "id": f"{number:04}"} for number in range(images)]
-    if hostile:
-        for entry, name in zip(shown, HOSTILE, strict=False):
-            entry["id"] = name
+    for entry, name in zip(shown, HOSTILE if hostile else (), strict=False):
+        entry["id"] = name
     if not masks:
-        for entry in shown:
-            entry |= {"masks": {}, "iou": {}, "score": {}}
+        shown = [{**entry, "masks": {}, "iou": {}, "score": {}} for entry in shown]
     text = HOSTILE[1] if hostile else "plain words"
     ids = [entry["id"] for entry in shown]
     curves = {
@@ -299,46 +253,45 @@ def sample(
         }
         for method in METHODS
     }
-    example = (
-        {key: shown[0][key] for key in ("id", "picture", "width", "height")} if shown else None
-    )
-    prototypes = [
-        {
-            "class": index,
-            "example": example,
-            "sides": {
-                side: {
-                    "total": 36,
-                    "kept": 24,
-                    "prototypes": [_prototype(number, side, generator) for number in range(5)],
-                }
-                for side in ("foreground", "context")
-            },
-        }
-        for index in range(classes)
-    ]
-    pair = np.stack([blob(15, 20, 0.4, 0.4, 0.2), blob(15, 20, 0.6, 0.6, 0.2)])
-    pair_array = array(np.rint(255 * pair).astype(np.uint8))
-    confusions = [
-        {
-            **(example or {}),
-            "present": 0,
-            "lookalike": classes - 1,
-            "scores": [0.98, 0.41],
-            "maps": dict.fromkeys(DRAWN, pair_array),
-        }
-    ]
-    segmenters = {"segmenters": _segmenters(names, ids, masks, generator)} if segmented else {}
+    example = {key: shown[0][key] for key in ("id", "picture", "width", "height")} if shown else {}
+    prototypes = []
+    for index in range(classes if meaning else 0):
+        sides = {}
+        for side in ("foreground", "context"):
+            cards = [_prototype(number, side, generator) for number in range(5)]
+            sides[side] = {"total": 36, "kept": 24, "prototypes": cards}
+        prototypes.append({"class": index, "example": example or None, "sides": sides})
+    pair = unit(np.stack([blob(15, 20, 0.4, 0.4, 0.2), blob(15, 20, 0.6, 0.6, 0.2)]))
+    confusion = {"present": 0, "lookalike": classes - 1, "scores": [0.98, 0.41]}
+    confusion |= {**example, "maps": dict.fromkeys(DRAWN, pair)}
+    highlights = {
+        "most improved": ids[1:4],
+        "most worsened": ids[4:6],
+        "best": ids[:3],
+        "worst": [*ids[-2:], "not among the shown"],
+    }
+    told = {
+        "skipped": [{"id": text, "reason": text}],
+        "notices": [text],
+        "events": [text],
+        "history": [{"epoch": 1, "loss": 0.0174, "validation_map": 0.762}],
+        "networks": [{"title": "the network of AMN", "history": [{"epoch": 2, "loss": 1.6893}]}],
+        "stages": [
+            {"name": "cam", "seconds": 70.1, "peak_memory": 3 * 2**30},
+            {"name": "evaluate", "seconds": 3754.0, "peak_memory": None},
+        ],
+    }
+    refinement = {"method": "irn", "irn": {"beta": 10}, "crf": {"steps": 10}}
     return {
         "format": 1,
-        **segmenters,
+        **({"segmenters": _segmenters(names, ids, masks, generator)} if segmented else {}),
         "title": HOSTILE[0] if hostile else "creatures",
         "lpcam_version": "0.1.0",
         "methods": list(METHODS),
         "fixed": FIXED,
         "classes": [
-            {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*palette[index + 1].tolist())}
-            for index, name in enumerate(names)
+            {"name": name, "color": f"#{bytes(colour).hex()}"}
+            for name, colour in zip(names, voc_palette()[1:], strict=False)
         ],
         "rows": _rows(names, parts, refined) if masks else [],
         "protocol": {
@@ -349,9 +302,7 @@ def sample(
             "scales": [1.0, 0.5],
             "flip": True,
             "crf": False,
-            "refine": {"method": "irn", "irn": {"beta": 10}, "crf": {"steps": 10}}
-            if refined
-            else None,
+            "refine": refinement if refined else None,
             "void": "255 is not counted",
             "seed": 0,
             "classifier": {"backbone": "resnet18", "settings": {"weight_decay": 0.001}},
@@ -362,38 +313,13 @@ def sample(
         "images_total": max(images, 400),
         "limited": False,
         "searched": 120,
-        "highlights": {
-            "most improved": ids[1:4],
-            "most worsened": ids[4:6],
-            "best": ids[:3],
-            "worst": [*ids[-2:], "not among the shown"],
-        }
-        if masks
-        else {},
+        "highlights": highlights if masks else {},
         "prototypes": {
-            "rule": {
-                "k": 36,
-                "tau": 0.1,
-                "mu_f": 0.9,
-                "mu_b": 0.9,
-                "mu_b_lower": 0.05,
-                "restarts": 4,
-            },
-            "classes": prototypes if meaning else [],
+            "rule": {"k": 36, "restarts": 4}
+            | {"tau": 0.1, "mu_f": 0.9, "mu_b": 0.9, "mu_b_lower": 0.05},
+            "classes": prototypes,
         },
-        "confusions": confusions if meaning and shown else [],
-        "skipped": [{"id": text, "reason": text}] if meaning else [],
-        "notices": [text] if meaning else [],
-        "events": [text] if meaning else [],
-        "history": [{"epoch": 1, "loss": 0.0174, "validation_map": 0.762}] if meaning else [],
-        "networks": [{"title": "the network of AMN", "history": [{"epoch": 2, "loss": 1.6893}]}]
-        if meaning
-        else [],
-        "stages": [
-            {"name": "cam", "seconds": 70.1, "peak_memory": 3 * 2**30},
-            {"name": "evaluate", "seconds": 3754.0, "peak_memory": None},
-        ]
-        if meaning
-        else [],
+        "confusions": [confusion] if meaning and shown else [],
+        **(told if meaning else {name: [] for name in told}),
         "command": f"lpcam run {text}",
     }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report.sample import unpacked
 
 from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
@@ -21,11 +19,6 @@ from lpcam.report.images import Sources, choose, highlights, image_records, smal
 from lpcam.runtime.distributed import Sharing
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
-
-
-def decode(found: dict[str, Any]) -> Any:
-    data = zlib.decompress(base64.b64decode(found["data"]))
-    return np.frombuffer(data, found["type"]).reshape(found["shape"])
 
 
 def item(name: str, *labels: int) -> Item:
@@ -105,10 +98,10 @@ def test_records(run: tuple[Dataset, list[Item], dict[Method, Path]]) -> None:
     assert [one["id"] for one in (a, b, c)] == ["a", "b", "c"]
     assert (a["height"], a["width"], b["height"], b["width"]) == (77, 256, 40, 30)
     assert a["score"] == {"CAM": 0.25, "LPCAM": 0.25}
-    assert decode(a["planes"]["CAM"]).shape == (2, 20, 64)
-    assert decode(b["planes"]["LPCAM"]).shape == (1, 10, 8)
+    assert unpacked(a["planes"]["CAM"]).shape == (2, 20, 64)
+    assert unpacked(b["planes"]["LPCAM"]).shape == (1, 10, 8)
     assert (c["masks"], c["iou"], c["score"], c["labels"]) == ({}, {}, {}, [])
-    truth = decode(b["masks"]["truth"])
+    truth = unpacked(b["masks"]["truth"])
     with Image.open(items[1].mask) as mask:
         assert np.array_equal(truth, truth_labels(np.array(mask), dataset.classes).numpy())
 
@@ -118,7 +111,7 @@ def test_records(run: tuple[Dataset, list[Item], dict[Method, Path]]) -> None:
             labels = truth_labels(np.array(mask), dataset.classes)
         for method in METHODS:
             maps = read_maps(map_path(folders[method], one.id))
-            found = decode(record["iou"][method])
+            found = unpacked(record["iou"][method])
             assert found.shape == (len(one.labels), 100)
             for step in (0, 17, 50, 99):
                 seed = seeds(torch.from_numpy(maps.high_res), step / 100)
@@ -142,5 +135,5 @@ def test_an_absent_class_has_no_iou(
     for folder in folders.values():
         write_maps(map_path(folder, "b"), empty, dtype="uint8")
     (record,) = image_records([one], Sources(dataset, folders, {m: {} for m in METHODS}), Sharing())
-    assert set(decode(record["iou"]["CAM"]).ravel().tolist()) == {65535}
+    assert set(unpacked(record["iou"]["CAM"]).ravel().tolist()) == {65535}
     assert record["score"] == {"CAM": None, "LPCAM": None}
