@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import draw_folder
 
 from lpcam.data.dataset import ClassTable, Dataset, Item, Skip
-from lpcam.data.folder import read_folder
 from lpcam.data.inspection import _may_be_one, survey
 from lpcam.data.open_dataset import Truth
-from lpcam.data.survey import Finding, Survey
-from lpcam.pipeline.estimate import estimate_run, usual_recipe
+from lpcam.data.survey import Estimate, Finding, Survey
 from lpcam.runtime.errors import LpcamError
 
 LABELS = {"a": (0,), "b": (0, 1), "c": (1,), "d": (), "e": (0, 1)}
@@ -27,22 +23,20 @@ MASKS = {"a": [0, 1, 255], "b": [1, 2], "c": [0, 2]}
 
 def make(
     folder: Path,
-    labels: dict[str, tuple[int, ...]] | None = None,
-    masks: dict[str, list[int]] | None = None,
+    labels: dict[str, tuple[int, ...]] = LABELS,
+    masks: dict[str, list[int]] = MASKS,
     classes: tuple[str, ...] = ("cow", "dog"),
     **more: object,
 ) -> Dataset:
     """A data set of images that all differ, 6 wide, the n-th 4 + n high."""
     items = {}
-    for number, (name, of) in enumerate((LABELS if labels is None else labels).items()):
-        image = folder / f"{name}.png"
+    for number, (name, of) in enumerate(labels.items()):
+        image, path = folder / f"{name}.png", None
         Image.new("RGB", (6, 4 + number), (number, 0, 0)).save(image)
-        values = (MASKS if masks is None else masks).get(name)
-        path = None
-        if values is not None:
+        if name in masks:
             path = folder / f"{name}-mask.png"
-            mask = np.full((4 + number, 6), values[0], np.uint8)
-            mask[0, : len(values)] = values
+            mask = np.full((4 + number, 6), masks[name][0], np.uint8)
+            mask[0, : len(masks[name])] = masks[name]
             Image.fromarray(mask).save(path)
         items[name] = Item(name, image, of, path)
     lists = {"train": ("a", "b"), "val": ("c",), "all": tuple(items)}
@@ -94,7 +88,6 @@ def test_labels_and_masks_that_disagree(tmp_path: Path) -> None:
 def test_masks_of_0_and_255_alone(tmp_path: Path) -> None:
     result = survey(make(tmp_path, masks={name: [0, 255] for name in "abc"}))
     assert "write the class's number instead (1 for cow)" in found(result, "mask values").text
-    # not one finding an image on top
     assert "label without mask" not in kinds(result)
 
 
@@ -118,12 +111,11 @@ def test_masks_that_cannot_be_used_do_not_stop_it(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "b-mask.png")
     (tmp_path / "c-mask.png").unlink()
     result = survey(dataset)
-    texts = {f.names: f.text for f in result.findings if f.kind == "mask"}
-    assert set(texts) == {("a",), ("b",), ("c",)}
-    assert "holds colours" in texts[("a",)]
-    assert "is 9 x 9 (height x width), the upright image 5 x 6" in texts[("b",)]
-    assert "No such file" in texts[("c",)]
-    assert all(str(tmp_path) not in text for text in texts.values())
+    texts = {f.names[0]: f.text for f in result.findings if f.kind == "mask"}
+    words = {"a": "holds colours", "b": "is 9 x 9 (height x width)", "c": "No such file"}
+    assert set(texts) == set(words)
+    for name, text in texts.items():
+        assert words[name] in text and str(tmp_path) not in text
 
 
 def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> None:
@@ -217,16 +209,14 @@ def test_names_that_may_be_one_class(one: str, other: str, images: int, same: bo
     assert _may_be_one(other, one, 100, images) is same
 
 
-def test_class_and_image_names_that_are_near(tmp_path: Path) -> None:
+def test_names_of_classes_and_images(tmp_path: Path) -> None:
     labels = {"a": (0,), "b": (1,), "img": (0,)}
     dataset = make(tmp_path, labels, {}, ("cow", "Cow"))
     items = {**dataset.items, "IMG": replace(dataset.items["a"], id="IMG")}
     result = survey(replace(dataset, items=items))
     assert found(result, "class names").names == ("cow (3), Cow (1)",)
     assert found(result, "image names").names == ("img, IMG",)
-
-
-def test_classes_that_are_several_with_a_wrong_separator(tmp_path: Path) -> None:
+    # several classes with a wrong separator
     classes = ("cow", "dog", "cow,dog", "dog | cow", "cow,hen", "a|b")
     labels = {name: (row,) for row, name in enumerate("abcdef")}
     finding = found(survey(make(tmp_path, labels, {}, classes)), "class names")
@@ -305,13 +295,17 @@ def test_summary_of_many_classes_is_short_and_narrow(tmp_path: Path) -> None:
     assert "[red]cow :cow:" in odd.summary()
 
 
-def test_a_drawn_folder_with_an_estimate(tmp_path: Path) -> None:
-    draw_folder(tmp_path, count=6)
-    estimate = partial(estimate_run, recipe=usual_recipe("test_resnet"), workers=2)
-    result = survey(read_folder(tmp_path), estimate=estimate, workers=2)
+def test_an_estimate_is_told(tmp_path: Path) -> None:
+    seconds, disk = (
+        {"train": 3.0, "val": 400.0, "all": 9e4},
+        {"train": 10**6, "val": 5, "all": 10**9},
+    )
+    made = Estimate("net", (1.0, 0.5), True, "cpu", 2, 12, seconds, disk, ("all",))
+    result = survey(
+        make(tmp_path), estimate=lambda _dataset, sizes: replace(made, timed=len(sizes))
+    )
     text = " ".join(result.summary().split())
-    assert "time of a run" in text
-    assert "timed here with test_resnet, scales 1, 0.5, 1.5 and flip, 2 workers on" in text
-    assert result.as_json()["estimate"]["seconds"]["all"] > 0
-    # labels and masks of the drawing agree
-    assert [f.kind for f in result.problems] == []
+    assert "5 images timed here with net, scales 1, 0.5 and flip, 2 workers on cpu" in text
+    assert "train 2 2 2 3 s 1 MB all" in text and "all 5 4 3 25.0 h 1.0 GB" in text
+    assert "The features of all do not fit" in text
+    assert result.as_json()["estimate"]["seconds"] == seconds

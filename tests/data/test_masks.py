@@ -1,7 +1,8 @@
-"""Seeds, mask values, palette PNGs and pictures."""
+"""Seeds, mask values, palette PNGs, pictures, and masks of a folder."""
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.data.dataset import ClassTable
+from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.drawing import overlay, overlay_mask
-from lpcam.data.masks import read_index_mask, voc_palette, write_mask
+from lpcam.data.masks import read_index_mask, voc_palette, with_mask_folder, write_mask
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.runtime.errors import DataError
 
@@ -21,18 +22,9 @@ CLASSES = ClassTable(("cat", "cow", "dog"), (8, 10, 12))
 def test_palette_is_that_of_voc() -> None:
     palette = voc_palette()
     assert palette.shape == (256, 3) and palette.dtype == np.uint8
-    expected = {
-        0: (0, 0, 0),
-        1: (128, 0, 0),
-        2: (0, 128, 0),
-        7: (128, 128, 128),
-        8: (64, 0, 0),
-        15: (192, 128, 128),
-        16: (0, 64, 0),
-        20: (0, 64, 128),
-        255: (224, 224, 192),
-    }
-    assert {value: tuple(palette[value].tolist()) for value in expected} == expected
+    assert palette[[0, 1, 2, 7]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128] * 3]
+    assert palette[[8, 15, 16]].tolist() == [[64, 0, 0], [192, 128, 128], [0, 64, 0]]
+    assert palette[[20, 255]].tolist() == [[0, 64, 128], [224, 224, 192]]
     assert len({tuple(colour) for colour in palette.tolist()}) == 256
 
 
@@ -104,3 +96,37 @@ def test_overlay_mask_by_hand() -> None:
     image = np.full((1, 3, 3), 100, dtype=np.uint8)
     drawn = overlay_mask(image, np.array([[0, 1, 255]], dtype=np.uint8), opacity=0.5)
     assert drawn.tolist() == [[[100, 100, 100], [114, 50, 50], [162, 162, 146]]]
+
+
+def dataset(*ids: str) -> Dataset:
+    items = {name: Item(name, Path(f"{name}.jpg"), (0,), Path("old.png")) for name in ids}
+    return Dataset("d", ClassTable(("cow",), (1,)), items, {"all": ids}, "labels")
+
+
+def test_masks_are_found_by_id_and_by_the_numbers_of_coco(tmp_path: Path) -> None:
+    names = ["barn/cow 7", "COCO_train2014_000000000009", "COCO_train2014_000000000010", "other"]
+    for name in ("barn/cow 7", "9", "000000000010"):
+        write_mask(tmp_path / f"{name}.png", np.zeros((2, 2), np.uint8))
+    found = with_mask_folder(dataset(*names), tmp_path)
+    masks = [found.items[name].mask for name in names]
+    expected = [tmp_path / f"{name}.png" for name in ("barn/cow 7", "9", "000000000010")]
+    assert masks == [*expected, None]  # an image of another has none, not the old one
+
+
+def test_endings_in_capitals_and_decomposed_names_are_read(tmp_path: Path) -> None:
+    names = ["Kühe/Kälbchen 1", "cow.2"]
+    mask = np.zeros((2, 2), np.uint8)
+    files = [tmp_path / f"{unicodedata.normalize('NFD', names[0])}.png", tmp_path / "cow.2.PNG"]
+    for path in files:
+        write_mask(path.with_suffix(".png"), mask)
+        path.with_suffix(".png").rename(path)
+    found = with_mask_folder(dataset(*names), tmp_path)
+    assert [found.items[name].mask for name in names] == files
+
+
+def test_a_folder_without_masks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing"):
+        with_mask_folder(dataset("a"), tmp_path / "missing")
+    write_mask(tmp_path / "b.png", np.zeros((2, 2), np.uint8))
+    with pytest.raises(DataError, match=r"a\.png"):
+        with_mask_folder(dataset("a"), tmp_path)

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from lpcam.data import validation as check
-from lpcam.data.dataset import Dataset
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image
 from lpcam.data.validation import check_images
@@ -54,12 +52,7 @@ def test_unchanged_files_are_not_read_again(root: Path, monkeypatch: pytest.Monk
     dataset = read_folder(root)
     _, records = check_images(dataset)
     read: list[Path] = []
-
-    def counted(path: Path) -> NDArray[np.uint8]:
-        read.append(path)
-        return read_image(path)
-
-    monkeypatch.setattr(check, "read_image", counted)
+    monkeypatch.setattr(check, "read_image", lambda path: read.append(path) or read_image(path))
     assert check_images(dataset, records)[1] == records
     assert read == []
     # another mask, another time of change of an image, a mask where there was none
@@ -69,10 +62,8 @@ def test_unchanged_files_are_not_read_again(root: Path, monkeypatch: pytest.Monk
     mask_of((6, 6)).save(root / "masks" / "c.png")
     again = check_images(read_folder(root), records)[1]
     assert read == [root / "images" / f"{name}.png" for name in "abc"]
-    assert again["a"]["digest"] != records["a"]["digest"]
+    assert [again[i]["digest"] == records[i]["digest"] for i in "abc"] == [False, True, False]
     assert again["a"]["image_digest"] == records["a"]["image_digest"]
-    assert again["b"]["digest"] == records["b"]["digest"]
-    assert again["c"]["digest"] != records["c"]["digest"]
 
 
 def test_unreadable_image_leaves_items_and_lists(root: Path) -> None:
@@ -102,7 +93,7 @@ def test_wrong_mask_names_item_and_sizes(root: Path, folder: str) -> None:
 
 
 def test_mask_that_vanished_is_no_skip(root: Path) -> None:
-    dataset: Dataset = read_folder(root)
+    dataset = read_folder(root)
     (root / "masks" / "a.png").unlink()
     with pytest.raises(DataError, match=r"cannot read .*masks.*a\.png of 'a': No such file"):
         check_images(dataset)
