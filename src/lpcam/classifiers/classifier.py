@@ -258,21 +258,9 @@ def build(
 def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifier:
     """A timm model with the head that it was trained with; such a classifier cannot be saved.
 
-    The head must be linear in the mean of the feature map: head and mean must give the model's own
-    logits, which is checked. A bias counts in the scores, but not in the maps (equation 1). Classes
-    are those of ImageNet if the model has them, else numbers.
-
-    Args:
-        weights: ``"pretrained"`` (timm's) or a safetensors file of the whole model.
-
-    Raises:
-        ClassifierError: if timm does not know the name, the weights cannot be had or do not fit,
-            or the head is not linear in the mean of the feature map.
-
-    Example:
-        >>> timm_classifier("resnet5")
-        Traceback (most recent call last):
-        lpcam.runtime.errors.ClassifierError: timm has no model 'resnet5'; ...
+    ``weights`` are ``"pretrained"`` (timm's) or a safetensors file of the whole model. Its head on
+    the mean of the feature map must give the model's own logits, which is checked. A bias counts in
+    the scores, but not in the maps (equation 1).
     """
     spec = BackboneSpec(name, {})
     with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced

@@ -104,23 +104,11 @@ def finetune(
     settings: FinetuneSettings,
     **options: Unpack[engine.TrainingOptions],
 ) -> engine.History:
-    """Fine-tune in place, with checkpoints in a folder from which a stopped run resumes.
+    """Fine-tune in place and return one record per epoch, with the ``validation_map``.
 
     SGD on the multi-label soft margin loss, poly schedule per step, head learning rate
-    ``head_multiplier`` times the backbone's, batch-norm statistics frozen.
-
-    Args:
-        classifier: the classifier, on the device to train on.
-        validation: images whose mAP is measured after each epoch.
-        options: see :class:`lpcam.training.loop.TrainingOptions`. The number of processes changes
-            results by rounding alone.
-
-    Returns:
-        one record per epoch: ``epoch``, ``step``, mean ``loss``, ``validation_map``.
-
-    Raises:
-        ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.training.loop.run`.
-        ArtefactError: as :func:`lpcam.training.loop.run`.
+    ``head_multiplier`` times the backbone's, batch-norm statistics frozen. Options and errors are
+    those of :func:`lpcam.training.loop.run`; a stopped run resumes.
     """
     processes = options.get("processes") or Processes()
     freeze(classifier.backbone, settings.freeze)

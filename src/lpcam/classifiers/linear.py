@@ -34,17 +34,10 @@ class ProbeSettings(PresetModel):
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
-    """Mean over classes of the average precision of image-level predictions.
+    """Mean over classes of the average precision of logits (M, N); None without positive labels.
 
     The average precision of a class is the mean, over its positive images, of the precision among
     the images that score at least as high. A class without positive images is not counted.
-
-    Args:
-        logits: (M, N).
-        labels: (M, N), positive if > 0.
-
-    Returns:
-        the mean; None if no class has a positive image.
 
     Example:
         >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
@@ -64,7 +57,7 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
 def fit_head(
     pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
 ) -> Tensor:
-    """Fit the rows that minimise the multi-label soft margin loss on pooled features.
+    """Rows (N, C) float32 that minimise the multi-label soft margin loss on pooled features.
 
     For each class, the mean over samples of the binary cross-entropy of its logit plus
     weight_decay / 2 times the squared norm of its row; so a row does not depend on the number of
@@ -72,21 +65,15 @@ def fit_head(
 
     Args:
         pooled: (M, V, C), V views of each of M images.
-        labels: (M, N) multi-hot.
-
-    Returns:
-        (N, C) float32, the rows w_n.
-
-    Raises:
-        ClassifierError: if a class has no image.
+        labels: (M, N) multi-hot; a class without an image is refused by its name.
     """
-    rows = pooled.flatten(0, 1).double()
-    targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
     if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(
             f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
             "data.classes"
         )
+    rows = pooled.flatten(0, 1).double()
+    targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()
     weight = torch.zeros(labels.shape[1], rows.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight],

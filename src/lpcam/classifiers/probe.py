@@ -37,19 +37,12 @@ def fit_probe(
     pooled: Tensor,
     refit: bool,
 ) -> list[dict[str, Any]]:
-    """Fit the classifier's head in place; its backbone does not change.
+    """Fit the classifier's head in place, and return one record with its loss and its mAP.
 
     Args:
         validation: images whose mAP is measured with the head fitted to ``training``.
         pooled: (M, V, C) of training and then validation images, from :func:`pooled_features`.
         refit: after the measurement, fit again to training and validation images together.
-
-    Returns:
-        one record: ``epoch`` 1, ``loss`` on the training images without the penalty,
-        ``validation_map``.
-
-    Raises:
-        ClassifierError: if a class has no training image.
     """
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
@@ -80,21 +73,12 @@ def pooled_features(
     folder: Path,
     sharing: Sharing,
 ) -> Tensor | None:
-    """Globally pooled features of each image and, with ``settings.mirror``, of its mirror image.
+    """Pooled features (len(items), V, C) of images and, with ``settings.mirror``, mirror images.
 
-    Complete shards in ``folder`` are read instead of computed again.
-
-    Args:
-        store: gives the features if ``settings.long_side`` is None (with its flip if
-            ``settings.mirror``); otherwise its classifier does.
-        folder: of the shards of all processes, for this classifier, list and settings only.
-        sharing: how images are shared among processes, threads and batches.
-
-    Returns:
-        (len(items), 1 or 2, C) float32 in the first process, None in the others.
-
-    Raises:
-        PrototypeError: if features hold NaN or Inf.
+    Complete shards in ``folder`` are read instead of computed again; the folder is for this
+    classifier, list and settings only. The store gives the features if ``settings.long_side`` is
+    None (with its flip if ``settings.mirror``); otherwise its classifier does. Processes other than
+    the first get None.
     """
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit

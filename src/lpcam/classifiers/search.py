@@ -56,10 +56,7 @@ class Head(NamedTuple):
 
 
 class Finder:
-    """Searches a recorded pass of images (B, c, H, W) for the map and the head.
-
-    Other arguments are those of :func:`lpcam.classifiers.wrapped.wrap`.
-    """
+    """Searches a recorded pass of images for the map and the head, as ``wrap`` asks for them."""
 
     def __init__(
         self,

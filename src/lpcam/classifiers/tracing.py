@@ -35,9 +35,6 @@ KEPT_MAPS = 64
 """Number of last maps that a record keeps, to bound its memory."""
 
 
-# -- The state of the model --------------------------------------------------------------------
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside DataParallel, DistributedDataParallel or torch.compile."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -138,9 +135,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
-# -- Outputs of modules ------------------------------------------------------------------------
-
-
 def first_tensor(value: Any) -> Tensor | None:
     """The tensor that a module gave, or the first one of a list, tuple or mapping."""
     if isinstance(value, Tensor):
@@ -207,7 +201,7 @@ class Record:
     tolerance: float
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
+    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record:
         """Pass images (B, c, H, W) through a model in evaluation mode and keep its outputs.
 
         Outputs of ``always`` are kept even if more than KEPT_MAPS maps follow.
@@ -254,10 +248,9 @@ class Record:
         return float((one - other).abs().max()) <= self.tolerance * largest
 
     def token_stride(self, count: int) -> tuple[float, float]:
-        """Pixels per patch of ``count`` patches, vertical and horizontal.
+        """Pixels per patch of ``count`` patches, vertical and horizontal; whole if that fits.
 
-        Their grid is that of a map with as many cells, if there is one. The stride is a whole
-        number if one explains the grid.
+        Their grid is that of a map with as many cells, if there is one.
         """
         fitting = [grid for grid in self.grids if grid[0] * grid[1] == count]
         grid = min([*fitting, grid_of(count, self.size)], key=lambda g: misshape(g, self.size))

@@ -13,8 +13,6 @@ CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
 DEPTHS = (3, 3, 6, 3)
 """Number of blocks of b2, b3, b4 and b5."""
-DROPOUTS = (0.3, 0.5)
-"""Rates at which b6 and b7 drop whole channels in training."""
 STRIDE = 8
 """Pixels per cell of the features."""
 HEADS = ("fc8", "fc1", "fc2")
@@ -99,12 +97,9 @@ class WideResNet38(nn.Module):
     Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7.
 
     Args:
-        channels: channels of conv1a and b2 to b7; smaller ones are for tests.
+        channels: channels of conv1a and b2 to b7.
         depths: number of blocks of b2 to b5.
         final_relu: apply ReLU to the features. EDAM keeps them signed.
-
-    Raises:
-        ValueError: if numbers do not fit, or b5's channels are odd or b6's or b7's not of 4.
 
     Example:
         >>> import torch
@@ -125,10 +120,10 @@ class WideResNet38(nn.Module):
     ) -> None:
         super().__init__()
         whole = all(isinstance(n, int) and n > 0 for n in (*channels, *depths))
-        if len(channels) != len(CHANNELS) or len(depths) != len(DEPTHS) or not whole:
+        if (len(channels), len(depths)) != (7, 4) or not whole:
             raise ValueError(
-                f"channels {list(channels)} and depths {list(depths)} must be {len(CHANNELS)} and "
-                f"{len(DEPTHS)} positive whole numbers, such as {list(CHANNELS)} and {list(DEPTHS)}"
+                f"channels {list(channels)} and depths {list(depths)} must be 7 and 4 positive "
+                f"whole numbers, such as {CHANNELS} and {DEPTHS}"
             )
         if channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
             raise ValueError(
@@ -151,8 +146,8 @@ class WideResNet38(nn.Module):
                 dilations = (1 if first else dilation, dilation)
                 self.add_module(name, _PlainBlock(before, middle, after, stride, dilations))
                 before = after
-        self.b6 = _BottleneckBlock(wide[3], wide[4], 4, DROPOUTS[0])
-        self.b7 = _BottleneckBlock(wide[4], wide[5], 4, DROPOUTS[1])
+        self.b6 = _BottleneckBlock(wide[3], wide[4], 4, 0.3)
+        self.b7 = _BottleneckBlock(wide[4], wide[5], 4, 0.5)
         self.stages.append(["b6", "b7"])
         self.bn7 = nn.BatchNorm2d(wide[5])
         self.feature_info = [

@@ -27,7 +27,6 @@ from lpcam.classifiers.tracing import (
     Record,
     device_of,
     dtype_of,
-    evaluation_mode,
     unwrap,
     without_grad_and_autocast,
     without_tf32,
@@ -56,8 +55,6 @@ class WrappedModel(Reading):
     Made by :func:`wrap`.
 
     Attributes:
-        model: the user's model.
-        classes: the N names.
         output: what the model returns: ``"logits"``, or their ``"sigmoid"``, ``"softmax"`` or
             ``"log softmax"``; ``"features"`` if it returns none of these.
         channels_in: channels of an image.
@@ -172,10 +169,9 @@ class WrappedModel(Reading):
 
     def with_head(self, weight: Tensor, bias: Tensor | None = None) -> WrappedModel:
         """The same model with a copy of (N, C) rows and (N,) bias as head on the map's mean."""
-        if weight.ndim != 2 or weight.shape[0] != len(self.classes):
-            raise ValueError(
-                f"expected a weight of {len(self.classes)} rows, got {tuple(weight.shape)}"
-            )
+        count = len(self.classes)
+        if weight.ndim != 2 or weight.shape[0] != count:
+            raise ValueError(f"expected a weight of {count} rows, got {tuple(weight.shape)}")
         with torch.inference_mode(False):
             tensors = weight.detach().clone(), None if bias is None else bias.detach().clone()
         return replace(
@@ -376,25 +372,24 @@ def _probe(
             channels = example.shape[-3]
             example = (example.shape[-2], example.shape[-1])
         probes, stated = (), [example]
-    first: Exception | None = None
+    failures: list[Exception] = []
     for size in (*probes, *stated):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, channels, *size, generator=generator)
         images = images.to(device_of(model), dtype_of(model))
-        try:
-            record = Record.of(model, images, always)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model may refuse a size in any way
-            first = first or error
+        record = _recorded(model, images, always)
+        if isinstance(record, Exception):
+            failures.append(record)
             continue
         if size in probes:
             return record, images, None, math.gcd(*size)
         others = () if example is None else (*PROBE_SIZES, (2 * size[0], 2 * size[1]))
         for other in others:
-            if _takes(model, images, other):
+            resized = F.interpolate(images.float(), size=other).to(images)
+            if isinstance(_recorded(model, resized, ()), Record):
                 return record, images, None, math.gcd(*(other if other in PROBE_SIZES else size))
         return record, images, size, 1
+    first = failures[0]
     tried = ", ".join(f"{h} x {w}" for h, w in (*probes, *stated))
     raise ClassifierError(
         f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
@@ -403,14 +398,11 @@ def _probe(
     ) from first
 
 
-def _takes(model: nn.Module, images: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the model takes the images at another size too."""
-    resized = F.interpolate(images.float(), size=size).to(images)
+def _recorded(model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record | Exception:
+    """A recorded pass; the error of a model that does not take images of this size."""
     try:
-        with evaluation_mode(model):
-            model(resized)
-        return True
+        return Record.of(model, images, always)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # a model may refuse a size in any way
-        return False
+    except Exception as error:  # a model may refuse a size in any way
+        return error

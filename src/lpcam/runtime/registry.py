@@ -29,11 +29,6 @@ class Registry(Mapping[str, T], Generic[T]):
         kind: what one entry is called in messages, such as ``host``.
         group: entry-point group in which other distributions announce their entries.
         own: entries of the package: name to ``module:attribute``.
-
-    Example:
-        >>> planets = Registry("planet", "example.planets", {"pi": "math:pi"})
-        >>> planets["pi"] > 3, list(planets)
-        (True, ['pi'])
     """
 
     def __init__(self, kind: str, group: str, own: Mapping[str, str]) -> None:

@@ -139,10 +139,8 @@ def run(
 ) -> History:
     """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
-    Afterwards the module is in evaluation mode.
-
     Args:
-        module: module whose state a checkpoint holds.
+        module: module whose state a checkpoint holds; afterwards it is in evaluation mode.
         optimizer: its groups' learning rates are multiplied by the plan's factor.
         samples: data set by :class:`Place`, or a function that makes the sample of a place.
         count: number of samples in the list.

@@ -43,8 +43,7 @@ class SavedNetwork(nn.Module):
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights (the backbone's too), architecture and provenance to a safetensors file.
 
-        Raises:
-            ClassifierError: for a backbone of the caller's own, which no file can describe.
+        A backbone of the caller's own, which no file can describe, is a ClassifierError.
         """
         if not self._can_be_described():
             raise ClassifierError(
@@ -61,11 +60,7 @@ class SavedNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file of :meth:`save`; needs no network connection.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not of this method.
-        """
+        """Read a file of :meth:`save`; an ArtefactError if it is damaged or not of this method."""
         state, metadata = read_tensors(path)
         if metadata.get("kind") != cls.kind:
             raise ArtefactError(
