@@ -74,6 +74,7 @@ def interleaved(
             times in it, and its mean is taken.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.freeze()  # what is there already is not looked through again before every call
     for turn in range(-warm_up, repetitions):
         # Every second round goes backwards, so that no one always comes after the same neighbour.
         names = list(contenders)[:: 1 if turn % 2 else -1]
@@ -89,6 +90,7 @@ def interleaved(
                 elapsed = time.perf_counter() - started
             if turn >= 0:
                 seconds[name].append(elapsed / calls)
+    gc.unfreeze()
     return seconds
 
 

@@ -24,20 +24,19 @@ def test_table_without_the_peer(
     assert "pydensecrf not measured: it is not installed." in printed
 
 
-@pytest.mark.parametrize(("error", "code"), [(0.0, 0), (0.01, 1)])
 def test_a_peer_is_compared(
-    error: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def by_peer(image: Tensor, unary: Tensor) -> Tensor:
-        return crf.DenseCrf(crf.SETTINGS)(image, unary) + error
+        return crf.DenseCrf(crf.SETTINGS)(image, unary) + 0.01
 
     monkeypatch.setattr(crf, "peer", object)
     monkeypatch.setattr(crf, "by_peer", by_peer)
-    assert crf.main(["--quick", "--threads", "1"]) == code
+    assert crf.main(["--quick", "--threads", "1"]) == 1
     printed = capsys.readouterr().out
     assert "| 1 | 3 | pydensecrf |" in printed
     assert "the same label on 100.0000% of pixels" in printed
-    assert ("**missed**" in printed) == bool(code)
+    assert "**missed**" in printed
 
 
 def test_contenders_share_their_input() -> None:

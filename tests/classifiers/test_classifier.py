@@ -122,14 +122,6 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
 # -- A module of the caller's own ---------------------------------------------------------------
 
 
-def test_own_module() -> None:
-    classifier = Classifier(nn.AvgPool2d(16), ("a", "b"), PLAIN)
-    image = torch.arange(3.0)[None, :, None, None].expand(1, 3, 32, 48)
-    with torch.no_grad():
-        classifier.head.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 2.0]]))
-        assert classifier(image).tolist() == [[0.0, 5.0]]
-
-
 @pytest.mark.parametrize(
     ("backbone", "named"),
     [
@@ -368,8 +360,8 @@ def test_folded_without_batch_norms(make_one: Callable[[], Classifier]) -> None:
     check_folded(make_one())
 
 
-class NormFirst(nn.Module):
-    """Children in another order than forward's."""
+class NormOfAnother(nn.Module):
+    """The convolution's output is used without the norm as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -377,23 +369,14 @@ class NormFirst(nn.Module):
         self.norm = nn.BatchNorm2d(3)
 
     def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.convolution(self.norm(images))
-        return result
-
-
-class NormOfAnother(NormFirst):
-    """The convolution's output is used without the norm as well."""
-
-    def forward(self, images: Tensor) -> Tensor:
         inner = self.convolution(images)
         return torch.cat([inner, self.norm(inner)], dim=1)
 
 
-@pytest.mark.parametrize("backbone", [NormFirst, NormOfAnother])
-def test_folding_that_would_change_the_features_is_left(backbone: type[nn.Module]) -> None:
+def test_folding_that_would_change_the_features_is_left() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier = with_statistics(Classifier(backbone(), CLASSES, PLAIN))
+        classifier = with_statistics(Classifier(NormOfAnother(), CLASSES, PLAIN))
     twin = check_folded(classifier)
     assert norms(twin) == 1
     images = torch.rand(1, 3, 20, 30)
@@ -414,9 +397,6 @@ def test_folded_shares_nothing_and_cannot_be_saved(tmp_path: Path) -> None:
     twin = classifier.folded()
     pointers = {p.data_ptr() for p in classifier.state_dict().values()}
     assert not pointers & {p.data_ptr() for p in twin.state_dict().values()}
-    assert torch.equal(twin.weight, classifier.weight)
-    assert twin.classes == classifier.classes
-    assert twin.preprocessing == classifier.preprocessing
     with pytest.raises(ClassifierError):
         twin.save(tmp_path / "twin.safetensors")
     assert list(tmp_path.iterdir()) == []

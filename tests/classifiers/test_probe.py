@@ -172,22 +172,28 @@ def test_pooled_features_go_on_after_a_stop(
 
 
 @pytest.mark.parametrize("long_side", [64, None])
-@pytest.mark.parametrize("workers", [2, 3])
-def test_pooled_features_of_several_threads(
+def test_pooled_features_of_threads_and_processes(
     classifier: Classifier,
     items: list[Item],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     long_side: int | None,
-    workers: int,
 ) -> None:
-    monkeypatch.setattr(probe, "SHARD", 5)
-    settings = SETTINGS.model_copy(update={"long_side": long_side})
-    one = pooled_features(items, settings, tmp_path / "one", store(classifier))
-    many = pooled_features(
-        items, settings, tmp_path / "many", store(classifier), Sharing(workers=workers)
-    )
-    assert torch.equal(one, many)
+    monkeypatch.setattr(probe, "SHARD", 3)
+    settings, features = SETTINGS.model_copy(update={"long_side": long_side}), store(classifier)
+    one = pooled_features(items, settings, tmp_path / "one", features)
+    many = pooled_features(items, settings, tmp_path / "many", features, Sharing(workers=3))
+    assert torch.equal(many, one)
+    owner = {item.id: number % 3 for number, item in enumerate(items)}
+
+    def work(processes: Processes) -> Tensor | None:
+        sharing = Sharing(processes, owner=owner)
+        return probe.pooled_features(items, settings, features, tmp_path / "three", sharing)
+
+    first, *others = together(3, work)
+    assert others == [None, None]
+    assert first is not None and torch.equal(first, one)
+    assert len(list((tmp_path / "three").iterdir())) == 6
 
 
 @pytest.mark.parametrize("long_side", [64, None])
@@ -209,25 +215,6 @@ def test_pooled_features_of_batches(
     found = pooled_features(order, settings, tmp_path / "two", store(classifier), sharing)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(expected[0], expected[2], atol=1e-3)
-
-
-def test_pooled_features_of_several_processes(
-    classifier: Classifier, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "SHARD", 3)
-    owner = {item.id: number % 3 for number, item in enumerate(items)}
-    features = store(classifier)
-
-    def work(processes: Processes) -> Tensor | None:
-        sharing = Sharing(processes, owner=owner)
-        return probe.pooled_features(items, SETTINGS, features, tmp_path / "three", sharing)
-
-    first, *others = together(3, work)
-    assert others == [None, None]
-    expected = pooled_features(items, SETTINGS, tmp_path / "one", features)
-    assert first is not None
-    assert torch.equal(first, expected)
-    assert len(list((tmp_path / "three").iterdir())) == 6
 
 
 @pytest.mark.parametrize("long_side", [64, None])

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -45,36 +46,29 @@ def test_bytes_replace_an_earlier_file_and_make_folders(tmp_path: Path) -> None:
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [
-        (errno.ENOSPC, "free some space"),
-        (errno.EROFS, "may write to"),
-        (errno.EIO, "check the output folder"),
-    ],
-)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_failure_keeps_the_earlier_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, advice: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"one")
-
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(ArtefactError, match=f"file: .*{advice}"):
+    monkeypatch.setattr(os, call, Mock(side_effect=OSError(number, os.strerror(number))))
+    with pytest.raises(ArtefactError, match="file: "):
         write_bytes(path, b"two")
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, call, interrupt)
+    monkeypatch.setattr(os, call, Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_bytes(path, b"two")
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_digests_are_blake2b_of_the_contents(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert digest_file(tmp_path / "file") == digest_bytes(b"abc")
+    assert digest_bytes(b"abc") == "cf4ab791c62b8d2b2109c90275287816"  # by `b2sum -l 128`
+    assert digest_json({"a": 1, "b": (1, 2)}) == digest_json({"b": [1, 2], "a": 1})
+    assert digest_json({"a": 1}) == digest_bytes(b'{"a":1}')
 
 
 def test_json_is_sorted_utf8_with_an_end_of_line(tmp_path: Path) -> None:
@@ -111,22 +105,13 @@ def test_missing_file_is_named(tmp_path: Path, read: Any) -> None:
 def test_tensors_come_back_with_types_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     weight = torch.arange(6.0).view(2, 3)
-    tensors = {
-        "weight": weight,
-        "tied": weight,
-        "view": weight.t(),
-        "half": torch.ones(2, dtype=torch.float16),
-        "count": torch.tensor(3),
-        "empty": torch.zeros(0, 4),
-    }
+    tensors = {"weight": weight, "tied": weight, "view": weight.t(), "half": weight.half()}
+    tensors |= {"count": torch.tensor(3), "empty": torch.zeros(0, 4)}
     metadata = {"classes": ["cow", "牛"], "preset": {"tau": 0.1}}
     write_tensors(path, tensors, metadata)
     read, found = read_tensors(path)
     assert found == metadata
-    assert set(read) == set(tensors)
-    for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype
-        assert torch.equal(read[name], tensor)
+    torch.testing.assert_close(read, tensors, rtol=0, atol=0)
 
 
 def test_equal_contents_give_equal_bytes(tmp_path: Path) -> None:
@@ -155,16 +140,6 @@ def test_damaged_and_foreign_tensor_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(save({"a": torch.ones(2)}, {"lpcam": '{"format": 2, "metadata": {}}'}))
     with pytest.raises(ArtefactError, match="format 2"):
         read_tensors(path)
-
-
-def test_digests(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    assert digest_file(tmp_path / "file") == digest_bytes(b"abc")
-    # BLAKE2b with 16 bytes of "abc", as `b2sum -l 128` gives it
-    assert digest_bytes(b"abc") == "cf4ab791c62b8d2b2109c90275287816"
-    assert digest_json({"a": 1, "b": (1, 2)}) == digest_json({"b": [1, 2], "a": 1})
-    assert digest_json({"a": 1}) != digest_json({"a": 1.5})
-    assert digest_json({"a": 1}) == digest_bytes(b'{"a":1}')
 
 
 TYPES: list[tuple[Literal["uint8", "float16"], float]] = [("uint8", 1 / 510), ("float16", 1 / 4096)]
@@ -212,14 +187,10 @@ def test_no_class_and_flat_maps(tmp_path: Path, dtype: Literal["uint8", "float16
     assert (read_maps(path).high_res == 0).all()
 
 
-@pytest.mark.parametrize("name", ["cam", "high_res"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e-6])
-def test_values_that_are_no_map_are_refused(tmp_path: Path, name: str, value: float) -> None:
-    given = maps()
-    getattr(given, name)[1, 0, 0] = value
-    with pytest.raises(ArtefactError, match=rf"a\.npz.*{name}"):
-        write_maps(tmp_path / "a.npz", given, dtype="uint8")
-    assert not (tmp_path / "a.npz").exists()
+def with_value(name: str, value: float) -> dict[str, Any]:
+    plane = getattr(maps(), name)
+    plane[1, 0, 0] = value
+    return {name: plane}
 
 
 @pytest.mark.parametrize(
@@ -233,11 +204,14 @@ def test_values_that_are_no_map_are_refused(tmp_path: Path, name: str, value: fl
         ({"high_res": np.zeros((9, 13), np.float32)}, r"high_res .*\(9, 13\)"),
         ({"high_res": np.zeros((2, 9, 13))}, "high_res is float64"),
         ({"made_by": {"a": np.nan}}, "made_by"),
+        *((with_value("cam", v), r"a\.npz.*cam") for v in (np.nan, -np.inf)),
+        *((with_value("high_res", v), r"a\.npz.*high_res") for v in (np.inf, -1e-6)),
     ],
 )
 def test_maps_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArtefactError, match=message):
         write_maps(tmp_path / "a.npz", replace(maps(), **change), dtype="uint8")
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_damaged_map_files_are_named(tmp_path: Path) -> None:

@@ -149,16 +149,9 @@ def test_every_image_is_in_one_process_and_one_batch(seed: int, batch: int) -> N
     assert sorted(found) == sorted(item.id for item in items)
 
 
-def test_alone_everything_is_mine_and_one_by_one() -> None:
+def test_what_nobody_owns_is_done_by_the_first() -> None:
     items = named(*"abc")
     assert Sharing().mine(items) == items
-    assert Sharing().batches(items) == [[item] for item in items]
     assert Sharing(batch=2).batches(items) == [items[:2], items[2:]]  # unknown sizes are one size
-    assert list(Sharing(workers=2).map(lambda item: item.id, items)) == ["a", "b", "c"]
-
-
-def test_what_nobody_owns_is_done_by_the_first() -> None:
-    items, owner = named(*"abc"), {"b": 1}
-    first, second = (Sharing(Processes(rank, 2), owner=owner).mine(items) for rank in (0, 1))
-    assert [item.id for item in first] == ["a", "c"]
-    assert [item.id for item in second] == ["b"]
+    first, second = (Sharing(Processes(rank, 2), owner={"b": 1}).mine(items) for rank in (0, 1))
+    assert (first, second) == ([items[0], items[2]], [items[1]])

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -75,19 +75,12 @@ def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.Monke
 
 def test_reuse_of_freed_memory_asks_for_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reuse_freed_memory() is (platform.libc_ver()[0] == "glibc")
-    asked: dict[int, int] = {}
-
-    def mallopt(option: int, value: int) -> int:
-        asked[option] = value
-        return 1
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    library = Mock()
+    library.mallopt.side_effect = [1, 1, 1, 1, 0, 1]
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     assert reuse_freed_memory() is True
     # M_MMAP_MAX, M_TRIM_THRESHOLD and M_ARENA_MAX of the GNU library's malloc.h
-    assert asked == {-4: 0, -1: resources.KEPT_WHEN_FREED, -8: 1}
-    monkeypatch.setattr(
-        ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda option, _: int(option == -4))
-    )
+    assert library.mallopt.mock_calls == [call(-4, 0), call(-1, 2**31 - 1), call(-8, 1)]
     assert reuse_freed_memory() is False
 
 

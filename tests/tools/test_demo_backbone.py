@@ -58,11 +58,6 @@ def test_textures_are_not_plain(name: str) -> None:
     assert tile.std() > 20
 
 
-def test_an_unknown_texture_is_named() -> None:
-    with pytest.raises(ClassifierError, match="unknown texture 'marble'; the textures are plain"):
-        pretraining._tile("marble", 8, np.random.default_rng(0))
-
-
 def test_average_precision() -> None:
     scores = np.array([[0.9, 0.1], [0.8, 0.9], [0.1, 0.2]])
     labels = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])

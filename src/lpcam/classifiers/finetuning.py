@@ -56,10 +56,8 @@ class FinetuneSettings(PresetModel):
 class Sizes(Protocol):
     """Settings of the sizes of training images, in pixels."""
 
-    @property
-    def long_side(self) -> tuple[int, int]: ...
-    @property
-    def crop(self) -> int: ...
+    long_side: tuple[int, int]
+    crop: int
 
 
 def augment(

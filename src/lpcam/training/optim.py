@@ -15,29 +15,20 @@ from lpcam.runtime.errors import ClassifierError
 class Schedule(Protocol):
     """Settings of training by SGD for a number of epochs."""
 
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def power(self) -> float: ...
+    epochs: int
+    batch_size: int
+    momentum: float
+    weight_decay: float
+    power: float
 
 
 class Rates(Protocol):
     """Settings of the learning rates of new layers and biases."""
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def head_multiplier(self) -> float: ...
-    @property
-    def bias_multiplier(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
+    learning_rate: float
+    head_multiplier: float
+    bias_multiplier: float
+    weight_decay: float
 
 
 def poly(step: int, steps: int, power: float) -> float:
