@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 from tiny import draw_folder, recipe_values, write_weights
 
-from lpcam.explain.explainer import Explainer
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import run
-from lpcam.pipeline.run_folder import RunFolder
 from lpcam.report.page import render
 
 
@@ -23,11 +21,6 @@ def tiny_run(folder: Path) -> Path:
     values = recipe_values(data, folder / "run", weights)
     run(parse_recipe(values, where="tiny"), until="prototypes")
     return folder / "run"
-
-
-def tiny_explainer(folder: Path) -> Explainer:
-    """Of :func:`tiny_run`."""
-    return RunFolder(tiny_run(folder)).explainer(device="cpu")
 
 
 @pytest.fixture(name="collected")

@@ -17,7 +17,6 @@ from lpcam.classifiers.features import tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.method.functional import class_activation, normalize
-from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import (
@@ -101,16 +100,6 @@ def test_batch_equals_single(classifier: Classifier, batch: tuple[Tensor, Tensor
         torch.testing.assert_close(together[row : row + 1], single)
 
 
-def test_mirrored_image_gives_mirrored_map(
-    classifier: Classifier, batch: tuple[Tensor, Tensor]
-) -> None:
-    images, labels = batch
-    for extractor in (CAM(classifier, SETTINGS), LPCAM(classifier, SETTINGS).fit([batch])):
-        forth = extractor(images, labels)
-        back = extractor(images.flip(-1), labels).flip(-1)
-        torch.testing.assert_close(forth, back, atol=1e-5, rtol=0)
-
-
 def test_one_scale_without_flip_is_the_equation(
     classifier: Classifier, batch: tuple[Tensor, Tensor]
 ) -> None:
@@ -138,24 +127,14 @@ def test_both_pyramids_agree(classifier: Classifier) -> None:
             torch.testing.assert_close(one, other, atol=0.01, rtol=0)
 
 
-def test_maps_of_some_classes_equal_those_of_all(classifier: Classifier) -> None:
-    image = (picture((0.9, 0.2, 0.1)) * 255).byte().permute(1, 2, 0).numpy()
-    pairs = list(image_pyramid(classifier, image[None], (1.0, 0.5), flip=True))
-    every = cam_maps(pairs, classifier.weight, (64, 96), epsilon=1e-5)
-    some = cam_maps(pairs, classifier.weight[1:], (64, 96), epsilon=1e-5)
-    assert every.cam.shape == (1, 2, 16, 24)
-    torch.testing.assert_close(every.cam[:, 1:], some.cam)
-    vectors = torch.rand(2, 6)
-    every, some = (lpcam_maps(pairs, v, (64, 96)) for v in (vectors, vectors[:1]))
-    torch.testing.assert_close(every.high_res[:, :1], some.high_res)
-
-
 def test_odd_tiny_and_large_images(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     lpcam = LPCAM(classifier, SETTINGS).fit([batch])
     for size in ((1, 1), (17, 33), (15, 200)):
         maps = lpcam(torch.rand(1, 3, *size))
         assert maps.shape == (1, 2, *size)
         assert bool(torch.isfinite(maps).all())
+    with pytest.raises(PrototypeError, match="NaN or Inf features"):
+        lpcam(torch.full((1, 3, 32, 32), float("nan")))
 
 
 def test_collect_uses_nearest_on_the_high_resolution_map() -> None:
@@ -173,7 +152,7 @@ def test_collect_uses_nearest_on_the_high_resolution_map() -> None:
     assert reservoir.seen == {(0, "foreground"): 1, (0, "context"): 31}
 
 
-def test_collect_drops_equality_when_strict() -> None:
+def test_collect_drops_equality_when_strict_and_classes_that_were_not_drawn() -> None:
     cam = torch.tensor([[[0.3, 0.2, 0.4]]])
     features = torch.tensor([[[1.0, 2.0, 3.0]]])
     for inclusive, counts in ((False, (1, 1)), (True, (2, 1))):
@@ -183,12 +162,8 @@ def test_collect_drops_equality_when_strict() -> None:
         reservoir = Reservoir(None, 0)
         collect(reservoir, features, [0], cam, settings, "image")
         assert tuple(reservoir.seen.values()) == counts
-
-
-def test_collect_serves_only_the_classes_that_were_drawn() -> None:
-    cam = torch.ones(2, 1, 3)
     reservoir = Reservoir(None, 0)
-    collect(reservoir, torch.ones(1, 1, 3), [0, 4], cam, SETTINGS, "image", {4: 2})
+    collect(reservoir, torch.ones(1, 1, 3), [0, 4], torch.ones(2, 1, 3), SETTINGS, "image", {4: 2})
     assert reservoir.seen == {(4, "foreground"): 6, (4, "context"): 0}
     collect(reservoir, torch.ones(1, 1, 3), [], torch.zeros(0, 1, 3), SETTINGS, "image")
 
@@ -227,14 +202,6 @@ def test_maps_of_an_image_to_draw(
     assert best == "red"
     with pytest.raises(DataError, match="blue"):
         lpcam.image_maps(image, picture, ["blue"])
-
-
-def test_nan_in_an_image_is_named(classifier: Classifier) -> None:
-    with pytest.raises(PrototypeError, match="NaN or Inf features"):
-        CAM(classifier, SETTINGS)(torch.full((1, 3, 32, 32), float("nan")))
-
-
-# -- Batches and precision ----------------------------------------------------------------------
 
 
 # -- Data in parts ------------------------------------------------------------------------------
@@ -279,6 +246,8 @@ def test_clustering_waits_until_it_is_needed(classifier: Classifier) -> None:
     before = lpcam.prototypes_
     assert before.made_by["images"] == 3
     lpcam(first[0])
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        lpcam.partial_fit(first[0], torch.ones(2, 3))
     assert lpcam.prototypes_ is before
     lpcam.partial_fit(*second)  # makes the prototypes out of date
     assert lpcam.prototypes_.made_by["images"] == 4
@@ -308,16 +277,6 @@ def test_load_forgets_what_was_collected(classifier: Classifier, tmp_path: Path)
     assert lpcam.prototypes_.made_by["images"] == 4  # a load that failed changes nothing
 
 
-def test_a_part_that_does_not_fit_changes_nothing(classifier: Classifier) -> None:
-    lpcam = LPCAM(classifier, SETTINGS)
-    first, *_ = parts()
-    lpcam.partial_fit(*first)
-    before = lpcam.prototypes_
-    with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        lpcam.partial_fit(first[0], torch.ones(2, 3))
-    assert lpcam.prototypes_ is before
-
-
 # -- Any model: heads that are fitted, habits of scikit-learn -------------------------------------
 
 
@@ -334,9 +293,10 @@ def colours(count: int = 12) -> list[tuple[Tensor, Tensor]]:
 
 def test_a_backbone_gets_a_head_first() -> None:
     loader = colours()
-    lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(loader)
+    with torch.inference_mode():
+        lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(loader)
     assert isinstance(lpcam.source_, WrappedModel)
-    assert lpcam.source_.new_head
+    assert lpcam.source_.new_head and not lpcam.source_.weight.is_inference()
     images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
     assert lpcam.source_.logits(images).argmax(1).tolist() == [0, 1]
     maps = lpcam(images, torch.tensor([0, 1]))
@@ -380,12 +340,6 @@ def test_a_new_head_needs_two_passes_and_every_class() -> None:
         LPCAM(Patches(), SETTINGS, classes=names).partial_fit(*colours()[0])
     with pytest.raises(PrototypeError, match="no image"):
         LPCAM(Patches(), SETTINGS, classes=names).fit([])
-
-
-def test_a_new_head_under_inference_mode() -> None:
-    with torch.inference_mode():
-        lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(colours())
-    assert not lpcam.source_.weight.is_inference()
 
 
 def test_class_indices_are_labels_too(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:

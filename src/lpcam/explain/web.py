@@ -18,22 +18,12 @@ QUALITY = 60
 
 
 def page_file(name: str) -> str:
-    """The text of a template, style sheet or script of the pages.
-
-    Example:
-        >>> page_file("base.html.jinja").startswith("<!doctype html>")
-        True
-    """
+    """The text of a template, style sheet or script of the pages."""
     return resources.files("lpcam.explain").joinpath("pages", name).read_text("utf-8")
 
 
 def page_environment() -> jinja2.Environment:
-    """Where templates of pages are found; every value in them is escaped.
-
-    Example:
-        >>> page_environment().from_string("{{ name }}").render(name="<b>")
-        '&lt;b&gt;'
-    """
+    """Where templates of pages are found; every value in them is escaped."""
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(page_file),
         autoescape=True,
@@ -46,12 +36,7 @@ def page_environment() -> jinja2.Environment:
 def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
     """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes.
 
-    Args:
-        level: level of the compression, 1 (fast) to 9 (small).
-
-    Example:
-        >>> encode_array(np.zeros((2, 3), np.uint8))["shape"]
-        [2, 3]
+    The level of the compression is from 1 (fast) to 9 (small).
     """
     data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
     return {
@@ -62,22 +47,12 @@ def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
 
 
 def encode_unit(values: NDArray[np.floating[Any]], *, level: int = 9) -> dict[str, Any]:
-    """Values in [0, 1] as uint8, round(255 * value); values outside are clipped.
-
-    Example:
-        >>> encode_unit(np.ones((2, 3)))["type"]
-        'uint8'
-    """
+    """Values in [0, 1] as uint8, round(255 * value); values outside are clipped."""
     return encode_array(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8), level=level)
 
 
 def encode_picture(picture: NDArray[np.uint8], *, quality: int = QUALITY) -> str:
-    """An RGB image (H, W, 3) as the data URI of a WebP file.
-
-    Example:
-        >>> encode_picture(np.zeros((2, 3, 3), np.uint8))[:23]
-        'data:image/webp;base64,'
-    """
+    """An RGB image (H, W, 3) as the data URI of a WebP file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -96,8 +96,7 @@ class CosineKMeans:
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
         """As :meth:`Clustering.fit`; the centres of half-precision points are single precision.
 
-        Raises:
-            ValueError: if there are fewer points than clusters, or they contain NaN or Inf.
+        Raises ValueError if there are fewer points than clusters, or they contain NaN or Inf.
         """
         source = _Points(points, k)
         pick = source.spread_rows if self.init == "k-means++" else source.random_rows
@@ -126,17 +125,13 @@ def cosine_kmeans(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Clusters:
-    """K-means with cosine assignment (section 3 of the paper), once.
+    """K-means with cosine assignment (section 3 of the paper), once; raises as CosineKMeans does.
 
     Args:
         points: (M, C) floating point, M >= ``k``.
-        k: number of clusters.
         init: as for :class:`CosineKMeans`, or the first centres (``k``, C).
         generator: on the CPU, draws the first centres; None: seeded with 0.
         options: the other fields of :class:`CosineKMeans`.
-
-    Raises:
-        ValueError: as :meth:`CosineKMeans.fit`, or if a shape or an option is wrong.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
@@ -229,16 +224,11 @@ def _fill_empty(points: _Points, state: _Assignment, centers: CenterKind) -> Non
 class _Assignment:
     """Assignment of M points in R restarts, and the sums that give the next centres."""
 
-    labels: Tensor
-    """(R, M) int64"""
-    cosine: Tensor
-    """(R, M) cosine of each point to its centre"""
-    sizes: Tensor
-    """(R, K) int64"""
-    sums: Tensor
-    """(R, K, C) sums of the members"""
-    summed: Tensor
-    """(R, K) int64, the sizes when the sums were last computed from all points"""
+    labels: Tensor  # (R, M) int64
+    cosine: Tensor  # (R, M) cosine of each point to its centre
+    sizes: Tensor  # (R, K) int64
+    sums: Tensor  # (R, K, C) sums of the members
+    summed: Tensor  # (R, K) the sizes when the sums were last computed from all points
 
 
 class _Points:
@@ -276,10 +266,8 @@ class _Points:
         return torch.randperm(len(self.rows), generator=generator)[:k].to(self.rows.device)
 
     def spread_rows(self, k: int, generator: torch.Generator) -> Tensor:
-        """(k,) int64, rows drawn one by one with weight 1 - cosine to the nearest so far.
-
-        1 - cosine is half the squared distance of the unit vectors, the weight of k-means++.
-        """
+        """(k,) int64, rows drawn one by one with weight 1 - cosine to the nearest so far."""
+        # That is half the squared distance of the unit vectors, the weight of k-means++.
         count = len(self.rows)
         chosen = [int(torch.randint(count, (1,), generator=generator))]
         distance = torch.full((count,), float("inf"), dtype=torch.float64)
@@ -299,12 +287,10 @@ class _Points:
     def assign(
         self, directions: Tensor, centers: CenterKind, previous: _Assignment | None = None
     ) -> _Assignment:
-        """Assign every point to its nearest centre and sum the members, in one pass.
+        """Assign every point to its nearest unit centre (R, K, C) and sum the members, in one pass.
 
-        Args:
-            directions: (R, K, C) unit centres.
-            centers: "unit" sums the normalised points, "mean" the raw ones.
-            previous: the last assignment; its sums are updated by the points that changed cluster.
+        With centres "unit", the normalised points are summed. The sums of a previous assignment are
+        updated by the points that changed cluster.
         """
         restarts, k, _ = directions.shape
         state = self._empty(self.rows.new_empty(restarts, len(self.rows), dtype=torch.int64), k)

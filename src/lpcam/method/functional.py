@@ -83,7 +83,7 @@ def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
 
 
 def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
-    """Equations 3 and 4: z_i = softmax over classes of (centre . w), read at one class.
+    """Equations 3 and 4: z_i (K,) = softmax over classes of (centre . w), read at one class.
 
     The centre is *not* normalised: its length acts as a temperature, and the thresholds mu_f and
     mu_b depend on it. For spherical clusters give the plain means of the members. The only row of
@@ -94,9 +94,6 @@ def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = Non
         weight: (N, C), rows of the classifier.
         index: row of the class that the centres belong to.
         bias: (N,), or None. The classifier of the paper has none.
-
-    Returns:
-        (K,) in [0, 1].
 
     Example:
         >>> score(torch.tensor([[1.0, 1.0]]), torch.eye(2), 0).tolist()
@@ -152,11 +149,8 @@ def mean_cosine(features: Tensor, prototypes: Tensor) -> Tensor:
     This is FG_n for the class prototypes F'_n and BG_n for the context prototypes B'_n.
 
     Args:
-        features: (..., C, h, w).
+        features: (..., C, h, w); the result is (..., h, w) in [-1, 1].
         prototypes: (K, C), K >= 1.
-
-    Returns:
-        (..., h, w) in [-1, 1].
 
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
@@ -167,12 +161,7 @@ def mean_cosine(features: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:
-    """L2-normalise along ``dim``; a zero vector stays zero.
-
-    Example:
-        >>> unit(torch.tensor([0.0, 2.0]), dim=0).tolist()
-        [0.0, 1.0]
-    """
+    """L2-normalise along ``dim``; a zero vector stays zero."""
     normalised: Tensor = F.normalize(vectors, dim=dim, eps=NORM_EPSILON)
     return normalised
 
@@ -264,12 +253,7 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
 
 
 def unflip(maps: Tensor) -> Tensor:
-    """Mirror maps or features of a mirrored image back (last axis).
-
-    Example:
-        >>> unflip(torch.tensor([1.0, 2.0])).tolist()
-        [2.0, 1.0]
-    """
+    """Mirror maps or features of a mirrored image back (last axis)."""
     return maps.flip(-1)
 
 
@@ -316,13 +300,8 @@ class FusedMaps(NamedTuple):
 
 
 def strided(length: int, stride: int) -> int:
-    """Number of grid cells of ``stride`` pixels that cover ``length`` pixels, rounded up.
-
-    Example:
-        >>> strided(375, 16)
-        24
-    """
-    return (length - 1) // stride + 1
+    """Number of grid cells of ``stride`` pixels that cover ``length`` pixels, rounded up."""
+    return -(-length // stride)
 
 
 def fuse_scales(

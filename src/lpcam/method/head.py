@@ -60,9 +60,8 @@ class LPCAMHead(nn.Module):
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
         """The head of a fitted LPCAM (LPCAM-F if its ``with_context`` is False).
 
-        Raises:
-            NotFittedError: if it has no prototypes.
-            PrototypeError: if they belong to another classifier.
+        Raises NotFittedError if it has no prototypes, PrototypeError if they belong to another
+        classifier.
         """
         prototypes, source = lpcam.prototypes_, lpcam.source_
         prototypes.check_fingerprint(source.fingerprint(), "this LPCAM")

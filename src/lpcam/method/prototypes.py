@@ -83,8 +83,7 @@ class Prototypes:
     def vectors(self, *, with_context: bool = True) -> Tensor:
         """One vector (N, C) for each class: v_n of equation 6; zero if it has no prototype.
 
-        Args:
-            with_context: False leaves the context out (LPCAM-F, equation 5).
+        Without context it is that of LPCAM-F (equation 5).
         """
         vectors = torch.zeros_like(self.foreground.centers[:, 0])
         for index in torch.nonzero(self.foreground.keep.any(1)).flatten().tolist():
@@ -103,12 +102,10 @@ class Prototypes:
     def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
         """Read a file that :meth:`save` wrote.
 
-        Args:
-            fingerprint: of the classifier that will use the prototypes; None skips the check.
-
         Raises:
             ArtefactError: if the file is missing, damaged or of another kind.
-            PrototypeError: if the prototypes belong to another classifier.
+            PrototypeError: if the prototypes belong to a classifier of another fingerprint; None
+                skips the check.
         """
         tensors, metadata = read_tensors(path)
         try:
@@ -162,6 +159,8 @@ def make_prototypes(
 ) -> Prototypes:
     """Cluster the features of every class and side, score the centres and select prototypes.
 
+    Raises PrototypeError if no class has a foreground feature.
+
     Args:
         weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
         classes: the N names.
@@ -171,9 +170,6 @@ def make_prototypes(
         made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.
-
-    Raises:
-        PrototypeError: if no class has a foreground feature.
     """
     clustered = _cluster(reservoir, settings, seed, device or weight.device, workers)
     events: list[str] = []
@@ -263,10 +259,8 @@ def _cluster(
     stopped = sum(not one.converged for one in results)
     if stopped:
         logger.warning(
-            "%d of %d clusterings stopped at max_iterations=%d before they converged; raise "
-            "max_iterations or the tolerance",
-            stopped,
-            len(results),
-            settings.max_iterations,
+            f"{stopped} of {len(results)} clusterings stopped at "
+            f"max_iterations={settings.max_iterations} before they converged; raise max_iterations "
+            "or the tolerance"
         )
     return clustered

@@ -105,16 +105,10 @@ class Reservoir:
     def add(
         self, index: int, side: SideName, rows: Tensor, name: str, where: Tensor | None = None
     ) -> None:
-        """Offer local features (M, C) of one image.
+        """Offer local features (M, C) of one image for a class, those ``where`` (M,) is True.
 
-        Args:
-            index: index of the class.
-            name: name of the image; seeds the keys.
-            where: (M,) bool, the rows that are offered; None: all.
-
-        Raises:
-            PrototypeError: if a row that would be kept contains NaN, Inf or a value too large for
-                ``dtype``.
+        The name of the image seeds the keys. Raises PrototypeError if a row that would be kept
+        contains NaN, Inf or a value too large for ``dtype``.
         """
         # Keys are drawn first, so that a full sample copies only the few rows that it takes.
         place, rows = (index, side), rows.detach()
@@ -144,10 +138,7 @@ class Reservoir:
         sample.take(keys[chosen], kept.cpu())
 
     def merge(self, other: Reservoir) -> None:
-        """Add the sample of other images, made with the same arguments.
-
-        The result is that of one reservoir for all images.
-        """
+        """Add the sample of other images, made with the same arguments, as if all were here."""
         for place, count in other.seen.items():
             self.seen[place] = self.seen.get(place, 0) + count
         for place, offered in other._samples.items():
@@ -244,7 +235,7 @@ def draw_images(
 
     Args:
         labels: name and class indices of each image.
-        classes: N.
+        classes: their number.
         seed: each class has its own generator.
 
     Returns:
@@ -256,12 +247,11 @@ def draw_images(
         {'a': {0: 1, 1: 1}, 'b': {1: 1}}
     """
     drawn: dict[str, dict[int, int]] = {}
+    wanted, replace = settings.images_per_class, settings.images_with_replacement
     for index in range(classes):
         names = [name for name, present in labels if index in present]
-        wanted = settings.images_per_class
         if wanted is not None and names:
             generator = np.random.default_rng([seed, index])
-            replace = settings.images_with_replacement
             count = wanted if replace else min(wanted, len(names))
             names = generator.choice(np.array(names, dtype=object), count, replace).tolist()
         for name in names:

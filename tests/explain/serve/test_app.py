@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from explaining import tiny_explainer
 from PIL import Image, ImageFile
 from tiny import draw_image
 
@@ -30,11 +29,6 @@ from starlette.testclient import TestClient
 
 PORT = 8765
 HOME = f"http://127.0.0.1:{PORT}"
-
-
-@pytest.fixture(scope="module")
-def explainer(tmp_path_factory: pytest.TempPathFactory) -> Explainer:
-    return tiny_explainer(tmp_path_factory.mktemp("explainer"))
 
 
 @pytest.fixture(scope="module")

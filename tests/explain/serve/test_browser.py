@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from browsing import chromium, watched  # noqa: F401 - the fixture "browser"
-from explaining import tiny_run
 from PIL import Image, ImageFilter
 from tiny import draw_image
 
@@ -54,8 +53,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    explainer = RunFolder(tiny_run(tmp_path_factory.mktemp("serve"))).explainer(device="cpu")
+def served(run: Path) -> Iterator[Served]:
+    explainer = RunFolder(run).explainer(device="cpu")
     explainer.classes = (HOSTILE, *explainer.classes[1:])
     served = Served(explainer)
     yield served

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ADDRESS = "127.0.0.1"
-PORT = 8765
 MAXIMUM_BYTES = 32 * 2**20
 """Largest upload."""
 BODY_SECONDS = 60.0
@@ -69,13 +68,10 @@ class RefusedError(LpcamError):
         self.status = status
 
 
-def serve(
-    explainer: Explainer, *, name: str = "", port: int = PORT, threads: int | None = None
-) -> None:
+def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None) -> None:
     """Serve the page of an explainer until interrupted.
 
     Args:
-        name: name of the run or model, for the page's title; empty: that of the explainer's run.
         port: on the loopback address; 0: any free port.
         threads: number of CPU threads; None: the processors that this process may use.
 
@@ -86,7 +82,7 @@ def serve(
         import uvicorn  # noqa: PLC0415 - an extra
     except ImportError:
         raise LpcamError(_NEEDED) from None
-    name = name or str(explainer.made_by.get("run", "a model"))
+    name = str(explainer.made_by.get("run", "a model"))
     with _listen(port) as listener:
         port = listener.getsockname()[1]
         app = application(explainer, name=name, port=port, threads=threads)
