@@ -9,7 +9,7 @@ import pytest
 from tiny import draw_folder
 
 from lpcam.data.images import upright_size
-from lpcam.data.open_dataset import kind_of, open_dataset, open_with_truth
+from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.runtime.errors import DataError
 
 
@@ -51,7 +51,7 @@ def test_paths_that_are_nothing(tmp_path: Path) -> None:
 
 
 def test_all_of_a_data_set_is_opened(tmp_path: Path) -> None:
-    folder = open_dataset(draw_folder(tmp_path / "boxes", count=3))
+    folder = open_dataset(draw_folder(tmp_path / "boxes", count=3)).dataset
     assert list(folder.items) == ["i00", "i01", "i02"]
     image = {"id": 1, "file_name": "i00.png", "height": 60, "width": 60}
     other = {"id": 2, "file_name": "i01.png", "height": 60, "width": 60}
@@ -60,12 +60,13 @@ def test_all_of_a_data_set_is_opened(tmp_path: Path) -> None:
         (tmp_path / "boxes" / "images" / f"{name}.json").write_text(
             json.dumps({"images": images, "annotations": [], "categories": cow})
         )
-    whole = open_dataset(tmp_path / "boxes" / "images", "coco")
+    whole = open_dataset(tmp_path / "boxes" / "images", "coco").dataset
     assert {name: len(ids) for name, ids in whole.lists.items()} == {
         **{"a": 1, "b": 1, "all": 2},
         **{"a.labelled": 0, "b.labelled": 0, "all.labelled": 0},
     }
-    assert list(open_dataset(tmp_path / "boxes" / "images", "coco", lists=["b"]).items) == ["b/i01"]
+    one = open_dataset(tmp_path / "boxes" / "images", "coco", lists=["b"]).dataset
+    assert list(one.items) == ["b/i01"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,6 @@ def test_all_of_a_data_set_is_opened(tmp_path: Path) -> None:
         "[]",
         "",
         "broken",
-        '{"a": {"images": [], "annotations": []}}',
         '{"files": 3, "images": 12, "annotations": 7}',
         '{"images": [], "text": "annotations: ["}',
         '{"images": "annotations", "annotations": []}',
@@ -117,9 +117,10 @@ def test_the_truth_of_annotations_is_opened_too(tmp_path: Path) -> None:
         "categories": [{"id": 4, "name": "cow"}],
     }
     (images / "a.json").write_text(json.dumps(content))
-    dataset, truth = open_with_truth(images, "coco")
+    opened = open_dataset(images, "coco")
+    dataset, truth = opened.dataset, opened.true_masks
     assert list(dataset.items) == list(truth) == ["i00"]
     mask, faults = truth["i00"]()
     assert mask is not None and mask.shape == size and (mask == 1).all() and faults == ()
-    assert open_with_truth(images, "coco", masks=tmp_path / "boxes" / "masks")[1] == {}
-    assert open_with_truth(tmp_path / "boxes")[1] == {}
+    assert not open_dataset(images, "coco", masks=tmp_path / "boxes" / "masks").true_masks
+    assert not open_dataset(tmp_path / "boxes").true_masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -217,10 +218,11 @@ def test_why_masks_are_not_scored(items: list[Item]) -> None:
     assert why_not_scored(items, classes) is None  # the other one shows both
     for values, listed in (
         (np.array([[1, 0, 255, 9]], np.uint8), "1, 9;"),
-        (np.arange(100, 120, dtype=np.uint8)[None], "100, 101, 102, 103, 104, 105, 106, 107, ...;"),
+        (np.arange(100, 120, dtype=np.uint8)[None], "100, .*, 107 and 12 more;"),
     ):
         Image.fromarray(values).save(items[1].image)
-        assert f"Values of no class here: {listed}" in str(why_not_scored(items, classes))
+        text = str(why_not_scored(items, classes))
+        assert re.search(f"Values of no class here: {listed}", text)
 
 
 def masks(folder: Path, **values: list[list[int]]) -> Path:

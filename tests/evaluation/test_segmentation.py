@@ -15,8 +15,6 @@ from lpcam.evaluation.segmentation import (
     ThresholdSweep,
     best_threshold,
     confusion,
-    part_counts,
-    part_coverage,
     scores,
     truth_labels,
 )
@@ -184,16 +182,3 @@ def test_sweep_refuses_an_image_and_keeps_its_counts() -> None:
         with pytest.raises(DataError, match=message):
             sweep.update(*wrong)
     assert sweep.histogram.sum() == 0
-
-
-def test_part_coverage_by_hand() -> None:
-    names = {"head": 1, "legs": 4, "tail": 3}
-    truth = torch.tensor([[1, 1, 2, 2, IGNORE, 0]])
-    prediction = torch.tensor([[1, 2, 2, 2, 2, 0]])
-    parts = torch.tensor([[1, 1, 1, 4, 4, 4]])
-    counts = part_counts(truth, prediction, parts, names)
-    assert counts.tolist() == [[2, 3], [1, 1], [0, 0]]
-    assert part_coverage(counts * 2, names) == pytest.approx({"head": 2 / 3, "legs": 1.0})
-    assert part_counts(truth, prediction, parts, {}).shape == (0, 2)
-    with pytest.raises(DataError, match="must have the size of the same image"):
-        part_counts(truth, prediction, parts[:, :3], names)

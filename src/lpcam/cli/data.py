@@ -160,7 +160,7 @@ def import_maps(
         else:
             table = class_table(classes)
     if data is not None:
-        dataset = opening.open_dataset(data, lists=lists)
+        dataset = opening.open_dataset(data, lists=lists).dataset
         if table is not None:
             choose_classes(dataset.classes, table.names)
         about["sizes"] = {i.id: images.upright_size(i.image) for i in dataset.items.values()}

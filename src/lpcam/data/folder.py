@@ -52,10 +52,8 @@ from lpcam.data.labels import (
 )
 from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import Opened, Reader, Request
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 
-FOLDERS: Literal["folders"] = "folders"
-"""Instead of a table of labels: the first folder of an image's id is its class."""
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
@@ -89,11 +87,10 @@ def read_folder(
         DataError: naming the file and line that is wrong or missing.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "labels.csv").write_text("image,labels\\na.jpg,cow;dog\\n")
-        ...     Path(folder, "a.jpg").touch()
-        ...     read_folder(Path(folder)).items["a"].labels
+        >>> folder = getfixture("tmp_path")
+        >>> _ = (folder / "labels.csv").write_text("image,labels\\na.jpg,cow;dog\\n")
+        >>> (folder / "a.jpg").touch()
+        >>> read_folder(folder).items["a"].labels
         (0, 1)
     """
     if not root.is_dir():
@@ -113,7 +110,7 @@ def read_folder(
         if labels is None:
             notices.append(
                 f"there is no labels.csv or labels.jsonl: the folders below {images_root} are the "
-                f"classes, {_shortened(table.classes or ())}"
+                f"classes, {shortened(table.classes or ())}"
             )
     elif not images:
         raise DataError(
@@ -169,32 +166,38 @@ def _table_of_folders(
 
     Raises DataError for the folders of a train and a val set, which hold those of the classes.
     """
-    rows = []
-    for image_id in images:
-        folder, slash, _ = image_id.partition("/")
-        if slash:
-            rows.append(LabelRow(0, image_id, (normal_name(folder),)))
-        else:
-            skipped[image_id] = Skip(
-                image_id,
-                "it is in no folder of a class and no table of labels is used; move it into one",
-            )
-    if not rows:
+    reason = "it is in no folder of a class and no table of labels is used; move it into one"
+    skipped |= {image_id: Skip(image_id, reason) for image_id in images if "/" not in image_id}
+    inside = [image_id.split("/") for image_id in images if "/" in image_id]
+    if not inside:
         path = root / "labels.csv"
         raise DataError(
             f"there is no {path}; {how_to_write(path)}. Without it images lie in one folder a "
             f"class, such as {images_root / 'cow' / '1.jpg'}"
         )
-    tops = sorted({row.image.partition("/")[0] for row in rows})
-    nested = sorted({row.image.partition("/")[0] for row in rows if row.image.count("/") > 1})
+    tops = sorted({parts[0] for parts in inside})
+    nested = sorted({parts[0] for parts in inside if len(parts) > 2})
     if nested and all(top.casefold() in _SPLITS for top in tops):
         one = "train" if "train" in nested else nested[0]
         raise DataError(
             f"the folders of {images_root} are {', '.join(tops)} and hold the folders of the "
             f"classes; give one of them, {images_root / one}"
         )
-    classes = tuple(sorted({name for row in rows for name in row.labels}))
-    return LabelTable(images_root, tuple(rows), classes)
+    rows = [LabelRow(0, "/".join(parts), (normal_name(parts[0]),)) for parts in inside]
+    return LabelTable(images_root, tuple(rows), tuple(sorted({*map(normal_name, tops)})))
+
+
+def _read_classes(path: Path, table: LabelTable) -> ClassTable:
+    """The classes of classes.txt, else of the table."""
+    names: Sequence[str] = table.classes or sorted({n for row in table.rows for n in row.labels})
+    names, source = (read_names(path), path) if path.is_file() else (names, table.path)
+    classes = ClassTable.numbered(names, source)
+    for name in table.classes or ():
+        check_known(name, classes.names, f"{table.path}: ")
+    for row in table.rows:
+        for name in row.labels:
+            check_known(name, classes.names, f"{table.path} line {row.line}: ")
+    return classes
 
 
 def _labels_by_image(
@@ -207,12 +210,12 @@ def _labels_by_image(
 ) -> dict[str, set[str]]:
     """Class names by image id, of all rows that name an image."""
     present: dict[str, set[str]] = {}
-    lines: dict[str, list[int]] = {}
+    lines: dict[str, list[str]] = {}
     for row in table.rows:
         image_id = _image_id(row.image, images)
         if image_id is not None:
             present.setdefault(image_id, set()).update(row.labels)
-            lines.setdefault(image_id, []).append(row.line)
+            lines.setdefault(image_id, []).append(str(row.line))
             continue
         reason = f"{table.path.name} line {row.line} has no image below {images_root}"
         if ending := others.get(row.image) or others.get(row.image.removeprefix("images/")):
@@ -227,33 +230,13 @@ def _labels_by_image(
             f"names {table.rows[0].image!r}, the folder holds {next(iter(images))!r}; "
             f"{how_to_write(table.path)}"
         )
-    repeated = [f"{i} (lines {', '.join(map(str, n))})" for i, n in lines.items() if len(n) > 1]
+    repeated = [f"{i} (lines {', '.join(n)})" for i, n in lines.items() if len(n) > 1]
     if repeated:
         notices.append(
-            f"{table.path.name} has several lines of {_shortened(repeated)}; their labels were "
+            f"{table.path.name} has several lines of {shortened(repeated)}; their labels were "
             "united"
         )
     return present
-
-
-def _shortened(entries: Sequence[str]) -> str:
-    more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
-    return ", ".join(entries[:5]) + more
-
-
-def _read_classes(path: Path, table: LabelTable) -> ClassTable:
-    """The classes of classes.txt, else of the table."""
-    names: Sequence[str] = sorted({label for row in table.rows for label in row.labels})
-    names, source = table.classes or names, table.path
-    if path.is_file():
-        names, source = read_names(path), path
-    classes = ClassTable.numbered(names, source)
-    for name in table.classes or ():
-        check_known(name, classes.names, f"{table.path}: ")
-    for row in table.rows:
-        for name in row.labels:
-            check_known(name, classes.names, f"{table.path} line {row.line}: ")
-    return classes
 
 
 def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]]:
@@ -263,21 +246,19 @@ def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]
     are left out.
     """
     found = []
-    excluded = {os.path.realpath(path) for path in ignored}
+    excluded = {path.resolve() for path in ignored}
     top = folder.resolve()
-    above = {folder: frozenset(map(str, (top, *top.parents)))}
+    above = {folder: frozenset([top, *top.parents, *excluded])}
     for place, folders, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(Path(place, name)) for name in folders}
-        parents = above.pop(Path(place))
-        folders[:] = [
-            name
+        left_out = above.pop(Path(place))
+        inside = {
+            path: path.resolve()
             for name in folders
-            if not name.startswith((".", "__MACOSX"))
-            and not _is_run(Path(place, name))
-            and real[name] not in excluded
-            and real[name] not in parents
-        ]
-        above |= {Path(place, name): parents | {real[name]} for name in folders}
+            if not name.startswith((".", "__MACOSX")) and not _is_run(path := Path(place, name))
+        }
+        inside = {path: real for path, real in inside.items() if real not in left_out}
+        folders[:] = [path.name for path in inside]
+        above |= {path: left_out | {real} for path, real in inside.items()}
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)
@@ -300,41 +281,34 @@ def _find_images(
     The third result has the extension of every other file, by its name and its name without
     extension.
     """
-    ignored = [folder / name for name in ("masks", "parts", "lists")]
-    if masks is not None:
-        ignored.append(masks)
+    ignored = [folder / "masks", folder / "parts", folder / "lists", *([masks] if masks else [])]
     images: dict[str, Path] = {}
     skipped: dict[str, Skip] = {}
     others: dict[str, str] = {}
     for name, path in _walk(folder, ignored):
         image_id = name.removesuffix(path.suffix)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
-            if path.suffix:
-                others |= dict.fromkeys((name, image_id), path.suffix)
-            continue
-        try:
-            safe_id(image_id)
-        except DataError as error:
-            skipped[image_id] = Skip(image_id, str(error))
-            continue
-        if image_id in images:
+            others |= dict.fromkeys((name, image_id), path.suffix)
+        elif image_id in images:
             raise DataError(
                 f"{images[image_id]} and {path} have the same id {image_id!r}; rename one of them"
             )
-        images[image_id] = path
+        else:
+            try:
+                images[safe_id(image_id)] = path
+            except DataError as error:
+                skipped[image_id] = Skip(image_id, str(error))
     return images, skipped, others
 
 
 def _image_id(text: str, images: Collection[str]) -> str | None:
     """The id of an image named with or without its extension and a leading ``images/``."""
-    for name in (text, text.removeprefix("images/")):
-        for candidate in (name, without_suffix(name)):
-            if candidate in images:
-                return candidate
-    return None
+    short = text.removeprefix("images/")
+    names = (text, without_suffix(text), short, without_suffix(short))
+    return next((name for name in names if name in images), None)
 
 
-def _find_masks(folder: Path, images: Mapping[str, Path], notices: list[str]) -> dict[str, Path]:
+def _find_masks(folder: Path, images: Collection[str], notices: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     unknown = []
     for name, path in _walk(folder):
@@ -345,7 +319,7 @@ def _find_masks(folder: Path, images: Mapping[str, Path], notices: list[str]) ->
             unknown.append(name)
     if unknown:
         notices.append(
-            f"{folder.name}/: {_shortened(unknown)} belong to no image; they are called ID.png, as "
+            f"{folder.name}/: {shortened(unknown)} belong to no image; they are called ID.png, as "
             "the image without its extension"
         )
     return found
@@ -376,10 +350,10 @@ def _read_lists(
         ids = []
         for where, name in read_lines(path):
             image_id = _image_id(name, images)
-            if image_id is not None:
-                ids.append(image_id)
-            else:
+            if image_id is None:
                 skipped.setdefault(name, Skip(name, f"{where} has no image of that name"))
+            else:
+                ids.append(image_id)
         check_unique(ids, str(path))
         lists[path.stem] = tuple(image_id for image_id in ids if image_id in items)
     return lists

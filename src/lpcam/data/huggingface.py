@@ -6,10 +6,8 @@ Data sets that are programs are never executed: versions of the library that do 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from PIL import Image
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import decode_image, png_bytes
 from lpcam.data.labels import normal_name
-from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.errors import DataError, LpcamError, import_extra
 from lpcam.runtime.files import write_bytes, write_json
 from lpcam.runtime.versions import __version__
 
@@ -44,14 +42,14 @@ class ImportedFolder:
 
     def summary(self) -> str:
         """A text of one line per fact."""
-        lines = [f"wrote {self.folder}"]
-        if self.left_out:
-            first = self.left_out[0]
-            lines[:0] = [
-                f"{len(self.left_out)} of {self.rows} rows were left out, the first: row "
-                f"{first['row']}, {first['reason']}"
-            ]
-        return "\n".join(lines)
+        text = f"wrote {self.folder}"
+        if not self.left_out:
+            return text
+        first = self.left_out[0]
+        return (
+            f"{len(self.left_out)} of {self.rows} rows were left out, the first: row "
+            f"{first['row']}, {first['reason']}\n{text}"
+        )
 
 
 def import_huggingface(
@@ -61,7 +59,6 @@ def import_huggingface(
     image: str = "image",
     labels: str = "label",
     split: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> ImportedFolder:
     """Write the images of a data set with their labels as a user's folder.
 
@@ -77,14 +74,18 @@ def import_huggingface(
         image: name of the column of images (``datasets.Image``).
         labels: name of the column of labels: a ClassLabel or text, or lists of these.
         split: name of the split to import, if there are several.
-        progress: called after each row with the number done and the number of all.
 
     Raises:
         DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
             another type, no row can be used, or ``output`` has a ``labels.csv`` already.
         LpcamError: if the library is not installed, or older than version 4.
     """
-    library = _library()
+    library = import_extra("datasets", "huggingface", "data sets of Hugging Face need its library")
+    if int(library.__version__.partition(".")[0]) < _OLDEST:
+        raise LpcamError(
+            f"datasets {library.__version__} can run programs that come with data sets; install "
+            f"version {_OLDEST} or newer: pip install 'lpcam[huggingface]'"
+        )
     if (output / "labels.csv").exists():
         raise DataError(f"{output} has a labels.csv already; choose another output folder")
     dataset = _open(library, source, split)
@@ -112,8 +113,6 @@ def import_huggingface(
             name = f"{number:0{digits}d}{extension}"
             write_bytes(output / "images" / name, data)
             rows.append((name, ";".join(names)))
-        if progress is not None:
-            progress(number + 1, len(dataset))
     if not rows:
         reason = left_out[0]["reason"] if left_out else "it has no rows"
         raise DataError(f"no row of the data set can be used; the first: {reason}")
@@ -133,27 +132,26 @@ def import_huggingface(
     return ImportedFolder(output, len(dataset), tuple(left_out))
 
 
-def _library() -> Any:
-    try:
-        library = importlib.import_module("datasets")
-    except ImportError as error:
-        raise LpcamError(
-            f"data sets of Hugging Face need its library ({error}): pip install "
-            "'lpcam[huggingface]'"
-        ) from error
-    if int(library.__version__.partition(".")[0]) < _OLDEST:
-        raise LpcamError(
-            f"datasets {library.__version__} can run programs that come with data sets; install "
-            f"version {_OLDEST} or newer: pip install 'lpcam[huggingface]'"
-        )
-    return library
-
-
 def _open(library: Any, source: Any, split: str | None) -> Any:
     """Open one split as a Dataset."""
     found = source
     if isinstance(source, str | Path):
-        found, split = _load(library, source, split)
+        on_hub = isinstance(source, str) and not Path(source).is_dir()
+        if on_hub and not _HUB_NAME.fullmatch(str(source)):
+            raise DataError(
+                f"{source!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)"
+            )
+        try:
+            if on_hub:
+                found, split = library.load_dataset(source, split=split), None
+            else:
+                found = library.load_from_disk(str(source))
+        except Exception as error:  # the library raises anything on damaged files and networks
+            reason = str(error).partition("\n")[0]
+            raise DataError(
+                f"cannot open the data set {str(source)!r}: {reason[:300] or type(error).__name__};"
+                " give the folder that save_to_disk wrote, or a name on the hub"
+            ) from error
     if isinstance(found, library.DatasetDict):
         names = sorted(map(str, found))
         if split is None and len(names) == 1:
@@ -169,27 +167,6 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
     if split is not None and split != str(found.split):
         raise DataError(f"unknown split {split!r}; the data set has only {found.split or 'one'}")
     return found
-
-
-def _load(library: Any, source: str | Path, split: str | None) -> tuple[Any, str | None]:
-    """The opened data set, and the split that must still be chosen."""
-    folder = Path(source)
-    try:
-        if isinstance(source, Path) or folder.is_dir():
-            return library.load_from_disk(str(folder)), split
-        if not _HUB_NAME.fullmatch(source):
-            raise DataError(
-                f"{source!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)"
-            )
-        return library.load_dataset(source, split=split), None
-    except DataError:
-        raise
-    except Exception as error:  # the library raises anything on damaged files and networks
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"cannot open the data set {str(source)!r}: {reason[:300] or type(error).__name__}; "
-            "give the folder that save_to_disk wrote, or a name on the hub"
-        ) from error
 
 
 def _column(dataset: Any, name: str) -> Any:

@@ -42,7 +42,7 @@ def survey(
     Unlike a run this does not stop at a mask that cannot be used: all of them are findings.
 
     Args:
-        truth: true masks that annotations give (:func:`lpcam.data.open_dataset.open_with_truth`).
+        truth: true masks that annotations give (:func:`lpcam.data.open_dataset.open_dataset`).
             Each is made in memory, and what is wrong with it is a finding.
         estimate: called with the usable images and their sizes (height, width); None: no estimate.
         workers: number of files read at a time.

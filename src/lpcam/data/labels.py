@@ -18,7 +18,6 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,16 +40,12 @@ class LabelRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The contents of a table of labels.
-
-    Args:
-        rows: in the order of the file; an image may occur in several.
-        classes: the columns of a multi-hot table, in order; None where only the rows name classes.
-    """
+    """The contents of a table of labels; an image may occur in several rows."""
 
     path: Path
     rows: tuple[LabelRow, ...]
     classes: tuple[str, ...] | None = None
+    """The columns of a multi-hot table, in order; None where only the rows name classes."""
 
 
 def read_labels(path: Path) -> LabelTable:
@@ -74,18 +69,14 @@ def read_labels(path: Path) -> LabelTable:
         ...     read_labels(path).rows
         (LabelRow(line=2, image='a.jpg', labels=('cow',)),)
     """
-    how = how_to_write(path)
-    if path.suffix.lower() not in (".csv", ".jsonl"):
+    how, suffix = how_to_write(path), path.suffix.lower()
+    if suffix not in (".csv", ".jsonl"):
         raise DataError(f"{path} is not a table of labels; give a .csv or a .jsonl file. {how}")
     text = read_text(path, how)
-    classes = None
-    if path.suffix.lower() == ".csv":
-        rows, classes = _read_csv(path, text, how)
-    else:
-        rows = tuple(_read_jsonl(path, text, how))
-    if not rows:
+    table = _read_csv(path, text, how) if suffix == ".csv" else _read_jsonl(path, text, how)
+    if not table.rows:
         raise DataError(f"{path} names no image; {how}")
-    return LabelTable(path, rows, classes)
+    return table
 
 
 def how_to_write(path: Path) -> str:
@@ -102,35 +93,17 @@ def how_to_write(path: Path) -> str:
 
 
 def normal_name(text: str) -> str:
-    """A name without blanks at its ends, in Unicode form NFC.
-
-    Example:
-        >>> normal_name(" Ku\\u0308he ")
-        'Kühe'
-    """
+    """A name without blanks at its ends, in Unicode form NFC."""
     return unicodedata.normalize("NFC", text.strip())
 
 
 def relative_name(text: str) -> str:
-    """A path with forward slashes and without a leading ``./``.
-
-    Example:
-        >>> relative_name(".\\\\barn\\\\1.jpg")
-        'barn/1.jpg'
-    """
+    """A path with forward slashes and without a leading ``./``."""
     return text.replace("\\", "/").removeprefix("./")
 
 
 def image_name(text: str, where: str) -> str:
-    """The name of an image in a table or list as an id; ``where`` is its file and line.
-
-    Raises:
-        DataError: if the name could leave its folder or is not an id otherwise.
-
-    Example:
-        >>> image_name(" barn\\\\1.jpg ", "labels.csv line 2")
-        'barn/1.jpg'
-    """
+    """The name of an image in a table or list as an id; DataError begins with ``where`` it is."""
     try:
         return safe_id(relative_name(normal_name(text)))
     except DataError as error:
@@ -138,11 +111,7 @@ def image_name(text: str, where: str) -> str:
 
 
 def read_text(path: Path, how: str) -> str:
-    """A UTF-8 file as text, without a byte order mark; ``how`` to write it ends the error.
-
-    Raises:
-        DataError: if the file cannot be read or is not UTF-8.
-    """
+    """A UTF-8 file as text, without a byte order mark; DataError ends with ``how`` to write it."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -158,19 +127,13 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The image names of a list, one per line, each after its file and line for errors.
-
-    Raises:
-        DataError: if the file cannot be read or a name could leave its folder.
-    """
+    """The image names of a list, one per line, each after its file and line for errors."""
     lines = enumerate(read_text(path, "Write one image per line.").splitlines(), start=1)
     numbered = [(f"{path} line {number}", line) for number, line in lines if line.strip()]
     return [(where, image_name(line, where)) for where, line in numbered]
 
 
-def _read_csv(
-    path: Path, text: str, how: str
-) -> tuple[tuple[LabelRow, ...], tuple[str, ...] | None]:
+def _read_csv(path: Path, text: str, how: str) -> LabelTable:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[LabelRow] = []
     classes: tuple[str, ...] | None = None
@@ -184,13 +147,14 @@ def _read_csv(
             elif any(cell.strip() for cell in cells):
                 if len(cells) != width:
                     raise DataError(f"{where} has {len(cells)} columns, expected {width}; {how}")
-                labels = (
-                    _split(cells[1]) if classes is None else _hot(cells[1:], classes, where, how)
-                )
+                if classes is None:
+                    labels = tuple(filter(None, map(normal_name, cells[1].split(";"))))
+                else:
+                    labels = _hot(cells[1:], classes, where, how)
                 rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; {how}") from error
-    return tuple(rows), classes
+    return LabelTable(path, tuple(rows), classes)
 
 
 def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
@@ -201,8 +165,8 @@ def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
         return None
     if len(cells) < 2 or folded[0] not in ("image", "filename") or "labels" in folded:
         raise DataError(f"{where} is {','.join(cells)!r}; {how}")
-    if "" in names or len(set(names[1:])) < len(names[1:]):
-        repeated = sorted({name for name in names[1:] if names.count(name) > 1})
+    repeated = sorted({name for name in names[1:] if names[1:].count(name) > 1})
+    if "" in names or repeated:
         raise DataError(
             f"{where}: a column has no name, or repeats ({', '.join(repeated)}); a table of 0 and "
             "1 has one column a class"
@@ -210,25 +174,21 @@ def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
     return tuple(names[1:])
 
 
-def _split(cell: str) -> tuple[str, ...]:
-    return tuple(name for name in map(normal_name, cell.split(";")) if name)
-
-
 def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tuple[str, ...]:
-    labels = []
-    for name, cell in zip(classes, cells, strict=True):
-        value = _TRUE_FALSE.get(cell.strip().casefold())
-        if value is None:
-            raise DataError(
-                f"{where} has {cell.strip()!r} in the column {name!r}, expected 0 or 1; if the "
-                f"column holds names of classes, call it 'labels'; otherwise {how}"
-            )
-        if value:
-            labels.append(name)
-    return tuple(labels)
+    """The classes whose cells are 1."""
+    values = [_TRUE_FALSE.get(cell.strip().casefold()) for cell in cells]
+    if None in values:
+        column = values.index(None)
+        raise DataError(
+            f"{where} has {cells[column].strip()!r} in the column {classes[column]!r}, expected 0 "
+            "or 1; if the column holds names of classes, call it 'labels'; otherwise "
+            f"{how}"
+        )
+    return tuple(name for name, value in zip(classes, values, strict=True) if value)
 
 
-def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
+def _read_jsonl(path: Path, text: str, how: str) -> LabelTable:
+    rows = []
     # not splitlines: JSON text may contain other line ends, such as U+2028
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
@@ -245,8 +205,9 @@ def _read_jsonl(path: Path, text: str, how: str) -> Iterator[LabelRow]:
                 f"{where} reads {line.strip()[:120]!r}; expected an object with a text 'image' and "
                 f"a list of texts 'labels'; {how}"
             )
-        names = tuple(name for name in map(normal_name, labels) if name)
-        yield LabelRow(number, image_name(str(image), where), names)
+        names = tuple(filter(None, map(normal_name, labels)))
+        rows.append(LabelRow(number, image_name(str(image), where), names))
+    return LabelTable(path, tuple(rows))
 
 
 def _is_text(value: object) -> bool:

@@ -6,60 +6,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lpcam.data.dataset import Dataset
-from lpcam.data.reader import READERS, Progress, Request, TrueMask
+from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.progress import progress as shown
 
 Truth = Mapping[str, TrueMask]
 """True masks that are not files, by image id."""
 
 
 def kind_of(path: Path) -> str:
-    """The name of the first reader that recognises a path.
-
-    A folder that none recognises is a ``folder``.
+    """The name of the first reader that recognises a path; ``folder`` if none knows a folder.
 
     Raises:
         DataError: if there is nothing at the path, or a file that no reader recognises.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     kind_of(Path(folder))
+        >>> kind_of(getfixture("tmp_path"))
         'folder'
     """
     if not path.exists():
         raise DataError(f"there is no {path}; give a folder of images, or a COCO JSON file")
-    for name, reader in READERS.items():
-        if reader.recognises(path):
-            return name
-    if path.is_file():
+    name = next((name for name, reader in READERS.items() if reader.recognises(path)), None)
+    if name is None and path.is_file():
         raise DataError(
             f"{path} is a file of unknown kind; give a folder of images with labels, VOC2012, a "
             "folder with COCO annotations, or a COCO JSON file"
         )
-    return "folder"
+    return name or "folder"
 
 
-def open_dataset(path: Path, kind: str | None = None, **options: Any) -> Dataset:
-    """Open a data set of any kind: labels are read, images not yet.
-
-    Args:
-        path, kind, options: as in :func:`open_with_truth`.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     Path(folder, "cow").mkdir()
-        ...     Path(folder, "cow", "1.jpg").touch()
-        ...     open_dataset(Path(folder), labels="folders").classes.names
-        ('cow',)
-    """
-    return open_with_truth(path, kind, **options)[0]
-
-
-def open_with_truth(
+def open_dataset(
     path: Path,
     kind: str | None = None,
     *,
@@ -67,9 +42,9 @@ def open_with_truth(
     labels: Path | Literal["folders"] | None = None,
     masks: Path | None = None,
     classes: Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> tuple[Dataset, Truth]:
-    """Open a data set of any kind, with the true masks that its annotations give.
+    settings: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Open a data set of any kind: labels are read, images not yet.
 
     Args:
         path: folder or file of the data set.
@@ -79,11 +54,18 @@ def open_with_truth(
             each class.
         masks: a folder of true masks, ``ID.png``, instead of the usual ones.
         classes: names of classes to choose, in label order; None: all.
-        progress: called with the bytes of annotations read so far and of all.
+        settings: values of the reader's settings.
 
     Raises:
         DataError: if ``lists`` or ``labels`` do not belong to the kind, and as its reader.
         RegistryError: if there is no reader of that name.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> (folder / "cow").mkdir()
+        >>> (folder / "cow" / "1.jpg").touch()
+        >>> open_dataset(folder, labels="folders").dataset.classes.names
+        ('cow',)
     """
     name = kind or kind_of(path)
     reader = READERS[name]
@@ -96,10 +78,8 @@ def open_with_truth(
         reader.check_labels(labels)
     except ValueError as error:
         raise DataError(str(error)) from None
-    unlabelled = frozenset({"test"})
-    request = Request(path, lists, unlabelled, labels, masks, classes, progress=progress)
-    opened = reader.open(request)
-    return opened.dataset, opened.true_masks
+    made = None if reader.settings is None else reader.settings.model_validate(settings or {})
+    return reader.open(Request(path, lists, frozenset({"test"}), labels, masks, classes, made))
 
 
 def paint_masks(
@@ -113,8 +93,7 @@ def paint_masks(
     """Paint the true masks that the annotations of a data set give, as ``folder/ID.png``.
 
     Args:
-        path, lists: as in :func:`open_with_truth`.
-        settings: values of the reader's settings.
+        path, lists, settings: as in :func:`open_dataset`.
         workers: number of masks painted at a time.
 
     Returns:
@@ -123,15 +102,11 @@ def paint_masks(
     Raises:
         DataError: if the data set has no annotations to paint from, and as its reader.
     """
-    reader = READERS[kind_of(path)]
-    made = None if reader.settings is None else reader.settings.model_validate(settings or {})
-    opened = reader.open(Request(path, lists, settings=made))
+    opened = open_dataset(path, lists=lists, settings=settings)
     if opened.paint is None:
         raise DataError(
             f"{path} has no annotations to paint masks from; give a folder with COCO annotations, "
             "or a COCO JSON file"
         )
-    ids = list(opened.dataset.items)
-    with shown("painting masks", len(ids)) as advance:
-        painted = opened.paint(folder, ids, workers, lambda _done, _total: advance(1, ""))
-    return sum(item.mask is not None for item in painted.items.values()), len(ids)
+    items = opened.paint(folder, opened.dataset.items, workers).items.values()
+    return sum(item.mask is not None for item in items), len(items)

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from lpcam.data.dataset import ClassTable, Dataset
+from lpcam.data.dataset import Dataset
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import RecipePath, Section, against_base
 
@@ -28,7 +28,6 @@ ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "tes
 TrueMask = Callable[[], tuple[NDArray[np.uint8] | None, tuple[str, ...]]]
 """Makes the true mask (H, W) of an image that has no file of one: None if it cannot be made, and
 what is wrong with the image's annotations, in words."""
-Progress = Callable[[int, int], None]
 
 
 def _word_or_path(value: Any, info: ValidationInfo) -> Any:
@@ -127,8 +126,6 @@ class Request:
     """The classes to choose; None: all."""
     settings: Any = None
     """An instance of the reader's settings; None: the usual ones."""
-    progress: Progress | None = None
-    """Called with the bytes done and the bytes of all while annotations are read."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Opened:
     dataset: Dataset
     true_masks: Mapping[str, TrueMask] = field(default_factory=dict)
     """By image id."""
-    paint: Callable[[Path, Iterable[str], int, Progress | None], Dataset] | None = None
+    paint: Callable[[Path, Iterable[str], int], Dataset] | None = None
     """Writes true masks of some images into a folder, with a number of threads, and returns the
     data set with them; None: there is nothing to paint."""
 
@@ -146,8 +143,7 @@ class Opened:
 class Reader(ABC):
     """Reads one kind of data set.
 
-    A reader is one object in :data:`READERS`. They are asked in the order of the registry which of
-    them recognises a path.
+    A reader is one object in :data:`READERS`, which are asked in order if they recognise a path.
     """
 
     means: ClassVar[str]
@@ -167,10 +163,6 @@ class Reader(ABC):
         Raises:
             ValueError: saying what it can use.
         """
-
-    def known_classes(self, root: Path, names: Sequence[str] | None) -> ClassTable | None:
-        """The named classes (or all), if they are known without reading images and labels."""
-        return None
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -7,11 +7,10 @@ is not in VOC's val; with the released files these are 10,582 (specification of 
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,16 @@ from lpcam.data.dataset import check_unique
 from lpcam.data.images import upright_size
 from lpcam.data.labels import read_lines
 from lpcam.data.masks import read_index_mask, write_mask
-from lpcam.data.voc import CLASSES, find_root, read_list
-from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.data.voc import CLASSES, LISTS, find_root, read_list
+from lpcam.runtime.errors import DataError, import_extra
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
 
 LIST = "train_aug"
 """Name of the list."""
 MASKS = "SegmentationClassAug"
 """Folder of the masks of the list and of VOC's val."""
-_LISTS = PurePosixPath("ImageSets/Segmentation")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -45,12 +44,7 @@ class TrainAug:
 
 
 def make_train_aug(
-    voc: Path,
-    sbd: Path,
-    output: Path | None = None,
-    *,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    voc: Path, sbd: Path, output: Path | None = None, *, workers: int = 1
 ) -> TrainAug:
     """Write the list ``train_aug`` and index masks of its images and of VOC's val.
 
@@ -64,21 +58,20 @@ def make_train_aug(
         sbd: the folder ``benchmark_RELEASE``, its ``dataset``, or the parent of the first.
         output: folder to write; None: the VOC folder.
         workers: number of images processed at a time.
-        progress: called after each mask with the number done and the number of all.
 
     Raises:
         DataError: if a folder is not VOC or SBD, a file is missing or damaged, a mask has another
             size than its image, or a different list or mask of the same name exists.
         LpcamError: if SciPy is not installed.
     """
-    loadmat = _loadmat()
+    loadmat = import_extra("scipy.io", "objects", "SBD's .mat files need SciPy").loadmat
     root, dataset = find_root(voc), _find_dataset(sbd)
     output = root if output is None else output
     train, val = read_list(root, "train"), read_list(root, "val")
     in_sbd = {image_id for name in ("train", "val") for image_id in _sbd_list(dataset, name)}
     official = {*train, *val}
     ids = tuple(sorted({*train, *(in_sbd - set(val))}))
-    list_path = output / _LISTS / f"{LIST}.txt"
+    list_path = output / LISTS / f"{LIST}.txt"
     if list_path.is_file() and read_list(output, LIST) != ids:
         raise DataError(
             f"{list_path} exists with other images than the {len(ids)} of VOC and SBD, or in "
@@ -97,7 +90,7 @@ def make_train_aug(
         )
 
     def make(image_id: str) -> bool:
-        path = truth[image_id]
+        path, target = truth[image_id], output / MASKS / f"{image_id}.png"
         mask = read_index_mask(path) if image_id in official else _read_mat(path, loadmat)
         size = upright_size(images[image_id])
         if mask.shape != size:
@@ -105,7 +98,6 @@ def make_train_aug(
                 f"the mask of {path} is {mask.shape[0]} x {mask.shape[1]} (height x width) but its "
                 f"image {images[image_id]} is {size[0]} x {size[1]}; download both again"
             )
-        target = output / MASKS / f"{image_id}.png"
         if not target.is_file():
             write_mask(target, mask)
             return True
@@ -117,10 +109,10 @@ def make_train_aug(
         return False
 
     written = 0
-    for number, new in enumerate(ordered_map(make, everything, workers), start=1):
-        written += new
-        if progress is not None:
-            progress(number, len(everything))
+    with progress("masks", len(everything)) as advance:
+        for new in ordered_map(make, everything, workers):
+            written += new
+            advance(1, "")
     if not list_path.is_file():
         write_bytes(list_path, "".join(f"{image_id}\n" for image_id in ids).encode())
     counts = {
@@ -137,10 +129,7 @@ def make_train_aug(
 
 def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
     """The class mask of one of SBD's ``cls/ID.mat``, uint8 (H, W): 0, and 1 to 20 as in VOC."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    data = path.read_bytes()
     if data.startswith(_HDF5) or b"MATLAB 7.3" in data[:128]:
         raise DataError(
             f"{path} is a file of MATLAB 7.3 (HDF5); download SBD's own again, or convert it in "
@@ -188,13 +177,3 @@ def _image_path(root: Path, dataset: Path, image_id: str) -> Path:
     path = root / "JPEGImages" / f"{image_id}.jpg"
     copy = dataset / "img" / path.name
     return copy if not path.is_file() and copy.is_file() else path
-
-
-def _loadmat() -> Callable[..., Any]:
-    try:
-        load: Callable[..., Any] = importlib.import_module("scipy.io").loadmat
-    except ImportError as error:
-        raise LpcamError(
-            f"SBD's .mat files need SciPy ({error}): pip install 'lpcam[objects]'"
-        ) from error
-    return load

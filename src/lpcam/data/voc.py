@@ -29,7 +29,7 @@ from lpcam.data.dataset import (
 from lpcam.data.labels import normal_name, read_labels, read_names, read_text
 from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import ListName, Opened, Reader, Request
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 
 _NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
 person pottedplant sheep sofa train tvmonitor"""
@@ -37,10 +37,10 @@ CLASSES = tuple(_NAMES.split())
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
 CLASS_NAMES = "class_names.txt"
 """File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
+LISTS = PurePosixPath("ImageSets/Segmentation")
+"""Folder of the lists."""
 _PERSON_PARTS = ("head", "hand", "foot")
 """Names that VOC's person layout has beside objects; they are not classes."""
-_MOST_NAMED = 5
-_LISTS = PurePosixPath("ImageSets/Segmentation")
 _INTEGER_ID = re.compile(r"\d{10}")
 
 
@@ -97,6 +97,14 @@ def read_voc(
     if not items:
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
         raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
+    counts = [
+        f"{name!r} in {count}{nearest_name(name, names)}"
+        for name, count in sorted(unknown.items(), key=lambda one: (-one[1], one[0]))
+    ]
+    notice = (
+        f"objects of unknown classes give no label, by the number of images: {shortened(counts)}; "
+        f"list other classes in {own}, one per line"
+    )
     return Dataset(
         name="voc12" if names == CLASSES else root.resolve().name,
         classes=table,
@@ -104,49 +112,25 @@ def read_voc(
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
         label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
-        notices=_notices(unknown, names, own),
+        notices=(notice,) if counts else (),
     )
 
 
-def _notices(unknown: Counter[str], names: Sequence[str], path: Path) -> tuple[str, ...]:
-    """The unknown names of objects, with the number of images of each."""
-    if not unknown:
-        return ()
-    parts = [
-        f"{name!r} in {count}{nearest_name(name, names)}"
-        for name, count in sorted(unknown.items(), key=lambda one: (-one[1], one[0]))
-    ]
-    more = f" and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
-    return (
-        "objects of unknown classes give no label, by the number of images: "
-        f"{', '.join(parts[:_MOST_NAMED])}{more}; list other classes in {path}, one per line",
-    )
+def _voc_folder(path: Path) -> Path | None:
+    """The folder ``VOC2012`` itself, at or below a path; None if there is none."""
+    places = (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012")
+    return next((folder for folder in places if (folder / LISTS).is_dir()), None)
 
 
-def voc_lists(root: Path) -> tuple[str, ...]:
-    """Names of the lists of a VOC folder, sorted; empty if it is not one.
-
-    Example:
-        >>> voc_lists(Path("no such folder"))
-        ()
-    """
-    folders = [folder / _LISTS for folder in _places(root) if (folder / _LISTS).is_dir()]
-    return tuple(sorted(path.stem for path in folders[0].glob("*.txt"))) if folders else ()
-
-
-def _places(root: Path) -> tuple[Path, ...]:
-    return root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
-
-
-def find_root(root: Path) -> Path:
+def find_root(path: Path) -> Path:
     """The folder ``VOC2012`` itself; DataError if there is none at or below the path."""
-    for folder in _places(root):
-        if (folder / _LISTS).is_dir():
-            return folder
-    raise DataError(
-        f"{root} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
-        f"VOCdevkit/VOC2012) with {_LISTS}, JPEGImages and Annotations"
-    )
+    folder = _voc_folder(path)
+    if folder is None:
+        raise DataError(
+            f"{path} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
+            f"VOCdevkit/VOC2012) with {LISTS}, JPEGImages and Annotations"
+        )
+    return folder
 
 
 def read_list(root: Path, name: str) -> tuple[str, ...]:
@@ -155,40 +139,38 @@ def read_list(root: Path, name: str) -> tuple[str, ...]:
     Raises:
         DataError: if the list is missing, damaged or empty, or an id occurs twice.
     """
-    path = root / _LISTS / f"{safe_id(name)}.txt"
+    path = root / LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        known = ", ".join(_list_names(root)) or "none"
         raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
-    ids: list[str] = []
-    pairs = False
-    for number, line in enumerate(read_text(path, "Write one image id per line.").splitlines(), 1):
-        found = _line_ids(root, line, f"{path} line {number}")
-        pairs = pairs or len(found) > 1
-        ids += found
+    lines = read_text(path, "Write one image id per line.").splitlines()
+    found = [_line_ids(root, line, f"{path} line {n}") for n, line in enumerate(lines, 1)]
+    ids = [image_id for one in found for image_id in one]
     if not ids:
         raise DataError(f"list {path} is empty; write one image id per line")
-    if pairs:
-        return tuple(dict.fromkeys(ids))
-    check_unique(ids, f"list {path}")
-    return tuple(ids)
+    if all(len(one) < 2 for one in found):
+        check_unique(ids, f"list {path}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _list_names(root: Path) -> list[str]:
+    return sorted(path.stem for path in (root / LISTS).glob("*.txt"))
 
 
 def _line_ids(root: Path, line: str, where: str) -> list[str]:
-    words = line.split()
-    images = [word for word in words if word.lower().endswith(".jpg")]
-    whole = line.strip()
+    """The ids of a line, several for a pair of images."""
+    names, whole = line.split(), line.strip()
+    images = [PurePosixPath(word).stem for word in names if word.lower().endswith(".jpg")]
     # os.path.isfile raises nothing for a line too long for a name
-    if len(words) > 1 and os.path.isfile(_image_path(root, whole)):  # noqa: PTH113
+    if len(names) > 1 and os.path.isfile(_image_path(root, whole)):  # noqa: PTH113
         names = [whole]
     elif images:
-        names = [PurePosixPath(image).stem for image in images]
-    elif len(words) > 1:
+        names = images
+    elif len(names) > 1:
         raise DataError(
             f"{where} reads {line!r}; expected an id (an id with blanks needs the image "
             f"{_image_path(root, whole)}), or the paths of an image and a mask"
         )
-    else:
-        names = words
     # lists of integers drop the underscore of YYYY_NNNNNN
     names = [f"{n[:4]}_{n[4:]}" if _INTEGER_ID.fullmatch(n) else n for n in names]
     try:
@@ -220,19 +202,17 @@ def _present(
         if labelled and image_id not in given:
             raise DataError(f"the file of labels has no line of {image_id}; add one")
         return given.get(image_id, set())
-    annotation = root / "Annotations" / f"{image_id}.xml"
-    return _object_names(annotation) if labelled or annotation.is_file() else set()
-
-
-def _object_names(path: Path) -> set[str]:
+    path = root / "Annotations" / f"{image_id}.xml"
+    if not path.is_file():
+        if labelled:
+            raise DataError(f"there is no annotation {path}")
+        return set()
     try:
         text = path.read_text("utf-8-sig")
         # entities can expand without limit or name other files; VOC has none
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise DataError(f"annotation {path} has a DOCTYPE or ENTITY, which is not read")
         document = ElementTree.fromstring(text)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no annotation {path}") from error
     except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
         raise DataError(f"annotation {path} cannot be read: {error}") from error
     return {normal_name(name.text or "") for name in document.findall("object/name")}
@@ -243,10 +223,8 @@ class VocReader(Reader):
 
     means = "the layout of PASCAL VOC 2012"
     usual_lists: ClassVar[Mapping[ListName, str]] = {
+        **dict.fromkeys(("prototypes", "maps", "evaluate"), "train"),
         "classify": "train_aug",
-        "prototypes": "train",
-        "maps": "train",
-        "evaluate": "train",
         "test": "val",
     }
 
@@ -257,21 +235,16 @@ class VocReader(Reader):
                 f"labels {labels!r} belongs to the kind folder; give a .csv or .jsonl file"
             )
 
-    def known_classes(self, root: Path, names: Sequence[str] | None) -> ClassTable:
-        """VOC's own classes, unless the folder has a list of others."""
-        own = next((p for f in _places(root) if (p := f / CLASS_NAMES).is_file()), None)
-        table = CLASSES if own is None else read_names(own)
-        return choose_classes(ClassTable.numbered(table, own or root), names)
-
     def recognises(self, path: Path) -> bool:
         """A folder with VOC's lists."""
-        return path.is_dir() and bool(voc_lists(path))
+        folder = _voc_folder(path)
+        return folder is not None and bool(_list_names(folder))
 
     def open(self, request: Request) -> Opened:
         """Read labels from annotations, or from a table."""
         dataset = read_voc(
             request.root,
-            lists=request.lists or voc_lists(request.root),
+            lists=request.lists or _list_names(find_root(request.root)),
             classes=request.classes,
             unlabelled=sorted(request.unlabelled),
             labels=request.labels if isinstance(request.labels, Path) else None,

@@ -23,7 +23,6 @@ from lpcam.runtime.errors import DataError
 
 Score = Callable[[Tensor], Tensor]
 Fill = Literal["zero", "mean", "blur"]
-FILLS: tuple[Fill, ...] = ("zero", "mean", "blur")
 BLUR_SIZE = 11
 """Window of the Gaussian in pixels, as in RISE."""
 BLUR_SIGMA = 5.0
@@ -31,10 +30,9 @@ STEPS = 50
 
 
 def filled(images: Tensor, fill: Fill) -> Tensor:
-    """Images without content, in which pixels are inserted or by which they are replaced.
+    """Images (B, c, H, W) without content: those into which, or by which, pixels are replaced.
 
     Args:
-        images: (B, c, H, W).
         fill: "zero": 0; "mean": the mean colour of each image; "blur": the image, blurred by a
             Gaussian (window BLUR_SIZE, standard deviation BLUR_SIGMA, reflected borders).
 
@@ -50,7 +48,7 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
     if fill == "mean":
         return images.mean((-2, -1), keepdim=True).expand_as(images)
     if fill != "blur":
-        raise DataError(f"fill is {fill!r}; expected {', '.join(FILLS)}")
+        raise DataError(f"fill is {fill!r}; expected zero, mean or blur")
     reach = BLUR_SIZE // 2
     if min(images.shape[-2:]) <= reach:
         raise DataError(
@@ -152,16 +150,13 @@ def _curve(
     _check(before, maps, classes)
     count, (height, width) = len(before), before.shape[-2:]
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    ranks.scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
-    ranks = ranks.view(count, 1, height, width).to(before.device)
+    ranks = order.argsort(dim=1).view(count, 1, height, width).to(before.device)
     changed = torch.tensor(
         [round(step * height * width / steps) for step in range(steps + 1)], device=before.device
     )
     pairs = torch.cartesian_prod(torch.arange(count), torch.arange(steps + 1)).to(before.device)
     found = []
-    for start in range(0, len(pairs), batch):
-        image, step = pairs[start : start + batch].T
+    for image, step in (part.T for part in torch.split(pairs, batch)):
         have_changed = ranks[image] < changed[step].view(-1, 1, 1, 1)
         mixed = torch.where(have_changed, after[image], before[image])
         found.append(_of_class(score(mixed), classes.to(before.device)[image]))
@@ -176,18 +171,14 @@ def confidences(
     """Scores of the classes on the images, and on the products of image and map.
 
     Args:
-        score: images (B, c, H, W) to scores (B, N).
-        images: (B, c, H, W), as ``score`` expects them.
+        score, images, classes, batch: as for :func:`insertion`.
         maps: (B, H, W) in [0, 1].
-        classes: int64 (B,), the class of each map.
-        batch: maximum number of images in a call of ``score``.
 
     Returns:
         Two tensors (B,), for :func:`average_drop` and :func:`increase_in_confidence`.
 
     Raises:
-        DataError: if shapes do not fit, a map is not in [0, 1], or the scores are not (B, N) with
-            these classes.
+        DataError: if a map is not in [0, 1], and as :func:`insertion`.
 
     Example:
         >>> image = torch.ones(1, 1, 1, 4)
@@ -202,12 +193,10 @@ def confidences(
             "normalise them first"
         )
     whole, shown = [], []
-    for start in range(0, len(images), batch):
-        part = slice(start, start + batch)
-        image, plane = images[part], maps[part].to(images)
-        index = classes[part].to(images.device)
+    parts = (torch.split(one, batch) for one in (images, maps, classes.to(images.device)))
+    for image, plane, index in zip(*parts, strict=True):
         whole.append(_of_class(score(image), index))
-        shown.append(_of_class(score(image * plane[:, None]), index))
+        shown.append(_of_class(score(image * plane.to(images)[:, None]), index))
     return torch.cat(whole), torch.cat(shown)
 
 
@@ -236,11 +225,7 @@ def average_drop(whole: Tensor, shown: Tensor) -> float:
 def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
     """Fraction of pairs with a higher score on the product than on the image; larger is better.
 
-    Args:
-        whole, shown: (M,) from :func:`confidences`.
-
-    Raises:
-        DataError: if there is no pair.
+    The arguments are those of :func:`average_drop`; DataError if there is no pair.
 
     Example:
         >>> increase_in_confidence(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))

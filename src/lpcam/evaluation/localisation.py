@@ -40,9 +40,8 @@ def class_truth(labels: Tensor, index: int) -> Tensor:
     """Truth of one class, from a label map.
 
     Args:
-        labels: int64 (H, W) of :func:`lpcam.evaluation.segmentation.truth_labels`: 0, n + 1 for
-        class n, IGNORE.
-        index: n, the 0-based class.
+        labels: int64 (H, W) of :func:`lpcam.evaluation.segmentation.truth_labels`.
+        index: 0-based class.
 
     Returns:
         int64 (H, W): 1 on the class, 0 elsewhere, IGNORE on void pixels.
@@ -74,12 +73,7 @@ def truth_boxes(truth: Tensor) -> Tensor:
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of boxes (A, 4) with boxes (B, 4) of x0, y0, x1, y1: float64 (A, B).
-
-    Example:
-        >>> box_iou(torch.tensor([[0, 0, 4, 4]]), torch.tensor([[0, 0, 4, 2]])).tolist()
-        [[0.5]]
-    """
+    """IoU of boxes (A, 4) with boxes (B, 4) of x0, y0, x1, y1: float64 (A, B)."""
     a, b = first.double()[:, None], second.double()[None]
     sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
     shared = sides.clamp(min=0).prod(-1)
@@ -93,13 +87,8 @@ class BoxScores:
 
     max_box_acc: dict[float, float]
     """MaxBoxAcc by IoU threshold."""
-    max_box_acc_threshold: dict[float, float]
-    """Best threshold of the maps by IoU threshold, the lowest of equal ones."""
     max_box_acc_v2: float
-    """MaxBoxAccV2, the mean of ``any_box_acc``."""
-    any_box_acc: dict[float, float]
-    """As ``max_box_acc``, for the boxes of all components."""
-    any_box_acc_threshold: dict[float, float]
+    """MaxBoxAccV2."""
     pairs: int
 
 
@@ -133,11 +122,9 @@ class BoxAccuracy:
     ) -> None:
         self.thresholds = _grid(thresholds)
         self.iou_thresholds = tuple(iou_thresholds)
-        shape = (len(self.thresholds), len(self.iou_thresholds))
-        self.largest_hits = torch.zeros(shape, dtype=torch.int64)
-        """(T, D) correct pairs for MaxBoxAcc"""
-        self.any_hits = torch.zeros(shape, dtype=torch.int64)
-        """(T, D) correct pairs for MaxBoxAccV2"""
+        shape = (2, len(self.thresholds), len(self.iou_thresholds))
+        self.hits = torch.zeros(shape, dtype=torch.int64)
+        """(2, T, D) correct pairs for MaxBoxAcc and for MaxBoxAccV2"""
         self.pairs = 0
 
     def update(self, values: Tensor, truth: Tensor) -> None:
@@ -158,7 +145,7 @@ class BoxAccuracy:
                 "and y0 < y1: skip classes that the truth does not show"
             )
         plane = _checked(values).cpu().numpy()
-        ious = torch.zeros(len(self.thresholds), 2, dtype=torch.float64)
+        ious = torch.zeros(2, len(self.thresholds), 1, dtype=torch.float64)
         left, top = 0, 0
         for row, threshold in enumerate(self.thresholds):
             # The foreground only shrinks as the threshold increases: continue in its box.
@@ -171,26 +158,17 @@ class BoxAccuracy:
             corner = np.array([left, top, left, top])
             found = torch.from_numpy(component_boxes(inside[place]) + corner)
             best = box_iou(found, truth.cpu()).amax(1)
-            ious[row, 0], ious[row, 1] = best[0], best.max()
-        at = torch.tensor(self.iou_thresholds, dtype=torch.float64)
-        self.largest_hits += ious[:, :1] >= at
-        self.any_hits += ious[:, 1:] >= at
+            ious[0, row], ious[1, row] = best[0], best.max()
+        self.hits += ious >= torch.tensor(self.iou_thresholds, dtype=torch.float64)
         self.pairs += 1
 
     def compute(self) -> BoxScores:
         """The scores of all pairs so far; DataError if there was none."""
         if not self.pairs:
             raise DataError("no pair of map and boxes was counted; call update first")
-        fractions, best = [], []
-        for hits in (self.largest_hits, self.any_hits):
-            most, at = hits.max(0).values.double() / self.pairs, hits.numpy().argmax(0).tolist()
-            fractions.append(dict(zip(self.iou_thresholds, most.tolist(), strict=True)))
-            best.append(
-                {d: self.thresholds[t] for d, t in zip(self.iou_thresholds, at, strict=True)}
-            )
-        (largest, every), (largest_at, every_at) = fractions, best
-        mean = sum(every.values()) / len(every)
-        return BoxScores(largest, largest_at, mean, every, every_at, self.pairs)
+        largest, every = (self.hits.amax(1).double() / self.pairs).tolist()
+        by_iou = dict(zip(self.iou_thresholds, largest, strict=True))
+        return BoxScores(by_iou, sum(every) / len(every), self.pairs)
 
 
 @dataclass(frozen=True)
@@ -201,8 +179,6 @@ class PointingScores:
     """Hits within ``tolerance`` pixels of the object."""
     exact: float
     """Hits on the object."""
-    tolerant_per_class: dict[int, float]
-    exact_per_class: dict[int, float]
     pairs: int
 
 
@@ -250,25 +226,19 @@ class PointingGame:
         self.counts[index, 0] += 1
         if shown.min() == shown.max():
             return
-        flat = torch.where(counted, plane, -1.0).flatten()
         # argmax of a tensor gives any of equal pixels
-        peak = int((flat == shown.max()).nonzero()[0])
-        row, column = divmod(peak, plane.shape[1])
-        away = int((on - on.new_tensor([row, column])).square().sum(1).min())
+        peak = ((plane == shown.max()) & counted).nonzero()[0]
+        away = int((on - peak).square().sum(1).min())
         self.counts[index, 1] += away <= self.tolerance**2
         self.counts[index, 2] += away == 0
 
     def compute(self) -> PointingScores:
         """The scores of all pairs so far; DataError if there was none."""
-        rows = {n: row for n, row in enumerate(self.counts.tolist()) if row[0]}
+        rows = [row for row in self.counts.tolist() if row[0]]
         if not rows:
             raise DataError("no pair of map and truth was counted; call update first")
-        tolerant = {n: hits / pairs for n, (pairs, hits, _) in rows.items()}
-        exact = {n: hits / pairs for n, (pairs, _, hits) in rows.items()}
-        means = [sum(hits.values()) / len(rows) for hits in (tolerant, exact)]
-        return PointingScores(
-            means[0], means[1], tolerant, exact, sum(row[0] for row in rows.values())
-        )
+        tolerant, exact = (sum(row[n] / row[0] for row in rows) / len(rows) for n in (1, 2))
+        return PointingScores(tolerant, exact, sum(row[0] for row in rows))
 
 
 class PixelAveragePrecision:
@@ -307,23 +277,15 @@ class PixelAveragePrecision:
         counts = torch.bincount(index, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
 
-    def curve(self) -> dict[str, list[float]]:
-        """``thresholds`` (falling), ``precision`` and ``recall``; DataError without a pixel."""
+    def compute(self) -> float:
+        """PxAP of all pairs so far, a fraction; DataError without a pixel of any class."""
         off, on = self.histogram.flip(1).cumsum(1).double()
         if not on[-1]:
             raise DataError("no pixel of a class was counted; call update with truth that has some")
-        precision = torch.where(on + off > 0, on / (on + off).clamp(min=1), 1.0)
-        return {
-            "thresholds": list(self.thresholds[::-1]),
-            "precision": precision.tolist(),
-            "recall": (on / on[-1]).tolist(),
-        }
-
-    def compute(self) -> float:
-        """PxAP of all pairs so far, a fraction; DataError without a pixel of any class."""
-        curve = self.curve()
-        gains = [b - a for a, b in pairwise([0.0, *curve["recall"]])]
-        return sum(p * gain for p, gain in zip(curve["precision"], gains, strict=True))
+        precision = torch.where(on + off > 0, on / (on + off).clamp(min=1), 1.0).tolist()
+        recall = pairwise([0.0, *(on / on[-1]).tolist()])
+        gains = (p * (now - before) for p, (before, now) in zip(precision, recall, strict=True))
+        return float(sum(gains))
 
 
 def _grid(thresholds: Sequence[float]) -> tuple[float, ...]:

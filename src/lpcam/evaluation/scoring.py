@@ -21,19 +21,14 @@ from lpcam.evaluation.segmentation import (
     ThresholdSweep,
     best_threshold,
     confusion,
-    part_counts,
-    part_coverage,
     scores,
     truth_labels,
 )
 from lpcam.method.seeds import seeds
 from lpcam.runtime.distributed import Sharing
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
-
-MOST_VALUES = 8
-"""Number of values or files that a message lists."""
 
 
 def evaluate_masks(
@@ -76,7 +71,7 @@ def evaluate_masks(
     missing = [str(name) for name in names if not (predictions / name).is_file()]
     if missing:
         raise DataError(
-            f"{predictions} lacks {len(missing)} of {len(names)} masks: {_listed(missing)}; "
+            f"{predictions} lacks {len(missing)} of {len(names)} masks: {shortened(missing)}; "
             "predict every image of the truth, or give a folder with fewer true masks"
         )
     if classes is None:
@@ -139,10 +134,8 @@ def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
     return text
 
 
-def _listed(values: Iterable[Any]) -> str:
-    shown = sorted(values)
-    ending = ", ..." if len(shown) > MOST_VALUES else ""
-    return ", ".join(map(str, shown[:MOST_VALUES])) + ending
+def _listed(values: Iterable[int]) -> str:
+    return shortened([str(value) for value in sorted(values)], most=8)
 
 
 def score_maps(
@@ -224,33 +217,34 @@ def row_of(
     method: str, images: int, threshold: float | None, source: str | None, found: Scores
 ) -> dict[str, Any]:
     """One row of :attr:`Evaluation.rows`; masks that were not cut from maps have no threshold."""
-    values = asdict(found)
-    per_class, left_out = values.pop("per_class"), list(values.pop("left_out"))
     return {
         "method": method,
         "images": images,
-        **values,
         "threshold": threshold,
         "threshold_source": source,
-        "per_class": per_class,
-        "left_out": left_out,
+        **asdict(found),
+        "left_out": list(found.left_out),
     }
 
 
 def _coverage(
     mine: Sequence[Item], dataset: Dataset, folder: Path, threshold: float, sharing: Sharing
 ) -> dict[str, float]:
-    names = dataset.part_names
+    """Fraction of each part's pixels that have the right class; only pixels of a class count."""
+    values = torch.tensor([*dataset.part_names.values()])[:, None, None]
 
     def count(item: Item) -> Tensor:
+        """Covered and all pixels of each part, (P, 2)."""
         assert item.parts is not None
-        maps = read_maps(map_path(folder, item.id))
+        maps, truth = read_maps(map_path(folder, item.id)), _truth(item, dataset)
         seed = seeds(torch.from_numpy(maps.high_res), threshold)
         labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
-        parts = torch.from_numpy(read_index_mask(item.parts))
-        return part_counts(_truth(item, dataset), labels, parts, names)
+        here = torch.from_numpy(read_index_mask(item.parts)) == values
+        here &= (truth != IGNORE) & (truth != BACKGROUND)
+        return torch.stack([(here & (labels == truth)).sum((1, 2)), here.sum((1, 2))], 1)
 
-    counts = torch.zeros(len(names), 2, dtype=torch.int64)
+    counts = torch.zeros(len(values), 2, dtype=torch.int64)
     for one in sharing.map(count, [item for item in mine if item.parts is not None]):
         counts += one
-    return part_coverage(sharing.processes.sum(counts), names)
+    found = zip(dataset.part_names, sharing.processes.sum(counts).tolist(), strict=True)
+    return {name: covered / total for name, (covered, total) in found if total}

@@ -6,7 +6,7 @@ truth for pixels that do not count. Rows of a confusion matrix are truth, column
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,9 +78,7 @@ def _check_range(what: str, labels: Tensor, count: int) -> None:
 class ThresholdSweep:
     """Exact confusion matrices at every threshold of a grid, from one pass over the data set.
 
-    The label of a pixel at a threshold is that of :func:`lpcam.method.seeds.seeds`. ``histogram``,
-    int64 (N+1, N, T+1), counts pixels by truth, best class and grid cell of the best value, for T
-    thresholds. Histograms of several processes can be summed.
+    The label of a pixel at a threshold is that of :func:`lpcam.method.seeds.seeds`.
 
     Args:
         num_classes: N, without background.
@@ -96,9 +94,10 @@ class ThresholdSweep:
     def __init__(self, num_classes: int, thresholds: Sequence[float] = DEFAULT_THRESHOLDS) -> None:
         self.num_classes = num_classes
         self.thresholds = tuple(thresholds)
-        self.histogram = torch.zeros(
-            num_classes + 1, num_classes, len(thresholds) + 1, dtype=torch.int64
-        )
+        shape = (num_classes + 1, num_classes, len(thresholds) + 1)
+        self.histogram = torch.zeros(shape, dtype=torch.int64)
+        """(N+1, N, T+1) pixels by truth, best class and grid cell of the best value; these can be
+        summed over processes."""
 
     def update(self, truth: Tensor, maps: Tensor, keys: Tensor) -> None:
         """Count one image; DataError if the arguments do not fit or a map is not finite.
@@ -134,8 +133,7 @@ class ThresholdSweep:
 
     def confusions(self) -> Tensor:
         """Confusion matrices int64 (T, N+1, N+1), one for each threshold of the grid."""
-        # foreground at threshold t: all cells above t
-        above = self.histogram.flip(2).cumsum(2).flip(2)[:, :, 1:]
+        above = _above(self.histogram)
         background = self.histogram.sum((1, 2)).unsqueeze(1) - above.sum(1)
         return torch.cat([background.unsqueeze(1), above], dim=1).permute(2, 0, 1)
 
@@ -148,13 +146,10 @@ class ThresholdSweep:
 
         NaN if a class is neither in the truth nor in the prediction.
         """
-        rows = self.histogram[:, list(classes)]  # (N+1, K, T+1)
-        above = rows.flip(2).cumsum(2).flip(2)[:, :, 1:]
-        predicted = above.sum(0)
-        own = torch.arange(len(classes), device=above.device)
-        truth = torch.tensor([c + 1 for c in classes], dtype=torch.int64, device=above.device)
-        hits = above[truth, own]
-        union = self.histogram.sum((1, 2))[truth].unsqueeze(1) + predicted - hits
+        above = _above(self.histogram[:, list(classes)])
+        truth = [c + 1 for c in classes]
+        hits = above[truth, range(len(truth))]
+        union = self.histogram.sum((1, 2))[truth].unsqueeze(1) + above.sum(0) - hits
         return hits.double() / union
 
     def curves(self, names: Sequence[str]) -> dict[str, list[float]]:
@@ -162,6 +157,11 @@ class ThresholdSweep:
         found = [scores(confusion, names) for confusion in self.confusions()]
         curves = {k: [getattr(one, k) for one in found] for k in ("miou", "precision", "recall")}
         return {"thresholds": list(self.thresholds), **curves}
+
+
+def _above(histogram: Tensor) -> Tensor:
+    """Pixels above each threshold, int64 (..., T), from those in each cell, (..., T+1)."""
+    return histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,16 @@ def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
     counts = union > 0
     objects = counts.clone()
     objects[0] = False
+    means = {name: values[counts].mean().item() for name, values in table.items()}
+    without = {name: values[objects].mean().item() for name, values in table.items()}
     return Scores(
-        miou=table["iou"][counts].mean().item(),
-        fp=table["fp"][objects].mean().item(),
-        fn=table["fn"][objects].mean().item(),
-        precision=table["precision"][objects].mean().item(),
-        recall=table["recall"][objects].mean().item(),
-        precision_with_background=table["precision"][counts].mean().item(),
-        recall_with_background=table["recall"][counts].mean().item(),
+        miou=means["iou"],
+        fp=without["fp"],
+        fn=without["fn"],
+        precision=without["precision"],
+        recall=without["recall"],
+        precision_with_background=means["precision"],
+        recall_with_background=means["recall"],
         per_class={
             label: {name: values[row].item() for name, values in table.items()}
             for row, label in enumerate(labels)
@@ -263,47 +265,3 @@ def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, 
     every = [scores(matrix, names) for matrix in sweep.confusions()]
     best = int(np.argmax([one.miou for one in every]))
     return sweep.thresholds[best], every[best]
-
-
-def part_counts(
-    truth: Tensor, prediction: Tensor, parts: Tensor, part_names: Mapping[str, int]
-) -> Tensor:
-    """Covered and all pixels of each part of one image, int64 (P, 2), to be summed over images.
-
-    Args:
-        truth: int64 (H, W), labels 0..N or IGNORE. Only pixels of a class count.
-        prediction: int64 (H, W), labels 0..N. A pixel is covered if it has the truth's class.
-        parts: (H, W), part values, 0 for no part.
-        part_names: value of each part, in the order of the rows.
-
-    Raises:
-        DataError: if the shapes differ.
-
-    Example:
-        >>> truth = torch.tensor([[1, 1, 0]])
-        >>> part_counts(truth, torch.tensor([[1, 0, 0]]), torch.tensor([[3, 3, 3]]), {"head": 3})
-        tensor([[1, 2]])
-    """
-    if not truth.shape == prediction.shape == parts.shape:
-        raise DataError(
-            f"truth {tuple(truth.shape)}, prediction {tuple(prediction.shape)} and parts "
-            f"{tuple(parts.shape)} must have the size of the same image"
-        )
-    counted = (truth != IGNORE) & (truth != BACKGROUND)
-    values = torch.tensor(list(part_names.values()), dtype=torch.int64)
-    here = counted & (parts == values[:, None, None])
-    return torch.stack([(here & (prediction == truth)).sum((1, 2)), here.sum((1, 2))], 1)
-
-
-def part_coverage(counts: Tensor, part_names: Mapping[str, int]) -> dict[str, float]:
-    """Fraction of each part's pixels with the right class, from summed :func:`part_counts`.
-
-    Example:
-        >>> part_coverage(torch.tensor([[1, 4], [0, 0]]), {"head": 1, "tail": 2})
-        {'head': 0.25}
-    """
-    return {
-        name: covered / total
-        for name, (covered, total) in zip(part_names, counts.tolist(), strict=True)
-        if total
-    }

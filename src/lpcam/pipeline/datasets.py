@@ -60,8 +60,7 @@ def read_dataset(
         if "segment" in lists and "truth" in recipe.segmented:
             scored.append("segment")
         ids = dict.fromkeys(i.id for s in scored for i in dataset.select(data.list_of(s)))
-        with progress("painting masks", len(ids)) as advance:
-            dataset = opened.paint(painted, ids, workers, lambda _done, _all: advance(1, ""))
+        dataset = opened.paint(painted, ids, workers)
     for name in sorted(names):
         dataset.select(name)
     for stage in ("evaluate", "segment"):

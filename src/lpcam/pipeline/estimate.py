@@ -19,7 +19,7 @@ from lpcam.data.dataset import Dataset, Item
 from lpcam.data.inspection import survey
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.masks import write_mask
-from lpcam.data.open_dataset import open_with_truth
+from lpcam.data.open_dataset import open_dataset
 from lpcam.data.resize import scaled_size
 from lpcam.data.survey import Estimate, Survey
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
@@ -64,7 +64,7 @@ def inspect_dataset(
     """Inspect every file of a data set, and estimate the cost of a run.
 
     Args:
-        path, reading: as in :func:`lpcam.data.open_dataset.open_with_truth`.
+        path, reading: as in :func:`lpcam.data.open_dataset.open_dataset`.
         recipe: file or name of the recipe whose run is estimated; None: the usual small one.
         estimated: whether a run is estimated.
         workers: number of files read, and of images timed, at a time.
@@ -78,8 +78,8 @@ def inspect_dataset(
     if estimated:
         chosen = usual_recipe() if recipe is None else load_recipe(recipe)
         estimate = partial(estimate_run, recipe=chosen, workers=workers)
-    dataset, truth = open_with_truth(path, **reading)
-    return survey(dataset, truth=truth, estimate=estimate, workers=workers)
+    opened = open_dataset(path, **reading)
+    return survey(opened.dataset, truth=opened.true_masks, estimate=estimate, workers=workers)
 
 
 def estimate_run(

@@ -13,7 +13,7 @@ import yaml
 from lpcam.classifiers.classifier import check_backbone
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.inspection import FEW_IMAGES
-from lpcam.data.open_dataset import kind_of, open_with_truth
+from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.data.reader import READERS, Reader
 from lpcam.data.validation import check_images
 from lpcam.method.settings import LpcamSettings
@@ -97,9 +97,8 @@ def write_recipe(
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
     kind = kind or kind_of(source)
     reader = READERS[kind]
-    dataset, truth = open_with_truth(
-        source, kind, lists=lists, labels=labels, masks=masks, classes=classes
-    )
+    opened = open_dataset(source, kind, lists=lists, labels=labels, masks=masks, classes=classes)
+    dataset, truth = opened.dataset, opened.true_masks
     check_backbone(backbone)
     if weights.endswith(".safetensors"):
         weights = str(Path(weights).expanduser().absolute())

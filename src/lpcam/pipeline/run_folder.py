@@ -270,10 +270,8 @@ class RunFolder:
         ids = tuple(int(value) for value in self._parts("seeds").get("mask_ids", ()))
         if len(ids) == count:
             return ids
-        data = recipe.data
         try:
-            known = data.reader.known_classes(data.root, data.classes)
-            ids = (known or read_dataset(recipe, ("maps",)).classes).mask_ids
+            ids = read_dataset(recipe, ("maps",)).classes.mask_ids
         except DataError as error:
             logger.warning("mask values are 1, 2, ... in the order of the classes: %s", error)
             return None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
 
 class LpcamError(Exception):
     """Base of every error that a user of the package is expected to meet."""
@@ -33,3 +37,27 @@ class ArtefactError(LpcamError):
 
 class NotFittedError(LpcamError):
     """An extractor that is called before ``fit`` or ``load``."""
+
+
+def shortened(entries: Sequence[str], most: int = 5) -> str:
+    """The first of some entries, and the number of the others, for a message.
+
+    Example:
+        >>> shortened(["cow", "dog", "hen"], most=2)
+        'cow, dog and 1 more'
+    """
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    return ", ".join(entries[:most]) + more
+
+
+def import_extra(module: str, extra: str, need: str) -> Any:
+    """Import a module of an extra; LpcamError with ``need`` if it is not installed.
+
+    Example:
+        >>> import_extra("math", "numbers", "square roots need math").sqrt(4)
+        2.0
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise LpcamError(f"{need} ({error}): pip install 'lpcam[{extra}]'") from error

@@ -1,9 +1,8 @@
 """MS COCO and files laid out like its ``instances_*.json``: labels, lists and painted masks.
 
 Image-level labels are the categories of all annotations of an image, crowds included; masks are
-painted from those that are not crowds (specification of data sets, sections 2 and 3). The
-annotation file is streamed once and only an index of it is kept. Polygons need pycocotools (extra
-``coco``), labels do not.
+painted from those that are not crowds (specification of data sets, sections 2 and 3).
+Polygons need pycocotools (extra ``coco``), labels do not.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal
 
 from lpcam.data.coco.files import (
     ALL,
@@ -29,10 +26,9 @@ from lpcam.data.coco.files import (
     image_folders,
     listing_of,
 )
-from lpcam.data.coco.index import CocoAnnotations, file_state
-from lpcam.data.coco.painting import CocoImage, Crowds, Order, paint_folder, true_mask
+from lpcam.data.coco.index import CocoFile
+from lpcam.data.coco.painting import Crowds, Order, PlacedImage, paint_folder, true_mask
 from lpcam.data.dataset import (
-    IMAGE_SUFFIXES,
     ClassTable,
     Dataset,
     Item,
@@ -43,7 +39,7 @@ from lpcam.data.dataset import (
 )
 from lpcam.data.labels import relative_name
 from lpcam.data.masks import with_mask_folder
-from lpcam.data.reader import Opened, Progress, Reader, Request
+from lpcam.data.reader import Opened, Reader, Request, TrueMask
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Section
 
@@ -65,7 +61,6 @@ COCO_CATEGORIES = tuple(
 )
 """Ids and names of the 80 categories of COCO 2014; class ``n`` has the value ``n + 1`` in masks."""
 _COCO_LIST = re.compile(r"(train|val)2014")
-_PLAIN = re.compile(r"(\w+)(\.\w+)", re.ASCII)
 
 
 class CocoFolder:
@@ -87,11 +82,10 @@ class CocoFolder:
         root: an annotation file or a folder.
         lists: names of the lists to read; None or ``all``: every file.
         classes: names of categories in label order; all if None. Masks keep all mask values.
-        progress: called with the bytes read so far and the size of all annotation files.
 
     Raises:
         DataError: if a file, list or class is missing, files have different categories, two images
-            have the same id or a file name leaves the folder; and as :meth:`CocoAnnotations.read`.
+            have the same id or a file name leaves the folder; and as :meth:`CocoFile.read`.
 
     Example:
         >>> import json
@@ -110,8 +104,6 @@ class CocoFolder:
 
     dataset: Dataset
     """Without masks. ``skipped`` has the images whose file is missing."""
-    annotations: tuple[CocoAnnotations, ...]
-    """The index of each file that was read."""
 
     def __init__(
         self,
@@ -119,57 +111,51 @@ class CocoFolder:
         *,
         lists: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        folder, files, found = find_files(root, lists)
-        self.annotations = _read(files.values(), progress)
-        categories = self.annotations[0].categories
-        whole = _class_table(self.annotations)
+        folder, paths, found = find_files(root, lists)
+        files = {name: CocoFile.read(path) for name, path in paths.items()}
+        categories = _categories([*files.values()])
+        source = f"{next(iter(paths.values()))}, categories,"
+        whole = ClassTable.numbered((name for _, name in categories), source)
         self._values = {n: m for (n, _), m in zip(categories, whole.mask_ids, strict=True)}
         table = choose_classes(whole, classes)
-        chosen = {whole.names.index(name): n for n, name in enumerate(table.names)}
+        labels = {n: table.names.index(name) for n, name in categories if name in table.names}
 
-        @cache
-        def labels_of(rows: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(sorted(chosen[row] for row in rows if row in chosen))
-
-        self._images: dict[str, CocoImage] = {}
+        self._images: dict[str, PlacedImage] = {}
         items: dict[str, Item] = {}
         skipped: list[Skip] = []
         members: dict[str, list[str]] = {}
         listing = cache(listing_of)
-        for (name, path), index in zip(files.items(), self.annotations, strict=True):
-            alone = [*found.values()] == [path] or _has_coco_names(name, index)
-            begin = "" if alone else f"{name}/"
-            # as the only file of its folder a file has other ids, so it has another record
-            record = begin or name
-            places = image_folders(folder, name, path)
+        for name, file in files.items():
+            alone = [*found.values()] == [file.path] or _has_coco_names(name, file)
+            places = image_folders(folder, name, file.path)
             reason = f"its image is not in {' or '.join(map(str, places))}"
             members[name] = []
-            rows = zip(index.file_names, index.labels(), index.paintable().tolist(), strict=True)
-            for row, (file_name, category_rows, outlined) in enumerate(rows):
-                image_id = begin + _item_id(path, file_name)
+            for entry in file.images:
+                image_id = ("" if alone else f"{name}/") + _item_id(file.path, entry.file_name)
                 if image_id in self._images:
-                    other = self._images[image_id].annotations.path
+                    other = self._images[image_id].source.path
                     raise DataError(
-                        f"{other} and {path} have two images with the id {image_id!r}, the second "
-                        f"is {file_name!r}; rename one of them"
+                        f"{other} and {file.path} have two images with the id {image_id!r}, the "
+                        f"second is {entry.file_name!r}; rename one of them"
                     )
-                image = find_image(places, file_name, listing)
-                self._images[image_id] = CocoImage(index, row, record, outlined, image)
+                image = find_image(places, entry.file_name, listing)
+                self._images[image_id] = PlacedImage(file, entry, image)
                 if image is None:
                     skipped.append(Skip(image_id, reason))
                     continue
-                depth = relative_name(file_name).count("/") + 1
+                shown = {labels.get(one.category_id, -1) for one in entry.annotations} - {-1}
+                depth = relative_name(entry.file_name).count("/") + 1
                 on_disk = "/".join(image.parts[-depth:])
-                labels = labels_of(category_rows)
-                items[image_id] = Item(image_id, image, labels, file_name=on_disk)
+                items[image_id] = Item(image_id, image, tuple(sorted(shown)), file_name=on_disk)
                 members[name].append(image_id)
-            wanted = name in {given.removesuffix(LABELLED) for given in lists or ()}
-            if not members[name] and (wanted or (not items and path == [*files.values()][-1])):
+        wanted = {given.removesuffix(LABELLED) for given in lists or ()}
+        for name, file in files.items():
+            if not members[name] and (name in wanted or not items):
                 raise DataError(
-                    f"none of the {len(index.file_names)} images of {path} is there: "
-                    f"{index.file_names[0]!r} is in none of {', '.join(map(str, places))}; put the "
+                    f"none of the {len(file.images)} images of {file.path} is there: "
+                    f"{file.images[0].file_name!r} is in none of "
+                    f"{', '.join(map(str, image_folders(folder, name, file.path)))}; put the "
                     "images there"
                 )
         members[ALL] = list(items)
@@ -183,110 +169,81 @@ class CocoFolder:
                 for name, ids in members.items()
                 for ending in ("", LABELLED)
             },
-            label_source=f"annotations ({_file_names(files.values())}), crowds included",
+            label_source=f"annotations ({_file_names(paths.values())}), crowds included",
             skipped=tuple(skipped),
-            notices=_notices(self.annotations, chosen, items),
+            notices=_notices([*files.values()], table.names, items),
         )
 
     def with_masks(
         self,
         folder: Path,
         ids: Iterable[str],
+        workers: int = 1,
         *,
         order: Order = "file",
         crowds: Crowds = "background",
-        workers: int = 1,
-        progress: Callable[[int, int], None] | None = None,
     ) -> Dataset:
-        """Paint the masks of images as ``folder/ID.png``.
+        """Paint the masks of some items as ``folder/ID.png``.
 
-        Args:
-            ids: ids of items.
-            order, crowds, workers, progress: as in :func:`lpcam.data.coco.painting.paint_folder`.
+        The arguments are those of :func:`lpcam.data.coco.painting.paint_folder`.
 
         Returns:
             The data set with ``mask`` set for these items. A notice, which is logged as a warning,
             counts the images whose mask cannot be painted.
-
-        Raises:
-            DataError: for an unknown id; for other errors see there.
         """
-        wanted = list(dict.fromkeys(ids))
-        unknown = [name for name in wanted if name not in self.dataset.items]
-        if unknown:
-            raise DataError(f"{unknown[0]!r} is not an image of {self.dataset.name}")
         masks, faults = paint_folder(
             folder,
             self._images,
-            wanted,
+            list(dict.fromkeys(ids)),
             self._values,
             order=order,
             crowds=crowds,
             workers=workers,
-            progress=progress,
         )
         items = {
             name: replace(item, mask=masks.get(name)) for name, item in self.dataset.items.items()
         }
         notices = self.dataset.notices
         if faults:
-            first = next(name for name in self._images if name in faults)
-            index, row, *_ = self._images[first]
+            first, fault = next(iter(faults.items()))
+            source, entry, _ = self._images[first]
             notice = (
                 f"images without a true mask, because it cannot be painted: {len(faults)}; the "
-                f"first: {index.path}, image {index.file_names[row]}: {faults[first]}"
+                f"first: {source.path}, image {entry.file_name}: {fault}"
             )
             logger.warning("%s", notice)
             notices = (*notices, notice)
         return replace(self.dataset, items=items, notices=notices)
 
-    def true_mask(self, name: str) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-        """The mask of an image in memory, and the errors in its annotations."""
-        return true_mask(self._images[name], self._values)
-
-    def outlined(self, name: str) -> bool:
-        """Whether every object of an image has an outline, so that it can have a true mask."""
-        return self._images[name].outlined
-
-
-def _read(
-    files: Collection[Path], progress: Callable[[int, int], None] | None
-) -> tuple[CocoAnnotations, ...]:
-    """Read annotation files; progress counts the bytes of all."""
-    total = sum(file_state(path)[0] for path in files)
-    indices: list[CocoAnnotations] = []
-
-    def advance(read: int, _: int) -> None:
-        if progress is not None:
-            progress(sum(index.state[0] for index in indices) + read, total)
-
-    for path in files:
-        indices.append(CocoAnnotations.read(path, progress=advance))
-    return tuple(indices)
+    def true_masks(self) -> dict[str, TrueMask]:
+        """The true masks of the items in which every object has an outline."""
+        return {
+            name: partial(true_mask, self._images[name], self._values)
+            for name in self.dataset.items
+            if self._images[name].entry.outlined
+        }
 
 
-def _class_table(indices: Sequence[CocoAnnotations]) -> ClassTable:
-    first = indices[0]
-    for other in indices[1:]:
+def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int, str], ...]:
+    """Ids and names of the categories, which all files must share."""
+    first = files[0]
+    for other in files[1:]:
         if other.categories != first.categories:
-            different = sorted({*first.categories} ^ {*other.categories})
+            number, name = min({*first.categories} ^ {*other.categories})
             raise DataError(
-                f"{first.path} and {other.path} have different categories, first "
-                f"{different[0][0]} ({different[0][1]}); read them one at a time"
+                f"{first.path} and {other.path} have different categories, first {number} "
+                f"({name}); read them one at a time"
             )
-    return ClassTable.numbered((name for _, name in first.categories), f"{first.path}, categories,")
+    return first.categories
 
 
-def _has_coco_names(name: str, index: CocoAnnotations) -> bool:
+def _has_coco_names(name: str, file: CocoFile) -> bool:
     """Whether all images of a list are named as in COCO."""
     pattern = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
-    return all(map(pattern.fullmatch, index.file_names))
+    return all(pattern.fullmatch(image.file_name) for image in file.images)
 
 
 def _item_id(path: Path, file_name: str) -> str:
-    plain = _PLAIN.fullmatch(file_name)
-    if plain and plain[2].lower() in IMAGE_SUFFIXES:  # all of COCO's; much faster
-        return plain[1]
     try:
         name = unicodedata.normalize("NFC", relative_name(file_name))
         name.encode()
@@ -306,35 +263,32 @@ def _file_names(paths: Collection[Path]) -> str:
 
 
 def _notices(
-    indices: Sequence[CocoAnnotations], labelled: Mapping[int, int], items: Mapping[str, Item]
+    files: Sequence[CocoFile], chosen: Sequence[str], items: Mapping[str, Item]
 ) -> tuple[str, ...]:
-    """Notices for the user about labels and masks; ``labelled`` is by category row."""
-    names = [name for _, name in indices[0].categories]
-    rows = np.concatenate([index.category_rows for index in indices])
-    of_crowd = np.concatenate([index.crowds for index in indices])
-    crowds = np.bincount(rows[of_crowd], minlength=len(names)).tolist()
-    objects = np.bincount(rows[~of_crowd], minlength=len(names)).tolist()
-    from_crowds = sum(
-        len({*whole} - {*seen})
-        for index in indices
-        for whole, seen in zip(index.labels(), index.labels(crowds=False), strict=True)
-    )
-    only_crowds = [names[row] for row in labelled if crowds[row] and not objects[row]]
+    """Notices for the user about labels and masks."""
+    images = [image for file in files for image in file.images]
+    every = [one for image in images for one in image.annotations]
+    crowds = Counter(one.category_id for one in every if one.is_crowd)
+    objects = Counter(one.category_id for one in every if not one.is_crowd)
+    from_crowds = 0
+    for image in images:
+        seen = {one.category_id for one in image.annotations if not one.is_crowd}
+        from_crowds += len({one.category_id for one in image.annotations} - seen)
+    categories = files[0].categories
+    names = [name for n, name in categories if name in chosen and crowds[n] and not objects[n]]
     dropped = sorted(
-        f"{name} {objects[row] + crowds[row]}"
-        for row, name in enumerate(names)
-        if row not in labelled and objects[row] + crowds[row]
+        f"{name} {objects[n] + crowds[n]}"
+        for n, name in categories
+        if name not in chosen and objects[n] + crowds[n]
     )
-    boxes = sum(int((~index.outlined & ~index.crowds).sum()) for index in indices)
-    unpainted = sum(int((~index.paintable()).sum()) for index in indices)
+    boxes = sum(not (one.packed or one.is_crowd) for one in every)
+    unpainted = sum(not image.outlined for image in images)
     unlabelled = sum(not item.labels for item in items.values())
     notices = {
         "annotations of crowds, which give labels but are not painted: "
-        f"{sum(crowds)}; labels that only a crowd gives, without pixels in masks: "
-        f"{from_crowds}": sum(crowds),
-        f"classes with crowds only, so without pixels in masks: {', '.join(only_crowds)}": len(
-            only_crowds
-        ),
+        f"{crowds.total()}; labels that only a crowd gives, without pixels in masks: "
+        f"{from_crowds}": crowds.total(),
+        f"classes with crowds only, so without pixels in masks: {', '.join(names)}": len(names),
         f"annotations of classes that were not chosen give no label: {', '.join(dropped)}": len(
             dropped
         ),
@@ -376,22 +330,11 @@ class CocoReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from the annotations; masks can be painted from them."""
-        folder = CocoFolder(
-            request.root, lists=request.lists, classes=request.classes, progress=request.progress
-        )
+        folder = CocoFolder(request.root, lists=request.lists, classes=request.classes)
         if request.masks is not None:
             return Opened(with_mask_folder(folder.dataset, request.masks))
-        settings = request.settings or CocoSection()
-
-        def paint(
-            target: Path, ids: Iterable[str], workers: int, progress: Progress | None
-        ) -> Dataset:
-            options: dict[str, Any] = {**settings.model_dump(), "workers": workers}
-            return folder.with_masks(target, ids, progress=progress, **options)
-
-        outlined = filter(folder.outlined, folder.dataset.items)
-        masks = {name: partial(folder.true_mask, name) for name in outlined}
-        return Opened(folder.dataset, masks, paint)
+        settings = (request.settings or CocoSection()).model_dump()
+        return Opened(folder.dataset, folder.true_masks(), partial(folder.with_masks, **settings))
 
 
 READER = CocoReader()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lpcam.data.coco.json_stream import stream_arrays
 from lpcam.data.dataset import safe_id
 from lpcam.data.labels import relative_name
 from lpcam.runtime.errors import DataError
@@ -18,8 +19,9 @@ LABELLED = ".labelled"
 """Ending of the list of those images that show at least one class."""
 _ROBOFLOW = "_annotations.coco.json"
 _INSTANCES = "instances_"
+_NAMED = (f"annotations/{_INSTANCES}*.json", "annotations/*.json", f"*/{_ROBOFLOW}")
+"""Patterns of annotation files, with the list in the place of ``*``."""
 _ANY_JSON = ("annotations.json", "*.json")
-_LARGE = 2**20
 
 
 def find_files(
@@ -37,40 +39,30 @@ def find_files(
     Raises:
         DataError: if there is no file, or none of a list.
     """
+    folder = root
+    found: dict[str, Path] = {}
+    places: tuple[str, ...] = ()
     if root.is_file():
-        name = _list_name(root)
-        wrong = [n for n in lists or () if n.removesuffix(LABELLED) not in (name, ALL)]
-        if wrong:
-            raise DataError(
-                f"{root} has no list {wrong[0]!r}; it has {name}, {ALL} and, of images with a "
-                f"label, {name}{LABELLED} and {ALL}{LABELLED}"
-            )
         folder = root.parent.parent if root.parent.name == "annotations" else root.parent
-        return folder, {name: root}, {name: root}
-    if not root.is_dir():
-        raise DataError(f"there is no {root}; give an annotation file or a folder that holds one")
-    found = annotation_files(root)
+        found = {_list_name(root): root}
+    elif root.is_dir():
+        found = annotation_files(root)
+        places = (*_NAMED, "*.json")
     wanted: dict[str, Path] = {}
     for given in lists or (ALL,):
         name = safe_id(given.removesuffix(LABELLED))
-        places = (
-            root / "annotations" / f"{_INSTANCES}{name}.json",
-            root / "annotations" / f"{name}.json",
-            root / name / _ROBOFLOW,
-            root / f"{name}.json",
-        )
-        path = next((p for p in places if p.is_file()), found.get(name))
+        tried = (root / place.replace("*", name) for place in places)
+        path = next((path for path in tried if path.is_file()), found.get(name))
         if path is not None:
             wanted[name] = path
         elif name == ALL and found:
             wanted |= found
         else:
             raise DataError(
-                f"list {given!r} is missing: there is no "
-                f"{' or '.join(p.relative_to(root).as_posix() for p in places)} in {root}; the "
+                f"list {given!r} is missing: there is no annotation file of it in {root}; the "
                 f"lists are {', '.join([*found, ALL]) if found else 'none'}"
             )
-    return root, wanted, found
+    return folder, wanted, found
 
 
 def annotation_files(root: Path) -> dict[str, Path]:
@@ -78,21 +70,8 @@ def annotation_files(root: Path) -> dict[str, Path]:
 
     COCO's own ``annotations`` also has captions and key points, which are ignored. Files whose
     names say nothing count if they have arrays of images and annotations.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "cows.json").write_text('{"images": [], "annotations": []}')
-        ...     [*annotation_files(Path(folder))]
-        ['cows']
     """
-    for pattern in (
-        f"annotations/{_INSTANCES}*.json",
-        "annotations/*.json",
-        f"*/{_ROBOFLOW}",
-        _ROBOFLOW,
-        *_ANY_JSON,
-    ):
+    for pattern in (*_NAMED, _ROBOFLOW, *_ANY_JSON):
         found = {
             _list_name(path): path
             for path in sorted(root.glob(pattern))
@@ -104,18 +83,10 @@ def annotation_files(root: Path) -> dict[str, Path]:
 
 
 def _has_annotations(path: Path) -> bool:
-    """Tell if the object of a JSON file has arrays of images and annotations.
-
-    In a file of more than 1 MiB one of them is enough: it may be large.
-    """
-    found = 0
-    try:
-        for _ in stream_arrays(path, ("images", "annotations")):
-            found += 1
-            if found == 2 or path.stat().st_size > _LARGE:
-                return True
-    except DataError:
-        pass
+    """Tell if a JSON file seems to have arrays of images and annotations."""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        return all(re.search(rb'"%s"\s*:\s*\[' % key, data) for key in (b"images", b"annotations"))
     return False
 
 

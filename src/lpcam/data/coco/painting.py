@@ -6,12 +6,9 @@ Polygons are filled by pycocotools (extra ``coco``); run-length codes are decode
 
 from __future__ import annotations
 
-import importlib
-import itertools
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.coco.files import listing_of
-from lpcam.data.coco.index import CocoAnnotations, file_state
+from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
 from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.data.images import MAXIMUM_PIXELS, upright_size
 from lpcam.data.masks import write_mask
-from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError
-from lpcam.runtime.files import digest_file, read_json, write_json
+from lpcam.runtime.errors import ArtefactError, DataError, ImageError, import_extra
+from lpcam.runtime.files import digest_json, read_json, write_json
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
 
 Order = Literal["file", "area"]
 """Order in which objects are painted: as in the file, or the largest first."""
@@ -37,182 +35,148 @@ PAINTED = "painted.json"
 _KIND = "masks painted from COCO annotations"
 
 
-class CocoImage(NamedTuple):
-    """An image of an annotation file."""
+class PlacedImage(NamedTuple):
+    """An image of an annotation file, and its own file; None where that is missing."""
 
-    annotations: CocoAnnotations
-    row: int
-    """Its row in them."""
-    record: str
-    """Name of the annotation file in :data:`PAINTED`."""
-    outlined: bool
-    """Whether every object has an outline, so that the image can have a true mask."""
+    source: CocoFile
+    entry: CocoImage
     path: Path | None
-    """The image file; None where it is missing."""
 
 
 def paint(
-    annotations: Sequence[Mapping[str, Any]],
+    annotations: Sequence[CocoAnnotation],
     size: tuple[int, int],
     values: Mapping[int, int],
     *,
     order: Order = "file",
     crowds: Crowds = "background",
 ) -> NDArray[np.uint8]:
-    """Paint the mask of an image: each object over those before it, crowds not (section 3).
+    """Paint the mask (H, W) of an image: each object over those before it, crowds not.
 
     Args:
         annotations: annotations of the image, as in the file. A segmentation is a list of polygons
             ``[x, y, x, y, ...]`` or a run-length code (``counts`` as numbers or compressed text).
         size: (height, width) in pixels.
-        values: mask value of each category id, 0..255.
+        values: mask value of each category id.
         order: "area" paints the largest ``area`` first (the number of pixels where the file has no
             area), so that small objects stay visible.
         crowds: "void" sets the pixels of crowds to 255 where no object covers them.
 
-    Returns:
-        uint8 (height, width), 0 where nothing is painted.
-
     Raises:
         DataError: naming the annotation that cannot be painted, and why.
         LpcamError: if pycocotools is missing (for polygons).
-
-    Example:
-        >>> runs = {"size": [2, 3], "counts": [2, 3, 1]}  # down the columns: 2 x 0, 3 x 1, 1 x 0
-        >>> paint([{"category_id": 7, "segmentation": runs}], (2, 3), {7: 4}).tolist()
-        [[0, 4, 4], [0, 4, 0]]
     """
     height, width = size
-    if not 0 < height * width <= MAXIMUM_PIXELS:
+    if height * width > MAXIMUM_PIXELS:
         raise DataError(
             f"a mask of {height} x {width} pixels is refused; at most {MAXIMUM_PIXELS:,} are "
-            "painted, and at least 1"
+            "painted"
         )
     canvas = np.zeros(size, dtype=np.uint8)
-    void = np.zeros(size, dtype=np.bool_)
-    objects = []
-    for one in annotations:
-        if one.get("category_id") not in values:
-            raise _unpaintable(one, f"its category {one.get('category_id')} has no mask value")
-        if not one.get("iscrowd"):
-            objects.append(one)
-        elif not isinstance(one.get("segmentation"), Mapping):
-            raise _unpaintable(one, "it is a crowd, whose segmentation must be a run-length code")
-        elif crowds == "void":
-            void |= _region(one, size)
+    objects = [one for one in annotations if not one.is_crowd]
     if order == "area":
         objects.sort(key=lambda one: -_area(one, size))  # equal ones stay in order
     for one in objects:
-        canvas[_region(one, size)] = values[one["category_id"]]
-    canvas[void & (canvas == BACKGROUND)] = IGNORE
+        canvas[_region(one, size)] = values[one.category_id]
+    for one in annotations if crowds == "void" else ():
+        if one.is_crowd:
+            canvas[_region(one, size) & (canvas == BACKGROUND)] = IGNORE
     return canvas
 
 
 def paint_folder(
     folder: Path,
-    images: Mapping[str, CocoImage],
+    images: Mapping[str, PlacedImage],
     ids: Sequence[str],
     values: Mapping[int, int],
     *,
-    order: Order = "file",
-    crowds: Crowds = "background",
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    order: Order,
+    crowds: Crowds,
+    workers: int,
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Paint the masks of images as ``folder/ID.png`` where they do not exist yet.
 
-    ``folder/painted.json`` has the digest of each annotation file, ``order``, ``crowds`` and the
-    mask values. Where these have changed, the old masks of that file's images are removed first. A
-    call that was stopped can be repeated to resume.
+    Masks of ``images`` that were painted from other annotations or with other options are removed
+    first. A call that was stopped can be repeated to resume.
 
     Args:
         images: all images of the annotation files that are read, by id.
         ids: ids of the images to paint.
         values, order, crowds: see :func:`paint`.
         workers: number of images painted at a time.
-        progress: called after each mask with the number of finished masks and of all.
 
     Returns:
         The mask file of each painted image by id, and the reason of each image whose mask cannot be
         painted. Images with an object without outline are in neither.
 
     Raises:
-        DataError: if an annotation file has changed since it was read.
         ArtefactError: if a mask exists that was not painted here, or a file cannot be written.
         LpcamError: if pycocotools is missing (for polygons).
     """
     pairs = [[number, value] for number, value in values.items()]
-    _prepare(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})
-    paths = {name: folder / f"{name}.png" for name in ids if images[name].outlined}
+    _remove_old(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})
+    paths = {name: folder / f"{name}.png" for name in ids if images[name].entry.outlined}
     listing = cache(listing_of)
-    missing = [n for n, path in paths.items() if path.name not in listing(path.parent)]
+    missing = [name for name, path in paths.items() if path.name not in listing(path.parent)]
 
     def make(name: str) -> str | None:
         """Paint a mask; returns why there is none."""
-        image = images[name]
-        if (fault := _size_fault(image)) is not None:
+        if (fault := _size_fault(images[name])) is not None:
             return fault
-        annotations = image.annotations.annotations(image.row)
-        if crowds == "background":
-            annotations = [one for one in annotations if not one.get("iscrowd")]
-        size = image.annotations.sizes[image.row]
+        entry = images[name].entry
         try:
-            write_mask(paths[name], paint(annotations, size, values, order=order, crowds=crowds))
+            mask = paint(entry.annotations, entry.size, values, order=order, crowds=crowds)
         except DataError as error:
             return str(error)
+        write_mask(paths[name], mask)
         return None
 
-    existing = [("", None)] * (len(paths) - len(missing))
-    painted = zip(missing, ordered_map(make, missing, workers), strict=True)
     faults = {}
-    for count, (name, fault) in enumerate(itertools.chain(existing, painted), start=1):
-        if fault is not None:
-            faults[name] = fault
-        if progress is not None:
-            progress(count, len(paths))
+    with progress("painting masks", len(missing)) as advance:
+        for name, fault in zip(missing, ordered_map(make, missing, workers), strict=True):
+            if fault is not None:
+                faults[name] = fault
+            advance(1, "")
     return {name: path for name, path in paths.items() if name not in faults}, faults
 
 
 def true_mask(
-    image: CocoImage, values: Mapping[int, int]
+    image: PlacedImage, values: Mapping[int, int]
 ) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-    """The mask of an image in memory, and everything that is wrong with its annotations.
+    """The mask (H, W) of an image, if it can be painted, and what is wrong with its annotations.
 
-    Returns:
-        uint8 (H, W), or None where the image has no mask; and the faults in words, also those of
-        crowds, which are not painted.
+    What is wrong with crowds is said too, although they are not painted.
 
     Raises:
-        DataError: if the annotation file has changed since it was read.
         LpcamError: if pycocotools is missing (for polygons).
     """
-    size = image.annotations.sizes[image.row]
-    outlined = [one for one in image.annotations.annotations(image.row) if one.get("segmentation")]
+    entry = image.entry
 
-    def attempt(of: list[dict[str, Any]]) -> tuple[NDArray[np.uint8] | None, list[str]]:
+    def attempt(of: list[CocoAnnotation]) -> tuple[NDArray[np.uint8] | None, list[str]]:
         try:
-            return paint(of, size, values, crowds="void"), []
+            return paint(of, entry.size, values, crowds="void"), []
         except DataError as error:
             if len(of) < 2:
                 return None, [str(error)]
             return None, [fault for one in of for fault in attempt([one])[1]]
 
-    mask, faults = attempt([one for one in outlined if not one.get("iscrowd")])
-    faults += attempt([one for one in outlined if one.get("iscrowd")])[1]
+    outlined = [one for one in entry.annotations if one.packed]
+    mask, faults = attempt([one for one in outlined if not one.is_crowd])
+    faults += attempt([one for one in outlined if one.is_crowd])[1]
     if (fault := _size_fault(image)) is not None:
         mask, faults = None, [fault, *faults]
-    unique = tuple(dict.fromkeys(f"{image.annotations.path}: {fault}" for fault in faults))
-    return mask if image.outlined else None, unique
+    unique = tuple(dict.fromkeys(f"{image.source.path}: {fault}" for fault in faults))
+    return mask if entry.outlined else None, unique
 
 
-def _size_fault(image: CocoImage) -> str | None:
+def _size_fault(image: PlacedImage) -> str | None:
     """Message for an image file whose size differs from the annotations."""
     assert image.path is not None
     try:
         height, width = upright_size(image.path)
     except ImageError:  # reported when all images are checked
         return None
-    expected = image.annotations.sizes[image.row]
+    expected = image.entry.size
     if expected == (height, width):
         return None
     advice = "use the image that was annotated"
@@ -224,36 +188,27 @@ def _size_fault(image: CocoImage) -> str | None:
     )
 
 
-def _prepare(folder: Path, images: Mapping[str, CocoImage], options: Mapping[str, Any]) -> None:
-    """Remove masks that were painted from other annotations or with other options."""
+def _remove_old(
+    folder: Path, images: Mapping[str, PlacedImage], options: Mapping[str, Any]
+) -> None:
+    """Remove masks that were painted from something else, and record what is painted from now."""
     path = folder / PAINTED
     before = read_json(path) if path.exists() else None
     if before is not None and (not isinstance(before, dict) or before.get("kind") != _KIND):
         raise ArtefactError(
             f"{path} was not written by lpcam, so it may be yours; choose another folder"
         )
-    known: dict[str, dict[str, Any]] = before.get("files", {}) if before else {}
-    ids = defaultdict(list)
+    sources: dict[str, dict[str, Any]] = (before or {}).get("sources", {})
+    known = {name: key for key, source in sources.items() for name in source["images"]}
+    ids: dict[str, list[str]] = defaultdict(list)
     for name, image in images.items():
-        ids[image.record].append(name)
-    files = {
-        record: {
-            "digest": _digest(images[names[0]].annotations),
-            "options": options,
-            "ids_begin": os.path.commonprefix(names),  # noqa: RUF071 - of characters
-        }
-        for record, names in ids.items()
-    }
-    stale = [
-        record
-        for record, of in files.items()
-        if any(known.get(record, {}).get(key) != of[key] for key in ("digest", "options"))
-    ]
+        ids[image.source.digest].append(name)
+    new = {digest_json([digest, options]): digest for digest in ids}
+    stale = [name for key, digest in new.items() for name in ids[digest] if known.get(name) != key]
     if not stale:
         return
     listing = cache(listing_of)
-    masks = [folder / f"{name}.png" for record in sorted(stale) for name in ids[record]]
-    old = [mask for mask in masks if mask.name in listing(mask.parent)]
+    old = [mask for n in stale if (mask := folder / f"{n}.png").name in listing(mask.parent)]
     if old and before is None:
         raise ArtefactError(
             f"{old[0]} exists and was not painted by lpcam (there is no {PAINTED}), so it may be "
@@ -262,51 +217,40 @@ def _prepare(folder: Path, images: Mapping[str, CocoImage], options: Mapping[str
     # If this is stopped before the record is written, the remaining masks still fit the old record.
     for mask in old:
         mask.unlink(missing_ok=True)
-    # some of the removed masks may belong to a file that is not read now
-    removed = [mask.relative_to(folder).as_posix() for mask in old]
-    kept = {
-        record: of
-        for record, of in known.items()
-        if record not in files and not any(mask.startswith(of["ids_begin"]) for mask in removed)
-    }
-    write_json(path, {"format": 2, "kind": _KIND, "files": {**kept, **files}})
+    for source in sources.values():
+        source["images"] = [name for name in source["images"] if name not in images]
+    for key, of in new.items():
+        sources.setdefault(key, {"digest": of, **options, "images": []})["images"] += ids[of]
+    write_json(path, {"format": 3, "kind": _KIND, "sources": sources})
 
 
-def _digest(index: CocoAnnotations) -> str:
-    digest = digest_file(index.path)
-    if file_state(index.path) != index.state:
-        raise index.changed()
-    return digest
-
-
-def _area(annotation: Mapping[str, Any], size: tuple[int, int]) -> float:
-    area = annotation.get("area")
+def _area(annotation: CocoAnnotation, size: tuple[int, int]) -> float:
+    area = annotation.area
     if isinstance(area, int | float) and math.isfinite(area):
         return float(area)
     return float(_region(annotation, size).sum())
 
 
-def _region(annotation: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels of an annotation, bool (H, W)."""
+    shape = annotation.segmentation
     try:
-        return _decode(annotation.get("segmentation"), size)
+        if isinstance(shape, dict):
+            return _decode_runs(shape, size)
+        if annotation.is_crowd:
+            raise ValueError("it is a crowd, whose segmentation must be a run-length code")
+        return _fill(shape, size)
     except ValueError as error:
-        raise _unpaintable(annotation, str(error)) from error
+        raise DataError(
+            f"annotation {annotation.id} cannot be painted: {error}; correct it or leave it out"
+        ) from error
 
 
-def _unpaintable(annotation: Mapping[str, Any], reason: str) -> DataError:
-    return DataError(
-        f"annotation {annotation.get('id')} cannot be painted: {reason}; correct it or leave it out"
-    )
-
-
-def _decode(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels of a segmentation, bool (H, W); ValueError says what is wrong with it."""
-    if isinstance(shape, Mapping):
-        return _decode_runs(shape, size)
-    if not isinstance(shape, list) or not shape:
+def _fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels in any of some polygons; ValueError says what is wrong with them."""
+    if not isinstance(polygons, list):
         raise ValueError("it has no segmentation; masks need polygons or run-length codes")
-    height, width = size
-    for polygon in shape:
+    for polygon in polygons:
         # booleans are numbers in Python
         if not isinstance(polygon, list) or not all(type(v) in (int, float) for v in polygon):
             raise ValueError("a polygon must be a list of numbers x, y, x, y, ...")
@@ -317,12 +261,11 @@ def _decode(shape: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         # Filling a polygon takes memory in proportion to its outline. NaN fails the comparison.
         if not all(-max(size) <= v <= 2 * max(size) for v in polygon):
             raise ValueError(
-                f"a polygon has coordinates that are NaN or far outside its image of {height} x "
-                f"{width} pixels (height x width)"
+                "a polygon has coordinates that are NaN or far outside its image of "
+                f"{size[0]} x {size[1]} pixels (height x width)"
             )
-    coder = _pycocotools()
-    runs = coder.merge(coder.frPyObjects(shape, height, width))
-    pixels: NDArray[np.bool_] = coder.decode(runs).astype(np.bool_)
+    coder = import_extra("pycocotools.mask", "coco", "masks from polygons need pycocotools")
+    pixels: NDArray[np.bool_] = coder.decode(coder.merge(coder.frPyObjects(polygons, *size))) > 0
     return pixels
 
 
@@ -371,12 +314,3 @@ def _uncompress(text: str) -> list[int]:
     if shift:
         raise ValueError("its run-length code is truncated")
     return counts
-
-
-def _pycocotools() -> Any:
-    try:
-        return importlib.import_module("pycocotools.mask")
-    except ImportError as error:
-        raise LpcamError(
-            f"masks from polygons need pycocotools ({error}): pip install 'lpcam[coco]'"
-        ) from error
