@@ -281,7 +281,7 @@ def _notices(
         for n, name in categories
         if name not in chosen and objects[n] + crowds[n]
     )
-    boxes = sum(not (one.packed or one.is_crowd) for one in every)
+    boxes = sum(not (one.segmentation or one.is_crowd) for one in every)
     unpainted = sum(not image.outlined for image in images)
     unlabelled = sum(not item.labels for item in items.values())
     notices = {

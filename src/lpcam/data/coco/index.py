@@ -1,12 +1,13 @@
 """Annotation files laid out like COCO's ``instances_*.json``, in compact form.
 
-Outlines are packed while the file is parsed: as Python numbers, those of COCO would take 2 GiB.
+Outlines become arrays while the file is parsed: as Python numbers, COCO's would take 2 GiB.
 """
 
 from __future__ import annotations
 
 import json
-import marshal
+from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -34,13 +35,8 @@ class CocoAnnotation(NamedTuple):
     """Whether it is a group of objects."""
     area: Any
     """As in the file."""
-    packed: bytes
-    """The segmentation; empty if there is none."""
-
-    @property
-    def segmentation(self) -> Any:
-        """The segmentation as in the file; None if there is none."""
-        return marshal.loads(self.packed) if self.packed else None
+    segmentation: Any
+    """As in the file, but for :func:`compact`."""
 
 
 class CocoImage(NamedTuple):
@@ -54,7 +50,7 @@ class CocoImage(NamedTuple):
     @property
     def outlined(self) -> bool:
         """Whether every object has an outline, as a true mask needs; some files have only boxes."""
-        return all(one.packed or one.is_crowd for one in self.annotations)
+        return all(one.segmentation or one.is_crowd for one in self.annotations)
 
 
 class _Image(BaseModel):
@@ -94,7 +90,7 @@ class CocoFile:
                 an id occurs twice, or an annotation belongs to an unknown image or category.
         """
         try:
-            content = json.loads(read_text(path, _HOW), object_hook=_packed)
+            content = json.loads(read_text(path, _HOW), object_hook=_compact_annotation)
             found = _Content.model_validate(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
@@ -124,16 +120,25 @@ class CocoFile:
         return cls(path, digest_file(path), tuple(images.values()), known)
 
 
-def _packed(value: dict[str, Any]) -> dict[str, Any]:
-    """An annotation in compact form; other objects as they are."""
+def compact(shape: Any) -> Any:
+    """A segmentation with its polygons or counts as arrays; as it is where they are not numbers."""
+    with suppress(TypeError, OverflowError):
+        if isinstance(shape, list):
+            return [array("d", polygon) for polygon in shape]
+        if isinstance(shape, dict) and isinstance(shape.get("counts"), list):
+            return {**shape, "counts": array("q", shape["counts"])}
+    return shape
+
+
+def _compact_annotation(value: dict[str, Any]) -> dict[str, Any]:
+    """An annotation without what is not used; other objects as they are."""
     if "image_id" not in value or "file_name" in value:
         return value
-    shape = value.get("segmentation")
     return {
         "id": value.get("id"),
         "image_id": value["image_id"],
         "category_id": value.get("category_id"),
         "is_crowd": value.get("iscrowd") or False,
         "area": value.get("area"),
-        "packed": marshal.dumps(shape) if shape else b"",
+        "segmentation": compact(value.get("segmentation")),
     }

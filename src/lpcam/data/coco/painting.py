@@ -7,6 +7,7 @@ Polygons are filled by pycocotools (extra ``coco``); run-length codes are decode
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -160,7 +161,7 @@ def true_mask(
                 return None, [str(error)]
             return None, [fault for one in of for fault in attempt([one])[1]]
 
-    outlined = [one for one in entry.annotations if one.packed]
+    outlined = [one for one in entry.annotations if one.segmentation]
     mask, faults = attempt([one for one in outlined if not one.is_crowd])
     faults += attempt([one for one in outlined if one.is_crowd])[1]
     if (fault := _size_fault(image)) is not None:
@@ -240,7 +241,7 @@ def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.boo
         if annotation.is_crowd:
             raise ValueError("it is a crowd, whose segmentation must be a run-length code")
         return _fill(shape, size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(
             f"annotation {annotation.id} cannot be painted: {error}; correct it or leave it out"
         ) from error
@@ -248,11 +249,10 @@ def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.boo
 
 def _fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels in any of some polygons; ValueError says what is wrong with them."""
-    if not isinstance(polygons, list):
+    if not isinstance(polygons, list) or not polygons:
         raise ValueError("it has no segmentation; masks need polygons or run-length codes")
     for polygon in polygons:
-        # booleans are numbers in Python
-        if not isinstance(polygon, list) or not all(type(v) in (int, float) for v in polygon):
+        if not isinstance(polygon, array):
             raise ValueError("a polygon must be a list of numbers x, y, x, y, ...")
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
@@ -265,7 +265,8 @@ def _fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
                 f"{size[0]} x {size[1]} pixels (height x width)"
             )
     coder = import_extra("pycocotools.mask", "coco", "masks from polygons need pycocotools")
-    pixels: NDArray[np.bool_] = coder.decode(coder.merge(coder.frPyObjects(polygons, *size))) > 0
+    runs = coder.merge(coder.frPyObjects([polygon.tolist() for polygon in polygons], *size))
+    pixels: NDArray[np.bool_] = coder.decode(runs) > 0
     return pixels
 
 
@@ -282,7 +283,7 @@ def _decode_runs(shape: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.
         )
     if isinstance(counts, str):
         counts = _uncompress(counts)
-    if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+    if not isinstance(counts, array) or min(counts, default=0) < 0:
         raise ValueError("the counts of its run-length code must be integers from 0 on")
     if sum(counts) != size[0] * size[1]:
         raise ValueError(
@@ -292,13 +293,13 @@ def _decode_runs(shape: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.
     return np.ascontiguousarray(flat.reshape(size[::-1]).T)
 
 
-def _uncompress(text: str) -> list[int]:
+def _uncompress(text: str) -> array[int]:
     """The counts of compressed text.
 
     Characters from '0' on hold five bits of a number each, the lowest first, and a sixth bit that
     says whether another follows; from the fourth number on they are differences to the second last.
     """
-    counts: list[int] = []
+    counts = array("q")
     number, shift = 0, 0
     for character in text:
         bits = ord(character) - ord("0")
