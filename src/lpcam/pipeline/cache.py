@@ -12,9 +12,10 @@ import fcntl
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +30,36 @@ LEFTOVERS = ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safe
 """Files that only an interrupted task needs."""
 Record = dict[str, Any]
 """A JSON object: a row of figures, the entry of a history, a protocol."""
-Parts = Mapping[str, Any]
-"""Everything that a result depends on, as JSON."""
 Output = Mapping[str, Any]
 """What a task records of its results for later stages, as JSON."""
 
 
-class StageCache:
-    """The folder and the record of one result.
+@dataclass
+class Result:
+    """One result of a run: a folder of its own, with a record of how it was made."""
 
-    Args:
-        folder: belongs to this result alone.
-        parts: everything that the result depends on, as JSON.
-    """
+    name: str
+    """Under which later stages find it, such as ``irn/lpcam``."""
+    folder: Path
+    parts: Mapping[str, Any]
+    """Everything that it depends on, as JSON."""
+    files: Sequence[Path] = ()
+    """The files that it consists of."""
+    output: Record = field(default_factory=dict)
+    """What its task recorded, once it is finished."""
 
-    def __init__(self, folder: Path, parts: Parts) -> None:
-        self.folder = folder
-        self.parts = dict(parts)
-        self.key = digest_json(self.parts)
-        self.output: Record = {}
+    @cached_property
+    def key(self) -> str:
+        """Digest of the parts."""
+        return digest_json(self.parts)
 
-    def done(self, outputs: Iterable[Path] = ()) -> bool:
+    def done(self) -> bool:
         """Tell whether the result is finished for this key and all its files exist."""
         record = self._record()
         if record is None or record["key"] != self.key or not record["done"]:
             return False
-        if not all(path.is_file() for path in outputs):
-            return False
         self.output = record["output"]
-        return True
+        return all(path.is_file() for path in self.files)
 
     def begin(self) -> None:
         """Prepare the folder: keep files of the same key, remove those of another.
@@ -65,24 +67,23 @@ class StageCache:
         Raises:
             ArtefactError: if the folder holds files but no record.
         """
-        for path in self.folder.rglob(".*.tmp"):  # half-written when a run was killed
-            path.unlink()
+        _remove_half_written(self.folder.rglob(".*.tmp"))
         record = self._record()
+        found = list(self.folder.iterdir()) if self.folder.exists() else []
         if record is not None and record["key"] == self.key:
             logger.info("%s: resuming", self.folder.name)
             return
         if record is not None:
             logger.info("%s: recomputing: %s", self.folder.name, self._changed(record["parts"]))
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif found:
             raise ArtefactError(
                 f"{self.folder} holds files but no readable {RECORD}, so they may be yours; move "
                 "them away, or choose another run folder with --run.folder"
             )
         # The record is replaced last, so that an interruption between the two is noticed.
-        if self.folder.exists():
-            for path in sorted(self.folder.iterdir()):
-                if path.name != RECORD:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(found):
+            if path.name != RECORD:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._write(done=False)
 
     def finish(self, output: Output) -> None:
@@ -100,9 +101,8 @@ class StageCache:
         path = self.folder / RECORD
         if not path.is_file():
             return None
-        record = read_json(path)
-        expected = {"key", "parts", "done", "output"}
-        if not isinstance(record, dict) or not expected <= record.keys():
+        record: Record = read_json(path)
+        if not isinstance(record, dict) or not {"key", "parts", "done", "output"} <= record.keys():
             raise ArtefactError(f"{path} is not a stage record; delete {self.folder} and run again")
         return record
 
@@ -110,44 +110,36 @@ class StageCache:
         record = {"key": self.key, "parts": self.parts, "done": done, "output": self.output}
         write_json(self.folder / RECORD, {**record, "versions": versions()})
 
-    def _changed(self, old: Parts) -> str:
+    def _changed(self, old: Mapping[str, Any]) -> str:
         was, now = dict(_leaves(old)), dict(_leaves(self.parts))
         changed = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
-        shown = [
-            k
-            if DIGEST.search(f"{was.get(k)!r} {now.get(k)!r}")  # meaningless to a reader
-            else f"{k} {was.get(k)!r:.40} -> {now.get(k)!r:.40}"
-            for k in changed[:4]
-        ]
+        shown = []
+        for key in changed[:4]:
+            values = f" {was.get(key)!r:.40} -> {now.get(key)!r:.40}"
+            shown.append(key if DIGEST.search(values) else key + values)  # says nothing to a reader
         return "; ".join(shown) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
+    if not isinstance(value, Mapping):
         yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
-@dataclass(frozen=True)
-class Result:
-    """One result of a task: a folder of files with a cache key."""
-
-    name: str
-    """Under which later stages find it, such as ``irn/lpcam``."""
-    folder: Path
-    parts: Parts
-    outputs: Sequence[Path]
-    """The files that it consists of."""
+def _remove_half_written(paths: Iterator[Path]) -> None:
+    """Remove what a run was writing when it was killed."""
+    for path in paths:
+        path.unlink()
 
 
 @dataclass(frozen=True)
 class Task:
     """Results that one piece of work makes together.
 
-    ``work`` gets the caches of the results in their order. It runs in every process of a run and
-    returns what the first process records of the results.
+    ``work`` gets the results in their order. It runs in every process of a run and returns what the
+    first process records of them.
     """
 
     results: Sequence[Result]
@@ -180,6 +172,5 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another run uses {folder}; wait for it, or choose another folder with "
                 "--run.folder"
             ) from error
-        for path in folder.glob(".*.tmp"):  # half-written when a run was killed
-            path.unlink()
+        _remove_half_written(folder.glob(".*.tmp"))
         yield

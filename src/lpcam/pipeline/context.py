@@ -20,7 +20,7 @@ from lpcam.data.dataset import Dataset, Item
 from lpcam.data.reader import ListName
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
-from lpcam.pipeline.cache import Output, Parts, Record, Result, StageCache, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
@@ -44,6 +44,8 @@ FEATURES_SHARE = 0.5
 """Share of a run's memory for features that several stages need; the rest is for the reservoir."""
 FILE_SECONDS = 60.0
 """How long a file that another machine has written may take to become visible."""
+FileOf = Callable[[Path, str], Path]
+"""Gives the file of an image's id in a folder."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,15 @@ class Context:
         command: the command that asked for the run, recorded in every figure's protocol.
         processes: the processes that work on the run.
         device: device of this process; None lets the recipe choose.
-        until: name of the last stage.
+        stages: names of the stages of this pass, in order.
         only: name of the one stage that may have anything to do; None: any.
         lists: lists of the data that its stages need; None: what the recipe's need.
 
     Attributes:
-        results: the cache of each result by its name, filled as the stages go.
+        results: the results by their names, filled as the stages go.
         given_maps: maps of another program that replace the run's own.
         given_masks: masks of another program that replace the run's own.
         rows: the figures of the run, once it is evaluated.
-        stages: names of the stages of this pass, in order.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Context:
         processes: Processes,
         device: torch.device | None,
         *,
-        until: str,
+        stages: Sequence[str],
         only: str | None = None,
         lists: Sequence[ListName] | None = None,
     ) -> None:
@@ -90,7 +91,7 @@ class Context:
         self.command = command
         self.processes = processes
         self.device = device or choose_device(recipe.run.device)
-        self.until = until
+        self.stages = stages
         self.only = only
         self.lists = lists or (*LISTS, *(SEGMENT_LISTS if recipe.segment is not None else ()))
         self.folder = RunFolder(recipe.folder)
@@ -100,54 +101,66 @@ class Context:
         self.folder.refuse_foreign_recipe()
         self.dataset, self.records = self._index()
         self.sharing = self._sharing()
-        self.results: dict[str, StageCache] = {}
+        self.results: dict[str, Result] = {}
         self.given_maps: Given | None = None
         self.given_masks: Given | None = None
         self.rows: list[Record] = []
-        self.stages: Sequence[str] = ()
-        self.loaded_network: tuple[Path, Any] | None = None
-        """A host's network that is in memory, with its file."""
-        self._classifier: Classifier | None = None
         self._store: FeatureStore | None = None
         self._unscored: dict[str, str | None] = {}
         """By list, why its true masks cannot be scored; None where they can."""
         if processes.first and only is None:
             self._write_recipe()
 
-    # -- Results -------------------------------------------------------------------------------
+    # -- Tasks ---------------------------------------------------------------------------------
 
-    def execute(self, task: Task, *, again: bool = False) -> bool:
-        """Make the results of a task unless they are up to date; tell whether they were made.
+    def result(self, name: str, parts: Record, files: Sequence[Path]) -> Result:
+        """A result in the folder of its name."""
+        return Result(name, self.folder / name, parts, files)
+
+    def task(
+        self,
+        name: str,
+        parts: Record,
+        files: Sequence[Path],
+        work: Callable[..., Output | None],
+        prepare: Callable[[], Any] | None = None,
+    ) -> Task:
+        """A task with one result."""
+        return Task([self.result(name, parts, files)], work, prepare)
+
+    def image_task(
+        self,
+        name: str,
+        label: str,
+        parts: Record,
+        items: Sequence[Item],
+        files: Sequence[FileOf],
+        start: Callable[[Result], Callable[[Item], None]],
+    ) -> Task:
+        """A task that makes files of each image, unless all of them are there.
 
         Args:
-            again: make them in any case.
-
-        Raises:
-            ArtefactError: if there is something to do, but only another stage may do anything.
+            name: name of the result.
+            label: shown with the progress.
+            parts: everything that the result depends on; the images are added.
+            items: the images.
+            files: the files of an image in the folder of the result.
+            start: called once there is something to do; what it returns makes the files of an
+                image, without gradients.
         """
-        caches = [StageCache(result.folder, result.parts) for result in task.results]
-        for result, cache in zip(task.results, caches, strict=True):
-            self.results[result.name] = cache
-        done = [c.done(r.outputs) for r, c in zip(task.results, caches, strict=True)]
-        todo = again or not all(done)
-        if todo:
-            if self.only is not None and not again:
-                self._refuse(caches[done.index(False)])
-            prepared = () if task.prepare is None else (task.prepare(),)
-            self.processes.wait()
-            if self.processes.first:
-                for cache in caches:
-                    cache.begin()
-            self.processes.wait()
-            self._finish(caches, task.work(*prepared, *caches) or {})
-        if self.processes.first:  # also those of a run that was stopped at its very end
-            for cache in caches:
-                cache.remove_leftovers()
-        return todo
 
-    def result(self, name: str, parts: Parts, outputs: Sequence[Path]) -> Result:
-        """A result in the folder of its name."""
-        return Result(name, self.folder / name, parts, outputs)
+        def work(result: Result) -> None:
+            make = start(result)
+
+            @torch.inference_mode()
+            def unless_made(item: Item) -> None:
+                if not all(file(result.folder, item.id).is_file() for file in files):
+                    make(item)
+
+            self.each(label, items, unless_made)
+
+        made = [file(self.folder / name, item.id) for file in files for item in items]
+        return self.task(name, {"images": self.digest(items), **parts}, made, work)
 
     def each(self, label: str, items: Sequence[Item], make: Callable[[Item], None]) -> None:
         """Call ``make`` for the images of this process, with progress; errors name the image."""
@@ -167,26 +180,49 @@ class Context:
             for _ in self.sharing.map(named, mine):
                 advance(1, "")
 
-    def _refuse(self, cache: StageCache) -> None:
-        recipe = shlex.quote(str(self.folder.recipe))
-        raise ArtefactError(
-            f"{cache.folder} is missing, unfinished or not of the present data, weights and "
-            f"recipe; bring the run up to date first: lpcam run {recipe} --run.folder "
-            f"{shlex.quote(str(self.folder.path))}"
-        )
+    def execute(self, task: Task, *, again: bool = False) -> bool:
+        """Make the results of a task unless they are up to date; tell whether they were made.
 
-    def _finish(self, caches: Sequence[StageCache], output: Output) -> None:
-        self.processes.wait()
-        if self.processes.first:
-            for cache in caches:
-                cache.finish(output)
-        self.processes.wait()
-        for cache in caches:
-            # Processes that did not write the record read its output here; some file systems
-            # show a new file to other machines only after a moment.
-            deadline = time.monotonic() + FILE_SECONDS
-            while not cache.done() and time.monotonic() < deadline:
-                time.sleep(0.1)
+        Args:
+            again: make them in any case.
+
+        Raises:
+            ArtefactError: if there is something to do, but only another stage may do anything.
+        """
+        results, first = task.results, self.processes.first
+        self.results |= {result.name: result for result in results}
+        stale = [result for result in results if not result.done()]
+        todo = again or bool(stale)
+        if todo:
+            if self.only is not None and not again:
+                raise ArtefactError(
+                    f"{stale[0].folder} is missing, unfinished or not of the present data, weights "
+                    "and recipe; bring the run up to date first: lpcam run "
+                    f"{shlex.quote(str(self.folder.recipe))} --run.folder "
+                    f"{shlex.quote(str(self.folder.path))}"
+                )
+            prepared = () if task.prepare is None else (task.prepare(),)
+            self.processes.wait()
+            if first:
+                for result in results:
+                    result.begin()
+            self.processes.wait()
+            output = task.work(*prepared, *results) or {}
+            self.processes.wait()
+            if first:
+                for result in results:
+                    result.finish(output)
+            self.processes.wait()
+            for result in results:
+                # Processes that did not write the record read its output here; some file systems
+                # show a new file to other machines only after a moment.
+                deadline = time.monotonic() + FILE_SECONDS
+                while not result.done() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+        if first:  # also those of a run that was stopped at its very end
+            for result in results:
+                result.remove_leftovers()
+        return todo
 
     def note_use(self, stage: str, seconds: float, memory: int | None) -> None:
         """Record the time and the peak memory, in bytes, that this process took for a stage."""
@@ -221,26 +257,18 @@ class Context:
                 workers=self.threads,
                 save=lambda records: write_json(path, {**before, "records": records}),
             )
-        if not self.processes.first:
-            return dataset, records
-        for notice in dataset.notices:
-            logger.info("data: %s", notice)
-        index = {
-            "records": records,
-            "skipped": [{"id": s.id, "reason": s.reason} for s in dataset.skipped],
-            "notices": list(dataset.notices),
-        }
-        if before != index:
-            write_json(path, index)
-        self.processes.wait()
+        if self.processes.first:
+            for notice in dataset.notices:
+                logger.info("data: %s", notice)
+            notices = list(dataset.notices)
+            index = {"records": records, "skipped": skips(dataset), "notices": notices}
+            if before != index:
+                write_json(path, index)
+            self.processes.wait()
         return dataset, records
 
     def items(self, stage: ListName) -> list[Item]:
-        """The usable images of the list that a stage works on.
-
-        Raises:
-            DataError: if there is none.
-        """
+        """The usable images of the list that a stage works on; DataError if there is none."""
         name = self.recipe.data.list_of(stage)
         items = self.dataset.select(name)
         if not items:
@@ -251,9 +279,6 @@ class Context:
         """The images of a list that have a true mask; none where no mask shows a class.
 
         Such a list is not scored, like one without masks, and a notice says why.
-
-        Raises:
-            ImageError: if a mask cannot be read.
         """
         name = self.recipe.data.list_of(stage)
         items = [item for item in self.items(stage) if item.mask is not None]
@@ -263,16 +288,13 @@ class Context:
                 notice = f"the list {name!r} is not scored: {why}"
                 if self.processes.first:
                     logger.warning("%s", notice)
-                notices = (*self.dataset.notices, notice)
-                self.dataset = replace(self.dataset, notices=notices)
+                self.dataset = replace(self.dataset, notices=(*self.dataset.notices, notice))
         return [] if self._unscored.get(name) else items
 
     def digest(self, items: Sequence[Item], *, truth: bool = False) -> str:
         """Digest of ids, labels and file contents: of the images, or also of their masks."""
         field = "digest" if truth else "image_digest"
-        return digest_json(
-            [[item.id, list(item.labels), self.records[item.id][field]] for item in items]
-        )
+        return digest_json([[i.id, list(i.labels), self.records[i.id][field]] for i in items])
 
     @property
     def makes_maps(self) -> bool:
@@ -284,29 +306,20 @@ class Context:
     @cached_property
     def training_method(self) -> str:
         """How the classifier is trained: ``probe`` or ``finetune``."""
-        wanted = self.recipe.classifier.method
-        if wanted != "auto":
-            return wanted
+        if self.recipe.classifier.method != "auto":
+            return self.recipe.classifier.method
         return "finetune" if self.device.type == "cuda" else "probe"
 
-    @property
+    @cached_property
     def classifier(self) -> Classifier:
         """The trained classifier, loaded when a stage first needs it."""
-        if self._classifier is None:
-            self._classifier = Classifier.load(self.folder.classifier).to(self.device)
-        return self._classifier
-
-    @classifier.setter
-    def classifier(self, classifier: Classifier) -> None:
-        """Keep a classifier that this process has just trained."""
-        self._classifier = classifier
+        return Classifier.load(self.folder.classifier).to(self.device)
 
     def store(self, classifier: Classifier) -> FeatureStore:
         """The features of the classifier's backbone that the stages share."""
         if self._store is None:
             section, probe = self.recipe.maps, self.recipe.classifier.probe
             mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
-            shared = [*self.items("maps"), *self.items("prototypes")]
             self._store = FeatureStore(
                 classifier,
                 flip=self.recipe.lpcam.flip or mirror,
@@ -314,15 +327,14 @@ class Context:
                 dtype=section.features,
                 precision=section.precision,
                 budget=int(self.memory() * FEATURES_SHARE),
-                keep=(item.id for item in shared),
+                keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
             )
         return self._store
 
     def memory(self) -> float:
         """Memory that this process may use for features, in bytes."""
-        given = self.recipe.run.memory
-        if given is not None:
-            return given * 2**30
+        if self.recipe.run.memory is not None:
+            return self.recipe.run.memory * 2**30
         return available_memory() * MEMORY_SHARE / self.processes.here
 
     @property
@@ -334,7 +346,6 @@ class Context:
 
     def _sharing(self) -> Sharing:
         count = self.processes.count
-        batch = self.recipe.run.batch or (1 if self.device.type == "cpu" else GPU_BATCH)
         owner: dict[str, int] = {}
         if count > 1:
             # The lists whose features serve most often come first, so that each is shared evenly.
@@ -342,13 +353,12 @@ class Context:
             lists = [self.items(s) for s in order if s in self.lists]
             if (name := self.recipe.data.lists.validate_) is not None and "classify" in self.lists:
                 lists.append(self.dataset.select(name))
-            for items in lists:
-                for item in items:
-                    owner.setdefault(item.id, len(owner) % count)
+            ids = dict.fromkeys(item.id for items in lists for item in items)
+            owner = {image_id: place % count for place, image_id in enumerate(ids)}
         return Sharing(
             self.processes,
             threads_beside(self.device, self.threads),
-            batch,
+            self.recipe.run.batch or (1 if self.device.type == "cpu" else GPU_BATCH),
             {name: (r["height"], r["width"]) for name, r in self.records.items()},
             owner,
         )
@@ -361,3 +371,8 @@ class Context:
         path = self.folder.recipe
         if not path.is_file() or path.read_bytes() != resolved:
             write_bytes(path, resolved)
+
+
+def skips(dataset: Dataset) -> list[Record]:
+    """The images that were left out, with the reason, as JSON."""
+    return [{"id": skip.id, "reason": skip.reason} for skip in dataset.skipped]

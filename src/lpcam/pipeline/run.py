@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpcam.data.reader import ListName
 from lpcam.pipeline.cache import locked
-from lpcam.pipeline.context import Context
+from lpcam.pipeline.context import Context, skips
 from lpcam.pipeline.datasets import SEGMENT_LISTS
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.pipeline.run_folder import RunFolder
-from lpcam.pipeline.stage import Stage
-from lpcam.pipeline.stages import STAGES
+from lpcam.pipeline.stages import REMEDIES, STAGES, Stage
 from lpcam.pipeline.stages.refine import import_maps
 from lpcam.pipeline.stages.segment import import_masks
 from lpcam.runtime.distributed import join
@@ -68,29 +66,20 @@ def run(
         RecipeError: if the recipe is invalid or has no stage of that name.
         LpcamError: if data, weights or artefacts do not fit; the message says why.
     """
-    recipe = as_recipe(recipe, changes)
+    if isinstance(recipe, Recipe):
+        recipe = recipe.changed(changes or {})
+    else:
+        recipe = load_recipe(recipe, changes)
     names = stage_names()
     if until not in names:
         raise RecipeError(f"there is no stage {until!r}; there are {', '.join(names)}")
     stages = STAGES[: names.index(until) + 1]
-    last = stages[-1]
-    if not last.present(recipe):
+    if not stages[-1].present(recipe):
         raise RecipeError(
-            f"the recipe {recipe.name} has no stage {until!r}; to have it, add {last.remedy}"
+            f"the recipe {recipe.name} has no stage {until!r}; to have it, add "
+            f"{REMEDIES[stages[-1].section]}"
         )
-    with _context(recipe, command, until=until) as context:
-        return _work(context, stages)
-
-
-def as_recipe(recipe: Recipe | str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a recipe, a file or a bundled name, with some values replaced.
-
-    Raises:
-        RecipeError: as :func:`lpcam.pipeline.recipe.load_recipe`.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe.changed(changes or {})
-    return load_recipe(recipe, changes or {})
+    return _work(recipe, command, stages)
 
 
 def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
@@ -107,12 +96,9 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
     """
     if recipe.refine is None:
         raise RecipeError(
-            f"the recipe {recipe.name} does not say how to refine maps; add a section refine, "
-            "e.g. --refine.method irn"
+            f"the recipe {recipe.name} does not say how to refine maps; add {REMEDIES['refine']}"
         )
-    with _context(recipe, command, until="evaluate", lists=("maps", "evaluate")) as context:
-        import_maps(context, maps)
-        return _work(context, _of_section("refine"))
+    return _work_on(recipe, command, "refine", ("maps", "evaluate"), import_maps, maps)
 
 
 def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
@@ -128,13 +114,8 @@ def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
         LpcamError: as :func:`run`.
     """
     if recipe.segment is None:
-        raise RecipeError(
-            f"the recipe {recipe.name} names no segmenter; add a section segment, e.g. "
-            "--segment.network deeplabv2"
-        )
-    with _context(recipe, command, until="evaluate", lists=SEGMENT_LISTS) as context:
-        import_masks(context, masks)
-        return _work(context, _of_section("segment"))
+        raise RecipeError(f"the recipe {recipe.name} names no segmenter; add {REMEDIES['segment']}")
+    return _work_on(recipe, command, "segment", SEGMENT_LISTS, import_masks, masks)
 
 
 def report(folder: Path, device: str | None = None) -> Path:
@@ -149,63 +130,69 @@ def report(folder: Path, device: str | None = None) -> Path:
         ArtefactError: if the folder holds no run, or one that is not up to date.
         LpcamError: as :func:`run`.
     """
-    changes: dict[str, Any] = {"run.folder": str(folder)}
-    if device is not None:
-        changes["run.device"] = device
+    changes = {"run.folder": str(folder), **({} if device is None else {"run.device": device})}
     recipe = load_recipe(RunFolder(folder).require_recipe(), changes)
     if not recipe.report.images:
         raise ArtefactError(
             f"the recipe of {folder} has no report (report.images is 0); run it with "
             "--report.images 500"
         )
-    with _context(recipe, "", until="report", only="report") as context:
-        result = _work(context, STAGES)
+    result = _work(recipe, "", STAGES, only="report")
     assert result.report is not None
     return result.report
 
 
-@contextmanager
-def _context(
+def _work_on(
     recipe: Recipe,
     command: str,
+    section: str,
+    lists: Sequence[ListName],
+    take: Callable[[Context, Path], None],
+    folder: Path,
+) -> RunResult:
+    """Run the stages of a section on maps or masks of another program."""
+    stages = [stage for stage in STAGES if stage.section == section or stage.name == "evaluate"]
+    return _work(recipe, command, stages, lists=lists, take=lambda context: take(context, folder))
+
+
+def _work(
+    recipe: Recipe,
+    command: str,
+    stages: Sequence[Stage],
     *,
-    until: str,
     only: str | None = None,
     lists: Sequence[ListName] | None = None,
-) -> Iterator[Context]:
-    """The context of a run whose folder is locked."""
+    take: Callable[[Context], None] | None = None,
+) -> RunResult:
+    """Run the stages that the recipe has, in a folder that is locked."""
+    stages = [stage for stage in stages if stage.present(recipe)]
+    names = [stage.name for stage in stages]
     processes, device = join(recipe.run.device)
     # The first process holds the folder for all of them.
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
         processes.wait()
-        yield Context(recipe, command, processes, device, until=until, only=only, lists=lists)
+        context = Context(recipe, command, processes, device, stages=names, only=only, lists=lists)
+        if take is not None:
+            take(context)
+        for stage in stages:
+            if stage.validate is not None and only is None:
+                stage.validate(context)
+        for stage in stages:
+            _work_stage(context, stage)
         processes.wait()
-
-
-def _of_section(section: str) -> list[Stage]:
-    return [stage for stage in STAGES if stage.section == section or stage.name == "evaluate"]
-
-
-def _work(context: Context, stages: Sequence[Stage]) -> RunResult:
-    present = [stage for stage in stages if stage.present(context.recipe)]
-    context.stages = [stage.name for stage in present]
-    if context.only is None:
-        for stage in present:
-            stage.validate(context)
-    for stage in present:
-        started = time.monotonic()
-        reset_peak_memory()
-        again = context.only == stage.name
-        worked = [context.execute(task, again=again) for task in stage.tasks(context)]
-        if not worked:  # a host or refinement that has no use for this stage
-            continue
-        if any(worked):
-            seconds = time.monotonic() - started
-            logger.info("%s: done in %.1f s", stage.name, seconds)
-            context.note_use(stage.name, seconds, peak_memory())
-        else:
-            logger.info("%s: up to date", stage.name)
-    skipped = [{"id": s.id, "reason": s.reason} for s in context.dataset.skipped]
     page = context.folder.report
-    has_report = context.until == "report" and page.is_file()
-    return RunResult(context.folder.path, context.rows, skipped, page if has_report else None)
+    made = page if "report" in names and page.is_file() else None
+    return RunResult(context.folder.path, context.rows, skips(context.dataset), made)
+
+
+def _work_stage(context: Context, stage: Stage) -> None:
+    started = time.monotonic()
+    reset_peak_memory()
+    again = context.only == stage.name
+    worked = [context.execute(task, again=again) for task in stage.tasks(context)]
+    if any(worked):
+        seconds = time.monotonic() - started
+        logger.info("%s: done in %.1f s", stage.name, seconds)
+        context.note_use(stage.name, seconds, peak_memory())
+    elif worked:  # else a host or refinement that has no use for this stage
+        logger.info("%s: up to date", stage.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ def mask_path(folder: Path, image_id: str) -> Path:
     return folder / f"{image_id}.png"
 
 
+def refined_map_path(folder: Path, image_id: str) -> Path:
+    """The file of an image's refined maps in the folder of its pseudo mask."""
+    return map_path(folder / "maps", image_id)
+
+
 @dataclass(frozen=True)
 class TrainedSegmenter:
     """A trained segmenter of a run."""
@@ -58,11 +63,8 @@ class TrainedSegmenter:
     @property
     def made_by(self) -> dict[str, Any]:
         """Provenance of the segmenter, for files that it writes."""
-        return {
-            "run": self.recipe.name,
-            "trained_on": self.name,
-            "segmenter": digest_file(self.path),
-        }
+        digest = digest_file(self.path)
+        return {"run": self.recipe.name, "trained_on": self.name, "segmenter": digest}
 
 
 @dataclass(frozen=True)
@@ -95,61 +97,34 @@ class RunFolder:
 
     Args:
         path: path of the folder, which need not exist yet.
+
+    Attributes:
+        recipe: the recipe as it was run.
+        index: a record of every image's files, and of those that were skipped.
+        metrics: the figures with their protocol.
+        image_scores: each image's mean IoU by method.
+        use: time and peak memory of each stage.
+        sheet: the contact sheet.
+        report: the HTML report.
+        truth: folder of masks painted from annotations.
+        classifier: the trained classifier.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.index = self.path / "index.json"
+        self.metrics = self.path / "metrics.json"
+        self.image_scores = self.path / "evaluation/images.json"
+        self.use = self.path / "use.json"
+        self.sheet = self.path / "sheet.png"
+        self.report = self.path / "report.html"
+        self.truth = self.path / "truth"
+        self.classifier = self.path / "classifier/classifier.safetensors"
 
     def __truediv__(self, name: str) -> Path:
         """The folder of a result, such as ``pseudo/lpcam``."""
         return self.path / name
-
-    # -- Files of the run ----------------------------------------------------------------------
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe as it was run."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def index(self) -> Path:
-        """A record of every image's files, and of those that were skipped."""
-        return self.path / "index.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The figures with their protocol."""
-        return self.path / "metrics.json"
-
-    @property
-    def image_scores(self) -> Path:
-        """Each image's mean IoU by method."""
-        return self / "evaluation" / "images.json"
-
-    @property
-    def use(self) -> Path:
-        """Time and peak memory of each stage."""
-        return self.path / "use.json"
-
-    @property
-    def sheet(self) -> Path:
-        """The contact sheet."""
-        return self.path / "sheet.png"
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.path / "report.html"
-
-    @property
-    def truth(self) -> Path:
-        """Folder of masks painted from annotations."""
-        return self.path / "truth"
-
-    @property
-    def classifier(self) -> Path:
-        """The trained classifier."""
-        return self / "classifier" / "classifier.safetensors"
 
     def prototypes(self, result: str = "prototypes") -> Path:
         """The prototypes of a result: the run's own, or those of a host."""
@@ -165,25 +140,18 @@ class RunFolder:
 
     def refined_maps(self, name: str) -> Path:
         """Folder of the refined maps of a name."""
-        return self / f"pseudo/{name}" / "maps"
+        return self / f"pseudo/{name}/maps"
 
     def boundaries(self, name: str) -> Path:
         """Folder of the boundary maps that IRN learnt from the maps of a name."""
-        return self / f"pseudo/{name}" / "boundaries"
+        return self / f"pseudo/{name}/boundaries"
 
     def tested(self, name: str, *, crf: bool = False) -> Path:
         """Folder of a segmenter's masks of the list to test, before or after a dense CRF."""
-        folder = self / f"test/{name}"
-        return folder / "crf" if crf else folder
-
-    # -- Checks --------------------------------------------------------------------------------
+        return self / f"test/{name}/crf" if crf else self / f"test/{name}"
 
     def require_recipe(self) -> Path:
-        """The recipe's path.
-
-        Raises:
-            ArtefactError: if the folder holds no run.
-        """
+        """The recipe's path; ArtefactError if the folder holds no run."""
         if not self.recipe.is_file():
             raise ArtefactError(
                 f"{self.path} holds no run: there is no {self.recipe.name} in it; give the folder "
@@ -192,11 +160,7 @@ class RunFolder:
         return self.recipe
 
     def refuse_foreign_recipe(self) -> None:
-        """Refuse to overwrite a recipe that no run has written.
-
-        Raises:
-            ArtefactError: if there is a recipe, but no index beside it.
-        """
+        """Refuse to overwrite a recipe that no run has written: there is no index beside it."""
         if self.recipe.is_file() and not self.index.is_file():
             raise ArtefactError(
                 f"{self.recipe} was not written by a run, so it may be yours; choose another run "
@@ -206,11 +170,7 @@ class RunFolder:
     # -- What a finished run can be used for ---------------------------------------------------
 
     def load_recipe(self) -> Recipe:
-        """The recipe of the run.
-
-        Raises:
-            ArtefactError: if the folder holds no run.
-        """
+        """The recipe of the run; ArtefactError if the folder holds no run."""
         return load_recipe(self.require_recipe())
 
     def _finished(self, path: Path, stage: str) -> Path:
@@ -234,13 +194,12 @@ class RunFolder:
         recipe = self.load_recipe()
         classifier = Classifier.load(self._finished(self.classifier, "classify"))
         path = self._finished(self.prototypes(), "prototypes")
-        parts = self._parts("classifier")
         foreground_only = recipe.seeds.method == "LPCAM-F"
         thresholds = {
             "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
             "cam_threshold": recipe.fixed_threshold("CAM"),
         }
-        finetuned = parts.get("method", recipe.classifier.method) == "finetune"
+        method = self._parts("classifier").get("method", recipe.classifier.method)
         probe, long_side = recipe.classifier.probe, recipe.classifier.finetune.long_side
         return Explainer(
             classifier.to(choose_device(device)),
@@ -248,7 +207,7 @@ class RunFolder:
             recipe.lpcam.model_copy(update=thresholds),
             mask_ids=self._mask_ids(recipe, len(classifier.classes)),
             # whole images at the middle training size, as the classifier is validated
-            score_side=sum(long_side) // 2 if finetuned else probe.long_side,
+            score_side=sum(long_side) // 2 if method == "finetune" else probe.long_side,
             precision=recipe.maps.precision,
             maximum_side=recipe.maps.maximum_side,
             foreground_only=foreground_only,
@@ -330,31 +289,26 @@ class RunFolder:
         Raises:
             ArtefactError: if the folder has no such masks; the message lists those it has.
         """
-        folder = self.path
-        if (folder / PREDICTED).is_file():
-            return _predicted(folder, name)
+        if (self / PREDICTED).is_file():
+            return _predicted(self.path, name)
         recipe = self._recipe_for_export()
         patterns = ("pseudo/*", "seeds", "host-seeds/*", "test/*/crf", "test/*")
         chosen = self._chosen(name, "masks", patterns, ".png")
         stage: ListName = "test" if chosen.startswith("test/") else "maps"
-        dataset = read_dataset(recipe, (stage,))
-        list_name = recipe.data.list_of(stage)
-        entries = _present(
-            _below_one_folder(
-                MaskEntry(i.id, i.image, mask_path(folder / chosen, i.id), i.file_name)
-                for i in dataset.select(list_name)
-            ),
-            "bring the run up to date first",
-            self._skipped(),
+        dataset, list_name = read_dataset(recipe, (stage,)), recipe.data.list_of(stage)
+        entries = _below_one_folder(
+            MaskEntry(i.id, i.image, mask_path(self / chosen, i.id), i.file_name)
+            for i in dataset.select(list_name)
         )
-        if not any(isinstance(entry, MaskEntry) for entry in entries):
+        remedy = "bring the run up to date first"
+        if not any(entry.mask.is_file() for entry in entries):
             raise ArtefactError(
-                f"{folder / chosen} has no mask of any image of the list {list_name!r}; bring the "
-                "run up to date first"
+                f"{self / chosen} has no mask of any image of the list {list_name!r}; {remedy}"
             )
-        entries += [*dataset.skipped, *self._without_image(chosen, list_name, dataset)]
+        left_out = (*dataset.skipped, *self._without_image(chosen, list_name, dataset))
         made_by = {"run": recipe.name, "masks": chosen}
-        return Masks(chosen, tuple(entries), dataset.classes, made_by)
+        present = _present(entries, remedy, self._skipped())
+        return Masks(chosen, (*present, *left_out), dataset.classes, made_by)
 
     def maps(self, name: str | None = None) -> Maps:
         """The map files of the run.
@@ -371,14 +325,13 @@ class RunFolder:
         chosen = self._chosen(name, "maps", patterns, ".npz")
         dataset = read_dataset(recipe, ("maps",))
         list_name, folder = recipe.data.list_of("maps"), self / chosen
-        ids = dataset.lists[list_name]
-        present = tuple(i for i in ids if map_path(folder, i).is_file())
-        if not present:
+        there = {one: map_path(folder, one).is_file() for one in dataset.lists[list_name]}
+        if not any(there.values()):
             raise ArtefactError(
                 f"{folder} has no maps of any image of the list {list_name!r}; bring the run up to "
                 "date first"
             )
-        missing = tuple(sorted({*ids} - {*present}, key=ids.index))
+        present, missing = (tuple(one for one in there if there[one] is x) for x in (True, False))
         made_by = {"run": recipe.name, "maps": chosen}
         return Maps(chosen, folder, present, missing, dataset.classes, made_by)
 
@@ -402,11 +355,9 @@ class RunFolder:
         ]
         if not known:
             raise ArtefactError(f"{self.path} has no {what} yet; bring the run up to date first")
-        if name is None:
-            return known[0]
-        if name not in known:
+        if name not in (None, *known):
             raise ArtefactError(f"{self.path} has no {what} {name!r}; it has {', '.join(known)}")
-        return name
+        return name or known[0]
 
     def _skipped(self) -> dict[str, str]:
         """Why the run skipped images."""
@@ -432,6 +383,7 @@ class RunFolder:
 
 
 def _predicted(folder: Path, name: str | None) -> Masks:
+    """The masks that ``lpcam predict`` wrote."""
     if name not in (None, "masks"):
         raise ArtefactError(f"{folder} has no masks {name!r}; it has masks")
     index = read_json(folder / PREDICTED)
@@ -446,24 +398,21 @@ def _predicted(folder: Path, name: str | None) -> Masks:
         raise ArtefactError(
             f"{folder / PREDICTED} is damaged ({error}); write it again with 'lpcam predict'"
         ) from error
-    masks = [
+    entries = _below_one_folder(
         # a key holds the folders of its image, and may have an ending
         MaskEntry(
             key,
             image,
-            folder / "masks" / f"{key}.png",
+            mask_path(folder / "masks", key),
             "/".join(image.parts[-1 - key.count("/") :]),
         )
         for key, image in images.items()
-    ]
-    there = [
-        entry if entry.image is not None and entry.image.is_file() else replace(entry, image=None)
-        for entry in _below_one_folder(masks)
-    ]
-    entries = _present(there, "run 'lpcam predict' again", {})
-    if not any(isinstance(entry, MaskEntry) for entry in entries):
+    )
+    if not any(entry.mask.is_file() for entry in entries):
         raise ArtefactError(f"{folder} has no masks; run 'lpcam predict' first")
-    return Masks("masks", (*entries, *skipped), classes, made_by)
+    there = [e if e.image and e.image.is_file() else replace(e, image=None) for e in entries]
+    present = _present(there, "run 'lpcam predict' again", {})
+    return Masks("masks", (*present, *skipped), classes, made_by)
 
 
 def _below_one_folder(found: Iterable[MaskEntry]) -> list[MaskEntry]:
@@ -482,13 +431,13 @@ def _below_one_folder(found: Iterable[MaskEntry]) -> list[MaskEntry]:
 
 
 def _present(
-    entries: Sequence[MaskEntry], remedy: str, reasons: Mapping[str, str]
-) -> list[MaskEntry | Skip]:
+    entries: Iterable[MaskEntry], remedy: str, reasons: Mapping[str, str]
+) -> Iterator[MaskEntry | Skip]:
     """The entries, with the reason instead of those whose mask is missing."""
-
-    def why(entry: MaskEntry) -> str:
-        if entry.id in reasons:
-            return f"the run skipped it: {reasons[entry.id]}"
-        return f"there is no mask {entry.mask}; {remedy}"
-
-    return [e if e.mask.is_file() else Skip(e.id, why(e)) for e in entries]
+    for entry in entries:
+        if entry.mask.is_file():
+            yield entry
+        elif entry.id in reasons:
+            yield Skip(entry.id, f"the run skipped it: {reasons[entry.id]}")
+        else:
+            yield Skip(entry.id, f"there is no mask {entry.mask}; {remedy}")

@@ -1,8 +1,14 @@
-"""The stages of a run, in order."""
+"""The stages of a run, in order: each names one step and yields the tasks that it consists of."""
 
 from __future__ import annotations
 
-from lpcam.pipeline.stage import Stage
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lpcam.pipeline.cache import Task
+from lpcam.pipeline.context import Context
+from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.stages import (
     classify,
     evaluate,
@@ -14,6 +20,34 @@ from lpcam.pipeline.stages import (
     seeds,
     segment,
 )
+
+REMEDIES = {
+    None: "",
+    "host": "a section host, e.g. --host.method amn",
+    "refine": "a section refine, e.g. --refine.method irn",
+    "segment": "a section segment, e.g. --segment.network deeplabv2",
+}
+"""What adds the stages of a section to a recipe."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    help: str
+    """What it does, a plain sentence."""
+    tasks: Callable[[Context], Iterable[Task]]
+    """Its tasks in order. A task may use the results of those before it."""
+    section: Literal["host", "refine", "segment"] | None = None
+    """The section that a recipe must have for it."""
+    validate: Callable[[Context], None] | None = None
+    """Refuse, before any stage runs, what this one could not work with."""
+
+    def present(self, recipe: Recipe) -> bool:
+        """Tell whether a recipe has this stage."""
+        return self.section is None or getattr(recipe, self.section) is not None
+
 
 STAGES: tuple[Stage, ...] = (
     Stage("classify", "Train the classifier (linear probe or fine-tuning).", classify.classify),

@@ -25,36 +25,40 @@ HELD_OUT = 10
 def classify(context: Context) -> Iterator[Task]:
     """Train the classifier."""
     recipe, section = context.recipe, context.recipe.classifier
-    settings = section.probe if context.training_method == "probe" else section.finetune
+    probed = context.training_method == "probe"
     training, held_out = validation(context)
     parts = {
         "revision": 3,
         "classes": list(context.dataset.classes.names),
         **section.backbone_key(),
         "method": context.training_method,
-        "settings": settings.model_dump(mode="json", exclude={"preset"}),
+        "settings": (section.probe if probed else section.finetune).model_dump(
+            mode="json", exclude={"preset"}
+        ),
         "maps": recipe.maps.features_key(),
         "seed": recipe.run.seed,
         "training": context.digest(training),
         "validation": context.digest(held_out),
     }
 
+    def first() -> Classifier:
+        classifier = build_classifier(context)
+        if "prototypes" in context.stages:
+            check_memory(context, recipe.lpcam, classifier.weight.shape)
+        return classifier
+
     def train(classifier: Classifier, folder: Path) -> History:
-        history = _train(context, classifier, folder, training, held_out)
-        if context.processes.first:
-            context.classifier = classifier
-        return history
+        if not probed:
+            options = training_options(context, folder)
+            return finetune(classifier, training, held_out, section.finetune, **options)
+        items, store = [*training, *held_out], context.store(classifier)
+        pooled = pooled_features(items, section.probe, store, folder, context.sharing)
+        if pooled is None:
+            return []  # the first process fits the head, the others read it
+        refit = recipe.data.lists.validate_ is None
+        return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
-    yield training_task(
-        context, "classifier", parts, context.folder.classifier, lambda: _build(context), train
-    )
-
-
-def _build(context: Context) -> Classifier:
-    classifier = build_classifier(context)
-    if "prototypes" in context.stages:
-        check_memory(context, context.recipe.lpcam, classifier.weight.shape)
-    return classifier
+    yield training_task(context, "classifier", parts, context.folder.classifier, first, train)
 
 
 def build_classifier(context: Context, *, weights: str | None = None) -> Classifier:
@@ -63,26 +67,6 @@ def build_classifier(context: Context, *, weights: str | None = None) -> Classif
     first = section.first_weights(context.recipe.run.seed)
     first["weights"] = weights or first["weights"]
     return build(section.spec(), names, **first).to(context.device)
-
-
-def _train(
-    context: Context,
-    classifier: Classifier,
-    folder: Path,
-    training: list[Item],
-    held_out: list[Item],
-) -> History:
-    section = context.recipe.classifier
-    if context.training_method == "finetune":
-        options = training_options(context, folder)
-        return finetune(classifier, training, held_out, section.finetune, **options)
-    pooled = pooled_features(
-        [*training, *held_out], section.probe, context.store(classifier), folder, context.sharing
-    )
-    if pooled is None:
-        return []  # the first process fits the head, the others read it
-    refit = context.recipe.data.lists.validate_ is None
-    return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
 
 def validation(context: Context) -> tuple[list[Item], list[Item]]:
@@ -99,7 +83,5 @@ def validation(context: Context) -> tuple[list[Item], list[Item]]:
         if all(left[label] > 1 for label in labels):  # the last image of a class trains it
             left.subtract(labels)
             held.add(place)
-    return (
-        [item for place, item in enumerate(items) if place not in held],
-        [items[place] for place in sorted(held)],
-    )
+    training = [item for place, item in enumerate(items) if place not in held]
+    return training, [items[place] for place in sorted(held)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ from lpcam.data.map_files import map_path
 from lpcam.data.masks import read_index_mask
 from lpcam.hosts.base import Arm, Base, HostData, HostSection, View
 from lpcam.method.prototypes import Prototypes
-from lpcam.pipeline.cache import Output, StageCache, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
 from lpcam.pipeline.stages.labels import ternary_task
-from lpcam.pipeline.stages.maps import no_maps, write_fused
+from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import check_memory, make
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
 from lpcam.pipeline.stages.training import training_options, training_task
@@ -44,17 +44,12 @@ def arms(context: Context) -> list[Arm]:
     return [] if section is None or not context.makes_maps else section.arms
 
 
-def result_name(kind: str, arm: Arm) -> str:
-    """Name of an arm's result, such as ``host-maps/amn_lpcam``."""
-    return f"{kind}/{arm.folder}"
-
-
-def networks(context: Context) -> dict[str, Base]:
+def _networks(context: Context) -> dict[str, Base]:
     """The networks that are trained, and the maps whose masks each learns from."""
     return {a.network: "CAM" if a.prototypes else a.base for a in arms(context)}
 
 
-def backbone_section(context: Context) -> BackboneSection:
+def _backbone(context: Context) -> BackboneSection:
     """The section that names the network's backbone."""
     section = section_of(context)
     return context.recipe.classifier if section.backbone is None else section
@@ -70,11 +65,10 @@ def validate(context: Context) -> None:
             processes.
         DataError: if the host cannot learn from these images.
     """
-    section = section_of(context)
-    paths = [context.folder.network(f"host/{name}") for name in networks(context)]
-    if all(path.is_file() for path in paths):
+    section, networks = section_of(context), _networks(context)
+    if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return
-    data = _data(context, next(iter(networks(context))))
+    data = _data(context, next(iter(networks)))
     images, setting = section.host.images_per_step(_build(context), data, section.settings)
     if images < context.processes.count:
         raise ClassifierError(
@@ -85,47 +79,49 @@ def validate(context: Context) -> None:
 
 def write_masks(context: Context) -> Iterator[Task]:
     """Ternary masks for hosts that learn from masks."""
-    section = section_of(context)
-    items = context.items("maps")
+    section, refine = section_of(context), context.recipe.refine
+    wanted = context.items("maps")
     if section.clusters:
-        items = [*items, *context.items("prototypes")]
-    items = list({item.id: item for item in items}.values())
-    refine = context.recipe.refine
+        wanted = [*wanted, *context.items("prototypes")]
+    items = list({item.id: item for item in wanted}.values())
     crf = CrfSettings.from_preset("irn") if refine is None else refine.label_crf
-    for name, base in networks(context).items():
+    for name, base in _networks(context).items():
         thresholds = section.host.mask_thresholds(section.settings, base)
         if thresholds is not None:
-            source = context.results[RESULTS[base]]
-            label = f"masks for {section.host.title} from {base}"
-            source_of = (source.folder, source.key)
+            label, source = f"masks for {section.host.title} from {base}", RESULTS[base]
             yield ternary_task(
-                context, f"host-labels/{name}", label, *source_of, thresholds, crf, items
+                context,
+                f"host-labels/{name}",
+                label,
+                context.results[source],
+                thresholds,
+                crf,
+                items,
             )
 
 
-def _masks(context: Context, network: str) -> StageCache | None:
+def _masks(context: Context, network: str) -> Result | None:
     return context.results.get(f"host-labels/{network}")
 
 
 def train_networks(context: Context) -> Iterator[Task]:
     """The host's networks."""
     section, host = section_of(context), section_of(context).host
-    for name in networks(context):
+    for name in _networks(context):
         masks, data = _masks(context, name), _data(context, name)
-        learnt_from = (
-            {"training": context.digest(data.images), "validation": context.digest(data.held_out)}
-            if masks is None
-            else {"labels": masks.key, "images": context.digest(context.items("maps"))}
-        )
         parts = {
             "revision": 1,
             "method": section.method,
-            **backbone_section(context).backbone_key(),
+            **_backbone(context).backbone_key(),
             "settings": host.network_key(section.settings),
             "classes": list(context.dataset.classes.names),
             "seed": context.recipe.run.seed,
-            **learnt_from,
         }
+        if masks is None:
+            parts["training"] = context.digest(data.images)
+            parts["validation"] = context.digest(data.held_out)
+        else:
+            parts |= {"labels": masks.key, "images": context.digest(context.items("maps"))}
 
         def train(network: SavedNetwork, folder: Path, data: HostData = data) -> History:
             options = training_options(context, folder)
@@ -141,14 +137,14 @@ def _data(context: Context, network: str) -> HostData:
         validation(context) if section.host.holds_out else (context.items("classify"), [])
     )
     folder, pairs = context.folder / f"host-labels/{network}", []
-    if section.host.mask_thresholds(section.settings, networks(context)[network]) is not None:
+    if section.host.mask_thresholds(section.settings, _networks(context)[network]) is not None:
         pairs = [(item, mask_path(folder, item.id)) for item in context.items("maps")]
     return HostData(images, held_out, pairs, context.dataset.classes)
 
 
 def _build(context: Context) -> SavedNetwork:
     """The untrained network, on the run's device."""
-    section, chosen = section_of(context), backbone_section(context)
+    section, chosen = section_of(context), _backbone(context)
     first = chosen.first_weights(context.recipe.run.seed)
     names = context.dataset.classes.names
     network: SavedNetwork = section.host.build(chosen.spec(), names, section.settings, **first)
@@ -157,123 +153,104 @@ def _build(context: Context) -> SavedNetwork:
 
 def _load(context: Context, arm: Arm) -> SavedNetwork:
     path = context.folder.network(f"host/{arm.network}")
-    if context.loaded_network is None or context.loaded_network[0] != path:
-        network = section_of(context).host.load(path, context.device)
-        context.loaded_network = (path, network)  # one at a time is used
-    found: SavedNetwork = context.loaded_network[1]
-    return found
+    network: SavedNetwork = section_of(context).host.load(path, context.device)
+    return network
+
+
+def _parts(context: Context, arm: Arm) -> Record:
+    """What all that is made with an arm's network depends on."""
+    masks = _masks(context, arm.network)
+    return {
+        "revision": 1,
+        "network": context.results[f"host/{arm.network}"].output["digest"],
+        "labels": None if masks is None else masks.key,
+        "maximum_side": context.recipe.maps.maximum_side,
+    }
 
 
 def cluster(context: Context) -> Iterator[Task]:
     """Prototypes of the host's own features, for arms that have them."""
-    section = section_of(context)
     for arm in arms(context):
         if arm.prototypes:
-            yield _cluster_task(context, section, arm)
+            yield _cluster_task(context, section_of(context), arm)
 
 
 def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
-    settings, name = section.lpcam, result_name("host-prototypes", arm)
+    settings, name = section.lpcam, f"host-prototypes/{arm.folder}"
     assert settings is not None  # the recipe says so where an arm has prototypes
-    items = context.items("prototypes")
-    trained, masks = context.results[f"host/{arm.network}"], _masks(context, arm.network)
+    items, host = context.items("prototypes"), section.host
     parts = {
-        "revision": 1,
-        "network": trained.output["digest"],
-        "labels": None if masks is None else masks.key,
+        **_parts(context, arm),
         "settings": settings.fitting.model_dump(mode="json"),
-        "host": section.host.maps_key(section.settings, arm),
+        "host": host.maps_key(section.settings, arm),
         "features": context.recipe.maps.features,
         "seed": context.recipe.run.seed,
-        "maximum_side": context.recipe.maps.maximum_side,
         "images": context.digest(items),
     }
 
     def prepare() -> SavedNetwork:
         network = _load(context, arm)
-        channels = section.host.scorer(network)[0].shape[1]
+        channels = host.scorer(network)[0].shape[1]
         check_memory(context, settings, (len(context.dataset.classes), channels))
         return network
 
-    def work(network: SavedNetwork, cache: StageCache) -> Output | None:
+    def work(network: SavedNetwork, result: Result) -> Output | None:
         @torch.inference_mode()
         def local(batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
             views = [_view(context, arm, item) for item in batch]
-            return [section.host.local_features(network, v, section.settings) for v in views]
+            return [host.local_features(network, view, section.settings) for view in views]
 
-        weight, bias = section.host.scorer(network)
-        fingerprint, label = trained.output["fingerprint"], f"local features of {arm.title}"
+        scorer, label = host.scorer(network), f"local features of {arm.title}"
+        trained = context.results[f"host/{arm.network}"].output
         try:
-            return make(
-                *(context, cache, items, settings, local, weight, fingerprint),
-                label=label,
-                bias=bias,
-            )
+            return make(context, result, items, settings, local, scorer, trained, label)
         except PrototypeError as error:
             raise PrototypeError(
                 f"{arm.title}: {error}. Here the features and maps are the host's own: train it "
                 "longer, lower host.lpcam.tau, or set host.maps to [CAM]"
             ) from error
 
-    return Task([context.result(name, parts, [context.folder.prototypes(name)])], work, prepare)
+    return context.task(name, parts, [context.folder.prototypes(name)], work, prepare)
 
 
 def write_maps(context: Context) -> Iterator[Task]:
     """The host's maps of every image, and seed masks of them."""
-    section, items = section_of(context), context.items("maps")
+    section = section_of(context)
     for arm in arms(context):
-        yield _map_task(context, section, arm, items)
-        source = context.results[result_name("host-maps", arm)]
-        yield mask_task(
-            context,
-            result_name("host-seeds", arm),
-            f"seeds of {arm.title}",
-            source,
-            section.settings.threshold,
-            items,
-        )
+        yield _map_task(context, section, arm)
+        source, label = context.results[f"host-maps/{arm.folder}"], f"seeds of {arm.title}"
+        threshold = section.settings.threshold
+        yield mask_task(context, f"host-seeds/{arm.folder}", label, source, threshold)
 
 
-def _map_task(context: Context, section: HostSection, arm: Arm, items: list[Item]) -> Task:
-    name = result_name("host-maps", arm)
-    made = context.results.get(result_name("host-prototypes", arm))
-    masks = _masks(context, arm.network)
+def _map_task(context: Context, section: HostSection, arm: Arm) -> Task:
+    made = context.results.get(f"host-prototypes/{arm.folder}")
     parts = {
-        "revision": 1,
-        "network": context.results[f"host/{arm.network}"].output["digest"],
-        "labels": None if masks is None else masks.key,
+        **_parts(context, arm),
         "prototypes": None if made is None else made.output["digest"],
         "settings": section.host.maps_key(section.settings, arm),
         "dtype": context.recipe.maps.dtype,
-        "maximum_side": context.recipe.maps.maximum_side,
-        "images": context.digest(items),
     }
 
-    def work(cache: StageCache) -> None:
-        network, vectors = _load(context, arm), _vectors(context, arm)
+    def start(result: Result) -> Callable[[Item], None]:
+        network, vectors = _load(context, arm), None
+        if made is not None:
+            fingerprint = context.results[f"host/{arm.network}"].output["fingerprint"]
+            (path,) = made.files
+            found = Prototypes.load(path, fingerprint=fingerprint)
+            vectors = found.vectors().to(context.device)
 
-        @torch.inference_mode()
-        def map_one(item: Item) -> None:
-            if map_path(cache.folder, item.id).is_file():
-                return
-            maps = no_maps(context.sharing.sizes[item.id])
+        def make_maps(item: Item) -> None:
+            maps = None
             if item.labels:
                 view = _view(context, arm, item)
                 maps = section.host.maps(network, view, section.settings, vectors)
-            write_fused(context, cache, item, maps)
+            write_fused(context, result, item, maps)
 
-        context.each(f"maps of {arm.title}", items, map_one)
+        return make_maps
 
-    paths = [map_path(context.folder / name, item.id) for item in items]
-    return Task([context.result(name, parts, paths)], work)
-
-
-def _vectors(context: Context, arm: Arm) -> Tensor | None:
-    if not arm.prototypes:
-        return None
-    fingerprint = context.results[f"host/{arm.network}"].output["fingerprint"]
-    path = context.folder.prototypes(result_name("host-prototypes", arm))
-    return Prototypes.load(path, fingerprint=fingerprint).vectors().to(context.device)
+    name, label = f"host-maps/{arm.folder}", f"maps of {arm.title}"
+    return context.image_task(name, label, parts, context.items("maps"), [map_path], start)
 
 
 def _view(context: Context, arm: Arm, item: Item) -> View:
@@ -296,5 +273,5 @@ def described(context: Context) -> dict[str, object]:
     if section.host.mask_thresholds(section.settings, "LPCAM") is not None:
         refine = context.recipe.refine
         found["labels_crf"] = "irn" if refine is None else refine.label_crf.preset
-    chosen = backbone_section(context)
+    chosen = _backbone(context)
     return {**found, **chosen.described(), "weights": Path(chosen.weights).name}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,8 +12,8 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
-from lpcam.pipeline.cache import StageCache, Task
-from lpcam.pipeline.context import Context
+from lpcam.pipeline.cache import Record, Result, Task
+from lpcam.pipeline.context import Context, FileOf
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.refine.base import Picture
 from lpcam.refine.crf import CrfSettings, DenseCrf
@@ -46,52 +45,36 @@ def label_task(
     label: str,
     maps: Path,
     key: str,
-    parts: Mapping[str, Any],
-    path: Callable[[Path, str], Path],
+    parts: Record,
+    path: FileOf,
     labeller: Callable[[], Callable[[Picture, Path], None]],
     items: Sequence[Item],
 ) -> Task:
     """A task that writes a file of labels for every image from its maps.
 
     Args:
-        name: name of the result.
-        label: shown with the progress.
         maps: folder of the maps.
         key: key of the result that holds them.
-        parts: what else the labels depend on, as JSON.
+        parts: what else the labels depend on.
         path: gives the file of an image's id in a folder.
         labeller: makes a function that writes the labels of a picture to a file.
         items: images to label.
     """
-    parts = {
-        "revision": 1,
-        "maps": key,
-        **parts,
-        "maximum_side": context.recipe.maps.maximum_side,
-        "images": context.digest(items),
-    }
 
-    def work(cache: StageCache) -> None:
+    def start(result: Result) -> Callable[[Item], None]:
         write = labeller()
+        return lambda item: write(picture(context, item, maps), path(result.folder, item.id))
 
-        @torch.inference_mode()
-        def make(item: Item) -> None:
-            file = path(cache.folder, item.id)
-            if not file.is_file():
-                write(picture(context, item, maps), file)
-
-        context.each(label, items, make)
-
-    outputs = [path(context.folder / name, item.id) for item in items]
-    return Task([context.result(name, parts, outputs)], work)
+    maximum_side = context.recipe.maps.maximum_side
+    parts = {"revision": 1, "maps": key, **parts, "maximum_side": maximum_side}
+    return context.image_task(name, label, parts, items, [path], start)
 
 
 def ternary_task(
     context: Context,
     name: str,
     label: str,
-    maps: Path,
-    key: str,
+    source: Result,
     thresholds: tuple[float, float],
     settings: CrfSettings,
     items: Sequence[Item],
@@ -99,6 +82,7 @@ def ternary_task(
     """A task that writes ternary masks of one kind of maps, as :func:`label_task` does.
 
     Args:
+        source: the result that holds the maps.
         thresholds: thresholds of the sure foreground and of the sure background.
         settings: settings of the dense CRF.
     """
@@ -113,4 +97,5 @@ def ternary_task(
         crf = DenseCrf(settings, memory=image_memory(context))
         return lambda found, path: write_mask(path, ternary_mask(crf, found, thresholds, classes))
 
-    return label_task(context, name, label, maps, key, parts, mask_path, labeller, items)
+    where = source.folder, source.key
+    return label_task(context, name, label, *where, parts, mask_path, labeller, items)

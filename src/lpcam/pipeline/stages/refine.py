@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.cache import Result, Task
 from lpcam.pipeline.context import Context, Given
-from lpcam.pipeline.run_folder import mask_path
+from lpcam.pipeline.run_folder import mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.pipeline.stages.labels import image_memory, label_task, picture
 from lpcam.pipeline.stages.seeds import RESULTS
@@ -44,21 +44,19 @@ def section_of(context: Context) -> RefineSection:
 
 def sources(context: Context) -> list[Source]:
     """Maps that are refined: those the recipe names, or those of another program."""
-    recipe, given = context.recipe, context.given_maps
+    recipe, given, host = context.recipe, context.given_maps, context.recipe.host
     if given is not None:
         fixed = recipe.fixed_threshold("LPCAM")
         return [Source(GIVEN, GIVEN, given.folder, given.key, fixed)]
     found = []
-    hosted = {} if recipe.host is None else {arm.title: arm for arm in recipe.host.arms}
     for method in recipe.refined:
-        if method in hosted:
-            assert recipe.host is not None
-            result = context.results[f"host-maps/{folder_name(method)}"]
-            fixed = recipe.host.settings.threshold
+        name = folder_name(method)
+        if host is not None and method in {arm.title for arm in host.arms}:
+            result, fixed = context.results[f"host-maps/{name}"], host.settings.threshold
         else:
             result = context.results[RESULTS[method]]
             fixed = recipe.fixed_threshold("CAM" if method == "CAM" else "LPCAM")
-        found.append(Source(method, folder_name(method), result.folder, result.key, fixed))
+        found.append(Source(method, name, result.folder, result.key, fixed))
     return found
 
 
@@ -150,7 +148,7 @@ def _problem(maps: MapFile, item: Item, size: tuple[int, int], names: Sequence[s
     return None
 
 
-def jobs(context: Context) -> list[Job]:
+def _jobs(context: Context) -> list[Job]:
     """One job for each kind of maps that is refined."""
     lent = tools(context)
     return [Job(section_of(context), source, lent) for source in sources(context)]
@@ -161,7 +159,7 @@ def write_labels(context: Context) -> Iterator[Task]:
     method = section_of(context).refinement
     if not isinstance(method, LearnedRefinement):
         return
-    for job in jobs(context):
+    for job in _jobs(context):
         source = job.source
         yield label_task(
             context,
@@ -185,7 +183,7 @@ def train_networks(context: Context) -> Iterator[Task]:
     start = recipe.classifier.backbone_key()
     if method.starts_from == "classifier" and "classifier" in context.results:
         start = {"classifier": context.results["classifier"].output["digest"]}
-    for job in jobs(context):
+    for job in _jobs(context):
         labels = context.results[f"refine-labels/{job.source.name}"]
         parts = {
             "revision": method.revision,
@@ -206,68 +204,63 @@ def train_networks(context: Context) -> Iterator[Task]:
 
 def write_pseudo_masks(context: Context) -> Iterator[Task]:
     """Refined maps and pseudo masks of every image of the list that has maps."""
-    section, items = section_of(context), context.items("maps")
-    for job in jobs(context):
+    section, method = section_of(context), section_of(context).refinement
+    for job in _jobs(context):
         source = job.source
-        name, folder = f"pseudo/{source.name}", context.folder.refined_maps(source.name)
         trained = context.results.get(f"refine-network/{source.name}")
         parts = {
             "revision": 2,
             "method": section.method,
             "maps": source.key,
             "network": None if trained is None else trained.output["digest"],
-            "threshold": section.refinement.threshold(section, source),
+            "threshold": method.threshold(section, source),
             "mask_ids": list(context.dataset.classes.mask_ids),
             "maximum_side": context.recipe.maps.maximum_side,
             "dtype": context.recipe.maps.dtype,
-            "images": context.digest(items),
-            **section.refinement.key(job),
+            **method.key(job),
         }
-        outputs = [mask_path(context.folder / name, item.id) for item in items]
-        outputs += [map_path(folder, item.id) for item in items]
-        yield Task([context.result(name, parts, outputs)], partial(_refine, context, job))
+        yield context.image_task(
+            f"pseudo/{source.name}",
+            f"pseudo masks of {source.method}",
+            parts,
+            context.items("maps"),
+            [mask_path, refined_map_path],
+            partial(_refiner, context, job),
+        )
 
 
-def _refine(context: Context, job: Job, cache: StageCache) -> None:
+def _refiner(context: Context, job: Job, result: Result) -> Callable[[Item], None]:
     source, method = job.source, job.section.refinement
-    maps_folder = context.folder.refined_maps(source.name)
     network = context.folder.network(f"refine-network/{source.name}")
-    refine = method.refiner(job, network, cache.folder)
-    threshold = method.threshold(job.section, source)
+    refine = method.refiner(job, network, result.folder)
+    threshold, classes = method.threshold(job.section, source), context.dataset.classes
 
-    @torch.inference_mode()
     def make(item: Item) -> None:
-        path, refined = mask_path(cache.folder, item.id), map_path(maps_folder, item.id)
-        if path.is_file() and refined.is_file():
-            return
+        refined = refined_map_path(result.folder, item.id)
         found = picture(context, item, source.folder)
         maps, planes = found.maps, found.planes
-        result = refine(found) if len(planes) or method.every_image else planes
-        quarter, full = result if isinstance(result, tuple) else (result, result)
-        write_maps(
-            refined,
-            MapFile(
-                maps.keys,
-                resize(quarter, maps.cam.shape[-2:]).float().cpu().numpy(),
-                resize(full, maps.high_res.shape[-2:]).float().cpu().numpy(),
-                {"stage": cache.key},
-            ),
-            dtype=context.recipe.maps.dtype,
-        )
+        output = refine(found) if len(planes) or method.every_image else planes
+        quarter, full = output if isinstance(output, tuple) else (output, output)
+        cam = resize(quarter, maps.cam.shape[-2:]).float().cpu().numpy()
+        high_res = resize(full, maps.high_res.shape[-2:]).float().cpu().numpy()
+        file = MapFile(maps.keys, cam, high_res, {"stage": result.key})
+        write_maps(refined, file, dtype=context.recipe.maps.dtype)
         # From the file's own rounded values, so that masks and scores of the maps agree.
-        written = torch.from_numpy(read_maps(refined).high_res)
-        write_mask(path, to_mask(seeds(written, threshold), maps.keys, context.dataset.classes))
+        seed = seeds(torch.from_numpy(read_maps(refined).high_res), threshold)
+        write_mask(mask_path(result.folder, item.id), to_mask(seed, maps.keys, classes))
 
-    context.each(f"pseudo masks of {source.method}", items=context.items("maps"), make=make)
+    return make
 
 
-def refined(context: Context) -> Mapping[str, tuple[Source, StageCache]]:
+def refined(context: Context) -> Mapping[str, tuple[Source, Result]]:
     """The refined maps by the name of their rows, such as ``LPCAM + IRN``."""
     section = context.recipe.refine
     if section is None or context.given_masks is not None:
         return {}
-    found = {source: context.results[f"pseudo/{source.name}"] for source in sources(context)}
-    return {section.title(source.method): (source, cache) for source, cache in found.items()}
+    return {
+        section.title(source.method): (source, context.results[f"pseudo/{source.name}"])
+        for source in sources(context)
+    }
 
 
 def described(context: Context) -> dict[str, Any] | None:

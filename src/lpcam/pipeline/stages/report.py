@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lpcam.data.dataset import Item
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import METHODS
-from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.evaluate import dataset_name
@@ -42,25 +41,25 @@ def write_report(context: Context) -> Iterator[Task]:
         "versions": versions(),
     }
 
-    def work(_: StageCache) -> None:
+    def work(_: Result) -> None:
         if context.processes.first:
             write_bytes(path, _page(context).encode())
 
-    yield Task([context.result("report", parts, [path])], work)
+    yield context.task("report", parts, [path], work)
 
 
 def _page(context: Context) -> str:
     recipe, folder = context.recipe, context.folder
     metrics = read_json(folder.metrics)
     scored = context.truth("evaluate")
-    shown: dict[str, Any] = {}
+    shown: Record = {}
     scores = {}
     if scored:
         by_image = read_json(folder.image_scores)
         scores = {m: dict(zip(by_image["ids"], by_image[m], strict=True)) for m in METHODS}
         shown["rows"] = [r for r in metrics["rows"] if r["stage"] != segment.SEGMENTATION]
         shown["curves"] = metrics["curves"]
-    use: dict[str, Any] = read_json(folder.use) if folder.use.is_file() else {}
+    use: Record = read_json(folder.use) if folder.use.is_file() else {}
     fingerprint = context.results["classifier"].output["fingerprint"]
     folders = {method: folder / RESULTS[method] for method in METHODS}
     inputs = Inputs(
@@ -93,22 +92,19 @@ def _page(context: Context) -> str:
     return render(collect(inputs))
 
 
-def _networks(context: Context, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _networks(context: Context, metrics: Record) -> list[Record]:
     """Training histories of the networks of a host and of a refinement."""
-    titles: dict[str, str] = {}
+    arms: dict[str, list[str]] = {}
     for arm in host.arms(context):  # one network may serve several
-        titles[arm.network] = " and ".join(filter(None, [titles.get(arm.network), arm.title]))
-    found = [
-        {"title": f"the network of {title}", "history": metrics["host_history"][name]}
-        for name, title in titles.items()
-    ]
-    names = {source.name: source.method for source, _ in refine.refined(context).values()}
-    return found + [
-        {
-            "title": f"{refine.section_of(context).refinement.title}'s network on {names[name]}",
-            "history": history,
-        }
-        for name, history in metrics["refine_history"].items()
+        arms.setdefault(arm.network, []).append(arm.title)
+    found = {f"the network of {' and '.join(t)}": ("host", name) for name, t in arms.items()}
+    for source, _ in refine.refined(context).values():
+        title = refine.section_of(context).refinement.title
+        found[f"{title}'s network on {source.method}"] = ("refine", source.name)
+    return [
+        {"title": title, "history": metrics[f"{kind}_history"][name]}
+        for title, (kind, name) in found.items()
+        if name in metrics[f"{kind}_history"]
     ]
 
 
@@ -116,7 +112,7 @@ def _later_outputs(context: Context) -> tuple[dict[str, Path], dict[str, Path]]:
     """Folders of masks and of grey pictures of later stages, by the name to show."""
     masks, planes = {}, {}
     for arm in host.arms(context):
-        masks[f"seed of {arm.title}"] = context.folder / host.result_name("host-seeds", arm)
+        masks[f"seed of {arm.title}"] = context.folder / f"host-seeds/{arm.folder}"
     for source, result in refine.refined(context).values():
         masks[f"pseudo mask of {source.method}"] = result.folder
         boundaries = context.folder.boundaries(source.name)
@@ -125,29 +121,29 @@ def _later_outputs(context: Context) -> tuple[dict[str, Path], dict[str, Path]]:
     return masks, planes
 
 
-def _segmenters(context: Context, metrics: Mapping[str, Any]) -> SegmenterResults | None:
+def _segmenters(context: Context, metrics: Record) -> SegmenterResults | None:
     found = segment.segmented(context)
     if not found:
         return None
     section, lists = segment.section_of(context), context.recipe.data
-    refined_by_crf = section.test.crf is not None
     # after the CRF if there is one, as users of the masks get them
     trained = [
         TrainedSegmenter(
-            teacher.name,
-            teacher.title,
-            context.results[f"segment/{teacher.name}"].output["images"],
+            masks.name,
+            masks.title,
+            context.results[f"segment/{masks.name}"].output["images"],
             folder,
         )
-        for teacher, folder in found.values()
-        if (folder.name == segment.CRF) == refined_by_crf
+        for masks, folder in found.values()
+        if (folder.name == segment.CRF) == (section.test.crf is not None)
     ]
     rows = []
     for row in metrics["rows"]:
         if row["stage"] == segment.SEGMENTATION:
-            teacher, folder = found[row["method"]]
-            rows.append({**row, "teacher": teacher.name, "crf": folder.name == segment.CRF})
-    protocol = segment.protocol(context)
+            masks, folder = found[row["method"]]
+            rows.append({**row, "teacher": masks.name, "crf": folder.name == segment.CRF})
+    shown_already = ("network", "checkpoint", "list")
+    protocol = {k: v for k, v in segment.protocol(context).items() if k not in shown_already}
     return SegmenterResults(
         trained,
         rows,
@@ -159,11 +155,7 @@ def _segmenters(context: Context, metrics: Mapping[str, Any]) -> SegmenterResult
             "list": lists.list_of("segment"),
             "checkpoint": section.checkpoint,
             "crf": section.test.crf,
-            "settings": {
-                name: value
-                for name, value in protocol.items()
-                if name not in ("network", "checkpoint", "list")
-            },
+            "settings": protocol,
         },
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -10,7 +10,7 @@ from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import write_mask
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.pipeline.cache import StageCache, Task
+from lpcam.pipeline.cache import Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.run_folder import mask_path
 
@@ -21,63 +21,47 @@ RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam"}
 def write_seeds(context: Context) -> Iterator[Task]:
     """Threshold the maps of the recipe's method."""
     section = context.recipe.seeds
-    yield mask_task(
-        context,
-        "seeds",
-        "seeds",
-        context.results[RESULTS[section.method]],
-        context.recipe.fixed_threshold(section.method),
-        context.items("maps"),
-        section.ignore_threshold,
-    )
+    source = context.results[RESULTS[section.method]]
+    threshold = context.recipe.fixed_threshold(section.method)
+    yield mask_task(context, "seeds", "seeds", source, threshold, section.ignore_threshold)
 
 
 def mask_task(
     context: Context,
     name: str,
     label: str,
-    source: StageCache,
+    source: Result,
     threshold: float,
-    items: Sequence[Item],
     ignore_threshold: float | None = None,
 ) -> Task:
     """A task that cuts masks from the maps of a result.
 
     Args:
-        context: context of the run.
-        name: name of the new result.
-        label: shown with the progress.
         source: the result that holds the maps.
         threshold: foreground is above it.
-        items: images to cut.
         ignore_threshold: pixels between it and ``threshold`` become 255; None: none do.
     """
+    items, classes = context.items("maps"), context.dataset.classes
     parts = {
         "revision": 1,
         "maps": source.key,
         "threshold": threshold,
         "ignore_threshold": ignore_threshold,
-        "mask_ids": list(context.dataset.classes.mask_ids),
+        "mask_ids": list(classes.mask_ids),
         "images": [item.id for item in items],
     }
 
-    def work(cache: StageCache) -> None:
+    def start(result: Result) -> Callable[[Item], None]:
         def make(item: Item) -> None:
-            path = mask_path(cache.folder, item.id)
-            if path.is_file():
-                return
             maps = read_maps(map_path(source.folder, item.id))
             planes = torch.from_numpy(maps.high_res)
+            unsure = None if ignore_threshold is None else planes
+            found = seeds(planes, threshold)
             mask = to_mask(
-                seeds(planes, threshold),
-                maps.keys,
-                context.dataset.classes,
-                maps=planes if ignore_threshold is not None else None,
-                ignore_threshold=ignore_threshold,
+                found, maps.keys, classes, maps=unsure, ignore_threshold=ignore_threshold
             )
-            write_mask(path, mask)
+            write_mask(mask_path(result.folder, item.id), mask)
 
-        context.each(label, items, make)
+        return make
 
-    paths = [mask_path(context.folder / name, item.id) for item in items]
-    return Task([context.result(name, parts, paths)], work)
+    return context.image_task(name, label, parts, items, [mask_path], start)

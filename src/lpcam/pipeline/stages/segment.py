@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
 from lpcam.evaluation.scoring import row_of
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
-from lpcam.pipeline.cache import Output, StageCache, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, Given
 from lpcam.pipeline.run_folder import TRAINED_ON, mask_path
 from lpcam.pipeline.stages import refine
@@ -50,11 +50,8 @@ class TrainingMasks:
     pairs: Sequence[tuple[Item, Path]]
     key: str
     """Cache key of the masks."""
-
-    @property
-    def strict(self) -> bool:
-        """Whether a mask id of no class is an error; true masks may hold other classes."""
-        return self.name != TRUTH
+    threshold: float | None = None
+    """Threshold of the refined maps that they were cut at; None for other masks."""
 
 
 def section_of(context: Context) -> SegmentSection:
@@ -85,12 +82,12 @@ def training_masks(context: Context) -> list[TrainingMasks]:
                 )
             key = context.digest([item for item, _ in pairs], truth=True)
             found.append(TrainingMasks("true masks", TRUTH, pairs, key))
-            continue
-        name = made[wanted].name
-        result = context.results[f"pseudo/{name}"]
-        pairs = [(item, mask_path(result.folder, item.id)) for item in items]
-        title = refine.section_of(context).title(wanted)
-        found.append(TrainingMasks(title, name, pairs, result.key))
+        else:
+            section, source = refine.section_of(context), made[wanted]
+            result = context.results[f"pseudo/{source.name}"]
+            pairs = [(item, mask_path(result.folder, item.id)) for item in items]
+            title, threshold = section.title(wanted), section.refinement.threshold(section, source)
+            found.append(TrainingMasks(title, source.name, pairs, result.key, threshold))
     return found
 
 
@@ -120,12 +117,11 @@ def validate(context: Context) -> None:
             f"no image of the list {recipe.data.list_of('test')!r} has a true mask to choose the "
             "best weights on; set segment.checkpoint to last"
         )
-    shared = _tested_on(context)
-    if shared:
+    if shared := _tested_on(context):
         logger.warning(
             "%d images of the list to test are also trained on, so their scores say little about "
             "other images; name another list: --data.lists.test",
-            len(shared),
+            shared,
         )
     images = len(context.items("segment"))
     check_batch(_build(context), section.training, images, context.processes)
@@ -134,9 +130,7 @@ def validate(context: Context) -> None:
 def import_masks(context: Context, folder: Path) -> None:
     """Train on the masks of another program instead of the run's own.
 
-    Args:
-        context: context of the run.
-        folder: with one index mask (PNG) for each image of the list to segment, named by its id.
+    ``folder`` holds one index mask (PNG) for each image of the list to segment, named by its id.
 
     Raises:
         DataError: if masks are missing.
@@ -154,20 +148,21 @@ def import_masks(context: Context, folder: Path) -> None:
 
 def train_segmenters(context: Context) -> Iterator[Task]:
     """A segmenter on each kind of masks."""
-    section, truth = section_of(context), _validation_items(context)
+    truth = _validation_items(context)
     for masks in training_masks(context):
-        yield _training_task(context, section, masks, truth)
+        yield _training_task(context, section_of(context), masks, truth)
 
 
 def _training_task(
     context: Context, section: SegmentSection, masks: TrainingMasks, truth: Sequence[Item]
 ) -> Task:
+    classes = context.dataset.classes
     parts = {
         "revision": 1,
         "masks": masks.key,
         "images": context.digest([item for item, _ in masks.pairs]),
-        "classes": list(context.dataset.classes.names),
-        "mask_ids": list(context.dataset.classes.mask_ids),
+        "classes": list(classes.names),
+        "mask_ids": list(classes.mask_ids),
         "network": section.model_dump(
             mode="json", include={"network", "arguments", "output_stride", "mean", "std"}
         ),
@@ -178,57 +173,41 @@ def _training_task(
         "validations": section.validations,
         "seed": context.recipe.run.seed,
     }
-    path = context.folder.segmenter(masks.name)
-    outputs = [path, *([context.folder.segmenter(masks.name, best=True)] if truth else [])]
+    last, best = (context.folder.segmenter(masks.name, best=best) for best in (False, True))
+    validation = None
+    if truth:
+        at_one_scale, side = _validation_settings(section), context.recipe.maps.maximum_side
+        validation = Validation(truth, at_one_scale, section.validations, best, side)
 
     def prepare() -> tuple[CheckedMasks, Segmenter]:
         return _check_masks(context, masks), _build(context)
 
-    def work(prepared: tuple[CheckedMasks, Segmenter], cache: StageCache) -> Output | None:
-        output = _train(context, *prepared, cache, truth, outputs)
+    def work(prepared: tuple[CheckedMasks, Segmenter], result: Result) -> Output | None:
+        checked, segmenter = prepared
+        history = train_segmenter(
+            segmenter,
+            checked.pairs,
+            section.training,
+            precision=section.precision,
+            validation=validation,
+            **training_options(context, result.folder),
+        )
         if not context.processes.first:
             return None
-        validation = _validation_key(context, truth)
-        return {**output, "digest": digest_file(path), "validation": validation}
+        segmenter.save(last, {"stage": result.key, "versions": versions()})
+        labels = ("background", *classes.names)
+        pixels = {**dict(zip(labels, checked.pixels, strict=True)), "ignored": checked.ignored}
+        return {
+            "history": history,
+            "images": len(checked.pairs),
+            "dropped": [{"id": skip.id, "reason": skip.reason} for skip in checked.dropped],
+            "pixels": pixels,
+            "digest": digest_file(last),
+            "validation": _validation_key(context, truth),
+        }
 
-    return Task([context.result(f"segment/{masks.name}", parts, outputs)], work, prepare)
-
-
-def _train(
-    context: Context,
-    masks: CheckedMasks,
-    segmenter: Segmenter,
-    cache: StageCache,
-    truth: Sequence[Item],
-    outputs: Sequence[Path],
-) -> Output:
-    section = section_of(context)
-    validation: Validation | None = None
-    if truth:
-        validation = Validation(
-            truth,
-            _validation_settings(section),
-            section.validations,
-            outputs[1],
-            context.recipe.maps.maximum_side,
-        )
-    history = train_segmenter(
-        segmenter,
-        masks.pairs,
-        section.training,
-        precision=section.precision,
-        validation=validation,
-        **training_options(context, cache.folder),
-    )
-    if context.processes.first:
-        segmenter.save(outputs[0], {"stage": cache.key, "versions": versions()})
-    labels = ("background", *context.dataset.classes.names)
-    return {
-        "history": history,
-        "images": len(masks.pairs),
-        "dropped": [{"id": skip.id, "reason": skip.reason} for skip in masks.dropped],
-        "pixels": {**dict(zip(labels, masks.pixels, strict=True)), "ignored": masks.ignored},
-    }
+    files = [last, best] if truth else [last]
+    return context.task(f"segment/{masks.name}", parts, files, work, prepare)
 
 
 def _validation_items(context: Context) -> list[Item]:
@@ -244,13 +223,9 @@ def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
 def _validation_key(context: Context, truth: Sequence[Item]) -> str:
     """Digest of what the choice of the best weights depends on, apart from the training."""
     settings = _validation_settings(section_of(context))
-    return digest_json(
-        [
-            context.digest(truth, truth=True),
-            settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"}),
-            context.recipe.maps.maximum_side,
-        ]
-    )
+    used = settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"})
+    side = context.recipe.maps.maximum_side
+    return digest_json([context.digest(truth, truth=True), used, side])
 
 
 def _build(context: Context) -> Segmenter:
@@ -267,8 +242,9 @@ def _build(context: Context) -> Segmenter:
 
 
 def _check_masks(context: Context, masks: TrainingMasks) -> CheckedMasks:
-    classes = context.dataset.classes
-    found = check_masks(masks.pairs, classes, strict=masks.strict, workers=context.threads)
+    # A mask id of no class is an error, but true masks may hold other classes.
+    strict, classes = masks.name != TRUTH, context.dataset.classes
+    found = check_masks(masks.pairs, classes, strict=strict, workers=context.threads)
     for skip in found.dropped:
         logger.info("%s is not trained on: %s", skip.id, skip.reason)
     if found.unknown:
@@ -280,15 +256,12 @@ def _check_masks(context: Context, masks: TrainingMasks) -> CheckedMasks:
 
 def test(context: Context) -> Iterator[Task]:
     """Masks of the list to test by every segmenter."""
-    section, items = section_of(context), context.items("test")
     for masks in training_masks(context):
-        yield _test_task(context, section, masks, items)
+        yield _test_task(context, section_of(context), masks)
 
 
-def _test_task(
-    context: Context, section: SegmentSection, masks: TrainingMasks, items: Sequence[Item]
-) -> Task:
-    trained = context.results[f"segment/{masks.name}"]
+def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
+    trained, items = context.results[f"segment/{masks.name}"], context.items("test")
     best = section.checkpoint == "best"
     weights = context.folder.segmenter(masks.name, best=best)
     truth = _validation_items(context)
@@ -305,61 +278,57 @@ def _test_task(
         "maximum_side": context.recipe.maps.maximum_side,
         "images": context.digest(items, truth=True),
     }
-    folders = [context.folder.tested(masks.name)]
-    folders += [context.folder.tested(masks.name, crf=True)] if section.test.crf else []
 
-    def work(_: StageCache) -> Output:
-        _segment(context, masks, weights, folders, items)
+    def start(result: Result) -> Callable[[Item], None]:
+        segmenter = Segmenter.load(weights).to(context.device)
+        crf = inference.make_crf(section.test, image_memory(context))
+
+        def make(item: Item) -> None:
+            whole = read_image(item.image)
+            image = limit_long_side(whole, context.recipe.maps.maximum_side)
+
+            def write(path: Path, probabilities: torch.Tensor) -> None:
+                labels = enlarge_labels(inference.labels(probabilities).cpu(), whole.shape[:2])
+                write_mask(path, inference.label_mask(labels, segmenter.classes))
+
+            found = inference.probabilities(segmenter, image, section.test)
+            write(mask_path(result.folder, item.id), found)
+            if crf is not None:
+                refined = inference.refine(found, image, section.test, crf)
+                write(_after_crf(result.folder, item.id), refined)
+
+        return make
+
+    files = [mask_path, _after_crf] if section.test.crf else [mask_path]
+    name, label = f"test/{masks.name}", f"masks of the segmenter trained on {masks.title}"
+    task = context.image_task(name, label, parts, items, files, start)
+
+    def work(result: Result) -> Output:
+        task.work(result)
         context.processes.wait()
-        counts = {folder.name: _count(context, folder, items) for folder in folders}
-        return {"confusions": {k: v for k, v in counts.items() if v is not None}}
+        folders = [context.folder.tested(masks.name, crf=crf) for crf in (False, True)]
+        scored = [item for item in items if item.mask is not None]
+        return {
+            "confusions": {
+                folder.name: _count(context, folder, scored)
+                for folder in (folders[: len(files)] if scored else ())
+            }
+        }
 
-    outputs = [mask_path(folder, item.id) for folder in folders for item in items]
-    return Task([context.result(f"test/{masks.name}", parts, outputs)], work)
+    return replace(task, work=work)
 
 
-def _crf_settings(section: SegmentSection) -> dict[str, Any] | None:
+def _after_crf(folder: Path, image_id: str) -> Path:
+    return mask_path(folder / CRF, image_id)
+
+
+def _crf_settings(section: SegmentSection) -> Record | None:
     preset = section.test.crf
     return None if preset is None else CrfSettings.from_preset(preset).model_dump(mode="json")
 
 
-def _segment(
-    context: Context,
-    masks: TrainingMasks,
-    weights: Path,
-    folders: Sequence[Path],
-    items: Sequence[Item],
-) -> None:
-    """Write masks into the first folder and, with a dense CRF, refined ones into the second."""
-    settings = section_of(context).test
-    segmenter = Segmenter.load(weights).to(context.device)
-    crf = inference.make_crf(settings, image_memory(context))
-
-    @torch.inference_mode()
-    def make(item: Item) -> None:
-        paths = [mask_path(folder, item.id) for folder in folders]
-        if all(path.is_file() for path in paths):
-            return
-        whole = read_image(item.image)
-        image = limit_long_side(whole, context.recipe.maps.maximum_side)
-
-        def write(path: Path, probabilities: torch.Tensor) -> None:
-            labels = enlarge_labels(inference.labels(probabilities).cpu(), whole.shape[:2])
-            write_mask(path, inference.label_mask(labels, segmenter.classes))
-
-        found = inference.probabilities(segmenter, image, settings)
-        write(paths[0], found)
-        if crf is not None:
-            write(paths[1], inference.refine(found, image, settings, crf))
-
-    context.each(f"masks of the segmenter trained on {masks.title}", items, make)
-
-
-def _count(context: Context, folder: Path, items: Sequence[Item]) -> list[list[int]] | None:
-    """Confusion matrix of a folder's masks; None without true masks."""
-    scored = [item for item in items if item.mask is not None]
-    if not scored:
-        return None
+def _count(context: Context, folder: Path, scored: Sequence[Item]) -> list[list[int]]:
+    """Confusion matrix of a folder's masks."""
     classes = context.dataset.classes
     labels = len(classes) + 1
 
@@ -390,7 +359,7 @@ def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
     return found
 
 
-def protocol(context: Context) -> dict[str, Any]:
+def protocol(context: Context) -> Record:
     """How the segmenters of a run are made and used, for each of their figures."""
     section, lists = section_of(context), context.recipe.data
     split = lists.list_of("test")
@@ -402,37 +371,21 @@ def protocol(context: Context) -> dict[str, Any]:
         "checkpoint": chosen,
         "crf": _crf_settings(section),
         "list": lists.list_of("segment"),
-        "tested_on_training_images": len(_tested_on(context)),
+        "tested_on_training_images": _tested_on(context),
         "maximum_side": context.recipe.maps.maximum_side,
     }
 
 
-def _tested_on(context: Context) -> set[str]:
-    """Images that the segmenters are both trained and tested on."""
-    return {i.id for i in context.items("segment")} & {i.id for i in context.items("test")}
+def _tested_on(context: Context) -> int:
+    """Number of images that the segmenters are both trained and tested on."""
+    return len({i.id for i in context.items("segment")} & {i.id for i in context.items("test")})
 
 
-def figures(context: Context) -> list[dict[str, Any]]:
-    """Scores of every segmenter, without their protocol."""
-    rows: list[dict[str, Any]] = []
-    names = context.dataset.classes.names
-    found = segmented(context)
+def figures(context: Context) -> Iterator[tuple[TrainingMasks, bool, Record]]:
+    """Score of every segmenter: its masks, whether a CRF refined its output, and its row."""
+    names, found = context.dataset.classes.names, segmented(context)
     images = len(context.truth("test")) if found else 0
     for title, (masks, folder) in found.items() if images else ():
-        counts = context.results[f"test/{masks.name}"].output["confusions"].get(folder.name)
-        if counts is not None:
-            row = row_of(title, images, None, None, scores(torch.tensor(counts), names))
-            row |= {"crf": folder.name == CRF, "teacher": masks.name}
-            rows.append({**row, "mask_threshold": _mask_threshold(context, masks)})
-    return rows
-
-
-def _mask_threshold(context: Context, masks: TrainingMasks) -> float | None:
-    """Threshold of the refined maps that pseudo masks were cut at; None for other masks."""
-    if context.given_masks is not None or masks.name == TRUTH:
-        return None
-    section = refine.section_of(context)
-    for source in refine.sources(context):
-        if source.name == masks.name:
-            return section.refinement.threshold(section, source)
-    return None
+        counts = context.results[f"test/{masks.name}"].output["confusions"][folder.name]
+        row = row_of(title, images, None, None, scores(torch.tensor(counts), names))
+        yield masks, folder.name == CRF, row

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lpcam.pipeline.cache import Output, StageCache, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.runtime.files import digest_file
 from lpcam.runtime.versions import versions
@@ -29,7 +29,7 @@ def training_options(context: Context, folder: Path) -> TrainingOptions:
 def training_task(
     context: Context,
     name: str,
-    parts: Mapping[str, object],
+    parts: Record,
     path: Path,
     build: Callable[[], N],
     train: Callable[[N, Path], History],
@@ -37,21 +37,18 @@ def training_task(
     """A task that trains a network and writes its file.
 
     Args:
-        context: context of the run.
-        name: name of the result.
-        parts: its key.
         path: the file of the trained network.
         build: makes the untrained network, before anything is removed.
         train: trains it in place and returns the history; its second argument is the folder for
             checkpoints.
     """
 
-    def work(network: N, cache: StageCache) -> Output | None:
-        history = train(network, cache.folder)
+    def work(network: N, result: Result) -> Output | None:
+        history = train(network, result.folder)
         if not context.processes.first:
             return None
-        network.save(path, {"stage": cache.key, "versions": versions()})
+        network.save(path, {"stage": result.key, "versions": versions()})
         digest, fingerprint = digest_file(path), network.fingerprint()
         return {"history": history, "digest": digest, "fingerprint": fingerprint}
 
-    return Task([context.result(name, parts, [path])], work, prepare=build)
+    return context.task(name, parts, [path], work, build)
