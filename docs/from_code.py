@@ -22,7 +22,7 @@ from sphinx.util.nodes import make_refnode
 
 import lpcam
 from lpcam.cli.main import _parser
-from lpcam.pipeline.recipe import Recipe, _section, describe_fields
+from lpcam.pipeline.recipe import Recipe, describe_fields, section_model
 from lpcam.runtime.settings import PresetModel
 
 
@@ -139,7 +139,7 @@ def preset_sections(
     """The keys of a recipe that name a preset, and the settings that are filled from it."""
     found: list[tuple[str, type[PresetModel]]] = []
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
+        section = section_model(field.annotation)
         if section is not None and issubclass(section, PresetModel):
             found.append((f"{prefix}{name}.preset", section))
         elif section is not None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from lpcam.classifiers.classifier import BackboneSpec, build
+from lpcam.classifiers.classifier import build
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
@@ -22,12 +23,14 @@ from lpcam.data.masks import write_mask
 from lpcam.data.open_dataset import open_dataset
 from lpcam.data.resize import scaled_size
 from lpcam.data.survey import Estimate, Survey
+from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.resources import available_memory, choose_device
 
+R = TypeVar("R")
 TIMED_IMAGES = 12
 """Passed through the backbone, after one for each worker that is not counted."""
 TIMED_SECONDS = 10.0
@@ -36,17 +39,12 @@ TIMED_SECONDS = 10.0
 
 def usual_recipe(backbone: str = "mobilenetv2_100", output_stride: int | None = 16) -> Recipe:
     """A recipe to estimate with where the user has none: that of ``lpcam init``."""
+    classifier = {"backbone": backbone, "output_stride": output_stride, "weights": "random"}
     return parse_recipe(
         {
-            "version": 1,
             "name": "check",
             "data": {"kind": "folder", "root": "."},
-            "classifier": {
-                "backbone": backbone,
-                "output_stride": output_stride,
-                "weights": "random",
-                "method": "probe",
-            },
+            "classifier": {**classifier, "method": "probe"},
             "lpcam": {"preset": "frozen"},
         },
         where="the recipe of an estimate",
@@ -107,16 +105,14 @@ def estimate_run(
     Raises:
         ClassifierError: if the backbone cannot be made.
     """
-
-    section, scales = recipe.classifier, recipe.lpcam.scales
+    section, scales, limit = recipe.classifier, recipe.lpcam.scales, recipe.maps.maximum_side
     device = choose_device(recipe.run.device)
-    spec = BackboneSpec(section.backbone, section.arguments, section.output_stride, section.dilated)
-    classifier = build(spec, dataset.classes.names, weights="random").to(device)
+    classifier = build(section.spec(), dataset.classes.names, weights="random").to(device)
     warm, store = (
         FeatureStore(
             classifier,
             flip=recipe.lpcam.flip,
-            maximum_side=recipe.maps.maximum_side,
+            maximum_side=limit,
             dtype=recipe.maps.features,
             budget=available_memory(),
             keep=keep,
@@ -127,12 +123,14 @@ def estimate_run(
 
     def passed(items: Sequence[Item]) -> int:
         """Pixels that pass the backbone at scale 1."""
-        limit = recipe.maps.maximum_side
-        return sum(_limited(*sizes[item.id], limit) for item in items if item.labels)
+        labelled = [sizes[item.id] for item in items if item.labels]
+        return sum(
+            math.prod(s if max(s) <= limit else scaled_size(*s, limit / max(s))) for s in labelled
+        )
 
     def mapped(items: Sequence[Item]) -> int:
         """Pixels of the maps of one method."""
-        return sum(sizes[i.id][0] * sizes[i.id][1] * len(i.labels) for i in items)
+        return sum(math.prod(sizes[item.id]) * len(item.labels) for item in items)
 
     chosen = _spread(dataset, sizes, TIMED_IMAGES + workers)
     lists = {name: dataset.select(name) for name in dataset.lists}
@@ -140,9 +138,9 @@ def estimate_run(
     timed: list[Item] = []
     repeated: list[str] = []
     if chosen:
-        _timed(partial(_pass, warm, scales), chosen[:workers], workers)
+        _timed(lambda item: list(warm.pairs([item], scales)), chosen[:workers], workers)
         rest = chosen[workers:] or chosen
-        timed, passing, _ = _timed(partial(_pass, store, scales), rest, workers)
+        timed, passing, _ = _timed(lambda item: list(store.pairs([item], scales)), rest, workers)
         with tempfile.TemporaryDirectory() as folder:
             places = {item.id: Path(folder, str(place)) for place, item in enumerate(timed)}
 
@@ -173,25 +171,18 @@ def estimate_run(
     )
 
 
-def _limited(height: int, width: int, limit: int) -> int:
-    longest = max(height, width)
-    if longest > limit:
-        height, width = scaled_size(height, width, limit / longest)
-    return height * width
-
-
 def _spread(dataset: Dataset, sizes: Mapping[str, tuple[int, int]], count: int) -> list[Item]:
     """Labelled images from the smallest to the largest, in an order that is not theirs."""
     labelled = [item for item in dataset.items.values() if item.labels]
-    labelled.sort(key=lambda item: (sizes[item.id][0] * sizes[item.id][1], item.id))
+    labelled.sort(key=lambda item: (math.prod(sizes[item.id]), item.id))
     places = np.linspace(0, len(labelled) - 1, min(len(labelled), count)).round().astype(int)
     # the first images serve as a warm-up, and the last ones may find no time
     return [labelled[place] for place in np.random.default_rng(0).permutation(places).tolist()]
 
 
 def _timed(
-    function: Callable[[Item], Any], items: Sequence[Item], workers: int
-) -> tuple[list[Item], float, list[Any]]:
+    function: Callable[[Item], R], items: Sequence[Item], workers: int
+) -> tuple[list[Item], float, list[R]]:
     """The items done within `TIMED_SECONDS`, at least one a worker; seconds; and the results."""
     started = time.perf_counter()
     begun: list[Item] = []
@@ -207,11 +198,6 @@ def _timed(
     return begun, time.perf_counter() - started, results
 
 
-def _pass(store: FeatureStore, scales: Sequence[float], item: Item) -> None:
-    for _ in store.pairs([item], scales):
-        pass
-
-
 @torch.inference_mode()
 def _write(
     item: Item,
@@ -222,24 +208,20 @@ def _write(
     place: Path,
 ) -> int:
     """Make and write the maps and the seed of an image as a run does; bytes of the files."""
-
     settings = recipe.lpcam
     pairs = [
         FeaturePair(pair.features[0], None if pair.mirrored is None else pair.mirrored[0])
         for pair in store.pairs([item], settings.scales)
     ]
     rows = store.classifier.weight[list(item.labels)]
-    count, keys = len(rows), np.array(item.labels, dtype=np.int64)
-    one = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon)
+    keys = np.array(item.labels, dtype=np.int64)
     # LPCAM and LPCAM-F are made together
     both = lpcam_maps(pairs, torch.cat([rows, rows]), size)
-    for name, cam, high_res in (
-        ("cam", one.cam, one.high_res),
-        ("lpcam", both.cam[:count], both.high_res[:count]),
-        ("lpcam_f", both.cam[count:], both.high_res[count:]),
-    ):
-        maps = MapFile(keys, cam.float().cpu().numpy(), high_res.float().cpu().numpy())
-        write_maps(map_path(place, name), maps, dtype=recipe.maps.dtype)
-    seed = seeds(both.high_res[:count], settings.threshold)
+    lpcam, lpcam_f = map(FusedMaps, both.cam.chunk(2), both.high_res.chunk(2))
+    cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon)
+    for name, maps in (("cam", cam), ("lpcam", lpcam), ("lpcam_f", lpcam_f)):
+        file = MapFile(keys, maps.cam.float().cpu().numpy(), maps.high_res.float().cpu().numpy())
+        write_maps(map_path(place, name), file, dtype=recipe.maps.dtype)
+    seed = seeds(lpcam.high_res, settings.threshold)
     write_mask(place / "seed.png", to_mask(seed, keys, dataset.classes))
     return sum(path.stat().st_size for path in place.iterdir())

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from lpcam.classifiers.feature_store import FeatureSettings
 from lpcam.classifiers.settings import ClassifierSection
@@ -119,19 +121,17 @@ class Recipe(Section):
                 f"{threshold} (seeds.threshold, or that of the lpcam preset)"
             )
         made = ("CAM", "LPCAM", *(() if self.host is None else (a.title for a in self.host.arms)))
-        for name in self.refined:
-            if name not in made:
-                raise ValueError(
-                    f"refine.maps has {name}, which this run does not make; it makes "
-                    f"{', '.join(made)} (see host.method and host.maps)"
-                )
-        if self.segment is not None and self.refine is not None:
-            missing = [m for m in self.segmented if m != "truth" and m not in self.refined]
-            if missing:
-                raise ValueError(
-                    f"segment.masks has {missing[0]}, whose pseudo masks are not made; add it to "
-                    "refine.maps"
-                )
+        if unknown := [name for name in self.refined if name not in made]:
+            raise ValueError(
+                f"refine.maps has {unknown[0]}, which this run does not make; it makes "
+                f"{', '.join(made)} (see host.method and host.maps)"
+            )
+        missing = {*self.segmented} - {"truth", *self.refined}
+        if missing and self.refine is not None:
+            raise ValueError(
+                f"segment.masks has {min(missing)}, whose pseudo masks are not made; add it to "
+                "refine.maps"
+            )
         uses_saliency = self.refine is not None and self.refine.refinement.uses_saliency
         if uses_saliency and self.data.saliency is None:
             raise ValueError(
@@ -149,9 +149,7 @@ class Recipe(Section):
             return ()
         if self.refine.maps is not None:
             return self.refine.maps
-        if self.host is None:
-            return ("CAM", "LPCAM")
-        return tuple(arm.title for arm in self.host.arms)
+        return ("CAM", "LPCAM") if self.host is None else tuple(a.title for a in self.host.arms)
 
     @property
     def segmented(self) -> tuple[str, ...]:
@@ -187,7 +185,7 @@ class Recipe(Section):
             return self
         values = _given(self)
         for key, value in changes.items():
-            set_value(values, key, value)
+            _set_value(values, key, value)
         return parse_recipe(values, where=self.name)
 
 
@@ -197,11 +195,10 @@ def _given(section: BaseModel) -> dict[str, Any]:
     A preset that is replaced would otherwise be overruled by all values of the one before.
     """
     values = section.model_dump(mode="json", by_alias=True)
-    for name, field in type(section).model_fields.items():
-        own, key = getattr(section, name), field.alias or name
+    for key, name in _names(type(section)).items():
+        own = getattr(section, name)
         if isinstance(own, PresetModel):
-            changes = own.changes()
-            values[key] = {k: v for k, v in values[key].items() if k == "preset" or k in changes}
+            values[key] = {k: values[key][k] for k in ("preset", *own.changes())}
         elif isinstance(own, BaseModel):
             values[key] = _given(own)
     return values
@@ -212,20 +209,19 @@ def _given(section: BaseModel) -> dict[str, Any]:
 
 def bundled_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files("lpcam.pipeline").joinpath("recipes")
-    names = (file.name for file in folder.iterdir())
+    names = (file.name for file in _bundled().iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def bundled_text(name: str) -> str:
-    """Text of a bundled recipe.
-
-    Raises:
-        RecipeError: if there is none of that name; the message lists those there are.
-    """
+    """Text of a bundled recipe; RecipeError if there is none of that name."""
     if name not in bundled_recipes():
         raise RecipeError(f"no bundled recipe {name!r}; there are {', '.join(bundled_recipes())}")
-    return resources.files("lpcam.pipeline").joinpath("recipes", f"{name}.yaml").read_text("utf-8")
+    return _bundled().joinpath(f"{name}.yaml").read_text("utf-8")
+
+
+def _bundled() -> Traversable:
+    return resources.files("lpcam.pipeline").joinpath("recipes")
 
 
 def load_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -248,7 +244,7 @@ def load_recipe(source: str | Path, changes: Mapping[str, Any] | None = None) ->
     """
     values, base = _read_values(source)
     for key, value in (changes or {}).items():
-        set_value(values, key, value)
+        _set_value(values, key, value)
     return parse_recipe(values, base=base, where=str(source))
 
 
@@ -291,10 +287,9 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     found = dict(values)
     for key, value in changes.items():
         inner = found.get(key)
+        found[key] = value
         if isinstance(value, Mapping) and isinstance(inner, Mapping) and "preset" not in value:
             found[key] = _merged(inner, value)
-        else:
-            found[key] = value
     return found
 
 
@@ -318,7 +313,22 @@ def parse_recipe(values: Mapping[str, Any], *, base: Path | None = None, where: 
     try:
         return Recipe.model_validate(values, context={"base": base})
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
+        problems = "".join(_explain(problem) for problem in error.errors())
+        raise RecipeError(
+            f"the recipe {where} has {error.error_count()} problem(s):{problems}"
+        ) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    field, given = ".".join(map(str, problem["loc"])) or "(recipe)", problem["input"]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"\n  {field}: is required and missing"
+    if problem["type"] == "extra_forbidden":
+        allowed = _names(section_model(_annotation(problem["loc"][:-1])))
+        message = f"unknown key; allowed here: {', '.join(allowed)}"
+    shown = "" if isinstance(given, dict) else f" = {given!r:.80}"
+    return f"\n  {field}{shown}: {message}"
 
 
 # -- Replacing values ----------------------------------------------------------------------------
@@ -334,55 +344,35 @@ def parse_value(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of --{key}, {text!r}, is not valid YAML: {error}") from None
-    return text if _is_path(key) and value is not None else value
+    is_path = Path in _kinds(_annotation(key.replace("-", "_").split(".")))
+    return text if is_path and value is not None else value
 
 
-def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Replace one of nested values; a relative path is taken from the working folder.
-
-    Args:
-        values: nested values, changed in place.
-        key: dotted; ``-`` counts as ``_``.
-        value: the new one.
-
-    Raises:
-        RecipeError: if the key goes through a value that is not a section.
-    """
-    *sections, last = key.replace("-", "_").split(".")
-    place = values
-    for part in sections:
-        inner = place.get(part)
-        if inner is None:
-            inner = place[part] = {}
-        if not isinstance(inner, dict):
+def _set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Replace one of nested values; a relative path is taken from the working folder."""
+    sections = key.replace("-", "_").split(".")
+    place, last, text = values, sections[-1], str(value)
+    for part in sections[:-1]:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
             raise RecipeError(f"--{key}: {part!r} is a value, not a section")
-        place = inner
-    text = str(value)
+    kinds = list(_kinds(_annotation(sections)))
+    is_path = Path in kinds and value is not None and text not in kinds  # else one of its words
     is_weights = last == "weights" and text.endswith(".safetensors") and ":" not in text
-    is_path = _is_path(key) and value is not None and text not in _words(key)
-    place[last] = str(Path(text).expanduser().absolute()) if is_weights or is_path else value
+    place[last] = str(Path(text).expanduser().absolute()) if is_path or is_weights else value
 
 
-def _is_path(key: str) -> bool:
-    field = _field(key.replace("-", "_").split("."))
-    return field is not None and any(kind is Path for kind in _kinds(field))
-
-
-def _words(key: str) -> set[str]:
-    """The words that a path's key may have instead."""
-    field = _field(key.replace("-", "_").split("."))
-    return {kind for kind in _kinds(field) if isinstance(kind, str)}
-
-
-def _field(location: Sequence[int | str]) -> Any:
+def _annotation(location: Sequence[int | str]) -> Any:
     """Annotation of a field by its location; None if there is none."""
     kind: Any = Recipe
     for part in location:
-        model = _section(kind)
-        fields = {} if model is None else {f.alias or n: f for n, f in model.model_fields.items()}
-        if part not in fields:
+        model = section_model(kind)
+        name = _names(model).get(str(part))
+        if model is None or name is None:
             return None
-        kind = fields[str(part)].annotation
+        kind = model.model_fields[name].annotation
     return kind
 
 
@@ -393,25 +383,21 @@ def _kinds(annotation: Any) -> Iterator[Any]:
         yield from _kinds(inner)
 
 
+def section_model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one (or null)."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _names(model: type[BaseModel] | None) -> dict[str, str]:
+    """Names of a section's fields by their keys in a recipe."""
+    fields = {} if model is None else model.model_fields
+    return {field.alias or name: name for name, field in fields.items()}
+
+
 # -- Describing ----------------------------------------------------------------------------------
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = [f"the recipe {where} has {error.error_count()} problem(s):"]
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "(recipe)"
-        message = problem["msg"].removeprefix("Value error, ")
-        given = problem.get("input")
-        if problem["type"] == "extra_forbidden":
-            model = _section(_field(problem["loc"][:-1]) if len(problem["loc"]) > 1 else Recipe)
-            allowed = [] if model is None else [f.alias or n for n, f in model.model_fields.items()]
-            message = f"unknown key; allowed here: {', '.join(allowed)}"
-        elif problem["type"] == "missing":
-            lines.append(f"  {field}: is required and missing")
-            continue
-        shown = "" if isinstance(given, dict) else f" = {given!r:.80}"
-        lines.append(f"  {field}{shown}: {message}")
-    return "\n".join(lines)
 
 
 def describe_fields(
@@ -419,42 +405,31 @@ def describe_fields(
 ) -> list[tuple[str, str, str]]:
     """Every key of a recipe as (dotted key, type, meaning)."""
     rows: list[tuple[str, str, str]] = []
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        kind = field.annotation
-        section = _section(kind)
+    for key, name in _names(model).items():
+        field = model.model_fields[name]
+        section = section_model(field.annotation)
         if section is not None:
-            rows += describe_fields(section, f"{key}.")
-        else:
-            meaning = field.description or ""
-            if name == "preset" and issubclass(model, PresetModel):
-                allowed = ", ".join(model.preset_names())
-                meaning = f"Gives the values that are not given beside it: {allowed}."
-            rows.append((key, _kind(kind), " ".join(meaning.split())))
+            rows += describe_fields(section, f"{prefix}{key}.")
+            continue
+        meaning = field.description or ""
+        if name == "preset" and issubclass(model, PresetModel):
+            allowed = ", ".join(model.preset_names())
+            meaning = f"Gives the values that are not given beside it: {allowed}."
+        rows.append((prefix + key, _kind(field.annotation), " ".join(meaning.split())))
     return rows
 
 
 def _kind(annotation: Any) -> str:
     """A field's type in words that a YAML file knows."""
     inner, origin = get_args(annotation), get_origin(annotation)
-    if annotation is type(None):
-        return "null"
     if origin is Annotated:
         return _kind(inner[0])
     if origin is Literal:
-        return " or ".join(str(value) for value in inner)
+        return " or ".join(map(str, inner))
     if origin in (Union, UnionType):
-        return " or ".join(_kind(one) for one in inner)
+        return " or ".join(map(_kind, inner))
     if origin is tuple:
         return f"list of {_kind(inner[0])}"
-    if origin is dict:
-        return "mapping"
-    return "path" if annotation is Path else str(getattr(annotation, "__name__", annotation))
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one (or null)."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    words = {type(None): "null", Path: "path", dict: "mapping"}
+    kind = origin or annotation
+    return words.get(kind, str(getattr(kind, "__name__", kind)))
