@@ -495,9 +495,9 @@ def test_what_processes_share(
     values = elsewhere(base, tmp_path / "run")
     for given, here, expected in ((None, 1, 500), (None, 4, 125), (2.0, 4, 2 * 2**30)):
         recipe = parse_recipe(with_change(values, "run.memory", given), where="tiny.yaml")
-        one = Context(recipe, "", Processes(0, 1, here), None, until="evaluate")
+        one = Context(recipe, "", Processes(0, 1, here), None, stages=["evaluate"])
         assert one.memory() == expected
-    sharing = Context(recipe, "", Processes(0, 5, 1), None, until="evaluate").sharing
+    sharing = Context(recipe, "", Processes(0, 5, 1), None, stages=["evaluate"]).sharing
     assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
     assert len(sharing.owner) == len(sharing.sizes) == 12
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults.fault_test import environment
 
-from lpcam.pipeline.cache import RECORD, StageCache, locked
+from lpcam.pipeline.cache import RECORD, Result, locked
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import digest_json
 from lpcam.runtime.versions import versions
@@ -19,8 +19,9 @@ from lpcam.runtime.versions import versions
 PARTS = {"tau": 0.1, "backbone": {"name": "a", "arguments": {}}, "images": "d1"}
 
 
-def cache(folder: Path, **changes: object) -> StageCache:
-    return StageCache(folder, {**PARTS, **changes})
+def cache(folder: Path, *names: str, **changes: object) -> Result:
+    """A result of some files."""
+    return Result(folder.name, folder, {**PARTS, **changes}, [folder / name for name in names])
 
 
 def finished(folder: Path, *names: str) -> list[Path]:
@@ -43,11 +44,10 @@ def test_begin_finish_done(tmp_path: Path) -> None:
     assert not cache(folder).done()
     (folder / "a.npz").write_text("x")
     one.finish({"digest": "abc", "history": [1]})
-    again = cache(folder)
-    assert again.output == {}
-    assert again.done([folder / "a.npz"])
+    again = cache(folder, "a.npz")
+    assert again.done()
     assert again.output == {"digest": "abc", "history": [1]}
-    assert not cache(folder).done([folder / "a.npz", folder / "b.npz"])
+    assert not cache(folder, "a.npz", "b.npz").done()
     record = json.loads((folder / RECORD).read_text())
     assert record["parts"] == PARTS
     assert record["done"] is True
@@ -56,7 +56,7 @@ def test_begin_finish_done(tmp_path: Path) -> None:
 
 def test_the_key_depends_on_the_values_alone() -> None:
     key = cache(Path()).key
-    assert StageCache(Path(), dict(reversed(PARTS.items()))).key == key
+    assert Result("", Path(), dict(reversed(PARTS.items()))).key == key
     others = [
         cache(Path(), tau=0.2),
         cache(Path(), images="d2"),
@@ -107,7 +107,7 @@ def test_an_interrupted_removal_is_noticed(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             cache(folder, tau=0.2).begin()
     assert paths[1].exists()
-    assert not cache(folder, tau=0.2).done(paths)
+    assert not cache(folder, "a.npz", "b.npz", tau=0.2).done()
     cache(folder, tau=0.2).begin()
     assert not paths[1].exists()  # a file of other settings does not survive
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -26,7 +26,7 @@ from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
-from lpcam.runtime.files import digest_json, read_json, write_bytes, write_json
+from lpcam.runtime.files import digest_file, digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
     available_memory,
@@ -35,6 +35,9 @@ from lpcam.runtime.resources import (
     reuse_freed_memory,
     threads_beside,
 )
+from lpcam.runtime.versions import versions
+from lpcam.training.loop import History, TrainingOptions
+from lpcam.training.saved_network import SavedNetwork
 
 logger = logging.getLogger(__name__)
 GPU_BATCH = 8
@@ -44,6 +47,8 @@ FEATURES_SHARE = 0.5
 """Share of a run's memory for features that several stages need; the rest is for the reservoir."""
 FILE_SECONDS = 60.0
 """How long a file that another machine has written may take to become visible."""
+N = TypeVar("N", bound=SavedNetwork)
+S = TypeVar("S")
 FileOf = Callable[[Path, str], Path]
 """Gives the file of an image's id in a folder."""
 
@@ -71,8 +76,7 @@ class Context:
 
     Attributes:
         results: the results by their names, filled as the stages go.
-        given_maps: maps of another program that replace the run's own.
-        given_masks: masks of another program that replace the run's own.
+        given_maps, given_masks: maps or masks of another program that replace the run's own.
         rows: the figures of the run, once it is evaluated.
     """
 
@@ -113,10 +117,6 @@ class Context:
 
     # -- Tasks ---------------------------------------------------------------------------------
 
-    def result(self, name: str, parts: Record, files: Sequence[Path]) -> Result:
-        """A result in the folder of its name."""
-        return Result(name, self.folder / name, parts, files)
-
     def task(
         self,
         name: str,
@@ -125,8 +125,8 @@ class Context:
         work: Callable[..., Output | None],
         prepare: Callable[[], Any] | None = None,
     ) -> Task:
-        """A task with one result."""
-        return Task([self.result(name, parts, files)], work, prepare)
+        """A task with one result, in the folder of its name."""
+        return Task([Result(name, self.folder / name, parts, files)], work, prepare)
 
     def image_task(
         self,
@@ -140,13 +140,11 @@ class Context:
         """A task that makes files of each image, unless all of them are there.
 
         Args:
-            name: name of the result.
             label: shown with the progress.
             parts: everything that the result depends on; the images are added.
-            items: the images.
             files: the files of an image in the folder of the result.
             start: called once there is something to do; what it returns makes the files of an
-                image, without gradients.
+                image, without gradients. Its errors name the image.
         """
 
         def work(result: Result) -> None:
@@ -154,31 +152,60 @@ class Context:
 
             @torch.inference_mode()
             def unless_made(item: Item) -> None:
-                if not all(file(result.folder, item.id).is_file() for file in files):
+                if all(file(result.folder, item.id).is_file() for file in files):
+                    return
+                try:
                     make(item)
+                except LpcamError as error:
+                    raise type(error)(
+                        f"{label}, image {item.id!r}: {error}; if memory is short, lower "
+                        "maps.maximum_side or run.threads, else repair the image or its map, or "
+                        "leave it out of the list"
+                    ) from error
 
-            self.each(label, items, unless_made)
+            mine = self.sharing.mine(items)
+            with progress(label, len(mine)) as advance:
+                for _ in self.sharing.map(unless_made, mine):
+                    advance(1, "")
 
         made = [file(self.folder / name, item.id) for file in files for item in items]
         return self.task(name, {"images": self.digest(items), **parts}, made, work)
 
-    def each(self, label: str, items: Sequence[Item], make: Callable[[Item], None]) -> None:
-        """Call ``make`` for the images of this process, with progress; errors name the image."""
+    def training_task(
+        self,
+        name: str,
+        parts: Record,
+        path: Path,
+        build: Callable[[], N],
+        train: Callable[[N, Path], History],
+    ) -> Task:
+        """A task that trains a network and writes its file.
 
-        def named(item: Item) -> None:
-            try:
-                make(item)
-            except LpcamError as error:
-                raise type(error)(
-                    f"{label}, image {item.id!r}: {error}; if memory is short, lower "
-                    "maps.maximum_side or run.threads, else repair the image or its map, or leave "
-                    "it out of the list"
-                ) from error
+        Args:
+            path: the file of the trained network.
+            build: makes the untrained network, before anything is removed.
+            train: trains it in place and returns the history; its second argument is the folder for
+                checkpoints.
+        """
 
-        mine = self.sharing.mine(items)
-        with progress(label, len(mine)) as advance:
-            for _ in self.sharing.map(named, mine):
-                advance(1, "")
+        def work(network: N, result: Result) -> Output | None:
+            history = train(network, result.folder)
+            if not self.processes.first:
+                return None
+            network.save(path, {"stage": result.key, "versions": versions()})
+            digest, fingerprint = digest_file(path), network.fingerprint()
+            return {"history": history, "digest": digest, "fingerprint": fingerprint}
+
+        return self.task(name, parts, [path], work, build)
+
+    def training_options(self, folder: Path) -> TrainingOptions:
+        """Arguments of every training; ``folder`` is for checkpoints."""
+        return {
+            "seed": self.recipe.run.seed,
+            "folder": folder,
+            "workers": self.threads if self.device.type == "cuda" else 0,
+            "processes": self.processes,
+        }
 
     def execute(self, task: Task, *, again: bool = False) -> bool:
         """Make the results of a task unless they are up to date; tell whether they were made.
@@ -223,14 +250,6 @@ class Context:
             for result in results:
                 result.remove_leftovers()
         return todo
-
-    def note_use(self, stage: str, seconds: float, memory: int | None) -> None:
-        """Record the time and the peak memory, in bytes, that this process took for a stage."""
-        if self.processes.first:
-            path = self.folder.use
-            use = read_json(path) if path.is_file() else {}
-            use[stage] = {"seconds": round(seconds, 2), "peak_memory": memory}
-            write_json(path, use)
 
     # -- Data ----------------------------------------------------------------------------------
 
@@ -371,6 +390,12 @@ class Context:
         path = self.folder.recipe
         if not path.is_file() or path.read_bytes() != resolved:
             write_bytes(path, resolved)
+
+
+def required(section: S | None) -> S:
+    """A section of the recipe, in stages that exist only with it."""
+    assert section is not None
+    return section
 
 
 def skips(dataset: Dataset) -> list[Record]:

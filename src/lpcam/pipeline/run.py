@@ -21,6 +21,7 @@ from lpcam.pipeline.stages.refine import import_maps
 from lpcam.pipeline.stages.segment import import_masks
 from lpcam.runtime.distributed import join
 from lpcam.runtime.errors import ArtefactError, RecipeError
+from lpcam.runtime.files import read_json, write_json
 from lpcam.runtime.resources import peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,10 @@ def _work_stage(context: Context, stage: Stage) -> None:
     if any(worked):
         seconds = time.monotonic() - started
         logger.info("%s: done in %.1f s", stage.name, seconds)
-        context.note_use(stage.name, seconds, peak_memory())
+        if context.processes.first:
+            path = context.folder.use
+            use = read_json(path) if path.is_file() else {}
+            use[stage.name] = {"seconds": round(seconds, 2), "peak_memory": peak_memory()}
+            write_json(path, use)
     elif worked:  # else a host or refinement that has no use for this stage
         logger.info("%s: up to date", stage.name)

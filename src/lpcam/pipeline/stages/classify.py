@@ -15,7 +15,6 @@ from lpcam.data.dataset import Item
 from lpcam.pipeline.cache import Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages.prototypes import check_memory
-from lpcam.pipeline.stages.training import training_options, training_task
 from lpcam.training.loop import History
 
 HELD_OUT = 10
@@ -49,7 +48,7 @@ def classify(context: Context) -> Iterator[Task]:
 
     def train(classifier: Classifier, folder: Path) -> History:
         if not probed:
-            options = training_options(context, folder)
+            options = context.training_options(folder)
             return finetune(classifier, training, held_out, section.finetune, **options)
         items, store = [*training, *held_out], context.store(classifier)
         pooled = pooled_features(items, section.probe, store, folder, context.sharing)
@@ -58,7 +57,7 @@ def classify(context: Context) -> Iterator[Task]:
         refit = recipe.data.lists.validate_ is None
         return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
-    yield training_task(context, "classifier", parts, context.folder.classifier, first, train)
+    yield context.training_task("classifier", parts, context.folder.classifier, first, train)
 
 
 def build_classifier(context: Context, *, weights: str | None = None) -> Classifier:

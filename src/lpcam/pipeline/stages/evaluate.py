@@ -15,7 +15,7 @@ from lpcam.data.reader import ListName
 from lpcam.evaluation.scoring import score_maps
 from lpcam.method.settings import METHODS
 from lpcam.pipeline.cache import Record, Result, Task
-from lpcam.pipeline.context import Context, skips
+from lpcam.pipeline.context import Context, required, skips
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.seeds import RESULTS
@@ -53,10 +53,10 @@ def _scored(context: Context) -> dict[str, Scored]:
     arms = host.arms(context)
     for arm in arms:
         result = context.results[f"host-maps/{arm.folder}"]
-        fixed = host.section_of(context).settings.threshold
+        fixed = required(context.recipe.host).settings.threshold
         found[arm.title] = Scored("seed", result.folder, result.key, fixed, hosted=True)
     for name, (source, result) in refine.refined(context).items():
-        section = refine.section_of(context)
+        section = required(context.recipe.refine)
         fixed = section.refinement.threshold(section, source)
         hosted = source.method in {arm.title for arm in arms}
         maps = context.folder.refined_maps(source.name)
@@ -153,7 +153,7 @@ def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
     if method.stage == "seed":
         shared["refine"] = None
     else:
-        section = refine.section_of(context)
+        section = required(context.recipe.refine)
         crf = section.refinement.crf_use(section)
     if not method.hosted:
         shared.pop("host", None)
@@ -186,7 +186,7 @@ def _segmenter_row(
             "images": context.results[f"segment/{masks.name}"].output["images"],
             "mask_threshold": masks.threshold,
         },
-        "crf": segment.section_of(context).test.crf if crf else False,
+        "crf": required(context.recipe.segment).test.crf if crf else False,
         "threshold": None,
         "threshold_source": "none: the most probable label",
     }

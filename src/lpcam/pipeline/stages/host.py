@@ -18,24 +18,17 @@ from lpcam.data.masks import read_index_mask
 from lpcam.hosts.base import Arm, Base, HostData, HostSection, View
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Output, Record, Result, Task
-from lpcam.pipeline.context import Context
+from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
-from lpcam.pipeline.stages.labels import ternary_task
 from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import check_memory, make
+from lpcam.pipeline.stages.refine import ternary_task
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
-from lpcam.pipeline.stages.training import training_options, training_task
 from lpcam.refine.crf import CrfSettings
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 from lpcam.training.loop import History
 from lpcam.training.saved_network import SavedNetwork
-
-
-def section_of(context: Context) -> HostSection:
-    """The recipe's section host; the stages of this module exist only with one."""
-    assert context.recipe.host is not None
-    return context.recipe.host
 
 
 def arms(context: Context) -> list[Arm]:
@@ -51,7 +44,7 @@ def _networks(context: Context) -> dict[str, Base]:
 
 def _backbone(context: Context) -> BackboneSection:
     """The section that names the network's backbone."""
-    section = section_of(context)
+    section = required(context.recipe.host)
     return context.recipe.classifier if section.backbone is None else section
 
 
@@ -65,7 +58,7 @@ def validate(context: Context) -> None:
             processes.
         DataError: if the host cannot learn from these images.
     """
-    section, networks = section_of(context), _networks(context)
+    section, networks = required(context.recipe.host), _networks(context)
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return
     data = _data(context, next(iter(networks)))
@@ -79,7 +72,7 @@ def validate(context: Context) -> None:
 
 def write_masks(context: Context) -> Iterator[Task]:
     """Ternary masks for hosts that learn from masks."""
-    section, refine = section_of(context), context.recipe.refine
+    section, refine = required(context.recipe.host), context.recipe.refine
     wanted = context.items("maps")
     if section.clusters:
         wanted = [*wanted, *context.items("prototypes")]
@@ -106,7 +99,8 @@ def _masks(context: Context, network: str) -> Result | None:
 
 def train_networks(context: Context) -> Iterator[Task]:
     """The host's networks."""
-    section, host = section_of(context), section_of(context).host
+    section = required(context.recipe.host)
+    host = section.host
     for name in _networks(context):
         masks, data = _masks(context, name), _data(context, name)
         parts = {
@@ -124,15 +118,15 @@ def train_networks(context: Context) -> Iterator[Task]:
             parts |= {"labels": masks.key, "images": context.digest(context.items("maps"))}
 
         def train(network: SavedNetwork, folder: Path, data: HostData = data) -> History:
-            options = training_options(context, folder)
+            options = context.training_options(folder)
             return host.train(network, data, section.settings, **options)
 
         path = context.folder.network(f"host/{name}")
-        yield training_task(context, f"host/{name}", parts, path, lambda: _build(context), train)
+        yield context.training_task(f"host/{name}", parts, path, lambda: _build(context), train)
 
 
 def _data(context: Context, network: str) -> HostData:
-    section = section_of(context)
+    section = required(context.recipe.host)
     images, held_out = (
         validation(context) if section.host.holds_out else (context.items("classify"), [])
     )
@@ -144,7 +138,7 @@ def _data(context: Context, network: str) -> HostData:
 
 def _build(context: Context) -> SavedNetwork:
     """The untrained network, on the run's device."""
-    section, chosen = section_of(context), _backbone(context)
+    section, chosen = required(context.recipe.host), _backbone(context)
     first = chosen.first_weights(context.recipe.run.seed)
     names = context.dataset.classes.names
     network: SavedNetwork = section.host.build(chosen.spec(), names, section.settings, **first)
@@ -153,7 +147,7 @@ def _build(context: Context) -> SavedNetwork:
 
 def _load(context: Context, arm: Arm) -> SavedNetwork:
     path = context.folder.network(f"host/{arm.network}")
-    network: SavedNetwork = section_of(context).host.load(path, context.device)
+    network: SavedNetwork = required(context.recipe.host).host.load(path, context.device)
     return network
 
 
@@ -172,7 +166,7 @@ def cluster(context: Context) -> Iterator[Task]:
     """Prototypes of the host's own features, for arms that have them."""
     for arm in arms(context):
         if arm.prototypes:
-            yield _cluster_task(context, section_of(context), arm)
+            yield _cluster_task(context, required(context.recipe.host), arm)
 
 
 def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
@@ -215,7 +209,7 @@ def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
 
 def write_maps(context: Context) -> Iterator[Task]:
     """The host's maps of every image, and seed masks of them."""
-    section = section_of(context)
+    section = required(context.recipe.host)
     for arm in arms(context):
         yield _map_task(context, section, arm)
         source, label = context.results[f"host-maps/{arm.folder}"], f"seeds of {arm.title}"
@@ -268,7 +262,7 @@ def _view(context: Context, arm: Arm, item: Item) -> View:
 
 def described(context: Context) -> dict[str, object]:
     """The host, its settings and its backbone, for the protocol of figures."""
-    section = section_of(context)
+    section = required(context.recipe.host)
     found = section.model_dump(mode="json", include={"method", section.method, "lpcam"})
     if section.host.mask_thresholds(section.settings, "LPCAM") is not None:
         refine = context.recipe.refine

@@ -114,15 +114,11 @@ def _map_task(
             for batch, _ in zip(todo, context.sharing.map(make, todo), strict=True):
                 advance(len(batch), "")
 
-    return Task(
-        [
-            context.result(
-                name, parts | more, [map_path(context.folder / name, i.id) for i in items]
-            )
-            for name, more in own.items()
-        ],
-        work,
-    )
+    def result(name: str) -> Result:
+        folder = context.folder / name
+        return Result(name, folder, parts | own[name], [map_path(folder, i.id) for i in items])
+
+    return Task([result(name) for name in own], work)
 
 
 def write_fused(context: Context, result: Result, item: Item, maps: FusedMaps | None) -> None:

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 
 from lpcam.data.dataset import Item, Skip
+from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.pipeline.cache import Result, Task
-from lpcam.pipeline.context import Context, Given
+from lpcam.pipeline.cache import Record, Result, Task
+from lpcam.pipeline.context import Context, FileOf, Given, required
 from lpcam.pipeline.run_folder import mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
-from lpcam.pipeline.stages.labels import image_memory, label_task, picture
 from lpcam.pipeline.stages.seeds import RESULTS
-from lpcam.pipeline.stages.training import training_options, training_task
-from lpcam.refine.base import Job, Labelled, LearnedRefinement, RefineSection, Source, Tools
+from lpcam.refine.base import Job, Labelled, LearnedRefinement, Picture, Source, Tools
+from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.ternary import ternary_mask
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_file, digest_json
+from lpcam.runtime.resources import memory_of_an_image
 from lpcam.training.loop import History
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,90 @@ GIVEN = "given"
 """Name of maps that another program made, in figures and folders."""
 
 
-def section_of(context: Context) -> RefineSection:
-    """The recipe's section refine; the stages of this module exist only with one."""
-    assert context.recipe.refine is not None
-    return context.recipe.refine
+# -- Labels that networks learn from, made of maps -----------------------------------------------
+
+
+def _picture(context: Context, item: Item, maps: Path) -> Picture:
+    """An image and its maps at the size of refinement, on the run's device.
+
+    That is the image's own size, or that at which it was mapped where ``maps.maximum_side`` is
+    smaller: a dense CRF of an image of 4,000 pixels a side would take 7 GB.
+    """
+    found = read_maps(map_path(maps, item.id))
+    image = limit_long_side(read_image(item.image), context.recipe.maps.maximum_side)
+    planes = resize(torch.from_numpy(found.high_res), image.shape[:2])
+    device = context.device
+    return Picture(item, found, torch.from_numpy(image).to(device), planes.to(device))
+
+
+def image_memory(context: Context) -> int | None:
+    """Memory that the CRF of one image may use, in bytes: its thread's part."""
+    return memory_of_an_image(context.device, context.sharing.workers * context.processes.here)
+
+
+def _label_task(
+    context: Context,
+    name: str,
+    label: str,
+    maps: Path,
+    key: str,
+    parts: Record,
+    path: FileOf,
+    labeller: Callable[[], Callable[[Picture, Path], None]],
+    items: Sequence[Item],
+) -> Task:
+    """A task that writes a file of labels for every image from its maps.
+
+    Args:
+        maps: folder of the maps.
+        key: key of the result that holds them.
+        parts: what else the labels depend on.
+        path: gives the file of an image's id in a folder.
+        labeller: makes a function that writes the labels of a picture to a file.
+        items: images to label.
+    """
+
+    def start(result: Result) -> Callable[[Item], None]:
+        write = labeller()
+        return lambda item: write(_picture(context, item, maps), path(result.folder, item.id))
+
+    maximum_side = context.recipe.maps.maximum_side
+    parts = {"revision": 1, "maps": key, **parts, "maximum_side": maximum_side}
+    return context.image_task(name, label, parts, items, [path], start)
+
+
+def ternary_task(
+    context: Context,
+    name: str,
+    label: str,
+    source: Result,
+    thresholds: tuple[float, float],
+    settings: CrfSettings,
+    items: Sequence[Item],
+) -> Task:
+    """A task that writes ternary masks of one kind of maps, as the labels of a refinement.
+
+    Args:
+        source: the result that holds the maps.
+        thresholds: thresholds of the sure foreground and of the sure background.
+        settings: settings of the dense CRF.
+    """
+    classes = context.dataset.classes
+    parts = {
+        "thresholds": list(thresholds),
+        "crf": settings.model_dump(mode="json", exclude={"preset"}),
+        "mask_ids": list(classes.mask_ids),
+    }
+
+    def labeller() -> Callable[[Picture, Path], None]:
+        crf = DenseCrf(settings, memory=image_memory(context))
+        return lambda found, path: write_mask(path, ternary_mask(crf, found, thresholds, classes))
+
+    where = source.folder, source.key
+    return _label_task(context, name, label, *where, parts, mask_path, labeller, items)
+
+
+# -- Refinement ---------------------------------------------------------------------------------
 
 
 def sources(context: Context) -> list[Source]:
@@ -80,7 +162,7 @@ def tools(context: Context) -> Tools:
 
 def validate(context: Context) -> None:
     """Validate the refinement's configuration before any stage runs."""
-    section = section_of(context)
+    section = required(context.recipe.refine)
     section.refinement.validate(section, tools(context))
 
 
@@ -151,17 +233,17 @@ def _problem(maps: MapFile, item: Item, size: tuple[int, int], names: Sequence[s
 def _jobs(context: Context) -> list[Job]:
     """One job for each kind of maps that is refined."""
     lent = tools(context)
-    return [Job(section_of(context), source, lent) for source in sources(context)]
+    return [Job(required(context.recipe.refine), source, lent) for source in sources(context)]
 
 
 def write_labels(context: Context) -> Iterator[Task]:
     """The labels that a refinement with a network learns from."""
-    method = section_of(context).refinement
+    method = required(context.recipe.refine).refinement
     if not isinstance(method, LearnedRefinement):
         return
     for job in _jobs(context):
         source = job.source
-        yield label_task(
+        yield _label_task(
             context,
             f"refine-labels/{source.name}",
             f"{method.title} labels of {source.method}",
@@ -176,7 +258,7 @@ def write_labels(context: Context) -> Iterator[Task]:
 
 def train_networks(context: Context) -> Iterator[Task]:
     """The network of a refinement with one, for each kind of maps."""
-    section, recipe = section_of(context), context.recipe
+    section, recipe = required(context.recipe.refine), context.recipe
     method = section.refinement
     if not isinstance(method, LearnedRefinement):
         return
@@ -195,16 +277,16 @@ def train_networks(context: Context) -> Iterator[Task]:
         labelled = [(i, method.label_path(labels.folder, i.id)) for i in context.items("maps")]
 
         def train(network: Any, folder: Path, labelled: Labelled = labelled) -> History:
-            return method.train(network, labelled, section, **training_options(context, folder))
+            return method.train(network, labelled, section, **context.training_options(folder))
 
         name = f"refine-network/{job.source.name}"
         path, build = context.folder.network(name), partial(method.build, section, job.tools)
-        yield training_task(context, name, parts, path, build, train)
+        yield context.training_task(name, parts, path, build, train)
 
 
 def write_pseudo_masks(context: Context) -> Iterator[Task]:
     """Refined maps and pseudo masks of every image of the list that has maps."""
-    section, method = section_of(context), section_of(context).refinement
+    section, method = required(context.recipe.refine), required(context.recipe.refine).refinement
     for job in _jobs(context):
         source = job.source
         trained = context.results.get(f"refine-network/{source.name}")
@@ -237,7 +319,7 @@ def _refiner(context: Context, job: Job, result: Result) -> Callable[[Item], Non
 
     def make(item: Item) -> None:
         refined = refined_map_path(result.folder, item.id)
-        found = picture(context, item, source.folder)
+        found = _picture(context, item, source.folder)
         maps, planes = found.maps, found.planes
         output = refine(found) if len(planes) or method.every_image else planes
         quarter, full = output if isinstance(output, tuple) else (output, output)

@@ -10,7 +10,7 @@ from lpcam.data.dataset import Item
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import METHODS
 from lpcam.pipeline.cache import Record, Result, Task
-from lpcam.pipeline.context import Context
+from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.evaluate import dataset_name
 from lpcam.pipeline.stages.seeds import RESULTS
@@ -99,7 +99,7 @@ def _networks(context: Context, metrics: Record) -> list[Record]:
         arms.setdefault(arm.network, []).append(arm.title)
     found = {f"the network of {' and '.join(t)}": ("host", name) for name, t in arms.items()}
     for source, _ in refine.refined(context).values():
-        title = refine.section_of(context).refinement.title
+        title = required(context.recipe.refine).refinement.title
         found[f"{title}'s network on {source.method}"] = ("refine", source.name)
     return [
         {"title": title, "history": metrics[f"{kind}_history"][name]}
@@ -125,7 +125,7 @@ def _segmenters(context: Context, metrics: Record) -> SegmenterResults | None:
     found = segment.segmented(context)
     if not found:
         return None
-    section, lists = segment.section_of(context), context.recipe.data
+    section, lists = required(context.recipe.segment), context.recipe.data
     # after the CRF if there is one, as users of the masks get them
     trained = [
         TrainedSegmenter(

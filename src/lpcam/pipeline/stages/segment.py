@@ -16,11 +16,9 @@ from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
 from lpcam.evaluation.scoring import row_of
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.pipeline.cache import Output, Record, Result, Task
-from lpcam.pipeline.context import Context, Given
+from lpcam.pipeline.context import Context, Given, required
 from lpcam.pipeline.run_folder import TRAINED_ON, mask_path
 from lpcam.pipeline.stages import refine
-from lpcam.pipeline.stages.labels import image_memory
-from lpcam.pipeline.stages.training import training_options
 from lpcam.refine.crf import CrfSettings
 from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json, weights_key
@@ -54,12 +52,6 @@ class TrainingMasks:
     """Threshold of the refined maps that they were cut at; None for other masks."""
 
 
-def section_of(context: Context) -> SegmentSection:
-    """The recipe's section segment; the stages of this module exist only with one."""
-    assert context.recipe.segment is not None
-    return context.recipe.segment
-
-
 def training_masks(context: Context) -> list[TrainingMasks]:
     """Masks that segmenters are trained on: those of the recipe, or those that were given.
 
@@ -83,7 +75,7 @@ def training_masks(context: Context) -> list[TrainingMasks]:
             key = context.digest([item for item, _ in pairs], truth=True)
             found.append(TrainingMasks("true masks", TRUTH, pairs, key))
         else:
-            section, source = refine.section_of(context), made[wanted]
+            section, source = required(context.recipe.refine), made[wanted]
             result = context.results[f"pseudo/{source.name}"]
             pairs = [(item, mask_path(result.folder, item.id)) for item in items]
             title, threshold = section.title(wanted), section.refinement.threshold(section, source)
@@ -102,7 +94,7 @@ def validate(context: Context) -> None:
             among the processes.
         DataError: if the best weights are wanted and no image to test has a true mask.
     """
-    section, recipe = section_of(context), context.recipe
+    section, recipe = required(context.recipe.segment), context.recipe
     wanted = [name for name in recipe.segmented if name != TRUTH]
     if wanted and recipe.refine is None and context.given_masks is None:
         raise RecipeError(
@@ -150,7 +142,7 @@ def train_segmenters(context: Context) -> Iterator[Task]:
     """A segmenter on each kind of masks."""
     truth = _validation_items(context)
     for masks in training_masks(context):
-        yield _training_task(context, section_of(context), masks, truth)
+        yield _training_task(context, required(context.recipe.segment), masks, truth)
 
 
 def _training_task(
@@ -190,7 +182,7 @@ def _training_task(
             section.training,
             precision=section.precision,
             validation=validation,
-            **training_options(context, result.folder),
+            **context.training_options(result.folder),
         )
         if not context.processes.first:
             return None
@@ -211,7 +203,7 @@ def _training_task(
 
 
 def _validation_items(context: Context) -> list[Item]:
-    return context.truth("test") if section_of(context).validations else []
+    return context.truth("test") if required(context.recipe.segment).validations else []
 
 
 def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
@@ -222,7 +214,7 @@ def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
 
 def _validation_key(context: Context, truth: Sequence[Item]) -> str:
     """Digest of what the choice of the best weights depends on, apart from the training."""
-    settings = _validation_settings(section_of(context))
+    settings = _validation_settings(required(context.recipe.segment))
     used = settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"})
     side = context.recipe.maps.maximum_side
     return digest_json([context.digest(truth, truth=True), used, side])
@@ -230,7 +222,7 @@ def _validation_key(context: Context, truth: Sequence[Item]) -> str:
 
 def _build(context: Context) -> Segmenter:
     """The untrained segmenter, on the run's device."""
-    section = section_of(context)
+    section = required(context.recipe.segment)
     return build_segmenter(
         section.spec(),
         context.dataset.classes,
@@ -257,7 +249,7 @@ def _check_masks(context: Context, masks: TrainingMasks) -> CheckedMasks:
 def test(context: Context) -> Iterator[Task]:
     """Masks of the list to test by every segmenter."""
     for masks in training_masks(context):
-        yield _test_task(context, section_of(context), masks)
+        yield _test_task(context, required(context.recipe.segment), masks)
 
 
 def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
@@ -281,7 +273,7 @@ def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) 
 
     def start(result: Result) -> Callable[[Item], None]:
         segmenter = Segmenter.load(weights).to(context.device)
-        crf = inference.make_crf(section.test, image_memory(context))
+        crf = inference.make_crf(section.test, refine.image_memory(context))
 
         def make(item: Item) -> None:
             whole = read_image(item.image)
@@ -361,7 +353,7 @@ def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
 
 def protocol(context: Context) -> Record:
     """How the segmenters of a run are made and used, for each of their figures."""
-    section, lists = section_of(context), context.recipe.data
+    section, lists = required(context.recipe.segment), context.recipe.data
     split = lists.list_of("test")
     chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"
     return {
