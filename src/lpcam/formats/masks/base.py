@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +58,7 @@ class MaskEntry:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A mask, uint8 (H, W), with its objects and the classes they are of.
-
-    ``name`` is the image's name in formats that refer to images.
-    """
+    """A mask, uint8 (H, W), with its objects, their classes, and the image's name."""
 
     entry: MaskEntry
     name: str
@@ -118,3 +117,14 @@ class Format:
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
         """Contents of the files of the whole data set, by path; ``ids`` are the images written."""
         return {}
+
+
+def compact_json(value: Any) -> bytes:
+    """JSON in one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def xml_text(element: ElementTree.Element) -> bytes:
+    """An element on several lines, with a line feed at its end."""
+    ElementTree.indent(element)
+    return (ElementTree.tostring(element, encoding="unicode") + "\n").encode()

@@ -5,23 +5,21 @@ A category's id is the value of its class in mask files. Objects of an image nev
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lpcam.data.dataset import ClassTable
-from lpcam.formats.masks.base import MADE, Format, Picture
+from lpcam.formats.masks.base import MADE, Format, Picture, compact_json
 from lpcam.formats.masks.outlines import outlines
 from lpcam.formats.masks.regions import Region, runs
 
 
-class Coco(Format):
-    """``annotations.json``.
+class _Coco(Format):
+    """``annotations.json``, one annotation a line; ids of images and annotations count from 1.
 
-    Args:
-        polygons: write outlines along the edges of the pixels, one a piece, with holes cut open
-            (COCO has no holes), instead of run lengths. Both are exact for pycocotools; readers
-            that draw the outline's own pixels add a row below and a column to the right.
+    Polygons are outlines along the edges of the pixels, one a piece, with holes cut open (COCO has
+    no holes). Both forms are exact for pycocotools; readers that draw the outline's own pixels add
+    a row below and a column to the right.
     """
 
     refers_to_images = True
@@ -31,53 +29,44 @@ class Coco(Format):
         self.polygons = polygons
 
     def record(self, picture: Picture) -> Any:
-        """File name, (height, width) and the annotations without their ids."""
-        annotations = [self._annotation(one, picture) for one in picture.objects]
+        annotations = [
+            {
+                "category_id": picture.classes.mask_ids[one.label],
+                "segmentation": self._segmentation(one, picture),
+                "area": one.area,
+                "bbox": [one.x0, one.y0, one.width, one.height],
+                "iscrowd": 0,
+            }
+            for one in picture.objects
+        ]
         return picture.name, picture.size, annotations
 
-    def _annotation(self, region: Region, picture: Picture) -> dict[str, Any]:
-        segmentation: Any
+    def _segmentation(self, region: Region, picture: Picture) -> Any:
         if self.polygons:
             offset = (region.x0, region.y0)
-            segmentation = [
-                (outline + offset).astype(int).ravel().tolist()
-                for outline in outlines(region.pixels, "edges")
-            ]
-        else:
-            # Down the columns, uncompressed, as COCO writes crowds: every reader takes this form.
-            pixels = region.whole(picture.size).ravel(order="F")
-            segmentation = {"size": list(picture.size), "counts": runs(pixels)}
-        return {
-            "category_id": picture.classes.mask_ids[region.label],
-            "segmentation": segmentation,
-            "area": region.area,
-            "bbox": [region.x0, region.y0, region.width, region.height],
-            "iscrowd": 0,
-        }
+            rings = outlines(region.pixels, "edges")
+            return [(ring + offset).astype(int).ravel().tolist() for ring in rings]
+        # Down the columns, uncompressed, as COCO writes crowds: every reader takes this form.
+        pixels = region.whole(picture.size).ravel(order="F")
+        return {"size": list(picture.size), "counts": runs(pixels)}
 
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
-        """The file, one annotation a line; ids of images and annotations count from 1."""
         categories = [
             {"id": number, "name": name, "supercategory": ""}
             for name, number in zip(classes.names, classes.mask_ids, strict=True)
         ]
-        info = _text({"description": f"masks written by {MADE}"})
-        head = f'{{"info": {info},\n"categories": {_text(categories)},\n"annotations": ['
-        yield head.encode()
+        info = compact_json({"description": f"masks written by {MADE}"})
+        head = b'{"info": %b,\n"categories": %b,\n"annotations": ['
+        yield head % (info, compact_json(categories))
         images = []
         number = 0
         for image_id, (name, (height, width), objects) in enumerate(records, start=1):
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
             for one in objects:
+                yield b",\n" if number else b"\n"
                 number += 1
-                line = _text({"id": number, "image_id": image_id, **one})
-                yield f"{',' if number > 1 else ''}\n{line}".encode()
-        lines = ",\n".join(map(_text, images))
-        yield f'\n],\n"images": [\n{lines}\n]}}\n'.encode()
+                yield compact_json({"id": number, "image_id": image_id, **one})
+        yield b'\n],\n"images": [\n%b\n]}\n' % b",\n".join(map(compact_json, images))
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-COCO, COCO_POLYGONS = Coco(polygons=False), Coco(polygons=True)
+COCO, COCO_POLYGONS = _Coco(polygons=False), _Coco(polygons=True)

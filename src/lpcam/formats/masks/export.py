@@ -1,14 +1,13 @@
 """Export of masks to the formats of other tools: VOC, COCO, YOLO, Label Studio, CVAT, overlays.
 
-A format is one :class:`~lpcam.formats.masks.base.Format`, found by its name in
-:data:`lpcam.formats.registry.FORMATS`. Formats that refer to images name them as their data set
-does (:attr:`MaskEntry.name`); elsewhere an image's name is its id with its suffix. Beside the files
-lies ``exported.json``: what was written, what from, and what was left out.
+Formats that refer to images name them as their data set does (:attr:`MaskEntry.name`); elsewhere an
+image's name is its id with its suffix. Beside the files lies ``exported.json``: what was written,
+what from, and what was left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from lpcam.runtime.files import read_json, write_bytes, write_json
 from lpcam.runtime.parallel import ordered_map
 
 INDEX = "exported.json"
-KIND = "lpcam export masks"
+_KIND = "lpcam export masks"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ExportedMasks:
     left_out: tuple[Skip, ...]
     ignored_pixels: int
     ignored: str
-    images_below: Path | None = None
+    images_below: Path | None
 
     def summary(self) -> str:
         """A text of one line per fact."""
@@ -120,7 +119,7 @@ def export_masks(
     images_below = folders.pop() if writer.refers_to_images and len(folders) == 1 else None
     index = {
         "format": 1,
-        "kind": KIND,
+        "kind": _KIND,
         "masks": format,
         "instances": instances,
         "classes": {"names": classes.names, "mask_ids": classes.mask_ids},
@@ -136,7 +135,7 @@ def export_masks(
             return entry
         try:
             mask = _read(entry)
-            objects = regions(mask, classes, instances=instances, name=f"mask {entry.mask}")
+            objects = regions(mask, classes, instances=instances)
             picture = Picture(entry, prefix + entry.name, mask, objects, classes)
             writer.write(picture, [output / path for path in writer.paths(entry)])
         except DataError as error:
@@ -164,8 +163,7 @@ def export_masks(
             raise DataError(f"no mask can be exported, the first because: {left_out[0].reason}")
 
     if writer.document_name is None:
-        for _ in records():
-            pass
+        list(records())
     else:
         write_bytes(output / writer.document_name, writer.document(records(), classes))
     for name, contents in writer.beside(classes, ids).items():
@@ -196,17 +194,18 @@ def _check_entries(masks: Sequence[MaskEntry], writer: Format) -> None:
         writer.check(entry, ids)
 
 
-def _without_shared_images(entries: Iterable[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
+def _without_shared_images(entries: Sequence[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
     """Leave out an image that two lists of a data set share: it has two ids and one name."""
     owners: dict[str, str] = {}
-
-    def checked(entry: MaskEntry | Skip) -> MaskEntry | Skip:
-        if isinstance(entry, Skip) or owners.setdefault(entry.name, entry.id) == entry.id:
-            return entry
-        reason = f"its image {entry.name} is that of {owners[entry.name]!r}, whose mask is exported"
-        return Skip(entry.id, reason)
-
-    return [checked(entry) for entry in entries]
+    found: list[MaskEntry | Skip] = []
+    for entry in entries:
+        if isinstance(entry, MaskEntry) and owners.setdefault(entry.name, entry.id) != entry.id:
+            owner = owners[entry.name]
+            reason = f"its image {entry.name} is that of {owner!r}, whose mask is exported"
+            found.append(Skip(entry.id, reason))
+        else:
+            found.append(entry)
+    return found
 
 
 def _image_prefix(root: str, format: str) -> str:
@@ -226,13 +225,11 @@ def _image_prefix(root: str, format: str) -> str:
 
 def _read(entry: MaskEntry) -> NDArray[np.uint8]:
     mask = read_index_mask(entry.mask)
-    if entry.image is not None:
-        size = upright_size(entry.image)
-        if size != mask.shape:
-            raise DataError(
-                f"mask {entry.mask} is {mask.shape[0]} x {mask.shape[1]} (height x width), its "
-                f"upright image is {size[0]} x {size[1]}; give the mask of this image"
-            )
+    if entry.image is not None and (size := upright_size(entry.image)) != mask.shape:
+        raise DataError(
+            f"mask {entry.mask} is {mask.shape[0]} x {mask.shape[1]} (height x width), its "
+            f"upright image is {size[0]} x {size[1]}; give the mask of this image"
+        )
     return mask
 
 
@@ -242,9 +239,9 @@ def _earlier_files(output: Path, format: str) -> set[str]:
     if not path.exists():
         return set()
     index = read_json(path)
-    if not isinstance(index, dict) or index.get("kind") != KIND:
+    if not isinstance(index, dict) or index.get("kind") != _KIND:
         raise ArtefactError(
-            f"{path} was not written by '{KIND}', so it may be yours; choose another output folder"
+            f"{path} was not written by '{_KIND}', so it may be yours; choose another --output"
         )
     if index.get("masks") != format:
         raise ArtefactError(
@@ -254,24 +251,24 @@ def _earlier_files(output: Path, format: str) -> set[str]:
     try:
         return {safe_id(name) for name in index["files"]}  # they are deleted by name
     except (KeyError, TypeError, DataError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}); choose another output folder") from error
+        raise ArtefactError(f"{path} is damaged ({error}); choose another --output") from error
 
 
 def _check_targets(
-    entries: Iterable[MaskEntry], output: Path, planned: set[str], before: set[str]
+    entries: Sequence[MaskEntry], output: Path, planned: set[str], before: set[str]
 ) -> None:
     """Refuse to replace files of others, or files that are exported themselves."""
-    for name in sorted(planned - before):
-        if (output / name).exists():
-            raise ArtefactError(
-                f"{output / name} is there already and was not written by an earlier '{KIND}', so "
-                "it may be yours; choose another output folder"
-            )
     folder = output.resolve()
     written = {folder / name for name in before | planned}
-    for entry in entries:
-        for path in filter(None, (entry.mask, entry.image)):
-            if path.absolute() in written or path.parent.resolve() / path.name in written:
-                raise ArtefactError(
-                    f"{path} is to be exported and would be overwritten; choose another --output"
-                )
+    sources = [path for entry in entries for path in (entry.mask, entry.image) if path]
+    others = [output / name for name in sorted(planned - before) if (output / name).exists()]
+    others += [
+        path
+        for path in sources
+        if path.absolute() in written or path.parent.resolve() / path.name in written
+    ]
+    if others:
+        raise ArtefactError(
+            f"{others[0]} is there already and was not written by an earlier '{_KIND}', or is to "
+            "be exported itself; choose another --output"
+        )

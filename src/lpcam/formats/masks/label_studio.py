@@ -6,24 +6,21 @@ folder above that of the images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, SubElement
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import voc_palette
-from lpcam.formats.masks.base import MADE, Format, Picture
+from lpcam.formats.masks.base import MADE, Format, Picture, compact_json, xml_text
 from lpcam.formats.masks.regions import runs
 
-FROM, TO = "mask", "image"
-"""Names of the brush and of the image in the labelling configuration."""
-LOCAL_FILES = "/" + "data/local-files/?d="
-"""Address of a local file, to which the path below the served folder is added."""
+_FROM, _TO = "mask", "image"  # names of the brush and of the image in the labelling configuration
+_LOCAL_FILES = "/" + "data/local-files/?d="  # a path below the served folder is added
 _CHANNELS = 4
 _WORD = 8
 _SIZES = (3, 4, 8, 16)
@@ -44,34 +41,31 @@ def packed_runs(mask: NDArray[np.bool_]) -> list[int]:
     bits = [f"{mask.size * _CHANNELS:032b}{_WORD - 1:05b}", *(f"{s - 1:04b}" for s in _SIZES)]
     longest = 1 << _SIZES[-1]
     for number, pixels in enumerate(runs(mask.ravel())):
-        left = pixels * _CHANNELS
-        while left:
-            length = min(left, longest)
-            left -= length
+        value = str(number % 2) * _WORD
+        for start in range(0, pixels * _CHANNELS, longest):
+            length = min(pixels * _CHANNELS - start, longest)
             choice = next(n for n, size in enumerate(_SIZES) if length <= 1 << size)
-            value = "1" * _WORD if number % 2 else "0" * _WORD
             bits.append(f"1{choice:02b}{length - 1:0{_SIZES[choice]}b}{value}")
     text = "".join(bits)
     text += "0" * (-len(text) % 8)
     return list(int(text, 2).to_bytes(len(text) // 8, "big"))
 
 
-class LabelStudio(Format):
-    """``tasks.json`` and ``label_config.xml``."""
+class _LabelStudio(Format):
+    """``tasks.json``, a task with one prediction a line, and ``label_config.xml``."""
 
     refers_to_images = True
     has_image_root = True
     document_name = "tasks.json"
 
     def record(self, picture: Picture) -> Any:
-        """A task with one prediction."""
         height, width = picture.size
         results = [
             {
                 "id": f"region{number}",
                 "type": "brushlabels",
-                "from_name": FROM,
-                "to_name": TO,
+                "from_name": _FROM,
+                "to_name": _TO,
                 "original_width": width,
                 "original_height": height,
                 "image_rotation": 0,
@@ -84,30 +78,23 @@ class LabelStudio(Format):
             for number, region in enumerate(picture.objects, start=1)
         ]
         return {
-            "data": {TO: LOCAL_FILES + quote(picture.name)},
+            "data": {_TO: _LOCAL_FILES + quote(picture.name)},
             "predictions": [{"model_version": MADE, "result": results}],
         }
 
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
-        """The tasks, one a line."""
-        separator = "[\n"
-        for one in records:
-            yield (separator + json.dumps(one, ensure_ascii=False, separators=(",", ":"))).encode()
-            separator = ",\n"
+        for number, one in enumerate(records):
+            yield (b",\n" if number else b"[\n") + compact_json(one)
         yield b"\n]\n"
 
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
-        """The labelling configuration, with the VOC colours."""
-        view = ElementTree.Element("View")
-        ElementTree.SubElement(view, "Image", name=TO, value=f"${TO}", zoom="true")
-        labels = ElementTree.SubElement(view, "BrushLabels", name=FROM, toName=TO)
+        view = Element("View")
+        SubElement(view, "Image", name=_TO, value=f"${_TO}", zoom="true")
+        labels = SubElement(view, "BrushLabels", name=_FROM, toName=_TO)
         for name, number in zip(classes.names, classes.mask_ids, strict=True):
-            red, green, blue = voc_palette()[number]
-            colour = f"#{red:02x}{green:02x}{blue:02x}"
-            ElementTree.SubElement(labels, "Label", value=name, background=colour)
-        ElementTree.indent(view)
-        text = ElementTree.tostring(view, encoding="unicode") + "\n"
-        return {"label_config.xml": text.encode()}
+            colour = "#" + bytes(voc_palette()[number].tolist()).hex()
+            SubElement(labels, "Label", value=name, background=colour)
+        return {"label_config.xml": xml_text(view)}
 
 
-LABEL_STUDIO = LabelStudio()
+LABEL_STUDIO = _LabelStudio()

@@ -7,7 +7,7 @@ mask, there and back. Nothing is smoothed: the outlines give every pixel back.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +35,10 @@ def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]
         outlines (K, 2) of x and y, in the reading order of their first corners.
     """
     rings = polygons(mask)
-    # Each corner (x, y), and the pixel inside that it belongs to: the one within both of its edges.
-    corners = [np.hstack([ring, ring + _inward(ring) - 0.5]) for ring in rings]
     # Horizontal edges that go right have the mask below them: it is these that a cut upwards meets.
     upper: dict[float, list[tuple[float, int, int]]] = {}
     for number, ring in enumerate(rings):
-        ahead = np.roll(ring, -1, axis=0)
-        for edge in np.flatnonzero(ahead[:, 0] > ring[:, 0]).tolist():
+        for edge in np.flatnonzero(np.roll(ring[:, 0], -1) > ring[:, 0]).tolist():
             x, y = ring[edge].tolist()
             upper.setdefault(y, []).append((x, number, edge))
     for edges in upper.values():
@@ -50,11 +47,18 @@ def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]
     found = []
     # From below: the holes that are joined to a ring come before it.
     for number in reversed(range(len(rings))):
-        whole = _with_cuts(corners[number], cuts[number])
-        if _area(rings[number]) > 0:
+        ring = rings[number]
+        # Each corner (x, y), and the pixel inside that it belongs to, within both of its edges.
+        corners = np.hstack([ring, ring + _inward(ring) - 0.5])
+        pieces, last = [], 0
+        for edge, _, points in sorted(cuts[number], key=lambda cut: cut[:2]):
+            pieces += [corners[last : edge + 1], points]
+            last = edge + 1
+        whole = np.concatenate([*pieces, corners[last:]])
+        if _area(ring) > 0:
             found.append(whole)
             continue
-        x, y = (int(value) for value in rings[number][0])  # of its corners the topmost, left
+        x, y = (int(value) for value in ring[0])  # of its corners the topmost, left
         above = np.flatnonzero(~mask[:y, x - 1])
         top = float(above[-1] + 1) if len(above) else 0.0
         edges = upper[top]
@@ -72,18 +76,6 @@ def _inward(ring: NDArray[np.float64]) -> NDArray[np.float64]:
     right = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1) / 2
     inward: NDArray[np.float64] = right + np.roll(right, 1, axis=0)
     return inward
-
-
-def _with_cuts(
-    corners: NDArray[np.float64], cuts: list[tuple[int, float, NDArray[np.float64]]]
-) -> NDArray[np.float64]:
-    """A ring with what is joined to it: the edge, the place on it, and the points to go by."""
-    pieces: list[NDArray[Any]] = []
-    last = 0
-    for edge, _, points in sorted(cuts, key=lambda cut: cut[:2]):
-        pieces += [corners[last : edge + 1], points]
-        last = edge + 1
-    return np.concatenate([*pieces, corners[last:]])
 
 
 def _area(ring: NDArray[np.float64]) -> float:

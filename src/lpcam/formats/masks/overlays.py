@@ -14,30 +14,25 @@ from lpcam.formats.masks.base import Format, MaskEntry, Picture
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 
-_JPEG_QUALITY = 90
 
-
-class Overlays(Format):
+class _Overlays(Format):
     """``overlays/ID.jpg``: the image with its mask over it, in VOC colours."""
 
     ignored = "drawn in the colour of 255"
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
-        """Refuse an entry without an image."""
         if entry.image is None:
             raise DataError(f"{entry.id!r} has no image to draw its mask over; give its image")
 
     def paths(self, entry: MaskEntry) -> Sequence[str]:
-        """The overlay."""
         return (f"overlays/{entry.id}.jpg",)
 
     def write(self, picture: Picture, paths: Sequence[Path]) -> None:
-        """Write the overlay of one image."""
         assert picture.entry.image is not None  # see check
         buffer = io.BytesIO()
         drawn = Image.fromarray(overlay_mask(read_image(picture.entry.image), picture.mask))
-        drawn.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        drawn.save(buffer, "JPEG", quality=90)
         write_bytes(paths[0], buffer.getvalue())
 
 
-OVERLAYS = Overlays()
+OVERLAYS = _Overlays()

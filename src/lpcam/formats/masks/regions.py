@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +46,7 @@ class Region:
 
 
 def regions(
-    mask: NDArray[np.uint8],
-    classes: ClassTable,
-    *,
-    instances: bool = False,
-    name: str = "the mask",
+    mask: NDArray[np.uint8], classes: ClassTable, *, instances: bool = False
 ) -> list[Region]:
     """The objects of a mask: in label order, the components of a class in reading order.
 
@@ -57,22 +54,15 @@ def regions(
         mask: uint8 (H, W), values as in mask files. 255 (ignored) belongs to no object.
         instances: one object a connected component (8 neighbours) instead of one a class. Objects
             of one class that touch are then still one.
-        name: name of the mask, for the message.
 
     Raises:
         DataError: if the mask has a value that no class has.
         LpcamError: for ``instances``, if SciPy is not installed.
     """
     found = set(np.unique(mask).tolist()) - {BACKGROUND, IGNORE}
-    unknown = sorted(found - set(classes.mask_ids))
-    if unknown:
-        known = ", ".join(
-            f"{number} {name}" for name, number in zip(classes.names, classes.mask_ids, strict=True)
-        )
-        raise DataError(
-            f"{name} is refused: it has the values {', '.join(map(str, unknown))}, which are of no "
-            f"class; the classes are {known}"
-        )
+    if unknown := sorted(found - set(classes.mask_ids)):
+        known = dict(zip(classes.mask_ids, classes.names, strict=True))
+        raise DataError(f"it has the values {unknown}, which are of no class; the classes: {known}")
     return [
         region
         for label, number in enumerate(classes.mask_ids)
@@ -81,23 +71,20 @@ def regions(
     ]
 
 
-def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> list[Region]:
+def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> Iterator[Region]:
     y, x = np.nonzero(pixels)
-    if not instances:
-        return [_boxed(label, y, x)]
-    parts, count = components(pixels)
-    number = parts[y, x]
-    order = np.argsort(number, kind="stable")
-    ends = np.cumsum(np.bincount(number, minlength=count + 1))[1:-1]
-    pieces = zip(np.split(y[order], ends), np.split(x[order], ends), strict=True)
-    return [_boxed(label, rows, columns) for rows, columns in pieces]
-
-
-def _boxed(label: int, y: NDArray[np.intp], x: NDArray[np.intp]) -> Region:
-    y0, x0 = int(y.min()), int(x.min())
-    pixels = np.zeros((int(y.max()) - y0 + 1, int(x.max()) - x0 + 1), dtype=bool)
-    pixels[y - y0, x - x0] = True
-    return Region(label, x0, y0, pixels)
+    ends = np.zeros(0, np.intp)
+    if instances:
+        parts, count = components(pixels)
+        number = parts[y, x]
+        order = np.argsort(number, kind="stable")
+        y, x = y[order], x[order]
+        ends = np.cumsum(np.bincount(number, minlength=count + 1))[1:-1]
+    for rows, columns in zip(np.split(y, ends), np.split(x, ends), strict=True):
+        y0, x0 = int(rows.min()), int(columns.min())
+        box = np.zeros((int(rows.max()) - y0 + 1, int(columns.max()) - x0 + 1), dtype=bool)
+        box[rows - y0, columns - x0] = True
+        yield Region(label, x0, y0, box)
 
 
 def runs(values: NDArray[np.bool_]) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from lpcam.data.dataset import ClassTable
@@ -19,20 +18,20 @@ from lpcam.formats.masks.outlines import outlines
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_bytes, write_bytes
 
-WITHIN_PIXEL = 0.45
+_WITHIN_PIXEL = 0.45
 """Where in a pixel its point lies. The middle is 0.5; with a little less, readers that round find
 the same pixel as those that cut the fraction off."""
 
 
-class Yolo(Format):
+class _Yolo(Format):
     """``images/`` (copies, as YOLO looks for labels beside them), ``labels/ID.txt``, ``data.yaml``.
 
     YOLO has one outline a line and no holes, so an object in several pieces (also those that touch
-    at a corner alone) is several lines, and holes are cut open.
+    at a corner alone) is several lines, and holes are cut open. ``data.yaml`` names no path:
+    Ultralytics then takes the folder of the file.
     """
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
-        """Refuse an id that has a folder ``images`` where readers replace it by ``labels``."""
         short = _below_images(entry.id)
         if "images" in short.split("/")[:-1] or (short != entry.id and short in ids):
             raise DataError(
@@ -41,28 +40,26 @@ class Yolo(Format):
             )
 
     def paths(self, entry: MaskEntry) -> Sequence[str]:
-        """The labels, and the copy of the image where there is one."""
         label = f"labels/{_below_images(entry.id)}.txt"
         if entry.image is None:
             return (label,)
         return label, f"images/{_below_images(entry.name_by_id)}"
 
     def write(self, picture: Picture, paths: Sequence[Path]) -> None:
-        """Write the labels and copy the image."""
         height, width = picture.size
         lines = []
         for region in picture.objects:
+            corner = (region.x0, region.y0)
             for outline in outlines(region.pixels, "centres"):
-                points = outline + np.array((region.x0, region.y0)) + WITHIN_PIXEL
+                points = (outline + corner + _WITHIN_PIXEL) / (width, height)
                 # 6 decimals are 0.05 pixels in an image of 50,000
-                places = " ".join(f"{value:.6f}" for value in (points / (width, height)).ravel())
+                places = " ".join(f"{value:.6f}" for value in points.ravel())
                 lines.append(f"{region.label} {places}\n")
         write_bytes(paths[0], "".join(lines).encode())
         if picture.entry.image is not None:
             write_bytes(paths[1], read_bytes(picture.entry.image))
 
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
-        """``data.yaml`` without a path: Ultralytics then takes the folder of the file."""
         data = {"train": "images", "val": "images", "names": dict(enumerate(classes.names))}
         text: str = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
         return {"data.yaml": text.encode()}
@@ -73,4 +70,4 @@ def _below_images(name: str) -> str:
     return name.removeprefix("images/")
 
 
-YOLO = Yolo()
+YOLO = _Yolo()
