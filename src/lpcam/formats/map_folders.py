@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +15,23 @@ import torch
 from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
-from lpcam.formats.map_formats import Planes, maps_without_class
-from lpcam.formats.maps import AUTO, read_foreign_maps, write_foreign_maps
+from lpcam.formats.maps import (
+    AUTO,
+    Planes,
+    check_background,
+    maps_without_class,
+    read_foreign_maps,
+    write_foreign_maps,
+)
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.versions import __version__
 
-Progress = Callable[[int, int], None]
-"""Called with the number of images done and their total."""
 _COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
 _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
+_NO_FILE = "no file"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class ImportedMaps:
     styles: Mapping[str, int]
     without_class: tuple[str, ...]
     skipped: tuple[Skip, ...]
-    not_chosen: Mapping[str, int] = field(default_factory=dict)
+    not_chosen: Mapping[str, int]
 
     def summary(self) -> str:
         """A text of one line per fact."""
@@ -47,28 +52,15 @@ class ImportedMaps:
         lines = [f"{len(self.ids)} map files ({styles}) in {self.folder}"]
         if self.without_class:
             lines.append(f"{len(self.without_class)} of them without a class")
-        known = [style for style in self.styles if style in MAP_FORMATS]
+        known = [style for style in self.styles if style != _NO_FILE]
         if dropped := sum(self.styles[s] for s in known if MAP_FORMATS[s].has_background):
             lines.append(f"the background plane of {dropped} was dropped")
         if self.not_chosen:
-            counts = ", ".join(f"{n} {self.not_chosen[n]}" for n in sorted(self.not_chosen))
+            counts = ", ".join(f"{n} {count}" for n, count in sorted(self.not_chosen.items()))
             lines.append(f"maps of classes not chosen were dropped: {counts}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left out, the first: {self.skipped[0].reason}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class ExportedMaps:
-    """Result of `export_maps`."""
-
-    folder: Path
-    style: str
-    files: tuple[Path, ...]
-
-    def summary(self) -> str:
-        """A text of one line."""
-        return f"{len(self.files)} map files of the style {self.style} in {self.folder}"
 
 
 def import_maps(
@@ -82,9 +74,7 @@ def import_maps(
     chosen: Sequence[str] | None = None,
     without_file: Literal["skip", "no class"] = "skip",
     normalise: bool = False,
-    dtype: Literal["uint8", "float16"] = "float16",
     workers: int = 1,
-    progress: Progress | None = None,
 ) -> ImportedMaps:
     """Import a folder of map files, ``source/ID.npy``, as ``output/ID.npz``.
 
@@ -102,9 +92,7 @@ def import_maps(
         without_file: how an image of ``ids`` without a file is treated: left out, or as having no
             class (MCTformer's convention; ``sizes`` must have its size).
         normalise: divide each map by its maximum, as IRN does.
-        dtype: precision in which maps are stored.
         workers: number of files read at a time.
-        progress: called after each image.
 
     Raises:
         DataError: if there is no file, an id is unsafe, two files are of one image, or a chosen
@@ -127,15 +115,14 @@ def import_maps(
         path, size = paths[item_id], (sizes or {}).get(item_id)
         try:
             if path is not None:
-                found = read_foreign_maps(path, size=size, style=style, classes=classes)
-                maps, kind = found.maps, found.style
+                maps = read_foreign_maps(path, size=size, style=style, classes=classes)
             elif without_file == "skip":
-                return Skip(item_id, f"{source} has no file of it")
+                raise DataError(f"{source} has no file of it")
             else:
                 made_by: dict[str, Any] = {"imported": {"file": None}, "lpcam": __version__}
                 if table is not None:
                     made_by["classes"] = list(table.names)
-                maps, kind = replace(maps_without_class(size), made_by=made_by), "no file"
+                maps = replace(maps_without_class(size), made_by=made_by)
         except (ArtefactError, DataError) as error:
             return Skip(item_id, str(error))
         others: list[str] = []
@@ -144,31 +131,21 @@ def import_maps(
         if normalise:
             made_by = {**maps.made_by, "normalised": "max"}
             maps = MapFile(maps.keys, _normalised(maps.cam), _normalised(maps.high_res), made_by)
-        write_maps(map_path(output, item_id), maps, dtype=dtype)
-        return kind, len(maps.keys), others
+        write_maps(map_path(output, item_id), maps, dtype="float16")
+        return maps.made_by["imported"].get("style", _NO_FILE), len(maps.keys), others
 
-    done: list[str] = []
-    empty: list[str] = []
-    skipped: list[Skip] = []
-    styles: Counter[str] = Counter()
-    not_chosen: Counter[str] = Counter()
-    results = zip(ids, ordered_map(convert, ids, workers), strict=True)
-    for number, (item_id, result) in enumerate(results, start=1):
-        if isinstance(result, Skip):
-            skipped.append(result)
-        else:
-            kind, count, others = result
-            done.append(item_id)
-            styles[kind] += 1
-            not_chosen.update(others)
-            if not count:
-                empty.append(item_id)
-        if progress is not None:
-            progress(number, len(ids))
+    results = dict(zip(ids, ordered_map(convert, ids, workers), strict=True))
+    skipped = tuple(found for found in results.values() if isinstance(found, Skip))
+    done = {i: found for i, found in results.items() if not isinstance(found, Skip)}
     if not done:
         raise ArtefactError(f"no map file of {source} can be used: {skipped[0].reason}")
     return ImportedMaps(
-        output, tuple(done), dict(styles), tuple(empty), tuple(skipped), dict(not_chosen)
+        output,
+        ids=tuple(done),
+        styles=Counter(style for style, _, _ in done.values()),
+        without_class=tuple(item_id for item_id, (_, count, _) in done.items() if not count),
+        skipped=skipped,
+        not_chosen=Counter(name for *_, others in done.values() for name in others),
     )
 
 
@@ -188,8 +165,6 @@ def _normalised(planes: Planes) -> Planes:
 
 def _find_files(source: Path) -> dict[str, Path]:
     """Files by their names, which are ids."""
-    if not source.is_dir():
-        raise DataError(f"there is no folder {source}; give the folder of ID.npy files")
     files = {
         safe_id(path.relative_to(source).with_suffix("").as_posix()): path
         for path in sorted(source.rglob("*.npy"))
@@ -225,8 +200,8 @@ def export_maps(
     background: float | None = None,
     bare_digits: bool = False,
     workers: int = 1,
-    progress: Progress | None = None,
-) -> ExportedMaps:
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
     Args:
@@ -237,13 +212,17 @@ def export_maps(
         ids: ids of the images.
         bare_digits: name files of COCO by their 12 digits alone, as AMN does.
         workers: number of files written at a time.
-        progress: called after each image.
+        progress: called with the number of images done and their total.
+
+    Returns:
+        The files, in the order of the ids.
 
     Raises:
         DataError: as `write_foreign_maps`, or if an id is unsafe, two ids give one file, or the
             folder has a different `CLASSES_FILE`.
         ArtefactError: if a map file is missing or damaged.
     """
+    check_background(style, background)
     names = {}
     for item_id in ids:
         match = _COCO_ID.fullmatch(safe_id(item_id).rpartition("/")[2]) if bare_digits else None
@@ -266,4 +245,4 @@ def export_maps(
         files.append(path)
         if progress is not None:
             progress(len(files), len(ids))
-    return ExportedMaps(output, style, tuple(files))
+    return files

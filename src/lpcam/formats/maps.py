@@ -1,5 +1,15 @@
 """Map files of other programs: ``.npy`` files of a pickled dictionary, read and written.
 
+==========  ==================================================================================
+format      contents (specification of data sets, section 5)
+==========  ==================================================================================
+irn         ``keys`` int64 (K,), ``cam`` float32 (K, ceil(H/4), ceil(W/4)), ``high_res`` float32
+            (K, H, W); of IRN, LPCAM, ReCAM and AdvCAM
+amn         the same with a plane of the background before the others: K + 1 planes, K keys
+psa         {class: float32 (H, W)}; of PSA, SEAM, MCTformer and EDAM
+psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after the CRF
+==========  ==================================================================================
+
 A key k is the class of the value k + 1 in masks, also in runs of some classes, whose label indices
 differ. Files are never unpickled (:mod:`lpcam.formats.pickled_arrays`); what is written can be read
 without torch.
@@ -7,16 +17,19 @@ without torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable
+from lpcam.data.images import MAXIMUM_PIXELS
 from lpcam.data.map_files import MapFile
-from lpcam.formats.map_formats import kind_of, names_in
+from lpcam.data.resize import quarter_size, resize
 from lpcam.formats.pickled_arrays import dictionary_file, read_pickled_arrays
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.runtime.errors import ArtefactError, DataError
@@ -25,27 +38,209 @@ from lpcam.runtime.versions import __version__
 
 AUTO = "auto"
 """Name of no map format: it is found from the contents."""
+Planes = NDArray[np.float32]
+Size = tuple[int, int]
 
 
-@dataclass(frozen=True, eq=False)
-class ForeignMaps:
-    """Contents of a map file; ``background`` is float32 (H, W), where the style has it."""
+class MapFormat(Protocol):
+    """A way of keeping the maps of one image in a dictionary.
 
-    maps: MapFile
-    style: str
-    background: NDArray[np.float32] | None
+    Found by its name in :data:`lpcam.formats.registry.MAP_FORMATS`.
+
+    Attributes:
+        layout: what the dictionary holds, in words.
+        has_background: whether it has a plane of the background.
+    """
+
+    @property
+    def layout(self) -> str: ...
+
+    @property
+    def has_background(self) -> bool: ...
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        """Whether a dictionary may be of this format; one without a class may be of any."""
+        ...
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
+        """The K maps of the classes, without the background.
+
+        Args:
+            content: the dictionary, checked for nothing.
+            size: (H, W) of the image, if it is known.
+
+        Raises:
+            DataError: if the dictionary is not of this format.
+        """
+        ...
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        """The dictionary of maps, with a background plane (H, W) if the format has one."""
+        ...
+
+
+@dataclass(frozen=True)
+class _KeyedMaps:
+    """A dictionary of ``keys``, ``cam`` and ``high_res``."""
+
+    has_background: bool
+
+    @property
+    def layout(self) -> str:
+        return f"'keys' (K,) and 'high_res' ({'K + 1' if self.has_background else 'K'}, H, W)"
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        try:
+            extra = len(content["high_res"]) == len(content["keys"]) + 1
+        except (KeyError, TypeError):
+            extra = False
+        return "keys" in content and extra == self.has_background
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
+        if "keys" not in content:
+            raise DataError(f"it holds {_names_in(content)}; expected {self.layout}")
+        keys = content["keys"]
+        if (
+            not isinstance(keys, np.ndarray)
+            or keys.ndim != 1
+            or (keys.size and keys.dtype.kind not in "iu")
+        ):
+            raise DataError(f"'keys' are {_kind_of(keys)}; expected integers (K,)")
+        cam, full = (
+            None if content.get(name) is None else _planes(content[name], f"{name!r}", 3)
+            for name in ("cam", "high_res")
+        )
+        if full is None and len(keys):
+            raise DataError(f"it has {len(keys)} classes, but no 'high_res'")
+        if full is None or not len(full):  # the sides of no planes mean little
+            return maps_without_class(size or (None if full is None else full.shape[1:]))
+        if len(full) != len(keys) + self.has_background:
+            raise DataError(
+                f"'high_res' has {len(full)} planes and 'keys' {len(keys)} classes; expected "
+                f"{self.layout}"
+            )
+        small = (len(full), *quarter_size(full.shape[1:]))
+        if cam is None:
+            cam = _resized(full, small[1:])
+        if cam.shape != small:
+            raise DataError(
+                f"'cam' is {cam.shape} and 'high_res' {full.shape}; expected 'cam' of {small}"
+            )
+        first = int(self.has_background)
+        return MapFile(keys.astype(np.int64), cam[first:], full[first:])
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        if background is None:
+            return {"keys": maps.keys, "cam": maps.cam, "high_res": maps.high_res}
+        if not len(maps.keys):
+            return {"keys": maps.keys}
+        plane = background[None]
+        cam = np.concatenate([_resized(plane, quarter_size(plane.shape[1:])), maps.cam])
+        return {"keys": maps.keys, "cam": cam, "high_res": np.concatenate([plane, maps.high_res])}
+
+
+@dataclass(frozen=True)
+class _MapsByClass:
+    """A dictionary of one plane (H, W) for each class."""
+
+    has_background: bool
+
+    @property
+    def layout(self) -> str:
+        if self.has_background:
+            return "planes (H, W) by class, counted from 1, with 0 for the background"
+        return "planes (H, W) by class, counted from 0"
+
+    def fits(self, content: Mapping[Any, Any]) -> bool:
+        if not all(type(key) is int for key in content):
+            return False
+        if not self.has_background:
+            return True
+        try:
+            total = np.sum(list(content.values()), axis=0)
+            return 0 in content and len(content) > 1 and bool(np.allclose(total, 1, atol=1e-3))
+        except (TypeError, ValueError):
+            return False
+
+    def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
+        if not all(type(key) is int and 0 <= key < 2**31 for key in content):
+            raise DataError(f"it holds {_names_in(content)}; expected {self.layout}")
+        found = {key: _planes(value, f"class {key}", 2) for key, value in sorted(content.items())}
+        shapes = {plane.shape for plane in found.values()}
+        if len(shapes) > 1:
+            raise DataError(f"its maps have different sizes {sorted(shapes)}")
+        if not found:
+            return maps_without_class(size)
+        full, keys = np.stack(list(found.values())), np.array(list(found), dtype=np.int64)
+        if self.has_background:
+            if keys[0] != 0:
+                raise DataError(f"it has no plane 0, the background; expected {self.layout}")
+            full, keys = full[1:], keys[1:] - 1
+        return MapFile(keys, _resized(full, quarter_size(full.shape[1:])), full)
+
+    def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
+        first = 0 if background is None else 1
+        found = {} if background is None else {0: background}
+        planes = zip((maps.keys + first).tolist(), maps.high_res, strict=True)
+        return {**found, **dict(planes)}
+
+
+IRN, AMN = _KeyedMaps(has_background=False), _KeyedMaps(has_background=True)
+PSA, PSA_CRF = _MapsByClass(has_background=False), _MapsByClass(has_background=True)
+
+
+def maps_without_class(size: Any) -> MapFile:
+    """Maps of an image of ``size`` (H, W) without a class; DataError if the size is not known."""
+    if size is None or min(size) < 1:
+        raise DataError("it has no class and no map, so the size of its image must be given")
+    cam, full = (np.zeros((0, *sides), np.float32) for sides in (quarter_size(size), size))
+    return MapFile(np.zeros(0, np.int64), cam, full)
+
+
+def _kind_of(value: Any) -> str:
+    """Type and shape for messages: the value itself could be too long."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return type(value).__name__
+
+
+def _names_in(content: Mapping[Any, Any]) -> str:
+    return f"the keys {', '.join(f'{key!r:.20}' for key in list(content)[:5]) or 'none'}"
+
+
+def _planes(value: Any, name: str, axes: int) -> Planes:
+    if not isinstance(value, np.ndarray) or value.ndim != axes or value.dtype.kind != "f":
+        shape = "(K, H, W)" if axes == 3 else "(H, W)"
+        raise DataError(f"{name} is {_kind_of(value)}; expected floats {shape}")
+    height, width = value.shape[-2:]
+    if height * width > MAXIMUM_PIXELS or (min(height, width) < 1 and (axes == 2 or len(value))):
+        raise DataError(
+            f"{name} is {value.shape}; expected at most {MAXIMUM_PIXELS:,} pixels and no empty side"
+        )
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        planes = np.array(value, dtype=np.float32)
+    # of NaN both comparisons are false
+    if planes.size and not (planes.min() >= 0 and planes.max() < np.inf):
+        raise DataError(f"{name} has negative, NaN or infinite values; maps are >= 0")
+    return planes
+
+
+def _resized(planes: Planes, size: Size) -> Planes:
+    found: Planes = resize(torch.from_numpy(planes), size).numpy()
+    return found
 
 
 def read_foreign_maps(
     path: Path,
     *,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     style: str = AUTO,
     classes: ClassTable | None = None,
-) -> ForeignMaps:
+) -> MapFile:
     """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
 
-    Where the file has no map of stride 4 (psa), ``maps.cam`` is the full one resized.
+    Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. The style is
+    recorded in ``made_by``.
 
     Args:
         path: the ``.npy`` file.
@@ -64,38 +259,38 @@ def read_foreign_maps(
         >>> path = Path(mkdtemp()) / "a.npy"
         >>> one = np.ones((1, 8, 12), np.float32)
         >>> write_foreign_maps(path, MapFile(np.array([3]), one[:, ::4, ::4], one), "irn")
-        >>> read_foreign_maps(path).style
-        'irn'
+        >>> read_foreign_maps(path).keys
+        array([3])
     """
     named = None if style == AUTO else MAP_FORMATS[style]
     data = read_bytes(path)
     found = read_pickled_arrays(data, what=f"map file {path}")
-    made_by: dict[str, Any] = {
-        "imported": {"file": path.name, "digest": digest_bytes(data)},
-        "lpcam": __version__,
-    }
     try:
         if not isinstance(found, dict):
-            raise DataError(f"it holds {kind_of(found)}; expected a dictionary of maps")
+            raise DataError(f"it holds {_kind_of(found)}; expected a dictionary of maps")
         style = _recognised(found) if named is None else style
-        maps, background = MAP_FORMATS[style].read(found, size)
-        made_by["imported"]["style"] = style
+        maps = MAP_FORMATS[style].read(found, size)
+        sides = maps.high_res.shape[1:]
+        if size is not None and sides != tuple(size):
+            raise DataError(f"its maps are {sides} (height, width), the image {tuple(size)}")
         keys = maps.keys.tolist()
         if len(set(keys)) != len(keys) or (keys and min(keys) < 0):
             raise DataError(f"its classes {keys[:9]} repeat or are < 0")
-        if classes is not None:
-            unknown = [key for key in keys if key + 1 not in classes.mask_ids]
-            if unknown:
-                raise DataError(
-                    f"it has the key {unknown[0]}, and no class has the mask value "
-                    f"{unknown[0] + 1}; give the classes that the maps were made with"
-                )
-            keys = [classes.mask_ids.index(key + 1) for key in keys]
-            made_by["classes"] = list(classes.names)
+        if classes is not None and (others := {key + 1 for key in keys} - {*classes.mask_ids}):
+            raise DataError(
+                f"it has the key {min(others) - 1}, and no class has the mask value {min(others)}; "
+                "give the classes that the maps were made with"
+            )
     except DataError as error:
         raise ArtefactError(f"map file {path} is refused: {error}") from error
-    labels = np.array(keys, dtype=np.int64)
-    return ForeignMaps(MapFile(labels, maps.cam, maps.high_res, made_by), style, background)
+    made_by: dict[str, Any] = {
+        "imported": {"file": path.name, "digest": digest_bytes(data), "style": style},
+        "lpcam": __version__,
+    }
+    if classes is not None:
+        made_by["classes"] = list(classes.names)
+        keys = [classes.mask_ids.index(key + 1) for key in keys]
+    return MapFile(np.array(keys, dtype=np.int64), maps.cam, maps.high_res, made_by)
 
 
 def _recognised(found: dict[Any, Any]) -> str:
@@ -105,7 +300,16 @@ def _recognised(found: dict[Any, Any]) -> str:
     layouts = "; ".join(f"{name}: {MAP_FORMATS[name].layout}" for name in fitting or MAP_FORMATS)
     if fitting:
         raise DataError(f"it may be of several styles, name one ({layouts})")
-    raise DataError(f"it holds {names_in(found)}; expected one of {layouts}")
+    raise DataError(f"it holds {_names_in(found)}; expected one of {layouts}")
+
+
+def check_background(style: str, background: float | None) -> None:
+    """Raise DataError if files of a style need a background score and none is given, or reverse."""
+    if MAP_FORMATS[style].has_background != (background is not None):
+        raise DataError(
+            f"files of the style {style!r} have "
+            + ("a plane of the background; give its score" if background is None else "none of it")
+        )
 
 
 def write_foreign_maps(
@@ -113,7 +317,7 @@ def write_foreign_maps(
     maps: MapFile,
     style: str,
     *,
-    background: float | NDArray[np.float32] | None = None,
+    background: float | None = None,
     classes: ClassTable | None = None,
 ) -> None:
     """Write the maps of one image for other programs, atomically.
@@ -125,33 +329,19 @@ def write_foreign_maps(
         path: the ``.npy`` file.
         maps: foreground planes.
         style: a name of `MAP_FORMATS`.
-        background: background score for the styles that have one (amn, psa-crf), such as the
-            threshold of the seeds: of the whole image, or a plane (H, W).
+        background: background score of the whole image for the styles that have one (amn,
+            psa-crf), such as the threshold of the seeds.
         classes: classes whose label indices are the keys of the maps; each becomes its mask value
             minus 1. None: keys are not changed.
 
     Raises:
-        DataError: if a background is missing, superfluous or of another size, or a key is not a
-            label index.
+        DataError: if a background is missing or superfluous.
     """
-    format = MAP_FORMATS[style]
-    if format.has_background != (background is not None):
-        raise DataError(
-            f"files of the style {style!r} have "
-            + ("a plane of the background; give its score" if background is None else "none of it")
-        )
-    size = maps.high_res.shape[1:]
+    check_background(style, background)
+    plane = None
     if background is not None:
-        background = np.asarray(background, np.float32)
-        if background.shape not in ((), size):
-            raise DataError(f"the background is {background.shape}, the maps are {size}")
-        background = np.broadcast_to(background, size).copy()
+        plane = np.full(maps.high_res.shape[1:], background, np.float32)
     if classes is not None:
-        if maps.keys.size and maps.keys.max() >= len(classes):
-            raise DataError(
-                f"maps of {path.stem!r} have the class index {maps.keys.max()}; there are "
-                f"{len(classes)} classes"
-            )
         keys = np.array([classes.mask_ids[n] - 1 for n in maps.keys.tolist()], dtype=np.int64)
         maps = replace(maps, keys=keys)
-    write_bytes(path, dictionary_file(format.write(maps, background)))
+    write_bytes(path, dictionary_file(MAP_FORMATS[style].write(maps, plane)))
