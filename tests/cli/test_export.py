@@ -63,7 +63,7 @@ def test_maps(
     told = export(capsys, "maps", folder.path, tmp_path, "--format", format, *words)
     assert told.startswith(f"12 map files of the style {format} in {tmp_path}")
     found = read_foreign_maps(tmp_path / "i01.npy", style=format)
-    assert found.maps.keys.tolist() == [1] and found.maps.high_res.any()
+    assert found.keys.tolist() == [1] and found.high_res.any()
     if words:
         assert main(["export", "maps", str(folder.path), str(tmp_path), "--format", format]) == 2
         assert "give its score" in capsys.readouterr().err

@@ -73,27 +73,24 @@ def test_an_array_takes_its_names_from_a_list(tmp_path: Path, dtype: str) -> Non
     source = saved(tmp_path / "train_labels.npy", np.array([vector(2), vector(0)]).astype(dtype))
     import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=["b", "a"])
     assert rows(tmp_path / "labels.csv")[1:] == [["b", "two, words"], ["a", "zebra"]]
-    for ids, given in ((["a"], "1 were given"), (None, "none were given")):
-        with pytest.raises(DataError, match=rf"has 2 rows; give as many ids \({given}\)"):
+    for ids in (["a"], None):
+        with pytest.raises(DataError, match="has 2 rows"):
             import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=ids)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({1: vector(0)}, "by the number 1, which is not of VOC"),
-        ({"a": vector(0)[:2]}, r"has \(2,\) for 'a'; expected one value for each of the 3 classes"),
-        ({"a": vector(0)[None]}, r"has \(1, 3\) for 'a'"),
-        ({"a": [1, 0, 0]}, "has a list for 'a'"),
-        ({"a": vector(0) * np.nan}, "has NaN or infinity for 'a'"),
+        ({1: vector(0)}, "the number 1"),
+        ({"a": vector(0)[:2]}, r"\(2,\) for 'a'"),
+        ({"a": vector(0)[None]}, r"\(1, 3\) for 'a'"),
+        ({"a": [1, 0, 0]}, "list for 'a'"),
+        ({"a": vector(0) * np.nan}, "NaN or infinity for 'a'"),
         ({"a.jpg": vector(0), "a": vector(0)}, "'a' more than once"),
         ({"../a": vector(0)}, "could leave its folder"),
-        ({"a\nb": vector(0)}, r"has the name 'a\\nb'; names are printable text"),
-        ({"\ud800": vector(0)}, r"has the name '\\ud800'; names are printable text"),
-        ({}, "names no image"),
-        ([vector(0)], "holds list; expected a dictionary"),
-        ("text", "holds str; expected a dictionary"),
-        (np.ones(3), r"holds \(3,\); expected a dictionary"),
+        ({"a\nb": vector(0)}, r"'a\\nb'"),
+        ({"\ud800": vector(0)}, r"'\\ud800'"),
+        *((content, "neither") for content in ({}, [vector(0)], "text", np.ones(3))),
     ],
 )
 def test_wrong_contents_are_refused_by_name(tmp_path: Path, content: Any, message: str) -> None:
@@ -125,22 +122,17 @@ def test_classes_that_a_table_cannot_hold_are_refused(tmp_path: Path, classes: l
 
 def test_the_names_of_a_list_are_not_blamed_on_the_array(tmp_path: Path) -> None:
     source = saved(tmp_path / "l.npy", np.ones((2, 3)))
-    for ids, message in (
-        (["a", "/b"], r"^the list of ids: image name '/b' is refused"),
-        (["a", "a.jpg"], r"^the list of ids .*'a' more than once"),
-    ):
-        with pytest.raises(DataError, match=message):
+    for ids in (["a", "/b"], ["a", "a.jpg"]):
+        with pytest.raises(DataError, match=r"^the list of ids"):
             import_labels(source, tmp_path / "labels.csv", classes=CLASSES, ids=ids)
 
 
-@pytest.mark.parametrize("name", ["labels.CSV", "labels.jsonl"])
-def test_a_table_of_text_is_not_imported(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("image,labels\na,cow\n")
-    message = rf"{name} is a table of labels already and needs no import; name it in data\.labels"
-    with pytest.raises(DataError, match=message):
-        import_labels(tmp_path / name, tmp_path / "new.csv", classes=CLASSES)
-
-
-def test_a_table_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"labels\.txt"):
-        import_labels(tmp_path / "missing.npy", tmp_path / "labels.txt", classes=CLASSES)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("l.CSV", "new.csv"), ("l.jsonl", "new.csv"), ("missing.npy", "l.txt")],
+)
+def test_tables_are_not_imported_and_nothing_but_csv_is_written(
+    tmp_path: Path, source: str, target: str
+) -> None:
+    with pytest.raises(DataError, match=rf"{source}|{target}"):
+        import_labels(tmp_path / source, tmp_path / target, classes=CLASSES)

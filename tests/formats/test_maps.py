@@ -37,6 +37,10 @@ def maps(*keys: int) -> MapFile:
     )
 
 
+def style_of(found: MapFile) -> str:
+    return str(found.made_by["imported"]["style"])
+
+
 def saved(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = np.empty((), dtype=object)
@@ -47,15 +51,13 @@ def saved(path: Path, value: Any) -> Path:
 
 def irn(path: Path, *, keys: Any = (3, 14), extra: int = 0, torch_inside: bool = False) -> Path:
     count = len(keys) + extra
-    cam, full = planes(count, 3, 4, seed=1), planes(count)
-    if torch_inside:
-        content = {
-            "keys": torch.tensor(keys),
-            "cam": torch.from_numpy(cam),
-            "high_res": full,
-        }
-    else:
-        content = {"keys": np.array(keys), "cam": cam, "high_res": torch.from_numpy(full)}
+    content: dict[str, Any] = {
+        "keys": np.array(keys),
+        "cam": planes(count, 3, 4, seed=1),
+        "high_res": planes(count),
+    }
+    for name in ("keys", "cam") if torch_inside else ("high_res",):
+        content[name] = torch.from_numpy(content[name])
     return saved(path, content)
 
 
@@ -65,11 +67,10 @@ def irn(path: Path, *, keys: Any = (3, 14), extra: int = 0, torch_inside: bool =
 @pytest.mark.parametrize("torch_inside", [True, False], ids=["of CAM", "of LPCAM"])
 def test_irn_files_are_read_as_they_are(tmp_path: Path, torch_inside: bool) -> None:
     found = read_foreign_maps(irn(tmp_path / "a.npy", torch_inside=torch_inside), size=SIZE)
-    assert found.style == "irn" and found.background is None
-    assert found.maps.keys.tolist() == [3, 14] and found.maps.keys.dtype == np.int64
-    assert np.array_equal(found.maps.cam, planes(2, 3, 4, seed=1))
-    assert np.array_equal(found.maps.high_res, planes(2))
-    record = found.maps.made_by["imported"]
+    assert found.keys.tolist() == [3, 14] and found.keys.dtype == np.int64
+    assert np.array_equal(found.cam, planes(2, 3, 4, seed=1))
+    assert np.array_equal(found.high_res, planes(2))
+    record = found.made_by["imported"]
     assert record["file"] == "a.npy" and record["style"] == "irn" and len(record["digest"]) == 32
 
 
@@ -78,11 +79,10 @@ def test_psa_files_are_sorted_by_class_and_get_a_small_map(tmp_path: Path) -> No
     full[0] = 0.25
     full[1, :4] = 1.0
     found = read_foreign_maps(saved(tmp_path / "a.npy", {7: full[1], 0: torch.tensor(full[0])}))
-    assert found.style == "psa" and found.background is None
-    assert found.maps.keys.tolist() == [0, 7]
-    assert np.array_equal(found.maps.high_res, full)
+    assert style_of(found) == "psa" and found.keys.tolist() == [0, 7]
+    assert np.array_equal(found.high_res, full)
     # bilinear without aligned corners takes the mean of the four pixels in the middle of a cell
-    assert found.maps.cam.tolist() == [[[0.25, 0.25]] * 2, [[1, 1], [0, 0]]]
+    assert found.cam.tolist() == [[[0.25, 0.25]] * 2, [[1, 1], [0, 0]]]
 
 
 def test_after_a_crf_the_style_has_to_be_named(tmp_path: Path) -> None:
@@ -92,12 +92,9 @@ def test_after_a_crf_the_style_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"a.npy is refused: .*psa: .*psa-crf: "):
         read_foreign_maps(path)
     found = read_foreign_maps(path, style="psa-crf")
-    assert found.maps.keys.tolist() == [2, 19] and found.style == "psa-crf"
-    assert found.background is not None
-    assert np.array_equal(found.background, full[0])
-    assert np.array_equal(found.maps.high_res, full[1:])
-    assert read_foreign_maps(path, style="psa").maps.keys.tolist() == [0, 3, 20]
-    with pytest.raises(ArtefactError, match="has no plane 0, the background"):
+    assert found.keys.tolist() == [2, 19] and np.array_equal(found.high_res, full[1:])
+    assert read_foreign_maps(path, style="psa").keys.tolist() == [0, 3, 20]
+    with pytest.raises(ArtefactError, match="plane 0"):
         read_foreign_maps(saved(tmp_path / "b.npy", {3: full[1]}), style="psa-crf")
 
 
@@ -111,45 +108,47 @@ def test_the_published_ways_of_having_no_class(tmp_path: Path) -> None:
         "background alone": {"keys": none, "cam": planes(1, 3, 4), "high_res": planes(1)},
     }
     for name, content in ways.items():
-        found = read_foreign_maps(saved(tmp_path / f"{name}.npy", content), size=SIZE).maps
+        found = read_foreign_maps(saved(tmp_path / f"{name}.npy", content), size=SIZE)
         assert found.keys.dtype == np.int64
-        assert (found.keys.shape, found.cam.shape, found.high_res.shape) == (
-            (0,),
-            (0, 3, 4),
-            (0, *SIZE),
-        )
+        shapes = [array.shape for array in (found.keys, found.cam, found.high_res)]
+        assert shapes == [(0,), (0, 3, 4), (0, *SIZE)]
         write_maps(tmp_path / "a.npz", found, dtype="float16")
-    assert read_foreign_maps(tmp_path / "lpcam.npy").maps.high_res.shape == (0, *SIZE)
+    assert read_foreign_maps(tmp_path / "lpcam.npy").high_res.shape == (0, *SIZE)
     for name in ("amn", "empty"):
         with pytest.raises(ArtefactError, match="the size of its image must be given"):
             read_foreign_maps(tmp_path / f"{name}.npy")
 
 
+ONE, TWO = np.array([1]), np.array([1, 2])
 WRONG: dict[str, tuple[Any, str]] = {
-    "array": (np.ones(3), r"it holds float64 \(3,\); expected a dictionary"),
-    "list": ([1], "it holds a list"),
+    "array": (np.ones(3), r"float64 \(3,\)"),
+    "list": ([1], "list"),
     "other keys": ({"a": 1, "b": 2}, "the keys 'a', 'b'; .*'keys' .* by class"),
     "text among classes": ({1: planes(1)[0], "a": 1}, "the keys 1, 'a'"),
     "float keys": ({"keys": np.ones(2)}, r"'keys' are float64 \(2,\)"),
     "flat keys": ({"keys": np.ones((2, 1), int)}, r"'keys' are int64 \(2, 1\)"),
-    "no maps": ({"keys": np.array([1])}, "has 1 classes, but no 'high_res'"),
-    "planes": ({"keys": np.array([1]), "high_res": planes(3)}, "has 3 planes and 'keys' 1 classes"),
-    "too few": ({"keys": np.array([1, 2]), "high_res": planes(1)}, "has 1 planes and 'keys' 2"),
+    "no maps": ({"keys": ONE}, "no 'high_res'"),
+    "planes": ({"keys": ONE, "high_res": planes(3)}, "3 planes and 'keys' 1"),
+    "too few": ({"keys": TWO, "high_res": planes(1)}, "1 planes and 'keys' 2"),
     "cam": (
-        {"keys": np.array([1]), "high_res": planes(1), "cam": planes(1, 4, 4)},
-        r"'cam' is \(1, 4, 4\) .* expected 'cam' of \(1, 3, 4\)",
+        {"keys": ONE, "high_res": planes(1), "cam": planes(1, 4, 4)},
+        r"'cam' is \(1, 4, 4\) .* \(1, 3, 4\)",
     ),
-    "repeats": ({"keys": np.array([1, 1]), "high_res": planes(2)}, r"classes \[1, 1\] repeat"),
-    "below 0": ({"keys": np.array([-1]), "high_res": planes(1)}, r"classes \[-1\] repeat or are"),
-    "class below 0": ({-1: planes(1)[0]}, "class outside"),
-    "class above any": ({2**63: planes(1)[0]}, "class outside"),
-    "bytes": ({"keys": np.array([1]), "high_res": np.ones((1, 9, 13), "u1")}, "expected floats"),
-    "no array": ({1: [1.0]}, r"class 1 is a list; expected floats \(H, W\)"),
-    "negative": ({1: -planes(1)[0]}, "class 1 has negative, NaN or infinite"),
-    "nan": ({1: np.full(SIZE, np.nan, "f4")}, "class 1 has negative, NaN or infinite"),
-    "too large": ({1: np.full(SIZE, 1e300)}, "class 1 has negative, NaN or infinite"),
-    "empty side": ({1: np.zeros((0, 5), "f4")}, r"class 1 is \(0, 5\); expected at most"),
-    "sizes": ({1: planes(1)[0], 2: planes(1, 4, 4)[0]}, r"different sizes \[\(4, 4\), \(9, 13\)\]"),
+    "repeats": ({"keys": np.array([1, 1]), "high_res": planes(2)}, r"\[1, 1\] repeat"),
+    "below 0": ({"keys": np.array([-1]), "high_res": planes(1)}, r"\[-1\]"),
+    "class below 0": ({-1: planes(1)[0]}, "the keys -1"),
+    "class above any": ({2**63: planes(1)[0]}, "the keys 9"),
+    "bytes": ({"keys": ONE, "high_res": np.ones((1, 9, 13), "u1")}, "uint8"),
+    "no array": ({1: [1.0]}, r"class 1 is list"),
+    "negative": ({1: -planes(1)[0]}, "class 1"),
+    "nan": ({1: np.full(SIZE, np.nan, "f4")}, "class 1"),
+    "too large": ({1: np.full(SIZE, 1e300)}, "class 1"),
+    "empty side": ({1: np.zeros((0, 5), "f4")}, r"class 1 is \(0, 5\)"),
+    "sizes": ({1: planes(1)[0], 2: planes(1, 4, 4)[0]}, r"\(4, 4\), \(9, 13\)"),
+    "sides of no planes": (
+        {"keys": np.zeros(0, int), "high_res": np.zeros((0, 10**6, 10**6), np.float32)},
+        "100,000,000 pixels",
+    ),
 }
 
 
@@ -161,12 +160,6 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
         read_foreign_maps(path)
 
 
-def test_the_sides_of_no_planes_are_bounded(tmp_path: Path) -> None:
-    content = {"keys": np.zeros(0, int), "high_res": np.zeros((0, 10**6, 10**6), np.float32)}
-    with pytest.raises(ArtefactError, match="expected at most 100,000,000 pixels"):
-        read_foreign_maps(saved(tmp_path / "a.npy", content))
-
-
 def test_keys_are_mask_values_less_1(tmp_path: Path) -> None:
     """Of a part of a larger data set they are not the label indices."""
     whole = maps(2, 0)
@@ -176,13 +169,11 @@ def test_keys_are_mask_values_less_1(tmp_path: Path) -> None:
         write_foreign_maps(path, whole, style, background=background, classes=FARM)
         dictionary = loaded(path)
         assert (dictionary["keys"].tolist() if "keys" in dictionary else list(dictionary)) == keys
-        back = read_foreign_maps(path, style=style, classes=FARM).maps
+        back = read_foreign_maps(path, style=style, classes=FARM)
         order = [back.keys.tolist().index(key) for key in (2, 0)]
         assert np.array_equal(back.high_res[order], whole.high_res)
         assert back.made_by["classes"] == ["dog", "cow", "sheep"]
-    assert "classes" not in read_foreign_maps(path, style="psa").maps.made_by
-    with pytest.raises(DataError, match="'a' have the class index 3; there are 3 classes"):
-        write_foreign_maps(path, maps(3), "irn", classes=FARM)
+    assert "classes" not in read_foreign_maps(path, style="psa").made_by
 
 
 def test_maps_of_classes_that_are_not_chosen_are_dropped(tmp_path: Path) -> None:
@@ -228,13 +219,13 @@ def test_classes_go_out_beside_the_maps_and_come_back(tmp_path: Path) -> None:
 
 def test_maps_of_another_image_or_table_are_refused(tmp_path: Path) -> None:
     path = irn(tmp_path / "a.npy")
-    with pytest.raises(ArtefactError, match="maps are 9 x 13 pixels, the image 9 x 14"):
+    with pytest.raises(ArtefactError, match=r"maps are \(9, 13\) .*, the image \(9, 14\)"):
         read_foreign_maps(path, size=(9, 14))
     table = ClassTable(tuple("abcdefghijklmno"), tuple(range(1, 16)))
     short = ClassTable(table.names[:14], table.mask_ids[:14])
     with pytest.raises(ArtefactError, match="has the key 14, and no class has the mask value 15;"):
         read_foreign_maps(path, classes=short)
-    assert read_foreign_maps(path, classes=table).maps.keys.tolist() == [3, 14]
+    assert read_foreign_maps(path, classes=table).keys.tolist() == [3, 14]
     with pytest.raises(ArtefactError, match="2 planes and 'keys' 2 classes"):
         read_foreign_maps(path, style="amn")
     with pytest.raises(ArtefactError, match="the keys 'keys', 'cam'"):
@@ -272,14 +263,11 @@ def test_what_is_written_is_read_again(tmp_path: Path, style: str, keys: tuple[i
     write_foreign_maps(tmp_path / "a.npy", whole, style, background=background)
     named: Any = style if style.startswith("psa") else "auto"
     found = read_foreign_maps(tmp_path / "a.npy", size=SIZE, style=named)
-    assert found.style == style or not keys
-    assert np.array_equal(found.maps.keys, whole.keys)
-    assert np.array_equal(found.maps.high_res, whole.high_res)
+    assert style_of(found) == style or not keys
+    assert np.array_equal(found.keys, whole.keys)
+    assert np.array_equal(found.high_res, whole.high_res)
     if not style.startswith("psa"):
-        assert np.array_equal(found.maps.cam, whole.cam)
-    if background is not None and keys:
-        assert found.background is not None
-        assert np.array_equal(found.background, np.full(SIZE, 0.25))
+        assert np.array_equal(found.cam, whole.cam)
 
 
 def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
@@ -292,11 +280,10 @@ def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
     found["high_res"] /= 2
     torch.from_numpy(found["cam"]).mul_(2)
 
-    plane = planes(1, seed=5)[0]
-    write_foreign_maps(tmp_path / "a.npy", whole, "amn", background=plane)
+    write_foreign_maps(tmp_path / "a.npy", whole, "amn", background=0.25)
     found = loaded(tmp_path / "a.npy")
     assert found["high_res"].shape == (3, *SIZE) and found["cam"].shape == (3, 3, 4)
-    assert np.array_equal(found["high_res"][0], plane) and found["keys"].tolist() == [3, 14]
+    assert (found["high_res"][0] == 0.25).all() and found["keys"].tolist() == [3, 14]
 
     write_foreign_maps(tmp_path / "a.npy", whole, "psa")
     found = loaded(tmp_path / "a.npy")
@@ -313,15 +300,11 @@ def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
 
 
 def test_the_background_belongs_to_its_styles(tmp_path: Path) -> None:
-    for style in ("amn", "psa-crf"):
-        with pytest.raises(DataError, match=f"'{style}' have a plane of the background; give its"):
-            write_foreign_maps(tmp_path / "a.npy", maps(1), style)
-        with pytest.raises(DataError, match=r"background is \(3, 4\), the maps are \(9, 13\)"):
-            write_foreign_maps(tmp_path / "a.npy", maps(1), style, background=planes(1, 3, 4)[0])
-    with pytest.raises(DataError, match="'irn' have none of it"):
-        write_foreign_maps(tmp_path / "a.npy", maps(1), "irn", background=0.5)
-    with pytest.raises(LpcamError, match="'sem'"):
-        write_foreign_maps(tmp_path / "a.npy", maps(1), "sem")
+    for style, background in (("amn", None), ("psa-crf", None), ("irn", 0.5), ("psa", 0.5)):
+        with pytest.raises(DataError, match=f"'{style}'"):
+            write_foreign_maps(tmp_path / "a.npy", maps(1), style, background=background)
+        with pytest.raises(DataError, match=f"'{style}'"):
+            export_maps(tmp_path, tmp_path / "out", style, [], classes=FARM, background=background)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,10 +321,7 @@ def test_a_folder_is_imported_with_its_origin(tmp_path: Path) -> None:
     saved(tmp_path / "in" / "c.npy", {5: planes(1)[0]})
     saved(tmp_path / "in" / "d.npy", {"keys": np.zeros(0, int), "high_res": planes(0)})
     (tmp_path / "in" / "e.npy").write_bytes(b"damaged")
-    calls: list[tuple[int, int]] = []
-    done = import_maps(
-        tmp_path / "in", tmp_path / "out", progress=lambda n, total: calls.append((n, total))
-    )
+    done = import_maps(tmp_path / "in", tmp_path / "out")
     assert done.ids == ("2007_000032", "barn/cow 7", "c", "d") and done.without_class == ("d",)
     assert done.styles == {"irn": 2, "amn": 1, "psa": 1}
     assert [skip.id for skip in done.skipped] == ["e"] and "damaged" in done.skipped[0].reason
@@ -349,7 +329,6 @@ def test_a_folder_is_imported_with_its_origin(tmp_path: Path) -> None:
     assert summary[0] == f"4 map files (1 amn, 2 irn, 1 psa) in {tmp_path / 'out'}"
     assert len(summary) == 4
     assert summary[3].startswith("1 left out, the first: map file")
-    assert calls == [(n, 5) for n in range(1, 6)]
     found = read_maps(map_path(tmp_path / "out", "barn/cow 7"))
     assert found.keys.tolist() == [1] and close(found, planes(2)[1:])
     assert found.made_by["imported"]["style"] == "amn"
@@ -382,14 +361,11 @@ def test_images_without_a_file(tmp_path: Path) -> None:
     assert read_maps(map_path(tmp_path / "out", "b")).high_res.shape == (0, 5, 7)
     with pytest.raises(DataError, match=r"none of the 1 images has a file .* 'a'.npy, .* 'b'"):
         import_maps(tmp_path / "in", tmp_path / "out", ["b"], sizes=sizes, without_file="no class")
-    with pytest.raises(DataError, match="there is no folder"):
-        import_maps(tmp_path / "other", tmp_path / "out")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"there is no .npy file"):
+    with pytest.raises(DataError, match=r"there is no .npy file in .*none"):
         import_maps(tmp_path / "none", tmp_path / "out")
     with pytest.raises(DataError, match="could leave its folder"):
         import_maps(tmp_path / "in", tmp_path / "out", ["a", "../a"])
-    with pytest.raises(ArtefactError, match=r"can be used: .*the image 1 x 1"):
+    with pytest.raises(ArtefactError, match=r"can be used: .*the image \(1, 1\)"):
         import_maps(tmp_path / "in", tmp_path / "out", ["a"], sizes={"a": (1, 1)})
 
 
@@ -397,14 +373,11 @@ def test_a_folder_goes_out_and_comes_back(tmp_path: Path) -> None:
     ids = ["COCO_train2014_000000000009", "barn/cow"]
     for item_id, keys in zip(ids, [(1, 79), ()], strict=True):
         write_maps(map_path(tmp_path / "ours", item_id), maps(*keys), dtype="float16")
-    done = export_maps(
+    files = export_maps(
         tmp_path / "ours", tmp_path / "theirs", "amn", ids, background=0.5, bare_digits=True
     )
-    assert [f.relative_to(tmp_path / "theirs").as_posix() for f in done.files] == [
-        "000000000009.npy",
-        "barn/cow.npy",
-    ]
-    assert done.summary() == f"2 map files of the style amn in {tmp_path / 'theirs'}"
+    names = [f.relative_to(tmp_path / "theirs").as_posix() for f in files]
+    assert names == ["000000000009.npy", "barn/cow.npy"]
     sizes = dict.fromkeys(ids, SIZE)
     back = import_maps(tmp_path / "theirs", tmp_path / "back", ids, sizes=sizes)
     assert back.ids == tuple(ids) and back.without_class == ("barn/cow",)
@@ -415,7 +388,5 @@ def test_a_folder_goes_out_and_comes_back(tmp_path: Path) -> None:
         assert np.allclose(first.cam, again.cam, atol=1e-6)
     with pytest.raises(DataError, match="would be written to one file"):
         export_maps(tmp_path / "ours", tmp_path / "theirs", "psa", [ids[0], ids[0]])
-    with pytest.raises(DataError, match="give its score"):
-        export_maps(tmp_path / "ours", tmp_path / "theirs", "amn", ids)
     with pytest.raises(ArtefactError, match=r"cannot read .*other.npz"):
         export_maps(tmp_path / "ours", tmp_path / "theirs", "psa", ["other"])

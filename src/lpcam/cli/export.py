@@ -118,7 +118,7 @@ def export_maps(
     """Write a run's maps for IRN, AMN or PSA."""
     maps = lpcam.RunFolder(run).maps(source)
     with _progress(f"maps of {maps.name}", len(maps.ids)) as advance:
-        written = map_files.export_maps(
+        files = map_files.export_maps(
             maps.folder,
             output,
             format,
@@ -129,7 +129,7 @@ def export_maps(
             workers=call.threads,
             progress=advance,
         )
-    print(written.summary())
+    print(f"{len(files)} map files of the style {format} in {output}")
     if maps.missing:
         print(
             f"{len(maps.missing)} of {len(maps.missing) + len(maps.ids)} images have no map in "

@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable, check_unique, safe_id
 from lpcam.data.labels import read_text
@@ -93,28 +92,27 @@ def import_labels(
         )
     where = f"label file {source}"
     found = read_pickled_arrays(read_bytes(source), what=where)
-    rows: Iterable[Any]
-    if isinstance(found, dict):
+    if isinstance(found, np.ndarray) and found.ndim == 2:
+        if ids is None or len(ids) != len(found):
+            raise DataError(f"{where} has {len(found)} rows; give as many ids (--ids)")
+        keys, rows, listed = list(ids), list(found), "the list of ids"
+    elif isinstance(found, dict) and found:
         if ids is not None:
             raise DataError(f"{where} names its images itself; leave the ids out")
-        keys, rows, listed = list(found), found.values(), where
-    elif isinstance(found, np.ndarray) and found.ndim == 2:
-        if ids is None or len(ids) != len(found):
-            given = "none were" if ids is None else f"{len(ids)} were"
-            raise DataError(f"{where} has {len(found)} rows; give as many ids ({given} given)")
-        keys, rows, listed = list(ids), found, "the list of ids"
+        keys, rows, listed = list(found), list(found.values()), where
     else:
-        kind = found.shape if isinstance(found, np.ndarray) else type(found).__name__
-        raise DataError(
-            f"{where} holds {kind}; expected a dictionary of vectors or an array (n, N)"
-        )
+        raise DataError(f"{where} holds neither a dictionary of vectors nor an array (n, N)")
     names = [_image_name(key, coco_split, listed) for key in keys]
     check_unique(names, listed)
-    if not names:
-        raise DataError(f"{where} names no image")
-    present = np.stack(
-        [_labels(row, len(classes), name, where) for name, row in zip(names, rows, strict=True)]
-    )
+    for name, row in zip(names, rows, strict=True):
+        if not isinstance(row, np.ndarray) or row.shape != (len(classes),):
+            raise DataError(
+                f"{where} has {getattr(row, 'shape', type(row).__name__)} for {name!r}; expected "
+                f"one value for each of the {len(classes)} classes (no background)"
+            )
+        if not np.isfinite(row).all():
+            raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
+    present = np.stack(rows) > 0
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image", "labels"])
@@ -129,11 +127,7 @@ def import_labels(
 
 
 def write_unchanged(contents: Mapping[Path, bytes]) -> None:
-    """Write files that may exist only with the same contents.
-
-    Raises:
-        DataError: if one exists with other contents; then nothing is written.
-    """
+    """Write files; DataError, before any is written, if one exists with other contents."""
     for path, data in contents.items():
         if path.exists() and (not path.is_file() or path.read_bytes() != data):
             raise DataError(f"{path} is there already with other contents; choose another output")
@@ -173,18 +167,6 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
         raise DataError(f"{where}: {error}") from error
 
 
-def _labels(row: Any, count: int, name: str, where: str) -> NDArray[np.bool_]:
-    if not isinstance(row, np.ndarray) or row.shape != (count,):
-        shape = row.shape if isinstance(row, np.ndarray) else f"a {type(row).__name__}"
-        raise DataError(
-            f"{where} has {shape} for {name!r}; expected one value for each of the {count} classes "
-            "(no background)"
-        )
-    if not np.isfinite(row).all():
-        raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
-    return np.asarray(row > 0)
-
-
 def read_classes(path: Path) -> ClassTable:
     """Read class names, one a line, with mask values from 1 on or given after a tab.
 
@@ -198,16 +180,18 @@ def read_classes(path: Path) -> ClassTable:
         >>> read_classes(path).mask_ids
         (1, 12)
     """
-    names, values = [], []
-    for number, line in enumerate(read_text(path, "Write one name a line.").splitlines(), start=1):
-        name, tab, value = line.strip().rpartition("\t")
+    names: list[str] = []
+    values: list[int] = []
+    lines = map(str.strip, read_text(path, "Write one name a line.").splitlines())
+    for number, line in enumerate(lines, start=1):
+        name, tab, value = line.partition("\t")
         if tab and not value.isdecimal():
             raise DataError(
                 f"{path} line {number}: {value!r} after the tab is not an integer; expected the "
                 "value of the class in masks"
             )
-        if value:
-            names.append(name.strip() if tab else value)
+        if line:
+            names.append(name.strip())
             values.append(int(value) if tab else len(names))
     try:
         return ClassTable(tuple(names), tuple(values))
