@@ -16,7 +16,7 @@ from lpcam.data.dataset import ClassTable
 from lpcam.data.map_files import map_path
 from lpcam.data.masks import write_mask
 from lpcam.data.voc import CLASSES
-from lpcam.formats.maps import read_foreign_maps
+from lpcam.formats.map_folders import read_foreign_maps
 from lpcam.formats.registry import FORMATS, MAP_FORMATS
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import run

@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 from lpcam.data.dataset import ClassTable
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import read_classes
-from lpcam.formats.map_folders import export_maps, import_maps
-from lpcam.formats.maps import read_foreign_maps, write_foreign_maps
+from lpcam.formats.map_folders import (
+    export_maps,
+    import_maps,
+    read_foreign_maps,
+    write_foreign_maps,
+)
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 

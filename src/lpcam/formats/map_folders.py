@@ -1,4 +1,9 @@
-"""Folders of map files of other programs, imported and exported."""
+"""Map files of other programs: ``.npy`` files of a pickled dictionary, and folders of them.
+
+A key k is the class of the value k + 1 in masks, also in runs of some classes, whose label indices
+differ. Files are never unpickled (:mod:`lpcam.formats.pickled_arrays`); what is written can be read
+without torch.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +20,137 @@ import torch
 from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
-from lpcam.formats.maps import (
-    AUTO,
-    Planes,
-    check_background,
-    maps_without_class,
-    read_foreign_maps,
-    write_foreign_maps,
-)
+from lpcam.formats.map_formats import Planes, kind_of, maps_without_class, names_in
+from lpcam.formats.pickled_arrays import dictionary_file, read_pickled_arrays
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.files import digest_bytes, read_bytes, write_bytes
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.versions import __version__
 
+AUTO = "auto"
+"""Name of no map format: it is found from the contents."""
 _COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
 _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
 _NO_FILE = "no file"
+
+
+def read_foreign_maps(
+    path: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    style: str = AUTO,
+    classes: ClassTable | None = None,
+) -> MapFile:
+    """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
+
+    Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. The style is
+    recorded in ``made_by``.
+
+    Args:
+        path: the ``.npy`` file.
+        size: (H, W) of the image; a file of another size is refused. Required where the file of an
+            image without a class has no size.
+        style: a name of `MAP_FORMATS`; "auto" finds it from the contents.
+        classes: a key k becomes the label index of the class with mask value k + 1; any other key
+            is refused. None: keys are not changed.
+
+    Raises:
+        ArtefactError: if the file is missing, damaged, tries to run code, does not fit the style,
+            classes or size, has negative or infinite values, or could be of several styles.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> path = Path(mkdtemp()) / "a.npy"
+        >>> one = np.ones((1, 8, 12), np.float32)
+        >>> write_foreign_maps(path, MapFile(np.array([3]), one[:, ::4, ::4], one), "irn")
+        >>> read_foreign_maps(path).keys
+        array([3])
+    """
+    named = None if style == AUTO else MAP_FORMATS[style]
+    data = read_bytes(path)
+    found = read_pickled_arrays(data, what=f"map file {path}")
+    try:
+        if not isinstance(found, dict):
+            raise DataError(f"it holds {kind_of(found)}; expected a dictionary of maps")
+        style = _recognised(found) if named is None else style
+        maps = MAP_FORMATS[style].read(found, size)
+        sides = maps.high_res.shape[1:]
+        if size is not None and sides != tuple(size):
+            raise DataError(f"its maps are {sides} (height, width), the image {tuple(size)}")
+        keys = maps.keys.tolist()
+        if len(set(keys)) != len(keys) or (keys and min(keys) < 0):
+            raise DataError(f"its classes {keys[:9]} repeat or are < 0")
+        if classes is not None and (others := {key + 1 for key in keys} - {*classes.mask_ids}):
+            raise DataError(
+                f"it has the key {min(others) - 1}, and no class has the mask value {min(others)}; "
+                "give the classes that the maps were made with"
+            )
+    except DataError as error:
+        raise ArtefactError(f"map file {path} is refused: {error}") from error
+    made_by: dict[str, Any] = {
+        "imported": {"file": path.name, "digest": digest_bytes(data), "style": style},
+        "lpcam": __version__,
+    }
+    if classes is not None:
+        made_by["classes"] = list(classes.names)
+        keys = [classes.mask_ids.index(key + 1) for key in keys]
+    return MapFile(np.array(keys, dtype=np.int64), maps.cam, maps.high_res, made_by)
+
+
+def _recognised(found: dict[Any, Any]) -> str:
+    fitting = [name for name, one in MAP_FORMATS.items() if one.fits(found)]
+    if len(fitting) == 1:
+        return fitting[0]
+    layouts = "; ".join(f"{name}: {MAP_FORMATS[name].layout}" for name in fitting or MAP_FORMATS)
+    if fitting:
+        raise DataError(f"it may be of several styles, name one ({layouts})")
+    raise DataError(f"it holds {names_in(found)}; expected one of {layouts}")
+
+
+def check_background(style: str, background: float | None) -> None:
+    """Raise DataError if files of a style need a background score and none is given, or reverse."""
+    if MAP_FORMATS[style].has_background != (background is not None):
+        raise DataError(
+            f"files of the style {style!r} have "
+            + ("a plane of the background; give its score" if background is None else "none of it")
+        )
+
+
+def write_foreign_maps(
+    path: Path,
+    maps: MapFile,
+    style: str,
+    *,
+    background: float | None = None,
+    classes: ClassTable | None = None,
+) -> None:
+    """Write the maps of one image for other programs, atomically.
+
+    They read it with ``np.load(path, allow_pickle=True).item()``, without torch. Values are float32
+    and not changed.
+
+    Args:
+        path: the ``.npy`` file.
+        maps: foreground planes.
+        style: a name of `MAP_FORMATS`.
+        background: background score of the whole image for the styles that have one (amn,
+            psa-crf), such as the threshold of the seeds.
+        classes: classes whose label indices are the keys of the maps; each becomes its mask value
+            minus 1. None: keys are not changed.
+
+    Raises:
+        DataError: if a background is missing or superfluous.
+    """
+    check_background(style, background)
+    plane = None
+    if background is not None:
+        plane = np.full(maps.high_res.shape[1:], background, np.float32)
+    if classes is not None:
+        keys = np.array([classes.mask_ids[n] - 1 for n in maps.keys.tolist()], dtype=np.int64)
+        maps = replace(maps, keys=keys)
+    write_bytes(path, dictionary_file(MAP_FORMATS[style].write(maps, plane)))
 
 
 @dataclass(frozen=True)

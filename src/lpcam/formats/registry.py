@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lpcam.runtime.registry import Registry
 
 if TYPE_CHECKING:
-    from lpcam.formats.maps import MapFormat
+    from lpcam.formats.map_formats import MapFormat
     from lpcam.formats.masks.base import Format
 
 FORMATS: Registry[Format] = Registry(
@@ -28,10 +28,10 @@ MAP_FORMATS: Registry[MapFormat] = Registry(
     "map format",
     "lpcam.map_formats",
     {
-        "irn": "lpcam.formats.maps:IRN",
-        "amn": "lpcam.formats.maps:AMN",
-        "psa": "lpcam.formats.maps:PSA",
-        "psa-crf": "lpcam.formats.maps:PSA_CRF",
+        "irn": "lpcam.formats.map_formats:IRN",
+        "amn": "lpcam.formats.map_formats:AMN",
+        "psa": "lpcam.formats.map_formats:PSA",
+        "psa-crf": "lpcam.formats.map_formats:PSA_CRF",
     },
 )
 """What ``lpcam import maps`` reads and ``lpcam export maps`` writes."""

@@ -1,4 +1,4 @@
-"""Map files of other programs: ``.npy`` files of a pickled dictionary, read and written.
+"""The map formats of IRN, AMN and PSA: what the dictionary in a ``.npy`` file holds.
 
 ==========  ==================================================================================
 format      contents (specification of data sets, section 5)
@@ -9,35 +9,23 @@ amn         the same with a plane of the background before the others: K + 1 pla
 psa         {class: float32 (H, W)}; of PSA, SEAM, MCTformer and EDAM
 psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after the CRF
 ==========  ==================================================================================
-
-A key k is the class of the value k + 1 in masks, also in runs of some classes, whose label indices
-differ. Files are never unpickled (:mod:`lpcam.formats.pickled_arrays`); what is written can be read
-without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lpcam.data.dataset import ClassTable
 from lpcam.data.images import MAXIMUM_PIXELS
 from lpcam.data.map_files import MapFile
 from lpcam.data.resize import quarter_size, resize
-from lpcam.formats.pickled_arrays import dictionary_file, read_pickled_arrays
-from lpcam.formats.registry import MAP_FORMATS
-from lpcam.runtime.errors import ArtefactError, DataError
-from lpcam.runtime.files import digest_bytes, read_bytes, write_bytes
-from lpcam.runtime.versions import __version__
+from lpcam.runtime.errors import DataError
 
-AUTO = "auto"
-"""Name of no map format: it is found from the contents."""
 Planes = NDArray[np.float32]
 Size = tuple[int, int]
 
@@ -98,14 +86,14 @@ class _KeyedMaps:
 
     def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
         if "keys" not in content:
-            raise DataError(f"it holds {_names_in(content)}; expected {self.layout}")
+            raise DataError(f"it holds {names_in(content)}; expected {self.layout}")
         keys = content["keys"]
         if (
             not isinstance(keys, np.ndarray)
             or keys.ndim != 1
             or (keys.size and keys.dtype.kind not in "iu")
         ):
-            raise DataError(f"'keys' are {_kind_of(keys)}; expected integers (K,)")
+            raise DataError(f"'keys' are {kind_of(keys)}; expected integers (K,)")
         cam, full = (
             None if content.get(name) is None else _planes(content[name], f"{name!r}", 3)
             for name in ("cam", "high_res")
@@ -164,7 +152,7 @@ class _MapsByClass:
 
     def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
         if not all(type(key) is int and 0 <= key < 2**31 for key in content):
-            raise DataError(f"it holds {_names_in(content)}; expected {self.layout}")
+            raise DataError(f"it holds {names_in(content)}; expected {self.layout}")
         found = {key: _planes(value, f"class {key}", 2) for key, value in sorted(content.items())}
         shapes = {plane.shape for plane in found.values()}
         if len(shapes) > 1:
@@ -197,21 +185,22 @@ def maps_without_class(size: Any) -> MapFile:
     return MapFile(np.zeros(0, np.int64), cam, full)
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Type and shape for messages: the value itself could be too long."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
     return type(value).__name__
 
 
-def _names_in(content: Mapping[Any, Any]) -> str:
+def names_in(content: Mapping[Any, Any]) -> str:
+    """The first keys of a dictionary, for messages."""
     return f"the keys {', '.join(f'{key!r:.20}' for key in list(content)[:5]) or 'none'}"
 
 
 def _planes(value: Any, name: str, axes: int) -> Planes:
     if not isinstance(value, np.ndarray) or value.ndim != axes or value.dtype.kind != "f":
         shape = "(K, H, W)" if axes == 3 else "(H, W)"
-        raise DataError(f"{name} is {_kind_of(value)}; expected floats {shape}")
+        raise DataError(f"{name} is {kind_of(value)}; expected floats {shape}")
     height, width = value.shape[-2:]
     if height * width > MAXIMUM_PIXELS or (min(height, width) < 1 and (axes == 2 or len(value))):
         raise DataError(
@@ -228,120 +217,3 @@ def _planes(value: Any, name: str, axes: int) -> Planes:
 def _resized(planes: Planes, size: Size) -> Planes:
     found: Planes = resize(torch.from_numpy(planes), size).numpy()
     return found
-
-
-def read_foreign_maps(
-    path: Path,
-    *,
-    size: Size | None = None,
-    style: str = AUTO,
-    classes: ClassTable | None = None,
-) -> MapFile:
-    """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
-
-    Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. The style is
-    recorded in ``made_by``.
-
-    Args:
-        path: the ``.npy`` file.
-        size: (H, W) of the image; a file of another size is refused. Required where the file of an
-            image without a class has no size.
-        style: a name of `MAP_FORMATS`; "auto" finds it from the contents.
-        classes: a key k becomes the label index of the class with mask value k + 1; any other key
-            is refused. None: keys are not changed.
-
-    Raises:
-        ArtefactError: if the file is missing, damaged, tries to run code, does not fit the style,
-            classes or size, has negative or infinite values, or could be of several styles.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> path = Path(mkdtemp()) / "a.npy"
-        >>> one = np.ones((1, 8, 12), np.float32)
-        >>> write_foreign_maps(path, MapFile(np.array([3]), one[:, ::4, ::4], one), "irn")
-        >>> read_foreign_maps(path).keys
-        array([3])
-    """
-    named = None if style == AUTO else MAP_FORMATS[style]
-    data = read_bytes(path)
-    found = read_pickled_arrays(data, what=f"map file {path}")
-    try:
-        if not isinstance(found, dict):
-            raise DataError(f"it holds {_kind_of(found)}; expected a dictionary of maps")
-        style = _recognised(found) if named is None else style
-        maps = MAP_FORMATS[style].read(found, size)
-        sides = maps.high_res.shape[1:]
-        if size is not None and sides != tuple(size):
-            raise DataError(f"its maps are {sides} (height, width), the image {tuple(size)}")
-        keys = maps.keys.tolist()
-        if len(set(keys)) != len(keys) or (keys and min(keys) < 0):
-            raise DataError(f"its classes {keys[:9]} repeat or are < 0")
-        if classes is not None and (others := {key + 1 for key in keys} - {*classes.mask_ids}):
-            raise DataError(
-                f"it has the key {min(others) - 1}, and no class has the mask value {min(others)}; "
-                "give the classes that the maps were made with"
-            )
-    except DataError as error:
-        raise ArtefactError(f"map file {path} is refused: {error}") from error
-    made_by: dict[str, Any] = {
-        "imported": {"file": path.name, "digest": digest_bytes(data), "style": style},
-        "lpcam": __version__,
-    }
-    if classes is not None:
-        made_by["classes"] = list(classes.names)
-        keys = [classes.mask_ids.index(key + 1) for key in keys]
-    return MapFile(np.array(keys, dtype=np.int64), maps.cam, maps.high_res, made_by)
-
-
-def _recognised(found: dict[Any, Any]) -> str:
-    fitting = [name for name, one in MAP_FORMATS.items() if one.fits(found)]
-    if len(fitting) == 1:
-        return fitting[0]
-    layouts = "; ".join(f"{name}: {MAP_FORMATS[name].layout}" for name in fitting or MAP_FORMATS)
-    if fitting:
-        raise DataError(f"it may be of several styles, name one ({layouts})")
-    raise DataError(f"it holds {_names_in(found)}; expected one of {layouts}")
-
-
-def check_background(style: str, background: float | None) -> None:
-    """Raise DataError if files of a style need a background score and none is given, or reverse."""
-    if MAP_FORMATS[style].has_background != (background is not None):
-        raise DataError(
-            f"files of the style {style!r} have "
-            + ("a plane of the background; give its score" if background is None else "none of it")
-        )
-
-
-def write_foreign_maps(
-    path: Path,
-    maps: MapFile,
-    style: str,
-    *,
-    background: float | None = None,
-    classes: ClassTable | None = None,
-) -> None:
-    """Write the maps of one image for other programs, atomically.
-
-    They read it with ``np.load(path, allow_pickle=True).item()``, without torch. Values are float32
-    and not changed.
-
-    Args:
-        path: the ``.npy`` file.
-        maps: foreground planes.
-        style: a name of `MAP_FORMATS`.
-        background: background score of the whole image for the styles that have one (amn,
-            psa-crf), such as the threshold of the seeds.
-        classes: classes whose label indices are the keys of the maps; each becomes its mask value
-            minus 1. None: keys are not changed.
-
-    Raises:
-        DataError: if a background is missing or superfluous.
-    """
-    check_background(style, background)
-    plane = None
-    if background is not None:
-        plane = np.full(maps.high_res.shape[1:], background, np.float32)
-    if classes is not None:
-        keys = np.array([classes.mask_ids[n] - 1 for n in maps.keys.tolist()], dtype=np.int64)
-        maps = replace(maps, keys=keys)
-    write_bytes(path, dictionary_file(MAP_FORMATS[style].write(maps, plane)))
