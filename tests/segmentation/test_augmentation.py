@@ -16,18 +16,8 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable, Item
 from lpcam.runtime.errors import DataError, ImageError
-from lpcam.segmentation.augmentation import (
-    Labelled,
-    augment,
-    augmented_size,
-    batch_scale,
-    check_masks,
-    distort,
-    draw_crop,
-    draw_scale,
-    scale_saturation,
-    turn_hue,
-)
+from lpcam.segmentation import augmentation
+from lpcam.segmentation.augmentation import augment, check_masks, make_sample
 from lpcam.segmentation.settings import SegmenterSettings
 from lpcam.training.loop import Place
 
@@ -82,20 +72,26 @@ def write(folder: Path, name: str, mask: np.ndarray, image: np.ndarray | None = 
     return Item(name, folder / f"{name}.png", ()), folder / f"{name}.mask.png"
 
 
+def sample(
+    pairs: Any, place: Place, settings: SegmenterSettings = DEEPLAB, seed: int = 4
+) -> tuple[Tensor, Tensor]:
+    return make_sample(pairs, CLASSES, CAFFE, settings, seed, place)
+
+
 def test_choices_are_drawn_equally_often() -> None:
     generator = rng(0)
-    found = [draw_scale(DEEPLAB, generator) for _ in range(5000)]
+    found = [augmentation._draw_scale(DEEPLAB, generator) for _ in range(5000)]
     values, counts = np.unique(found, return_counts=True)
     assert values.tolist() == [0.5, 0.75, 1.0, 1.25, 1.5]
     assert np.abs(counts - 1000).max() < 150
 
 
 def test_a_batch_has_a_scale_of_seed_and_step() -> None:
-    found = [batch_scale(WIDERESNET, 3, step) for step in range(50)]
-    assert found == [batch_scale(WIDERESNET, 3, step) for step in range(50)]
+    found = [augmentation._batch_scale(WIDERESNET, 3, step) for step in range(50)]
+    assert found == [augmentation._batch_scale(WIDERESNET, 3, step) for step in range(50)]
     assert len(set(found)) == 50
-    assert not set(found) & {batch_scale(WIDERESNET, 4, step) for step in range(50)}
-    spread = np.array([batch_scale(WIDERESNET, 0, step) for step in range(1000)])
+    assert not set(found) & {augmentation._batch_scale(WIDERESNET, 4, step) for step in range(50)}
+    spread = np.array([augmentation._batch_scale(WIDERESNET, 0, step) for step in range(1000)])
     assert abs(spread.mean() - 1.0) < 0.02 and spread.std() == pytest.approx(0.6 / 12**0.5, rel=0.1)
 
 
@@ -104,11 +100,9 @@ def test_a_batch_has_a_scale_of_seed_and_step() -> None:
     [
         ((375, 500), None, 0.75, (281, 375)),
         ((375, 500), (2048, 512), 1.0, (512, 683)),  # the short side decides
-        ((500, 375), (2048, 512), 1.0, (683, 512)),
-        ((375, 500), (2048, 512), 0.5, (256, 341)),
+        ((500, 375), (2048, 512), 0.5, (341, 256)),
         ((100, 1000), (2048, 512), 1.0, (205, 2048)),  # the long side decides
         ((375, 500), (2048, 512), 0.9999, (511, 681)),  # 511.9 of the box is cut off
-        ((3, 4000), None, 0.1, (1, 400)),
         ((1, 4000), (64, 32), 1.0, (1, 64)),
     ],
 )
@@ -118,7 +112,7 @@ def test_size_before_the_crop(
     scale: float,
     expected: tuple[int, int],
 ) -> None:
-    assert augmented_size(size, box, scale) == expected
+    assert augmentation._augmented_size(size, box, scale) == expected
 
 
 def test_a_crop_is_a_part_of_the_image() -> None:
@@ -154,8 +148,8 @@ def test_a_small_image_is_padded_with_the_mean_colour(settings: SegmenterSetting
 def test_a_class_that_covers_too_much_has_the_crop_drawn_again() -> None:
     labels = np.zeros((16, 160), np.uint8)
     labels[:, 144:] = 1  # only the windows that begin between 132 and 140 share out well
-    windows = [draw_crop(labels, 16, 0.75, rng(seed)) for seed in range(600)]
-    plain_windows = [draw_crop(labels, 16, None, rng(seed)) for seed in range(600)]
+    windows = [augmentation._draw_crop(labels, 16, 0.75, rng(seed)) for seed in range(600)]
+    plain_windows = [augmentation._draw_crop(labels, 16, None, rng(seed)) for seed in range(600)]
 
     def good(window: tuple[slice, slice]) -> bool:
         return 0.25 <= labels[window].mean() <= 0.75
@@ -171,7 +165,7 @@ def test_ignored_pixels_do_not_count_towards_the_class_limit() -> None:
     labels = np.full((16, 17), 255, np.uint8)
     labels[:, 0], labels[0, 1] = 1, 2  # the window at 0 has 16 to 1, that at 1 has class 2 alone
     labels[:8, 2] = 3  # with it, 16 : 1 : 8 and 1 : 8
-    windows = [draw_crop(labels, 16, 0.75, rng(seed))[1].start for seed in range(100)]
+    windows = [augmentation._draw_crop(labels, 16, 0.75, rng(seed))[1].start for seed in range(100)]
     assert set(windows) == {0}
 
 
@@ -184,9 +178,8 @@ def test_a_crop_without_a_label_is_drawn_again_and_ten_draws_are_the_limit() -> 
             return high - 1
 
     for value in (255, 3):
-        generator = Counted()
-        labels = np.full((20, 20), value, np.uint8)
-        rows, columns = draw_crop(labels, 16, 0.75, generator)  # type: ignore[arg-type]
+        generator, labels = Counted(), np.full((20, 20), value, np.uint8)
+        rows, columns = augmentation._draw_crop(labels, 16, 0.75, generator)  # type: ignore[arg-type]
         assert (rows, columns) == (slice(4, 20), slice(4, 20))
         assert generator.draws == 2 * 11
 
@@ -240,7 +233,7 @@ class Scripted:
 
 def distorted(image: np.ndarray, drawn: list[bool], values: list[float]) -> np.ndarray:
     generator = Scripted(drawn, values)
-    found = distort(image, generator)  # type: ignore[arg-type]
+    found = augmentation._distort(image, generator)  # type: ignore[arg-type]
     assert not generator.values
     return found
 
@@ -281,8 +274,8 @@ def test_saturation_and_hue_are_those_of_hsv() -> None:
     colours[0] = colours[0, :, :1]  # grey
     colours[1] = 0
     planes = colours.transpose(2, 0, 1)
-    saturated = scale_saturation(planes, 1.3).transpose(1, 2, 0)
-    turned = turn_hue(planes, -25.0).transpose(1, 2, 0)
+    saturated = augmentation._scale_saturation(planes, 1.3).transpose(1, 2, 0)
+    turned = augmentation._turn_hue(planes, -25.0).transpose(1, 2, 0)
     for place in np.ndindex(40, 40):
         hue, saturation, value = colorsys.rgb_to_hsv(*(colours[place] / 255).tolist())
         expected = colorsys.hsv_to_rgb(hue, min(1.0, 1.3 * saturation), value)
@@ -311,14 +304,10 @@ def pairs(tmp_path: Path) -> list[tuple[Item, Path]]:
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(pairs: list[tuple[Item, Path]]) -> None:
-    samples = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=4)
-    assert len(samples) == 3
-    found = samples[Place(2, 1, 77)]
-    for same in (Place(2, 1, 77), Place(2, 1, 5)):
-        again = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=4)[same]
-        assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
-    others = [samples[Place(3, 1, 77)], samples[Place(2, 2, 77)]]
-    others.append(Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=5)[Place(2, 1, 77)])
+    found, same = sample(pairs, Place(2, 1, 77)), sample(pairs, Place(2, 1, 5))
+    assert torch.equal(found[0], same[0]) and torch.equal(found[1], same[1])
+    others = [sample(pairs, Place(3, 1, 77)), sample(pairs, Place(2, 2, 77))]
+    others.append(sample(pairs, Place(2, 1, 77), seed=5))
     assert not any(torch.equal(found[0], other[0]) for other in others)
 
 
@@ -327,7 +316,7 @@ def test_mask_ids_become_labels(pairs: list[tuple[Item, Path]]) -> None:
     expected = np.full(256, 255)
     expected[[0, 10, 17, 8]] = range(4)
     settings = plain(crop=90)
-    found, truth = Labelled(pairs, CLASSES, CAFFE, settings, seed=0)[Place(0, 0, 0)]
+    found, truth = sample(pairs, Place(0, 0, 0), settings, seed=0)
     again = augment(image, expected[mask], CAFFE, settings, rng(0, 0, 0))
     assert torch.equal(found, again[0]) and torch.equal(truth, again[1])
     assert set(truth.unique().tolist()) == {0, 1, 2, 3, 255}
@@ -335,11 +324,10 @@ def test_mask_ids_become_labels(pairs: list[tuple[Item, Path]]) -> None:
 
 def test_a_batch_shares_its_scale(pairs: list[tuple[Item, Path]]) -> None:
     settings = WIDERESNET.model_copy(update={"crop": 128})
-    samples = Labelled(pairs, CLASSES, CAFFE, settings, seed=1)
     for step in range(5):
-        scale = batch_scale(settings, 1, step)
+        scale = augmentation._batch_scale(settings, 1, step)
         for index in range(3):
-            found, _ = samples[Place(0, index, step)]
+            found, _ = sample(pairs, Place(0, index, step), settings, seed=1)
             covered = found.abs().sum(0) > 0
             sides = int(covered.any(1).sum()), int(covered.any(0).sum())
             assert sides == (round((70 + index) * scale), round(90 * scale))
@@ -347,9 +335,8 @@ def test_a_batch_shares_its_scale(pairs: list[tuple[Item, Path]]) -> None:
 
 def test_a_mask_that_changed_its_size_is_named(pairs: list[tuple[Item, Path]]) -> None:
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(pairs[1][1])
-    samples = Labelled(pairs, CLASSES, CAFFE, DEEPLAB, seed=0)
     with pytest.raises(DataError, match=r"mask .*i1.mask.png of 'i1' is 20 x 30 .*71 x 90"):
-        samples[Place(0, 1, 0)]
+        sample(pairs, Place(0, 1, 0))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -375,7 +362,7 @@ def test_unknown_mask_ids_are_an_error_where_they_must_not_be(tmp_path: Path) ->
     pairs = [write(tmp_path, "a", np.array([[0, 9, 255, 12]]))]
     expected = r"mask .*a.mask.png of 'a' has the values \[9, 12\].*mask ids \[10, 17, 8\]"
     with pytest.raises(DataError, match=expected):
-        check_masks(pairs, CLASSES, strict=True, workers=1)
+        check_masks(pairs, CLASSES, strict=True)
 
 
 def test_missing_masks_are_counted_and_three_are_named(tmp_path: Path) -> None:
@@ -383,42 +370,39 @@ def test_missing_masks_are_counted_and_three_are_named(tmp_path: Path) -> None:
     for _, path in pairs[1:]:
         path.unlink()
     with pytest.raises(DataError, match=r"5 of 6 images have no mask: i1 .*i2 .*i3 ") as error:
-        check_masks(pairs, CLASSES, strict=True, workers=1)
+        check_masks(pairs, CLASSES, strict=True)
     assert "i4" not in str(error.value)
     with pytest.raises(DataError, match="0 of 0 images have no mask"):
-        check_masks([], CLASSES, strict=True, workers=1)
+        check_masks([], CLASSES, strict=True)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(("suffix", "orientation"), [("jpg", 6), ("png", 8), ("tif", 3)])
 def test_the_upright_size_of_an_image_counts(tmp_path: Path, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path, exif=exif)
-    size = (30, 20) if orientation in (6, 8) else (20, 30)
-    for shape in (size, size[::-1]):
-        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "mask.png")
-        pairs = [(Item("a", path, ()), tmp_path / "mask.png")]
-        if shape == size:
-            assert check_masks(pairs, CLASSES, strict=True, workers=1).pairs == tuple(pairs)
-        else:
-            with pytest.raises(DataError, match="upright image"):
-                check_masks(pairs, CLASSES, strict=True, workers=1)
+    size = (20, 30) if orientation == 3 else (30, 20)
+    pairs = [write(tmp_path / "masks", "a", np.zeros(size))]
+    pairs = [(Item("a", path, ()), pairs[0][1])]
+    assert check_masks(pairs, CLASSES, strict=True).pairs == tuple(pairs)
+    Image.fromarray(np.zeros(size[::-1], np.uint8)).save(pairs[0][1])
+    with pytest.raises(DataError, match="upright image"):
+        check_masks(pairs, CLASSES, strict=True)
 
 
 def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
     pairs = [write(tmp_path, name, np.full((4, 4), 255)) for name in "ab"]
     with pytest.raises(DataError, match=r"none of 2 masks can be trained on: .*a.mask.png"):
-        check_masks(pairs, CLASSES, strict=True, workers=1)
+        check_masks(pairs, CLASSES, strict=True)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     item, path = write(tmp_path, "a", np.zeros((4, 4)))
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
     with pytest.raises(DataError, match=r"mask of 'a': .*colours \(mode RGB\)"):
-        check_masks([(item, path)], CLASSES, strict=True, workers=1)
+        check_masks([(item, path)], CLASSES, strict=True)
     item, path = write(tmp_path, "b", np.zeros((4, 4)))
     item.image.write_bytes(b"nothing")
     with pytest.raises(ImageError, match=r"b\.png"):
-        check_masks([(item, path)], CLASSES, strict=True, workers=1)
+        check_masks([(item, path)], CLASSES, strict=True)

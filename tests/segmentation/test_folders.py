@@ -17,10 +17,10 @@ from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.data.drawing import overlay_mask
 from lpcam.data.masks import read_index_mask
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.errors import ArtefactError
 from lpcam.segmentation import folders as files
 from lpcam.segmentation import inference as predict
-from lpcam.segmentation.folders import INDEX, segment_files, write_probabilities
+from lpcam.segmentation.folders import INDEX, segment_files
 from lpcam.segmentation.settings import SegmentTestSettings
 
 SETTINGS = SegmentTestSettings.from_preset("deeplabv2.official", crf=None)
@@ -176,9 +176,9 @@ def test_threads_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
 def test_the_crf_of_the_settings_is_used(folder: Path, tmp_path: Path) -> None:
     settings = SegmentTestSettings.from_preset("deeplabv2.official")
     segment_files(Nearest(), [folder / "b.png"], tmp_path / "out", settings)
-    image = colours_of(folder / "b.png")
-    crf = predict.make_crf(settings)
-    scores = predict.probabilities(Nearest(), image, settings, crf=crf)
+    image, crf = colours_of(folder / "b.png"), predict.make_crf(settings)
+    assert crf is not None
+    scores = predict.refine(predict.probabilities(Nearest(), image, settings), image, settings, crf)
     expected = predict.label_mask(predict.labels(scores), CLASSES)
     mask = read_index_mask(tmp_path / "out" / "masks" / "b.png")
     np.testing.assert_array_equal(mask, expected)
@@ -222,9 +222,7 @@ def test_outputs_of_an_image_that_is_broken_now_go(folder: Path, tmp_path: Path)
     assert set(json.loads((output / INDEX).read_text())["images"]) == {"b", "barn/c"}
 
 
-@pytest.mark.parametrize(
-    "name", ["masks/a.png", "found/a.json", "overlays/a.png", "probabilities/a.npz"]
-)
+@pytest.mark.parametrize("name", ["masks/a.png", "probabilities/a.npz"])
 def test_foreign_files_are_never_replaced(folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_bytes(b"mine")
@@ -258,7 +256,7 @@ def test_probabilities_are_stored_in_255_steps(tmp_path: Path) -> None:
     scores = torch.rand((4, 7, 9), generator=generator).softmax(0)
     scores[:, 0, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     for name in ("1", "2"):
-        write_probabilities(tmp_path / f"{name}.npz", scores, CLASSES, {"made": "here"})
+        files._write_probabilities(tmp_path / f"{name}.npz", scores, CLASSES, {"made": "here"})
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
     stored = np.load(tmp_path / "1.npz", allow_pickle=False)
     assert stored["names"].tolist() == ["background", "blue", "green", "red"]
@@ -276,12 +274,3 @@ def test_probabilities_of_a_folder(folder: Path, tmp_path: Path) -> None:
         image = colours_of(folder / f"{one['image']}.png")
         scores = predict.probabilities(Nearest(), image, SETTINGS)
         assert np.abs(stored - scores.numpy()).max() <= 1 / 510 + 1e-6
-
-
-def test_probabilities_that_are_none_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.npz"
-    with pytest.raises(DataError, match=r"expected \(4, H, W\): the background and 3 classes"):
-        write_probabilities(path, torch.zeros(3, 2, 2), CLASSES, {})
-    for value in (1.1, -0.1, float("nan")):
-        with pytest.raises(DataError, match=r"NaN or outside \[0, 1\]"):
-            write_probabilities(path, torch.full((4, 2, 2), value), CLASSES, {})

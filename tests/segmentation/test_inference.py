@@ -19,8 +19,6 @@ from lpcam.segmentation.inference import (
     probabilities,
     refine,
     sides,
-    window_starts,
-    wrapped_image,
 )
 from lpcam.segmentation.settings import SegmentTestSettings
 
@@ -82,6 +80,13 @@ def logits_of(image: np.ndarray) -> Tensor:
     colours = torch.from_numpy(image).double() / 255
     normalised = (colours - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.5])
     return (normalised @ WEIGHT.double().T + BIAS).permute(2, 0, 1)
+
+
+def with_crf(
+    segmenter: nn.Module, image: np.ndarray, chosen: SegmentTestSettings, crf: object = None
+) -> Tensor:
+    found = probabilities(segmenter, image, chosen)  # type: ignore[arg-type]
+    return refine(found, image, chosen, crf or make_crf(chosen))  # type: ignore[arg-type]
 
 
 def near(found: Tensor, expected: Tensor) -> None:
@@ -176,18 +181,17 @@ def test_logits_of_the_mirror_image_are_mirrored_back() -> None:
     near(both, torch.maximum(one, one.flip(-1)))
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.333, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("overlap", [0.0, 0.333, 0.9])
 def test_neighbouring_windows_share_their_part(overlap: float) -> None:
     for window in (16, 17, 100):
         for length in range(1, 350, 7):
-            starts = window_starts(length, window, overlap)
+            starts = predict._window_starts(length, window, overlap)
             assert starts[0] == 0 and starts[-1] == max(0, length - window)
             steps = np.diff(starts)
             assert all(1 <= step <= max(1, window * (1 - overlap)) + 1e-9 for step in steps)
 
 
-@pytest.mark.parametrize("size", [(40, 45), (33, 90), (20, 47)])
-@pytest.mark.parametrize("overlap", [0.0, 0.333, 0.8])
+@pytest.mark.parametrize(("size", "overlap"), [((40, 45), 0.0), ((33, 90), 0.333), ((20, 47), 0.8)])
 def test_windows_of_a_network_without_context_are_the_whole(
     size: tuple[int, int], overlap: float
 ) -> None:
@@ -233,10 +237,10 @@ def test_the_result_does_not_depend_on_threads_or_earlier_images() -> None:
     chosen = settings(scales=[0.75, 1.0], flip=True, crf="deeplab")
     crf = make_crf(chosen)
     image = photograph(50, 60)
-    one = probabilities(Linear(4), image, chosen, crf=crf)
-    probabilities(Linear(4), photograph(50, 60, seed=1), chosen, crf=crf)
+    one = with_crf(Linear(4), image, chosen, crf)
+    with_crf(Linear(4), photograph(50, 60, seed=1), chosen, crf)
     torch.set_num_threads(2)
-    assert torch.equal(one, probabilities(Linear(4), image, chosen, crf=crf))
+    assert torch.equal(one, with_crf(Linear(4), image, chosen, crf))
 
 
 def test_the_crf_smooths_what_has_one_colour() -> None:
@@ -248,11 +252,11 @@ def test_the_crf_smooths_what_has_one_colour() -> None:
     chosen = settings(crf="deeplab")
     without = probabilities(Fixed(logits), image, chosen)
     assert int(labels(without)[16, 6]) == 0
-    with_crf = probabilities(Fixed(logits), image, chosen, crf=make_crf(chosen))
+    smooth = with_crf(Fixed(logits), image, chosen)
     expected = torch.ones(32, 40, dtype=torch.int64)
     expected[:, 20:] = 2
-    assert torch.equal(labels(with_crf), expected)
-    near(with_crf.sum(0), torch.ones(32, 40))
+    assert torch.equal(labels(smooth), expected)
+    near(smooth.sum(0), torch.ones(32, 40))
 
 
 def test_the_crf_sees_the_image_or_the_wrapped_one() -> None:
@@ -270,14 +274,14 @@ def test_the_crf_sees_the_image_or_the_wrapped_one() -> None:
     refine(scores, image, chosen, Spy())  # type: ignore[arg-type]
     refine(scores, image, settings(crf="deeplab", crf_image="wrapped"), Spy())  # type: ignore[arg-type]
     np.testing.assert_array_equal(seen[0], image)
-    np.testing.assert_array_equal(seen[1], wrapped_image(image))
+    np.testing.assert_array_equal(seen[1], predict._wrapped(image))
 
 
 def test_a_wrapped_image_by_hand() -> None:
     image = np.array([[[117, 116, 99], [122, 117, 104], [255, 0, 255], [123, 117, 105]]], np.uint8)
     # blue: 99 - 104.008 = -5.008, of which -5 is 251; green: 116 - 116.669, of which 0; ...
     expected = [[[251, 0, 251], [0, 0, 0], [150, 140, 132], [0, 0, 0]]]
-    found = wrapped_image(image)
+    found = predict._wrapped(image)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected)
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item, Skip
@@ -39,7 +38,7 @@ HUE = 36.0
 """Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
 
 
-def draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> float:
+def _draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> float:
     """A random scale: one of ``settings.scales``, or one uniform between the two."""
     if settings.scale_drawn == "choice":
         return settings.scales[int(generator.integers(len(settings.scales)))]
@@ -47,15 +46,14 @@ def draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> f
     return float(generator.uniform(low, high))
 
 
-def batch_scale(settings: SegmenterSettings, seed: int, step: int) -> float:
+def _batch_scale(settings: SegmenterSettings, seed: int, step: int) -> float:
     """The random scale that all images of a step share (section 2)."""
     # A spawned sequence is no image's, whose generators are made of the seed and two numbers.
-    return draw_scale(
-        settings, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(step,)))
-    )
+    sequence = np.random.SeedSequence(seed, spawn_key=(step,))
+    return _draw_scale(settings, np.random.default_rng(sequence))
 
 
-def augmented_size(
+def _augmented_size(
     size: tuple[int, int], box: tuple[int, int] | None, scale: float
 ) -> tuple[int, int]:
     """Size (height, width) to which an image of ``size`` is resized before its crop.
@@ -63,10 +61,6 @@ def augmented_size(
     With a ``box`` = (longest, shortest side) the image is made as large as fits in ``scale`` times
     the box, whose sides are truncated to whole pixels (section 3); else it is ``scale`` times as
     large. The aspect is kept; sides are rounded.
-
-    Example:
-        >>> augmented_size((100, 200), (512, 128), 0.5)
-        (64, 128)
     """
     if box is None:
         return scaled_size(*size, scale)
@@ -74,26 +68,19 @@ def augmented_size(
     return scaled_size(*size, min(longest / max(size), shortest / min(size)))
 
 
-def resize_bilinear(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize (H, W, 3) to ``size`` = (height, width): bilinear between pixel centres, rounded.
-
-    Shrinking does not average over further pixels, as in OpenCV, which the recipes' programs use.
-    """
+def _resize_bilinear(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize (H, W, 3) without averaging, as OpenCV does, which the recipes' programs use."""
     planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     return resize(planes.float(), size).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def draw_crop(
-    labels: NDArray[Any],
-    crop: int,
-    class_limit: float | None,
-    generator: np.random.Generator,
+def _draw_crop(
+    labels: NDArray[Any], crop: int, class_limit: float | None, generator: np.random.Generator
 ) -> tuple[slice, slice]:
     """A random window of ``crop`` x ``crop`` pixels in labels (H, W), smaller where they are.
 
-    Args:
-        class_limit: the window is drawn again, ten times at most, while one class has more than
-            this part of its pixels that count, or none of them counts. None: the first is taken.
+    It is drawn again, ten times at most, while one class has more than the part ``class_limit`` of
+    its pixels that count, or none of them counts. None: the first is taken.
     """
 
     def draw() -> tuple[slice, slice]:
@@ -101,17 +88,16 @@ def draw_crop(
         return slice(first[0], first[0] + crop), slice(first[1], first[1] + crop)
 
     window = draw()
-    if class_limit is not None:
-        for _ in range(REDRAWS):
-            taken = labels[window]
-            counts = np.bincount(taken[taken != IGNORE], minlength=1)
-            if 0 < counts.max() <= class_limit * counts.sum():
-                break
-            window = draw()
+    for _ in range(0 if class_limit is None else REDRAWS):
+        taken = labels[window]
+        counts = np.bincount(taken[taken != IGNORE], minlength=1)
+        if 0 < counts.max() <= class_limit * counts.sum():
+            break
+        window = draw()
     return window
 
 
-def distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
+def _distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
     """Photometric distortion of an RGB image (H, W, 3), as mmsegmentation describes it (section 3).
 
     In this order, each in half of the cases: brightness (a number is added), contrast (RGB is
@@ -121,24 +107,20 @@ def distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray
     brightness, contrast_first, contrast, saturation, hue = generator.random(5) < 0.5
     colours = np.moveaxis(image, -1, 0).astype(np.float32, order="C")
     if brightness:
-        colours = _clipped(colours + generator.uniform(-BRIGHTNESS, BRIGHTNESS))
+        colours = np.clip(colours + generator.uniform(-BRIGHTNESS, BRIGHTNESS), 0.0, 255.0)
     factor = generator.uniform(*CONTRAST) if contrast else 1.0
     if contrast and contrast_first:
-        colours = _clipped(colours * factor)
+        colours = np.clip(colours * factor, 0.0, 255.0)
     if saturation:
-        colours = scale_saturation(colours, generator.uniform(*SATURATION))
+        colours = _scale_saturation(colours, generator.uniform(*SATURATION))
     if hue:
-        colours = turn_hue(colours, generator.uniform(-HUE, HUE))
+        colours = _turn_hue(colours, generator.uniform(-HUE, HUE))
     if contrast and not contrast_first:
-        colours = _clipped(colours * factor)
+        colours = np.clip(colours * factor, 0.0, 255.0)
     return np.ascontiguousarray(np.moveaxis(np.rint(colours).astype(np.uint8), 0, -1))
 
 
-def _clipped(colours: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.clip(colours, 0.0, 255.0)
-
-
-def scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+def _scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
     """RGB (3, H, W) with ``factor`` times the saturation of HSV, at most 1; hue and value stay."""
     value, chroma = _value_and_chroma(colours)
     limit = value / np.where(chroma > 0, chroma, 1)  # at which the saturation is 1; of grey, any
@@ -146,7 +128,7 @@ def scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.
     return value - factors * (value - colours)
 
 
-def turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
+def _turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
     """RGB (3, H, W) with the hue of HSV turned, red towards green; saturation and value stay."""
     red, green, blue = colours
     value, chroma = _value_and_chroma(colours)
@@ -182,28 +164,23 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Random scale, square crop, mirror image and colours of an image and its labels.
 
-    The image is resized bilinearly and the labels by Pillow's nearest neighbour, a crop is taken,
-    padded to the right and below where the image is smaller, and mirrored in half of the cases,
-    padding and all (the order of section 1). Padding has the mean colour, 0 after normalisation;
-    the distortion does not change it.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W), 0 background, classes from 1, 255 ignored.
-        scale: that of the batch, instead of one drawn here.
+    The image (H, W, 3) is resized bilinearly and the labels (H, W) by Pillow's nearest neighbour, a
+    crop is taken, padded to the right and below where the image is smaller, and mirrored in half of
+    the cases, padding and all (the order of section 1). Padding has the mean colour, 0 after
+    normalisation; the distortion does not change it. ``scale`` is that of the batch; None draws it.
 
     Returns:
         (3, crop, crop) float32 and (crop, crop) int64.
     """
     if scale is None:
-        scale = draw_scale(settings, generator)
-    size = augmented_size((labels.shape[0], labels.shape[1]), settings.resize, scale)
+        scale = _draw_scale(settings, generator)
+    size = _augmented_size((labels.shape[0], labels.shape[1]), settings.resize, scale)
     resized = reduce_labels(torch.from_numpy(labels.astype(np.int64)), size)
-    window = draw_crop(resized.numpy(), settings.crop, settings.class_limit, generator)
-    taken = resize_bilinear(image, size)[window]
+    window = _draw_crop(resized.numpy(), settings.crop, settings.class_limit, generator)
+    taken = _resize_bilinear(image, size)[window]
     mirrored = generator.random() < 0.5
     if settings.distortion:
-        taken = distort(taken, generator)
+        taken = _distort(taken, generator)
     height, width = taken.shape[:2]
     canvas = torch.zeros(3, settings.crop, settings.crop)
     canvas[:, :height, :width] = preprocessing(taken)
@@ -212,49 +189,27 @@ def augment(
     return (canvas.flip(-1), padded.flip(-1)) if mirrored else (canvas, padded)
 
 
-class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented images (3, crop, crop) and labels (crop, crop) by their place in a training.
-
-    Args:
-        pairs: images and their index masks, as :func:`check_masks` gives them.
-        classes: the labels of mask ids; those of no class are ignored.
-        seed: random seed.
-
-    Raises:
-        DataError: at an item, if a file cannot be read or the sizes differ.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Item, Path]],
-        classes: ClassTable,
-        preprocessing: Preprocessing,
-        settings: SegmenterSettings,
-        seed: int,
-    ) -> None:
-        self.pairs = pairs
-        self.classes = classes
-        self.preprocessing = preprocessing
-        self.settings = settings
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
-        epoch, index, step = place
-        item, path = self.pairs[index]
-        image, mask = read_image(item.image), read_index_mask(path)
-        _check_size(item, path, image.shape[:2], mask)
-        together = self.settings.scale_of == "batch"
-        return augment(
-            image,
-            truth_labels(mask, self.classes).numpy(),
-            self.preprocessing,
-            self.settings,
-            np.random.default_rng([self.seed, epoch, index]),
-            scale=batch_scale(self.settings, self.seed, step) if together else None,
-        )
+def make_sample(
+    pairs: Sequence[tuple[Item, Path]],
+    classes: ClassTable,
+    preprocessing: Preprocessing,
+    settings: SegmenterSettings,
+    seed: int,
+    place: Place,
+) -> tuple[Tensor, Tensor]:
+    """An augmented image (3, crop, crop) and its labels (crop, crop); DataError if sizes differ."""
+    item, path = pairs[place.sample]
+    image, mask = read_image(item.image), read_index_mask(path)
+    _check_size(item, path, image.shape[:2], mask)
+    together = settings.scale_of == "batch"
+    return augment(
+        image,
+        truth_labels(mask, classes).numpy(),
+        preprocessing,
+        settings,
+        np.random.default_rng([seed, place.epoch, place.sample]),
+        scale=_batch_scale(settings, seed, place.step) if together else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -278,10 +233,8 @@ def check_masks(
 ) -> CheckedMasks:
     """Read every mask once before a training, and leave out those with nothing to learn from.
 
-    Args:
-        pairs: images and their index masks.
-        strict: whether a mask id of no class is an error; else it counts as ignored.
-        workers: masks read at a time.
+    A mask id of no class is an error if ``strict``; else it counts as ignored. ``workers`` masks
+    are read at a time.
 
     Raises:
         DataError: if there is no pair, masks are missing, cannot be read or have another size than
@@ -302,7 +255,12 @@ def check_masks(
 
     def look(pair: tuple[Item, Path]) -> tuple[NDArray[np.int64], list[int]]:
         item, path = pair
-        found = _count(item, path)
+        try:
+            mask = read_index_mask(path)
+        except DataError as error:
+            raise DataError(f"mask of {item.id!r}: {error}") from error
+        _check_size(item, path, upright_size(item.image), mask)
+        found = np.bincount(mask.ravel(), minlength=256)
         other = sorted(set(np.flatnonzero(found).tolist()) - {*known, IGNORE})
         if other and strict:
             raise DataError(
@@ -325,23 +283,14 @@ def check_masks(
             f"none of {len(pairs)} masks can be trained on: {dropped[0].reason}; make the masks "
             "again"
         )
+    pixels = counts[list(known)]
     return CheckedMasks(
         pairs=tuple(used),
         dropped=tuple(dropped),
-        pixels=tuple(counts[list(known)].tolist()),
-        ignored=int(counts.sum() - counts[list(known)].sum()),
+        pixels=tuple(pixels.tolist()),
+        ignored=int(counts.sum() - pixels.sum()),
         unknown=tuple(sorted(unknown)),
     )
-
-
-def _count(item: Item, path: Path) -> NDArray[np.int64]:
-    """(256,) pixels of each value of a mask."""
-    try:
-        mask = read_index_mask(path)
-    except DataError as error:
-        raise DataError(f"mask of {item.id!r}: {error}") from error
-    _check_size(item, path, upright_size(item.image), mask)
-    return np.bincount(mask.ravel(), minlength=256)
 
 
 def _check_size(item: Item, path: Path, size: tuple[int, ...], mask: NDArray[np.uint8]) -> None:

@@ -18,21 +18,18 @@ from lpcam.data.images import limit_long_side, png_bytes, read_image
 from lpcam.data.map_files import write_arrays
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.data.output_folders import ImageResults, OutputKind, find_images, process_images
-from lpcam.refine.crf import DenseCrf
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import printable, write_bytes, write_json
 from lpcam.runtime.resources import memory_of_an_image
 from lpcam.runtime.versions import versions
 from lpcam.segmentation import inference as predict
-from lpcam.segmentation.inference import SegmenterLike
+from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmentTestSettings
 
 KIND = "lpcam predict"
 INDEX = "predicted.json"
 MAXIMUM_SIDE = 1024
 """Maximum side, in pixels, at which an image is segmented, as a run maps it."""
-BACKGROUND_NAME = "background"
-"""Name of label 0 in files of probabilities."""
 
 
 def _describe(found: Mapping[str, Any]) -> str:
@@ -55,7 +52,7 @@ _PREDICTED = OutputKind(
 
 
 def segment_files(
-    segmenter: SegmenterLike,
+    segmenter: Segmenter,
     sources: Iterable[Path],
     output: Path,
     settings: SegmentTestSettings,
@@ -72,7 +69,7 @@ def segment_files(
     Below ``output``, by the names of :func:`lpcam.data.output_folders.find_images`:
     ``masks/NAME.png`` at the image's size, with the VOC palette and the classes' mask ids;
     ``overlays/NAME.png``, the mask over the image; ``found/NAME.json``, the classes and their share
-    of the image; on demand ``probabilities/NAME.npz`` (:func:`write_probabilities`); and
+    of the image; on demand ``probabilities/NAME.npz`` (uint8, round(255 p)); and
     ``predicted.json``, which names the images, what was left out, and what made the masks. A later
     call replaces the files of the same names that an earlier one wrote, and no others.
 
@@ -87,8 +84,7 @@ def segment_files(
         workers: images worked on at a time.
         memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
             three quarters of the memory, shared among the workers.
-        command: recorded.
-        made_by: provenance, recorded.
+        command, made_by: provenance, recorded.
 
     Raises:
         DataError: if there is no image.
@@ -112,7 +108,14 @@ def segment_files(
     def make(name: str, path: Path) -> dict[str, Any]:
         image = read_image(path)
         seen = limit_long_side(image, maximum_side)
-        scores = _probabilities(segmenter, seen, settings, crf, path)
+        scores = predict.probabilities(segmenter, seen, settings)
+        if crf is not None:
+            try:
+                scores = predict.refine(scores, seen, settings, crf)
+            except DataError as error:
+                raise DataError(
+                    f"cannot segment image {path}: {error}; or lower the longest side of images"
+                ) from error
         labels = predict.labels(scores).cpu()
         small = predict.label_mask(labels, segmenter.classes)
         mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
@@ -121,7 +124,8 @@ def segment_files(
         write_bytes(output / files["overlay"], png_bytes(overlay_mask(seen, small)))
         if probabilities:
             files["probabilities"] = f"probabilities/{name}.npz"
-            write_probabilities(output / files["probabilities"], scores, segmenter.classes, made)
+            path_of = output / files["probabilities"]
+            _write_probabilities(path_of, scores, segmenter.classes, made)
         found = {
             "format": 1,
             "kind": KIND,
@@ -150,25 +154,6 @@ def segment_files(
     )
 
 
-def _probabilities(
-    segmenter: SegmenterLike,
-    image: NDArray[np.uint8],
-    settings: SegmentTestSettings,
-    crf: DenseCrf | None,
-    path: Path,
-) -> Tensor:
-    """Probabilities of one image; errors of the CRF name the image."""
-    scores = predict.probabilities(segmenter, image, settings)
-    if crf is None:
-        return scores
-    try:
-        return predict.refine(scores, image, settings, crf)
-    except DataError as error:
-        raise DataError(
-            f"cannot segment image {path}: {error}; or lower the longest side of images"
-        ) from error
-
-
 def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]:
     """The classes in a mask, the largest first, with their share of the pixels."""
     counts = np.bincount(mask.reshape(-1), minlength=256) / mask.size
@@ -180,7 +165,7 @@ def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]
     return sorted(found, key=lambda one: -float(one["area"]))
 
 
-def write_probabilities(
+def _write_probabilities(
     path: Path, probabilities: Tensor, classes: ClassTable, made_by: Mapping[str, Any]
 ) -> None:
     """Write probabilities (L, H, W) in [0, 1] as a compressed npz without pickle.
@@ -188,25 +173,13 @@ def write_probabilities(
     Its members: ``probabilities`` uint8 (L, H, W), round(255 p), so the error is at most 1/510;
     ``names`` (L,), ``background`` and the class names; ``mask_ids`` (L,); and ``made_by``, JSON as
     UTF-8 bytes.
-
-    Raises:
-        DataError: if there is another number of labels, or a value outside [0, 1].
-        ArtefactError: if the file cannot be written.
     """
-    if probabilities.ndim != 3 or len(probabilities) != len(classes) + 1:
-        raise DataError(
-            f"probabilities are {tuple(probabilities.shape)}; expected ({len(classes) + 1}, H, W): "
-            f"the background and {len(classes)} classes"
-        )
     values = np.empty(tuple(probabilities.shape), np.uint8)
     for into, plane in zip(values, probabilities, strict=True):  # one at a time, to save memory
-        # of NaN both comparisons are false
-        if not (float(plane.min()) >= 0.0 and float(plane.max()) <= 1.0):
-            raise DataError("probabilities are NaN or outside [0, 1]; find what made them")
         into[:] = (plane * 255.0).round().cpu().numpy()
     members = {
         "probabilities": values,
-        "names": np.array([BACKGROUND_NAME, *classes.names]),
+        "names": np.array(["background", *classes.names]),
         "mask_ids": np.array([0, *classes.mask_ids], np.uint8),
         "made_by": np.frombuffer(json.dumps(dict(made_by), sort_keys=True).encode(), np.uint8),
     }

@@ -8,7 +8,6 @@ background, and n + 1 for class n; H x W is the image, h x w the logits of a net
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.data.resize import resize, scaled_size
 from lpcam.method.seeds import to_mask
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmentTestSettings
 
 MINIMUM_SIDE = 32
@@ -29,31 +28,12 @@ MINIMUM_SIDE = 32
 WRAPPED_MEAN = (104.008, 116.669, 122.675)
 """Mean colour that the original DeepLabV2 program subtracts from images: blue, green, red."""
 CHUNK_BYTES = 2**26
-"""Size of the label planes that are enlarged together. All 81 of COCO at 12 megapixels are 3.9 GB,
-which should not be held twice."""
-
-
-class SegmenterLike(Protocol):
-    """Interface of a segmenter: normalised images (B, 3, H, W) to logits (B, L, h, w)."""
-
-    @property
-    def classes(self) -> ClassTable: ...
-    @property
-    def preprocessing(self) -> Preprocessing: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def training(self) -> bool: ...
-    def __call__(self, images: Tensor, /) -> Tensor: ...
+"""Size of the label planes that are enlarged together. COCO's 81 at 12 megapixels are 3.9 GB."""
 
 
 @torch.no_grad()
 def probabilities(
-    segmenter: SegmenterLike,
-    image: NDArray[np.uint8],
-    settings: SegmentTestSettings,
-    *,
-    crf: DenseCrf | None = None,
+    segmenter: Segmenter, image: NDArray[np.uint8], settings: SegmentTestSettings
 ) -> Tensor:
     """Probabilities of the labels at every pixel of an image.
 
@@ -66,32 +46,41 @@ def probabilities(
     Args:
         segmenter: a segmenter in evaluation mode.
         image: uint8 (H, W, 3) RGB, as it was read.
-        settings: scales and how they become one.
-        crf: that of :func:`make_crf`; None: no CRF, whatever the settings say.
+        settings: scales and how they become one; the CRF is that of :func:`refine`.
 
     Returns:
         (L, H, W) float32 in [0, 1] on the segmenter's device.
 
     Raises:
-        DataError: if the image is no such array, or the CRF needs more memory than allowed.
+        DataError: if the image is no such array.
         ClassifierError: if the segmenter is in training mode, or its logits have another number of
             labels or are not finite.
+
+    Example:
+        >>> from lpcam.classifiers.classifier import Preprocessing
+        >>> preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3)
+        >>> network = torch.nn.Conv2d(3, 2, 1)  # logits of the background and a class
+        >>> segmenter = Segmenter(network, ClassTable(("cow",), (1,)), preprocessing)
+        >>> settings = SegmentTestSettings.from_preset("deeplabv2.official")
+        >>> probabilities(segmenter, np.zeros((48, 64, 3), np.uint8), settings).shape
+        torch.Size([2, 48, 64])
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3) RGB")
     if segmenter.training:
         raise ClassifierError("the segmenter is in training mode; call eval() first")
     size = (image.shape[0], image.shape[1])
+    largest = settings.fusion == "max_probabilities"
     normalised = segmenter.preprocessing(image)[None].to(segmenter.device)
     total = normalised.new_zeros(len(segmenter.classes) + 1, *size)  # probabilities are >= 0, too
-    count = 0
+    turns = (False, True) if settings.flip else (False,)
     for scale in settings.scales:
         to = sides(size, scale, settings)
         if settings.align_corners and to != size:
             scaled = F.interpolate(normalised, size=to, mode="bilinear", align_corners=True)
         else:
             scaled = resize(normalised, to)
-        for mirrored in (False, True) if settings.flip else (False,):
+        for mirrored in turns:
             pixels = scaled.flip(-1) if mirrored else scaled
             logits = _windowed(segmenter, pixels, settings.window, settings.overlap)
             if mirrored:
@@ -100,26 +89,20 @@ def probabilities(
                 _add_(total, logits)
             else:
                 full = resize(logits, size).softmax(0)
-                largest = settings.fusion == "max_probabilities"
                 torch.maximum(total, full, out=total) if largest else total.add_(full)
-            count += 1
-    if settings.fusion != "max_probabilities":
-        total.div_(count)
-    if settings.fusion == "mean_logits":
-        _softmax_(total)
-    return total if crf is None else refine(total, image, settings, crf)
+    if not largest:
+        total.div_(len(settings.scales) * len(turns))
+    if settings.fusion == "mean_logits":  # the softmax in place, to halve the memory
+        total.sub_(total.amax(0)).exp_()
+        total.div_(total.sum(0))
+    return total
 
 
 def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) -> tuple[int, int]:
     """Size (height, width) at which an image of ``size`` is segmented at a scale.
 
     ``settings.resize`` bounds the longer and the shorter side before the scale; it enlarges, too.
-    Both are one resize. Sides are rounded, a half to even, or truncated, and at least
-    `MINIMUM_SIDE`.
-
-    Example:
-        >>> sides((375, 500), 0.5, SegmentTestSettings.from_preset("deeplabv2.official"))
-        (188, 250)
+    Sides are rounded, a half to even, or truncated, and at least `MINIMUM_SIDE`.
     """
     factor = scale
     if settings.resize is not None:
@@ -132,36 +115,29 @@ def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) ->
     return max(MINIMUM_SIDE, height), max(MINIMUM_SIDE, width)
 
 
-def window_starts(length: int, window: int, overlap: float) -> list[int]:
+def _window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Where windows begin along an axis of ``length`` pixels, so that they cover it.
 
     Neighbours share at least the part ``overlap`` of a window, but are at least a pixel apart. The
-    last window ends at the end of the axis. One of no more than a window's length has one window.
-
-    Example:
-        >>> window_starts(100, 40, 0.25)
-        [0, 30, 60]
+    last window ends at the end of the axis.
     """
     step = max(1, window - math.ceil(window * overlap))
     return [*range(0, length - window, step), max(0, length - window)]
 
 
-def _windowed(
-    segmenter: SegmenterLike, images: Tensor, window: int | None, overlap: float
-) -> Tensor:
+def _windowed(segmenter: Segmenter, images: Tensor, window: int | None, overlap: float) -> Tensor:
     """Logits (L, h, w) of one image (1, 3, H, W).
 
-    They are at the size of the network's output, or, where there is more than one window, at that
-    of the image: the logits of a window are enlarged to it, and their mean is taken where windows
-    overlap.
+    They have the size of the network's output, or, where there is more than one window, that of the
+    image: the logits of a window are enlarged to it, and averaged where windows overlap.
     """
     height, width = images.shape[-2:]
     if window is None or max(height, width) <= window:
         return _logits(segmenter, images)
     total = images.new_zeros(len(segmenter.classes) + 1, height, width)
     count = images.new_zeros(height, width)
-    for top in window_starts(height, window, overlap):
-        for left in window_starts(width, window, overlap):
+    for top in _window_starts(height, window, overlap):
+        for left in _window_starts(width, window, overlap):
             place = (..., slice(top, top + window), slice(left, left + window))
             part = images[place]
             _add_(total[place], _logits(segmenter, part))
@@ -169,9 +145,9 @@ def _windowed(
     return total.div_(count)
 
 
-def _logits(segmenter: SegmenterLike, images: Tensor) -> Tensor:
+def _logits(segmenter: Segmenter, images: Tensor) -> Tensor:
     """(L, h, w) float32 of one image (1, 3, H, W)."""
-    logits = segmenter(images)
+    logits: Tensor = segmenter(images)
     labels = len(segmenter.classes) + 1
     if logits.ndim != 4 or tuple(logits.shape[:2]) != (1, labels):
         raise ClassifierError(
@@ -194,12 +170,6 @@ def _add_(total: Tensor, maps: Tensor) -> None:
         total[start : start + step].add_(resize(maps[start : start + step], size))
 
 
-def _softmax_(logits: Tensor) -> None:
-    """Softmax over the labels (first axis) in place, to halve the memory."""
-    logits.sub_(logits.amax(0)).exp_()
-    logits.div_(logits.sum(0))
-
-
 def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseCrf | None:
     """The dense CRF of the settings with the memory for one image, in bytes; None without one."""
     if settings.crf is None:
@@ -211,27 +181,18 @@ def make_crf(settings: SegmentTestSettings, memory: int | None = None) -> DenseC
 def refine(
     probabilities: Tensor, image: NDArray[np.uint8], settings: SegmentTestSettings, crf: DenseCrf
 ) -> Tensor:
-    """Marginals (L, H, W) of a dense CRF on probabilities (L, H, W) of an image.
+    """Marginals (L, H, W) of a dense CRF on probabilities (L, H, W) of an image (H, W, 3) uint8.
 
-    The CRF sees the image, uint8 (H, W, 3) RGB, or :func:`wrapped_image`, as the settings say.
-    DataError if sizes differ, or the CRF needs more memory than allowed.
+    The CRF sees the image, or what the original DeepLabV2 program gives to its CRF: the image minus
+    `WRAPPED_MEAN`, cast to 8 bits as BGR, where fractions are cut off and negative values wrap
+    around, -5 to 251 (specification of segmentation, section 1, "CRF bug").
     """
-    seen = wrapped_image(image) if settings.crf_image == "wrapped" else image
+    seen = _wrapped(image) if settings.crf_image == "wrapped" else image
     colours = torch.from_numpy(np.ascontiguousarray(seen)).to(probabilities.device)
     return crf.refine_probabilities(colours, probabilities)
 
 
-def wrapped_image(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The image that the original DeepLabV2 program gives to its CRF.
-
-    The image (uint8 (H, W, 3) RGB) minus `WRAPPED_MEAN`, cast to 8 bits as BGR: fractions are cut
-    off, and negative values wrap around, -5 to 251 (specification of segmentation, section 1, "CRF
-    bug").
-
-    Example:
-        >>> wrapped_image(np.full((1, 1, 3), 110, np.uint8)).tolist()
-        [[[5, 250, 244]]]
-    """
+def _wrapped(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     centred = image[:, :, ::-1] - np.array(WRAPPED_MEAN)
     wrapped: NDArray[np.uint8] = (np.trunc(centred).astype(np.int64) % 256).astype(np.uint8)
     return wrapped

@@ -5,10 +5,10 @@ Labels are 0 for the background and n + 1 for the class with index n; there are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
-from lpcam.segmentation.networks.base import Network, SegmenterSpec
+from lpcam.segmentation.networks.base import First, Network, SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.training.saved_network import load_weights
 
@@ -26,10 +26,9 @@ class Segmenter(nn.Module):
     """A network, the classes of its labels, and its preprocessing.
 
     Args:
-        network: a :class:`~lpcam.segmentation.networks.base.Network`: images (B, 3, H, W) to logits
-            (B, L, h, w).
+        network: a :class:`~lpcam.segmentation.networks.base.Network`: normalised images
+            (B, 3, H, W) to logits (B, L, h, w).
         classes: class names and their values in masks.
-        preprocessing: normalisation of RGB in [0, 1].
         spec: how to build the network again; None for a custom network, which cannot be saved.
     """
 
@@ -117,16 +116,11 @@ def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
 def build_segmenter(
     spec: SegmenterSpec,
     classes: ClassTable,
-    *,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
+    **first: Unpack[First],
 ) -> Segmenter:
     """Build a segmenter with a random head.
 
     Args:
-        spec: the architecture.
         classes: class names and their values in masks.
         weights: weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
         mean, std: mean and standard deviation of RGB in [0, 1]; default: the network's own.
@@ -141,7 +135,5 @@ def build_segmenter(
         >>> tuple(segmenter(torch.zeros(1, 3, 64, 64)).shape[:2])
         (1, 2)
     """
-    network, preprocessing = NETWORKS[spec.network].build(
-        spec, len(classes) + 1, weights=weights, mean=mean, std=std, seed=seed
-    )
+    network, preprocessing = NETWORKS[spec.network].build(spec, len(classes) + 1, **first)
     return Segmenter(network, classes, preprocessing, spec)

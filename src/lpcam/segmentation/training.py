@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.files import read_tensors
 from lpcam.segmentation import inference as predict
-from lpcam.segmentation.augmentation import Labelled
+from lpcam.segmentation.augmentation import make_sample
 from lpcam.segmentation.losses import segmentation_loss
 from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmenterSettings, SegmentTestSettings
@@ -53,10 +54,6 @@ def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> en
 
     The poly schedule is renewed every ``refresh`` steps and multiplied, over the first ``warmup``
     steps, by a factor that rises linearly to 1.
-
-    Example:
-        >>> plan_of(SegmenterSettings.from_preset("light", iterations=500), 100).steps
-        500
     """
     batch = min(settings.batch_size, count)
     steps = settings.iterations or (settings.epochs or 0) * (count // batch)
@@ -79,11 +76,10 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """The optimiser of a network's parameter groups, each with its rate and decay."""
     rate, decay = settings.learning_rate, settings.weight_decay
-    bias = (rate * settings.head_bias_multiplier, settings.head_bias_weight_decay)
     values = {
         "backbone": (rate, decay),
         "head": (rate * settings.head_multiplier, decay),
-        "head_bias": bias,
+        "head_bias": (rate * settings.head_bias_multiplier, settings.head_bias_weight_decay),
         "no_decay": (rate, 0.0),
     }
     wanted = [
@@ -96,22 +92,8 @@ def optimizer_of(
     return torch.optim.SGD(wanted, lr=rate, momentum=settings.momentum)
 
 
-def freeze(network: nn.Module, prefixes: Sequence[str]) -> None:
-    """Stop the gradient of backbone parameters whose names begin with a prefix.
-
-    Names are those of the backbone itself, as ``conv_stem`` or ``blocks.0`` of a timm MobileNetV2;
-    ClassifierError if a prefix matches nothing.
-    """
-    named = {
-        name.removeprefix("backbone.").removeprefix("classifier.backbone."): parameter
-        for name, parameter in network.named_parameters()
-    }
-    for name in names_below(named, prefixes):
-        named[name].requires_grad_(False)
-
-
 class _Outputs(nn.Module):
-    """A network's training outputs as a forward pass, which is what processes replicate."""
+    """A network's training outputs as a forward pass, for replication."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -119,8 +101,9 @@ class _Outputs(nn.Module):
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, float]]:
         """As ``outputs`` of the network."""
-        outputs: Callable[[Tensor], list[tuple[Tensor, float]]] = self.network.outputs  # type: ignore[assignment]
-        return outputs(images)
+        outputs: Any = self.network.outputs
+        found: list[tuple[Tensor, float]] = outputs(images)
+        return found
 
 
 def train_segmenter(
@@ -128,24 +111,19 @@ def train_segmenter(
     pairs: Sequence[tuple[Item, Path]],
     settings: SegmenterSettings,
     *,
-    seed: int,
-    folder: Path,
     precision: Precision = "float32",
-    workers: int = 0,
-    processes: Processes | None = None,
     validation: Validation | None = None,
-) -> list[dict[str, Any]]:
-    """Train in place, with checkpoints in ``folder`` from which a stopped training resumes.
+    **options: Unpack[engine.TrainingOptions],
+) -> engine.History:
+    """Train in place, with checkpoints from which a stopped training resumes.
 
     Args:
         pairs: images and their masks, as :func:`lpcam.segmentation.augmentation.check_masks` leaves
             them.
         precision: of the network's passes; weights, loss and optimiser are in float32. float16
             scales its losses.
-        workers: processes that read and augment images.
-        processes: those that share each batch; the step is that of the whole batch, whatever their
-            number, but for rounding.
         validation: when to measure the mIoU; None: never.
+        options: ``seed``, ``folder``, ``workers`` and ``processes``.
 
     Returns:
         some hundred records: ``epoch``, ``step``, mean ``loss`` and, where it was measured,
@@ -156,56 +134,60 @@ def train_segmenter(
             cannot be shared out.
         ArtefactError: if a checkpoint is damaged or of another network.
     """
-    processes = processes or Processes()
+    processes = options.get("processes") or Processes()
     device, network = segmenter.device, segmenter.network
     check_batch(segmenter, settings, len(pairs), processes)
     if processes.count > 1 and _trains_batch_norms(network):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         segmenter.network = network
-    freeze(network, settings.freeze)
+    named = {
+        name.removeprefix("backbone.").removeprefix("classifier.backbone."): parameter
+        for name, parameter in network.named_parameters()
+    }
+    for name in names_below(named, settings.freeze):
+        named[name].requires_grad_(False)
     times = 0 if validation is None else validation.times
     plan = plan_of(settings, len(pairs), times)
+    due = validation_steps(plan, times)
     model = processes.replicate(_Outputs(network))
     dtype = getattr(torch, precision)
     scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
-
-    def total(counts: Tensor) -> Tensor:
-        return processes.sum(counts.cpu()).to(counts.device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = (part.to(device) for part in batch)
         segmenter.train()
         with torch.autocast(device.type, dtype, enabled=precision != "float32"):
             outputs = model(images)
-        return segmentation_loss(
-            outputs, labels, kind=settings.loss, meet=settings.labels, total=total
-        )
-
-    due = validation_steps(plan, times)
+        kind, meet = settings.loss, settings.labels
+        return segmentation_loss(outputs, labels, kind=kind, meet=meet, total=processes.sum)
 
     def at_record(step: int) -> dict[str, Any]:
         if validation is None or step not in due:
             return {}
         found = validate(segmenter, validation, processes)
-        if processes.first and found > best_so_far(validation.best):
+        if processes.first and found > _best_so_far(validation.best):
             segmenter.save(validation.best, {"validation_miou": found, "step": step})
         return {"validation_miou": found}
 
     history = engine.run(
-        segmenter.network,
+        network,
         optimizer_of(segmenter.trained.parameter_groups(), settings),
-        Labelled(pairs, segmenter.classes, segmenter.preprocessing, settings, seed),
+        partial(
+            make_sample,
+            pairs,
+            segmenter.classes,
+            segmenter.preprocessing,
+            settings,
+            options["seed"],
+        ),
         len(pairs),
         loss,
         plan,
         label="training a segmenter",
         section="segment.training",
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        processes=processes,
         scaler=scaler,
         at_record=at_record,
+        **options,
     )
     segmenter.eval()
     return history
@@ -249,8 +231,8 @@ def validation_steps(plan: engine.Plan, times: int) -> set[int]:
     return {min(step, plan.steps) for step in steps}
 
 
-def best_so_far(path: Path) -> float:
-    """The mIoU of the best weights that a training has kept; -1 where there are none."""
+def _best_so_far(path: Path) -> float:
+    """The mIoU of the best weights that a training has kept; -1 without any."""
     return float(read_tensors(path)[1]["made_by"]["validation_miou"]) if path.is_file() else -1.0
 
 

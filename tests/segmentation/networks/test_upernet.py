@@ -159,19 +159,6 @@ def test_both_paths_of_a_block_are_dropped() -> None:
         assert torch.equal(block(x, (2, 2), always_partition=True)[0], x)
 
 
-def test_one_image_cannot_be_trained_on() -> None:
-    network = tiny().train()
-    for call in (network, network.outputs):
-        with pytest.raises(ClassifierError, match="one image"):
-            call(images(1, 3, 64, 64))
-    assert len(network.outputs(images(2, 3, 32, 32))) == 2
-    network.eval()
-    assert network(images(1, 3, 64, 64)).shape == (1, 3, 16, 16)
-    # where batch norms are shared by several processes, the library of torch decides
-    shared = nn.SyncBatchNorm.convert_sync_batchnorm(tiny())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in shared.modules())
-
-
 def timm_swin() -> nn.Module:
     """A Swin of timm with drawn norms and tables, without which an error would not show."""
     with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Required, Self, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -29,6 +29,19 @@ class SegmenterSpec:
     """Output stride of a timm backbone; None keeps the model's own."""
     pyramid: tuple[float, ...] = ()
     """Further scales of DeepLabV2."""
+
+
+class First(TypedDict, total=False):
+    """What a network is first made of."""
+
+    weights: Required[str | Path]
+    """Weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file."""
+    mean: Sequence[float] | None
+    """Mean of RGB in [0, 1]; None: the network's own."""
+    std: Sequence[float] | None
+    """Standard deviation of RGB in [0, 1]; None: the network's own."""
+    seed: int
+    """Random seed of the head and of random weights."""
 
 
 class Network(Protocol):
@@ -66,23 +79,9 @@ class SegmentationNetwork(Protocol):
         """Raise the ClassifierError of :meth:`build` that can be found without building."""
 
     def build(
-        self,
-        spec: SegmenterSpec,
-        labels: int,
-        *,
-        weights: str | Path,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        seed: int = 0,
+        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
     ) -> tuple[nn.Module, Preprocessing]:
-        """A :class:`Network` in evaluation mode, and its preprocessing.
-
-        Args:
-            spec: the architecture.
-            labels: L, with the background.
-            weights: weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
-            mean, std: mean and standard deviation of RGB in [0, 1]; None: the network's own.
-            seed: for the head and random weights.
+        """A :class:`Network` of L labels in evaluation mode, and its preprocessing.
 
         Raises:
             ClassifierError: if an argument is not accepted, or the weights are missing, do not fit
@@ -112,15 +111,10 @@ class FrozenNorms(nn.Module):
 def load_fitting(
     module: nn.Module, state: Mapping[str, Tensor], name: str, what: str, advice: str
 ) -> None:
-    """Load weights, each in the module's precision.
+    """Load the weights of a file ``name`` into a module, each in the module's precision.
 
-    Args:
-        name: the file, for messages.
-        what: the module in messages.
-        advice: what to do if they do not fit.
-
-    Raises:
-        ClassifierError: if the names or shapes are not the module's, or a value is NaN or Inf.
+    ClassifierError with an advice if names or shapes are not those of the module, ``what``, or a
+    value is NaN or Inf.
     """
     own = module.state_dict()
     if difference := misfit(own, state):
@@ -132,13 +126,7 @@ def load_fitting(
 def preprocessing_with(
     own: Preprocessing, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Preprocessing:
-    """A preprocessing with mean and std replaced where they are given.
-
-    Example:
-        >>> own = Preprocessing((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-        >>> preprocessing_with(own, [0, 0, 0], None).std
-        (0.2, 0.2, 0.2)
-    """
+    """A preprocessing with mean and std replaced where they are given."""
     return Preprocessing(
         own.mean if mean is None else tuple(mean), own.std if std is None else tuple(std)
     )

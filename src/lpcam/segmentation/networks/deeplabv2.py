@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,18 @@ from lpcam.classifiers.classifier import (
     Preprocessing,
     build,
     check_backbone,
-    misfit,
     read_weights,
-    refuse_not_finite,
 )
 from lpcam.data.resize import resize
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
+from lpcam.segmentation.networks.base import (
+    First,
+    FrozenNorms,
+    Option,
+    SegmenterSpec,
+    load_fitting,
+    preprocessing_with,
+)
 
 logger = logging.getLogger(__name__)
 CAFFE = "resnet101_caffe"
@@ -43,15 +48,10 @@ BLOCKS = (3, 4, 23, 3)
 WIDTH = 64
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
-EXPANSION = 4
-"""Output channels of a bottleneck divided by its inner channels."""
 OUTPUT_STRIDE = 8
 RATES = (6, 12, 18, 24)
-COLOUR_DEVIATION = 64.0
-"""Approximate standard deviation of RGB from 0 to 255; only random weights need it."""
 _PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
 _RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
-_CLASSIFIER = "fc."
 _COUNTER = ".num_batches_tracked"
 
 
@@ -65,7 +65,6 @@ class _Unit(nn.Module):
         kernel: int,
         stride: int = 1,
         dilation: int = 1,
-        *,
         relu: bool = True,
     ) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, dilation: int, first: bool) -> None:
         super().__init__()
-        middle = outputs // EXPANSION
+        middle = outputs // 4
         stride = stride if first else 1
         self.reduce = _Unit(inputs, middle, 1, stride)
         self.conv3x3 = _Unit(middle, middle, 3, dilation=dilation)
@@ -96,15 +95,6 @@ class _Bottleneck(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.increase(self.conv3x3(self.reduce(images))) + self.shortcut(images)
         return found.relu()
-
-
-class _Stem(nn.Sequential):
-    """7 x 7 convolution with stride 2, then max pooling whose size is rounded up."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = _Unit(3, width, 7, stride=2)
-        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
 
 
 def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
@@ -121,19 +111,18 @@ class CaffeResNet101(nn.Module):
 
     Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
     stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights keep
-    activations near 1 although batch norms have no statistics.
-
-    Args:
-        blocks: bottlenecks of each of the four stages.
-        width: channels of the stem; the output has 32 times as many (``channels``).
+    activations near 1 although batch norms have no statistics. ``blocks`` are the bottlenecks of
+    each stage, and ``width`` the channels of the stem; the output has 32 times as many.
     """
 
     def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
         super().__init__()
-        self.layer1 = _Stem(width)
+        self.layer1 = nn.Sequential()
+        self.layer1.add_module("conv1", _Unit(3, width, 7, stride=2))
+        self.layer1.add_module("pool", nn.MaxPool2d(3, 2, 1, ceil_mode=True))
         inputs, stages = width, []
         for number, count in enumerate(blocks):
-            outputs = width * EXPANSION * 2**number
+            outputs = width * 4 * 2**number
             stages.append(_stage(inputs, outputs, count, STRIDES[number], DILATIONS[number]))
             inputs = outputs
         self.layer2, self.layer3, self.layer4, self.layer5 = stages
@@ -158,19 +147,13 @@ class CaffeResNet101(nn.Module):
                 # each block would double the variance, which frozen batch norms do not undo
                 with torch.no_grad():
                     module.conv.weight /= math.sqrt(blocks)
-        variance = self.layer1.conv1.bn.running_var
-        assert variance is not None
-        variance.fill_(2.0 * COLOUR_DEVIATION**2)  # He's weights double it
+        stem = self.layer1.get_submodule("conv1.bn")
+        # RGB from 0 to 255 has a standard deviation of about 64; He's weights double the variance
+        stem.get_buffer("running_var").fill_(2.0 * 64.0**2)
 
 
 class Aspp(nn.Module):
-    """Four dilated 3 x 3 convolutions with bias, summed: atrous spatial pyramid pooling.
-
-    Args:
-        channels: C of the input.
-        labels: L of the output.
-        rates: dilations, also used as paddings.
-    """
+    """Dilated 3 x 3 convolutions with bias, summed: atrous spatial pyramid pooling."""
 
     def __init__(self, channels: int, labels: int, rates: Sequence[int] = RATES) -> None:
         super().__init__()
@@ -192,12 +175,8 @@ class Aspp(nn.Module):
 class DeepLabV2(FrozenNorms):
     """A backbone and :class:`Aspp` at several scales; batch norms are frozen.
 
-    Args:
-        backbone: maps normalised images (B, 3, H, W) to (B, C, h, w).
-        channels: C.
-        labels: L, with the background.
-        pyramid: further scales at which the network sees each image; more cost time.
-        rates: dilations of :class:`Aspp`.
+    The backbone maps normalised images (B, 3, H, W) to (B, ``channels``, h, w); ``pyramid`` are
+    further scales at which the network sees each image.
     """
 
     def __init__(
@@ -205,13 +184,11 @@ class DeepLabV2(FrozenNorms):
         backbone: nn.Module,
         channels: int,
         labels: int,
-        *,
         pyramid: Sequence[float] = (),
-        rates: Sequence[int] = RATES,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.aspp = Aspp(channels, labels, rates)
+        self.aspp = Aspp(channels, labels)
         self.pyramid = tuple(pyramid)
         self.freeze_norms()
         self.eval()
@@ -231,7 +208,7 @@ class DeepLabV2(FrozenNorms):
         return [(each, 1.0) for each in logits]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: ``backbone``, ``head`` and ``head_bias`` (the ASPP's).
+        """The trained parameters; those of ``head`` and ``head_bias`` are the ASPP's.
 
         ``no_decay`` holds the backbone's biases, its norms other than batch norms, and what timm
         excludes from weight decay.
@@ -283,11 +260,10 @@ class _Features(nn.Module):
 
 
 class DeepLabV2Network:
-    """DeepLabV2 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+    """DeepLabV2 on ``resnet101_caffe``, whose arguments are ``blocks`` and ``width``, or on timm's.
 
-    The backbone is ``resnet101_caffe``, whose arguments are ``blocks`` and ``width``, or a timm
-    model. Weights of the former have the names of the field's files (:func:`convert_names`): a
-    classifier in the file is ignored, and an ASPP is used if it fits.
+    Weights of the former have the names of the field's files (:func:`convert_names`): a classifier
+    in the file is ignored, and an ASPP is used if it fits.
     """
 
     title = "DeepLabV2"
@@ -303,31 +279,23 @@ class DeepLabV2Network:
             check_backbone(spec.backbone)
 
     def build(
-        self,
-        spec: SegmenterSpec,
-        labels: int,
-        *,
-        weights: str | Path,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        seed: int = 0,
+        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
     ) -> tuple[DeepLabV2, Preprocessing]:
         """The network and its preprocessing."""
-        features: CaffeResNet101 | _Features
-        if spec.backbone == CAFFE:
-            self.check(spec, str(weights))
-            preprocessing = preprocessing_with(PREPROCESSING, mean, std)
+        weights, seed, caffe = str(first["weights"]), first.get("seed", 0), spec.backbone == CAFFE
+        if caffe:
+            self.check(spec, weights)
+            preprocessing = preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
         else:
             own = BackboneSpec(spec.backbone, dict(spec.arguments), spec.output_stride)
             # NO_CLASSES is one class, whose head is removed
-            classifier = build(own, NO_CLASSES, weights=weights, mean=mean, std=std, seed=seed)
+            classifier = build(own, NO_CLASSES, **first)
             preprocessing = classifier.preprocessing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            caffe = spec.backbone == CAFFE
             features = CaffeResNet101(**spec.arguments) if caffe else _Features(classifier)
-            network = DeepLabV2(features, features.channels, labels, pyramid=spec.pyramid)
-        if caffe and str(weights) != RANDOM:
+            network = DeepLabV2(features, features.channels, labels, spec.pyramid)
+        if caffe and weights != RANDOM:
             _load(network, Path(weights))
         return network, preprocessing
 
@@ -335,15 +303,10 @@ class DeepLabV2Network:
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp...``.
 
-    Prefixes of wrappers (module, base, scale, network, backbone) are removed, and two names of
-    older files are replaced (``proj``, ``aspp.stages``).
+    Prefixes of wrappers are removed, and two names of older files are replaced.
 
     Raises:
         ClassifierError: if two names become equal.
-
-    Example:
-        >>> list(convert_names({"module.scale.layer2.block1.proj.bn.bias": torch.zeros(1)}))
-        ['layer2.block1.shortcut.bn.bias']
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -385,26 +348,20 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
 def _load(network: DeepLabV2, path: Path) -> None:
     """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
     state = convert_names(read_weights(path))
-    state = {
-        k: v for k, v in state.items() if not k.startswith(_CLASSIFIER) and not k.endswith(_COUNTER)
-    }
-    refuse_not_finite(state, path)
     head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
-    state = {k: v for k, v in state.items() if not k.startswith("aspp.")}
-    own = {k: v for k, v in network.backbone.state_dict().items() if not k.endswith(_COUNTER)}
-    if difference := misfit(own, state):
-        raise ClassifierError(
-            f"the weights {path.name!r} do not fit {CAFFE!r}: {difference}; it takes files "
-            "of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; for "
-            "torchvision's or timm's weights the backbone is resnet101"
-        )
-    aspp = network.aspp.state_dict()
-    fits = {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}
-    if head and not fits:
+    own, aspp = network.backbone.state_dict(), network.aspp.state_dict()
+    backbone = {k: v for k, v in state.items() if not k.startswith(("fc.", "aspp."))}
+    # Counters of batches, which some files lack, are never read.
+    backbone |= {k: v for k, v in own.items() if k.endswith(_COUNTER)}
+    advice = (
+        "it takes files of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; "
+        "for torchvision's or timm's weights the backbone is resnet101"
+    )
+    load_fitting(network.backbone, backbone, path.name, repr(CAFFE), advice)
+    if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}:
+        load_fitting(network.aspp, head, path.name, "the ASPP", advice)
+    elif head:
         logger.info("the ASPP in %s is of other labels or rates and is left out", path.name)
-    network.backbone.load_state_dict(state, strict=False)  # but for the counters all are there
-    if fits:
-        network.aspp.load_state_dict(head)
 
 
 NETWORK = DeepLabV2Network()

@@ -9,48 +9,34 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    PRETRAINED,
-    RANDOM,
-    Preprocessing,
-    misfit,
-    read_weights,
-    refuse_not_finite,
-)
+from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing, read_weights
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import Option, SegmenterSpec, preprocessing_with
+from lpcam.segmentation.networks.base import (
+    First,
+    Option,
+    SegmenterSpec,
+    load_fitting,
+    preprocessing_with,
+)
 
 PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-PATCH = 4
-WINDOW = 7
-DROP_PATH = 0.3
-"""Rate of stochastic depth of the last block; it rises linearly from 0 at the first."""
-POOLS = (1, 2, 3, 6)
-"""Bins per side of the pyramid pooling on the last stage."""
-CHANNELS = 512
-"""Channels of the main head."""
-AUXILIARY_CHANNELS = 256
 AUXILIARY_WEIGHT = 0.4
 """Weight of the auxiliary head's loss."""
 DROPOUT = 0.1
 """Rate of the dropout of whole channels before both classifiers."""
-CLASSIFIER_DEVIATION = 0.01
-"""Standard deviation of the classifiers' initial weights."""
 
 
-@dataclass(frozen=True)
-class SwinSize:
+class SwinSize(NamedTuple):
     """A size of Swin and the name of its ImageNet weights."""
 
     embed_dim: int
@@ -74,12 +60,9 @@ ARGUMENTS = (*SWIN_ARGUMENTS, "auxiliary_channels", "channels", "checkpoint")
 class UperNetSwin(nn.Module):
     """UperNet on Swin: logits at stride 4, and those of an auxiliary head in training.
 
-    The batch norms of the heads are trained; several processes that share a batch need them
-    converted to ``torch.nn.SyncBatchNorm``.
-
-    Args:
-        model: ``transformers.UperNetForSemanticSegmentation`` on a Swin, with an auxiliary head;
-            its parts are changed and used.
+    ``model`` is transformers' ``UperNetForSemanticSegmentation`` on a Swin, with an auxiliary head;
+    its parts are changed and used. The batch norms of the heads are trained; several processes that
+    share a batch need them converted to ``torch.nn.SyncBatchNorm``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -102,34 +85,17 @@ class UperNetSwin(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised RGB to logits (B, L, ceil(H / 4), ceil(W / 4)).
-
-        Raises:
-            ClassifierError: as :meth:`outputs`.
-        """
-        logits: Tensor = self.decode_head(self._maps(images))
+        """(B, 3, H, W) normalised RGB to logits (B, L, ceil(H / 4), ceil(W / 4))."""
+        logits: Tensor = self.decode_head(self.backbone(images).feature_maps)
         return logits
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """Logits of both heads with the weights of their losses, 1 and 0.4.
-
-        The auxiliary logits are (B, L, ceil(H / 16), ceil(W / 16)).
-
-        Raises:
-            ClassifierError: for a single image in training mode: batch norms cannot be trained on
-                its one pooled cell.
-        """
-        maps = self._maps(images)
-        return [
-            (self.decode_head(maps), 1.0),
-            (self.auxiliary_head(maps), AUXILIARY_WEIGHT),
-        ]
+        """Logits of both heads, at strides 4 and 16, with the weights of their losses."""
+        maps = self.backbone(images).feature_maps
+        return [(self.decode_head(maps), 1.0), (self.auxiliary_head(maps), AUXILIARY_WEIGHT)]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: ``backbone`` (Swin), ``head`` and ``head_bias`` (convolutions).
-
-        ``no_decay`` holds the Swin's norms and tables of relative positions.
-        """
+        """The trained parameters; ``no_decay`` are the Swin's norms and position tables."""
         groups: dict[str, list[nn.Parameter]] = {
             name: [] for name in ("backbone", "head", "head_bias", "no_decay")
         }
@@ -147,26 +113,13 @@ class UperNetSwin(nn.Module):
                     groups[group].append(parameter)
         return groups
 
-    def _maps(self, images: Tensor) -> Sequence[Tensor]:
-        """The normalised map of each stage, at strides 4, 8, 16 and 32."""
-        if self.training and images.shape[0] == 1:
-            for module in self.decode_head.psp_modules.modules():
-                if isinstance(module, nn.BatchNorm2d) and module.training:
-                    raise ClassifierError(
-                        "UperNet cannot be trained on one image at a time: its batch norms see a "
-                        "single pooled cell; give two images or more to each process and "
-                        "sub-batch, or convert to torch.nn.SyncBatchNorm in several processes"
-                    )
-        maps: Sequence[Tensor] = self.backbone(images).feature_maps
-        return maps
-
 
 class _Classifier(nn.Conv2d):
     """The last convolution of a head, after dropout of whole channels."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__(convolution.in_channels, convolution.out_channels, 1)
-        nn.init.normal_(self.weight, std=CLASSIFIER_DEVIATION)
+        nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -181,13 +134,13 @@ def _drop_path(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 
 class UperNetNetwork:
-    """UperNet on Swin as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+    """UperNet on a size of Swin: ``tiny``, ``small`` or ``base``.
 
-    The backbone is a size of Swin: ``tiny``, ``small`` or ``base``. Arguments are ``embed_dim``,
-    ``depths``, ``num_heads`` and ``window_size`` of Swin, which replace those of the size,
-    ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads, and ``checkpoint``: another
-    model on the hub, or a folder of the same layout. A file of weights has the names of
-    transformers, timm or the official program; a classification head in it is ignored.
+    Arguments are ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin, which
+    replace those of the size, ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads,
+    and ``checkpoint``: another model on the hub, or a folder of the same layout. A file of weights
+    has the names of transformers, timm or the official program; a classification head in it is
+    ignored.
     """
 
     title = "UperNet"
@@ -212,36 +165,28 @@ class UperNetNetwork:
             )
 
     def build(
-        self,
-        spec: SegmenterSpec,
-        labels: int,
-        *,
-        weights: str | Path,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        seed: int = 0,
+        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
     ) -> tuple[UperNetSwin, Preprocessing]:
         """The network and its preprocessing."""
-        self.check(spec, str(weights))
+        weights = str(first["weights"])
+        self.check(spec, weights)
         transformers = importlib.import_module("transformers")
         size, chosen = spec.backbone, dict(spec.arguments)
         checkpoint = str(chosen.pop("checkpoint", SIZES[size].checkpoint))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(first.get("seed", 0))
             try:
-                model = transformers.UperNetForSemanticSegmentation(
-                    _config(transformers, size, labels, chosen)
-                )
-                network = UperNetSwin(model)
+                config = _config(transformers, size, labels, chosen)
+                network = UperNetSwin(transformers.UperNetForSemanticSegmentation(config))
             except Exception as error:  # whatever transformers or torch raises
                 raise ClassifierError(
                     f"transformers could not make Swin {size!r} with arguments {chosen}: {error}"
                 ) from error
-            if str(weights) == PRETRAINED:
+            if weights == PRETRAINED:
                 _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
-            elif str(weights) != RANDOM:
+            elif weights != RANDOM:
                 _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
-        return network, preprocessing_with(PREPROCESSING, mean, std)
+        return network, preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
 
 
 def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
@@ -257,15 +202,15 @@ def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]
             embed_dim=chosen.get("embed_dim", swin.embed_dim),
             depths=depths,
             num_heads=heads,
-            patch_size=PATCH,
-            window_size=chosen.get("window_size", WINDOW),
-            drop_path_rate=chosen.get("drop_path", DROP_PATH),
+            patch_size=4,
+            window_size=chosen.get("window_size", 7),
+            drop_path_rate=chosen.get("drop_path", 0.3),
             out_features=[f"stage{number + 1}" for number in range(len(depths))],
         ),
-        hidden_size=chosen.get("channels", CHANNELS),
-        pool_scales=POOLS,
+        hidden_size=chosen.get("channels", 512),
+        pool_scales=(1, 2, 3, 6),
         use_auxiliary_head=True,
-        auxiliary_channels=chosen.get("auxiliary_channels", AUXILIARY_CHANNELS),
+        auxiliary_channels=chosen.get("auxiliary_channels", 256),
         auxiliary_loss_weight=AUXILIARY_WEIGHT,
         num_labels=labels,
     )
@@ -304,18 +249,11 @@ _LEFT_OUT = re.compile(
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a Swin under their present names in transformers.
 
-    Args:
-        state: with names of transformers, of the official program or of timm. The last two have
-            queries, keys and values in one tensor; timm merges patches at the start of a stage
-            (``layers.1.downsample``), the official program at the end of the previous one.
-
-    Returns:
-        The same without the classification head, the norm before it, and constants of the
-        architecture. Unknown names are kept.
-
-    Example:
-        >>> list(convert_names({"swin.encoder.layers.0.blocks.0.intermediate.dense.bias": 0}))
-        ['encoder.layers.0.blocks.0.mlp.fc1.bias']
+    Names are those of transformers, of the official program or of timm. The last two have queries,
+    keys and values in one tensor; timm merges patches at the start of a stage
+    (``layers.1.downsample``), the official program at the end of the previous one. The
+    classification head, the norm before it, and constants of the architecture are left out; unknown
+    names are kept.
     """
     official = any(name.startswith("patch_embed.") for name in state)
     of_timm = official and not any(name.startswith("layers.0.downsample.") for name in state)
@@ -363,15 +301,9 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
 
 def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
     """Load the tensors of a Swin into a backbone, except the norms behind its stages."""
-    own = {k: v for k, v in backbone.swin.state_dict().items() if not _LEFT_OUT.search(k)}
-    state = convert_names(found)
-    if difference := misfit(own, state):
-        raise ClassifierError(
-            f"the weights {name!r} do not fit this Swin: {difference}; check the size and the "
-            "arguments"
-        )
-    refuse_not_finite(state, Path(name))
-    backbone.swin.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+    kept = {k: v for k, v in backbone.swin.state_dict().items() if _LEFT_OUT.search(k)}
+    advice = "check the size and the arguments"
+    load_fitting(backbone.swin, kept | convert_names(found), name, "this Swin", advice)
 
 
 NETWORK = UperNetNetwork()

@@ -5,8 +5,8 @@ The backbone is :class:`lpcam.classifiers.wideresnet38.WideResNet38`, which clas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import safetensors
 import torch
@@ -20,12 +20,17 @@ from lpcam.classifiers.classifier import (
     Classifier,
     Preprocessing,
     build,
-    misfit,
-    refuse_not_finite,
 )
 from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import FrozenNorms, Option, SegmenterSpec, preprocessing_with
+from lpcam.segmentation.networks.base import (
+    First,
+    FrozenNorms,
+    Option,
+    SegmenterSpec,
+    load_fitting,
+    preprocessing_with,
+)
 
 BACKBONE = "wideresnet38"
 HIDDEN = 512
@@ -38,11 +43,6 @@ class WideResNet38LargeFov(FrozenNorms):
     """Logits at stride 8: two dilated 3 x 3 convolutions on WideResNet-38.
 
     All batch norms and the first convolution are frozen.
-
-    Args:
-        backbone: with or without its last ReLU; the published segmenter has it.
-        labels: L, with the background.
-        hidden: channels between the two convolutions.
     """
 
     def __init__(self, backbone: WideResNet38, labels: int, *, hidden: int = HIDDEN) -> None:
@@ -77,11 +77,10 @@ class WideResNet38LargeFov(FrozenNorms):
 
 
 class WideResNet38Network:
-    """WideResNet-38 as a :class:`~lpcam.segmentation.networks.base.SegmentationNetwork`.
+    """Arguments are those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden``.
 
-    Arguments are those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden`` of
-    the head. A file of weights holds the backbone or a classifier of this package. If it holds fc1
-    and fc2, they become the head; a classification head fc8 is ignored.
+    A file of weights holds the backbone or a classifier of this package. If it holds fc1 and fc2,
+    they become the head; a classification head fc8 is ignored.
     """
 
     title = "WideResNet-38"
@@ -98,23 +97,17 @@ class WideResNet38Network:
             )
 
     def build(
-        self,
-        spec: SegmenterSpec,
-        labels: int,
-        *,
-        weights: str | Path,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        seed: int = 0,
+        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
     ) -> tuple[WideResNet38LargeFov, Preprocessing]:
         """The network and its preprocessing."""
-        self.check(spec, str(weights))
+        weights, seed = str(first["weights"]), first.get("seed", 0)
+        self.check(spec, weights)
         arguments = dict(spec.arguments)
         hidden = arguments.pop("hidden", HIDDEN)
         if not isinstance(hidden, int) or hidden < 1:
             raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
         own, path = BackboneSpec(BACKBONE, arguments), Path(weights)
-        if str(weights) != RANDOM and _is_classifier(path):
+        if weights != RANDOM and _is_classifier(path):
             classifier = _load_classifier(path, own)
         else:
             classifier = build(own, NO_CLASSES, weights=weights, seed=seed)
@@ -123,9 +116,10 @@ class WideResNet38Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
-        if str(weights) != RANDOM:
+        if weights != RANDOM:
             _load_head(network, path)
-        return network, preprocessing_with(classifier.preprocessing, mean, std)
+        used = preprocessing_with(classifier.preprocessing, first.get("mean"), first.get("std"))
+        return network, used
 
 
 def _is_classifier(path: Path) -> bool:
@@ -153,20 +147,17 @@ def _load_classifier(path: Path, spec: BackboneSpec) -> Classifier:
 
 def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
     """Take fc1 and fc2 from a file that has them; the backbone was read from it before."""
-    own = {k: v for k, v in network.state_dict().items() if k.startswith(("fc1.", "fc2."))}
+    own = network.state_dict()
+    head = {k for k in own if k.startswith(("fc1.", "fc2."))}
     with safetensors.safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        state = {name: file.get_tensor(name) for name in sorted(own.keys() & names)}
-    if not state:
-        return
-    if difference := misfit(own, state):
-        raise ClassifierError(
-            f"fc1 and fc2 of the weights {path.name!r} do not fit this head: {difference}; the "
-            "file is of other labels or of another network: take fc1 and fc2 out of it to train a "
-            "new head"
+        state = {name: file.get_tensor(name) for name in sorted(head & set(file.keys()))}
+    if state:
+        rest = {k: v for k, v in own.items() if k not in head}
+        advice = (
+            "the file is of other labels or of another network: take fc1 and fc2 out of it to "
+            "train a new head"
         )
-    refuse_not_finite(state, path)
-    network.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+        load_fitting(network, rest | state, path.name, "fc1 and fc2 of this head", advice)
 
 
 NETWORK = WideResNet38Network()
