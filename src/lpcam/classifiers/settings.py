@@ -5,12 +5,46 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec
+from lpcam.classifiers.classifier import RANDOM, BackboneSpec, build
 from lpcam.classifiers.finetuning import FinetuneSettings
 from lpcam.classifiers.linear import ProbeSettings
 from lpcam.runtime.files import weights_key
 from lpcam.runtime.settings import WeightsSection
+from lpcam.training.released import RESNET50, RESNET50_COPIES, WIDERESNET38, Released
+
+RELEASED_RESNET50 = BackboneSpec("resnet50", {}, 16, dilated=False)
+"""The ResNet-50 of the released programs (specification of LPCAM, section 2)."""
+
+
+def _flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head's 1 x 1 convolution as a linear layer."""
+    return {name: t.flatten(1) if name == "head.weight" else t for name, t in state.items()}
+
+
+RELEASED = (
+    Released(
+        "the ResNet-50 classifier of IRN, ReCAM, AMN and LPCAM",
+        "classifier",
+        ("resnet50.conv1.weight", "classifier.weight"),
+        [(RESNET50, "backbone."), (r"classifier\.", "head.")],
+        lambda names: build(RELEASED_RESNET50, names, weights=RANDOM),
+        classes=lambda state: len(state["classifier.weight"]),
+        left_out=RESNET50_COPIES,
+        adapt=_flat,
+    ),
+    Released(
+        "PSA's classifier on WideResNet-38",
+        "classifier",
+        ("conv1a.weight", "fc8.weight"),
+        [(WIDERESNET38, "backbone."), (r"fc8\.", "head.")],
+        lambda names: build(BackboneSpec("wideresnet38", {}), names, weights=RANDOM),
+        classes=lambda state: len(state["fc8.weight"]),
+        adapt=_flat,
+    ),
+)
+"""Files of released programs that hold a classifier."""
 
 
 class BackboneSection(WeightsSection):

@@ -21,10 +21,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build, described
+from lpcam.classifiers.classifier import (
+    RANDOM,
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    described,
+)
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import FeaturePair
 from lpcam.classifiers.probe import multi_hot
+from lpcam.classifiers.settings import RELEASED_RESNET50
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
@@ -52,6 +60,7 @@ from lpcam.segmentation.networks.deeplabv2 import Aspp
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.optim import freeze, names_below
+from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
 EPSILON = 1e-5
 """Added to the range that probabilities are divided by (section 4)."""
@@ -303,6 +312,27 @@ class _AmnHost(Host[AmnSettings, Amn]):
         classifier = build(backbone, names, **first)
         sizes = settings.model_dump(include={"dilations", "dropout"})
         return Amn(classifier, **sizes, seed=first.get("seed", 0))
+
+    def released(self) -> Sequence[Released]:
+        """The file ``res50_amn.pth``."""
+        return [
+            Released(
+                "AMN's network",
+                "host",
+                ("label_enc.weight",),
+                [
+                    (RESNET50, "classifier.backbone."),
+                    (r"label_enc\.", "conditioning."),
+                    (r"classifier\.1\.", "head."),
+                ],
+                lambda names: self.build(
+                    RELEASED_RESNET50, names, AmnSettings.from_preset("official"), weights=RANDOM
+                ),
+                classes=lambda state: state["label_enc.weight"].shape[1],
+                left_out=RESNET50_COPIES,
+                ours=("classifier.head.",),
+            )
+        ]
 
     def images_per_step(
         self, network: Amn, data: HostData, settings: AmnSettings

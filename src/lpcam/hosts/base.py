@@ -25,6 +25,7 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import PresetModel
 from lpcam.training.loop import History, TrainingOptions
+from lpcam.training.released import Released
 from lpcam.training.saved_network import SavedNetwork
 
 Base = Literal["CAM", "LPCAM"]
@@ -192,6 +193,10 @@ class Host(ABC, Generic[S, N]):
             names: names of the classes.
             first: ``weights``, ``mean``, ``std`` and ``seed``.
         """
+
+    def released(self) -> Sequence[Released]:
+        """The files of released programs that hold this network."""
+        return ()
 
     @abstractmethod
     def images_per_step(self, network: N, data: HostData, settings: S) -> tuple[int, str]:

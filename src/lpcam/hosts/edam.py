@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import (
     NO_CLASSES,
+    RANDOM,
     BackboneSpec,
     Classifier,
     Preprocessing,
@@ -58,6 +59,7 @@ from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours
 from lpcam.training.optim import freeze, names_below, poly
+from lpcam.training.released import WIDERESNET38, Released
 
 
 class EdamSettings(HostSettings):
@@ -116,6 +118,21 @@ class EdamSettings(HostSettings):
         return self
 
 
+RELEASED = (
+    *(
+        (rf"attention\.linear_layers\.{n}\.", f"{o}.")
+        for n, o in enumerate(("query", "key", "value"))
+    ),
+    (r"attention\.output_linear\.", "joined."),
+    (r"feed_forward\.w_1\.", "inner."),
+    (r"feed_forward\.w_2\.", "outer."),
+    *(
+        (rf"{part}_sublayer\.norm\.{theirs}", f"norms.{n}.{ours}")
+        for n, part in enumerate(("input", "output"))
+        for theirs, ours in (("a_2", "weight"), ("b_2", "bias"))
+    ),
+)
+"""Names in the transformers of released files, as patterns, and ours."""
 SEGMENTS = 5
 """Rows of the released table of segments, of which two are used."""
 PAIR = 2
@@ -333,6 +350,17 @@ def _rate(step: int, settings: EdamSettings) -> float:
     return poly(step - settings.warmup, settings.iterations - settings.warmup, settings.power)
 
 
+def _adapted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The convolutions to logits as rows of one layer, and the two segments that are used."""
+    count = sum(name.startswith("logits.") for name in state)
+    rows = [state.pop(f"logits.{n}.weight").flatten(1) for n in range(count)]
+    return {
+        **state,
+        "logits.weight": torch.cat(rows),
+        "segments.weight": state["segments.weight"][:PAIR],
+    }
+
+
 class _EdamHost(Host[EdamSettings, Edam]):
     """Class masks learned with attention over pairs of images."""
 
@@ -361,6 +389,34 @@ class _EdamHost(Host[EdamSettings, Edam]):
         classifier = build(backbone, NO_CLASSES, **first)
         sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
         return Edam(classifier, names, sizes, first.get("seed", 0))
+
+    def released(self) -> Sequence[Released]:
+        """The file of the released training."""
+        return [
+            Released(
+                "EDAM's network",
+                "host",
+                ("mask_layer.weight",),
+                [
+                    (WIDERESNET38, "classifier.backbone."),
+                    (r"mask_layer\.", "activation."),
+                    (r"d_d\.", "reduction."),
+                    (r"embedding\.segment\.", "segments."),
+                    (r"fc_list\.(\d+)\.", r"logits.\1."),
+                    *((rf"trans_list\.(\d+)\.0\.{n}", rf"encoders.\1.{o}") for n, o in RELEASED),
+                ],
+                lambda names: self.build(
+                    BackboneSpec("wideresnet38", {}),
+                    names,
+                    EdamSettings.from_preset("official"),
+                    weights=RANDOM,
+                ),
+                classes=lambda state: len(state["mask_layer.weight"]) - 1,
+                left_out=r"embedding\.position\.",
+                adapt=_adapted,
+                ours=("classifier.head.",),
+            )
+        ]
 
     def images_per_step(
         self, network: Edam, data: HostData, settings: EdamSettings

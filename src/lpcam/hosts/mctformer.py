@@ -29,7 +29,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Preprocessing
 from lpcam.classifiers.finetuning import validation_map
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
@@ -54,6 +54,7 @@ from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unf
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
+from lpcam.training.released import Released
 
 EPSILON = 1e-8
 """Added to the range that a map is divided by (section 3, step 4)."""
@@ -252,6 +253,26 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         **first: Any,
     ) -> Mctformer:
         return build_mctformer(backbone, names, settings, **first)
+
+    def released(self) -> Sequence[Released]:
+        """The files of V1, whose linear head is unused, and of V2."""
+
+        def made(version: str, dimensions: int) -> Released:
+            settings = MctformerSettings.from_preset("official", version=version)
+            return Released(
+                f"MCTformer {version.upper()}'s network",
+                "host",
+                ("cls_token", "pos_embed", "blocks.11.attn.qkv.weight", "head.weight"),
+                [],
+                lambda names: self.build(
+                    BackboneSpec("deit_small_patch16_224", {}), names, settings, weights=RANDOM
+                ),
+                classes=lambda state: state["cls_token"].shape[1],
+                dimensions={"head.weight": dimensions},
+                left_out=r"head\." if version == "v1" else None,
+            )
+
+        return [made("v1", 2), made("v2", 4)]
 
     def images_per_step(
         self, network: Mctformer, data: HostData, settings: MctformerSettings

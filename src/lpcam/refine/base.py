@@ -22,6 +22,7 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import Section
 from lpcam.training.loop import History
+from lpcam.training.released import Released
 
 DECIDED = 0.5
 """Threshold of maps p / (p + p of the background): above it the class is likelier."""
@@ -209,6 +210,10 @@ class LearnedRefinement(Refinement):
     @abstractmethod
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
         """Return a function that writes the labels of one picture to a file."""
+
+    def released(self) -> Sequence[Released]:
+        """The files of released programs that hold this network."""
+        return ()
 
     @abstractmethod
     def build(self, section: RefineSection, tools: Tools) -> Any:

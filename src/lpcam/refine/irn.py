@@ -7,7 +7,7 @@ Shapes: B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W / 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lpcam.classifiers.classifier import Preprocessing
+from lpcam.classifiers.classifier import RANDOM, Preprocessing
+from lpcam.classifiers.settings import RELEASED_RESNET50
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask, write_mask, write_plane
@@ -55,6 +56,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.loop import History
+from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
 
 class IrnSettings(PairSettings):
@@ -328,6 +330,35 @@ class IrnRefinement(LearnedRefinement):
         return lambda picture, path: write_mask(
             path, ternary_mask(crf, picture, thresholds, job.tools.classes)
         )
+
+    def released(self) -> Sequence[Released]:
+        """The file ``res50_irn.pth`` of the network in training, with its paths of pairs."""
+        units = [f"displacement.{part}" for part in ("units.0", "units.1", "units.2", "units.3")]
+        units += ["displacement.units.4", "displacement.middle", "displacement.late"]
+        blocks = {
+            **{f"fc_edge{n + 1}": f"boundary.units.{n}" for n in range(5)},
+            **{f"fc_dp{n + 1}": unit for n, unit in enumerate(units)},
+        }
+        return [
+            Released(
+                "IRN's network",
+                "refine",
+                ("fc_edge6.weight",),
+                [
+                    (RESNET50, "pyramid.backbone."),
+                    *(
+                        (rf"{theirs}\.{n}\.", f"branches.{ours}.{layer}.")
+                        for theirs, ours in blocks.items()
+                        for n, layer in enumerate(("convolution", "norm"))
+                    ),
+                    (r"fc_edge6\.", "branches.boundary.last."),
+                    (r"fc_dp7\.3\.", "branches.displacement.last."),
+                    (r"mean_shift\.running_mean", "branches.displacement.shift"),
+                ],
+                lambda names: build_irn(RELEASED_RESNET50, weights=RANDOM),
+                left_out=rf"{RESNET50_COPIES}|path_indices|disp_target|edge_layers|dp_layers|fc_dp7\.4",
+            )
+        ]
 
     def build(self, section: RefineSection, tools: Tools) -> Irn:
         """The untrained network on the classifier's backbone, with the backbone's first weights."""

@@ -28,8 +28,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lpcam.classifiers.classifier import (
+    NO_CLASSES,
+    RANDOM,
+    BackboneSpec,
     Classifier,
     Preprocessing,
+    build,
     described,
     description,
     feature_maps,
@@ -77,6 +81,7 @@ from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import History
 from lpcam.training.optim import freeze, names_below, parameter_groups
+from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork
 
 logger = logging.getLogger(__name__)
@@ -488,6 +493,24 @@ class PsaRefinement(LearnedRefinement):
         return lambda picture, path: write_scores(
             path, crf_scores(crf, picture.image, picture.planes, alphas)
         )
+
+    def released(self) -> Sequence[Released]:
+        """The file of PSA's affinity network, and of MCTformer's."""
+        return [
+            Released(
+                "PSA's affinity network",
+                "refine",
+                ("f9.weight",),
+                [
+                    (WIDERESNET38, "backbone."),
+                    *((rf"f8_{n + 3}\.", f"reductions.{n}.") for n in range(3)),
+                    (r"f9\.", "last."),
+                ],
+                lambda names: build_psa(
+                    build(BackboneSpec("wideresnet38", {}), NO_CLASSES, weights=RANDOM)
+                ),
+            )
+        ]
 
     def build(self, section: RefineSection, tools: Tools) -> Psa:
         """The untrained network on a copy of the classifier's backbone."""

@@ -1,0 +1,137 @@
+"""Files of released programs: recognised by the names of their tensors, which get our names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpcam.runtime.errors import ArtefactError
+
+PREFIXES = ("module.", "_orig_mod.")
+"""Prefixes that parallel training and compilation put before every name, in any nesting."""
+COUNTER = "num_batches_tracked"
+"""Counters of batch norms, which files of old torch versions lack and nothing reads."""
+WIDERESNET38 = r"(?=(?:conv1a|b\d(?:_\d)?|bn7)\.)"
+"""Pattern of the names of the backbone WideResNet-38, which are ours too."""
+RESNET50 = r"resnet50\."
+"""Pattern of the names of the backbone ResNet-50, which are timm's too."""
+RESNET50_COPIES = r"stage\d\.|backbone\.|newly_added\."
+"""Pattern of the names under which files of that backbone hold the same tensors again."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A kind of file that a released program writes.
+
+    Attributes:
+        title: what it holds, for messages.
+        section: section of a recipe whose key ``trained`` takes the converted file.
+        marks: names that all files of this kind have, of which other kinds lack one.
+        names: patterns of the beginnings of names, and what replaces them.
+        build: makes the untrained network, whose ``save`` writes the file, from class names.
+        classes: number of classes of a file; None for a network without classes.
+        dimensions: number of axes of tensors that tell kinds of the same names apart.
+        left_out: pattern of the beginnings of names of copies, or of what only training needs.
+        adapt: changes the values after the names.
+        ours: beginnings of names of our network that no released file has.
+    """
+
+    title: str
+    section: str
+    marks: tuple[str, ...]
+    names: Sequence[tuple[str, str]]
+    build: Callable[[Sequence[str]], Any]
+    classes: Callable[[Mapping[str, Tensor]], int] | None = None
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    left_out: str | None = None
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    ours: tuple[str, ...] = ()
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict is of this kind."""
+        return all(name in state for name in self.marks) and all(
+            name in state and state[name].ndim == count for name, count in self.dimensions.items()
+        )
+
+    def load(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict of this kind into a network of ours.
+
+        Raises:
+            ArtefactError: listing the tensors that are missing, unknown, of another shape, or not
+                in single precision.
+        """
+        found = self.adapt({self._renamed(name): t for name, t in self._kept(state)})
+        own = network.state_dict()
+        needed = [name for name in own if not name.startswith(self.ours or ("\0",))]
+        problems = {
+            "missing": [n for n in needed if n not in found and not n.endswith(COUNTER)],
+            "unknown": [name for name in found if name not in own],
+            "of another shape": [
+                f"{name} {tuple(t.shape)}, expected {tuple(own[name].shape)}"
+                for name, t in found.items()
+                if name in own and own[name].shape != t.shape
+            ],
+            "not float32": [
+                f"{name} {t.dtype}"
+                for name, t in found.items()
+                if t.dtype != torch.float32 and not name.endswith(COUNTER)
+            ],
+        }
+        if any(problems.values()):
+            raise ArtefactError(
+                f"it looks like {self.title}, but tensors do not fit: "
+                + "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+            )
+        network.load_state_dict({**own, **found})
+
+    def _kept(self, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        pattern = self.left_out
+        return (p for p in state.items() if pattern is None or not re.match(pattern, p[0]))
+
+    def _renamed(self, name: str) -> str:
+        for pattern, replacement in self.names:
+            renamed, count = re.subn(f"^{pattern}", replacement, name)
+            if count:
+                return renamed
+        return name
+
+
+def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without the prefixes that all its names share.
+
+    Example:
+        >>> list(without_prefixes({"module._orig_mod.fc.weight": torch.zeros(1)}))
+        ['fc.weight']
+    """
+    found = dict(state)
+    while found and (
+        prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in found)), None)
+    ):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
+
+
+def recognised(state: Mapping[str, Tensor], kinds: Iterable[Released]) -> Released | None:
+    """The kind of a state dict; None if it is none of them.
+
+    Raises:
+        ArtefactError: if two kinds fit.
+    """
+    found = [kind for kind in kinds if kind.fits(state)]
+    if len(found) > 1:
+        raise ArtefactError(
+            f"its names are those of {' and of '.join(kind.title for kind in found)}; convert a "
+            "file of one network, or choose one by --prefix"
+        )
+    return found[0] if found else None
+
+
+def some(names: Sequence[str], count: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
