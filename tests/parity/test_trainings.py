@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from parity.golden import load, load_json
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import BackboneSpec
+from lpcam.classifiers.classifier import BackboneSpec, build
+from lpcam.classifiers.finetuning import FinetuneSettings, finetune
+from lpcam.data.dataset import Item
 from lpcam.hosts.base import HOSTS
 from lpcam.hosts.edam import Edam, EdamSettings, groups_of
 from lpcam.hosts.mctformer import learning_rate
@@ -21,6 +24,7 @@ from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.segmentation.settings import SegmenterSettings
 from lpcam.segmentation.training import optimizer_of
+from lpcam.training import loop as engine
 from lpcam.training.optim import freeze
 
 VOC = tuple(f"class {n}" for n in range(20))
@@ -35,7 +39,7 @@ def edam() -> Edam:
 
 def check_drawn(tensors: list[Tensor], expected: dict[str, Any]) -> None:
     """Check the spread of drawn weights, within four standard errors, and their bound."""
-    values = torch.cat([tensor.flatten() for tensor in tensors]).double()
+    values = torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
     if expected["init"] in ("ones", "zeros"):
         assert torch.equal(values, torch.full_like(values, float(expected["init"] == "ones")))
         return
@@ -44,6 +48,40 @@ def check_drawn(tensors: list[Tensor], expected: dict[str, Any]) -> None:
     assert abs(float(values.mean())) < 4 * expected["std"] / math.sqrt(len(values))
     if expected["bound"] is not None:
         assert float(values.abs().max()) <= expected["bound"] * (1 + 1e-6)
+
+
+def test_psa_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = load_json("psa_classifier")
+    settings = FinetuneSettings.from_preset("psa")
+    named = {
+        "epochs": "epochs",
+        "batch_size": "batch_size",
+        "learning_rate": "learning_rate",
+        "weight_decay": "weight_decay",
+        "crop": "crop",
+        "long_side": "long_side",
+        "jitter": "jitter",
+        "power": "power",
+        "dropout7": "dropout",
+    }
+    for theirs, ours in named.items():
+        found = getattr(settings, ours)
+        assert (list(found) if isinstance(found, tuple) else found) == golden[theirs], ours
+    assert settings.momentum == golden["sgd"]["momentum"]
+    assert settings.head_multiplier == golden["head"]["lr_multiple"]
+    network = build(BackboneSpec("wideresnet38", {}), VOC, weights="random")
+
+    def trained(*_: Any, **__: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr(engine, "run", trained)
+    items = [Item("one", Path("one.png"), (0,))]
+    finetune(network, items, [], settings, seed=0, folder=Path())
+    assert network.dropout == golden["dropout7"]
+    found = {n.removeprefix("backbone.") for n, p in network.named_parameters() if p.requires_grad}
+    expected = {n for n, value in golden["parameters"].items() if value["trained"]}
+    assert found == {name.replace("fc8.", "head.") for name in expected}
+    check_drawn([network.head.weight], {**golden["head"], "bound": None})
 
 
 EDAM_NAMES = [

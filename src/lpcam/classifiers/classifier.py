@@ -108,6 +108,7 @@ class Classifier(SavedNetwork):
         self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.spec = spec
+        self.dropout = 0.0
         self._gives_tokens = False
         self.head = nn.Linear(self._probe_channels(), len(self.classes), bias=False)
         self.eval()
@@ -141,7 +142,8 @@ class Classifier(SavedNetwork):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N)."""
-        logits: Tensor = self.head(self.features(images).mean((-2, -1)))
+        features = F.dropout2d(self.features(images), self.dropout, self.training)
+        logits: Tensor = self.head(features.mean((-2, -1)))
         return logits
 
     def train(self, mode: bool = True) -> Classifier:

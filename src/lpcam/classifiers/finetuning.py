@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Protocol, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier, Preprocessing
 from lpcam.classifiers.linear import mean_average_precision
@@ -19,9 +19,9 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_long_side
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.settings import Positive, PresetModel
+from lpcam.runtime.settings import Fraction, Positive, PresetModel
 from lpcam.training import loop as engine
-from lpcam.training.augmentation import mirror_and_crop
+from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.optim import freeze, sgd
 
 
@@ -51,6 +51,14 @@ class FinetuneSettings(PresetModel):
     """Side of the square crop, in pixels; a larger one needs more memory."""
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
+    freeze_norms: bool
+    """Whether the weights and biases of batch norms are not trained either."""
+    jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]] | None
+    """Largest random changes of brightness, contrast, saturation and hue; null: none."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Rate at which channels of the feature map are dropped before they are pooled."""
+    head_init: Literal["linear", "xavier"]
+    """First weights of the head: those of torch's linear layer, or Xavier's uniform ones."""
 
 
 class Sizes(Protocol):
@@ -91,8 +99,11 @@ def _sample(
 ) -> tuple[Tensor, int]:
     """The augmented image of a place and its index."""
     generator = np.random.default_rng([seed, place.epoch, place.sample])
+    change = None
+    if settings.jitter is not None:
+        change = partial(jitter_colours, jitter=settings.jitter, generator=generator)
     image = read_image(items[place.sample].image)
-    return augment(image, preprocessing, settings, generator), place.sample
+    return augment(image, preprocessing, settings, generator, change=change), place.sample
 
 
 def finetune(
@@ -109,7 +120,13 @@ def finetune(
     those of :func:`lpcam.training.loop.run`; a stopped run resumes.
     """
     processes = options.get("processes") or Processes()
-    freeze(classifier.backbone, settings.freeze)
+    freeze(classifier.backbone, settings.freeze, norms=settings.freeze_norms)
+    classifier.dropout = settings.dropout
+    if settings.head_init == "xavier":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options["seed"])
+            first = nn.init.xavier_uniform_(torch.empty_like(classifier.weight, device="cpu"))
+        classifier.head.weight.data.copy_(first)
     backbone = [p for p in classifier.backbone.parameters() if p.requires_grad]
     head, rate = list(classifier.head.parameters()), settings.learning_rate
     groups = [
