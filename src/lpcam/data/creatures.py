@@ -78,18 +78,16 @@ def _along(step: complex) -> complex:
 def _ribbon(line: Points, first: float, last: float) -> list[complex]:
     """Outline of a line whose width goes from ``first`` to ``last``."""
     end = len(line) - 1
-    sides = [
-        _along(line[min(i + 1, end)] - line[max(i - 1, 0)])
-        * (0.5 * (first + (last - first) * i / end))
-        * 1j
-        for i in range(len(line))
-    ]
-    left = [point + side for point, side in zip(line, sides, strict=True)]
-    right = [point - side for point, side in zip(line, sides, strict=True)]
+    left, right = [], []
+    for i, point in enumerate(line):
+        ahead = _along(line[min(i + 1, end)] - line[max(i - 1, 0)])
+        side = ahead * (0.5 * (first + (last - first) * i / end)) * 1j
+        left.append(point + side)
+        right.append(point - side)
     return left + right[::-1]
 
 
-def _xy(points: Iterable[complex], unit: float = 1.0) -> list[tuple[float, float]]:
+def _xy(points: Iterable[complex], unit: float) -> list[tuple[float, float]]:
     """Points as Pillow takes them, multiplied by a number of pixels."""
     return [(p.real * unit, p.imag * unit) for p in points]
 
@@ -109,33 +107,27 @@ def _vary(colour: Colour, rng: Random, amount: float = 12.0) -> Colour:
 # -- Grounds, in hundredths of the picture's side --------------------------------------------------
 
 
-def _between(a: Colour, b: Colour, rng: Random) -> Colour:
-    return _mix(a, b, float(rng.uniform()))
-
-
 def _meadow(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     for y in np.sort(rng.uniform(0, 104, 330)).tolist():
         x, h, lean = rng.uniform(-2, 102), rng.uniform(5, 10), rng.uniform(-3, 3)
-        colour = _between((108, 150, 92), (196, 212, 140), rng)
+        colour = _mix((108, 150, 92), (196, 212, 140), rng.uniform())
         blade = [complex(x - 1.0, y), complex(x + lean, y - h), complex(x + 1.0, y)]
         draw.polygon(_xy(blade, unit), fill=colour)
 
 
 def _bricks(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
-    height, width = rng.uniform(9, 11), rng.uniform(20, 24)
-    shift = rng.uniform(0, 20)
-    for row in range(13):
-        for column in range(-1, 7):
-            x, y = column * width + (row % 2) * width / 2 - shift, row * height - shift / 4
-            colour = _between((190, 138, 120), (222, 176, 152), rng)
-            box = [complex(x, y), complex(x + width - 1.4, y + height - 1.4)]
-            draw.rounded_rectangle(_xy(box, unit), radius=1.2 * unit, fill=colour)
+    height, width, shift = rng.uniform(9, 11), rng.uniform(20, 24), rng.uniform(0, 20)
+    for row, column in itertools.product(range(13), range(-1, 7)):
+        x, y = column * width + (row % 2) * width / 2 - shift, row * height - shift / 4
+        colour = _mix((190, 138, 120), (222, 176, 152), rng.uniform())
+        box = [complex(x, y), complex(x + width - 1.4, y + height - 1.4)]
+        draw.rounded_rectangle(_xy(box, unit), radius=1.2 * unit, fill=colour)
 
 
 def _reeds(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     for _ in range(46):
         x, lean, top = rng.uniform(-4, 104), rng.uniform(-7, 7), rng.uniform(-8, 50)
-        colour = _between((120, 140, 96), (184, 186, 118), rng)
+        colour = _mix((120, 140, 96), (184, 186, 118), rng.uniform())
         line = _curve(complex(x, 104.0), complex(x, 50.0), complex(x + lean, top), 8)
         draw.line(_xy(line, unit), fill=colour, width=round(2.0 * unit))
         if rng.uniform() < 0.45:
@@ -146,7 +138,7 @@ def _reeds(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
 def _ripples(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     phase, tall = rng.uniform(0, 6), rng.uniform(1.2, 2.2)
     for row in range(-1, 17):
-        colour = _between((146, 186, 214), (204, 226, 238), rng)
+        colour = _mix((146, 186, 214), (204, 226, 238), rng.uniform())
         line = [
             complex(x, row * 6.4 + tall * math.sin(x / 5.5 + phase + row * 1.3))
             for x in range(-2, 104, 2)
@@ -157,7 +149,7 @@ def _ripples(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
 def _pebbles(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     for _ in range(230):
         x, y, r = rng.uniform(-3, 103), rng.uniform(-3, 103), rng.uniform(2.2, 5.0)
-        colour = _between((150, 148, 150), (214, 208, 200), rng)
+        colour = _mix((150, 148, 150), (214, 208, 200), rng.uniform())
         stone = _ellipse(complex(x, y), r, r * 0.75, rng.uniform(0, 3), 14)
         draw.polygon(_xy(stone, unit), fill=colour, outline=(128, 124, 128))
 
@@ -165,7 +157,7 @@ def _pebbles(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
 def _planks(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     width, x = rng.uniform(13, 18), -rng.uniform(0, 10)
     while x < 102:
-        colour = _between((196, 172, 140), (222, 202, 170), rng)
+        colour = _mix((196, 172, 140), (222, 202, 170), rng.uniform())
         draw.rectangle(_xy([complex(x, 0), complex(x + width - 1, 101)], unit), fill=colour)
         for _ in range(5):
             a, y, length = x + rng.uniform(2, width - 2), rng.uniform(-20, 100), rng.uniform(12, 40)
@@ -187,11 +179,10 @@ def _dunes(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
 def _tiles(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     side, shift = rng.uniform(12, 16), rng.uniform(0, 10)
     dark, light = _vary((186, 196, 214), rng, 6), _vary((226, 228, 236), rng, 6)
-    for row in range(-1, 10):
-        for column in range(-1, 10):
-            corner = complex(column * side - shift, row * side - shift)
-            box = _xy([corner, corner + complex(side, side)], unit)
-            draw.rectangle(box, fill=dark if (row + column) % 2 else light)
+    for row, column in itertools.product(range(-1, 10), range(-1, 10)):
+        corner = complex(column * side - shift, row * side - shift)
+        box = _xy([corner, corner + complex(side, side)], unit)
+        draw.rectangle(box, fill=dark if (row + column) % 2 else light)
 
 
 def _snow(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
@@ -460,7 +451,7 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
 
 
 def _creature(sheet: _Sheet, label: int, centre: complex, scale: float, rng: Random) -> None:
-    mirrored, tilt = bool(rng.uniform() < 0.5), float(rng.normal(0.0, 0.07))
+    mirrored, tilt = rng.uniform() < 0.5, rng.normal(0.0, 0.07)
     creature = _Creature(sheet, label + 1, centre, scale, mirrored, tilt, rng)
     ((x, y),) = creature.place([0.72j])
     shadow = Image.new("L", sheet.picture.size, 0)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lpcam.data.dataset import Dataset, Item, Skip
@@ -75,9 +74,13 @@ def check_images(
 
 def _record(item: Item, known: dict[str, Any] | None) -> dict[str, Any]:
     files = (item.image, item.mask, item.parts)
-    stats = [None if path is None else _stat(item, path) for path in files]
-    size = [stat.st_size if stat else 0 for stat in stats]
-    changed = [stat.st_mtime_ns if stat else 0 for stat in stats]
+    size = [0 if path is None else -1 for path in files]
+    changed = [0, 0, 0]
+    for place, path in enumerate(files):
+        with contextlib.suppress(OSError):  # reading it tells what is wrong
+            if path is not None:
+                stat = path.stat()
+                size[place], changed[place] = stat.st_size, stat.st_mtime_ns
     if known is not None and (known["size"], known["mtime_ns"]) == (size, changed):
         return known
     height, width = read_image(item.image).shape[:2]
@@ -96,11 +99,3 @@ def _record(item: Item, known: dict[str, Any] | None) -> dict[str, Any]:
         "size": size,
         "mtime_ns": changed,
     }
-
-
-def _stat(item: Item, path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        kind = ImageError if path == item.image else DataError
-        raise kind(f"cannot read {path} of {item.id!r}: {error.strerror}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 """For each method ``thresholds`` and the values there by name, fractions."""
@@ -18,20 +18,15 @@ _TABLE_ROWS = 20  # about so many of a training's table, besides those with a va
 _MARKED = 16  # points of a training's line up to which each one is marked
 
 
-class _Line(NamedTuple):
-    """One line of a chart, in the units of the data."""
-
-    method: str
-    place: int  #: Index of the colour.
-    points: Sequence[tuple[float, float]]
-    marks: Sequence[tuple[str, float, float]]  #: ``best`` or ``fixed``, and where.
+# method, index of its colour, points in the units of the data, and marks: best or fixed, and where
+_Line = tuple[str, int, Sequence[tuple[float, float]], Sequence[tuple[str, float, float]]]
 
 
 def _chart(
     title: str, axis: str, lines: Sequence[_Line], text: str, *, right: float, unit: str
 ) -> dict[str, Any]:
     """A chart in the units of its view box; its horizontal axis ends at ``right``."""
-    rise = _tick(max((y for line in lines for _, y in line.points), default=0))
+    rise = _tick(max((y for _, _, points, _ in lines for _, y in points), default=0))
     wide = _tick(right)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -46,15 +41,15 @@ def _chart(
         "unit": unit,
         "lines": [
             {
-                "method": line.method,
-                "place": line.place,
-                "points": " ".join("{:g},{:g}".format(*place(*point)) for point in line.points),
+                "method": method,
+                "place": colour,
+                "points": " ".join("{:g},{:g}".format(*place(*point)) for point in points),
                 "marks": [
-                    dict(zip(("kind", "x", "y"), (kind, *place(*point)), strict=True))
-                    for kind, *point in line.marks
+                    dict(zip(("kind", "x", "y"), (kind, *place(x, y)), strict=True))
+                    for kind, x, y in marks
                 ],
             }
-            for line in lines
+            for method, colour, points, marks in lines
         ],
         "rows": [{"y": place(0, n * rise)[1], "label": f"{n * rise:g}"} for n in range(5)],
         "columns": [
@@ -100,7 +95,7 @@ def threshold_charts(
             near = min(range(len(values)), key=lambda i: abs(thresholds[i] - own))
             marks = [("fixed", own, values[near]), ("best", thresholds[best], values[best])]
             points = list(zip(thresholds, values, strict=True))
-            lines.append(_Line(method, place(method), points, marks))
+            lines.append((method, place(method), points, marks))
             words.append(
                 f"{method} is highest at {threshold_text(thresholds[highest])} with "
                 f"{values[highest]:.1f} percent and has {values[near]:.1f} percent at its fixed "
@@ -145,7 +140,7 @@ def training_charts(
             if not points:
                 continue
             marks = [("best", *point) for point in points] if len(points) <= _MARKED else []
-            lines.append(_Line(one["title"], one["place"], points, marks))
+            lines.append((one["title"], one["place"], points, marks))
             (first, start), (end, value) = points[0], points[-1]
             words.append(
                 f"{one['title']} goes from {start:.3g} at step {first} to {value:.3g} at step {end}"

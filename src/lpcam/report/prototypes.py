@@ -96,18 +96,18 @@ def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
 
 def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:
     """Why a centre was kept as a prototype or rejected, in words."""
+    mu_f, mu_b, lower = settings.mu_f, settings.mu_b, settings.context_lower
     if side == "foreground":
-        if kept and score > settings.mu_f:
-            return f"score {score:.2f} > μ_f {settings.mu_f:g}"
-        if kept:
-            return f"best score of the class, {score:.2f}; none is above μ_f {settings.mu_f:g}"
-        return f"score {score:.2f} is not above μ_f {settings.mu_f:g}"
-    lower = settings.context_lower
+        if not kept:
+            return f"score {score:.2f} is not above μ_f {mu_f:g}"
+        best = f"best score of the class, {score:.2f}; none is above μ_f {mu_f:g}"
+        return f"score {score:.2f} > μ_f {mu_f:g}" if score > mu_f else best
     if kept:
-        between = f"score {score:.2f} < μ_b {settings.mu_b:g}"
-        return between if lower is None else f"{between} and above {lower:g}"
-    if score >= settings.mu_b:
-        return f"score {score:.2f} is not below μ_b {settings.mu_b:g}: it looks like the class"
+        return f"score {score:.2f} < μ_b {mu_b:g}" + (
+            "" if lower is None else f" and above {lower:g}"
+        )
+    if score >= mu_b:
+        return f"score {score:.2f} is not below μ_b {mu_b:g}: it looks like the class"
     return f"score {score:.2g} is not above {lower}: it looks like another class"
 
 

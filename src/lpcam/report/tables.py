@@ -8,11 +8,10 @@ from typing import Any
 Rows = Sequence[Mapping[str, Any]]
 
 _METRICS = ("miou", "fp", "fn", "precision", "recall")  # columns of the tables of scores
-_SOURCES = {
+_SOURCES = {  # titles of groups, by how the threshold was chosen
     "ground truth": "Each method at its own best threshold",
     "fixed": "Each method at its fixed threshold",
 }
-"""Titles of groups, by how the threshold was chosen."""
 _JOINT = " + "  # between a method and what refined its maps, as in "LPCAM + IRN"
 _LABELS = {
     "dataset": "Data set",
@@ -50,12 +49,11 @@ def _group(
     rows: Rows, places: Sequence[int], base: Mapping[str, Any] | None, last: int, **about: Any
 ) -> dict[str, Any]:
     """Rows that may be compared, with their differences to a baseline; one of them is stressed."""
-    lines = []
-    for row, own in zip(rows, places, strict=True):
-        gains = (
-            {n: row[n] - base[n] for n in _METRICS} if base is not None and row is not base else {}
-        )
-        lines.append({"row": row, "gains": gains, "place": own})
+    compared = [() if base is None or row is base else _METRICS for row in rows]
+    lines = [
+        {"row": row, "gains": {n: row[n] - (base or {})[n] for n in names}, "place": own}
+        for row, names, own in zip(rows, compared, places, strict=True)
+    ]
     return {**about, "lines": lines, "base": base, "last": lines[last]}
 
 
