@@ -231,13 +231,9 @@ def test_prototypes_of_one_class_at_a_time(open_page: Open, data: dict[str, Any]
     page.select_option("#prototype-class", "2")
     page.wait_for_selector('canvas[aria-label*="no. 0 of class 2"]')
     assert cards.count() == 10
-
-
-def test_look_alikes_have_two_maps_a_method(open_page: Open, data: dict[str, Any]) -> None:
-    page = open_page(data)
-    page.wait_for_function(
-        "() => document.querySelectorAll('#confusion-list article canvas').length === 5"
-    )
+    # look-alikes have two maps a method
+    page.wait_for_selector("#confusion-list article")
+    assert page.locator("#confusion-list article canvas").count() == 5
     assert "98.0 %" in page.text_content("#confusion-list")
 
 

@@ -12,6 +12,7 @@ from report.sample import unpacked
 
 from lpcam.data.dataset import ClassTable, Dataset, Item
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
+from lpcam.data.resize import quarter_size
 from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.method.seeds import seeds
 from lpcam.method.settings import Method
@@ -19,6 +20,7 @@ from lpcam.report.images import Sources, choose, highlights, image_records, smal
 from lpcam.runtime.distributed import Sharing
 
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM")
+Run = tuple[Dataset, list[Item], dict[Method, Path]]
 
 
 def item(name: str, *labels: int) -> Item:
@@ -52,15 +54,13 @@ def test_small_planes() -> None:
     planes = np.zeros((2, 100, 200), np.float32)
     planes[0, :, :100] = 1
     small = small_planes(planes)
-    assert small.shape == (2, 32, 64)
-    assert small[0, 0, 0] == pytest.approx(1)
+    assert small.shape == (2, 32, 64) and small[0, 0, 0] == pytest.approx(1)
     assert small[0].mean() == pytest.approx(0.5, abs=0.01)
-    assert small_planes(np.zeros((0, 100, 200), np.float32)).shape[0] == 0
-    assert small_planes(np.ones((1, 3, 64), np.float32)).shape == (1, 3, 64)
+    assert small_planes(planes[:0]).shape[0] == 0
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> tuple[Dataset, list[Item], dict[Method, Path]]:
+def run(tmp_path: Path) -> Run:
     """Three images: with two labels, with one, and without truth."""
     rng = np.random.default_rng(0)
     folders: dict[Method, Path] = {method: tmp_path / method for method in METHODS}
@@ -71,16 +71,10 @@ def run(tmp_path: Path) -> tuple[Dataset, list[Item], dict[Method, Path]]:
         Image.fromarray(rng.choice([0, 3, 7, 9, 255], size).astype(np.uint8)).save(mask)
         items.append(Item(name, image, labels, None if name == "c" else mask))
         for folder in folders.values():
-            quarter = [-(-side // 4) for side in size]
-            write_maps(
-                map_path(folder, name),
-                MapFile(
-                    np.array(labels, np.int64),
-                    rng.random((len(labels), *quarter), np.float32),
-                    rng.random((len(labels), *size), np.float32),
-                ),
-                dtype="uint8",
-            )
+            shapes = [(len(labels), *found) for found in (quarter_size(size), size)]
+            planes = [rng.random(shape, np.float32) for shape in shapes]
+            maps = MapFile(np.array(labels, np.int64), *planes)
+            write_maps(map_path(folder, name), maps, dtype="uint8")
     dataset = Dataset(
         "tiny",
         ClassTable(("cow", "dog"), (3, 7)),
@@ -91,7 +85,7 @@ def run(tmp_path: Path) -> tuple[Dataset, list[Item], dict[Method, Path]]:
     return dataset, items, folders
 
 
-def test_records(run: tuple[Dataset, list[Item], dict[Method, Path]]) -> None:
+def test_records(run: Run) -> None:
     dataset, items, folders = run
     scores: dict[Method, dict[str, float | None]] = {m: {"a": 0.25, "b": 0.5} for m in METHODS}
     a, b, c = image_records(items, Sources(dataset, folders, scores), Sharing(workers=2))
@@ -123,9 +117,7 @@ def test_records(run: tuple[Dataset, list[Item], dict[Method, Path]]) -> None:
                     assert found[row, step] == round(10_000 * float(hit / union))
 
 
-def test_an_absent_class_has_no_iou(
-    run: tuple[Dataset, list[Item], dict[Method, Path]],
-) -> None:
+def test_an_absent_class_has_no_iou(run: Run) -> None:
     dataset, items, folders = run
     one = items[1]
     Image.fromarray(np.zeros((40, 30), np.uint8)).save(one.mask)

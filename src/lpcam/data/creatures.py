@@ -513,10 +513,8 @@ def _light(picture: Image.Image, rng: Random) -> np.ndarray:
 def write(folder: Path, *, images: int, size: int, seed: int) -> None:
     """Write square images of ``size`` pixels in the layout of a user's own folder.
 
-    The folder gets ``images/NAME.png`` (RGB), ``labels.csv``, ``classes.txt``, ``masks/NAME.png``
-    (palette index: 0 background, else the class id from 1), ``parts/NAME.png`` (see :data:`PARTS`)
-    and ``parts.json``. ``labels.csv`` is written last, so a folder that has it is complete. Image
-    ``i`` depends on ``seed`` and ``i`` only: a longer set begins with the shorter one.
+    ``labels.csv`` is written last, so a folder that has it is complete. Image ``i`` depends on
+    ``seed`` and ``i`` only: a longer set begins with the shorter one.
     """
     for name in ("images", "masks", "parts"):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -39,16 +39,9 @@ def survey(
 ) -> Survey:
     """Inspect every file of a data set once and count its contents.
 
-    Unlike a run this does not stop at a mask that cannot be used: all of them are findings.
-
-    Args:
-        truth: true masks that annotations give (:func:`lpcam.data.open_dataset.open_dataset`).
-            Each is made in memory, and what is wrong with it is a finding.
-        estimate: called with the usable images and their sizes (height, width); None: no estimate.
-        workers: number of files read at a time.
-
-    Raises:
-        DataError: if no image can be used.
+    Unlike a run this does not stop at a mask that cannot be used: all of them are findings, those
+    too that annotations give (``truth``, made in memory). ``estimate`` is called with the usable
+    images and their sizes (height, width). DataError if no image can be used.
     """
     truth = truth or {}
     items = dataset.items.values()

@@ -40,8 +40,8 @@ def write_maps(path: Path, maps: MapFile, *, dtype: Literal["uint8", "float16"])
     """Write one image's maps as a compressed npz without pickle.
 
     Each class plane is divided by its own maximum and stored as ``round(255 v)`` in uint8 or as
-    float16; the maxima are stored beside it as float32 (``cam_scale``, ``high_res_scale``), so the
-    largest error of a plane is 1/510 (uint8) or 1/4096 (float16) of its maximum.
+    float16, the maxima as float32 (``cam_scale``, ``high_res_scale``): the largest error of a plane
+    is 1/510 (uint8) or 1/4096 (float16) of its maximum.
 
     Raises:
         ArtefactError: if shapes do not fit, a key repeats, a value is negative, NaN or infinite,

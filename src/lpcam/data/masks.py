@@ -25,10 +25,7 @@ def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
     """A copy of a data set with the masks of another folder: ``ID.png``, or ``ID.PNG``.
 
     Masks of COCO may also be named by the image's number, as LPCAM's program writes them (9.png),
-    or by its 12 digits (000000000009.png).
-
-    Raises:
-        DataError: if there is no such folder, or no mask of any image in it.
+    or by its 12 digits (000000000009.png). DataError if the folder has no mask of any image.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")

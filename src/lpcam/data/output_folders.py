@@ -65,11 +65,8 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
 
     Folders are searched recursively, without hidden files and ``output``; the name is the path
     below the folder without its extension. Images that would share a name keep their extensions,
-    and are numbered if that is not enough.
-
-    Raises:
-        DataError: if a source does not exist or is an output of an earlier call, or there is no
-            image.
+    and are numbered if that is not enough. DataError if a source does not exist or is an output of
+    an earlier call, or there is no image.
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
     files: dict[Path, tuple[str, Path]] = {}
@@ -127,17 +124,9 @@ def process_images(
 ) -> ImageResults:
     """Write the outputs of every image and an index of them; an image that fails is left out.
 
-    A later call replaces files of the same images that an earlier call wrote, and no others.
-
-    Args:
-        images: files by output name, as :func:`find_images` gives them.
-        make: writes the outputs of an image, given its name and file, and returns its findings.
-        made_by, command: recorded in the index.
-        workers: images processed at the same time.
-        title: title of the progress bar.
-
-    Raises:
-        ArtefactError: if a file that no earlier call wrote would be replaced.
+    ``make`` writes the outputs of an image, given its name and file, and returns its findings. A
+    later call replaces files of the same images that an earlier call wrote; ArtefactError if it
+    would replace others.
     """
     before = _read_index(output / kind.index, kind.command)
     outputs = _outputs_by_image(output, kind.forms)

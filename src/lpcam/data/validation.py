@@ -26,13 +26,12 @@ def check_images(
     workers: int = 1,
     save: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> tuple[Dataset, dict[str, dict[str, Any]]]:
-    """Decode every image and true mask of a data set once.
+    """Decode every image and true mask of a data set once, ``workers`` at a time.
 
     Args:
         known: records of an earlier call. Files of the recorded size and time of change are not
             read again.
         advance: called after each item with 1 and "".
-        workers: number of images read at a time.
         save: called every `SAVE_SECONDS` with the records so far.
 
     Returns:
@@ -41,8 +40,7 @@ def check_images(
         masks together, ``size`` and ``mtime_ns`` of image, mask and parts.
 
     Raises:
-        DataError: naming the item, if a mask cannot be read, is not an index mask or has another
-            size than its image, or if no image is left.
+        DataError: if a mask cannot be used or no image is left.
     """
     known = known or {}
     records: dict[str, dict[str, Any]] = {}

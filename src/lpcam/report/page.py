@@ -29,10 +29,7 @@ def render(data: Mapping[str, Any]) -> str:
     """Make the page from what :func:`lpcam.report.collect.collect` gathers.
 
     All text in the data is escaped. The page loads nothing, and its content security policy forbids
-    everything else. Equal data give equal text.
-
-    Raises:
-        ArtefactError: if the data hold what JSON does not have, such as NaN.
+    everything else. Equal data give equal text; ArtefactError for what JSON lacks, such as NaN.
     """
     style, script = page_file("page.css"), page_file("shared.js") + page_file("report.js")
     policy = (

@@ -64,9 +64,8 @@ def nearest_places(
 ) -> list[list[Place]]:
     """For each centre (K, C) the nearest location in each of the ``count`` nearest images.
 
-    Args:
-        features: name of each image, features (C, h, w), and locations where each centre is
-            searched, bool (K, h, w). An image without such a location is left out.
+    ``features`` has the name of each image, its features (C, h, w), and where each centre is
+    searched, bool (K, h, w).
     """
     unit = F.normalize(centers, dim=1)
     found: list[list[Place]] = [[] for _ in range(len(centers))]
@@ -127,11 +126,7 @@ def prototype_records(
     """The prototypes of each class, each with its nearest patches in ``items`` and a map.
 
     Foreground prototypes are searched in the foreground of their class (equation 2), context
-    prototypes in the rest.
-
-    Args:
-        count: prototypes of each class and side, fewer if there are many classes.
-        patches: nearest patches of each prototype.
+    prototypes in the rest. ``count`` is for each class and side; of many classes fewer are shown.
     """
     classes = fitted.prototypes.classes
     count = max(1, min(count, _MOST_PATCHES // (len(classes) * len(SIDES) * patches)))

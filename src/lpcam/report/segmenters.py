@@ -67,8 +67,7 @@ def choose_images(
 ) -> list[tuple[str, Item]]:
     """Images to show, at most ``count``: the largest gains, the largest losses, an even choice.
 
-    Args:
-        scores: mean IoU by training masks, ``cam`` and ``lpcam``, and image id; may be empty.
+    ``scores`` are mean IoU by training masks, ``cam`` and ``lpcam``, and image id; or empty.
     """
     found = highlights({"CAM": scores["cam"], "LPCAM": scores["lpcam"]}) if scores else {}
     by_id = {item.id: item for item in items}

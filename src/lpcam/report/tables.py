@@ -58,10 +58,7 @@ def _group(
 
 
 def score_groups(rows: Rows, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows that may be compared: of one stage and one way to choose the threshold.
-
-    The baseline of a group is the first of the methods, or its refined maps ("CAM + IRN").
-    """
+    """Groups of rows of one stage and one way to choose the threshold; the baseline is CAM."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["stage"], row["threshold_source"]), []).append(row)
@@ -114,13 +111,10 @@ def segmenter_groups(rows: Rows, teachers: Rows) -> list[dict[str, Any]]:
 
 
 def bars(group: Mapping[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """One set of bars for each class or part, a bar for each line of a group that has it.
+    """One set of bars for each name in ``per_class`` (IoU, FP, FN) or ``part_coverage`` (a share).
 
-    ``gain`` is the IoU of the group's last line minus its baseline's; None where a line lacks the
-    name. Classes have the largest gain first.
-
-    Args:
-        key: ``per_class`` (IoU, FP and FN) or ``part_coverage`` (a share, given as ``iou``).
+    A line that has the name has a bar. ``gain`` is the IoU of the group's last line minus its
+    baseline's; None where a line lacks the name. Classes have the largest gain first.
     """
     if group is None:
         return []
@@ -165,12 +159,7 @@ def setting_lists(settings: Mapping[str, Any], whole: Sequence[str] = ()) -> dic
 
 
 def plain(value: Any) -> str:
-    """A setting's value in words.
-
-    Example:
-        >>> plain([1.0, None, True]), plain({"batch_size": 4})
-        ('1, none, yes', 'batch size 4')
-    """
+    """A setting's value in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
