@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,10 @@ from lpcam.classifiers.classifier import BackboneSpec, build
 from lpcam.classifiers.finetuning import FinetuneSettings, finetune, validation_map
 from lpcam.data.dataset import Item
 from lpcam.hosts.base import HOSTS, Arm, HostData
-from lpcam.refine.irn import IrnSettings, train_irn
+from lpcam.refine.base import REFINEMENTS, LearnedRefinement
+from lpcam.refine.irn import IrnSettings
 from lpcam.refine.irn_network import build_irn
-from lpcam.refine.psa import PsaSettings, build_psa, train_psa, write_scores
+from lpcam.refine.psa import PsaSettings, build_psa, write_scores
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 from lpcam.runtime.files import read_tensors, write_tensors
@@ -107,15 +110,18 @@ def case(
             lambda settings, seed=0: build(SPEC, CLASSES.names, weights=weights, seed=seed),
             lambda network, settings, **k: finetune(network, items, [], settings, **k),
         )
+
+    def refine(network: Any, settings: Any, **options: Any) -> Any:
+        method, section = REFINEMENTS[name], SimpleNamespace(settings=settings)
+        assert isinstance(method, LearnedRefinement)
+        files = labelled if name == "irn" else scored
+        return method.train(network, files, section, **options)  # type: ignore[arg-type]
+
     if name == "irn":
-        return Case(
-            name,
-            IRN,
-            lambda settings, seed=0: build_irn(SPEC, weights=weights, seed=seed),
-            lambda network, settings, **k: train_irn(network, labelled, settings, **k),
-        )
+        irn = partial(build_irn, SPEC, weights=weights)
+        return Case(name, IRN, lambda settings, seed=0: irn(seed=seed), refine)
     if name == "psa":
-        return Case(name, PSA, psa, lambda network, own, **k: train_psa(network, scored, own, **k))
+        return Case(name, PSA, psa, refine)
     data = HostData(items, items, labelled, CLASSES)
     return Case(
         name,

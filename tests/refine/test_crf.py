@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.refine import permutohedral
 from lpcam.refine.crf import (
     CrfSettings,
     DenseCrf,
     unary_from_labels,
     unary_from_probabilities,
 )
-from lpcam.refine.permutohedral import Lattice, join, permutohedral_lattice
+from lpcam.refine.permutohedral import join, permutohedral_lattice
 from lpcam.runtime.errors import DataError
 
 IRN = CrfSettings.from_preset("irn")
@@ -91,19 +90,8 @@ def test_lattice_is_the_naive_one(d: int) -> None:
     positions = torch.rand((d, 120), generator=generator(d)) * 4 - 1
     values = torch.rand((120, 3), generator=generator(9))
     ones = torch.ones(120)
-    found = join([(permutohedral_lattice(positions), ones, ones)]).apply(values)
+    found = join([(permutohedral_lattice(positions), ones, ones)])(values)
     torch.testing.assert_close(found, naive_filter(positions, values), atol=2e-5, rtol=1e-5)
-
-
-def test_long_codes_are_sorted_otherwise_to_the_same_lattice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    positions = torch.rand((3, 80), generator=generator(4)) * 5
-    packed = permutohedral_lattice(positions)
-    monkeypatch.setattr(permutohedral, "PACKED_BITS", 0)
-    plain = permutohedral_lattice(positions)
-    for name in Lattice.__annotations__:
-        assert torch.equal(getattr(packed, name), getattr(plain, name)), name
 
 
 def test_join_is_the_weighted_sum_of_filters() -> None:
@@ -112,9 +100,9 @@ def test_join_is_the_weighted_sum_of_filters() -> None:
         (permutohedral_lattice(torch.rand((d, 99), generator=generator(d)) * 5), *factors)
         for d, factors in zip((2, 5), torch.rand((2, 2, 99), generator=generator(6)), strict=True)
     ]
-    expected = sum(join([part]).apply(values) for part in parts)
+    expected = sum(join([part])(values) for part in parts)
     for ordered in (parts, parts[::-1]):
-        torch.testing.assert_close(join(ordered).apply(values), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(join(ordered)(values), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_against_brute_force() -> None:
@@ -203,11 +191,9 @@ def test_bad_labels(labels: Tensor, count: int, message: str) -> None:
     ("given", "message"),
     [
         (torch.zeros(2, 2, 2).long(), "int64"),
-        (torch.zeros(2, 2), r"\(2, 2\)"),
         (torch.full((2, 2, 2), math.nan), "nan"),
         (torch.full((2, 2, 2), 1.5), "from 1.5 to 1.5"),
         (torch.full((2, 2, 2), -0.1), "from -0.1 to -0.1"),
-        (torch.full((1, 2, 2), 0.5), "at least two labels, got 1"),
     ],
 )
 def test_bad_probabilities(given: Tensor, message: str) -> None:
@@ -217,7 +203,7 @@ def test_bad_probabilities(given: Tensor, message: str) -> None:
 
 def test_bad_energies() -> None:
     for bad in (math.nan, math.inf):
-        with pytest.raises(DataError, match="unary energies hold NaN"):
+        with pytest.raises(DataError, match=r"unary energies .* NaN"):
             DenseCrf(IRN)(picture(4, 5), torch.full((2, 4, 5), bad))
     with pytest.raises(DataError, match="at least two labels, got 1"):
         DenseCrf(IRN)(picture(4, 5), torch.zeros(1, 4, 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import Tensor
 from lpcam.classifiers.classifier import BackboneSpec, Classifier, build
 from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
-from lpcam.refine.irn import IrnSettings, irn_loss, train_irn
+from lpcam.refine.base import REFINEMENTS, LearnedRefinement
+from lpcam.refine.irn import IrnSettings, irn_loss
 from lpcam.refine.irn_network import build_irn
-from lpcam.refine.psa import PsaSettings, build_psa, psa_loss, train_psa, write_scores
+from lpcam.refine.psa import PsaSettings, build_psa, psa_loss, write_scores
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 
@@ -72,6 +74,12 @@ def labelled(pictures: Path, tmp_path: Path) -> dict[str, list[tuple[Item, Path]
         found["irn"].append((item, png))
         found["psa"].append((item, scores))
     return found
+
+
+def train(name: str, network: Any, pairs: Any, settings: Any, **options: Any) -> Any:
+    method, section = REFINEMENTS[name], SimpleNamespace(settings=settings)
+    assert isinstance(method, LearnedRefinement)
+    return method.train(network, pairs, section, **options)  # type: ignore[arg-type]
 
 
 def drawn(*shape: int) -> Tensor:
@@ -146,7 +154,7 @@ def test_displacement_does_not_change_the_boundaries(
     for wanted in (True, False):
         network = networks[wanted] = build_irn(SPEC, weights=weights, displacement=wanted)
         folder, settings = tmp_path / str(wanted), IRN.model_copy(update={"displacement": wanted})
-        train_irn(network, labelled["irn"], settings, seed=0, folder=folder)
+        train("irn", network, labelled["irn"], settings, seed=0, folder=folder)
     whole = networks[True].state_dict()
     for name, value in networks[False].state_dict().items():
         assert torch.equal(value, whole[name]), name
@@ -157,10 +165,10 @@ def test_displacement_does_not_change_the_boundaries(
 
 @pytest.fixture
 def networks(classifier: Classifier, weights: Path) -> dict[str, Any]:
-    """Untrained networks, and what trains them."""
+    """Untrained networks and their settings."""
     return {
-        "irn": (build_irn(SPEC, weights=weights, displacement=False), train_irn, IRN),
-        "psa": (build_psa(classifier), train_psa, PSA),
+        "irn": (build_irn(SPEC, weights=weights, displacement=False), IRN),
+        "psa": (build_psa(classifier), PSA),
     }
 
 
@@ -190,10 +198,10 @@ def test_loss_falls(
     part: float,
     moves: str | tuple[str, ...],
 ) -> None:
-    network, train, settings = networks[name]
+    network, settings = networks[name]
     settings = settings.model_copy(update=changes)
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    history = train(network, labelled[name], settings, seed=0, folder=tmp_path)
+    history = train(name, network, labelled[name], settings, seed=0, folder=tmp_path)
     assert [record["epoch"] for record in history] == list(range(1, settings.epochs + 1))
     assert history[-1]["loss"] < part * history[0]["loss"]
     assert not any(module.training for module in network.modules())
@@ -221,7 +229,7 @@ def test_optimiser_of_irn(
 ) -> None:
     settings = IrnSettings.from_preset("official", epochs=1, batch_size=3, crop=48, radius=4)
     network = build_irn(SPEC, weights=weights)
-    train_irn(network, labelled["irn"], settings, seed=0, folder=tmp_path)
+    train("irn", network, labelled["irn"], settings, seed=0, folder=tmp_path)
     assert len(steps) == 4
     for number, (boundary, displacement) in enumerate(steps):
         assert boundary["lr"] == pytest.approx(0.1 * (1 - number / 4) ** 0.9)
@@ -234,7 +242,7 @@ def test_optimiser_of_psa(steps: list[Any], labelled: dict[str, Any], tmp_path: 
     """The momentum is 5e-4; biases have twice the rate and no decay."""
     network = build_psa(build(BackboneSpec("test_convnext", {}), ("one",), weights="random"))
     settings = PsaSettings.from_preset("official", epochs=1, batch_size=6, crop=72, freeze=[])
-    train_psa(network, labelled["psa"], settings, seed=0, folder=tmp_path)
+    train("psa", network, labelled["psa"], settings, seed=0, folder=tmp_path)
     assert len(steps) == 2
     for number, groups in enumerate(steps):
         rate = 0.01 * (1 - number / 2) ** 0.9
@@ -248,13 +256,13 @@ def test_optimiser_of_psa(steps: list[Any], labelled: dict[str, Any], tmp_path: 
 def test_bad_input(
     networks: dict[str, Any], labelled: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
-    network, train, settings = networks[name]
+    network, settings = networks[name]
     item, path = labelled[name][0]
 
     def refused(match: str, pairs: list[tuple[Item, Path]], **changes: Any) -> None:
         own = settings.model_copy(update=changes)
         with pytest.raises((DataError, ArtefactError, ClassifierError), match=match):
-            train(network, pairs, own, seed=0, folder=tmp_path / "run")
+            train(name, network, pairs, own, seed=0, folder=tmp_path / "run")
 
     refused("none", [(item, path.with_stem("none"))])
     small = path.with_stem("small")

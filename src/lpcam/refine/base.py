@@ -234,10 +234,6 @@ def decided(scores: Tensor) -> Tensor:
 
     A map is p / (p + p of the background), for the likeliest class of a pixel alone, because near
     1 rounding would decide between the others.
-
-    Example:
-        >>> decided(torch.tensor([[[0.2]], [[0.6]], [[0.2]]])).flatten()
-        tensor([0.7500, 0.0000])
     """
     classes, background = scores[1:], scores[:1]
     full = classes / (classes + background).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -266,9 +262,6 @@ REFINEMENTS: Registry[Refinement] = Registry(
     },
 )
 
-
-# -- Shared by the methods --------------------------------------------------------------------
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -282,24 +275,18 @@ def check_image(image: Tensor) -> None:
 
 
 def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
-    """Check that finite maps (..., n, H, W) fit an image (H, W, 3) uint8; ``name`` is their plural.
+    """Raise a DataError if maps (..., n, H, W) are not finite or do not fit an image (H, W, 3).
 
-    Raises:
-        DataError: if a shape or dtype does not fit or a map is not finite.
+    ``name`` is a plural noun for the maps.
     """
     check_image(image)
-    if not maps.is_floating_point() or maps.dim() < 3:
+    fit = maps.dim() >= 3 and image.shape == (*maps.shape[-2:], 3)
+    if not (fit and maps.is_floating_point() and maps.isfinite().all()):
         raise DataError(
-            f"the {name} are {maps.dtype} {tuple(maps.shape)}; expected floating-point numbers of "
-            "the shape (..., labels, height, width)"
+            f"the {name} are {maps.dtype} {tuple(maps.shape)} and the image {tuple(image.shape)}; "
+            "expected floating-point numbers (..., labels, height, width) of the image's size, "
+            "without NaN or Inf"
         )
-    if image.shape != (*maps.shape[-2:], 3):
-        raise DataError(
-            f"image and {name} differ in size: {tuple(image.shape)} and {tuple(maps.shape)}; "
-            "resize one to the other"
-        )
-    if not bool(torch.isfinite(maps).all()):
-        raise DataError(f"{name} hold NaN or infinite values; recompute them")
 
 
 def compute_dtype(values: Tensor) -> torch.dtype:

@@ -34,7 +34,7 @@ from lpcam.refine.base import (
     compute_dtype,
     decided,
 )
-from lpcam.refine.permutohedral import JoinedFilter, Lattice, join, permutohedral_lattice
+from lpcam.refine.permutohedral import Filter, Lattice, join, permutohedral_lattice
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.resources import available_memory
 from lpcam.runtime.settings import Positive, PresetModel
@@ -75,9 +75,6 @@ KEPT_SIZES = 4
 ROUNDING = 1e-3
 """Excess of maps over 1 that is cut off instead of refused."""
 
-Kernel = tuple[Lattice, Tensor]
-"""A lattice of P points, and 1 / sqrt of the kernel's row sums (P,)."""
-
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
     """Energies (..., n, H, W) float32 of hard labels that are right with a given probability.
@@ -91,10 +88,6 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
 
     Raises:
         DataError: if labels are not integers or out of range, or if there are fewer than two.
-
-    Example:
-        >>> unary_from_labels(torch.tensor([[0, 1]]), 2, 0.5).shape
-        torch.Size([2, 1, 2])
     """
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise DataError(f"hard labels must be integers, got {labels.dtype}; threshold them first")
@@ -117,25 +110,15 @@ def unary_from_probabilities(probabilities: Tensor, clip: float) -> Tensor:
     The scores of a pixel need not sum to one.
 
     Raises:
-        DataError: if values are NaN or outside [0, 1], or if there are fewer than two labels.
-
-    Example:
-        >>> int(unary_from_probabilities(torch.ones(2, 1, 1), 1e-5).count_nonzero())
-        0
+        DataError: if values are no floating-point numbers, NaN or outside [0, 1].
     """
-    if not probabilities.is_floating_point() or probabilities.dim() < 3:
+    lowest, highest = (float(v) for v in torch.aminmax(probabilities))
+    floats = probabilities.is_floating_point()
+    if not (floats and lowest >= 0.0 and highest <= 1.0):  # both are false for NaN
         raise DataError(
-            f"probabilities are {probabilities.dtype} {tuple(probabilities.shape)}; expected "
-            "floating-point numbers of the shape (..., labels, height, width)"
+            f"probabilities are {probabilities.dtype} from {lowest:.4g} to {highest:.4g}, expected "
+            "floating-point numbers in [0, 1]; take the softmax of logits, and normalise maps"
         )
-    _check_count(probabilities.shape[-3])
-    if probabilities.numel():
-        lowest, highest = (float(v) for v in torch.aminmax(probabilities))
-        if not (lowest >= 0.0 and highest <= 1.0):  # both are false for NaN
-            raise DataError(
-                f"probabilities reach from {lowest:.4g} to {highest:.4g}, expected [0, 1]; "
-                "take the softmax of logits, and normalise maps"
-            )
     # in float32 at least, as half precision barely holds 1e-5
     return -probabilities.to(compute_dtype(probabilities)).clamp(min=clip).log()
 
@@ -145,8 +128,8 @@ def _check_count(count: int) -> None:
         raise DataError(f"a CRF needs at least two labels, got {count}")
 
 
-def _kernel(positions: Tensor) -> Kernel:
-    """Kernel of positions (d, P) divided by the standard deviations."""
+def _kernel(positions: Tensor) -> tuple[Lattice, Tensor]:
+    """Lattice of positions (d, P) over the deviations, and 1 / sqrt of the row sums (P,)."""
     lattice = permutohedral_lattice(positions)
     return lattice, (lattice.row_sums() + NORM_EPSILON).rsqrt_()
 
@@ -159,7 +142,7 @@ def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Te
     return torch.stack([x, y]).view(2, -1)
 
 
-def _mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -> Tensor:
+def _mean_field(unary: Tensor, pairwise: Filter | None, iterations: int) -> Tensor:
     """Marginals Q (P, n) after some iterations from Q = softmax(-U) of energies (P, n)."""
     # The smallest energy of a pixel becomes 0, so that one of its exponents is not negative.
     energy = unary - unary.amin(1, keepdim=True)
@@ -168,7 +151,7 @@ def _mean_field(unary: Tensor, pairwise: JoinedFilter | None, iterations: int) -
         return marginals
     bounded: bool | None = None
     for _ in range(iterations):
-        exponents = pairwise.apply(marginals)
+        exponents = pairwise(marginals)
         if bounded is None:
             # Marginals sum to one, so these sums are the same in every iteration and bound the
             # exponents.
@@ -239,23 +222,21 @@ class DenseCrf:
         ]
         return torch.stack(marginals).to(unary.dtype).reshape(unary.shape)
 
-    def _pairwise(self, image: Tensor, labels: int, dtype: torch.dtype) -> JoinedFilter | None:
+    def _pairwise(self, image: Tensor, labels: int, dtype: torch.dtype) -> Filter | None:
         """The joined kernels of an image, each times its weight; None where no kernel has one."""
         settings, size = self.settings, (int(image.shape[0]), int(image.shape[1]))
         self._check_memory(image, labels, dtype, 0)
-        found: list[tuple[Kernel, float]] = []
+        parts = []
         if settings.gaussian_weight:
-            kernel = self._gaussian(size, image.device, dtype)
-            found.append((kernel, settings.gaussian_weight))
+            lattice, norm = self._gaussian(size, image.device, dtype)
+            parts.append((lattice, norm, norm * settings.gaussian_weight))
         if settings.bilateral_weight:
             places = _grid(size, image.device, dtype).div_(settings.bilateral_sxy)
             colours = image.reshape(-1, 3).t().to(dtype).div_(settings.bilateral_srgb)
-            kernel = _kernel(torch.cat([places, colours]))
-            found.append((kernel, settings.bilateral_weight))
-        self._check_memory(image, labels, dtype, sum(lattice.size for (lattice, _), _ in found))
-        if not found:
-            return None
-        return join([(lattice, norm, norm * weight) for (lattice, norm), weight in found])
+            lattice, norm = _kernel(torch.cat([places, colours]))
+            parts.append((lattice, norm, norm * settings.bilateral_weight))
+        self._check_memory(image, labels, dtype, sum(lattice.size for lattice, *_ in parts))
+        return join(parts) if parts else None
 
     def _check_memory(self, image: Tensor, labels: int, dtype: torch.dtype, lattice: int) -> None:
         """Refuse an image that needs too much; ``lattice`` is the number of lattice points."""
@@ -280,29 +261,18 @@ class DenseCrf:
 def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
     """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
 
-    Args:
-        crf: CRF with the parameters of the method.
-        image: (H, W, 3) uint8 RGB.
-        planes: (K, H, W) in [0, 1], each divided by its maximum.
-        alphas: A powers; the larger, the less is background.
-
-    Returns:
-        (A, K + 1, H, W), summing to one, the background first. Without a class it is 1 everywhere.
+    Takes an image (H, W, 3) uint8 RGB, maps (K, H, W) in [0, 1], each divided by its maximum, and A
+    powers; the larger, the less is background. Returns (A, K + 1, H, W), summing to one, the
+    background first; without a class it is 1 everywhere.
 
     Raises:
         DataError: if image and maps do not fit, or a map is outside [0, 1]; and as `DenseCrf`.
-
-    Example:
-        >>> crf, image = DenseCrf(CrfSettings.from_preset("psa")), torch.zeros(4, 4, 3).byte()
-        >>> crf_scores(crf, image, torch.ones(1, 4, 4), [1.0, 12.0]).shape
-        torch.Size([2, 2, 4, 4])
     """
-    check_image_and_maps(image, planes, "maps")
     scores = planes.to(compute_dtype(planes))
     if not len(scores):
         return scores.new_ones(len(alphas), 1, *scores.shape[-2:])
     lowest, highest = (float(value) for value in torch.aminmax(scores))
-    if lowest < 0 or highest > 1 + ROUNDING:
+    if not (lowest >= 0 and highest <= 1 + ROUNDING):
         raise DataError(
             f"maps reach from {lowest:.4g} to {highest:.4g}, expected [0, 1]; divide each by its "
             "maximum"

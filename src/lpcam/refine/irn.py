@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, Preprocessing
 from lpcam.classifiers.settings import RELEASED_RESNET50
@@ -52,7 +52,6 @@ from lpcam.refine.walk import (
     random_walk,
     source_window,
 )
-from lpcam.runtime.distributed import Processes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.loop import History
@@ -130,11 +129,6 @@ def irn_loss(
         radius: pairs are nearer than this, in cells.
         displacement: (B, 2, h, w), or None.
         counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
-
-    Example:
-        >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
-        >>> irn_loss(torch.zeros(1, 8, 8), labels, 3).total
-        tensor(0.)
     """
     counts = pair_counts(labels, radius) if counts is None else counts
     zero = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
@@ -178,64 +172,11 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
     return read_image(item.image), read_index_mask(path)
 
 
-def train_irn(
-    network: Irn,
-    labelled: Labelled,
-    settings: IrnSettings,
-    *,
-    processes: Processes | None = None,
-    **options: Any,
-) -> History:
-    """Train the branches in place; a stopped training resumes from its checkpoints.
-
-    Args:
-        labelled: images and the PNGs of their ternary labels (0 background, mask ids, 255 ignored).
-        settings: only those of the training are used.
-        processes, options: as for :func:`lpcam.training.loop.run`.
-
-    Raises:
-        DataError: if labels are missing, or labels and image differ in size.
-        ClassifierError: as :func:`lpcam.training.loop.run`.
-        ArtefactError: if a checkpoint is damaged or of another network.
-    """
-    processes = processes or Processes()
-    branches, pyramid = network.branches, network.pyramid.folded()
-    rate = settings.learning_rate
-    groups = [{"params": list(branches.boundary.parameters()), "lr": rate}]
-    if branches.displacement is not None:
-        rate *= settings.displacement_multiplier
-        groups.append({"params": list(branches.displacement.parameters()), "lr": rate})
-    model = processes.replicate(branches)
-
-    def loss(images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-        logits, displacement = model(pyramid(images), labels.shape[-2:])
-        return irn_loss(logits, labels, settings.radius, displacement, counts).total
-
-    return train_on_pairs(
-        branches,
-        groups,
-        _read,
-        partial(augment, pyramid.preprocessing, settings),
-        loss,
-        labelled,
-        settings,
-        title="IRN",
-        processes=processes,
-        **options,
-    )
-
-
 @torch.no_grad()
 def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
     """Boundaries e (h, w): sigmoid of the mean logit of an image and its mirror image (8.1).
 
     Takes (H, W, 3) uint8 RGB, and returns float32 on the network's device.
-
-    Example:
-        >>> from lpcam.classifiers.classifier import BackboneSpec
-        >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
-        >>> boundary_map(network, np.zeros((30, 50, 3), np.uint8)).shape
-        torch.Size([8, 13])
     """
     network.eval()
     tensor = network.pyramid.preprocessing(image)[None].to(network.device)
@@ -251,11 +192,6 @@ def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
 
     Takes maps (..., K, h, w) at stride 4 and boundaries e (..., h, w). Returns the maps to the
     power of ``settings.sharpness``, times 1 - e, after the walk; not normalised.
-
-    Example:
-        >>> settings = IrnSettings.from_preset("official")
-        >>> bool(propagate(torch.ones(1, 4, 4), torch.ones(4, 4), settings).any())
-        False
     """
     sources = maps if settings.sharpness == 1 else maps.pow(settings.sharpness)
     return random_walk(
@@ -269,14 +205,7 @@ def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
 
 
 def pseudo_maps(walked: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize walked maps to the image and divide them by the maximum over all classes jointly.
-
-    Takes maps (K, h, w) and (H, W) of the image, and returns (K, H, W) in [0, 1].
-
-    Example:
-        >>> pseudo_maps(torch.ones(1, 2, 3), (7, 10)).shape
-        torch.Size([1, 7, 10])
-    """
+    """Resize walked maps (K, h, w) to the image and divide them by their common maximum."""
     if not len(walked):
         return walked.new_zeros(0, *size)
     full = F.interpolate(walked[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)
@@ -297,11 +226,8 @@ class IrnRefinement(LearnedRefinement):
     every_image = True  # for their boundaries
     map_settings = frozenset({"walk_radius", "beta", "exponent", "tolerance", "sharpness"})
     network_settings = frozenset(
-        {
-            *("epochs", "batch_size", "learning_rate", "displacement_multiplier", "momentum"),
-            *("weight_decay", "power", "crop", "scale", "radius", "displacement"),
-        }
-    )
+        name for name in IrnSettings.model_fields if not name.endswith("threshold")
+    ) - {"preset", *map_settings}
 
     def check(self, section: RefineSection) -> None:
         """Refuse a CRF that does not take the hard labels of seeds."""
@@ -371,7 +297,21 @@ class IrnRefinement(LearnedRefinement):
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
         """Train the branches."""
-        return train_irn(network, labelled, section.settings, **options)
+        settings, branches = section.settings, network.branches
+        pyramid, rate = network.pyramid.folded(), settings.learning_rate
+        groups = [{"params": list(branches.boundary.parameters()), "lr": rate}]
+        if branches.displacement is not None:
+            rate *= settings.displacement_multiplier
+            groups.append({"params": list(branches.displacement.parameters()), "lr": rate})
+
+        def loss(model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+            logits, displacement = model(pyramid(images), labels.shape[-2:])
+            return irn_loss(logits, labels, settings.radius, displacement, counts).total
+
+        change = partial(augment, pyramid.preprocessing, settings)
+        return train_on_pairs(
+            branches, groups, _read, change, loss, labelled, settings, title=self.title, **options
+        )
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Walks the maps; writes the boundaries beside the pseudo masks."""

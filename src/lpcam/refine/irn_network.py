@@ -1,10 +1,8 @@
 """IRN's network: a frozen pyramid of features and branches of 1 x 1 convolutions.
 
 Specification of IRN, sections 4 and 5. One branch predicts a boundary map; another, which masks do
-not need, a displacement field that points to the centre of each instance. The branches share no
-trained layer.
-
-Shapes: B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
+not need, a displacement field that points to the centre of each instance. Shapes: B images of
+H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 """
 
 from __future__ import annotations
@@ -159,10 +157,7 @@ class Displacement(nn.Module):
 
 
 class Branches(nn.Module):
-    """The trained part: the boundary branch and, optionally, the displacement branch.
-
-    The first weights of the boundary branch are the same with and without the other.
-    """
+    """The trained part; the boundary branch starts alike with and without the other."""
 
     def __init__(self, levels: Sequence[Level], *, displacement: bool, seed: int) -> None:
         super().__init__()
@@ -227,12 +222,8 @@ class Irn(SavedNetwork):
 def build_irn(spec: BackboneSpec, *, displacement: bool = True, seed: int = 0, **first: Any) -> Irn:
     """Build IRN's network on a timm backbone, with untrained branches.
 
-    Args:
-        spec: the backbone.
-        displacement: add a displacement branch.
-        seed: random seed of the branches' first weights.
-        first: ``weights``, ``mean`` and ``std``, as for :func:`lpcam.classifiers.classifier.build`;
-            ImageNet's, not those of the classifier that made the maps (section 4).
+    ``first`` are ``weights``, ``mean`` and ``std`` of :func:`lpcam.classifiers.classifier.build`:
+    ImageNet's, not those of the classifier that made the maps (section 4).
 
     Raises:
         ClassifierError: if the backbone gives no feature maps at strides 4 and 8.

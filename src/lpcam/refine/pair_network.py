@@ -77,13 +77,11 @@ Augment = Callable[
 
 @dataclass(frozen=True)
 class Level:
-    """One of the feature maps of a backbone."""
+    """One of the feature maps of a backbone: its position, channels and pixels per cell."""
 
     index: int
-    """Position among all feature maps of the backbone."""
     channels: int
     stride: int
-    """Pixels per cell."""
 
 
 def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
@@ -146,34 +144,30 @@ def train_on_pairs(
     groups: Sequence[dict[str, Any]],
     read: Read,
     augment: Augment,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
     labelled: Labelled,
     settings: Any,
     *,
     title: str,
     seed: int,
-    processes: Processes,
+    processes: Processes | None = None,
     **options: Any,
 ) -> History:
-    """Train a module in place on pairs of cells; a stopped training resumes from ``folder``.
+    """Train a module in place on pairs of cells; a stopped training resumes from its checkpoints.
 
     Args:
         module: the trained part of a network.
         groups: parameter groups of the optimiser.
         read, augment: make the samples; picklable.
-        loss: loss of images, labels and the number of pairs of each kind in the whole batch.
+        loss: takes the module, images, labels and the number of pairs of each kind in the batch.
         labelled: images and the files of their labels.
         settings: schedule and optimiser, and ``radius`` of the pairs, in cells.
         title: name of the method, for progress and messages.
-        options: ``folder`` and ``workers`` of :func:`lpcam.training.loop.run`.
-
-    Returns:
-        one record an epoch: ``epoch``, ``step`` and mean ``loss``.
-
-    Raises:
-        DataError: if labels and image differ in size; and as ``read`` and the loop.
+        seed, processes, options: as for :func:`lpcam.training.loop.run`.
     """
     device = next(module.parameters()).device
+    processes = processes or Processes()
+    model = processes.replicate(module)
 
     def batch_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = (part.to(device) for part in batch)
@@ -181,7 +175,7 @@ def train_on_pairs(
         counts = pair_counts(labels, settings.radius)
         if processes.count > 1:
             counts = processes.sum(counts.cpu()).to(device)
-        return loss(images, labels, counts)
+        return loss(model, images, labels, counts)
 
     history = engine.run(
         module,

@@ -6,8 +6,7 @@ softmax over all of them of
 
     k(i, j) = - mean over channels of |x_i - x_j| / (width * sigma_i),
 
-with sigma_i the standard deviation of the channel in the neighbourhood of i. They depend on the
-image alone. It is local where the dense CRF is global, and much faster on a GPU.
+with sigma_i the standard deviation of the channel in the neighbourhood of i.
 
 Where the paper is not explicit: the denominator is sigma_i, not its square, times ``width`` = 0.1,
 so that the weights do not change with the contrast; sigma_i counts the window's centre once for
@@ -53,8 +52,6 @@ class PamrSettings(PresetModel):
 
 EPSILON = 1e-8
 """Added to width * sigma, so that equal neighbours have equal weights."""
-STRIP_PIXELS = 2**14
-"""Pixels whose weights a CPU computes together, so that they stay in a core's cache."""
 
 
 @torch.no_grad()
@@ -81,38 +78,24 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
 def affinities(
     image: Tensor, dilations: tuple[int, ...], width: float, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights of each pixel's neighbours at D dilations: (8 D, H, W), summing to one.
-
-    Neighbours are ordered by dilation, then by row.
-
-    Example:
-        >>> affinities(torch.zeros(1, 3, 3, dtype=torch.uint8), (1,), 0.1).unique()
-        tensor([0.1250])
-    """
+    """Weights of each pixel's neighbours at D dilations, by dilation, then by row: (8 D, H, W)."""
     height, length = int(image.shape[0]), int(image.shape[1])
     levels = image.movedim(-1, 0)
     # the mean over the channels and the sign of the exponent are included
     factor = (-1.0 / 3.0) / (_deviations(levels, dilations).to(dtype) * width + EPSILON)
     border, offsets = max(dilations), _offsets(dilations)
     values = _pad(levels.to(dtype), border)
-    weights = factor.new_empty(len(offsets), height, length)
-    strip = max(1, STRIP_PIXELS // length) if image.device.type == "cpu" else height
-    for top in range(0, height, strip):
-        end = min(top + strip, height)
-        middle = values[:, top + border : end + border, border : border + length].contiguous()
-        kernel = torch.zeros_like(weights[:, top:end])
-        for into, (down, right) in zip(kernel, offsets, strict=True):
-            there = values[:, top + down : end + down, right : right + length]
-            difference = (there - middle).abs_()
-            for channel in range(3):
-                into.addcmul_(difference[channel], factor[channel, top:end])
-        # A softmax whose bytes do not depend on the number of threads.
-        kernel.sub_(kernel.amax(0)).exp_()
-        total = kernel[0].clone()
-        for each in kernel[1:]:
-            total += each
-        torch.div(kernel, total, out=weights[:, top:end])
-    return weights
+    weights = factor.new_zeros(len(offsets), height, length)
+    for into, (down, right) in zip(weights, offsets, strict=True):
+        difference = (values[:, down : down + height, right : right + length] - levels).abs_()
+        for channel in range(3):
+            into.addcmul_(difference[channel], factor[channel])
+    # A softmax whose bytes do not depend on the number of threads.
+    weights.sub_(weights.amax(0)).exp_()
+    total = weights[0].clone()
+    for each in weights[1:]:
+        total += each
+    return weights.div_(total)
 
 
 def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:

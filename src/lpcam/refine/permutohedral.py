@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from lpcam.runtime.errors import DataError
 
-PACKED_BITS = 63
-"""Bits of a non-negative int64, which holds a lattice point's code and a position for sorting."""
 CODE_BITS = 52
 """Largest number of bits of a lattice point's code, which is computed in float64."""
 
 
+Filter = Callable[[Tensor], Tensor]
+"""Filters values (P, C) of P points."""
+
+
 @dataclass(frozen=True)
 class Lattice:
-    """Positions of P points of d dimensions in the permutohedral lattice.
+    """Positions of P points of d dimensions in the permutohedral lattice, which has M points.
 
-    Its M lattice points are numbered by the first of the points around them, so that neighbours in
-    an image are neighbours in memory. Row M of a table over them stays zero, for missing
-    neighbours.
+    Row M of a table over its points stays zero, for missing neighbours.
     """
 
     vertices: Tensor
@@ -45,12 +45,10 @@ class Lattice:
     member_weights: Tensor
     """(P (d + 1),): their weights."""
     blur: Tensor
-    """(d + 1, M + 1, 3) int32: each lattice point and its two neighbours along a direction; M where
-    there is none."""
+    """(d + 1, M + 1, 3) int32: each lattice point and its two neighbours along a direction."""
 
     @property
     def size(self) -> int:
-        """M, the number of lattice points."""
         return self.offsets.shape[0] - 1
 
     @property
@@ -75,19 +73,12 @@ class Lattice:
 def permutohedral_lattice(positions: Tensor) -> Lattice:
     """Lattice around points whose kernel is the unit Gaussian exp(-|f_i - f_j|^2 / 2).
 
-    Args:
-        positions: (d, P) float32 or float64, divided by the kernel's standard deviations.
+    Positions are (d, P) float32 or float64, divided by the kernel's standard deviations.
 
     Raises:
-        DataError: if there are no points, or if they reach over too many lattice points.
-
-    Example:
-        >>> permutohedral_lattice(torch.tensor([[0.0, 0.0, 9.0]])).size
-        4
+        DataError: if the points reach over too many lattice points.
     """
     d, count = positions.shape
-    if not count:
-        raise DataError("a lattice needs at least one point, got none")
     corner, rank, barycentric = _enclosing_simplex(positions)
 
     # A lattice point has a remainder r in 0..d, and its coordinates are (d + 1) q_i + r with whole
@@ -116,43 +107,21 @@ def permutohedral_lattice(positions: Tensor) -> Lattice:
         codes[r] += step.to(positions.device).index_select(0, order)
     del corner, rank, base, order
 
-    codes, places = _sort_with_positions(codes, turn * (d + 1))
+    codes, places = torch.sort(codes, dim=1, stable=True)
     codes = codes.view(-1)
-    first = torch.ones_like(codes, dtype=torch.bool)
-    torch.ne(codes[1:], codes[:-1], out=first[1:])
+    first = torch.cat([codes.new_ones(1, dtype=torch.bool), codes[1:] != codes[:-1]])
     begins = first.nonzero().view(-1)
-    found = first.cumsum(0, dtype=torch.int32).sub_(1)
-    codes = codes.index_select(0, begins)
-    del first
-
-    # From the order of codes to that of the first points.
-    size = begins.shape[0]
-    leaders = places.view(-1).index_select(0, begins)
-    order = _sort_with_positions(leaders.unsqueeze(0), count)[1].view(-1)
-    number = torch.empty(size, dtype=torch.int32, device=positions.device)
-    number[order] = torch.arange(size, dtype=torch.int32, device=positions.device)
     places += torch.arange(0, count * (d + 1), count, device=positions.device).unsqueeze(1)
     places = places.view(-1)
-    vertices = torch.empty_like(found)
-    vertices[places] = number.index_select(0, found)
-    del found
-    ends = torch.cat([begins[1:], begins.new_tensor([count * (d + 1)])])
-    lengths = (ends - begins).index_select(0, order)
-    offsets = torch.zeros(size + 1, dtype=torch.int64, device=positions.device)
-    torch.cumsum(lengths, 0, out=offsets[1:])
-    moved = torch.repeat_interleave(
-        begins.index_select(0, order) - offsets[:-1], lengths, output_size=count * (d + 1)
-    )
-    moved += torch.arange(count * (d + 1), device=positions.device)
-    places = places.index_select(0, moved)
-    del moved
+    vertices = torch.empty(count * (d + 1), dtype=torch.int32, device=positions.device)
+    vertices[places] = first.cumsum(0, dtype=torch.int32).sub_(1)
     return Lattice(
         vertices=vertices.view(d + 1, count),
         weights=barycentric,
-        offsets=offsets.to(torch.int32),
+        offsets=torch.cat([begins, begins.new_tensor([len(places)])]).to(torch.int32),
         member_weights=barycentric.view(-1).index_select(0, places),
         members=places.remainder_(count).to(torch.int32),
-        blur=_blur_rows(codes, number, strides, turn),
+        blur=_blur_rows(codes.index_select(0, begins), strides, turn),
     )
 
 
@@ -203,32 +172,8 @@ def _enclosing_simplex(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return corner, rank, barycentric
 
 
-def _sort_with_positions(codes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Sorted rows of codes below ``bound`` and their old positions; may overwrite the codes."""
-    bits = codes.shape[1].bit_length()
-    if bound.bit_length() + bits > PACKED_BITS:
-        found = torch.sort(codes, dim=1, stable=True)
-        return found.values, found.indices
-    packed = codes.bitwise_left_shift_(bits)
-    packed |= torch.arange(codes.shape[1], device=codes.device)
-    packed = _sort(packed)
-    positions = packed & ((1 << bits) - 1)
-    return packed.bitwise_right_shift_(bits), positions
-
-
-def _sort(values: Tensor) -> Tensor:
-    """Rows of int64 in ascending order; overwrites them on a CPU."""
-    if values.device.type != "cpu":
-        return values.sort(dim=-1).values
-    values.numpy().sort(axis=-1)  # several times as fast as torch's, which returns positions too
-    return values
-
-
-def _blur_rows(codes: Tensor, number: Tensor, strides: Sequence[int], turn: int) -> Tensor:
-    """``Lattice.blur`` from the ascending codes (M,) r turn + sum of q_i strides_i.
-
-    ``number`` (M,) int32 is the lattice point of each code.
-    """
+def _blur_rows(codes: Tensor, strides: Sequence[int], turn: int) -> Tensor:
+    """``Lattice.blur`` from the ascending codes (M,) r turn + sum of q_i strides_i."""
     d, count = len(strides), codes.shape[0]
     result = torch.full((d + 1, count + 1, 3), count, dtype=torch.int32, device=codes.device)
     result[:, :, 0] = torch.arange(count + 1, dtype=torch.int32, device=codes.device)
@@ -237,41 +182,19 @@ def _blur_rows(codes: Tensor, number: Tensor, strides: Sequence[int], turn: int)
     # first and their neighbours last: with them moved to the end, the neighbours ascend too.
     zero = int(torch.searchsorted(codes, turn))
     back = torch.cat([codes[zero:] - turn, codes[:zero] + (d * turn - sum(strides))])
-    origin = torch.cat([number[zero:], number[:zero]])
     # Sorted together, a neighbour that exists stands behind the point that it is.
     codes, back = codes * 4, back * 4 + 1
     for j, stride in enumerate([*strides, 0]):
-        both = _sort(torch.cat([codes, back + stride * 4]))
+        both = torch.cat([codes, back + stride * 4]).sort().values
         at = (both[1:] - both[:-1] == 1).nonzero().view(-1)
-        before = ((both & 1) == 0).cumsum(0, dtype=torch.int32).index_select(0, at)
-        target = number.index_select(0, before - 1)
-        source = origin.index_select(0, at + 1 - before)
+        target = ((both & 1) == 0).cumsum(0, dtype=torch.int32).index_select(0, at) - 1
+        source = (at - target + zero) % count
         result[j, source, 1] = target
-        result[j, target, 2] = source
+        result[j, target, 2] = source.to(torch.int32)
     return result
 
 
-@dataclass(frozen=True)
-class JoinedFilter:
-    """A sum of filters over the same points, as sums of weighted rows (splat, blur, slice)."""
-
-    splat: tuple[Tensor, Tensor, Tensor]
-    """Rows of each bag, where bags begin (and the last ends), weights of the rows."""
-    blur: list[Tensor]
-    """Rows of each bag of three, for each pass."""
-    blur_offsets: Tensor
-    blur_weights: Tensor
-    slice: tuple[Tensor, Tensor, Tensor]
-
-    def apply(self, values: Tensor) -> Tensor:
-        """(P, C) from (P, C)."""
-        values = _sum_rows(values, *self.splat)
-        for rows in self.blur:
-            values = _sum_rows(values, rows, self.blur_offsets, self.blur_weights)
-        return _sum_rows(values, *self.slice)
-
-
-def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> JoinedFilter:
+def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> Filter:
     """The filter sum over m of diag(after_m) K_m diag(before_m), in one pass over the points.
 
     Each part is a lattice over the same P points and its factors (P,) before and after. K is
@@ -279,7 +202,7 @@ def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> JoinedFilter:
 
     Example:
         >>> lattice = permutohedral_lattice(torch.tensor([[0.0, 50.0]]))
-        >>> join([(lattice, torch.ones(2), torch.ones(2))]).apply(torch.ones(2, 1)).shape
+        >>> join([(lattice, torch.ones(2), torch.ones(2))])(torch.ones(2, 1)).shape
         torch.Size([2, 1])
     """
     directions = max(len(lattice.blur) for lattice, *_ in parts)
@@ -305,17 +228,19 @@ def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> JoinedFilter:
     def bounds(stop: int, step: int) -> Tensor:
         return torch.arange(0, stop + 1, step, dtype=torch.int32, device=slices.device)
 
-    return JoinedFilter(
-        splat=(
-            torch.cat(members),
-            torch.cat([*begins, begins[0].new_tensor([entries])]),
-            torch.cat(splat_weights),
-        ),
-        blur=[torch.cat(bags).view(-1) for bags in blur],
-        blur_offsets=bounds(3 * rows, 3),
-        blur_weights=slice_weights.new_tensor([1.0, 0.5, 0.5]).repeat(rows),
-        slice=(slices.view(-1), bounds(points * width, width), slice_weights.view(-1)),
-    )
+    into = torch.cat(members), torch.cat([*begins, begins[0].new_tensor([entries])])
+    into_weights = torch.cat(splat_weights)
+    passes = [torch.cat(bags).view(-1) for bags in blur]
+    triples, blur_weights = bounds(3 * rows, 3), weights[0].new_tensor([1.0, 0.5, 0.5]).repeat(rows)
+    out = slices.view(-1), bounds(points * width, width), slice_weights.view(-1)
+
+    def apply(values: Tensor) -> Tensor:
+        values = _sum_rows(values, *into, into_weights)
+        for bags in passes:
+            values = _sum_rows(values, bags, triples, blur_weights)
+        return _sum_rows(values, *out)
+
+    return apply
 
 
 def _sum_rows(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

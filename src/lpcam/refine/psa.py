@@ -2,8 +2,7 @@
 
 Two dense CRFs of an image's maps, one of which favours the background, agree on the labels of some
 cells of 8 x 8 pixels. A network learns features whose affinities a_ij = exp(-mean |f_i - f_j|) are
-high for neighbours of one label and low for others. The maps and a constant background then walk by
-these affinities (:mod:`lpcam.refine.walk`).
+high for neighbours of one label. The maps and a constant background then walk by them.
 
 Shapes: B images of H x W pixels, h = ceil(H / 8), w = ceil(W / 8); K classes of an image, whose
 scores have K + 1 planes, the background first; C channels of the features.
@@ -51,7 +50,6 @@ from lpcam.refine.base import (
     Refine,
     RefineSection,
     Tools,
-    check_image_and_maps,
     compute_dtype,
     decided,
     shallow_copy,
@@ -74,7 +72,6 @@ from lpcam.refine.walk import (
     partner_window,
     source_window,
 )
-from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_bytes, write_bytes
 from lpcam.runtime.settings import Fraction, Positive
@@ -262,14 +259,7 @@ class Psa(SavedNetwork):
 
 
 def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
-    """Build PSA's network on a copy of a trained classifier's backbone.
-
-    Example:
-        >>> from lpcam.classifiers.classifier import BackboneSpec, build
-        >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
-        >>> network(torch.zeros(1, 3, 64, 100)).shape
-        torch.Size([1, 448, 8, 13])
-    """
+    """Build PSA's network on a copy of a trained classifier's backbone."""
     twin = shallow_copy(classifier)
     twin.backbone = copy.deepcopy(classifier.backbone)
     return Psa(twin, seed=seed).to(classifier.device)
@@ -337,16 +327,9 @@ def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Ten
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
     """PSA's loss of features (B, C, h, w): means of -log a of equal pairs, -log(1 - a) of others.
 
-    Pairs of background and pairs of a class weigh a quarter each, different ones half.
-
-    Args:
-        labels: (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image.
-        counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
-
-    Example:
-        >>> labels = torch.full((1, 8, 8), 255, dtype=torch.uint8)
-        >>> psa_loss(torch.zeros(1, 4, 8, 8), labels, 3)
-        tensor(0.)
+    Pairs of background and pairs of a class weigh a quarter each, different ones half. Labels are
+    (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image; ``counts`` are
+    :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
     """
     counts = pair_counts(labels, radius) if counts is None else counts
     zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
@@ -381,43 +364,6 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
     return limit_long_side(read_image(item.image), max(scores.shape[2:])), scores
 
 
-def train_psa(
-    network: Psa,
-    labelled: Labelled,
-    settings: PsaSettings,
-    *,
-    processes: Processes | None = None,
-    **options: Any,
-) -> History:
-    """Train in place; a stopped training resumes from its checkpoints.
-
-    Args:
-        labelled: images and the files of their scores, of the size at which they were refined.
-        settings: only those of the training are used.
-        processes, options: as for :func:`lpcam.training.loop.run`.
-
-    Raises:
-        DataError: if scores and image differ in size.
-        ClassifierError: if ``freeze`` matches nothing, and as :func:`lpcam.training.loop.run`.
-        ArtefactError: if a file of scores or a checkpoint is missing or damaged.
-    """
-    processes = processes or Processes()
-    freeze(network.backbone, settings.freeze, norms=True)
-    model = processes.replicate(network)
-    return train_on_pairs(
-        network,
-        parameter_groups(network, HEADS, settings),
-        _read,
-        partial(augment, network.preprocessing, settings),
-        lambda images, labels, counts: psa_loss(model(images), labels, settings.radius, counts),
-        labelled,
-        settings,
-        title="PSA",
-        processes=processes,
-        **options,
-    )
-
-
 @torch.no_grad()
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
     """Scores of an image after its maps and a constant background have walked.
@@ -427,17 +373,9 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     too small for any pair of the loss, the scores are those before the walk.
 
     Raises:
-        DataError: if image and maps do not fit, or maps or features are not finite.
-
-    Example:
-        >>> from lpcam.classifiers.classifier import BackboneSpec, build
-        >>> network = build_psa(build(BackboneSpec("test_resnet", {}), ("cat",), weights="random"))
-        >>> image = np.zeros((48, 80, 3), np.uint8)
-        >>> walk(network, image, torch.ones(1, 48, 80), PsaSettings.from_preset("official")).shape
-        torch.Size([2, 48, 80])
+        DataError: if maps or features are not finite.
     """
     network.eval()
-    check_image_and_maps(torch.from_numpy(image), planes, "maps")
     height, width = image.shape[:2]
     scores = planes.to(network.device, compute_dtype(planes))
     scores = torch.cat([scores.new_full((1, height, width), settings.threshold), scores])
@@ -490,9 +428,11 @@ class PsaRefinement(LearnedRefinement):
         """Writes the scores of two CRFs."""
         crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
         alphas = (job.settings.low_alpha, job.settings.high_alpha)
-        return lambda picture, path: write_scores(
-            path, crf_scores(crf, picture.image, picture.planes, alphas)
-        )
+
+        def write(picture: Picture, path: Path) -> None:
+            write_scores(path, crf_scores(crf, picture.image, picture.planes, alphas))
+
+        return write
 
     def released(self) -> Sequence[Released]:
         """The file of PSA's affinity network, and of MCTformer's."""
@@ -520,7 +460,17 @@ class PsaRefinement(LearnedRefinement):
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
         """Train the affinities."""
-        return train_psa(network, labelled, section.settings, **options)
+        settings = section.settings
+        freeze(network.backbone, settings.freeze, norms=True)
+
+        def loss(model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+            return psa_loss(model(images), labels, settings.radius, counts)
+
+        groups = parameter_groups(network, HEADS, settings)
+        change = partial(augment, network.preprocessing, settings)
+        return train_on_pairs(
+            network, groups, _read, change, loss, labelled, settings, title=self.title, **options
+        )
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
         """Walks the maps by the affinities."""

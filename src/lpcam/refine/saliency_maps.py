@@ -31,10 +31,6 @@ def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
 
     Raises:
         DataError: if the folder is missing, or an image has no map or two.
-
-    Example:
-        >>> find_saliency(Path("."), ids=[])
-        {}
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} of saliency maps; give one that holds ID.png")
@@ -65,10 +61,6 @@ def saliency_maximum(paths: Iterable[Path]) -> float | None:
     Returns:
         1 if all maps have only 0 and 1; 255 if they have 8 bits and some have other values;
         otherwise None, the default of each kind of file.
-
-    Example:
-        >>> saliency_maximum([]) is None
-        True
     """
     paths = list(paths)
     kinds = {path.suffix: path for path in paths}.values()
@@ -102,13 +94,6 @@ def read_saliency(
 
     Raises:
         DataError: if the map is missing, unreadable, transparent or out of range.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     np.save(Path(folder, "a.npy"), np.array([[0, 1.0]]))
-        ...     read_saliency(Path(folder), "a", (1, 2)).tolist()
-        [[0, 255]]
     """
     values = read_values(find_saliency(folder, [item_id])[item_id], maximum=maximum)
     if values.shape != tuple(size):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORE, ClassTable
 from lpcam.data.masks import enlarge_labels
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.refine.base import Picture, check_image_and_maps
+from lpcam.refine.base import Picture
 from lpcam.refine.crf import DenseCrf
 
 
@@ -26,11 +26,7 @@ def crf_labels(
 
     Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1] of its own classes. Returns
     int64 (H, W) for each threshold: 0 for background, k + 1 for the k-th class.
-
-    Raises:
-        DataError: if image and maps do not fit, or as :class:`DenseCrf`.
     """
-    check_image_and_maps(image, maps, "maps")
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
@@ -53,10 +49,7 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
 def ternary_mask(
     crf: DenseCrf, picture: Picture, thresholds: Sequence[float], classes: ClassTable
 ) -> NDArray[np.uint8]:
-    """The ternary mask (H, W) of an image, at the size of its maps: 0, mask ids, 255 undecided.
-
-    ``thresholds`` are those of the sure foreground and of the sure background.
-    """
+    """The ternary mask (H, W) of an image, at the size of its maps: 0, mask ids, 255 undecided."""
     labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
     labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
     unsure = labels == IGNORE

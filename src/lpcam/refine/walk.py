@@ -44,10 +44,6 @@ def pair_offsets(radius: int) -> tuple[Offset, ...]:
 
     Partners lie right of the cell or below it, nearer than ``radius`` (at least 2), ordered by the
     length of their paths (specification of IRN, section 5).
-
-    Example:
-        >>> pair_offsets(2)
-        ((0, 1), (1, 0), (1, -1), (1, 1))
     """
     right = [(0, dx) for dx in range(1, radius)]
     below = [
@@ -72,12 +68,7 @@ def path(offset: Offset) -> tuple[Offset, ...]:
 
 
 def source_window(height: int, width: int, radius: int) -> Window:
-    """Rows and columns of the cells all of whose partners lie on the grid; may be empty.
-
-    Example:
-        >>> source_window(10, 20, 3)
-        (slice(0, 8, None), slice(2, 18, None))
-    """
+    """Rows and columns of the cells all of whose partners lie on the grid; may be empty."""
     reach = radius - 1
     return slice(0, max(0, height - reach)), slice(reach, max(reach, width - reach))
 
@@ -134,15 +125,9 @@ def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     The maxima (..., h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's
     bounding box; offsets without a pair on the grid are left out. A first-order gradient flows to
     one of several equal boundaries.
-
-    Example:
-        >>> dict(path_maxima(torch.tensor([[0.0, 0.5, 0.25]]), 3))[0, 2]
-        tensor([[0.5000]])
     """
-    if not (edge.requires_grad and torch.is_grad_enabled()):
-        return _maxima(edge, radius)
-    offsets = [offset for offset, _ in _plan_of(edge, radius)]
-    return zip(offsets, _Maxima.apply(edge, radius), strict=True)
+    if offsets := [offset for offset, _ in _plan_of(edge, radius)]:
+        yield from zip(offsets, _Maxima.apply(edge, radius), strict=True)
 
 
 def _plan_of(edge: Tensor, radius: int) -> Iterator[tuple[Offset, list[tuple[Offset, Window]]]]:
@@ -158,36 +143,28 @@ def _plan_of(edge: Tensor, radius: int) -> Iterator[tuple[Offset, list[tuple[Off
             yield offset, windows
 
 
-def _maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    found: dict[Offset, Tensor] = {(0, 0): edge}
-    for offset, parts in _plan_of(edge, radius):
-        windows = (found[piece][..., rows, columns] for piece, (rows, columns) in parts)
-        found[offset] = reduce(torch.maximum, windows)
-        yield offset, found[offset]
-
-
 class _Maxima(torch.autograd.Function):
     """All maxima at once, with a backward pass three times as fast as that of torch.maximum."""
 
     @staticmethod
     def forward(ctx: Any, edge: Tensor, radius: int) -> tuple[Tensor, ...]:
-        # A path that equals a shifted shorter one would otherwise be a view of it.
-        found = tuple(m.clone() if m._is_view() else m for _, m in _maxima(edge, radius))
-        ctx.radius = radius
-        ctx.save_for_backward(edge, *found)
-        return found
+        found: dict[Offset, Tensor] = {(0, 0): edge}
+        for offset, parts in _plan_of(edge, radius):
+            windows = [found[piece][..., rows, columns] for piece, (rows, columns) in parts]
+            # a path that equals a shifted shorter one must not be a view of it
+            found[offset] = reduce(torch.maximum, windows) if windows[1:] else windows[0].clone()
+        ctx.plan = radius, list(found)
+        ctx.save_for_backward(*found.values())
+        return tuple(found.values())[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        edge, *maxima = ctx.saved_tensors
-        plan = list(_plan_of(edge, ctx.radius))
-        offsets = [(0, 0), *(offset for offset, _ in plan)]
-        found = dict(zip(offsets, (edge, *maxima), strict=True))
-        totals = dict(
-            zip(offsets, (torch.zeros_like(edge), *(g.clone() for g in gradients)), strict=True)
-        )
-        for offset, parts in reversed(plan):
+        radius, offsets = ctx.plan
+        found = dict(zip(offsets, ctx.saved_tensors, strict=True))
+        starts = torch.zeros_like(found[0, 0]), *(g.clone() for g in gradients)
+        totals = dict(zip(offsets, starts, strict=True))
+        for offset, parts in reversed(list(_plan_of(found[0, 0], radius))):
             rest = totals.pop(offset)
             for piece, (rows, columns) in parts[:-1]:
                 attains = found[piece][..., rows, columns] == found[offset]
@@ -244,12 +221,9 @@ def likelihood_means(
 ) -> Tensor:
     """Means (3,) of -log a over background pairs and pairs of a class, of -log(1 - a) over others.
 
-    Args:
-        pairs: the affinities (B, rows, columns) of each offset, in the order of :func:`pair_kinds`.
-        labels: (B, h, w) uint8.
-        counts: :func:`pair_counts` of the whole batch, of which the labels may be a part.
-        zero: scalar 0 with a gradient, the sum where there is no pair.
-        radius: pairs are nearer than this, in cells.
+    ``pairs`` are the affinities (B, rows, columns) of each offset, in the order of
+    :func:`pair_kinds`; ``counts`` are :func:`pair_counts` of the whole batch, of which the labels
+    may be a part; ``zero`` is a scalar 0 with a gradient, the sum where there is no pair.
     """
     sums = [zero.expand(3)]
     for (_, affinity), (_, kinds) in zip(pairs, pair_kinds(labels, radius), strict=True):
@@ -261,14 +235,7 @@ def likelihood_means(
 def random_walk(
     maps: Tensor, edge: Tensor, *, radius: int, beta: float, exponent: int, tolerance: float = 0.0
 ) -> Tensor:
-    """Random walk of :func:`affinity_walk` with IRN's affinities from boundaries.
-
-    Boundaries e are (..., h, w) in [0, 1], of the same images as the maps (..., K, h, w).
-
-    Example:
-        >>> random_walk(torch.ones(1, 1, 3), torch.zeros(1, 3), radius=2, beta=10.0, exponent=8)
-        tensor([[[1., 1., 1.]]])
-    """
+    """:func:`affinity_walk` with IRN's affinities from boundaries e (..., h, w) in [0, 1]."""
     maxima = path_maxima(edge.detach().to(compute_dtype(maps)), radius)
     pairs = ((offset, 1 - maximum) for offset, maximum in maxima)
     return affinity_walk(maps, pairs, beta=beta, exponent=exponent, tolerance=tolerance)
@@ -294,11 +261,6 @@ def affinity_walk(
 
     Raises:
         DataError: if shapes do not fit, an affinity is outside [0, 1], or a value is NaN or Inf.
-
-    Example:
-        >>> pairs = [((0, 1), torch.ones(1, 1))]
-        >>> affinity_walk(torch.tensor([[[1.0, 0.0]]]), pairs, beta=1.0, exponent=2)
-        tensor([[[0.5000, 0.5000]]])
     """
     if maps.ndim < 3 or not maps.isfinite().all():
         raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w) without NaN or Inf")
