@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lpcam.classifiers import wideresnet38  # noqa: F401 - registers itself with timm
 from lpcam.classifiers.search import class_names
 from lpcam.runtime.errors import ClassifierError
+from lpcam.training.optim import FrozenStatistics
 from lpcam.training.saved_network import SavedNetwork
 
 PRETRAINED = "pretrained"
@@ -73,7 +74,7 @@ class BackboneSpec:
     dilated: bool = True
 
 
-class Classifier(SavedNetwork):
+class Classifier(FrozenStatistics, SavedNetwork):
     """Backbone, global average pooling, linear head without bias.
 
     Args:
@@ -145,14 +146,6 @@ class Classifier(SavedNetwork):
         features = F.dropout2d(self.features(images), self.dropout, self.training)
         logits: Tensor = self.head(features.mean((-2, -1)))
         return logits
-
-    def train(self, mode: bool = True) -> Classifier:
-        """Training mode with the statistics of every batch norm frozen."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
     def folded(self) -> Classifier:
         """A copy for inference, a third faster: batch norms are folded into convolutions.
@@ -372,9 +365,6 @@ def _preprocessing(
     )
 
 
-# -- Weights -----------------------------------------------------------------------------------
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a missing, damaged or other one is a ClassifierError."""
     if not path.is_file():
@@ -396,12 +386,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Differences of a file's tensors from a network's in names and shapes; "" if there are none.
-
-    Example:
-        >>> misfit({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(2)})
-        '1 missing (first: b), 1 of another shape (first: a)'
-    """
+    """Differences of a file's tensors from a network's in names and shapes; "" for none."""
     both = own.keys() & state.keys()
     found = {
         "missing": own.keys() - both,
@@ -441,9 +426,6 @@ def _load_weights(
             f"{dict(spec.arguments)}: {difference}; check the backbone's name and arguments"
         )
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
-
-
-# -- A copy for inference ----------------------------------------------------------------------
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -19,32 +19,22 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image, resize_long_side
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.settings import Fraction, Positive, PresetModel
+from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
-from lpcam.training.optim import freeze, sgd
+from lpcam.training.optim import SgdSettings, freeze, sgd
 
 
-class FinetuneSettings(PresetModel):
+class FinetuneSettings(SgdSettings):
     """How a classifier is fine-tuned (specification of IRN, section 1)."""
 
     table: ClassVar[str] = "finetune"
     preset: str = "momentum"
 
-    epochs: Annotated[int, Field(ge=1)]
-    """Passes over the list; more train longer."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Images per training step."""
     learning_rate: Positive
     """Learning rate of the backbone; larger steps train faster but less stably."""
     head_multiplier: Positive
     """Factor of the learning rate of the head."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Momentum of SGD; a larger one averages over more steps."""
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on every trained weight; a larger one keeps weights smaller."""
-    power: Annotated[float, Field(ge=0.0)]
-    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     long_side: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     """Inclusive range, in pixels, from which each image's long side is drawn."""
     crop: Annotated[int, Field(ge=1)]

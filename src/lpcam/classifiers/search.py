@@ -113,8 +113,6 @@ class Finder:
     def _names(self, count: int) -> Sequence[str]:
         return class_names(self.model, count) if self.classes is None else self.classes
 
-    # .. layers that may give the map
-
     def _candidates(self, images: Tensor) -> list[Candidate]:
         """Layers that may give the map, the last first."""
         if self.layer is not None and not isinstance(self.layer, nn.Module):
@@ -165,8 +163,6 @@ class Finder:
         cells = {h * w for h, w in self.record.grids if h * w > 1}
         tried = range(least, min(MOST_PREFIX_TOKENS, count - 1) + 1)
         return next((prefix for prefix in tried if count - prefix in cells), least)
-
-    # .. from the head back to the map
 
     def _heads(self) -> Iterator[Head]:
         """The given head, or linear layers whose output is the logits, the last first."""
@@ -219,8 +215,6 @@ class Finder:
                 if match is not None:
                     return match[0], (*norms, Norm("length")), match[1]
         return None
-
-    # .. where the model's own head is not used
 
     def _find_for_tensors(self, weight: Tensor, bias: Tensor | None) -> Found:
         """The last map on which given rows give the model's logits; else the given layer."""
@@ -294,8 +288,6 @@ class Finder:
             f"no feature map was found in {type(self.model).__name__}: no layer gives one (B, "
             "C, h, w), with channels last or as tokens; pass target_layer="
         )
-
-    # .. why nothing was found
 
     def _failure(self, heads: Sequence[Head]) -> ClassifierError:
         name = type(self.model).__name__
@@ -371,9 +363,6 @@ def _prefixes(layer: MapLayer, raw: Tensor) -> range:
     """Possible numbers of tokens before the patches; at least two patches remain."""
     most = min(MOST_PREFIX_TOKENS, raw.shape[1] - 2) if layer.layout == "tokens" else 0
     return range(most + 1)
-
-
-# -- Names of classes --------------------------------------------------------------------------
 
 
 def class_names(model: nn.Module, count: int) -> list[str]:

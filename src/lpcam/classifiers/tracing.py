@@ -171,9 +171,6 @@ def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
     return tensor.float().mean((-2, -1)) if pooled and tensor.ndim == 4 else None
 
 
-# -- A recorded forward pass -------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Call:
     """One call of a module: its ``number``-th in the pass, from 0, with input and output."""
@@ -267,9 +264,6 @@ def misshape(grid: Sequence[int], size: tuple[int, int]) -> float:
     return abs(math.log(grid[0] / grid[1]) - math.log(size[0] / size[1]))
 
 
-# -- The layer of the feature map --------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MapLayer:
     """The layer that gives the feature map, and how to read its output as (B, C, h, w)."""
@@ -341,10 +335,6 @@ def grid_of(
 
     The grid of the stride if it has ``count`` cells (with incomplete patches dropped, counted or
     rounded); else the two factors of ``count`` whose ratio is nearest to the image's.
-
-    Example:
-        >>> grid_of(12, (30, 40)), grid_of(6, (20, 36), (16.0, 16.0))
-        ((3, 4), (2, 3))
     """
     if stride is not None:
         for rounding in (math.floor, math.ceil, round):
@@ -353,9 +343,6 @@ def grid_of(
                 return rows, columns
     factors = ((n, count // n) for n in range(1, count + 1) if count % n == 0)
     return min(factors, key=lambda grid: misshape(grid, size))
-
-
-# -- Norms between the pooled vector and the head ----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -431,9 +418,6 @@ def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
     said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
     default = torch.finfo(dtype).eps if None in said else 1e-6
     return next((float(value) for value in said if isinstance(value, (int, float))), default)
-
-
-# -- The head ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

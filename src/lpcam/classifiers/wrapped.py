@@ -44,9 +44,6 @@ FALLBACK_SIDE = 224
 """Side tried last, for models that do not state their size."""
 
 
-# -- The wrapped model -------------------------------------------------------------------------
-
-
 @dataclass(eq=False, repr=False)
 class WrappedModel(Reading):
     """A user's model with the layer of its feature map and the rows of its head.
@@ -243,9 +240,6 @@ class WrappedModel(Reading):
             ) from error
 
 
-# -- Wrapping a model --------------------------------------------------------------------------
-
-
 def wrap(
     model: nn.Module,
     *,
@@ -347,14 +341,10 @@ def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
         (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
         FALLBACK_SIDE,
     ]
-    sizes: dict[tuple[int, int], None] = {}
-    for value in stated:
-        pair = [value, value] if isinstance(value, int) else value
-        if isinstance(pair, (list, tuple)) and len(pair) >= 2:
-            height, width = pair[-2:]
-            if isinstance(height, int) and isinstance(width, int) and height > 0:
-                sizes[height, width] = None
-    return list(sizes)
+    pairs = ([value, value] if isinstance(value, int) else value for value in stated)
+    sizes = (p[-2:] for p in pairs if isinstance(p, (list, tuple)) and len(p) >= 2)
+    whole = (s for s in sizes if all(isinstance(n, int) and n > 0 for n in s))
+    return list(dict.fromkeys((height, width) for height, width in whole))
 
 
 def _probe(

@@ -21,27 +21,17 @@ from lpcam.refine.base import Labelled
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
-from lpcam.runtime.settings import Positive, PresetModel
+from lpcam.runtime.settings import Positive
 from lpcam.training import loop as engine
 from lpcam.training.loop import History
-from lpcam.training.optim import sgd
+from lpcam.training.optim import SgdSettings, sgd
 
 
-class PairSettings(PresetModel):
+class PairSettings(SgdSettings):
     """Settings that IRN and PSA share: the training on pairs and the walk."""
 
-    epochs: Annotated[int, Field(ge=1)]
-    """Passes over the list; more train longer."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Images per training step."""
     learning_rate: Positive
     """Learning rate of IRN's boundary branch or PSA's backbone; other parts have a multiple."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Momentum of SGD; a larger one averages over more steps."""
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on trained weights."""
-    power: Annotated[float, Field(ge=0.0)]
-    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     crop: Annotated[int, Field(ge=16, multiple_of=4)]
     """Side of the square crop, in pixels."""
     radius: Annotated[int, Field(ge=2)]

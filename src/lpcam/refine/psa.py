@@ -77,7 +77,7 @@ from lpcam.runtime.files import read_bytes, write_bytes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import History
-from lpcam.training.optim import freeze, names_below, parameter_groups
+from lpcam.training.optim import FrozenStatistics, freeze, names_below, parameter_groups
 from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork
 
@@ -172,7 +172,7 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
 
 
-class Psa(SavedNetwork):
+class Psa(FrozenStatistics, SavedNetwork):
     """A backbone with 1 x 1 convolutions of its last three feature maps, and of them together.
 
     Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged.
@@ -232,14 +232,6 @@ class Psa(SavedNetwork):
                 found = F.interpolate(found, scale_factor=factor, mode="bilinear")
             parts.append(F.elu(found[..., :rows, :columns]))
         return F.elu(self.last(torch.cat(parts, 1)))
-
-    def train(self, mode: bool = True) -> Psa:
-        """Set training mode, but keep every batch norm in evaluation mode."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
     def folded(self) -> Psa:
         """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""

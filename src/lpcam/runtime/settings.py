@@ -36,9 +36,6 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-# -- Paths in a recipe ---------------------------------------------------------------------------
-
-
 def against_base(value: Any, info: ValidationInfo) -> Any:
     """Resolve a relative path against the folder of the recipe that names it."""
     base = (info.context or {}).get("base")
@@ -65,9 +62,6 @@ class WeightsSection(Section):
             path = resources.files("lpcam").joinpath("assets", weights.removeprefix(BUNDLED))
             return {**given, "weights": str(path)}
         return {**given, "weights": str(against_base(weights, info))}
-
-
-# -- Presets -------------------------------------------------------------------------------------
 
 
 class PresetModel(Section):
@@ -138,9 +132,6 @@ def _presets(model: type[PresetModel]) -> Mapping[str, Mapping[str, Any]]:
     text = resources.files(package).joinpath(f"{model.table}.yaml").read_text(encoding="utf-8")
     presets: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return presets
-
-
-# -- Settings of registered methods --------------------------------------------------------------
 
 
 class Configurable(Protocol):

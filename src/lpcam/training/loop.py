@@ -22,7 +22,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.progress import progress
-from lpcam.training.optim import Schedule, poly
+from lpcam.training.optim import SgdSettings, poly
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -32,9 +32,6 @@ CHECKPOINT_STEPS = 50
 Sample = TypeVar("Sample")
 History = list[dict[str, Any]]
 """Records of a training, as JSON."""
-
-
-# -- Order and schedule ------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -62,7 +59,7 @@ class Plan:
     """Steps between checkpoints; None: CHECKPOINT_STEPS."""
 
     @classmethod
-    def of_epochs(cls, settings: Schedule, count: int) -> Plan:
+    def of_epochs(cls, settings: SgdSettings, count: int) -> Plan:
         """The poly schedule over some epochs of a list of ``count`` samples; a record an epoch."""
         batch = min(settings.batch_size, count)
         an_epoch = count // batch

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from lpcam.runtime.errors import ClassifierError
+from lpcam.runtime.settings import PresetModel
 
 
-class Schedule(Protocol):
+class SgdSettings(PresetModel):
     """Settings of training by SGD for a number of epochs."""
 
-    epochs: int
-    batch_size: int
-    momentum: float
-    weight_decay: float
-    power: float
+    epochs: Annotated[int, Field(ge=1)]
+    """Passes over the list; more train longer."""
+    batch_size: Annotated[int, Field(ge=1)]
+    """Images per training step."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Momentum of SGD; a larger one averages over more steps."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    """L2 penalty on every trained weight; a larger one keeps weights smaller."""
+    power: Annotated[float, Field(ge=0.0)]
+    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
 
 
 class Rates(Protocol):
@@ -36,7 +43,7 @@ def poly(step: int, steps: int, power: float) -> float:
     return math.pow(1.0 - step / steps, power)
 
 
-def sgd(groups: Sequence[dict[str, Any]], settings: Schedule) -> torch.optim.Optimizer:
+def sgd(groups: Sequence[dict[str, Any]], settings: SgdSettings) -> torch.optim.Optimizer:
     """SGD with momentum and weight decay; groups without parameters are left out."""
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
@@ -78,19 +85,30 @@ def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False)
     frozen = names_below(named, prefixes)
     for name, parameter in named.items():
         parameter.requires_grad_(name not in frozen)
-    for module in backbone.modules() if norms else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.requires_grad_(False)
+    for norm in batch_norms(backbone) if norms else ():
+        norm.requires_grad_(False)
+
+
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """All batch norms of a network."""
+    return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class FrozenStatistics(nn.Module):
+    """A network whose batch norms keep their statistics."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but keep every batch norm in evaluation mode."""
+        super().train(mode)
+        for norm in batch_norms(self):
+            norm.eval()
+        return self
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
     """The dotted names that are, or are below, one of the prefixes.
 
     A prefix that matches nothing is a ClassifierError, which lists the stages.
-
-    Example:
-        >>> names_below(["layer1.0.weight", "layer10.0.weight"], ["layer1"])
-        {'layer1.0.weight'}
     """
     found: set[str] = set()
     for prefix in prefixes:

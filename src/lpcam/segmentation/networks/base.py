@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Required, Self, TypedDict, Unpack
+from typing import Any, Literal, Protocol, Required, TypedDict, Unpack
 
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Preprocessing, misfit, refuse_not_finite
 from lpcam.runtime.errors import ClassifierError
+from lpcam.training.optim import FrozenStatistics, batch_norms
 
 Option = Literal["backbone", "output_stride", "pyramid"]
 
@@ -89,23 +90,13 @@ class SegmentationNetwork(Protocol):
         """
 
 
-class FrozenNorms(nn.Module):
+class FrozenNorms(FrozenStatistics):
     """A network whose batch norms keep their statistics, weights and biases."""
 
     def freeze_norms(self) -> None:
         """Stop the gradients of all batch norms."""
-        for module in self._norms():
-            module.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode, with every batch norm in evaluation mode."""
-        super().train(mode)
-        for module in self._norms():
-            module.eval()
-        return self
-
-    def _norms(self) -> list[nn.Module]:
-        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in batch_norms(self):
+            norm.requires_grad_(False)
 
 
 def load_fitting(
