@@ -31,9 +31,6 @@ def make(name: str = "test_resnet", **options: object) -> Classifier:
     return build(BackboneSpec(name, {}, **options), CLASSES, weights="random")  # type: ignore[arg-type]
 
 
-# -- Features and logits ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_efficientnet", "test_convnext", "test_mambaout"]
 )
@@ -118,9 +115,6 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
-# -- A module of the caller's own ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("backbone", "named"),
     [
@@ -149,9 +143,6 @@ def test_names_and_arguments_that_are_refused(
 ) -> None:
     with pytest.raises(ClassifierError, match=named):
         build(BackboneSpec(name, arguments), CLASSES, weights="random")
-
-
-# -- Weights ------------------------------------------------------------------------------------
 
 
 def weights_with(**changes: Tensor | None) -> dict[str, Tensor]:
@@ -199,9 +190,6 @@ def test_weights_from_a_file_with_and_without_a_head(tmp_path: Path, head: int) 
         assert torch.equal(classifier.features(images), source.forward_features(images))
 
 
-# -- Fingerprint and files ----------------------------------------------------------------------
-
-
 def test_fingerprint_changes_with_everything_that_matters() -> None:
     classifier = make()
     seen = {classifier.fingerprint()}
@@ -237,9 +225,6 @@ def test_fingerprint_of_half_precisions() -> None:
     prints = {make().to(dtype).fingerprint() for dtype in (torch.float16, torch.bfloat16)}
     assert len(prints) == 2
     assert make().bfloat16().fingerprint() in prints
-
-
-# -- A copy for inference -----------------------------------------------------------------------
 
 
 def with_statistics(classifier: Classifier) -> Classifier:

@@ -146,9 +146,6 @@ def test_features_that_cannot_be_kept(
         assert len(list(whole.pairs([items[0]], SCALES))) == 2
 
 
-# -- batches, threads, precision ------------------------------------------------------------------
-
-
 @pytest.fixture
 def equal_items(tmp_path: Path) -> list[Item]:
     """Six images of one size."""

@@ -42,9 +42,6 @@ def fresh(weights: Path) -> Any:
     )
 
 
-# -- Augmentation -------------------------------------------------------------------------------
-
-
 def augmented(image: np.ndarray, seed: int, **changes: Any) -> Tensor:
     settings = SETTINGS.model_copy(update=changes)
     return train.augment(image, RAW, settings, np.random.default_rng(seed))
@@ -70,9 +67,6 @@ def test_augmented_images_depend_on_seed_epoch_and_index_alone(items: list[Item]
     assert torch.equal(one(0, 1, 2), one(0, 1, 2))
     for other in ((1, 1, 2), (0, 0, 2), (0, 1, 4)):
         assert not torch.equal(one(0, 1, 2), one(*other))
-
-
-# -- Schedule and freezing ----------------------------------------------------------------------
 
 
 def test_learning_rates_of_every_step(
@@ -123,9 +117,6 @@ def test_freeze_that_matches_nothing(classifier: Classifier, prefix: str) -> Non
         freeze(classifier.backbone, [prefix])
 
 
-# -- Training -----------------------------------------------------------------------------------
-
-
 def test_loss_falls_and_history_tells(fresh: Any, items: list[Item], tmp_path: Path) -> None:
     classifier = fresh()
     settings = SETTINGS.model_copy(
@@ -151,9 +142,6 @@ def test_a_loss_that_is_not_finite(fresh: Any, items: list[Item], tmp_path: Path
     settings = SETTINGS.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(ClassifierError, match=r"nan|inf"):
         train.finetune(fresh(), items, [], settings, seed=0, folder=tmp_path)
-
-
-# -- Several processes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("images", "batch"), [(12, 2), (2, 16)])

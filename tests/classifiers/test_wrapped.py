@@ -73,9 +73,6 @@ def check(wrapped: WrappedModel, model: nn.Module, size: tuple[int, int]) -> Ten
     return features
 
 
-# -- Families ----------------------------------------------------------------------------------
-
-
 def of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, **{"num_classes": 5, **options})
 
@@ -167,8 +164,6 @@ def test_a_new_head_reads_the_mean_of_the_patch_tokens() -> None:
         wrapped.with_head(torch.ones(3, 64))
 
 
-# -- Hugging Face ------------------------------------------------------------------------------
-
 WORDS = {0: "cat, house cat", 1: "dog", 2: "dog"}
 
 
@@ -179,24 +174,13 @@ def of_transformers(name: str, **options: Any) -> nn.Module:
     return shaken(model)
 
 
+HF_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+HF_BEIT = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "patch_size": 8}
 HUGGING_FACE: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "ResNet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, (9, 12)),
     "ConvNext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, (8, 11)),
-    "Swin": (
-        {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
-        (9, 12),
-    ),
-    "Beit": (
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        (8, 11),
-    ),
+    "Swin": ({"image_size": 32, **HF_SWIN}, (9, 12)),
+    "Beit": ({"image_size": 32, "num_attention_heads": 2, **HF_BEIT}, (8, 11)),
 }
 
 
@@ -207,9 +191,6 @@ def test_transformers_classifiers(name: str) -> None:
     wrapped = wrap(model)
     assert tuple(check(wrapped, model, (70, 90)).shape[2:]) == grid
     assert wrapped.classes == ("cat", "dog (1)", "dog (2)")
-
-
-# -- Modules of a user's own -------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -414,25 +395,18 @@ def test_one_of_several_heads() -> None:
     assert wrap(distilled, head="head_dist", pool="token").found.count("token 1") == 1
 
 
-# -- Heads that cannot serve -------------------------------------------------------------------
-
-
 MAXVIT: Any = ((64, 64), 8, 2, [8, 16], [1, 1], 4, 0.0)
-
-
-def of_torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(tv, name)(**{"num_classes": 3, **options})
 
 
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
-        (of_torchvision("mobilenet_v3_small"), {}, r"classifier\.0 .*classifier\.3"),
-        (of_torchvision("vgg11", init_weights=False), {}, r"classifier\.0 .*\.3 .*\.6"),
+        (of(tv.mobilenet_v3_small), {}, r"classifier\.0 .*classifier\.3"),
+        (of(partial(tv.vgg11, init_weights=False)), {}, r"classifier\.0 .*\.3 .*\.6"),
         (lambda: tv.MaxVit(*MAXVIT, num_classes=3), {"example": (64, 64)}, r"classifier\.3"),
         (of_timm("test_vit3"), {}, r"attn_pool\.proj"),  # attention pooling
         (of_timm("test_resnet", global_pool="max"), {}, "not the mean"),
-        (of_torchvision("squeezenet1_1"), {}, "SqueezeNet"),
+        (of(tv.squeezenet1_1), {}, "SqueezeNet"),
         (of_timm("test_resnet"), {"pool": "token"}, "class token"),
         (lambda: Net(nn.Sequential(nn.BatchNorm1d(8), nn.LayerNorm(8))), {}, "8 channels"),
         (Net, {"head": "head", "classes": ["a", "b"]}, "3 classes, but 2 names"),
@@ -472,9 +446,6 @@ def test_the_map_for_a_new_head(make: Callable[[], nn.Module], shape: tuple[int,
     wrapped = wrap(shaken(make()), classes=["a", "b"], example=size)
     assert wrapped.needs_head
     assert tuple(wrapped.features(pictures(size=size)).shape[1:]) == shape
-
-
-# -- Sizes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"example": (64, 96)}])
@@ -532,18 +503,12 @@ def test_an_example_gives_size_and_channels() -> None:
     assert wrap(shaken(Net()), example=(40, 60)).fixed_size is None
 
 
-# -- Names of classes --------------------------------------------------------------------------
-
-
 def test_names_of_classes() -> None:
     assert wrap(shaken(Net())).classes == ("class 0", "class 1", "class 2")
     assert wrap(shaken(Net()), classes=("a", "b", "c")).classes == ("a", "b", "c")
     model = timm.create_model("test_resnet")
     names = class_names(model, 1000)
     assert (names[0], names[134]) == ("tench", "crane (134)")
-
-
-# -- The model stays as it was -----------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> list[Any]:
@@ -739,9 +704,6 @@ def test_compiled_and_parallel_models() -> None:
     model(pictures())
     assert torch.equal(wrap(model).features(pictures()), expected)
     assert model._compiled_call_impl is not None
-
-
-# -- Maps --------------------------------------------------------------------------------------
 
 
 def test_maps_of_a_binary_head() -> None:

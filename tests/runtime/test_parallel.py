@@ -16,8 +16,6 @@ from lpcam.data.dataset import Item
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.parallel import AHEAD, ordered_map
 
-# -- ordered_map ---------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
@@ -107,9 +105,6 @@ def test_each_call_has_one_thread_of_numerics(workers: int, end: str) -> None:
         with pytest.raises(ValueError, match="three"):
             list(results)
     assert torch.get_num_threads() == 2
-
-
-# -- Sharing -------------------------------------------------------------------------------------
 
 
 def named(*names: str) -> list[Item]:

@@ -93,7 +93,7 @@ TABLES |= {LpcamSettings, FinetuneSettings, ProbeSettings, CrfSettings}
 @pytest.mark.parametrize("model", sorted(TABLES, key=lambda m: m.__name__))
 def test_presets_are_complete(model: type[PresetModel]) -> None:
     names = model.preset_names()
-    assert model.usual_preset() in names
+    assert model.model_fields["preset"].default in names
     for name in names:
         settings = model.from_preset(name)
         assert settings.changes() == {}
@@ -136,9 +136,6 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 def test_wrong_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LpcamSettings.from_preset("voc12.official", **change)
-
-
-# -- Settings of registered methods --------------------------------------------------------------
 
 
 class Toy(PresetModel):

@@ -50,21 +50,6 @@ def test_shapes_are_closed_outlines_about_the_unit_disc(name: str) -> None:
     assert 0.8 < np.linalg.norm(points, axis=1).max() < 1.45
 
 
-@pytest.mark.parametrize("name", [n for n in pretraining.TEXTURES if n != "plain"])
-def test_textures_are_not_plain(name: str) -> None:
-    tile = pretraining._tile(name, 96, np.random.default_rng(0))
-    assert tile.shape == (96, 96)
-    assert tile.dtype == np.uint8
-    assert tile.std() > 20
-
-
-def test_average_precision() -> None:
-    scores = np.array([[0.9, 0.1], [0.8, 0.9], [0.1, 0.2]])
-    labels = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    # First column: precisions 1 and 2/3 at its two positives; second column: 1.
-    assert pretraining.average_precision(scores, labels) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
-
-
 def test_a_seed_gives_the_same_file(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     for name in ("a", "b"):

@@ -52,7 +52,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    overriding = [module for module, flag in flags.items() if flag and _overrides_train(module)]
+    own_train = [m for m in flags if getattr(m.train, "__func__", None) is not nn.Module.train]
+    overriding = [module for module in own_train if flags[module]]
     # Merging weights and undoing it changes them by rounding.
     saved = [
         (tensor, tensor.detach().clone())
@@ -86,10 +87,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             if module.training:
                 module.training = False
         yield
-
-
-def _overrides_train(module: nn.Module) -> bool:
-    return getattr(module.train, "__func__", None) is not nn.Module.train
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -325,13 +325,6 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
     return modules[given]
 
 
-def _channels_in(model: nn.Module) -> int:
-    """Channels of an image: those that the first convolution takes."""
-    stated = int(getattr(getattr(model, "config", None), "num_channels", 3))
-    found = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    return next(found, stated)
-
-
 def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
     """Sizes (H, W) that a model states, the surest first, then FALLBACK_SIDE."""
     stated = [
@@ -351,8 +344,10 @@ def _probe(
     model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
 ) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
     """A recorded pass of two random images, the only size the model takes, and the multiple."""
-    channels, stated = _channels_in(model), _stated_sizes(model)
-    probes: tuple[tuple[int, int], ...] = PROBE_SIZES
+    probes, stated = list(PROBE_SIZES), _stated_sizes(model)
+    first_layers = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    said = int(getattr(getattr(model, "config", None), "num_channels", 3))
+    channels = next(first_layers, said)
     if example is not None:
         if isinstance(example, Tensor):
             if example.ndim not in (3, 4):
@@ -361,7 +356,7 @@ def _probe(
                 )
             channels = example.shape[-3]
             example = (example.shape[-2], example.shape[-1])
-        probes, stated = (), [example]
+        probes, stated = [], [example]
     failures: list[Exception] = []
     for size in (*probes, *stated):
         generator = torch.Generator().manual_seed(0)

@@ -66,13 +66,13 @@ class Processes:
         return replica
 
 
+def _among_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def is_first() -> bool:
     """Tell whether this is the first process of a run, by the environment of ``torchrun``."""
     return not _among_others() or os.environ.get("RANK", "0") == "0"
-
-
-def _among_others() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leave() -> None:

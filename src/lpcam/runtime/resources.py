@@ -13,8 +13,6 @@ import torch
 from lpcam.runtime.errors import RecipeError
 
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX, _MALLOPT_ARENA_MAX = -1, -4, -8
-KEPT_WHEN_FREED = 2**31 - 1
-"""Bytes at the end of the heap that the allocator may keep; the largest value it takes."""
 IMAGE_SHARE = 0.75
 """Share of the available memory for what images need while they are processed."""
 
@@ -99,7 +97,7 @@ def reuse_freed_memory() -> bool:
     # One arena for all threads: those beside the first cannot hold large blocks.
     wanted = {
         _MALLOPT_MMAP_MAX: 0,
-        _MALLOPT_TRIM_THRESHOLD: KEPT_WHEN_FREED,
+        _MALLOPT_TRIM_THRESHOLD: 2**31 - 1,  # the largest value it takes
         _MALLOPT_ARENA_MAX: 1,
     }
     taken = [mallopt(option, value) for option, value in wanted.items()]

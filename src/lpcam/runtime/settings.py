@@ -81,16 +81,11 @@ class PresetModel(Section):
     def _fill(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        name = given.get("preset", cls.usual_preset())
+        name = given.get("preset", cls.model_fields["preset"].default)
         if not isinstance(name, str) or name not in _presets(cls):
             allowed = ", ".join(cls.preset_names())
             raise ValueError(f"unknown preset {name!r}; allowed: {allowed}")
         return {**_presets(cls)[name], "preset": name, **given}
-
-    @classmethod
-    def usual_preset(cls) -> str:
-        """Name of the preset that is used where none is named."""
-        return str(cls.model_fields["preset"].default)
 
     @classmethod
     def preset_names(cls) -> list[str]:
@@ -114,7 +109,7 @@ class PresetModel(Section):
             RecipeError: if there is no such preset.
             pydantic.ValidationError: if a changed value is unknown or out of range.
         """
-        name = name or cls.usual_preset()
+        name = name or str(cls.model_fields["preset"].default)
         cls.preset_values(name)
         return cls.model_validate({"preset": name, **changes})
 
