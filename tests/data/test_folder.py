@@ -47,7 +47,7 @@ def test_images_folder(tmp_path: Path) -> None:
         "barn/c.d": (1,),
         "牛": (),
     }
-    assert dataset.lists == {"all": ("a", "barn/b 2", "barn/c.d", "牛")}
+    assert dataset.lists == {"all": tuple(dataset.items)}
     assert dataset.items["barn/b 2"].image == root / "images" / "barn" / "b 2.PNG"
     assert dataset.items["barn/b 2"].mask == root / "masks" / "barn" / "b 2.png"
     assert dataset.items["牛"].mask is None
@@ -121,15 +121,19 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("train", "a\na.jpg\n", r"train\.txt .*'a' more than once"),
-        ("train", "a\n../a\n", r"lists/train\.txt line 2: .*'\.\./a'"),
-        ("all", "a\n", "'all'"),
+        ("lists/train.txt", "a\na.jpg\n", r"train\.txt .*'a' more than once"),
+        ("lists/train.txt", "a\n../a\n", r"lists/train\.txt line 2: .*'\.\./a'"),
+        ("lists/all.txt", "a\n", "'all'"),
+        *(
+            ("parts.json", text, r"parts\.json")
+            for text in ("{", "[]", "{}", '{"a": 0}', '{"a": 255}', '{"a": true}')
+        ),
+        ("parts.json", '{"a": 1, "b": 1}', r"parts\.json"),
     ],
 )
-def test_wrong_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
-    root = make(tmp_path, "a,cow\n", "a.jpg")
-    (root / "lists").mkdir()
-    (root / "lists" / f"{name}.txt").write_text(text)
+def test_wrong_lists_and_parts(tmp_path: Path, name: str, text: str, message: str) -> None:
+    root = make(tmp_path, "a,cow\n", "a.jpg", "parts/a.png", name)
+    (root / name).write_text(text)
     with pytest.raises(DataError, match=message):
         read_folder(root)
 
@@ -143,15 +147,6 @@ def test_parts(tmp_path: Path) -> None:
     dataset = read_folder(root)
     assert dataset.part_names == {} and dataset.items["a"].parts is None
     assert "parts.json" in dataset.notices[0]
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"a": 0}', '{"a": 255}', '{"a": true}', '{"a": 1, "b": 1}']
-)
-def test_wrong_parts_json(tmp_path: Path, text: str) -> None:
-    root = make(tmp_path, "a,cow\n", "a.jpg", "parts/a.png", parts_json=text)
-    with pytest.raises(DataError, match=r"parts\.json"):
-        read_folder(root)
 
 
 def test_missing_things(tmp_path: Path) -> None:

@@ -50,25 +50,6 @@ def test_paths_that_are_nothing(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "b.json") == "coco"
 
 
-def test_all_of_a_data_set_is_opened(tmp_path: Path) -> None:
-    folder = open_dataset(draw_folder(tmp_path / "boxes", count=3)).dataset
-    assert list(folder.items) == ["i00", "i01", "i02"]
-    image = {"id": 1, "file_name": "i00.png", "height": 60, "width": 60}
-    other = {"id": 2, "file_name": "i01.png", "height": 60, "width": 60}
-    cow = [{"id": 4, "name": "cow"}]
-    for name, images in (("a", [image]), ("b", [other])):
-        (tmp_path / "boxes" / "images" / f"{name}.json").write_text(
-            json.dumps({"images": images, "annotations": [], "categories": cow})
-        )
-    whole = open_dataset(tmp_path / "boxes" / "images", "coco").dataset
-    assert {name: len(ids) for name, ids in whole.lists.items()} == {
-        **{"a": 1, "b": 1, "all": 2},
-        **{"a.labelled": 0, "b.labelled": 0, "all.labelled": 0},
-    }
-    one = open_dataset(tmp_path / "boxes" / "images", "coco", lists=["b"]).dataset
-    assert list(one.items) == ["b/i01"]
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -124,3 +105,5 @@ def test_the_truth_of_annotations_is_opened_too(tmp_path: Path) -> None:
     assert mask is not None and mask.shape == size and (mask == 1).all() and faults == ()
     assert not open_dataset(images, "coco", masks=tmp_path / "boxes" / "masks").true_masks
     assert not open_dataset(tmp_path / "boxes").true_masks
+    with pytest.raises(DataError, match="val"):
+        open_dataset(tmp_path / "boxes", lists=["val"])

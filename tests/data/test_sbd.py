@@ -77,15 +77,7 @@ def test_list_and_masks(voc: Path, sbd: Path) -> None:
     assert made.ids == (*TRAIN, "2008_000001", "2008_000002")
     assert made.list_path.read_text() == "".join(f"{i}\n" for i in made.ids)
     assert made.masks_folder == voc / "SegmentationClassAug"
-    assert made.counts == {
-        "train": 2,
-        "val": 2,
-        "sbd": 4,
-        "sbd in val": 1,
-        "train_aug": 4,
-        "masks written": 6,
-        "masks kept": 0,
-    }
+    assert [*made.counts.values()] == [2, 2, 4, 1, 4, 6, 0]
     written = {path.stem: read_index_mask(path) for path in made.masks_folder.iterdir()}
     assert written.keys() == {*TRAIN, *VAL, "2008_000001", "2008_000002"}
     for image_id, mask in written.items():
@@ -96,17 +88,16 @@ def test_list_and_masks(voc: Path, sbd: Path) -> None:
     assert all(item.mask is not None for item in dataset.items.values())
 
 
-@pytest.mark.parametrize("up", [0, 1, 2])
 def test_another_output_and_the_same_bytes_with_any_number_of_workers(
-    voc: Path, sbd: Path, tmp_path: Path, up: int
+    voc: Path, sbd: Path, tmp_path: Path
 ) -> None:
-    outputs = [tmp_path / "one", tmp_path / "three"]
-    for output, workers in zip(outputs, (1, 3), strict=True):
-        make_train_aug(voc.parent, [sbd, *sbd.parents][up], output, workers=workers)
-    files = [
-        {p.relative_to(o): p.read_bytes() for p in o.rglob("*") if p.is_file()} for o in outputs
-    ]
-    assert files[0] == files[1] and len(files[0]) == 7
+    files = []
+    for workers, folder in enumerate((sbd, *sbd.parents[:2]), start=1):
+        output = tmp_path / str(workers)
+        make_train_aug(voc.parent, folder, output, workers=workers)
+        written = [path for path in output.rglob("*") if path.is_file()]
+        files.append({path.relative_to(output): path.read_bytes() for path in written})
+    assert files[0] == files[1] == files[2] and len(files[0]) == 7
     assert not (voc / "SegmentationClassAug").exists()
 
 
@@ -186,7 +177,6 @@ def test_a_mask_of_another_size(voc: Path, sbd: Path) -> None:
         (np.ones(SIZE), "GTcls", r"float64 \(4, 6\)"),
         (np.ones((4, 6, 2), np.uint8), "GTcls", r"uint8 \(4, 6, 2\)"),
         (np.zeros((0, 0), np.uint8), "GTcls", r"uint8 \(0, 0\)"),
-        ({"a": 1}, "GTcls", "integers"),
         (np.array([[{"a": 1}]], object), "GTcls", "integers"),
         (np.ones(SIZE, np.uint8), "GTinst", "KeyError"),
     ],
@@ -198,16 +188,11 @@ def test_wrong_contents(voc: Path, sbd: Path, values: object, name: str, message
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
-        (b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(600), "HDF5"),
-        (b"cos\nsystem\n(S'touch canary'\ntR.", "damaged"),
-    ],
+    "data", [b"\x89HDF\r\n\x1a\n" + bytes(100), b"cos\nsystem\n(S'touch canary'\ntR."]
 )
-def test_other_kinds_of_files(voc: Path, sbd: Path, data: bytes, message: str) -> None:
+def test_other_kinds_of_files(voc: Path, sbd: Path, data: bytes) -> None:
     (sbd / "cls" / "2008_000001.mat").write_bytes(data)
-    with pytest.raises(DataError, match=rf"2008_000001\.mat .*{message}"):
+    with pytest.raises(DataError, match=r"2008_000001\.mat .*damaged"):
         make_train_aug(voc, sbd)
     assert not Path("canary").exists()
 

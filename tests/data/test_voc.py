@@ -46,8 +46,7 @@ def write_list(root: Path, name: str, text: str) -> None:
 def test_root_may_be_the_folder_or_one_above(root: Path, up: int) -> None:
     dataset = read_voc([root, *root.parents][up], lists=["train"])
     assert dataset.lists == {"train": ("2007_000001", "2007_000002", "2008_000003")}
-    assert dataset.classes.names == CLASSES
-    assert dataset.classes.mask_ids == tuple(range(1, 21))
+    assert (dataset.classes.names, dataset.classes.mask_ids) == (CLASSES, tuple(range(1, 21)))
     assert dataset.label_source == "Annotations (XML)"
     assert dataset.skipped == ()
     first = dataset.items["2007_000001"]

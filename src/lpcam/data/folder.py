@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 from lpcam.data.dataset import (
-    BACKGROUND,
     IGNORE,
     IMAGE_SUFFIXES,
     ClassTable,
@@ -75,7 +74,6 @@ def read_folder(
     repeated rows are united, with a notice.
 
     Args:
-        root: the folder.
         classes: names to choose, in label order; all if None. They keep their mask ids; other
             labels are dropped, with a notice.
         labels: a table that `lpcam.data.labels.read_labels` reads, in any folder; or
@@ -162,10 +160,7 @@ def read_folder(
 def _table_of_folders(
     root: Path, images_root: Path, images: Iterable[str], skipped: dict[str, Skip]
 ) -> LabelTable:
-    """The table in which each image has its folder as the label; images in no folder are skipped.
-
-    Raises DataError for the folders of a train and a val set, which hold those of the classes.
-    """
+    """The table in which each image has its folder as the label; images in none are skipped."""
     reason = "it is in no folder of a class and no table of labels is used; move it into one"
     skipped |= {image_id: Skip(image_id, reason) for image_id in images if "/" not in image_id}
     inside = [image_id.split("/") for image_id in images if "/" in image_id]
@@ -245,18 +240,13 @@ def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]
     Links to folders are followed, except to folders that hold the link. Folders that a run wrote
     are left out.
     """
-    found = []
-    excluded = {path.resolve() for path in ignored}
-    top = folder.resolve()
-    above = {folder: frozenset([top, *top.parents, *excluded])}
+    found, top = [], folder.resolve()
+    above = {folder: {top, *top.parents, *(path.resolve() for path in ignored)}}
     for place, folders, files in os.walk(folder, followlinks=True):
         left_out = above.pop(Path(place))
-        inside = {
-            path: path.resolve()
-            for name in folders
-            if not name.startswith((".", "__MACOSX")) and not _is_run(path := Path(place, name))
-        }
-        inside = {path: real for path, real in inside.items() if real not in left_out}
+        visible = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        inside = {path: path.resolve() for path in (Path(place, name) for name in visible)}
+        inside = {p: real for p, real in inside.items() if real not in left_out and not _is_run(p)}
         folders[:] = [path.name for path in inside]
         above |= {path: left_out | {real} for path, real in inside.items()}
         for name in files:
@@ -276,11 +266,7 @@ def _is_run(folder: Path) -> bool:
 def _find_images(
     folder: Path, masks: Path | None
 ) -> tuple[dict[str, Path], dict[str, Skip], dict[str, str]]:
-    """Images by id below a folder, without true masks; the images whose names are refused.
-
-    The third result has the extension of every other file, by its name and its name without
-    extension.
-    """
+    """Images by id below a folder; those with refused names; extensions of all other files."""
     ignored = [folder / "masks", folder / "parts", folder / "lists", *([masks] if masks else [])]
     images: dict[str, Path] = {}
     skipped: dict[str, Skip] = {}
@@ -331,12 +317,11 @@ def _read_parts(path: Path) -> dict[str, int]:
     how = 'Write {"NAME": VALUE, ...} with different values from 1 to 254.'
     try:
         parts = json.loads(read_text(path, how))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). {how}") from error
-    values = list(parts.values()) if isinstance(parts, dict) else []
-    right = all(type(value) is int and BACKGROUND < value < IGNORE for value in values)
-    if not values or not right or len(set(values)) != len(values):
-        raise DataError(f"{path} is wrong. {how}")
+        values = {value for value in parts.values() if type(value) is int}
+        if not values or len(values) < len(parts) or not values <= {*range(1, IGNORE)}:
+            raise ValueError("wrong values")
+    except (AttributeError, ValueError) as error:
+        raise DataError(f"{path} is wrong ({error}). {how}") from error
     return {normal_name(name): value for name, value in parts.items()}
 
 
@@ -347,13 +332,11 @@ def _read_lists(
     for path in sorted(folder.glob("*.txt")):
         if path.stem == "all":
             raise DataError(f"{path} is refused: 'all' is the list of every image; rename it")
-        ids = []
-        for where, name in read_lines(path):
-            image_id = _image_id(name, images)
+        found = [(where, name, _image_id(name, images)) for where, name in read_lines(path)]
+        for where, name, image_id in found:
             if image_id is None:
                 skipped.setdefault(name, Skip(name, f"{where} has no image of that name"))
-            else:
-                ids.append(image_id)
+        ids = [image_id for _, _, image_id in found if image_id is not None]
         check_unique(ids, str(path))
         lists[path.stem] = tuple(image_id for image_id in ids if image_id in items)
     return lists
@@ -371,14 +354,8 @@ class FolderReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from a table or from the names of folders."""
-        return Opened(
-            read_folder(
-                request.root,
-                classes=request.classes,
-                labels=request.labels,
-                masks=request.masks,
-            )
-        )
+        chosen = {name: getattr(request, name) for name in ("classes", "labels", "masks")}
+        return Opened(read_folder(request.root, **chosen))
 
 
 READER = FolderReader()

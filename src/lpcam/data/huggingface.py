@@ -42,14 +42,11 @@ class ImportedFolder:
 
     def summary(self) -> str:
         """A text of one line per fact."""
-        text = f"wrote {self.folder}"
-        if not self.left_out:
-            return text
-        first = self.left_out[0]
-        return (
-            f"{len(self.left_out)} of {self.rows} rows were left out, the first: row "
-            f"{first['row']}, {first['reason']}\n{text}"
-        )
+        lines = [f"wrote {self.folder}"]
+        for first in self.left_out[:1]:
+            count = f"{len(self.left_out)} of {self.rows} rows were left out"
+            lines.insert(0, f"{count}, the first: row {first['row']}, {first['reason']}")
+        return "\n".join(lines)
 
 
 def import_huggingface(
@@ -70,7 +67,6 @@ def import_huggingface(
     Args:
         source: a ``datasets.Dataset`` (or DatasetDict), the folder of its ``save_to_disk``, or its
             name on the hub.
-        output: the folder to write.
         image: name of the column of images (``datasets.Image``).
         labels: name of the column of labels: a ClassLabel or text, or lists of these.
         split: name of the split to import, if there are several.

@@ -62,11 +62,9 @@ def read_labels(path: Path) -> LabelTable:
             names no image, or an image's name could leave its folder.
 
     Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "labels.csv"
-        ...     _ = path.write_text("image,cow,dog\\na.jpg,1,0\\n")
-        ...     read_labels(path).rows
+        >>> path = getfixture("tmp_path") / "labels.csv"
+        >>> _ = path.write_text("image,cow,dog\\na.jpg,1,0\\n")
+        >>> read_labels(path).rows
         (LabelRow(line=2, image='a.jpg', labels=('cow',)),)
     """
     how, suffix = how_to_write(path), path.suffix.lower()
@@ -81,15 +79,13 @@ def read_labels(path: Path) -> LabelTable:
 
 def how_to_write(path: Path) -> str:
     """Error text that describes the form of a table of labels, by its extension."""
-    if path.suffix.lower() == ".jsonl":
-        return (
-            f"{path.name} must be UTF-8 text with one JSON object a line, for example: "
-            '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
-        )
-    return (
-        f"{path.name} must be UTF-8 text whose first line is 'image,labels' and then has one line "
-        "an image, several labels separated by ';', for example: cow_1.jpg,cow;grass"
+    form = (
+        "whose first line is 'image,labels' and then has one line an image, several labels "
+        "separated by ';', for example: cow_1.jpg,cow;grass"
     )
+    if path.suffix.lower() == ".jsonl":
+        form = 'with one JSON object a line: {"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
+    return f"{path.name} must be UTF-8 text {form}"
 
 
 def normal_name(text: str) -> str:

@@ -92,15 +92,10 @@ def paint_masks(
 ) -> tuple[int, int]:
     """Paint the true masks that the annotations of a data set give, as ``folder/ID.png``.
 
-    Args:
-        path, lists, settings: as in :func:`open_dataset`.
-        workers: number of masks painted at a time.
+    The arguments are those of :func:`open_dataset`, and the number of masks painted at a time.
 
     Returns:
         Number of masks, and of images.
-
-    Raises:
-        DataError: if the data set has no annotations to paint from, and as its reader.
     """
     opened = open_dataset(path, lists=lists, settings=settings)
     if opened.paint is None:

@@ -158,11 +158,7 @@ class Reader(ABC):
     """Class of its settings, if it has any."""
 
     def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse a source of labels that the reader cannot use.
-
-        Raises:
-            ValueError: saying what it can use.
-        """
+        """Refuse a source of labels that the reader cannot use; ValueError says what it can."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -170,11 +166,7 @@ class Reader(ABC):
 
     @abstractmethod
     def open(self, request: Request) -> Opened:
-        """Read labels and lists; images are not read yet.
-
-        Raises:
-            DataError: if folders, lists or labels do not fit together.
-        """
+        """Read labels and lists, not images; DataError if they do not fit together."""
 
 
 READERS: Registry[Reader] = Registry(

@@ -30,7 +30,6 @@ LIST = "train_aug"
 """Name of the list."""
 MASKS = "SegmentationClassAug"
 """Folder of the masks of the list and of VOC's val."""
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ def make_train_aug(
     can be repeated to resume. The list is written last.
 
     Args:
-        voc: as in `lpcam.data.voc.read_voc`; with JPEGImages, SegmentationClass and the lists train
-            and val.
+        voc: as in `lpcam.data.voc.read_voc`; with JPEGImages, SegmentationClass, train and val.
         sbd: the folder ``benchmark_RELEASE``, its ``dataset``, or the parent of the first.
         output: folder to write; None: the VOC folder.
         workers: number of images processed at a time.
@@ -62,11 +60,10 @@ def make_train_aug(
     Raises:
         DataError: if a folder is not VOC or SBD, a file is missing or damaged, a mask has another
             size than its image, or a different list or mask of the same name exists.
-        LpcamError: if SciPy is not installed.
     """
     loadmat = import_extra("scipy.io", "objects", "SBD's .mat files need SciPy").loadmat
     root, dataset = find_root(voc), _find_dataset(sbd)
-    output = root if output is None else output
+    output = output or root
     train, val = read_list(root, "train"), read_list(root, "val")
     in_sbd = {image_id for name in ("train", "val") for image_id in _sbd_list(dataset, name)}
     official = {*train, *val}
@@ -129,14 +126,9 @@ def make_train_aug(
 
 def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
     """The class mask of one of SBD's ``cls/ID.mat``, uint8 (H, W): 0, and 1 to 20 as in VOC."""
-    data = path.read_bytes()
-    if data.startswith(_HDF5) or b"MATLAB 7.3" in data[:128]:
-        raise DataError(
-            f"{path} is a file of MATLAB 7.3 (HDF5); download SBD's own again, or convert it in "
-            "MATLAB with save(FILE, 'GTcls', '-v7')"
-        )
     try:
-        values = loadmat(io.BytesIO(data), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+        data = io.BytesIO(path.read_bytes())
+        values = loadmat(data, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # damaged files make SciPy raise anything
         raise DataError(
             f"{path} is damaged or has no GTcls.Segmentation ({type(error).__name__}: "

@@ -124,21 +124,16 @@ def _voc_folder(path: Path) -> Path | None:
 
 def find_root(path: Path) -> Path:
     """The folder ``VOC2012`` itself; DataError if there is none at or below the path."""
-    folder = _voc_folder(path)
-    if folder is None:
-        raise DataError(
-            f"{path} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
-            f"VOCdevkit/VOC2012) with {LISTS}, JPEGImages and Annotations"
-        )
-    return folder
+    if folder := _voc_folder(path):
+        return folder
+    raise DataError(
+        f"{path} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
+        f"VOCdevkit/VOC2012) with {LISTS}, JPEGImages and Annotations"
+    )
 
 
 def read_list(root: Path, name: str) -> tuple[str, ...]:
-    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts.
-
-    Raises:
-        DataError: if the list is missing, damaged or empty, or an id occurs twice.
-    """
+    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts; none twice."""
     path = root / LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(_list_names(root)) or "none"
@@ -249,9 +244,7 @@ class VocReader(Reader):
             unlabelled=sorted(request.unlabelled),
             labels=request.labels if isinstance(request.labels, Path) else None,
         )
-        return Opened(
-            dataset if request.masks is None else with_mask_folder(dataset, request.masks)
-        )
+        return Opened(with_mask_folder(dataset, request.masks) if request.masks else dataset)
 
 
 READER = VocReader()

@@ -128,11 +128,7 @@ class BoxAccuracy:
         self.pairs = 0
 
     def update(self, values: Tensor, truth: Tensor) -> None:
-        """Count one pair.
-
-        Args:
-            values: map (H, W) in [0, 1].
-            truth: int64 boxes (M, 4), M >= 1, as from :func:`truth_boxes`.
+        """Count a map (H, W) in [0, 1] and its true boxes, int64 (M, 4) as of `truth_boxes`.
 
         Raises:
             DataError: if the map is not (H, W) in [0, 1], or there is no box or an empty one.
@@ -207,12 +203,7 @@ class PointingGame:
         """(N, 3) pairs, hits within the tolerance, exact hits"""
 
     def update(self, values: Tensor, truth: Tensor, index: int) -> None:
-        """Count one pair.
-
-        Args:
-            values: map (H, W) in [0, 1].
-            truth: int64 (H, W) of :func:`class_truth`.
-            index: 0-based class.
+        """Count a map (H, W) in [0, 1] and its truth, int64 (H, W), of the 0-based class ``index``.
 
         Raises:
             DataError: if they do not fit, or the truth does not show the class.

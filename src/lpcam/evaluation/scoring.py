@@ -145,18 +145,10 @@ def score_maps(
     fixed: Mapping[str, float],
     sharing: Sharing,
 ) -> Evaluation:
-    """Score the maps of each method at its best threshold by the truth, and at a fixed one.
+    """Score the maps of each method at its best threshold by the truth, and at a ``fixed`` one.
 
-    Args:
-        items: the images, each with a mask.
-        dataset: dataset of the images.
-        folders: folder of maps of each method.
-        fixed: threshold of each method.
-        sharing: how the images are shared among processes and threads.
-
-    Raises:
-        ArtefactError: if a map file is missing or damaged.
-        DataError: if the truth shows no class.
+    Each of the ``items`` has a mask; ``folders`` have the maps of each method. DataError if the
+    truth shows no class.
     """
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})

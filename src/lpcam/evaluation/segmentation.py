@@ -104,7 +104,7 @@ class ThresholdSweep:
 
         Args:
             truth: int64 (H, W), labels 0..N or IGNORE.
-            maps: float (K, H, W), the maps of the present classes; K may be 0.
+            maps: float (K, H, W), of the present classes; K may be 0.
             keys: int64 (K,), their 0-based class indices.
         """
         if maps.ndim != 3 or maps.shape[1:] != truth.shape or keys.shape != maps.shape[:1]:
@@ -142,10 +142,7 @@ class ThresholdSweep:
         return self.confusions()[self.thresholds.index(threshold)]
 
     def ious(self, classes: Sequence[int]) -> Tensor:
-        """IoU of some 0-based classes at every threshold, float64 (K, T).
-
-        NaN if a class is neither in the truth nor in the prediction.
-        """
+        """IoU of 0-based classes at every threshold, float64 (K, T); NaN if a class is nowhere."""
         above = _above(self.histogram[:, list(classes)])
         truth = [c + 1 for c in classes]
         hits = above[truth, range(len(truth))]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lpcam.data.coco.files import (
     ALL,
@@ -76,34 +76,9 @@ class CocoFolder:
 
     An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
     whose images all have COCO's own names (``COCO_NAME_000000000009``), for the only file of a
-    folder, and for a file that is itself the root.
-
-    Args:
-        root: an annotation file or a folder.
-        lists: names of the lists to read; None or ``all``: every file.
-        classes: names of categories in label order; all if None. Masks keep all mask values.
-
-    Raises:
-        DataError: if a file, list or class is missing, files have different categories, two images
-            have the same id or a file name leaves the folder; and as :meth:`CocoFile.read`.
-
-    Example:
-        >>> import json
-        >>> from tempfile import TemporaryDirectory
-        >>> content = {
-        ...     "images": [{"id": 9, "file_name": "a.jpg", "height": 2, "width": 3}],
-        ...     "annotations": [{"id": 1, "image_id": 9, "category_id": 7}],
-        ...     "categories": [{"id": 7, "name": "cow"}],
-        ... }
-        >>> with TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "cows.json").write_text(json.dumps(content))
-        ...     Path(folder, "a.jpg").touch()
-        ...     CocoFolder(Path(folder)).dataset.items["a"].labels
-        (0,)
+    folder, and for a file that is itself the root. ``dataset`` has no masks; those of chosen
+    ``classes`` keep the values of all categories.
     """
-
-    dataset: Dataset
-    """Without masks. ``skipped`` has the images whose file is missing."""
 
     def __init__(
         self,
@@ -127,7 +102,9 @@ class CocoFolder:
         members: dict[str, list[str]] = {}
         listing = cache(listing_of)
         for name, file in files.items():
-            alone = [*found.values()] == [file.path] or _has_coco_names(name, file)
+            own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
+            alone = [*found.values()] == [file.path]
+            alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
             places = image_folders(folder, name, file.path)
             reason = f"its image is not in {' or '.join(map(str, places))}"
             members[name] = []
@@ -183,26 +160,14 @@ class CocoFolder:
         order: Order = "file",
         crowds: Crowds = "background",
     ) -> Dataset:
-        """Paint the masks of some items as ``folder/ID.png``.
+        """Paint the masks of some items as ``folder/ID.png``; the data set with these masks.
 
-        The arguments are those of :func:`lpcam.data.coco.painting.paint_folder`.
-
-        Returns:
-            The data set with ``mask`` set for these items. A notice, which is logged as a warning,
-            counts the images whose mask cannot be painted.
+        A notice, which is logged as a warning, counts the images whose mask cannot be painted.
         """
-        masks, faults = paint_folder(
-            folder,
-            self._images,
-            list(dict.fromkeys(ids)),
-            self._values,
-            order=order,
-            crowds=crowds,
-            workers=workers,
-        )
-        items = {
-            name: replace(item, mask=masks.get(name)) for name, item in self.dataset.items.items()
-        }
+        options: dict[str, Any] = {"order": order, "crowds": crowds, "workers": workers}
+        ids = list(dict.fromkeys(ids))
+        masks, faults = paint_folder(folder, self._images, ids, self._values, **options)
+        items = {n: replace(item, mask=masks.get(n)) for n, item in self.dataset.items.items()}
         notices = self.dataset.notices
         if faults:
             first, fault = next(iter(faults.items()))
@@ -237,12 +202,6 @@ def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int, str], ...]:
     return first.categories
 
 
-def _has_coco_names(name: str, file: CocoFile) -> bool:
-    """Whether all images of a list are named as in COCO."""
-    pattern = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
-    return all(pattern.fullmatch(image.file_name) for image in file.images)
-
-
 def _item_id(path: Path, file_name: str) -> str:
     try:
         name = unicodedata.normalize("NFC", relative_name(file_name))
@@ -268,36 +227,32 @@ def _notices(
     """Notices for the user about labels and masks."""
     images = [image for file in files for image in file.images]
     every = [one for image in images for one in image.annotations]
+    both = Counter(one.category_id for one in every)
     crowds = Counter(one.category_id for one in every if one.is_crowd)
-    objects = Counter(one.category_id for one in every if not one.is_crowd)
     from_crowds = 0
     for image in images:
         seen = {one.category_id for one in image.annotations if not one.is_crowd}
         from_crowds += len({one.category_id for one in image.annotations} - seen)
-    categories = files[0].categories
-    names = [name for n, name in categories if name in chosen and crowds[n] and not objects[n]]
-    dropped = sorted(
-        f"{name} {objects[n] + crowds[n]}"
-        for n, name in categories
-        if name not in chosen and objects[n] + crowds[n]
-    )
+    used = [(n, name) for n, name in files[0].categories if both[n]]
+    names = [name for n, name in used if name in chosen and both[n] == crowds[n]]
+    dropped = sorted(f"{name} {both[n]}" for n, name in used if name not in chosen)
     boxes = sum(not (one.segmentation or one.is_crowd) for one in every)
     unpainted = sum(not image.outlined for image in images)
     unlabelled = sum(not item.labels for item in items.values())
-    notices = {
-        "annotations of crowds, which give labels but are not painted: "
-        f"{crowds.total()}; labels that only a crowd gives, without pixels in masks: "
-        f"{from_crowds}": crowds.total(),
-        f"classes with crowds only, so without pixels in masks: {', '.join(names)}": len(names),
-        f"annotations of classes that were not chosen give no label: {', '.join(dropped)}": len(
-            dropped
-        ),
-        f"annotations without an outline, perhaps boxes only: {boxes}; images that have labels "
-        f"but no true mask because of them: {unpainted}": boxes,
-        f"{unlabelled} of {len(items)} images {'has' if unlabelled == 1 else 'have'} no "
-        "label": unlabelled,
-    }
-    return tuple(text for text, count in notices.items() if count)
+    has = "has" if unlabelled == 1 else "have"
+    notices = (
+        crowds
+        and f"annotations of crowds, which give labels but are not painted: {crowds.total()}; "
+        f"labels that only a crowd gives, without pixels in masks: {from_crowds}",
+        names and f"classes with crowds only, so without pixels in masks: {', '.join(names)}",
+        dropped
+        and f"annotations of classes that were not chosen give no label: {', '.join(dropped)}",
+        boxes
+        and f"annotations without an outline, perhaps boxes only: {boxes}; images that have labels "
+        f"but no true mask because of them: {unpainted}",
+        unlabelled and f"{unlabelled} of {len(items)} images {has} no label",
+    )
+    return tuple(str(text) for text in notices if text)
 
 
 class CocoSection(Section):

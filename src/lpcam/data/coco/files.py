@@ -27,17 +27,9 @@ _ANY_JSON = ("annotations.json", "*.json")
 def find_files(
     root: Path, lists: Sequence[str] | None
 ) -> tuple[Path, dict[str, Path], dict[str, Path]]:
-    """Find the annotation files of a data set.
+    """Find a data set's folder, the annotation files of some lists (None: all), and all it has.
 
-    Args:
-        root: an annotation file, or a folder with some.
-        lists: names of the lists that are wanted; None: all.
-
-    Returns:
-        The data set's folder; the annotation files to read, by list; and all that it has.
-
-    Raises:
-        DataError: if there is no file, or none of a list.
+    ``root`` is an annotation file, or a folder with some. DataError if there is none of a list.
     """
     folder = root
     found: dict[str, Path] = {}
@@ -116,11 +108,9 @@ def listing_of(folder: Path) -> dict[str, str]:
 def find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
 ) -> Path | None:
-    """The first file of that name in some folders; None if there is none.
+    """The first file of that name (in any Unicode form) in some folders; None if there is none.
 
-    Args:
-        file_name: relative, as in the annotation file, in any Unicode form.
-        listing: :func:`listing_of`, or a cached version of it.
+    ``listing`` is :func:`listing_of`, or a cached version of it.
     """
     parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
     for place in places:

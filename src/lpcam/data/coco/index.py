@@ -83,12 +83,7 @@ class CocoFile:
 
     @classmethod
     def read(cls, path: Path) -> CocoFile:
-        """Read an annotation file.
-
-        Raises:
-            DataError: naming the file and place, if it is not JSON, an entry is missing or wrong,
-                an id occurs twice, or an annotation belongs to an unknown image or category.
-        """
+        """Read an annotation file; DataError names what is missing, wrong, double or unknown."""
         try:
             content = json.loads(read_text(path, _HOW), object_hook=_compact_annotation)
             found = _Content.model_validate(content)

@@ -52,20 +52,11 @@ def paint(
     order: Order = "file",
     crowds: Crowds = "background",
 ) -> NDArray[np.uint8]:
-    """Paint the mask (H, W) of an image: each object over those before it, crowds not.
+    """Paint the mask of an image of ``size`` (height, width): each object over those before it.
 
-    Args:
-        annotations: annotations of the image, as in the file. A segmentation is a list of polygons
-            ``[x, y, x, y, ...]`` or a run-length code (``counts`` as numbers or compressed text).
-        size: (height, width) in pixels.
-        values: mask value of each category id.
-        order: "area" paints the largest ``area`` first (the number of pixels where the file has no
-            area), so that small objects stay visible.
-        crowds: "void" sets the pixels of crowds to 255 where no object covers them.
-
-    Raises:
-        DataError: naming the annotation that cannot be painted, and why.
-        LpcamError: if pycocotools is missing (for polygons).
+    ``values`` has the mask value of each category id. The order "area" paints the largest ``area``
+    first (the number of pixels where the file has none). Crowds "void" are 255 where no object
+    covers them. DataError names the annotation that cannot be painted.
     """
     height, width = size
     if height * width > MAXIMUM_PIXELS:
@@ -97,22 +88,12 @@ def paint_folder(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Paint the masks of images as ``folder/ID.png`` where they do not exist yet.
 
-    Masks of ``images`` that were painted from other annotations or with other options are removed
-    first. A call that was stopped can be repeated to resume.
-
-    Args:
-        images: all images of the annotation files that are read, by id.
-        ids: ids of the images to paint.
-        values, order, crowds: see :func:`paint`.
-        workers: number of images painted at a time.
+    Masks of any of ``images`` that were painted from other annotations or with other options are
+    removed first; ArtefactError if one was not painted here. A stopped call can be repeated.
 
     Returns:
         The mask file of each painted image by id, and the reason of each image whose mask cannot be
         painted. Images with an object without outline are in neither.
-
-    Raises:
-        ArtefactError: if a mask exists that was not painted here, or a file cannot be written.
-        LpcamError: if pycocotools is missing (for polygons).
     """
     pairs = [[number, value] for number, value in values.items()]
     _remove_old(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})
@@ -147,9 +128,6 @@ def true_mask(
     """The mask (H, W) of an image, if it can be painted, and what is wrong with its annotations.
 
     What is wrong with crowds is said too, although they are not painted.
-
-    Raises:
-        LpcamError: if pycocotools is missing (for polygons).
     """
     entry = image.entry
 
