@@ -122,7 +122,7 @@ def test_saturated_values_have_a_finite_gradient(name: str, value: float) -> Non
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_of_the_loss(name: str) -> None:
-    given, labels = drawn(1, 3, 5, 6).double().requires_grad_(), drawn_labels(1, 5, 6)
+    given, labels = drawn(1, 3, 4, 5).double().requires_grad_(), drawn_labels(1, 4, 5)
     assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, labels), (given,))
 
 
@@ -150,14 +150,14 @@ def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
 def test_displacement_does_not_change_the_boundaries(
     labelled: dict[str, Any], weights: Path, tmp_path: Path
 ) -> None:
-    networks = {}
+    states = []
     for wanted in (True, False):
-        network = networks[wanted] = build_irn(SPEC, weights=weights, displacement=wanted)
-        folder, settings = tmp_path / str(wanted), IRN.model_copy(update={"displacement": wanted})
-        train("irn", network, labelled["irn"], settings, seed=0, folder=folder)
-    whole = networks[True].state_dict()
-    for name, value in networks[False].state_dict().items():
-        assert torch.equal(value, whole[name]), name
+        network = build_irn(SPEC, weights=weights, displacement=wanted)
+        settings = IRN.model_copy(update={"displacement": wanted, "epochs": 1})
+        train("irn", network, labelled["irn"], settings, seed=0, folder=tmp_path / str(wanted))
+        states.append(network.state_dict())
+    for name, value in states[1].items():
+        assert torch.equal(value, states[0][name]), name
 
 
 # -- Training ------------------------------------------------------------------------------------
@@ -173,18 +173,12 @@ def networks(classifier: Classifier, weights: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "part", "moves"),
+    ("name", "changes", "moves"),
     [
-        (
-            "irn",
-            {"epochs": 5, "momentum": 0.9, "scale": (0.9, 1.1), "learning_rate": 0.05},
-            0.95,
-            "branches.",
-        ),
+        ("irn", {"scale": (0.9, 1.1), "learning_rate": 0.05}, ("branches.",)),
         (
             "psa",
-            {"epochs": 4, "momentum": 0.9, "learning_rate": 0.02, "batch_size": 4},
-            0.85,
+            {"learning_rate": 0.02, "batch_size": 4},
             ("last.", "reductions.", "backbone.layer2.", "backbone.layer3.", "backbone.layer4."),
         ),
     ],
@@ -195,15 +189,14 @@ def test_loss_falls(
     tmp_path: Path,
     name: str,
     changes: dict[str, Any],
-    part: float,
-    moves: str | tuple[str, ...],
+    moves: tuple[str, ...],
 ) -> None:
     network, settings = networks[name]
-    settings = settings.model_copy(update=changes)
+    settings = settings.model_copy(update={"epochs": 5, "momentum": 0.9, **changes})
     before = {k: v.clone() for k, v in network.state_dict().items()}
     history = train(name, network, labelled[name], settings, seed=0, folder=tmp_path)
-    assert [record["epoch"] for record in history] == list(range(1, settings.epochs + 1))
-    assert history[-1]["loss"] < part * history[0]["loss"]
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5]
+    assert history[-1]["loss"] < 0.95 * history[0]["loss"]
     assert not any(module.training for module in network.modules())
     moved = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     still = {k for k in before if not k.startswith(moves) or ".bn" in k}

@@ -68,19 +68,14 @@ def test_scores_are_the_posteriors_of_the_background_and_the_maps() -> None:
     assert float(both[0, 0].mean()) > float(both[1, 0].mean())  # the lower favours the background
 
 
-def test_without_a_class_the_background_is_certain() -> None:
+def test_scores_without_a_class_and_out_of_range() -> None:
     image = torch.from_numpy(picture(9, 7))
     found = crf_scores(CRF, image, torch.zeros(0, 9, 7), [12.0])[0]
     assert torch.equal(found, torch.ones(1, 9, 7))
-
-
-def test_maps_that_are_no_scores() -> None:
-    image = torch.from_numpy(picture(9, 7))
-    rounded = drawn(1, 9, 7) * 0 + 1.0004
-    cut = crf_scores(CRF, image, rounded, [1.0])
+    cut = crf_scores(CRF, image, torch.full((1, 9, 7), 1.0004), [1.0])
     assert torch.equal(cut, crf_scores(CRF, image, torch.ones(1, 9, 7), [1.0]))
-    for bad in (1.01, -0.01):
-        with pytest.raises(DataError, match=rf"maps reach from .*{bad}.*; divide each by its max"):
+    for bad in (1.01, -0.01, math.nan):
+        with pytest.raises(DataError, match=rf"maps reach from .*{bad}"):
             crf_scores(CRF, image, torch.full((1, 9, 7), bad), [1.0])
     with pytest.raises(DataError, match="of the image's size"):
         crf_scores(CRF, image, drawn(1, 9, 8), [1.0])
@@ -246,7 +241,7 @@ def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSe
     return (scores.double().flatten(1) @ transition).reshape(scores.shape)
 
 
-@pytest.mark.parametrize("size", [(40, 80), (45, 75)])
+@pytest.mark.parametrize("size", [(45, 75)])
 def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) -> None:
     network, image, planes = fresh().train(), picture(*size), drawn(2, *size)
     settings = PsaSettings.from_preset("official")

@@ -194,16 +194,13 @@ def test_shapes_that_do_not_fit(maps: tuple[int, ...], edge: tuple[int, ...]) ->
 
 def test_propagate_starts_where_there_is_no_boundary() -> None:
     maps, edge = drawn(2, *SIZE), drawn(*SIZE, seed=3)
-    settings = OFFICIAL.model_copy(update={"sharpness": 1.5})
-    arguments = {"radius": 5, "beta": 10.0, "exponent": 8}
-    expected = random_walk(maps**1.5 * (1 - edge), edge, **arguments)
-    assert torch.equal(propagate(maps, edge, settings), expected)
-    assert torch.equal(
-        propagate(maps, edge, OFFICIAL), random_walk(maps * (1 - edge), edge, **arguments)
-    )
+    for power in (1.0, 1.5):
+        settings = OFFICIAL.model_copy(update={"sharpness": power})
+        expected = random_walk(maps**power * (1 - edge), edge, radius=5, beta=10.0, exponent=8)
+        assert torch.equal(propagate(maps, edge, settings), expected)
 
 
-@pytest.mark.parametrize("size", [(52, 68), (49, 65), (51, 66)])
+@pytest.mark.parametrize("size", [(52, 68), (49, 65)])
 def test_pseudo_maps(size: tuple[int, int]) -> None:
     walked = 3 * drawn(2, *SIZE)
     walked[1] *= 0.5
@@ -213,8 +210,5 @@ def test_pseudo_maps(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found, full / full.max())
     assert float(found.max()) == 1.0
     assert float(found[1].max()) < 0.7  # jointly, not each class
-
-
-def test_pseudo_masks_of_nothing() -> None:
-    assert not pseudo_maps(torch.zeros(2, 3, 4), (12, 16)).any()
-    assert pseudo_maps(torch.zeros(0, 3, 4), (10, 16)).shape == (0, 10, 16)
+    assert not pseudo_maps(0 * walked, size).any()
+    assert pseudo_maps(walked[:0], size).shape == (0, *size)
