@@ -29,8 +29,7 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
 def test_rgb_is_exact_and_writable(tmp_path: Path) -> None:
     read = read_image(save(tmp_path / "a b 牛.png", Image.fromarray(picture())))
     np.testing.assert_array_equal(read, picture())
-    assert read.dtype == np.uint8
-    assert read.flags.writeable and read.flags.c_contiguous
+    assert read.dtype == np.uint8 and read.flags.writeable and read.flags.c_contiguous
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -68,8 +67,7 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(np.full((4, 5, 3), 255, dtype=np.uint8)).convert(mode)
     suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
     read = read_image(save(tmp_path / f"image.{suffix}", image))
-    assert read.shape == (4, 5, 3)
-    assert read.min() >= 250
+    assert read.shape == (4, 5, 3) and read.min() >= 250
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])

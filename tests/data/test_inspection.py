@@ -68,8 +68,7 @@ def test_counts_are_those_by_hand(tmp_path: Path) -> None:
     assert kinds(result) == ["small classes", "no label"]
     assert found(result, "small classes").names == ("cow (3)", "dog (3)")
     assert found(result, "no label").names == ("d",)
-    assert result.problems == ()
-    assert "Nothing needs attention." in result.summary()
+    assert result.problems == () and "Nothing needs attention." in result.summary()
 
 
 def test_labels_and_masks_that_disagree(tmp_path: Path) -> None:
@@ -132,11 +131,9 @@ def test_broken_and_left_out_images_are_grouped_by_reason(tmp_path: Path) -> Non
     assert texts[1][0] == ("cow 1", "cow 4")
     assert "the file is empty" in texts[1][1]
     assert texts[2][1].startswith("1 image left out (cannot read image ")
-    assert result.whole.images == 3
-    assert result.lists[0].images == 3
+    assert result.whole.images == result.lists[0].images == 3
     assert "x_0; x_1; x_2 and 6 more" in result.summary()
-    # the JSON has them all
-    assert len(result.as_json()["findings"][0]["names"]) == 9
+    assert len(result.as_json()["findings"][0]["names"]) == 9  # the JSON has them all
 
 
 def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
@@ -165,8 +162,7 @@ def test_truth_that_annotations_give_is_tried(tmp_path: Path) -> None:
         ("e",): "1 image with wrong annotations (masks from polygons need pycocotools)",
     }
     assert found(result, "mask without label").names == ("a",)
-    assert result.whole.masks == 2
-    assert [one.masks for one in result.lists] == [1, 1, 2]
+    assert [one.masks for one in (result.whole, *result.lists)] == [2, 1, 1, 2]
     assert survey(dataset).whole.masks == 0
 
 

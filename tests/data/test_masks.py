@@ -32,9 +32,7 @@ def test_palette_is_that_of_voc() -> None:
 def test_seeds_by_hand(dtype: torch.dtype) -> None:
     # columns: below, equal to the threshold, first plane, second plane, tie of the planes
     maps = torch.tensor([[[0.1, 0.3, 0.6, 0.2, 0.7]], [[0.2, 0.1, 0.4, 0.9, 0.7]]], dtype=dtype)
-    seed = seeds(maps, 0.3)
-    assert seed.dtype == torch.int64
-    assert seed.tolist() == [[0, 0, 1, 2, 1]]
+    assert torch.equal(seeds(maps, 0.3), torch.tensor([[0, 0, 1, 2, 1]]))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
@@ -53,8 +51,7 @@ def test_seeds_without_a_class_and_of_a_wrong_shape() -> None:
 
 def test_to_mask_gives_mask_ids() -> None:
     mask = to_mask(torch.tensor([[0, 1, 2]]), torch.tensor([2, 0]), CLASSES)
-    assert mask.dtype == np.uint8
-    assert mask.tolist() == [[0, 12, 8]]
+    assert mask.dtype == np.uint8 and mask.tolist() == [[0, 12, 8]]
     assert to_mask(torch.tensor([[0]]), np.zeros(0, np.int64), CLASSES).tolist() == [[0]]
 
 

@@ -42,10 +42,9 @@ def test_records(root: Path) -> None:
     assert checked == dataset
     assert calls == [(1, "")] * 3
     assert [(r["height"], r["width"]) for r in records.values()] == [(4, 6), (5, 6), (6, 6)]
-    assert records["b"]["digest"] == records["b"]["image_digest"]
-    assert records["b"]["digest"] == digest_file(root / "images" / "b.png")
-    assert records["a"]["image_digest"] == digest_file(root / "images" / "a.png")
-    assert records["a"]["digest"] != records["a"]["image_digest"]
+    for name, record in records.items():
+        assert record["image_digest"] == digest_file(root / "images" / f"{name}.png")
+        assert (record["digest"] == record["image_digest"]) == (name != "a")
 
 
 def test_unchanged_files_are_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +74,7 @@ def test_unreadable_image_leaves_items_and_lists(root: Path) -> None:
     assert list(checked.items) == list(records) == ["c"]
     assert checked.lists == {"train": ("c",), "all": ("c",)}
     reasons = {skip.id: skip.reason for skip in checked.skipped}
-    assert set(reasons) == {"a", "b"}
-    assert "No such file" in reasons["a"]
-    assert "b.png" in reasons["b"]
+    assert len(reasons) == 2 and "No such file" in reasons["a"] and "b.png" in reasons["b"]
 
 
 @pytest.mark.parametrize("folder", ["masks", "parts"])

@@ -16,17 +16,8 @@ from lpcam.data.dataset import Item
 from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.report.prototypes import (
-    PATCH,
-    Fitted,
-    Place,
-    confusion_records,
-    crop,
-    nearest_places,
-    prototype_records,
-    rule_of,
-    shown_numbers,
-)
+from lpcam.report import prototypes as made
+from lpcam.report.prototypes import Fitted, Place, crop, prototype_records
 
 SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False, split_maps="single_scale")
 SHOWN = {"count": 4, "patches": 3}
@@ -44,17 +35,17 @@ def test_nearest_places_by_hand() -> None:
     second = torch.tensor([[[0.0, 0.0]], [[0.1, 7.0]]])  # locations (0, 0.1) and (0, 7)
     centers = torch.tensor([[5.0, 0.0], [0.0, 0.5]])
     grids = [("a", first, anywhere), ("b", second, anywhere)]
-    found = nearest_places(iter(grids), centers, 2)
+    found = made.nearest_places(iter(grids), centers, 2)
     half = 0.5**0.5
     assert [[p.image for p in places] for places in found] == [["a", "b"], ["b", "a"]]
     assert [p.cosine for p in found[0]] == pytest.approx([1.0, 0.0])
     assert [p.cosine for p in found[1]] == pytest.approx([1.0, half])
     assert found[0][0][1:4] == pytest.approx((0.5, 0.25, 1.0))
     assert found[1][0].column == pytest.approx(0.25)  # of equal ones the first
-    assert [len(places) for places in nearest_places(iter(grids), centers, 1)] == [1, 1]
+    assert [len(places) for places in made.nearest_places(iter(grids), centers, 1)] == [1, 1]
 
     only_right = torch.tensor([[[False, True]], [[False, False]]])
-    places = nearest_places(iter([("a", first, only_right)]), centers, 2)
+    places = made.nearest_places(iter([("a", first, only_right)]), centers, 2)
     assert places[0][0].cosine == pytest.approx(half)
     assert places[1] == []
 
@@ -64,11 +55,10 @@ def test_crop_is_square_and_stays_inside() -> None:
     picture[:, 50:] = 255
     patch = crop(picture, Place("a", 0.0, 1.0, 0.1, 1.0))  # 5 cells of 4 pixels at a corner
     assert patch.shape == (20, 20, 3)
-    assert patch[:, :10].max() == 0
-    assert patch[:, 10:].min() == 255
+    assert patch[:, :10].max() == 0 and patch[:, 10:].min() == 255
     assert crop(picture, Place("a", 0.5, 0.5, 1.0, 1.0)).shape == (40, 40, 3)
     large = np.zeros((400, 600, 3), np.uint8)
-    assert crop(large, Place("a", 0.5, 0.5, 0.1, 1.0)).shape == (PATCH, PATCH, 3)
+    assert crop(large, Place("a", 0.5, 0.5, 0.1, 1.0)).shape == (made.PATCH, made.PATCH, 3)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +72,7 @@ def test_crop_is_square_and_stays_inside() -> None:
 )
 def test_rules_in_words(side: str, score: float, kept: bool, words: str) -> None:
     settings = LpcamSettings.from_preset("frozen", mu_f=0.9, mu_b=0.5, context_lower=0.05)
-    assert rule_of(side, score, kept, settings) == words
+    assert made.rule_of(side, score, kept, settings) == words
 
 
 def centers(sizes: Sequence[int], keep: Sequence[bool]) -> Centers:
@@ -98,10 +88,16 @@ def centers(sizes: Sequence[int], keep: Sequence[bool]) -> Centers:
 
 def test_which_prototypes_are_shown() -> None:
     some = centers([5, 0, 9, 7, 1, 8], [True, False, True, False, True, False])
-    assert shown_numbers(some, 0, 6) == [2, 0, 4, 5, 3]  # prototypes by size, then rejected ones
-    assert shown_numbers(some, 0, 3) == [2, 0, 5]
-    assert shown_numbers(centers([3, 2], [True, True]), 0, 3) == [0, 1]
-    assert shown_numbers(centers([3, 2, 4], [False] * 3), 0, 2) == [2, 0]
+    assert made.shown_numbers(some, 0, 6) == [
+        2,
+        0,
+        4,
+        5,
+        3,
+    ]  # prototypes by size, then rejected ones
+    assert made.shown_numbers(some, 0, 3) == [2, 0, 5]
+    assert made.shown_numbers(centers([3, 2], [True, True]), 0, 3) == [0, 1]
+    assert made.shown_numbers(centers([3, 2, 4], [False] * 3), 0, 2) == [2, 0]
 
 
 @pytest.fixture
@@ -191,13 +187,10 @@ def test_a_class_without_prototypes(items: list[Item]) -> None:
 
 
 def test_confusion_records(items: list[Item]) -> None:
-    (one,) = confusion_records(fitted(), items, 5)
+    (one,) = made.confusion_records(fitted(), items, 5)
     # i1 has both classes, so none of them is absent; i0's pooled features are (4.5, 0.5)
     assert (one["id"], one["present"], one["lookalike"]) == ("i0", 0, 1)
     expected = torch.tensor([4.5, 0.5]).sigmoid().tolist()
     assert one["scores"] == pytest.approx(expected, abs=1e-4)
-    assert {k: v["shape"] for k, v in one["maps"].items()} == {
-        "CAM": [2, 10, 10],
-        "LPCAM": [2, 10, 10],
-    }
-    assert confusion_records(fitted(), items, 0) == []
+    assert [one["maps"][name]["shape"] for name in ("CAM", "LPCAM")] == [[2, 10, 10]] * 2
+    assert made.confusion_records(fitted(), items, 0) == []

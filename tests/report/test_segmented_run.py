@@ -18,10 +18,7 @@ from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import report, run
 from lpcam.report.segmenters import image_miou
 
-IRN = {
-    "method": "irn",
-    "irn": {"epochs": 2, "batch_size": 4, "crop": 96, "exponent": 4},
-}
+IRN = {"method": "irn", "irn": {"epochs": 2, "batch_size": 4, "crop": 96, "exponent": 4}}
 SEGMENT = {
     "network": "deeplabv2",
     "backbone": "test_resnet",
@@ -54,12 +51,8 @@ def test_the_page_shows_the_segmenters_of_the_run(folder: Path, collected: list[
     assert all(one["images"] == 12 for one in given["teachers"])
     scored = [row for row in metrics["rows"] if row["stage"] == "segmentation"]
     assert [row["miou"] for row in given["rows"]] == [row["miou"] for row in scored]
-    assert [(row["teacher"], row["crf"]) for row in given["rows"]] == [
-        ("cam", False),
-        ("cam", True),
-        ("lpcam", False),
-        ("lpcam", True),
-    ]
+    rows = [(row["teacher"], row["crf"]) for row in given["rows"]]
+    assert rows == [(teacher, crf) for teacher in ("cam", "lpcam") for crf in (False, True)]
     assert given["history"] == metrics["segmenter_history"]
     titles = [one["title"] for one in page["networks"]]
     assert titles == ["IRN's network on CAM", "IRN's network on LPCAM"]
