@@ -125,14 +125,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items by id, named lists of ids, and what was left out.
-
-    Example:
-        >>> cow = Item("cow 7", Path("cow 7.jpg"), labels=(0,))
-        >>> farm = Dataset("farm", ClassTable(("cow",), (1,)), {"cow 7": cow}, {}, "labels.csv")
-        >>> farm.items["cow 7"].labels
-        (0,)
-    """
+    """Items by id, named lists of ids, and what was left out."""
 
     name: str
     classes: ClassTable
@@ -165,9 +158,8 @@ class Dataset:
 def safe_id(text: str) -> str:
     """Return ``text`` if it can be an item id; DataError names what is wrong with it.
 
-    An id is a relative POSIX path of non-empty parts that cannot leave its folder: no leading
-    slash, drive, backslash, control character, ``.`` or ``..`` part. Spaces and all scripts are
-    allowed.
+    An id is a relative POSIX path of non-empty parts that cannot leave its folder; spaces and all
+    scripts are allowed.
     """
     problem = None
     if not text or text != text.strip():

@@ -120,11 +120,7 @@ def load_image(
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert a decoded image to RGB, uint8 (H, W, 3), as `read_image` does.
-
-    Raises:
-        ValueError: if the range of its values is unknown.
-    """
+    """Convert a decoded image to RGB as `read_image` does; ValueError if its range is unknown."""
     if image.mode == "F":
         raise ValueError("it has 32-bit float values of unknown range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255

@@ -128,10 +128,16 @@ def process_images(
     later call replaces files of the same images that an earlier call wrote; ArtefactError if it
     would replace others.
     """
-    before = _read_index(output / kind.index, kind.command)
+    path = output / kind.index
+    earlier = read_json(path) if path.exists() else {"kind": kind.command, "images": {}}
+    if not isinstance(earlier, dict) or earlier.get("kind") != kind.command:
+        raise ArtefactError(
+            f"{path} was not written by '{kind.command}', so it may be yours; choose another "
+            "--output"
+        )
     outputs = _outputs_by_image(output, kind.forms)
-    foreign = [path for name in images if name not in (before or {}) for path in outputs[name]]
-    if before is None:
+    foreign = [file for name in images if name not in earlier["images"] for file in outputs[name]]
+    if not path.exists():
         foreign += [output / name for name in kind.others if (output / name).exists()]
     if foreign:
         raise ArtefactError(
@@ -144,10 +150,10 @@ def process_images(
         "command": command,
         "made_by": made_by,
         "skipped": [],
-        "images": {**(before or {}), **{name: printable(path) for name, path in images.items()}},
+        "images": {**earlier["images"], **{n: printable(file) for n, file in images.items()}},
     }
     # first: after an interruption, the next call knows which files are its own
-    write_json(output / kind.index, index)
+    write_json(path, index)
 
     def work(entry: tuple[str, Path]) -> dict[str, Any] | str:
         for old in outputs[entry[0]]:  # the new outputs may have other names
@@ -166,20 +172,8 @@ def process_images(
             else:
                 found.append(result)
             advance(1, name)
-    write_json(output / kind.index, index)
+    write_json(path, index)
     return ImageResults(kind, output, found, index["skipped"])
-
-
-def _read_index(path: Path, command: str) -> dict[str, str] | None:
-    """Names and sources of the images that earlier calls processed; None if there is no index."""
-    if not path.exists():
-        return None
-    index = read_json(path)
-    if not isinstance(index, dict) or index.get("kind") != command:
-        raise ArtefactError(
-            f"{path} was not written by '{command}', so it may be yours; choose another --output"
-        )
-    return dict(index["images"])
 
 
 def _outputs_by_image(

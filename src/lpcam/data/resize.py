@@ -26,11 +26,6 @@ def resize(planes: Tensor, size: Sequence[int]) -> Tensor:
     """Resize planes (C, h, w) or (B, C, h, w) to ``size`` (H, W) bilinearly, at pixel centres.
 
     C may be 0. Device and dtype stay; ``planes`` itself is returned where it has that size.
-
-    Example:
-        >>> import torch
-        >>> resize(torch.tensor([[[0.0, 1.0]]]), (1, 4))
-        tensor([[[0.0000, 0.2500, 0.7500, 1.0000]]])
     """
     if tuple(planes.shape[-2:]) == tuple(size):
         return planes

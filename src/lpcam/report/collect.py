@@ -89,10 +89,8 @@ def collect(inputs: Inputs) -> dict[str, Any]:
         "methods": list(sources.folders),
         "fixed": dict(inputs.fixed),
         "classes": [
-            {"name": name, "color": f"#{bytes(colour).hex()}"}
-            for name, colour in zip(
-                classes.names, voc_palette()[list(classes.mask_ids)], strict=True
-            )
+            {"name": name, "color": f"#{bytes(voc_palette()[value]).hex()}"}
+            for name, value in zip(classes.names, classes.mask_ids, strict=True)
         ],
         "rows": list(inputs.rows),
         "curves": {m: dict(curve) for m, curve in inputs.curves.items() if m in sources.folders},

@@ -139,27 +139,18 @@ def prototype_records(
         example = None
         if own and shown:
             example, found = _nearest(fitted, own, index, shown, patches)
-        sides: dict[SideName, dict[str, Any]] = {
-            side: {
-                "total": int((centers.sizes[index] > 0).sum()),
-                "kept": int(centers.keep[index].sum()),
-                "prototypes": [],
-            }
-            for side, centers in both.items()
-        }
+        cards: dict[SideName, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for (side, number), one in zip(shown, found, strict=True):
-            score = both[side].scores[index, number].item()
-            kept = bool(both[side].keep[index, number])
-            sides[side]["prototypes"].append(
-                {
-                    "number": number,
-                    "score": score,
-                    "size": int(both[side].sizes[index, number]),
-                    "kept": kept,
-                    "rule": rule_of(side, score, kept, fitted.settings),
-                    **one,
-                }
-            )
+            of = both[side]
+            score, kept = of.scores[index, number].item(), bool(of.keep[index, number])
+            rule = rule_of(side, score, kept, fitted.settings)
+            size = int(of.sizes[index, number])
+            card = {"number": number, "score": score, "size": size, "kept": kept, "rule": rule}
+            cards[side].append(card | one)
+        sides = {}
+        for side, of in both.items():
+            total, chosen = int((of.sizes[index] > 0).sum()), int(of.keep[index].sum())
+            sides[side] = {"total": total, "kept": chosen, "prototypes": cards[side]}
         records.append({"class": index, "example": example, "sides": sides})
     return records
 
