@@ -100,8 +100,10 @@ def test_a_prefix_takes_a_part(tmp_path: Path) -> None:
     done = convert_weights(source, tmp_path / "w.safetensors", prefix="backbone.")
     assert equal(load_file(tmp_path / "w.safetensors"), {"a": torch.ones(1)})
     assert done.left_out == ("module.head.a",) and done.stripped == "module.backbone."
+    convert_weights(source, tmp_path / "w.safetensors", prefix="module.backbone.")  # as it spells
+    assert equal(load_file(tmp_path / "w.safetensors"), {"a": torch.ones(1)})
     for prefix in ("encoder.", "head.a"):
-        with pytest.raises(ArtefactError, match=f"'module.{prefix}'.*'module.backbone.a'"):
+        with pytest.raises(ArtefactError, match=f"'{prefix}'.*'module.backbone.a'"):
             convert_weights(source, tmp_path / "w.safetensors", prefix=prefix)
 
 

@@ -20,6 +20,7 @@ from lpcam.cli.command import (
     fraction,
     size_options,
 )
+from lpcam.cli.data import class_table
 from lpcam.formats.registry import FORMATS, MAP_FORMATS
 from lpcam.runtime.errors import LpcamError
 
@@ -33,6 +34,7 @@ models = Lazy("lpcam.formats.models.exporters")
 segmenters = Lazy("lpcam.segmentation.export")
 networks = Lazy("lpcam.segmentation.networks.registry")
 voc_server = Lazy("lpcam.formats.voc_server")
+released = Lazy("lpcam.pipeline.released")
 weights = Lazy("lpcam.formats.weights")
 
 OUTPUT = argument("output", type=Path, help="Folder to write.")
@@ -202,13 +204,36 @@ def export_voc_server(
 @command(
     "convert",
     "exchange",
-    argument("source", type=Path, help="A .pth, .pt or .pkl file."),
+    argument("source", type=Path, help="A .pth, .pt, .pkl or .safetensors file."),
     argument("target", type=Path, help="Safetensors file to write."),
     argument(
         "--prefix", default="", help="Take only the tensors whose names begin so, and drop it."
     ),
+    argument(
+        "--classes",
+        help="Classes of a released network: voc12, coco14, or a file with one name a line "
+        "(default: voc12 for 20 classes, coco14 for 80).",
+    ),
+    argument(
+        "--onto", type=Path, help="Converted classifier whose head is replaced by this file's."
+    ),
 )
-def convert(call: Invocation, source: Path, target: Path, prefix: str) -> int:
-    """Convert pickled weights to safetensors, without executing code from them."""
-    print(weights.convert_weights(source, target, prefix=prefix).summary())
+def convert(
+    call: Invocation,
+    source: Path,
+    target: Path,
+    prefix: str,
+    classes: str | None,
+    onto: Path | None,
+) -> int:
+    """Convert weights to safetensors, without executing code, and recognise released networks."""
+    done = weights.convert_weights(
+        source,
+        target,
+        prefix=prefix,
+        kinds=released.released_kinds(),
+        classes=None if classes is None else class_table(classes).names,
+        onto=onto,
+    )
+    print(done.summary())
     return 0

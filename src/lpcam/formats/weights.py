@@ -1,5 +1,7 @@
 """Conversion of foreign weights (``.pth``, ``.pt``, ``.pkl`` of torch.save) to safetensors files.
 
+A file of a released program is recognised by its names and becomes a network of this package.
+
 A pickle is a program. ``torch.load(weights_only=True)`` runs the few of its instructions that build
 tensors and plain containers and refuses every name outside its own list; what other packages have
 added to that list is removed while a file is read. Crafted files got past it in torch before 2.6
@@ -17,23 +19,30 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lpcam.classifiers.classifier import Classifier
+from lpcam.data.coco.dataset import COCO_CATEGORIES
+from lpcam.data.voc import CLASSES
 from lpcam.formats.pickled_arrays import NUMPY_STAND_INS, ArrayStandIn
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import digest_bytes, read_bytes, write_tensors
 from lpcam.runtime.versions import __version__
+from lpcam.training.released import Released, recognised, without_prefixes
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
 """Keys under which training programs keep the weights, in the order in which they are tried."""
+KNOWN_CLASSES = {20: CLASSES, 80: tuple(name for _, name in COCO_CATEGORIES)}
+"""Classes of the released files, by their number: PASCAL VOC's and MS COCO's."""
 # Tied weights are once in a file and twice in its dictionary; torch does not compress.
 _GROWTH = 4
 _DTYPES = (
@@ -46,8 +55,9 @@ _DTYPES = (
 class Conversion:
     """Result of `convert_weights`.
 
-    ``tensors`` and ``values`` count what was written; the weights were found under the keys
-    ``taken_from``; the prefix ``stripped`` was removed from every name.
+    ``tensors`` and ``values`` count what was taken; the weights were found under the keys
+    ``taken_from``; the prefix ``stripped`` was removed from every name. ``found`` tells what
+    network it is and where a recipe takes it, if it was recognised.
     """
 
     target: Path
@@ -56,10 +66,12 @@ class Conversion:
     taken_from: tuple[str, ...]
     stripped: str
     left_out: tuple[str, ...]
+    found: str | None = None
 
     def summary(self) -> str:
         """A text of one line per fact."""
-        lines = [f"{self.tensors} tensors with {self.values:,} values written to {self.target}"]
+        lines = [] if self.found is None else [self.found]
+        lines += [f"{self.tensors} tensors with {self.values:,} values written to {self.target}"]
         if self.taken_from:
             lines.append(f"taken from {' / '.join(map(repr, self.taken_from))} of the file")
         if self.stripped:
@@ -71,20 +83,36 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversion:
+def convert_weights(
+    source: Path,
+    target: Path,
+    *,
+    prefix: str = "",
+    kinds: Sequence[Released] = (),
+    classes: Sequence[str] | None = None,
+    onto: Path | None = None,
+) -> Conversion:
     """Convert a pickled state dict to a safetensors file, without running code of the file.
 
     Args:
         source: written by torch.save, as an archive or in the older layout of torch 0.4 to 1.5. It
-            holds names and tensors, or a dictionary with those under one of `WRAPPERS`.
+            holds names and tensors, or a dictionary with those under one of `WRAPPERS`. A
+            safetensors file is taken too.
         target: the ``.safetensors`` file; an existing one is replaced after everything succeeded.
-        prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``.
-            A common ``"module."`` of parallel training is removed before.
+        prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``,
+            as the file spells it or without the ``"module."`` and ``"_orig_mod."`` of parallel
+            training and compilation, which are removed from all names.
+        kinds: released files to recognise; their network is written, for a recipe's ``trained``.
+        classes: names of the classes of a recognised network; by default those of PASCAL VOC for
+            20 classes and of MS COCO for 80.
+        onto: converted classifier whose head a file with nothing but ``classifier.weight``, as
+            ReCAM's second classifier, replaces.
 
     Raises:
         ArtefactError: if the source is missing, damaged, asks for anything but tensors and plain
             containers, claims more than four times its size, or holds no state dict or a tensor
-            with NaN or infinity; if the target is not another ``.safetensors`` file.
+            with NaN or infinity; if the target is not another ``.safetensors`` file; if it is
+            recognised and a tensor is missing, unknown, or of another shape or precision.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -101,16 +129,11 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
     try:
         taken_from, entries = _unwrap(_load(data))
         tensors, left_out = _tensors(len(data), entries)
-        parallel = all(name.startswith("module.") for name in tensors)
-        stripped = ("module." if parallel else "") + prefix
-        taken = {n.removeprefix(stripped): t for n, t in tensors.items() if n.startswith(stripped)}
-        if not taken or "" in taken:
-            raise _RefusedError(
-                f"the prefix {stripped!r} begins no name or is one; they are {_some(tensors)}"
-            )
+        taken, stripped = _below(tensors, prefix)
         for name, tensor in taken.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise _RefusedError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
+        found = _network(taken, kinds, classes, onto)
     except _RefusedError as error:
         raise ArtefactError(f"{source} is refused: {error}") from error
     left_out += [name for name in tensors if not name.startswith(stripped)]
@@ -123,9 +146,72 @@ def convert_weights(source: Path, target: Path, *, prefix: str = "") -> Conversi
         "left_out": left_out,
         "made_by": {"lpcam": __version__},
     }
-    write_tensors(target, taken, record)
+    if found is None:
+        write_tensors(target, taken, record)
+    else:
+        network, title = found
+        network.save(target, {**record, "released": title})
     values = sum(tensor.numel() for tensor in taken.values())
-    return Conversion(target, len(taken), values, taken_from, stripped, tuple(left_out))
+    told = None if found is None else found[1]
+    return Conversion(target, len(taken), values, taken_from, stripped, tuple(left_out), told)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors below a prefix, without it and those of wrappers, and what was removed."""
+    bare, removed = without_prefixes(tensors)
+    for names, before in ((tensors, ""), (bare, removed)):
+        below = {n.removeprefix(prefix): t for n, t in names.items() if n.startswith(prefix)}
+        if below and "" not in below:
+            taken, more = without_prefixes(below)
+            return taken, before + prefix + more
+    raise _RefusedError(
+        f"the prefix {prefix!r} begins no name or is one; they are {_some(tensors)}"
+    )
+
+
+def _network(
+    state: Mapping[str, Tensor],
+    kinds: Sequence[Released],
+    classes: Sequence[str] | None,
+    onto: Path | None,
+) -> tuple[Any, str] | None:
+    """The network of a released file, and what it is; None for other weights."""
+    try:
+        if kinds and list(state) == ["classifier.weight"]:
+            return _second_classifier(state["classifier.weight"], onto)
+        kind = recognised(state, kinds)
+        if kind is None:
+            return None
+        count = 0 if kind.classes is None else kind.classes(state)
+        names = tuple(classes or KNOWN_CLASSES.get(count, ()))
+        if kind.classes is not None and len(names) != count:
+            raise ArtefactError(
+                f"it is {kind.title} of {count} classes, and {len(names) if classes else 'no'} "
+                "names are given; give as many: --classes FILE"
+            )
+        network = kind.build(names)
+        kind.load(network, state)
+    except ArtefactError as error:
+        raise _RefusedError(str(error)) from None
+    of_classes = f" of {count} classes, from {names[0]} to {names[-1]}" if count else ""
+    return network, f"{kind.title}{of_classes}; a recipe takes it as {kind.section}.trained"
+
+
+def _second_classifier(weight: Tensor, onto: Path | None) -> tuple[Any, str]:
+    """ReCAM's second classifier: a head, on the backbone of the first."""
+    if onto is None:
+        raise ArtefactError(
+            "it holds a head alone, as ReCAM's second classifier; convert the first one, "
+            "res50_cam.pth, and give that file: --onto FILE"
+        )
+    network = Classifier.load(onto)
+    if tuple(weight.flatten(1).shape) != tuple(network.weight.shape):
+        raise ArtefactError(
+            f"its head is {tuple(weight.shape)}, that of {onto.name} {tuple(network.weight.shape)}"
+        )
+    network.head.weight.data = weight.flatten(1)
+    told = f"ReCAM's second classifier, on the backbone of {onto.name}"
+    return network, f"{told}; a recipe takes it as classifier.trained"
 
 
 class _RefusedError(Exception):
@@ -134,6 +220,8 @@ class _RefusedError(Exception):
 
 def _load(data: bytes) -> Any:
     try:
+        if data[8:9] == b"{":  # the header of a safetensors file, after its length
+            return safetensors.torch.load(data)
         if data.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 _check_claim(len(data), sum(member.file_size for member in archive.infolist()))

@@ -19,6 +19,7 @@ from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.segmentation.networks.base import First, Network, SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
+from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import load_weights
 
 
@@ -137,3 +138,20 @@ def build_segmenter(
     """
     network, preprocessing = NETWORKS[spec.network].build(spec, len(classes) + 1, **first)
     return Segmenter(network, classes, preprocessing, spec)
+
+
+RELEASED = (
+    Released(
+        "MCTformer's WideResNet-38 segmenter",
+        "segment",
+        ("fc8_seg_conv2.weight",),
+        [(WIDERESNET38, "network.backbone."), (r"fc8_seg_conv", "network.fc")],
+        lambda names: build_segmenter(
+            SegmenterSpec("wideresnet38", "wideresnet38", {}),
+            ClassTable.numbered(names, "segmenter"),
+            weights=RANDOM,
+        ),
+        classes=lambda state: len(state["fc8_seg_conv2.weight"]) - 1,
+    ),
+)
+"""Files of released programs that hold a segmenter."""

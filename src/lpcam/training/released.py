@@ -101,19 +101,21 @@ class Released:
         return name
 
 
-def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that all its names share.
+def without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A state dict without the `PREFIXES` that all its names share, and what was removed.
 
     Example:
-        >>> list(without_prefixes({"module._orig_mod.fc.weight": torch.zeros(1)}))
-        ['fc.weight']
+        >>> state, removed = without_prefixes({"module._orig_mod.fc.weight": torch.zeros(1)})
+        >>> list(state), removed
+        (['fc.weight'], 'module._orig_mod.')
     """
-    found = dict(state)
+    found, removed = dict(state), ""
     while found and (
         prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in found)), None)
     ):
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+        removed += prefix
+    return found, removed
 
 
 def recognised(state: Mapping[str, Tensor], kinds: Iterable[Released]) -> Released | None:
