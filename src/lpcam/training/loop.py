@@ -80,7 +80,7 @@ class TrainingOptions(TypedDict, total=False):
     """Processes that share each step; the default is this one alone."""
 
 
-class Samples(Dataset[Sample]):
+class _Samples(Dataset[Sample]):
     """Training samples made on demand by a function of their place, picklable if it is."""
 
     def __init__(self, make: Callable[[Place], Sample]) -> None:
@@ -120,7 +120,7 @@ class Order:
 def run(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    samples: Dataset[Sample] | Callable[[Place], Sample],
+    make: Callable[[Place], Sample],
     count: int,
     loss: Callable[[Any], Tensor],
     plan: Plan,
@@ -139,7 +139,7 @@ def run(
     Args:
         module: module whose state a checkpoint holds; afterwards it is in evaluation mode.
         optimizer: its groups' learning rates are multiplied by the plan's factor.
-        samples: data set by :class:`Place`, or a function that makes the sample of a place.
+        make: makes the sample of a place; picklable, if there are workers.
         count: number of samples in the list.
         loss: loss of one forward pass of this process: its part of the mean over the samples of
             all processes, so that the parts add up to the mean. It sets the training mode.
@@ -163,8 +163,7 @@ def run(
     checkpoint = folder / CHECKPOINT
     step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
     order = Order(count, plan, seed, step, processes)
-    data = Samples(samples) if callable(samples) else samples
-    loader = DataLoader(data, batch_sampler=order, num_workers=workers, persistent_workers=False)
+    loader = DataLoader(_Samples(make), batch_sampler=order, num_workers=workers)
     value = 0.0
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with (
