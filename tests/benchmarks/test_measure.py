@@ -53,11 +53,6 @@ def test_seconds_have_a_fitting_unit() -> None:
     assert measure.show_seconds(measure.Spread.of([1e-5])) == "10 µs"
 
 
-def test_environment_sets_the_threads() -> None:
-    own = measure.environment(3)
-    assert {own[name] for name in measure.THREAD_VARIABLES} == {"3"}
-
-
 def test_a_process_has_its_threads_and_a_failure_is_told() -> None:
     assert measure.in_process("torch:get_num_threads", 1) == 1
     with pytest.raises(measure.BenchmarkError, match=r"nothing_there"):

@@ -6,6 +6,8 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,19 +15,10 @@ from lpcam.runtime import progress as module
 from lpcam.runtime.progress import progress
 
 
-class Clock:
-    """A clock that a test moves on."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
     """No terminal, a clock of the test's own, and log lines caught."""
-    clock = Clock()
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with caplog.at_level(logging.INFO, logger="lpcam.runtime.progress"):
@@ -33,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_a_line_now_and_then_with_the_time_left(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with progress("maps", 10) as advance:
         for step in range(10):
@@ -50,7 +43,7 @@ def test_a_line_now_and_then_with_the_time_left(
 
 
 def test_steps_of_an_earlier_run_do_not_shorten_the_estimate(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with progress("maps", 100, done=90) as advance:
         clock.now += 20.0
