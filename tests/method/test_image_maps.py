@@ -76,7 +76,7 @@ def test_maps_smaller_than_the_image(maps: ImageMaps, tmp_path: Path) -> None:
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(maps.lpcam)[None], size=(60, 100), mode="bilinear", align_corners=False
     )[0]
-    np.testing.assert_allclose(large.plane("cow"), expected[0], atol=1e-6)
+    np.testing.assert_allclose(large._plane(0, "LPCAM"), expected[0], atol=1e-6)
     np.testing.assert_array_equal(
         large.mask(), np.array([0, 3, 7], np.uint8)[seeds(expected, 0.5).numpy()]
     )

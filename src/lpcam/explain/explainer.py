@@ -23,13 +23,7 @@ from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
 from lpcam.method.extractors import CAM, LPCAM
-from lpcam.method.image_maps import (
-    ImageMaps,
-    Scoring,
-    class_indices,
-    class_scores,
-    descending,
-)
+from lpcam.method.image_maps import ImageMaps, Scoring, class_indices, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, PrototypeError
@@ -157,8 +151,7 @@ class Explainer:
             scoring: None: softmax for a timm model, sigmoid for a file.
 
         Raises:
-            ClassifierError: if the model cannot be loaded or its head is not linear.
-            ArtefactError: if a file is missing or damaged.
+            ClassifierError, ArtefactError: if the model or a file cannot be loaded.
             PrototypeError: if the prototypes belong to another classifier.
         """
         if from_file := Path(model).suffix == ".safetensors":
@@ -193,8 +186,7 @@ class Explainer:
             name: name of the image in results; None: the file's name without extension.
 
         Raises:
-            ImageError: if the image cannot be read.
-            DataError: if a label is unknown or the array is not an RGB image.
+            ImageError, DataError: if the image cannot be used or a label is unknown.
             PrototypeError: if the features hold NaN or Inf.
         """
         wanted = None if labels is None else self.indices(labels)
@@ -278,8 +270,7 @@ class Explainer:
             max(1, round(side / model.multiple)) * model.multiple for side in image.shape[:2]
         )
         size = model.fixed_size or (height, width)
-        if size != image.shape[:2]:
-            image = resize_image(image, size)
+        image = image if size == image.shape[:2] else resize_image(image, size)
         return self.preprocessing(image)[None].to(model.device)
 
     def _scores(self, image: NDArray[np.uint8], pair: FeaturePair | None) -> NDArray[np.float64]:

@@ -153,12 +153,6 @@ class LPCAM(extract.LPCAM):
                 ]
         return np.asarray(torch.stack(maps).mean(0)[:, 0].float())
 
-    def forward(
-        self, input_tensor: Tensor, targets: Sequence[Any] | None = None, eigen_smooth: bool = False
-    ) -> NDArray[np.float32]:
-        """A call without ``aug_smooth``."""
-        return self(input_tensor, targets, eigen_smooth=eigen_smooth)
-
     def _rows(self, _images: Tensor, indices: Tensor) -> Tensor:
         """The vector v_n of each class, (N, C)."""
         has = self.prototypes_.foreground.keep.any(1)
@@ -216,14 +210,13 @@ class LPCAM(extract.LPCAM):
         """Stands in for that of pytorch-grad-cam in scripts that call its ``release()``."""
         return self
 
-    def release(self) -> None:
+    def release(self, *_exception: object) -> None:
         """Does nothing: between calls there are no hooks, activations or gradients."""
+
+    __exit__ = release
 
     def __enter__(self) -> Self:
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:

@@ -92,14 +92,11 @@ class CAM:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def set_params(self, **parameters: Any) -> Self:
-        """Change arguments of the constructor.
+        """Change arguments of the constructor; ValueError if there is no such argument.
 
         ``with_context`` and the scales and flip of ``settings`` apply from the next call on;
         ``random_state``, ``dtype`` and the other settings from the next ``fit`` on. Any other
         change discards what was found and fitted.
-
-        Raises:
-            ValueError: if there is no such argument.
         """
         known = self.get_params()
         for name, value in parameters.items():
@@ -223,9 +220,8 @@ class LPCAM(CAM):
     def prototypes_(self) -> Prototypes:
         """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
 
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-            PrototypeError: if no class has a foreground feature.
+        Raises NotFittedError before ``fit``, ``partial_fit`` or ``load``, and PrototypeError if no
+        class has a foreground feature.
         """
         source = self.source_
         if self._prototypes is None:
@@ -279,9 +275,7 @@ class LPCAM(CAM):
     def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Fit on a loader at once, then map its images lazily: (images, labels, maps).
 
-        Args:
-            loader: as for :meth:`fit`, no iterator; read again for the maps, in the order it has
-                then.
+        The loader is no iterator; it is read again for the maps, in the order that it has then.
         """
         _check_readable_twice(loader, "fit_maps")
         self.fit(loader)
@@ -313,9 +307,7 @@ class LPCAM(CAM):
         """Collect the local features of one more batch (equation 2), for data in parts.
 
         Clustering is postponed until ``prototypes_`` is needed. Parts in the same order give the
-        prototypes of one ``fit``.
-
-        ``images``, ``labels`` and the errors are those of :meth:`CAM.__call__`.
+        prototypes of one ``fit``. Arguments and errors are those of :meth:`CAM.__call__`.
         """
         if self._source is None:
             self._source = self._find_source()
@@ -371,10 +363,6 @@ class LPCAM(CAM):
             classes: names of at most 254 classes to map; None: the class with the highest score.
             scoring: turns the logits into scores; "softmax" if exactly one class is present.
             name: name of the image, for file names.
-
-        Raises:
-            NotFittedError: before ``fit``, ``partial_fit`` or ``load``.
-            DataError: if a class is unknown.
         """
         from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
 
@@ -407,9 +395,8 @@ class LPCAM(CAM):
     def load(self, path: str | Path) -> Self:
         """Read prototypes that :meth:`save` wrote.
 
-        Raises:
-            ArtefactError: if the file is missing or damaged.
-            PrototypeError: if they belong to another classifier.
+        Raises ArtefactError if the file is missing or damaged, and PrototypeError if they belong
+        to another classifier.
         """
         tensors, metadata = read_tensors(Path(path))
         source = self._find_source()

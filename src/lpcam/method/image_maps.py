@@ -119,11 +119,7 @@ class ImageMaps:
             lpcam=lpcam,
             ranking=tuple((names[n], float(scores[n])) for n in descending(scores)),
             notes=tuple(f"{name} has no prototypes, so its LPCAM is empty" for name in empty),
-            **{
-                "threshold": settings.threshold,
-                "cam_threshold": settings.cam_threshold,
-                **values,
-            },
+            **{"threshold": settings.threshold, "cam_threshold": settings.cam_threshold, **values},
         )
 
     def __repr__(self) -> str:
@@ -136,15 +132,11 @@ class ImageMaps:
         """(H, W) of the image."""
         return self.image.shape[0], self.image.shape[1]
 
-    def plane(self, name: str | None = None, method: MethodName = "LPCAM") -> NDArray[np.float32]:
-        """The map (H, W) of a class (None: of the highest score) at the size of the image."""
-        return self._plane(self._place(name), method)
-
     def overlay(
         self, name: str | None = None, *, method: MethodName = "LPCAM", opacity: float = 0.7
     ) -> NDArray[np.uint8]:
         """The map of a class (None: of the highest score) in colours over the image, (H, W, 3)."""
-        return overlay(self.image, self.plane(name, method), opacity=opacity)
+        return overlay(self.image, self._plane(self._place(name), method), opacity=opacity)
 
     def mask(
         self,
@@ -155,9 +147,8 @@ class ImageMaps:
     ) -> NDArray[np.uint8]:
         """Mask values, uint8 (H, W): the best class where its map is above the threshold, else 0.
 
-        Args:
-            threshold: None: that of the method.
-            classes: classes that compete for pixels; None: all that have maps.
+        The threshold is that of the method if none is given. Only the given ``classes`` compete for
+        pixels; None: all that have maps.
         """
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold
@@ -367,12 +358,7 @@ def resize_maps(
 
 
 def file_parts(classes: Sequence[str]) -> list[str]:
-    """Class names as parts of file names: without dots, and all different.
-
-    Example:
-        >>> file_parts(["cow", "a/b", "a.b"])
-        ['cow', 'a-b', 'a-b-2']
-    """
+    """Class names as parts of file names: without dots, and all different."""
     parts: list[str] = []
     for name in classes:
         part = re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "class"

@@ -29,15 +29,9 @@ Plane = NDArray[Any] | Tensor
 """A map or mask (H, W)."""
 
 
-class _Record:
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain numbers."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
-
-
 @dataclass(frozen=True)
-class Box(_Record):
-    """Tightest box around a connected component."""
+class Box:
+    """Tightest box around a connected component; ``as_dict`` gives its fields as plain numbers."""
 
     x0: int
     y0: int
@@ -50,14 +44,18 @@ class Box(_Record):
     area: int
     """Number of pixels of the component, not of the box."""
 
+    as_dict = asdict
+
 
 @dataclass(frozen=True)
-class Point(_Record):
-    """Pixel and value of a peak."""
+class Point:
+    """Pixel and value of a peak; ``as_dict`` gives its fields as plain numbers."""
 
     x: int
     y: int
     score: float
+
+    as_dict = asdict
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,16 @@ class Instance:
 
     def as_dict(self) -> dict[str, Any]:
         """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""
-        return {**self.box.as_dict(), "peak": self.peak.as_dict()}
+        return {**asdict(self.box), "peak": asdict(self.peak)}
 
 
 # -- Components --------------------------------------------------------------------------------
 
 
 def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[np.int32], int]:
-    """Connected components of a mask, whose foreground is not 0.
+    """Labels (H, W) of the connected components of a mask, whose foreground is not 0, and their K.
 
-    Returns:
-        int32 (H, W), 0 outside and 1..K inside, numbered by their first pixel in reading order; and
-        K.
+    Labels are 0 outside and 1..K inside, numbered by their first pixel in reading order.
 
     Example:
         >>> labels, count = components(np.array([[1, 0, 1], [0, 0, 1]]))
@@ -129,21 +125,19 @@ def boxes(
 ) -> list[Box]:
     """Tightest boxes of the connected components of a map, the largest component first.
 
+    Boxes of equal area are ordered from top to bottom and left to right.
+
     Args:
-        threshold: foreground is > threshold.
         score: maximum or mean of the map in a component.
         minimum_area: components with fewer pixels are dropped.
-
-    Returns:
-        Boxes by decreasing area, then from top to bottom and left to right.
 
     Example:
         >>> boxes(np.array([[0.9, 0.0, 0.4], [0.0, 0.0, 0.8]]), 0.3)[0]
         Box(x0=2, y0=0, x1=3, y1=2, score=0.8, area=2)
     """
     plane = _finite(values)
-    labels, count = components(plane > threshold, connectivity=connectivity)
-    return [box for box, _ in _boxes(plane, labels, count, score, minimum_area)]
+    found = components(plane > threshold, connectivity=connectivity)
+    return [box for box, _ in _boxes(plane, *found, score, minimum_area)]
 
 
 def _boxes(
@@ -179,7 +173,6 @@ def points(
     ones in reading order; a point closer than ``distance`` to a selected one is dropped.
 
     Args:
-        threshold: peaks are > threshold.
         distance: minimum Euclidean distance between two points, in pixels.
         most: maximum number of points; None: all.
 
@@ -239,11 +232,8 @@ def instances(
     pixel belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
     watershed: valleys between peaks are ignored, and a part of a component that is not convex may
     be in several pieces. A class map does not separate objects that touch. Other arguments are
-    those of :func:`boxes`.
-
-    Returns:
-        Instances by decreasing area. Their masks do not overlap; with ``minimum_area`` 1 they
-        cover the foreground.
+    those of :func:`boxes`. Instances are ordered by decreasing area. Their masks do not overlap;
+    with ``minimum_area`` 1 they cover the foreground.
 
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
@@ -277,10 +267,8 @@ def polygons(mask: Plane) -> list[NDArray[np.float64]]:
     A ring lists the corners at which a closed line turns; the first is not repeated. Rings around
     foreground have a positive shoelace area (clockwise on the screen), rings around holes a
     negative one; the areas sum to the number of pixels. Filling all rings by the even-odd or
-    non-zero rule gives the mask. Pixels that only touch at a corner are in different rings.
-
-    Returns:
-        Rings (K, 2) float64 of x and y, in the reading order of their first corners.
+    non-zero rule gives the mask. Pixels that only touch at a corner are in different rings. Rings
+    are (K, 2) of x and y, in the reading order of their first corners.
 
     Example:
         >>> polygons(np.array([[0, 1, 1]]))[0].tolist()
@@ -326,9 +314,6 @@ def _ring(first: tuple[int, int], leaving: dict[tuple[int, int], list[int]]) -> 
     if direction != beginning:
         corners.insert(0, first)
     return np.array(corners, dtype=np.float64).reshape(-1, 2)
-
-
-# -- Inputs ------------------------------------------------------------------------------------
 
 
 def _plane(values: Plane) -> NDArray[Any]:

@@ -8,8 +8,9 @@ while it is processed, and nothing of it is kept.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -128,14 +129,8 @@ def application(
         "heat": HEAT.astype(int).tolist(),
     }
 
-    def static(content: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-        async def answer(_request: Request) -> Response:
-            return Response(content, media_type=f"text/{kind}")
-
-        return answer
-
-    async def describe(_request: Request) -> Response:
-        return JSONResponse(about)
+    def static(content: str, kind: str) -> Callable[[Request], Response]:
+        return lambda _request: Response(content, media_type=kind)
 
     async def maps(request: Request) -> Response:
         def work(data: bytes) -> bytes:
@@ -166,10 +161,10 @@ def application(
     script = page_file("shared.js") + page_file("serve.js")
     app = Starlette(
         routes=[
-            Route("/", static(page, "html")),
-            Route("/page.css", static(page_file("page.css"), "css")),
-            Route("/page.js", static(script, "javascript")),
-            Route("/about", describe),
+            Route("/", static(page, "text/html")),
+            Route("/page.css", static(page_file("page.css"), "text/css")),
+            Route("/page.js", static(script, "text/javascript")),
+            Route("/about", static(json.dumps(about), "application/json")),
             Route("/maps", maps, methods=["POST"]),
             Route("/mask", mask, methods=["POST"]),
         ],
@@ -188,9 +183,8 @@ class _OnlyOwnPage:
         self.origins = {f"http://{host}" for host in self.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":  # no route takes it
             await self.app(scope, receive, send)
-        if scope["type"] != "http":
             return
 
         async def send_closed(message: Message) -> None:
@@ -199,28 +193,22 @@ class _OnlyOwnPage:
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        refusal = self._refusal(scope)
-        if refusal is None:
-            await self.app(scope, receive, send_closed)
-            return
-        from starlette.responses import JSONResponse  # noqa: PLC0415 - an extra
+        await (self._refusal(scope) or self.app)(scope, receive, send_closed)
 
-        status, reason = refusal
-        await JSONResponse({"error": reason}, status)(scope, receive, send_closed)
-
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope) -> Response | None:
         from starlette.datastructures import Headers  # noqa: PLC0415 - an extra
+        from starlette.responses import JSONResponse  # noqa: PLC0415
 
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return 421, f"this page answers only as {min(self.origins)}"
+            return JSONResponse({"error": f"this page answers only as {min(self.origins)}"}, 421)
         if scope["method"] in ("GET", "HEAD"):
             return None
         # Programs on this machine send neither; browsers send what a page cannot change.
         origins, sites = set(headers.getlist("origin")), set(headers.getlist("sec-fetch-site"))
         if not origins <= self.origins or not sites <= {"same-origin"}:
-            return 403, "only the page itself may send photographs"
+            return JSONResponse({"error": "only the page itself may send photographs"}, 403)
         return None
 
 
