@@ -227,11 +227,6 @@ def build_irn(spec: BackboneSpec, *, displacement: bool = True, seed: int = 0, *
 
     Raises:
         ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
-
-    Example:
-        >>> network = build_irn(BackboneSpec("test_resnet", {}), weights="random")
-        >>> network(torch.zeros(1, 3, 64, 96))[0].shape
-        torch.Size([1, 16, 24])
     """
     classifier = build(spec, NO_CLASSES, seed=seed, **first)
     return Irn(Pyramid(classifier), displacement=displacement, seed=seed)

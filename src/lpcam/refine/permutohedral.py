@@ -199,11 +199,6 @@ def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> Filter:
 
     Each part is a lattice over the same P points and its factors (P,) before and after. K is
     approximately exp(-|f_i - f_j|^2 / 2), up to a factor near 1.
-
-    Example:
-        >>> lattice = permutohedral_lattice(torch.tensor([[0.0, 50.0]]))
-        >>> join([(lattice, torch.ones(2), torch.ones(2))])(torch.ones(2, 1)).shape
-        torch.Size([2, 1])
     """
     directions = max(len(lattice.blur) for lattice, *_ in parts)
     members, begins, splat_weights, vertices, weights = [], [], [], [], []

@@ -160,11 +160,6 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     A cell has the class k + 1 that is best where the background is favoured: ``low``. It is
     background, 0, where that is best although it is not favoured: ``high``. Otherwise, and beyond
     the image, it is unknown, 255.
-
-    Example:
-        >>> low, high = torch.tensor([[0.1, 0.9, 0.6]]), torch.tensor([[0.1, 0.9, 0.3]])
-        >>> label_pairs(torch.stack([low, 1 - low]), torch.stack([high, 1 - high])).tolist()
-        [[1, 0, 255]]
     """
     foreground, background = low.argmax(0), high.argmax(0) == 0
     labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)

@@ -70,11 +70,6 @@ def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings
 
     Raises:
         DataError: if shapes or dtypes do not fit, or a score is not finite.
-
-    Example:
-        >>> scores, saliency = torch.tensor([[[0.97, 0.1]]]), torch.tensor([[0, 255]]).byte()
-        >>> saliency_labels(scores, saliency, SaliencySettings.from_preset("edam")).tolist()
-        [[1, 0]]
     """
     if scores.ndim != 3 or not scores.is_floating_point() or not bool(scores.isfinite().all()):
         raise DataError(

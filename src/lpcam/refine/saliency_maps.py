@@ -203,7 +203,7 @@ def saliency(image: Tensor) -> Tensor:
     distance = np.stack([barrier_distance(channel) for channel in channels]).sum(0)
     top = distance.max()
     if top <= 0.0:
-        return torch.zeros((height, width), dtype=torch.uint8, device=image.device)
+        return torch.zeros_like(image[..., 0])
     scaled = Image.fromarray((distance / top).astype(np.float32))
     large = scaled.resize((width, height), Image.Resampling.BILINEAR)
     values = np.array(large, dtype=np.float64)

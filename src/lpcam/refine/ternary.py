@@ -38,10 +38,6 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
 
     A pixel has the class that the high threshold gives it. It is background where both say so, and
     ignored (255) where only the low one gives a class.
-
-    Example:
-        >>> ternary(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 2]])).tolist()
-        [[0, 1, 255]]
     """
     return foreground.masked_fill((foreground == 0) & (background != 0), IGNORE)
 
