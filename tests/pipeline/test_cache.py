@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
-from faults.fault_test import environment
 
 from lpcam.pipeline.cache import RECORD, Result, locked
 from lpcam.runtime.errors import ArtefactError
@@ -142,25 +140,22 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lock_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from lpcam.pipeline.cache import locked\n"
-        f"with locked(Path({str(tmp_path)!r})):\n"
-        "    print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(),
-    )
+    here, there = multiprocessing.Pipe()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            there.send("held")
+            there.recv()
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
+        assert here.recv() == "held"
         with pytest.raises(ArtefactError, match="another run"), locked(tmp_path):
             pass
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     with locked(tmp_path):
         pass
 

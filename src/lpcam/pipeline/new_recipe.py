@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import yaml
 
@@ -45,7 +45,7 @@ classifier:
 lpcam:
   # A set of values for prototypes and maps: {presets}.
   # Any value of it can be replaced by naming it here, e.g. "clusters: 20".
-  preset: {preset}
+  preset: frozen
 
 seeds:
   # Pixels whose map value is above the threshold are foreground; null takes the preset's.
@@ -60,28 +60,17 @@ run:
 
 
 def write_recipe(
-    source: Path,
-    backbone: str,
-    weights: str,
-    preset: str = "frozen",
-    *,
-    kind: str | None = None,
-    lists: Sequence[str] | None = None,
-    labels: Path | Literal["folders"] | None = None,
-    masks: Path | None = None,
-    classes: Sequence[str] | None = None,
+    source: Path, backbone: str, weights: str, *, kind: str | None = None, **reading: Any
 ) -> tuple[Path, str]:
     """Check every image of a data set and write ``recipe.yaml`` beside it.
 
     Args:
-        source: a folder that holds images and labels, or a COCO JSON file, as
-            :func:`lpcam.data.open_dataset.open_dataset` opens them.
+        source: a folder that holds images and labels, or a COCO JSON file.
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
-        kind, lists, labels, masks, classes: as of
-            :func:`lpcam.data.open_dataset.open_dataset`; given values are written
-            to the recipe. The run uses the first list and tests on the last; without ``lists`` it
-            uses lists named like ``train`` and ``val``, if any.
+        kind, reading: as in :func:`lpcam.data.open_dataset.open_dataset`; given values are
+            written to the recipe. The run uses the first list and tests on the last; without
+            ``lists`` it uses lists named like ``train`` and ``val``, if any.
 
     Returns:
         the recipe's path, and a summary of what was found, in words.
@@ -90,14 +79,13 @@ def write_recipe(
         DataError: if the folder cannot be used, or has a recipe already.
         ClassifierError: if timm does not know the backbone, or the weights file is missing.
     """
-
     folder = source.parent if source.is_file() else source
     path = folder / "recipe.yaml"
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
     kind = kind or kind_of(source)
     reader = READERS[kind]
-    opened = open_dataset(source, kind, lists=lists, labels=labels, masks=masks, classes=classes)
+    opened = open_dataset(source, kind, **reading)
     dataset, truth = opened.dataset, opened.true_masks
     check_backbone(backbone)
     if weights.endswith(".safetensors"):
@@ -114,7 +102,7 @@ def write_recipe(
         raise DataError(
             f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"
         ) from error
-    chosen = _lists(reader, dataset, lists)
+    chosen = _lists(reader, dataset, reading.get("lists"))
     learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
     shown = {index for item in learnt for index in item.labels}
     if not shown:
@@ -126,7 +114,7 @@ def write_recipe(
         kind=kind,
         kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
-        own=_own(folder, labels, masks),
+        own=_own(folder, {key: reading.get(key) for key in ("labels", "masks")}),
         lists=_lists_line(chosen),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
@@ -134,7 +122,6 @@ def write_recipe(
         backbone=_flow(backbone),
         stride=16 if _has_output_stride(backbone) else "null",
         weights=_flow(weights),
-        preset=preset,
         presets=", ".join(LpcamSettings.preset_names()),
     )
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
@@ -143,16 +130,15 @@ def write_recipe(
     return path, _summary(dataset, learnt, chosen, masked)
 
 
-def _own(folder: Path, labels: Path | Literal["folders"] | None, masks: Path | None) -> str:
+def _own(folder: Path, places: Mapping[str, Path | str | None]) -> str:
     """Lines for labels and masks that lie elsewhere than usual; paths as the recipe takes them."""
     lines = ""
-    for key, value in (("labels", labels), ("masks", masks)):
+    for key, value in places.items():
+        text = value
         if isinstance(value, Path):
             path, base = value.expanduser().absolute(), folder.absolute()
             text = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-            lines += f"  {key}: {_flow(text)}\n"
-        elif value is not None:
-            lines += f"  {key}: {value}\n"
+        lines += "" if text is None else f"  {key}: {_flow(text)}\n"
     return lines
 
 
@@ -182,10 +168,8 @@ def _lists_line(chosen: tuple[str, str] | None) -> str:
 
 
 def _flow(value: object) -> str:
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=10**6
-    ).removesuffix("\n...\n")
-    return text.strip()
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return str(text).removesuffix("\n...\n").strip()
 
 
 def _has_output_stride(backbone: str) -> bool:
