@@ -64,15 +64,6 @@ def test_the_page_holds_the_figures(values: Values, collected: list[Any]) -> Non
             assert all(len(p["patches"]) <= 2 for p in side["prototypes"])
 
 
-def test_a_second_run_makes_nothing(values: Values) -> None:
-    go(values)
-    before = times(Path(values["run"]["folder"]))
-    page = Path(values["run"]["folder"], "report.html").stat().st_mtime_ns
-    go(values)
-    assert times(Path(values["run"]["folder"])) == before
-    assert Path(values["run"]["folder"], "report.html").stat().st_mtime_ns == page
-
-
 def test_made_again_from_another_folder(
     values: Values,
     tmp_path: Path,

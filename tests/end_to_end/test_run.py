@@ -343,11 +343,8 @@ def test_a_change_remakes_what_depends_on_it(
         assert digests(folder)["lpcam/i00.npz"] != old["lpcam/i00.npz"]
 
 
-@pytest.mark.parametrize(("path", "value"), [("lpcam.tau", 0.3), ("maps.dtype", "float16")])
-def test_a_changed_run_equals_a_fresh_one(
-    values: Values, base: Values, tmp_path: Path, path: str, value: Any
-) -> None:
-    changed = with_change(values, path, value)
+def test_a_changed_run_equals_a_fresh_one(values: Values, base: Values, tmp_path: Path) -> None:
+    changed = with_change(with_change(values, "lpcam.tau", 0.3), "maps.dtype", "float16")
     fresh = elsewhere(changed, tmp_path / "fresh")
     go(changed)
     go(fresh)
@@ -526,7 +523,7 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("method", "every", "after"),
-    [("probe", 7, True), ("probe", 11, False), ("probe", 4, True), ("finetune", 5, True)],
+    [("probe", 11, False), ("probe", 4, True), ("finetune", 5, True)],
 )
 def test_a_run_that_is_stopped_again_and_again(
     base: Values,
