@@ -9,7 +9,6 @@ from lpcam.data.dataset import Dataset
 from lpcam.data.reader import ListName, Request
 from lpcam.pipeline.recipe import Recipe
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.progress import progress
 
 LISTS: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
 """The lists that every run needs."""
@@ -41,19 +40,17 @@ def read_dataset(
         names.add(data.lists.validate_)
     unlabelled = {data.list_of(s) for s in lists if s in SEGMENT_LISTS}
     unlabelled -= {data.list_of(s) for s in lists if s in LISTS}
-    with progress("reading labels", 1) as advance:
-        opened = data.reader.open(
-            Request(
-                root=data.root,
-                lists=sorted(names),
-                unlabelled=frozenset(unlabelled),
-                labels=data.labels,
-                masks=data.masks,
-                classes=data.classes,
-                settings=data.settings,
-            )
+    opened = data.reader.open(
+        Request(
+            root=data.root,
+            lists=sorted(names),
+            unlabelled=frozenset(unlabelled),
+            labels=data.labels,
+            masks=data.masks,
+            classes=data.classes,
+            settings=data.settings,
         )
-        advance(1, "")
+    )
     dataset = opened.dataset
     if opened.paint is not None and painted is not None and data.masks is None:
         scored: list[ListName] = [s for s in ("evaluate", "test") if s in lists]
@@ -63,17 +60,15 @@ def read_dataset(
         dataset = opened.paint(painted, ids, workers)
     for name in sorted(names):
         dataset.select(name)
+    maps = data.list_of("maps")
     for stage in ("evaluate", "segment"):
-        if stage in lists and "maps" in lists:
-            _refuse_outside(recipe, dataset, stage)
+        if stage not in lists or "maps" not in lists:
+            continue
+        own = data.list_of(stage)
+        if outside := {*dataset.lists[own]} - {*dataset.lists[maps]}:
+            raise DataError(
+                f"{len(outside)} images of the list {own!r} ({stage}) are not in the list that "
+                f"gets maps ({maps!r}), e.g. {min(outside)!r}; set data.lists.maps to a list with "
+                "them"
+            )
     return dataset
-
-
-def _refuse_outside(recipe: Recipe, dataset: Dataset, stage: ListName) -> None:
-    own, maps = recipe.data.list_of(stage), recipe.data.list_of("maps")
-    outside = set(dataset.lists[own]) - set(dataset.lists[maps])
-    if outside:
-        raise DataError(
-            f"{len(outside)} images of the list {own!r} ({stage}) are not in the list that gets "
-            f"maps ({maps!r}), e.g. {min(outside)!r}; set data.lists.maps to a list with them"
-        )
