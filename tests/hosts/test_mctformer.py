@@ -143,9 +143,15 @@ def test_optimiser_of_the_specification(
 
     monkeypatch.setattr(engine, "run", run)
     data, settings = HostData(items[:count], [], [], CLASSES), changed(batch_size=4)
-    groups = HOST.train(fresh(), data, settings, seed=0, folder=Path())
+    network = fresh()
+    groups = HOST.train(network, data, settings, seed=0, folder=Path())
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
     assert all(group["betas"] == (0.9, 0.999) for group in groups)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decay, none = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decay
+    assert {"cls_token", "pos_embed", "head.bias", "blocks.2.norm1.weight"} <= none
+    assert set(names.values()) - decay - none == {"norm.weight", "norm.bias"}
 
 
 @torch.no_grad()

@@ -170,28 +170,6 @@ def test_constant_response_is_patch_cam_of_equal_neighbours() -> None:
     torch.testing.assert_close(weight @ feature + bias, same)
 
 
-def test_weight_decay_is_of_matrices_alone() -> None:
-    network = fresh()
-    decay, none = ({id(p) for p in group} for group in network.parameter_groups())
-    named = dict(network.named_parameters())
-    assert {n for n, p in named.items() if id(p) in decay} >= {
-        "head.weight",
-        "patch_embed.proj.weight",
-        "blocks.0.attn.qkv.weight",
-    }
-    assert {n for n, p in named.items() if id(p) in none} >= {
-        "cls_token",
-        "pos_embed",
-        "head.bias",
-        "blocks.3.norm1.weight",
-        "blocks.3.mlp.fc1.bias",
-    }
-    assert {n for n, p in named.items() if id(p) not in decay | none} == {
-        "norm.weight",
-        "norm.bias",
-    }
-
-
 def test_class_token_and_its_position_are_copied(tmp_path: Path) -> None:
     state = vit_state()
     save_file(state, tmp_path / "vit.safetensors")

@@ -17,7 +17,6 @@ from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.data.drawing import overlay_mask
 from lpcam.data.masks import read_index_mask
-from lpcam.runtime.errors import ArtefactError
 from lpcam.segmentation import folders as files
 from lpcam.segmentation import inference as predict
 from lpcam.segmentation.folders import INDEX, segment_files
@@ -222,16 +221,6 @@ def test_outputs_of_an_image_that_is_broken_now_go(folder: Path, tmp_path: Path)
     assert set(json.loads((output / INDEX).read_text())["images"]) == {"b", "barn/c"}
 
 
-@pytest.mark.parametrize("name", ["masks/a.png", "probabilities/a.npz"])
-def test_foreign_files_are_never_replaced(folder: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "out" / name).parent.mkdir(parents=True)
-    (tmp_path / "out" / name).write_bytes(b"mine")
-    before = tree(tmp_path / "out")
-    with pytest.raises(ArtefactError, match=r"a\.\w+ is there already and was not written by an e"):
-        segment_files(Nearest(), [folder], tmp_path / "out", SETTINGS)
-    assert tree(tmp_path / "out") == before
-
-
 def test_after_a_stop_the_same_call_finishes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,12 +254,3 @@ def test_probabilities_are_stored_in_255_steps(tmp_path: Path) -> None:
     values = stored["probabilities"]
     assert values.dtype == np.uint8 and values[:, 0, 0].tolist() == [0, 255, 0, 0]
     assert np.abs(values / 255 - scores.numpy()).max() <= 1 / 510 + 1e-6
-
-
-def test_probabilities_of_a_folder(folder: Path, tmp_path: Path) -> None:
-    result = segment_files(Nearest(), [folder], tmp_path / "out", SETTINGS, probabilities=True)
-    for one in result.found:
-        stored = np.load(tmp_path / "out" / one["files"]["probabilities"])["probabilities"] / 255
-        image = colours_of(folder / f"{one['image']}.png")
-        scores = predict.probabilities(Nearest(), image, SETTINGS)
-        assert np.abs(stored - scores.numpy()).max() <= 1 / 510 + 1e-6

@@ -16,7 +16,7 @@ from torch import nn
 from lpcam.data.dataset import IGNORE, Item
 from lpcam.data.folder import read_folder
 from lpcam.runtime.distributed import Processes
-from lpcam.runtime.errors import ArtefactError, ClassifierError
+from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.files import read_tensors
 from lpcam.segmentation import training as train
 from lpcam.segmentation.networks.base import SegmenterSpec
@@ -110,7 +110,7 @@ def test_training_learns_the_boxes(
     fresh: Callable[[], Segmenter], pairs: Pairs, tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(
-        update={"iterations": 60, "learning_rate": 5e-3, "pyramid": (), "accumulation": 1}
+        update={"iterations": 45, "learning_rate": 5e-3, "pyramid": (), "accumulation": 1}
     )
     segmenter = fresh()
     items = [item for item, _ in pairs]
@@ -119,11 +119,11 @@ def test_training_learns_the_boxes(
     history = train.train_segmenter(
         segmenter, pairs, settings, seed=0, folder=tmp_path, validation=validation
     )
-    assert [record["step"] for record in history] == list(range(1, 61))
+    assert [record["step"] for record in history] == list(range(1, 46))
     losses = [record["loss"] for record in history]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
     measured = {r["step"]: r["validation_miou"] for r in history if "validation_miou" in r}
-    assert list(measured) == [20, 40, 60]
+    assert list(measured) == [15, 30, 45]
     assert max(measured.values()) > before + 0.1
     best = Segmenter.load(tmp_path / "best.safetensors")
     assert train.validate(best, validation) == pytest.approx(max(measured.values()))
@@ -131,8 +131,7 @@ def test_training_learns_the_boxes(
     assert measured[made_by["step"]] == made_by["validation_miou"] == max(measured.values())
 
 
-@pytest.mark.parametrize("stopped_at", [1, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(1, "sgd"), (3, "adamw")])
 def test_going_on_gives_the_same_bytes(
     fresh: Callable[[], Segmenter],
     pairs: Pairs,
@@ -250,14 +249,11 @@ def test_images_without_a_pixel_that_counts(
     fresh: Callable[[], Segmenter], pairs: Pairs, tmp_path: Path
 ) -> None:
     """They take no part in a step, and nothing becomes NaN."""
-    path = tmp_path / "void.png"
-    pairs = pairs[:4]
     void = []
-    for number, (item, mask) in enumerate(pairs):
+    for item, mask in pairs[:4]:
         size = np.asarray(Image.open(mask)).shape
-        path = tmp_path / f"{number}.png"
-        Image.fromarray(np.full(size, IGNORE, np.uint8)).save(path)
-        void.append((item, path))
+        void.append((item, tmp_path / mask.name))
+        Image.fromarray(np.full(size, IGNORE, np.uint8)).save(void[-1][1])
     settings = SETTINGS.model_copy(update={"weight_decay": 0.0, "iterations": 2})
     segmenter = fresh()
     history = train.train_segmenter(segmenter, void, settings, seed=0, folder=tmp_path / "run")
@@ -270,12 +266,3 @@ def test_bad_input(fresh: Callable[[], Segmenter], pairs: Pairs, tmp_path: Path)
     wild = SETTINGS.model_copy(update={"learning_rate": 1e9, "iterations": 20})
     with pytest.raises(ClassifierError, match=r"lower segment.training.learning_rate"):
         train.train_segmenter(fresh(), pairs, wild, seed=0, folder=tmp_path / "wild")
-    short = SETTINGS.model_copy(update={"iterations": 1})
-    train.train_segmenter(fresh(), pairs, short, seed=0, folder=tmp_path / "run")
-    other = build_segmenter(
-        SegmenterSpec("deeplabv2", "test_efficientnet", {}),
-        fresh().classes,
-        weights="random",
-    )
-    with pytest.raises(ArtefactError, match=r"^the checkpoint .* does not fit .*; delete it"):
-        train.train_segmenter(other, pairs, short, seed=0, folder=tmp_path / "run")

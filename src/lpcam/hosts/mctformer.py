@@ -27,7 +27,7 @@ from numpy.random import seed as seed_numpy
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.transforms_factory import create_transform
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Preprocessing
 from lpcam.classifiers.finetuning import validation_map
@@ -293,7 +293,11 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         batch = min(settings.batch_size, len(data.images))
         an_epoch = len(data.images) // batch  # an incomplete last batch is dropped
         rate = settings.learning_rate
-        decay, none = network.parameter_groups()
+        decay: list[nn.Parameter] = []
+        none: list[nn.Parameter] = []
+        for parameter in filter(lambda p: p.requires_grad, network.parameters()):
+            special = parameter is network.cls_token or parameter is network.pos_embed
+            (none if special or parameter.ndim < 2 else decay).append(parameter)
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": settings.weight_decay},
             {"params": none, "weight_decay": 0.0},

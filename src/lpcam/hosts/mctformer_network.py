@@ -209,14 +209,8 @@ class Mctformer(SavedNetwork):
     PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept,
     because files of weights have it, but never applied.
 
-    Args:
-        spec: the architecture.
-        classes: the N names, in label order.
-        preprocessing: of RGB; None: the stem's, or that of timm's pretrained cfg.
-        stem_weights: weights of the stem, if the architecture has one.
-
-    Raises:
-        ClassifierError: if the transformer is of another kind.
+    ``preprocessing`` is the stem's, or that of timm's pretrained cfg, if None is given.
+    ClassifierError if the transformer is of another kind.
     """
 
     kind = "mctformer"
@@ -317,16 +311,6 @@ class Mctformer(SavedNetwork):
         pooled = None if patch_cam is None else ranked_pooling(patch_cam, decay)
         return Scores(own.mean(-1), pooled, own)
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trained parameters with weight decay, and those without (section 2)."""
-        decay: list[nn.Parameter] = []
-        none: list[nn.Parameter] = []
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                special = parameter is self.cls_token or parameter is self.pos_embed
-                (none if special or parameter.ndim < 2 else decay).append(parameter)
-        return decay, none
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
         preprocessing = Preprocessing(
@@ -393,21 +377,16 @@ def build_mctformer(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Mctformer:
-    """Build MCTformer on a vision transformer of timm (section 1).
+    """Build MCTformer on a vision transformer of timm (section 1); see :meth:`Host.build`.
 
     The class token of a DeiT or ViT checkpoint and its position are copied for every class; the
     positions of patches are resized (bicubic) if the checkpoint has another grid.
 
     Args:
-        backbone: timm's name, such as ``deit_small_patch16_224``, and arguments of timm, such as
-            ``depth``; and ``stem``, timm's name of a convolutional backbone that makes the patch
-            tokens, with its ``stem_arguments``.
-        settings: ``version``, ``crop``, which determines the grid of the positions, ``drop_path``,
-            ``pooling`` and ``ranking_decay`` are used.
-        weights: ``"pretrained"`` (timm's), ``"random"``, or the path of a safetensors file: of the
-            transformer, or of a whole MCTformer with these classes. With a stem they are the
-            stem's, and the transformer is random.
-        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        backbone: its arguments are timm's, such as ``depth``; and ``stem``, timm's name of a
+            convolutional backbone that makes the patch tokens, with its ``stem_arguments``.
+        weights: ``"pretrained"``, ``"random"``, or a safetensors file of the transformer or of a
+            whole MCTformer. With a stem they are the stem's, and the transformer is random.
 
     Raises:
         ClassifierError: if timm cannot make the transformer, it is of another kind, or the weights

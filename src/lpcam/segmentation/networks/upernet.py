@@ -216,29 +216,23 @@ def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]
     )
 
 
-_PUBLISHED = (  # names of files on the hub, to those that transformers has now
+_RENAMED = (
+    # names of files on the hub, to those that transformers has now
     (r"attention\.self\.query\.", "attention.q_proj."),
     (r"attention\.self\.key\.", "attention.k_proj."),
     (r"attention\.self\.value\.", "attention.v_proj."),
-    (
-        r"attention\.self\.relative_position_bias_table$",
-        "attention.relative_position_bias.relative_position_bias_table",
-    ),
     (r"attention\.output\.dense\.", "attention.o_proj."),
     (r"intermediate\.dense\.", "mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-)
-_OFFICIAL = (  # names of the official program and of timm, to those that transformers has now
+    # names of the official program and of timm
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^patch_embed\.norm\.", "embeddings.norm."),
     (r"^layers\.", "encoder.layers."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
     (r"\.attn\.proj\.", ".attention.o_proj."),
-    (
-        r"\.attn\.relative_position_bias_table$",
-        ".attention.relative_position_bias.relative_position_bias_table",
-    ),
+    # names of both
+    (r"\.(attn|attention\.self)\.(relative_position_bias)_table$", r".attention.\2.\2_table"),
 )
 _LEFT_OUT = re.compile(
     # indices and masks that follow from the architecture, pooled features' norm, classifiers
@@ -268,9 +262,9 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 lambda match: f"layers.{int(match[1]) - 1}.downsample.",
                 name,
             )
-        for pattern, replacement in _OFFICIAL if official else _PUBLISHED:
+        for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
-        if official and ".attn.qkv." in name:
+        if ".attn.qkv." in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 found[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
         else:
@@ -289,8 +283,7 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
             f"the weights {checkpoint!r} cannot be loaded: {error}. Without a network, give "
             "weights as the path of a safetensors file"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers has drawn them at random
+    if missing := sorted(report["missing_keys"]):  # transformers has drawn them at random
         raise ClassifierError(
             f"the weights {checkpoint!r} are not of a Swin: {missing[0]!r} is missing "
             f"({len(missing)} such)"
