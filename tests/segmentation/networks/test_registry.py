@@ -20,7 +20,7 @@ SPECS = {
     "deeplabv2": SegmenterSpec(
         "deeplabv2", "resnet101_caffe", {"blocks": [1, 1, 1, 1], "width": 2}
     ),
-    "timm": SegmenterSpec("deeplabv2", "test_resnet", {}, 16),
+    "timm": SegmenterSpec("deeplabv2", "test_resnet", {"zero_init_last": False}, 16),
     "wideresnet38": SegmenterSpec(
         "wideresnet38",
         "wideresnet38",
