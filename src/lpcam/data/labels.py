@@ -79,13 +79,15 @@ def read_labels(path: Path) -> LabelTable:
 
 def how_to_write(path: Path) -> str:
     """Error text that describes the form of a table of labels, by its extension."""
-    form = (
-        "whose first line is 'image,labels' and then has one line an image, several labels "
-        "separated by ';', for example: cow_1.jpg,cow;grass"
-    )
     if path.suffix.lower() == ".jsonl":
-        form = 'with one JSON object a line: {"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
-    return f"{path.name} must be UTF-8 text {form}"
+        return (
+            f"{path.name} must be UTF-8 text with one JSON object a line, for example: "
+            '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
+        )
+    return (
+        f"{path.name} must be UTF-8 text whose first line is 'image,labels' and then has one line "
+        "an image, several labels separated by ';', for example: cow_1.jpg,cow;grass"
+    )
 
 
 def normal_name(text: str) -> str:
