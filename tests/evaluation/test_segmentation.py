@@ -149,13 +149,6 @@ def test_sweep_equals_a_recount_of_the_seeds_at_every_threshold(dtype: torch.dty
         assert torch.equal(matrix, expected), threshold
 
 
-def test_order_of_images_and_planes_does_not_count() -> None:
-    generator = torch.Generator().manual_seed(1)
-    data = [(t, m + torch.rand(m.shape, generator=generator) / 1000, k) for t, m, k in images()]
-    turned = [(truth, maps.flip(0), keys.flip(0)) for truth, maps, keys in reversed(data)]
-    assert torch.equal(run_sweep(data).histogram, run_sweep(turned).histogram)
-
-
 def test_best_threshold_by_hand() -> None:
     sweep = ThresholdSweep(1, thresholds=(0.1, 0.2, 0.3, 0.4, 0.5))
     truth = torch.tensor([[0, 0, 1, 1, IGNORE]])

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import BaseModel, ValidationError
 
 from lpcam.data.dataset import safe_id
 from lpcam.runtime.errors import DataError
@@ -46,6 +47,11 @@ class LabelTable:
     rows: tuple[LabelRow, ...]
     classes: tuple[str, ...] | None = None
     """The columns of a multi-hot table, in order; None where only the rows name classes."""
+
+
+class _Entry(BaseModel):
+    image: str
+    labels: list[str]
 
 
 def read_labels(path: Path) -> LabelTable:
@@ -193,21 +199,12 @@ def _read_jsonl(path: Path, text: str, how: str) -> LabelTable:
             continue
         where = f"{path} line {number}"
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON ({error}); {how}") from error
-        known: dict[str, Any] = entry if isinstance(entry, dict) else {}
-        image, labels = known.get("image"), known.get("labels")
-        if not isinstance(labels, list) or not all(map(_is_text, (image, *labels))):
+            entry = _Entry.model_validate_json(line)
+        except ValidationError as error:
             raise DataError(
-                f"{where} reads {line.strip()[:120]!r}; expected an object with a text 'image' and "
-                f"a list of texts 'labels'; {how}"
-            )
-        names = tuple(filter(None, map(normal_name, labels)))
-        rows.append(LabelRow(number, image_name(str(image), where), names))
+                f"{where} is not JSON with a text 'image' and a list of texts 'labels' "
+                f"({error.errors()[0]['msg']}): {line.strip()[:120]!r}; {how}"
+            ) from error
+        names = tuple(filter(None, map(normal_name, entry.labels)))
+        rows.append(LabelRow(number, image_name(entry.image, where), names))
     return LabelTable(path, tuple(rows))
-
-
-def _is_text(value: object) -> bool:
-    """Whether a JSON value is text that a file can hold, without half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= one <= "\udfff" for one in value)

@@ -190,14 +190,11 @@ def score_maps(
             if dataset.part_names:
                 row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
             rows.append(row)
-    return Evaluation(
-        rows,
-        {method: sweep.curves(names) for method, sweep in sweeps.items()},
-        {
-            method: [None if math.isnan(value) else value for value in one]
-            for method, one in zip(folders, image_scores.tolist(), strict=True)
-        },
-    )
+    curves = {method: sweep.curves(names) for method, sweep in sweeps.items()}
+    known = [
+        [None if math.isnan(value) else value for value in one] for one in image_scores.tolist()
+    ]
+    return Evaluation(rows, curves, dict(zip(folders, known, strict=True)))
 
 
 def _truth(item: Item, dataset: Dataset) -> Tensor:
