@@ -121,9 +121,6 @@ def times(folder: Path) -> dict[str, int]:
     }
 
 
-# -- Several processes, as threads ---------------------------------------------------------------
-
-
 class Meeting:
     """Where the threads that stand for the processes of a run exchange their tensors."""
 

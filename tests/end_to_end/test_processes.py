@@ -151,9 +151,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path
     return Runs(folder, values, notes)
 
 
-# -- Equal to one process ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["probe", "exact"])
 def test_a_probe_gives_the_same_bytes(runs: Runs, name: str) -> None:
     """Every file, recipe and figures too; prototypes of all features, and of a sample of them."""
@@ -230,9 +227,6 @@ def test_each_map_is_written_once(runs: Runs, name: str) -> None:
 def test_every_process_has_the_figures(runs: Runs) -> None:
     expected = json.loads((runs.alone("probe") / "metrics.json").read_text())["rows"]
     assert [note["rows of probe"] for note in runs.notes] == [expected, expected]
-
-
-# -- Errors --------------------------------------------------------------------------------------
 
 
 def test_another_command_is_refused_while_two_processes_work(runs: Runs) -> None:

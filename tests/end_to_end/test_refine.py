@@ -311,9 +311,6 @@ def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
     assert times(tmp_path / "run") == before
 
 
-# -- Maps of other programs ---------------------------------------------------------------------
-
-
 def test_given_maps(
     plain: Values,
     tmp_path: Path,

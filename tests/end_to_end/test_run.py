@@ -106,9 +106,6 @@ def must_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lpcam.data.validation.digest_file", fail)
 
 
-# -- What a run leaves --------------------------------------------------------------------------
-
-
 def test_files_of_a_run(base: Values) -> None:
     folder = Path(base["run"]["folder"])
     found = set(digests(folder))
@@ -286,9 +283,6 @@ def test_an_image_without_labels_has_no_map_and_an_empty_seed(base: Values) -> N
         assert not np.array(seed).any()
 
 
-# -- What is done again, and what is not --------------------------------------------------------
-
-
 def test_an_unchanged_run_does_nothing(base: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     before = times(Path(base["run"]["folder"]))
     rows = metrics(base)["rows"]
@@ -408,9 +402,6 @@ def test_a_changed_mask_remakes_the_evaluation_alone(own: Values) -> None:
     check_rows(own, {name: number for number, name in enumerate(COLOURS, start=1)})
 
 
-# -- Seeds --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("memory", "share", "threads"), [(None, 0.5, 3), (0.001, 0.5, 1), (0.0005, 0.0, 1)]
 )
@@ -428,9 +419,6 @@ def test_a_seed_gives_the_same_bytes(
     again = elsewhere(base, tmp_path / "again")
     go(with_change(with_change(again, "run.memory", memory), "run.threads", threads))
     assert results(again) == results(base)
-
-
-# -- Batches and precision ----------------------------------------------------------------------
 
 
 def test_batches_give_the_maps_of_single_images(
@@ -466,9 +454,6 @@ def test_batches_give_the_maps_of_single_images(
                 assert np.abs(a - b).max(initial=0) < 1.5 / 255  # one step of a map
 
 
-# -- Memory -------------------------------------------------------------------------------------
-
-
 def test_a_sample_that_cannot_fit_is_refused_before_any_work(base: Values, tmp_path: Path) -> None:
     values = elsewhere(base, tmp_path / "run")
     large = with_change(with_change(values, "lpcam.max_features", 10_000_000), "run.memory", 1.0)
@@ -497,9 +482,6 @@ def test_what_processes_share(
     sharing = Context(recipe, "", Processes(0, 5, 1), None, stages=["evaluate"]).sharing
     assert sorted(Counter(sharing.owner.values()).values()) == [2, 2, 2, 3, 3]
     assert len(sharing.owner) == len(sharing.sizes) == 12
-
-
-# -- Stops --------------------------------------------------------------------------------------
 
 
 class Stop:
@@ -598,9 +580,6 @@ def test_stages_one_by_one(base: Values, tmp_path: Path) -> None:
     assert results(values) == results(base)
 
 
-# -- Lists, methods, kinds of data --------------------------------------------------------------
-
-
 def test_each_stage_works_on_its_own_list(base: Values, tmp_path: Path, weights: Path) -> None:
     root = draw_folder(tmp_path / "boxes")
     (root / "lists").mkdir()
@@ -645,9 +624,6 @@ def test_a_folder_without_masks_gives_seeds_and_no_rows(weights: Path, tmp_path:
     assert len(list((tmp_path / "run" / "seeds").glob("*.png"))) == 12
     with Image.open(tmp_path / "run" / "sheet.png") as picture:
         assert picture.width == 4 * 208 + 8  # no column of truth
-
-
-# -- Bad input ----------------------------------------------------------------------------------
 
 
 def label(root: Path, *lines: str) -> None:

@@ -77,9 +77,6 @@ class Moment:
         return f"{'start+' if self.early else ''}{self.seconds:.2f} s"
 
 
-# -- The runs -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Bench:
     """A folder with the data, the recipes, the run under test and the digests to be met."""
@@ -166,9 +163,6 @@ def command(recipe: str, processes: int) -> list[str]:
 def files_there(run: Path) -> int:
     """How many finished files lie in a run folder."""
     return sum(1 for path in run.rglob("[!.]*") if path.suffix)
-
-
-# -- One process: forked -------------------------------------------------------------------------
 
 
 def import_everything() -> None:
@@ -282,9 +276,6 @@ def run_alone(bench: Bench, recipe: str, moment: Moment | None = None) -> bool:
     if status:
         raise FaultError(f"it did not go on (status {status}): {bench.last_words()}")
     return False
-
-
-# -- Two processes: commands ---------------------------------------------------------------------
 
 
 @dataclass
@@ -427,9 +418,6 @@ def kill_two(bench: Bench, recipe: str, victim: int | None, moment: Moment) -> f
         return took
     finally:
         running.stop()
-
-
-# -- Series of kills -----------------------------------------------------------------------------
 
 
 @dataclass

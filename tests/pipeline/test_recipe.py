@@ -51,9 +51,6 @@ def refusal(whole: Any) -> str:
     return str(caught.value)
 
 
-# -- What is refused ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
@@ -128,9 +125,6 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(RecipeError, match=r"did you mean '.*recipe\.yaml'"):
         load_recipe(tmp_path)
-
-
-# -- Replacing values ---------------------------------------------------------------------------
 
 
 def test_changes_of_nested_keys(tmp_path: Path) -> None:
@@ -219,9 +213,6 @@ def test_absolute_home_and_named_weights(tmp_path: Path, monkeypatch: pytest.Mon
     assert parse_recipe(whole, base=tmp_path / "b", where="r").data.root == tmp_path / "pictures"
 
 
-# -- Defaults and bundled recipes ---------------------------------------------------------------
-
-
 def test_usual_lists() -> None:
     stages: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
     recipe = parse_recipe(changed("data.kind", "voc"), where="r")
@@ -260,9 +251,6 @@ def test_fields_name_every_key() -> None:
     assert expected | {"host.amn.threshold", "refine.irn.epochs", "data.coco.order"} <= set(keys)
     assert [key for key, kind, _ in rows if not kind] == []
     assert "voc12.official" in {key: meaning for key, _, meaning in rows}["lpcam.preset"]
-
-
-# -- Recipes based on others ---------------------------------------------------------------------
 
 
 def test_a_recipe_based_on_a_bundled_one(tmp_path: Path) -> None:

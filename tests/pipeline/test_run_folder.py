@@ -84,9 +84,6 @@ def names_in(run: Path, output: Path, *words: str) -> list[str]:
     return found
 
 
-# -- Names of images ---------------------------------------------------------------------------
-
-
 def lists(name: str) -> dict[str, str]:
     return dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), name)
 
@@ -215,9 +212,6 @@ def test_predicted_images_are_called_as_their_files(tmp_path: Path) -> None:
     assert sorted(found) == ["images/a.jpg", "images/a.png", "images/sub/b:c.png", "more/a.jpg"]
     gone = predicted(tmp_path / "three", {"x": str(tmp_path / "gone/x.png")})
     assert names_in(gone, tmp_path / "last") == ["x.png"]
-
-
-# -- What has no mask --------------------------------------------------------------------------
 
 
 def left_out(run: Path, output: Path) -> dict[str, str]:

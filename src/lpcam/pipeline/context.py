@@ -115,8 +115,6 @@ class Context:
         if processes.first and only is None:
             self._write_recipe()
 
-    # -- Tasks ---------------------------------------------------------------------------------
-
     def task(
         self,
         name: str,
@@ -251,8 +249,6 @@ class Context:
                 result.remove_leftovers()
         return todo
 
-    # -- Data ----------------------------------------------------------------------------------
-
     def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""
         path = self.folder.index
@@ -320,8 +316,6 @@ class Context:
         """Whether the run makes maps of its own, not from another program's maps or masks."""
         return self.given_maps is None and self.given_masks is None
 
-    # -- Classifier, features, memory ------------------------------------------------------------
-
     @cached_property
     def training_method(self) -> str:
         """How the classifier is trained: ``probe`` or ``finetune``."""
@@ -360,8 +354,6 @@ class Context:
     def sample_memory(self) -> float:
         """The part of :meth:`memory` that is for the sample of local features, in bytes."""
         return self.memory() * (1 - FEATURES_SHARE)
-
-    # -- Setting up ------------------------------------------------------------------------------
 
     def _sharing(self) -> Sharing:
         count = self.processes.count

@@ -204,9 +204,6 @@ def _given(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-# -- Reading -------------------------------------------------------------------------------------
-
-
 def bundled_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     names = (file.name for file in _bundled().iterdir())
@@ -331,9 +328,6 @@ def _explain(problem: ErrorDetails) -> str:
     return f"\n  {field}{shown}: {message}"
 
 
-# -- Replacing values ----------------------------------------------------------------------------
-
-
 def parse_value(key: str, text: str) -> Any:
     """The value of a dotted key from text: YAML, or the text itself for a path.
 
@@ -395,9 +389,6 @@ def _names(model: type[BaseModel] | None) -> dict[str, str]:
     """Names of a section's fields by their keys in a recipe."""
     fields = {} if model is None else model.model_fields
     return {field.alias or name: name for name, field in fields.items()}
-
-
-# -- Describing ----------------------------------------------------------------------------------
 
 
 def describe_fields(

@@ -167,8 +167,6 @@ class RunFolder:
                 "folder with --run.folder"
             )
 
-    # -- What a finished run can be used for ---------------------------------------------------
-
     def load_recipe(self) -> Recipe:
         """The recipe of the run; ArtefactError if the folder holds no run."""
         return load_recipe(self.require_recipe())

@@ -38,9 +38,6 @@ GIVEN = "given"
 """Name of maps that another program made, in figures and folders."""
 
 
-# -- Labels that networks learn from, made of maps -----------------------------------------------
-
-
 def _picture(context: Context, item: Item, maps: Path) -> Picture:
     """An image and its maps at the size of refinement, on the run's device.
 
@@ -119,9 +116,6 @@ def ternary_task(
 
     where = source.folder, source.key
     return _label_task(context, name, label, *where, parts, mask_path, labeller, items)
-
-
-# -- Refinement ---------------------------------------------------------------------------------
 
 
 def sources(context: Context) -> list[Source]:
