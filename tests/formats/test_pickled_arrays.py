@@ -200,8 +200,6 @@ BUFFER = b"cnumpy._core.numeric\n_frombuffer\n(C\x041234"
         b"cos\nsystem\n.",
         b"\x80\x04" + text("os") + text("system.__call__") + b"\x93.",
         b"cnumpy\nload\n.",
-        b"ctorch\nload\n.",
-        b"clpcam.arrays\nread_bytes\n.",
         # instructions
         b"(ios\nsystem\n.",
         b"(cnumpy\nndarray\no.",
