@@ -301,7 +301,7 @@ class FusedMaps(NamedTuple):
 
 def strided(length: int, stride: int) -> int:
     """Number of grid cells of ``stride`` pixels that cover ``length`` pixels, rounded up."""
-    return -(-length // stride)
+    return (length - 1) // stride + 1  # ONNX rounds the quotient of a negative number up
 
 
 def fuse_scales(
