@@ -306,8 +306,7 @@ def _tensors(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], 
 def _check_claim(size: int, claimed: int) -> None:
     if claimed > _GROWTH * size:
         raise _RefusedError(
-            f"its {size:,} bytes claim {claimed:,} bytes of tensors, more than {_GROWTH} times as "
-            "many"
+            f"its {size:,} bytes claim {claimed:,} bytes of tensors, more than {_GROWTH} for each"
         )
 
 

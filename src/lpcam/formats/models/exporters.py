@@ -15,7 +15,6 @@ import json
 import math
 import operator
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,9 @@ from lpcam.formats.models.onnx import (
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.versions import versions
 
-MAP_ERROR = 1e-4
-"""Largest accepted difference of an exported file's maps, whose values are at most 1."""
-COSINE_ERROR = 1e-5
-"""Accepted rounding error of a cosine; a map divided by a tiny maximum magnifies it."""
-METADATA = "lpcam.json"
-"""Name of the metadata inside a torch.export file."""
+_MAP_ERROR = 1e-4  # accepted difference of maps, whose values are at most 1
+_COSINE_ERROR = 1e-5  # accepted rounding error, which a division by a tiny maximum magnifies
+_METADATA = "lpcam.json"
 
 
 def export_onnx(
@@ -100,15 +96,18 @@ def export_program(
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # holds local paths
         buffer = io.BytesIO()
-        torch.export.save(program, buffer, extra_files={METADATA: metadata})
+        torch.export.save(program, buffer, extra_files={_METADATA: metadata})
     data = buffer.getvalue()
     _refuse_pickles(data, path)
 
-    def open_file() -> Callable[[Tensor], Outputs]:
-        loaded: Callable[[Tensor], Outputs] = torch.export.load(io.BytesIO(data)).module()
-        return loaded
-
-    return compare_and_write(module, data, open_file, path, size, dynamic=dynamic)
+    return compare_and_write(
+        module,
+        data,
+        lambda: torch.export.load(io.BytesIO(data)).module(),
+        path,
+        size,
+        dynamic=dynamic,
+    )
 
 
 def _size(
@@ -119,11 +118,7 @@ def _size(
     if size is None:
         size = fixed or rounded_up(TRACED_SIZE, model.multiple)
     if (fixed is not None and size != fixed) or size != rounded_up(size, model.multiple):
-        wanted = (
-            f"only images of {fixed[0]} x {fixed[1]} pixels"
-            if fixed
-            else f"sides that are multiples of {model.multiple}"
-        )
+        wanted = f"multiples of {model.multiple}" if fixed is None else f"{fixed[0]} x {fixed[1]}"
         raise ArtefactError(f"size {size[0]} x {size[1]} does not fit: the model takes {wanted}")
     return size, dynamic and fixed is None
 
@@ -135,13 +130,9 @@ def _without_ceil(graph: torch.fx.Graph) -> None:
         if not isinstance(quotient, torch.fx.Node) or quotient.target is not operator.truediv:
             continue
         found: Any = quotient.args[0]
-        steps: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-            (operator.neg, ()),
-            (operator.floordiv, quotient.args[1:]),
-            (operator.neg, ()),
-        )
         with graph.inserting_before(node):
-            for function, others in steps:
+            for function in (operator.neg, operator.floordiv, operator.neg):
+                others = quotient.args[1:] if function is operator.floordiv else ()
                 values = [getattr(each, "meta", {}).get("val", each) for each in (found, *others)]
                 found = graph.call_function(function, (found, *others))
                 found.meta["val"] = function(*values)
@@ -168,7 +159,7 @@ def _refuse_pickles(data: bytes, path: Path) -> None:
 
 class _LPCAMFile(ExportModule):
     output = "maps"
-    limit = MAP_ERROR
+    limit = _MAP_ERROR
 
     def __init__(self, model: LPCAMModel) -> None:
         super().__init__(model.preprocessing, model.channels, model.multiple)
@@ -188,7 +179,7 @@ class _LPCAMFile(ExportModule):
             with torch.no_grad():
                 features, _ = self.model.features(images)
                 top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
-            difference = difference * (top / (top + COSINE_ERROR / MAP_ERROR))
+            difference = difference * (top / (top + _COSINE_ERROR / _MAP_ERROR))
         return float(difference.max())
 
     def meaning(self) -> str:

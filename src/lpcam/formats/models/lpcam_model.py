@@ -255,17 +255,17 @@ class LPCAMModel(nn.Module):
         state, _ = read_tensors(path / WEIGHTS)
         try:
             model = cls._from_config(config, backbone, state)
-            expected = {key: config["fingerprints"].get(key) for key in model._fingerprints()}
+            found, expected = model._fingerprints(), dict(config["fingerprints"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArtefactError(
                 f"{folder} does not fit its own description "
                 f"({' '.join(str(error).split()):.300}); download or make it again"
             ) from error
-        for what, found in model._fingerprints().items():
-            if found != expected[what]:
+        for what, fingerprint in found.items():
+            if fingerprint != expected.get(what):
                 raise ArtefactError(
-                    f"the {what} in {folder} is {found}, but its {CONFIG} was written for "
-                    f"{expected[what]}; download or make it again"
+                    f"the {what} in {folder} is {fingerprint}, but its {CONFIG} was written for "
+                    f"{expected.get(what)}; download or make it again"
                 )
         return model
 

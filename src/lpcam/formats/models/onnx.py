@@ -28,16 +28,12 @@ from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.versions import __version__
 
-OPSET = 18
-"""First version of ONNX's operators whose Resize has every mode used here."""
-SMALLEST_SIDE = 32
-"""Shortest side, in pixels, of an image that exported networks take."""
 TRACED_SIZE = (97, 131)
 """Default height and width of the traced image; odd numbers, as photographs may have."""
-OTHER_SIZE = (128, 83)
-"""Height and width of a second image on which a file of dynamic size is compared."""
-LOGIT_ERROR = 1e-4
-"""Largest accepted difference of logits, relative to the largest logit."""
+_OTHER_SIZE = (128, 83)  # of a second image on which a file of dynamic size is compared
+_SMALLEST_SIDE = 32
+_OPSET = 18  # first version of ONNX's operators whose Resize has every mode used here
+_LOGIT_ERROR = 1e-4  # accepted difference, relative to the largest logit
 _LARGEST_FILE = 2**31 - 1  # limit of protocol buffers
 Outputs = tuple[Tensor, Tensor]
 
@@ -115,19 +111,15 @@ class ExportModule(nn.Module, abc.ABC):
         return {0: "batch", **({first: "height", first + 1: "width"} if dynamic else {})}
 
     def described(self, size: tuple[int, int], *, dynamic: bool) -> tuple[str, dict[str, Any]]:
-        """The file's text and metadata, with the image sizes it takes.
-
-        Raises:
-            ArtefactError: if a side of the traced image is below 32 pixels.
-        """
-        if min(size) < SMALLEST_SIDE:
+        """The file's text and metadata, with the image sizes it takes."""
+        if min(size) < _SMALLEST_SIDE:
             raise ArtefactError(
-                f"size {size[0]} x {size[1]} is too small; give sides of at least {SMALLEST_SIDE}"
+                f"size {size[0]} x {size[1]} is too small; give sides of at least {_SMALLEST_SIDE}"
             )
         sides = f"{size[0]} x {size[1]} pixels only"
         if dynamic:
             which = "any" if self.multiple == 1 else f"multiples of {self.multiple}"
-            sides = f"{which}, from {rounded_up((SMALLEST_SIDE,) * 2, self.multiple)[0]} pixels"
+            sides = f"{which}, from {rounded_up((_SMALLEST_SIDE,) * 2, self.multiple)[0]} pixels"
         text = f"{self.meaning()}. Height and width: {sides}."
         return text, {**self.metadata(), "sides": sides}
 
@@ -147,12 +139,7 @@ class _FromPixels(nn.Module):
 
 
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Height and width, each the next multiple of a number.
-
-    Example:
-        >>> rounded_up((97, 128), 32)
-        (128, 128)
-    """
+    """Height and width, each the next multiple of a number."""
     height, width = (-(-side // multiple) * multiple for side in size)
     return height, width
 
@@ -182,11 +169,7 @@ def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
 def write_onnx(
     module: ExportModule, path: Path, *, dynamic: bool, size: tuple[int, int]
 ) -> ExportParity:
-    """Write a module as ONNX if the file agrees with it in onnxruntime.
-
-    The module is on the CPU and in evaluation mode. Arguments and errors are those of
-    :func:`lpcam.formats.models.exporters.export_onnx`.
-    """
+    """Write a module on the CPU as ONNX; see :func:`lpcam.formats.models.exporters.export_onnx`."""
     text, values = module.described(size, dynamic=dynamic)
     for name in ("onnx", "onnxscript"):
         try:
@@ -202,7 +185,7 @@ def write_onnx(
             module,
             (module.example(2, size),),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_OPSET,
             dynamic_shapes=(module.dimensions(dynamic),),
             input_names=[module.input],
             output_names=["logits", module.output],
@@ -247,15 +230,10 @@ def compare_and_write(
 ) -> ExportParity:
     """Write a file if its outputs agree with those of its module on images of one or two sizes.
 
-    Args:
-        data: content of the file.
-        open_file: gives the function that runs the file, or None if there is no runtime.
-
-    Raises:
-        ArtefactError: if the file cannot be run, differs or cannot be written.
+    ``open_file`` gives the function that runs the file, or None if there is no runtime.
     """
     advice = "give dynamic=False and the size of your images" if dynamic else "try another export"
-    other = OTHER_SIZE if size != OTHER_SIZE else TRACED_SIZE
+    other = _OTHER_SIZE if size != _OTHER_SIZE else TRACED_SIZE
     sizes = (size, rounded_up(other, module.multiple))[: 2 if dynamic else 1]
     try:
         run = open_file()
@@ -267,11 +245,11 @@ def compare_and_write(
             f"not written; {advice}"
         ) from error
     for tried, (logits, second) in zip(sizes, found, strict=True):
-        if not (logits <= LOGIT_ERROR and second <= module.limit):  # also if one is NaN
+        if not (logits <= _LOGIT_ERROR and second <= module.limit):  # also if one is NaN
             raise ArtefactError(
                 f"the file differs from the model at {tried[0]} x {tried[1]} pixels: logits by "
                 f"{logits:.2g} of the largest, {module.output} by {second:.2g} (at most "
-                f"{LOGIT_ERROR} and {module.limit} accepted); {path} is not written; {advice}"
+                f"{_LOGIT_ERROR} and {module.limit} accepted); {path} is not written; {advice}"
             )
     names = ("logits", module.output)
     errors = dict(zip(names, map(max, zip(*found, strict=True)), strict=False))
