@@ -109,8 +109,7 @@ def _recognised(found: dict[Any, Any]) -> str:
     raise DataError(f"it holds {names_in(found)}; expected one of {layouts}")
 
 
-def check_background(style: str, background: float | None) -> None:
-    """Raise DataError if files of a style need a background score and none is given, or reverse."""
+def _check_background(style: str, background: float | None) -> None:
     if MAP_FORMATS[style].has_background != (background is not None):
         raise DataError(
             f"files of the style {style!r} have "
@@ -143,7 +142,7 @@ def write_foreign_maps(
     Raises:
         DataError: if a background is missing or superfluous.
     """
-    check_background(style, background)
+    _check_background(style, background)
     plane = None
     if background is not None:
         plane = np.full(maps.high_res.shape[1:], background, np.float32)
@@ -341,7 +340,7 @@ def export_maps(
             folder has a different `CLASSES_FILE`.
         ArtefactError: if a map file is missing or damaged.
     """
-    check_background(style, background)
+    _check_background(style, background)
     names = {}
     for item_id in ids:
         match = _COCO_ID.fullmatch(safe_id(item_id).rpartition("/")[2]) if bare_digits else None

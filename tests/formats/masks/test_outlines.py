@@ -75,14 +75,6 @@ def test_the_area_along_edges_is_the_mask() -> None:
         assert (inside == mask).all()
 
 
-def test_pycocotools_finds_the_mask() -> None:
-    coco = pytest.importorskip("pycocotools.mask")
-    for mask in some_masks():
-        rings = [ring.ravel().tolist() for ring in outlines(mask, "edges")]
-        found = coco.decode(coco.merge(coco.frPyObjects(rings, *mask.shape)))
-        assert (found == mask).all()
-
-
 def test_the_line_through_centres_never_leaves_the_mask() -> None:
     for mask in some_masks():
         for ring in outlines(mask, "centres"):

@@ -77,14 +77,6 @@ class Format:
     A format writes files of each image (`paths`, `write`), one document of all images
     (`document_name`, `record`, `document`), and files of the whole data set (`beside`). Override
     the parts that it has.
-
-    Example:
-        >>> class Sizes(Format):
-        ...     document_name = "sizes.txt"
-        ...     def record(self, picture):
-        ...         return picture.size
-        ...     def document(self, records, classes):
-        ...         yield from (f"{height} {width}\\n".encode() for height, width in records)
     """
 
     refers_to_images: bool = False
