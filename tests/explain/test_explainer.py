@@ -25,6 +25,7 @@ from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
+    LpcamError,
     NotFittedError,
     PrototypeError,
     RecipeError,
@@ -170,6 +171,8 @@ def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
         RunFolder(copy).explainer()
     with pytest.raises(RecipeError, match="abacus"):
         RunFolder(run).explainer(device="abacus")
+    with pytest.raises(LpcamError, match=r"RunFolder\(folder\)\.explainer\(\)"):
+        Explainer.from_run(run, device="cpu")
 
 
 def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NoReturn, Self, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from lpcam.method.extractors import CAM, LPCAM
 from lpcam.method.image_maps import ImageMaps, Scoring, class_indices, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, DataError, ImageError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
 from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
@@ -165,6 +165,11 @@ class Explainer:
             scoring=scoring or ("sigmoid" if from_file else "softmax"),
             made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
         )
+
+    @classmethod
+    def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
+        """Raises an error that names :meth:`lpcam.pipeline.run_folder.RunFolder.explainer`."""
+        raise LpcamError("Explainer.from_run(folder) is now lpcam.RunFolder(folder).explainer()")
 
     def __call__(
         self,
