@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lpcam.cli.command import THREADS, Invocation, Lazy, argument, command, names
 from lpcam.data.dataset import ClassTable, choose_classes
-from lpcam.data.labels import read_lines
 from lpcam.runtime.errors import LpcamError
 
 images = Lazy("lpcam.data.images")
@@ -18,6 +17,7 @@ sbd = Lazy("lpcam.data.sbd")
 voc = Lazy("lpcam.data.voc")
 coco = Lazy("lpcam.data.coco.dataset")
 huggingface = Lazy("lpcam.data.huggingface")
+label_tables = Lazy("lpcam.data.labels")
 label_files = Lazy("lpcam.formats.labels")
 map_folders = Lazy("lpcam.formats.map_folders")
 
@@ -211,7 +211,7 @@ def import_labels(
         source,
         output,
         classes=class_table(classes).names,
-        ids=None if ids is None else [name for _, name in read_lines(ids)],
+        ids=None if ids is None else [name for _, name in label_tables.read_lines(ids)],
         coco_split=coco_split,
     )
     print(result.summary())
