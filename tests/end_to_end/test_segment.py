@@ -336,18 +336,6 @@ def test_predict(values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no segmenter trained on given; there are: lpcam, cam, truth" in capsys.readouterr().err
 
 
-def test_export(finished: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The segmenter, and the classifier with its prototypes, each as one file."""
-    run_folder = str(folder_of(finished))
-    for what, size in (("segmenter", []), ("onnx", ["--size", "64", "80"])):
-        path = tmp_path / f"{what}.onnx"
-        assert main(["export", what, run_folder, str(path), *size]) == 0
-        printed = capsys.readouterr().out
-        assert str(path) in printed and f"{'one' if size else 'any'} size" in printed
-        assert path.stat().st_size > 10_000
-        assert not printed.endswith("not installed\n")
-
-
 def test_where_there_is_no_segmenter(tmp_path: Path, values: Values) -> None:
     with pytest.raises(ArtefactError, match=r"holds no run: there is no recipe\.yaml"):
         RunFolder(tmp_path / "nowhere").segmenters()
