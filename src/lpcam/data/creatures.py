@@ -1,15 +1,9 @@
 """The bundled procedural data set: invented creatures whose heads, and only heads, tell the class.
 
-It rebuilds in miniature what makes class activation maps (CAM) fall short on photographs:
-
-- the *head* is the discriminative part: each of the eight classes has its own;
-- the *torso* is shared by the classes of a group (three groups), so it is weak evidence;
-- *legs* and *tail* are the same for every class, so a classifier can do without them;
-- some *grounds* co-occur with a class, as rails do with trains, so they are false evidence.
-
-Every image has a class mask and a part mask, which are for evaluation only. Everything is drawn
-with Pillow and NumPy from one seed: the same seed gives the same bytes for the same versions of the
-two libraries.
+As on photographs, a torso, shared by a group of classes, is weak evidence; legs and tail are the
+same for every class; some grounds co-occur with a class and are false evidence. Every image has a
+class mask and a part mask, for evaluation only. The same seed gives the same bytes for the same
+versions of Pillow and NumPy.
 """
 
 from __future__ import annotations
@@ -511,11 +505,7 @@ def _light(picture: Image.Image, rng: Random) -> np.ndarray:
 
 
 def write(folder: Path, *, images: int, size: int, seed: int) -> None:
-    """Write square images of ``size`` pixels in the layout of a user's own folder.
-
-    ``labels.csv`` is written last, so a folder that has it is complete. Image ``i`` depends on
-    ``seed`` and ``i`` only: a longer set begins with the shorter one.
-    """
+    """Write images of ``size`` pixels as a user's folder; image i depends on seed and i only."""
     for name in ("images", "masks", "parts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_bytes("".join(f"{name}\n" for name in CLASSES).encode())

@@ -36,12 +36,8 @@ def check_known(name: str, known: Sequence[str], where: str = "") -> None:
 class ClassTable:
     """The classes of a run in label order, and the value of each in mask files.
 
-    A subset of a larger data set keeps that data set's mask ids, so that seed masks can be compared
-    with the official masks.
-
-    Raises:
-        DataError: if there is no name, names or ids repeat, lengths differ or an id is outside
-            1..254.
+    A subset of a larger data set keeps its mask ids. DataError if names or ids repeat or do not
+    fit.
 
     Example:
         >>> table = ClassTable(("cow", "dog"), (10, 12))
@@ -100,13 +96,9 @@ def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image with its image-level labels.
+    """One image with its image-level labels."""
 
-    Its id is a relative POSIX path without extension (``2007_000063``, ``barn/cow 7``), which names
-    the image in every list and output file.
-    """
-
-    id: str
+    id: str  #: Relative POSIX path without extension (``barn/cow 7``), as in lists and outputs.
     image: Path
     labels: tuple[int, ...]  #: Sorted 0-based class indices, possibly none.
     mask: Path | None = None  #: File of the true mask, for evaluation only.
@@ -156,11 +148,7 @@ class Dataset:
 
 
 def safe_id(text: str) -> str:
-    """Return ``text`` if it can be an item id; DataError names what is wrong with it.
-
-    An id is a relative POSIX path of non-empty parts that cannot leave its folder; spaces and all
-    scripts are allowed.
-    """
+    """Return ``text`` if it can be an item id, a plain relative path; DataError says why not."""
     problem = None
     if not text or text != text.strip():
         problem = "it is empty or has blanks at its ends"

@@ -34,9 +34,6 @@ def overlay(
         heat: (H, W) in [0, 1].
         opacity: opacity of the colour where the map is 1; a third of it where the map is 0.
 
-    Returns:
-        uint8 (H, W, 3).
-
     Raises:
         DataError: if the sizes differ or a value is outside [0, 1].
 
@@ -60,10 +57,7 @@ def overlay(
 def overlay_mask(
     image: NDArray[np.uint8], mask: NDArray[np.uint8], *, opacity: float = 0.6
 ) -> NDArray[np.uint8]:
-    """Draw mask values, uint8 (H, W), in VOC colours over an image, uint8 (H, W, 3).
-
-    Background is not drawn. Raises DataError if the sizes differ.
-    """
+    """Draw mask values (H, W) in VOC colours over an image (H, W, 3), but for the background."""
     weight = np.where(mask == BACKGROUND, 0.0, opacity)[:, :, None]
     return _blended(image, voc_palette()[mask], weight)
 

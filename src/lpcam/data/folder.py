@@ -65,20 +65,15 @@ def read_folder(
 ) -> Dataset:
     """Read a user's folder (layout above): every labelled image, and lists with one named ``all``.
 
-    The table of labels may name an image with or without its extension and a leading ``images/``;
-    an empty labels cell is an image that shows no class. The classes are those of ``classes.txt``,
-    else the columns of a multi-hot table, else all names of the table (or of the folders), sorted;
-    they have mask ids from 1.
-
-    A row without an image and an image without a row are left out, with the reason. The labels of
-    repeated rows are united, with a notice.
+    The table may name an image with or without its extension and a leading ``images/``; an empty
+    labels cell is an image that shows no class. Classes are those of ``classes.txt``, else of the
+    table or the folders, sorted, with mask ids from 1. A row without an image and an image without
+    a row are left out, with the reason; the labels of repeated rows are united.
 
     Args:
-        classes: names to choose, in label order; all if None. They keep their mask ids; other
-            labels are dropped, with a notice.
-        labels: a table that `lpcam.data.labels.read_labels` reads, in any folder; or
-            ``"folders"``: the label of ``cow/barn/7`` is ``cow``. None: ``labels.csv`` of the
-            folder, else its ``labels.jsonl``, else ``"folders"``, with a notice.
+        classes: names to choose, in label order; all if None. They keep their mask ids.
+        labels: a table in any folder; or ``"folders"``: the label of ``cow/barn/7`` is ``cow``.
+            None: ``labels.csv`` or ``labels.jsonl`` of the folder, else ``"folders"``.
         masks: a folder of ``ID.png`` to use instead of ``masks`` of the folder.
 
     Raises:
@@ -235,11 +230,7 @@ def _labels_by_image(
 
 
 def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]]:
-    """Visible files below a folder: relative POSIX path in NFC, and the path on disk; sorted.
-
-    Links to folders are followed, except to folders that hold the link. Folders that a run wrote
-    are left out.
-    """
+    """Visible files below a folder, not of runs, links followed: sorted names in NFC, and paths."""
     found, top = [], folder.resolve()
     above = {folder: {top, *top.parents, *(path.resolve() for path in ignored)}}
     for place, folders, files in os.walk(folder, followlinks=True):

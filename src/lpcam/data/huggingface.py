@@ -61,19 +61,17 @@ def import_huggingface(
 
     ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes unchanged;
     ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
-    ClassLabel) or a readable image are left out; an empty list of labels is an image that shows
-    none of the classes.
+    ClassLabel) or a readable image are left out; an empty list is an image that shows no class.
 
     Args:
-        source: a ``datasets.Dataset`` (or DatasetDict), the folder of its ``save_to_disk``, or its
+        source: a ``datasets.Dataset`` or DatasetDict, the folder of its ``save_to_disk``, or its
             name on the hub.
         image: name of the column of images (``datasets.Image``).
         labels: name of the column of labels: a ClassLabel or text, or lists of these.
         split: name of the split to import, if there are several.
 
     Raises:
-        DataError: if the source cannot be opened, a split must be chosen, a column is missing or of
-            another type, no row can be used, or ``output`` has a ``labels.csv`` already.
+        DataError: if the source, split or a column is wrong, no row can be used, or ``output`` is.
         LpcamError: if the library is not installed, or older than version 4.
     """
     library = import_extra("datasets", "huggingface", "data sets of Hugging Face need its library")

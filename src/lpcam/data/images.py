@@ -1,7 +1,4 @@
-"""Reading image files safely: upright 8-bit RGB, index masks, sizes.
-
-Arrays are (height, width[, 3]) uint8. Pillow's global settings are not changed.
-"""
+"""Reading image files safely: upright 8-bit RGB (height, width, 3), index masks, sizes."""
 
 from __future__ import annotations
 
@@ -23,13 +20,12 @@ MAXIMUM_PIXELS = 100_000_000  #: Of the largest image that is read; 300 MB as RG
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Read an image file as upright RGB, uint8 (H, W, 3).
 
-    EXIF orientation is applied, 16-bit values are scaled (65535 becomes 255), grey, palette, 1-bit
-    and CMYK are converted, and transparent pixels are blended with white. The first image of an
-    animation or of a file with several pages is read.
+    16-bit values are scaled (65535 becomes 255), grey, palette, 1-bit and CMYK are converted, and
+    transparent pixels are blended with white. Of several pages or an animation the first is read.
 
     Raises:
-        ImageError: naming the file and the reason, if it is missing, empty, truncated, damaged, not
-            an image, larger than `MAXIMUM_PIXELS` or of 32-bit values whose range is unknown.
+        ImageError: naming the file and the reason, if it cannot be read, is larger than
+            `MAXIMUM_PIXELS` or has 32-bit values whose range is unknown.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.png"
@@ -43,10 +39,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 def decode_image(
     source: Path | bytes, name: str, *, formats: tuple[str, ...] | None = None
 ) -> NDArray[np.uint8]:
-    """Decode a file or its bytes as `read_image` does; ``name`` is for messages.
-
-    ``formats`` are names of Pillow's formats that are accepted; None: all.
-    """
+    """Decode a file or its bytes as `read_image` does; ``formats`` are Pillow's, None: all."""
     image = load_image(source, name, formats)
     try:
         return to_rgb(image)

@@ -8,8 +8,7 @@
     b.jpg,                     b.jpg,0,0
     c.jpg,cow;dog              c.jpg,1,1
 
-Names are stripped of blanks at their ends and converted to Unicode form NFC, because file systems
-and editors write the same name in different forms. In image names a backslash becomes a slash.
+Names get Unicode form NFC, without blanks at their ends; in image names backslashes become slashes.
 """
 
 from __future__ import annotations
@@ -55,16 +54,13 @@ class _Entry(BaseModel):
 
 
 def read_labels(path: Path) -> LabelTable:
-    """Read a table of labels in one of the forms above.
+    """Read a table of labels in one of the forms above; an empty cell shows none of the classes.
 
-    ``.csv`` whose header is ``image,labels`` has the labels of an image in one cell, separated by
-    ``;``. With any other header that begins with ``image`` (or ``filename``) the further columns
-    are classes and the cells 0 or 1 (``1.0`` and ``true`` count as 1). ``.jsonl`` has one JSON
-    object per line; keys other than ``image`` and ``labels`` are ignored. An image without labels
-    shows none of the classes.
+    A multi-hot table begins with ``image`` or ``filename``; its cells are 0 or 1 (``1.0`` and
+    ``true`` count as 1). Further keys of ``.jsonl`` are ignored.
 
     Raises:
-        DataError: naming the file and line, if the file is missing, not UTF-8, of another form or
+        DataError: naming the file and line, if the table is missing, not UTF-8, of another form or
             names no image, or an image's name could leave its folder.
 
     Example:

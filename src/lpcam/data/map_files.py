@@ -37,15 +37,11 @@ def map_path(folder: Path, item_id: str) -> Path:
 
 
 def write_maps(path: Path, maps: MapFile, *, dtype: Literal["uint8", "float16"]) -> None:
-    """Write one image's maps as a compressed npz without pickle.
+    """Write one image's maps as a compressed npz without pickle; ArtefactError if they do not fit.
 
     Each class plane is divided by its own maximum and stored as ``round(255 v)`` in uint8 or as
-    float16, the maxima as float32 (``cam_scale``, ``high_res_scale``): the largest error of a plane
-    is 1/510 (uint8) or 1/4096 (float16) of its maximum.
-
-    Raises:
-        ArtefactError: if shapes do not fit, a key repeats, a value is negative, NaN or infinite,
-            or the file cannot be written.
+    float16, the maxima as float32: the largest error is 1/510 (uint8) or 1/4096 (float16) of the
+    maximum.
     """
     _check_maps(path, maps)
     members: dict[str, NDArray[Any]] = {"format": np.array("fg"), "keys": maps.keys}
@@ -72,16 +68,12 @@ def write_arrays(path: Path, members: Mapping[str, NDArray[Any]]) -> None:
 
 
 def read_maps(path: Path) -> MapFile:
-    """Read what `write_maps` wrote, as float32.
-
-    Raises:
-        ArtefactError: naming the file, if it is missing, damaged, or has other contents.
+    """Read what `write_maps` wrote, as float32; ArtefactError names a damaged or foreign file.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.npz"
         >>> planes = np.ones((1, 4, 4), np.float32)
-        >>> maps = MapFile(np.array([2]), planes[:, :1, :1], planes)
-        >>> write_maps(path, maps, dtype="uint8")
+        >>> write_maps(path, MapFile(np.array([2]), planes[:, :1, :1], planes), dtype="uint8")
         >>> read_maps(path).keys.tolist()
         [2]
     """

@@ -22,11 +22,7 @@ _COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 
 
 def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
-    """A copy of a data set with the masks of another folder: ``ID.png``, or ``ID.PNG``.
-
-    Masks of COCO may also be named by the image's number, as LPCAM's program writes them (9.png),
-    or by its 12 digits (000000000009.png). DataError if the folder has no mask of any image.
-    """
+    """A copy of a data set with the masks ``ID.png`` (of COCO also ``9.png``) of another folder."""
     if not folder.is_dir():
         raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
     files = {
@@ -81,10 +77,7 @@ def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
 
 
 def read_index_mask(path: Path, *, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Read a mask as the values stored in it, uint8 (H, W): palette indices or grey values.
-
-    A 1-bit mask gives 0 and 1. The colours of a palette are ignored (specification of data sets,
-    section 1).
+    """Read the values stored in a mask, uint8 (H, W): palette indices or grey; 1 bit gives 0 and 1.
 
     Args:
         size: (height, width) of the upright image, which the mask must have; None: any.

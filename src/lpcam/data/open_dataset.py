@@ -16,8 +16,7 @@ Truth = Mapping[str, TrueMask]
 def kind_of(path: Path) -> str:
     """The name of the first reader that recognises a path; ``folder`` if none knows a folder.
 
-    Raises:
-        DataError: if there is nothing at the path, or a file that no reader recognises.
+    Raises DataError if there is nothing at the path, or a file that no reader recognises.
 
     Example:
         >>> kind_of(getfixture("tmp_path"))
@@ -47,11 +46,9 @@ def open_dataset(
     """Open a data set of any kind: labels are read, images not yet.
 
     Args:
-        path: folder or file of the data set.
         kind: name of a reader; None: what :func:`kind_of` finds.
         lists: names of the lists to read; None: all. Images of a list ``test`` need no label.
-        labels: a table instead of the usual labels; for a folder also ``"folders"``: one folder for
-            each class.
+        labels: a table instead of the usual labels; ``"folders"``: each class has a folder.
         masks: a folder of true masks, ``ID.png``, instead of the usual ones.
         classes: names of classes to choose, in label order; None: all.
         settings: values of the reader's settings.
@@ -90,13 +87,7 @@ def paint_masks(
     settings: Mapping[str, Any] | None = None,
     workers: int = 1,
 ) -> tuple[int, int]:
-    """Paint the true masks that the annotations of a data set give, as ``folder/ID.png``.
-
-    The arguments are those of :func:`open_dataset`, and the number of masks painted at a time.
-
-    Returns:
-        Number of masks, and of images.
-    """
+    """Paint true masks of annotations as ``folder/ID.png``; the number of masks, and of images."""
     opened = open_dataset(path, lists=lists, settings=settings)
     if opened.paint is None:
         raise DataError(

@@ -61,12 +61,10 @@ class ImageResults:
 
 
 def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
-    """Image files by the names of their outputs.
+    """Image files by the names of their outputs: the path below its folder without the extension.
 
-    Folders are searched recursively, without hidden files and ``output``; the name is the path
-    below the folder without its extension. Images that would share a name keep their extensions,
-    and are numbered if that is not enough. DataError if a source does not exist or is an output of
-    an earlier call, or there is no image.
+    Folders are searched recursively, without hidden files and ``output``. Images that would share a
+    name keep their extensions, or are numbered. DataError if there is no image or source.
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
     files: dict[Path, tuple[str, Path]] = {}
@@ -124,9 +122,8 @@ def process_images(
 ) -> ImageResults:
     """Write the outputs of every image and an index of them; an image that fails is left out.
 
-    ``make`` writes the outputs of an image, given its name and file, and returns its findings. A
-    later call replaces files of the same images that an earlier call wrote; ArtefactError if it
-    would replace others.
+    ``make`` writes the outputs of an image, given its name and file, and returns its findings. Only
+    outputs of earlier calls for the same images are replaced; ArtefactError if others would be.
     """
     path = output / kind.index
     earlier = read_json(path) if path.exists() else {"kind": kind.command, "images": {}}

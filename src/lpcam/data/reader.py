@@ -141,10 +141,7 @@ class Opened:
 
 
 class Reader(ABC):
-    """Reads one kind of data set.
-
-    A reader is one object in :data:`READERS`, which are asked in order if they recognise a path.
-    """
+    """Reads one kind of data set; :data:`READERS` are asked in order if they recognise a path."""
 
     means: ClassVar[str]
     """What the kind is, for the comments of a new recipe."""

@@ -9,10 +9,7 @@ from torch import Tensor
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Size (height, width) of an image at ``scale``: sides are rounded half to even, at least 1.
-
-    The released CAM programs round this way (specification IRN, section 2).
-    """
+    """(height, width) at ``scale``, rounded half to even as released programs do, at least 1."""
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -23,10 +20,7 @@ def quarter_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def resize(planes: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize planes (C, h, w) or (B, C, h, w) to ``size`` (H, W) bilinearly, at pixel centres.
-
-    C may be 0. Device and dtype stay; ``planes`` itself is returned where it has that size.
-    """
+    """Resize planes ([B,] C, h, w), C may be 0, to ``size`` (H, W) bilinearly, at pixel centres."""
     if tuple(planes.shape[-2:]) == tuple(size):
         return planes
     if not planes.numel():

@@ -47,9 +47,8 @@ def make_train_aug(
 ) -> TrainAug:
     """Write the list ``train_aug`` and index masks of its images and of VOC's val.
 
-    Images of VOC's train and val get VOC's own masks, with 255 around objects; the other images get
-    those of SBD, which have no 255. Existing masks with the same values are kept, so a stopped call
-    can be repeated to resume. The list is written last.
+    Images of VOC's train and val get VOC's masks; the others get those of SBD, which have no 255.
+    Equal masks that exist are kept, so a stopped call can be repeated. The list is written last.
 
     Args:
         voc: as in `lpcam.data.voc.read_voc`; with JPEGImages, SegmentationClass, train and val.
@@ -58,8 +57,7 @@ def make_train_aug(
         workers: number of images processed at a time.
 
     Raises:
-        DataError: if a folder is not VOC or SBD, a file is missing or damaged, a mask has another
-            size than its image, or a different list or mask of the same name exists.
+        DataError: if something is missing, damaged, of another size, or there with other contents.
     """
     loadmat = import_extra("scipy.io", "objects", "SBD's .mat files need SciPy").loadmat
     root, dataset = find_root(voc), _find_dataset(sbd)

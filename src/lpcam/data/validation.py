@@ -29,15 +29,12 @@ def check_images(
     """Decode every image and true mask of a data set once, ``workers`` at a time.
 
     Args:
-        known: records of an earlier call. Files of the recorded size and time of change are not
-            read again.
+        known: records of an earlier call; files of the same size and time are not read again.
         advance: called after each item with 1 and "".
         save: called every `SAVE_SECONDS` with the records so far.
 
     Returns:
-        The data set without its unreadable images, and a record of each by id: ``height`` and
-        ``width`` of the upright image, ``image_digest`` of its file, ``digest`` of image and true
-        masks together, ``size`` and ``mtime_ns`` of image, mask and parts.
+        The data set without its unreadable images, and a record of each other one by id.
 
     Raises:
         DataError: if a mask cannot be used or no image is left.

@@ -59,17 +59,14 @@ def read_voc(
 
     Args:
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
-        lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or,
-            as an integer, ``2007000063``), a path of an image followed by one of a mask, or a pair
-            of images and a class. An id with blanks is accepted if its image exists.
-        classes: names from `CLASSES` (or from the folder's `CLASS_NAMES`), in label order; all if
-            None. Mask ids stay those of VOC.
+        lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or
+            ``2007000063``), paths of an image and its mask, or a pair of images and a class.
+        classes: names to choose, in label order, which keep their mask ids; all if None.
         unlabelled: those of the lists whose images need no annotation.
         labels: a table (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
 
     Raises:
-        DataError: if the folder is not VOC, a list is missing, damaged or empty, a class is
-            unknown, or no image is left.
+        DataError: if the folder, a list or a class is wrong or missing, or no image is left.
     """
     root = find_root(root)
     own = root / CLASS_NAMES

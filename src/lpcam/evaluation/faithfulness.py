@@ -1,12 +1,8 @@
 """Faithfulness metrics: how the score of a classifier reacts to the pixels a map marks.
 
-No truth is needed. Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018);
-average drop and increase in confidence of Chattopadhay et al., Grad-CAM++ (WACV 2018).
-
-``score`` is any function of images (B, c, H, W) to scores (B, N), such as a classifier followed by
-a sigmoid or a softmax; it is called without gradients, in batches. Images are as it expects them: 0
-is the mean colour if they are normalised, otherwise black. Results are deterministic, on the device
-of the images.
+Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018); average drop and increase in
+confidence of Chattopadhay et al., Grad-CAM++ (WACV 2018). ``score`` maps images (B, c, H, W), as it
+expects them, to scores (B, N), without gradients; 0 is the mean colour of normalised images.
 """
 
 from __future__ import annotations
@@ -33,8 +29,7 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
     """Images (B, c, H, W) without content: those into which, or by which, pixels are replaced.
 
     Args:
-        fill: "zero": 0; "mean": the mean colour of each image; "blur": the image, blurred by a
-            Gaussian (window BLUR_SIZE, standard deviation BLUR_SIGMA, reflected borders).
+        fill: "zero": 0; "mean": the mean colour of each image; "blur": a Gaussian of BLUR_SIZE.
 
     Raises:
         DataError: if the fill is unknown, or an image too small to blur.
@@ -88,13 +83,9 @@ def insertion(
     fill: Fill = "blur",
     batch: int = 16,
 ) -> PixelCurve:
-    """Scores while pixels are inserted, those with the highest map values first.
-
-    A larger area (``auc``) is better.
+    """Scores while pixels are inserted, highest map values first; a larger ``auc`` is better.
 
     Args:
-        score: images (B, c, H, W) to scores (B, N).
-        images: (B, c, H, W), as ``score`` expects them.
         maps: (B, H, W), in any range: only the order counts; equal values in reading order.
         classes: int64 (B,), the class of each map.
         steps: S; after step k, round(k H W / S) pixels are inserted.
@@ -102,8 +93,7 @@ def insertion(
         batch: maximum number of images in a call of ``score``.
 
     Raises:
-        DataError: if shapes do not fit, a map contains NaN, or the scores are not (B, N) with
-            these classes.
+        DataError: if shapes do not fit, a map contains NaN, or the scores lack a class.
 
     Example:
         >>> image = torch.ones(1, 1, 1, 4)
@@ -124,9 +114,7 @@ def deletion(
     fill: Fill = "zero",
     batch: int = 16,
 ) -> PixelCurve:
-    """Scores while pixels are replaced by ``fill``, those with the highest map values first.
-
-    A smaller area (``auc``) is better. Arguments and errors as for :func:`insertion`.
+    """Scores while pixels are replaced by ``fill``; a smaller ``auc`` is better. See `insertion`.
 
     Example:
         >>> image = torch.ones(1, 1, 1, 4)
@@ -168,17 +156,9 @@ def _curve(
 def confidences(
     score: Score, images: Tensor, maps: Tensor, classes: Tensor, *, batch: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the classes on the images, and on the products of image and map.
+    """Scores (B,) of the classes on the images, and on the products of image and map.
 
-    Args:
-        score, images, classes, batch: as for :func:`insertion`.
-        maps: (B, H, W) in [0, 1].
-
-    Returns:
-        Two tensors (B,), for :func:`average_drop` and :func:`increase_in_confidence`.
-
-    Raises:
-        DataError: if a map is not in [0, 1], and as :func:`insertion`.
+    Maps are (B, H, W) in [0, 1], else a DataError; other arguments as for :func:`insertion`.
 
     Example:
         >>> image = torch.ones(1, 1, 1, 4)
@@ -201,13 +181,9 @@ def confidences(
 
 
 def average_drop(whole: Tensor, shown: Tensor) -> float:
-    """Mean of max(0, whole - shown) / whole over pairs, a fraction; smaller is better.
+    """Mean of max(0, whole - shown) / whole of :func:`confidences` (M,); smaller is better.
 
-    Args:
-        whole, shown: (M,) probabilities from :func:`confidences`.
-
-    Raises:
-        DataError: if there is no pair, or a score of a whole image is not positive.
+    DataError if there is no pair, or a score of a whole image is not positive.
 
     Example:
         >>> average_drop(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
@@ -224,8 +200,6 @@ def average_drop(whole: Tensor, shown: Tensor) -> float:
 
 def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
     """Fraction of pairs with a higher score on the product than on the image; larger is better.
-
-    The arguments are those of :func:`average_drop`; DataError if there is no pair.
 
     Example:
         >>> increase_in_confidence(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))

@@ -1,13 +1,10 @@
 """Localisation metrics of class maps: boxes, peaks and pixels.
 
-``update`` counts one pair of a class map and the truth of that class, ``compute`` returns
-fractions. Counts of several processes can be summed. Maps are (H, W) in [0, 1] at the size of the
-truth. The truth is int64 (H, W) from :func:`class_truth`: 1 on the class, 0 elsewhere, and
-:data:`lpcam.data.dataset.IGNORE` on void pixels, which are not counted.
+``update`` counts one pair of a class map (H, W) in [0, 1] and its truth, ``compute`` returns
+fractions. The truth is int64 (H, W) of :func:`class_truth`, of which void pixels do not count.
 
-Sources: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020):
-MaxBoxAcc, MaxBoxAccV2, PxAP. Zhang et al., Top-Down Neural Attention by Excitation Backprop (IJCV
-2018): the pointing game.
+Sources: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020).
+Zhang et al., Top-Down Neural Attention by Excitation Backprop (IJCV 2018): the pointing game.
 """
 
 from __future__ import annotations
@@ -37,14 +34,7 @@ ROUNDING = 1e-5
 
 
 def class_truth(labels: Tensor, index: int) -> Tensor:
-    """Truth of one class, from a label map.
-
-    Args:
-        labels: int64 (H, W) of :func:`lpcam.evaluation.segmentation.truth_labels`.
-        index: 0-based class.
-
-    Returns:
-        int64 (H, W): 1 on the class, 0 elsewhere, IGNORE on void pixels.
+    """Truth of a 0-based class: 1 on it, 0 elsewhere, IGNORE on void pixels of the labels (H, W).
 
     Example:
         >>> class_truth(torch.tensor([[0, 1, 2, 255]]), 1).tolist()
@@ -54,16 +44,9 @@ def class_truth(labels: Tensor, index: int) -> Tensor:
 
 
 def truth_boxes(truth: Tensor) -> Tensor:
-    """Tightest boxes of the connected components (8 neighbours) of a class.
+    """Tightest boxes int64 (M, 4) of x0, y0, x1, y1 around the connected components of a class.
 
-    Objects that touch share a box, and an object in two pieces has two: prefer the boxes of a data
-    set if it has some. LpcamError if SciPy (extra ``objects``) is not installed.
-
-    Args:
-        truth: int64 (H, W) from :func:`class_truth`.
-
-    Returns:
-        int64 (M, 4) of x0, y0, x1, y1 (see :mod:`lpcam.method.objects`); M may be 0.
+    Objects that touch share a box: prefer boxes of the data set. LpcamError without SciPy.
 
     Example:
         >>> truth_boxes(torch.tensor([[1, 1, 255, 0]])).tolist()
@@ -95,18 +78,11 @@ class BoxScores:
 class BoxAccuracy:
     """MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, the latter in their extended article).
 
-    At a threshold t, the foreground is map >= t, and each connected component (8 neighbours) has
-    its tightest box. A pair is correct at the IoU threshold d for MaxBoxAcc if the box of the
-    largest component has an IoU >= d with any box of the truth; for MaxBoxAccV2 if the box of any
-    component has. Both are the maximum over t of the fraction of correct pairs; MaxBoxAccV2 is also
-    averaged over d. The best t is chosen with the truth.
-
-    Void pixels are in no box of the truth, but they are not removed from the maps: a band of void
-    around an object would cut it out of any map.
-
-    Args:
-        thresholds: t, strictly increasing.
-        iou_thresholds: d.
+    At a threshold t, each connected component of map >= t has its tightest box. A pair is correct
+    at the IoU threshold d for MaxBoxAcc if the box of the largest component has an IoU >= d with
+    any box of the truth; for MaxBoxAccV2 if the box of any component has. Both are the maximum over
+    t, chosen with the truth, of the fraction of correct pairs; MaxBoxAccV2 is averaged over d. Void
+    pixels are in no box of the truth, but stay in the maps.
 
     Example:
         >>> metric = BoxAccuracy([0.5], [0.5])
@@ -128,12 +104,7 @@ class BoxAccuracy:
         self.pairs = 0
 
     def update(self, values: Tensor, truth: Tensor) -> None:
-        """Count a map (H, W) in [0, 1] and its true boxes, int64 (M, 4) as of `truth_boxes`.
-
-        Raises:
-            DataError: if the map is not (H, W) in [0, 1], or there is no box or an empty one.
-            LpcamError: if SciPy (extra ``objects``) is not installed.
-        """
+        """Count a map and its true boxes (M, 4) of `truth_boxes`; DataError if they do not fit."""
         fits = truth.ndim == 2 and truth.shape[1:] == (4,) and len(truth) > 0
         if not fits or bool((truth[:, 2:] <= truth[:, :2]).any()):
             raise DataError(
@@ -181,14 +152,8 @@ class PointingScores:
 class PointingGame:
     """The pointing game (Zhang et al. 2018): is the map's highest pixel on the object?
 
-    A pair is a hit if the highest pixel of the map that is not void (the first of equal ones in
-    reading order) is at most ``tolerance`` pixels (Euclidean) from a pixel of the class, and an
-    exact hit if it is on the class. A constant map is a miss. The score is the mean over classes of
-    hits / pairs.
-
-    Args:
-        num_classes: N.
-        tolerance: distance in pixels.
+    A hit is at most ``tolerance`` pixels from the class, an exact hit on it; the first of equal
+    pixels in reading order counts, a constant map is a miss. The score is the mean over classes.
 
     Example:
         >>> game = PointingGame(1, tolerance=1)
@@ -203,11 +168,7 @@ class PointingGame:
         """(N, 3) pairs, hits within the tolerance, exact hits"""
 
     def update(self, values: Tensor, truth: Tensor, index: int) -> None:
-        """Count a map (H, W) in [0, 1] and its truth, int64 (H, W), of the 0-based class ``index``.
-
-        Raises:
-            DataError: if they do not fit, or the truth does not show the class.
-        """
+        """Count a map and the truth of a 0-based class; DataError if that is not shown."""
         plane = _checked(values)
         counted = _fits(plane, truth)
         on = (truth == 1).nonzero()
@@ -233,15 +194,10 @@ class PointingGame:
 
 
 class PixelAveragePrecision:
-    """PxAP (Choe et al. 2020): area under the precision-recall curve of the pixels.
+    """PxAP (Choe et al. 2020): area under the precision-recall curve of the pixels of all pairs.
 
-    With foreground map >= t, over the pixels of all pairs: PxPrec(t) = foreground on the class /
-    foreground (1 without foreground), PxRec(t) = foreground on the class / pixels of the class. For
-    thresholds t_1 > t_2 > ..., PxAP = sum_l PxPrec(t_l) (PxRec(t_l) - PxRec(t_(l-1))), PxRec(t_0) =
-    0. Void pixels are not counted.
-
-    Args:
-        thresholds: t, strictly increasing, the first 0, so that recall ends at 1.
+    With foreground map >= t for thresholds t_1 > t_2 > ..., precision is 1 without foreground and
+    PxAP = sum_l PxPrec(t_l) (PxRec(t_l) - PxRec(t_(l-1))). The lowest threshold must be 0.
 
     Example:
         >>> metric = PixelAveragePrecision([0.0, 0.5])

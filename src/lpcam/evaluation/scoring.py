@@ -38,16 +38,13 @@ def evaluate_masks(
     *,
     workers: int = 1,
 ) -> Scores:
-    """Score a folder of predicted masks against a folder of true masks.
+    """Score a folder of predicted masks against a folder of true masks, by equal relative paths.
 
-    Each PNG below ``truth`` is compared with the file of the same relative path below
-    ``predictions``. Both store the class of a pixel as grey value or palette index: 0 is
-    background; 255 in the truth is not counted, in a prediction it counts as background.
+    Both are PNGs of grey values or palette indices: 0 is background; 255 in the truth is not
+    counted, in a prediction it counts as background.
 
     Args:
-        predictions: folder of predicted masks. Further files in it are not read.
-        truth: folder of true masks, of the same sizes.
-        classes: names and mask values of the classes. Other values in the truth are not counted.
+        classes: names and mask values of the classes; other values in the truth do not count.
             None: every value in the true masks is a class, named after the value.
         workers: images read at a time.
 
@@ -56,13 +53,11 @@ def evaluate_masks(
             is no class, or the truth shows no class.
 
     Example:
-        >>> import tempfile
+        >>> folder = getfixture("tmp_path")
         >>> from lpcam.data.masks import write_mask
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> write_mask(folder / "truth" / "a.png", np.array([[0, 0, 1, 1]], np.uint8))
-        >>> write_mask(folder / "found" / "a.png", np.array([[0, 0, 0, 1]], np.uint8))
-        >>> evaluate_masks(folder / "found", folder / "truth").per_class["1"]["iou"]
-        0.5
+        >>> write_mask(folder / "a.png", np.array([[0, 0, 1, 1]], np.uint8))
+        >>> evaluate_masks(folder, folder).per_class["1"]["iou"]
+        1.0
     """
     predictions, truth = Path(predictions), Path(truth)
     names = sorted(path.relative_to(truth) for path in truth.rglob("*.png"))
@@ -145,11 +140,7 @@ def score_maps(
     fixed: Mapping[str, float],
     sharing: Sharing,
 ) -> Evaluation:
-    """Score the maps of each method at its best threshold by the truth, and at a ``fixed`` one.
-
-    Each of the ``items`` has a mask; ``folders`` have the maps of each method. DataError if the
-    truth shows no class.
-    """
+    """Score maps of each method (``folders``) at its best and at a ``fixed`` threshold."""
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
     sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}

@@ -22,9 +22,7 @@ DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))
 
 
 def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tensor:
-    """Convert mask values to labels, int64 (H, W) with 0, 1..N and IGNORE.
-
-    Values that are neither 0 nor a class of the table become IGNORE.
+    """Convert mask values to labels, int64 (H, W): 0, 1..N, and IGNORE for other values.
 
     Example:
         >>> mask = np.array([[0, 8, 12, 255]], np.uint8)
@@ -40,15 +38,9 @@ def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tenso
 
 
 def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
-    """Confusion matrix, int64 (L, L), of two label maps. The matrices of a data set are summed.
+    """Confusion matrix, int64 (L, L), of two maps of labels 0..L-1; IGNORE of the truth is out.
 
-    Args:
-        truth: integer labels 0..L-1, or IGNORE for pixels that do not count.
-        prediction: integer labels 0..L-1, of the same shape.
-        num_labels: L, classes and background.
-
-    Raises:
-        DataError: if the shapes differ or a label is out of range.
+    DataError if the shapes differ or a label is out of range.
 
     Example:
         >>> confusion(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 0, 1, 1]), 2).tolist()
@@ -78,11 +70,7 @@ def _check_range(what: str, labels: Tensor, count: int) -> None:
 class ThresholdSweep:
     """Exact confusion matrices at every threshold of a grid, from one pass over the data set.
 
-    The label of a pixel at a threshold is that of :func:`lpcam.method.seeds.seeds`.
-
-    Args:
-        num_classes: N, without background.
-        thresholds: strictly increasing.
+    Labels at a threshold are those of :func:`lpcam.method.seeds.seeds`.
 
     Example:
         >>> sweep = ThresholdSweep(1, [0.25, 0.5])
@@ -102,10 +90,8 @@ class ThresholdSweep:
     def update(self, truth: Tensor, maps: Tensor, keys: Tensor) -> None:
         """Count one image; DataError if the arguments do not fit or a map is not finite.
 
-        Args:
-            truth: int64 (H, W), labels 0..N or IGNORE.
-            maps: float (K, H, W), of the present classes; K may be 0.
-            keys: int64 (K,), their 0-based class indices.
+        Truth int64 (H, W), maps (K, H, W) of present classes, K may be 0, and their 0-based keys
+        (K,).
         """
         if maps.ndim != 3 or maps.shape[1:] != truth.shape or keys.shape != maps.shape[:1]:
             raise DataError(
@@ -163,12 +149,10 @@ def _above(histogram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as fractions, each a mean over classes, not over images.
+    """Scores as fractions, each a mean over classes: ``miou`` with background, others without.
 
-    ``miou`` is the mean over background and classes; ``fp``, ``fn`` (false positives and false
-    negatives over the union), ``precision`` and ``recall`` are means over the classes without
-    background. ``per_class`` has all five for the background and each class that is counted.
-    ``left_out`` names classes without a pixel in truth and prediction; no mean counts them.
+    ``fp`` and ``fn`` are false positives and negatives over the union. ``left_out`` are classes
+    without a pixel in truth and prediction, which no mean counts.
     """
 
     miou: float
@@ -198,10 +182,8 @@ class Scores:
 def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
     """Scores of a confusion matrix (N+1, N+1) whose classes 1..N are ``names``.
 
-    With gt and pr the row and column sums, TP the diagonal and U = gt + pr - TP of a class,
-    IoU = TP / U, FP = (pr - TP) / U, FN = (gt - TP) / U (so the three add up to 1), precision =
-    TP / pr, recall = TP / gt. A class with U > 0 but pr = 0 or gt = 0 has precision or recall 0, so
-    that every mean is over the same classes (specification of segmentation, section 5).
+    With U = truth + predicted - TP: IoU = TP / U, FP = (predicted - TP) / U, FN = (truth - TP) / U,
+    precision = TP / predicted, recall = TP / truth, or 0 for 0 / 0 (specification, section 5).
 
     Raises:
         DataError: if the shape does not fit the names, or the truth has no pixel of any class.
@@ -255,10 +237,7 @@ def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
 
 
 def best_threshold(sweep: ThresholdSweep, names: Sequence[str]) -> tuple[float, Scores]:
-    """Threshold with the highest mIoU (the lowest of equal ones) and its scores.
-
-    It is chosen with the truth: report it with ``threshold_source`` "ground truth".
-    """
+    """Threshold with the highest mIoU, the lowest of equal ones, by the truth; and its scores."""
     every = [scores(matrix, names) for matrix in sweep.confusions()]
     best = int(np.argmax([one.miou for one in every]))
     return sweep.thresholds[best], every[best]

@@ -134,10 +134,7 @@ class RefineSection(Section):
 
 
 class Refinement(ABC):
-    """A method that turns maps into pseudo masks: one object in :data:`REFINEMENTS`.
-
-    One that trains a network first is a :class:`LearnedRefinement`.
-    """
+    """A method that turns maps into pseudo masks: one object in :data:`REFINEMENTS`."""
 
     title: ClassVar[str]
     """Name in rows and messages."""
@@ -176,11 +173,7 @@ class Refinement(ABC):
 
     @abstractmethod
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
-        """Return a function that refines one picture.
-
-        ``network`` is the file of the trained network, for refinements that learn; ``folder`` is
-        that of the pseudo masks, for further files beside them.
-        """
+        """Return a function that refines pictures; it may write further files into the folder."""
 
 
 class LearnedRefinement(Refinement):
@@ -225,15 +218,14 @@ class LearnedRefinement(Refinement):
     ) -> History:
         """Train the network in place on images and their label files, and return the history.
 
-        ``options`` are ``seed``, ``folder`` (for checkpoints), ``workers`` and ``processes``.
+        ``options`` are those of :class:`lpcam.training.loop.TrainingOptions`.
         """
 
 
 def decided(scores: Tensor) -> Tensor:
-    """Turn scores (K + 1, H, W), background first, into maps (K, H, W) that are cut at `DECIDED`.
+    """Turn scores (K + 1, H, W), background first, into maps p / (p + p of it), cut at `DECIDED`.
 
-    A map is p / (p + p of the background), for the likeliest class of a pixel alone, because near
-    1 rounding would decide between the others.
+    Only the likeliest class of a pixel has a value, as near 1 rounding would decide between others.
     """
     classes, background = scores[1:], scores[:1]
     full = classes / (classes + background).clamp_min(torch.finfo(scores.dtype).tiny)
@@ -275,10 +267,7 @@ def check_image(image: Tensor) -> None:
 
 
 def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
-    """Raise a DataError if maps (..., n, H, W) are not finite or do not fit an image (H, W, 3).
-
-    ``name`` is a plural noun for the maps.
-    """
+    """Raise a DataError naming the maps if they are no finite floats (..., n, H, W) of an image."""
     check_image(image)
     fit = maps.dim() >= 3 and image.shape == (*maps.shape[-2:], 3)
     if not (fit and maps.is_floating_point() and maps.isfinite().all()):

@@ -77,17 +77,10 @@ ROUNDING = 1e-3
 
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
-    """Energies (..., n, H, W) float32 of hard labels that are right with a given probability.
+    """Energies (..., n, H, W) float32 of labels (..., H, W) in [0, n), right with ``gt_prob``.
 
-    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (n - 1)) for each other one.
-
-    Args:
-        labels: (..., H, W) integers in [0, n).
-        count: n, the number of labels including the background, at least 2.
-        gt_prob: probability that a label is right, in (0, 1).
-
-    Raises:
-        DataError: if labels are not integers or out of range, or if there are fewer than two.
+    -log gt_prob for a pixel's label, -log((1 - gt_prob) / (n - 1)) for each of the ``count`` - 1
+    others; DataError if labels are not integers or out of range, or there are fewer than two.
     """
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise DataError(f"hard labels must be integers, got {labels.dtype}; threshold them first")
@@ -105,13 +98,7 @@ def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:
 
 
 def unary_from_probabilities(probabilities: Tensor, clip: float) -> Tensor:
-    """Energies -log max(p, clip) of probabilities (..., n, H, W), in float32 or longer.
-
-    The scores of a pixel need not sum to one.
-
-    Raises:
-        DataError: if values are no floating-point numbers, NaN or outside [0, 1].
-    """
+    """Energies -log max(p, clip), float32 or longer, of scores in [0, 1]; else DataError."""
     lowest, highest = (float(v) for v in torch.aminmax(probabilities))
     floats = probabilities.is_floating_point()
     if not (floats and lowest >= 0.0 and highest <= 1.0):  # both are false for NaN
@@ -168,12 +155,9 @@ def _normalise(values: Tensor) -> Tensor:
 
 
 class DenseCrf:
-    """A dense CRF with the parameters of one method, for images of any sizes.
-
-    The Gaussian kernels of the last few image sizes are kept. May be shared by threads.
+    """A dense CRF with the parameters of one method, for images of any sizes; threads may share it.
 
     Args:
-        settings: kernels, weights, iterations and the constants of the unary energies.
         memory: bytes that one image may need; an image that needs more is refused. None: three
             quarters of the memory that the process may use, or that is free on the GPU.
 
@@ -201,15 +185,10 @@ class DenseCrf:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, unary: Tensor) -> Tensor:
-        """Marginals (..., n, H, W) from unary energies, summing to one over the labels.
+        """Marginals of finite energies (..., n, H, W), lower is likelier; of a pixel they sum to 1.
 
-        Args:
-            image: (H, W, 3) RGB, uint8; the same for all leading axes.
-            unary: (..., n, H, W) finite energies on the same device; lower is likelier.
-
-        Raises:
-            DataError: if inputs do not fit or are not finite, if there are fewer than two labels,
-                or if the image needs more memory than allowed.
+        Takes an image (H, W, 3) uint8 RGB, the same for all leading axes. DataError if inputs do
+        not fit, there are fewer than two labels, or the image needs more memory than allowed.
         """
         check_image_and_maps(image, unary, "unary energies")
         count, height, width = unary.shape[-3:]
@@ -259,14 +238,10 @@ class DenseCrf:
 
 
 def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[float]) -> Tensor:
-    """Posteriors of the classes and of a background whose score is (1 - the highest map)^alpha.
+    """Posteriors (A, K + 1, H, W) of a background (1 - the highest map)^alpha and the classes.
 
-    Takes an image (H, W, 3) uint8 RGB, maps (K, H, W) in [0, 1], each divided by its maximum, and A
-    powers; the larger, the less is background. Returns (A, K + 1, H, W), summing to one, the
-    background first; without a class it is 1 everywhere.
-
-    Raises:
-        DataError: if image and maps do not fit, or a map is outside [0, 1]; and as `DenseCrf`.
+    Takes an image (H, W, 3) uint8 RGB, maps (K, H, W) in [0, 1] and A powers; a larger one favours
+    classes. Without a class the background is 1. DataError if they do not fit or are out of range.
     """
     scores = planes.to(compute_dtype(planes))
     if not len(scores):

@@ -1,8 +1,7 @@
 """IRN: class boundaries learned from ternary labels, and maps that walk within them.
 
-Specification of IRN, sections 6 to 8; its network is :mod:`lpcam.refine.irn_network`.
-
-Shapes: B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W / 4).
+Specification, sections 6 to 8. B images of H x W pixels, K classes, h = ceil(H / 4), w = ceil(W /
+4).
 """
 
 from __future__ import annotations
@@ -121,14 +120,10 @@ def irn_loss(
     displacement: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> IrnLoss:
-    """IRN's losses (specification, section 6).
+    """IRN's losses (section 6) of boundary logits (B, h, w) and displacements (B, 2, h, w), if any.
 
-    Args:
-        logits: (B, h, w), boundaries before their sigmoid.
-        labels: (B, h, w) uint8, 0 background, 255 ignored, otherwise classes.
-        radius: pairs are nearer than this, in cells.
-        displacement: (B, 2, h, w), or None.
-        counts: :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
+    Labels are (B, h, w) uint8: 0 background, 255 ignored, otherwise classes; ``counts`` are
+    :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
     """
     counts = pair_counts(labels, radius) if counts is None else counts
     zero = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
@@ -157,11 +152,7 @@ def augment(
     label: NDArray[np.uint8],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, mirror and crop an image and its labels (H, W) at random (section 7).
-
-    Returns (3, crop, crop) float32 and (crop / 4, crop / 4) uint8. The label of a cell is that of
-    its pixel (2, 2), as Pillow's nearest neighbour takes it.
-    """
+    """Scale, mirror and crop an image and its labels (section 7); a cell has that of pixel (2, 2)."""
     canvas, labels = scale_mirror_crop(
         image, label, preprocessing, settings.scale, settings.crop, generator
     )
@@ -174,10 +165,7 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 @torch.no_grad()
 def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
-    """Boundaries e (h, w): sigmoid of the mean logit of an image and its mirror image (8.1).
-
-    Takes (H, W, 3) uint8 RGB, and returns float32 on the network's device.
-    """
+    """Boundaries (h, w): sigmoid of the mean logit of an image and its mirror image (8.1)."""
     network.eval()
     tensor = network.pyramid.preprocessing(image)[None].to(network.device)
     size = quarter_size(tensor.shape[-2:])
@@ -188,11 +176,7 @@ def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
 
 
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
-    """Walk the maps from where there is no boundary (sections 8.2 to 8.4).
-
-    Takes maps (..., K, h, w) at stride 4 and boundaries e (..., h, w). Returns the maps to the
-    power of ``settings.sharpness``, times 1 - e, after the walk; not normalised.
-    """
+    """Walk maps (..., K, h, w)^sharpness (1 - e) within boundaries e (..., h, w) (8.2 to 8.4)."""
     sources = maps if settings.sharpness == 1 else maps.pow(settings.sharpness)
     return random_walk(
         sources * (1 - edge[..., None, :, :]).to(maps.dtype),

@@ -1,8 +1,7 @@
-"""IRN's network: a frozen pyramid of features and branches of 1 x 1 convolutions.
+"""IRN's network: a frozen pyramid of features and branches of 1 x 1 convolutions (sections 4, 5).
 
-Specification of IRN, sections 4 and 5. One branch predicts a boundary map; another, which masks do
-not need, a displacement field that points to the centre of each instance. Shapes: B images of
-H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
+One branch predicts boundaries; another, which masks do not need, a displacement to the centre of
+each instance. B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 """
 
 from __future__ import annotations
@@ -39,12 +38,9 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 
 
 class Pyramid(nn.Module):
-    """Feature maps of a classifier's backbone, frozen, from stride 4 on, for images of any size.
+    """Frozen feature maps of a backbone from stride 4 on, the last of stride 2 pooled to it.
 
-    The last map of stride 2, such as the first stage of a ResNet, is pooled to stride 4.
-
-    Raises:
-        ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
+    ClassifierError if there are none at strides 4 and 8.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -224,9 +220,6 @@ def build_irn(spec: BackboneSpec, *, displacement: bool = True, seed: int = 0, *
 
     ``first`` are ``weights``, ``mean`` and ``std`` of :func:`lpcam.classifiers.classifier.build`:
     ImageNet's, not those of the classifier that made the maps (section 4).
-
-    Raises:
-        ClassifierError: if the backbone gives no feature maps at strides 4 and 8.
     """
     classifier = build(spec, NO_CLASSES, seed=seed, **first)
     return Irn(Pyramid(classifier), displacement=displacement, seed=seed)

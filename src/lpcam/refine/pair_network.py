@@ -75,11 +75,7 @@ class Level:
 
 
 def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
-    """All feature maps of a backbone, in its order; ``method`` names who needs them.
-
-    Raises:
-        ClassifierError: if the backbone does not give feature maps.
-    """
+    """All feature maps of a backbone, in order; a method's ClassifierError if it gives none."""
     if not hasattr(backbone, "forward_intermediates"):
         raise ClassifierError(
             f"the backbone {type(backbone).__name__} does not give the feature maps between its "
@@ -92,10 +88,9 @@ def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
 
 
 def side_multiple(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> int:
-    """Number of which the sides of images must be multiples, for :func:`pad_sides`.
+    """Number of which sides must be multiples, for :func:`pad_sides`.
 
-    1 if the feature maps of an image of (H, W) pixels have ceil(side / stride) cells, else the
-    largest stride, because the backbone drops the rest of a side.
+    1 if feature maps have ceil(side / stride) cells, else the largest stride: the rest is dropped.
     """
     maps = _maps_of_zeros(backbone, size)
     whole = all(
@@ -145,15 +140,8 @@ def train_on_pairs(
 ) -> History:
     """Train a module in place on pairs of cells; a stopped training resumes from its checkpoints.
 
-    Args:
-        module: the trained part of a network.
-        groups: parameter groups of the optimiser.
-        read, augment: make the samples; picklable.
-        loss: takes the module, images, labels and the number of pairs of each kind in the batch.
-        labelled: images and the files of their labels.
-        settings: schedule and optimiser, and ``radius`` of the pairs, in cells.
-        title: name of the method, for progress and messages.
-        seed, processes, options: as for :func:`lpcam.training.loop.run`.
+    ``read`` and ``augment`` make the samples and are picklable. ``loss`` takes the module, images,
+    labels and the number of pairs of each kind in the batch. Others as `lpcam.training.loop.run`.
     """
     device = next(module.parameters()).device
     processes = processes or Processes()

@@ -56,14 +56,9 @@ EPSILON = 1e-8
 
 @torch.no_grad()
 def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
-    """Refine soft masks by local affinities of the image.
+    """Refine soft masks (..., H, W), finite, by local affinities of an image (H, W, 3) uint8.
 
-    Args:
-        image: (H, W, 3) RGB, uint8.
-        masks: (..., H, W) floating-point, finite; any range, which is kept.
-
-    Raises:
-        DataError: if shapes or dtypes do not fit, or if a mask holds NaN.
+    DataError if shapes or dtypes do not fit, or a mask holds NaN.
 
     Example:
         >>> image, masks = torch.zeros(4, 5, 3, dtype=torch.uint8), torch.ones(2, 4, 5)
@@ -99,10 +94,7 @@ def affinities(
 
 
 def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    """Standard deviations over all windows, centres included: (3, H, W) from uint8.
-
-    Computed in integers, as n sum of x^2 - (sum of x)^2 would lose all its digits otherwise.
-    """
+    """Deviations (3, H, W) over all windows in integers, as n sum x^2 - (sum x)^2 cancels."""
     samples, border = 9 * len(dilations), max(dilations)
     exact = torch.int32 if (samples * 255) ** 2 < 2**31 else torch.int64
     height, width = levels.shape[-2:]
@@ -120,10 +112,7 @@ def _deviations(levels: Tensor, dilations: tuple[int, ...]) -> Tensor:
 def propagate(
     masks: Tensor, weights: Tensor, dilations: tuple[int, ...], iterations: int
 ) -> Tensor:
-    """Replace pixels of masks (..., H, W) by weighted means of their neighbours, repeatedly.
-
-    ``weights`` are those of :func:`affinities` with the same dilations.
-    """
+    """Replace pixels of masks by means of neighbours with :func:`affinities`, repeatedly."""
     height, width = (int(length) for length in masks.shape[-2:])
     device = masks.device
     offsets = torch.tensor(_offsets(dilations), device=device) - max(dilations)

@@ -1,9 +1,7 @@
-"""Gaussian filters of scattered points on permutohedral lattices, in torch.
+"""Gaussian filters of scattered points on permutohedral lattices (Adams, Baek and Davis 2010).
 
-Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010):
-splat onto lattice points, blur along the lattice's directions, slice. Lattice points are made
-unique by sorting packed integer keys; splat, blur and slice are sums of weighted rows
-(``embedding_bag``), for several lattices over the same points at once.
+Splat onto lattice points, blur along the lattice's directions, slice: sums of weighted rows
+(``embedding_bag``), for several lattices at once. Lattice points have packed integer keys.
 """
 
 from __future__ import annotations
@@ -29,10 +27,7 @@ Filter = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Lattice:
-    """Positions of P points of d dimensions in the permutohedral lattice, which has M points.
-
-    Row M of a table over its points stays zero, for missing neighbours.
-    """
+    """P points in a lattice of M points; row M of a table stays zero, for missing neighbours."""
 
     vertices: Tensor
     """(d + 1, P) int32: the lattice points around each point, one of each remainder."""
@@ -71,12 +66,9 @@ class Lattice:
 
 
 def permutohedral_lattice(positions: Tensor) -> Lattice:
-    """Lattice around points whose kernel is the unit Gaussian exp(-|f_i - f_j|^2 / 2).
+    """Lattice of positions (d, P), divided by deviations, for the kernel exp(-|f_i - f_j|^2 / 2).
 
-    Positions are (d, P) float32 or float64, divided by the kernel's standard deviations.
-
-    Raises:
-        DataError: if the points reach over too many lattice points.
+    DataError if the points reach over too many lattice points.
     """
     d, count = positions.shape
     corner, rank, barycentric = _enclosing_simplex(positions)
@@ -126,10 +118,7 @@ def permutohedral_lattice(positions: Tensor) -> Lattice:
 
 
 def _enclosing_simplex(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Corner with remainder 0 in units of d + 1, ranks, and barycentric weights: (d + 1, P) each.
-
-    Section 3.1 of Adams et al.; the corner and weights are floating-point, the ranks int8.
-    """
+    """Corner in units of d + 1, int8 ranks, barycentric weights: (d + 1, P) each (section 3.1)."""
     d, count = positions.shape
     # Scaled so that the blur has the standard deviation 1. The rounding of this one factor decides
     # on which side of a face a few points lie, and so which lattice points there are: it is rounded
@@ -197,8 +186,7 @@ def _blur_rows(codes: Tensor, strides: Sequence[int], turn: int) -> Tensor:
 def join(parts: Sequence[tuple[Lattice, Tensor, Tensor]]) -> Filter:
     """The filter sum over m of diag(after_m) K_m diag(before_m), in one pass over the points.
 
-    Each part is a lattice over the same P points and its factors (P,) before and after. K is
-    approximately exp(-|f_i - f_j|^2 / 2), up to a factor near 1.
+    A part is a lattice over the same P points and its factors (P,) before and after.
     """
     directions = max(len(lattice.blur) for lattice, *_ in parts)
     members, begins, splat_weights, vertices, weights = [], [], [], [], []

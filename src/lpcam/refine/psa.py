@@ -2,10 +2,8 @@
 
 Two dense CRFs of an image's maps, one of which favours the background, agree on the labels of some
 cells of 8 x 8 pixels. A network learns features whose affinities a_ij = exp(-mean |f_i - f_j|) are
-high for neighbours of one label. The maps and a constant background then walk by them.
-
-Shapes: B images of H x W pixels, h = ceil(H / 8), w = ceil(W / 8); K classes of an image, whose
-scores have K + 1 planes, the background first; C channels of the features.
+high for neighbours of one label, and maps and a constant background walk by them. B images of H x W
+pixels, h = ceil(H / 8), w = ceil(W / 8); C channels; K + 1 scores, background first.
 """
 
 from __future__ import annotations
@@ -130,11 +128,7 @@ def write_scores(path: Path, scores: Tensor) -> None:
 
 
 def read_scores(path: Path) -> NDArray[np.uint8]:
-    """Read a file of :func:`write_scores`: (2, K + 1, H, W) uint8, 255 for 1.
-
-    Raises:
-        ArtefactError: if the file is missing, damaged, or has other contents.
-    """
+    """Read scores (2, K + 1, H, W) uint8 of :func:`write_scores`; ArtefactError if damaged."""
     data = read_bytes(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
@@ -155,11 +149,10 @@ def pooled(scores: Tensor) -> Tensor:
 
 
 def label_pairs(low: Tensor, high: Tensor) -> Tensor:
-    """Labels of cells (h, w) uint8 from the scores (K + 1, h, w) of two CRFs.
+    """Labels of cells (h, w) uint8 from the scores (K + 1, h, w) of two CRFs; unknown ones are 255.
 
-    A cell has the class k + 1 that is best where the background is favoured: ``low``. It is
-    background, 0, where that is best although it is not favoured: ``high``. Otherwise, and beyond
-    the image, it is unknown, 255.
+    A class k + 1 is best where the background is favoured: ``low``; background, 0, is best where it
+    is not: ``high``. Beyond the image a cell is unknown.
     """
     foreground, background = low.argmax(0), high.argmax(0) == 0
     labels = torch.where(foreground > 0, foreground, IGNORE).masked_fill(background, BACKGROUND)
@@ -168,12 +161,9 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
 
 
 class Psa(FrozenStatistics, SavedNetwork):
-    """A backbone with 1 x 1 convolutions of its last three feature maps, and of them together.
+    """ELUs of 1 x 1 convolutions of a backbone's last three feature maps, enlarged to stride 8.
 
-    Each is without bias and followed by an ELU; maps of a larger stride than 8 are enlarged.
-
-    Raises:
-        ClassifierError: if the backbone does not give feature maps at stride 8, 16, ...
+    ClassifierError if it has none at stride 8, 16, ...
     """
 
     kind = "psa"
@@ -253,11 +243,7 @@ def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
 
 
 def feature_distances(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the mean absolute difference of features (B, C, h, w) of pairs of cells, by offset.
-
-    Pairs are those of :func:`lpcam.refine.walk.source_window`, (B, rows, columns); nothing is
-    yielded where it is empty. With a first-order gradient.
-    """
+    """Yield mean |f_i - f_j| (B, rows, columns) of pairs of a window, by offset; differentiable."""
     window = source_window(features.shape[-2], features.shape[-1], radius)
     if features[..., *window].numel():
         offsets = pair_offsets(radius)
@@ -301,10 +287,7 @@ class _Distances(torch.autograd.Function):
 
 
 def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the affinities of all pairs of the grid, for :func:`lpcam.refine.walk.affinity_walk`.
-
-    They are zero where the loss has no such pair, near the border: some of its cells never move.
-    """
+    """Yield affinities of all pairs for a walk; zero near the border, where no loss has pairs."""
     reach = radius - 1
     for (dy, dx), distance in feature_distances(features, radius):
         sides = reach + min(0, dx), reach - max(0, dx), 0, reach - dy
@@ -314,9 +297,8 @@ def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Ten
 def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | None = None) -> Tensor:
     """PSA's loss of features (B, C, h, w): means of -log a of equal pairs, -log(1 - a) of others.
 
-    Pairs of background and pairs of a class weigh a quarter each, different ones half. Labels are
-    (B, h, w) uint8, 0 background, 255 unknown, otherwise classes of the image; ``counts`` are
-    :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
+    Pairs of background and of a class weigh a quarter each, different ones half. Labels are (B, h,
+    w) uint8; ``counts`` are :func:`lpcam.refine.walk.pair_counts` of the whole batch.
     """
     counts = pair_counts(labels, radius) if counts is None else counts
     zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
@@ -334,11 +316,7 @@ def augment(
     scores: NDArray[np.uint8],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Change the colours of an image at random, and mirror and crop it and its scores.
-
-    Takes an image (H, W, 3) uint8 RGB and the scores (2, K + 1, H, W) uint8 of its file. Returns a
-    normalised image (3, crop, crop) float32 and labels (crop / 8, crop / 8) uint8.
-    """
+    """Jitter, mirror and crop an image and its scores (2, K + 1, H, W): image and cells' labels."""
     colours = torch.from_numpy(jitter_colours(image, settings.jitter, generator)).permute(2, 0, 1)
     planes = [(colours, 0), (torch.from_numpy(scores), 0)]
     canvas, cropped = mirror_and_crop(planes, settings.crop, generator)
@@ -353,14 +331,10 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 @torch.no_grad()
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
-    """Scores of an image after its maps and a constant background have walked.
+    """Scores (K + 1, H, W) of an image after its maps (K, H, W) and a constant background walked.
 
-    Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1]. Returns (K + 1, H, W) on the
-    network's device, the background first; ``settings.threshold`` was its score. Where the grid is
-    too small for any pair of the loss, the scores are those before the walk.
-
-    Raises:
-        DataError: if maps or features are not finite.
+    Where the grid is too small for any pair of the loss, they are those before the walk. DataError
+    if maps or features are not finite.
     """
     network.eval()
     height, width = image.shape[:2]

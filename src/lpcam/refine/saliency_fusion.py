@@ -55,7 +55,7 @@ REVISION = 1
 
 
 def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings) -> Tensor:
-    """The best class of each pixel, or the background (steps 2 to 5).
+    """The best class of each pixel, k + 1, or the background, 0 (steps 2 to 5), as int64 (H, W).
 
     A pixel that is not salient is background unless a class has more than ``beta``. A salient pixel
     has the best class unless all have less than ``alpha``. The first of equal classes wins.
@@ -63,10 +63,6 @@ def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings
     Args:
         scores: (K, H, W) maps, each divided by its maximum, or posteriors of a CRF; in [0, 1].
         saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-        settings: ``theta``, ``alpha`` and ``beta``; the last two must fit the kind of scores.
-
-    Returns:
-        int64 (H, W): 0 for background, k + 1 for the k-th class.
 
     Raises:
         DataError: if shapes or dtypes do not fit, or a score is not finite.

@@ -27,11 +27,7 @@ _FULL = {("b", 1): 1.0, ("u", 1): 255.0, ("u", 2): 65535.0}
 
 
 def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
-    """Find the map file of each image.
-
-    Raises:
-        DataError: if the folder is missing, or an image has no map or two.
-    """
+    """Find the map of each image; DataError if there is no folder, or an image has none or two."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} of saliency maps; give one that holds ID.png")
     found = {}
@@ -52,15 +48,10 @@ def find_saliency(folder: Path, ids: Iterable[str]) -> dict[str, Path]:
 
 
 def saliency_maximum(paths: Iterable[Path]) -> float | None:
-    """Find the value that means 1 in the maps of one folder, for `read_saliency`.
+    """The value that means 1 in maps of one folder: 1, 255, or None for each file's own default.
 
-    An 8-bit map whose largest value is 1 may be a mask of 0 and 1, or a dark map. This is decided
-    by the other maps of its folder: at most `LOOKED_AT`, spread evenly, are opened until one has
-    other values.
-
-    Returns:
-        1 if all maps have only 0 and 1; 255 if they have 8 bits and some have other values;
-        otherwise None, the default of each kind of file.
+    An 8-bit map whose largest value is 1 may be a mask or dark; other maps of its folder decide. At
+    most `LOOKED_AT`, spread evenly, are opened until one has values other than 0 and 1.
     """
     paths = list(paths)
     kinds = {path.suffix: path for path in paths}.values()
@@ -79,18 +70,13 @@ def saliency_maximum(paths: Iterable[Path]) -> float | None:
 def read_saliency(
     folder: Path, item_id: str, size: tuple[int, int], *, maximum: float | None = None
 ) -> NDArray[np.uint8]:
-    """Read the map of one image, uint8 (H, W) in steps of 1/255.
+    """Read the map of one image, uint8 (H, W) in steps of 1/255; colours are averaged.
 
-    Colours are averaged. A map of another size is resized by Pillow's bilinear filter, which
-    averages when it shrinks. An 8-bit map of the image's size keeps its values.
+    A map of another size than ``size`` (height, width) is resized by Pillow's bilinear filter.
 
     Args:
-        folder: folder of the maps.
-        item_id: id of the image.
-        size: (height, width) of the upright image.
-        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, and 1 for floats, 1-bit
-            images and booleans. An 8-bit map whose largest value is 1 is then refused, because it
-            may be a mask of 0 and 1; `saliency_maximum` decides this.
+        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, else 1; an 8-bit map
+            whose largest value is 1 is then refused. `saliency_maximum` finds it.
 
     Raises:
         DataError: if the map is missing, unreadable, transparent or out of range.
@@ -182,10 +168,8 @@ WHITE = np.array((0.95047, 1.0, 1.08883))
 def saliency(image: Tensor) -> Tensor:
     """Saliency (H, W) uint8 of a photograph (H, W, 3) uint8 RGB, above `SALIENT` on objects.
 
-    Takes about 30 ms of one core. An image of one colour has no salient pixel.
-
-    Raises:
-        DataError: if the image has another shape or dtype, or no pixels.
+    An image of one colour has no salient pixel. DataError if the image has another form or no
+    pixels.
 
     Example:
         >>> image = torch.zeros(40, 40, 3, dtype=torch.uint8)
@@ -223,11 +207,7 @@ def lab(image: NDArray[np.uint8]) -> Plane:
 
 
 def barrier_distance(values: Plane, rounds: int = ROUNDS) -> Plane:
-    """Approximate minimum barrier distance (H, W) from the border of values (H, W).
-
-    Never below the true distance. Each pixel keeps the highest and lowest value of its best path.
-    A sweep extends the path of each row (or column) to the next one where that is better.
-    """
+    """Approximate minimum barrier distance (H, W) from the border, by sweeps; never below it."""
     distance = np.full(values.shape, np.inf)
     distance[[0, -1]] = distance[:, [0, -1]] = 0.0
     # The first sweep, down from the border, reaches every pixel.

@@ -1,7 +1,4 @@
-"""Ternary labels for IRN: sure foreground, sure background, and ignored pixels between them.
-
-Specification of IRN, section 3.
-"""
+"""Ternary labels for IRN: sure foreground, sure background, ignored pixels between (section 3)."""
 
 from __future__ import annotations
 
@@ -22,11 +19,7 @@ from lpcam.refine.crf import DenseCrf
 def crf_labels(
     crf: DenseCrf, image: Tensor, maps: Tensor, thresholds: Sequence[float]
 ) -> list[Tensor]:
-    """Seeds at each threshold, cleaned by the CRF, which gets hard labels and not the maps.
-
-    Takes an image (H, W, 3) uint8 RGB and maps (K, H, W) in [0, 1] of its own classes. Returns
-    int64 (H, W) for each threshold: 0 for background, k + 1 for the k-th class.
-    """
+    """Seeds of maps (K, H, W) at each threshold, as hard labels cleaned by a CRF: int64 (H, W)."""
     hard = [seeds(maps, threshold) for threshold in thresholds]
     if not len(maps):
         return hard
@@ -34,11 +27,7 @@ def crf_labels(
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
-    """Join the labels (H, W) of a high and of a low threshold, as int64 (H, W).
-
-    A pixel has the class that the high threshold gives it. It is background where both say so, and
-    ignored (255) where only the low one gives a class.
-    """
+    """Join labels (H, W) of a high and a low threshold; where only the low has a class, 255."""
     return foreground.masked_fill((foreground == 0) & (background != 0), IGNORE)
 
 

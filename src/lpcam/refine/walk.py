@@ -42,8 +42,8 @@ PIECES_TRIED = 30
 def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
 
-    Partners lie right of the cell or below it, nearer than ``radius`` (at least 2), ordered by the
-    length of their paths (specification of IRN, section 5).
+    Partners are right of it or below, nearer than ``radius``, ordered by length of path (section
+    5).
     """
     right = [(0, dx) for dx in range(1, radius)]
     below = [
@@ -81,11 +81,7 @@ def partner_window(window: Window, offset: Offset) -> Window:
 
 @cache
 def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]], ...]:
-    """For each offset the shorter ones, and their shifts, whose paths together cover its path.
-
-    This saves nine tenths of the comparisons. (0, 0) is a single cell; shifts count from the corner
-    of the bounding box.
-    """
+    """For each offset shorter ones and their shifts whose paths cover its own, to compare less."""
     cells: dict[Offset, frozenset[Offset]] = {(0, 0): frozenset([(0, 0)])}
     plan = []
     for offset in pair_offsets(radius):
@@ -122,9 +118,8 @@ def _cover(
 def path_maxima(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
     """Yield the largest of the boundaries (..., h, w) along the path of every pair, by offset.
 
-    The maxima (..., h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's
-    bounding box; offsets without a pair on the grid are left out. A first-order gradient flows to
-    one of several equal boundaries.
+    Maxima (..., h - dy, w - abs(dx)) are indexed by the upper left corner of the pair's box. A
+    first-order gradient flows to one of several equal boundaries.
     """
     if offsets := [offset for offset, _ in _plan_of(edge, radius)]:
         yield from zip(offsets, _Maxima.apply(edge, radius), strict=True)
@@ -177,11 +172,7 @@ class _Maxima(torch.autograd.Function):
 
 
 def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield the affinities 1 - max over the path of the pairs of :func:`source_window`.
-
-    For boundaries (..., h, w) in [0, 1] the affinities are (..., rows, columns) of the window;
-    nothing is yielded where it is empty.
-    """
+    """Yield affinities 1 - max over the path (..., rows, columns) of pairs of the source window."""
     rows, columns = source_window(edge.shape[-2], edge.shape[-1], radius)
     for offset, maximum in path_maxima(edge, radius) if edge[..., rows, columns].numel() else ():
         corner = min(0, offset[1])
@@ -189,10 +180,9 @@ def affinities(edge: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
 
 
 def pair_kinds(labels: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield which pairs of :func:`source_window` are background, of one class, or different.
+    """Yield which pairs of a window are background, of one class, or different, by offset.
 
-    For each offset, bool (3, B, rows, columns) from labels (B, h, w) uint8. Pairs with a label 255
-    are of no kind. Nothing is yielded where the window is empty.
+    Bool (3, B, rows, columns) from labels (B, h, w) uint8; pairs with a label 255 are of no kind.
     """
     window = source_window(labels.shape[-2], labels.shape[-1], radius)
     own = labels[:, *window]
@@ -217,9 +207,8 @@ def likelihood_means(
 ) -> Tensor:
     """Means (3,) of -log a over background pairs and pairs of a class, of -log(1 - a) over others.
 
-    ``pairs`` are the affinities (B, rows, columns) of each offset, in the order of
-    :func:`pair_kinds`; ``counts`` are :func:`pair_counts` of the whole batch, of which the labels
-    may be a part; ``zero`` is a scalar 0 with a gradient, the sum where there is no pair.
+    ``pairs`` are affinities in the order of :func:`pair_kinds`, ``counts`` those of the whole
+    batch, ``zero`` a scalar 0 with a gradient.
     """
     sums = [zero.expand(3)]
     for (_, affinity), (_, kinds) in zip(pairs, pair_kinds(labels, radius), strict=True):
@@ -243,16 +232,12 @@ def affinity_walk(
 ) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
-    T has a unit diagonal before it is normalised. Every output is a weighted mean of the sources
-    around it. The power is a series of Chebyshev polynomials of T, exact with 2^exponent terms,
-    whose weights fall like a Gaussian's: 98 terms reach 1e-6 of 256 steps on a VOC image.
+    T has a unit diagonal before it is normalised. The power is a series of Chebyshev polynomials of
+    T whose weights fall like a Gaussian's: 98 terms reach 1e-6 of 256 steps on a VOC image.
 
     Args:
         maps: (..., K, h, w) sources x.
-        pairs: affinities a_ij in [0, 1] of all pairs of the grid at each offset to the right and
-            below, (..., h - dy, w - abs(dx)), indexed by the upper left corner of the pair's box.
-        beta: power of the affinities, > 0.
-        exponent: log2 of the number of steps.
+        pairs: affinities in [0, 1] as :func:`path_maxima` has them, of all pairs of the grid.
         tolerance: largest error of omitted terms, relative to the largest source; 0 omits none.
 
     Raises:
@@ -306,11 +291,7 @@ def affinity_walk(
 def _pair_weights(
     zeros: Tensor, pairs: Pairs, beta: float
 ) -> tuple[list[int], list[Tensor], Tensor]:
-    """Distances of pairs in the flat grid, weights a^beta (..., 1, n), and column sums (..., 1, n).
-
-    A weight is zero where a cell has no partner at the offset; a column sum includes 1 for the cell
-    itself. ``zeros`` (..., h, w) gives the shape, dtype and device.
-    """
+    """Shifts in the flat grid, weights a^beta (zero without a partner), column sums (..., 1, n)."""
     height, width = zeros.shape[-2:]
     shifts, weights = [], []
     degree = torch.ones_like(zeros).flatten(-2)

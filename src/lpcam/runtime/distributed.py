@@ -82,11 +82,7 @@ def leave() -> None:
 
 
 def join(device: str) -> tuple[Processes, torch.device | None]:
-    """Join the processes that ``torchrun`` has started: this process and its device.
-
-    The device is None for a process that is alone and may choose. RecipeError: accelerate is not
-    installed, all processes would use one GPU, or there are fewer GPUs than processes.
-    """
+    """Join the processes that ``torchrun`` started; the device is None for a process alone."""
     if not _among_others():
         return Processes(), None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -131,11 +127,7 @@ Identity = TypeVar("Identity", bound=_Identified)
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the images of a run are shared out.
-
-    An image belongs to the same process in every stage, so that the features that a process keeps
-    are those that it needs again.
-    """
+    """How the images of a run are shared out: to the same process, which keeps features."""
 
     processes: Processes = field(default_factory=Processes)
     workers: int = 1

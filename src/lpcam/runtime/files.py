@@ -1,8 +1,6 @@
-"""Files that a run writes: atomic writes, JSON, tensors and digests.
+"""Files that a run writes, atomically and never pickled: bytes, JSON, tensors, and digests.
 
-Every write goes to a temporary file in the same folder, which is then moved into place, so an
-interrupted run never leaves half a file under its final name. Nothing is ever pickled. What cannot
-be read or written is an ArtefactError that names the file.
+What cannot be read or written is an ArtefactError that names the file.
 """
 
 from __future__ import annotations
@@ -94,11 +92,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors (moved to the CPU) and JSON metadata as one safetensors file.
-
-    The metadata are one JSON string under the key ``lpcam``, because safetensors orders several
-    keys at random, and equal contents must give equal bytes.
-    """
+    """Write tensors and JSON metadata as safetensors; one key, as those are ordered at random."""
     header = {"format": _TENSOR_FORMAT, "metadata": dict(metadata)}
     plain, owners = {}, set()
     for name, tensor in sorted(tensors.items()):

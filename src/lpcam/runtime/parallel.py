@@ -24,8 +24,7 @@ AHEAD = 2
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Call a function for every item on several threads; yield the results in order.
 
-    The first error in order is raised once the calls under way have ended. ``items`` may be
-    endless. PyTorch's inference mode belongs to a thread: ``function`` must enter it itself.
+    The first error in order is raised once the calls under way have ended.
     """
     if workers == 1:
         with one_thread():

@@ -20,10 +20,7 @@ class RegistryError(LpcamError, KeyError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Methods of one kind by name: those of the package, then those of entry points.
-
-    Entry points are read when the registry is first used, and a method is imported when it is
-    first looked up, so a registry of heavy modules is cheap.
+    """Methods of one kind by name: the package's, then those of entry points; imported when needed.
 
     Args:
         kind: what one entry is called in messages, such as ``host``.

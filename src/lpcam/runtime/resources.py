@@ -55,11 +55,7 @@ def memory_of_an_image(device: torch.device, workers: int) -> int | None:
 def container_limits(
     membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
 ) -> list[int]:
-    """Memory limits of the Linux control groups that this process is in, in bytes.
-
-    ``membership`` has a line ``number:controllers:path`` for each group. ``root`` holds their
-    ``memory.max`` (version 2), or ``memory/.../memory.limit_in_bytes`` (version 1).
-    """
+    """Memory limits in bytes of the process's Linux control groups, version 2 or 1."""
     try:
         lines = membership.read_text("utf-8").splitlines()
     except OSError:
@@ -85,11 +81,7 @@ def container_limits(
 
 
 def reuse_freed_memory() -> bool:
-    """Let the C library keep the memory of freed tensors; True if it is GNU's, which can.
-
-    By default it returns every block above 32 MB to the system, which must clear its pages for the
-    next image: a third of the time of a backbone on a CPU.
-    """
+    """Let GNU's C library keep freed memory, a third of a backbone's time; False elsewhere."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -67,9 +67,7 @@ class WeightsSection(Section):
 class PresetModel(Section):
     """Settings that are filled from the preset ``preset``, then from the values given beside it.
 
-    The presets of a subclass are in ``TABLE.yaml`` beside its module, where ``TABLE`` is its class
-    attribute ``table``; a subclass may give them as the class attribute ``presets`` instead. The
-    values of a method are there and nowhere else: fields have no defaults.
+    Presets are in ``TABLE.yaml`` beside the subclass's module, or its attribute ``presets``.
     """
 
     table: ClassVar[str]
@@ -103,12 +101,7 @@ class PresetModel(Section):
 
     @classmethod
     def from_preset(cls, name: str | None = None, **changes: Any) -> Self:
-        """Settings of a preset (the usual one for None) with some values changed.
-
-        Raises:
-            RecipeError: if there is no such preset.
-            pydantic.ValidationError: if a changed value is unknown or out of range.
-        """
+        """Settings of a preset (None: the usual one) with changes; RecipeError if it is unknown."""
         name = name or str(cls.model_fields["preset"].default)
         cls.preset_values(name)
         return cls.model_validate({"preset": name, **changes})
@@ -138,10 +131,7 @@ class Configurable(Protocol):
 
 
 def with_settings(section: type[S], methods: Mapping[str, Configurable]) -> type[S]:
-    """A subclass of a section with one more field for each method of a registry with settings.
-
-    The field is named like the method. A field that the section already has stays.
-    """
+    """A subclass with one more field for each method with settings, unless the section has it."""
     fields: dict[str, Any] = {
         name: (method.settings, method.settings.model_validate({}))
         for name, method in methods.items()

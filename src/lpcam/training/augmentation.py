@@ -21,11 +21,7 @@ ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 def jitter_colours(
     image: NDArray[np.uint8], jitter: Sequence[float], generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Change brightness, contrast, saturation and hue at random, in random order, in 8 bits.
-
-    The first three are multiplied by factors uniform in [1 - j, 1 + j], and the hue is turned by a
-    fraction of its circle uniform in [-j, j]. ``jitter`` holds the j of each, at most 0.5 for hue.
-    """
+    """Change brightness, contrast, saturation and hue by factors in [-j, j], in random order."""
     *factors, turn = (float(generator.uniform(-j, j)) for j in jitter)
     picture = Image.fromarray(image)
     for number in generator.permutation(len(ENHANCERS) + 1):
@@ -47,10 +43,7 @@ def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
 
 
 def random_window(length: int, crop: int, generator: np.random.Generator) -> tuple[slice, slice]:
-    """Random crop along one axis, or random place of an axis that is shorter than the crop.
-
-    Returns the part of the image's axis and the part of the crop's axis, of equal length.
-    """
+    """Parts of an image's and a crop's axis of equal length, at a random place."""
     offset = int(generator.integers(0, abs(length - crop) + 1))
     taken = min(length, crop)
     moved, first = slice(offset, offset + taken), slice(0, taken)
@@ -60,11 +53,7 @@ def random_window(length: int, crop: int, generator: np.random.Generator) -> tup
 def mirror_and_crop(
     planes: Sequence[tuple[Tensor, int]], crop: int, generator: np.random.Generator
 ) -> list[Tensor]:
-    """Mirror tensors with probability one half, and take the same random square crop of each.
-
-    ``planes`` are tensors (..., H, W) of one size, each with the value that fills the canvas where
-    an axis is shorter than the crop. Returns one tensor (..., crop, crop) per plane.
-    """
+    """Mirror tensors (..., H, W) at random and crop them alike, onto canvases of a value each."""
     mirrored = generator.random() < 0.5
     rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
     found = []
@@ -86,9 +75,7 @@ def scale_mirror_crop(
 ) -> tuple[Tensor, Tensor]:
     """Scale, mirror and crop an image (H, W, 3) and its mask (H, W) at random.
 
-    The scale is drawn from a range, and the mask is resized by Pillow's nearest neighbour. Beyond
-    the image are the mean colour (0) and ignored pixels (255). Returns tensors (3, crop, crop)
-    float32 and (crop, crop) uint8.
+    Masks are resized by Pillow's nearest neighbour; beyond the image are the mean colour and 255.
     """
     size = scaled_size(image.shape[0], image.shape[1], float(generator.uniform(*scale)))
     resized = np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))

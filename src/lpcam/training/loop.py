@@ -141,17 +141,14 @@ def run(
         optimizer: its groups' learning rates are multiplied by the plan's factor.
         make: makes the sample of a place; picklable, if there are workers.
         count: number of samples in the list.
-        loss: loss of one forward pass of this process: its part of the mean over the samples of
-            all processes, so that the parts add up to the mean. It sets the training mode.
-        label: name of the training in progress messages, such as "fine-tuning".
-        section: recipe section of the settings, for messages.
+        loss: part of this process in the mean over all samples of a forward pass; it sets the mode.
+        label, section: name of the training, and of its recipe section, for messages.
         seed, folder, workers, processes: see :class:`TrainingOptions`.
         scaler: scaler of losses in float16; a step whose gradients overflow is skipped.
         at_record: more values of a record, from the number of steps done.
 
     Returns:
-        one record every ``plan.record`` steps and at the end: ``epoch``, ``step``, mean ``loss``,
-        and those of ``at_record``.
+        ``epoch``, ``step``, mean ``loss`` and more, every ``plan.record`` steps and at the end.
 
     Raises:
         ClassifierError: as :func:`smallest_part`, or if the loss is no longer finite.
@@ -218,10 +215,7 @@ def run(
 
 
 def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
-    """Images in the smallest forward pass over all processes, of a list of ``count`` images.
-
-    Fewer of them than processes are a ClassifierError.
-    """
+    """Images in the smallest forward pass of a list; fewer than processes are a ClassifierError."""
     batch, parts = min(plan.batch, count), plan.accumulation
     size = batch // parts
     if size < processes.count:

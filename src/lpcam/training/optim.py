@@ -55,10 +55,7 @@ def sgd(groups: Sequence[dict[str, Any]], settings: SgdSettings) -> torch.optim.
 def parameter_groups(
     network: nn.Module, heads: Sequence[str], settings: Rates
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: weights and biases of new layers, and of the others.
-
-    Names of the new layers' parameters begin with one of ``heads``. Biases have no weight decay.
-    """
+    """Trainable weights, and biases without decay, of new layers (``heads``) and of others."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -77,10 +74,7 @@ def parameter_groups(
 
 
 def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:
-    """Freeze the parameters of a backbone :func:`names_below` a prefix; the others train.
-
-    With ``norms`` the parameters of its batch norms are frozen too.
-    """
+    """Freeze parameters :func:`names_below` a prefix, and with ``norms`` all batch norms."""
     named = dict(backbone.named_parameters())
     frozen = names_below(named, prefixes)
     for name, parameter in named.items():
@@ -106,10 +100,7 @@ class FrozenStatistics(nn.Module):
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
-    """The dotted names that are, or are below, one of the prefixes.
-
-    A prefix that matches nothing is a ClassifierError, which lists the stages.
-    """
+    """The dotted names at or below a prefix; one that matches nothing is a ClassifierError."""
     found: set[str] = set()
     for prefix in prefixes:
         below = {name for name in names if name == prefix or name.startswith(f"{prefix}.")}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.errors import ArtefactError, shortened
 
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that parallel training and compilation put before every name, in any nesting."""
@@ -59,12 +59,7 @@ class Released:
         )
 
     def load(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Load a state dict of this kind into a network of ours.
-
-        Raises:
-            ArtefactError: listing the tensors that are missing, unknown, of another shape, or not
-                in single precision.
-        """
+        """Load a state dict of this kind into our network; ArtefactError lists what is odd."""
         found = self.adapt({self._renamed(name): t for name, t in self._kept(state)})
         own = network.state_dict()
         needed = [name for name in own if not name.startswith(self.ours or ("\0",))]
@@ -85,7 +80,9 @@ class Released:
         if any(problems.values()):
             raise ArtefactError(
                 f"it looks like {self.title}, but tensors do not fit: "
-                + "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
+                + "; ".join(
+                    f"{kind}: {shortened(names)}" for kind, names in problems.items() if names
+                )
             )
         network.load_state_dict({**own, **found})
 
@@ -119,11 +116,7 @@ def without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], st
 
 
 def recognised(state: Mapping[str, Tensor], kinds: Iterable[Released]) -> Released | None:
-    """The kind of a state dict; None if it is none of them.
-
-    Raises:
-        ArtefactError: if two kinds fit.
-    """
+    """The kind of a state dict; None if it is none of them, ArtefactError if two fit."""
     found = [kind for kind in kinds if kind.fits(state)]
     if len(found) > 1:
         raise ArtefactError(
@@ -131,9 +124,3 @@ def recognised(state: Mapping[str, Tensor], kinds: Iterable[Released]) -> Releas
             "file of one network, or choose one by --prefix"
         )
     return found[0] if found else None
-
-
-def some(names: Sequence[str], count: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -41,10 +41,7 @@ class SavedNetwork(nn.Module):
         return digest_tensors(self.state_dict(), self._description())
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        """Write weights (the backbone's too), architecture and provenance to a safetensors file.
-
-        A backbone of the caller's own, which no file can describe, is a ClassifierError.
-        """
+        """Write weights, architecture and provenance; ClassifierError without a description."""
         if not self._can_be_described():
             raise ClassifierError(
                 "this network's backbone was passed in or folded, so a file cannot describe it; "

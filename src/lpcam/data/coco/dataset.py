@@ -66,18 +66,13 @@ _COCO_LIST = re.compile(r"(train|val)2014")
 class CocoFolder:
     """The data set of one or several annotation files and their images.
 
-    In a folder the annotation file of a list NAME is the first that exists of
-    ``annotations/instances_NAME.json``, ``annotations/NAME.json``, ``NAME/_annotations.coco.json``
-    and ``NAME.json``; a single ``annotations.json`` or ``_annotations.coco.json`` also works. Its
-    images are searched in ``NAME``, ``images/NAME``, ``images``, the folder itself, and beside the
-    annotation file. Each file gives the lists NAME and, of its images with a label,
-    ``NAME.labelled``; ``all`` and ``all.labelled`` unite the files that were read. Classes are the
-    categories in ascending order of their ids, with mask values from 1.
+    Annotation files and images are searched as `lpcam.data.coco.files` does. Each file gives the
+    lists NAME and, of its images with a label, ``NAME.labelled``; ``all`` and ``all.labelled``
+    unite the files read. Classes are the categories in ascending order of their ids, with mask
+    values from 1; chosen ``classes`` keep theirs.
 
     An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
-    whose images all have COCO's own names (``COCO_NAME_000000000009``), for the only file of a
-    folder, and for a file that is itself the root. ``dataset`` has no masks; those of chosen
-    ``classes`` keep the values of all categories.
+    whose images all have COCO's own names, and for the only file.
     """
 
     def __init__(
@@ -160,10 +155,7 @@ class CocoFolder:
         order: Order = "file",
         crowds: Crowds = "background",
     ) -> Dataset:
-        """Paint the masks of some items as ``folder/ID.png``; the data set with these masks.
-
-        A notice, which is logged as a warning, counts the images whose mask cannot be painted.
-        """
+        """Paint masks of items as ``folder/ID.png``; the data set with them and their faults."""
         options: dict[str, Any] = {"order": order, "crowds": crowds, "workers": workers}
         ids = list(dict.fromkeys(ids))
         masks, faults = paint_folder(folder, self._images, ids, self._values, **options)

@@ -27,10 +27,7 @@ _ANY_JSON = ("annotations.json", "*.json")
 def find_files(
     root: Path, lists: Sequence[str] | None
 ) -> tuple[Path, dict[str, Path], dict[str, Path]]:
-    """Find a data set's folder, the annotation files of some lists (None: all), and all it has.
-
-    ``root`` is an annotation file, or a folder with some. DataError if there is none of a list.
-    """
+    """A data set's folder, the annotation files of some lists (None: all), and all it has."""
     folder = root
     found: dict[str, Path] = {}
     places: tuple[str, ...] = ()
@@ -60,8 +57,7 @@ def find_files(
 def annotation_files(root: Path) -> dict[str, Path]:
     """The annotation files of a folder, by list, from the first place that has any.
 
-    COCO's own ``annotations`` also has captions and key points, which are ignored. Files whose
-    names say nothing count if they have arrays of images and annotations.
+    Files of captions and key points are ignored; others must have arrays of images and annotations.
     """
     for pattern in (*_NAMED, _ROBOFLOW, *_ANY_JSON):
         found = {
@@ -108,10 +104,7 @@ def listing_of(folder: Path) -> dict[str, str]:
 def find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
 ) -> Path | None:
-    """The first file of that name (in any Unicode form) in some folders; None if there is none.
-
-    ``listing`` is :func:`listing_of`, or a cached version of it.
-    """
+    """The first file of that name in some folders, as :func:`listing_of` lists them, or None."""
     parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
     for place in places:
         folder = place / parent if parent else place

@@ -54,9 +54,8 @@ def paint(
 ) -> NDArray[np.uint8]:
     """Paint the mask of an image of ``size`` (height, width): each object over those before it.
 
-    ``values`` has the mask value of each category id. The order "area" paints the largest ``area``
-    first (the number of pixels where the file has none). Crowds "void" are 255 where no object
-    covers them. DataError names the annotation that cannot be painted.
+    ``values`` has the mask value of each category id. The order "area" paints the largest first.
+    Crowds "void" are 255 where no object covers them. DataError names what cannot be painted.
     """
     height, width = size
     if height * width > MAXIMUM_PIXELS:
@@ -86,14 +85,10 @@ def paint_folder(
     crowds: Crowds,
     workers: int,
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Paint the masks of images as ``folder/ID.png`` where they do not exist yet.
+    """Paint masks as ``folder/ID.png`` that do not exist yet: files, and reasons of faults, by id.
 
     Masks of any of ``images`` that were painted from other annotations or with other options are
     removed first; ArtefactError if one was not painted here. A stopped call can be repeated.
-
-    Returns:
-        The mask file of each painted image by id, and the reason of each image whose mask cannot be
-        painted. Images with an object without outline are in neither.
     """
     pairs = [[number, value] for number, value in values.items()]
     _remove_old(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})
@@ -125,10 +120,7 @@ def paint_folder(
 def true_mask(
     image: PlacedImage, values: Mapping[int, int]
 ) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
-    """The mask (H, W) of an image, if it can be painted, and what is wrong with its annotations.
-
-    What is wrong with crowds is said too, although they are not painted.
-    """
+    """The mask of an image, if it can be painted, and all faults of its annotations, crowds too."""
     entry = image.entry
 
     def attempt(of: list[CocoAnnotation]) -> tuple[NDArray[np.uint8] | None, list[str]]:
@@ -249,10 +241,7 @@ def _fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def _decode_runs(shape: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Pixels of a run-length code: lengths of runs of 0, 1, 0, ... down the columns.
-
-    pycocotools is not used, because it does not check that the runs fit the size.
-    """
+    """Pixels of lengths of runs of 0, 1, 0, ... down the columns; pycocotools checks no size."""
     counts = shape.get("counts")
     if shape.get("size") != [*size]:
         raise ValueError(
