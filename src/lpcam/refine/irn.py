@@ -152,7 +152,7 @@ def augment(
     label: NDArray[np.uint8],
     generator: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, mirror and crop an image and its labels (section 7); a cell has that of pixel (2, 2)."""
+    """Scale, mirror and crop an image and its labels (section 7); a cell has pixel (2, 2)."""
     canvas, labels = scale_mirror_crop(
         image, label, preprocessing, settings.scale, settings.crop, generator
     )
