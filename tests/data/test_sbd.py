@@ -72,7 +72,7 @@ def sbd(tmp_path: Path) -> Path:
 
 
 def test_list_and_masks(voc: Path, sbd: Path) -> None:
-    made = make_train_aug(voc, sbd, workers=2)
+    made = make_train_aug(voc.parent, sbd.parent, workers=2)
     # all of train, of SBD what is not in val, sorted
     assert made.ids == (*TRAIN, "2008_000001", "2008_000002")
     assert made.list_path.read_text() == "".join(f"{i}\n" for i in made.ids)
@@ -86,19 +86,6 @@ def test_list_and_masks(voc: Path, sbd: Path) -> None:
     dataset = with_mask_folder(read_voc(voc, lists=["train_aug"]), made.masks_folder)
     assert dataset.lists["train_aug"] == made.ids
     assert all(item.mask is not None for item in dataset.items.values())
-
-
-def test_another_output_and_the_same_bytes_with_any_number_of_workers(
-    voc: Path, sbd: Path, tmp_path: Path
-) -> None:
-    files = []
-    for workers, folder in enumerate((sbd, *sbd.parents[:2]), start=1):
-        output = tmp_path / str(workers)
-        make_train_aug(voc.parent, folder, output, workers=workers)
-        written = [path for path in output.rglob("*") if path.is_file()]
-        files.append({path.relative_to(output): path.read_bytes() for path in written})
-    assert files[0] == files[1] == files[2] and len(files[0]) == 7
-    assert not (voc / "SegmentationClassAug").exists()
 
 
 def test_a_second_call_goes_on_where_the_first_was(voc: Path, sbd: Path) -> None:
@@ -173,11 +160,9 @@ def test_a_mask_of_another_size(voc: Path, sbd: Path) -> None:
     ("values", "name", "message"),
     [
         (np.full(SIZE, 21, np.uint8), "GTcls", r"uint8 \(4, 6\) .* 21 to 21"),
-        (np.full(SIZE, -1, np.int16), "GTcls", "-1 to -1"),
         (np.ones(SIZE), "GTcls", r"float64 \(4, 6\)"),
         (np.ones((4, 6, 2), np.uint8), "GTcls", r"uint8 \(4, 6, 2\)"),
         (np.zeros((0, 0), np.uint8), "GTcls", r"uint8 \(0, 0\)"),
-        (np.array([[{"a": 1}]], object), "GTcls", "integers"),
         (np.ones(SIZE, np.uint8), "GTinst", "KeyError"),
     ],
 )

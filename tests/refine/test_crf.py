@@ -1,9 +1,8 @@
-"""The dense CRF against the lattice written down naively, against brute force, and bad input."""
+"""The dense CRF against brute force, and bad input."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -37,61 +36,6 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 def scores(count: int, height: int, width: int, seed: int = 2) -> Tensor:
     drawn = torch.rand((count, height, width), generator=generator(seed))
     return (drawn * 4).softmax(0)
-
-
-def naive_filter(positions: Tensor, values: Tensor) -> Tensor:
-    """Splat, blur and slice point by point, with dictionaries (Adams et al. 2010)."""
-    d, count = positions.shape
-    table: dict[tuple[int, ...], Tensor] = defaultdict(
-        lambda: torch.zeros(values.shape[1]).double()
-    )
-    around = []
-    for n in range(count):
-        scaled = [
-            float(positions[i, n]) * math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2))
-            for i in range(d)
-        ]
-        elevated = [sum(scaled[i:]) - (i * scaled[i - 1] if i else 0.0) for i in range(d + 1)]
-        corner = [(d + 1) * round(e / (d + 1)) for e in elevated]
-        excess = sum(corner) // (d + 1)
-        by_residual = sorted(range(d + 1), key=lambda i: elevated[i] - corner[i])
-        for i in by_residual[:excess] if excess > 0 else by_residual[excess:] if excess else []:
-            corner[i] -= (d + 1) * (1 if excess > 0 else -1)
-        assert sum(corner) == 0
-        falling = sorted(range(d + 1), key=lambda i: corner[i] - elevated[i])
-        residual = [(elevated[i] - corner[i]) / (d + 1) for i in falling]
-        weights = [1 - residual[0] + residual[d]]
-        weights += [residual[d - r] - residual[d - r + 1] for r in range(1, d + 1)]
-        for r, weight in enumerate(weights):
-            vertex = [c + r for c in corner]
-            for i in falling[d + 1 - r :]:
-                vertex[i] -= d + 1
-            table[tuple(vertex)] += weight * values[n].double()
-            around.append((tuple(vertex), weight))
-    for direction in range(d + 1):
-        blurred = {}
-        for key, value in table.items():
-            total = value.clone()
-            for way in (-1, 1):
-                other = [k + way for k in key]
-                other[direction] -= way * (d + 1)
-                if tuple(other) in table:
-                    total += 0.5 * table[tuple(other)]
-            blurred[key] = total
-        table = blurred  # type: ignore[assignment]
-    result = torch.zeros_like(values).double()
-    for place, (key, weight) in enumerate(around):
-        result[place // (d + 1)] += weight * table[key]
-    return (result / (1 + 2.0**-d)).to(values.dtype)
-
-
-@pytest.mark.parametrize("d", [1, 2, 3, 5])
-def test_lattice_is_the_naive_one(d: int) -> None:
-    positions = torch.rand((d, 120), generator=generator(d)) * 4 - 1
-    values = torch.rand((120, 3), generator=generator(9))
-    ones = torch.ones(120)
-    found = join([(permutohedral_lattice(positions), ones, ones)])(values)
-    torch.testing.assert_close(found, naive_filter(positions, values), atol=2e-5, rtol=1e-5)
 
 
 def test_join_is_the_weighted_sum_of_filters() -> None:

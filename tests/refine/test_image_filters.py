@@ -49,14 +49,6 @@ def test_leading_axes_share_the_image(refined: Filter) -> None:
 
 
 @every_filter
-def test_classes_may_be_permuted(refined: Filter) -> None:
-    image, scores = drawn(15, 13, count=4)
-    order = torch.tensor([2, 0, 3, 1])
-    expected = refined(image, scores)[order]
-    torch.testing.assert_close(refined(image, scores[order]), expected, atol=1e-5, rtol=0)
-
-
-@every_filter
 def test_same_bytes_with_other_threads(refined: Filter) -> None:
     given = drawn(90, 120)
     threads = torch.get_num_threads()

@@ -57,15 +57,6 @@ def test_levels_of_a_resnet(fresh: Any) -> None:
     torch.testing.assert_close(features[4], backbone.forward_features(images))
 
 
-def test_strides_that_round_down_get_whole_images() -> None:
-    pyramid = build_irn(BackboneSpec("test_convnext", {}), weights="random").pyramid
-    assert pyramid.multiple == 32
-    images = drawn(1, 3, 50, 70)
-    whole = F.pad(images, (0, 96 - 70, 0, 64 - 50))
-    for found, expected in zip(pyramid(images), pyramid(whole), strict=True):
-        assert torch.equal(found, expected)
-
-
 def test_a_backbone_without_fine_features() -> None:
     spec = BackboneSpec("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True})
     with pytest.raises(ClassifierError, match=r"at strides \[16\]; IRN needs 4 and 8 among them"):

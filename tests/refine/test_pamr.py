@@ -67,14 +67,6 @@ def test_masks_spread_within_a_region_and_not_across_its_edge() -> None:
     assert float(found[:, 9:].max()) < 0.01
 
 
-def test_mirrored_images() -> None:
-    image, masks = picture(13, 17), torch.rand((3, 13, 17), generator=generator(3))
-    found = pamr(image, masks, SMALL)
-    for axis in (0, 1):
-        flipped = pamr(image.flip(axis), masks.flip(axis + 1), SMALL).flip(axis + 1)
-        torch.testing.assert_close(flipped, found, atol=1e-5, rtol=0)
-
-
 def test_no_iteration() -> None:
     image, masks = picture(1, 9), torch.rand((2, 1, 9), generator=generator(8))
     none = PamrSettings.from_preset("default", iterations=0)

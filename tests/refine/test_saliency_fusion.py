@@ -43,23 +43,6 @@ def test_grey_level_of_theta(theta: float, level: int) -> None:
     assert fused([[0.5]], level + 1, settings) == [1]
 
 
-def test_fusion_is_that_of_twenty_one_channels() -> None:
-    """The released way, with a channel for every class of VOC."""
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.rand(3, 20, 30, generator=generator)
-    maps[:, :4] = torch.tensor([0.97, 0.1, 0.99])[:, None, None]
-    saliency = torch.randint(0, 60, (20, 30), generator=generator, dtype=torch.uint8)
-    keys = [2, 7, 14]
-    table = torch.zeros(21, 20, 30)
-    table[[key + 1 for key in keys]] = maps
-    table[table < 0.25] = -2
-    table[table > 0.95] = 2
-    table[0] = (saliency <= 20).float()
-    found = torch.tensor([0, *(key + 1 for key in keys)])[saliency_labels(maps, saliency, PLAIN)]
-    assert torch.equal(found, table.argmax(0))
-    assert set(found.unique().tolist()) == {0, 3, 8, 15}
-
-
 @pytest.mark.parametrize("settings", [PLAIN, WITH_CRF])
 def test_fusion_of_an_image(settings: SaliencySettings, tmp_path: Path) -> None:
     """A CRF fills a gap in its object; saliency removes the other; maps may exceed 1 a little."""

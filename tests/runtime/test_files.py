@@ -218,20 +218,10 @@ def test_damaged_map_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     write_maps(path, maps(), dtype="uint8")
     whole = path.read_bytes()
-    given = read_maps(path)
-    random = np.random.default_rng(0)
     for data in (b"", b"text", *(whole[:cut] for cut in range(10, len(whole), 97))):
         path.write_bytes(data)
         with pytest.raises(ArtefactError, match=r"a\.npz is damaged or of another kind"):
             read_maps(path)
-    for _ in range(100):
-        damaged = bytearray(whole)
-        damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
-        path.write_bytes(damaged)
-        try:  # the few bytes that no check sum covers change no value
-            np.testing.assert_array_equal(read_maps(path).high_res, given.high_res)
-        except ArtefactError as error:
-            assert "a.npz" in str(error)
 
 
 def test_foreign_npz_and_pickles_are_refused(tmp_path: Path) -> None:
@@ -242,9 +232,6 @@ def test_foreign_npz_and_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(path, keys=np.array([{"a": 1}], dtype=object), cam=1)
     with pytest.raises(ArtefactError, match="allow_pickle=False"):
         read_maps(path)
-    np.save(tmp_path / "a.npy", np.arange(2))
-    with pytest.raises(ArtefactError, match=r"a\.npy is damaged or of another kind"):
-        read_maps(tmp_path / "a.npy")
     write_maps(path, maps(), dtype="uint8")
     with np.load(path) as archive:
         members = dict(archive)

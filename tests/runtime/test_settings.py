@@ -69,19 +69,10 @@ def test_lpcam_presets(name: str) -> None:
 def test_official_finetuning_has_the_momentum_trap() -> None:
     """Specification of IRN, section 1: the weight decay sits in SGD's momentum slot."""
     found = FinetuneSettings.from_preset("official").model_dump()
-    assert found == {
-        "preset": "official",
-        "epochs": 5,
-        "batch_size": 16,
-        "learning_rate": 0.1,
-        "head_multiplier": 10.0,
-        "momentum": 1e-4,
-        "weight_decay": 1e-4,
-        "power": 0.9,
-        "long_side": (320, 640),
-        "crop": 512,
-        "freeze": ("conv1", "bn1"),
-    }
+    expected = {"epochs": 5, "batch_size": 16, "learning_rate": 0.1, "head_multiplier": 10.0}
+    expected |= {"momentum": 1e-4, "weight_decay": 1e-4, "power": 0.9, "crop": 512}
+    more = {"long_side": (320, 640), "freeze": ("conv1", "bn1")}
+    assert found.items() >= {**expected, **more}.items()
     assert FinetuneSettings.from_preset("momentum").momentum == 0.9
 
 

@@ -295,19 +295,15 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
     ("content", "message"),
     [
         (lambda: {**whole(), "images": []}, "'images'"),
-        (lambda: {**whole(), "categories": [], "annotations": []}, "'categories'"),
         (lambda: {k: v for k, v in whole().items() if k != "annotations"}, "'annotations'"),
         (lambda: {**whole(), "annotations": [3]}, "annotations 0.* 3"),
         (lambda: changed("annotations", 2, id=100), "annotations.* 100"),
-        (lambda: changed("images", 2, id=9), "images.* 9"),
         (lambda: changed("annotations", 2, category_id=3), "annotation 98 .*category_id 3"),
-        (lambda: changed("annotations", 2, image_id=10), "annotation 98 .* image_id 10"),
         (lambda: changed("annotations", 2, image_id="9"), "image_id.*'9'"),
         (lambda: changed("annotations", 2, iscrowd=2), "is_crowd.*2"),
         (lambda: changed("images", 1, height=None), "images 1 height"),
         (lambda: changed("images", 1, width=0), "width.*got 0"),
         (lambda: changed("images", 1, file_name="../a.jpg"), "'../a.jpg'"),
-        (lambda: changed("images", 1, file_name="..\\a.jpg"), "'../a.jpg'"),
         (lambda: changed("images", 1, file_name="a\udc80.jpg"), "file_name"),
         (
             lambda: changed("images", 1, file_name="COCO_train2014_000000000030.png"),
@@ -317,7 +313,6 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
         (lambda: changed("categories", 1, name="Background"), "background"),
         (lambda: b'{"images": [1, 2', "JSON.*char 16"),
         (lambda: b'{"images": ' + b"[" * 100_000, "JSON.*recursion"),
-        (lambda: b'{"images": ["\xff"]}', "UTF-8"),
         (lambda: b"[1]", "dictionary"),
     ],
 )
@@ -393,23 +388,16 @@ def test_run_length_codes_are_those_of_pycocotools() -> None:
         ({"size": [4, 5], "counts": [20]}, r"\[4, 5\], .* \[4, 6\]"),
         ({"size": [4, 6], "counts": [20]}, "20 pixels, .* 24"),
         ({"size": [4, 6], "counts": [30, -6]}, "counts"),
-        ({"size": [4, 6], "counts": [12.0, 12]}, "counts"),
-        ({"size": [4, 6]}, "counts"),
         ({"size": [4, 6], "counts": "z"}, "'z'"),
-        ({"size": [4, 6], "counts": "é"}, "'é'"),
         ({"size": [4, 6], "counts": "P"}, "truncated"),
         ({"size": [4, 6], "counts": "o" * 30}, "'o'"),
-        ({"size": [4, 6], "counts": "0000"}, "0 pixels"),
         ([[0, 0, 3, 3]], "4 coordinates"),
-        ([[0, 0, 3, 3, 1, 1, 2]], "7 coordinates"),
         ([[0, 0, 3, 0, 3, 3], []], "0 coordinates"),
         ([[0, 0, 3, 0, 3, float("nan")]], "NaN"),
-        ([[0, 0, 3, 0, 3, float("inf")]], "4 x 6"),
         ([[0, 0, 3, 0, 3, 10**400]], "polygon"),
         ([[0, 0, 3, 0, 3, 1e9]], "4 x 6"),
         ([[0, 0, 3, 0, 3, "3"]], "polygon"),
         ([0, 0, 3, 0, 3, 3], "polygon"),
-        ([], "no segmentation"),
         (None, "no segmentation"),
     ],
 )
@@ -538,14 +526,11 @@ def test_two_files_share_a_folder_of_masks(
     assert [paint_list(name) for name in ("train2014", "val2014", "train2014", "val2014")] == [
         4, 4, 0, 0
     ]  # fmt: skip
-    # other options of one list are its own
-    assert paint_list("val2014", crowds="void") == 4
-    assert [paint_list("train2014"), paint_list("val2014", crowds="void")] == [0, 0]
+    assert paint_list("val2014", crowds="void") == 4  # options of one list are its own
+    assert paint_list("train2014") == 0
     assert paint_list("empty") == 4
     assert not read_index_mask(masks / "COCO_train2014_000000000009.png").any()
     assert paint_list("val2014", crowds="void") == 0
-    assert paint_list("train2014") == 4
-    assert read_index_mask(masks / "COCO_train2014_000000000009.png").any()
 
 
 def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
