@@ -187,6 +187,7 @@ def small_run(root: Path, folder: Path) -> dict[str, Any]:
         "classifier.finetune.crop": 64,
         "classifier.finetune.long_side": [48, 64],
         "lpcam.max_features": 40,
+        "lpcam.scales": [1.0, 0.5],
         "refine.irn.epochs": 1,
         "refine.irn.batch_size": 4,
         "refine.irn.crop": 80,
