@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -23,6 +24,7 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.data.map_files import read_maps
 from lpcam.pipeline import context
 from lpcam.pipeline.context import Context
+from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import RunResult, run
 from lpcam.pipeline.stages import prototypes
@@ -464,7 +466,13 @@ def test_a_sample_that_cannot_fit_is_refused_before_any_work(base: Values, tmp_p
     assert [path for path in digests(tmp_path / "run") if "/" in path] == []
     go(large, until="cam")  # which needs no sample
     everything = with_change(values, "lpcam.max_features", None)
-    with pytest.raises(RecipeError, match=r"all features .*run\.memory"):
+    everything = with_change(everything, "maps.features", "float32")
+    items = read_dataset(parse_recipe(values, where="tiny.yaml")).select("all")
+    rows = sum(  # an image of two classes counts twice
+        len(item.labels) * math.prod(math.ceil(s / 16) for s in Image.open(item.image).size)
+        for item in items
+    )
+    with pytest.raises(RecipeError, match=rf"all {rows} features .* maps\.features .*run\.memory"):
         go(with_change(everything, "run.memory", 1e-5))
 
 

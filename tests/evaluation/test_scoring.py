@@ -117,6 +117,14 @@ def test_rows_by_hand(items: list[Item]) -> None:
     assert lpcam_fixed["left_out"] == []
 
 
+def test_a_method_without_a_fixed_threshold_has_its_best_row_alone(items: list[Item]) -> None:
+    folders = {method: items[0].image.parent / method for method in FIXED}
+    found = score_maps(items, dataset_of(items), folders, {"LPCAM": 0.25}, Sharing())
+    kinds = [(row["method"], row["threshold_source"]) for row in found.rows]
+    assert kinds == [("CAM", "ground truth"), ("LPCAM", "ground truth"), ("LPCAM", "fixed")]
+    assert found.image_scores["CAM"] == [None, None]
+
+
 def test_parts_by_hand(items: list[Item]) -> None:
     """head (1) and legs (2), of pixels of a class alone."""
     parts = {"head": 1, "legs": 2, "tail": 9}

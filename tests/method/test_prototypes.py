@@ -4,14 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lpcam.method.functional import foreground_minus_context, unit_mean
 from lpcam.method.prototypes import Prototypes, make_prototypes
-from lpcam.method.reservoir import Reservoir, draw_images
+from lpcam.method.reservoir import Reservoir, draw_images, read_selected
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, DataError, PrototypeError
 from lpcam.runtime.files import write_tensors
 
 SETTINGS = LpcamSettings.from_preset("voc12.official", clusters=3)
@@ -53,7 +54,7 @@ def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
     assert sample(forth).shape == (10, 2)
     assert torch.equal(sample(forth), sample(back))
     assert forth.seen[0, "context"] == 280
-    assert forth.nbytes == 10 * 2 * 2
+    assert sample(forth).dtype == torch.float16
     other = Reservoir(10, 4)
     fill(other, list(range(40)))
     assert not torch.equal(sample(forth), sample(other))
@@ -145,6 +146,19 @@ def test_images_are_drawn_with_and_without_replacement() -> None:
     found = draw_images(LABELS, 2, replaced, seed=0)
     assert sum(times.get(0, 0) for times in found.values()) == 50
     assert max(times.get(0, 0) for times in found.values()) > 1
+
+
+def test_a_table_selects_the_images(tmp_path: Path) -> None:
+    path = tmp_path / "selected_100.npy"
+    np.save(path, [[0, 4, 4], [1, 2, 1]])
+    found = read_selected(path, LABELS, 2)
+    assert found == {"a": {0: 1}, "e": {0: 2}, "b": {1: 2}, "c": {1: 1}}
+    for other in ([[0, 4], [1, 3]], [[0, 5], [1, 2]], [[0, 4]], [[0.5, 1], [1, 2]]):
+        np.save(path, other)
+        with pytest.raises(DataError, match=r"selected_100\.npy"):
+            read_selected(path, LABELS, 2)
+    with pytest.raises(DataError, match=r"none\.npy"):
+        read_selected(tmp_path / "none.npy", LABELS, 2)
 
 
 # -- making prototypes ---------------------------------------------------------------------------

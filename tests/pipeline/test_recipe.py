@@ -224,7 +224,7 @@ def test_usual_lists() -> None:
 def test_seed_threshold() -> None:
     recipe = parse_recipe(changed("seeds.threshold", 0.0), where="r")
     assert recipe.fixed_threshold("LPCAM") == 0.0
-    assert recipe.fixed_threshold("CAM") == 0.3  # the recipe's own is for the method of the seeds
+    assert recipe.fixed_threshold("CAM") == 0.15  # the recipe's own is for the method of the seeds
 
 
 def test_a_recipe_survives_a_round_trip() -> None:

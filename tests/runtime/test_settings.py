@@ -20,7 +20,7 @@ from lpcam.runtime.settings import PresetModel, Section, with_settings
 COMMON = {
     "mu_f": 0.9,
     "threshold": 0.3,
-    "cam_threshold": 0.3,
+    "cam_threshold": 0.15,
     "flip": True,
     "scales": (1.0, 0.5, 1.5, 2.0),
 }

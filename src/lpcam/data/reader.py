@@ -73,6 +73,9 @@ class DataSection(Section):
     saliency: Saliency | None = None
     """Saliency maps for refine.method saliency: a folder of ID.png, 0 to 255; or ``computed``, by a
     method without a network (docs/hosts.md)."""
+    selected: RecipePath | None = None
+    """Table of the images that are clustered for each class (the released program's
+    ``selected_100``), .npy (classes, n): indices into the list ``prototypes``. Null draws them."""
     name: str | None = None
     """Name of the data set in the protocol of all figures; null takes the folder's name."""
     classes: tuple[str, ...] | None = None

@@ -98,14 +98,14 @@ class Evaluation:
     """Scores of the maps of a run, the same in every process."""
 
     rows: list[dict[str, Any]]
-    """Two for each method: ``method``, ``threshold``, ``threshold_source`` ("ground truth" or
-    "fixed"), ``images``, the fields of :class:`lpcam.evaluation.segmentation.Scores`, and
-    ``part_coverage`` if the data set has parts."""
+    """Two for each method, one where it has no fixed threshold: ``method``, ``threshold``,
+    ``threshold_source`` ("ground truth" or "fixed"), ``images``, the fields of
+    :class:`lpcam.evaluation.segmentation.Scores`, and ``part_coverage`` if the data have parts."""
     curves: dict[str, dict[str, list[float]]]
     """:meth:`lpcam.evaluation.segmentation.ThresholdSweep.curves` of each method."""
     image_scores: dict[str, list[float | None]]
     """For each image, the mean IoU of its labels at the fixed threshold of the method; None if no
-    label is in the truth or the seed mask."""
+    label is in the truth or the seed mask, or the method has no fixed threshold."""
 
 
 def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
@@ -140,7 +140,7 @@ def score_maps(
     fixed: Mapping[str, float],
     sharing: Sharing,
 ) -> Evaluation:
-    """Score maps of each method (``folders``) at its best and at a ``fixed`` threshold."""
+    """Score maps of each method (``folders``) at its best threshold, and at its ``fixed`` one."""
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
     sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
@@ -156,8 +156,11 @@ def score_maps(
             one = ThresholdSweep(len(names), grid)
             one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
             counts[method] = one.histogram
-            ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
-            image_scores[row, places[item.id]] = ious.nanmean()
+            score = math.nan
+            if method in fixed:
+                ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
+                score = float(ious.nanmean())
+            image_scores[row, places[item.id]] = score
         return counts
 
     mine = sharing.mine(items)
@@ -172,11 +175,10 @@ def score_maps(
 
     rows = []
     for method, sweep in sweeps.items():
-        best, best_scores = best_threshold(sweep, names)
-        for threshold, source, found in (
-            (best, "ground truth", best_scores),
-            (fixed[method], "fixed", scores(sweep.confusion(fixed[method]), names)),
-        ):
+        kinds = [(*best_threshold(sweep, names), "ground truth")]
+        if (own := fixed.get(method)) is not None:
+            kinds.append((own, scores(sweep.confusion(own), names), "fixed"))
+        for threshold, found, source in kinds:
             row = row_of(method, len(items), threshold, source, found)
             if dataset.part_names:
                 row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)

@@ -162,6 +162,8 @@ class Host(ABC, Generic[S, N]):
     network: type[N]
     holds_out: bool = False
     """Whether it is measured on held-out images while it trains."""
+    states_threshold: bool = True
+    """Whether its seeds have a fixed threshold that a source states, at which they are scored."""
     map_fields: frozenset[str] = frozenset()
     """Settings that change its maps and not its network."""
     prototype_fields: frozenset[str] = frozenset()

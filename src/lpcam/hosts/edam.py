@@ -367,6 +367,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
     title = "EDAM"
     settings = EdamSettings
     network = Edam
+    states_threshold = False
     map_fields = frozenset({"scales", "flip"})
 
     def check(self, section: HostSection) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpcam.method.functional import split
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import PrototypeError
+from lpcam.runtime.errors import DataError, PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
 
 SideName = Literal["foreground", "context"]
@@ -94,13 +94,6 @@ class Reservoir:
         self.seen: dict[tuple[int, SideName], int] = {}
         """Number of features offered, by class and side."""
         self._samples: dict[tuple[int, SideName], _Sample] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all kept features in bytes."""
-        return self.dtype.itemsize * sum(
-            sample.count * sample.rows[0].shape[1] for sample in self._samples.values()
-        )
 
     def add(
         self, index: int, side: SideName, rows: Tensor, name: str, where: Tensor | None = None
@@ -226,6 +219,37 @@ class _Sample:
             self.keys, self.rows, self._sorted = [keys[order]], [block], True
             self.count = len(block)
         return self.keys[0], self.rows[0]
+
+
+def read_selected(
+    path: Path, labels: Sequence[tuple[str, Sequence[int]]], classes: int
+) -> dict[str, dict[int, int]]:
+    """The images of a table (classes, n) of indices into ``labels``, as :func:`draw_images`.
+
+    Raises:
+        DataError: if the table cannot be read, or an image does not have its row's class.
+    """
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"the table data.selected, {path}, cannot be read: {error}") from None
+    if table.ndim != 2 or len(table) != classes or table.dtype.kind not in "iu":
+        raise DataError(
+            f"the table data.selected, {path}, must have integers of the shape ({classes}, n), got "
+            f"{table.dtype} {table.shape}"
+        )
+    drawn: dict[str, dict[int, int]] = {}
+    for index, row in enumerate(table.tolist()):
+        for place in row:
+            if not 0 <= place < len(labels) or index not in labels[place][1]:
+                raise DataError(
+                    f"the table data.selected, {path}, has {place} for class {index}, which is not "
+                    "an image of that class; its indices must count the images of the list "
+                    "'prototypes' in order, none left out"
+                )
+            times = drawn.setdefault(labels[place][0], {})
+            times[index] = times.get(index, 0) + 1
+    return drawn
 
 
 def draw_images(

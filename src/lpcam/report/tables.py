@@ -19,6 +19,7 @@ _LABELS = {
     "images": "Number of scored images",
     "labels": "Source of the labels",
     "prototypes_list": "List for the prototypes",
+    "selected": "Images that are clustered",
     "preset": "Preset",
     "changed_from_preset": "Changed from the preset",
     "thresholds": "Fixed thresholds",

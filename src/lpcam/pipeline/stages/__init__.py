@@ -52,7 +52,12 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("classify", "Train the classifier (linear probe or fine-tuning).", classify.classify),
     Stage("cam", "Compute class activation maps.", maps.map_cam),
-    Stage("prototypes", "Cluster, score and select prototypes.", prototypes.cluster),
+    Stage(
+        "prototypes",
+        "Cluster, score and select prototypes.",
+        prototypes.cluster,
+        validate=prototypes.validate,
+    ),
     Stage("lpcam", "Compute LPCAM-F and LPCAM maps.", maps.map_lpcam),
     Stage("seeds", "Write seed masks.", seeds.write_seeds),
     Stage(

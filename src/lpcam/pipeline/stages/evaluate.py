@@ -19,7 +19,7 @@ from lpcam.pipeline.context import Context, required, skips
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.seeds import RESULTS
-from lpcam.runtime.files import read_json, write_bytes, write_json
+from lpcam.runtime.files import digest_file, read_json, write_bytes, write_json
 from lpcam.runtime.versions import versions
 
 
@@ -32,8 +32,8 @@ class Scored:
     folder: Path
     key: str
     """Cache key of the result that holds them."""
-    threshold: float
-    """Fixed threshold of the preset or the recipe."""
+    threshold: float | None
+    """Fixed threshold of the preset or the recipe; None: no program states one."""
     hosted: bool = False
     """Whether a host made the maps, or those they were refined from."""
 
@@ -53,11 +53,12 @@ def _scored(context: Context) -> dict[str, Scored]:
     arms = host.arms(context)
     for arm in arms:
         result = context.results[f"host-maps/{arm.folder}"]
-        fixed = required(context.recipe.host).settings.threshold
-        found[arm.title] = Scored("seed", result.folder, result.key, fixed, hosted=True)
+        section = required(recipe.host)
+        stated = section.settings.threshold if section.host.states_threshold else None
+        found[arm.title] = Scored("seed", result.folder, result.key, stated, hosted=True)
     for name, (source, result) in refine.refined(context).items():
-        section = required(context.recipe.refine)
-        fixed = section.refinement.threshold(section, source)
+        refine_section = required(recipe.refine)
+        fixed = refine_section.refinement.threshold(refine_section, source)
         hosted = source.method in {arm.title for arm in arms}
         maps = context.folder.refined_maps(source.name)
         found[name] = Scored("pseudo", maps, result.key, fixed, hosted)
@@ -108,7 +109,7 @@ def _write_figures(context: Context, methods: Mapping[str, Scored], items: Seque
     found = None
     if items:
         folders = {name: one.folder for name, one in methods.items()}
-        fixed = {name: one.threshold for name, one in methods.items()}
+        fixed = {n: one.threshold for n, one in methods.items() if one.threshold is not None}
         found = score_maps(items, context.dataset, folders, fixed, context.sharing)
         rows = [_with_protocol(context, methods[row["method"]], row) for row in found.rows]
     rows += [_segmenter_row(context, *figure) for figure in segment.figures(context)]
@@ -240,6 +241,7 @@ def _source_protocol(context: Context) -> Record:
             "fingerprint": context.results["classifier"].output["fingerprint"],
         },
         "prototypes_list": lists.list_of("prototypes"),
+        **_selection(context),
         "preset": recipe.lpcam.preset,
         "changed_from_preset": recipe.lpcam.model_dump(mode="json", include=changed),
         "scales": list(recipe.lpcam.scales),
@@ -249,6 +251,14 @@ def _source_protocol(context: Context) -> Record:
         "precision": recipe.maps.precision,
         "maps": recipe.maps.dtype,
     }
+
+
+def _selection(context: Context) -> Record:
+    """Who chose the images that are clustered, where not all of the list are."""
+    path, count = context.recipe.data.selected, context.recipe.lpcam.images_per_class
+    if path is not None:
+        return {"selected": {"table": path.name, "digest": digest_file(path)}}
+    return {} if count is None else {"selected": f"{count} a class, drawn by lpcam"}
 
 
 def _write_sheet(context: Context) -> None:

@@ -22,7 +22,7 @@ from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
 from lpcam.pipeline.stages.maps import write_fused
-from lpcam.pipeline.stages.prototypes import check_memory, make
+from lpcam.pipeline.stages.prototypes import BLANK, check_memory, make, selected_key
 from lpcam.pipeline.stages.refine import ternary_task
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
 from lpcam.refine.crf import CrfSettings
@@ -62,12 +62,15 @@ def validate(context: Context) -> None:
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return
     data = _data(context, next(iter(networks)))
-    images, setting = section.host.images_per_step(_build(context), data, section.settings)
+    network = _build(context)
+    images, setting = section.host.images_per_step(network, data, section.settings)
     if images < context.processes.count:
         raise ClassifierError(
             f"{images} images a step cannot be shared among {context.processes.count} processes; "
             f"start fewer, or raise host.{section.method}.{setting}"
         )
+    if section.clusters:
+        _check_memory(context, network.eval())
 
 
 def write_masks(context: Context) -> Iterator[Task]:
@@ -169,6 +172,15 @@ def cluster(context: Context) -> Iterator[Task]:
             yield _cluster_task(context, required(context.recipe.host), arm)
 
 
+@torch.inference_mode()
+def _check_memory(context: Context, network: SavedNetwork) -> None:
+    section = required(context.recipe.host)
+    mask = torch.zeros(BLANK, BLANK, dtype=torch.int64, device=context.device)
+    view = View(np.zeros((BLANK, BLANK, 3), np.uint8), (0,), mask)
+    features, _ = section.host.local_features(network, view, section.settings)
+    check_memory(context, required(section.lpcam), features)
+
+
 def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
     settings, name = section.lpcam, f"host-prototypes/{arm.folder}"
     assert settings is not None  # the recipe says so where an arm has prototypes
@@ -180,12 +192,12 @@ def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
         "features": context.recipe.maps.features,
         "seed": context.recipe.run.seed,
         "images": context.digest(items),
+        **selected_key(context),
     }
 
     def prepare() -> SavedNetwork:
         network = _load(context, arm)
-        channels = host.scorer(network)[0].shape[1]
-        check_memory(context, settings, (len(context.dataset.classes), channels))
+        _check_memory(context, network)
         return network
 
     def work(network: SavedNetwork, result: Result) -> Output | None:

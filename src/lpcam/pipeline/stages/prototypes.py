@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from lpcam.classifiers.classifier import RANDOM, Classifier
 from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.resize import scaled_size
 from lpcam.method.multi_scale import single_scale_cam
 from lpcam.method.prototypes import make_prototypes
-from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images
+from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import Context
+from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.files import digest_file
 from lpcam.runtime.progress import progress
@@ -26,8 +30,26 @@ CHECKPOINT_SECONDS = 60.0
 """Minimum time between checkpoints of the reservoir of local features."""
 CHECKPOINT_SHARE = 10
 """Minimum ratio of that time to the duration of the last checkpoint, which may be large."""
+BLANK = 96
+"""Side, in pixels, of an image that shows how many features a network has."""
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
+
+
+def validate(context: Context) -> None:
+    """Refuse, before any stage runs, local features that would not fit into memory.
+
+    Skipped where there are prototypes: their stage knows whether they are up to date.
+    """
+    if not context.folder.prototypes().is_file():
+        _check_memory(context, build_classifier(context, weights=RANDOM))
+
+
+def _check_memory(context: Context, classifier: Classifier) -> None:
+    with torch.inference_mode():
+        image = torch.zeros(1, 3, BLANK, BLANK, device=context.device)
+        (blank,) = classifier.features(image)
+    check_memory(context, context.recipe.lpcam, blank)
 
 
 def cluster(context: Context) -> Iterator[Task]:
@@ -45,6 +67,7 @@ def cluster(context: Context) -> Iterator[Task]:
         "maps": recipe.maps.features_key(),
         "seed": recipe.run.seed,
         "images": context.digest(items),
+        **selected_key(context),
     }
 
     @torch.inference_mode()
@@ -62,9 +85,8 @@ def cluster(context: Context) -> Iterator[Task]:
         return found
 
     def prepare() -> Tensor:
-        weight = context.classifier.weight
-        check_memory(context, settings, weight.shape)
-        return weight
+        _check_memory(context, context.classifier)
+        return context.classifier.weight
 
     def work(weight: Tensor, result: Result) -> Output | None:
         scorer, label = (weight, None), "local features"
@@ -95,7 +117,7 @@ def make(
         label: shown with the progress.
     """
     seed, names = context.recipe.run.seed, context.dataset.classes.names
-    drawn = draw_images([(i.id, i.labels) for i in items], len(names), settings, seed=seed)
+    drawn = _drawn(context, items, settings)
     used = [item for item in items if item.id in drawn]
     reservoir = _gather(context, used, drawn, result, settings, local, label)
     if not context.processes.first:
@@ -115,6 +137,22 @@ def make(
     (path,) = result.files
     prototypes.save(path)
     return {"digest": digest_file(path), "events": list(prototypes.events), "images": len(used)}
+
+
+def _drawn(
+    context: Context, items: Sequence[Item], settings: LpcamSettings
+) -> dict[str, dict[int, int]]:
+    """How often each image is clustered for each class, by the table of the data or drawn."""
+    labels, classes = [(i.id, i.labels) for i in items], len(context.dataset.classes)
+    if (path := context.recipe.data.selected) is not None:
+        return read_selected(path, labels, classes)
+    return draw_images(labels, classes, settings, seed=context.recipe.run.seed)
+
+
+def selected_key(context: Context) -> dict[str, str]:
+    """The table of images to cluster, for a cache key; empty where the data have none."""
+    path = context.recipe.data.selected
+    return {} if path is None else {"selected": digest_file(path)}
 
 
 def _gather(
@@ -152,8 +190,6 @@ def _gather(
                 collect(reservoir, features, item.labels, split_map, settings, item.id, times)
             done += 1
             advance(len(batch), "")
-            if settings.max_features is None:
-                _check_memory(context, "the sample of all features has reached", reservoir.nbytes)
             if (started := time.monotonic()) > next_save:
                 reservoir.checkpoint(checkpoint, done)
                 saved = time.monotonic()
@@ -168,27 +204,34 @@ def _gather(
     return reservoir
 
 
-def check_memory(context: Context, settings: LpcamSettings, shape: Sequence[int]) -> None:
-    """Refuse a sample that would not fit into memory when it is full.
+def check_memory(context: Context, settings: LpcamSettings, blank: Tensor) -> None:
+    """Refuse a sample of local features that would not fit into memory.
 
     Args:
-        shape: numbers of classes and channels.
+        blank: features (C, h, w) of an image of `BLANK` pixels a side.
 
     Raises:
         RecipeError: with the memory that is needed and available.
     """
+    precision, limit = context.recipe.maps.features, context.recipe.maps.maximum_side
+    drawn = _drawn(context, context.items("prototypes"), settings)
     if (bound := settings.max_features) is not None:
-        classes, channels = shape
+        classes = len(context.dataset.classes)
         # Twice the bound: a reservoir is cut back when it holds so many.
-        rows = 2 * bound * len(SIDES) * classes
-        needed = rows * channels * DTYPES[context.recipe.maps.features].itemsize
-        _check_memory(context, f"lpcam.max_features {bound} of {classes} classes needs", needed)
-
-
-def _check_memory(context: Context, what: str, needed: int) -> None:
-    allowed = context.sample_memory
+        rows, what = 2 * bound * len(SIDES) * classes, f"max_features {bound} of {classes} classes"
+    else:
+        stride, rows = BLANK / blank.shape[-1], 0
+        for name, times in drawn.items():
+            size = (context.records[name]["height"], context.records[name]["width"])
+            size = size if max(size) <= limit else scaled_size(*size, limit / max(size))
+            # An image of two classes has a copy of its features for each.
+            rows += math.prod(math.ceil(side / stride) for side in size) * sum(times.values())
+        what = f"all {rows:,} features of {len(drawn):,} images (max_features null)"
+    needed, allowed = rows * len(blank) * DTYPES[precision].itemsize, context.sample_memory
     if needed > allowed:
+        half = "" if precision == "float16" else "set maps.features to float16 (half of it), "
         raise RecipeError(
-            f"{what} {needed / 2**30:.3g} GiB, but {allowed / 2**30:.3g} GiB are available; lower "
-            "lpcam.max_features, or raise run.memory (--memory) if the machine has more"
+            f"{what}, each of {len(blank)} numbers in {precision}, need {needed / 2**30:.3g} GiB, "
+            f"but {allowed / 2**30:.3g} GiB are available; {half}lower lpcam.max_features, or "
+            "raise run.memory (--memory; half of it is for them) if the machine has more"
         )
