@@ -18,14 +18,14 @@ from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import report, run
 from lpcam.report.segmenters import image_miou
 
-IRN = {"method": "irn", "irn": {"epochs": 2, "batch_size": 4, "crop": 96, "exponent": 4}}
+IRN = {"method": "irn", "irn": {"epochs": 1, "batch_size": 4, "crop": 64, "exponent": 4}}
 SEGMENT = {
     "network": "deeplabv2",
     "backbone": "test_resnet",
     "weights": "random",
     "output_stride": 16,
     "validations": 2,
-    "training": {"preset": "light", "iterations": 12, "batch_size": 4, "crop": 33},
+    "training": {"preset": "light", "iterations": 4, "batch_size": 4, "crop": 33},
 }
 Values = dict[str, Any]
 
