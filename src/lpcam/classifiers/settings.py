@@ -11,10 +11,10 @@ from lpcam.classifiers.classifier import RANDOM, BackboneSpec, build
 from lpcam.classifiers.finetuning import FinetuneSettings
 from lpcam.classifiers.linear import ProbeSettings
 from lpcam.runtime.files import weights_key
-from lpcam.runtime.settings import WeightsSection
+from lpcam.runtime.settings import RecipePath, WeightsSection
 from lpcam.training.released import RESNET50, RESNET50_COPIES, WIDERESNET38, Released
 
-RELEASED_RESNET50 = BackboneSpec("resnet50", {}, 16, dilated=False)
+RELEASED_RESNET50 = BackboneSpec("resnet50.tv_in1k", {}, 16, dilated=False)
 """The ResNet-50 of the released programs (specification of LPCAM, section 2)."""
 
 
@@ -93,6 +93,9 @@ class ClassifierSection(BackboneSection):
 
     backbone: str
     """Name of a timm model."""
+    trained: RecipePath | None = None
+    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    without training."""
     method: Literal["auto", "probe", "finetune"] = "auto"
     """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""
     probe: ProbeSettings = ProbeSettings.from_preset("default")

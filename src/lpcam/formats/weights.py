@@ -146,13 +146,14 @@ def convert_weights(
         "left_out": left_out,
         "made_by": {"lpcam": __version__},
     }
+    told = None
     if found is None:
         write_tensors(target, taken, record)
     else:
-        network, title = found
-        network.save(target, {**record, "released": title})
+        network, told = found
+        network.save(target, {**record, "released": told})
+        taken = network.state_dict()
     values = sum(tensor.numel() for tensor in taken.values())
-    told = None if found is None else found[1]
     return Conversion(target, len(taken), values, taken_from, stripped, tuple(left_out), told)
 
 

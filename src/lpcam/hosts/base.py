@@ -23,7 +23,7 @@ from lpcam.method.settings import LpcamSettings
 from lpcam.refine.base import shallow_copy
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.registry import Registry
-from lpcam.runtime.settings import PresetModel
+from lpcam.runtime.settings import PresetModel, RecipePath
 from lpcam.training.loop import History, TrainingOptions
 from lpcam.training.released import Released
 from lpcam.training.saved_network import SavedNetwork
@@ -97,6 +97,9 @@ class HostSection(BackboneSection):
 
     method: str
     """Name of a host."""
+    trained: RecipePath | None = None
+    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    without training."""
     maps: Annotated[tuple[Base, ...], Field(min_length=1)] | None = None
     """Which maps the host builds on; it makes its own maps from each. Null: both."""
     backbone: str | None = None

@@ -25,7 +25,7 @@ from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.distributed import Processes, Sharing
-from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
+from lpcam.runtime.errors import ArtefactError, DataError, LpcamError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
@@ -176,6 +176,7 @@ class Context:
         path: Path,
         build: Callable[[], N],
         train: Callable[[N, Path], History],
+        trained: Path | None = None,
     ) -> Task:
         """A task that trains a network and writes its file.
 
@@ -184,10 +185,17 @@ class Context:
             build: makes the untrained network, before anything is removed.
             train: trains it in place and returns the history; its second argument is the folder for
                 checkpoints.
+            trained: file of a trained network, which is taken instead; it is the key then.
         """
+        if trained is not None:
+            parts = {"revision": 1, "trained": digest_file(trained)}
 
         def work(network: N, result: Result) -> Output | None:
-            history = train(network, result.folder)
+            history: History = []
+            if trained is None:
+                history = train(network, result.folder)
+            else:
+                network.take(trained)
             if not self.processes.first:
                 return None
             network.save(path, {"stage": result.key, "versions": versions()})
@@ -382,6 +390,15 @@ class Context:
         path = self.folder.recipe
         if not path.is_file() or path.read_bytes() != resolved:
             write_bytes(path, resolved)
+
+
+def one_network(section: str, names: Sequence[str]) -> None:
+    """Raise a RecipeError if one trained network is given where several are needed."""
+    if len(names) > 1:
+        raise RecipeError(
+            f"{section}.trained is one network, but {', '.join(names)} need one each; choose one: "
+            f"--{section}.{'masks' if section == 'segment' else 'maps'} '[{names[-1]}]'"
+        )
 
 
 def required(section: S | None) -> S:

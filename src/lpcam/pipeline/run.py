@@ -18,7 +18,7 @@ from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.pipeline.stages import REMEDIES, STAGES, Stage
 from lpcam.pipeline.stages.refine import import_maps
-from lpcam.pipeline.stages.segment import import_masks
+from lpcam.pipeline.stages.segment import give_segmenter, import_masks
 from lpcam.runtime.distributed import join
 from lpcam.runtime.errors import ArtefactError, RecipeError
 from lpcam.runtime.files import read_json, write_json
@@ -71,6 +71,9 @@ def run(
         recipe = recipe.changed(changes or {})
     else:
         recipe = load_recipe(recipe, changes)
+    if recipe.segment is not None and recipe.segment.trained is not None:
+        trained = recipe.segment.trained
+        return _work_on(recipe, command, "segment", SEGMENT_LISTS, give_segmenter, trained)
     names = stage_names()
     if until not in names:
         raise RecipeError(f"there is no stage {until!r}; there are {', '.join(names)}")

@@ -20,7 +20,7 @@ from lpcam.data.map_files import MapFile
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.registry import Registry
-from lpcam.runtime.settings import Section
+from lpcam.runtime.settings import RecipePath, Section
 from lpcam.training.loop import History
 from lpcam.training.released import Released
 
@@ -102,6 +102,9 @@ class RefineSection(Section):
 
     method: str = "irn"
     """Name of a refinement."""
+    trained: RecipePath | None = None
+    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    without training."""
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Which maps are refined. Null: the host's, or CAM and LPCAM without a host."""
 

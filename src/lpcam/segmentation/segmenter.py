@@ -20,7 +20,7 @@ from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.segmentation.networks.base import First, Network, SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.training.released import WIDERESNET38, Released
-from lpcam.training.saved_network import load_weights
+from lpcam.training.saved_network import check_same, load_weights
 
 
 class Segmenter(nn.Module):
@@ -73,15 +73,26 @@ class Segmenter(nn.Module):
                 "build it with lpcam.segmentation.segmenter.build_segmenter to save it"
             )
         state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        metadata = {
+        write_tensors(path, state, {**self._description(), "made_by": dict(made_by or {})})
+
+    def take(self, path: Path) -> None:
+        """Take the weights of a file of the same segmenter, as ``lpcam convert`` writes it.
+
+        Raises:
+            ArtefactError: if the file holds another one; the message names what differs.
+        """
+        state, metadata = read_tensors(path)
+        check_same(self._description(), metadata, path)
+        load_weights(self.network, state, path)
+
+    def _description(self) -> dict[str, Any]:
+        return {
             "kind": "segmenter",
-            "spec": asdict(self.spec),
+            "spec": None if self.spec is None else asdict(self.spec),
             "classes": list(self.classes.names),
             "mask_ids": list(self.classes.mask_ids),
             "preprocessing": asdict(self.preprocessing),
-            "made_by": dict(made_by or {}),
         }
-        write_tensors(path, state, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Segmenter:

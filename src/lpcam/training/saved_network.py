@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,16 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
             f"{path} does not fit its own description "
             f"({' '.join(str(error).split()):.200}...); make it again"
         ) from None
+
+
+def check_same(expected: Mapping[str, Any], metadata: Mapping[str, Any], path: Path) -> None:
+    """Raise an ArtefactError if a file describes another network than the recipe."""
+    for key, wanted in json.loads(json.dumps(expected)).items():
+        if metadata.get(key) != wanted:
+            raise ArtefactError(
+                f"{path} holds a network whose {key} is {metadata.get(key)!r:.200}; the recipe has "
+                f"{wanted!r:.200}: change the recipe, or convert the file with its classes"
+            )
 
 
 class SavedNetwork(nn.Module):
@@ -67,6 +78,16 @@ class SavedNetwork(nn.Module):
         network = cls._described(metadata)
         load_weights(network, state, path)
         return network
+
+    def take(self, path: Path) -> None:
+        """Take the weights of a file of the same network, as ``lpcam convert`` writes it.
+
+        Raises:
+            ArtefactError: if the file holds another network; the message names what differs.
+        """
+        state, metadata = read_tensors(path)
+        check_same({"kind": self.kind, **self._description()}, metadata, path)
+        load_weights(self, state, path)
 
     def folded(self) -> SavedNetwork:
         """A copy for inference with folded batch norms; the network itself if it has none."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpcam.classifiers.classifier import Classifier, build
+from lpcam.classifiers.classifier import RANDOM, Classifier, build
 from lpcam.classifiers.finetuning import finetune
 from lpcam.classifiers.probe import fit_probe, pooled_features
 from lpcam.data.dataset import Item
@@ -40,7 +40,7 @@ def classify(context: Context) -> Iterator[Task]:
     }
 
     def first() -> Classifier:
-        return build_classifier(context)
+        return build_classifier(context, weights=section.trained and RANDOM)
 
     def train(classifier: Classifier, folder: Path) -> History:
         if not probed:
@@ -53,10 +53,11 @@ def classify(context: Context) -> Iterator[Task]:
         refit = recipe.data.lists.validate_ is None
         return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
-    yield context.training_task("classifier", parts, context.folder.classifier, first, train)
+    path, given = context.folder.classifier, section.trained
+    yield context.training_task("classifier", parts, path, first, train, given)
 
 
-def build_classifier(context: Context, *, weights: str | None = None) -> Classifier:
+def build_classifier(context: Context, *, weights: str | Path | None = None) -> Classifier:
     """A classifier with its first weights, the recipe's or others, on the run's device."""
     section, names = context.recipe.classifier, context.dataset.classes.names
     first = section.first_weights(context.recipe.run.seed)

@@ -223,18 +223,22 @@ def _protocol(context: Context) -> Record:
 def _source_protocol(context: Context) -> Record:
     if context.given_maps is not None:
         return {"given_maps": context.given_maps.key}
+    segmenter = context.recipe.segment
+    if segmenter is not None and segmenter.trained is not None:
+        return {"trained": segmenter.trained.name}
     if context.given_masks is not None:
         return {"given_masks": context.given_masks.key}
     recipe = context.recipe
     lists, section = recipe.data, recipe.classifier
     settings = section.probe if context.training_method == "probe" else section.finetune
+    given = section.trained
     changed = set(recipe.lpcam.changes())
     return {
         "classifier": {
             "backbone": section.backbone,
             "output_stride": section.output_stride,
-            "trained_by": context.training_method,
-            "settings": settings.model_dump(mode="json"),
+            "trained_by": context.training_method if given is None else given.name,
+            "settings": None if given else settings.model_dump(mode="json"),
             "list": lists.list_of("classify"),
             "validation_list": lists.lists.validate_ or "a seeded tenth of the list",
             "weights": Path(section.weights).name,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lpcam.classifiers.classifier import RANDOM
 from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image
@@ -18,7 +19,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.hosts.base import Arm, Base, HostData, HostSection, View
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Output, Record, Result, Task
-from lpcam.pipeline.context import Context, required
+from lpcam.pipeline.context import Context, one_network, required
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
 from lpcam.pipeline.stages.maps import write_fused
@@ -59,6 +60,10 @@ def validate(context: Context) -> None:
         DataError: if the host cannot learn from these images.
     """
     section, networks = required(context.recipe.host), _networks(context)
+    if section.trained is not None:
+        one_network("host", list(networks))
+        _build(context).take(section.trained)
+        return
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return
     data = _data(context, next(iter(networks)))
@@ -124,8 +129,10 @@ def train_networks(context: Context) -> Iterator[Task]:
             options = context.training_options(folder)
             return host.train(network, data, section.settings, **options)
 
-        path = context.folder.network(f"host/{name}")
-        yield context.training_task(f"host/{name}", parts, path, lambda: _build(context), train)
+        path, given = context.folder.network(f"host/{name}"), section.trained
+        yield context.training_task(
+            f"host/{name}", parts, path, lambda: _build(context), train, given
+        )
 
 
 def _data(context: Context, network: str) -> HostData:
@@ -143,6 +150,8 @@ def _build(context: Context) -> SavedNetwork:
     """The untrained network, on the run's device."""
     section, chosen = required(context.recipe.host), _backbone(context)
     first = chosen.first_weights(context.recipe.run.seed)
+    if section.trained is not None:
+        first["weights"] = RANDOM
     names = context.dataset.classes.names
     network: SavedNetwork = section.host.build(chosen.spec(), names, section.settings, **first)
     return network.to(context.device)

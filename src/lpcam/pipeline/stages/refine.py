@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lpcam.classifiers.classifier import RANDOM
 from lpcam.data.dataset import Item, Skip
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
@@ -19,14 +21,22 @@ from lpcam.data.resize import resize
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Record, Result, Task
-from lpcam.pipeline.context import Context, FileOf, Given, required
+from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
 from lpcam.pipeline.run_folder import mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.pipeline.stages.seeds import RESULTS
-from lpcam.refine.base import Job, Labelled, LearnedRefinement, Picture, Source, Tools
+from lpcam.refine.base import (
+    Job,
+    Labelled,
+    LearnedRefinement,
+    Picture,
+    RefineSection,
+    Source,
+    Tools,
+)
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.ternary import ternary_mask
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.resources import memory_of_an_image
 from lpcam.training.loop import History
@@ -157,7 +167,21 @@ def tools(context: Context) -> Tools:
 def validate(context: Context) -> None:
     """Validate the refinement's configuration before any stage runs."""
     section = required(context.recipe.refine)
-    section.refinement.validate(section, tools(context))
+    lent = tools(context)
+    section.refinement.validate(section, lent)
+    if section.trained is not None:
+        if not isinstance(section.refinement, LearnedRefinement):
+            raise RecipeError(f"refine.trained: {section.method} has no network; leave it out")
+        one_network("refine", [GIVEN] if context.given_maps else context.recipe.refined)
+        _untrained(section, lent).take(section.trained)
+
+
+def _untrained(section: RefineSection, lent: Tools) -> Any:
+    """A network with random weights, for those of a file."""
+    backbone = lent.backbone.model_copy(update={"weights": RANDOM})
+    given = replace(lent, backbone=backbone, classifier=lent.untrained)
+    assert isinstance(section.refinement, LearnedRefinement)
+    return section.refinement.build(section, given)
 
 
 def import_maps(context: Context, folder: Path) -> None:
@@ -233,7 +257,7 @@ def _jobs(context: Context) -> list[Job]:
 def write_labels(context: Context) -> Iterator[Task]:
     """The labels that a refinement with a network learns from."""
     method = required(context.recipe.refine).refinement
-    if not isinstance(method, LearnedRefinement):
+    if not isinstance(method, LearnedRefinement) or required(context.recipe.refine).trained:
         return
     for job in _jobs(context):
         source = job.source
@@ -260,6 +284,12 @@ def train_networks(context: Context) -> Iterator[Task]:
     if method.starts_from == "classifier" and "classifier" in context.results:
         start = {"classifier": context.results["classifier"].output["digest"]}
     for job in _jobs(context):
+        name = f"refine-network/{job.source.name}"
+        path = context.folder.network(name)
+        if section.trained is not None:
+            build = partial(_untrained, section, job.tools)
+            yield context.training_task(name, {}, path, build, lambda *_: [], section.trained)
+            continue
         labels = context.results[f"refine-labels/{job.source.name}"]
         parts = {
             "revision": method.revision,
@@ -273,8 +303,7 @@ def train_networks(context: Context) -> Iterator[Task]:
         def train(network: Any, folder: Path, labelled: Labelled = labelled) -> History:
             return method.train(network, labelled, section, **context.training_options(folder))
 
-        name = f"refine-network/{job.source.name}"
-        path, build = context.folder.network(name), partial(method.build, section, job.tools)
+        build = partial(method.build, section, job.tools)
         yield context.training_task(name, parts, path, build, train)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lpcam.classifiers.classifier import RANDOM
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image
 from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
@@ -37,6 +38,10 @@ CRF = "crf"
 """Name of the folder of masks after a dense CRF."""
 
 
+GIVEN_NETWORK = "as given"
+"""Title of a segmenter that was trained elsewhere."""
+
+
 @dataclass(frozen=True)
 class TrainingMasks:
     """Masks that a segmenter is trained on."""
@@ -59,6 +64,9 @@ def training_masks(context: Context) -> list[TrainingMasks]:
         DataError: if the recipe names true masks and none exist.
     """
     recipe, items, given = context.recipe, context.items("segment"), context.given_masks
+    trained = required(recipe.segment).trained
+    if trained is not None:
+        return [TrainingMasks(GIVEN_NETWORK, refine.GIVEN, [], required(given).key)]
     if given is not None:
         pairs = [(item, mask_path(given.folder, item.id)) for item in items]
         return [TrainingMasks("given masks", refine.GIVEN, pairs, given.key)]
@@ -101,6 +109,9 @@ def validate(context: Context) -> None:
             f"the recipe {recipe.name} makes no pseudo masks of {wanted[0]}; add a section refine, "
             "e.g. --refine.method irn, or give masks with 'lpcam segment RECIPE FOLDER'"
         )
+    if section.trained is not None:
+        _build(context).take(section.trained)
+        return
     check_segmenter(section.spec(), section.weights)
     if any(context.folder.segmenter(name).is_file() for name in TRAINED_ON):
         return
@@ -138,11 +149,37 @@ def import_masks(context: Context, folder: Path) -> None:
     context.given_masks = Given(folder, digest_json([digest_file(path) for path in paths]))
 
 
+def give_segmenter(context: Context, file: Path) -> None:
+    """Take a trained segmenter instead of masks to train one on."""
+    context.given_masks = Given(file.parent, digest_file(file))
+
+
 def train_segmenters(context: Context) -> Iterator[Task]:
     """A segmenter on each kind of masks."""
     truth = _validation_items(context)
+    section = required(context.recipe.segment)
     for masks in training_masks(context):
-        yield _training_task(context, required(context.recipe.segment), masks, truth)
+        if section.trained is None:
+            yield _training_task(context, section, masks, truth)
+        else:
+            yield _given_task(context, section.trained, masks)
+
+
+def _given_task(context: Context, trained: Path, masks: TrainingMasks) -> Task:
+    """A task that takes a trained segmenter from its file."""
+    path = context.folder.segmenter(masks.name)
+
+    def work(segmenter: Segmenter, result: Result) -> Output | None:
+        segmenter.take(trained)
+        if not context.processes.first:
+            return None
+        segmenter.save(path, {"stage": result.key, "versions": versions()})
+        none: Output = {"history": [], "images": 0, "dropped": [], "pixels": {}}
+        return {**none, "digest": digest_file(path), "validation": None}
+
+    ids = list(context.dataset.classes.mask_ids)
+    parts = {"revision": 1, "trained": masks.key, "mask_ids": ids}
+    return context.task(f"segment/{masks.name}", parts, [path], work, lambda: _build(context))
 
 
 def _training_task(
@@ -226,7 +263,7 @@ def _build(context: Context) -> Segmenter:
     return build_segmenter(
         section.spec(),
         context.dataset.classes,
-        weights=section.weights,
+        weights=RANDOM if section.trained else section.weights,
         mean=section.mean,
         std=section.std,
         seed=context.recipe.run.seed,
@@ -254,7 +291,7 @@ def test(context: Context) -> Iterator[Task]:
 
 def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
     trained, items = context.results[f"segment/{masks.name}"], context.items("test")
-    best = section.checkpoint == "best"
+    best = section.checkpoint == "best" and section.trained is None
     weights = context.folder.segmenter(masks.name, best=best)
     truth = _validation_items(context)
     if best and trained.output["validation"] != _validation_key(context, truth):
@@ -342,9 +379,9 @@ def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
     section = context.recipe.segment
     if section is None or context.given_maps is not None:
         return {}
-    found = {}
+    found, on = {}, "" if section.trained else "on "
     for masks in training_masks(context):
-        title = f"{section.title} on {masks.title}"
+        title = f"{section.title} {on}{masks.title}"
         found[title] = (masks, context.folder.tested(masks.name))
         if section.test.crf:
             found[f"{title}, CRF"] = (masks, context.folder.tested(masks.name, crf=True))
