@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, plain: Values) -> Values:
     """The same with IRN's pseudo masks and a report."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(plain["run"]["folder"], folder)
-    values = changed(in_folder(plain, folder), refine=IRN, report={"images": 12})
+    values = changed(in_folder(plain, folder), refine=IRN, report={"images": 2})
     go(values)
     return values
 
@@ -181,7 +181,7 @@ def test_a_change_remakes_what_depends_on_it(
     values: Values, tmp_path: Path, key: str, value: Any, remade: set[str]
 ) -> None:
     before = times(tmp_path / "run")
-    go(changed(values, refine={**IRN, "irn": {**IRN["irn"], key: value}}))
+    go(changed(values, refine={**IRN, "irn": {**IRN["irn"], key: value}}), until="pseudo")
     after = times(tmp_path / "run")
     folders = {"/".join(n.split("/")[:2]) for n in after if after[n] != before.get(n)}
     folders = {f for f in folders if f.split("/")[0] in STAGES}
