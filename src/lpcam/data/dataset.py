@@ -12,8 +12,7 @@ from lpcam.runtime.errors import DataError
 BACKGROUND = 0  #: Mask value of the background.
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
-"""Extensions of image files, in lower case."""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())  #: Extensions of image files, in lower case.
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

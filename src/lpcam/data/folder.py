@@ -237,7 +237,8 @@ def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]
         left_out = above.pop(Path(place))
         visible = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         inside = {path: path.resolve() for path in (Path(place, name) for name in visible)}
-        inside = {p: real for p, real in inside.items() if real not in left_out and not _is_run(p)}
+        runs = {p for p in inside if (p / ".lock").is_file() and (p / "index.json").is_file()}
+        inside = {p: r for p, r in inside.items() if r not in left_out and p not in runs}
         folders[:] = [path.name for path in inside]
         above |= {path: left_out | {real} for path, real in inside.items()}
         for name in files:
@@ -248,10 +249,6 @@ def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]
                 text = text.encode("utf-8", "backslashreplace").decode()
                 found.append((unicodedata.normalize("NFC", text), path))
     return sorted(found)
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / ".lock").is_file() and (folder / "index.json").is_file()
 
 
 def _find_images(

@@ -23,8 +23,7 @@ from lpcam.runtime.versions import __version__
 
 RECORD = "import.json"
 """File that says where the images are from, and which rows were left out and why."""
-_OLDEST = 4
-"""First version of the library that executes no program of a data set."""
+_OLDEST = 4  #: First version of the library that executes no program of a data set.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF", "PPM")}

@@ -22,8 +22,7 @@ from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
-FEW_IMAGES = 20
-"""A class with fewer images gets a warning in the summary."""
+FEW_IMAGES = 20  #: A class with fewer images gets a warning in the summary.
 _RARE = 0.1  # a class with less than this share of a similar one's images may be a misspelling
 # a reader's notice of what is a finding here
 _UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")

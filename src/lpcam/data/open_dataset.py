@@ -9,8 +9,7 @@ from typing import Any, Literal
 from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError
 
-Truth = Mapping[str, TrueMask]
-"""True masks that are not files, by image id."""
+Truth = Mapping[str, TrueMask]  #: True masks that are not files, by image id.
 
 
 def kind_of(path: Path) -> str:

@@ -26,8 +26,7 @@ from lpcam.runtime.settings import RecipePath, Section, against_base
 ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "test"]
 """What a list of a data set is for."""
 TrueMask = Callable[[], tuple[NDArray[np.uint8] | None, tuple[str, ...]]]
-"""Makes the true mask (H, W) of an image that has no file of one: None if it cannot be made, and
-what is wrong with the image's annotations, in words."""
+"""Makes a true mask (H, W) that is no file, if it can, and says what is wrong with annotations."""
 
 
 def _word_or_path(value: Any, info: ValidationInfo) -> Any:
@@ -117,18 +116,12 @@ class Request:
     """Arguments of a reader."""
 
     root: Path
-    lists: Sequence[str] | None = None
-    """Lists that are read; None: all."""
-    unlabelled: frozenset[str] = frozenset()
-    """Lists whose images need no labels."""
-    labels: Path | Literal["folders"] | None = None
-    """A source of labels instead of the usual one."""
-    masks: Path | None = None
-    """A folder of true masks, ID.png, instead of the usual ones."""
-    classes: Sequence[str] | None = None
-    """The classes to choose; None: all."""
-    settings: Any = None
-    """An instance of the reader's settings; None: the usual ones."""
+    lists: Sequence[str] | None = None  #: Lists that are read; None: all.
+    unlabelled: frozenset[str] = frozenset()  #: Lists whose images need no labels.
+    labels: Path | Literal["folders"] | None = None  #: A source of labels instead of the usual one.
+    masks: Path | None = None  #: A folder of true masks, ID.png, instead of the usual ones.
+    classes: Sequence[str] | None = None  #: The classes to choose; None: all.
+    settings: Any = None  #: An instance of the reader's settings; None: the usual ones.
 
 
 @dataclass(frozen=True)
@@ -136,26 +129,22 @@ class Opened:
     """A data set, and the true masks that are not files yet."""
 
     dataset: Dataset
-    true_masks: Mapping[str, TrueMask] = field(default_factory=dict)
-    """By image id."""
+    true_masks: Mapping[str, TrueMask] = field(default_factory=dict)  #: By image id.
     paint: Callable[[Path, Iterable[str], int], Dataset] | None = None
-    """Writes true masks of some images into a folder, with a number of threads, and returns the
-    data set with them; None: there is nothing to paint."""
+
+    """Writes true masks of images into a folder with some threads; None: nothing to paint."""
 
 
 class Reader(ABC):
     """Reads one kind of data set; :data:`READERS` are asked in order if they recognise a path."""
 
-    means: ClassVar[str]
-    """What the kind is, for the comments of a new recipe."""
+    means: ClassVar[str]  #: What the kind is, for the comments of a new recipe.
     usual_lists: ClassVar[Mapping[ListName, str]] = dict.fromkeys(
         ("classify", "prototypes", "maps", "evaluate", "test"), "all"
     )
     """The lists of stages for which a recipe names none."""
-    chooses_lists: ClassVar[bool] = True
-    """Whether a caller may choose the lists to read."""
-    settings: ClassVar[type[BaseModel] | None] = None
-    """Class of its settings, if it has any."""
+    chooses_lists: ClassVar[bool] = True  #: Whether a caller may choose the lists to read.
+    settings: ClassVar[type[BaseModel] | None] = None  #: Class of its settings, if it has any.
 
     def check_labels(self, labels: Path | str | None) -> None:
         """Refuse a source of labels that the reader cannot use; ValueError says what it can."""

@@ -1,8 +1,7 @@
 """``train_aug``: VOC's train list enlarged by the Semantic Boundaries Dataset (SBD).
 
-SBD annotates 11,355 images of VOC 2012. The usual list is VOC's train and every image of SBD that
-is not in VOC's val; with the released files these are 10,582 (specification of data sets, section
-1). Reading MATLAB's files needs SciPy (extra ``objects``); it executes no code of theirs.
+Of SBD every image that is not in VOC's val; with the released files 10,582 in all (specification of
+data sets, section 1). MATLAB's files are read by SciPy (extra ``objects``), executing nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ from lpcam.runtime.files import write_bytes
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
-LIST = "train_aug"
-"""Name of the list."""
-MASKS = "SegmentationClassAug"
-"""Folder of the masks of the list and of VOC's val."""
+LIST = "train_aug"  #: Name of the list.
+MASKS = "SegmentationClassAug"  #: Folder of the masks of the list and of VOC's val.
 
 
 @dataclass(frozen=True)

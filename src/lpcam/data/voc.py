@@ -37,8 +37,7 @@ CLASSES = tuple(_NAMES.split())
 """The 20 classes in label order; class ``n`` has the value ``n + 1`` in masks."""
 CLASS_NAMES = "class_names.txt"
 """File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
-LISTS = PurePosixPath("ImageSets/Segmentation")
-"""Folder of the lists."""
+LISTS = PurePosixPath("ImageSets/Segmentation")  #: Folder of the lists.
 _PERSON_PARTS = ("head", "hand", "foot")
 """Names that VOC's person layout has beside objects; they are not classes."""
 _INTEGER_ID = re.compile(r"\d{10}")

@@ -19,8 +19,7 @@ from lpcam.runtime.errors import DataError
 
 Score = Callable[[Tensor], Tensor]
 Fill = Literal["zero", "mean", "blur"]
-BLUR_SIZE = 11
-"""Window of the Gaussian in pixels, as in RISE."""
+BLUR_SIZE = 11  #: Window of the Gaussian in pixels, as in RISE.
 BLUR_SIGMA = 5.0
 STEPS = 50
 
@@ -62,10 +61,8 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
 class PixelCurve:
     """Scores while pixels are inserted or deleted."""
 
-    fractions: Tensor
-    """(S + 1,) fractions of the changed pixels, from 0 to 1"""
-    scores: Tensor
-    """(B, S + 1) scores of each image's class"""
+    fractions: Tensor  #: (S + 1,) fractions of the changed pixels, from 0 to 1
+    scores: Tensor  #: (B, S + 1) scores of each image's class
 
     @property
     def auc(self) -> Tensor:

@@ -25,12 +25,9 @@ MAP_THRESHOLDS = tuple(step / 100 for step in range(100))
 """Thresholds of a map for boxes: 0.00, 0.01, ..., 0.99. Choe et al. use 1000."""
 PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))
 """Thresholds of a map for pixels: 0.000, 0.001, ..., 1.000."""
-IOU_THRESHOLDS = (0.3, 0.5, 0.7)
-"""IoU thresholds of MaxBoxAccV2."""
-TOLERANCE = 15.0
-"""Tolerance of the pointing game, in pixels."""
-ROUNDING = 1e-5
-"""Resized maps may leave [0, 1] by this much; they are clipped."""
+IOU_THRESHOLDS = (0.3, 0.5, 0.7)  #: IoU thresholds of MaxBoxAccV2.
+TOLERANCE = 15.0  #: Tolerance of the pointing game, in pixels.
+ROUNDING = 1e-5  #: Resized maps may leave [0, 1] by this much; they are clipped.
 
 
 def class_truth(labels: Tensor, index: int) -> Tensor:
@@ -68,10 +65,8 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 class BoxScores:
     """Fractions of pairs, each at its best threshold of the maps."""
 
-    max_box_acc: dict[float, float]
-    """MaxBoxAcc by IoU threshold."""
-    max_box_acc_v2: float
-    """MaxBoxAccV2."""
+    max_box_acc: dict[float, float]  #: MaxBoxAcc by IoU threshold.
+    max_box_acc_v2: float  #: MaxBoxAccV2.
     pairs: int
 
 
@@ -142,10 +137,8 @@ class BoxAccuracy:
 class PointingScores:
     """Fractions of hits, means over the classes that have pairs."""
 
-    tolerant: float
-    """Hits within ``tolerance`` pixels of the object."""
-    exact: float
-    """Hits on the object."""
+    tolerant: float  #: Hits within ``tolerance`` pixels of the object.
+    exact: float  #: Hits on the object.
     pairs: int
 
 

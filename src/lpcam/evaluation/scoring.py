@@ -98,14 +98,12 @@ class Evaluation:
     """Scores of the maps of a run, the same in every process."""
 
     rows: list[dict[str, Any]]
-    """Two for each method, one where it has no fixed threshold: ``method``, ``threshold``,
-    ``threshold_source`` ("ground truth" or "fixed"), ``images``, the fields of
-    :class:`lpcam.evaluation.segmentation.Scores`, and ``part_coverage`` if the data have parts."""
+    """Two for each method, one without a fixed threshold: ``method``, ``threshold``, its source,
+    ``images``, the fields of :class:`lpcam.evaluation.segmentation.Scores`, ``part_coverage``."""
     curves: dict[str, dict[str, list[float]]]
     """:meth:`lpcam.evaluation.segmentation.ThresholdSweep.curves` of each method."""
     image_scores: dict[str, list[float | None]]
-    """For each image, the mean IoU of its labels at the fixed threshold of the method; None if no
-    label is in the truth or the seed mask, or the method has no fixed threshold."""
+    """Mean IoU of each image's labels at the method's fixed threshold; None if none is there."""
 
 
 def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:

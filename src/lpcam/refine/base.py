@@ -24,25 +24,19 @@ from lpcam.runtime.settings import RecipePath, Section
 from lpcam.training.loop import History
 from lpcam.training.released import Released
 
-DECIDED = 0.5
-"""Threshold of maps p / (p + p of the background): above it the class is likelier."""
-Labelled = Sequence[tuple[Item, Path]]
-"""Images and the files of their labels."""
+DECIDED = 0.5  #: Threshold of maps p / (p + p of the background): above it the class is likelier.
+Labelled = Sequence[tuple[Item, Path]]  #: Images and the files of their labels.
 
 
 @dataclass(frozen=True)
 class Source:
     """Maps that are refined."""
 
-    method: str
-    """Name of their rows, such as ``LPCAM`` or ``AMN+LPCAM``."""
-    name: str
-    """Name of their folders."""
+    method: str  #: Name of their rows, such as ``LPCAM`` or ``AMN+LPCAM``.
+    name: str  #: Name of their folders.
     folder: Path
-    key: str
-    """Cache key of the result that holds them."""
-    seed_threshold: float
-    """Fixed threshold of their seeds."""
+    key: str  #: Cache key of the result that holds them.
+    seed_threshold: float  #: Fixed threshold of their seeds.
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,8 @@ class Picture:
 
     item: Item
     maps: MapFile
-    image: Tensor
-    """(H, W, 3) uint8 RGB, at the size of refinement."""
-    planes: Tensor
-    """(K, H, W) maps at that size."""
+    image: Tensor  #: (H, W, 3) uint8 RGB, at the size of refinement.
+    planes: Tensor  #: (K, H, W) maps at that size.
 
 
 @dataclass(frozen=True)
@@ -63,20 +55,16 @@ class Tools:
 
     device: torch.device
     classes: ClassTable
-    backbone: BackboneSection
-    """The classifier's backbone."""
+    backbone: BackboneSection  #: The classifier's backbone.
     classifier: Callable[[], Classifier]
     """Returns the trained classifier, or its first weights where maps are another program's."""
     untrained: Callable[[], Classifier]
     """Returns a classifier with random weights, to try what can be built on it."""
     seed: int
-    items: Sequence[Item]
-    """All images that are refined."""
+    items: Sequence[Item]  #: All images that are refined.
     sharing: Sharing
-    memory: int | None
-    """Memory that one image may use, in bytes; None: no limit is known."""
-    saliency: Path | Literal["computed"] | None
-    """The recipe's data.saliency."""
+    memory: int | None  #: Memory that one image may use, in bytes; None: no limit is known.
+    saliency: Path | Literal["computed"] | None  #: The recipe's data.saliency.
 
 
 @dataclass(frozen=True)
@@ -139,12 +127,9 @@ class RefineSection(Section):
 class Refinement(ABC):
     """A method that turns maps into pseudo masks: one object in :data:`REFINEMENTS`."""
 
-    title: ClassVar[str]
-    """Name in rows and messages."""
-    settings: ClassVar[type[BaseModel] | None] = None
-    """Class of its settings, if it has any."""
-    uses_saliency: ClassVar[bool] = False
-    """Whether it needs saliency maps (data.saliency)."""
+    title: ClassVar[str]  #: Name in rows and messages.
+    settings: ClassVar[type[BaseModel] | None] = None  #: Class of its settings, if it has any.
+    uses_saliency: ClassVar[bool] = False  #: Whether it needs saliency maps (data.saliency).
     crf_place: ClassVar[str | Literal[False]] = False
     """Where a dense CRF takes part, for the protocol of figures; False: nowhere."""
     every_image: ClassVar[bool] = False
@@ -184,8 +169,7 @@ class LearnedRefinement(Refinement):
 
     starts_from: ClassVar[Literal["backbone", "classifier"]] = "backbone"
     """Initial weights of the network: the backbone's first ones, or the classifier's."""
-    revision: ClassVar[int] = 2
-    """Version of the training, for the network's cache key."""
+    revision: ClassVar[int] = 2  #: Version of the training, for the network's cache key.
     network_settings: ClassVar[Set[str]]
     """Names of the settings that the network depends on, beside its labels."""
     map_settings: ClassVar[Set[str]]

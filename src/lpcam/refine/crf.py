@@ -1,13 +1,11 @@
 """Dense CRF: mean field in a fully connected random field (Krähenbühl and Koltun 2011).
 
-A unary energy per pixel and label, and between every two pixels a Potts energy weighted by a
-Gaussian of their positions and a bilateral one of positions and colours. Mean field repeats
+Mean field repeats, with a Gaussian of positions and a bilateral one of positions and colours,
 
     Q_i(l) proportional to exp(-U_i(l) + sum_m w_m sum_j k_m(f_i, f_j) Q_j(l)).
 
-The sum over j is a filter on :mod:`lpcam.refine.permutohedral` lattices. Kernels are normalised
-symmetrically, D^-1/2 K D^-1/2 with D the row sums; a pixel counts among its own neighbours, as in
-the authors' program. The result has the same bytes for any number of threads.
+The sum over j is a filter on :mod:`lpcam.refine.permutohedral` lattices, normalised symmetrically,
+D^-1/2 K D^-1/2; a pixel counts among its neighbours, as in the authors' program.
 """
 
 from __future__ import annotations
@@ -66,14 +64,10 @@ class CrfSettings(PresetModel):
     """Number of iterations of mean field."""
 
 
-NORM_EPSILON = 1e-20
-"""Added to the row sums of a kernel before their square root is taken."""
-SAFE_EXPONENT = 80.0
-"""exp of it is finite in float32, as are sums of many labels' exponentials."""
-KEPT_SIZES = 4
-"""Number of image sizes whose Gaussian kernels are kept."""
-ROUNDING = 1e-3
-"""Excess of maps over 1 that is cut off instead of refused."""
+NORM_EPSILON = 1e-20  #: Added to the row sums of a kernel before their square root is taken.
+SAFE_EXPONENT = 80.0  #: exp of it is finite in float32, as are sums of many labels' exponentials.
+KEPT_SIZES = 4  #: Number of image sizes whose Gaussian kernels are kept.
+ROUNDING = 1e-3  #: Excess of maps over 1 that is cut off instead of refused.
 
 
 def unary_from_labels(labels: Tensor, count: int, gt_prob: float) -> Tensor:

@@ -22,7 +22,7 @@ from lpcam.classifiers.classifier import RANDOM, Preprocessing
 from lpcam.classifiers.settings import RELEASED_RESNET50
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
-from lpcam.data.masks import read_index_mask, write_mask, write_plane
+from lpcam.data.masks import read_index_mask, write_plane
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
 from lpcam.refine.base import (
@@ -36,10 +36,9 @@ from lpcam.refine.base import (
     Tools,
     check_label_crf,
 )
-from lpcam.refine.crf import DenseCrf
 from lpcam.refine.irn_network import Irn, build_irn
 from lpcam.refine.pair_network import PairSettings, train_on_pairs
-from lpcam.refine.ternary import ternary_mask
+from lpcam.refine.ternary import ternary_key, ternary_labeller
 from lpcam.refine.walk import (
     EPSILON,
     STRIDE,
@@ -227,19 +226,13 @@ class IrnRefinement(LearnedRefinement):
 
     def label_key(self, job: Job) -> Mapping[str, Any]:
         """Thresholds, CRF and mask ids."""
-        return {
-            "thresholds": list(_thresholds(job.section, job.source)[:2]),
-            "crf": job.section.label_crf.model_dump(mode="json", exclude={"preset"}),
-            "mask_ids": list(job.tools.classes.mask_ids),
-        }
+        thresholds = _thresholds(job.section, job.source)[:2]
+        return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
         """Writes ternary masks."""
-        crf = DenseCrf(job.section.label_crf, memory=job.tools.memory)
-        thresholds = _thresholds(job.section, job.source)[:2]
-        return lambda picture, path: write_mask(
-            path, ternary_mask(crf, picture, thresholds, job.tools.classes)
-        )
+        thresholds, tools = _thresholds(job.section, job.source)[:2], job.tools
+        return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
 
     def released(self) -> Sequence[Released]:
         """The file ``res50_irn.pth`` of the network in training, with its paths of pairs."""

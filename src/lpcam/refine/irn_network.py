@@ -31,8 +31,7 @@ from lpcam.refine.walk import STRIDE
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork
 
-BOUNDARY = (32, 4)
-"""Channels and groups of each level in the boundary branch."""
+BOUNDARY = (32, 4)  #: Channels and groups of each level in the boundary branch.
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """Channels and groups in the displacement branch: level pooled to stride 4, at it, beyond."""
 
@@ -120,8 +119,7 @@ class Displacement(nn.Module):
     """Displacement (B, 2, h, w) of a pyramid, in cells of stride 4, first down and then right."""
 
     shift: Tensor
-    """Mean over a list of images, which the released program subtracts in evaluation mode; masks
-    do not need it, so it stays zero in a network that was trained here."""
+    """Mean over images that the released program subtracts in evaluation; zero if trained here."""
 
     def __init__(self, levels: Sequence[Level]) -> None:
         super().__init__()

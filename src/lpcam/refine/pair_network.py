@@ -55,8 +55,7 @@ class PairSettings(SgdSettings):
         return self
 
 
-SIDE = 128
-"""Side, in pixels, of the images on which strides are measured."""
+SIDE = 128  #: Side, in pixels, of the images on which strides are measured.
 Read = Callable[[Item, Path], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 """Reads the image (H, W, 3) of an item, and labels (..., H, W) from their file."""
 Augment = Callable[

@@ -1,16 +1,13 @@
 """Pixel-adaptive mask refinement (PAMR): every pixel becomes the weighted mean of its neighbours.
 
-Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020). The
-neighbours of a pixel are the 8 others of a 3 x 3 window, at several dilations. Their weights are a
-softmax over all of them of
+Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels" (CVPR 2020). Neighbours
+are the 8 others of 3 x 3 windows at several dilations, and weights a softmax over all of them of
 
-    k(i, j) = - mean over channels of |x_i - x_j| / (width * sigma_i),
+    k(i, j) = - mean over channels of |x_i - x_j| / (width * sigma_i).
 
-with sigma_i the standard deviation of the channel in the neighbourhood of i.
-
-Where the paper is not explicit: the denominator is sigma_i, not its square, times ``width`` = 0.1,
-so that the weights do not change with the contrast; sigma_i counts the window's centre once for
-each dilation and divides by the number less one; windows repeat the image's edge pixels.
+Where the paper is not explicit: sigma_i is the standard deviation, not its square, times ``width``
+= 0.1; it counts the centre once for each dilation and divides by the number less one; windows
+repeat the image's edge pixels.
 """
 
 from __future__ import annotations
@@ -50,8 +47,7 @@ class PamrSettings(PresetModel):
     """Number of times that every pixel is replaced by the weighted mean of its neighbours."""
 
 
-EPSILON = 1e-8
-"""Added to width * sigma, so that equal neighbours have equal weights."""
+EPSILON = 1e-8  #: Added to width * sigma, so that equal neighbours have equal weights.
 
 
 @torch.no_grad()

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from lpcam.runtime.errors import DataError
 
-CODE_BITS = 52
-"""Largest number of bits of a lattice point's code, which is computed in float64."""
+CODE_BITS = 52  #: Largest number of bits of a lattice point's code, which is computed in float64.
 
 
-Filter = Callable[[Tensor], Tensor]
-"""Filters values (P, C) of P points."""
+Filter = Callable[[Tensor], Tensor]  #: Filters values (P, C) of P points.
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,12 @@ class Lattice:
 
     vertices: Tensor
     """(d + 1, P) int32: the lattice points around each point, one of each remainder."""
-    weights: Tensor
-    """(d + 1, P): their barycentric weights, summing to one."""
+    weights: Tensor  #: (d + 1, P): their barycentric weights, summing to one.
     offsets: Tensor
     """(M + 1,) int32: where the points around each lattice point begin in ``members``."""
     members: Tensor
     """(P (d + 1),) int32: the points around each lattice point, in ascending order."""
-    member_weights: Tensor
-    """(P (d + 1),): their weights."""
+    member_weights: Tensor  #: (P (d + 1),): their weights.
     blur: Tensor
     """(d + 1, M + 1, 3) int32: each lattice point and its two neighbours along a direction."""
 

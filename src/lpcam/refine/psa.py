@@ -80,8 +80,7 @@ from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork
 
 logger = logging.getLogger(__name__)
-STRIDE = 8
-"""Pixels per cell of the grid of features, labels and walks."""
+STRIDE = 8  #: Pixels per cell of the grid of features, labels and walks.
 
 
 class PsaSettings(PairSettings):
@@ -109,12 +108,9 @@ class PsaSettings(PairSettings):
     """Constant score of the background in the walk; a higher one gives smaller objects."""
 
 
-PADDING = 1e-5
-"""A cell all of whose scores are below this lies beyond the image."""
-WIDTHS = (64, 128, 256)
-"""Channels to which the last three feature maps of a backbone are reduced."""
-CHANNELS_A_TIME = 64
-"""Channels whose differences are computed together, to bound the memory."""
+PADDING = 1e-5  #: A cell all of whose scores are below this lies beyond the image.
+WIDTHS = (64, 128, 256)  #: Channels to which the last three feature maps of a backbone are reduced.
+CHANNELS_A_TIME = 64  #: Channels whose differences are computed together, to bound the memory.
 HEADS = ("reductions.", "last.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 

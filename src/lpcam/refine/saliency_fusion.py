@@ -50,8 +50,7 @@ NEVER, ALWAYS = -2.0, 2.0
 """Scores below and above the indicator of the background, which is 0 or 1 (step 4)."""
 BACKGROUND_POWER = 1.0
 """Power of 1 - the highest map, the background's score before a CRF (step 1)."""
-REVISION = 1
-"""Revision of the saliency that is computed, for cache keys."""
+REVISION = 1  #: Revision of the saliency that is computed, for cache keys.
 
 
 def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings) -> Tensor:

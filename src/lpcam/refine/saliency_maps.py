@@ -18,10 +18,8 @@ from lpcam.refine.base import check_image
 from lpcam.runtime.errors import DataError
 
 Plane = NDArray[np.float64]
-SUFFIXES = (".png", ".npy", ".tif", ".tiff")
-"""Extensions of map files."""
-LOOKED_AT = 300
-"""Largest number of files that `saliency_maximum` opens."""
+SUFFIXES = (".png", ".npy", ".tif", ".tiff")  #: Extensions of map files.
+LOOKED_AT = 300  #: Largest number of files that `saliency_maximum` opens.
 _FULL = {("b", 1): 1.0, ("u", 1): 255.0, ("u", 2): 65535.0}
 """Largest value of an array, by its kind and bytes per value; of floats it is 1."""
 
@@ -143,16 +141,11 @@ def _array(path: Path) -> tuple[NDArray[np.float32], float]:
     return array.astype(np.float32), full
 
 
-LONG_SIDE = 100
-"""Pixels of the shrunk image, whose texture no longer counts as a barrier."""
-ROUNDS = 3
-"""Rounds of sweeps down, up, right and left."""
-GAIN = 10.0
-"""Gain of the sigmoid, for distances in [0, 1]."""
-BINS = 256
-"""Bins of the histogram of which Otsu's threshold is computed."""
-SALIENT = 127
-"""Grey level above which a pixel is salient."""
+LONG_SIDE = 100  #: Pixels of the shrunk image, whose texture no longer counts as a barrier.
+ROUNDS = 3  #: Rounds of sweeps down, up, right and left.
+GAIN = 10.0  #: Gain of the sigmoid, for distances in [0, 1].
+BINS = 256  #: Bins of the histogram of which Otsu's threshold is computed.
+SALIENT = 127  #: Grey level above which a pixel is salient.
 TO_XYZ = np.array(
     [
         (0.4124564, 0.3575761, 0.1804375),
@@ -161,8 +154,7 @@ TO_XYZ = np.array(
     ]
 )
 """CIE XYZ of linear sRGB (IEC 61966-2-1)."""
-WHITE = np.array((0.95047, 1.0, 1.08883))
-"""CIE XYZ of the white point D65."""
+WHITE = np.array((0.95047, 1.0, 1.08883))  #: CIE XYZ of the white point D65.
 
 
 def saliency(image: Tensor) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.data.dataset import IGNORE, ClassTable
-from lpcam.data.masks import enlarge_labels
+from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.refine.base import Picture
-from lpcam.refine.crf import DenseCrf
+from lpcam.refine.crf import CrfSettings, DenseCrf
 
 
 def crf_labels(
@@ -31,13 +31,29 @@ def ternary(foreground: Tensor, background: Tensor) -> Tensor:
     return foreground.masked_fill((foreground == 0) & (background != 0), IGNORE)
 
 
-def ternary_mask(
-    crf: DenseCrf, picture: Picture, thresholds: Sequence[float], classes: ClassTable
-) -> NDArray[np.uint8]:
-    """The ternary mask (H, W) of an image, at the size of its maps: 0, mask ids, 255 undecided."""
-    labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
-    labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
-    unsure = labels == IGNORE
-    mask = to_mask(labels.masked_fill(unsure, 0), picture.maps.keys, classes)
-    mask[unsure.numpy()] = IGNORE
-    return mask
+def ternary_key(
+    settings: CrfSettings, thresholds: Sequence[float], classes: ClassTable
+) -> dict[str, Any]:
+    """Everything beside the maps that ternary masks depend on, as JSON."""
+    return {
+        "thresholds": list(thresholds),
+        "crf": settings.model_dump(mode="json", exclude={"preset"}),
+        "mask_ids": list(classes.mask_ids),
+    }
+
+
+def ternary_labeller(
+    settings: CrfSettings, memory: int | None, thresholds: Sequence[float], classes: ClassTable
+) -> Callable[[Picture, Path], None]:
+    """Writes the ternary mask of a picture, at its maps' size: 0, mask ids, 255 undecided."""
+    crf = DenseCrf(settings, memory=memory)
+
+    def write(picture: Picture, path: Path) -> None:
+        labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
+        labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
+        unsure = labels == IGNORE
+        mask = to_mask(labels.masked_fill(unsure, 0), picture.maps.keys, classes)
+        mask[unsure.numpy()] = IGNORE
+        write_mask(path, mask)
+
+    return write

@@ -24,18 +24,13 @@ from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.refine.base import compute_dtype
 from lpcam.runtime.errors import DataError
 
-Offset = tuple[int, int]
-"""(dy, dx) in grid cells."""
-Pairs = Iterable[tuple[Offset, Tensor]]
-"""Values of all pairs at each offset."""
-Window = tuple[slice, slice]
-"""Rows and columns of the grid."""
-STRIDE = 4
-"""Pixels per cell of IRN's grid."""
+Offset = tuple[int, int]  #: (dy, dx) in grid cells.
+Pairs = Iterable[tuple[Offset, Tensor]]  #: Values of all pairs at each offset.
+Window = tuple[slice, slice]  #: Rows and columns of the grid.
+STRIDE = 4  #: Pixels per cell of IRN's grid.
 EPSILON = 1e-5
 """Added to each logarithm's argument and each mean's denominator of a loss over pairs."""
-PIECES_TRIED = 30
-"""Number of the longest pieces of a path of which all pairs are tried."""
+PIECES_TRIED = 30  #: Number of the longest pieces of a path of which all pairs are tried.
 
 
 @cache

@@ -19,22 +19,17 @@ from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.parallel import ordered_map
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for slower ones. A process that dies is noticed at once: torchrun stops
-the others of its machine, which breaks their connections; torchrun's heartbeat notices a machine
-that fails."""
+"""How long a process waits for slower ones; torchrun notices one that dies at once."""
 
 
 @dataclass(eq=False)
 class Processes:
     """This process among those of a run."""
 
-    rank: int = 0
-    """Number of this process, from 0."""
+    rank: int = 0  #: Number of this process, from 0.
     count: int = 1
-    here: int = 1
-    """Number of processes on this machine."""
-    group: Any = None
-    """The group in which they wait for each other."""
+    here: int = 1  #: Number of processes on this machine.
+    group: Any = None  #: The group in which they wait for each other.
 
     @property
     def first(self) -> bool:
@@ -130,10 +125,8 @@ class Sharing:
     """How the images of a run are shared out: to the same process, which keeps features."""
 
     processes: Processes = field(default_factory=Processes)
-    workers: int = 1
-    """Threads of this process, a batch each."""
-    batch: int = 1
-    """Maximum number of equally sized images in a backbone pass."""
+    workers: int = 1  #: Threads of this process, a batch each.
+    batch: int = 1  #: Maximum number of equally sized images in a backbone pass.
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(height, width) of each image by id; those that are not in it count as of one size."""
     owner: Mapping[str, int] = field(default_factory=dict)

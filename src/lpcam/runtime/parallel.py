@@ -1,7 +1,6 @@
-"""Work on several images at a time: shared out among processes, threads and batches.
+"""Work on several images at a time, on threads that have one thread of numerics each.
 
-A convolution of one image hardly fills two processors; two images on two processors do. Each thread
-has one thread of numerics for itself, so a result does not depend on how many there are.
+So a result does not depend on how many there are, and two images on two processors fill them.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
-AHEAD = 2
-"""Results that may wait for the caller, for each worker; more would only use memory."""
+AHEAD = 2  #: Results that may wait for the caller, for each worker; more would only use memory.
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

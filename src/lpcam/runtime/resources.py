@@ -13,8 +13,7 @@ import torch
 from lpcam.runtime.errors import RecipeError
 
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX, _MALLOPT_ARENA_MAX = -1, -4, -8
-IMAGE_SHARE = 0.75
-"""Share of the available memory for what images need while they are processed."""
+IMAGE_SHARE = 0.75  #: Share of the available memory for what images need while they are processed.
 
 
 def choose_device(wanted: str) -> torch.device:

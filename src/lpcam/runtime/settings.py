@@ -23,8 +23,7 @@ from lpcam.runtime.errors import RecipeError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-BUNDLED = "bundled:"
-"""Prefix of weights that ship with the package."""
+BUNDLED = "bundled:"  #: Prefix of weights that ship with the package.
 
 
 class Section(BaseModel):

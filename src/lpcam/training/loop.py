@@ -27,11 +27,9 @@ from lpcam.training.optim import SgdSettings, poly
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_FORMAT = 2
-CHECKPOINT_STEPS = 50
-"""Steps between checkpoints; one is also written with every record."""
+CHECKPOINT_STEPS = 50  #: Steps between checkpoints; one is also written with every record.
 Sample = TypeVar("Sample")
-History = list[dict[str, Any]]
-"""Records of a training, as JSON."""
+History = list[dict[str, Any]]  #: Records of a training, as JSON.
 
 
 class Place(NamedTuple):
@@ -47,16 +45,11 @@ class Plan:
     """Number and size of the training steps, and their learning rates."""
 
     steps: int
-    batch: int
-    """Samples per step over all processes, at most those of the list."""
-    record: int
-    """Steps between records of the history."""
-    rate: Callable[[int], float]
-    """Factor of the learning rates at a step, counted from 0."""
-    accumulation: int = 1
-    """Forward passes per step, each with an equal part of its samples."""
-    checkpoint: int | None = None
-    """Steps between checkpoints; None: CHECKPOINT_STEPS."""
+    batch: int  #: Samples per step over all processes, at most those of the list.
+    record: int  #: Steps between records of the history.
+    rate: Callable[[int], float]  #: Factor of the learning rates at a step, counted from 0.
+    accumulation: int = 1  #: Forward passes per step, each with an equal part of its samples.
+    checkpoint: int | None = None  #: Steps between checkpoints; None: CHECKPOINT_STEPS.
 
     @classmethod
     def of_epochs(cls, settings: SgdSettings, count: int) -> Plan:
@@ -70,14 +63,10 @@ class Plan:
 class TrainingOptions(TypedDict, total=False):
     """Arguments that every training takes and hands on to :func:`run`."""
 
-    seed: Required[int]
-    """Seed of order, augmentation and dropout."""
-    folder: Required[Path]
-    """Folder of the checkpoint."""
-    workers: int
-    """Processes that make samples; 0 (the default) makes them in this one."""
-    processes: Processes
-    """Processes that share each step; the default is this one alone."""
+    seed: Required[int]  #: Seed of order, augmentation and dropout.
+    folder: Required[Path]  #: Folder of the checkpoint.
+    workers: int  #: Processes that make samples; 0 (the default) makes them in this one.
+    processes: Processes  #: Processes that share each step; the default is this one alone.
 
 
 class _Samples(Dataset[Sample]):

@@ -18,8 +18,7 @@ COUNTER = "num_batches_tracked"
 """Counters of batch norms, which files of old torch versions lack and nothing reads."""
 WIDERESNET38 = r"(?=(?:conv1a|b\d(?:_\d)?|bn7)\.)"
 """Pattern of the names of the backbone WideResNet-38, which are ours too."""
-RESNET50 = r"resnet50\."
-"""Pattern of the names of the backbone ResNet-50, which are timm's too."""
+RESNET50 = r"resnet50\."  #: Pattern of the names of the backbone ResNet-50, which are timm's too.
 RESNET50_COPIES = r"stage\d\.|backbone\.|newly_added\."
 """Pattern of the names under which files of that backbone hold the same tensors again."""
 

@@ -38,14 +38,10 @@ def check_same(expected: Mapping[str, Any], metadata: Mapping[str, Any], path: P
 class SavedNetwork(nn.Module):
     """A network that is saved in one self-contained safetensors file."""
 
-    kind: ClassVar[str]
-    """Kind of the file, in its metadata."""
-    title: ClassVar[str]
-    """Name of the method in messages."""
-    stage: ClassVar[str]
-    """Name of the stage that writes the file."""
-    builder: ClassVar[str]
-    """Name of the function that builds a network that can be saved."""
+    kind: ClassVar[str]  #: Kind of the file, in its metadata.
+    title: ClassVar[str]  #: Name of the method in messages.
+    stage: ClassVar[str]  #: Name of the stage that writes the file.
+    builder: ClassVar[str]  #: Name of the function that builds a network that can be saved.
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""

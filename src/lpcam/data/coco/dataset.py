@@ -1,8 +1,7 @@
 """MS COCO and files laid out like its ``instances_*.json``: labels, lists and painted masks.
 
-Image-level labels are the categories of all annotations of an image, crowds included; masks are
-painted from those that are not crowds (specification of data sets, sections 2 and 3).
-Polygons need pycocotools (extra ``coco``), labels do not.
+Labels are the categories of all annotations of an image, crowds included; masks are painted from
+those that are not crowds (specification of data sets, sections 2 and 3).
 """
 
 from __future__ import annotations

@@ -13,10 +13,8 @@ from lpcam.data.dataset import safe_id
 from lpcam.data.labels import relative_name
 from lpcam.runtime.errors import DataError
 
-ALL = "all"
-"""List of the images of all annotation files."""
-LABELLED = ".labelled"
-"""Ending of the list of those images that show at least one class."""
+ALL = "all"  #: List of the images of all annotation files.
+LABELLED = ".labelled"  #: Ending of the list of those images that show at least one class.
 _ROBOFLOW = "_annotations.coco.json"
 _INSTANCES = "instances_"
 _NAMED = (f"annotations/{_INSTANCES}*.json", "annotations/*.json", f"*/{_ROBOFLOW}")

@@ -31,20 +31,16 @@ class CocoAnnotation(NamedTuple):
     id: StrictInt
     image_id: StrictInt
     category_id: StrictInt
-    is_crowd: bool
-    """Whether it is a group of objects."""
-    area: Any
-    """As in the file."""
-    segmentation: Any
-    """As in the file, but for :func:`compact`."""
+    is_crowd: bool  #: Whether it is a group of objects.
+    area: Any  #: As in the file.
+    segmentation: Any  #: As in the file, but for :func:`compact`.
 
 
 class CocoImage(NamedTuple):
     """An image of an annotation file, with its annotations in the order of the file."""
 
     file_name: str
-    size: tuple[int, int]
-    """Height and width in pixels."""
+    size: tuple[int, int]  #: Height and width in pixels.
     annotations: list[CocoAnnotation]
 
     @property
@@ -78,8 +74,7 @@ class CocoFile:
     path: Path
     digest: str
     images: tuple[CocoImage, ...]
-    categories: tuple[tuple[int, str], ...]
-    """Ids and names."""
+    categories: tuple[tuple[int, str], ...]  #: Ids and names.
 
     @classmethod
     def read(cls, path: Path) -> CocoFile:

@@ -29,8 +29,7 @@ from lpcam.runtime.progress import progress
 
 Order = Literal["file", "area"]
 """Order in which objects are painted: as in the file, or the largest first."""
-Crowds = Literal["background", "void"]
-"""Value of crowd pixels that no object covers: 0 or 255."""
+Crowds = Literal["background", "void"]  #: Value of crowd pixels that no object covers: 0 or 255.
 PAINTED = "painted.json"
 """File in a folder of painted masks that says what they were painted from."""
 _KIND = "masks painted from COCO annotations"

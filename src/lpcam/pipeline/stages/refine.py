@@ -34,8 +34,8 @@ from lpcam.refine.base import (
     Source,
     Tools,
 )
-from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.ternary import ternary_mask
+from lpcam.refine.crf import CrfSettings
+from lpcam.refine.ternary import ternary_key, ternary_labeller
 from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.resources import memory_of_an_image
@@ -113,18 +113,12 @@ def ternary_task(
         thresholds: thresholds of the sure foreground and of the sure background.
         settings: settings of the dense CRF.
     """
-    classes = context.dataset.classes
-    parts = {
-        "thresholds": list(thresholds),
-        "crf": settings.model_dump(mode="json", exclude={"preset"}),
-        "mask_ids": list(classes.mask_ids),
-    }
+    arguments, where = (thresholds, context.dataset.classes), (source.folder, source.key)
+    parts = ternary_key(settings, *arguments)
 
     def labeller() -> Callable[[Picture, Path], None]:
-        crf = DenseCrf(settings, memory=image_memory(context))
-        return lambda found, path: write_mask(path, ternary_mask(crf, found, thresholds, classes))
+        return ternary_labeller(settings, image_memory(context), *arguments)
 
-    where = source.folder, source.key
     return _label_task(context, name, label, *where, parts, mask_path, labeller, items)
 
 
