@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lpcam.data.dataset import Item
-from lpcam.data.drawing import CELL, GAP, TITLE, SheetRow, choose_rows, overlay, overlay_mask, sheet
+from lpcam.data.drawing import CELL, GAP, TITLE, SheetRow, choose_rows, overlay_mask, sheet
 
 
 def item(name: str, *labels: int) -> Item:
@@ -52,8 +52,6 @@ def test_sheet_has_a_column_for_each_picture(*, truth: bool) -> None:
     # the wide image of 100 x 200 fills the width and is centred in height
     assert at(0, 0, 100, 180) == [40, 40, 40]
     assert at(0, 0, 20, 180) == at(0, 0, 180, 180) == [255, 255, 255]
-    dark = overlay(np.full((1, 1, 3), 40, np.uint8), np.zeros((1, 1), np.float32))
-    assert at(0, 1, 100, 180) == dark[0, 0].tolist()
     seed = overlay_mask(np.full((1, 1, 3), 40, np.uint8), np.ones((1, 1), np.uint8))
     for column in (3, 4)[: columns - 3]:
         assert at(0, column, 80, 180) == seed[0, 0].tolist()

@@ -87,17 +87,13 @@ def test_wrong_mask_names_item_and_sizes(root: Path, folder: str) -> None:
     path.write_bytes(b"text")
     with pytest.raises(DataError, match=f"^{what} of 'a': .*not an image"):
         check_images(read_folder(root))
-
-
-def test_mask_that_vanished_is_no_skip(root: Path) -> None:
     dataset = read_folder(root)
-    (root / "masks" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"mask of 'a': cannot read .*a\.png: No such file"):
+    path.unlink()
+    with pytest.raises(DataError, match=f"^{what} of 'a': .*No such file"):
         check_images(dataset)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_several_readers_find_the_same_in_the_same_order(root: Path, workers: int) -> None:
+def test_several_readers_find_the_same_in_the_same_order(root: Path) -> None:
     for number in range(12):
         path = root / "images" / f"d{number:02d}.png"
         Image.new("RGB", (5 + number, 4)).save(path)
@@ -106,11 +102,11 @@ def test_several_readers_find_the_same_in_the_same_order(root: Path, workers: in
         with (root / "labels.csv").open("a") as file:
             file.write(f"d{number:02d},cow\n")
     dataset = read_folder(root)
-    checked, records = check_images(dataset, workers=workers)
+    checked, records = check_images(dataset, workers=3)
     assert [skip.id for skip in checked.skipped] == ["d00", "d03", "d06", "d09"]
     assert list(records) == list(checked.items) == [i for i in dataset.items if i in records]
     assert records["d07"]["width"] == 12
     for name in ("a", "d05"):  # the first error in order, whichever thread is the first
         mask_of((9, 9)).save(root / "masks" / f"{name}.png")
     with pytest.raises(DataError, match=r"^mask of 'a': "):
-        check_images(read_folder(root), workers=workers)
+        check_images(read_folder(root), workers=3)

@@ -126,9 +126,6 @@ def test_gradient_of_the_loss(name: str) -> None:
     assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, labels), (given,))
 
 
-# -- Networks ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [(64, 64), (9, 83)])
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
 def test_any_backbone_and_size(name: str, size: tuple[int, int]) -> None:
@@ -158,9 +155,6 @@ def test_displacement_does_not_change_the_boundaries(
         states.append(network.state_dict())
     for name, value in states[1].items():
         assert torch.equal(value, states[0][name]), name
-
-
-# -- Training ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

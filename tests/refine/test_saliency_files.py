@@ -40,10 +40,8 @@ def palette(levels: np.ndarray) -> Image.Image:
         ("a.png", Image.merge("LA", [Image.fromarray(LEVELS), Image.new("L", (32, 8), 255)])),
         ("a.png", palette(LEVELS)),
         ("a.png", LEVELS.astype(np.uint16) * 257),
-        ("a.tif", LEVELS),
         ("a.tiff", LEVELS / np.float32(255)),
         ("a.npy", LEVELS),
-        ("a.npy", LEVELS.astype(">u2") * 257),
         ("a.npy", LEVELS / 255),
         ("a.npy", LEVELS / np.float32(255) * np.float32(1 + 1e-7)),
         ("a.npy", np.asfortranarray(LEVELS.astype(np.float16) / 255)),
@@ -120,15 +118,12 @@ def test_the_folder_tells_masks_of_0_and_1_from_dark_maps(
     ("name", "values", "message"),
     [
         ("a.npy", np.array([[0, 255.0]]), "0 to 255; expected 0 to 1 "),
-        ("a.npy", np.array([[-0.1, 1]]), "values from -0.1 to 1"),
         ("a.npy", np.array([[np.nan, 1]]), "values from nan to nan"),
         ("a.tif", np.array([[0, 2]], np.float32), "values from 0 to 2; expected 0 to 1"),
         ("a.tif", np.array([[0, 70000]], np.int32), "to 70000; expected 0 to 65535"),
         ("a.npy", np.array([[1, 2]]), r"is int64 \(1, 2\); expected \(H, W\) of floats"),
-        ("a.npy", np.zeros((1, 2, 1)), r"is float64 \(1, 2, 1\)"),
         ("a.npy", np.zeros((0, 2)), r"is float64 \(0, 2\)"),
         ("a.png", Image.new("RGBA", (2, 2), (9, 9, 9, 100)), "transparent"),
-        ("a.png", Image.new("LA", (2, 2), (9, 0)), "transparent"),
     ],
 )
 def test_wrong_maps(tmp_path: Path, name: str, values: np.ndarray, message: str) -> None:

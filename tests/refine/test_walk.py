@@ -149,17 +149,6 @@ def test_outputs_are_convex_combinations() -> None:
     torch.testing.assert_close(weights.sum(0), torch.ones(SIZE), atol=1e-4, rtol=0)
 
 
-def test_boundaries_everywhere_and_nowhere() -> None:
-    maps = drawn(2, *SIZE)
-    arguments = {"radius": 5, "beta": 10.0, "exponent": 8}
-    still = random_walk(maps, torch.ones(*SIZE).double(), **arguments)
-    torch.testing.assert_close(still, maps, atol=1e-14, rtol=0)
-    mixed = random_walk(maps, torch.zeros(*SIZE).double(), **arguments)
-    # without a boundary T^256 is all but the mean, weighted by the number of partners
-    assert float((mixed.amax((-2, -1)) - mixed.amin((-2, -1))).max()) < 0.01
-    assert torch.equal(propagate(maps, torch.ones(*SIZE).double(), OFFICIAL), 0 * maps)
-
-
 def test_batches_and_classes_are_independent() -> None:
     maps, edge = drawn(3, 4, *SIZE), drawn(3, *SIZE, seed=5)
     arguments = {"radius": 5, "beta": 10.0, "exponent": 8, "tolerance": 1e-6}

@@ -111,22 +111,13 @@ def named(*names: str) -> list[Item]:
     return [Item(name, Path(name), ()) for name in names]
 
 
-def many(seed: int, count: int) -> tuple[list[Item], dict[str, tuple[int, int]], dict[str, int]]:
-    """Items with sizes and owners drawn at random."""
-    rng = np.random.default_rng(seed)
-    items = named(*(f"i{number}" for number in range(count)))
-    sizes = [(5, 7), (7, 5), (6, 7), (5, 8)]
-    return (
-        items,
-        {item.id: sizes[rng.integers(len(sizes))] for item in items},
-        {item.id: int(rng.integers(3)) for item in items},
-    )
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("batch", [1, 2, 4, 100])
 def test_every_image_is_in_one_process_and_one_batch(seed: int, batch: int) -> None:
-    items, sizes, owner = many(seed, 41)
+    rng, items = np.random.default_rng(seed), named(*(f"i{number}" for number in range(41)))
+    every = [(5, 7), (7, 5), (6, 7), (5, 8)]
+    sizes = {item.id: every[rng.integers(4)] for item in items}
+    owner = {item.id: int(rng.integers(3)) for item in items}
     found = []
     for rank in range(3):
         sharing = Sharing(Processes(rank, 3), 1, batch, sizes, owner)

@@ -46,9 +46,6 @@ _TUFT: Colour = (226, 110, 70)
 _OUTLINE = 0.035  # width of the ink outline of a shape, in lengths of a torso
 
 
-# -- Geometry and colours ------------------------------------------------------------------------
-
-
 def _ellipse(
     centre: complex, rx: float, ry: float, turn: float = 0.0, count: int = 36
 ) -> list[complex]:
@@ -96,9 +93,6 @@ def _vary(colour: Colour, rng: Random, amount: float = 12.0) -> Colour:
     light = rng.normal(0.0, amount)
     tint = rng.normal(0.0, amount / 3.0, 3)
     return tuple(int(np.clip(c + light + t, 0, 255)) for c, t in zip(colour, tint, strict=True))  # type: ignore[return-value]
-
-
-# -- Grounds, in hundredths of the picture's side --------------------------------------------------
 
 
 def _meadow(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
@@ -196,9 +190,6 @@ GROUNDS: dict[str, tuple[Colour, Callable[[ImageDraw.ImageDraw, float, Random], 
     "tiles": ((206, 212, 224), _tiles),
     "snow": ((200, 214, 232), _snow),
 }
-
-
-# -- Drawing in a creature's own frame: x forward, y down, torso length about 1 --------------------
 
 
 class _Sheet:
@@ -300,9 +291,6 @@ class _Creature:
             draw.polygon(placed, fill=colour)
 
 
-# -- Parts that classes share ----------------------------------------------------------------------
-
-
 def _spots(colour: Colour, rng: Random) -> _Texture:
     ranges = (-0.75, 0.85), (-0.6, 0.45), (0.035, 0.085)
     spots = zip(*(rng.uniform(*ends, 44).tolist() for ends in ranges), strict=True)
@@ -383,8 +371,6 @@ def _torso(creature: _Creature, group: int, head: complex) -> None:
     creature.shape(body, base, "torso", texture=texture, shade=0.13)
 
 
-# -- Heads: what tells the class -------------------------------------------------------------------
-
 _OUTLINES: dict[str, Callable[..., list[complex]]] = {
     "polygon": lambda *points: list(points),
     "ellipse": _ellipse,
@@ -439,9 +425,6 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
                 creature.shape(points, colour_of(paint), "head", shade=amount)
             else:
                 creature.mark(points, colour_of(paint), amount * size * (verb == "line"))
-
-
-# -- One image, and the set ------------------------------------------------------------------------
 
 
 def _creature(sheet: _Sheet, label: int, centre: complex, scale: float, rng: Random) -> None:

@@ -103,9 +103,6 @@ def survey(
     )
 
 
-# -- Findings ----------------------------------------------------------------------------------
-
-
 def _some(
     kind: str, names: Sequence[str], one: str, rest: str = "", several: str = "", alert: bool = True
 ) -> Iterator[Finding]:

@@ -187,9 +187,6 @@ class Survey:
         return [["class", "images", *lists, "alone", "most often together with"], *rows]
 
 
-# -- Words -------------------------------------------------------------------------------------
-
-
 def _how(estimate: Estimate) -> str:
     text = (
         f"Time and disk of a run on a list: {count_of(estimate.timed, 'image')} timed here with "

@@ -106,8 +106,6 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
     return Processes(state.process_index, state.num_processes, here, group), state.device
 
 
-# -- Images shared among processes and threads ---------------------------------------------------
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -149,9 +149,6 @@ def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> No
         CocoFolder(root, classes=["bicyle"])
 
 
-# -- Where files are -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("annotations", "folder", "name"),
     [
@@ -175,6 +172,13 @@ def test_layouts(tmp_path: Path, annotations: str, folder: str, name: str) -> No
             first = dataset.items["COCO_train2014_000000000009"]
             assert first.image.is_file()
             assert first.image.parent.resolve() == (root / folder).resolve()
+
+
+def test_files_with_different_categories(root: Path) -> None:
+    more = [*CATEGORIES, {"id": 5, "name": "x"}]
+    write(root, "annotations/instances_val2014.json", categories=more)
+    with pytest.raises(DataError, match=r"have different categories, first 5 \(x\)"):
+        CocoFolder(root)
 
 
 def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
@@ -280,9 +284,6 @@ def test_missing_files_and_lists(root: Path, tmp_path: Path) -> None:
             CocoFolder(path, lists=lists)
 
 
-# -- Bad files -----------------------------------------------------------------------------------
-
-
 def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
     """One entry changed; a field that is None is left out."""
     content = whole()
@@ -322,17 +323,6 @@ def test_wrong_annotation_files(root: Path, content: Callable[[], Any], message:
     with pytest.raises(DataError, match=message) as caught:
         CocoFolder(root)
     assert str(path) in str(caught.value)
-
-
-def test_files_with_different_categories(root: Path) -> None:
-    write(
-        root, "annotations/instances_val2014.json", categories=[*CATEGORIES, {"id": 5, "name": "x"}]
-    )
-    with pytest.raises(DataError, match=r"have different categories, first 5 \(x\)"):
-        CocoFolder(root)
-
-
-# -- Masks ---------------------------------------------------------------------------------------
 
 
 def annotation(
@@ -421,9 +411,6 @@ def test_polygons_need_pycocotools(
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(LpcamError, match=r"'lpcam\[coco\]'"):
         folder.with_masks(tmp_path / "masks", folder.dataset.items)
-
-
-# -- Painting a folder ---------------------------------------------------------------------------
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
