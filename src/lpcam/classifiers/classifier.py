@@ -228,7 +228,7 @@ def build(
         classes: N class names.
         weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
             safetensors file of this architecture (with or without its classification head).
-        mean, std: of RGB in [0, 1]; default: those of timm's pretrained cfg.
+        mean, std: normalisation of RGB in [0, 1]; default: those of timm's pretrained cfg.
         seed: seed of the random head and of a random backbone.
 
     Raises:
@@ -366,7 +366,7 @@ def _preprocessing(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a missing, damaged or other one is a ClassifierError."""
+    """The tensors of a safetensors file; ClassifierError if it is missing or damaged."""
     if not path.is_file():
         raise ClassifierError(
             f"no weights file {str(path)!r}; give the path of a safetensors file, "

@@ -34,7 +34,7 @@ class FeatureSettings(Section):
     """Precision of the backbone's passes. The others are faster where the hardware supports them,
     and change maps by more than rounding (docs/performance.md)."""
     maximum_side: Annotated[int, Field(ge=16)] = 1024
-    """A longer image is mapped at this long side, in pixels, and its maps are enlarged."""
+    """Maximum long side, in pixels; longer images are shrunk to it and their maps enlarged."""
 
 
 def image_pyramid(
@@ -47,7 +47,7 @@ def image_pyramid(
 ) -> Iterator[FeaturePair]:
     """Features (B, C, h, w) of RGB images (B, H, W, 3) at each scale, by Pillow's bicubic filter.
 
-    float16 or bfloat16 run the backbone under autocast. NaN or Inf are a PrototypeError.
+    float16 or bfloat16 run the backbone under autocast. NaN or Inf raise a PrototypeError.
     """
     height, width = images.shape[1:3]
     for scale in scales:
@@ -109,8 +109,8 @@ class FeatureStore:
     def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
         """Features (B, C, h, w) of B images of equal size and their mirrors at each scale, float32.
 
-        An ImageError is an image that cannot be read; a PrototypeError are features that hold NaN
-        or Inf, or are too large for half precision.
+        Raises ImageError if an image cannot be read, PrototypeError if features hold NaN or Inf, or
+        are too large for half precision.
         """
         images = None
         for scale in scales:

@@ -42,11 +42,11 @@ class FinetuneSettings(SgdSettings):
     freeze: tuple[str, ...]
     """Prefixes of the backbone's parameter names that are not trained."""
     freeze_norms: bool
-    """Whether the weights and biases of batch norms are not trained either."""
+    """Whether the weights and biases of batch norms are frozen too."""
     jitter: tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0.0, le=0.5)]] | None
     """Largest random changes of brightness, contrast, saturation and hue; null: none."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Rate at which channels of the feature map are dropped before they are pooled."""
+    """Probability that a channel of the feature map is set to zero before pooling."""
     head_init: Literal["linear", "xavier"]
     """First weights of the head: those of torch's linear layer, or Xavier's uniform ones."""
 

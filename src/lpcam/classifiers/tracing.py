@@ -235,7 +235,7 @@ class Record:
         return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
 
     def same(self, one: Tensor | None, other: Tensor | None, least: float = 0.0) -> bool:
-        """Whether tensors are equal up to rounding, relative to ``least`` or more; not NaN."""
+        """Whether tensors agree up to rounding, relative to their maximum (at least ``least``)."""
         if one is None or other is None or one.shape != other.shape:
             return False
         largest = max(least, float(other.abs().max()))
@@ -352,7 +352,7 @@ class Norm:
     name: str = ""
 
     def divide(self, vectors: Tensor) -> Tensor:
-        """The positive number that each vector (..., C) is divided by, (..., 1)."""
+        """Positive divisors (..., 1) of vectors (..., C)."""
         if self.kind == "layer":
             return (vectors.var(-1, correction=0, keepdim=True) + self.epsilon).sqrt()
         if self.kind == "rms":

@@ -76,7 +76,7 @@ class WrappedModel(Reading):
 
     @property
     def found(self) -> str:
-        """Which layer gives the map, which the logits, and what lies between, in words."""
+        """Description of the layers that give the map and the logits, and of what lies between."""
         if self.head is None:
             return f"map: {self.map_layer}; no head for the given classes yet"
         token = self.map_layer.token

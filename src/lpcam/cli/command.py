@@ -1,4 +1,4 @@
-"""How a command of ``lpcam`` is declared: one decorated function each."""
+"""Declaration of the commands of ``lpcam``: each is one decorated function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Invocation:
     """How a command was called."""
 
     line: str
-    """The whole command line, which figures and files record."""
+    """The whole command line, recorded with scores and in files."""
     changes: Mapping[str, Any]
     """Values of the recipe to replace, by dotted key."""
     given_threads: int | None
@@ -91,7 +91,7 @@ def command(
     Args:
         name: what is typed, such as ``run`` or ``data check``.
         group: one of `GROUPS`.
-        arguments: of the command. The function gets an `Invocation` and, by name, their values,
+        arguments: its arguments. The function gets an `Invocation` and, by name, their values,
             except for that of ``--threads``.
         recipe_values: whether it takes ``--section.key value``.
     """
@@ -150,7 +150,7 @@ DEVICE = argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...
 TRAINED_ON = argument(
     "--trained-on",
     choices=("lpcam", "cam", "given", "truth"),
-    help="Which of the run's segmenters, by the masks it was trained on (default: the first).",
+    help="Masks that the segmenter was trained on (default: the first that the run has).",
 )
 SIZE = argument(
     "--size",

@@ -29,7 +29,7 @@ def _label_source(text: str) -> Path | Literal["folders"]:
 
 
 READING = (
-    argument("--kind", help="voc, folder, coco, ...; else found by what the path looks like."),
+    argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
     argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
     argument(
         "--labels",
@@ -37,7 +37,7 @@ READING = (
         help="A .csv or .jsonl instead of the usual labels; for a folder also 'folders'.",
     ),
     argument("--masks", type=Path, help="Folder of true masks, ID.png."),
-    argument("--classes", type=names, help="Some of its classes, e.g. cow,dog."),
+    argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
 )
 """Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
@@ -48,7 +48,7 @@ READING = (
     argument("path", type=Path, help="Folder of images, VOC2012, COCO, or a COCO JSON file."),
     *READING,
     argument("--json", type=Path, metavar="FILE", help="Write the findings to this file too."),
-    argument("--recipe", help="Recipe whose run is estimated (default: the usual small one)."),
+    argument("--recipe", help="Recipe whose run is estimated (default: that of lpcam init)."),
     argument("--no-estimate", action="store_true", help="Do not estimate time and disk."),
     THREADS,
 )
@@ -100,7 +100,7 @@ def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path
         "--crowds",
         choices=("background", "void"),
         default="background",
-        help="What the region of a crowd becomes.",
+        help="Value of crowd regions in the masks.",
     ),
     THREADS,
 )
@@ -189,14 +189,14 @@ def import_maps(
     argument(
         "--classes",
         default="voc12",
-        help="voc12 (default), coco14, or a file with one class name a line.",
+        help="voc12 (default), coco14, or a file with one class name per line.",
     ),
     argument(
         "--coco-split",
         choices=("train2014", "val2014"),
         help="Split of numbered images: 9 is COCO_train2014_000000000009.",
     ),
-    argument("--ids", type=Path, help="File with one id a line, for an array without names."),
+    argument("--ids", type=Path, help="File with one id per line, for an array without names."),
 )
 def import_labels(
     call: Invocation,
@@ -225,7 +225,7 @@ def import_labels(
     argument("output", type=Path, help="Folder to write."),
     argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
     argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
-    argument("--split", help="Which split, where there are several."),
+    argument("--split", help="Split to read, if there are several."),
 )
 def import_huggingface(call: Invocation, source: str, output: Path, **columns: str | None) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""

@@ -40,7 +40,7 @@ IMAGES = argument(
     "look",
     IMAGES,
     argument("--run", type=Path, help="Folder of a run whose classifier is used."),
-    argument("--model", help="A timm model, or a classifier's safetensors file, instead."),
+    argument("--model", help="A timm model or a classifier's safetensors file, instead of --run."),
     argument("--prototypes", type=Path, help="Prototypes of --model, as LPCAM.save wrote them."),
     argument("--weights", help="Safetensors file with the weights of a timm model."),
     argument("--preset", help="Preset of --model: scales, flip and thresholds."),
@@ -49,12 +49,12 @@ IMAGES = argument(
         choices=("sigmoid", "softmax"),
         help="How --model scores classes (default: softmax for a timm model, sigmoid for a file).",
     ),
-    argument("--labels", type=names, help="Classes to map, e.g. cat,dog; else those predicted."),
-    argument("--score", type=fraction, help="Least score of a predicted class (default: 0.5)."),
+    argument("--labels", type=names, help="Classes, e.g. cat,dog (default: the predicted ones)."),
+    argument("--score", type=fraction, help="Lowest score of a predicted class (default: 0.5)."),
     argument(
-        "--at-least-one", action="store_true", help="Map the best class where none is predicted."
+        "--at-least-one", action="store_true", help="Map the top class if no class is predicted."
     ),
-    argument("--threshold", type=fraction, help="Threshold of the masks; else the recipe's."),
+    argument("--threshold", type=fraction, help="Threshold of the masks (default: the recipe's)."),
     argument("--output", type=Path, default=Path("explained"), help="Folder to write."),
     THREADS,
     DEVICE,

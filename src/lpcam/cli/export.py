@@ -43,7 +43,7 @@ FROM = argument(
     "--from",
     dest="source",
     metavar="RESULT",
-    help="Which of the run's, e.g. seeds, pseudo/cam, test/lpcam (masks); lpcam, cam (maps).",
+    help="Masks (seeds, pseudo/cam, test/lpcam, ...) or maps (lpcam, cam, ...) of the run.",
 )
 
 
@@ -64,7 +64,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
     argument(
         "--image-root",
         metavar="PREFIX",
-        help="label-studio: the images' folder below the one that it serves.",
+        help="For label-studio: folder of the images below the folder that it serves.",
     ),
     THREADS,
 )
@@ -103,7 +103,7 @@ def export_masks(
     argument("--format", required=True, choices=MAP_FORMATS, metavar="FORMAT", help="%(choices)s."),
     FROM,
     argument(
-        "--background", type=fraction, help="amn, psa-crf: the background's score of every pixel."
+        "--background", type=fraction, help="For amn and psa-crf: background score of every pixel."
     ),
     argument("--bare-digits", action="store_true", help="Name COCO's files 000000000009.npy."),
     THREADS,
@@ -207,15 +207,15 @@ def export_voc_server(
     argument("source", type=Path, help="A .pth, .pt, .pkl or .safetensors file."),
     argument("target", type=Path, help="Safetensors file to write."),
     argument(
-        "--prefix", default="", help="Take only the tensors whose names begin so, and drop it."
+        "--prefix", default="", help="Take only tensors whose names begin with it; remove it."
     ),
     argument(
         "--classes",
-        help="Classes of a released network: voc12, coco14, or a file with one name a line "
+        help="Classes of a released network: voc12, coco14, or a file with one name per line "
         "(default: voc12 for 20 classes, coco14 for 80).",
     ),
     argument(
-        "--onto", type=Path, help="Converted classifier whose head is replaced by this file's."
+        "--onto", type=Path, help="Converted classifier whose head is replaced by that of SOURCE."
     ),
 )
 def convert(

@@ -127,7 +127,7 @@ def report(call: Invocation, run: Path, device: str | None) -> int:
     argument("truth", type=Path, help="Folder of true masks, ID.png."),
     argument(
         "--classes",
-        help="voc12, coco14, or a file with one class name a line, background excluded (default: "
+        help="voc12, coco14, or a file with one class name per line, background excluded (default: "
         "every value in the true masks is a class).",
     ),
     argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
@@ -207,7 +207,7 @@ def recipe(call: Invocation, name: str | None, fields: bool, list_stages: bool) 
 
 
 def _print_result(result: RunResult) -> None:
-    """Print the figures, what was skipped, and where the results are."""
+    """Print the scores, what was skipped, and where the results are."""
     for has_threshold in (True, False):
         rows = [row for row in result.rows if (row["stage"] != "segmentation") == has_threshold]
         if rows:

@@ -122,7 +122,7 @@ class Dataset:
     classes: ClassTable
     items: Mapping[str, Item]
     lists: Mapping[str, tuple[str, ...]]
-    label_source: str  #: Where the labels come from; part of the protocol of every figure.
+    label_source: str  #: Where the labels come from; part of the protocol of every score.
     skipped: tuple[Skip, ...] = ()
     notices: tuple[str, ...] = ()
     part_names: Mapping[str, int] = field(default_factory=dict)  #: Values in masks of parts.

@@ -27,7 +27,7 @@ _OLDEST = 4  #: First version of the library that executes no program of a data 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF", "PPM")}
-"""By Pillow's name of a file's format. Images of other formats are saved as PNG."""
+"""File extension by Pillow's name of the format. Other formats are saved as PNG."""
 
 
 @dataclass(frozen=True)

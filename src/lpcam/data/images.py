@@ -89,7 +89,7 @@ def _unreadable(name: Path | str, error: Exception) -> ImageError:
 def load_image(
     source: Path | bytes, name: Path | str, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Decode a file or its bytes and turn it upright; every failure is an ImageError."""
+    """Decode a file or its bytes and turn it upright; ImageError if that fails."""
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ValueError("the file is empty")

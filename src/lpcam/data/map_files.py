@@ -28,11 +28,11 @@ class MapFile:
     cam: NDArray[np.float32]  #: (K, ceil(H/4), ceil(W/4)), finite and non-negative.
     high_res: NDArray[np.float32]  #: (K, H, W), finite and non-negative.
     made_by: dict[str, Any] = field(default_factory=dict)
-    """What the maps were made from, as JSON can hold it."""
+    """Provenance of the maps, as JSON values."""
 
 
 def map_path(folder: Path, item_id: str) -> Path:
-    """Where a stage keeps the maps of an image."""
+    """Path of the map file of an image."""
     return folder / f"{item_id}.npz"
 
 

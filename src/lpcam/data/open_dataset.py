@@ -13,7 +13,7 @@ Truth = Mapping[str, TrueMask]  #: True masks that are not files, by image id.
 
 
 def kind_of(path: Path) -> str:
-    """The name of the first reader that recognises a path; ``folder`` if none knows a folder.
+    """Name of the first reader that recognises a path; ``folder`` for any other folder.
 
     Raises DataError if there is nothing at the path, or a file that no reader recognises.
 

@@ -43,7 +43,7 @@ class Lists(Section):
     classify: str | None = None
     """List that trains the classifier (voc: train_aug; folder, coco: all)."""
     validate_: str | None = Field(default=None, alias="validate")
-    """List on which its mAP is measured; null holds out a random tenth of ``classify``."""
+    """List for the classifier's mAP; null holds out a random tenth of ``classify``."""
     prototypes: str | None = None
     """List whose features are clustered (voc: train; folder, coco: all)."""
     maps: str | None = None
@@ -76,7 +76,7 @@ class DataSection(Section):
     """Table of the images that are clustered for each class (the released program's
     ``selected_100``), .npy (classes, n): indices into the list ``prototypes``. Null draws them."""
     name: str | None = None
-    """Name of the data set in the protocol of all figures; null takes the folder's name."""
+    """Name of the data set in the protocol of all scores; null takes the folder's name."""
     classes: tuple[str, ...] | None = None
     """Subset of the classes; mask ids of others are ignored. Null takes all."""
     lists: Lists = Lists()
@@ -131,7 +131,6 @@ class Opened:
     dataset: Dataset
     true_masks: Mapping[str, TrueMask] = field(default_factory=dict)  #: By image id.
     paint: Callable[[Path, Iterable[str], int], Dataset] | None = None
-
     """Writes true masks of images into a folder with some threads; None: nothing to paint."""
 
 

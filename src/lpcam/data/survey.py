@@ -46,7 +46,7 @@ class Finding:
     kind: str
     text: str  #: A sentence, with the number of images, pairs or classes that it concerns.
     names: tuple[str, ...] = ()  #: Names of all images, pairs or classes that it concerns.
-    attention: bool = True  #: Whether it is probably a mistake, or harms a run or its figures.
+    attention: bool = True  #: Whether it is probably a mistake, or harms a run or its scores.
 
 
 @dataclass(frozen=True)

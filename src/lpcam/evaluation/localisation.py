@@ -65,8 +65,10 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 class BoxScores:
     """Fractions of pairs, each at its best threshold of the maps."""
 
-    max_box_acc: dict[float, float]  #: MaxBoxAcc by IoU threshold.
-    max_box_acc_v2: float  #: MaxBoxAccV2.
+    max_box_acc: dict[
+        float, float
+    ]  #: Fraction of correct pairs by IoU threshold, of the box of the largest component.
+    max_box_acc_v2: float  #: The same for boxes of all components, mean over thresholds.
     pairs: int
 
 
@@ -137,8 +139,8 @@ class BoxAccuracy:
 class PointingScores:
     """Fractions of hits, means over the classes that have pairs."""
 
-    tolerant: float  #: Hits within ``tolerance`` pixels of the object.
-    exact: float  #: Hits on the object.
+    tolerant: float  #: Fraction of hits within ``tolerance`` pixels.
+    exact: float  #: Fraction of hits on the object itself.
     pairs: int
 
 

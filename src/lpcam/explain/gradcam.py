@@ -41,7 +41,7 @@ class LPCAM(extract.LPCAM):
         model: a classifier; it is not changed.
         target_layers: modules of the model. The one whose pooled map the classifier reads is used;
             if there is none, that map is found, with a warning.
-        reshape_transform: from the output of a target layer to (B, C, h, w).
+        reshape_transform: function from the output of a target layer to (B, C, h, w).
         tta_transforms: views of ``aug_smooth``; None: mirrored or not, times 0.9, 1 and 1.1.
         prototypes: result of an earlier ``fit``, or the file that ``save`` wrote.
         self_fit: without other prototypes, take them at each call from its images, with their
@@ -207,7 +207,7 @@ class LPCAM(extract.LPCAM):
 
     @property
     def activations_and_grads(self) -> Self:
-        """Stands in for that of pytorch-grad-cam in scripts that call its ``release()``."""
+        """Replaces the object of this name in scripts that call its ``release()``."""
         return self
 
     def release(self, *_exception: object) -> None:

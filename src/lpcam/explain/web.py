@@ -23,7 +23,7 @@ def page_file(name: str) -> str:
 
 
 def page_environment() -> jinja2.Environment:
-    """Where templates of pages are found; every value in them is escaped."""
+    """Jinja environment of the page templates; it escapes every value."""
     return jinja2.Environment(
         loader=jinja2.FunctionLoader(page_file),
         autoescape=True,

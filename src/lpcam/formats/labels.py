@@ -182,7 +182,7 @@ def read_classes(path: Path) -> ClassTable:
     """
     names: list[str] = []
     values: list[int] = []
-    lines = map(str.strip, read_text(path, "Write one name a line.").splitlines())
+    lines = map(str.strip, read_text(path, "Write one name per line.").splitlines())
     for number, line in enumerate(lines, start=1):
         name, tab, value = line.partition("\t")
         if tab and not value.isdecimal():

@@ -35,7 +35,7 @@ def write_voc_server(masks: Path, ids: Sequence[str], classes: ClassTable, outpu
         the archive, ``comp6_test_cls.tar.gz``.
 
     Raises:
-        DataError: if an id is no VOC id, a mask is missing, damaged or has a value outside 0..20,
+        DataError: if an id is not VOC's, a mask is missing, damaged or has a value outside 0..20,
             or the classes are not VOC's.
         ArtefactError: if there are other masks in the folder already, or a file cannot be written.
     """

@@ -95,9 +95,9 @@ class AmnSettings(HostSettings):
     dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     """Dilations of the head's parallel 3 x 3 convolutions; larger ones see more context."""
     foreground_threshold: Fraction
-    """LPCAM seeds above this are sure foreground in the teacher's masks, after a CRF."""
+    """LPCAM threshold of the sure foreground in the teacher's masks; a CRF cleans them."""
     background_threshold: Fraction
-    """LPCAM seeds below this are sure background; pixels between are ignored."""
+    """LPCAM threshold of the sure background; pixels between the two are ignored."""
     cam_foreground_threshold: Fraction
     """``foreground_threshold`` for CAM."""
     cam_background_threshold: Fraction
@@ -107,7 +107,7 @@ class AmnSettings(HostSettings):
     flip: bool
     """Whether the mirrored image is mapped too."""
     gate: bool
-    """Whether probabilities stay unstretched where the teacher says background (section 4)."""
+    """Whether probabilities are not stretched on the teacher's background (section 4)."""
     reading: Literal["teacher", "features"]
     """Use of LPCAM (section 5). ``teacher``: its masks train AMN (Reading A). ``features``: CAM
     masks train AMN, and prototypes of its features map the image (Reading B)."""

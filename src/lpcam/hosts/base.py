@@ -107,7 +107,7 @@ class HostSection(BackboneSection):
     weights: str = "pretrained"
     """"pretrained" (timm's), "random", or the path of a safetensors file."""
     lpcam: LpcamSettings | None = None
-    """How the host's own features are clustered; required where they are."""
+    """Clustering of the host's own features; required if the host clusters them."""
 
     @property
     def settings(self) -> Any:
@@ -166,7 +166,7 @@ class Host(ABC, Generic[S, N]):
     holds_out: bool = False
     """Whether it is measured on held-out images while it trains."""
     states_threshold: bool = True
-    """Whether its seeds have a fixed threshold that a source states, at which they are scored."""
+    """Whether a source states a fixed threshold of its seeds, at which they are scored."""
     map_fields: frozenset[str] = frozenset()
     """Settings that change its maps and not its network."""
     prototype_fields: frozenset[str] = frozenset()

@@ -311,7 +311,7 @@ class Partners:
             )
 
     def draw(self, first: int, generator: np.random.Generator) -> int:
-        """Draw a class of an image of ``firsts`` and another image of it, both uniformly."""
+        """Draw a class of an image of ``firsts`` and another image of that class, uniformly."""
         label = self.labels[first][int(generator.integers(len(self.labels[first])))]
         others = self.of_class[label]
         # a cyclic step between 1 and len - 1 never returns to the image itself

@@ -287,7 +287,7 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         settings: MctformerSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        """AdamW (section 2); a record an epoch has ``validation_map`` too."""
+        """AdamW (section 2); the record of an epoch has ``validation_map`` too."""
         processes = options.get("processes") or Processes()
         labels = multi_hot(data.images, len(network.classes))
         batch = min(settings.batch_size, len(data.images))

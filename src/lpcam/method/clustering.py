@@ -94,7 +94,7 @@ class CosineKMeans:
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
-        """As :meth:`Clustering.fit`; the centres of half-precision points are single precision.
+        """See :meth:`Clustering.fit`; the centres of half-precision points are single precision.
 
         Raises ValueError if there are fewer points than clusters, or they contain NaN or Inf.
         """
@@ -130,7 +130,7 @@ def cosine_kmeans(
     Args:
         points: (M, C) floating point, M >= ``k``.
         init: as for :class:`CosineKMeans`, or the first centres (``k``, C).
-        generator: on the CPU, draws the first centres; None: seeded with 0.
+        generator: CPU generator that draws the first centres; None: one seeded with 0.
         options: the other fields of :class:`CosineKMeans`.
 
     Example:

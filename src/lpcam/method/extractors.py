@@ -275,7 +275,7 @@ class LPCAM(CAM):
     def fit_maps(self, loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Fit on a loader at once, then map its images lazily: (images, labels, maps).
 
-        The loader is no iterator; it is read again for the maps, in the order that it has then.
+        The loader must not be an iterator: it is read again for the maps, in its order then.
         """
         _check_readable_twice(loader, "fit_maps")
         self.fit(loader)

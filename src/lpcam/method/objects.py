@@ -65,7 +65,7 @@ class Instance:
     box: Box
     peak: Point
     mask: NDArray[np.bool_] = field(repr=False, compare=False)
-    """(H, W) of the whole image"""
+    """(H, W) bool, as large as the image: True on the pixels of the instance."""
 
     def as_dict(self) -> dict[str, Any]:
         """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""

@@ -165,8 +165,8 @@ def make_prototypes(
         weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
         classes: the N names.
         seed: random seed of the clustering; each class and side has its own generator.
-        bias: of the rows, or None.
-        fingerprint: of the classifier.
+        bias: (N,), or (N + 1,) as ``weight``; or None.
+        fingerprint: fingerprint of the classifier, stored with the prototypes.
         made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.

@@ -36,7 +36,7 @@ def collect(
         features: (C, h, w) at scale 1, without flip.
         classes: indices of the K present classes.
         split_map: (K, H', W'), max-normalised CAM of those classes at any size.
-        times: how often the image was drawn for each class (:func:`draw_images`); None: once.
+        times: number of times it was drawn for each class (:func:`draw_images`); None: once.
 
     Example:
         >>> reservoir = Reservoir(None, seed=0)

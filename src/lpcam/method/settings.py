@@ -22,11 +22,11 @@ class FittingSettings(Section):
     clusters: Annotated[int, Field(ge=1)]
     """K, the number of clusters of each class and side. More clusters follow rarer features."""
     restarts: Annotated[int, Field(ge=1)]
-    """Number of clusterings whose prototypes are used together, against variance of the start."""
+    """Number of clusterings from different starts whose prototypes are used together."""
     tau: Fraction
-    """Threshold on the CAM that splits foreground (fewer if it grows) from context (eq. 2)."""
+    """CAM threshold of foreground against context (eq. 2); a higher one gives less foreground."""
     tau_inclusive: bool
-    """True: foreground is CAM >= tau (eq. 2). False: > tau, and equality joins neither side."""
+    """True: foreground is CAM >= tau (eq. 2). False: CAM > tau, and CAM = tau is left out."""
     split_maps: Literal["multi_scale", "single_scale"]
     """CAM that decides the split: summed over all scales, or of scale 1 only."""
     split_resize: Literal["nearest", "bilinear"]
@@ -38,7 +38,7 @@ class FittingSettings(Section):
     context_lower: Fraction | None
     """Context prototypes also have a score above this; null: no lower bound."""
     images_per_class: Annotated[int, Field(ge=1)] | None
-    """Number of images drawn for each class to be clustered; null takes all of the list."""
+    """Number of images drawn for clustering in each class; null takes the whole list."""
     images_with_replacement: bool
     """Whether an image may be drawn more than once; its features then count as often."""
     max_features: Annotated[int, Field(ge=1)] | None
@@ -75,7 +75,7 @@ class MappingSettings(Section):
     flip: bool
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
-    """Added to the maximum that CAM is divided by."""
+    """Constant added to the maximum by which a CAM is divided."""
 
 
 class SeedSettings(Section):

@@ -29,7 +29,7 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 LEFTOVERS = ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors")
 """Files that only an interrupted task needs."""
 Record = dict[str, Any]
-"""A JSON object: a row of figures, the entry of a history, a protocol."""
+"""A JSON object: a row of scores, the entry of a history, a protocol."""
 Output = Mapping[str, Any]
 """What a task records of its results for later stages, as JSON."""
 
@@ -39,7 +39,7 @@ class Result:
     """One result of a run: a folder of its own, with a record of how it was made."""
 
     name: str
-    """Under which later stages find it, such as ``irn/lpcam``."""
+    """Name by which later stages find it, such as ``irn/lpcam``."""
     folder: Path
     parts: Mapping[str, Any]
     """Everything that it depends on, as JSON."""

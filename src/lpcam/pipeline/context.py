@@ -67,7 +67,7 @@ class Context:
 
     Args:
         recipe: what to do.
-        command: the command that asked for the run, recorded in every figure's protocol.
+        command: the command that asked for the run, recorded in the protocol of every score.
         processes: the processes that work on the run.
         device: device of this process; None lets the recipe choose.
         stages: names of the stages of this pass, in order.
@@ -77,7 +77,7 @@ class Context:
     Attributes:
         results: the results by their names, filled as the stages go.
         given_maps, given_masks: maps or masks of another program that replace the run's own.
-        rows: the figures of the run, once it is evaluated.
+        rows: the scores of the run, once it is evaluated.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Context:
         self.rows: list[Record] = []
         self._store: FeatureStore | None = None
         self._unscored: dict[str, str | None] = {}
-        """By list, why its true masks cannot be scored; None where they can."""
+        """For each list, the reason why its true masks cannot be scored, or None."""
         if processes.first and only is None:
             self._write_recipe()
 

@@ -405,7 +405,7 @@ def describe_fields(
         meaning = field.description or ""
         if name == "preset" and issubclass(model, PresetModel):
             allowed = ", ".join(model.preset_names())
-            meaning = f"Gives the values that are not given beside it: {allowed}."
+            meaning = f"Named set of values for the keys that are not given:  {allowed}."
         rows.append((prefix + key, _kind(field.annotation), " ".join(meaning.split())))
     return rows
 

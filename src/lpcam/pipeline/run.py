@@ -33,7 +33,7 @@ class RunResult:
 
     folder: Path
     rows: list[dict[str, Any]]
-    """Its figures, one for each method, with their protocol."""
+    """Its scores, one row for each method, with their protocol."""
     skipped: list[dict[str, str]]
     """Images that were left out, with the reason."""
     report: Path | None = None
@@ -61,7 +61,7 @@ def run(
         recipe: a recipe, the path of a recipe file or the name of a bundled one.
         changes: values of the recipe to replace, such as ``{"lpcam.tau": 0.25}``.
         until: name of the last stage.
-        command: the command line, recorded in every figure's protocol.
+        command: the command line, recorded in the protocol of every score.
 
     Raises:
         RecipeError: if the recipe is invalid or has no stage of that name.
@@ -127,7 +127,7 @@ def report(folder: Path, device: str | None = None) -> Path:
 
     Args:
         folder: folder of the run.
-        device: for the backbone's passes over the images that are searched for patches; None takes
+        device: device of the backbone's passes, which search images for patches; None takes
             the recipe's.
 
     Raises:

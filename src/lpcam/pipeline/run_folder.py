@@ -74,7 +74,7 @@ class Masks:
     name: str
     """Folder of the masks below the run folder, such as ``pseudo/lpcam``."""
     entries: tuple[MaskEntry | Skip, ...]
-    """In the order of the images' list; a `Skip` has no mask or no longer an image."""
+    """Masks in the order of the list; a `Skip` where the mask or the image is missing."""
     classes: ClassTable
     made_by: Mapping[str, Any]
 
@@ -101,7 +101,7 @@ class RunFolder:
     Attributes:
         recipe: the recipe as it was run.
         index: a record of every image's files, and of those that were skipped.
-        metrics: the figures with their protocol.
+        metrics: the scores with their protocol.
         image_scores: each image's mean IoU by method.
         use: time and peak memory of each stage.
         sheet: the contact sheet.
@@ -281,7 +281,7 @@ class RunFolder:
         where there are several such folders, by their paths below the one that holds them all.
 
         Args:
-            name: which of a run's masks: ``seeds``, ``pseudo/lpcam``, ``test/lpcam``, ... None:
+            name: name of the masks: ``seeds``, ``pseudo/lpcam``, ``test/lpcam``, ... None:
                 pseudo masks if there are any (LPCAM's first), else seeds.
 
         Raises:

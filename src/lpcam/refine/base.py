@@ -131,7 +131,7 @@ class Refinement(ABC):
     settings: ClassVar[type[BaseModel] | None] = None  #: Class of its settings, if it has any.
     uses_saliency: ClassVar[bool] = False  #: Whether it needs saliency maps (data.saliency).
     crf_place: ClassVar[str | Literal[False]] = False
-    """Where a dense CRF takes part, for the protocol of figures; False: nowhere."""
+    """Step that uses a dense CRF, for the protocol of scores; False: none."""
     every_image: ClassVar[bool] = False
     """Whether images without a class are refined too, for the sake of further files."""
 
@@ -142,7 +142,7 @@ class Refinement(ABC):
         """Raise an LpcamError, before any stage runs, if something is missing or does not fit."""
 
     def crf_use(self, section: RefineSection) -> str | Literal[False]:
-        """Where a dense CRF takes part with these settings; False: nowhere."""
+        """Step that uses a dense CRF with these settings, in words; False: none."""
         return self.crf_place
 
     def threshold(self, section: RefineSection, source: Source) -> float:
@@ -156,7 +156,7 @@ class Refinement(ABC):
         return {"settings": own, "seed_threshold": job.source.seed_threshold}
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
-        """The refinement and its settings, for the protocol of figures."""
+        """The refinement and its settings, for the protocol of scores."""
         return section.model_dump(mode="json", include={"method", section.method})
 
     @abstractmethod
@@ -212,7 +212,7 @@ class LearnedRefinement(Refinement):
 def decided(scores: Tensor) -> Tensor:
     """Turn scores (K + 1, H, W), background first, into maps p / (p + p of it), cut at `DECIDED`.
 
-    Only the likeliest class of a pixel has a value, as near 1 rounding would decide between others.
+    Only the most probable class of a pixel has a value; others differ by rounding only.
     """
     classes, background = scores[1:], scores[:1]
     full = classes / (classes + background).clamp_min(torch.finfo(scores.dtype).tiny)

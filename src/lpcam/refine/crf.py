@@ -57,11 +57,11 @@ class CrfSettings(PresetModel):
     bilateral_sxy: Positive
     """Standard deviation of the positions in the kernel of positions and colours, in pixels."""
     bilateral_srgb: Positive
-    """Standard deviation of the colours in that kernel, in levels of [0, 255]."""
+    """Standard deviation of the colours in the same kernel, in levels of [0, 255]."""
     bilateral_weight: Annotated[float, Field(ge=0.0)]
     """Potts weight of the kernel of positions and colours; 0 leaves it out."""
     iterations: Annotated[int, Field(ge=0)]
-    """Number of iterations of mean field."""
+    """Number of mean-field iterations."""
 
 
 NORM_EPSILON = 1e-20  #: Added to the row sums of a kernel before their square root is taken.

@@ -70,21 +70,21 @@ class IrnSettings(PairSettings):
     displacement: bool
     """Whether the displacement branch is trained too; boundaries do not depend on it."""
     walk_radius: Annotated[int, Field(ge=2)]
-    """Pairs of the walk are nearer than this, in cells of 4 pixels; ``radius`` is the loss's."""
+    """As ``radius`` (which is for the loss), but for the walk; in cells of 4 pixels."""
     sharpness: Positive
     """Exponent of the maps before the walk; a larger one favours high values."""
     foreground_threshold: Fraction
-    """Seeds above this give, after a CRF, the sure foreground of the labels."""
+    """Seed threshold of the sure foreground in the labels; a CRF cleans the seeds."""
     background_threshold: Fraction
-    """Seeds below this give, after a CRF, the sure background; pixels between are ignored."""
+    """Seed threshold of the sure background; pixels between the two are ignored."""
     threshold: Fraction
     """Threshold of the pseudo masks, as a fraction of the maximum of an image's walked maps."""
     cam_foreground_threshold: Fraction
-    """``foreground_threshold`` for maps of CAM."""
+    """``foreground_threshold`` for CAM."""
     cam_background_threshold: Fraction
-    """``background_threshold`` for maps of CAM."""
+    """``background_threshold`` for CAM."""
     cam_threshold: Fraction
-    """``threshold`` for maps of CAM."""
+    """``threshold`` for CAM."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -35,7 +35,7 @@ class PairSettings(SgdSettings):
     crop: Annotated[int, Field(ge=16, multiple_of=4)]
     """Side of the square crop, in pixels."""
     radius: Annotated[int, Field(ge=2)]
-    """Pairs of cells are nearer than this, in cells; a larger one gives more pairs."""
+    """Distance, in cells, below which two cells are a pair; a larger one gives more pairs."""
     beta: Positive
     """Exponent of the affinities in the walk; a larger one spreads maps less."""
     exponent: Annotated[int, Field(ge=0, le=16)]

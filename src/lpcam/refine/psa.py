@@ -93,7 +93,7 @@ class PsaSettings(PairSettings):
     low_alpha: Positive
     """Exponent of the background score (1 - the highest map) for the sure foreground."""
     high_alpha: Positive
-    """Exponent of that score for the sure background; a larger one lowers the score."""
+    """Exponent of the same score for the sure background; a larger one lowers it."""
     head_multiplier: Positive
     """Factor of the learning rate of new layers."""
     bias_multiplier: Positive

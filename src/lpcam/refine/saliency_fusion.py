@@ -100,7 +100,7 @@ class SaliencyRefinement(Refinement):
                 pass
 
     def crf_use(self, section: RefineSection) -> str | Literal[False]:
-        """Where a dense CRF takes part."""
+        """Step that uses a dense CRF."""
         return "on the maps" if section.settings.crf else False
 
     def key(self, job: Job) -> Mapping[str, Any]:

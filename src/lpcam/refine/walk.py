@@ -76,7 +76,7 @@ def partner_window(window: Window, offset: Offset) -> Window:
 
 @cache
 def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]], ...]:
-    """For each offset shorter ones and their shifts whose paths cover its own, to compare less."""
+    """For each offset, shorter ones and their shifts whose paths cover its path: saves work."""
     cells: dict[Offset, frozenset[Offset]] = {(0, 0): frozenset([(0, 0)])}
     plan = []
     for offset in pair_offsets(radius):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
-"""For each method ``thresholds`` and the values there by name, fractions."""
+"""For each method, ``thresholds`` and the scores at them by name, as fractions."""
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 """What was recorded of trainings by name: ``step``, ``loss`` and other values."""
 _WIDTH, _HEIGHT = 340.0, 240.0  # of a chart's view box

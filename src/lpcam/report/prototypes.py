@@ -62,7 +62,7 @@ class Place(NamedTuple):
 def nearest_places(
     features: Iterable[tuple[str, Tensor, Tensor]], centers: Tensor, count: int
 ) -> list[list[Place]]:
-    """For each centre (K, C) the nearest location in each of the ``count`` nearest images.
+    """Nearest locations to each centre (K, C), one in each of the ``count`` nearest images.
 
     ``features`` has the name of each image, its features (C, h, w), and where each centre is
     searched, bool (K, h, w).
@@ -94,7 +94,7 @@ def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
 
 
 def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:
-    """Why a centre was kept as a prototype or rejected, in words."""
+    """Text that says why a centre was kept as a prototype or rejected."""
     mu_f, mu_b, lower = settings.mu_f, settings.mu_b, settings.context_lower
     if side == "foreground":
         if not kept:

@@ -120,10 +120,10 @@ Identity = TypeVar("Identity", bound=_Identified)
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the images of a run are shared out: to the same process, which keeps features."""
+    """Assignment of images to processes; each image stays with one, which keeps its features."""
 
     processes: Processes = field(default_factory=Processes)
-    workers: int = 1  #: Threads of this process, a batch each.
+    workers: int = 1  #: Threads of this process, each with one batch.
     batch: int = 1  #: Maximum number of equally sized images in a backbone pass.
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(height, width) of each image by id; those that are not in it count as of one size."""

@@ -1,6 +1,6 @@
 """Files that a run writes, atomically and never pickled: bytes, JSON, tensors, and digests.
 
-What cannot be read or written is an ArtefactError that names the file.
+A file that cannot be read or written raises an ArtefactError that names it.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int | None:
-    """Peak memory of this process in bytes; None where the system does not tell."""
+    """Peak memory of this process in bytes; None if the system does not report it."""
     try:
         text = Path("/proc", "self", "status").read_text("utf-8")
     except OSError:

@@ -88,7 +88,7 @@ def segment_files(
 
     Raises:
         DataError: if there is no image.
-        ClassifierError: if the segmenter is in training mode or its logits are no numbers.
+        ClassifierError: if the segmenter is in training mode or its logits are not finite.
         ArtefactError: if a file that is not an earlier call's would be replaced, or one cannot be
             written.
     """

@@ -52,7 +52,7 @@ def probabilities(
         (L, H, W) float32 in [0, 1] on the segmenter's device.
 
     Raises:
-        DataError: if the image is no such array.
+        DataError: if the image is not such an array.
         ClassifierError: if the segmenter is in training mode, or its logits have another number of
             labels or are not finite.
 

@@ -113,7 +113,7 @@ class SegmentTestSettings(PresetModel):
     window: Annotated[int, Field(ge=16)] | None
     """Side, in pixels, of sliding windows over a scaled image; null uses no windows."""
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Least fraction of a window that its neighbour shares; outputs are averaged there."""
+    """Minimum overlap of neighbouring windows, as a fraction; outputs are averaged there."""
     crf: Literal["deeplab", "wideresnet38"] | None
     """Preset of the dense CRF on the probabilities; null applies none."""
     crf_image: Literal["image", "wrapped"]

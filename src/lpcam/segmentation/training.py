@@ -50,7 +50,7 @@ class Validation:
 
 
 def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> engine.Plan:
-    """How the settings train on a list of ``count`` images.
+    """Training plan for a list of ``count`` images.
 
     The poly schedule is renewed every ``refresh`` steps and multiplied, over the first ``warmup``
     steps, by a factor that rises linearly to 1.
@@ -100,7 +100,7 @@ class _Outputs(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """As ``outputs`` of the network."""
+        """Return ``outputs`` of the network."""
         outputs: Any = self.network.outputs
         found: list[tuple[Tensor, float]] = outputs(images)
         return found
@@ -120,7 +120,7 @@ def train_segmenter(
     Args:
         pairs: images and their masks, as :func:`lpcam.segmentation.augmentation.check_masks` leaves
             them.
-        precision: of the network's passes; weights, loss and optimiser are in float32. float16
+        precision: that of the network's passes; weights, loss and optimiser are in float32. float16
             scales its losses.
         validation: when to measure the mIoU; None: never.
 

@@ -53,7 +53,7 @@ class Plan:
 
     @classmethod
     def of_epochs(cls, settings: SgdSettings, count: int) -> Plan:
-        """The poly schedule over some epochs of a list of ``count`` samples; a record an epoch."""
+        """The poly schedule over epochs of a list of ``count`` samples; one record per epoch."""
         batch = min(settings.batch_size, count)
         an_epoch = count // batch
         steps = settings.epochs * an_epoch
@@ -204,7 +204,7 @@ def run(
 
 
 def smallest_part(plan: Plan, count: int, processes: Processes, section: str) -> int:
-    """Images in the smallest forward pass of a list; fewer than processes are a ClassifierError."""
+    """Images in the smallest forward pass; ClassifierError if there are more processes."""
     batch, parts = min(plan.batch, count), plan.accumulation
     size = batch // parts
     if size < processes.count:

@@ -100,7 +100,7 @@ class FrozenStatistics(nn.Module):
 
 
 def names_below(names: Collection[str], prefixes: Sequence[str]) -> set[str]:
-    """The dotted names at or below a prefix; one that matches nothing is a ClassifierError."""
+    """The dotted names at or below a prefix; ClassifierError if a prefix matches nothing."""
     found: set[str] = set()
     for prefix in prefixes:
         below = {name for name in names if name == prefix or name.startswith(f"{prefix}.")}

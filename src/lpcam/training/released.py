@@ -28,7 +28,7 @@ class Released:
     """A kind of file that a released program writes.
 
     Attributes:
-        title: what it holds, for messages.
+        title: description of the contents, for messages.
         section: section of a recipe whose key ``trained`` takes the converted file.
         marks: names that all files of this kind have, of which other kinds lack one.
         names: patterns of the beginnings of names, and what replaces them.

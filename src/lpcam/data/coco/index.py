@@ -32,8 +32,8 @@ class CocoAnnotation(NamedTuple):
     image_id: StrictInt
     category_id: StrictInt
     is_crowd: bool  #: Whether it is a group of objects.
-    area: Any  #: As in the file.
-    segmentation: Any  #: As in the file, but for :func:`compact`.
+    area: Any  #: Area in square pixels, as the file states it.
+    segmentation: Any  #: Outline in the form of :func:`compact`.
 
 
 class CocoImage(NamedTuple):

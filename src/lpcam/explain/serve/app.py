@@ -73,7 +73,7 @@ def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None)
     """Serve the page of an explainer until interrupted.
 
     Args:
-        port: on the loopback address; 0: any free port.
+        port: port on the loopback address; 0: any free port.
         threads: number of CPU threads; None: the processors that this process may use.
 
     Raises:

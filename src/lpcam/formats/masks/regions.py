@@ -52,7 +52,7 @@ def regions(
 
     Args:
         mask: uint8 (H, W), values as in mask files. 255 (ignored) belongs to no object.
-        instances: one object a connected component (8 neighbours) instead of one a class. Objects
+        instances: one object per connected component (8 neighbours) instead of per class. Objects
             of one class that touch are then still one.
 
     Raises:
@@ -88,9 +88,9 @@ def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> Iterato
 
 
 def runs(values: NDArray[np.bool_]) -> list[int]:
-    """Lengths of the runs of equal pixels of a row (N,), the first being of pixels that are not.
+    """Lengths of the runs of equal pixels of a boolean row (N,), beginning with False pixels.
 
-    Their sum is N; the first is 0 where the row begins inside.
+    Their sum is N; the first is 0 where the row begins with True.
     """
     edges = np.flatnonzero(np.diff(values, prepend=False, append=~values[-1:]))
     return [int(run) for run in np.diff(edges, prepend=0)]

@@ -1,4 +1,4 @@
-"""Masks as YOLO segmentation labels: a text file an image, a line an outline.
+"""Masks as YOLO segmentation labels: one text file per image, one line per outline.
 
 A line has the class index and the outline's points divided by the width and height of the image.
 Readers draw the outline with the pixels that it runs through, so the points lie inside pixels, not
@@ -26,7 +26,7 @@ the same pixel as those that cut the fraction off."""
 class _Yolo(Format):
     """``images/`` (copies, as YOLO looks for labels beside them), ``labels/ID.txt``, ``data.yaml``.
 
-    YOLO has one outline a line and no holes, so an object in several pieces (also those that touch
+    YOLO has one outline per line, without holes, so an object in several pieces (even if they touch
     at a corner alone) is several lines, and holes are cut open. ``data.yaml`` names no path:
     Ultralytics then takes the folder of the file.
     """

@@ -185,11 +185,11 @@ class LPCAMModel(nn.Module):
         replaced.
 
         Args:
-            licence: of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
+            licence: licence of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
             training_data: description of the images behind the classifier and the prototypes.
 
         Raises:
-            ArtefactError: if a file cannot be written, or the provenance is no JSON.
+            ArtefactError: if a file cannot be written, or the provenance is not JSON.
         """
         folder = Path(folder)
         wrapped = self.backbone.wrapped if isinstance(self.backbone, _WrappedFeatures) else None

@@ -205,7 +205,7 @@ def _row(context: Context, stage: str, split: ListName, row: Record, protocol: R
 
 
 def _protocol(context: Context) -> Record:
-    """Conditions of every figure of this run, apart from its threshold."""
+    """Conditions of every score of this run, apart from its threshold."""
     return {
         "dataset": dataset_name(context),
         "split": context.recipe.data.list_of("evaluate"),
@@ -287,5 +287,5 @@ def _write_sheet(context: Context) -> None:
 
 
 def dataset_name(context: Context) -> str:
-    """Name of the data set in the protocol of all figures."""
+    """Name of the data set in the protocol of all scores."""
     return context.recipe.data.name or context.dataset.name

@@ -282,7 +282,7 @@ def _view(context: Context, arm: Arm, item: Item) -> View:
 
 
 def described(context: Context) -> dict[str, object]:
-    """The host, its settings and its backbone, for the protocol of figures."""
+    """The host, its settings and its backbone, for the protocol of scores."""
     section = required(context.recipe.host)
     found = section.model_dump(mode="json", include={"method", section.method, "lpcam"})
     if section.host.mask_thresholds(section.settings, "LPCAM") is not None:

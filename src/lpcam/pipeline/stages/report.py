@@ -1,4 +1,4 @@
-"""The report: one HTML file with the figures and pictures of a run."""
+"""The report: one HTML file with the scores and pictures of a run."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class TrainingMasks:
     title: str
     """Name in the rows of results, such as ``LPCAM + IRN``."""
     name: str
-    """Name of the folders."""
+    """Name of the folders of the network and its masks."""
     pairs: Sequence[tuple[Item, Path]]
     key: str
     """Cache key of the masks."""
@@ -58,7 +58,7 @@ class TrainingMasks:
 
 
 def training_masks(context: Context) -> list[TrainingMasks]:
-    """Masks that segmenters are trained on: those of the recipe, or those that were given.
+    """Masks that segmenters are trained on: the recipe's, or another program's.
 
     Raises:
         DataError: if the recipe names true masks and none exist.
@@ -389,7 +389,7 @@ def segmented(context: Context) -> Mapping[str, tuple[TrainingMasks, Path]]:
 
 
 def protocol(context: Context) -> Record:
-    """How the segmenters of a run are made and used, for each of their figures."""
+    """How the segmenters of a run are made and used, for the protocol of their scores."""
     section, lists = required(context.recipe.segment), context.recipe.data
     split = lists.list_of("test")
     chosen = f"best mIoU on the truth of {split}" if section.checkpoint == "best" else "last step"

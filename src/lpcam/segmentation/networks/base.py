@@ -33,7 +33,7 @@ class SegmenterSpec:
 
 
 class First(TypedDict, total=False):
-    """What a network is first made of."""
+    """Arguments for the initial weights of a network."""
 
     weights: Required[str | Path]
     """Weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file."""
@@ -52,7 +52,7 @@ class Network(Protocol):
         """Logits (B, L, h, w) of normalised RGB images (B, 3, H, W)."""
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """For training: logits of each output and the weight of its loss."""
+        """Logits of each output and the weight of its loss, for training."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters, each in one of ``backbone``, ``head``, ``head_bias``, ``no_decay``.
