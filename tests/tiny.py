@@ -121,6 +121,43 @@ def times(folder: Path) -> dict[str, int]:
     }
 
 
+class Patches(nn.Module):
+    """Mean RGB and its square of each 16-pixel patch: a backbone whose features are known."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = nn.functional.avg_pool2d(images, 16, ceil_mode=True, count_include_pad=False)
+        return torch.cat([pooled, pooled.square()], dim=1)
+
+
+RED_AND_GREEN = torch.tensor([[9.0, -9.0, -9.0, 0, 0, 0], [-9.0, 9.0, -9.0, 0, 0, 0]])
+"""Rows of two classes on :class:`Patches`."""
+
+
+def picture(red: float, green: float) -> Tensor:
+    """A square of one colour on a blue ground, (3, 64, 96)."""
+    image = torch.zeros(3, 64, 96)
+    image[2] = 0.6
+    image[:, 16:48, 16:64] = torch.tensor([red, green, 0.1])[:, None, None]
+    return image
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """All that a pass of a model might leave changed."""
+    return [
+        [module.training for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad.tolist() for p in model.parameters() if p.grad is not None],
+        [dict(vars(m)[k]) for m in model.modules() for k in vars(m) if k.endswith("_hooks")],
+        [sorted(vars(module)) for module in model.modules()],
+        {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+    ]
+
+
 class Meeting:
     """Where the threads that stand for the processes of a run exchange their tensors."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -220,13 +219,6 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.spec == spec
 
 
-def test_fingerprint_of_half_precisions() -> None:
-    """NumPy has no bfloat16; a step counter has no axis."""
-    prints = {make().to(dtype).fingerprint() for dtype in (torch.float16, torch.bfloat16)}
-    assert len(prints) == 2
-    assert make().bfloat16().fingerprint() in prints
-
-
 def with_statistics(classifier: Classifier) -> Classifier:
     """With batch norms that do something: no mean is 0, no variance or factor 1."""
     generator = torch.Generator().manual_seed(0)
@@ -302,18 +294,6 @@ def test_folded_batch_norms(
     padded = sum(isinstance(m, Conv2dSame) for m in classifier.modules())
     assert (padded > 0) == (arguments.get("pad_type") == "same")
     assert sum(isinstance(m, _SameConvolution) for m in twin.modules()) == padded
-
-
-@pytest.mark.parametrize(
-    "make_one",
-    [
-        *(lambda n=n: make(n) for n in ("test_convnext", "test_efficientnet_ln", "test_nfnet")),
-        lambda: build(VIT, CLASSES, weights="random"),
-        lambda: Classifier(nn.AvgPool2d(16), CLASSES, PLAIN),
-    ],
-)
-def test_folded_without_batch_norms(make_one: Callable[[], Classifier]) -> None:
-    check_folded(make_one())
 
 
 class NormOfAnother(nn.Module):

@@ -87,42 +87,6 @@ def test_features_are_those_of_the_shrunk_image_rounded(
     assert not torch.equal(half.features, expected.features)
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_the_mirror_is_there_if_asked_for(
-    classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch, flip: bool
-) -> None:
-    store = make(classifier, items[:1], flip=flip)
-    passes = count_passes(monkeypatch, store)
-    for _ in range(2):
-        (pair,) = store.pairs([items[0]], (1.0,))
-        assert (pair.mirrored is not None) == flip
-        list(store.pairs([items[1]], (1.0,)))  # not to be kept
-    views = 2 if flip else 1
-    assert passes == [views] * 3
-    assert store.used == pair.features.numel() * 2 * views
-
-
-def test_the_budget_is_kept(
-    classifier: Classifier, items: list[Item], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = make(classifier, items)
-    sizes = []
-    for item in items:
-        before = whole.used
-        list(whole.pairs([item], SCALES))
-        sizes.append(whole.used - before)
-    store = make(classifier, items, budget=sizes[0] + sizes[1])
-    for item in items:
-        list(store.pairs([item], SCALES))
-    assert 0 < store.used <= store.budget
-    passes = count_passes(monkeypatch, store)
-    list(store.pairs([items[0]], SCALES))
-    assert passes == []  # the first to come is kept
-    list(store.pairs([items[3]], SCALES))
-    assert passes  # what does not fit is computed again
-    assert store.used <= store.budget
-
-
 @pytest.mark.parametrize(
     ("factor", "named"), [(1e7, "'i00'.*maps.features"), (float("nan"), "'i00'.*NaN")]
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from tiny import together
 from torch import Tensor
 
@@ -62,15 +61,6 @@ def test_fit_head_is_the_optimum(weight_decay: float) -> None:
     assert weight.dtype == torch.float32
     assert gradient(weight, pooled, labels, weight_decay).abs().max() < 5e-6
     assert gradient(0.9 * weight, pooled, labels, weight_decay).abs().max() > 1e-4
-
-
-def test_fit_head_counts_each_view_as_a_sample() -> None:
-    pooled, labels = data()
-    apart = pooled.transpose(0, 1).reshape(40, 1, 6)
-    expected = probe.fit_head(apart, labels.repeat(2, 1), SETTINGS, NAMES)
-    assert torch.allclose(probe.fit_head(pooled, labels, SETTINGS, NAMES), expected, atol=1e-5)
-    first_only = probe.fit_head(pooled[:, :1], labels, SETTINGS, NAMES)
-    assert not torch.allclose(first_only, expected, atol=1e-2)
 
 
 def test_fit_head_does_not_depend_on_the_threads() -> None:
@@ -163,24 +153,15 @@ def test_pooled_features_go_on_after_a_stop(
     assert torch.equal(pooled("stopped"), whole)
     assert read[7:] == [item.id for item in items[4:10]]
 
-    read.clear()
-    sorted(folder.iterdir())[1].unlink()
-    assert torch.equal(pooled("stopped"), whole)
-    assert read == [item.id for item in items[4:8]]
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("long_side", [64, None])
 def test_pooled_features_of_threads_and_processes(
-    classifier: Classifier,
-    items: list[Item],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    long_side: int | None,
+    classifier: Classifier, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "SHARD", 3)
-    settings, features = SETTINGS.model_copy(update={"long_side": long_side}), store(classifier)
+    settings, features = SETTINGS, store(classifier)
     one = pooled_features(items, settings, tmp_path / "one", features)
     many = pooled_features(items, settings, tmp_path / "many", features, Sharing(workers=3))
     assert torch.equal(many, one)
@@ -196,36 +177,12 @@ def test_pooled_features_of_threads_and_processes(
     assert len(list((tmp_path / "three").iterdir())) == 6
 
 
-@pytest.mark.parametrize("long_side", [64, None])
-def test_pooled_features_of_batches(
-    classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
-) -> None:
-    """Images of equal size pass together, and each gets its own row, in the order of the list."""
-    order = [items[number] for number in (5, 0, 7, 2, 9)]
-    sizes = {}
-    for number, item in enumerate(order):
-        size = (40, 56) if number % 2 else (56, 40)
-        path = tmp_path / f"{item.id}.png"
-        Image.fromarray(resize_image(read_image(item.image), size)).save(path)
-        order[number], sizes[item.id] = replace(item, image=path), size
-    settings = SETTINGS.model_copy(update={"long_side": long_side})
-    expected = pooled_features(order, settings, tmp_path / "one", store(classifier))
-    sharing = Sharing(batch=2, sizes=sizes)
-    assert len(sharing.batches(order)) == 3
-    found = pooled_features(order, settings, tmp_path / "two", store(classifier), sharing)
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(expected[0], expected[2], atol=1e-3)
-
-
-@pytest.mark.parametrize("long_side", [64, None])
 def test_pooled_features_that_are_not_finite(
-    classifier: Classifier, items: list[Item], tmp_path: Path, long_side: int | None
+    classifier: Classifier, items: list[Item], tmp_path: Path
 ) -> None:
-    mean, std = classifier.preprocessing.mean, (0.0, 0.0, 0.0)
-    classifier.preprocessing = type(classifier.preprocessing)(mean, std)
-    settings = SETTINGS.model_copy(update={"long_side": long_side})
+    classifier.preprocessing = replace(classifier.preprocessing, std=(0.0, 0.0, 0.0))
     with pytest.raises(PrototypeError, match=r"'i00'.*NaN"):
-        pooled_features(items, settings, tmp_path, store(classifier))
+        pooled_features(items, SETTINGS, tmp_path, store(classifier))
 
 
 @pytest.mark.parametrize("refit", [False, True])

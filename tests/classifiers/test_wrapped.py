@@ -11,14 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
+from tiny import state_of
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 
 from lpcam import CAM, LPCAM
-from lpcam.classifiers.search import class_names
-from lpcam.classifiers.tracing import grid_of, unwrap, without_tf32
+from lpcam.classifiers.tracing import unwrap, without_tf32
 from lpcam.classifiers.wrapped import WrappedModel, wrap
-from lpcam.method.functional import class_activation
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError
 
@@ -141,11 +140,9 @@ def test_a_head_on_the_class_token(family: str) -> None:
     # the tokens that a hook on the last norm sees are the cells, row by row
     seen = []
     last = model.norm if hasattr(model, "norm") else model.encoder.ln
-    handle = last.register_forward_hook(lambda *a: seen.append(a[-1]))
-    own_logits(model, pictures(size=size))
-    handle.remove()
-    patches = seen[0][:, prefix:].transpose(1, 2)
-    torch.testing.assert_close(features.flatten(2), patches)
+    with last.register_forward_hook(lambda *a: seen.append(a[-1])):
+        own_logits(model, pictures(size=size))
+    torch.testing.assert_close(features.flatten(2), seen[0][:, prefix:].transpose(1, 2))
 
 
 def test_a_new_head_reads_the_mean_of_the_patch_tokens() -> None:
@@ -167,13 +164,6 @@ def test_a_new_head_reads_the_mean_of_the_patch_tokens() -> None:
 WORDS = {0: "cat, house cat", 1: "dog", 2: "dog"}
 
 
-def of_transformers(name: str, **options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{name}Config")(id2label=WORDS, **options)
-    model: nn.Module = getattr(transformers, f"{name}ForImageClassification")(config)
-    return shaken(model)
-
-
 HF_SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 HF_BEIT = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "patch_size": 8}
 HUGGING_FACE: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -186,8 +176,10 @@ HUGGING_FACE: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_transformers_classifiers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
     options, grid = HUGGING_FACE[name]
-    model = of_transformers(name, **options)
+    config = getattr(transformers, f"{name}Config")(id2label=WORDS, **options)
+    model = shaken(getattr(transformers, f"{name}ForImageClassification")(config))
     wrapped = wrap(model)
     assert tuple(check(wrapped, model, (70, 90)).shape[2:]) == grid
     assert wrapped.classes == ("cat", "dog (1)", "dog (2)")
@@ -273,11 +265,11 @@ def test_images_of_other_channels(channels: int) -> None:
         wrapped.features(pictures(channels=3))
 
 
-@pytest.mark.parametrize("turn", [1, -1])
-def test_a_convolution_as_the_head(turn: int) -> None:
-    after = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1))[::turn]
-    model = shaken(nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), *after, nn.Flatten()))
-    check(wrap(model), model, (33, 47))
+def test_a_convolution_as_the_head() -> None:
+    for turn in (1, -1):
+        after = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1))[::turn]
+        model = shaken(nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), *after, nn.Flatten()))
+        check(wrap(model), model, (33, 47))
 
 
 def test_channels_last_maps() -> None:
@@ -312,11 +304,10 @@ def test_a_layer_and_a_head_that_are_named() -> None:
     model = shaken(Net(nn.LayerNorm(8)))
     found = wrap(model)
     images = pictures()
-    for layer in ("body", model.body):
-        for head in ("head", model.head, None):
-            wrapped = wrap(model, target_layer=layer, head=head)
-            assert torch.equal(wrapped.features(images), found.features(images))
-            assert torch.equal(wrapped.weight, found.weight)
+    for layer, head in (("body", "head"), (model.body, model.head), ("body", None)):
+        wrapped = wrap(model, target_layer=layer, head=head)
+        assert torch.equal(wrapped.features(images), found.features(images))
+        assert torch.equal(wrapped.weight, found.weight)
     with pytest.raises(ClassifierError, match="is not the mean of the given target_layer"):
         wrap(model, target_layer="stem")
     with pytest.raises(ClassifierError, match=r"layer 'boody' for target_layer.* body"):
@@ -401,10 +392,9 @@ MAXVIT: Any = ((64, 64), 8, 2, [8, 16], [1, 1], 4, 0.0)
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [
-        (of(tv.mobilenet_v3_small), {}, r"classifier\.0 .*classifier\.3"),
-        (of(partial(tv.vgg11, init_weights=False)), {}, r"classifier\.0 .*\.3 .*\.6"),
-        (lambda: tv.MaxVit(*MAXVIT, num_classes=3), {"example": (64, 64)}, r"classifier\.3"),
-        (of_timm("test_vit3"), {}, r"attn_pool\.proj"),  # attention pooling
+        (of(tv.mobilenet_v3_small), {}, r"classifier\.3 .* not the mean"),
+        (lambda: tv.MaxVit(*MAXVIT, num_classes=3), {"example": (64, 64)}, "not the mean"),
+        (of_timm("test_vit3"), {}, "not the mean"),  # attention pooling
         (of_timm("test_resnet", global_pool="max"), {}, "not the mean"),
         (of(tv.squeezenet1_1), {}, "SqueezeNet"),
         (of_timm("test_resnet"), {"pool": "token"}, "class token"),
@@ -457,22 +447,6 @@ def test_a_model_that_takes_multiples(options: dict[str, Any]) -> None:
         wrapped.features(pictures(size=(50, 80)))
 
 
-@pytest.mark.parametrize(
-    ("count", "size", "stride", "grid"),
-    [
-        (12, (30, 40), None, (3, 4)),
-        (12, (40, 30), None, (4, 3)),
-        (7, (10, 70), None, (1, 7)),
-        (6, (20, 36), (16.0, 16.0), (2, 3)),  # incomplete patches count
-        (2, (20, 36), (16.0, 16.0), (1, 2)),  # whole patches only
-    ],
-)
-def test_grids(
-    count: int, size: tuple[int, int], stride: tuple[float, float] | None, grid: tuple[int, int]
-) -> None:
-    assert grid_of(count, size, stride) == grid
-
-
 def test_a_model_of_one_size() -> None:
     model = shaken(tv.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=3))
     wrapped = wrap(model, pool="token")
@@ -503,40 +477,6 @@ def test_an_example_gives_size_and_channels() -> None:
     assert wrap(shaken(Net()), example=(40, 60)).fixed_size is None
 
 
-def test_names_of_classes() -> None:
-    assert wrap(shaken(Net())).classes == ("class 0", "class 1", "class 2")
-    assert wrap(shaken(Net()), classes=("a", "b", "c")).classes == ("a", "b", "c")
-    model = timm.create_model("test_resnet")
-    names = class_names(model, 1000)
-    assert (names[0], names[134]) == ("tench", "crane (134)")
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    """All that a wrapper might leave changed."""
-    return [
-        [module.training for module in model.modules()],
-        [(p.requires_grad, p.grad is None) for p in model.parameters()],
-        [dict(vars(m)[k]) for m in model.modules() for k in vars(m) if k.endswith("_hooks")],
-        [sorted(vars(module)) for module in model.modules()],
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        torch.get_rng_state(),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-    ]
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 def in_training(model: nn.Module) -> nn.Module:
     """Half of it trains, a part is frozen, a hook of the user's is on, a gradient is there."""
     model.train()
@@ -557,14 +497,14 @@ def test_the_model_is_left_as_it_was() -> None:
     before = state_of(model)
     expected = wrap(model.eval()).features(pictures())
     in_training(model).body._forward_hooks.popitem()
-    assert same(state_of(model), before)
+    assert state_of(model) == before
     lpcam = LPCAM(model, ONE_SCALE).fit(batches())
-    assert same(state_of(model), before)
+    assert state_of(model) == before
     lpcam(*batches()[0])
     wrapped = wrap(model)
     torch.testing.assert_close(wrapped.features(pictures()), expected)  # no batch statistics
     wrapped.logits(pictures())
-    assert same(state_of(model), before)
+    assert state_of(model) == before
 
 
 class Merging(nn.Module):
@@ -620,10 +560,10 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
     ):
         with pytest.raises(KeyError, match="broken"):
             call()
-        assert same(state_of(model), before)
+        assert state_of(model) == before
     with pytest.raises(ClassifierError, match="took no image"):
         wrap(model)
-    assert same(state_of(model), before)
+    assert state_of(model) == before
 
 
 def test_inference_mode_and_autocast_of_the_caller() -> None:
@@ -713,9 +653,5 @@ def test_maps_of_a_binary_head() -> None:
     maps = lpcam(images, labels)
     assert maps.shape == (4, 1, 41, 67)
     assert not maps[1].any()
-    scores = lpcam.prototypes_.foreground.scores
-    assert bool(((scores > 0) & (scores < 1)).any())  # no softmax over one class
     with pytest.raises(ValueError, match=r"shape \(4, 1\), got \(4,\)"):
         lpcam(images, labels[:, 0])
-    activation = class_activation(lpcam.source_.features(images), lpcam.source_.weight)
-    assert activation.shape[1] == 1

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,13 +149,8 @@ def test_foreign_files_are_never_replaced(
     assert tree(tmp_path / "out") == {name: b'{"mine": 1}'}
 
 
-def test_the_command(
-    run: Path,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.usefixtures("folder")
+def test_the_command(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["explain", "in", "--run", str(run), "--threads", "1", "--device", "cpu"]
     assert main(words) == 1  # a broken image, the rest is done
@@ -190,14 +186,9 @@ def test_the_command(
         (["--run", "RUN", "--score", "1.5"], "--score"),
     ],
 )
+@pytest.mark.usefixtures("folder")
 def test_the_commands_errors(
-    run: Path,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
+    run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [str(run) if word == "RUN" else word for word in words]

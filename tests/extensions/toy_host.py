@@ -30,7 +30,7 @@ class ColourSettings(HostSettings):
 class Colours(SavedNetwork):
     """A mean colour for each class."""
 
-    kind, title, stage, builder = "colours", "Colours", "host", "toy_host.Colours"
+    kind = "colours"
 
     def __init__(self, classes: int) -> None:
         super().__init__()

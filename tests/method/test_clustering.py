@@ -105,23 +105,6 @@ def test_same_seed_same_bytes_other_seed_other_start() -> None:
     assert not torch.equal(first.centers, third.centers)
 
 
-def test_scale_and_order_of_points() -> None:
-    points, _ = blobs()
-    plain = cosine_kmeans(points, 3, init=points[:3])
-    large = cosine_kmeans(8 * points, 3, init=points[:3])
-    assert torch.equal(plain.assignments, large.assignments)
-    torch.testing.assert_close(8 * plain.centers, large.centers)
-    order = torch.randperm(len(points), generator=generator())
-    shuffled = cosine_kmeans(points[order], 3, init=points[:3])
-    assert torch.equal(plain.assignments[order], shuffled.assignments)
-    torch.testing.assert_close(plain.centers, shuffled.centers)
-    factors = 2.0 ** torch.randint(-3, 4, (len(points), 1), generator=generator())
-    first, second = (
-        cosine_kmeans(p, 3, init=points[:3], centers="unit") for p in (points, points * factors)
-    )
-    torch.testing.assert_close(first.centers, second.centers)
-
-
 def test_empty_clusters_are_filled() -> None:
     """Equal first centres leave two clusters empty: the released program would never end."""
     points, _ = blobs()
@@ -188,8 +171,8 @@ def test_the_rest_of_a_much_larger_sum_keeps_its_digits() -> None:
 @pytest.mark.parametrize(
     ("points", "k", "message"),
     [
-        (torch.ones(3, 2), 4, "k is 4 for 3"),
-        (torch.ones(3, 2), 0, "k is 0 for 3"),
+        (torch.ones(3, 2), 4, "k is 4"),
+        (torch.ones(3, 2), 0, "k is 0"),
         (torch.ones(3, 2, dtype=torch.int64), 1, "torch.int64"),
         (torch.tensor([[1.0, float("nan")]]), 1, "NaN or Inf"),
     ],

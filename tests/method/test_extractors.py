@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import RED_AND_GREEN, Patches, picture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,47 +33,19 @@ SETTINGS = LpcamSettings.from_preset(
 )
 
 
-class Patches(nn.Module):
-    """Mean RGB and its square of each 16-pixel patch: a backbone whose features are known."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        pooled = nn.functional.avg_pool2d(images, 16, ceil_mode=True, count_include_pad=False)
-        return torch.cat([pooled, pooled.square()], dim=1)
-
-
 @pytest.fixture
 def classifier() -> Classifier:
     """Two classes, red and green, on raw RGB."""
     found = Classifier(Patches(), ("red", "green"), Preprocessing((0.0,) * 3, (1.0,) * 3))
     with torch.no_grad():
-        found.head.weight.copy_(
-            torch.tensor([[9.0, -9.0, -9.0, 0, 0, 0], [-9.0, 9.0, -9.0, 0, 0, 0]])
-        )
+        found.head.weight.copy_(RED_AND_GREEN)
     return found
-
-
-def picture(colour: tuple[float, float, float], size: tuple[int, int] = (64, 96)) -> Tensor:
-    """A coloured square on a blue ground, (3, H, W)."""
-    image = torch.zeros(3, *size)
-    image[2] = 0.6
-    image[:, 16:48, 16:64] = torch.tensor(colour)[:, None, None]
-    return image
 
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    images = torch.stack([picture(0.9, 0.1), picture(0.1, 0.9)])
     return images, torch.eye(2)
-
-
-def test_cam_lights_the_square(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = batch
-    maps = CAM(classifier, SETTINGS)(images, labels)
-    assert maps.shape == (2, 2, 64, 96)
-    assert maps[0, 0, 32, 40] > 0.9
-    assert maps[0, 0, 60, 90] < 0.1
-    assert not maps[0, 1].any()  # an absent class has a zero map
-    assert CAM(classifier, SETTINGS)(images).shape == (2, 2, 64, 96)
 
 
 def test_lpcam_fit_and_call(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
@@ -85,19 +58,6 @@ def test_lpcam_fit_and_call(classifier: Classifier, batch: tuple[Tensor, Tensor]
     assert maps.max() <= 1
     without = LPCAM(classifier, SETTINGS, with_context=False).fit([batch])(images, labels)
     assert without[0, 0, 60, 90] > 0.05  # LPCAM-F has no context to subtract
-
-
-def test_batch_equals_single(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
-    images, labels = batch
-    lpcam = LPCAM(classifier, SETTINGS).fit(
-        [(images[i : i + 1], labels[i : i + 1]) for i in (0, 1)]
-    )
-    together = lpcam(images, labels)
-    whole = LPCAM(classifier, SETTINGS).fit([batch])
-    torch.testing.assert_close(whole.prototypes_.vectors(), lpcam.prototypes_.vectors())
-    for row in (0, 1):
-        single = lpcam(images[row : row + 1], labels[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], single)
 
 
 def test_one_scale_without_flip_is_the_equation(
@@ -204,9 +164,6 @@ def test_maps_of_an_image_to_draw(
         lpcam.image_maps(image, picture, ["blue"])
 
 
-# -- Data in parts ------------------------------------------------------------------------------
-
-
 def parts() -> list[tuple[Tensor, Tensor]]:
     """Three batches of unequal length."""
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +172,7 @@ def parts() -> list[tuple[Tensor, Tensor]]:
         shades = 0.8 + 0.2 * torch.rand(count, generator=generator)
         labels = torch.eye(2)[torch.arange(count) % 2]
         images = [
-            picture((s, 0.1, 0.1) if label[0] else (0.1, s, 0.1))
+            picture(*((s, 0.1) if label[0] else (0.1, s)))
             for s, label in zip(shades.tolist(), labels, strict=True)
         ]
         found.append((torch.stack(images), labels))
@@ -277,16 +234,11 @@ def test_load_forgets_what_was_collected(classifier: Classifier, tmp_path: Path)
     assert lpcam.prototypes_.made_by["images"] == 4  # a load that failed changes nothing
 
 
-# -- Any model: heads that are fitted, habits of scikit-learn -------------------------------------
-
-
 def colours(count: int = 12) -> list[tuple[Tensor, Tensor]]:
     """Batches of red and green squares with their class indices."""
     generator = torch.Generator().manual_seed(0)
     shades = (0.6 + 0.4 * torch.rand(count, generator=generator)).tolist()
-    images = [
-        picture((0.1, s, 0.1) if index % 2 else (s, 0.1, 0.1)) for index, s in enumerate(shades)
-    ]
+    images = [picture(*((0.1, s) if index % 2 else (s, 0.1))) for index, s in enumerate(shades)]
     labels = torch.arange(count) % 2
     return [(torch.stack(images[i : i + 5]), labels[i : i + 5]) for i in range(0, count, 5)]
 
@@ -297,7 +249,7 @@ def test_a_backbone_gets_a_head_first() -> None:
         lpcam = LPCAM(Patches(), SETTINGS, classes=["red", "green"]).fit(loader)
     assert isinstance(lpcam.source_, WrappedModel)
     assert lpcam.source_.new_head and not lpcam.source_.weight.is_inference()
-    images = torch.stack([picture((0.9, 0.1, 0.1)), picture((0.1, 0.9, 0.1))])
+    images = torch.stack([picture(0.9, 0.1), picture(0.1, 0.9)])
     assert lpcam.source_.logits(images).argmax(1).tolist() == [0, 1]
     maps = lpcam(images, torch.tensor([0, 1]))
     assert maps[0, 0, 32, 40] > 0.9

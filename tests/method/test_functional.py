@@ -15,13 +15,6 @@ def features(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_equation_1_by_hand() -> None:
-    block = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])  # C=2, h=1, w=2
-    weight = torch.tensor([[1.0, 1.0], [2.0, -1.0]])
-    expected = torch.tensor([[[4.0, 1.0]], [[-1.0, 5.0]]])
-    assert torch.equal(lf.class_activation(block, weight), expected)
-
-
 def test_equation_2_by_hand() -> None:
     cam = torch.tensor([[0.0, 0.1, 0.2]])
     for inclusive, expected in ((True, [False, True, True]), (False, [False, False, True])):
@@ -97,17 +90,6 @@ def test_no_context_leaves_the_subtraction_out() -> None:
     for context in (None, torch.zeros(0, 8)):
         found = lf.foreground_minus_context(foreground, context)
         assert torch.equal(found, lf.unit_mean(foreground))
-
-
-def test_lengths_and_order_do_not_matter() -> None:
-    prototypes = features(6, 8)
-    lengths = torch.tensor([0.1, 1.0, 7.0, 3.0, 0.5, 20.0])[:, None]
-    changed = (prototypes * lengths)[torch.tensor([3, 1, 5, 0, 2, 4])]
-    torch.testing.assert_close(lf.unit_mean(changed), lf.unit_mean(prototypes))
-    block, vectors = features(8, 4, 4), features(3, 8, seed=3) - 0.5
-    torch.testing.assert_close(
-        lf.cosine_activation(1000 * block, vectors), lf.cosine_activation(block, vectors)
-    )
 
 
 def test_zero_features_give_zero_not_nan() -> None:

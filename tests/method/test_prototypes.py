@@ -22,9 +22,6 @@ def rows(count: int, channels: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, channels, generator=torch.Generator().manual_seed(seed))
 
 
-# -- the reservoir -------------------------------------------------------------------------------
-
-
 def fill(reservoir: Reservoir, images: list[int], place: tuple[int, str] = (0, "context")) -> None:
     index, side = place
     for image in images:
@@ -36,15 +33,6 @@ def sample(reservoir: Reservoir) -> torch.Tensor:
     found = reservoir.features(0, "context")
     assert found is not None
     return found
-
-
-def test_reservoir_keeps_all_without_a_bound() -> None:
-    reservoir = Reservoir(None, 0, torch.float32)
-    fill(reservoir, list(range(20)))
-    found = sample(reservoir)
-    assert sorted(found[:, 0].tolist()) == pytest.approx(
-        sorted(image + part / 10 for image in range(20) for part in range(7)), abs=1e-5
-    )
 
 
 def test_reservoir_is_bounded_and_does_not_depend_on_order() -> None:
@@ -107,15 +95,6 @@ def test_merged_reservoirs_are_one_reservoir(bound: int | None, tmp_path: Path) 
     assert torch.equal(merged.features(0, "context"), whole.features(0, "context"))
 
 
-def test_rows_that_cannot_stay_are_not_looked_at() -> None:
-    reservoir = Reservoir(1, 0)
-    fill(reservoir, list(range(200)))
-    kept = sample(reservoir).clone()
-    reservoir.add(0, "context", torch.full((1, 2), float("nan")), "late")
-    assert torch.equal(kept, sample(reservoir))
-    assert reservoir.seen[0, "context"] == 1401
-
-
 def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
     rows = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
     where = rows[:, 0] > 0.4
@@ -125,8 +104,6 @@ def test_a_reservoir_takes_only_the_rows_that_are_pointed_at() -> None:
     assert by_mask.seen == by_rows.seen == {(0, "context"): int(where.sum())}
     assert torch.equal(sample(by_mask), sample(by_rows))
 
-
-# -- which images serve --------------------------------------------------------------------------
 
 LABELS = [("a", (0,)), ("b", (0, 1)), ("c", (1,)), ("d", ()), ("e", (0,))]
 
@@ -159,9 +136,6 @@ def test_a_table_selects_the_images(tmp_path: Path) -> None:
             read_selected(path, LABELS, 2)
     with pytest.raises(DataError, match=r"none\.npy"):
         read_selected(tmp_path / "none.npy", LABELS, 2)
-
-
-# -- making prototypes ---------------------------------------------------------------------------
 
 
 def reservoir_of(places: dict[tuple[int, str], torch.Tensor]) -> Reservoir:
@@ -270,27 +244,9 @@ def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 1 clusterings stopped at max_iterations=1" in caplog.text
 
 
-def test_half_precision_features_give_nearly_the_same_prototypes() -> None:
-    apart = torch.eye(3, 4).repeat(20, 1)  # no row is near the border of two clusters
-    places = {(0, "foreground"): apart + 0.1 * rows(60), (0, "context"): apart + rows(60) / 10}
-    whole, half = Reservoir(None, 0, torch.float32), Reservoir(None, 0)
-    for (index, side), values in places.items():
-        for reservoir in (whole, half):
-            reservoir.add(index, side, values, "image")  # type: ignore[arg-type]
-    first, second = (
-        make_prototypes(one, torch.eye(2, 4), ("a", "b"), SETTINGS, seed=0).foreground.centers
-        for one in (whole, half)
-    )
-    assert second.dtype == torch.float32
-    torch.testing.assert_close(first, second, atol=2e-3, rtol=0)
-
-
 def test_nothing_collected() -> None:
     with pytest.raises(PrototypeError, match="no class has any foreground"):
         made({})
-
-
-# -- on disk -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

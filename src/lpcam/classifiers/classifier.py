@@ -49,6 +49,17 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @classmethod
+    def of_timm(
+        cls, model: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> Preprocessing:
+        """What is given, else that of the model's pretrained cfg, else ImageNet's."""
+        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        return cls(
+            tuple(mean or config.get("mean", IMAGENET_DEFAULT_MEAN)),
+            tuple(std or config.get("std", IMAGENET_DEFAULT_STD)),
+        )
+
     def __call__(self, image: NDArray[np.uint8]) -> Tensor:
         """(H, W, 3) uint8 RGB to (3, H, W) float32, normalised."""
         tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255.0
@@ -58,20 +69,16 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Name and arguments of a timm backbone.
-
-    Attributes:
-        arguments: arguments of ``timm.create_model``.
-        output_stride: pixels per cell of the features, for models that can remove strides.
-        dilated: False sets every dilation back to 1 after ``output_stride`` has removed strides, as
-            in the released programs' ResNet-50 (specification of LPCAM, section 2). It has no
-            effect without an ``output_stride``.
-    """
+    """Name and arguments of a timm backbone."""
 
     name: str
     arguments: Mapping[str, Any]
+    """Arguments of ``timm.create_model``."""
     output_stride: int | None = None
+    """Pixels per cell of the features, for models that can remove strides."""
     dilated: bool = True
+    """False sets every dilation back to 1 after ``output_stride`` has removed strides, as in the
+    released programs' ResNet-50 (specification of LPCAM, section 2)."""
 
 
 class Classifier(FrozenStatistics, SavedNetwork):
@@ -93,9 +100,6 @@ class Classifier(FrozenStatistics, SavedNetwork):
     """
 
     kind = "classifier"
-    title = "the classify stage"
-    stage = "classify"
-    builder = "lpcam.classifiers.classifier.build"
 
     def __init__(
         self,
@@ -171,9 +175,6 @@ class Classifier(FrozenStatistics, SavedNetwork):
         """A black image (1, 3, *PROBE_SIZE) of the backbone's dtype and device."""
         return next(self.backbone.parameters(), torch.zeros(())).new_zeros(1, 3, *PROBE_SIZE)
 
-    def _can_be_described(self) -> bool:
-        return self.spec is not None
-
     def _description(self) -> dict[str, Any]:
         return {
             **description(self.backbone, self.spec, self.preprocessing),
@@ -224,8 +225,6 @@ def build(
     """Build a classifier on a timm backbone, with a random head.
 
     Args:
-        spec: timm name, its arguments, output stride.
-        classes: N class names.
         weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
             safetensors file of this architecture (with or without its classification head).
         mean, std: normalisation of RGB in [0, 1]; default: those of timm's pretrained cfg.
@@ -247,15 +246,14 @@ def build(
         if str(weights) not in (PRETRAINED, RANDOM):
             _load_weights(backbone, Path(weights), spec)
         refuse_not_finite(backbone.state_dict(), weights)
-        return Classifier(backbone, classes, _preprocessing(backbone, mean, std), spec)
+        return Classifier(backbone, classes, Preprocessing.of_timm(backbone, mean, std), spec)
 
 
 def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifier:
     """A timm model with the head that it was trained with; such a classifier cannot be saved.
 
-    ``weights`` are ``"pretrained"`` (timm's) or a safetensors file of the whole model. Its head on
-    the mean of the feature map must give the model's own logits, which is checked. A bias counts in
-    the scores, but not in the maps (equation 1).
+    ``weights`` are ``"pretrained"`` (timm's) or a safetensors file of the whole model. A bias
+    counts in the scores, but not in the maps (equation 1).
     """
     spec = BackboneSpec(name, {})
     with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
@@ -265,28 +263,22 @@ def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifie
         head = model.get_classifier()
         if isinstance(head, nn.Linear):
             names = class_names(model, head.out_features)
-            classifier = Classifier(model, names, _preprocessing(model, None, None))
-            if _serves(head, classifier):
-                model.reset_classifier(0)  # else the head would be twice among the parameters
-                return classifier
+            classifier = Classifier(model, names, Preprocessing.of_timm(model))
+            generator = torch.Generator().manual_seed(0)
+            image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
+            if head.in_features == classifier.head.in_features:
+                classifier.head = head
+                with torch.no_grad():
+                    expected = model(image)
+                    difference = float((classifier(image) - expected).abs().max())
+                if difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # not NaN
+                    model.reset_classifier(0)  # else the head would be twice among the parameters
+                    return classifier
     raise ClassifierError(
         f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
         "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
         "head on this backbone ('lpcam classify')"
     )
-
-
-def _serves(head: nn.Linear, classifier: Classifier) -> bool:
-    """Make a model's head the classifier's, and tell whether it then gives the model's logits."""
-    if head.in_features != classifier.head.in_features:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, *PROBE_SIZE, generator=generator).to(head.weight)
-    classifier.head = head
-    with torch.no_grad():
-        expected = classifier.backbone(image)
-        difference = float((classifier(image) - expected).abs().max())
-    return difference <= TOLERANCE * max(1.0, float(expected.abs().max()))  # false for NaN
 
 
 def described(metadata: Mapping[str, Any], classes: Sequence[str] = NO_CLASSES) -> Classifier:
@@ -355,16 +347,6 @@ def _create(spec: BackboneSpec, *, pretrained: bool, **options: Any) -> nn.Modul
     return model
 
 
-def _preprocessing(
-    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Preprocessing:
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return Preprocessing(
-        tuple(config.get("mean", IMAGENET_DEFAULT_MEAN) if mean is None else mean),
-        tuple(config.get("std", IMAGENET_DEFAULT_STD) if std is None else std),
-    )
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; ClassifierError if it is missing or damaged."""
     if not path.is_file():
@@ -411,12 +393,11 @@ def refuse_not_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
 def _load_weights(
     model: nn.Module, path: Path, spec: BackboneSpec, *, with_head: bool = False
 ) -> None:
-    state = read_weights(path)
+    state, own = read_weights(path), model.state_dict()
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     heads = config.get("classifier") or ()
     for head in () if with_head else (heads,) if isinstance(heads, str) else heads:
         state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
-    own = model.state_dict()
     # Files of old programs lack the counters of batches, which a frozen norm never reads.
     counters = {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
     state = {**counters, **state}
@@ -430,18 +411,19 @@ def _load_weights(
 
 def _fold_batch_norms(module: nn.Module) -> None:
     """Fold each batch norm that follows a convolution among a module's children (in place)."""
-    before: tuple[str, nn.Conv2d] | None = None
+    previous, before = "", nn.Module()
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and before is not None and child.track_running_stats:
-            setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+        if (
+            isinstance(child, nn.BatchNorm2d)
+            and isinstance(before, nn.Conv2d)
+            and child.track_running_stats
+        ):
+            setattr(module, previous, fuse_conv_bn_eval(before, child))
             # timm's batch norms drop and activate too
             rest = [getattr(child, part, nn.Identity()) for part in ("drop", "act")]
             setattr(module, name, nn.Sequential(*rest))
-        before = None
-        if isinstance(child, nn.Conv2d):
-            before = (name, child)
-        else:
-            _fold_batch_norms(child)
+        _fold_batch_norms(child)
+        previous, before = name, child
 
 
 def _pad_within(module: nn.Module) -> None:
@@ -454,10 +436,9 @@ def _pad_within(module: nn.Module) -> None:
 
 
 class _SameConvolution(nn.Module):
-    """A convolution with "same" padding, without timm's padded copy of the input.
+    """A "same" convolution without timm's padded copy, which on a CPU takes longer than it.
 
-    On a CPU the copy takes longer than the convolution. Padding is symmetric; where "same" needs
-    more zeros after an image than before it, the first outputs are dropped.
+    Padding is symmetric; where "same" needs more after an image, the first outputs are dropped.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -71,16 +71,9 @@ def naming(items: Sequence[Item]) -> Iterator[None]:
 class FeatureStore:
     """Features of images at several scales, from memory or from the backbone; thread-safe.
 
-    The backbone's batch norms are folded into its convolutions when the store is made; later
-    changes of the classifier's weights have no effect.
-
-    Args:
-        flip: give features of the mirrored image too.
-        maximum_side: longest side in pixels; larger images are resized to it first.
-        dtype: precision in which features are kept; results are float32.
-        budget: bytes that may be kept in memory.
-        keep: ids of the images that will be requested again; others are never kept.
-        precision: precision of the backbone's passes; other than float32 they run under autocast.
+    Later changes of the classifier's weights have no effect. Features of the images ``keep``, which
+    are requested again, are kept in ``dtype`` up to a budget in bytes; results are float32. The
+    passes have ``precision``, and longer images are resized to ``maximum_side`` first.
     """
 
     def __init__(
@@ -109,8 +102,7 @@ class FeatureStore:
     def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
         """Features (B, C, h, w) of B images of equal size and their mirrors at each scale, float32.
 
-        Raises ImageError if an image cannot be read, PrototypeError if features hold NaN or Inf, or
-        are too large for half precision.
+        Raises PrototypeError if they hold NaN or Inf, or are too large for half precision.
         """
         images = None
         for scale in scales:
@@ -129,9 +121,8 @@ class FeatureStore:
             yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
 
     def _compute(self, images: NDArray[np.uint8], scale: float) -> list[Tensor]:
-        (pair,) = image_pyramid(
-            self.classifier, images, (scale,), flip=self.flip, precision=self.precision
-        )
+        how: dict[str, Any] = {"flip": self.flip, "precision": self.precision}
+        (pair,) = image_pyramid(self.classifier, images, (scale,), **how)
         stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
         if not all_finite(stacked):
             raise PrototypeError(

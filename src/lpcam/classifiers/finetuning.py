@@ -68,10 +68,9 @@ def augment(
 ) -> Tensor:
     """Augment an RGB image (H, W, 3) to a tensor (3, crop, crop) (specification of IRN, section 1).
 
-    The long side is resized to a random length in ``settings.long_side`` (PIL bicubic), ``change``
-    alters its colours, RGB is normalised, and the image is mirrored with probability one half. Then
-    a random square crop is taken; a smaller image is placed at random on a canvas of the mean
-    colour.
+    The long side becomes a random one of ``settings.long_side``, ``change`` alters the colours, and
+    the normalised image is mirrored with probability one half and cropped at random, or placed on a
+    canvas of the mean colour.
     """
     low, high = settings.long_side
     resized = resize_long_side(image, int(generator.integers(low, high + 1)))
@@ -105,9 +104,8 @@ def finetune(
 ) -> engine.History:
     """Fine-tune in place and return one record per epoch, with the ``validation_map``.
 
-    SGD on the multi-label soft margin loss, poly schedule per step, head learning rate
-    ``head_multiplier`` times the backbone's, batch-norm statistics frozen. Options and errors are
-    those of :func:`lpcam.training.loop.run`; a stopped run resumes.
+    SGD on the multi-label soft margin loss, poly schedule per step, batch-norm statistics frozen.
+    Options and errors are those of :func:`lpcam.training.loop.run`; a stopped run resumes.
     """
     processes = options.get("processes") or Processes()
     freeze(classifier.backbone, settings.freeze, norms=settings.freeze_norms)
@@ -162,10 +160,7 @@ def validation_map(
 ) -> float | None:
     """Mean average precision over the classes on whole images; None without images.
 
-    Args:
-        network: has ``classes``, ``preprocessing`` and ``device``.
-        side: long side of the images, in pixels.
-        scores: logits (B, N) of what the network gives for images.
+    ``side`` is the long side of the images; ``scores`` makes logits (B, N) of what a network gives.
     """
     network.eval()
     logits = torch.zeros(len(items), len(network.classes))

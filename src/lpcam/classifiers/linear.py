@@ -60,12 +60,9 @@ def fit_head(
     """Rows (N, C) float32 that minimise the multi-label soft margin loss on pooled features.
 
     For each class, the mean over samples of the binary cross-entropy of its logit plus
-    weight_decay / 2 times the squared norm of its row; so a row does not depend on the number of
-    other classes. The problem is convex. L-BFGS in double precision, from zero.
-
-    Args:
-        pooled: (M, V, C), V views of each of M images.
-        labels: (M, N) multi-hot; a class without an image is refused by its name.
+    weight_decay / 2 times the squared norm of its row, by L-BFGS in double precision, from zero.
+    ``pooled`` (M, V, C) has V views of each of M images with multi-hot labels (M, N); a class
+    without an image is refused by its name.
     """
     if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(

@@ -39,10 +39,8 @@ def fit_probe(
 ) -> list[dict[str, Any]]:
     """Fit the classifier's head in place, and return one record with its loss and its mAP.
 
-    Args:
-        validation: images whose mAP is measured with the head fitted to ``training``.
-        pooled: (M, V, C) of training and then validation images, from :func:`pooled_features`.
-        refit: after the measurement, fit again to training and validation images together.
+    ``pooled`` (M, V, C) is of training and then validation images, from :func:`pooled_features`;
+    with ``refit`` the head is fitted again to both after the mAP has been measured.
     """
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
@@ -75,17 +73,24 @@ def pooled_features(
 ) -> Tensor | None:
     """Pooled features (len(items), V, C) of images and, with ``settings.mirror``, mirror images.
 
-    Complete shards in ``folder`` are read instead of computed again; the folder is for this
-    classifier, list and settings only. The store gives the features if ``settings.long_side`` is
-    None (with its flip if ``settings.mirror``); otherwise its classifier does. Processes other than
-    the first get None.
+    Complete shards in ``folder``, which is for this classifier, list and settings only, are read
+    instead of computed again. The store gives the features if ``settings.long_side`` is None;
+    otherwise its classifier does. Processes other than the first get None.
     """
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 
     @torch.inference_mode()
     def pool(batch: list[Item]) -> Tensor:
-        return _pooled(batch, settings, store)
+        if settings.long_side is None:
+            (pair,) = store.pairs(batch, (1.0,))
+        else:
+            images = [resize_long_side(read_image(i.image), settings.long_side) for i in batch]
+            options: Any = {"flip": settings.mirror, "precision": store.precision}
+            with naming(batch):
+                (pair,) = image_pyramid(store.classifier, np.stack(images), (1.0,), **options)
+        views = [view for view in pair[: 1 + settings.mirror] if view is not None]
+        return torch.stack([view.mean((-2, -1)) for view in views], dim=1).cpu()
 
     with progress("pooled features", len(mine)) as advance:
         for start in range(0, len(mine), SHARD):
@@ -109,15 +114,3 @@ def pooled_features(
     for path in sorted(folder.glob(f"pooled-*-{shards}-*.safetensors")):
         found.update(read_tensors(path)[0])
     return torch.stack([found[f"image {item.id}"] for item in items])
-
-
-def _pooled(batch: Sequence[Item], settings: ProbeSettings, store: FeatureStore) -> Tensor:
-    if settings.long_side is None:
-        (pair,) = store.pairs(batch, (1.0,))
-    else:
-        images = [resize_long_side(read_image(item.image), settings.long_side) for item in batch]
-        options: Any = {"flip": settings.mirror, "precision": store.precision}
-        with naming(batch):
-            (pair,) = image_pyramid(store.classifier, np.stack(images), (1.0,), **options)
-    views = [view for view in pair[: 1 + settings.mirror] if view is not None]
-    return torch.stack([view.mean((-2, -1)) for view in views], dim=1).cpu()

@@ -1,20 +1,18 @@
 """Parts of a model seen in one forward pass: calls of modules, maps, norms and linear layers.
 
-A :class:`Record` holds the output of every module in one pass. A :class:`MapLayer` is the layer
-that gives the feature map. A :class:`Norm` and a :class:`Linear` follow the pooling. All are
-recognised by their numbers, not by the name of their class.
+All are recognised by their numbers, not by the name of their class.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -47,8 +45,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; restores flags, weights and random state on exit.
 
-    Compiled modules run uncompiled, because compiled code may ignore hooks. If a class overrides
-    ``train`` (to clear caches or merge weights), its method is called.
+    Compiled modules run uncompiled, because compiled code may ignore hooks. A class's own ``train``
+    (to clear caches or merge weights) is called.
     """
     flags = {module: module.training for module in model.modules()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -76,9 +74,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
-        if any(_is_compiled(module) for module in flags):
-            stance: Any = torch.compiler.set_stance("force_eager")
-            stack.enter_context(stance)
+        marks = ("_orig_mod", "_compiled_call_impl", "_torchdynamo_orig_callable")
+        if any(getattr(o, m, None) for f in flags for o in (f, f.forward) for m in marks):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(restore)
         for module in overriding:
             stack.callback(module.train, True)
@@ -87,14 +85,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             if module.training:
                 module.training = False
         yield
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return (
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module, "_orig_mod")
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
-    )
 
 
 @contextmanager
@@ -122,14 +112,13 @@ def without_tf32() -> Iterator[None]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the model's first tensor."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Dtype of the model's first floating-point tensor."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    floats = (t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point())
+    return next((t.dtype for t in floats), torch.float32)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -150,16 +139,11 @@ def logits_of(output: Any) -> Tensor | None:
         logits = output.get("logits")
     if logits is None:
         logits = first_tensor(output)
-    if not isinstance(logits, Tensor):
-        return None
-    return flat(logits[:, None] if logits.ndim == 1 else logits)
+    return flat(logits[:, None] if isinstance(logits, Tensor) and logits.ndim == 1 else logits)
 
 
 def flat(tensor: Tensor | None, *, pooled: bool = False) -> Tensor | None:
-    """(B, C), (B, C, 1, 1), (B, 1, 1, C) or (B, 1, C) as (B, C) float; None for other shapes.
-
-    With ``pooled`` a map (B, C, h, w) becomes its mean.
-    """
+    """(B, C) and any axes of 1 as (B, C) float; with ``pooled`` the mean of a map; else None."""
     if tensor is None or tensor.ndim < 2 or not tensor.is_floating_point():
         return None
     longest = max(tensor.shape[1:])
@@ -196,10 +180,7 @@ class Record:
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record:
-        """Pass images (B, c, H, W) through a model in evaluation mode and keep its outputs.
-
-        Outputs of ``always`` are kept even if more than KEPT_MAPS maps follow.
-        """
+        """Pass images (B, c, H, W) through a model; outputs of ``always`` are kept in any case."""
         calls: list[Call] = []
         maps: deque[int] = deque()
         grids: list[tuple[int, int]] = []
@@ -242,10 +223,7 @@ class Record:
         return float((one - other).abs().max()) <= self.tolerance * largest
 
     def token_stride(self, count: int) -> tuple[float, float]:
-        """Pixels per patch of ``count`` patches, vertical and horizontal; whole if that fits.
-
-        Their grid is that of a map with as many cells, if there is one.
-        """
+        """Pixels per patch of ``count`` patches, vertical and horizontal; whole if that fits."""
         fitting = [grid for grid in self.grids if grid[0] * grid[1] == count]
         grid = min([*fitting, grid_of(count, self.size)], key=lambda g: misshape(g, self.size))
         exact = [s / g for s, g in zip(self.size, grid, strict=True)]
@@ -280,10 +258,11 @@ class MapLayer:
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
         outputs: list[Any] = []
-        thread = threading.get_ident()
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() == thread:
+        thread = get_ident()
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if get_ident() == thread:
                 outputs.append(output if len(outputs) == self.number else None)
 
         with evaluation_mode(model):
@@ -305,10 +284,7 @@ class MapLayer:
         return self.map(raw).mean((-2, -1)) if self.token is None else raw[:, self.token]
 
     def map(self, raw: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, h, w) from the layer's output for images of a size (H, W).
-
-        Without a size, tokens give one row of cells.
-        """
+        """(B, C, h, w) from the layer's output for images (H, W); without a size one token row."""
         if self.layout == "NHWC":
             raw = raw.movedim(-1, 1)
         elif self.layout == "tokens":
@@ -328,10 +304,9 @@ class MapLayer:
 def grid_of(
     count: int, size: tuple[int, int], stride: tuple[float, float] | None = None
 ) -> tuple[int, int]:
-    """Rows and columns of ``count`` patches of an image (H, W).
+    """Rows and columns of ``count`` patches of an image (H, W), by their stride if it fits.
 
-    The grid of the stride if it has ``count`` cells (with incomplete patches dropped, counted or
-    rounded); else the two factors of ``count`` whose ratio is nearest to the image's.
+    Else the two factors of ``count`` whose ratio is nearest to the image's.
     """
     if stride is not None:
         for rounding in (math.floor, math.ceil, round):
@@ -363,17 +338,13 @@ class Norm:
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """Rows and bias for divided vectors: W(norm(v)) + b = W'(v / size) + b'."""
-        found = (
-            getattr(self.module, name, None)
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        gamma, beta, mean, variance = (
-            value.detach().to(weight.dtype) if isinstance(value, Tensor) else None
-            for value in found
-        )
+        state: dict[str, Tensor] = {}
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if isinstance(value := getattr(self.module, name, None), Tensor):
+                state[name] = value.detach().to(weight.dtype)
+        gamma, beta = state.get("weight"), state.get("bias")
         if self.kind == "affine":
-            assert mean is not None and variance is not None  # noqa: PT018 - as found
-            scale = (variance + self.epsilon).rsqrt()
+            mean, scale = state["running_mean"], (state["running_var"] + self.epsilon).rsqrt()
             gamma = scale if gamma is None else gamma * scale
             beta = -mean * gamma if beta is None else beta - mean * gamma
         if beta is not None:
@@ -396,10 +367,14 @@ class Norm:
         given = [getattr(module, name, None) for name in ("weight", "bias")]
         if any(isinstance(p, Tensor) and p.shape != (channels,) for p in given):
             return None
+        # an epsilon of None stands for the rounding unit of the input
+        said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
+        default = torch.finfo(call.before.dtype).eps if None in said else 1e-6
+        epsilon = next((float(n) for n in said if isinstance(n, (int, float))), default)
         is_batch_norm = isinstance(getattr(module, "running_mean", None), Tensor)
         kinds: tuple[NormKind, ...] = ("affine",) if is_batch_norm else ("layer", "rms")
         for kind in kinds:
-            norm = cls(kind, module, _epsilon(module, call.before.dtype), call.name)
+            norm = cls(kind, module, epsilon, call.name)
             weight, bias = norm.fold(torch.eye(channels, device=before.device), None)
             if record.same(F.linear(before / norm.divide(before), weight, bias), after):
                 return norm
@@ -408,13 +383,6 @@ class Norm:
     def __str__(self) -> str:
         kind = type(self.module).__name__
         return "L2 normalisation" if self.module is None else f"{self.name} ({kind})"
-
-
-def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
-    """Number that a norm adds to a variance; for None the rounding unit of the input."""
-    said = [getattr(module, n) for n in ("eps", "variance_epsilon") if hasattr(module, n)]
-    default = torch.finfo(dtype).eps if None in said else 1e-6
-    return next((float(value) for value in said if isinstance(value, (int, float))), default)
 
 
 @dataclass(frozen=True)
@@ -426,40 +394,39 @@ class Linear:
     name: str = ""
 
     @classmethod
-    def of(cls, call: Call, record: Record) -> Linear | None:
-        """The matrix or 1 x 1 convolution that a call computes, if the numbers agree."""
-        weight = getattr(call.module, "weight", None)
+    def of(cls, call: Call, record: Record) -> tuple[Linear, Tensor, Tensor] | None:
+        """A matrix or 1 x 1 convolution with its input and output, if the numbers agree."""
         before, after = flat(call.before, pooled=True), flat(call.after, pooled=True)
-        if not isinstance(weight, Tensor) or not hasattr(call.module, "bias"):
-            return None
-        if before is None or after is None:
+        if before is None or after is None or not hasattr(call.module, "bias"):
             return None
         shape = (after.shape[1], before.shape[1])
-        if tuple(weight.shape) not in (shape, (*shape, 1, 1)):
+        if getattr(getattr(call.module, "weight", None), "shape", ()) not in (
+            shape,
+            (*shape, 1, 1),
+        ):
             return None
         linear = cls(call.module, None, call.name)
-        return linear if record.same(linear(before), after) else None
+        return (linear, before, after) if record.same(linear(before), after) else None
 
     def rows(self) -> Rows:
         """Current weight (N, C) and bias (N,), detached, float32 or float64."""
         module: Any = self.module
         given: Any = self.tensors if module is None else (module.weight, module.bias)
-        weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in given)
-        assert weight is not None
+        weight, bias = given
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
+        bias = bias.detach().to(dtype) if isinstance(bias, Tensor) else None
+        return weight.detach().flatten(1).to(dtype), bias
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Logits (B, N) of vectors (B, C)."""
-        return apply_rows(self.rows(), vectors)
+        return _apply_rows(self.rows(), vectors)
 
     def __str__(self) -> str:
         kind = type(self.module).__name__
         return "the given weight" if self.module is None else f"{self.name} ({kind})"
 
 
-def apply_rows(rows: Rows, vectors: Tensor) -> Tensor:
-    """Logits (B, N) of vectors (B, C), in the vectors' precision."""
+def _apply_rows(rows: Rows, vectors: Tensor) -> Tensor:
     weight, bias = rows
     return F.linear(vectors, weight.to(vectors), None if bias is None else bias.to(vectors))
 
@@ -491,4 +458,4 @@ class Reading:
 
     def logits_of(self, raw: Tensor) -> Tensor:
         """Logits (B, N) from the output of the map layer."""
-        return apply_rows(self.rows(raw.device), self.divided(self.map_layer.vector(raw)))
+        return _apply_rows(self.rows(raw.device), self.divided(self.map_layer.vector(raw)))

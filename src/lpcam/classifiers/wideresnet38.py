@@ -94,12 +94,8 @@ def _convolution(
 class WideResNet38(nn.Module):
     """WideResNet-38 at stride 8 (specification of EDAM, section 1), for images of any size.
 
-    Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7.
-
-    Args:
-        channels: channels of conv1a and b2 to b7.
-        depths: number of blocks of b2 to b5.
-        final_relu: apply ReLU to the features. EDAM keeps them signed.
+    Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7. Without
+    ``final_relu`` features are signed, as in EDAM.
 
     Example:
         >>> import torch
@@ -120,14 +116,11 @@ class WideResNet38(nn.Module):
     ) -> None:
         super().__init__()
         whole = all(isinstance(n, int) and n > 0 for n in (*channels, *depths))
-        if (len(channels), len(depths)) != (7, 4) or not whole:
+        fits = whole and (len(channels), len(depths)) == (7, 4)
+        if not fits or channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
             raise ValueError(
                 f"channels {list(channels)} and depths {list(depths)} must be 7 and 4 positive "
-                f"whole numbers, such as {CHANNELS} and {DEPTHS}"
-            )
-        if channels[4] % 2 or channels[5] % 4 or channels[6] % 4:
-            raise ValueError(
-                f"channels {list(channels)}: the fifth must be even, the last two multiples of 4"
+                "integers, the fifth channel even and the last two multiples of 4"
             )
         stem, *wide = channels
         self.final_relu = final_relu
@@ -181,8 +174,7 @@ class WideResNet38(nn.Module):
     ) -> Any:
         """The activations that enter b3, b4, b5 and b6 (strides 2, 4, 8, 8), and the features.
 
-        The arguments are those of timm's models; others than these have no effect. Returns a list
-        of (B, C, h, w), or the features and that list.
+        Arguments and result are those of timm's models; other arguments have no effect.
         """
         maps = self._maps(x)
         if isinstance(indices, int):

@@ -1,9 +1,7 @@
 """Any image classifier as a source of feature maps and class rows, found by structure and checked.
 
-:func:`wrap` passes two random images through the model and follows its logits back: to the linear
-layer that gives them, to the vector that this layer reads, and to the feature map whose mean (or
-whose class token) is that vector. A norm between the two is folded into the rows. Nothing about a
-model's family is known here; a result is accepted only if the numbers agree.
+:func:`wrap` follows the logits of two random images back: to the linear layer that gives them, to
+the vector that it reads, and to the feature map whose mean (or class token) that vector is.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,25 +47,23 @@ class WrappedModel(Reading):
 
     Holds a reference to the model. Weights are read at every call, so later updates take effect.
     Made by :func:`wrap`.
-
-    Attributes:
-        output: what the model returns: ``"logits"``, or their ``"sigmoid"``, ``"softmax"`` or
-            ``"log softmax"``; ``"features"`` if it returns none of these.
-        channels_in: channels of an image.
-        fixed_size: (H, W) of the only images that the model takes; None if it takes other sizes.
-        multiple: number that the sides of an image must be multiples of.
-        probe_size: (H, W) of the random images of the search.
-        new_head: whether the head comes from :meth:`with_head`.
     """
 
     model: nn.Module
     classes: tuple[str, ...]
     output: str
+    """What the model gives: ``"logits"``, their ``"sigmoid"``, ``"softmax"`` or ``"log softmax"``;
+    ``"features"`` if none of these."""
     channels_in: int
+    """Channels of an image."""
     fixed_size: tuple[int, int] | None
+    """(H, W) of the only images that the model takes; None if it takes other sizes."""
     multiple: int
+    """Number that the sides of an image must be multiples of."""
     probe_size: tuple[int, int]
+    """(H, W) of the random images of the search."""
     new_head: bool = False
+    """Whether the head comes from :meth:`with_head`."""
 
     def __repr__(self) -> str:
         name = type(self.core).__name__
@@ -82,10 +77,11 @@ class WrappedModel(Reading):
         token = self.map_layer.token
         read = "pooled by its mean" if token is None else f"token {token} of it read"
         between = "".join(f", then {norm}" for norm in reversed(self.norms))
-        head = "a new linear layer" if self.new_head else str(self.head)
-        is_function = self.output not in ("logits", "features")
-        given = f"; the model gives the {self.output} of its logits" if is_function else ""
-        return f"map: {self.map_layer}; {read}{between}; head: {head}{given}"
+        parts = [f"map: {self.map_layer}", read + between]
+        parts.append(f"head: {'a new linear layer' if self.new_head else self.head}")
+        if self.output not in ("logits", "features"):
+            parts.append(f"the model gives the {self.output} of its logits")
+        return "; ".join(parts)
 
     @property
     def core(self) -> nn.Module:
@@ -109,7 +105,6 @@ class WrappedModel(Reading):
 
     @property
     def bias(self) -> Tensor | None:
-        """(N,), or None."""
         return self._rows()[1]
 
     @property
@@ -131,21 +126,15 @@ class WrappedModel(Reading):
             return self.rows(self.device)
 
     def features(self, images: Tensor) -> Tensor:
-        """The map whose products with the rows are the CAM of equation 1.
+        """The map (B, C, h, w) of images (B, c, H, W), whose products with the rows are the CAM.
 
-        The model runs in evaluation mode without gradients, in its own precision whatever the
-        caller's autocast, and its state is restored.
-
-        Args:
-            images: (B, c, H, W), normalised as the model expects, on any device and of any dtype.
-
-        Returns:
-            (B, C, h, w) on the model's device, float32 (float64 for a float64 model). With a norm
-            after the pooling it is divided by the size of each image's pooled vector.
+        The model runs in evaluation mode without gradients, in its own precision. The map is
+        float32 (float64 for such a model), on the model's device. With a norm after the pooling it
+        is divided by the size of each image's pooled vector.
         """
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
-            return self.features_of(raw, (images.shape[-2], images.shape[-1]))
+            return self.features_of(raw, _size(images))
 
     def features_of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
         """The map (B, C, h, w) of images (H, W) from the map layer's output; differentiable."""
@@ -181,11 +170,8 @@ class WrappedModel(Reading):
         )
 
     def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the classes, or the layer of the map.
-
-        A callable that gives the map is identified by its output for a fixed image.
-        """
-        layer = self.map_layer
+        """32 hex digits that change with any weight, the classes, or the layer of the map."""
+        layer, head = self.map_layer, self.head
         fields = ("layout", "prefix", "stride", "relu", "token")
         place: dict[str, Any] = {field: getattr(layer, field) for field in fields}
         if isinstance(layer.layer, nn.Module):
@@ -196,38 +182,39 @@ class WrappedModel(Reading):
             "classes": list(self.classes),
             "place": place,
             "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
-            "head": None if self.head is None or self.head.module is None else self.head.name,
+            "head": None if head is None or head.module is None else head.name,
         }
-        state = self.core.state_dict()
-        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
-        if self.head is not None and self.head.tensors is not None:
-            given = zip(("head weight", "head bias"), self.head.tensors, strict=True)
-            tensors |= {name: t for name, t in given if t is not None}
+        tensors: dict[str, Any] = dict(self.core.state_dict())
+        if head is not None and head.tensors is not None:
+            tensors["head weight"], tensors["head bias"] = head.tensors
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
         return digest_tensors(tensors, description)
 
     def _signs(self) -> str:
-        """A map as 64 signs, which differ for other maps and do not change by rounding."""
+        """The map that a callable gives as 64 signs, which do not change by rounding."""
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, self.channels_in, *self.probe_size, generator=generator)
         with without_grad_and_autocast(self.device):
             features = self.features(image)[0].cpu().double()
         features = (features - features.mean()).flatten()
-        draw = partial(torch.randn, features.shape, generator=generator, dtype=torch.float64)
-        signs = ("+" if float(features @ draw()) > 0 else "-" for _ in range(64))
-        return f"{''.join(signs)} {features.numel()}"
+        signs = ""
+        for _ in range(64):
+            draw = torch.randn(features.shape, generator=generator, dtype=torch.float64)
+            signs += "+" if float(features @ draw) > 0 else "-"
+        return f"{signs} {features.numel()}"
 
     def _raw(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != self.channels_in:
             raise ClassifierError(
                 f"expected images (B, {self.channels_in}, H, W), got {tuple(images.shape)}"
             )
-        name, size = type(self.core).__name__, (images.shape[-2], images.shape[-1])
-        if self.fixed_size is not None and size != self.fixed_size:
+        name, (height, width) = type(self.core).__name__, _size(images)
+        if self.fixed_size not in (None, (height, width)):
+            own = " x ".join(map(str, self.fixed_size or ()))
             raise ClassifierError(
-                f"the model {name} takes only images of {self.fixed_size[0]} x "
-                f"{self.fixed_size[1]} pixels, got {size[0]} x {size[1]}; resize them, and map at "
-                "one scale with settings=None or scales=(1.0,); some models take any size with an "
-                "argument of their constructor (timm: dynamic_img_size=True)"
+                f"the model {name} takes only images of {own} pixels, got {height} x {width}; "
+                "resize them, and map at one scale with settings=None or scales=(1.0,); some take "
+                "any size with an argument of their constructor (timm: dynamic_img_size=True)"
             )
         try:
             with torch.autocast(self.device.type, enabled=False):
@@ -251,20 +238,17 @@ def wrap(
 ) -> WrappedModel:
     """Find a model's feature map and its linear head, and check that they give its logits.
 
-    The model's state is restored. Between map and head may lie ReLU, pooling by the mean, and then
-    batch norm (in evaluation), layer norm, RMS norm or L2 normalisation.
+    The model's state is restored. What may lie between the map and the head, and what a model may
+    give, is in docs/models.md.
 
     Args:
-        model: an image classifier, or with ``classes`` a backbone. Its logits may be a tensor, the
-            first one of a tuple, or ``logits`` of an object. DataParallel, DistributedDataParallel
-            and torch.compile are unwrapped.
+        model: an image classifier, or with ``classes`` a backbone.
         target_layer: the layer of the map: its name, the module, or a callable from images to the
             map, as (B, C, h, w), channels last, or tokens (B, T, C). None searches for it.
         head: the linear head: its name, the module (whose output then counts as the logits), or a
             pair (weight (N, C), bias (N,) or None). None searches for it.
-        classes: names. If there are as many as logits, they name the model's classes (default:
-            names of its configuration, of ImageNet if timm knows the model, else numbers).
-            Otherwise a new head is to be fitted, as :class:`lpcam.LPCAM` does.
+        classes: names of the model's classes; of a new head if their number is not that of the
+            logits. None: names of its configuration, of ImageNet if timm knows it, else numbers.
         pool: ``"token"``: the head reads a class token, and its rows are used on the patch tokens.
         example: images that the model takes, or their size (H, W), if it takes no common size.
 
@@ -292,7 +276,7 @@ def wrap(
     on_gpu = without_tf32() if device.type == "cuda" else nullcontext()
     with without_grad_and_autocast(device), on_gpu:
         record, images, fixed, multiple = _probe(core, example, always)
-        finder = Finder(core, record, images, layer, given, pool, classes)
+        finder = Finder(core, record, images, layer, given, pool == "token", classes)
         reading, names, output = finder.find()
     return WrappedModel(
         **vars(reading),
@@ -302,7 +286,7 @@ def wrap(
         channels_in=images.shape[1],
         fixed_size=fixed,
         multiple=multiple,
-        probe_size=(images.shape[-2], images.shape[-1]),
+        probe_size=_size(images),
     )
 
 
@@ -310,13 +294,12 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
     """The module of a name; modules of the model, callables and None are returned as given."""
     if isinstance(given, nn.Module):
         given = unwrap(given)
-        if all(given is not module for module in model.modules()):
+        if given not in set(model.modules()):
             raise ClassifierError(f"the module given as {argument} is not a part of the model")
-        return given
-    if given is None or callable(given):
-        return given
-    if not isinstance(given, str):
+    elif not isinstance(given, str) and not callable(given) and given is not None:
         raise ClassifierError(f"{argument} cannot be {type(given).__name__}")
+    if not isinstance(given, str):
+        return given
     modules = dict(model.named_modules())
     if given not in modules:
         near = difflib.get_close_matches(given, [n for n in modules if n], n=5, cutoff=0.3)
@@ -334,31 +317,26 @@ def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
         (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
         FALLBACK_SIDE,
     ]
-    pairs = ([value, value] if isinstance(value, int) else value for value in stated)
-    sizes = (p[-2:] for p in pairs if isinstance(p, (list, tuple)) and len(p) >= 2)
-    whole = (s for s in sizes if all(isinstance(n, int) and n > 0 for n in s))
-    return list(dict.fromkeys((height, width) for height, width in whole))
+    pairs = [(side, side) if isinstance(side, int) else side for side in stated]
+    return [(p[-2], p[-1]) for p in pairs if isinstance(p, (list, tuple)) and len(p) >= 2]
 
 
 def _probe(
     model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
 ) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
     """A recorded pass of two random images, the only size the model takes, and the multiple."""
-    probes, stated = list(PROBE_SIZES), _stated_sizes(model)
     first_layers = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     said = int(getattr(getattr(model, "config", None), "num_channels", 3))
     channels = next(first_layers, said)
-    if example is not None:
-        if isinstance(example, Tensor):
-            if example.ndim not in (3, 4):
-                raise ClassifierError(
-                    f"expected example images (B, c, H, W), got {tuple(example.shape)}"
-                )
-            channels = example.shape[-3]
-            example = (example.shape[-2], example.shape[-1])
-        probes, stated = [], [example]
+    if isinstance(example, Tensor):
+        if example.ndim not in (3, 4):
+            raise ClassifierError(
+                f"expected example images (B, c, H, W), got {tuple(example.shape)}"
+            )
+        channels, example = example.shape[-3], _size(example)
+    sizes = [*PROBE_SIZES, *_stated_sizes(model)] if example is None else [example]
     failures: list[Exception] = []
-    for size in (*probes, *stated):
+    for size in sizes:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, channels, *size, generator=generator)
         images = images.to(device_of(model), dtype_of(model))
@@ -366,21 +344,20 @@ def _probe(
         if isinstance(record, Exception):
             failures.append(record)
             continue
-        if size in probes:
-            return record, images, None, math.gcd(*size)
-        others = () if example is None else (*PROBE_SIZES, (2 * size[0], 2 * size[1]))
-        for other in others:
+        if example is None:
+            fixed, multiple = (None, math.gcd(*size)) if size in PROBE_SIZES else (size, 1)
+            return record, images, fixed, multiple
+        for other in (*PROBE_SIZES, (2 * size[0], 2 * size[1])):
             resized = F.interpolate(images.float(), size=other).to(images)
             if isinstance(_recorded(model, resized, ()), Record):
                 return record, images, None, math.gcd(*(other if other in PROBE_SIZES else size))
         return record, images, size, 1
-    first = failures[0]
-    tried = ", ".join(f"{h} x {w}" for h, w in (*probes, *stated))
+    tried, error = ", ".join(f"{h} x {w}" for h, w in sizes), failures[0]
     raise ClassifierError(
         f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
-        f". The first error was {type(first).__name__}: {' '.join(str(first).split()):.300}. Give "
+        f". The first error was {type(error).__name__}: {' '.join(str(error).split()):.300}. Give "
         "example= images that it takes, or their size (H, W)"
-    ) from first
+    ) from error
 
 
 def _recorded(model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record | Exception:
@@ -391,3 +368,7 @@ def _recorded(model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> 
         raise
     except Exception as error:  # a model may refuse a size in any way
         return error
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import ValidationError
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
@@ -42,17 +41,16 @@ class Explainer:
     Args:
         model: a fitted :class:`~lpcam.method.extractors.LPCAM`, or the model that ``prototypes``
             belong to: anything that LPCAM accepts. A :class:`Classifier` is copied.
-        prototypes: made from the features of ``model``; None: those of the fitted LPCAM.
         settings: scales, flip and thresholds, or the name of a preset; None: those of the LPCAM,
             else those stored with the prototypes, else the default preset.
-        preprocessing: mean and standard deviation; None: those of the Classifier, of timm's
-            ``pretrained_cfg``, or of ImageNet. A Classifier always uses its own.
+        preprocessing: None: that of timm's ``pretrained_cfg``, or of ImageNet. A Classifier always
+            uses its own.
         mask_ids: value of each class in masks, 1 to 254; None: 1, 2, ... in the order of classes.
         scoring: ``"sigmoid"`` scores each class independently, ``"softmax"`` makes the scores sum
             to 1. None: sigmoid for a Classifier or a head that LPCAM fitted, else softmax unless
             the model itself ends with a sigmoid.
         score_side: long side in pixels at which images are scored; None: that of the maps.
-        precision: precision of a Classifier's forward passes.
+        precision: of a Classifier's forward passes.
         maximum_side: long side in pixels; longer images are mapped at this size.
         foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
         made_by: provenance, added to every result.
@@ -98,16 +96,14 @@ class Explainer:
         prototypes.check_fingerprint(fingerprint, "this explainer")
         self.classes = source.classes
         self.classifier = source.folded() if isinstance(source, Classifier) else source
-        self.preprocessing = _preprocessing(source, preprocessing)
+        if isinstance(source, Classifier):
+            preprocessing = source.preprocessing
+        self.preprocessing = preprocessing or Preprocessing.of_timm(source.core)
         # A wrapped model is read by hooks, which two threads would share.
         self._lock = threading.Lock() if isinstance(source, WrappedModel) else nullcontext()
         self.mask_ids = None if mask_ids is None else tuple(mask_ids)
-        if scoring is None:
-            sigmoid = (
-                isinstance(source, Classifier) or source.new_head or source.output == "sigmoid"
-            )
-            scoring = "sigmoid" if sigmoid else "softmax"
-        self.scoring = scoring
+        own = isinstance(source, Classifier) or source.new_head or source.output == "sigmoid"
+        self.scoring: Scoring = scoring or ("sigmoid" if own else "softmax")
         self.score_side = score_side
         self.maximum_side = maximum_side
         self.precision = PRECISIONS[precision]
@@ -150,9 +146,8 @@ class Explainer:
             preset: name of the settings; None: those stored with the prototypes, else the default.
             scoring: None: softmax for a timm model, sigmoid for a file.
 
-        Raises:
-            ClassifierError, ArtefactError: if the model or a file cannot be loaded.
-            PrototypeError: if the prototypes belong to another classifier.
+        Raises ClassifierError or ArtefactError if the model or a file cannot be loaded, and
+        PrototypeError if the prototypes belong to another classifier.
         """
         if from_file := Path(model).suffix == ".safetensors":
             classifier = Classifier.load(Path(model))
@@ -187,12 +182,11 @@ class Explainer:
             image: a file, a Pillow image, or uint8 (H, W, 3) RGB.
             labels: classes to map; None: those whose score is above ``minimum_score``.
             at_least_one: if no score is above ``minimum_score``, map the class of the highest.
-            threshold: threshold of the LPCAM mask, 0 to 1; None: that of the settings.
-            name: name of the image in results; None: the file's name without extension.
+            threshold: of the LPCAM mask, 0 to 1; None: that of the settings.
+            name: of the image in results; None: the file's name without extension.
 
-        Raises:
-            ImageError, DataError: if the image cannot be used or a label is unknown.
-            PrototypeError: if the features hold NaN or Inf.
+        Raises ImageError or DataError if the image cannot be used or a label is unknown, and
+        PrototypeError if the features hold NaN or Inf.
         """
         wanted = None if labels is None else self.indices(labels)
         how = f"predicted, score above {minimum_score:g}" + " or the highest" * at_least_one
@@ -208,11 +202,8 @@ class Explainer:
         if maps.classes:
             return maps
         best, score = maps.ranking[0]
-        note = (
-            f"no class scores above {minimum_score:g} (the highest: {best} {score:.2f}), so the "
-            "mask is all background"
-        )
-        return replace(maps, notes=(note,))
+        note = f"no class scores above {minimum_score:g} (the highest: {best} {score:.2f})"
+        return replace(maps, notes=(f"{note}, so the mask is all background",))
 
     def highest(self, image: ImageSource, count: int) -> ImageMaps:
         """Map the ``count`` classes of the highest scores. Raises as :meth:`__call__` does."""
@@ -303,16 +294,6 @@ def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
             f"the settings stored with the prototypes do not fit this version "
             f"({error.error_count()} differ); name a preset, or fit the prototypes again"
         ) from None
-
-
-def _preprocessing(source: Classifier | WrappedModel, given: Preprocessing | None) -> Preprocessing:
-    if isinstance(source, Classifier):
-        return source.preprocessing
-    config: Mapping[str, Any] = getattr(source.core, "pretrained_cfg", None) or {}
-    return given or Preprocessing(
-        tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
-        tuple(config.get("std", IMAGENET_DEFAULT_STD)),
-    )
 
 
 def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:

@@ -1,7 +1,6 @@
 """LPCAM behind the call of pytorch-grad-cam, so that an existing script changes one import.
 
-Its targets, transforms for test-time augmentation and ``reshape_transform`` are used as they come,
-without importing it. The guide "Come from pytorch-grad-cam" lists what differs.
+The guide "Migrate from pytorch-grad-cam" lists what differs.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class LPCAM(extract.LPCAM):
     """:class:`lpcam.LPCAM`, called as pytorch-grad-cam's methods are.
 
     Args:
-        model: a classifier; it is not changed.
         target_layers: modules of the model. The one whose pooled map the classifier reads is used;
             if there is none, that map is found, with a warning.
         reshape_transform: function from the output of a target layer to (B, C, h, w).
@@ -47,17 +45,11 @@ class LPCAM(extract.LPCAM):
         self_fit: without other prototypes, take them at each call from its images, with their
             targets as labels. The map of an image then depends on the others of the call.
         settings: settings or the name of a preset; None: ``voc12.official`` at scale 1, unflipped.
-        random_state, with_context: as for :class:`lpcam.LPCAM`.
-        options: ``classes``, ``head``, ``pool`` and ``example``, as for :class:`lpcam.LPCAM`.
+        random_state, with_context, options: as for :class:`lpcam.LPCAM`.
 
-    Attributes:
-        outputs: logits (B, N) of the last call; None before.
-        batch_size: most images that pass the model together in a call.
-        source: the wrapped model in use.
-
-    Raises:
-        ClassifierError: if the classifier does not read a pooled map linearly.
-        PrototypeError: if ``prototypes`` are of another model.
+    ``outputs`` are the logits (B, N) of the last call, ``batch_size`` is the most images that pass
+    the model together. Raises ClassifierError if the classifier does not read a pooled map
+    linearly, and PrototypeError if ``prototypes`` are of another model.
 
     Example:
         >>> layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -81,11 +73,8 @@ class LPCAM(extract.LPCAM):
         **options: Any,
     ) -> None:
         super().__init__(model, random_state=random_state, with_context=with_context, **options)
-        self.target_layers = list(target_layers or ())
-        self.reshape_transform = reshape_transform
-        self.tta_transforms = tta_transforms
-        self.self_fit = self_fit
-        self.batch_size = 32
+        self.target_layers, self.reshape_transform = list(target_layers or ()), reshape_transform
+        self.tta_transforms, self.self_fit, self.batch_size = tta_transforms, self_fit, 32
         self.outputs: Tensor | None = None
         self.source = _source(model, self.target_layers, reshape_transform, options)
         if self.source.needs_head:
@@ -125,13 +114,12 @@ class LPCAM(extract.LPCAM):
             aug_smooth: the mean over the views of ``tta_transforms``.
             eigen_smooth: the first principal component instead of the sum over channels.
 
-        Raises:
-            ValueError: if images or targets are not of the form above.
-            NotFittedError, PrototypeError: if there are no prototypes of a target's class.
+        Raises ValueError if images or targets are not of this form, and NotFittedError or
+        PrototypeError if there are no prototypes of a target's class.
         """
-        if not isinstance(input_tensor, Tensor) or input_tensor.ndim != 4 or not len(input_tensor):
-            given = tuple(input_tensor.shape) if isinstance(input_tensor, Tensor) else "no tensor"
-            raise ValueError(f"expected input_tensor of shape (B, c, H, W), got {given}")
+        shape = tuple(input_tensor.shape) if isinstance(input_tensor, Tensor) else ()
+        if len(shape) != 4 or not shape[0]:
+            raise ValueError(f"expected input_tensor of shape (B, c, H, W), got {shape or 'none'}")
         if not self.self_fit:
             _ = self.prototypes_
         source, count = self.source, len(self.source.classes)
@@ -145,19 +133,19 @@ class LPCAM(extract.LPCAM):
             if targets is not None:
                 indices = _indices(targets, len(images), count).to(source.device)
             with full_precision(source.device):
-                rows = self._own_rows if self._source is None else self._rows
-                vectors = rows(images, indices).to(source.weight)[indices]
+                own = self._source is None
+                rows = self._own_rows(images, indices) if own else self._rows(indices)
+                vectors = rows.to(source.weight)[indices]
                 maps = [
                     undo(self._of_view(make(images), vectors, eigen=eigen_smooth)[:, None].cpu())
                     for make, undo in views
                 ]
         return np.asarray(torch.stack(maps).mean(0)[:, 0].float())
 
-    def _rows(self, _images: Tensor, indices: Tensor) -> Tensor:
-        """The vector v_n of each class, (N, C)."""
+    def _rows(self, indices: Tensor) -> Tensor:
+        """The vector v_n of each class, (N, C); a PrototypeError for those without prototypes."""
         has = self.prototypes_.foreground.keep.any(1)
-        lacking = sorted({i for i in indices.tolist() if not has[i]})
-        if lacking:
+        if lacking := sorted({i for i in indices.tolist() if not has[i]}):
             names = ", ".join(f"{self.source.classes[i]!r} ({i})" for i in lacking[:5])
             raise PrototypeError(
                 f"there are no prototypes of {names}; {int(has.sum())} classes have some. Fit with "
@@ -210,13 +198,13 @@ class LPCAM(extract.LPCAM):
         """Replaces the object of this name in scripts that call its ``release()``."""
         return self
 
+    def __enter__(self) -> Self:
+        return self
+
     def release(self, *_exception: object) -> None:
         """Does nothing: between calls there are no hooks, activations or gradients."""
 
     __exit__ = release
-
-    def __enter__(self) -> Self:
-        return self
 
 
 def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:
@@ -229,9 +217,7 @@ def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:
 def principal_component(pair: FeaturePair, vectors: Tensor) -> Tensor:
     """ReLU of the first principal component of what LPCAM sums over the channels, (B, h, w).
 
-    The products of vector (B, C) and unit feature, channel by channel, are centred over the
-    locations and projected on the direction in which they vary most. Its sign is the one that
-    correlates with the sum.
+    These are the products of vector (B, C) and unit feature. The sign correlates with the sum.
     """
     features = pair.features
     if pair.mirrored is not None:
@@ -276,8 +262,17 @@ def _source(
                     f"alone, without {', '.join(others)}",
                     stacklevel=3,
                 )
-            return _one_name(source, model, options)
-    source = _found(model, options)
+            with suppress(ClassifierError):  # prototypes name the layer, so it has one name
+                found = wrap(model, **options)
+                return found if _same_map(source, found) else source
+            return source
+    try:
+        source = wrap(model, **options)
+    except ClassifierError as error:
+        try:  # a class token, whose rows are used on the patches, comes last
+            source = wrap(model, **{"pool": "token", **options})
+        except ClassifierError:
+            raise error from None
     if layers:
         warnings.warn(
             f"the classifier does not read the pooled map of "
@@ -288,30 +283,13 @@ def _source(
     return source
 
 
-def _one_name(source: WrappedModel, model: nn.Module, options: Mapping[str, Any]) -> WrappedModel:
-    """The model found without a target layer if it has the same map; prototypes name the layer."""
+def _same_map(one: WrappedModel, other: WrappedModel) -> bool:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, source.channels_in, *source.probe_size, generator=generator)
-    with suppress(ClassifierError):
-        found = wrap(model, **options)
-        given, other = source.features(image), found.features(image)
-        if (
-            given.shape == other.shape
-            and torch.allclose(given, other, rtol=0.0, atol=1e-6 * float(given.abs().max()))
-            and torch.equal(source.weight, found.weight)
-        ):
-            return found
-    return source
-
-
-def _found(model: nn.Module, options: Mapping[str, Any]) -> WrappedModel:
-    """The map that is found; a class token, whose rows are used on the patches, comes last."""
-    try:
-        return wrap(model, **options)
-    except ClassifierError:
-        with suppress(ClassifierError):
-            return wrap(model, **{"pool": "token", **options})
-        raise
+    image = torch.randn(1, one.channels_in, *one.probe_size, generator=generator)
+    given, found = one.features(image), other.features(image)
+    if given.shape != found.shape or not torch.equal(one.weight, other.weight):
+        return False
+    return torch.allclose(given, found, rtol=0.0, atol=1e-6 * float(given.abs().max()))
 
 
 def _read(
@@ -319,22 +297,20 @@ def _read(
 ) -> Tensor:
     """The reshaped output of a layer."""
     seen: list[Any] = []
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     try:
-        model(images)
+        with layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+            model(images)
         return reshape(seen[-1])
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ClassifierError(
             f"reshape_transform cannot take the output of {type(layer).__name__} for images of "
             f"{images.shape[-2]} x {images.shape[-1]}: {error}"
         ) from error
-    finally:
-        handle.remove()
 
 
 def _logits(output: Any, classes: int) -> Tensor:
     logits = logits_of(output)
-    if logits is None or logits.ndim != 2 or logits.shape[1] != classes:
+    if logits is None or logits.shape[1] != classes:
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ClassifierError(f"the model gives {given}; expected logits (B, {classes})")
     return logits.detach()
@@ -342,17 +318,15 @@ def _logits(output: Any, classes: int) -> Tensor:
 
 def _indices(targets: Sequence[Any], count: int, classes: int) -> Tensor:
     """Class index of each image, (B,)."""
-    each = list(targets) if isinstance(targets, Iterable) else []
-    if len(each) != count:
+    if not isinstance(targets, Iterable) or len(each := list(targets)) != count:
         raise ValueError(f"expected a list of {count} targets, got {targets!r:.80}")
     return torch.tensor([_category(target, classes) for target in each])
 
 
 def _category(target: Any, classes: int) -> int:
-    try:
-        if hasattr(target, "mask"):  # a target of segmentation sums pixels of a category
-            raise TypeError
-        index = operator.index(getattr(target, "category", target))
+    try:  # a target of segmentation, which has a mask, sums pixels of a category
+        own = target if hasattr(target, "mask") else getattr(target, "category", target)
+        index = operator.index(own)
     except TypeError:
         raise ValueError(
             f"the target {target!r:.80} names no class; give an object with category, or an index"

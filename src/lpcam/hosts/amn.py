@@ -126,8 +126,6 @@ class Amn(HostNetwork):
     """
 
     kind = "amn"
-    title = "AMN"
-    builder = "lpcam.hosts.amn.HOST.build"
 
     def __init__(
         self, classifier: Classifier, *, dilations: Sequence[int], dropout: float, seed: int = 0

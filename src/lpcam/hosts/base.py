@@ -263,7 +263,6 @@ HOSTS: Registry[Host[Any, Any]] = Registry(
 class HostNetwork(SavedNetwork):
     """A network on the backbone of a classifier, which is its attribute ``classifier``."""
 
-    stage = "host"
     classifier: Classifier
 
     @property
@@ -279,9 +278,6 @@ class HostNetwork(SavedNetwork):
         twin = shallow_copy(self)
         twin.classifier = self.classifier.folded()
         return twin
-
-    def _can_be_described(self) -> bool:
-        return self.classifier.spec is not None
 
 
 def check_labels(labels: Sequence[int], count: int) -> None:

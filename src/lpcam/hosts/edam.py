@@ -230,8 +230,6 @@ class Edam(HostNetwork):
     """
 
     kind = "edam"
-    title = "EDAM"
-    builder = "lpcam.hosts.edam.HOST.build"
 
     def __init__(
         self,

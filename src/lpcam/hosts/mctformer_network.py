@@ -19,7 +19,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -214,9 +213,6 @@ class Mctformer(SavedNetwork):
     """
 
     kind = "mctformer"
-    title = "MCTformer"
-    stage = "host"
-    builder = "lpcam.hosts.mctformer.HOST.build"
 
     def __init__(
         self,
@@ -231,11 +227,7 @@ class Mctformer(SavedNetwork):
                 spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
             )
         )
-        config: Mapping[str, Any] = getattr(plain, "pretrained_cfg", None) or {}
-        usual = Preprocessing(
-            tuple(config.get("mean", IMAGENET_DEFAULT_MEAN)),
-            tuple(config.get("std", IMAGENET_DEFAULT_STD)),
-        )
+        usual = Preprocessing.of_timm(plain)
         self.spec = spec
         self.classes = tuple(classes)
         self.cell = int(plain.patch_embed.feat_ratio())

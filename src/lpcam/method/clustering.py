@@ -1,8 +1,7 @@
 """Cosine k-means, and the protocol of a clustering method (section 3 of the paper).
 
-:class:`Clustering` is what :func:`make_prototypes` asks of a method, and :data:`CLUSTERINGS` lists
-the methods by name. The algorithm of :class:`CosineKMeans` is ``_iterate``; ``_Points`` reads the
-points chunk by chunk, so that half-precision points are never held in single precision as a whole.
+Points are read chunk by chunk, so that those in half precision are never held in single precision
+as a whole.
 """
 
 from __future__ import annotations
@@ -68,16 +67,13 @@ class CosineKMeans:
     centre. An empty cluster takes the point that has the smallest cosine to its centre.
 
     Args:
-        init: first centres: "random" draws K distinct points, "k-means++" draws points far from
-            each other by cosine distance.
-        centers: "mean": a centre is the plain mean of its members, so that longer points count more
-            (the released program). "unit": the normalised mean of the normalised members (spherical
-            k-means).
-        max_iterations: upper bound of the iterations.
+        init: "random" draws K distinct points as first centres, "k-means++" points far from each
+            other by cosine distance.
+        centers: "mean": the plain mean of the members, so that longer points count more (the
+            released program). "unit": the normalised mean of the normalised members.
         tolerance: the iterations stop when the change is below it.
-        tolerance_kind: how change is measured. "absolute": squared sum of the shifts of the centres
-            (the released program, with tolerance 5). "relative": gain of the objective divided by
-            1 - objective.
+        tolerance_kind: "absolute": squared sum of the shifts of the centres (the released program,
+            with tolerance 5). "relative": gain of the objective divided by 1 - objective.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
@@ -150,9 +146,6 @@ def cosine_kmeans(
     return _iterate(source, init[None], CosineKMeans(**options))[0]
 
 
-# -- The algorithm -----------------------------------------------------------------------------
-
-
 def _iterate(points: _Points, current: Tensor, method: CosineKMeans) -> list[Clusters]:
     """Assign and update from the first centres (R, K, C) of R restarts until each converges."""
     current = current.to(points.rows.device, points.dtype)
@@ -217,9 +210,6 @@ def _fill_empty(points: _Points, state: _Assignment, centers: CenterKind) -> Non
         state.sums = points.sums(state.labels, state.sizes.shape[1], centers)
 
 
-# -- Reading the points ------------------------------------------------------------------------
-
-
 @dataclass
 class _Assignment:
     """Assignment of M points in R restarts, and the sums that give the next centres."""
@@ -235,13 +225,11 @@ class _Points:
     """Points (M, C), read in chunks of bounded size, and their norms."""
 
     def __init__(self, points: Tensor, k: int) -> None:
-        if points.ndim != 2 or not points.is_floating_point():
+        if points.ndim != 2 or not points.is_floating_point() or not 1 <= k <= len(points):
             raise ValueError(
-                f"points are {points.dtype} of shape {tuple(points.shape)}; expected floating "
-                "point (M, C)"
+                f"points are {points.dtype} of shape {tuple(points.shape)} and k is {k}; expected "
+                "floating point (M, C), and k from 1 to M"
             )
-        if not 1 <= k <= len(points):
-            raise ValueError(f"k is {k} for {len(points)} points; expected 1 to {len(points)}")
         self.rows = points
         self.dtype = torch.promote_types(points.dtype, torch.float32)
         row_bytes = max(1, points.shape[1] * self.dtype.itemsize)
@@ -289,8 +277,7 @@ class _Points:
     ) -> _Assignment:
         """Assign every point to its nearest unit centre (R, K, C) and sum the members, in one pass.
 
-        With centres "unit", the normalised points are summed. The sums of a previous assignment are
-        updated by the points that changed cluster.
+        The sums of a previous assignment are updated by the points that changed cluster.
         """
         restarts, k, _ = directions.shape
         state = self._empty(self.rows.new_empty(restarts, len(self.rows), dtype=torch.int64), k)

@@ -44,18 +44,13 @@ NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
 class CAM:
     """Class activation maps of equation 1, over scales and flip.
 
-    The model is inspected when it is first needed and not changed: see :func:`wrap`, which takes
-    the keyword arguments.
+    The model is inspected when it is first needed and not changed.
 
     Args:
         model: a :class:`Classifier`, a :class:`WrappedModel`, or any image classifier.
         settings: an :class:`LpcamSettings` or the name of a preset; None: ``voc12.official``, at
             scale 1 only if the model takes a fixed size of image.
-        classes: names of the classes.
-        target_layer: name, module or callable that gives the map before the pooling.
-        head: name, module or (weight, bias) of the linear head.
-        pool: ``"token"`` for a head that reads a class token.
-        example: images that the model takes, or their size (H, W).
+        classes, target_layer, head, pool, example: as for :func:`wrap`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -83,8 +78,9 @@ class CAM:
         self._source: Source | None = None
 
     def __repr__(self) -> str:
-        wrapped = isinstance(self.model, WrappedModel)
-        model = repr(self.model) if wrapped else type(self.model).__name__
+        model: Any = (
+            self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
+        )
         return f"{type(self).__name__}({model}, {self.settings!r})"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -94,16 +90,13 @@ class CAM:
     def set_params(self, **parameters: Any) -> Self:
         """Change arguments of the constructor; ValueError if there is no such argument.
 
-        ``with_context`` and the scales and flip of ``settings`` apply from the next call on;
-        ``random_state``, ``dtype`` and the other settings from the next ``fit`` on. Any other
-        change discards what was found and fitted.
+        ``with_context``, scales and flip apply from the next call on; ``random_state``, ``dtype``
+        and other settings from the next ``fit`` on. Any other change discards what was fitted.
         """
         known = self.get_params()
         for name, value in parameters.items():
             if name not in known:
-                raise ValueError(
-                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}"
-                )
+                raise ValueError(f"no parameter {name!r}; there are {', '.join(known)}")
             setattr(self, name, value)
         if not parameters.keys().isdisjoint(("model", *self._model_options)):
             self._reset()
@@ -150,18 +143,15 @@ class CAM:
         Returns:
             (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 for such a model).
 
-        Raises:
-            ValueError: if the labels do not fit the batch.
-            ClassifierError: if no features or head are found, or they cannot take the images.
-            NotFittedError: for an LPCAM without prototypes.
+        Raises ValueError if the labels do not fit the batch, ClassifierError if no features or head
+        are found or they cannot take the images, and NotFittedError without prototypes.
         """
-        present = None
         if labels is not None:
-            present = _multi_hot(labels, len(images), len(self.source_.classes))
+            labels = _multi_hot(labels, len(images), len(self.source_.classes))
         with full_precision(self.source_.device):
             maps = self._maps(self._pairs(images), _size(images)).high_res
-            if present is not None:
-                maps = maps * (present > 0).to(maps)[:, :, None, None]
+            if labels is not None:
+                maps = maps * (labels > 0).to(maps)[:, :, None, None]
         return maps.to(images.device)
 
     def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
@@ -183,8 +173,7 @@ class LPCAM(CAM):
     Args:
         model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
         random_state: random seed of the reservoir and the clustering.
-        dtype: precision in which local features are kept. float16 halves the memory; its largest
-            value is 65504.
+        dtype: precision in which local features are kept; the largest float16 is 65504.
         with_context: False leaves the context out (LPCAM-F).
 
     Example:
@@ -220,8 +209,7 @@ class LPCAM(CAM):
     def prototypes_(self) -> Prototypes:
         """Prototypes, clustered now if :meth:`partial_fit` has collected features since.
 
-        Raises NotFittedError before ``fit``, ``partial_fit`` or ``load``, and PrototypeError if no
-        class has a foreground feature.
+        NotFittedError without features, PrototypeError if no class has a foreground feature.
         """
         source = self.source_
         if self._prototypes is None:
@@ -251,9 +239,8 @@ class LPCAM(CAM):
                 head is fitted, so it cannot be an iterator then. Every image is used for all its
                 classes; ``images_per_class`` applies to runs only.
 
-        Raises:
-            ClassifierError: if no feature map or linear head is found, or none can be fitted.
-            PrototypeError: if no class has a foreground feature.
+        Raises ClassifierError if no feature map or linear head is found, or none can be fitted, and
+        PrototypeError if no class has a foreground feature.
         """
         self._reset()
         try:
@@ -304,10 +291,9 @@ class LPCAM(CAM):
 
     @torch.no_grad()
     def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
-        """Collect the local features of one more batch (equation 2), for data in parts.
+        """Collect the local features of one more batch (equation 2); clustering waits until needed.
 
-        Clustering is postponed until ``prototypes_`` is needed. Parts in the same order give the
-        prototypes of one ``fit``. Arguments and errors are those of :meth:`CAM.__call__`.
+        Parts in the same order give the prototypes of one ``fit``. Arguments as for a call.
         """
         if self._source is None:
             self._source = self._find_source()
@@ -326,15 +312,14 @@ class LPCAM(CAM):
             if multi_scale:
                 maps = cam_maps(pairs[:count], weight, _size(images), epsilon=epsilon).high_res
             self._prototypes = None
-            for row in range(len(images)):
+            for row, one in enumerate(features):
                 present = (labels[row] > 0).nonzero().flatten().tolist()
-                split_map = (
-                    maps[row, present]
-                    if maps is not None
-                    else single_scale_cam(features[row], weight[present], epsilon=epsilon)
-                )
+                if maps is None:
+                    split_map = single_scale_cam(one, weight[present], epsilon=epsilon)
+                else:
+                    split_map = maps[row, present]
                 name = f"image {self._images}"
-                collect(self._reservoir, features[row], present, split_map, settings, name)
+                collect(self._reservoir, one, present, split_map, settings, name)
                 self._images += 1
         return self
 
@@ -361,8 +346,8 @@ class LPCAM(CAM):
             image: (c, H, W), normalised as the model expects.
             picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
             classes: names of at most 254 classes to map; None: the class with the highest score.
-            scoring: turns the logits into scores; "softmax" if exactly one class is present.
-            name: name of the image, for file names.
+            scoring: "softmax" if exactly one class is present.
+            name: of the image, for file names.
         """
         from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
 
@@ -393,11 +378,7 @@ class LPCAM(CAM):
         prototypes.save(Path(path), {HEAD: source.weight} if new else None)
 
     def load(self, path: str | Path) -> Self:
-        """Read prototypes that :meth:`save` wrote.
-
-        Raises ArtefactError if the file is missing or damaged, and PrototypeError if they belong
-        to another classifier.
-        """
+        """Read prototypes that :meth:`save` wrote; PrototypeError if they are of another model."""
         tensors, metadata = read_tensors(Path(path))
         source = self._find_source()
         if HEAD in tensors and isinstance(source, WrappedModel) and source.needs_head:
@@ -415,9 +396,6 @@ class LPCAM(CAM):
         return self
 
 
-# -- Labels and images of a caller -------------------------------------------------------------
-
-
 def _multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
     """Labels (B, N) as they are, or multi-hot (B, N) of class indices (B,)."""
     if tuple(labels.shape) == (batch, classes):
@@ -427,10 +405,10 @@ def _multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
         raise ValueError(
             f"expected multi-hot labels of shape {(batch, classes)}, got {tuple(labels.shape)}"
         )
-    if batch and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    low, high = labels.aminmax() if batch else (0, 0)
+    if not 0 <= int(low) <= int(high) < classes:
         raise ValueError(
-            f"expected class indices from 0 to {classes - 1}, got {int(labels.min())} to "
-            f"{int(labels.max())}"
+            f"expected class indices from 0 to {classes - 1}, got {int(low)} to {int(high)}"
         )
     return F.one_hot(labels.long(), classes)
 
@@ -439,8 +417,8 @@ def _check_readable_twice(loader: Batches, what: str) -> None:
     # iter(loader) would draw from the caller's random numbers
     if isinstance(loader, Iterator):
         raise ClassifierError(
-            f"the loader is an iterator, which is empty after one pass, but {what} reads it twice; "
-            "give a DataLoader or a list of (images, labels)"
+            f"the loader is an iterator, but {what} reads it twice; give a DataLoader or a list of "
+            "(images, labels)"
         )
 
 

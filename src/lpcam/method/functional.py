@@ -1,14 +1,5 @@
 """Equations 1 to 6 of the paper as pure functions on tensors.
 
-| equation | function |
-|---|---|
-| 1, class activation map | :func:`class_activation`, then ReLU and :func:`normalize` |
-| 2, foreground and context | :func:`split` |
-| 3 and 4, score of a centre | :func:`score` |
-| selection by the score | :func:`select_foreground`, :func:`select_context` |
-| 5, mean cosine to the prototypes | :func:`mean_cosine` |
-| 6, foreground minus context | :func:`foreground_minus_context`, :func:`cosine_activation` |
-
 Shapes: B images, C channels, N classes, K prototypes, h x w the feature grid, H x W the image.
 Every function keeps the device and dtype of its tensors. None applies a ReLU, a resize or a
 normalisation that its name or first line does not state.
@@ -36,18 +27,11 @@ GRID = 16
 Normalization = Literal["max", "minmax"]
 
 
-# -- Equation 1: the class activation map ------------------------------------------------------
-
-
 def class_activation(features: Tensor, weight: Tensor) -> Tensor:
     """Equation 1 before its ReLU: A_n = w_n . f(x) at every location.
 
-    Args:
-        features: (..., C, h, w), the feature block before global average pooling.
-        weight: (N, C), rows w_n of the bias-free classifier.
-
-    Returns:
-        (..., N, h, w), signed.
+    Features are (..., C, h, w), before global average pooling, and rows w_n (N, C); signed maps
+    (..., N, h, w).
 
     Example:
         >>> features = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
@@ -59,17 +43,14 @@ def class_activation(features: Tensor, weight: Tensor) -> Tensor:
     return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
 
 
-# -- Equation 2: foreground and context --------------------------------------------------------
-
-
 def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
     """Equation 2: locations of the foreground and of the context of a class, as boolean tensors.
 
     Args:
         cam: (..., h, w), max-normalised CAM of a class, in [0, 1].
         tau: threshold in [0, 1]. Larger values move locations from the foreground to the context.
-        inclusive: True: foreground is cam >= tau and context the rest (the paper). False: cam > tau
-            and cam < tau; locations equal to tau belong to neither (the released program).
+        inclusive: True: foreground is cam >= tau (the paper). False: cam > tau; locations equal to
+            tau belong to neither (the released program).
 
     Example:
         >>> foreground, context = split(torch.tensor([0.0, 0.1, 0.5]), 0.1, inclusive=True)
@@ -77,9 +58,6 @@ def split(cam: Tensor, tau: float, *, inclusive: bool) -> tuple[Tensor, Tensor]:
         ([False, True, True], [True, False, False])
     """
     return (cam >= tau if inclusive else cam > tau), cam < tau
-
-
-# -- Equations 3 and 4: score of a centre, and selection ---------------------------------------
 
 
 def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
@@ -91,9 +69,8 @@ def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = Non
 
     Args:
         centers: (K, C).
-        weight: (N, C), rows of the classifier.
+        weight, bias: (N, C) and (N,) of the classifier. That of the paper has no bias.
         index: row of the class that the centres belong to.
-        bias: (N,), or None. The classifier of the paper has none.
 
     Example:
         >>> score(torch.tensor([[1.0, 1.0]]), torch.eye(2), 0).tolist()
@@ -108,9 +85,7 @@ def score(centers: Tensor, weight: Tensor, index: int, bias: Tensor | None = Non
 def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
     """Class prototypes F' = {F_i : z_i > mu_f}, or the centres of the best score if none passes.
 
-    Args:
-        scores: (K,). NaN marks a missing centre and is never selected.
-        mu_f: threshold in [0, 1]. Larger values select fewer centres.
+    Scores are (K,); NaN marks a missing centre and is never selected.
 
     Example:
         >>> select_foreground(torch.tensor([0.95, 0.5]), 0.9).tolist()
@@ -126,11 +101,8 @@ def select_foreground(scores: Tensor, mu_f: float) -> Tensor:
 def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
     """Context prototypes B' = {B_i : lower < z_i < mu_b}; possibly none.
 
-    Args:
-        scores: (K,). NaN marks a missing centre and is never selected.
-        mu_b: threshold in [0, 1]. Larger values select more centres.
-        lower: None: no lower bound (the paper). The released program uses 0.05 on VOC and 0 on
-            COCO, where it drops scores that underflow to 0.
+    Scores are as for :func:`select_foreground`. The paper has no lower bound; the released program
+    uses 0.05 on VOC and 0 on COCO, where it drops scores that underflow to 0.
 
     Example:
         >>> select_context(torch.tensor([0.01, 0.5, 0.95]), 0.9, 0.05).tolist()
@@ -140,17 +112,11 @@ def select_context(scores: Tensor, mu_b: float, lower: float | None) -> Tensor:
     return below if lower is None else below & (scores > lower)
 
 
-# -- Equation 5: mean cosine to the prototypes -------------------------------------------------
-
-
 def mean_cosine(features: Tensor, prototypes: Tensor) -> Tensor:
     """Equation 5: mean over the prototypes of cos(f(x), prototype) at every location.
 
-    This is FG_n for the class prototypes F'_n and BG_n for the context prototypes B'_n.
-
-    Args:
-        features: (..., C, h, w); the result is (..., h, w) in [-1, 1].
-        prototypes: (K, C), K >= 1.
+    This is FG_n for the class prototypes F'_n and BG_n for the context prototypes B'_n, (K, C).
+    Features are (..., C, h, w); the result is (..., h, w) in [-1, 1].
 
     Example:
         >>> features = torch.tensor([0.0, 4.0])[:, None, None]
@@ -181,19 +147,12 @@ def unit_mean(prototypes: Tensor) -> Tensor:
     return unit(prototypes, dim=1).mean(0)
 
 
-# -- Equation 6: foreground minus context ------------------------------------------------------
-
-
 def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tensor:
     """Equation 6 before its ReLU, as one vector v_n (C,) of a class.
 
     A_n = FG_n - BG_n is linear in f/|f|, so it is the map of the vector
-    v_n = unit_mean(F') - unit_mean(B'). :func:`cosine_activation` maps it.
-
-    Args:
-        foreground: (K, C), class prototypes F'_n, K >= 1.
-        context: (K', C), context prototypes B'_n. Nothing is subtracted for None or K' = 0, as in
-            the released program.
+    v_n = unit_mean(F') - unit_mean(B'). :func:`cosine_activation` maps it. Nothing is subtracted
+    without context prototypes, as in the released program.
 
     Example:
         >>> foreground_minus_context(torch.eye(2)[:1], torch.eye(2)[1:]).tolist()
@@ -211,8 +170,7 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
     Args:
         features: (..., C, h, w); normalised here over C.
         vectors: (N, C), from :func:`unit_mean` or :func:`foreground_minus_context`; not normalised.
-        mirrored: features of the mirrored image. The maps are then those of
-            features + unflip(mirrored).
+        mirrored: features of the mirrored image, for the maps of features + unflip(mirrored).
 
     Returns:
         (..., N, h, w), signed.
@@ -249,24 +207,13 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
     return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
 
 
-# -- Flip and scales ---------------------------------------------------------------------------
-
-
 def unflip(maps: Tensor) -> Tensor:
     """Mirror maps or features of a mirrored image back (last axis)."""
     return maps.flip(-1)
 
 
 def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Tensor:
-    """CAM of one scale: ReLU(A(f)) + unflip(ReLU(A(f_mirror))).
-
-    Args:
-        features: (..., C, h, w) of the image.
-        mirrored: (..., C, h, w) of the mirrored image, or None without flip.
-        weight: (N, C).
-
-    Returns:
-        (..., N, h, w), non-negative, not normalised.
+    """CAM of one scale: ReLU(A(f)) + unflip(ReLU(A(f_mirror))), (..., N, h, w), not normalised.
 
     Example:
         >>> image, mirror = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, -5.0]]])
@@ -315,7 +262,6 @@ def fuse_scales(
     Args:
         maps: (..., N, h, w) for each scale.
         size: (H, W) of the image in pixels.
-        stride: stride of the network, in pixels.
         epsilon: added to the maximum of each class before the division.
 
     Example:
@@ -338,13 +284,8 @@ def fuse_scales(
 def normalize(maps: Tensor, mode: Normalization = "max", epsilon: float = 0.0) -> Tensor:
     """Scale each class map by its spatial maximum ("max") or range ("minmax").
 
-    A map without a positive maximum (or range) becomes zeros, never NaN.
-
-    Args:
-        maps: (..., N, h, w).
-        mode: "max": m / (max + epsilon), equations 1 and 6. "minmax": (m - min) / (max - min +
-            epsilon).
-        epsilon: added to the divisor.
+    A map without a positive maximum (or range) becomes zeros, never NaN. "max" is m / (max +
+    epsilon), equations 1 and 6; "minmax" is (m - min) / (max - min + epsilon).
 
     Example:
         >>> normalize(torch.tensor([[[1.0, 4.0]], [[0.0, 0.0]]])).tolist()

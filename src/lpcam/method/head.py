@@ -19,9 +19,8 @@ class LPCAMHead(nn.Module):
     """Logits and LPCAM maps of a feature map.
 
     Args:
-        weight: (N, C), the linear layer that reads the mean of the feature map.
+        weight, bias: (N, C) and (N,) of the linear layer that reads the mean of the feature map.
         vectors: (N, C), those of :meth:`lpcam.method.prototypes.Prototypes.vectors`, unchanged.
-        bias: (N,) of the linear layer, or None. It is added to the logits, never to maps.
         normalize: ``"max"`` divides each map by its maximum (an all-zero map stays zero); None
             leaves equation 6's differences of cosines, from 0 to 2.
 
@@ -58,11 +57,7 @@ class LPCAMHead(nn.Module):
 
     @classmethod
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
-        """The head of a fitted LPCAM (LPCAM-F if its ``with_context`` is False).
-
-        Raises NotFittedError if it has no prototypes, PrototypeError if they belong to another
-        classifier.
-        """
+        """The head of a fitted LPCAM; PrototypeError if its model has changed since."""
         prototypes, source = lpcam.prototypes_, lpcam.source_
         prototypes.check_fingerprint(source.fingerprint(), "this LPCAM")
         vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
@@ -80,10 +75,8 @@ class LPCAMHead(nn.Module):
 
         Args:
             features: (B, C, h, w), before pooling.
-            size: (H, W) in pixels; maps are enlarged to it before they are normalised. None leaves
-                them on the feature grid.
-            pooled: (B, C), input of the linear layer, e.g. class tokens; None: the mean of the
-                features.
+            size: (H, W) to which maps are enlarged before they are normalised; None: not at all.
+            pooled: (B, C), input of the linear layer; None: the mean of the features.
         """
         maps = self.activation(features, size)
         if self.normalize is not None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from lpcam.data.masks import write_mask
 from lpcam.data.resize import scaled_size
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.errors import DataError, import_extra
 from lpcam.runtime.files import write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ class ImageMaps:
         ``weight``, ``vectors``, ``names``, ``scores`` and ``mask_ids`` are of all classes;
         ``values`` are the other fields.
         """
-        ids = _mask_ids(len(names), chosen, mask_ids)
         # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
         for start in range(0, len(chosen), CLASSES_TOGETHER):
@@ -113,7 +112,7 @@ class ImageMaps:
         empty = [names[n] for n in chosen if not bool(vectors[n].any())]
         return cls(
             classes=tuple(names[n] for n in chosen),
-            mask_ids=ids,
+            mask_ids=_mask_ids(len(names), chosen, mask_ids),
             scores=tuple(float(scores[n]) for n in chosen),
             cam=cam,
             lpcam=lpcam,
@@ -171,15 +170,9 @@ class ImageMaps:
         mask, classes = self.mask(), []
         for name, value, score in zip(self.classes, self.mask_ids, self.scores, strict=True):
             box = Image.fromarray(mask == value).getbbox()
-            classes.append(
-                {
-                    "name": name,
-                    "score": round(score, 6),
-                    "mask_value": value,
-                    "area": round(float((mask == value).mean()), 6),
-                    "box": None if box is None else list(box),
-                }
-            )
+            found = {"name": name, "score": round(score, 6), "mask_value": value}
+            found["area"] = round(float((mask == value).mean()), 6)
+            classes.append({**found, "box": box and list(box)})
         return {
             "format": 1,
             "kind": KIND,
@@ -217,12 +210,7 @@ class ImageMaps:
 
     def plot(self) -> Figure:
         """Image, CAM, LPCAM and mask of each class as a matplotlib figure (extra ``plot``)."""
-        try:
-            from matplotlib import pyplot as plt  # noqa: PLC0415 - an extra
-        except ImportError:
-            raise LpcamError(
-                "plot needs matplotlib; install it with pip install 'lpcam[plot]'"
-            ) from None
+        plt = import_extra("matplotlib.pyplot", "plot", "plot needs matplotlib")
         rows = self.sheet_rows()
         figure, axes = plt.subplots(
             len(rows), 4, figsize=(12, 3.2 * len(rows)), squeeze=False, layout="constrained"
@@ -236,7 +224,7 @@ class ImageMaps:
                 axis.imshow(picture)
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(row.name.replace("$", r"\$"))  # a dollar sign begins a formula
-        return figure
+        return cast("Figure", figure)
 
     def _repr_png_(self) -> bytes:
         return sheet(self.sheet_rows(long_side=2 * CELL), mask_title="mask")
@@ -251,12 +239,11 @@ class ImageMaps:
         )
 
     def save(self, folder: Path | str) -> dict[str, Any]:
-        """Write heat maps, overlays, mask and findings below a folder; each file atomically.
+        """Write heat maps, overlays, mask and findings below a folder; returns the findings.
 
         ``masks/NAME.png`` has the VOC palette. ``heatmaps/NAME.CLASS.cam.png`` and ``.lpcam.png``
         are 8-bit grey, round(255 * map). ``overlays/`` has the maps and ``NAME.mask.png`` over the
-        image, at the size at which it was mapped. ``found/NAME.json`` holds :meth:`found` and the
-        names of these files, and is returned.
+        image, at the size at which it was mapped. ``found/NAME.json`` names these files.
         """
         folder, name, mask, found = Path(folder), self.name, self.mask(), self.found()
         size = self.cam.shape[1:]
@@ -347,13 +334,9 @@ def resize_maps(
     """Maps (K, h, w) at another size (height, width), bilinear; smooth if shrunk with antialias."""
     if maps.shape[1:] == size or not len(maps):
         return maps
-    resized: NDArray[np.float32] = F.interpolate(
-        torch.from_numpy(maps)[None],
-        size,
-        mode="bilinear",
-        align_corners=False,
-        antialias=antialias,
-    )[0].numpy()
+    how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
+    resized: NDArray[np.float32]
+    resized = F.interpolate(torch.from_numpy(maps)[None], size, **how)[0].numpy()
     return resized
 
 
@@ -361,9 +344,9 @@ def file_parts(classes: Sequence[str]) -> list[str]:
     """Class names as parts of file names: without dots, and all different."""
     parts: list[str] = []
     for name in classes:
-        part = re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "class"
-        wanted, number = part, 1
-        while part.casefold() in {other.casefold() for other in parts}:
+        part = wanted = re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "class"
+        number = 1
+        while part.casefold() in map(str.casefold, parts):
             number += 1
             part = f"{wanted}-{number}"
         parts.append(part)

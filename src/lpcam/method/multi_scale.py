@@ -22,11 +22,8 @@ def cam_maps(
 ) -> FusedMaps:
     """CAM of equation 1 over scales and flip (specification of LPCAM, section 3b).
 
-    Args:
-        pairs: features of each scale.
-        weight: (N, C), rows w_n of the wanted classes.
-        size: (H, W) of the image.
-        epsilon: added to the maximum before the division.
+    ``weight`` has the rows w_n (N, C) of the wanted classes, ``size`` is (H, W) of the image and
+    ``epsilon`` is added to the maximum before the division.
 
     Example:
         >>> import torch
@@ -53,12 +50,7 @@ def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, i
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """Equation 1 on the feature grid, one scale, no flip: (K, h, w) in [0, 1].
-
-    Args:
-        features: (C, h, w).
-        weight: (K, C), rows w_n of the wanted classes.
-        epsilon: added to the maximum before the division.
+    """Equation 1 on the feature grid, one scale, no flip: (C, h, w) to (K, h, w) in [0, 1].
 
     Example:
         >>> import torch

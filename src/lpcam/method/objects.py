@@ -1,17 +1,14 @@
 """Boxes, points, candidate instances and outlines of one map or mask.
 
-Pixels: row y and column x, from 0 at the top left. Pixel (y, x) is the square from (x, y) to
-(x + 1, y + 1), so a box ``x0, y0, x1, y1`` contains the pixels x0 <= x < x1 and y0 <= y < y1, and
-outlines run along the edges of pixels. A pixel is foreground if its value is > the threshold, as in
-seed masks; a boolean mask needs no threshold.
-
-Everything is computed on the CPU. A map that is not (H, W), or with NaN or Inf, raises DataError.
-Components and peaks require SciPy (extra ``objects``).
+Pixel (y, x) is the square from (x, y) to (x + 1, y + 1), from 0 at the top left, so a box
+``x0, y0, x1, y1`` contains the pixels x0 <= x < x1 and y0 <= y < y1. A pixel is foreground if its
+value is > the threshold, as in seed masks. A map that is not (H, W), or with NaN or Inf, raises
+DataError. Components and peaks require SciPy (extra ``objects``).
 """
 
 from __future__ import annotations
 
-import importlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -20,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lpcam.runtime.errors import DataError, LpcamError
+from lpcam.runtime.errors import DataError, import_extra
 
 Connectivity = Literal[4, 8]
 """8: pixels that touch at a corner are connected. 4: they are not."""
@@ -31,7 +28,7 @@ Plane = NDArray[Any] | Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """Tightest box around a connected component; ``as_dict`` gives its fields as plain numbers."""
+    """Tightest box around a connected component; ``as_dict`` gives its fields."""
 
     x0: int
     y0: int
@@ -49,7 +46,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Point:
-    """Pixel and value of a peak; ``as_dict`` gives its fields as plain numbers."""
+    """Pixel and value of a peak; ``as_dict`` gives its fields."""
 
     x: int
     y: int
@@ -70,9 +67,6 @@ class Instance:
     def as_dict(self) -> dict[str, Any]:
         """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""
         return {**asdict(self.box), "peak": asdict(self.peak)}
-
-
-# -- Components --------------------------------------------------------------------------------
 
 
 def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[np.int32], int]:
@@ -125,11 +119,8 @@ def boxes(
 ) -> list[Box]:
     """Tightest boxes of the connected components of a map, the largest component first.
 
-    Boxes of equal area are ordered from top to bottom and left to right.
-
-    Args:
-        score: maximum or mean of the map in a component.
-        minimum_area: components with fewer pixels are dropped.
+    Boxes of equal area are ordered from top to bottom and left to right. ``score`` is the maximum
+    or mean of the map in a component; components below ``minimum_area`` pixels are dropped.
 
     Example:
         >>> boxes(np.array([[0.9, 0.0, 0.4], [0.0, 0.0, 0.8]]), 0.3)[0]
@@ -160,21 +151,14 @@ def _boxes(
     return sorted(found, key=lambda one: (-one[0].area, one[0].y0, one[0].x0))
 
 
-# -- Peaks -------------------------------------------------------------------------------------
-
-
 def points(
     values: Plane, threshold: float = 0.0, *, distance: float = 16.0, most: int | None = None
 ) -> list[Point]:
-    """Peaks of a map, the highest first.
+    """Peaks of a map, the highest first; at most ``most``.
 
     A peak is a plateau of equal pixels (often one) whose 8-neighbours are all lower; its point is
     the pixel of the plateau nearest to its centre. Points are selected by decreasing value, equal
-    ones in reading order; a point closer than ``distance`` to a selected one is dropped.
-
-    Args:
-        distance: minimum Euclidean distance between two points, in pixels.
-        most: maximum number of points; None: all.
+    ones in reading order; a point closer than ``distance`` pixels to a selected one is dropped.
 
     Example:
         >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
@@ -193,11 +177,9 @@ def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
     labels, count = components(highest)
     # On a flat part of a slope, a pixel has an equal neighbour that has a higher neighbour.
     slope = ndimage.maximum_filter(np.where(highest, -np.inf, plane), **outside) == plane
-    no_peak = set(np.unique(labels[highest & slope]).tolist())
+    labels[np.isin(labels, labels[highest & slope])] = 0
     found = []
     for label, place in _places(labels, count):
-        if label in no_peak:
-            continue
         y, x = np.nonzero(labels[place] == label)
         middle = int(np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2))
         row, column = int(y[middle]) + place[0].start, int(x[middle]) + place[1].start
@@ -214,9 +196,6 @@ def _spread(peaks: Sequence[Point], distance: float) -> list[Point]:
     return kept
 
 
-# -- Instances ---------------------------------------------------------------------------------
-
-
 def instances(
     values: Plane,
     threshold: float,
@@ -229,11 +208,9 @@ def instances(
     """Candidates for the objects of one class: connected components, split at their peaks.
 
     A component with several peaks at least ``distance`` pixels apart is split among them: each
-    pixel belongs to the nearest peak (Euclidean; if equally near, to the higher). This is not a
-    watershed: valleys between peaks are ignored, and a part of a component that is not convex may
-    be in several pieces. A class map does not separate objects that touch. Other arguments are
-    those of :func:`boxes`. Instances are ordered by decreasing area. Their masks do not overlap;
-    with ``minimum_area`` 1 they cover the foreground.
+    pixel belongs to the nearest peak (if equally near, to the higher). This is no watershed: a part
+    of a component that is not convex may be in several pieces. Other arguments and the order are
+    those of :func:`boxes`. Masks do not overlap.
 
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
@@ -258,17 +235,12 @@ def instances(
     ]
 
 
-# -- Outlines ----------------------------------------------------------------------------------
-
-
 def polygons(mask: Plane) -> list[NDArray[np.float64]]:
     """Exact outlines of a mask, whose foreground is not 0, along the edges of its pixels.
 
-    A ring lists the corners at which a closed line turns; the first is not repeated. Rings around
-    foreground have a positive shoelace area (clockwise on the screen), rings around holes a
-    negative one; the areas sum to the number of pixels. Filling all rings by the even-odd or
-    non-zero rule gives the mask. Pixels that only touch at a corner are in different rings. Rings
-    are (K, 2) of x and y, in the reading order of their first corners.
+    A ring (K, 2) lists x and y of the corners at which a closed line turns; the first is not
+    repeated. Rings around foreground have a positive shoelace area (clockwise on the screen), those
+    around holes a negative one. Pixels that only touch at a corner are in different rings.
 
     Example:
         >>> polygons(np.array([[0, 1, 1]]))[0].tolist()
@@ -281,11 +253,11 @@ def polygons(mask: Plane) -> list[NDArray[np.float64]]:
     here = inside[1:-1, 1:-1]
     starts = ((0, 0), (1, 0), (1, 1), (0, 1))  # corner of the pixel where that edge begins
     beyond = (inside[:-2, 1:-1], inside[1:-1, 2:], inside[2:, 1:-1], inside[1:-1, :-2])
-    leaving: dict[tuple[int, int], list[int]] = {}
+    leaving: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for direction, ((dx, dy), outside) in enumerate(zip(starts, beyond, strict=True)):
         y, x = np.nonzero(here & ~outside)
         for corner in zip((x + dx).tolist(), (y + dy).tolist(), strict=True):
-            leaving.setdefault(corner, []).append(direction)
+            leaving[corner].append(direction)
     rings = []
     for first in sorted(leaving, key=lambda corner: (corner[1], corner[0])):
         while leaving[first]:
@@ -317,7 +289,9 @@ def _ring(first: tuple[int, int], leaving: dict[tuple[int, int], list[int]]) -> 
 
 
 def _plane(values: Plane) -> NDArray[Any]:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array: NDArray[Any] = np.asarray(
+        values.detach().cpu() if isinstance(values, Tensor) else values
+    )
     if array.ndim != 2:
         raise DataError(f"map is {array.shape}; expected (H, W), one class of one image")
     return array
@@ -331,9 +305,4 @@ def _finite(values: Plane) -> NDArray[np.float64]:
 
 
 def _ndimage() -> Any:
-    try:
-        return importlib.import_module("scipy.ndimage")
-    except ImportError as error:
-        raise LpcamError(
-            f"components and peaks need SciPy ({error}); run pip install 'lpcam[objects]'"
-        ) from error
+    return import_extra("scipy.ndimage", "objects", "components and peaks need SciPy")

@@ -1,10 +1,4 @@
-"""Prototypes from local features: collect, cluster, score and select.
-
-A :class:`Reservoir` holds a sample of the local features of each class and side (foreground or
-context, equation 2). :func:`make_prototypes` clusters it, then scores and selects the centres
-(equations 3 and 4). :meth:`Prototypes.vectors` gives the vectors that map an image (equations 5
-and 6).
-"""
+"""Prototypes from local features: cluster, score and select (equations 3 and 4)."""
 
 from __future__ import annotations
 
@@ -39,8 +33,7 @@ PARTS = ("centers", "scores", "sizes", "keep")
 class Centers:
     """Cluster centres of every class for one side, and the selection of prototypes among them.
 
-    K is ``clusters`` times ``restarts`` of the settings. A class with fewer features has fewer
-    centres; its other rows are zero, with score NaN, size 0 and keep False.
+    A class with fewer features than K has fewer centres; its other rows are zero, with score NaN.
     """
 
     centers: Tensor
@@ -100,12 +93,9 @@ class Prototypes:
 
     @classmethod
     def load(cls, path: Path, *, fingerprint: str | None = None) -> Prototypes:
-        """Read a file that :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote, which an ArtefactError refuses if it is damaged.
 
-        Raises:
-            ArtefactError: if the file is missing, damaged or of another kind.
-            PrototypeError: if the prototypes belong to a classifier of another fingerprint; None
-                skips the check.
+        A PrototypeError if they belong to a classifier of another fingerprint, if one is given.
         """
         tensors, metadata = read_tensors(path)
         try:
@@ -163,26 +153,24 @@ def make_prototypes(
 
     Args:
         weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
-        classes: the N names.
         seed: random seed of the clustering; each class and side has its own generator.
         bias: (N,), or (N + 1,) as ``weight``; or None.
-        fingerprint: fingerprint of the classifier, stored with the prototypes.
-        made_by: stored with the prototypes.
         device: used for clustering; None: the device of ``weight``.
         workers: CPU threads, each with one class and side; the result does not depend on them.
     """
     clustered = _cluster(reservoir, settings, seed, device or weight.device, workers)
     events: list[str] = []
-    sides = []
-    for side in SIDES:
-        shape = (len(classes), settings.clusters * settings.restarts)
-        found = Centers(
+    shape = (len(classes), settings.clusters * settings.restarts)
+    foreground, context = (
+        Centers(
             torch.zeros(*shape, weight.shape[1]),
             torch.full(shape, float("nan")),
             torch.zeros(shape, dtype=torch.int64),
             torch.zeros(shape, dtype=torch.bool),
         )
-        sides.append(found)
+        for _ in SIDES
+    )
+    for side, found in zip(SIDES, (foreground, context), strict=True):
         for index, name in enumerate(classes):
             if (index, side) not in clustered:
                 effect = "empty" if side == "foreground" else "the foreground term alone"
@@ -203,22 +191,21 @@ def make_prototypes(
             found.centers[index, : len(z)] = torch.cat([one.centers for one in results]).cpu()
             found.scores[index, : len(z)] = z.cpu()
             found.sizes[index, : len(z)] = torch.cat([one.sizes for one in results]).cpu()
-            scores = found.scores[index]
-            if side == "foreground":
-                found.keep[index] = select_foreground(scores, settings.mu_f)
-                if not bool((scores > settings.mu_f).any()):
-                    events.append(
-                        f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
-                        f"best one ({float(z.max()):.3f}) is kept"
-                    )
-            else:
-                found.keep[index] = select_context(scores, settings.mu_b, settings.context_lower)
+            scores, lower = found.scores[index], settings.context_lower
+            if side == "context":
+                found.keep[index] = select_context(scores, settings.mu_b, lower)
                 if not bool(found.keep[index].any()):
                     events.append(
-                        f"{name}: no context centre scores between {settings.context_lower or 0:g} "
-                        f"and mu_b={settings.mu_b:g}; its map is the foreground term alone"
+                        f"{name}: no context centre scores between {lower or 0:g} and "
+                        f"mu_b={settings.mu_b:g}; its map is the foreground term alone"
                     )
-    foreground, context = sides
+                continue
+            found.keep[index] = select_foreground(scores, settings.mu_f)
+            if not bool((scores > settings.mu_f).any()):
+                events.append(
+                    f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
+                    f"best one ({float(z.max()):.3f}) is kept"
+                )
     if not bool(foreground.keep.any()):
         raise PrototypeError(
             "no class has any foreground feature: either no image to cluster has a label of "
@@ -256,11 +243,10 @@ def _cluster(
     found = ordered_map(fit, order, workers if device.type == "cpu" else 1)
     clustered = dict(zip(order, found, strict=True))
     results = [one for restarts in clustered.values() for one in restarts]
-    stopped = sum(not one.converged for one in results)
-    if stopped:
+    if stopped := sum(not one.converged for one in results):
         logger.warning(
             f"{stopped} of {len(results)} clusterings stopped at "
-            f"max_iterations={settings.max_iterations} before they converged; raise max_iterations "
-            "or the tolerance"
+            f"max_iterations={settings.max_iterations} before they converged; raise it or the "
+            "tolerance"
         )
     return clustered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpcam.data.map_files import read_maps
 from lpcam.method.functional import split
+from lpcam.method.multi_scale import single_scale_cam
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
@@ -32,19 +35,8 @@ def collect(
 ) -> None:
     """Split one image's features by its CAM (equation 2) and offer them to the reservoir.
 
-    Args:
-        features: (C, h, w) at scale 1, without flip.
-        classes: indices of the K present classes.
-        split_map: (K, H', W'), max-normalised CAM of those classes at any size.
-        times: number of times it was drawn for each class (:func:`draw_images`); None: once.
-
-    Example:
-        >>> reservoir = Reservoir(None, seed=0)
-        >>> settings = LpcamSettings.from_preset("voc12.official")
-        >>> cam = torch.tensor([[[0.0, 0.9]]])
-        >>> collect(reservoir, torch.ones(3, 1, 2), [4], cam, settings, "image")
-        >>> reservoir.seen
-        {(4, 'foreground'): 1, (4, 'context'): 1}
+    Features are (C, h, w) at scale 1, without flip; the split map is (K, H', W'), the CAM of the K
+    classes at any size. ``times`` says how often the image was drawn for each class; None: once.
     """
     if not classes:
         return
@@ -54,6 +46,17 @@ def collect(
         for turn in range(1 if times is None else times.get(index, 0)):
             for side, where in zip(SIDES, sides, strict=True):
                 reservoir.add(index, side, rows, f"{name}#{turn}" if turn else name, where)
+
+
+def split_maps(
+    features: Tensor, classes: Sequence[int], weight: Tensor, cams: Path, settings: LpcamSettings
+) -> Tensor:
+    """CAM (K, H, W) of classes, read from a map file or of features (C, h, w), to split these."""
+    if settings.split_maps == "single_scale":
+        return single_scale_cam(features, weight[list(classes)], epsilon=settings.cam_epsilon)
+    stored = read_maps(cams)
+    keys = stored.keys.tolist()
+    return torch.from_numpy(stored.high_res[[keys.index(index) for index in classes]])
 
 
 def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Tensor:
@@ -71,12 +74,7 @@ class Reservoir:
     Every feature gets a random key from a generator that is seeded with the seed, the image, the
     class and the side. The features of the ``max_features`` smallest keys are kept, so the sample
     depends neither on the order of the images nor on how they are shared among processes. It is in
-    main memory, with at most twice ``max_features`` rows for each class and side.
-
-    Args:
-        max_features: size of the sample of each class and side; None keeps all features.
-        seed: random seed of the keys.
-        dtype: precision in which features are kept. float16 halves the memory.
+    main memory, with at most twice ``max_features`` rows (None: all) for each class and side.
 
     Example:
         >>> reservoir = Reservoir(2, seed=0)
@@ -255,15 +253,9 @@ def read_selected(
 def draw_images(
     labels: Sequence[tuple[str, Sequence[int]]], classes: int, settings: LpcamSettings, *, seed: int
 ) -> dict[str, dict[int, int]]:
-    """Draw the images that are clustered for each class (specification of LPCAM, section 4).
+    """How often each image is drawn to be clustered for each class (spec. of LPCAM, section 4).
 
-    Args:
-        labels: name and class indices of each image.
-        classes: their number.
-        seed: each class has its own generator.
-
-    Returns:
-        For each drawn image, how often it was drawn for each class.
+    ``labels`` are the name and the class indices of each image.
 
     Example:
         >>> settings = LpcamSettings.from_preset("voc12.official")
@@ -278,7 +270,6 @@ def draw_images(
             generator = np.random.default_rng([seed, index])
             count = wanted if replace else min(wanted, len(names))
             names = generator.choice(np.array(names, dtype=object), count, replace).tolist()
-        for name in names:
-            times = drawn.setdefault(name, {})
-            times[index] = times.get(index, 0) + 1
+        for name, times in Counter(names).items():
+            drawn.setdefault(name, {})[index] = times
     return drawn

@@ -172,9 +172,6 @@ class Irn(SavedNetwork):
     """A frozen pyramid of features of an ImageNet backbone, and the trained branches."""
 
     kind = "irn"
-    title = "IRN"
-    stage = "refine-network"
-    builder = "lpcam.refine.irn_network.build_irn"
 
     def __init__(self, pyramid: Pyramid, *, displacement: bool = True, seed: int = 0) -> None:
         super().__init__()
@@ -197,9 +194,6 @@ class Irn(SavedNetwork):
         twin = shallow_copy(self)
         twin.pyramid = self.pyramid.folded()
         return twin
-
-    def _can_be_described(self) -> bool:
-        return self.pyramid.spec is not None
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Irn:

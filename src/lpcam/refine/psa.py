@@ -163,9 +163,6 @@ class Psa(FrozenStatistics, SavedNetwork):
     """
 
     kind = "psa"
-    title = "PSA"
-    stage = "refine-network"
-    builder = "lpcam.refine.psa.build_psa, from a classifier of lpcam.classifiers.classifier.build,"
 
     def __init__(self, classifier: Classifier, *, seed: int = 0) -> None:
         super().__init__()
@@ -219,9 +216,6 @@ class Psa(FrozenStatistics, SavedNetwork):
         twin = shallow_copy(self)
         twin.backbone, twin.spec = folded_backbone(self.backbone), None
         return twin
-
-    def _can_be_described(self) -> bool:
-        return self.spec is not None
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Psa:

@@ -18,12 +18,12 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, read_image
-from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.map_files import map_path
 from lpcam.explain.web import encode_picture, encode_unit
 from lpcam.method.functional import normalize, split
-from lpcam.method.multi_scale import cam_maps, lpcam_maps, single_scale_cam
+from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Centers, Prototypes
-from lpcam.method.reservoir import SIDES, SideName, on_grid
+from lpcam.method.reservoir import SIDES, SideName, on_grid, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.report.images import small_planes, thumbnail_record
 
@@ -202,13 +202,8 @@ def _where_to_look(
 ) -> tuple[str, Tensor, Tensor]:
     """An image's name, its features (C, h, w), and where a prototype of each side may lie."""
     features, settings = fitted.features(item), fitted.settings
-    if settings.split_maps == "multi_scale":
-        stored = read_maps(map_path(fitted.cams, item.id))
-        plane = stored.high_res[stored.keys.tolist().index(index)]
-        cam = on_grid(torch.from_numpy(plane)[None], features, settings)[0]
-    else:
-        weight = fitted.classifier.weight[[index]]
-        cam = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)[0]
+    path, weight = map_path(fitted.cams, item.id), fitted.classifier.weight
+    cam = on_grid(split_maps(features, [index], weight, path, settings), features, settings)[0]
     parts = split(cam, settings.tau, inclusive=settings.tau_inclusive)
     by_side = dict(zip(SIDES, parts, strict=True))
     return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()

@@ -39,9 +39,6 @@ class SavedNetwork(nn.Module):
     """A network that is saved in one self-contained safetensors file."""
 
     kind: ClassVar[str]  #: Kind of the file, in its metadata.
-    title: ClassVar[str]  #: Name of the method in messages.
-    stage: ClassVar[str]  #: Name of the stage that writes the file.
-    builder: ClassVar[str]  #: Name of the function that builds a network that can be saved.
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture or the preprocessing."""
@@ -49,18 +46,14 @@ class SavedNetwork(nn.Module):
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights, architecture and provenance; ClassifierError without a description."""
-        if not self._can_be_described():
+        description = self._description()
+        if isinstance(description.get("backbone"), str):  # the name of its type alone
             raise ClassifierError(
                 "this network's backbone was passed in or folded, so a file cannot describe it; "
-                f"build it with {self.builder} to save it"
+                "give lpcam.classifiers.classifier.build the name of a timm model instead"
             )
-        metadata = {
-            "kind": self.kind,
-            "fingerprint": self.fingerprint(),
-            "made_by": dict(made_by or {}),
-            **self._description(),
-        }
-        write_tensors(path, self.state_dict(), metadata)
+        own = {"kind": self.kind, "fingerprint": self.fingerprint(), "made_by": dict(made_by or {})}
+        write_tensors(path, self.state_dict(), {**own, **description})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -68,8 +61,8 @@ class SavedNetwork(nn.Module):
         state, metadata = read_tensors(path)
         if metadata.get("kind") != cls.kind:
             raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a network of {cls.title}; give the "
-                f"file that the {cls.stage} stage wrote"
+                f"{path} holds {metadata.get('kind')!r}, not a network of the kind {cls.kind!r}; "
+                "give the file that its stage wrote"
             )
         network = cls._described(metadata)
         load_weights(network, state, path)
@@ -89,13 +82,9 @@ class SavedNetwork(nn.Module):
         """A copy for inference with folded batch norms; the network itself if it has none."""
         return self
 
-    def _can_be_described(self) -> bool:
-        """Whether :meth:`_description` is complete."""
-        return True
-
     @abstractmethod
     def _description(self) -> dict[str, Any]:
-        """Arguments of :meth:`_described`, as JSON."""
+        """Arguments of :meth:`_described`, as JSON; a ``backbone`` of text cannot be saved."""
 
     @classmethod
     @abstractmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import socket
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -125,14 +124,6 @@ def test_a_large_photograph_is_drawn_small_and_masked_large(
     mask = send(client, encoded(image), "/mask?threshold=0.5&classes=1").content
     assert Image.open(io.BytesIO(mask)).size == (300, 150)
     assert explainer.maximum_side == 128
-
-
-def test_a_photograph_is_turned_upright(client: TestClient) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(np.zeros((40, 80, 3), np.uint8), "JPEG", exif=exif)
-    answer = send(client, data, Content_Type="image/jpeg").json()
-    assert (answer["width"], answer["height"]) == (40, 80)
 
 
 def test_many_classes_are_cut_to_the_highest(
@@ -286,21 +277,9 @@ def test_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    opened = []
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = (
-            event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        )
-        if writes and watching:
-            opened.append(arguments[0])
-
-    watching = [1]
-    sys.addaudithook(hook)  # cannot be taken away again
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("opened a file"))
     send(client, photograph)
     send(client, photograph, "/mask?threshold=0.5&classes=0")
-    watching.clear()
-    assert not opened
     assert not list(tmp_path.iterdir())
 
 

@@ -280,22 +280,3 @@ def test_hostile_names_are_text(page: Any, photograph: Path) -> None:
     assert page.locator("#classes img").count() == 0
     assert page.locator("#run").text_content() == f"of {HOSTILE} run"
     assert '<b>"cow"' in page.locator("#status").text_content()
-
-
-def test_another_site_gets_nothing(browser: Any, served: Served) -> None:
-    """A page of another origin on this machine can neither read nor send."""
-    context = browser.new_context()
-    page = context.new_page()
-    page.route(
-        "http://other.test/",
-        lambda route: route.fulfill(body="<p>other</p>", content_type="text/html"),
-    )
-    page.goto("http://other.test/")
-    ask = """async ([url, options]) => {
-        try { return (await fetch(url, options)).status; } catch { return "blocked"; }
-    }"""
-    simple = {"method": "POST", "body": "x", "mode": "no-cors"}
-    assert page.evaluate(ask, [f"{served.home}about", {}]) == "blocked"
-    assert page.evaluate(ask, [f"{served.home}maps", {"method": "POST", "body": "x"}]) == "blocked"
-    assert page.evaluate(ask, [f"{served.home}maps", simple]) in (0, "blocked")
-    context.close()

@@ -199,9 +199,9 @@ def test_a_block_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": [4, 6]}, "7 and 4 positive whole numbers"),
-        ({"depths": [1, 1, 1, 0]}, "7 and 4 positive whole numbers"),
-        ({"channels": [4, 6, 8, 10, 11, 16, 20]}, "the fifth must be even"),
+        ({"channels": [4, 6]}, "7 and 4 positive integers"),
+        ({"depths": [1, 1, 1, 0]}, "7 and 4 positive integers"),
+        ({"channels": [4, 6, 8, 10, 11, 16, 20]}, "the fifth channel even"),
         ({"output_stride": 16}, "output stride 8 alone"),
         ({"width": 3}, "width"),
     ],

@@ -25,7 +25,7 @@ from lpcam.data.resize import scaled_size
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
 from lpcam.explain.web import encode_picture, encode_unit, page_environment, page_file
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, resize_maps
-from lpcam.runtime.errors import ImageError, LpcamError
+from lpcam.runtime.errors import ImageError, LpcamError, import_extra
 from lpcam.runtime.resources import available_threads
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-_NEEDED = "serve needs starlette and uvicorn; install them with pip install 'lpcam[serve]'"
+_NEEDED = "serve needs starlette and uvicorn"
 
 
 class RefusedError(LpcamError):
@@ -72,17 +72,10 @@ class RefusedError(LpcamError):
 def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None) -> None:
     """Serve the page of an explainer until interrupted.
 
-    Args:
-        port: port on the loopback address; 0: any free port.
-        threads: number of CPU threads; None: the processors that this process may use.
-
-    Raises:
-        LpcamError: if the extra ``serve`` is not installed or the port is taken.
+    ``port`` is on the loopback address, 0: any free one; ``threads`` is the number of CPU threads,
+    None: all that this process may use. LpcamError if the port is taken.
     """
-    try:
-        import uvicorn  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise LpcamError(_NEEDED) from None
+    uvicorn = import_extra("uvicorn", "serve", _NEEDED)
     name = str(explainer.made_by.get("run", "a model"))
     with _listen(port) as listener:
         port = listener.getsockname()[1]
@@ -101,8 +94,7 @@ def _listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise LpcamError(
-            f"cannot listen on {ADDRESS}:{port}: {error}; choose another --port, or 0 for any free "
-            "port"
+            f"cannot listen on {ADDRESS}:{port}: {error}; choose another --port, or 0 for any"
         ) from None
     return listener
 
@@ -110,16 +102,12 @@ def _listen(port: int) -> socket.socket:
 def application(
     explainer: Explainer, *, name: str, port: int, threads: int | None = None
 ) -> ASGIApp:
-    """The web application; arguments as of :func:`serve`.
+    """The web application; arguments as of :func:`serve`."""
+    import_extra("starlette", "serve", _NEEDED)
+    from starlette.applications import Starlette  # noqa: PLC0415 - an extra
+    from starlette.responses import JSONResponse, Response  # noqa: PLC0415
+    from starlette.routing import Route  # noqa: PLC0415
 
-    Requests that name another host or port are refused.
-    """
-    try:
-        from starlette.applications import Starlette  # noqa: PLC0415 - an extra
-        from starlette.responses import JSONResponse, Response  # noqa: PLC0415
-        from starlette.routing import Route  # noqa: PLC0415
-    except ImportError:
-        raise LpcamError(_NEEDED) from None
     queue = _Queue(threads or available_threads())
     about = {
         "name": name,
@@ -170,46 +158,41 @@ def application(
         ],
         exception_handlers={LpcamError: refuse, Exception: refuse},
     )
-    return _OnlyOwnPage(app, port)
+    return _only_own_page(app, port)
 
 
-class _OnlyOwnPage:
-    """Refuses other hosts and other sites, and adds the security headers."""
+def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
+    """An application that refuses other hosts and other sites, and adds the security headers."""
+    from starlette.datastructures import Headers  # noqa: PLC0415 - an extra
+    from starlette.responses import JSONResponse  # noqa: PLC0415
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
-        self.app = app
-        names = (ADDRESS, "localhost")
-        self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
-        self.origins = {f"http://{host}" for host in self.hosts}
+    names = {ADDRESS, "localhost"}
+    own_hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+    own_origins = {f"http://{host}" for host in own_hosts}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # no route takes it
-            await self.app(scope, receive, send)
-            return
+    def refusal(scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or hosts[0].lower() not in own_hosts:
+            return JSONResponse({"error": f"this page answers only as {min(own_origins)}"}, 421)
+        # Programs on this machine send neither; browsers send what a page cannot change.
+        origins, sites = set(headers.getlist("origin")), set(headers.getlist("sec-fetch-site"))
+        own = origins <= own_origins and sites <= {"same-origin"}
+        if own or scope["method"] in ("GET", "HEAD"):
+            return None
+        return JSONResponse({"error": "only the page itself may send photographs"}, 403)
 
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_closed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        await (self._refusal(scope) or self.app)(scope, receive, send_closed)
+        refused = refusal(scope) if scope["type"] == "http" else None
+        await (refused or app)(scope, receive, send_closed)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        from starlette.datastructures import Headers  # noqa: PLC0415 - an extra
-        from starlette.responses import JSONResponse  # noqa: PLC0415
-
-        headers = Headers(scope=scope)
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return JSONResponse({"error": f"this page answers only as {min(self.origins)}"}, 421)
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        # Programs on this machine send neither; browsers send what a page cannot change.
-        origins, sites = set(headers.getlist("origin")), set(headers.getlist("sec-fetch-site"))
-        if not origins <= self.origins or not sites <= {"same-origin"}:
-            return JSONResponse({"error": "only the page itself may send photographs"}, 403)
-        return None
+    return answer
 
 
 class _Queue:

@@ -12,11 +12,10 @@ from torch import Tensor
 from lpcam.classifiers.classifier import RANDOM, Classifier
 from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
-from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.map_files import map_path
 from lpcam.data.resize import scaled_size
-from lpcam.method.multi_scale import single_scale_cam
 from lpcam.method.prototypes import make_prototypes
-from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected
+from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import Context
@@ -73,16 +72,11 @@ def cluster(context: Context) -> Iterator[Task]:
     @torch.inference_mode()
     def local(batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
         (pair,) = context.store(context.classifier).pairs(batch, (1.0,))
-        found = []
-        for item, features in zip(batch, pair.features, strict=True):
-            if multi_scale:
-                maps = read_maps(map_path(context.folder / "cam", item.id))
-                split_map = torch.from_numpy(maps.high_res)
-            else:
-                weight = context.classifier.weight[list(item.labels)]
-                split_map = single_scale_cam(features, weight, epsilon=settings.cam_epsilon)
-            found.append((features, split_map))
-        return found
+        weight, cams = context.classifier.weight, context.folder / "cam"
+        return [
+            (features, split_maps(features, item.labels, weight, map_path(cams, item.id), settings))
+            for item, features in zip(batch, pair.features, strict=True)
+        ]
 
     def prepare() -> Tensor:
         _check_memory(context, context.classifier)
