@@ -56,7 +56,8 @@ def finished(
             "data.lists.validate": None,
             "classifier.weights": weights,
             "classifier.probe.long_side": 224,
-            "lpcam.preset": "voc12.official",  # whose two thresholds are one
+            "lpcam.preset": "voc12.official",
+            "lpcam.cam_threshold": 0.3,  # the same for both
             "lpcam.scales": [0.5],
             "run.folder": tmp_path_factory.mktemp("runs") / "animals",
             "run.threads": 1,
