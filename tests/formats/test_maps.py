@@ -65,9 +65,6 @@ def irn(path: Path, *, keys: Any = (3, 14), extra: int = 0, torch_inside: bool =
     return saved(path, content)
 
 
-# Reading
-
-
 @pytest.mark.parametrize("torch_inside", [True, False], ids=["of CAM", "of LPCAM"])
 def test_irn_files_are_read_as_they_are(tmp_path: Path, torch_inside: bool) -> None:
     found = read_foreign_maps(irn(tmp_path / "a.npy", torch_inside=torch_inside), size=SIZE)
@@ -250,9 +247,6 @@ def test_a_map_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -
     assert marker.exists(), "the file does not work"
 
 
-# Writing
-
-
 def loaded(path: Path) -> Any:
     """As other programs read it."""
     with warnings.catch_warnings(action="error"):
@@ -275,32 +269,26 @@ def test_what_is_written_is_read_again(tmp_path: Path, style: str, keys: tuple[i
 
 
 def test_the_dictionaries_are_those_of_the_field(tmp_path: Path) -> None:
+    def written(whole: MapFile, style: str, background: float | None = None) -> Any:
+        write_foreign_maps(tmp_path / "a.npy", whole, style, background=background)
+        return loaded(tmp_path / "a.npy")
+
     whole = maps(3, 14)
-    write_foreign_maps(tmp_path / "a.npy", whole, "irn")
-    found = loaded(tmp_path / "a.npy")
+    found = written(whole, "irn")
     assert list(found) == ["keys", "cam", "high_res"]
     assert found["keys"].dtype == np.int64 and found["cam"].dtype == np.float32
     # programs of the field work on them in place, and make tensors of them
     found["high_res"] /= 2
     torch.from_numpy(found["cam"]).mul_(2)
-
-    write_foreign_maps(tmp_path / "a.npy", whole, "amn", background=0.25)
-    found = loaded(tmp_path / "a.npy")
+    found = written(whole, "amn", 0.25)
     assert found["high_res"].shape == (3, *SIZE) and found["cam"].shape == (3, 3, 4)
     assert (found["high_res"][0] == 0.25).all() and found["keys"].tolist() == [3, 14]
-
-    write_foreign_maps(tmp_path / "a.npy", whole, "psa")
-    found = loaded(tmp_path / "a.npy")
+    found = written(whole, "psa")
     assert list(found) == [3, 14] and np.array_equal(found[14], whole.high_res[1])
-
-    write_foreign_maps(tmp_path / "a.npy", whole, "psa-crf", background=0.5)
-    found = loaded(tmp_path / "a.npy")
+    found = written(whole, "psa-crf", 0.5)
     assert list(found) == [0, 4, 15] and (found[0] == 0.5).all()
-
-    write_foreign_maps(tmp_path / "a.npy", maps(), "amn", background=0.5)
-    assert list(loaded(tmp_path / "a.npy")) == ["keys"]
-    write_foreign_maps(tmp_path / "a.npy", maps(), "psa")
-    assert loaded(tmp_path / "a.npy") == {}
+    assert list(written(maps(), "amn", 0.5)) == ["keys"]
+    assert written(maps(), "psa") == {}
 
 
 def test_the_background_belongs_to_its_styles(tmp_path: Path) -> None:
@@ -310,9 +298,6 @@ def test_the_background_belongs_to_its_styles(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"'{style}'"):
             export_maps(tmp_path, tmp_path / "out", style, [], classes=FARM, background=background)
     assert list(tmp_path.iterdir()) == []
-
-
-# Folders
 
 
 def close(found: MapFile, expected: NDArray[np.float32]) -> bool:
@@ -358,13 +343,13 @@ def test_images_without_a_file(tmp_path: Path) -> None:
     assert done.ids == ("a",) and "has no file of it" in done.skipped[0].reason
     sizes = {"a": SIZE, "b": (5, 7)}
     done = import_maps(
-        tmp_path / "in", tmp_path / "out", ["a", "b"], sizes=sizes, without_file="no class"
+        tmp_path / "in", tmp_path / "out", ["a", "b"], sizes=sizes, no_file_no_class=True
     )
     assert done.ids == ("a", "b") and done.without_class == ("b",)
     assert done.styles == {"irn": 1, "no file": 1}
     assert read_maps(map_path(tmp_path / "out", "b")).high_res.shape == (0, 5, 7)
     with pytest.raises(DataError, match=r"none of the 1 images has a file .* 'a'.npy, .* 'b'"):
-        import_maps(tmp_path / "in", tmp_path / "out", ["b"], sizes=sizes, without_file="no class")
+        import_maps(tmp_path / "in", tmp_path / "out", ["b"], sizes=sizes, no_file_no_class=True)
     with pytest.raises(DataError, match=r"there is no .npy file in .*none"):
         import_maps(tmp_path / "none", tmp_path / "out")
     with pytest.raises(DataError, match="could leave its folder"):

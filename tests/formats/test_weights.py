@@ -49,15 +49,12 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "older layout"])
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pkl"])
-def test_every_value_and_dtype_is_kept(tmp_path: Path, archive: bool, suffix: str) -> None:
-    source = saved(tmp_path / f"w{suffix}", OrderedDict(weights()), archive=archive)
+def test_every_value_and_dtype_is_kept(tmp_path: Path, archive: bool) -> None:
+    source = saved(tmp_path / "w.pkl", OrderedDict(weights()), archive=archive)
     target = tmp_path / "new" / "w.safetensors"
     done = convert_weights(source, target)
     assert equal(load_file(target), weights())
-    assert done.tensors == 7 and done.values == 108 + 4 + 1 + 3 + 1 + 2
-    assert done.taken_from == () and done.stripped == "" and done.left_out == ()
-    assert str(target) in done.summary()
+    assert done == f"7 tensors with 119 values written to {target}"
 
 
 def test_the_file_says_what_it_was_made_from(tmp_path: Path) -> None:
@@ -78,14 +75,14 @@ def test_the_file_says_what_it_was_made_from(tmp_path: Path) -> None:
 def test_a_checkpoint_is_unwrapped_and_says_so(tmp_path: Path, key: str) -> None:
     checkpoint = {"epoch": torch.tensor(3), "optimizer": {"state": {}}, key: {"a": torch.ones(1)}}
     done = convert_weights(saved(tmp_path / "w.pth", checkpoint), tmp_path / "w.safetensors")
-    assert done.tensors == 1 and done.taken_from == (key,) and repr(key) in done.summary()
+    assert "1 tensors with" in done and f"taken from {key!r}" in done
 
 
 def test_module_is_stripped_only_where_all_names_have_it(tmp_path: Path) -> None:
     all_of_them = {f"module.{name}": tensor for name, tensor in weights().items()}
     done = convert_weights(saved(tmp_path / "a.pth", all_of_them), tmp_path / "a.safetensors")
     assert equal(load_file(tmp_path / "a.safetensors"), weights())
-    assert done.stripped == "module."
+    assert "prefix 'module.' removed" in done
     mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
     convert_weights(saved(tmp_path / "b.pth", mixed), tmp_path / "b.safetensors")
     assert set(load_file(tmp_path / "b.safetensors")) == {"module.a", "b"}
@@ -98,7 +95,7 @@ def test_a_prefix_takes_a_part(tmp_path: Path) -> None:
     )
     done = convert_weights(source, tmp_path / "w.safetensors", prefix="backbone.")
     assert equal(load_file(tmp_path / "w.safetensors"), {"a": torch.ones(1)})
-    assert done.left_out == ("module.head.a",) and done.stripped == "module.backbone."
+    assert "weights): 'module.head.a'" in done and "prefix 'module.backbone.' removed" in done
     convert_weights(source, tmp_path / "w.safetensors", prefix="module.backbone.")  # as it spells
     assert equal(load_file(tmp_path / "w.safetensors"), {"a": torch.ones(1)})
     for prefix in ("encoder.", "head.a"):
@@ -124,10 +121,7 @@ def test_arrays_of_numpy_become_tensors(tmp_path: Path, archive: bool, dtype: st
     done = convert_weights(source, tmp_path / "w.safetensors")
     native = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     assert equal(load_file(tmp_path / "w.safetensors"), {"rows": native, "columns": native})
-    assert done.left_out == ("miou",)
-
-
-# Code in a file
+    assert "left out (not weights): 'miou'" in done
 
 
 def member(source: Path) -> bytes:
@@ -196,9 +190,6 @@ def test_what_other_packages_have_allowed_is_not_allowed_here(tmp_path: Path) ->
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-# Large claims
-
-
 def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "w.pth", {"a": torch.zeros(1_000_000)})
     with zipfile.ZipFile(source) as archive:
@@ -242,11 +233,8 @@ def test_a_pickle_that_asks_for_all_memory_is_refused(tmp_path: Path) -> None:
         convert_weights(tmp_path / "w.pth", tmp_path / "w.safetensors")
 
 
-# No state dict
-
-
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "older layout"])
-@pytest.mark.parametrize("part", [0.01, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("part", [0.3, 0.99])
 def test_a_cut_file_is_refused(tmp_path: Path, archive: bool, part: float) -> None:
     source = saved(tmp_path / "w.pth", weights(), archive=archive)
     source.write_bytes(source.read_bytes()[: int(part * source.stat().st_size)])
@@ -256,10 +244,8 @@ def test_a_cut_file_is_refused(tmp_path: Path, archive: bool, part: float) -> No
 
 
 def torchscript() -> bytes:
-    buffer = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
-    return buffer.getvalue()
+        return bytes(torch.jit.script(torch.nn.Linear(2, 2)).save_to_buffer())
 
 
 @pytest.mark.parametrize(

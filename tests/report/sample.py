@@ -56,10 +56,8 @@ def enlarged(planes: NDArray[np.uint8], height: int, width: int) -> torch.Tensor
     return torch.nn.functional.interpolate(maps, size=(height, width), mode="bilinear")[0]
 
 
-def _image(
-    number: int, labels: list[int], generator: np.random.Generator, large: bool
-) -> dict[str, Any]:
-    height, width = (192, 256) if large else ((60, 80), (80, 56))[number % 2]
+def _image(number: int, labels: list[int], generator: np.random.Generator) -> dict[str, Any]:
+    height, width = ((60, 80), (80, 56))[number % 2]
     ground = generator.integers(60, 200, 3)
     pixels = np.clip(ground + generator.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
     truth = np.zeros((height, width), np.uint8)
@@ -69,9 +67,6 @@ def _image(
         truth[blob(height, width, y, x, 0.3) > 0.5] = label + 1
         planes["CAM"].append(blob(height // 4, width // 4, y - 0.1, x, 0.18))
         planes["LPCAM"].append(blob(height // 4, width // 4, y, x + 0.03, 0.33))
-    if large:  # maps of networks are less smooth than spots, and pack worse
-        for own in planes.values():
-            own[:] = [np.clip(p + generator.normal(0, 0.004, p.shape), 0, 1) for p in own]
     truth[:2] = 255
     pixels[truth > 0] = pixels[truth > 0] // 2 + 90
     small = {name: np.rint(255 * np.stack(planes[name])).astype(np.uint8) for name in DRAWN}
@@ -98,7 +93,7 @@ def _image(
     }
 
 
-def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
+def _rows(names: list[str], refined: bool) -> list[dict[str, Any]]:
     rows = []
     for source in ("ground truth", "fixed"):
         for place, method in enumerate(METHODS):
@@ -121,9 +116,8 @@ def _rows(names: list[str], parts: bool, refined: bool) -> list[dict[str, Any]]:
                 },
                 "protocol": {"threshold_source": f"how {source} was chosen"},
                 "images": 12,
+                "part_coverage": {"head": 0.8 - 0.02 * place, "legs": 0.3 + 0.1 * place},
             }
-            if parts:
-                row["part_coverage"] = {"head": 0.8 - 0.02 * place, "legs": 0.3 + 0.1 * place}
             rows.append(row)
     further = []
     for row in rows if refined else ():
@@ -209,35 +203,25 @@ def sample(
     *,
     hostile: bool = False,
     masks: bool = True,
-    parts: bool = True,
     meaning: bool = True,
     refined: bool = False,
     segmented: bool = False,
-    large: bool = False,
 ) -> dict[str, Any]:
     """Report data; equal arguments give equal data.
 
-    Args:
-        images: how many; beyond 12 they repeat.
-        hostile: names, reasons and commands are those of `HOSTILE`.
-        masks: without, there is nothing that needs truth.
-        parts: whether parts have scores.
-        meaning: whether there are prototypes, look-alikes, skipped images and times.
-        refined: whether there are scores of pseudo masks.
-        segmented: whether there are segmenters; without masks they are not scored.
-        large: pictures and maps as large as those of photographs, two labels each.
+    ``hostile``: names, reasons and commands are those of `HOSTILE`; ``masks``: else there is
+    nothing that needs truth; ``meaning``: there are prototypes, look-alikes, skipped images and
+    times; ``refined``: there are scores of pseudo masks; ``segmented``: there are segmenters.
     """
     generator = np.random.default_rng(0)
     names = [f"class {index}" for index in range(classes)]
     if hostile:
         names[: len(HOSTILE)] = HOSTILE[:classes]
-    made = []
-    distinct = min(images, 4 if large else 12)
-    for number in range(distinct):
-        second = number + 1 if large else number // 2
-        labels = sorted({number % classes, second % classes})
-        made.append(_image(number, labels, generator, large))
-    shown = [{**made[number % distinct], "id": f"{number:04}"} for number in range(images)]
+    made = [
+        _image(number, sorted({number % classes, number // 2 % classes}), generator)
+        for number in range(min(images, 12))
+    ]
+    shown = [{**made[number % 12], "id": f"{number:04}"} for number in range(images)]
     for entry, name in zip(shown, HOSTILE if hostile else (), strict=False):
         entry["id"] = name
     if not masks:
@@ -293,7 +277,7 @@ def sample(
             {"name": name, "color": f"#{bytes(colour).hex()}"}
             for name, colour in zip(names, voc_palette()[1:], strict=False)
         ],
-        "rows": _rows(names, parts, refined) if masks else [],
+        "rows": _rows(names, refined) if masks else [],
         "protocol": {
             "dataset": text,
             "split": "train",

@@ -121,9 +121,8 @@ def test_an_absent_class_has_no_iou(run: Run) -> None:
     dataset, items, folders = run
     one = items[1]
     Image.fromarray(np.zeros((40, 30), np.uint8)).save(one.mask)
-    empty = MapFile(
-        np.array([1], np.int64), np.zeros((1, 10, 8), np.float32), np.zeros((1, 40, 30), np.float32)
-    )
+    planes = np.zeros((1, 10, 8), np.float32), np.zeros((1, 40, 30), np.float32)
+    empty = MapFile(np.array([1], np.int64), *planes)
     for folder in folders.values():
         write_maps(map_path(folder, "b"), empty, dtype="uint8")
     (record,) = image_records([one], Sources(dataset, folders, {m: {} for m in METHODS}), Sharing())

@@ -88,13 +88,8 @@ def centers(sizes: Sequence[int], keep: Sequence[bool]) -> Centers:
 
 def test_which_prototypes_are_shown() -> None:
     some = centers([5, 0, 9, 7, 1, 8], [True, False, True, False, True, False])
-    assert made.shown_numbers(some, 0, 6) == [
-        2,
-        0,
-        4,
-        5,
-        3,
-    ]  # prototypes by size, then rejected ones
+    # prototypes by size, then rejected ones
+    assert made.shown_numbers(some, 0, 6) == [2, 0, 4, 5, 3]
     assert made.shown_numbers(some, 0, 3) == [2, 0, 5]
     assert made.shown_numbers(centers([3, 2], [True, True]), 0, 3) == [0, 1]
     assert made.shown_numbers(centers([3, 2, 4], [False] * 3), 0, 2) == [2, 0]

@@ -34,10 +34,8 @@ resources = Lazy("lpcam.runtime.resources")
 class Invocation:
     """How a command was called."""
 
-    line: str
-    """The whole command line, recorded with scores and in files."""
-    changes: Mapping[str, Any]
-    """Values of the recipe to replace, by dotted key."""
+    line: str  #: The whole command line, recorded with scores and in files.
+    changes: Mapping[str, Any]  #: Values of the recipe to replace, by dotted key.
     given_threads: int | None
 
     @property
@@ -46,17 +44,12 @@ class Invocation:
         return self.given_threads or int(resources.available_threads())
 
 
-@dataclass(frozen=True)
 class Argument:
     """An argument of a command, as ``ArgumentParser.add_argument`` takes it."""
 
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-
-def argument(*names: str, **settings: Any) -> Argument:
-    """Declare an argument of a command."""
-    return Argument(names, settings)
+    def __init__(self, *names: str, **settings: Any) -> None:
+        self.names = names
+        self.settings = settings
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,7 @@ class Command:
     help: str
     arguments: Sequence[Argument]
     work: Callable[..., int]
-    recipe_values: bool = False
-    """Whether ``--section.key value`` replaces values of a recipe."""
+    recipe_values: bool = False  #: Whether ``--section.key value`` replaces values of a recipe.
 
 
 GROUPS = ("start", "look", "use", "exchange", "about")
@@ -84,15 +76,15 @@ PARENTS = {
 
 
 def command(
-    name: str, group: str, *arguments: Argument, recipe_values: bool = False
+    name: str, *arguments: Argument, group: str = "exchange", recipe_values: bool = False
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Declare the decorated function as a command; its docstring is the help.
 
     Args:
         name: what is typed, such as ``run`` or ``data check``.
-        group: one of `GROUPS`.
         arguments: its arguments. The function gets an `Invocation` and, by name, their values,
             except for that of ``--threads``.
+        group: one of `GROUPS`.
         recipe_values: whether it takes ``--section.key value``.
     """
 
@@ -104,9 +96,6 @@ def command(
     return declare
 
 
-# -- Values of arguments -------------------------------------------------------------------------
-
-
 def positive(text: str) -> int:
     """A positive integer."""
     if not text.isdecimal() or int(text) < 1:
@@ -114,24 +103,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def positive_number(text: str) -> float:
-    """A positive number."""
-    return _number(text, lambda value: 0 < value < math.inf, "a positive number")
+def _number(allowed: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        return value
+
+    return parse
 
 
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not allowed(value):
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value
+positive_number = _number(lambda value: 0 < value < math.inf, "a positive number")
+fraction = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def names(text: str) -> list[str]:
@@ -144,53 +130,30 @@ def names(text: str) -> list[str]:
     return found
 
 
-RUN = argument("run", type=Path, metavar="RUN", help="Folder of the run.")
-THREADS = argument("--threads", type=positive, metavar="N", help="Number of CPU threads.")
-DEVICE = argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-TRAINED_ON = argument(
+RUN = Argument("run", type=Path, metavar="RUN", help="Folder of the run.")
+THREADS = Argument("--threads", type=positive, metavar="N", help="Number of CPU threads.")
+DEVICE = Argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+TRAINED_ON = Argument(
     "--trained-on",
     choices=("lpcam", "cam", "given", "truth"),
     help="Masks that the segmenter was trained on (default: the first that the run has).",
 )
-SIZE = argument(
-    "--size",
-    type=int,
-    nargs=2,
-    metavar=("HEIGHT", "WIDTH"),
-    help="Size of every image, in pixels (default: any size; UperNet needs one).",
-)
-
-
-def size_options(size: list[int] | None) -> dict[str, Any]:
-    """Arguments of an exporter for the one size that was asked for, if any."""
-    return {} if size is None else {"size": tuple(size), "dynamic": False}
-
-
-# -- Values of recipes ---------------------------------------------------------------------------
 
 
 def parse_changes(rest: Sequence[str]) -> dict[str, Any]:
     """Values of a recipe from ``--section.key value`` and ``--section.key=value``.
 
-    Raises:
-        LpcamError: naming the argument that is neither, or a value that is not YAML.
-
-    Example:
-        >>> parse_changes(["--lpcam.tau", "0.25", "--run.seed=3"])
-        {'lpcam.tau': 0.25, 'run.seed': 3}
+    LpcamError names the argument that is neither, or a value that is not YAML.
     """
-    pairs: list[tuple[str, str]] = []
+    pairs = {}
     words = iter(rest)
     for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             raise LpcamError(
                 f"unexpected argument {word!r}; replace a recipe's value with --section.key value"
             )
-        if not equals:
-            following = next(words, None)
-            if following is None:
-                raise LpcamError(f"--{key} has no value; write --{key} VALUE")
-            value = following
-        pairs.append((key, value))
-    return {key: recipes.parse_value(key, value) for key, value in pairs}
+        key, equals, value = word.removeprefix("--").partition("=")
+        pairs[key] = value if equals else next(words, None)
+        if pairs[key] is None:
+            raise LpcamError(f"--{key} has no value; write --{key} VALUE")
+    return {key: recipes.parse_value(key, value) for key, value in pairs.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lpcam.cli.command import THREADS, Invocation, Lazy, argument, command, names
+from lpcam.cli.command import THREADS, Argument, Invocation, Lazy, command, names
 from lpcam.data.dataset import ClassTable, choose_classes
 from lpcam.runtime.errors import LpcamError
 
@@ -24,32 +24,27 @@ map_folders = Lazy("lpcam.formats.map_folders")
 KNOWN_CLASSES = ("voc12", "coco14")
 
 
-def _label_source(text: str) -> Path | Literal["folders"]:
-    return "folders" if text == "folders" else Path(text)
-
-
 READING = (
-    argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
-    argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
-    argument(
+    Argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
+    Argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
+    Argument(
         "--labels",
-        type=_label_source,
+        type=lambda text: text if text == "folders" else Path(text),
         help="A .csv or .jsonl instead of the usual labels; for a folder also 'folders'.",
     ),
-    argument("--masks", type=Path, help="Folder of true masks, ID.png."),
-    argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
+    Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
+    Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
 )
 """Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
 
 @command(
     "data check",
-    "exchange",
-    argument("path", type=Path, help="Folder of images, VOC2012, COCO, or a COCO JSON file."),
+    Argument("path", type=Path, help="Folder of images, VOC2012, COCO, or a COCO JSON file."),
     *READING,
-    argument("--json", type=Path, metavar="FILE", help="Write the findings to this file too."),
-    argument("--recipe", help="Recipe whose run is estimated (default: that of lpcam init)."),
-    argument("--no-estimate", action="store_true", help="Do not estimate time and disk."),
+    Argument("--json", type=Path, metavar="FILE", help="Write the findings to this file too."),
+    Argument("--recipe", help="Recipe whose run is estimated (default: that of lpcam init)."),
+    Argument("--no-estimate", action="store_true", help="Do not estimate time and disk."),
     THREADS,
 )
 def check(
@@ -75,10 +70,9 @@ def check(
 
 @command(
     "data train-aug",
-    "exchange",
-    argument("voc_folder", type=Path, metavar="voc", help="The VOC2012 folder."),
-    argument("sbd_folder", type=Path, metavar="sbd", help="The benchmark_RELEASE folder."),
-    argument("--output", type=Path, help="Folder to write (default: VOC2012 itself)."),
+    Argument("voc_folder", type=Path, metavar="voc", help="The VOC2012 folder."),
+    Argument("sbd_folder", type=Path, metavar="sbd", help="The benchmark_RELEASE folder."),
+    Argument("--output", type=Path, help="Folder to write (default: VOC2012 itself)."),
     THREADS,
 )
 def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path | None) -> int:
@@ -91,12 +85,11 @@ def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path
 
 @command(
     "data masks",
-    "exchange",
-    argument("path", type=Path, help="COCO folder, or a COCO JSON file."),
-    argument("output", type=Path, help="Folder to write."),
-    argument("--lists", type=names, help="E.g. train2014,val2014 (default: all)."),
-    argument("--order", choices=("file", "area"), default="file", help="Order of painting."),
-    argument(
+    Argument("path", type=Path, help="COCO folder, or a COCO JSON file."),
+    Argument("output", type=Path, help="Folder to write."),
+    Argument("--lists", type=names, help="E.g. train2014,val2014 (default: all)."),
+    Argument("--order", choices=("file", "area"), default="file", help="Order of painting."),
+    Argument(
         "--crowds",
         choices=("background", "void"),
         default="background",
@@ -117,115 +110,93 @@ def masks(
 
 @command(
     "import maps",
-    "exchange",
-    argument("source", type=Path, help="Folder of .npy files."),
-    argument("output", type=Path, help="Folder to write."),
-    argument("--style", default="auto", help="irn, amn, psa, psa-crf or auto (default)."),
-    argument("--data", type=Path, help="Data set of the images; the maps are checked against it."),
-    argument("--lists", type=names, help="Lists of the data set, e.g. train (default: all)."),
-    argument(
+    Argument("source", type=Path, help="Folder of .npy files."),
+    Argument("output", type=Path, help="Folder to write."),
+    Argument("--style", default="auto", help="irn, amn, psa, psa-crf or auto (default)."),
+    Argument("--data", type=Path, help="Data set of the images; the maps are checked against it."),
+    Argument("--lists", type=names, help="Lists of the data set, e.g. train (default: all)."),
+    Argument(
         "--classes",
         help="Classes of the maps: voc12, coco14, or a file such as the exported classes.txt; or, "
         "with --data, some of its classes, e.g. cow,dog.",
     ),
-    argument(
+    Argument(
         "--no-file-no-class",
         action="store_true",
         help="Treat images without a file as having no class (MCTformer's convention). Requires "
         "--data.",
     ),
-    argument("--normalise", action="store_true", help="Divide each map by its maximum."),
+    Argument("--normalise", action="store_true", help="Divide each map by its maximum."),
     THREADS,
 )
 def import_maps(
     call: Invocation,
     source: Path,
     output: Path,
-    style: str,
     data: Path | None,
     lists: list[str] | None,
     classes: str | None,
-    no_file_no_class: bool,
-    normalise: bool,
+    **options: Any,
 ) -> int:
     """Read .npy maps of IRN, AMN or PSA, for lpcam refine."""
-    for option, value in {"no-file-no-class": no_file_no_class, "lists": lists}.items():
+    for option, value in {"no-file-no-class": options["no_file_no_class"], "lists": lists}.items():
         if value and data is None:
             raise LpcamError(f"--{option} needs the data set of the images: --data PATH")
-    about: dict[str, Any] = {}
-    chosen, table = None, None
-    if classes is not None:
-        if data is not None and not _is_table(classes):
-            chosen = names(classes)
-        else:
-            table = class_table(classes)
+    table = None
+    if classes is not None and (data is None or _is_table(classes)):
+        table = class_table(classes)
+    elif classes is not None:
+        options["chosen"] = names(classes)
     if data is not None:
         dataset = opening.open_dataset(data, lists=lists).dataset
         if table is not None:
             choose_classes(dataset.classes, table.names)
-        about["sizes"] = {i.id: images.upright_size(i.image) for i in dataset.items.values()}
-        about["ids"] = list(dataset.items)
+        options["sizes"] = {i.id: images.upright_size(i.image) for i in dataset.items.values()}
+        options["ids"] = list(dataset.items)
         table = table or dataset.classes
-    result = map_folders.import_maps(
-        source,
-        output,
-        style=style,
-        classes=table,
-        chosen=chosen,
-        without_file="no class" if no_file_no_class else "skip",
-        normalise=normalise,
-        workers=call.threads,
-        **about,
-    )
+    result = map_folders.import_maps(source, output, classes=table, workers=call.threads, **options)
     print(result.summary())
     return 1 if result.skipped else 0
 
 
 @command(
     "import labels",
-    "exchange",
-    argument("source", type=Path, help="A .npy file."),
-    argument("output", type=Path, help="The csv file to write."),
-    argument(
+    Argument("source", type=Path, help="A .npy file."),
+    Argument("output", type=Path, help="The csv file to write."),
+    Argument(
         "--classes",
         default="voc12",
         help="voc12 (default), coco14, or a file with one class name per line.",
     ),
-    argument(
+    Argument(
         "--coco-split",
         choices=("train2014", "val2014"),
         help="Split of numbered images: 9 is COCO_train2014_000000000009.",
     ),
-    argument("--ids", type=Path, help="File with one id per line, for an array without names."),
+    Argument("--ids", type=Path, help="File with one id per line, for an array without names."),
 )
 def import_labels(
     call: Invocation,
     source: Path,
     output: Path,
     classes: str,
-    coco_split: str | None,
     ids: Path | None,
+    **split: str | None,
 ) -> int:
     """Convert cls_labels.npy and the like to labels.csv."""
-    result = label_files.import_labels(
-        source,
-        output,
-        classes=class_table(classes).names,
-        ids=None if ids is None else [name for _, name in label_tables.read_lines(ids)],
-        coco_split=coco_split,
-    )
-    print(result.summary())
+    names = None if ids is None else [name for _, name in label_tables.read_lines(ids)]
+    table = class_table(classes).names
+    print(label_files.import_labels(source, output, classes=table, ids=names, **split))
     return 0
 
 
 @command(
     "import huggingface",
-    "exchange",
-    argument("source", help="Folder of save_to_disk, or a name on the hub."),
-    argument("output", type=Path, help="Folder to write."),
-    argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
-    argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
-    argument("--split", help="Split to read, if there are several."),
+    Argument("source", help="Folder of save_to_disk, or a name on the hub."),
+    Argument("output", type=Path, help="Folder to write."),
+    Argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
+    Argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
+    Argument("--split", help="Split to read, if there are several."),
 )
 def import_huggingface(call: Invocation, source: str, output: Path, **columns: str | None) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""

@@ -12,9 +12,9 @@ from lpcam.cli.command import (
     RUN,
     THREADS,
     TRAINED_ON,
+    Argument,
     Invocation,
     Lazy,
-    argument,
     command,
     fraction,
     names,
@@ -30,34 +30,34 @@ page = Lazy("lpcam.explain.serve.app")
 segmentation = Lazy("lpcam.segmentation.folders")
 segmenters = Lazy("lpcam.segmentation.segmenter")
 
-IMAGES = argument(
+IMAGES = Argument(
     "images", type=Path, nargs="+", metavar="IMAGE", help="Image files or folders of them."
 )
 
 
 @command(
     "explain",
-    "look",
     IMAGES,
-    argument("--run", type=Path, help="Folder of a run whose classifier is used."),
-    argument("--model", help="A timm model or a classifier's safetensors file, instead of --run."),
-    argument("--prototypes", type=Path, help="Prototypes of --model, as LPCAM.save wrote them."),
-    argument("--weights", help="Safetensors file with the weights of a timm model."),
-    argument("--preset", help="Preset of --model: scales, flip and thresholds."),
-    argument(
+    Argument("--run", type=Path, help="Folder of a run whose classifier is used."),
+    Argument("--model", help="A timm model or a classifier's safetensors file, instead of --run."),
+    Argument("--prototypes", type=Path, help="Prototypes of --model, as LPCAM.save wrote them."),
+    Argument("--weights", help="Safetensors file with the weights of a timm model."),
+    Argument("--preset", help="Preset of --model: scales, flip and thresholds."),
+    Argument(
         "--scoring",
         choices=("sigmoid", "softmax"),
         help="How --model scores classes (default: softmax for a timm model, sigmoid for a file).",
     ),
-    argument("--labels", type=names, help="Classes, e.g. cat,dog (default: the predicted ones)."),
-    argument("--score", type=fraction, help="Lowest score of a predicted class (default: 0.5)."),
-    argument(
+    Argument("--labels", type=names, help="Classes, e.g. cat,dog (default: the predicted ones)."),
+    Argument("--score", type=fraction, help="Lowest score of a predicted class (default: 0.5)."),
+    Argument(
         "--at-least-one", action="store_true", help="Map the top class if no class is predicted."
     ),
-    argument("--threshold", type=fraction, help="Threshold of the masks (default: the recipe's)."),
-    argument("--output", type=Path, default=Path("explained"), help="Folder to write."),
+    Argument("--threshold", type=fraction, help="Threshold of the masks (default: the recipe's)."),
+    Argument("--output", type=Path, default=Path("explained"), help="Folder to write."),
     THREADS,
     DEVICE,
+    group="look",
 )
 def explain(
     call: Invocation,
@@ -105,11 +105,11 @@ def _explainer(
 
 @command(
     "serve",
-    "look",
     RUN,
-    argument("--port", type=int, default=8765, help="Port on 127.0.0.1; 0 takes a free one."),
+    Argument("--port", type=int, default=8765, help="Port on 127.0.0.1; 0 takes a free one."),
     THREADS,
     DEVICE,
+    group="look",
 )
 def serve(call: Invocation, run: Path, port: int, device: str) -> int:
     """Serve a local page that explains uploaded images."""
@@ -121,15 +121,15 @@ def serve(call: Invocation, run: Path, port: int, device: str) -> int:
 
 @command(
     "predict",
-    "use",
     IMAGES,
-    argument("--run", type=Path, required=True, help="Folder of the run."),
-    argument("--output", type=Path, default=Path("predicted"), help="Folder to write."),
-    argument("--probabilities", action="store_true", help="Keep the probabilities, as npz files."),
-    argument("--no-crf", action="store_true", help="Leave out the recipe's dense CRF."),
+    Argument("--run", type=Path, required=True, help="Folder of the run."),
+    Argument("--output", type=Path, default=Path("predicted"), help="Folder to write."),
+    Argument("--probabilities", action="store_true", help="Keep the probabilities, as npz files."),
+    Argument("--no-crf", action="store_true", help="Leave out the recipe's dense CRF."),
     TRAINED_ON,
     THREADS,
     DEVICE,
+    group="use",
 )
 def predict(
     call: Invocation,
@@ -143,9 +143,7 @@ def predict(
 ) -> int:
     """Segment new images with a run's segmenter."""
     found = lpcam.RunFolder(run).segmenters(trained_on)
-    settings = found.section.test
-    if no_crf:
-        settings = settings.model_copy(update={"crf": None})
+    settings = found.section.test.model_copy(update={"crf": None} if no_crf else {})
     chosen = resources.choose_device(device)
     result = segmentation.segment_files(
         segmenters.Segmenter.load(found.path).to(chosen),

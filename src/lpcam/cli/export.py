@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import lpcam
 from lpcam.cli.command import (
     RUN,
-    SIZE,
     THREADS,
     TRAINED_ON,
+    Argument,
     Invocation,
     Lazy,
-    argument,
     command,
     fraction,
-    size_options,
 )
 from lpcam.cli.data import class_table
 from lpcam.formats.registry import FORMATS, MAP_FORMATS
 from lpcam.runtime.errors import LpcamError
 
-if TYPE_CHECKING:
-    from lpcam.formats.models.onnx import ExportParity
-
-progress = Lazy("lpcam.runtime.progress")
 mask_files = Lazy("lpcam.formats.masks.export")
 map_files = Lazy("lpcam.formats.map_folders")
 models = Lazy("lpcam.formats.models.exporters")
@@ -37,9 +30,9 @@ voc_server = Lazy("lpcam.formats.voc_server")
 released = Lazy("lpcam.pipeline.released")
 weights = Lazy("lpcam.formats.weights")
 
-OUTPUT = argument("output", type=Path, help="Folder to write.")
-FILE = argument("output", type=Path, help="File to write.")
-FROM = argument(
+OUTPUT = Argument("output", type=Path, help="Folder to write.")
+FILE = Argument("output", type=Path, help="File to write.")
+FROM = Argument(
     "--from",
     dest="source",
     metavar="RESULT",
@@ -47,90 +40,73 @@ FROM = argument(
 )
 
 
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    with progress.progress(label, total) as advance:
-        yield lambda _done, _total: advance(1, "")
+SIZE = Argument(
+    "--size",
+    type=int,
+    nargs=2,
+    metavar=("HEIGHT", "WIDTH"),
+    help="Size of every image, in pixels (default: any size; UperNet needs one).",
+)
 
 
 @command(
     "export masks",
-    "exchange",
     RUN,
     OUTPUT,
-    argument("--format", required=True, choices=FORMATS, metavar="FORMAT", help="%(choices)s."),
+    Argument("--format", required=True, choices=FORMATS, metavar="FORMAT", help="%(choices)s."),
     FROM,
-    argument("--instances", action="store_true", help="Make each connected component an object."),
-    argument(
+    Argument("--instances", action="store_true", help="Make each connected component an object."),
+    Argument(
         "--image-root",
+        default="",
         metavar="PREFIX",
         help="For label-studio: folder of the images below the folder that it serves.",
     ),
     THREADS,
 )
 def export_masks(
-    call: Invocation,
-    run: Path,
-    output: Path,
-    format: str,
-    source: str | None,
-    instances: bool,
-    image_root: str | None,
+    call: Invocation, run: Path, output: Path, source: str | None, **options: Any
 ) -> int:
     """Write a run's masks in the format of another tool."""
     masks = lpcam.RunFolder(run).masks(source)
-    with _progress(f"masks of {masks.name}", len(masks.entries)) as advance:
-        result = mask_files.export_masks(
-            masks.entries,
-            masks.classes,
-            output,
-            format,
-            instances=instances,
-            image_root=image_root,
-            made_by={**masks.made_by, "command": call.line},
-            workers=call.threads,
-            progress=advance,
-        )
+    result = mask_files.export_masks(
+        masks.entries,
+        masks.classes,
+        output,
+        made_by={**masks.made_by, "command": call.line},
+        workers=call.threads,
+        **options,
+    )
     print(result.summary())
     return 1 if result.left_out else 0
 
 
 @command(
     "export maps",
-    "exchange",
     RUN,
     OUTPUT,
-    argument("--format", required=True, choices=MAP_FORMATS, metavar="FORMAT", help="%(choices)s."),
+    Argument("--format", required=True, choices=MAP_FORMATS, metavar="FORMAT", help="%(choices)s."),
     FROM,
-    argument(
+    Argument(
         "--background", type=fraction, help="For amn and psa-crf: background score of every pixel."
     ),
-    argument("--bare-digits", action="store_true", help="Name COCO's files 000000000009.npy."),
+    Argument("--bare-digits", action="store_true", help="Name COCO's files 000000000009.npy."),
     THREADS,
 )
 def export_maps(
-    call: Invocation,
-    run: Path,
-    output: Path,
-    format: str,
-    source: str | None,
-    background: float | None,
-    bare_digits: bool,
+    call: Invocation, run: Path, output: Path, format: str, source: str | None, **options: Any
 ) -> int:
     """Write a run's maps for IRN, AMN or PSA."""
     maps = lpcam.RunFolder(run).maps(source)
-    with _progress(f"maps of {maps.name}", len(maps.ids)) as advance:
-        files = map_files.export_maps(
-            maps.folder,
-            output,
-            format,
-            maps.ids,
-            classes=maps.classes,
-            background=background,
-            bare_digits=bare_digits,
-            workers=call.threads,
-            progress=advance,
-        )
+    files = map_files.export_maps(
+        maps.folder,
+        output,
+        format,
+        maps.ids,
+        classes=maps.classes,
+        workers=call.threads,
+        **options,
+    )
     print(f"{len(files)} map files of the style {format} in {output}")
     if maps.missing:
         print(
@@ -140,21 +116,19 @@ def export_maps(
     return 1 if maps.missing else 0
 
 
-@command("export onnx", "exchange", RUN, FILE, SIZE)
+@command("export onnx", RUN, FILE, SIZE)
 def export_onnx(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
     """Write classifier and prototypes as one ONNX file."""
-    model = lpcam.RunFolder(run).model()
-    return _print(models.export_onnx(model, output, **size_options(size)))
+    return _write(models.export_onnx, lpcam.RunFolder(run).model(), output, size)
 
 
-@command("export torch-export", "exchange", RUN, FILE, SIZE)
+@command("export torch-export", RUN, FILE, SIZE)
 def export_program(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
     """Write classifier and prototypes as a torch.export program."""
-    model = lpcam.RunFolder(run).model()
-    return _print(models.export_program(model, output, **size_options(size)))
+    return _write(models.export_program, lpcam.RunFolder(run).model(), output, size)
 
 
-@command("export segmenter", "exchange", RUN, FILE, SIZE, TRAINED_ON)
+@command("export segmenter", RUN, FILE, SIZE, TRAINED_ON)
 def export_segmenter(
     call: Invocation, run: Path, output: Path, size: list[int] | None, trained_on: str | None
 ) -> int:
@@ -163,13 +137,16 @@ def export_segmenter(
     network = found.section.network
     if size is None and networks.NETWORKS[network].one_size_export:
         raise LpcamError(f"{network} is exported for images of one size; give it: --size 512 512")
-    return _print(
-        segmenters.export_onnx(found.load(), output, made_by=found.made_by, **size_options(size))
-    )
+    return _write(segmenters.export_onnx, found.load(), output, size, made_by=found.made_by)
 
 
-def _print(parity: ExportParity) -> int:
-    """Print what was written, and how it compares with the model where that was checked."""
+def _write(
+    export: Callable[..., Any], network: Any, path: Path, size: list[int] | None, **options: Any
+) -> int:
+    """Export a network, and print how the file compares with it where that was checked."""
+    if size is not None:
+        options |= {"size": tuple(size), "dynamic": False}
+    parity = export(network, path, **options)
     print(f"wrote {parity.path}, for images of {'any' if parity.dynamic else 'one'} size")
     if parity.checked:
         errors = ", ".join(f"{name} {error:.2g}" for name, error in parity.errors.items())
@@ -181,10 +158,9 @@ def _print(parity: ExportParity) -> int:
 
 @command(
     "export voc-server",
-    "exchange",
     RUN,
     OUTPUT,
-    argument("--no-crf", action="store_true", help="Take the masks before the dense CRF."),
+    Argument("--no-crf", action="store_true", help="Take the masks before the dense CRF."),
     TRAINED_ON,
 )
 def export_voc_server(
@@ -203,37 +179,30 @@ def export_voc_server(
 
 @command(
     "convert",
-    "exchange",
-    argument("source", type=Path, help="A .pth, .pt, .pkl or .safetensors file."),
-    argument("target", type=Path, help="Safetensors file to write."),
-    argument(
+    Argument("source", type=Path, help="A .pth, .pt, .pkl or .safetensors file."),
+    Argument("target", type=Path, help="Safetensors file to write."),
+    Argument(
         "--prefix", default="", help="Take only tensors whose names begin with it; remove it."
     ),
-    argument(
+    Argument(
         "--classes",
         help="Classes of a released network: voc12, coco14, or a file with one name per line "
         "(default: voc12 for 20 classes, coco14 for 80).",
     ),
-    argument(
+    Argument(
         "--onto", type=Path, help="Converted classifier whose head is replaced by that of SOURCE."
     ),
 )
 def convert(
-    call: Invocation,
-    source: Path,
-    target: Path,
-    prefix: str,
-    classes: str | None,
-    onto: Path | None,
+    call: Invocation, source: Path, target: Path, classes: str | None, **options: Any
 ) -> int:
     """Convert weights to safetensors, without executing code, and recognise released networks."""
     done = weights.convert_weights(
         source,
         target,
-        prefix=prefix,
         kinds=released.released_kinds(),
         classes=None if classes is None else class_table(classes).names,
-        onto=onto,
+        **options,
     )
-    print(done.summary())
+    print(done)
     return 0

@@ -11,14 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lpcam.cli import data, explain, export, run  # noqa: F401 - they declare the commands
-from lpcam.cli.command import (
-    COMMANDS,
-    GROUPS,
-    PARENTS,
-    Command,
-    Invocation,
-    parse_changes,
-)
+from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, Command, Invocation, parse_changes
 from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.versions import __version__
 
@@ -87,14 +80,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose help lists the commands in groups."""
 
     def format_help(self) -> str:
-        texts = {name: found.help for name, found in COMMANDS.items() if " " not in name}
+        shown = [(c.group, n, c.help) for n, c in COMMANDS.items() if " " not in n]
+        shown += [("exchange", name, text) for name, text in PARENTS.items()]
         lines = [self.format_usage(), DESCRIPTION, ""]
-        groups = {name: COMMANDS[name].group for name in texts}
-        groups |= dict.fromkeys(PARENTS, "exchange")
-        texts |= PARENTS
         for group in GROUPS:
             lines.append(f"{group}:")
-            lines += [f"  {n:<10}{texts[n]}" for n, own in groups.items() if own == group]
+            lines += [f"  {name:<10}{text}" for own, name, text in shown if own == group]
             lines.append("")
         lines.append("lpcam COMMAND --help shows the arguments of a command.")
         return "\n".join(lines) + "\n"

@@ -15,9 +15,9 @@ import lpcam
 from lpcam.cli.command import (
     RUN,
     THREADS,
+    Argument,
     Invocation,
     Lazy,
-    argument,
     command,
     positive_number,
     recipes,
@@ -36,9 +36,9 @@ files = Lazy("lpcam.runtime.files")
 console = Lazy("rich.console")
 tables = Lazy("rich.table")
 
-RECIPE = argument("recipe", help="A recipe file, or the name of a bundled recipe.")
+RECIPE = Argument("recipe", help="A recipe file, or the name of a bundled recipe.")
 SCORES = ("mIoU", "FP", "FN", "precision", "recall")
-MEMORY = argument(
+MEMORY = Argument(
     "--memory",
     type=positive_number,
     metavar="GIB",
@@ -48,9 +48,9 @@ MEMORY = argument(
 
 @command(
     "demo",
-    "start",
-    argument("--folder", type=Path, default=Path("runs/demo"), help="Folder of the run."),
+    Argument("--folder", type=Path, default=Path("runs/demo"), help="Folder of the run."),
     THREADS,
+    group="start",
 )
 def demo(call: Invocation, folder: Path) -> int:
     """Draw the bundled data set and run LPCAM on it."""
@@ -60,16 +60,16 @@ def demo(call: Invocation, folder: Path) -> int:
 
 @command(
     "init",
-    "start",
-    argument(
+    Argument(
         "folder",
         type=Path,
         help="Images with labels.csv (image,labels), labels.jsonl or a folder for each class; a "
         "VOC2012 folder; COCO annotations, or one JSON file of them.",
     ),
     *READING,
-    argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
-    argument("--weights", default="pretrained", help="'pretrained' or a safetensors file."),
+    Argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
+    Argument("--weights", default="pretrained", help="'pretrained' or a safetensors file."),
+    group="start",
 )
 def init(call: Invocation, folder: Path, backbone: str, weights: str, **reading: Any) -> int:
     """Check a folder of images and write a recipe for it."""
@@ -80,13 +80,13 @@ def init(call: Invocation, folder: Path, backbone: str, weights: str, **reading:
 
 @command(
     "run",
-    "start",
     RECIPE,
-    argument(
+    Argument(
         "--until", metavar="STAGE", default="report", help="Last stage to run (default: report)."
     ),
     THREADS,
     MEMORY,
+    group="start",
     recipe_values=True,
 )
 def run(call: Invocation, recipe: str, until: str, memory: float | None) -> int:
@@ -113,7 +113,12 @@ def _in_processes(work: Callable[[], RunResult]) -> int:
     return 0
 
 
-@command("report", "look", RUN, argument("--device", help="Device used to search for patches."))
+@command(
+    "report",
+    RUN,
+    Argument("--device", help="Device used to search for patches."),
+    group="look",
+)
 def report(call: Invocation, run: Path, device: str | None) -> int:
     """Write the report of a finished run again."""
     print(f"report in {pipeline.report(run, device=device)}")
@@ -122,16 +127,16 @@ def report(call: Invocation, run: Path, device: str | None) -> int:
 
 @command(
     "evaluate",
-    "use",
-    argument("predictions", type=Path, help="Folder of predicted masks, ID.png."),
-    argument("truth", type=Path, help="Folder of true masks, ID.png."),
-    argument(
+    Argument("predictions", type=Path, help="Folder of predicted masks, ID.png."),
+    Argument("truth", type=Path, help="Folder of true masks, ID.png."),
+    Argument(
         "--classes",
         help="voc12, coco14, or a file with one class name per line, background excluded (default: "
         "every value in the true masks is a class).",
     ),
-    argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
+    Argument("--json", type=Path, metavar="FILE", help="Write the scores to this file too."),
     THREADS,
+    group="use",
 )
 def evaluate(
     call: Invocation, predictions: Path, truth: Path, classes: str | None, json: Path | None
@@ -147,11 +152,11 @@ def evaluate(
 
 @command(
     "refine",
-    "use",
     RECIPE,
-    argument("maps", type=Path, help="Folder of npz map files, one for each image."),
+    Argument("maps", type=Path, help="Folder of npz map files, one for each image."),
     THREADS,
     MEMORY,
+    group="use",
     recipe_values=True,
 )
 def refine(call: Invocation, recipe: str, maps: Path, memory: float | None) -> int:
@@ -161,11 +166,11 @@ def refine(call: Invocation, recipe: str, maps: Path, memory: float | None) -> i
 
 @command(
     "segment",
-    "use",
     RECIPE,
-    argument("masks", type=Path, help="Folder of masks, ID.png."),
+    Argument("masks", type=Path, help="Folder of masks, ID.png."),
     THREADS,
     MEMORY,
+    group="use",
     recipe_values=True,
 )
 def segment(call: Invocation, recipe: str, masks: Path, memory: float | None) -> int:
@@ -187,10 +192,10 @@ def _on_files(
 
 @command(
     "recipe",
-    "about",
-    argument("name", nargs="?", help="Name of a bundled recipe; without one, lists them."),
-    argument("--fields", action="store_true", help="List every key and what it means."),
-    argument("--stages", action="store_true", help="List the stages of a run.", dest="list_stages"),
+    Argument("name", nargs="?", help="Name of a bundled recipe; without one, lists them."),
+    Argument("--fields", action="store_true", help="List every key and what it means."),
+    Argument("--stages", action="store_true", help="List the stages of a run.", dest="list_stages"),
+    group="about",
 )
 def recipe(call: Invocation, name: str | None, fields: bool, list_stages: bool) -> int:
     """Print a bundled recipe, or list recipes, keys or stages."""
@@ -224,9 +229,8 @@ def _print_result(result: RunResult) -> None:
 def _print_rows(rows: list[dict[str, Any]], *, has_threshold: bool) -> None:
     first = rows[0]
     parts = sorted(first.get("part_coverage", {}))
-    table = tables.Table(
-        title=f"{first['dataset']} {first['split']}, {first['images']} images, percent"
-    )
+    title = f"{first['dataset']} {first['split']}, {first['images']} images, percent"
+    table = tables.Table(title=title)
     for name in ("method", *(("threshold", "chosen by") if has_threshold else ()), *SCORES, *parts):
         table.add_column(name, justify="left" if name in ("method", "chosen by") else "right")
     for row in rows:

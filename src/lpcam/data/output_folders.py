@@ -109,6 +109,18 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     return names
 
 
+def read_index(path: Path, command: str) -> dict[str, Any] | None:
+    """What an earlier call of a command recorded; ArtefactError if the file is of another kind."""
+    if not path.exists():
+        return None
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("kind") != command:
+        raise ArtefactError(
+            f"{path} was not written by '{command}', so it may be yours; choose another --output"
+        )
+    return index
+
+
 def process_images(
     images: Mapping[str, Path],
     output: Path,
@@ -126,12 +138,7 @@ def process_images(
     outputs of earlier calls for the same images are replaced; ArtefactError if others would be.
     """
     path = output / kind.index
-    earlier = read_json(path) if path.exists() else {"kind": kind.command, "images": {}}
-    if not isinstance(earlier, dict) or earlier.get("kind") != kind.command:
-        raise ArtefactError(
-            f"{path} was not written by '{kind.command}', so it may be yours; choose another "
-            "--output"
-        )
+    earlier = read_index(path, kind.command) or {"images": {}}
     outputs = _outputs_by_image(output, kind.forms)
     foreign = [file for name in images if name not in earlier["images"] for file in outputs[name]]
     if not path.exists():

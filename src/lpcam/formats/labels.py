@@ -10,7 +10,6 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,6 @@ _VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class ImportedLabels:
-    """Result of `import_labels`: numbers of images in total, without a label, and by class."""
-
-    path: Path
-    images: int
-    without_label: int
-    counts: tuple[int, ...]
-
-    def summary(self) -> str:
-        """A text of one line per fact."""
-        lines = [f"labels of {self.images:,} images in {self.path}"]
-        if self.without_label:
-            lines.append(f"{self.without_label:,} of them have none")
-        if unseen := self.counts.count(0):
-            lines.append(f"{unseen} of {len(self.counts)} classes are in none of them")
-        return "\n".join(lines)
-
-
 def import_labels(
     source: Path,
     output: Path,
@@ -54,11 +34,11 @@ def import_labels(
     classes: Sequence[str],
     ids: Sequence[str] | None = None,
     coco_split: str | None = None,
-) -> ImportedLabels:
+) -> str:
     """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
 
     A value above 0 is a label. Images keep the file's order. 10 digits become a VOC id
-    (2007000032: ``2007_000032``); the suffix of an image file is dropped.
+    (2007000032: ``2007_000032``); the suffix of an image file is dropped. Returns what was done.
 
     Args:
         source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
@@ -72,15 +52,6 @@ def import_labels(
     Raises:
         DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
             not fit the classes or ids, or ``output`` or ``classes.txt`` has other contents.
-        ArtefactError: if the file is missing, damaged or tries to run code.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> folder = Path(mkdtemp())
-        >>> np.save(folder / "labels.npy", np.array([[1, 0], [1, 1]]), allow_pickle=False)
-        >>> names = {"classes": ["cow", "dog"], "ids": ["a", "b"]}
-        >>> import_labels(folder / "labels.npy", folder / "labels.csv", **names).counts
-        (2, 1)
     """
     _check_names(classes)
     if output.suffix.lower() != ".csv":
@@ -113,17 +84,16 @@ def import_labels(
         if not np.isfinite(row).all():
             raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
     present = np.stack(rows) > 0
+    labels = (";".join(classes[n] for n in np.flatnonzero(row).tolist()) for row in present)
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "labels"])
-    for name, row in zip(names, present, strict=True):
-        table.writerow([name, ";".join(classes[n] for n in np.flatnonzero(row).tolist())])
+    table.writerows([("image", "labels"), *zip(names, labels, strict=True)])
     lines = "".join(f"{name}\n" for name in classes)
     write_unchanged(
         {output: text.getvalue().encode(), output.with_name(CLASSES_FILE): lines.encode()}
     )
     without = int((~present.any(axis=1)).sum())
-    return ImportedLabels(output, len(names), without, tuple(present.sum(axis=0).tolist()))
+    return f"labels of {len(names):,} images in {output}, {without:,} of them without a label"
 
 
 def write_unchanged(contents: Mapping[Path, bytes]) -> None:
@@ -140,7 +110,7 @@ def _check_names(classes: Sequence[str]) -> None:
         raise DataError("no classes were given; name them in the order of the vectors")
     check_unique(classes, "the list of classes")
     for name in classes:
-        if not name.strip() or name != name.strip() or ";" in name or not name.isprintable():
+        if not name or name != name.strip() or ";" in name or not name.isprintable():
             raise DataError(
                 f"class name {name!r} is refused: it is empty, has blanks at its ends, a ';' or a "
                 "control character, which a table of labels cannot hold"
@@ -170,20 +140,12 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
 def read_classes(path: Path) -> ClassTable:
     """Read class names, one a line, with mask values from 1 on or given after a tab.
 
-    Raises:
-        DataError: if the file is missing or damaged, or a value is not one of a mask.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> path = Path(mkdtemp()) / "classes.txt"
-        >>> _ = path.write_text("cow\\ndog\\t12\\n")
-        >>> read_classes(path).mask_ids
-        (1, 12)
+    DataError if the file is missing or damaged, or a value is not one of a mask.
     """
     names: list[str] = []
     values: list[int] = []
-    lines = map(str.strip, read_text(path, "Write one name per line.").splitlines())
-    for number, line in enumerate(lines, start=1):
+    lines = read_text(path, "Write one name per line.").splitlines()
+    for number, line in enumerate(map(str.strip, lines), start=1):
         name, tab, value = line.partition("\t")
         if tab and not value.isdecimal():
             raise DataError(

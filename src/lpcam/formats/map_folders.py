@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_bytes, read_bytes, write_bytes
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import __version__
 
 AUTO = "auto"
@@ -45,28 +46,15 @@ def read_foreign_maps(
 ) -> MapFile:
     """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
 
-    Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. The style is
-    recorded in ``made_by``.
+    Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. ArtefactError if
+    the file is damaged, tries to run code, does not fit the arguments, or could be of several
+    styles.
 
     Args:
-        path: the ``.npy`` file.
-        size: (H, W) of the image; a file of another size is refused. Required where the file of an
-            image without a class has no size.
+        size: (H, W) of the image; required where a file without a class has no size.
         style: a name of `MAP_FORMATS`; "auto" finds it from the contents.
-        classes: a key k becomes the label index of the class with mask value k + 1; any other key
-            is refused. None: keys are not changed.
-
-    Raises:
-        ArtefactError: if the file is missing, damaged, tries to run code, does not fit the style,
-            classes or size, has negative or infinite values, or could be of several styles.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> path = Path(mkdtemp()) / "a.npy"
-        >>> one = np.ones((1, 8, 12), np.float32)
-        >>> write_foreign_maps(path, MapFile(np.array([3]), one[:, ::4, ::4], one), "irn")
-        >>> read_foreign_maps(path).keys
-        array([3])
+        classes: a key k becomes the label index of the class with mask value k + 1, any other is
+            refused. None: keys are not changed.
     """
     named = None if style == AUTO else MAP_FORMATS[style]
     data = read_bytes(path)
@@ -125,22 +113,13 @@ def write_foreign_maps(
     background: float | None = None,
     classes: ClassTable | None = None,
 ) -> None:
-    """Write the maps of one image for other programs, atomically.
-
-    They read it with ``np.load(path, allow_pickle=True).item()``, without torch. Values are float32
-    and not changed.
+    """Write the maps of one image, in float32 and with their values unchanged.
 
     Args:
-        path: the ``.npy`` file.
-        maps: foreground planes.
-        style: a name of `MAP_FORMATS`.
-        background: background score of the whole image for the styles that have one (amn,
-            psa-crf), such as the threshold of the seeds.
+        background: score of the background in every pixel, for the styles that have one (amn,
+            psa-crf), such as the threshold of the seeds; DataError if missing or superfluous.
         classes: classes whose label indices are the keys of the maps; each becomes its mask value
             minus 1. None: keys are not changed.
-
-    Raises:
-        DataError: if a background is missing or superfluous.
     """
     _check_background(style, background)
     plane = None
@@ -154,8 +133,7 @@ def write_foreign_maps(
 
 @dataclass(frozen=True)
 class ImportedMaps:
-    """Result of `import_maps`: the images that were written, those of them without a class, numbers
-    of files by style, images that were left out, and numbers of dropped maps by class."""
+    """Result of `import_maps`; ``not_chosen`` counts the maps that were dropped of each class."""
 
     folder: Path
     ids: tuple[str, ...]
@@ -190,7 +168,7 @@ def import_maps(
     style: str = AUTO,
     classes: ClassTable | None = None,
     chosen: Sequence[str] | None = None,
-    without_file: Literal["skip", "no class"] = "skip",
+    no_file_no_class: bool = False,
     normalise: bool = False,
     workers: int = 1,
 ) -> ImportedMaps:
@@ -202,15 +180,13 @@ def import_maps(
 
     Args:
         source: the folder, searched recursively.
-        output: the folder for map files of this package.
         ids: ids of the images. None: the names of the files.
         sizes: (H, W) by id, checked against the files.
         style, classes: as in `read_foreign_maps`, for all files.
         chosen: names of some of ``classes``, in label order; maps of others are dropped.
-        without_file: how an image of ``ids`` without a file is treated: left out, or as having no
-            class (MCTformer's convention; ``sizes`` must have its size).
+        no_file_no_class: an image of ``ids`` without a file has no class (MCTformer's convention;
+            ``sizes`` must have its size), instead of being left out.
         normalise: divide each map by its maximum, as IRN does.
-        workers: number of files read at a time.
 
     Raises:
         DataError: if there is no file, an id is unsafe, two files are of one image, or a chosen
@@ -234,18 +210,23 @@ def import_maps(
         try:
             if path is not None:
                 maps = read_foreign_maps(path, size=size, style=style, classes=classes)
-            elif without_file == "skip":
-                raise DataError(f"{source} has no file of it")
-            else:
+            elif no_file_no_class:
                 made_by: dict[str, Any] = {"imported": {"file": None}, "lpcam": __version__}
                 if table is not None:
                     made_by["classes"] = list(table.names)
                 maps = replace(maps_without_class(size), made_by=made_by)
+            else:
+                raise DataError(f"{source} has no file of it")
         except (ArtefactError, DataError) as error:
             return Skip(item_id, str(error))
         others: list[str] = []
         if classes is not None and table is not None:
-            maps, others = _chosen(maps, classes, table)
+            names = [classes.names[key] for key in maps.keys.tolist()]
+            others = [name for name in names if name not in table.names]
+            rows = [row for row, name in enumerate(names) if name in table.names]
+            keys = np.array([table.names.index(names[row]) for row in rows], dtype=np.int64)
+            made_by = {**maps.made_by, "classes": list(table.names)}
+            maps = MapFile(keys, maps.cam[rows], maps.high_res[rows], made_by)
         if normalise:
             made_by = {**maps.made_by, "normalised": "max"}
             maps = MapFile(maps.keys, _normalised(maps.cam), _normalised(maps.high_res), made_by)
@@ -265,16 +246,6 @@ def import_maps(
         skipped=skipped,
         not_chosen=Counter(name for *_, others in done.values() for name in others),
     )
-
-
-def _chosen(maps: MapFile, classes: ClassTable, table: ClassTable) -> tuple[MapFile, list[str]]:
-    """The maps of the classes of ``table`` with its label indices, and the dropped names."""
-    names = [classes.names[key] for key in maps.keys.tolist()]
-    kept = [row for row, name in enumerate(names) if name in table.names]
-    keys = np.array([table.names.index(names[row]) for row in kept], dtype=np.int64)
-    made_by = {**maps.made_by, "classes": list(table.names)}
-    others = [name for name in names if name not in table.names]
-    return MapFile(keys, maps.cam[kept], maps.high_res[kept], made_by), others
 
 
 def _normalised(planes: Planes) -> Planes:
@@ -318,27 +289,19 @@ def export_maps(
     background: float | None = None,
     bare_digits: bool = False,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
+    Files of the same names are replaced. The files are returned in the order of the ids.
+
     Args:
-        source: a folder of map files of this package.
-        output: the folder to write to; files of the same names are replaced.
         style, classes, background: as in `write_foreign_maps`. Classes are also written to
             `CLASSES_FILE` beside the maps.
-        ids: ids of the images.
         bare_digits: name files of COCO by their 12 digits alone, as AMN does.
-        workers: number of files written at a time.
-        progress: called with the number of images done and their total.
-
-    Returns:
-        The files, in the order of the ids.
 
     Raises:
         DataError: as `write_foreign_maps`, or if an id is unsafe, two ids give one file, or the
             folder has a different `CLASSES_FILE`.
-        ArtefactError: if a map file is missing or damaged.
     """
     _check_background(style, background)
     names = {}
@@ -359,8 +322,8 @@ def export_maps(
         return path
 
     files = []
-    for path in ordered_map(convert, ids, workers):
-        files.append(path)
-        if progress is not None:
-            progress(len(files), len(ids))
+    with progress(f"maps as {style}", len(ids)) as advance:
+        for path in ordered_map(convert, ids, workers):
+            files.append(path)
+            advance(1, "")
     return files

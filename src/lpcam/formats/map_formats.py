@@ -51,14 +51,9 @@ class MapFormat(Protocol):
         ...
 
     def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
-        """The K maps of the classes, without the background.
+        """The K maps of the classes, without the background; DataError if it is not of this format.
 
-        Args:
-            content: the dictionary, checked for nothing.
-            size: (H, W) of the image, if it is known.
-
-        Raises:
-            DataError: if the dictionary is not of this format.
+        The dictionary is checked for nothing. ``size`` is (H, W) of the image, if it is known.
         """
         ...
 
@@ -71,11 +66,8 @@ class MapFormat(Protocol):
 class _KeyedMaps:
     """A dictionary of ``keys``, ``cam`` and ``high_res``."""
 
-    has_background: bool
-
-    @property
-    def layout(self) -> str:
-        return f"'keys' (K,) and 'high_res' ({'K + 1' if self.has_background else 'K'}, H, W)"
+    layout: str
+    has_background: bool = False
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
         try:
@@ -88,11 +80,8 @@ class _KeyedMaps:
         if "keys" not in content:
             raise DataError(f"it holds {names_in(content)}; expected {self.layout}")
         keys = content["keys"]
-        if (
-            not isinstance(keys, np.ndarray)
-            or keys.ndim != 1
-            or (keys.size and keys.dtype.kind not in "iu")
-        ):
+        integers = isinstance(keys, np.ndarray) and (not keys.size or keys.dtype.kind in "iu")
+        if not integers or keys.ndim != 1:
             raise DataError(f"'keys' are {kind_of(keys)}; expected integers (K,)")
         cam, full = (
             None if content.get(name) is None else _planes(content[name], f"{name!r}", 3)
@@ -107,12 +96,12 @@ class _KeyedMaps:
                 f"'high_res' has {len(full)} planes and 'keys' {len(keys)} classes; expected "
                 f"{self.layout}"
             )
-        small = (len(full), *quarter_size(full.shape[1:]))
-        if cam is None:
-            cam = _resized(full, small[1:])
-        if cam.shape != small:
+        size = quarter_size(full.shape[1:])
+        cam = _resized(full, size) if cam is None else cam
+        if cam.shape != (len(full), *size):
             raise DataError(
-                f"'cam' is {cam.shape} and 'high_res' {full.shape}; expected 'cam' of {small}"
+                f"'cam' is {cam.shape} and 'high_res' {full.shape}; expected 'cam' of "
+                f"{(len(full), *size)}"
             )
         first = int(self.has_background)
         return MapFile(keys.astype(np.int64), cam[first:], full[first:])
@@ -131,13 +120,8 @@ class _KeyedMaps:
 class _MapsByClass:
     """A dictionary of one plane (H, W) for each class."""
 
-    has_background: bool
-
-    @property
-    def layout(self) -> str:
-        if self.has_background:
-            return "planes (H, W) by class, counted from 1, with 0 for the background"
-        return "planes (H, W) by class, counted from 0"
+    layout: str
+    has_background: bool = False
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
         if not all(type(key) is int for key in content):
@@ -167,14 +151,17 @@ class _MapsByClass:
         return MapFile(keys, _resized(full, quarter_size(full.shape[1:])), full)
 
     def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
-        first = 0 if background is None else 1
-        found = {} if background is None else {0: background}
+        first = int(background is not None)
         planes = zip((maps.keys + first).tolist(), maps.high_res, strict=True)
-        return {**found, **dict(planes)}
+        return dict(planes if background is None else [(0, background), *planes])
 
 
-IRN, AMN = _KeyedMaps(has_background=False), _KeyedMaps(has_background=True)
-PSA, PSA_CRF = _MapsByClass(has_background=False), _MapsByClass(has_background=True)
+IRN = _KeyedMaps("'keys' (K,) and 'high_res' (K, H, W)")
+AMN = _KeyedMaps("'keys' (K,) and 'high_res' (K + 1, H, W)", has_background=True)
+PSA = _MapsByClass("planes (H, W) by class, counted from 0")
+PSA_CRF = _MapsByClass(
+    "planes (H, W) by class, counted from 1, with 0 for the background", has_background=True
+)
 
 
 def maps_without_class(size: Any) -> MapFile:

@@ -48,18 +48,9 @@ def read_pickled_arrays(data: bytes, *, what: str) -> Any:
 
     Reads protocols 0 to 5, of Python 2 and 3, NumPy 1 and 2, with arrays of booleans, integers and
     floats. A torch tensor becomes an array (bfloat16 becomes float32), a NumPy scalar a number, an
-    object array of shape () its element, an OrderedDict a dict.
-
-    Args:
-        data: contents of the file.
-        what: its name for error messages, such as ``"map file a.npy"``.
-
-    Returns:
-        None, a bool, int, float, str, an array in native byte order, or a list, tuple or dict of
-        these. Arrays may be read-only and share memory.
-
-    Raises:
-        ArtefactError: if the file is damaged, holds anything else, or claims too much memory.
+    object array of shape () its element, an OrderedDict a dict. Arrays are in native byte order;
+    they may be read-only and share memory. ArtefactError, which names the file as ``what``, if it
+    is damaged, holds anything else, or claims too much memory.
 
     Example:
         >>> read_pickled_arrays(dictionary_file({"keys": np.array([3, 14])}), what="map file")
@@ -141,16 +132,17 @@ def _array(content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -
     return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 
 
-def _scalar(dtype: Any, content: Any) -> Any:
-    return _array(content, dtype, (), "C").item()
-
-
 NUMPY_STAND_INS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _Dtype,
     "numpy.ndarray": ArrayStandIn,
     # NumPy 1 and 2 write different modules
     **{f"numpy.{core}.multiarray._reconstruct": ArrayStandIn for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{
+        f"numpy.{core}.multiarray.scalar": lambda dtype, content: _array(
+            content, dtype, (), "C"
+        ).item()
+        for core in ("core", "_core")
+    },
 }
 """Stand-ins for NumPy's functions, by the names that pickles give them."""
 
@@ -226,14 +218,10 @@ class _Reader(pickle._Unpickler):
         self.claim(len(content))
         stream = io.BytesIO(content)
         *_, (dtype, count), _ = [_Reader(stream, len(content)).load() for _ in range(5)]
-        values = content[stream.tell() + 8 :]
+        values = bytearray(content[stream.tell() + 8 :])
         if len(values) != count * dtype.itemsize:
             raise ValueError("a storage has another number of values than it claims")
-        return (
-            torch.frombuffer(bytearray(values), dtype=dtype)
-            if values
-            else torch.empty(0, dtype=dtype)
-        )
+        return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
     def load_build(self) -> None:
         """Set the state of an array or dtype."""
@@ -309,11 +297,6 @@ def dictionary_file(values: Mapping[str, NDArray[Any]] | Mapping[int, NDArray[An
 
     They read it with ``np.load(path, allow_pickle=True).item()``, with NumPy 1 or 2 and without
     torch, as writable arrays. Equal values give equal bytes.
-
-    Example:
-        >>> data = dictionary_file({3: np.zeros((4, 6), np.float32)})
-        >>> np.load(io.BytesIO(data), allow_pickle=True).item()[3].shape
-        (4, 6)
     """
     whole = np.empty((), dtype=object)
     whole[()] = {key: np.asarray(array, order="C") for key, array in values.items()}

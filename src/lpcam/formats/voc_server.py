@@ -12,43 +12,30 @@ from pathlib import Path
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.data.voc import CLASSES as VOC_CLASSES
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.errors import ArtefactError, DataError, shortened
 from lpcam.runtime.files import read_bytes, write_bytes
 
 _NAME = "comp6_test_cls"
 
 
 def write_voc_server(masks: Path, ids: Sequence[str], classes: ClassTable, output: Path) -> Path:
-    """Pack masks as the PASCAL VOC test server takes them.
+    """Pack masks as the PASCAL VOC test server takes them, in bytes that depend on them alone.
 
     Writes ``results/VOC2012/Segmentation/comp6_test_cls/ID.png``, palette PNGs of the values 0..20,
-    and an archive of them, whose bytes depend on the masks alone. Everything is checked before
-    anything is written.
-
-    Args:
-        masks: a folder of ``ID.png``.
-        ids: ids of the list ``test``, as YYYY_NNNNNN, each once.
-        classes: classes of the masks: names of VOC with VOC's mask ids.
-        output: a folder.
-
-    Returns:
-        the archive, ``comp6_test_cls.tar.gz``.
-
-    Raises:
-        DataError: if an id is not VOC's, a mask is missing, damaged or has a value outside 0..20,
-            or the classes are not VOC's.
-        ArtefactError: if there are other masks in the folder already, or a file cannot be written.
+    and the archive ``comp6_test_cls.tar.gz``, which is returned. Everything is checked before
+    anything is written: ids must be VOC's (YYYY_NNNNNN), and the classes names of VOC with VOC's
+    mask ids (else DataError), and the folder may have no other masks (ArtefactError).
     """
     known = dict(enumerate(VOC_CLASSES, start=1)).items()
     if not dict(zip(classes.mask_ids, classes.names, strict=True)).items() <= known:
         raise DataError(
-            f"the classes {', '.join(classes.names)} are not VOC's with VOC's mask ids; the server "
+            f"the classes {shortened(classes.names)} are not VOC's with VOC's mask ids; the server "
             "takes no others"
         )
-    wrong = [name for name in ids if re.fullmatch(r"\d{4}_\d{6}", name) is None]
-    if wrong:
-        raise DataError(f"{wrong[0]!r} is not an id of VOC, as 2008_000006 is; give VOC's own list")
-    paths = {name: masks / f"{name}.png" for name in sorted(ids)}
+    for name in ids:
+        if re.fullmatch(r"\d{4}_\d{6}", name) is None:
+            raise DataError(f"{name!r} is not an id of VOC, as 2008_000006 is; give VOC's own list")
+    paths = {f"{name}.png": masks / f"{name}.png" for name in sorted(ids)}
     for path in paths.values():
         if (largest := read_index_mask(path).max()) > len(VOC_CLASSES):
             raise DataError(
@@ -56,7 +43,7 @@ def write_voc_server(masks: Path, ids: Sequence[str], classes: ClassTable, outpu
                 "and not 255 (ignored)"
             )
     inner = Path("results", "VOC2012", "Segmentation", _NAME)
-    written = {name: output / inner / f"{name}.png" for name in paths}
+    written = {name: output / inner / name for name in paths}
     others = sorted({*(output / inner).glob("*")} - {*written.values()})
     if others:
         raise ArtefactError(

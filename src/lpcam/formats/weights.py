@@ -19,9 +19,8 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.data.coco.dataset import COCO_CATEGORIES
 from lpcam.data.voc import CLASSES
 from lpcam.formats.pickled_arrays import NUMPY_STAND_INS, ArrayStandIn
-from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.errors import ArtefactError, shortened
 from lpcam.runtime.files import digest_bytes, read_bytes, write_tensors
 from lpcam.runtime.versions import __version__
 from lpcam.training.released import Released, recognised, without_prefixes
@@ -51,38 +50,6 @@ _DTYPES = (
 )
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """Result of `convert_weights`.
-
-    ``tensors`` and ``values`` count what was taken; the weights were found under the keys
-    ``taken_from``; the prefix ``stripped`` was removed from every name. ``found`` tells what
-    network it is and where a recipe takes it, if it was recognised.
-    """
-
-    target: Path
-    tensors: int
-    values: int
-    taken_from: tuple[str, ...]
-    stripped: str
-    left_out: tuple[str, ...]
-    found: str | None = None
-
-    def summary(self) -> str:
-        """A text of one line per fact."""
-        lines = [] if self.found is None else [self.found]
-        lines += [f"{self.tensors} tensors with {self.values:,} values written to {self.target}"]
-        if self.taken_from:
-            lines.append(f"taken from {' / '.join(map(repr, self.taken_from))} of the file")
-        if self.stripped:
-            lines.append(f"prefix {self.stripped!r} removed from the names")
-        if self.left_out:
-            lines.append(
-                f"{len(self.left_out)} entries left out (not weights): {_some(self.left_out)}"
-            )
-        return "\n".join(lines)
-
-
 def convert_weights(
     source: Path,
     target: Path,
@@ -91,35 +58,28 @@ def convert_weights(
     kinds: Sequence[Released] = (),
     classes: Sequence[str] | None = None,
     onto: Path | None = None,
-) -> Conversion:
+) -> str:
     """Convert a pickled state dict to a safetensors file, without running code of the file.
 
+    Returns what was done, one line a fact.
+
     Args:
-        source: written by torch.save, as an archive or in the older layout of torch 0.4 to 1.5. It
-            holds names and tensors, or a dictionary with those under one of `WRAPPERS`. A
-            safetensors file is taken too.
-        target: the ``.safetensors`` file; an existing one is replaced after everything succeeded.
+        source: written by torch.save, as an archive or in the older layout of torch 0.4 to 1.5:
+            names and tensors, or a dictionary with those under one of `WRAPPERS`; or safetensors.
+        target: the ``.safetensors`` file, written after everything succeeded.
         prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``,
             as the file spells it or without the ``"module."`` and ``"_orig_mod."`` of parallel
             training and compilation, which are removed from all names.
         kinds: released files to recognise; their network is written, for a recipe's ``trained``.
-        classes: names of the classes of a recognised network; by default those of PASCAL VOC for
-            20 classes and of MS COCO for 80.
+        classes: names of the classes of a recognised network (default: by `KNOWN_CLASSES`).
         onto: converted classifier whose head a file with nothing but ``classifier.weight``, as
             ReCAM's second classifier, replaces.
 
     Raises:
-        ArtefactError: if the source is missing, damaged, asks for anything but tensors and plain
-            containers, claims more than four times its size, or holds no state dict or a tensor
-            with NaN or infinity; if the target is not another ``.safetensors`` file; if it is
-            recognised and a tensor is missing, unknown, or of another shape or precision.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> folder = Path(mkdtemp())
-        >>> torch.save({"state_dict": {"module.fc.bias": torch.zeros(3)}}, folder / "w.pth")
-        >>> convert_weights(folder / "w.pth", folder / "w.safetensors").taken_from
-        ('state_dict',)
+        ArtefactError: if the source is damaged, asks for anything but tensors and plain containers,
+            claims more than four times its size, or holds no state dict or a tensor with NaN or
+            infinity; if the target is not another ``.safetensors`` file; if it is recognised and a
+            tensor is missing, unknown, or of another shape or precision.
     """
     if not source.is_file():
         raise ArtefactError(f"{source} is not a file; expected a file written by torch.save")
@@ -132,9 +92,9 @@ def convert_weights(
         taken, stripped = _below(tensors, prefix)
         for name, tensor in taken.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise _RefusedError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
-        found = _network(taken, kinds, classes, onto)
-    except _RefusedError as error:
+                raise ArtefactError(f"the tensor {name!r} holds NaN or infinity; fetch it again")
+        network, told = _network(taken, kinds, classes, onto)
+    except ArtefactError as error:
         raise ArtefactError(f"{source} is refused: {error}") from error
     left_out += [name for name in tensors if not name.startswith(stripped)]
     record = {
@@ -146,15 +106,21 @@ def convert_weights(
         "left_out": left_out,
         "made_by": {"lpcam": __version__},
     }
-    told = None
-    if found is None:
+    if network is None:
         write_tensors(target, taken, record)
     else:
-        network, told = found
         network.save(target, {**record, "released": told})
         taken = network.state_dict()
     values = sum(tensor.numel() for tensor in taken.values())
-    return Conversion(target, len(taken), values, taken_from, stripped, tuple(left_out), told)
+    lines = [] if told is None else [told]
+    lines.append(f"{len(taken)} tensors with {values:,} values written to {target}")
+    if taken_from:
+        lines.append(f"taken from {' / '.join(map(repr, taken_from))} of the file")
+    if stripped:
+        lines.append(f"prefix {stripped!r} removed from the names")
+    if left_out:
+        lines.append(f"{len(left_out)} entries left out (not weights): {_some(left_out)}")
+    return "\n".join(lines)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], str]:
@@ -165,7 +131,7 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor
         if below and "" not in below:
             taken, more = without_prefixes(below)
             return taken, before + prefix + more
-    raise _RefusedError(
+    raise ArtefactError(
         f"the prefix {prefix!r} begins no name or is one; they are {_some(tensors)}"
     )
 
@@ -175,25 +141,22 @@ def _network(
     kinds: Sequence[Released],
     classes: Sequence[str] | None,
     onto: Path | None,
-) -> tuple[Any, str] | None:
+) -> tuple[Any, str | None]:
     """The network of a released file, and what it is; None for other weights."""
-    try:
-        if kinds and list(state) == ["classifier.weight"]:
-            return _second_classifier(state["classifier.weight"], onto)
-        kind = recognised(state, kinds)
-        if kind is None:
-            return None
-        count = 0 if kind.classes is None else kind.classes(state)
-        names = tuple(classes or KNOWN_CLASSES.get(count, ()))
-        if kind.classes is not None and len(names) != count:
-            raise ArtefactError(
-                f"it is {kind.title} of {count} classes, and {len(names) if classes else 'no'} "
-                "names are given; give as many: --classes FILE"
-            )
-        network = kind.build(names)
-        kind.load(network, state)
-    except ArtefactError as error:
-        raise _RefusedError(str(error)) from None
+    if kinds and list(state) == ["classifier.weight"]:
+        return _second_classifier(state["classifier.weight"], onto)
+    kind = recognised(state, kinds)
+    if kind is None:
+        return None, None
+    count = 0 if kind.classes is None else kind.classes(state)
+    names = tuple(classes or KNOWN_CLASSES.get(count, ()))
+    if kind.classes is not None and len(names) != count:
+        raise ArtefactError(
+            f"it is {kind.title} of {count} classes, and {len(names) if classes else 'no'} "
+            "names are given; give as many: --classes FILE"
+        )
+    network = kind.build(names)
+    kind.load(network, state)
     of_classes = f" of {count} classes, from {names[0]} to {names[-1]}" if count else ""
     return network, f"{kind.title}{of_classes}; a recipe takes it as {kind.section}.trained"
 
@@ -206,17 +169,14 @@ def _second_classifier(weight: Tensor, onto: Path | None) -> tuple[Any, str]:
             "res50_cam.pth, and give that file: --onto FILE"
         )
     network = Classifier.load(onto)
-    if tuple(weight.flatten(1).shape) != tuple(network.weight.shape):
+    rows = weight.flatten(1)
+    if rows.shape != network.weight.shape:
         raise ArtefactError(
             f"its head is {tuple(weight.shape)}, that of {onto.name} {tuple(network.weight.shape)}"
         )
-    network.head.weight.data = weight.flatten(1)
+    network.head.weight.data = rows
     told = f"ReCAM's second classifier, on the backbone of {onto.name}"
     return network, f"{told}; a recipe takes it as classifier.trained"
-
-
-class _RefusedError(Exception):
-    """The reason why a file is not converted, without its name."""
 
 
 def _load(data: bytes) -> Any:
@@ -228,10 +188,10 @@ def _load(data: bytes) -> Any:
                 _check_claim(len(data), sum(member.file_size for member in archive.infolist()))
         with _only_our_globals(), warnings.catch_warnings(action="ignore"):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True, mmap=False)
-    except _RefusedError:
+    except ArtefactError:
         raise
     except Exception as error:  # a crafted or damaged file makes torch raise anything
-        raise _RefusedError(_reason(error)) from error
+        raise ArtefactError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -263,7 +223,7 @@ def _unwrap(loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
         path.append(found[0])
         loaded = loaded[found[0]]
     holds = f"the keys {_some(loaded)}" if isinstance(loaded, dict) else type(loaded).__name__
-    raise _RefusedError(
+    raise ArtefactError(
         "it holds no state dict: expected names with tensors, at the top or under "
         f"{', '.join(map(repr, WRAPPERS))}; found {holds}"
     )
@@ -279,23 +239,21 @@ def _tensors(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], 
     _check_claim(size, sum(math.prod(array.shape) * array.itemsize for array in arrays))
     for name, value in found.items():
         if not isinstance(name, str):
-            raise _RefusedError(f"it has the key {name!r:.80}; expected names of weights")
+            raise ArtefactError(f"it has the key {name!r:.80}; expected names of weights")
         if isinstance(value, np.ndarray):
             native = np.array(value, value.dtype.newbyteorder("="), order="C")
             value = torch.from_numpy(native)  # noqa: PLW2901
         if type(value) in (type(None), bool, int, float, str, bytes):
             left_out.append(name)
         elif type(value) not in (Tensor, nn.Parameter):
-            raise _RefusedError(
+            raise ArtefactError(
                 f"it has a {type(value).__name__} under {name!r}; expected tensors (numbers and "
                 "text are left out). Save it without this entry"
             )
-        elif (value.layout, value.device.type, value.is_nested) != (
-            torch.strided,
-            "cpu",
-            False,
-        ) or (value.dtype not in _DTYPES):
-            raise _RefusedError(
+        elif value.dtype not in _DTYPES or (value.layout, value.device.type, value.is_nested) != (
+            *(torch.strided, "cpu", False),
+        ):
+            raise ArtefactError(
                 f"the tensor {name!r} is of {value.dtype} and {value.layout} on {value.device}; "
                 "save dense real numbers"
             )
@@ -306,14 +264,13 @@ def _tensors(size: int, entries: Mapping[Any, Any]) -> tuple[dict[str, Tensor], 
 
 def _check_claim(size: int, claimed: int) -> None:
     if claimed > _GROWTH * size:
-        raise _RefusedError(
+        raise ArtefactError(
             f"its {size:,} bytes claim {claimed:,} bytes of tensors, more than {_GROWTH} for each"
         )
 
 
-def _some(names: Collection[Any]) -> str:
-    shown = ", ".join(f"{name!r:.80}" for name in list(names)[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
+def _some(names: Iterable[Any]) -> str:
+    return shortened([f"{name!r:.80}" for name in names]) or "none"
 
 
 @contextmanager

@@ -6,18 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+#: For each method ``thresholds`` and the values there by name, fractions.
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
-"""For each method, ``thresholds`` and the scores at them by name, as fractions."""
+#: What was recorded of trainings by name: ``step``, ``loss`` and other values.
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
-"""What was recorded of trainings by name: ``step``, ``loss`` and other values."""
 _WIDTH, _HEIGHT = 340.0, 240.0  # of a chart's view box
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 10.0, 12.0, 34.0  # margins around the lines
 _CURVES = {"miou": "mIoU", "precision": "Precision", "recall": "Recall"}
 _TRAINING_CURVES = {"loss": ("Loss", 1.0), "validation_miou": ("mIoU on the test list", 100.0)}
 _TABLE_ROWS = 20  # about so many of a training's table, besides those with a validation
 _MARKED = 16  # points of a training's line up to which each one is marked
-
-
 # method, index of its colour, points in the units of the data, and marks: best or fixed, and where
 _Line = tuple[str, int, Sequence[tuple[float, float]], Sequence[tuple[str, float, float]]]
 
@@ -35,28 +33,20 @@ def _chart(
             round(_HEIGHT - _BOTTOM - y / (4 * rise) * (_HEIGHT - _TOP - _BOTTOM), 1),
         )
 
+    drawn = []
+    for method, colour, points, marks in lines:
+        path = " ".join("{:g},{:g}".format(*place(*point)) for point in points)
+        placed = [(kind, *place(x, y)) for kind, x, y in marks]
+        named = [{"kind": kind, "x": x, "y": y} for kind, x, y in placed]
+        drawn.append({"method": method, "place": colour, "points": path, "marks": named})
+    columns = [n * wide for n in range(5) if n * wide <= right]
     return {
         "title": title,
         "axis": axis,
         "unit": unit,
-        "lines": [
-            {
-                "method": method,
-                "place": colour,
-                "points": " ".join("{:g},{:g}".format(*place(*point)) for point in points),
-                "marks": [
-                    dict(zip(("kind", "x", "y"), (kind, *place(x, y)), strict=True))
-                    for kind, x, y in marks
-                ],
-            }
-            for method, colour, points, marks in lines
-        ],
+        "lines": drawn,
         "rows": [{"y": place(0, n * rise)[1], "label": f"{n * rise:g}"} for n in range(5)],
-        "columns": [
-            {"x": place(n * wide, 0)[0], "label": f"{n * wide:g}"}
-            for n in range(5)
-            if n * wide <= right
-        ],
+        "columns": [{"x": place(x, 0)[0], "label": f"{x:g}"} for x in columns],
         "bottom": place(0, 0)[1],
         "text": text,
     }
@@ -118,9 +108,7 @@ def threshold_table(curves: Curves, place: Callable[[str], int]) -> list[dict[st
         for method in sorted(curves, key=place)
     ]
     thresholds = sorted({threshold for column in columns for threshold in column})
-    return [
-        {"threshold": t, "values": [column.get(t, {}) for column in columns]} for t in thresholds
-    ]
+    return [{"threshold": t, "values": [own.get(t, {}) for own in columns]} for t in thresholds]
 
 
 def training_charts(
@@ -146,10 +134,8 @@ def training_charts(
                 f"{one['title']} goes from {start:.3g} at step {first} to {value:.3g} at step {end}"
             )
         if lines:
-            text, unit = (
-                f"{title} against the training step. {'; '.join(words)}.",
-                "%" * (factor > 1),
-            )
+            text = f"{title} against the training step. {'; '.join(words)}."
+            unit = "%" if factor > 1 else ""
             charts.append(_chart(title, "step", lines, text, right=last, unit=unit))
     return charts
 

@@ -70,11 +70,11 @@ def collect(inputs: Inputs) -> dict[str, Any]:
     searched = [item for item, _ in choose_rows(shown, section.searched)]
     # The store keeps these features; below they are read one by one, on one thread.
     run_all(sharing, fitted.features, searched, "report: features")
-    tested, most_bytes = {}, MOST_BYTES
+    tested = {}
     if inputs.trained is not None:
         most = min(SHOWN, section.images)
         tested = {"segmenters": segmenter_records(inputs.trained, classes, sharing, most)}
-        most_bytes -= len(json.dumps(tested))
+    most_bytes = MOST_BYTES - len(json.dumps(tested))
     records = image_records(shown, sources, sharing)
     size = sum(len(json.dumps(record)) for record in records)
     if size > most_bytes:
@@ -102,11 +102,8 @@ def collect(inputs: Inputs) -> dict[str, Any]:
         "prototypes": {
             "rule": {
                 "k": settings.clusters,
-                "restarts": settings.restarts,
-                "tau": settings.tau,
-                "mu_f": settings.mu_f,
-                "mu_b": settings.mu_b,
                 "mu_b_lower": settings.context_lower,
+                **{name: getattr(settings, name) for name in ("restarts", "tau", "mu_f", "mu_b")},
             },
             "classes": prototype_records(
                 fitted, searched, count=section.prototypes, patches=section.patches

@@ -40,14 +40,14 @@ def render(data: Mapping[str, Any]) -> str:
     groups = tables.score_groups(data["rows"], data["methods"])
     headline = groups[0] if groups else None
     environment = page_environment()
-    environment.filters.update(
-        percent=_percent,
-        points=_points,
-        plain=tables.plain,
-        threshold=charts.threshold_text,
-        seconds=_seconds,
-        memory=_memory,
-    )
+    environment.filters |= {
+        "percent": lambda fraction: "–" if fraction is None else f"{100 * fraction:.1f}",
+        "points": _points,
+        "plain": tables.plain,
+        "threshold": charts.threshold_text,
+        "seconds": _seconds,
+        "memory": _memory,
+    }
     page = environment.get_template("report.html.jinja").render(
         data=data,
         policy=policy,
@@ -82,11 +82,6 @@ def _json(data: Mapping[str, Any]) -> Markup:
         raise ArtefactError(f"the report's data cannot be written as JSON: {error}") from error
     # other special characters are outside ASCII and already escaped
     return Markup(text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}))
-
-
-def _percent(fraction: float | None) -> str:
-    """A fraction in percent with one decimal, without the sign."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def _points(difference: float) -> str:
@@ -155,11 +150,8 @@ def _picture_groups(
         "loss": f"Largest losses of training on {lpcam} against {cam}",
         "even": "Evenly spaced choice of the other images" if len(groups) > 1 else "The images",
     }
-    return [
-        {"kind": kind, "title": title, "images": groups[kind]}
-        for kind, title in headings.items()
-        if kind in groups
-    ]
+    shown = [kind for kind in headings if kind in groups]
+    return [{"kind": kind, "title": headings[kind], "images": groups[kind]} for kind in shown]
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -134,39 +134,34 @@ def prototype_records(
     records = []
     for index in range(len(classes)):
         own = [item for item in items if index in item.labels]
-        shown = [(side, n) for side in SIDES for n in shown_numbers(both[side], index, count)]
-        found: list[dict[str, Any]] = [{"patches": [], "map": None, "range": None} for _ in shown]
-        example = None
-        if own and shown:
-            example, found = _nearest(fitted, own, index, shown, patches)
-        cards: dict[SideName, list[dict[str, Any]]] = {side: [] for side in SIDES}
-        for (side, number), one in zip(shown, found, strict=True):
-            of = both[side]
-            score, kept = of.scores[index, number].item(), bool(of.keep[index, number])
-            rule = rule_of(side, score, kept, fitted.settings)
-            size = int(of.sizes[index, number])
-            card = {"number": number, "score": score, "size": size, "kept": kept, "rule": rule}
-            cards[side].append(card | one)
-        sides = {}
+        sides: dict[SideName, dict[str, Any]] = {}
+        shown: list[tuple[Tensor, SideName, dict[str, Any]]] = []
         for side, of in both.items():
-            total, chosen = int((of.sizes[index] > 0).sum()), int(of.keep[index].sum())
-            sides[side] = {"total": total, "kept": chosen, "prototypes": cards[side]}
+            total, kept = int((of.sizes[index] > 0).sum()), int(of.keep[index].sum())
+            cards: list[dict[str, Any]] = []
+            for number in shown_numbers(of, index, count):
+                score, keep = of.scores[index, number].item(), bool(of.keep[index, number])
+                rule = rule_of(side, score, keep, fitted.settings)
+                size = int(of.sizes[index, number])
+                card = {"number": number, "score": score, "size": size, "kept": keep, "rule": rule}
+                cards.append(card | {"patches": [], "map": None, "range": None})
+                shown.append((of.centers[index, number], side, cards[-1]))
+            sides[side] = {"total": total, "kept": kept, "prototypes": cards}
+        example = _add_nearest(fitted, own, index, shown, patches) if own and shown else None
         records.append({"class": index, "example": example, "sides": sides})
     return records
 
 
-def _nearest(
+def _add_nearest(
     fitted: Fitted,
     items: Sequence[Item],
     index: int,
-    shown: Sequence[tuple[SideName, int]],
+    shown: Sequence[tuple[Tensor, SideName, dict[str, Any]]],
     patches: int,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An example image of a class, and patches and map of each of its prototypes that is shown."""
-    centers = torch.stack(
-        [getattr(fitted.prototypes, side).centers[index][number] for side, number in shown]
-    )
-    sides = [side for side, _ in shown]
+) -> dict[str, Any]:
+    """Add patches and map of each prototype of a class; returns an example image of the class."""
+    vectors, sides, cards = zip(*shown, strict=True)
+    centers = torch.stack(vectors)
     grids = (_where_to_look(fitted, item, index, sides) for item in items)
     places = nearest_places(grids, centers, patches)
     foreground = places[: sides.count("foreground")]
@@ -183,18 +178,13 @@ def _nearest(
         if here:
             picture = read_image(item.image)
             pictures |= {place: encode_picture(crop(picture, place)) for place in here}
-    found = [
-        {
-            "patches": [
-                {"picture": pictures[p], "image": p.image, "cosine": round(p.cosine, 4)}
-                for p in near
-            ],
-            "map": encode_unit(scaled[row]),
-            "range": [round(edge.item(), 4) for edge in cosines[row].aminmax()],
-        }
-        for row, near in enumerate(places)
-    ]
-    return {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}, found
+    for row, (near, card) in enumerate(zip(places, cards, strict=True)):
+        card["patches"] = [
+            {"picture": pictures[p], "image": p.image, "cosine": round(p.cosine, 4)} for p in near
+        ]
+        card["map"] = encode_unit(scaled[row])
+        card["range"] = [round(edge.item(), 4) for edge in cosines[row].aminmax()]
+    return {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}
 
 
 def _where_to_look(
@@ -228,10 +218,9 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
             best[present, absent] = (scores[present], scores[absent], item)
     vectors = fitted.prototypes.vectors().to(weight)
     records = []
-    for both, (score, false_score, item) in sorted(
-        best.items(), key=lambda entry: (-entry[1][1], entry[0])
-    )[:count]:
-        picture, rows = read_image(item.image), list(both)
+    ranked = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))
+    for (present, absent), (*both, item) in ranked[:count]:
+        picture, rows = read_image(item.image), [present, absent]
         pairs = list(fitted.pairs([item], settings.scales))
         size = picture.shape[0], picture.shape[1]
         maps = {
@@ -242,9 +231,9 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
             {
                 "id": item.id,
                 **thumbnail_record(picture),
-                "present": both[0],
-                "lookalike": both[1],
-                "scores": [round(score, 4), round(false_score, 4)],
+                "present": present,
+                "lookalike": absent,
+                "scores": [round(score, 4) for score in both],
                 "maps": {
                     name: encode_unit(small_planes(one.cam[0].cpu().numpy()))
                     for name, one in maps.items()

@@ -65,7 +65,7 @@ def image_miou(
 def choose_images(
     items: Sequence[Item], scores: Mapping[str, Mapping[str, float | None]], count: int
 ) -> list[tuple[str, Item]]:
-    """Images to show, at most ``count``: the largest gains, the largest losses, an even choice.
+    """At most ``count`` images to show: the largest gains, the largest losses, an even choice.
 
     ``scores`` are mean IoU by training masks, ``cam`` and ``lpcam``, and image id; or empty.
     """
@@ -114,10 +114,9 @@ def _scores(
         return [image_miou(mask, truth, classes) for mask in masks]
 
     rows = run_all(sharing, score, list(truths), "report: scores of segmenters")
-    columns = zip(*rows, strict=True)
     return {
-        one.name: dict(zip(truths, column, strict=True))
-        for one, column in zip(compared, columns, strict=True)
+        one.name: {name: row[n] for name, row in zip(truths, rows, strict=True)}
+        for n, one in enumerate(compared)
     }
 
 

@@ -38,9 +38,6 @@ def test_an_outline_along_edges_and_through_centres() -> None:
     assert edges.tolist() == [[1, 1], [3, 1], [3, 2], [2, 2], [2, 3], [1, 3]]
     (centres,) = outlines(shape, "centres")
     assert centres.tolist() == [[1, 1], [2, 1], [2, 1], [1, 1], [1, 2], [1, 2]]
-
-
-def test_one_pixel_has_four_points() -> None:
     (centres,) = outlines(drawn("..", ".#"), "centres")
     assert centres.tolist() == [[1, 1]] * 4
 
@@ -67,16 +64,12 @@ def test_pieces_come_in_reading_order() -> None:
     assert outlines(np.zeros((3, 4), dtype=bool), "edges") == []
 
 
-def test_the_area_along_edges_is_the_mask() -> None:
+def test_the_area_along_edges_is_the_mask_and_the_line_through_centres_stays_within() -> None:
     for mask in some_masks():
         inside = np.zeros(mask.shape, dtype=int)
         for ring in outlines(mask, "edges"):
             inside += crossings(ring, mask.shape)
         assert (inside == mask).all()
-
-
-def test_the_line_through_centres_never_leaves_the_mask() -> None:
-    for mask in some_masks():
         for ring in outlines(mask, "centres"):
             points = ring.astype(int)
             for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, axis=0), strict=True):

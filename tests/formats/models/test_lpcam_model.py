@@ -33,11 +33,7 @@ from lpcam.formats.models.onnx import ExportParity
 from lpcam.method.head import LPCAMHead
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.run_folder import RunFolder
-from lpcam.runtime.errors import (
-    ArtefactError,
-    ClassifierError,
-    LpcamError,
-)
+from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
 from lpcam.runtime.files import read_tensors, write_tensors
 
 SETTINGS = LpcamSettings.from_preset(
@@ -83,9 +79,6 @@ def small_head(**options: Any) -> LPCAMHead:
     return LPCAMHead(weight, vectors, torch.tensor([0.5, 0.0]), **options)
 
 
-# -- The model -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("with_context", [True, False])
 def test_the_model_gives_the_maps_of_lpcam_and_the_logits_of_its_classifier(
     lpcam: LPCAM, with_context: bool
@@ -105,8 +98,7 @@ def test_the_model_gives_the_maps_of_lpcam_and_the_logits_of_its_classifier(
         torch.testing.assert_close(maps, extractor(images), atol=1e-5, rtol=0)
 
 
-def test_the_model_shares_nothing_with_the_classifier(lpcam: LPCAM) -> None:
-    model = LPCAMModel.from_lpcam(lpcam)
+def test_the_model_shares_nothing_with_the_classifier(lpcam: LPCAM, model: LPCAMModel) -> None:
     before = lpcam.source_.fingerprint()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -127,9 +119,6 @@ def test_the_model_is_compiled_and_runs_in_half_precision(lpcam: LPCAM, model: L
         half = copy.deepcopy(model).bfloat16()(images.bfloat16())
     for found in (automatic, half):
         assert float((found[1].float() - expected[1]).abs().mean()) < 0.02
-
-
-# -- Models of others ----------------------------------------------------------------------------
 
 
 def zero_to_one(images: np.ndarray) -> Tensor:
@@ -180,8 +169,6 @@ def test_a_map_that_a_function_gives_is_refused() -> None:
         LPCAMModel.from_lpcam(by_method)(images)[1], by_method(images), atol=1e-5, rtol=0
     )
 
-
-# -- Files ---------------------------------------------------------------------------------------
 
 KINDS = {"onnx": export_onnx, "torch-export": export_program}
 Run = Callable[[np.ndarray], tuple[Tensor, Tensor]]
@@ -238,19 +225,16 @@ def test_a_file_gives_the_maps_of_lpcam_at_other_sizes_and_batches(
     assert parity.errors.keys() == {"logits", "maps"} and max(parity.errors.values()) <= 1e-4
 
 
-def metadata(exported: Exported) -> dict[str, Any]:
+def test_a_file_says_what_it_is(exported: Exported, lpcam: LPCAM) -> None:
     if exported.kind == "onnx":
         model = importlib.import_module("onnx").load(exported.path)
-        assert model.doc_string.startswith("image: uint8 RGB (batch, height, width, 3). logits:")
-        return {e.key: json.loads(e.value) for e in model.metadata_props if e.key != "version"}
-    assert exported.loaded
-    described: dict[str, Any] = json.loads(exported.extra["lpcam.json"])
-    assert described["meaning"].startswith("image: uint8 RGB (batch, height, width, 3). logits:")
-    return described
-
-
-def test_a_file_says_what_it_is(exported: Exported, lpcam: LPCAM) -> None:
-    described = metadata(exported)
+        values = {e.key: json.loads(e.value) for e in model.metadata_props if e.key != "version"}
+        described: dict[str, Any] = {"meaning": model.doc_string, **values}
+    else:
+        assert exported.loaded
+        described = json.loads(exported.extra["lpcam.json"])
+    meaning = "image: uint8 RGB (batch, height, width, 3). logits:"
+    assert described["meaning"].startswith(meaning)
     assert described["classes"] == list(COLOURS)
     assert described["preprocessing"]["mean"] == list(lpcam.source_.preprocessing.mean)
     assert described["sides"] == "any, from 32 pixels"
@@ -366,18 +350,11 @@ def test_rounding_of_a_map_that_is_hardly_above_zero_is_no_difference(
     assert export_program(model, tmp_path / "m.pt2").checked
 
 
-def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+def test_networks_that_cannot_be_traced_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     by_sign = coarse(lambda images: 1.0 if float(images.sum()) > 0 else -1.0)
-    refuse(tmp_path / "m.pt2", "cannot be exported", export_program, by_sign)
-
-
-def test_wrong_options_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m"
+    refuse(tmp_path / "m", "cannot be exported", export_program, by_sign)
     for export in KINDS.values():
-        refuse(path, "31 x 64", export, coarse(), size=(31, 64))
-
-
-# -- Folders -------------------------------------------------------------------------------------
+        refuse(tmp_path / "m", "31 x 64", export, coarse(), size=(31, 64))
 
 
 @pytest.fixture
@@ -388,11 +365,8 @@ def saved(model: LPCAMModel, tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_the_model_back(saved: Path, model: LPCAMModel) -> None:
-    assert sorted(p.name for p in saved.iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    names = sorted(p.name for p in saved.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
     found = LPCAMModel.from_pretrained(saved)
     images = torch.randn(1, 3, 70, 90, generator=torch.Generator().manual_seed(0))
     for one, other in zip(found(images), model(images), strict=True):
@@ -406,13 +380,11 @@ def test_a_folder_gives_the_model_back(saved: Path, model: LPCAMModel) -> None:
 
 def test_the_card_says_what_it_is(saved: Path) -> None:
     _, header, text = (saved / "README.md").read_text("utf-8").split("---\n", 2)
-    assert yaml.safe_load(header)["license"] == "cc0-1.0"
-    assert yaml.safe_load(header)["library_name"] == "lpcam"
+    values = yaml.safe_load(header)
+    assert (values["license"], values["library_name"]) == ("cc0-1.0", "lpcam")
     for part in ("# boxes", "- `blue`\n- `green`", "Six blobs.", "cc0-1.0", '"clusters": 2'):
         assert part in text, part
-    code = text.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 3
-    compile(code, "card", "exec")
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
 def test_a_model_of_others_needs_its_architecture(tmp_path: Path) -> None:
@@ -486,11 +458,6 @@ def test_a_new_head_comes_back(tmp_path: Path, name: str, own: int) -> None:
     )
 
 
-def change(saved: Path, **values: Any) -> None:
-    config = json.loads((saved / "config.json").read_text("utf-8"))
-    (saved / "config.json").write_text(json.dumps({**config, **values}), "utf-8")
-
-
 @pytest.mark.parametrize("part", ["backbone.classifier.backbone.conv1.0.weight", "head.vectors"])
 def test_other_weights_or_prototypes_are_refused(saved: Path, part: str) -> None:
     state, description = read_tensors(saved / "model.safetensors")
@@ -527,9 +494,6 @@ def test_a_model_of_the_hub_is_fetched(saved: Path, monkeypatch: pytest.MonkeyPa
     assert found.classes == tuple(COLOURS)
     with pytest.raises(ArtefactError, match="404"):
         LPCAMModel.from_pretrained("me/nothing")
-
-
-# -- Runs ----------------------------------------------------------------------------------------
 
 
 def test_a_run_gives_its_model(tmp_path: Path) -> None:

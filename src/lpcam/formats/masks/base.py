@@ -27,10 +27,6 @@ class MaskEntry:
 
     ``id`` and ``file_name`` are those of :class:`lpcam.data.dataset.Item`. Without an image, its
     name is taken to end in ``.jpg``.
-
-    Example:
-        >>> MaskEntry("barn/cow", Path("photos/barn/cow.png"), Path("seeds/barn/cow.png")).name
-        'barn/cow.png'
     """
 
     id: str
@@ -79,14 +75,11 @@ class Format:
     the parts that it has.
     """
 
-    refers_to_images: bool = False
-    """Whether images stay where they are and are named by their data set."""
-    has_image_root: bool = False
-    """Whether a path can be put before the name of each image."""
+    refers_to_images: bool = False  #: Images stay where they are and are named by their data set.
+    has_image_root: bool = False  #: A path can be put before the name of each image.
+    document_name: str | None = None  #: Path of the document, None for a format without one.
     ignored: str = "of no object: the format has no such pixels, its readers take background"
     """What becomes of ignored pixels (255)."""
-    document_name: str | None = None
-    """Path of the document, None for a format without one."""
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
         """Raise DataError if the format cannot hold an entry; ``ids`` are those of all entries."""
@@ -114,6 +107,12 @@ class Format:
 def compact_json(value: Any) -> bytes:
     """JSON in one line."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def add_texts(parent: ElementTree.Element, **values: object) -> None:
+    """Add an element with a text for each value."""
+    for name, value in values.items():
+        ElementTree.SubElement(parent, name).text = str(value)
 
 
 def xml_text(element: ElementTree.Element) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement
 
 from lpcam.data.dataset import ClassTable
-from lpcam.formats.masks.base import MADE, Format, Picture, xml_text
+from lpcam.formats.masks.base import MADE, Format, Picture, add_texts, xml_text
 from lpcam.formats.masks.regions import runs
 
 
@@ -42,14 +42,10 @@ class _Cvat(Format):
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
         meta = Element("meta")
         task = SubElement(meta, "task")
-        SubElement(task, "name").text = MADE
-        SubElement(task, "mode").text = "annotation"
+        add_texts(task, name=MADE, mode="annotation")
         labels = SubElement(task, "labels")
         for class_name in classes.names:
-            label = SubElement(labels, "label")
-            SubElement(label, "name").text = class_name
-            SubElement(label, "type").text = "mask"
-            SubElement(label, "attributes")
+            add_texts(SubElement(labels, "label"), name=class_name, type="mask", attributes="")
         yield b'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n'
         yield xml_text(meta)
         for number, image in enumerate(records):

@@ -7,23 +7,23 @@ what from, and what was left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
 from lpcam.data.masks import read_index_mask
+from lpcam.data.output_folders import read_index
 from lpcam.formats.masks.base import Format, MaskEntry, Picture
 from lpcam.formats.masks.regions import regions
 from lpcam.formats.registry import FORMATS
 from lpcam.runtime.errors import ArtefactError, DataError
-from lpcam.runtime.files import read_json, write_bytes, write_json
+from lpcam.runtime.files import write_bytes, write_json
 from lpcam.runtime.parallel import ordered_map
+from lpcam.runtime.progress import progress
 
 INDEX = "exported.json"
 _KIND = "lpcam export masks"
@@ -39,7 +39,6 @@ class ExportedMasks:
 
     folder: Path
     format: str
-    files: int
     images: int
     annotations: int
     left_out: tuple[Skip, ...]
@@ -70,7 +69,6 @@ def export_masks(
     instances: bool = False,
     image_root: str = "",
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> ExportedMasks:
     """Write masks in the format of another tool.
@@ -82,28 +80,16 @@ def export_masks(
     Args:
         entries: masks in their order. A `Skip` is left out for its reason.
         classes: names of the values in the masks.
-        output: folder to write to.
         format: a name of `FORMATS`.
         instances: an object is a connected component of a class instead of all its pixels.
         image_root: only for ``label-studio``: the images' folder below the served folder.
         workers: number of images processed at a time; the files do not depend on it.
-        progress: called with the number of images done and their total.
         made_by: JSON values recorded in ``exported.json``.
 
     Raises:
         DataError: if there is no mask, an id repeats or is unsafe, the format cannot hold an entry
             or has no image root, or every image would be left out.
         ArtefactError: if a file would be replaced that no earlier call wrote.
-
-    Example:
-        >>> from tempfile import mkdtemp
-        >>> import numpy as np
-        >>> from lpcam.data.masks import write_mask
-        >>> folder = Path(mkdtemp())
-        >>> write_mask(folder / "a.png", np.eye(4, dtype=np.uint8))
-        >>> entries = [MaskEntry("a", None, folder / "a.png")]
-        >>> export_masks(entries, ClassTable(("cow",), (1,)), folder / "coco", "coco").annotations
-        1
     """
     writer = FORMATS[format]
     if writer.refers_to_images:
@@ -134,7 +120,8 @@ def export_masks(
         if isinstance(entry, Skip):
             return entry
         try:
-            mask = _read(entry)
+            size = None if entry.image is None else upright_size(entry.image)
+            mask = read_index_mask(entry.mask, size=size)
             objects = regions(mask, classes, instances=instances)
             picture = Picture(entry, prefix + entry.name, mask, objects, classes)
             writer.write(picture, [output / path for path in writer.paths(entry)])
@@ -143,41 +130,40 @@ def export_masks(
         return picture, writer.record(picture)
 
     left_out: list[Skip] = []
-    ids: list[str] = []
-    counts = {"annotations": 0, "ignored_pixels": 0}
+    written: list[str] = []
+    counts = Counter(annotations=0, ignored_pixels=0)
 
     def records() -> Iterator[Any]:
-        for number, result in enumerate(ordered_map(export, entries, workers), start=1):
-            if progress is not None:
-                progress(number, len(entries))
-            if isinstance(result, Skip):
-                left_out.append(result)
-                continue
-            picture, record = result
-            ids.append(picture.entry.id)
-            files.extend(writer.paths(picture.entry))
-            counts["annotations"] += len(picture.objects)
-            counts["ignored_pixels"] += int((picture.mask == IGNORE).sum())
-            yield record
-        if not ids:
+        with progress(f"masks as {format}", len(entries)) as advance:
+            for result in ordered_map(export, entries, workers):
+                advance(1, "")
+                if isinstance(result, Skip):
+                    left_out.append(result)
+                    continue
+                picture, record = result
+                written.append(picture.entry.id)
+                files.extend(writer.paths(picture.entry))
+                counts["annotations"] += len(picture.objects)
+                counts["ignored_pixels"] += int((picture.mask == IGNORE).sum())
+                yield record
+        if not written:
             raise DataError(f"no mask can be exported, the first because: {left_out[0].reason}")
 
     if writer.document_name is None:
         list(records())
     else:
         write_bytes(output / writer.document_name, writer.document(records(), classes))
-    for name, contents in writer.beside(classes, ids).items():
+    for name, contents in writer.beside(classes, written).items():
         write_bytes(output / name, contents)
     for stale in (before | planned) - set(files):
         (output / stale).unlink(missing_ok=True)
     skipped = [{"image": skip.id, "reason": skip.reason} for skip in left_out]
-    found = {"images": len(ids), **counts, "left_out": skipped, "files": sorted(files)}
+    found = {"images": len(written), **counts, "left_out": skipped, "files": sorted(files)}
     write_json(output / INDEX, {**index, **found})
     return ExportedMasks(
-        folder=output,
-        format=format,
-        files=len(files),
-        images=len(ids),
+        output,
+        format,
+        images=len(written),
         left_out=tuple(left_out),
         ignored=writer.ignored,
         images_below=images_below,
@@ -223,35 +209,21 @@ def _image_prefix(root: str, format: str) -> str:
         ) from error
 
 
-def _read(entry: MaskEntry) -> NDArray[np.uint8]:
-    mask = read_index_mask(entry.mask)
-    if entry.image is not None and (size := upright_size(entry.image)) != mask.shape:
-        raise DataError(
-            f"mask {entry.mask} is {mask.shape[0]} x {mask.shape[1]} (height x width), its "
-            f"upright image is {size[0]} x {size[1]}; give the mask of this image"
-        )
-    return mask
-
-
 def _earlier_files(output: Path, format: str) -> set[str]:
     """The files that an earlier call wrote into the folder."""
-    path = output / INDEX
-    if not path.exists():
+    index = read_index(output / INDEX, _KIND)
+    if index is None:
         return set()
-    index = read_json(path)
-    if not isinstance(index, dict) or index.get("kind") != _KIND:
-        raise ArtefactError(
-            f"{path} was not written by '{_KIND}', so it may be yours; choose another --output"
-        )
     if index.get("masks") != format:
         raise ArtefactError(
-            f"{output} holds masks exported as {index.get('masks')}; choose another output folder "
-            f"for {format}"
+            f"{output} holds masks exported as {index.get('masks')}; choose another --output"
         )
     try:
         return {safe_id(name) for name in index["files"]}  # they are deleted by name
     except (KeyError, TypeError, DataError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}); choose another --output") from error
+        raise ArtefactError(
+            f"{output / INDEX} is damaged ({error}); choose another --output"
+        ) from error
 
 
 def _check_targets(
@@ -260,13 +232,10 @@ def _check_targets(
     """Refuse to replace files of others, or files that are exported themselves."""
     folder = output.resolve()
     written = {folder / name for name in before | planned}
-    sources = [path for entry in entries for path in (entry.mask, entry.image) if path]
     others = [output / name for name in sorted(planned - before) if (output / name).exists()]
-    others += [
-        path
-        for path in sources
-        if path.absolute() in written or path.parent.resolve() / path.name in written
-    ]
+    for path in filter(None, (path for entry in entries for path in (entry.mask, entry.image))):
+        if {path.absolute(), path.parent.resolve() / path.name} & written:
+            others.append(path)
     if others:
         raise ArtefactError(
             f"{others[0]} is there already and was not written by an earlier '{_KIND}', or is to "

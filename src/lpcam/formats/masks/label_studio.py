@@ -27,16 +27,12 @@ _SIZES = (3, 4, 8, 16)
 
 
 def packed_runs(mask: NDArray[np.bool_]) -> list[int]:
-    """Return a mask (H, W) as the bytes of Label Studio's brush.
+    """A mask (H, W) as the bytes of Label Studio's brush.
 
     The brush is an image of 4 channels, row by row, all 0 outside and all 255 inside. Its packing
     is that of ``@thi.ng/rle-pack``: 32 bits of the number of values, 5 of their size less 1, 4
     times 4 of the sizes less 1 that a run's length may have; then for each run a bit 1, 2 bits that
     choose a size, the length less 1 in that size, and the value.
-
-    Example:
-        >>> packed_runs(np.array([[True]]))
-        [0, 0, 0, 4, 57, 27, 252, 127, 224]
     """
     bits = [f"{mask.size * _CHANNELS:032b}{_WORD - 1:05b}", *(f"{s - 1:04b}" for s in _SIZES)]
     longest = 1 << _SIZES[-1]

@@ -25,14 +25,8 @@ def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]
     Pixels that touch at a corner alone are two pieces. The first point is not repeated. Along
     ``centres`` pixel (y, x) is the point (x, y); the outline of one pixel has four equal points.
     All lines are level or upright: a reader that puts points between them stays on the same pixels.
-
-    Args:
-        mask: (H, W).
-        along: ``edges``: its even-odd area is the mask. ``centres``: its even-odd area with the
-            pixels of the line itself is the mask.
-
-    Returns:
-        outlines (K, 2) of x and y, in the reading order of their first corners.
+    The even-odd area is the mask; along ``centres``, with the pixels of the line itself. Outlines
+    are (K, 2) of x and y, in the reading order of their first corners.
     """
     rings = polygons(mask)
     # Horizontal edges that go right have the mask below them: it is these that a cut upwards meets.

@@ -17,14 +17,10 @@ from lpcam.runtime.errors import DataError
 class Region:
     """One object: a class of an image, or one connected component of it."""
 
-    label: int
-    """0-based class index."""
-    x0: int
-    """First column of the tightest box."""
-    y0: int
-    """First row."""
-    pixels: NDArray[np.bool_]
-    """(h, w), of the tightest box alone."""
+    label: int  #: 0-based class index.
+    x0: int  #: First column of the tightest box.
+    y0: int  #: First row.
+    pixels: NDArray[np.bool_]  #: (h, w), of the tightest box alone.
 
     @property
     def height(self) -> int:
@@ -50,14 +46,8 @@ def regions(
 ) -> list[Region]:
     """The objects of a mask: in label order, the components of a class in reading order.
 
-    Args:
-        mask: uint8 (H, W), values as in mask files. 255 (ignored) belongs to no object.
-        instances: one object per connected component (8 neighbours) instead of per class. Objects
-            of one class that touch are then still one.
-
-    Raises:
-        DataError: if the mask has a value that no class has.
-        LpcamError: for ``instances``, if SciPy is not installed.
+    255 (ignored) belongs to no object. With ``instances`` an object is a connected component (8
+    neighbours) instead of a class. DataError if the mask has a value that no class has.
     """
     found = set(np.unique(mask).tolist()) - {BACKGROUND, IGNORE}
     if unknown := sorted(found - set(classes.mask_ids)):

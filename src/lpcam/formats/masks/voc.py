@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import write_mask
 from lpcam.data.voc import CLASS_NAMES, CLASSES
-from lpcam.formats.masks.base import Format, MaskEntry, Picture
+from lpcam.formats.masks.base import Format, MaskEntry, Picture, add_texts
 from lpcam.runtime.files import write_bytes
 
 
@@ -27,16 +27,16 @@ class _Voc(Format):
         write_mask(paths[0], picture.mask)
         height, width = picture.size
         annotation = Element("annotation")
-        SubElement(annotation, "filename").text = picture.entry.name_by_id
-        _numbers(SubElement(annotation, "size"), width=width, height=height, depth=3)
-        _numbers(annotation, segmented=1)
+        add_texts(annotation, filename=picture.entry.name_by_id)
+        add_texts(SubElement(annotation, "size"), width=width, height=height, depth=3)
+        add_texts(annotation, segmented=1)
         for one in picture.objects:
             entry = SubElement(annotation, "object")
-            SubElement(entry, "name").text = picture.classes.names[one.label]
+            add_texts(entry, name=picture.classes.names[one.label])
             # VOC counts pixels from 1 and names the last one
             right, bottom = one.x0 + one.width, one.y0 + one.height
             box = SubElement(entry, "bndbox")
-            _numbers(box, xmin=one.x0 + 1, ymin=one.y0 + 1, xmax=right, ymax=bottom)
+            add_texts(box, xmin=one.x0 + 1, ymin=one.y0 + 1, xmax=right, ymax=bottom)
         ElementTree.indent(annotation)
         write_bytes(paths[1], ElementTree.tostring(annotation, encoding="utf-8"))
 
@@ -46,11 +46,6 @@ class _Voc(Format):
         if by_value.items() <= dict(enumerate(CLASSES, start=1)).items():
             names = list(CLASSES)
         return {CLASS_NAMES: _lines(names), "ImageSets/Segmentation/all.txt": _lines(ids)}
-
-
-def _numbers(parent: Element, **values: int) -> None:
-    for name, value in values.items():
-        SubElement(parent, name).text = str(value)
 
 
 def _lines(texts: Iterable[str]) -> bytes:

@@ -52,18 +52,18 @@ def export_onnx(
 
     The input is ``image``, uint8 RGB (B, H, W, 3), if the model has a preprocessing, which is then
     part of the file; else ``images``, normalised float32 (B, c, H, W). The outputs are ``logits``
-    (B, N) and ``maps`` (B, N, H, W), float32. The model itself is not changed.
+    (B, N) and ``maps`` (B, N, H, W), float32. An earlier file is replaced only if the comparison
+    succeeds.
 
     Args:
-        path: the file, with the weights; replaced only if the comparison succeeds.
         dynamic: whether the file takes images of any size from 32 pixels a side; otherwise only of
             ``size``. The batch has any size in both cases. Ignored for a model of one image size.
         size: height and width of the traced image, in pixels; None chooses one.
 
     Raises:
-        ArtefactError: if onnx or onnxscript is not installed, the network cannot be exported, the
-            file differs by more than 1e-4 or is larger than 2 GiB, or cannot be written. An earlier
-            file is then kept.
+        LpcamError: if onnx or onnxscript is not installed.
+        ArtefactError: if the network cannot be exported, or the file differs by more than 1e-4, is
+            larger than 2 GiB, or cannot be written.
     """
     size, dynamic = _size(model, size, dynamic)
     return write_onnx(_LPCAMFile(model), path, dynamic=dynamic, size=size)
@@ -183,11 +183,9 @@ class _LPCAMFile(ExportModule):
         return float(difference.max())
 
     def meaning(self) -> str:
-        taken = (
-            "image: uint8 RGB (batch, height, width, 3)"
-            if self.pixels is not None
-            else f"images: float32, normalised (batch, {self.channels}, height, width)"
-        )
+        taken = "image: uint8 RGB (batch, height, width, 3)"
+        if self.pixels is None:
+            taken = f"images: float32, normalised (batch, {self.channels}, height, width)"
         grid = "height, width" if self.model.enlarge else "feature grid"
         return (
             f"{taken}. logits: float32 (batch, classes). maps: float32 (batch, classes, {grid}), "

@@ -39,6 +39,7 @@ from lpcam.runtime.versions import versions
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _FORMAT, _KIND = 1, "LPCAMModel"
+_OPTIONS = ("classes", "enlarge", "channels", "multiple", "made_by")  # as a folder keeps them
 
 
 class LPCAMModel(nn.Module):
@@ -57,9 +58,6 @@ class LPCAMModel(nn.Module):
         fixed_size: the only (H, W) that the backbone takes, or None if it takes several.
         spec: how to build the backbone of a classifier again.
         made_by: provenance, as JSON values.
-
-    Raises:
-        ValueError: if the number of names is not N.
     """
 
     def __init__(
@@ -114,14 +112,10 @@ class LPCAMModel(nn.Module):
         head = LPCAMHead.from_lpcam(lpcam, normalize=normalize)
         source = lpcam.source_
         options: dict[str, Any]
-        backbone: nn.Module
         if isinstance(source, WrappedModel):
-            backbone = _WrappedFeatures(source)
-            options = {
-                "channels": source.channels_in,
-                "multiple": source.multiple,
-                "fixed_size": source.fixed_size,
-            }
+            backbone: nn.Module = _WrappedFeatures(source)
+            options = {"channels": source.channels_in, "multiple": source.multiple}
+            options["fixed_size"] = source.fixed_size
         else:
             backbone = _Features(copy.deepcopy(source))
             options = {"spec": source.spec}
@@ -132,15 +126,8 @@ class LPCAMModel(nn.Module):
             "settings": lpcam.prototypes_.made_by.get("settings"),
             "versions": versions(),
         }
-        return cls(
-            backbone,
-            head,
-            classes=source.classes,
-            preprocessing=preprocessing,
-            enlarge=enlarge,
-            made_by=made_by,
-            **options,
-        )
+        options |= {"classes": source.classes, "enlarge": enlarge, "made_by": made_by}
+        return cls(backbone, head, preprocessing=preprocessing, **options)
 
     @classmethod
     def of_explainer(cls, explainer: Explainer, classifier: Classifier) -> Self:
@@ -173,23 +160,15 @@ class LPCAMModel(nn.Module):
         return found if isinstance(found, tuple) else (found, None)
 
     def save_pretrained(
-        self,
-        folder: Path | str,
-        *,
-        licence: str | None = None,
-        training_data: str | None = None,
+        self, folder: Path | str, *, licence: str | None = None, training_data: str | None = None
     ) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
 
-        The folder can be uploaded to a model hub unchanged. Existing files of these names are
-        replaced.
+        The folder can be uploaded to a model hub unchanged. Existing files are replaced.
 
         Args:
             licence: licence of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
             training_data: description of the images behind the classifier and the prototypes.
-
-        Raises:
-            ArtefactError: if a file cannot be written, or the provenance is not JSON.
         """
         folder = Path(folder)
         wrapped = self.backbone.wrapped if isinstance(self.backbone, _WrappedFeatures) else None
@@ -201,18 +180,14 @@ class LPCAMModel(nn.Module):
             "wrapped": wrapped is not None,
             "pool": wrapped.pool if wrapped else None,
             "new_head": wrapped.new_head if wrapped else False,
-            "classes": list(self.classes),
             "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
             "normalize": self.head.normalize,
             "bias": self.head.bias is not None,
-            "enlarge": self.enlarge,
-            "channels": self.channels,
-            "multiple": self.multiple,
             "fixed_size": self.fixed_size,
             "dtype": str(self.head.weight.dtype).removeprefix("torch."),
             "fingerprints": self._fingerprints(),
-            "made_by": self.made_by,
             "versions": versions(),
+            **{name: getattr(self, name) for name in _OPTIONS},
         }
         card = _card(self, folder.resolve().name, licence, training_data)
         write_tensors(folder / WEIGHTS, self.state_dict(), {"kind": _KIND})
@@ -244,7 +219,16 @@ class LPCAMModel(nn.Module):
             ClassifierError: if the folder does not describe its backbone and none is given, or the
                 feature map is not found in the given one.
         """
-        path = _pretrained_folder(str(folder), revision)
+        path = Path(folder)
+        if not path.is_dir():
+            try:
+                files = [CONFIG, WEIGHTS]
+                path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
+            except Exception as error:  # the client and the network raise errors of many kinds
+                raise ArtefactError(
+                    f"there is no folder {str(folder)!r}, and the Hugging Face hub does not give a "
+                    f"model of that name ('owner/name'): {' '.join(str(error).split()):.300}"
+                ) from error
         config = read_json(path / CONFIG)
         written = (config.get("kind"), config.get("format")) if isinstance(config, dict) else ()
         if written != (_KIND, _FORMAT):
@@ -261,10 +245,10 @@ class LPCAMModel(nn.Module):
                 f"{folder} does not fit its own description "
                 f"({' '.join(str(error).split()):.300}); download or make it again"
             ) from error
-        for what, fingerprint in found.items():
-            if fingerprint != expected.get(what):
+        for what, value in found.items():
+            if value != expected.get(what):
                 raise ArtefactError(
-                    f"the {what} in {folder} is {fingerprint}, but its {CONFIG} was written for "
+                    f"the {what} in {folder} is {value}, but its {CONFIG} was written for "
                     f"{expected.get(what)}; download or make it again"
                 )
         return model
@@ -281,7 +265,6 @@ class LPCAMModel(nn.Module):
         }
         spec = BackboneSpec(**config["backbone"]) if config["backbone"] else None
         device = torch.device("cpu")
-        backbone: nn.Module
         if given is not None:
             device = given.device if isinstance(given, WrappedModel) else device_of(given)
             backbone = _given_backbone(given, config, state)
@@ -304,7 +287,7 @@ class LPCAMModel(nn.Module):
             preprocessing=Preprocessing(**normal) if normal else None,
             fixed_size=tuple(config["fixed_size"]) if config["fixed_size"] else None,
             spec=spec,
-            **{k: config[k] for k in ("classes", "enlarge", "channels", "multiple", "made_by")},
+            **{name: config[name] for name in _OPTIONS},
         ).to(device, getattr(torch, config["dtype"]))
         model.load_state_dict(state, strict=True)
         return model
@@ -324,30 +307,16 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _pretrained_folder(name: str, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        found = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
-    except Exception as error:  # the client and the network raise errors of many kinds
-        raise ArtefactError(
-            f"there is no folder {name!r}, and the Hugging Face hub does not give a model of that "
-            f"name ('owner/name'): {' '.join(str(error).split()):.300}"
-        ) from error
-    return Path(found)
-
-
 def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
     """The model card, in Markdown."""
-    header: dict[str, Any] = {
+    header = {
         "library_name": "lpcam",
         "pipeline_tag": "image-classification",
         "tags": ["lpcam", "class-activation-map", "weakly-supervised-segmentation"],
         **({} if licence is None else {"license": licence}),
     }
-    normal = model.preprocessing
     expected = "as the backbone expects them"
-    if normal:
+    if normal := model.preprocessing:
         expected = f"RGB from 0 to 1, minus {list(normal.mean)}, divided by {list(normal.std)}"
     text = (resources.files("lpcam.formats.models") / "card.md").read_text("utf-8")
     return text.format(
@@ -404,23 +373,19 @@ class _WrappedFeatures(nn.Module):
         return " / ".join(map(str, (self.source, *token, *self.wrapped.norms)))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        raw = self._raw(images)
-        features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
-        if self.source.token is None:
-            return features
-        return features, self.wrapped.divided(self.source.vector(raw))
-
-    def _raw(self, images: Tensor) -> Tensor:
         layer = self.source.layer
         if isinstance(layer, nn.Module):
             self.kept.clear()
             self.model(images)
-            found = self.kept[self.source.number]
+            raw = self.kept[self.source.number]
             self.kept.clear()
         else:
-            found = first_tensor(layer(images))
-        assert found is not None
-        return found
+            raw = first_tensor(layer(images))
+        assert raw is not None
+        features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
+        if self.source.token is None:
+            return features
+        return features, self.wrapped.divided(self.source.vector(raw))
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.kept.append(first_tensor(output))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import warnings
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.method.functional import NORM_EPSILON
-from lpcam.runtime.errors import ArtefactError
+from lpcam.runtime.errors import ArtefactError, import_extra
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.versions import __version__
 
@@ -42,18 +42,14 @@ Outputs = tuple[Tensor, Tensor]
 class ExportParity:
     """How far an exported file differs from its model.
 
-    Attributes:
-        dynamic: whether it takes images of any size.
-        checked: False if onnxruntime is not installed; ``sizes`` and ``errors`` are then empty.
-        sizes: (height, width) of the images that were compared.
-        errors: largest difference of each output: ``logits`` relative to the largest logit,
-            ``maps`` absolute, ``labels`` the share of an image's pixels with another label.
+    ``errors`` has the largest difference of each output: ``logits`` relative to the largest logit,
+    ``maps`` absolute, ``labels`` the share of an image's pixels with another label.
     """
 
     path: Path
-    dynamic: bool
-    checked: bool
-    sizes: tuple[tuple[int, int], ...]
+    dynamic: bool  #: Whether it takes images of any size.
+    checked: bool  #: False if onnxruntime is not installed; the rest is then empty.
+    sizes: tuple[tuple[int, int], ...]  #: (height, width) of the compared images.
     errors: Mapping[str, float]
 
 
@@ -63,7 +59,6 @@ class ExportModule(nn.Module, abc.ABC):
     Args:
         preprocessing: normalisation inside the file, which then takes ``image``, uint8 RGB
             (B, H, W, 3); None: the file takes ``images``, normalised float32 (B, c, H, W).
-        channels: c.
         multiple: number that both sides of an image must be multiples of.
     """
 
@@ -147,11 +142,9 @@ def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 @contextlib.contextmanager
 def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
     """Silence torch's exporters, and raise ArtefactError if one of them fails on a network."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
             yield
     except Exception as error:  # the exporters raise whatever one of their passes meets
@@ -162,8 +155,7 @@ def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
             f"the network cannot be exported {what}: {type(error).__name__} ({cause:.300}){advice}"
         ) from error
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def write_onnx(
@@ -172,12 +164,7 @@ def write_onnx(
     """Write a module on the CPU as ONNX; see :func:`lpcam.formats.models.exporters.export_onnx`."""
     text, values = module.described(size, dynamic=dynamic)
     for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ArtefactError(
-                f"the export to ONNX needs {name}: pip install 'lpcam[onnx]'"
-            ) from error
+        import_extra(name, "onnx", f"the export to ONNX needs {name}")
     # A batch of two: the exporter takes a batch of one for a constant. Axes are given by name,
     # without a range: it refuses a range one pixel wider than it can prove.
     with exporting(size, dynamic=dynamic):
@@ -201,10 +188,9 @@ def write_onnx(
     data: bytes = model.SerializeToString()
 
     def open_file() -> Callable[[Tensor], Outputs] | None:
-        try:
-            onnxruntime = importlib.import_module("onnxruntime")
-        except ImportError:
+        if importlib.util.find_spec("onnxruntime") is None:
             return None
+        onnxruntime = importlib.import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
