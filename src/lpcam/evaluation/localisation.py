@@ -65,10 +65,8 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
 class BoxScores:
     """Fractions of pairs, each at its best threshold of the maps."""
 
-    max_box_acc: dict[
-        float, float
-    ]  #: Fraction of correct pairs by IoU threshold, of the box of the largest component.
-    max_box_acc_v2: float  #: The same for boxes of all components, mean over thresholds.
+    max_box_acc: dict[float, float]  #: Fraction of correct pairs by IoU threshold.
+    max_box_acc_v2: float  #: Its mean if the box of any component counts.
     pairs: int
 
 
