@@ -94,7 +94,7 @@ class ClassifierSection(BackboneSection):
     backbone: str
     """Name of a timm model."""
     trained: RecipePath | None = None
-    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
     without training."""
     method: Literal["auto", "probe", "finetune"] = "auto"
     """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""

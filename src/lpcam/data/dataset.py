@@ -45,7 +45,7 @@ class ClassTable:
     """
 
     names: tuple[str, ...]  #: The class with label index ``n`` (0-based) is ``names[n]``.
-    mask_ids: tuple[int, ...]  #: Its pixel value in masks and seed masks, 1..254.
+    mask_ids: tuple[int, ...]  #: Pixel value of each class in masks, 1..254.
 
     def __post_init__(self) -> None:
         if not self.names:

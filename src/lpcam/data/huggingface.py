@@ -40,7 +40,7 @@ class ImportedFolder:
     """``row`` and ``reason`` of each row without a usable image or label."""
 
     def summary(self) -> str:
-        """A text of one line per fact."""
+        """The result as text, one fact per line."""
         lines = [f"wrote {self.folder}"]
         for first in self.left_out[:1]:
             count = f"{len(self.left_out)} of {self.rows} rows were left out"

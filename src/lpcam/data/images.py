@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ImageError
 
-MAXIMUM_PIXELS = 100_000_000  #: Of the largest image that is read; 300 MB as RGB.
+MAXIMUM_PIXELS = 100_000_000  #: Size of the largest image that is read; 300 MB as RGB.
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -48,7 +48,7 @@ def decode_image(
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an upright image, from the header of its file; ImageError if none."""
+    """(height, width) of an upright image, from its file's header; ImageError if unreadable."""
     try:
         with Image.open(path) as image:
             width, height = image.size

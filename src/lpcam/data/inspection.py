@@ -38,8 +38,8 @@ def survey(
 ) -> Survey:
     """Inspect every file of a data set once and count its contents.
 
-    Unlike a run this does not stop at a mask that cannot be used: all of them are findings, those
-    too that annotations give (``truth``, made in memory). ``estimate`` is called with the usable
+    A mask that cannot be used stops a run, but is a finding here; so is one that annotations give
+    (``truth``, made in memory). ``estimate`` is called with the usable
     images and their sizes (height, width). DataError if no image can be used.
     """
     truth = truth or {}

@@ -30,7 +30,7 @@ _LONGEST_NAME = 160  # bytes, so that an ending still fits into the 255 of most 
 class OutputKind:
     """How a command that works on image files names what it writes, below the output folder."""
 
-    command: str  #: Such as ``lpcam explain``; the index records it as its kind.
+    command: str  #: Name, such as ``lpcam explain``; kind of the index.
     index: str  #: File name of the index.
     forms: Sequence[re.Pattern[str]]  #: Paths of outputs; the group ``name`` is the image's.
     describe: Callable[[Mapping[str, Any]], str]  #: The findings of one image in words.

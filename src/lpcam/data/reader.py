@@ -137,7 +137,7 @@ class Opened:
 class Reader(ABC):
     """Reads one kind of data set; :data:`READERS` are asked in order if they recognise a path."""
 
-    means: ClassVar[str]  #: What the kind is, for the comments of a new recipe.
+    means: ClassVar[str]  #: Description of the kind, for the comments of a new recipe.
     usual_lists: ClassVar[Mapping[ListName, str]] = dict.fromkeys(
         ("classify", "prototypes", "maps", "evaluate", "test"), "all"
     )

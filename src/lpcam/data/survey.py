@@ -33,10 +33,10 @@ class Estimate:
     flip: bool
     device: str
     workers: int
-    timed: int  #: Images.
-    seconds: Mapping[str, float]  #: By list: for a run all of whose lists are this one.
-    disk: Mapping[str, int]  #: By list: bytes of maps and seeds.
-    repeated: tuple[str, ...]  #: Lists whose features do not fit into memory and are made anew.
+    timed: int  #: Number of timed images.
+    seconds: Mapping[str, float]  #: Time by list, if every stage uses that list.
+    disk: Mapping[str, int]  #: Bytes of maps and seeds by list.
+    repeated: tuple[str, ...]  #: Lists whose features are recomputed for lack of memory.
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ListCounts:
     labelled: int
     masks: int
     within: tuple[str, ...]  #: Lists that hold all of its images.
-    classes: tuple[int, ...]  #: Images that show each class.
+    classes: tuple[int, ...]  #: Number of images that show each class.
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Survey:
     name: str
     label_source: str
     classes: ClassTable
-    suffixes: Mapping[str, int]  #: Images by the extension of their file.
+    suffixes: Mapping[str, int]  #: Number of images by file extension.
     sizes: Mapping[str, tuple[int, int]]  #: (height, width): ``smallest``, ``median``, ``largest``
     lists: tuple[ListCounts, ...]
     whole: ListCounts  #: All images, whatever their list.
-    together: NDArray[np.int64]  #: (N, N): images that show both; on the diagonal, the class.
-    alone: tuple[int, ...]  #: Images that show this class and no other.
+    together: NDArray[np.int64]  #: (N, N): number of images that show both classes.
+    alone: tuple[int, ...]  #: Number of images that show this class only.
     findings: tuple[Finding, ...]
     estimate: Estimate | None = None
 

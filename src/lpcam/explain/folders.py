@@ -65,7 +65,7 @@ def explain_files(
     Args:
         workers: images processed at the same time.
         command: recorded in the index.
-        labels, options: as of :meth:`Explainer.__call__`.
+        labels, options: arguments of :meth:`Explainer.__call__`.
 
     Raises:
         DataError: if there is no image or a label is unknown.

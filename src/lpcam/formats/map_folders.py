@@ -143,7 +143,7 @@ class ImportedMaps:
     not_chosen: Mapping[str, int]
 
     def summary(self) -> str:
-        """A text of one line per fact."""
+        """The result as text, one fact per line."""
         styles = ", ".join(f"{count} {style}" for style, count in sorted(self.styles.items()))
         lines = [f"{len(self.ids)} map files ({styles}) in {self.folder}"]
         if self.without_class:

@@ -36,7 +36,7 @@ class MapFormat(Protocol):
     Found by its name in :data:`lpcam.formats.registry.MAP_FORMATS`.
 
     Attributes:
-        layout: what the dictionary holds, in words.
+        layout: description of what the dictionary holds.
         has_background: whether it has a plane of the background.
     """
 

@@ -61,7 +61,7 @@ class HostData:
     images: Sequence[Item]
     """Images that train it."""
     held_out: Sequence[Item]
-    """Images on which it is measured meanwhile."""
+    """Images on which it is measured during training."""
     masks: Sequence[tuple[Item, Path]]
     """Ternary masks of the images, for hosts that learn from masks."""
     classes: ClassTable
@@ -98,7 +98,7 @@ class HostSection(BackboneSection):
     method: str
     """Name of a host."""
     trained: RecipePath | None = None
-    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
     without training."""
     maps: Annotated[tuple[Base, ...], Field(min_length=1)] | None = None
     """Which maps the host builds on; it makes its own maps from each. Null: both."""
@@ -205,7 +205,7 @@ class Host(ABC, Generic[S, N]):
 
     @abstractmethod
     def images_per_step(self, network: N, data: HostData, settings: S) -> tuple[int, str]:
-        """Least number of images, or pairs of images, in a step, and the setting that says so.
+        """Minimum number of images, or pairs, in a step, and the setting that determines it.
 
         Called before any stage runs, so it also refuses settings that do not fit the network.
         """

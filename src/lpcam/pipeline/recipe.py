@@ -166,7 +166,7 @@ class Recipe(Section):
     def fixed_threshold(self, method: Method) -> float:
         """The fixed threshold of a method's seeds.
 
-        The preset's, unless ``seeds.threshold`` replaces it for the method of the seeds.
+        It is ``seeds.threshold`` if given and ``method`` is ``seeds.method``, else the preset's.
         """
         if method == self.seeds.method and self.seeds.threshold is not None:
             return self.seeds.threshold

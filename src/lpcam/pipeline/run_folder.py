@@ -135,15 +135,15 @@ class RunFolder:
         return self / result / "network.safetensors"
 
     def segmenter(self, name: str, *, best: bool = False) -> Path:
-        """The segmenter trained on the masks of a name: its last or its best weights."""
+        """File of the segmenter trained on the masks ``name``, its last or its best weights."""
         return self / f"segment/{name}" / ("best.safetensors" if best else "segmenter.safetensors")
 
     def refined_maps(self, name: str) -> Path:
-        """Folder of the refined maps of a name."""
+        """Folder of the refined maps ``name``."""
         return self / f"pseudo/{name}/maps"
 
     def boundaries(self, name: str) -> Path:
-        """Folder of the boundary maps that IRN learnt from the maps of a name."""
+        """Folder of the boundary maps that IRN learnt from the maps ``name``."""
         return self / f"pseudo/{name}/boundaries"
 
     def tested(self, name: str, *, crf: bool = False) -> Path:
@@ -160,7 +160,7 @@ class RunFolder:
         return self.recipe
 
     def refuse_foreign_recipe(self) -> None:
-        """Refuse to overwrite a recipe that no run has written: there is no index beside it."""
+        """Refuse to overwrite a recipe without an index beside it, as no run has written it."""
         if self.recipe.is_file() and not self.index.is_file():
             raise ArtefactError(
                 f"{self.recipe} was not written by a run, so it may be yours; choose another run "

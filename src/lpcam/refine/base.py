@@ -59,7 +59,7 @@ class Tools:
     classifier: Callable[[], Classifier]
     """Returns the trained classifier, or its first weights where maps are another program's."""
     untrained: Callable[[], Classifier]
-    """Returns a classifier with random weights, to try what can be built on it."""
+    """Returns a classifier with random weights, to validate what is built on it."""
     seed: int
     items: Sequence[Item]  #: All images that are refined.
     sharing: Sharing
@@ -91,7 +91,7 @@ class RefineSection(Section):
     method: str = "irn"
     """Name of a refinement."""
     trained: RecipePath | None = None
-    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
     without training."""
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Which maps are refined. Null: the host's, or CAM and LPCAM without a host."""
@@ -133,7 +133,7 @@ class Refinement(ABC):
     crf_place: ClassVar[str | Literal[False]] = False
     """Step that uses a dense CRF, for the protocol of scores; False: none."""
     every_image: ClassVar[bool] = False
-    """Whether images without a class are refined too, for the sake of further files."""
+    """Whether images without a class are refined too, because they need further files."""
 
     def check(self, section: RefineSection) -> None:
         """Raise a ValueError if the section does not fit the refinement."""

@@ -1,6 +1,6 @@
 """Dense CRF: mean field in a fully connected random field (Krähenbühl and Koltun 2011).
 
-Mean field repeats, with a Gaussian of positions and a bilateral one of positions and colours,
+Mean field repeats, for a kernel k_1 of positions and a kernel k_2 of positions and colours,
 
     Q_i(l) proportional to exp(-U_i(l) + sum_m w_m sum_j k_m(f_i, f_j) Q_j(l)).
 

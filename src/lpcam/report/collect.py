@@ -38,7 +38,7 @@ class ReportSection(Section):
     """Number of shown pairs of classes that the classifier confuses."""
 
 
-MOST_BYTES = 12_000_000  #: Of the images in a page, which with the rest stays below 15 MB.
+MOST_BYTES = 12_000_000  #: Limit for the images in a page, which stays below 15 MB.
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class SegmenterResults:
     """The segmenters of a run and their tests."""
 
     segmenters: Sequence[TrainedSegmenter]
-    rows: Sequence[Mapping[str, Any]]  #: Those of metrics.json, with ``teacher`` and ``crf``.
+    rows: Sequence[Mapping[str, Any]]  #: Rows of metrics.json that have ``teacher`` and ``crf``.
     items: Sequence[Item]  #: The test list.
     history: Mapping[str, Sequence[Mapping[str, Any]]]
     """``step``, ``loss`` and sometimes ``validation_miou`` of each training by name."""

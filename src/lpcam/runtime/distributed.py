@@ -29,7 +29,7 @@ class Processes:
     rank: int = 0  #: Number of this process, from 0.
     count: int = 1
     here: int = 1  #: Number of processes on this machine.
-    group: Any = None  #: The group in which they wait for each other.
+    group: Any = None  #: Process group in which they wait for each other.
 
     @property
     def first(self) -> bool:
@@ -126,16 +126,16 @@ class Sharing:
     workers: int = 1  #: Threads of this process, each with one batch.
     batch: int = 1  #: Maximum number of equally sized images in a backbone pass.
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """(height, width) of each image by id; those that are not in it count as of one size."""
+    """(height, width) of each image by id; all other images count as one size."""
     owner: Mapping[str, int] = field(default_factory=dict)
-    """Rank of the process that does an image, by id; those that are not in it are the first's."""
+    """Rank of the process of each image by id; the first process does all other images."""
 
     def mine(self, items: Iterable[Identity]) -> list[Identity]:
-        """The images that this process does."""
+        """The images of this process."""
         return [item for item in items if self.owner.get(item.id, 0) == self.processes.rank]
 
     def batches(self, items: Sequence[Identity]) -> list[list[Identity]]:
-        """Batches of images of exactly equal size; with ``batch`` 1 in the order of the items."""
+        """Batches of images of exactly equal size; in the order of the items if ``batch`` is 1."""
         batches: list[list[Identity]] = []
         latest: dict[tuple[int, int] | None, list[Identity]] = {}
         for item in items:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LpcamError(Exception):
-    """Base of every error that a user of the package is expected to meet."""
+    """Base class of the errors of this package."""
 
 
 class DataError(LpcamError):

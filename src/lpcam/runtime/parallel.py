@@ -1,4 +1,4 @@
-"""Work on several images at a time, on threads that have one thread of numerics each.
+"""Work on several images at a time, on threads that each compute with one CPU thread.
 
 So a result does not depend on how many there are, and two images on two processors fill them.
 """
@@ -48,7 +48,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one thread of numerics, and restore the caller's number afterwards."""
+    """Compute with one CPU thread; restore the caller's number afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 logger = logging.getLogger(__name__)
 LINE_EVERY_SECONDS = 15.0
-Advance = Callable[[int, str], None]  #: Called with how many steps were done and a short remark.
+Advance = Callable[[int, str], None]  #: Called with the number of steps done and a remark.
 
 
 @contextmanager

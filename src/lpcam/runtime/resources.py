@@ -17,7 +17,7 @@ IMAGE_SHARE = 0.75  #: Share of the available memory for what images need while 
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of a name, refused if it cannot be used; "auto" takes a GPU where there is one."""
+    """Device of that name, refused if it cannot be used; "auto" takes a GPU if there is one."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,7 +31,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def available_threads(processes_here: int = 1) -> int:
-    """Number of processors for this process, one of some processes of a run on this machine."""
+    """Number of processors for this process: its share if a run has several on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // processes_here)
 
 

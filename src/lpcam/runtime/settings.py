@@ -130,7 +130,7 @@ class Configurable(Protocol):
 
 
 def with_settings(section: type[S], methods: Mapping[str, Configurable]) -> type[S]:
-    """A subclass with one more field for each method with settings, unless the section has it."""
+    """A subclass with a field for each method that has settings, unless the section has it."""
     fields: dict[str, Any] = {
         name: (method.settings, method.settings.model_validate({}))
         for name, method in methods.items()

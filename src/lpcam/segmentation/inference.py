@@ -46,7 +46,7 @@ def probabilities(
     Args:
         segmenter: a segmenter in evaluation mode.
         image: uint8 (H, W, 3) RGB, as it was read.
-        settings: scales and how they become one; the CRF is that of :func:`refine`.
+        settings: scales and their fusion; the CRF is that of :func:`refine`.
 
     Returns:
         (L, H, W) float32 in [0, 1] on the segmenter's device.

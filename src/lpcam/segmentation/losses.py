@@ -71,7 +71,7 @@ def segmentation_loss(
         kind: ``cross_entropy`` is the mean over the pixels that count; ``balanced`` the mean over
             those of the background plus the mean over those of a class (section 1, as in DSRG and
             AdvCAM).
-        meet: ``reduced`` brings the labels to each output's size, ``full`` its logits to theirs.
+        meet: ``reduced`` brings the labels to each output's size, ``full`` the logits to theirs.
         total: sums int64 counts over the processes that share the batch; called once.
 
     Returns:

@@ -76,7 +76,7 @@ class Segmenter(nn.Module):
         write_tensors(path, state, {**self._description(), "made_by": dict(made_by or {})})
 
     def take(self, path: Path) -> None:
-        """Take the weights of a file of the same segmenter, as ``lpcam convert`` writes it.
+        """Load the weights of a file of the same segmenter that ``lpcam convert`` wrote.
 
         Raises:
             ArtefactError: if the file holds another one; the message names what differs.

@@ -58,7 +58,7 @@ class SegmenterSettings(PresetModel):
     """``reduced``: labels are resized to the size of the logits (PIL nearest). ``full``: logits are
     resized to the size of the labels (bilinear)."""
     resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
-    """Longest and shortest side, in pixels, that an image is resized to fit, before its scale."""
+    """Maximum long and short side, in pixels; images are first shrunk or enlarged to fit."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Random scales to choose from, or the two ends of a range."""
     scale_drawn: Literal["choice", "range"]
@@ -99,7 +99,7 @@ class SegmentTestSettings(PresetModel):
     preset: str = "deeplabv2.official"
 
     resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
-    """Longest and shortest side, in pixels, that an image is resized to fit before its scales."""
+    """Maximum long and short side, in pixels; images are first shrunk or enlarged to fit."""
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
     """Scales at which each image is segmented; more take more time."""
     sides: Literal["rounded", "truncated"]
@@ -140,7 +140,7 @@ class SegmentSection(WeightsSection):
     std: tuple[float, float, float] | None = None
     """Standard deviation of RGB in [0, 1]; null takes the network's own."""
     trained: RecipePath | None = None
-    """A file of the trained network, as ``lpcam convert`` writes it of a released one; it is used
+    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
     without training."""
     masks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Maps whose pseudo masks train a segmenter each; ``truth`` trains one on the true masks, as an

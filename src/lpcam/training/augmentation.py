@@ -53,7 +53,7 @@ def random_window(length: int, crop: int, generator: np.random.Generator) -> tup
 def mirror_and_crop(
     planes: Sequence[tuple[Tensor, int]], crop: int, generator: np.random.Generator
 ) -> list[Tensor]:
-    """Mirror tensors (..., H, W) at random and crop them alike, onto canvases of a value each."""
+    """Mirror tensors (..., H, W) at random and crop them alike; each has its padding value."""
     mirrored = generator.random() < 0.5
     rows, columns = (random_window(n, crop, generator) for n in planes[0][0].shape[-2:])
     found = []

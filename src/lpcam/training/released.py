@@ -30,14 +30,14 @@ class Released:
     Attributes:
         title: description of the contents, for messages.
         section: section of a recipe whose key ``trained`` takes the converted file.
-        marks: names that all files of this kind have, of which other kinds lack one.
-        names: patterns of the beginnings of names, and what replaces them.
+        marks: names in all files of this kind; other kinds lack at least one.
+        names: patterns of name prefixes, and what replaces them.
         build: makes the untrained network, whose ``save`` writes the file, from class names.
         classes: number of classes of a file; None for a network without classes.
         dimensions: number of axes of tensors that tell kinds of the same names apart.
-        left_out: pattern of the beginnings of names of copies, or of what only training needs.
+        left_out: pattern of name prefixes to ignore: copies, and what only training needs.
         adapt: changes the values after the names.
-        ours: beginnings of names of our network that no released file has.
+        ours: name prefixes of our network that no released file has.
     """
 
     title: str

@@ -69,7 +69,7 @@ class SavedNetwork(nn.Module):
         return network
 
     def take(self, path: Path) -> None:
-        """Take the weights of a file of the same network, as ``lpcam convert`` writes it.
+        """Load the weights of a file of the same network that ``lpcam convert`` wrote.
 
         Raises:
             ArtefactError: if the file holds another network; the message names what differs.

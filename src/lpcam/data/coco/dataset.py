@@ -262,7 +262,7 @@ class CocoReader(Reader):
     settings = CocoSection
 
     def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse every other source of labels: the annotations have them."""
+        """Refuse any other source of labels than the annotations."""
         if labels is not None:
             raise ValueError(
                 "labels belongs to the kinds voc and folder; coco takes them from its annotations"

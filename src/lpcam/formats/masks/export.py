@@ -34,7 +34,7 @@ class ExportedMasks:
     """Result of :func:`export_masks`.
 
     ``annotations`` counts objects, ``ignored_pixels`` pixels of 255; ``ignored`` says what became
-    of them. ``images_below`` is the one folder below which images are named, if there is one.
+    of them. Names of images are relative to ``images_below``, if it is not None.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class ExportedMasks:
     images_below: Path | None
 
     def summary(self) -> str:
-        """A text of one line per fact."""
+        """The result as text, one fact per line."""
         lines = [
             f"{self.images} masks, {self.annotations} objects, as {self.format} in {self.folder}"
         ]
