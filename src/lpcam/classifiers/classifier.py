@@ -28,12 +28,9 @@ from lpcam.training.saved_network import SavedNetwork
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
-NO_CLASSES = ("none",)
-"""Class names of a classifier whose backbone alone is used."""
-PROBE_SIZE = (97, 131)
-"""(H, W) of the image that tests a backbone, not round numbers."""
-TOLERANCE = 1e-4
-"""Largest relative difference of logits that counts as rounding."""
+NO_CLASSES = ("none",)  #: Class names of a classifier whose backbone alone is used.
+PROBE_SIZE = (97, 131)  #: (H, W) of the image that tests a backbone, not round numbers.
+TOLERANCE = 1e-4  #: Largest relative difference of logits that counts as rounding.
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class BackboneSpec:
     """Name and arguments of a timm backbone."""
 
     name: str
-    arguments: Mapping[str, Any]
-    """Arguments of ``timm.create_model``."""
+    arguments: Mapping[str, Any]  #: Arguments of ``timm.create_model``.
     output_stride: int | None = None
     """Pixels per cell of the features, for models that can remove strides."""
     dilated: bool = True

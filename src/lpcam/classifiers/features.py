@@ -21,10 +21,8 @@ Source = Classifier | WrappedModel
 class FeaturePair(NamedTuple):
     """Features of one scale, of the image and of the mirrored image."""
 
-    features: Tensor
-    """(..., C, h, w)"""
-    mirrored: Tensor | None
-    """(..., C, h, w), or None without flip"""
+    features: Tensor  #: (..., C, h, w)
+    mirrored: Tensor | None  #: (..., C, h, w), or None without flip
 
 
 def tensor_pyramid(

@@ -23,8 +23,7 @@ from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-SHARD = 128
-"""Images whose pooled features share a file; a resumed run skips complete files."""
+SHARD = 128  #: Images whose pooled features share a file; a resumed run skips complete files.
 
 
 @one_thread()

@@ -23,14 +23,11 @@ from lpcam.runtime.errors import ClassifierError
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
 NormKind = Literal["affine", "layer", "rms", "length"]
-Rows = tuple[Tensor, Tensor | None]
-"""Weight (N, C) and bias (N,) of a linear head."""
+Rows = tuple[Tensor, Tensor | None]  #: Weight (N, C) and bias (N,) of a linear head.
 TOLERANCE = 1e-4
 """Largest difference that counts as rounding, relative to the largest number (of logits: or 1)."""
-COARSE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""``TOLERANCE`` of models in half precision."""
-KEPT_MAPS = 64
-"""Number of last maps that a record keeps, to bound its memory."""
+COARSE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}  #: ``TOLERANCE`` of models in half precision.
+KEPT_MAPS = 64  #: Number of last maps that a record keeps, to bound its memory.
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -172,10 +169,8 @@ class Record:
 
     calls: tuple[Call, ...]
     output: Any
-    size: tuple[int, int]
-    """(H, W) of the images"""
-    grids: tuple[tuple[int, int], ...]
-    """(h, w) of every map, the last first"""
+    size: tuple[int, int]  #: (H, W) of the images
+    grids: tuple[tuple[int, int], ...]  #: (h, w) of every map, the last first
     tolerance: float
 
     @classmethod
@@ -245,15 +240,12 @@ class MapLayer:
 
     layer: nn.Module | Callable[[Tensor], Any]
     name: str
-    number: int
-    """Which call of the layer in a pass, from 0"""
+    number: int  #: Which call of the layer in a pass, from 0
     layout: Layout
-    prefix: int = 0
-    """Tokens before the patches"""
+    prefix: int = 0  #: Tokens before the patches
     stride: tuple[float, float] = (1.0, 1.0)
     relu: bool = False
-    token: int | None = None
-    """Prefix token that the head reads; None: it reads the mean"""
+    token: int | None = None  #: Prefix token that the head reads; None: it reads the mean
 
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
@@ -436,8 +428,7 @@ class Reading:
     """How logits are read from a layer's output: the map layer, norms and the linear head."""
 
     map_layer: MapLayer
-    head: Linear | None
-    """None while a head is still to be fitted"""
+    head: Linear | None  #: None while a head is still to be fitted
     norms: tuple[Norm, ...]
     """Norms between the pooled vector and the head, the head's neighbour first"""
 

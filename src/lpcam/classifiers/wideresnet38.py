@@ -9,12 +9,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import Tensor, nn
 
-CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Channels of conv1a, b2, b3, b4, b5, b6 and b7."""
-DEPTHS = (3, 3, 6, 3)
-"""Number of blocks of b2, b3, b4 and b5."""
-STRIDE = 8
-"""Pixels per cell of the features."""
+CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096)  #: Channels of conv1a, b2, b3, b4, b5, b6 and b7.
+DEPTHS = (3, 3, 6, 3)  #: Number of blocks of b2, b3, b4 and b5.
+STRIDE = 8  #: Pixels per cell of the features.
 HEADS = ("fc8", "fc1", "fc2")
 """Layers after the backbone that weight files may hold, of a classifier or of a segmenter."""
 

@@ -37,8 +37,7 @@ Head = Layer | tuple[Tensor, Tensor | None]
 PROBE_SIZES = ((97, 131), (104, 136), (112, 144), (98, 126), (96, 160), (224, 448))
 """Sizes (H, W) tried in turn. The common divisor (1, 8, 16, 14, 32, 224) of the first one that the
 model takes is the number that its sides must be multiples of."""
-FALLBACK_SIDE = 224
-"""Side tried last, for models that do not state their size."""
+FALLBACK_SIDE = 224  #: Side tried last, for models that do not state their size.
 
 
 @dataclass(eq=False, repr=False)
@@ -54,16 +53,12 @@ class WrappedModel(Reading):
     output: str
     """What the model gives: ``"logits"``, their ``"sigmoid"``, ``"softmax"`` or ``"log softmax"``;
     ``"features"`` if none of these."""
-    channels_in: int
-    """Channels of an image."""
+    channels_in: int  #: Channels of an image.
     fixed_size: tuple[int, int] | None
     """(H, W) of the only images that the model takes; None if it takes other sizes."""
-    multiple: int
-    """Number that the sides of an image must be multiples of."""
-    probe_size: tuple[int, int]
-    """(H, W) of the random images of the search."""
-    new_head: bool = False
-    """Whether the head comes from :meth:`with_head`."""
+    multiple: int  #: Number that the sides of an image must be multiples of.
+    probe_size: tuple[int, int]  #: (H, W) of the random images of the search.
+    new_head: bool = False  #: Whether the head comes from :meth:`with_head`.
 
     def __repr__(self) -> str:
         name = type(self.core).__name__

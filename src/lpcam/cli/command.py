@@ -65,8 +65,7 @@ class Command:
 
 
 GROUPS = ("start", "look", "use", "exchange", "about")
-COMMANDS: dict[str, Command] = {}
-"""All commands by name, in the order of their declaration."""
+COMMANDS: dict[str, Command] = {}  #: All commands by name, in the order of their declaration.
 PARENTS = {
     "data": "Check a data set, or make parts of one.",
     "import": "Read files of other programs.",

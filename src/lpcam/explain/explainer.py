@@ -30,8 +30,7 @@ from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
-MINIMUM_SCORE = 0.5
-"""A class is predicted if its score is above this value."""
+MINIMUM_SCORE = 0.5  #: A class is predicted if its score is above this value.
 ImageSource = Path | str | Image.Image | NDArray[np.uint8]
 
 

@@ -30,8 +30,7 @@ from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import __version__
 
-AUTO = "auto"
-"""Name of no map format: it is found from the contents."""
+AUTO = "auto"  #: Name of no map format: it is found from the contents.
 _COCO_ID = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})")
 _VOC_ID = re.compile(r"((?:19|20)\d{2})_?(\d{6})")
 _NO_FILE = "no file"

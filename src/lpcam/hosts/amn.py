@@ -62,8 +62,7 @@ from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.optim import freeze, names_below
 from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
-EPSILON = 1e-5
-"""Added to the range that probabilities are divided by (section 4)."""
+EPSILON = 1e-5  #: Added to the range that probabilities are divided by (section 4).
 
 
 class AmnSettings(HostSettings):

@@ -40,12 +40,9 @@ def folder_name(method: str) -> str:
 class Arm:
     """A kind of maps that a host makes."""
 
-    title: str
-    """Name of its rows, such as ``AMN+LPCAM``."""
-    base: Base
-    """What it builds on."""
-    network: str
-    """Name of the network that makes it; arms may share one."""
+    title: str  #: Name of its rows, such as ``AMN+LPCAM``.
+    base: Base  #: What it builds on.
+    network: str  #: Name of the network that makes it; arms may share one.
     prototypes: bool = False
     """Whether its maps come from prototypes of the network's own features."""
 
@@ -58,10 +55,8 @@ class Arm:
 class HostData:
     """Training data of a host's network."""
 
-    images: Sequence[Item]
-    """Images that train it."""
-    held_out: Sequence[Item]
-    """Images on which it is measured during training."""
+    images: Sequence[Item]  #: Images that train it.
+    held_out: Sequence[Item]  #: Images on which it is measured during training.
     masks: Sequence[tuple[Item, Path]]
     """Ternary masks of the images, for hosts that learn from masks."""
     classes: ClassTable
@@ -71,10 +66,8 @@ class HostData:
 class View:
     """One image as a host maps it."""
 
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
-    labels: tuple[int, ...]
-    """Class indices of its K image-level labels."""
+    image: NDArray[np.uint8]  #: (H, W, 3) RGB.
+    labels: tuple[int, ...]  #: Class indices of its K image-level labels.
     mask: Tensor | None
     """(H, W) int64 ternary mask that the network learnt from; None for hosts without masks."""
 
@@ -159,16 +152,13 @@ class Host(ABC, Generic[S, N]):
     ``load``, ``scorer`` and ``local_features`` (where an arm has prototypes), and ``maps``.
     """
 
-    title: str
-    """Name in rows and messages."""
+    title: str  #: Name in rows and messages.
     settings: type[S]
     network: type[N]
-    holds_out: bool = False
-    """Whether it is measured on held-out images while it trains."""
+    holds_out: bool = False  #: Whether it is measured on held-out images while it trains.
     states_threshold: bool = True
     """Whether a source states a fixed threshold of its seeds, at which they are scored."""
-    map_fields: frozenset[str] = frozenset()
-    """Settings that change its maps and not its network."""
+    map_fields: frozenset[str] = frozenset()  #: Settings that change its maps and not its network.
     prototype_fields: frozenset[str] = frozenset()
     """Settings that change only maps from prototypes of its own features."""
     mask_fields: frozenset[str] = frozenset()

@@ -133,10 +133,8 @@ RELEASED = (
     ),
 )
 """Names in the transformers of released files, as patterns, and ours."""
-SEGMENTS = 5
-"""Rows of the released table of segments, of which two are used."""
-PAIR = 2
-"""Images from which a class is learnt together."""
+SEGMENTS = 5  #: Rows of the released table of segments, of which two are used.
+PAIR = 2  #: Images from which a class is learnt together.
 HEADS = ("activation.", "reduction.", "logits.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 RECORDS = 25

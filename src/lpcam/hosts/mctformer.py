@@ -56,8 +56,7 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
 from lpcam.training.released import Released
 
-EPSILON = 1e-8
-"""Added to the range that a map is divided by (section 3, step 4)."""
+EPSILON = 1e-8  #: Added to the range that a map is divided by (section 3, step 4).
 
 
 def _loss(scores: Scores, labels: Tensor, contrast: float) -> Tensor:

@@ -99,12 +99,9 @@ STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 class Scores(NamedTuple):
     """Logits (B, N) of the image's classes, and what else the losses read."""
 
-    classes: Tensor
-    """Scores by the class tokens; used at test."""
-    patches: Tensor | None
-    """Scores by PatchCAM; None in V1."""
-    tokens: Tensor
-    """(B, N, C), the last block's class tokens."""
+    classes: Tensor  #: Scores by the class tokens; used at test.
+    patches: Tensor | None  #: Scores by PatchCAM; None in V1.
+    tokens: Tensor  #: (B, N, C), the last block's class tokens.
 
 
 class Attended(NamedTuple):
@@ -115,10 +112,8 @@ class Attended(NamedTuple):
     """(B, N, h, w), from class tokens to patches, summed over the last blocks."""
     patch_affinity: Tensor | None
     """(B, P, P), between patches, summed over all blocks; rows are the queries."""
-    features: Tensor
-    """(B, C, h, w), the last block's patch tokens, signed; the input of PatchCAM."""
-    patch_cam: Tensor | None
-    """(B, N, h, w), signed; None in V1."""
+    features: Tensor  #: (B, C, h, w), the last block's patch tokens, signed; the input of PatchCAM.
+    patch_cam: Tensor | None  #: (B, N, h, w), signed; None in V1.
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,7 @@ class MctformerSpec:
     crop: int
     drop_path: float
     version: str
-    ranking_decay: float
-    """Decay in the pooling of PatchCAM; 1 is the plain mean."""
+    ranking_decay: float  #: Decay in the pooling of PatchCAM; 1 is the plain mean.
 
 
 def ranked_pooling(maps: Tensor, decay: float) -> Tensor:

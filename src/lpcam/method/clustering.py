@@ -21,10 +21,8 @@ from lpcam.runtime.registry import Registry
 Init = Literal["random", "k-means++"]
 CenterKind = Literal["mean", "unit"]
 ToleranceKind = Literal["absolute", "relative"]
-CPU_CHUNK_BYTES = 16 * 2**20
-"""Size of a chunk on a CPU: a share of the processor's cache."""
-DEVICE_CHUNK_BYTES = 256 * 2**20
-"""Size of a chunk on another device."""
+CPU_CHUNK_BYTES = 16 * 2**20  #: Size of a chunk on a CPU: a share of the processor's cache.
+DEVICE_CHUNK_BYTES = 256 * 2**20  #: Size of a chunk on another device.
 FRESH_SUMS = 8
 """All sums are recomputed after this many iterations, to limit the rounding error of updates."""
 
@@ -33,17 +31,13 @@ FRESH_SUMS = 8
 class Clusters:
     """Result of clustering M points with C channels into K clusters."""
 
-    centers: Tensor
-    """(K, C), floating point: the centres that equation 5 compares features with."""
+    centers: Tensor  #: (K, C), floating point: the centres that equation 5 compares features with.
     means: Tensor
     """(K, C), floating point: plain means of the members, which equations 3 and 4 score."""
-    assignments: Tensor
-    """(M,) int64 in 0..K-1, the cluster of each point."""
-    sizes: Tensor
-    """(K,) int64, number of members of each cluster."""
+    assignments: Tensor  #: (M,) int64 in 0..K-1, the cluster of each point.
+    sizes: Tensor  #: (K,) int64, number of members of each cluster.
     iterations: int
-    converged: bool
-    """False if the method stopped at its maximum number of iterations."""
+    converged: bool  #: False if the method stopped at its maximum number of iterations.
     objective: float
     """Mean cosine of the points to their centres at the last assignment, in [-1, 1]."""
 

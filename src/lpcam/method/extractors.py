@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
 PRESET = "voc12.official"
-HEAD = "head.weight"
-"""Name of the rows of a new head in a file of prototypes."""
+HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
 NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
 
 

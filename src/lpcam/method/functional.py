@@ -240,10 +240,8 @@ def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) ->
 class FusedMaps(NamedTuple):
     """Maps of one image, summed over scales and normalised to [0, 1]."""
 
-    cam: Tensor
-    """(..., N, ceil(H/4), ceil(W/4))"""
-    high_res: Tensor
-    """(..., N, H, W)"""
+    cam: Tensor  #: (..., N, ceil(H/4), ceil(W/4))
+    high_res: Tensor  #: (..., N, H, W)
 
 
 def strided(length: int, stride: int) -> int:

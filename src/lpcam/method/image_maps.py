@@ -35,10 +35,8 @@ MethodName = Literal["CAM", "LPCAM"]
 METHOD_NAMES: tuple[MethodName, MethodName] = ("CAM", "LPCAM")
 Scoring = Literal["sigmoid", "softmax"]
 KIND = "lpcam explain"
-RANKING_LENGTH = 20
-"""Classes whose scores are listed in the findings."""
-MOST_MASK_VALUES = 254
-"""Values of a mask between background (0) and ignored (255)."""
+RANKING_LENGTH = 20  #: Classes whose scores are listed in the findings.
+MOST_MASK_VALUES = 254  #: Values of a mask between background (0) and ignored (255).
 CLASSES_TOGETHER = 4
 """Classes whose maps are computed in one step; more are faster and need more memory."""
 
@@ -60,25 +58,18 @@ class ImageMaps:
         [0, 0, 4, 2]
     """
 
-    image: NDArray[np.uint8]
-    """(H, W, 3) upright RGB"""
+    image: NDArray[np.uint8]  #: (H, W, 3) upright RGB
     classes: tuple[str, ...]
-    mask_ids: tuple[int, ...]
-    """Value of each class in a mask, 1 to 254."""
-    scores: tuple[float, ...]
-    """The classifier's scores, in [0, 1]."""
-    cam: NDArray[np.float32]
-    """(K, h, w) in [0, 1]"""
-    lpcam: NDArray[np.float32]
-    """(K, h, w) in [0, 1]"""
+    mask_ids: tuple[int, ...]  #: Value of each class in a mask, 1 to 254.
+    scores: tuple[float, ...]  #: The classifier's scores, in [0, 1].
+    cam: NDArray[np.float32]  #: (K, h, w) in [0, 1]
+    lpcam: NDArray[np.float32]  #: (K, h, w) in [0, 1]
     threshold: float
     """Threshold of LPCAM masks: foreground is above it. Masks shrink when it grows."""
-    cam_threshold: float
-    """Threshold of CAM masks."""
+    cam_threshold: float  #: Threshold of CAM masks.
     ranking: tuple[tuple[str, float], ...] = ()
     """Every class of the classifier and its score, the highest first."""
-    notes: tuple[str, ...] = ()
-    """Remarks for the reader, such as classes without prototypes."""
+    notes: tuple[str, ...] = ()  #: Remarks for the reader, such as classes without prototypes.
     name: str = "image"
     made_by: dict[str, Any] = field(default_factory=dict)
 

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from lpcam.runtime.errors import DataError, import_extra
 
-Connectivity = Literal[4, 8]
-"""8: pixels that touch at a corner are connected. 4: they are not."""
+Connectivity = Literal[4, 8]  #: 8: pixels that touch at a corner are connected. 4: they are not.
 ScoreKind = Literal["max", "mean"]
-Plane = NDArray[Any] | Tensor
-"""A map or mask (H, W)."""
+Plane = NDArray[Any] | Tensor  #: A map or mask (H, W).
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,10 @@ class Box:
 
     x0: int
     y0: int
-    x1: int
-    """One past the last column."""
-    y1: int
-    """One past the last row."""
-    score: float
-    """Maximum or mean of the map in the component."""
-    area: int
-    """Number of pixels of the component, not of the box."""
+    x1: int  #: One past the last column.
+    y1: int  #: One past the last row.
+    score: float  #: Maximum or mean of the map in the component.
+    area: int  #: Number of pixels of the component, not of the box.
 
     as_dict = asdict
 

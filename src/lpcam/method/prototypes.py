@@ -36,14 +36,10 @@ class Centers:
     A class with fewer features than K has fewer centres; its other rows are zero, with score NaN.
     """
 
-    centers: Tensor
-    """(N, K, C)"""
-    scores: Tensor
-    """(N, K), z of equations 3 and 4, in [0, 1]"""
-    sizes: Tensor
-    """(N, K) int64, local features in the cluster"""
-    keep: Tensor
-    """(N, K) bool, True for prototypes"""
+    centers: Tensor  #: (N, K, C)
+    scores: Tensor  #: (N, K), z of equations 3 and 4, in [0, 1]
+    sizes: Tensor  #: (N, K) int64, local features in the cluster
+    keep: Tensor  #: (N, K) bool, True for prototypes
 
     def prototypes(self, index: int) -> Tensor:
         """Selected centres (K', C) of a class; K' may be 0."""
@@ -66,10 +62,8 @@ class Prototypes:
     classes: tuple[str, ...]
     foreground: Centers
     context: Centers
-    fingerprint: str
-    """Fingerprint of the classifier whose features were clustered."""
-    made_by: dict[str, Any]
-    """Settings and seeds, as plain values."""
+    fingerprint: str  #: Fingerprint of the classifier whose features were clustered.
+    made_by: dict[str, Any]  #: Settings and seeds, as plain values.
     events: tuple[str, ...] = ()
     """A sentence for each class where the ordinary rule of selection could not be followed."""
 

@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
 
-Method = Literal["CAM", "LPCAM-F", "LPCAM"]
-"""The maps that a run makes of its own classifier."""
+Method = Literal["CAM", "LPCAM-F", "LPCAM"]  #: The maps that a run makes of its own classifier.
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
 
 

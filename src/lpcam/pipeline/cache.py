@@ -28,25 +28,19 @@ RECORD = "stage.json"
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LEFTOVERS = ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors")
 """Files that only an interrupted task needs."""
-Record = dict[str, Any]
-"""A JSON object: a row of scores, the entry of a history, a protocol."""
-Output = Mapping[str, Any]
-"""What a task records of its results for later stages, as JSON."""
+Record = dict[str, Any]  #: A JSON object: a row of scores, the entry of a history, a protocol.
+Output = Mapping[str, Any]  #: What a task records of its results for later stages, as JSON.
 
 
 @dataclass
 class Result:
     """One result of a run: a folder of its own, with a record of how it was made."""
 
-    name: str
-    """Name by which later stages find it, such as ``irn/lpcam``."""
+    name: str  #: Name by which later stages find it, such as ``irn/lpcam``.
     folder: Path
-    parts: Mapping[str, Any]
-    """Everything that it depends on, as JSON."""
-    files: Sequence[Path] = ()
-    """The files that it consists of."""
-    output: Record = field(default_factory=dict)
-    """What its task recorded, once it is finished."""
+    parts: Mapping[str, Any]  #: Everything that it depends on, as JSON.
+    files: Sequence[Path] = ()  #: The files that it consists of.
+    output: Record = field(default_factory=dict)  #: What its task recorded, once it is finished.
 
     @cached_property
     def key(self) -> str:

@@ -45,12 +45,10 @@ MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""
 FEATURES_SHARE = 0.5
 """Share of a run's memory for features that several stages need; the rest is for the reservoir."""
-FILE_SECONDS = 60.0
-"""How long a file that another machine has written may take to become visible."""
+FILE_SECONDS = 60.0  #: How long a file that another machine has written may take to become visible.
 N = TypeVar("N", bound=SavedNetwork)
 S = TypeVar("S")
-FileOf = Callable[[Path, str], Path]
-"""Gives the file of an image's id in a folder."""
+FileOf = Callable[[Path, str], Path]  #: Gives the file of an image's id in a folder.
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ class Given:
     """Maps or masks that another program made."""
 
     folder: Path
-    key: str
-    """Digest of their contents."""
+    key: str  #: Digest of their contents.
 
 
 class Context:

@@ -31,10 +31,8 @@ from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.resources import available_memory, choose_device
 
 R = TypeVar("R")
-TIMED_IMAGES = 12
-"""Passed through the backbone, after one for each worker that is not counted."""
-TIMED_SECONDS = 10.0
-"""After which no further image is timed."""
+TIMED_IMAGES = 12  #: Passed through the backbone, after one for each worker that is not counted.
+TIMED_SECONDS = 10.0  #: After which no further image is timed.
 
 
 def usual_recipe(backbone: str = "mobilenetv2_100", output_stride: int | None = 16) -> Recipe:

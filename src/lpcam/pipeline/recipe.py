@@ -31,8 +31,7 @@ from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.settings import Fraction, PresetModel, RecipePath, Section, with_settings
 from lpcam.segmentation import settings as segmentation
 
-VERSION: Literal[1] = 1
-"""The recipe version that this package reads and writes."""
+VERSION: Literal[1] = 1  #: The recipe version that this package reads and writes.
 
 if TYPE_CHECKING:
     DataSection = reader.DataSection

@@ -32,12 +32,9 @@ class RunResult:
     """Results of a run."""
 
     folder: Path
-    rows: list[dict[str, Any]]
-    """Its scores, one row for each method, with their protocol."""
-    skipped: list[dict[str, str]]
-    """Images that were left out, with the reason."""
-    report: Path | None = None
-    """The HTML report, if the run got that far and its recipe has one."""
+    rows: list[dict[str, Any]]  #: Its scores, one row for each method, with their protocol.
+    skipped: list[dict[str, str]]  #: Images that were left out, with the reason.
+    report: Path | None = None  #: The HTML report, if the run got that far and its recipe has one.
 
 
 def stage_names() -> list[str]:

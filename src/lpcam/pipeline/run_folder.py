@@ -45,8 +45,7 @@ def refined_map_path(folder: Path, image_id: str) -> Path:
 class TrainedSegmenter:
     """A trained segmenter of a run."""
 
-    name: str
-    """Name of the masks that it was trained on: lpcam, cam, truth or given."""
+    name: str  #: Name of the masks that it was trained on: lpcam, cam, truth or given.
     path: Path
     recipe: Recipe
     section: SegmentSection
@@ -71,8 +70,7 @@ class TrainedSegmenter:
 class Masks:
     """Masks of one folder, and what they show."""
 
-    name: str
-    """Folder of the masks below the run folder, such as ``pseudo/lpcam``."""
+    name: str  #: Folder of the masks below the run folder, such as ``pseudo/lpcam``.
     entries: tuple[MaskEntry | Skip, ...]
     """Masks in the order of the list; a `Skip` where the mask or the image is missing."""
     classes: ClassTable
@@ -86,8 +84,7 @@ class Maps:
     name: str
     folder: Path
     ids: tuple[str, ...]
-    missing: tuple[str, ...]
-    """Images of the list that have no map."""
+    missing: tuple[str, ...]  #: Images of the list that have no map.
     classes: ClassTable
     made_by: Mapping[str, Any]
 

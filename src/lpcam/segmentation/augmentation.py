@@ -28,14 +28,11 @@ from lpcam.segmentation.losses import reduce_labels
 from lpcam.segmentation.settings import SegmenterSettings
 from lpcam.training.loop import Place
 
-REDRAWS = 10
-"""How often a crop is drawn again for ``class_limit`` (section 3)."""
+REDRAWS = 10  #: How often a crop is drawn again for ``class_limit`` (section 3).
 BRIGHTNESS = 32.0
 """Largest change of 8-bit values by the photometric distortion (section 3, as what follows)."""
-CONTRAST = SATURATION = (0.5, 1.5)
-"""Ranges of the factors of RGB and of the saturation."""
-HUE = 36.0
-"""Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units."""
+CONTRAST = SATURATION = (0.5, 1.5)  #: Ranges of the factors of RGB and of the saturation.
+HUE = 36.0  #: Largest turn in degrees: 18 on OpenCV's hue circle, which has 180 units.
 
 
 def _draw_scale(settings: SegmenterSettings, generator: np.random.Generator) -> float:
@@ -216,16 +213,11 @@ def make_sample(
 class CheckedMasks:
     """Masks that can be trained on, and what they hold."""
 
-    pairs: tuple[tuple[Item, Path], ...]
-    """Images and masks that are used, in list order."""
-    dropped: tuple[Skip, ...]
-    """Images whose masks have no pixel to learn from."""
-    pixels: tuple[int, ...]
-    """Number of pixels of each label 0..N in the masks that are used."""
-    ignored: int
-    """Number of ignored pixels in those masks."""
-    unknown: tuple[int, ...]
-    """Mask ids of no class, in any mask; their pixels are ignored."""
+    pairs: tuple[tuple[Item, Path], ...]  #: Images and masks that are used, in list order.
+    dropped: tuple[Skip, ...]  #: Images whose masks have no pixel to learn from.
+    pixels: tuple[int, ...]  #: Number of pixels of each label 0..N in the masks that are used.
+    ignored: int  #: Number of ignored pixels in those masks.
+    unknown: tuple[int, ...]  #: Mask ids of no class, in any mask; their pixels are ignored.
 
 
 def check_masks(

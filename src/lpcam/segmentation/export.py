@@ -34,8 +34,7 @@ from lpcam.formats.models.onnx import (
 from lpcam.runtime.versions import versions
 from lpcam.segmentation.segmenter import Segmenter
 
-LABEL_ERROR = 1e-3
-"""Largest accepted share of an image's pixels whose label differs."""
+LABEL_ERROR = 1e-3  #: Largest accepted share of an image's pixels whose label differs.
 
 
 def export_onnx(

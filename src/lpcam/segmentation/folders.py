@@ -28,8 +28,7 @@ from lpcam.segmentation.settings import SegmentTestSettings
 
 KIND = "lpcam predict"
 INDEX = "predicted.json"
-MAXIMUM_SIDE = 1024
-"""Maximum side, in pixels, at which an image is segmented, as a run maps it."""
+MAXIMUM_SIDE = 1024  #: Maximum side, in pixels, at which an image is segmented, as a run maps it.
 
 
 def _describe(found: Mapping[str, Any]) -> str:

@@ -23,8 +23,7 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmentTestSettings
 
-MINIMUM_SIDE = 32
-"""Minimum side of a scaled image, in pixels; a shorter side is enlarged to it."""
+MINIMUM_SIDE = 32  #: Minimum side of a scaled image, in pixels; a shorter side is enlarged to it.
 WRAPPED_MEAN = (104.008, 116.669, 122.675)
 """Mean colour that the original DeepLabV2 program subtracts from images: blue, green, red."""
 CHUNK_BYTES = 2**26

@@ -27,12 +27,9 @@ from lpcam.training import loop as engine
 from lpcam.training.optim import names_below, poly
 
 Precision = Literal["float32", "bfloat16", "float16"]
-RECORDS = 100
-"""Number of history records in a whole training."""
-CHECKPOINTS = 40
-"""Number of checkpoints in a whole training, besides those at the records."""
-BETA2 = 0.999
-"""Second beta of AdamW (section 3)."""
+RECORDS = 100  #: Number of history records in a whole training.
+CHECKPOINTS = 40  #: Number of checkpoints in a whole training, besides those at the records.
+BETA2 = 0.999  #: Second beta of AdamW (section 3).
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,8 @@ class Validation:
 
     items: Sequence[Item]
     settings: SegmentTestSettings
-    times: int
-    """Over the whole training, evenly spread; the last is at its end."""
-    best: Path
-    """Where the weights with the highest mIoU are kept, beside the last ones."""
+    times: int  #: Over the whole training, evenly spread; the last is at its end.
+    best: Path  #: Where the weights with the highest mIoU are kept, beside the last ones.
     maximum_side: int
     """A longer image is segmented at this long side, in pixels, and its labels are enlarged."""
 

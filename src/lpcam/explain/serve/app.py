@@ -35,17 +35,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ADDRESS = "127.0.0.1"
-MAXIMUM_BYTES = 32 * 2**20
-"""Largest upload."""
+MAXIMUM_BYTES = 32 * 2**20  #: Largest upload.
 BODY_SECONDS = 60.0
-MOST_WAITING = 4
-"""Uploads in work or waiting; further ones are refused."""
-MOST_CLASSES = 24
-"""Classes whose maps one answer holds: those of the highest scores."""
-PLANE_SIDE = 512
-"""Long side in pixels of the maps that the page draws."""
-PICTURE_SIDE = 1024
-"""Long side in pixels of the picture that the page shows."""
+MOST_WAITING = 4  #: Uploads in work or waiting; further ones are refused.
+MOST_CLASSES = 24  #: Classes whose maps one answer holds: those of the highest scores.
+PLANE_SIDE = 512  #: Long side in pixels of the maps that the page draws.
+PICTURE_SIDE = 1024  #: Long side in pixels of the picture that the page shows.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's readers that are used: formats of photographs that start no other program."""
 HEADERS = {

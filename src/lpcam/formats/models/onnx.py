@@ -62,10 +62,8 @@ class ExportModule(nn.Module, abc.ABC):
         multiple: number that both sides of an image must be multiples of.
     """
 
-    output: str
-    """Name of the output beside ``logits``."""
-    limit: float
-    """Largest accepted error of that output."""
+    output: str  #: Name of the output beside ``logits``.
+    limit: float  #: Largest accepted error of that output.
 
     def __init__(
         self, preprocessing: Preprocessing | None, channels: int = 3, multiple: int = 1

@@ -16,8 +16,7 @@ from lpcam.pipeline.cache import Task
 from lpcam.pipeline.context import Context
 from lpcam.training.loop import History
 
-HELD_OUT = 10
-"""One image in so many is held out for the validation mAP where no list is named."""
+HELD_OUT = 10  #: One image in so many is held out for the validation mAP where no list is named.
 
 
 def classify(context: Context) -> Iterator[Task]:

@@ -27,15 +27,12 @@ from lpcam.runtime.versions import versions
 class Scored:
     """Maps that are scored."""
 
-    stage: str
-    """``seed`` or ``pseudo``."""
+    stage: str  #: ``seed`` or ``pseudo``.
     folder: Path
-    key: str
-    """Cache key of the result that holds them."""
+    key: str  #: Cache key of the result that holds them.
     threshold: float | None
     """Fixed threshold of the preset or the recipe; None: no program states one."""
-    hosted: bool = False
-    """Whether a host made the maps, or those they were refined from."""
+    hosted: bool = False  #: Whether a host made the maps, or those they were refined from.
 
 
 def _scored(context: Context) -> dict[str, Scored]:

@@ -25,12 +25,10 @@ from lpcam.runtime.files import digest_file
 from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import versions
 
-CHECKPOINT_SECONDS = 60.0
-"""Minimum time between checkpoints of the reservoir of local features."""
+CHECKPOINT_SECONDS = 60.0  #: Minimum time between checkpoints of the reservoir of local features.
 CHECKPOINT_SHARE = 10
 """Minimum ratio of that time to the duration of the last checkpoint, which may be large."""
-BLANK = 96
-"""Side, in pixels, of an image that shows how many features a network has."""
+BLANK = 96  #: Side, in pixels, of an image that shows how many features a network has.
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
 

@@ -42,10 +42,8 @@ from lpcam.runtime.resources import memory_of_an_image
 from lpcam.training.loop import History
 
 logger = logging.getLogger(__name__)
-HIGHEST = 1.001
-"""Largest value of a normalised map; rounding may exceed 1."""
-GIVEN = "given"
-"""Name of maps that another program made, in figures and folders."""
+HIGHEST = 1.001  #: Largest value of a normalised map; rounding may exceed 1.
+GIVEN = "given"  #: Name of maps that another program made, in figures and folders.
 
 
 def _picture(context: Context, item: Item, maps: Path) -> Picture:

@@ -32,27 +32,21 @@ from lpcam.segmentation.training import Validation, check_batch, train_segmenter
 
 logger = logging.getLogger(__name__)
 TRUTH = "truth"
-SEGMENTATION = "segmentation"
-"""Stage of the rows of segmenters, which have no threshold."""
-CRF = "crf"
-"""Name of the folder of masks after a dense CRF."""
+SEGMENTATION = "segmentation"  #: Stage of the rows of segmenters, which have no threshold.
+CRF = "crf"  #: Name of the folder of masks after a dense CRF.
 
 
-GIVEN_NETWORK = "as given"
-"""Title of a segmenter that was trained elsewhere."""
+GIVEN_NETWORK = "as given"  #: Title of a segmenter that was trained elsewhere.
 
 
 @dataclass(frozen=True)
 class TrainingMasks:
     """Masks that a segmenter is trained on."""
 
-    title: str
-    """Name in the rows of results, such as ``LPCAM + IRN``."""
-    name: str
-    """Name of the folders of the network and its masks."""
+    title: str  #: Name in the rows of results, such as ``LPCAM + IRN``.
+    name: str  #: Name of the folders of the network and its masks.
     pairs: Sequence[tuple[Item, Path]]
-    key: str
-    """Cache key of the masks."""
+    key: str  #: Cache key of the masks.
     threshold: float | None = None
     """Threshold of the refined maps that they were cut at; None for other masks."""
 

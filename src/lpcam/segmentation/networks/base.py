@@ -20,16 +20,12 @@ Option = Literal["backbone", "output_stride", "pyramid"]
 class SegmenterSpec:
     """Architecture of a segmenter, without its weights and the number of labels."""
 
-    network: str
-    """Name of a network in ``NETWORKS``."""
-    backbone: str
-    """``resnet101_caffe`` or a timm name; ``wideresnet38``; a size of Swin."""
-    arguments: Mapping[str, Any]
-    """Further arguments of the backbone."""
+    network: str  #: Name of a network in ``NETWORKS``.
+    backbone: str  #: ``resnet101_caffe`` or a timm name; ``wideresnet38``; a size of Swin.
+    arguments: Mapping[str, Any]  #: Further arguments of the backbone.
     output_stride: int | None = None
     """Output stride of a timm backbone; None keeps the model's own."""
-    pyramid: tuple[float, ...] = ()
-    """Further scales of DeepLabV2."""
+    pyramid: tuple[float, ...] = ()  #: Further scales of DeepLabV2.
 
 
 class First(TypedDict, total=False):
@@ -37,12 +33,9 @@ class First(TypedDict, total=False):
 
     weights: Required[str | Path]
     """Weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file."""
-    mean: Sequence[float] | None
-    """Mean of RGB in [0, 1]; None: the network's own."""
-    std: Sequence[float] | None
-    """Standard deviation of RGB in [0, 1]; None: the network's own."""
-    seed: int
-    """Random seed of the head and of random weights."""
+    mean: Sequence[float] | None  #: Mean of RGB in [0, 1]; None: the network's own.
+    std: Sequence[float] | None  #: Standard deviation of RGB in [0, 1]; None: the network's own.
+    seed: int  #: Random seed of the head and of random weights.
 
 
 class Network(Protocol):

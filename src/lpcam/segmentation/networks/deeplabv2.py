@@ -38,8 +38,7 @@ from lpcam.segmentation.networks.base import (
 )
 
 logger = logging.getLogger(__name__)
-CAFFE = "resnet101_caffe"
-"""Name of the backbone that timm does not have."""
+CAFFE = "resnet101_caffe"  #: Name of the backbone that timm does not have.
 PREPROCESSING = Preprocessing(
     mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
 )

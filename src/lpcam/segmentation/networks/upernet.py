@@ -30,22 +30,17 @@ from lpcam.segmentation.networks.base import (
 )
 
 PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-AUXILIARY_WEIGHT = 0.4
-"""Weight of the auxiliary head's loss."""
-DROPOUT = 0.1
-"""Rate of the dropout of whole channels before both classifiers."""
+AUXILIARY_WEIGHT = 0.4  #: Weight of the auxiliary head's loss.
+DROPOUT = 0.1  #: Rate of the dropout of whole channels before both classifiers.
 
 
 class SwinSize(NamedTuple):
     """A size of Swin and the name of its ImageNet weights."""
 
-    embed_dim: int
-    """Channels of the first stage; each further stage doubles them."""
-    depths: tuple[int, ...]
-    """Blocks of each stage."""
+    embed_dim: int  #: Channels of the first stage; each further stage doubles them.
+    depths: tuple[int, ...]  #: Blocks of each stage.
     num_heads: tuple[int, ...]
-    checkpoint: str
-    """Name on the hub."""
+    checkpoint: str  #: Name on the hub.
 
 
 SIZES = {

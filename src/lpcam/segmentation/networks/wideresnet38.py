@@ -33,10 +33,8 @@ from lpcam.segmentation.networks.base import (
 )
 
 BACKBONE = "wideresnet38"
-HIDDEN = 512
-"""Channels between the two convolutions of the head."""
-DILATION = 12
-"""Dilation of both convolutions."""
+HIDDEN = 512  #: Channels between the two convolutions of the head.
+DILATION = 12  #: Dilation of both convolutions.
 
 
 class WideResNet38LargeFov(FrozenNorms):
