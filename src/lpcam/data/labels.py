@@ -111,7 +111,7 @@ def image_name(text: str, where: str) -> str:
 
 
 def read_text(path: Path, how: str) -> str:
-    """A UTF-8 file as text, without a byte order mark; DataError ends with ``how`` to write it."""
+    """A UTF-8 file as text, without a byte order mark; a DataError ends with the advice ``how``."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

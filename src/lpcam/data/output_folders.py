@@ -110,7 +110,7 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
 
 
 def read_index(path: Path, command: str) -> dict[str, Any] | None:
-    """What an earlier call of a command recorded; ArtefactError if the file is of another kind."""
+    """Index that an earlier call of a command wrote; ArtefactError if it is of another kind."""
     if not path.exists():
         return None
     index = read_json(path)

@@ -38,7 +38,7 @@ def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tenso
 
 
 def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
-    """Confusion matrix, int64 (L, L), of two maps of labels 0..L-1; IGNORE of the truth is out.
+    """Confusion matrix, int64 (L, L), of two maps of labels 0..L-1; no IGNORE of the truth.
 
     DataError if the shapes differ or a label is out of range.
 

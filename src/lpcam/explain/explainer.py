@@ -162,7 +162,7 @@ class Explainer:
 
     @classmethod
     def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
-        """Raises an error that names :meth:`lpcam.pipeline.run_folder.RunFolder.explainer`."""
+        """Not available; use :meth:`lpcam.pipeline.run_folder.RunFolder.explainer` instead."""
         raise LpcamError("Explainer.from_run(folder) is now lpcam.RunFolder(folder).explainer()")
 
     def __call__(

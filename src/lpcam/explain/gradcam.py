@@ -217,7 +217,7 @@ def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:
 def principal_component(pair: FeaturePair, vectors: Tensor) -> Tensor:
     """ReLU of the first principal component of what LPCAM sums over the channels, (B, h, w).
 
-    These are the products of vector (B, C) and unit feature. The sign correlates with the sum.
+    It sums the products of vector (B, C) and unit feature. The sign correlates with the sum.
     """
     features = pair.features
     if pair.mirrored is not None:

@@ -138,7 +138,7 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
 
 
 def read_classes(path: Path) -> ClassTable:
-    """Read class names, one a line, with mask values from 1 on or given after a tab.
+    """Read class names, one per line; mask values are 1, 2, ... or given after a tab.
 
     DataError if the file is missing or damaged, or a value is not one of a mask.
     """

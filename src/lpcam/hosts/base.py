@@ -146,7 +146,7 @@ N = TypeVar("N", bound=SavedNetwork)
 
 
 class Host(ABC, Generic[S, N]):
-    """A method with a network of its own; S is the class of its settings, N that of its network.
+    """A method with a network of its own; S is the type of its settings, N of its network.
 
     The stages of a run call it in this order: ``arms``, ``build``, ``images_per_step``, ``train``,
     ``load``, ``scorer`` and ``local_features`` (where an arm has prototypes), and ``maps``.

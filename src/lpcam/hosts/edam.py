@@ -138,7 +138,7 @@ PAIR = 2  #: Images from which a class is learnt together.
 HEADS = ("activation.", "reduction.", "logits.")
 """Name prefixes of the new convolutions, which have a higher learning rate."""
 RECORDS = 25
-"""Records in the history of a training, about one an epoch of the released list (section 2)."""
+"""Records in the history of a training, about one per epoch of the released list (section 2)."""
 
 
 def _positions(count: int, width: int) -> Tensor:

@@ -145,7 +145,7 @@ class Task:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process until the block ends or the process dies.
+    """Lock a run folder for this process until the block ends or the process dies.
 
     Raises:
         ArtefactError: if another process holds it, or the folder cannot be made.

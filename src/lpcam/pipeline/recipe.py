@@ -70,7 +70,7 @@ class SheetSection(Section):
     """The contact sheet at the end of a run."""
 
     images: Annotated[int, Field(ge=0, le=64)] = 8
-    """Number of rows; 0 makes no sheet."""
+    """Number of rows of the sheet; 0 makes none."""
 
 
 class RunSection(Section):

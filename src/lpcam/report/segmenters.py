@@ -31,7 +31,7 @@ class TrainedSegmenter:
     name: str  #: ``cam``, ``lpcam`` or ``truth``.
     title: str  #: The masks in words, such as "LPCAM + IRN".
     images: int  #: Number of training masks.
-    folder: Path  #: Its predictions for the test list: ID.png with mask ids.
+    folder: Path  #: Predicted masks of the test list: ID.png with mask ids.
 
 
 @dataclass(frozen=True)

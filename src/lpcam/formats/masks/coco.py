@@ -15,7 +15,7 @@ from lpcam.formats.masks.regions import Region, runs
 
 
 class _Coco(Format):
-    """``annotations.json``, one annotation a line; ids of images and annotations count from 1.
+    """``annotations.json``, one annotation per line; ids of images and annotations count from 1.
 
     Polygons are outlines along the edges of the pixels, one a piece, with holes cut open (COCO has
     no holes). Both forms are exact for pycocotools; readers that draw the outline's own pixels add

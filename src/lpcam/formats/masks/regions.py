@@ -20,7 +20,7 @@ class Region:
     label: int  #: 0-based class index.
     x0: int  #: First column of the tightest box.
     y0: int  #: First row.
-    pixels: NDArray[np.bool_]  #: (h, w), of the tightest box alone.
+    pixels: NDArray[np.bool_]  #: (h, w): the object inside its box.
 
     @property
     def height(self) -> int:

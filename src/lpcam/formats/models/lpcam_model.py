@@ -144,7 +144,7 @@ class LPCAMModel(nn.Module):
 
     @classmethod
     def from_run(cls, folder: Path | str) -> NoReturn:
-        """Raises an error that names :meth:`lpcam.pipeline.run_folder.RunFolder.model`."""
+        """Not available; use :meth:`lpcam.pipeline.run_folder.RunFolder.model` instead."""
         raise LpcamError("LPCAMModel.from_run(folder) is now lpcam.RunFolder(folder).model()")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
