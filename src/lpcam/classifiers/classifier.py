@@ -50,7 +50,7 @@ class Preprocessing:
     def of_timm(
         cls, model: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> Preprocessing:
-        """What is given, else that of the model's pretrained cfg, else ImageNet's."""
+        """Given values, else those of the model's pretrained cfg, else ImageNet's."""
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         return cls(
             tuple(mean or config.get("mean", IMAGENET_DEFAULT_MEAN)),

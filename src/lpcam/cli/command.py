@@ -80,7 +80,7 @@ def command(
     """Declare the decorated function as a command; its docstring is the help.
 
     Args:
-        name: what is typed, such as ``run`` or ``data check``.
+        name: name on the command line, such as ``run`` or ``data check``.
         arguments: its arguments. The function gets an `Invocation` and, by name, their values,
             except for that of ``--threads``.
         group: one of `GROUPS`.

@@ -24,7 +24,7 @@ from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import RecipePath, Section, against_base
 
 ListName = Literal["classify", "prototypes", "maps", "evaluate", "segment", "test"]
-"""What a list of a data set is for."""
+"""Purpose of a list of a data set."""
 TrueMask = Callable[[], tuple[NDArray[np.uint8] | None, tuple[str, ...]]]
 """Makes a true mask (H, W) that is no file, if it can, and says what is wrong with annotations."""
 

@@ -23,7 +23,7 @@ FORMATS: Registry[Format] = Registry(
         "overlays": "lpcam.formats.masks.overlays:OVERLAYS",
     },
 )
-"""What ``lpcam export masks`` writes."""
+"""Mask formats that ``lpcam export masks`` writes."""
 MAP_FORMATS: Registry[MapFormat] = Registry(
     "map format",
     "lpcam.map_formats",
@@ -34,4 +34,4 @@ MAP_FORMATS: Registry[MapFormat] = Registry(
         "psa-crf": "lpcam.formats.map_formats:PSA_CRF",
     },
 )
-"""What ``lpcam import maps`` reads and ``lpcam export maps`` writes."""
+"""Map formats that ``lpcam import maps`` reads and ``lpcam export maps`` writes."""

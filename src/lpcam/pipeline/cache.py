@@ -29,7 +29,7 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 LEFTOVERS = ("pooled-*.safetensors", "reservoir-*.safetensors", "checkpoint.safetensors")
 """Files that only an interrupted task needs."""
 Record = dict[str, Any]  #: A JSON object: a row of scores, the entry of a history, a protocol.
-Output = Mapping[str, Any]  #: What a task records of its results for later stages, as JSON.
+Output = Mapping[str, Any]  #: Record of a task's results for later stages, as JSON.
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Result:
     folder: Path
     parts: Mapping[str, Any]  #: Everything that it depends on, as JSON.
     files: Sequence[Path] = ()  #: The files that it consists of.
-    output: Record = field(default_factory=dict)  #: What its task recorded, once it is finished.
+    output: Record = field(default_factory=dict)  #: Record of its task, once it is finished.
 
     @cached_property
     def key(self) -> str:

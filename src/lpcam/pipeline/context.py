@@ -63,7 +63,7 @@ class Context:
     """One pass over the stages.
 
     Args:
-        recipe: what to do.
+        recipe: recipe of the run.
         command: the command that asked for the run, recorded in the protocol of every score.
         processes: the processes that work on the run.
         device: device of this process; None lets the recipe choose.

@@ -295,7 +295,7 @@ def parse_recipe(values: Mapping[str, Any], *, base: Path | None = None, where: 
     Args:
         values: the sections.
         base: folder that relative paths are taken from; None leaves them relative.
-        where: what the recipe is called in messages.
+        where: name of the recipe in messages.
 
     Raises:
         RecipeError: as :func:`load_recipe`.

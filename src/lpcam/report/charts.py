@@ -8,7 +8,7 @@ from typing import Any
 
 #: For each method ``thresholds`` and the values there by name, fractions.
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
-#: What was recorded of trainings by name: ``step``, ``loss`` and other values.
+#: Records of each training by name: ``step``, ``loss`` and other values.
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 _WIDTH, _HEIGHT = 340.0, 240.0  # of a chart's view box
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38.0, 10.0, 12.0, 34.0  # margins around the lines

@@ -23,7 +23,7 @@ class Registry(Mapping[str, T], Generic[T]):
     """Methods of one kind by name: the package's, then those of entry points; imported when needed.
 
     Args:
-        kind: what one entry is called in messages, such as ``host``.
+        kind: name of one entry in messages, such as ``host``.
         group: entry-point group in which other distributions announce their entries.
         own: entries of the package: name to ``module:attribute``.
     """

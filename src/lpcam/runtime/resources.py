@@ -80,7 +80,7 @@ def container_limits(
 
 
 def reuse_freed_memory() -> bool:
-    """Let GNU's C library keep freed memory, a backbone takes a third less time; False elsewhere."""
+    """Let GNU's C library keep freed memory; backbones run a third faster. False elsewhere."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -79,7 +79,7 @@ class Format:
     has_image_root: bool = False  #: A path can be put before the name of each image.
     document_name: str | None = None  #: Path of the document, None for a format without one.
     ignored: str = "of no object: the format has no such pixels, its readers take background"
-    """What becomes of ignored pixels (255)."""
+    """Treatment of ignored pixels (255), in words."""
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
         """Raise DataError if the format cannot hold an entry; ``ids`` are those of all entries."""

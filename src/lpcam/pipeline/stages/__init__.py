@@ -35,7 +35,7 @@ class Stage:
     """One step of a run."""
 
     name: str
-    help: str  #: What it does, a plain sentence.
+    help: str  #: Description of the step, one sentence.
     tasks: Callable[[Context], Iterable[Task]]
     """Its tasks in order. A task may use the results of those before it."""
     section: Literal["host", "refine", "segment"] | None = None

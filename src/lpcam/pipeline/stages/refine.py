@@ -80,7 +80,7 @@ def _label_task(
     Args:
         maps: folder of the maps.
         key: key of the result that holds them.
-        parts: what else the labels depend on.
+        parts: everything else that the labels depend on.
         path: gives the file of an image's id in a folder.
         labeller: makes a function that writes the labels of a picture to a file.
         items: images to label.
