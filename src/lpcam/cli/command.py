@@ -32,7 +32,7 @@ resources = Lazy("lpcam.runtime.resources")
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a command was called."""
+    """The command line of a call, and the recipe values that it replaces."""
 
     line: str  #: The whole command line, recorded with scores and in files.
     changes: Mapping[str, Any]  #: Values of the recipe to replace, by dotted key.

@@ -337,7 +337,7 @@ class FolderReader(Reader):
     chooses_lists = False
 
     def recognises(self, path: Path) -> bool:
-        """A folder with a table of labels, whatever else it holds."""
+        """Whether it is a folder with a table of labels, whatever else it holds."""
         return any((path / name).is_file() for name in TABLES)
 
     def open(self, request: Request) -> Opened:

@@ -28,7 +28,7 @@ _LONGEST_NAME = 160  # bytes, so that an ending still fits into the 255 of most 
 
 @dataclass(frozen=True)
 class OutputKind:
-    """How a command that works on image files names what it writes, below the output folder."""
+    """Names of the files that a command on image files writes below the output folder."""
 
     command: str  #: Name, such as ``lpcam explain``; kind of the index.
     index: str  #: File name of the index.

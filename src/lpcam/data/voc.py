@@ -227,7 +227,7 @@ class VocReader(Reader):
             )
 
     def recognises(self, path: Path) -> bool:
-        """A folder with VOC's lists."""
+        """Whether it is a folder with VOC's lists."""
         folder = _voc_folder(path)
         return folder is not None and bool(_list_names(folder))
 

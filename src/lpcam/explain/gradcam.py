@@ -215,9 +215,9 @@ def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:
 
 
 def principal_component(pair: FeaturePair, vectors: Tensor) -> Tensor:
-    """ReLU of the first principal component of what LPCAM sums over the channels, (B, h, w).
+    """ReLU (B, h, w) of the first principal component of the products of features and vectors.
 
-    It sums the products of vector (B, C) and unit feature. The sign correlates with the sum.
+    LPCAM sums these products over the channels; the sign is that of the correlation with it.
     """
     features = pair.features
     if pair.mirrored is not None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-#: For each method ``thresholds`` and the values there by name, fractions.
+#: For each method, ``thresholds`` and the scores at them by name, as fractions.
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 #: Records of each training by name: ``step``, ``loss`` and other values.
 Records = Mapping[str, Sequence[Mapping[str, Any]]]

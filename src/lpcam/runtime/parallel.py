@@ -1,6 +1,6 @@
 """Work on several images at a time, on threads that each compute with one CPU thread.
 
-So a result does not depend on how many there are, and two images on two processors fill them.
+A result does not depend on the number of threads, and two images keep two processors busy.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Released:
         )
 
     def load(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Load a state dict of this kind into our network; ArtefactError lists what is odd."""
+        """Load a state dict of this kind into our network; ArtefactError lists misfits."""
         found = self.adapt({self._renamed(name): t for name, t in self._kept(state)})
         own = network.state_dict()
         needed = [name for name in own if not name.startswith(self.ours or ("\0",))]

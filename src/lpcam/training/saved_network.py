@@ -15,7 +15,7 @@ from lpcam.runtime.files import digest_tensors, read_tensors, write_tensors
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load all tensors of a file into a network; an ArtefactError names the file if one is odd."""
+    """Load all tensors of a file into a network; ArtefactError if one does not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -269,7 +269,7 @@ class CocoReader(Reader):
             )
 
     def recognises(self, path: Path) -> bool:
-        """A JSON file, or a folder with annotation files."""
+        """Whether it is a JSON file, or a folder with annotation files."""
         if path.is_file():
             return path.suffix.lower() == ".json"
         return path.is_dir() and bool(annotation_files(path))

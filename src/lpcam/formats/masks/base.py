@@ -79,7 +79,7 @@ class Format:
     has_image_root: bool = False  #: A path can be put before the name of each image.
     document_name: str | None = None  #: Path of the document, None for a format without one.
     ignored: str = "of no object: the format has no such pixels, its readers take background"
-    """Treatment of ignored pixels (255), in words."""
+    """Treatment of ignored pixels (255), for the summary."""
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
         """Raise DataError if the format cannot hold an entry; ``ids`` are those of all entries."""

@@ -1,8 +1,8 @@
 """Export of masks to the formats of other tools: VOC, COCO, YOLO, Label Studio, CVAT, overlays.
 
 Formats that refer to images name them as their data set does (:attr:`MaskEntry.name`); elsewhere an
-image's name is its id with its suffix. Beside the files lies ``exported.json``: what was written,
-what from, and what was left out.
+image's name is its id with its suffix. Beside the files lies ``exported.json``: lists of what was
+written, its sources, and omissions.
 """
 
 from __future__ import annotations

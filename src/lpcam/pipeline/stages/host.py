@@ -164,7 +164,7 @@ def _load(context: Context, arm: Arm) -> SavedNetwork:
 
 
 def _parts(context: Context, arm: Arm) -> Record:
-    """Everything that results of an arm's network depend on."""
+    """Cache-key parts of everything that is made with an arm's network."""
     masks = _masks(context, arm.network)
     return {
         "revision": 1,
