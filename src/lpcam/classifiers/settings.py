@@ -97,6 +97,6 @@ class ClassifierSection(BackboneSection):
     """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
     without training."""
     method: Literal["auto", "probe", "finetune"] = "auto"
-    """``auto``: fine-tune where there is a GPU, else a linear probe on the frozen backbone."""
+    """Training. ``auto``: fine-tune if there is a GPU, else a linear probe on a frozen backbone."""
     probe: ProbeSettings = ProbeSettings.from_preset("default")
     finetune: FinetuneSettings = FinetuneSettings.from_preset("momentum")

@@ -53,7 +53,7 @@ def open_dataset(
         settings: values of the reader's settings.
 
     Raises:
-        DataError: if ``lists`` or ``labels`` do not belong to the kind, and as its reader.
+        DataError: if ``lists`` or ``labels`` do not belong to the kind, or its reader raises it.
         RegistryError: if there is no reader of that name.
 
     Example:

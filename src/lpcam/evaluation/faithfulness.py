@@ -25,7 +25,7 @@ STEPS = 50
 
 
 def filled(images: Tensor, fill: Fill) -> Tensor:
-    """Images (B, c, H, W) without content: those into which, or by which, pixels are replaced.
+    """Images (B, c, H, W) without content, from which pixels are taken as replacements.
 
     Args:
         fill: "zero": 0; "mean": the mean colour of each image; "blur": a Gaussian of BLUR_SIZE.

@@ -41,7 +41,7 @@ def class_truth(labels: Tensor, index: int) -> Tensor:
 
 
 def truth_boxes(truth: Tensor) -> Tensor:
-    """Tightest boxes int64 (M, 4) of x0, y0, x1, y1 around the connected components of a class.
+    """Tightest boxes int64 (M, 4), x0, y0, x1, y1 (end exclusive), of components of a class.
 
     Objects that touch share a box: prefer boxes of the data set. LpcamError without SciPy.
 

@@ -47,7 +47,7 @@ class MctformerSettings(HostSettings):
     preset: str = "default"
 
     version: Literal["v1", "v2"]
-    """``v1``: class tokens only. ``v2``: also PatchCAM, a convolution on the patch tokens."""
+    """Model. ``v1``: class tokens only. ``v2``: also PatchCAM, a convolution on patch tokens."""
     epochs: Annotated[int, Field(ge=1)]
     """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]

@@ -31,7 +31,7 @@ PARTS = ("centers", "scores", "sizes", "keep")
 
 @dataclass(frozen=True)
 class Centers:
-    """Cluster centres of every class for one side, and the selection of prototypes among them.
+    """Cluster centres of every class on one side (foreground or context); some are prototypes.
 
     A class with fewer features than K has fewer centres; its other rows are zero, with score NaN.
     """

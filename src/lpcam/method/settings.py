@@ -35,7 +35,7 @@ class FittingSettings(Section):
     mu_b: Fraction
     """Context centres with a score below this become context prototypes (eq. 4)."""
     context_lower: Fraction | None
-    """Context prototypes also have a score above this; null: no lower bound."""
+    """Lower bound of the score of context prototypes; null: none."""
     images_per_class: Annotated[int, Field(ge=1)] | None
     """Number of images drawn for clustering in each class; null takes the whole list."""
     images_with_replacement: bool
@@ -45,11 +45,11 @@ class FittingSettings(Section):
     init: Init
     """First centres: K distinct random features, or spread ones (k-means++)."""
     centers: CenterKind
-    """``mean``: mean of the members; ``unit``: mean of the normalised members."""
+    """Centre of a cluster. ``mean``: mean of its members; ``unit``: of its normalised members."""
     tolerance: Positive
     """Change below which k-means stops; a larger one stops earlier."""
     tolerance_kind: ToleranceKind
-    """``absolute``: squared sum of the centre shifts; ``relative``: gain of the objective."""
+    """Change: squared sum of centre shifts (``absolute``) or gain of the objective (``relative``)."""
     max_iterations: Annotated[int, Field(ge=1)]
     """Maximum number of k-means iterations; reaching it gives a warning."""
 

@@ -36,7 +36,7 @@ TIMED_SECONDS = 10.0  #: After which no further image is timed.
 
 
 def usual_recipe(backbone: str = "mobilenetv2_100", output_stride: int | None = 16) -> Recipe:
-    """A recipe to estimate with where the user has none: that of ``lpcam init``."""
+    """The recipe of ``lpcam init``, used for an estimate if the user has none."""
     classifier = {"backbone": backbone, "output_stride": output_stride, "weights": "random"}
     return parse_recipe(
         {

@@ -48,7 +48,7 @@ class MapsSection(FeatureSettings):
     """How maps are computed and stored, apart from the method's own settings."""
 
     dtype: Literal["uint8", "float16"] = "uint8"
-    """uint8 stores 255 steps of each map's maximum, float16 takes three to four times the space."""
+    """Type of stored maps. uint8: 255 steps of each maximum; float16: 3 to 4 times the space."""
 
     def features_key(self) -> dict[str, Any]:
         """Settings that change the features, for a cache key."""
@@ -61,9 +61,9 @@ class SeedsSection(Section):
     method: Method = "LPCAM"
     """Method whose maps are cut into seed masks."""
     threshold: Fraction | None = None
-    """Values above this are foreground; null takes the lpcam preset's."""
+    """Threshold of the seed masks: map values above it are foreground. Null: the lpcam preset's."""
     ignore_threshold: Fraction | None = None
-    """Pixels between this and the threshold become 255 (ignored); null: none."""
+    """Map values from this to the threshold become 255 (ignored); null: none."""
 
 
 class SheetSection(Section):

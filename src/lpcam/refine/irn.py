@@ -70,7 +70,7 @@ class IrnSettings(PairSettings):
     displacement: bool
     """Whether the displacement branch is trained too; boundaries do not depend on it."""
     walk_radius: Annotated[int, Field(ge=2)]
-    """As ``radius`` (which is for the loss), but for the walk; in cells of 4 pixels."""
+    """Distance, in cells of 4 pixels, below which two cells are a pair in the walk."""
     sharpness: Positive
     """Exponent of the maps before the walk; a larger one favours high values."""
     foreground_threshold: Fraction

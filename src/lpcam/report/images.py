@@ -43,7 +43,7 @@ class Sources:
     scores: Scores = field(default_factory=dict)  #: Empty if the images have no true masks.
     #: Folders of masks ID.png of later stages, by the name to show.
     masks: Mapping[str, Path] = field(default_factory=dict)
-    planes: Mapping[str, Path] = field(default_factory=dict)  #: As ``masks``, of grey pictures.
+    planes: Mapping[str, Path] = field(default_factory=dict)  #: Folders of grey PNGs, by name.
 
 
 def highlights(scores: Scores) -> dict[str, list[str]]:

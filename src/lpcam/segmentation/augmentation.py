@@ -28,7 +28,7 @@ from lpcam.segmentation.losses import reduce_labels
 from lpcam.segmentation.settings import SegmenterSettings
 from lpcam.training.loop import Place
 
-REDRAWS = 10  #: How often a crop is drawn again for ``class_limit`` (section 3).
+REDRAWS = 10  #: Maximum number of further draws of a crop for ``class_limit`` (section 3).
 BRIGHTNESS = 32.0
 """Largest change of 8-bit values by the photometric distortion (section 3, as what follows)."""
 CONTRAST = SATURATION = (0.5, 1.5)  #: Ranges of the factors of RGB and of the saturation.

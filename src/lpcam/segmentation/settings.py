@@ -53,7 +53,7 @@ class SegmenterSettings(PresetModel):
     """Further scales of each training image in DeepLabV2, which takes the largest logits; each
     scale also has its own loss. Empty for other networks."""
     loss: Literal["cross_entropy", "balanced"]
-    """``balanced`` adds the mean over background pixels to the mean over the others."""
+    """Loss. ``balanced`` adds the mean over background pixels to the mean over the others."""
     labels: Literal["reduced", "full"]
     """``reduced``: labels are resized to the size of the logits (PIL nearest). ``full``: logits are
     resized to the size of the labels (bilinear)."""
