@@ -59,7 +59,7 @@ class BackboneSection(WeightsSection):
     dilated: bool = True
     """Whether layers are dilated where output_stride removes a stride; false: dilation is 1."""
     weights: str
-    """"pretrained" (timm's), "random", or the path of a safetensors file."""
+    """Weights: "pretrained" (timm's), "random", or the path of a safetensors file."""
     mean: tuple[float, float, float] | None = None
     """Mean of RGB in [0, 1]; null takes timm's value for the model."""
     std: tuple[float, float, float] | None = None

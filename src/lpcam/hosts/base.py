@@ -98,7 +98,7 @@ class HostSection(BackboneSection):
     backbone: str | None = None
     """Name of a timm model; null takes the classifier's backbone, weights and preprocessing."""
     weights: str = "pretrained"
-    """"pretrained" (timm's), "random", or the path of a safetensors file."""
+    """Weights: "pretrained" (timm's), "random", or the path of a safetensors file."""
     lpcam: LpcamSettings | None = None
     """Clustering of the host's own features; required if the host clusters them."""
 

@@ -49,7 +49,7 @@ class FittingSettings(Section):
     tolerance: Positive
     """Change below which k-means stops; a larger one stops earlier."""
     tolerance_kind: ToleranceKind
-    """Change: squared sum of centre shifts (``absolute``) or gain of the objective (``relative``)."""
+    """Change: squared sum of centre shifts (``absolute``) or objective gain (``relative``)."""
     max_iterations: Annotated[int, Field(ge=1)]
     """Maximum number of k-means iterations; reaching it gives a warning."""
 

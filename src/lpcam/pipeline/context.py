@@ -138,8 +138,8 @@ class Context:
             label: shown with the progress.
             parts: everything that the result depends on; the images are added.
             files: the files of an image in the folder of the result.
-            start: called once there is something to do; what it returns makes the files of an
-                image, without gradients. Its errors name the image.
+            start: called if there is something to do; returns the function that makes the files of
+                an image, without gradients. Its errors name the image.
         """
 
         def work(result: Result) -> None:

@@ -81,7 +81,7 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Random seed; equal seeds give equal bytes on one machine."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ..."""
+    """Device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ..."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Number of CPU threads, each for one image; null takes all available processors."""
     memory: Annotated[float, Field(gt=0.0)] | None = None

@@ -127,8 +127,8 @@ class SegmentSection(WeightsSection):
     network: str = "deeplabv2"
     """Name of a segmentation network."""
     backbone: str | None = None
-    """deeplabv2: ``resnet101_caffe`` or a timm model (null: the former). upernet: the Swin's size,
-    ``tiny``, ``small`` or ``base`` (null: tiny). wideresnet38: null."""
+    """Backbone. deeplabv2: ``resnet101_caffe`` or a timm model (null: the former). upernet: the
+    Swin's size, ``tiny``, ``small`` or ``base`` (null: tiny). wideresnet38: null."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the backbone."""
     output_stride: Literal[8, 16, 32] | None = None
