@@ -212,7 +212,7 @@ class LearnedRefinement(Refinement):
 def decided(scores: Tensor) -> Tensor:
     """Turn scores (K + 1, H, W), background first, into maps p / (p + p of it), cut at `DECIDED`.
 
-    Only the most probable class of a pixel has a value; others differ by rounding only.
+    Only the most probable class of a pixel has a value: near 1, rounding would choose one.
     """
     classes, background = scores[1:], scores[:1]
     full = classes / (classes + background).clamp_min(torch.finfo(scores.dtype).tiny)
