@@ -41,6 +41,14 @@ def released(name: str, folder: Path) -> Path:
     return target
 
 
+RESNET50 = {
+    "host.maps": ["CAM"],
+    "classifier.backbone": "resnet50.tv_in1k",
+    "classifier.output_stride": 16,
+    "classifier.dilated": False,
+}
+
+
 @pytest.mark.parametrize(
     ("recipe", "files", "changes", "rows", "untrained"),
     [
@@ -53,16 +61,16 @@ def released(name: str, folder: Path) -> Path:
         ),
         (
             "voc12-mctformer.official",
-            {"classifier": "psa_classifier", "host": "mctformer_v2_20", "refine": "psa_affinity"},
-            {"host.maps": ["CAM"]},
-            ["MCTformer", "MCTformer + PSA"],
+            {"classifier": "lpcam_classifier_20", "host": "mctformer_v2_20", "refine": "irn"},
+            {**RESNET50, "refine.method": "irn"},
+            ["MCTformer", "MCTformer + IRN"],
             ["refine-labels"],
         ),
         (
             "voc12-wideresnet38.official",
             {"segment": "wideresnet38_segmenter"},
-            {},
-            ["WideResNet-38 as given", "WideResNet-38 as given, CRF"],
+            {"segment.test.scales": [0.5], "segment.test.crf": None},
+            ["WideResNet-38 as given"],
             ["classifier", "maps", "pseudo"],
         ),
     ],
