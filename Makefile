@@ -31,10 +31,11 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks docs tools
 	$(BIN)/mypy
 
-# Tests of one file stay together: they share what is costly to make.
+# Tests of one file stay together: they share what is costly to make. Slow files come first, so
+# that no process waits for the last of them.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-		$(if $(ORDER),--random-order-seed=$(ORDER) --no-loadscope-reorder)
+		--no-loadscope-reorder $(if $(ORDER),--random-order-seed=$(ORDER))
 
 docs: install
 	$(BIN)/sphinx-build -q -W --keep-going -d build/docs-trees docs build/docs
