@@ -99,6 +99,7 @@ def test_released_networks_make_maps_and_masks(
 def test_a_trained_network_must_be_that_of_the_recipe(voc: Path, tmp_path: Path) -> None:
     file = str(released("lpcam_classifier_20", tmp_path))
     values = {**small_run(voc, tmp_path / "run"), "classifier.trained": file}
+    run(load_recipe("voc12-resnet50-irn.official", values), until="classify")
     for changes, expected in (
         ({"classifier.output_stride": 32}, "output_stride"),
         ({"data.classes": ["cow", "dog"]}, "classes"),

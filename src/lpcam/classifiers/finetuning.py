@@ -51,30 +51,33 @@ class FinetuneSettings(SgdSettings):
     """First weights of the head: those of torch's linear layer, or Xavier's uniform ones."""
 
 
-class Sizes(Protocol):
-    """Settings of the sizes of training images, in pixels."""
+class Augmentation(Protocol):
+    """Sizes of training images, in pixels, and the largest changes of their colours."""
 
     long_side: tuple[int, int]
     crop: int
+
+    @property
+    def jitter(self) -> Sequence[float] | None: ...
 
 
 def augment(
     image: NDArray[np.uint8],
     preprocessing: Preprocessing,
-    settings: Sizes,
+    settings: Augmentation,
     generator: np.random.Generator,
-    *,
-    change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> Tensor:
     """Augment an RGB image (H, W, 3) to a tensor (3, crop, crop) (specification of IRN, section 1).
 
-    The long side becomes a random one of ``settings.long_side``, ``change`` alters the colours, and
+    The long side becomes a random one of ``settings.long_side``, the colours change, and
     the normalised image is mirrored with probability one half and cropped at random, or placed on a
     canvas of the mean colour.
     """
     low, high = settings.long_side
     resized = resize_long_side(image, int(generator.integers(low, high + 1)))
-    tensor = preprocessing(resized if change is None else change(resized))
+    if settings.jitter is not None:
+        resized = jitter_colours(resized, settings.jitter, generator)
+    tensor = preprocessing(resized)
     # zero is the mean colour after normalisation
     return mirror_and_crop([(tensor, 0)], settings.crop, generator)[0]
 
@@ -88,11 +91,8 @@ def _sample(
 ) -> tuple[Tensor, int]:
     """The augmented image of a place and its index."""
     generator = np.random.default_rng([seed, place.epoch, place.sample])
-    change = None
-    if settings.jitter is not None:
-        change = partial(jitter_colours, jitter=settings.jitter, generator=generator)
     image = read_image(items[place.sample].image)
-    return augment(image, preprocessing, settings, generator, change=change), place.sample
+    return augment(image, preprocessing, settings, generator), place.sample
 
 
 def finetune(

@@ -23,7 +23,6 @@ from typing import Annotated, Any, ClassVar, Self, Unpack
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -57,7 +56,6 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
-from lpcam.training.augmentation import jitter_colours
 from lpcam.training.optim import freeze, names_below, poly
 from lpcam.training.released import WIDERESNET38, Released
 
@@ -327,14 +325,7 @@ def _sample(
     generator = np.random.default_rng([seed, place.epoch, place.sample])
     first = partners.firsts[place.sample]
     pair = (first, partners.draw(first, generator))
-
-    def change(resized: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return jitter_colours(resized, settings.jitter, generator)
-
-    images = [
-        augment(read_image(items[n].image), preprocessing, settings, generator, change=change)
-        for n in pair
-    ]
+    images = [augment(read_image(items[n].image), preprocessing, settings, generator) for n in pair]
     return torch.stack(images), torch.tensor(pair)
 
 

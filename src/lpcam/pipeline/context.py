@@ -173,7 +173,6 @@ class Context:
         path: Path,
         build: Callable[[], N],
         train: Callable[[N, Path], History],
-        trained: Path | None = None,
     ) -> Task:
         """A task that trains a network and writes its file.
 
@@ -182,17 +181,10 @@ class Context:
             build: makes the untrained network, before anything is removed.
             train: trains it in place and returns the history; its second argument is the folder for
                 checkpoints.
-            trained: file of a trained network, which is taken instead; it is the key then.
         """
-        if trained is not None:
-            parts = {"revision": 1, "trained": digest_file(trained)}
 
         def work(network: N, result: Result) -> Output | None:
-            history: History = []
-            if trained is None:
-                history = train(network, result.folder)
-            else:
-                network.take(trained)
+            history = train(network, result.folder)
             if not self.processes.first:
                 return None
             network.save(path, {"stage": result.key, "versions": versions()})
@@ -200,6 +192,18 @@ class Context:
             return {"history": history, "digest": digest, "fingerprint": fingerprint}
 
         return self.task(name, parts, [path], work, build)
+
+    def given_task(
+        self, name: str, network: Record, path: Path, build: Callable[[], N], trained: Path
+    ) -> Task:
+        """A task that takes a trained network from a file; ``network`` is what the recipe names."""
+
+        def take(built: N, _: Path) -> History:
+            built.take(trained)
+            return []
+
+        parts = {"revision": 1, "trained": digest_file(trained), **network}
+        return self.training_task(name, parts, path, build, take)
 
     def training_options(self, folder: Path) -> TrainingOptions:
         """Arguments of every training; ``folder`` is for checkpoints."""

@@ -22,11 +22,21 @@ HELD_OUT = 10  #: One image in so many is held out for the validation mAP where 
 def classify(context: Context) -> Iterator[Task]:
     """Train the classifier."""
     recipe, section = context.recipe, context.recipe.classifier
+    names = list(context.dataset.classes.names)
+
+    def first() -> Classifier:
+        return build_classifier(context, weights=section.trained and RANDOM)
+
+    path = context.folder.classifier
+    if section.trained is not None:
+        network = {"classes": names, "backbone": section.described()}
+        yield context.given_task("classifier", network, path, first, section.trained)
+        return
     probed = context.training_method == "probe"
     training, held_out = validation(context)
     parts = {
         "revision": 3,
-        "classes": list(context.dataset.classes.names),
+        "classes": names,
         **section.backbone_key(),
         "method": context.training_method,
         "settings": (section.probe if probed else section.finetune).model_dump(
@@ -37,9 +47,6 @@ def classify(context: Context) -> Iterator[Task]:
         "training": context.digest(training),
         "validation": context.digest(held_out),
     }
-
-    def first() -> Classifier:
-        return build_classifier(context, weights=section.trained and RANDOM)
 
     def train(classifier: Classifier, folder: Path) -> History:
         if not probed:
@@ -52,8 +59,7 @@ def classify(context: Context) -> Iterator[Task]:
         refit = recipe.data.lists.validate_ is None
         return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
-    path, given = context.folder.classifier, section.trained
-    yield context.training_task("classifier", parts, path, first, train, given)
+    yield context.training_task("classifier", parts, path, first, train)
 
 
 def build_classifier(context: Context, *, weights: str | Path | None = None) -> Classifier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +61,20 @@ def validate(context: Context) -> None:
         DataError: if the host cannot learn from these images.
     """
     section, networks = required(context.recipe.host), _networks(context)
-    if section.trained is not None:
-        one_network("host", list(networks))
-        _build(context).take(section.trained)
-        return
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return
-    data = _data(context, next(iter(networks)))
     network = _build(context)
-    images, setting = section.host.images_per_step(network, data, section.settings)
-    if images < context.processes.count:
-        raise ClassifierError(
-            f"{images} images a step cannot be shared among {context.processes.count} processes; "
-            f"start fewer, or raise host.{section.method}.{setting}"
-        )
+    if section.trained is not None:
+        one_network("host", list(networks))
+        network.take(section.trained)
+    else:
+        data = _data(context, next(iter(networks)))
+        images, setting = section.host.images_per_step(network, data, section.settings)
+        if images < context.processes.count:
+            raise ClassifierError(
+                f"{images} images a step cannot be shared among {context.processes.count} "
+                f"processes; start fewer, or raise host.{section.method}.{setting}"
+            )
     if section.clusters:
         _check_memory(context, network.eval())
 
@@ -109,14 +110,23 @@ def train_networks(context: Context) -> Iterator[Task]:
     """The host's networks."""
     section = required(context.recipe.host)
     host = section.host
+    network = {
+        "method": section.method,
+        "backbone": _backbone(context).described(),
+        "settings": host.network_key(section.settings),
+        "classes": list(context.dataset.classes.names),
+    }
+    build = partial(_build, context)
     for name in _networks(context):
+        path = context.folder.network(f"host/{name}")
+        if section.trained is not None:
+            yield context.given_task(f"host/{name}", network, path, build, section.trained)
+            continue
         masks, data = _masks(context, name), _data(context, name)
         parts = {
             "revision": 1,
-            "method": section.method,
+            **network,
             **_backbone(context).backbone_key(),
-            "settings": host.network_key(section.settings),
-            "classes": list(context.dataset.classes.names),
             "seed": context.recipe.run.seed,
         }
         if masks is None:
@@ -129,10 +139,7 @@ def train_networks(context: Context) -> Iterator[Task]:
             options = context.training_options(folder)
             return host.train(network, data, section.settings, **options)
 
-        path, given = context.folder.network(f"host/{name}"), section.trained
-        yield context.training_task(
-            f"host/{name}", parts, path, lambda: _build(context), train, given
-        )
+        yield context.training_task(f"host/{name}", parts, path, build, train)
 
 
 def _data(context: Context, network: str) -> HostData:

@@ -147,7 +147,7 @@ def tools(context: Context) -> Tools:
         classifier=lambda: (
             context.classifier if "classifier" in context.results else build_classifier(context)
         ),
-        untrained=lambda: build_classifier(context, weights="random"),
+        untrained=lambda: build_classifier(context, weights=RANDOM),
         seed=context.recipe.run.seed,
         items=context.items("maps"),
         sharing=context.sharing,
@@ -275,19 +275,25 @@ def train_networks(context: Context) -> Iterator[Task]:
     start = recipe.classifier.backbone_key()
     if method.starts_from == "classifier" and "classifier" in context.results:
         start = {"classifier": context.results["classifier"].output["digest"]}
+    settings = section.settings.model_dump(mode="json", include=method.network_settings)
     for job in _jobs(context):
         name = f"refine-network/{job.source.name}"
         path = context.folder.network(name)
         if section.trained is not None:
             build = partial(_untrained, section, job.tools)
-            yield context.training_task(name, {}, path, build, lambda *_: [], section.trained)
+            network = {
+                "method": section.method,
+                "backbone": recipe.classifier.described(),
+                "settings": settings,
+            }
+            yield context.given_task(name, network, path, build, section.trained)
             continue
         labels = context.results[f"refine-labels/{job.source.name}"]
         parts = {
             "revision": method.revision,
             "labels": labels.key,
             **start,
-            "settings": section.settings.model_dump(mode="json", include=method.network_settings),
+            "settings": settings,
             "seed": recipe.run.seed,
         }
         labelled = [(i, method.label_path(labels.folder, i.id)) for i in context.items("maps")]

@@ -171,9 +171,21 @@ def _given_task(context: Context, trained: Path, masks: TrainingMasks) -> Task:
         none: Output = {"history": [], "images": 0, "dropped": [], "pixels": {}}
         return {**none, "digest": digest_file(path), "validation": None}
 
-    ids = list(context.dataset.classes.mask_ids)
-    parts = {"revision": 1, "trained": masks.key, "mask_ids": ids}
+    section = required(context.recipe.segment)
+    parts = {"revision": 1, "trained": masks.key, **_network(context, section)}
     return context.task(f"segment/{masks.name}", parts, [path], work, lambda: _build(context))
+
+
+def _network(context: Context, section: SegmentSection) -> Record:
+    """The architecture and the classes, for a cache key."""
+    classes = context.dataset.classes
+    fields = {"network", "arguments", "output_stride", "mean", "std"}
+    return {
+        "classes": list(classes.names),
+        "mask_ids": list(classes.mask_ids),
+        "network": section.model_dump(mode="json", include=fields),
+        "backbone": section.backbone_name,
+    }
 
 
 def _training_task(
@@ -184,12 +196,7 @@ def _training_task(
         "revision": 1,
         "masks": masks.key,
         "images": context.digest([item for item, _ in masks.pairs]),
-        "classes": list(classes.names),
-        "mask_ids": list(classes.mask_ids),
-        "network": section.model_dump(
-            mode="json", include={"network", "arguments", "output_stride", "mean", "std"}
-        ),
-        "backbone": section.backbone_name,
+        **_network(context, section),
         "weights": weights_key(section.weights),
         "training": section.training.model_dump(mode="json", exclude={"preset"}),
         "precision": section.precision,
