@@ -62,87 +62,54 @@ COCO_CATEGORIES = tuple(
 _COCO_LIST = re.compile(r"(train|val)2014")
 
 
-class CocoFolder:
-    """The data set of one or several annotation files and their images.
+class AnnotatedImages:
+    """A data set whose true masks are painted from annotations.
 
-    Annotation files and images are searched as `lpcam.data.coco.files` does. Each file gives the
-    lists NAME and, of its images with a label, ``NAME.labelled``; ``all`` and ``all.labelled``
-    unite the files read. Classes are the categories in ascending order of their ids, with mask
-    values from 1; chosen ``classes`` keep theirs.
-
-    An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
-    whose images all have COCO's own names, and for the only file.
+    Args:
+        name: name of the data set.
+        files: contents of the annotation files, which have the same categories.
+        images: images of the files by id; those without a file are no items.
+        lists: ids of images by list.
+        classes: names of classes to choose; None: all.
+        source: where the names of the classes are, for errors.
+        label_source: where the labels come from, in words.
+        skipped, notices: what was left out, and what else the user should know.
     """
 
     def __init__(
         self,
-        root: Path,
+        name: str,
+        files: Sequence[CocoFile],
+        images: Mapping[str, PlacedImage],
+        lists: Mapping[str, Sequence[str]],
         *,
-        lists: Sequence[str] | None = None,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | None,
+        source: str,
+        label_source: str,
+        skipped: Sequence[Skip] = (),
+        notices: Sequence[str] = (),
     ) -> None:
-        folder, paths, found = find_files(root, lists)
-        files = {name: CocoFile.read(path) for name, path in paths.items()}
-        categories = _categories([*files.values()])
-        source = f"{next(iter(paths.values()))}, categories,"
+        categories = files[0].categories
         whole = ClassTable.numbered((name for _, name in categories), source)
         self._values = {n: m for (n, _), m in zip(categories, whole.mask_ids, strict=True)}
         table = choose_classes(whole, classes)
         labels = {n: table.names.index(name) for n, name in categories if name in table.names}
-
-        self._images: dict[str, PlacedImage] = {}
+        self._images = images
         items: dict[str, Item] = {}
-        skipped: list[Skip] = []
-        members: dict[str, list[str]] = {}
-        listing = cache(listing_of)
-        for name, file in files.items():
-            own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
-            alone = [*found.values()] == [file.path]
-            alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
-            places = image_folders(folder, name, file.path)
-            reason = f"its image is not in {' or '.join(map(str, places))}"
-            members[name] = []
-            for entry in file.images:
-                image_id = ("" if alone else f"{name}/") + _item_id(file.path, entry.file_name)
-                if image_id in self._images:
-                    other = self._images[image_id].source.path
-                    raise DataError(
-                        f"{other} and {file.path} have two images with the id {image_id!r}, the "
-                        f"second is {entry.file_name!r}; rename one of them"
-                    )
-                image = find_image(places, entry.file_name, listing)
-                self._images[image_id] = PlacedImage(file, entry, image)
-                if image is None:
-                    skipped.append(Skip(image_id, reason))
-                    continue
+        for image_id, (_, entry, path) in images.items():
+            if path is not None:
                 shown = {labels.get(one.category_id, -1) for one in entry.annotations} - {-1}
                 depth = relative_name(entry.file_name).count("/") + 1
-                on_disk = "/".join(image.parts[-depth:])
-                items[image_id] = Item(image_id, image, tuple(sorted(shown)), file_name=on_disk)
-                members[name].append(image_id)
-        wanted = {given.removesuffix(LABELLED) for given in lists or ()}
-        for name, file in files.items():
-            if not members[name] and (name in wanted or not items):
-                raise DataError(
-                    f"none of the {len(file.images)} images of {file.path} is there: "
-                    f"{file.images[0].file_name!r} is in none of "
-                    f"{', '.join(map(str, image_folders(folder, name, file.path)))}; put the "
-                    "images there"
-                )
-        members[ALL] = list(items)
-        is_coco = categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
+                on_disk = "/".join(path.parts[-depth:])
+                items[image_id] = Item(image_id, path, tuple(sorted(shown)), file_name=on_disk)
         self.dataset = Dataset(
-            name="coco14" if is_coco else folder.resolve().name,
+            name=name,
             classes=table,
             items=items,
-            lists={
-                name + ending: tuple(i for i in ids if not ending or items[i].labels)
-                for name, ids in members.items()
-                for ending in ("", LABELLED)
-            },
-            label_source=f"annotations ({_file_names(paths.values())}), crowds included",
+            lists={name: tuple(ids) for name, ids in lists.items()},
+            label_source=label_source,
             skipped=tuple(skipped),
-            notices=_notices([*files.values()], table.names, items),
+            notices=(*notices, *_notices(files, table.names, items)),
         )
 
     def with_masks(
@@ -178,6 +145,94 @@ class CocoFolder:
             for name in self.dataset.items
             if self._images[name].entry.outlined
         }
+
+    def opened(self, masks: Path | None, **settings: Any) -> Opened:
+        """The data set with masks of a folder, or with those that can be painted.
+
+        An image that shows nothing has a mask of background only where other images have outlines.
+        """
+        if masks is not None:
+            return Opened(with_mask_folder(self.dataset, masks))
+        every = (one for image in self._images.values() for one in image.entry.annotations)
+        if not any(one.segmentation for one in every):
+            return Opened(self.dataset)
+        return Opened(self.dataset, self.true_masks(), partial(self.with_masks, **settings))
+
+
+class CocoFolder(AnnotatedImages):
+    """The data set of one or several annotation files and their images.
+
+    Annotation files and images are searched as `lpcam.data.coco.files` does. Each file gives the
+    lists NAME and, of its images with a label, ``NAME.labelled``; ``all`` and ``all.labelled``
+    unite the files read. Classes are the categories in ascending order of their ids, with mask
+    values from 1; chosen ``classes`` keep theirs.
+
+    An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
+    whose images all have COCO's own names, and for the only file.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        lists: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        folder, paths, found = find_files(root, lists)
+        files = {name: CocoFile.read(path) for name, path in paths.items()}
+        categories = _categories([*files.values()])
+        images: dict[str, PlacedImage] = {}
+        skipped: list[Skip] = []
+        members: dict[str, list[str]] = {}
+        listing = cache(listing_of)
+        for name, file in files.items():
+            own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
+            alone = [*found.values()] == [file.path]
+            alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
+            places = image_folders(folder, name, file.path)
+            reason = f"its image is not in {' or '.join(map(str, places))}"
+            members[name] = []
+            for entry in file.images:
+                image_id = ("" if alone else f"{name}/") + _item_id(file.path, entry.file_name)
+                if image_id in images:
+                    other = images[image_id].source.path
+                    raise DataError(
+                        f"{other} and {file.path} have two images with the id {image_id!r}, the "
+                        f"second is {entry.file_name!r}; rename one of them"
+                    )
+                image = find_image(places, entry.file_name, listing)
+                images[image_id] = PlacedImage(file, entry, image)
+                if image is None:
+                    skipped.append(Skip(image_id, reason))
+                else:
+                    members[name].append(image_id)
+        members[ALL] = [image_id for ids in members.values() for image_id in ids]
+        wanted = {given.removesuffix(LABELLED) for given in lists or ()}
+        for name, file in files.items():
+            if not members[name] and (name in wanted or not members[ALL]):
+                raise DataError(
+                    f"none of the {len(file.images)} images of {file.path} is there: "
+                    f"{file.images[0].file_name!r} is in none of "
+                    f"{', '.join(map(str, image_folders(folder, name, file.path)))}; put the "
+                    "images there"
+                )
+        is_coco = categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
+        super().__init__(
+            "coco14" if is_coco else folder.resolve().name,
+            [*files.values()],
+            images,
+            members,
+            classes=classes,
+            source=f"{next(iter(paths.values()))}, categories,",
+            label_source=f"annotations ({_file_names(paths.values())}), crowds included",
+            skipped=skipped,
+        )
+        made = {
+            name + ending: tuple(i for i in ids if not ending or self.dataset.items[i].labels)
+            for name, ids in members.items()
+            for ending in ("", LABELLED)
+        }
+        self.dataset = replace(self.dataset, lists=made)
 
 
 def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int, str], ...]:
@@ -277,10 +332,7 @@ class CocoReader(Reader):
     def open(self, request: Request) -> Opened:
         """Read labels from the annotations; masks can be painted from them."""
         folder = CocoFolder(request.root, lists=request.lists, classes=request.classes)
-        if request.masks is not None:
-            return Opened(with_mask_folder(folder.dataset, request.masks))
-        settings = (request.settings or CocoSection()).model_dump()
-        return Opened(folder.dataset, folder.true_masks(), partial(folder.with_masks, **settings))
+        return folder.opened(request.masks, **(request.settings or CocoSection()).model_dump())
 
 
 READER = CocoReader()
