@@ -298,29 +298,39 @@ class LPCAM(CAM):
             self._source = self._find_source()
         source, settings = self.source_, self.settings_
         labels = _multi_hot(labels, len(images), len(source.classes))
+        multi_scale = settings.split_maps == "multi_scale"
+        scales = with_scale_one(settings.scales if multi_scale else ())
+        with full_precision(source.device):
+            images, flip = images.to(source.device), settings.flip and multi_scale
+            pairs = list(tensor_pyramid(source, images, scales, flip=flip))
+            self._collect(pairs, scales, labels, _size(images))
+        return self
+
+    def _collect(
+        self,
+        pairs: Sequence[FeaturePair],
+        scales: Sequence[float],
+        labels: Tensor,
+        size: tuple[int, int],
+    ) -> None:
+        """Collect the features of scale 1 of a batch with multi-hot labels (B, N)."""
+        source, settings = self.source_, self.settings_
         weight, epsilon = single(source.weight), settings.cam_epsilon
         if self._reservoir is None:
             self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
-        multi_scale = settings.split_maps == "multi_scale"
-        scales = settings.scales if multi_scale else (1.0,)
-        count, flip = len(scales), settings.flip and multi_scale
-        scales = scales if 1.0 in scales else (*scales, 1.0)
-        with full_precision(source.device):
-            pairs = list(tensor_pyramid(source, images.to(source.device), scales, flip=flip))
-            features, maps = pairs[scales.index(1.0)].features, None
-            if multi_scale:
-                maps = cam_maps(pairs[:count], weight, _size(images), epsilon=epsilon).high_res
-            self._prototypes = None
-            for row, one in enumerate(features):
-                present = (labels[row] > 0).nonzero().flatten().tolist()
-                if maps is None:
-                    split_map = single_scale_cam(one, weight[present], epsilon=epsilon)
-                else:
-                    split_map = maps[row, present]
-                name = f"image {self._images}"
-                collect(self._reservoir, one, present, split_map, settings, name)
-                self._images += 1
-        return self
+        features, maps = pairs[scales.index(1.0)].features, None
+        if settings.split_maps == "multi_scale":
+            count = len(settings.scales)
+            maps = cam_maps(pairs[:count], weight, size, epsilon=epsilon).high_res
+        self._prototypes = None
+        for row, one in enumerate(features):
+            present = (labels[row] > 0).nonzero().flatten().tolist()
+            if maps is None:
+                split_map = single_scale_cam(one, weight[present], epsilon=epsilon)
+            else:
+                split_map = maps[row, present]
+            collect(self._reservoir, one, present, split_map, settings, f"image {self._images}")
+            self._images += 1
 
     def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
         return lpcam_maps(pairs, self._vectors(), size)
@@ -419,6 +429,11 @@ def _check_readable_twice(loader: Batches, what: str) -> None:
             f"the loader is an iterator, but {what} reads it twice; give a DataLoader or a list of "
             "(images, labels)"
         )
+
+
+def with_scale_one(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales, and scale 1 after them if it is not among them."""
+    return (*scales,) if 1.0 in scales else (*scales, 1.0)
 
 
 def _size(images: Tensor) -> tuple[int, int]:
