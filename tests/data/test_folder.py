@@ -52,7 +52,11 @@ def test_images_folder(tmp_path: Path) -> None:
     assert dataset.items["barn/b 2"].mask == root / "masks" / "barn" / "b 2.png"
     assert dataset.items["牛"].mask is None
     assert dataset.label_source == "labels.csv"
-    assert dataset.skipped == () and dataset.notices == ()
+    assert dataset.skipped == ()
+    assert [notice.partition(": ")[2] for notice in dataset.notices] == [
+        "1 (.txt 1)",
+        "1 (.hidden.jpg)",
+    ]
 
 
 @pytest.mark.parametrize(("on_disk", "in_table"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -296,8 +300,9 @@ def test_an_image_of_an_extension_that_is_not_read_is_told(tmp_path: Path) -> No
     files = ("images/a.jpg", "images/b.HEIC", "images/c.heic", "images/x/d.heic")
     dataset = read_folder(make(tmp_path, rows, *files))
     reasons = {skip.id: skip.reason for skip in dataset.skipped}
-    assert set(reasons) == {"b.HEIC", "images/c", "d.heic", "gone.heic"}
-    assert "labels.csv line 3: images that end in .HEIC" in reasons["b.HEIC"]
-    assert "line 4: images that end in .heic" in reasons["images/c"]
+    assert set(reasons) == {"b.HEIC", "c.heic", "x/d.heic", "d.heic", "gone.heic"}
+    assert "labels.csv line 3: files that end in .heic" in reasons["b.HEIC"]
+    assert "line 4: files that end in .heic" in reasons["c.heic"]
+    assert "line" not in reasons["x/d.heic"] and "JPEG" in reasons["x/d.heic"]
     assert "labels.csv line 5 has no image below" in reasons["d.heic"]
     assert "labels.csv line 6 has no image below" in reasons["gone.heic"]

@@ -23,6 +23,7 @@ from lpcam.cli.command import (
     recipes,
 )
 from lpcam.cli.data import READING, class_table
+from lpcam.data.dataset import Skip, skip_lines
 
 if TYPE_CHECKING:
     from lpcam.pipeline.run import RunResult
@@ -217,10 +218,8 @@ def _print_result(result: RunResult) -> None:
         rows = [row for row in result.rows if (row["stage"] != "segmentation") == has_threshold]
         if rows:
             _print_rows(rows, has_threshold=has_threshold)
-    if result.skipped:
-        print(f"{len(result.skipped)} skipped:")
-        for skip in result.skipped:
-            print(f"  {skip['id']}: {skip['reason']}")
+    for line in skip_lines([Skip(**skip) for skip in result.skipped]):
+        print(line)
     print(f"results in {result.folder}")
     if result.report is not None:
         print(f"report in {result.report}")

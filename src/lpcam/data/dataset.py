@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 
 BACKGROUND = 0  #: Mask value of the background.
+FEW_SKIPPED = 5  #: Images left out for one reason that are listed one by one.
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .gif .ppm .pgm .pnm"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())  #: Extensions of image files, in lower case.
+IMAGE_FORMATS = {
+    **{"JPEG": ".jpg .jpeg .jpe .jfif", "PNG": ".png .apng", "MPO": ".mpo", "TIFF": ".tif .tiff"},
+    **{"WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "PPM": ".ppm .pgm .pbm .pnm"},
+    **{"AVIF": ".avif .avifs", "JPEG2000": ".jp2 .j2k .jpx .jpf .jpc .j2c", "DIB": ".dib"},
+    **{"QOI": ".qoi", "SGI": ".sgi .rgb .rgba .bw", "SUN": ".ras", "PCX": ".pcx", "DDS": ".dds"},
+    **{"ICO": ".ico", "ICNS": ".icns", "XBM": ".xbm", "XPM": ".xpm", "IM": ".im", "MSP": ".msp"},
+    "TGA": ".tga .icb .vda .vst",  # last: it is recognised by little
+}
+"""Formats that are read, by Pillow's names, with the extensions of their files. Pillow's others run
+another program (EPS), cannot be decoded (PDF, HDF5) or have several layers (PSD)."""
+IMAGE_SUFFIXES = frozenset(" ".join(IMAGE_FORMATS.values()).split())
+"""Extensions of image files, in lower case."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -112,6 +124,29 @@ class Skip:
 
     id: str
     reason: str
+
+
+def by_reason(skipped: Iterable[Skip]) -> Iterator[tuple[list[str], str]]:
+    """Ids that share a reason but for names and numbers in it, and the first one's in short."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for skip in skipped:
+        text = re.sub(r"[^\s'\"]*[/\\](?=\S)", "", skip.reason)  # of a path only the name
+        name = re.escape(skip.id.rsplit("/", 1)[-1])
+        key = re.sub(r"\d+", "#", re.sub(rf"(?<!\w){name}(\.\w+)?(?!\w)", "#", text))
+        groups.setdefault(key, []).append((skip.id, text))
+    for group in sorted(groups.values(), key=lambda group: -len(group)):
+        yield list(dict.fromkeys(name for name, _ in group)), group[0][1]
+
+
+def skip_lines(skipped: Sequence[Skip], title: str = "skipped") -> list[str]:
+    """Lines that name images which were left out, many of one reason by their number."""
+    lines = [f"{len(skipped)} {title}:"] * bool(skipped)
+    reasons = {skip.id: skip.reason for skip in skipped}
+    for ids, reason in by_reason(skipped):
+        few = len(ids) <= FEW_SKIPPED
+        lines += [f"  {name}: {reasons[name]}" for name in ids if few]
+        lines += [f"  {len(ids)} ({shortened(ids)}): {reason}"] * (not few)
+    return lines
 
 
 @dataclass(frozen=True)

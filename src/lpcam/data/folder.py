@@ -18,8 +18,6 @@ An image's id is its path below the image folder without the extension, in Unico
 from __future__ import annotations
 
 import json
-import os
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,8 +34,10 @@ from lpcam.data.dataset import (
     check_unique,
     choose_classes,
     safe_id,
+    skip_lines,
     without_suffix,
 )
+from lpcam.data.image_files import list_images
 from lpcam.data.labels import (
     TABLES,
     LabelRow,
@@ -53,6 +53,7 @@ from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
+_OWN = frozenset([*TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
@@ -96,8 +97,12 @@ def read_folder(
     if labels is None:
         path = next((root / name for name in TABLES if (root / name).is_file()), None)
     table = None if path is None else read_labels(path)
-    images, skipped, others = _find_images(images_root, masks)
-    notices: list[str] = []
+    own = {*_OWN, *((path.name,) if path else ())}
+    images, skipped, others = _find_images(images_root, masks, own)
+    notices = [*others]
+    if not images and skipped:
+        lines = skip_lines([*skipped.values()], "files cannot be used")
+        raise DataError(f"there is no image below {images_root}; {'; '.join(lines)}")
     if table is None:
         table = _table_of_folders(root, images_root, images, skipped)
         if labels is None:
@@ -113,7 +118,7 @@ def read_folder(
     whole = _read_classes(root / "classes.txt", table)
     chosen = choose_classes(whole, None if classes is None else [normal_name(c) for c in classes])
 
-    present = _labels_by_image(table, images, images_root, others, skipped, notices)
+    present = _labels_by_image(table, images, images_root, skipped, notices)
     for image_id in images.keys() - present.keys() - skipped.keys():
         skipped[image_id] = Skip(image_id, f"it has no line in {table.path.name}; add one")
     dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
@@ -194,11 +199,11 @@ def _labels_by_image(
     table: LabelTable,
     images: Collection[str],
     images_root: Path,
-    others: Mapping[str, str],
     skipped: dict[str, Skip],
     notices: list[str],
 ) -> dict[str, set[str]]:
     """Class names by image id, of all rows that name an image."""
+    unread = {key: s for s in skipped.values() for key in (s.id, s.id.rpartition(".")[0])}
     present: dict[str, set[str]] = {}
     lines: dict[str, list[str]] = {}
     for row in table.rows:
@@ -207,13 +212,12 @@ def _labels_by_image(
             present.setdefault(image_id, set()).update(row.labels)
             lines.setdefault(image_id, []).append(str(row.line))
             continue
-        reason = f"{table.path.name} line {row.line} has no image below {images_root}"
-        if ending := others.get(row.image) or others.get(row.image.removeprefix("images/")):
-            reason = (
-                f"{table.path.name} line {row.line}: images that end in {ending} are not read; "
-                f"save it as one of {' '.join(sorted(IMAGE_SUFFIXES))}"
-            )
-        skipped.setdefault(row.image, Skip(row.image, reason))
+        where = f"{table.path.name} line {row.line}"
+        if skip := unread.get(row.image) or unread.get(row.image.removeprefix("images/")):
+            skipped[skip.id] = Skip(skip.id, f"{where}: {skip.reason}")
+        else:
+            reason = f"{where} has no image below {images_root}"
+            skipped.setdefault(row.image, Skip(row.image, reason))
     if not present:
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
@@ -229,50 +233,25 @@ def _labels_by_image(
     return present
 
 
-def _walk(folder: Path, ignored: Collection[Path] = ()) -> list[tuple[str, Path]]:
-    """Visible files below a folder, not of runs, links followed: sorted names in NFC, and paths."""
-    found, top = [], folder.resolve()
-    above = {folder: {top, *top.parents, *(path.resolve() for path in ignored)}}
-    for place, folders, files in os.walk(folder, followlinks=True):
-        left_out = above.pop(Path(place))
-        visible = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        inside = {path: path.resolve() for path in (Path(place, name) for name in visible)}
-        runs = {p for p in inside if (p / ".lock").is_file() and (p / "index.json").is_file()}
-        inside = {p: r for p, r in inside.items() if r not in left_out and p not in runs}
-        folders[:] = [path.name for path in inside]
-        above |= {path: left_out | {real} for path, real in inside.items()}
-        for name in files:
-            if not name.startswith("."):
-                path = Path(place, name)
-                text = path.relative_to(folder).as_posix()
-                # names that are not Unicode are escaped, so that reports can hold them
-                text = text.encode("utf-8", "backslashreplace").decode()
-                found.append((unicodedata.normalize("NFC", text), path))
-    return sorted(found)
-
-
 def _find_images(
-    folder: Path, masks: Path | None
-) -> tuple[dict[str, Path], dict[str, Skip], dict[str, str]]:
-    """Images by id below a folder; those with refused names; extensions of all other files."""
+    folder: Path, masks: Path | None, own: Collection[str]
+) -> tuple[dict[str, Path], dict[str, Skip], tuple[str, ...]]:
+    """Images by id below a folder; files that are not read, with reasons; what else is there."""
     ignored = [folder / "masks", folder / "parts", folder / "lists", *([masks] if masks else [])]
+    found = list_images(folder, ignored, own)
     images: dict[str, Path] = {}
-    skipped: dict[str, Skip] = {}
-    others: dict[str, str] = {}
-    for name, path in _walk(folder, ignored):
-        image_id = name.removesuffix(path.suffix)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others |= dict.fromkeys((name, image_id), path.suffix)
-        elif image_id in images:
+    skipped = {skip.id: skip for skip in found.unread}
+    for name, path in found.images:
+        image_id = without_suffix(name)
+        if image_id in images:
             raise DataError(
                 f"{images[image_id]} and {path} have the same id {image_id!r}; rename one of them"
             )
-        else:
-            try:
-                images[safe_id(image_id)] = path
-            except DataError as error:
-                skipped[image_id] = Skip(image_id, str(error))
-    return images, skipped, others
+        try:
+            images[safe_id(image_id)] = path
+        except DataError as error:
+            skipped[image_id] = Skip(image_id, str(error))
+    return images, skipped, found.notices
 
 
 def _image_id(text: str, images: Collection[str]) -> str | None:
@@ -284,8 +263,10 @@ def _image_id(text: str, images: Collection[str]) -> str | None:
 
 def _find_masks(folder: Path, images: Collection[str], notices: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    unknown = []
-    for name, path in _walk(folder):
+    files = list_images(folder)
+    unknown = [skip.id for skip in files.unread]
+    notices += [f"{folder.name}/: {notice}" for notice in files.notices]
+    for name, path in files.images:
         image_id = name.removesuffix(path.suffix)
         if path.suffix.lower() == ".png" and image_id in images and image_id not in found:
             found[image_id] = path

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from lpcam.data.dataset import IMAGE_FORMATS
 from lpcam.data.resize import scaled_size
-from lpcam.runtime.errors import ImageError
+from lpcam.runtime.errors import ImageError, shortened
 
 MAXIMUM_PIXELS = 100_000_000  #: Size of the largest image that is read; 300 MB as RGB.
 
@@ -47,10 +50,38 @@ def decode_image(
         raise _unreadable(name, error) from error
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read and that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its header, in a format that its first bytes identify."""
+    known = [name for name in _formats() if name not in ("ICO", "PCX", "MSP", "TGA")]
+    with contextlib.suppress(Exception), Image.open(path, formats=known):
+        return True
+    return False
+
+
+def has_pages(path: Path) -> bool:
+    """Whether a file has several pages or frames; the second picture of MPO photographs is none."""
+    with contextlib.suppress(Exception), Image.open(path, formats=_formats()) as image:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    return False
+
+
+def pages_notice(names: Sequence[str]) -> str:
+    """A notice that names the images of several pages or frames."""
+    of_all = f"{len(names)} ({shortened(names)})"
+    return f"images of several pages or frames, of which the first is read: {of_all}"
+
+
 def upright_size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright image, from its file's header; ImageError if unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             width, height = image.size
             turn = 1
             with contextlib.suppress(Exception):  # damaged EXIF
@@ -97,7 +128,7 @@ def load_image(
             # MAXIMUM_PIXELS decides, not Pillow's lower limit
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = io.BytesIO(source) if isinstance(source, bytes) else source
-            opened = Image.open(file, formats=formats)
+            opened = Image.open(file, formats=formats or _formats())
         with opened as image:
             width, height = image.size
             if not 0 < width * height <= MAXIMUM_PIXELS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import combinations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lpcam.data.coco.files import ALL, LABELLED
-from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item
+from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reason
 from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
 from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
@@ -111,19 +111,6 @@ def _some(
         yield Finding(kind, f"{count_of(len(names), one, several)}{rest}", tuple(names), alert)
 
 
-def _by_reason(reasons: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """A reason in short, and the ids that share it but for names and numbers in it."""
-    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for image_id, reason in reasons:
-        text = re.sub(r"[^\s'\"]*[/\\](?=\S)", "", reason)  # of a path only the name
-        name = re.escape(image_id.rsplit("/", 1)[-1])
-        key = re.sub(r"\d+", "#", re.sub(rf"(?<!\w){name}(\.\w+)?(?!\w)", "#", text))
-        groups[key].append((image_id, text))
-    for group in sorted(groups.values(), key=lambda group: -len(group)):
-        example = "e.g. " if len(group) > 1 else ""
-        yield example + group[0][1], list(dict.fromkeys(name for name, _ in group))
-
-
 class _Look(NamedTuple):
     """Contents of the true mask of an image."""
 
@@ -152,16 +139,17 @@ def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
 def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Finding]:
     """Files that cannot be used, values of no class, and what labels and masks disagree on."""
     table = dataset.classes
-    faults: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
+    faults: dict[bool, list[Skip]] = {True: [], False: []}
     for name, look in masks.items():
-        faults[look.made] += [(name, why) for why in look.faults]
+        faults[look.made] += [Skip(name, why) for why in look.faults]
     for kind, reasons, one, rest, several in (
-        ("left out", [(s.id, s.reason) for s in dataset.skipped], "image", " left out", ""),
+        ("left out", dataset.skipped, "image", " left out", ""),
         ("mask", faults[False], "mask cannot be used", "", "masks cannot be used"),
         ("annotations", faults[True], "image", " with wrong annotations", ""),
     ):
-        for text, names in _by_reason(reasons):
-            yield from _some(kind, names, one, f"{rest} ({text})", several)
+        for names, text in by_reason(reasons):
+            example = "e.g. " * (len(names) > 1)
+            yield from _some(kind, names, one, f"{rest} ({example}{text})", several)
     usable = {name: look.values for name, look in masks.items() if look.values is not None}
     labelled = [name for name in usable if dataset.items[name].labels]
     all_values = frozenset().union(*usable.values())

@@ -10,9 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lpcam.data.dataset import IMAGE_SUFFIXES
+from lpcam.data.dataset import IMAGE_SUFFIXES, Skip, skip_lines
+from lpcam.data.image_files import how_to_convert, list_images
+from lpcam.data.images import has_pages, pages_notice
 from lpcam.runtime.errors import ArtefactError, DataError, PrototypeError
 from lpcam.runtime.files import digest_bytes, printable, read_json, write_json
 from lpcam.runtime.parallel import ordered_map
@@ -45,7 +47,8 @@ class ImageResults:
     kind: OutputKind
     folder: Path
     found: list[dict[str, Any]]  #: The contents of each image's JSON file.
-    skipped: list[dict[str, str]]  #: ``image`` and ``reason`` of each image that failed.
+    skipped: list[dict[str, str]]  #: ``image`` and ``reason`` of each one that failed or is unread.
+    notices: tuple[str, ...] = ()  #: What else is in the folders.
 
     def summary(self) -> str:
         """One line per image, of the first ones, then skipped images and the folder."""
@@ -53,14 +56,22 @@ class ImageResults:
         lines = [f"{one['image']}: {describe(one)}" for one in self.found[:_MOST_LINES]]
         if len(self.found) > _MOST_LINES:
             lines.append(f"... and {len(self.found) - _MOST_LINES} more images")
-        if self.skipped:
-            lines += [f"{len(self.skipped)} left out:", *(f"  {s['reason']}" for s in self.skipped)]
+        skipped = [Skip(one["image"], one["reason"]) for one in self.skipped]
+        lines += [*skip_lines(skipped, "left out"), *(f"note: {text}" for text in self.notices)]
         lines.append(f"results in {self.folder}")
         lines += [f"pictures in {self.folder / self.kind.pictures}"] * bool(self.found)
         return "\n".join(lines)
 
 
-def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
+class ImageFiles(NamedTuple):
+    """What :func:`find_images` finds."""
+
+    images: Mapping[str, Path]  #: Image files by the names of their outputs.
+    unread: Sequence[dict[str, str]]  #: ``image`` and ``reason`` of files that are not read.
+    notices: tuple[str, ...]  #: What else is in the folders, with counts.
+
+
+def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
     """Image files by the names of their outputs: the path below its folder without the extension.
 
     Folders are searched recursively, without hidden files and ``output``. Images that would share a
@@ -68,18 +79,16 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
     files: dict[Path, tuple[str, Path]] = {}
+    unread: dict[Path, str] = {}
+    notices: list[str] = []
     sources = list(sources)
     for source in sources:
         if source.is_dir():
-            for path in sorted(source.rglob("*")):
-                below, target = path.relative_to(source), path.resolve()
-                if (
-                    path.suffix.lower() in IMAGE_SUFFIXES
-                    and path.is_file()
-                    and not any(part.startswith(".") for part in below.parts)
-                    and not target.is_relative_to(output.resolve())
-                ):
-                    files.setdefault(target, (below.as_posix(), path))
+            listed = list_images(source, [output])
+            for _, path in listed.images:
+                files.setdefault(path.resolve(), (path.relative_to(source).as_posix(), path))
+            unread |= {source / skip.id: skip.reason for skip in listed.unread}
+            notices += listed.notices
         elif not source.is_file():
             raise DataError(f"there is no image or folder {source}")
         elif any(source.resolve().is_relative_to(folder) for folder in own):
@@ -87,13 +96,19 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
                 f"{source} is in the output folder {output}, where the results would replace it; "
                 "choose another --output"
             )
+        elif reason := how_to_convert(source.name):
+            unread[source] = reason
         else:
             files.setdefault(source.resolve(), (source.name, source))
+    skipped = [Skip(printable(path), reason) for path, reason in unread.items()]
     if not files:
         raise DataError(
             f"there is no image below {', '.join(map(str, sources))}; files with the endings "
             f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
+            + "; ".join(["", *skip_lines(skipped, "files cannot be used"), *notices])
         )
+    paged = [name for name, path in files.values() if has_pages(path)]
+    notices += [pages_notice(paged)] * bool(paged)
     short = {name: _safe_name(name.removesuffix(Path(name).suffix)) for name, _ in files.values()}
     counts = Counter(short[name].casefold() for name, _ in files.values())
     taken = {name for name, count in counts.items() if count == 1}
@@ -106,7 +121,8 @@ def find_images(sources: Iterable[Path], output: Path) -> dict[str, Path]:
             name += next(end for end in tries if f"{name}{end}".casefold() not in taken)
             taken.add(name.casefold())
         names[name] = path
-    return names
+    left = [{"image": skip.id, "reason": skip.reason} for skip in skipped]
+    return ImageFiles(names, left, tuple(notices))
 
 
 def read_index(path: Path, command: str) -> dict[str, Any] | None:
@@ -122,7 +138,7 @@ def read_index(path: Path, command: str) -> dict[str, Any] | None:
 
 
 def process_images(
-    images: Mapping[str, Path],
+    files: ImageFiles,
     output: Path,
     make: Callable[[str, Path], dict[str, Any]],
     kind: OutputKind,
@@ -137,7 +153,7 @@ def process_images(
     ``make`` writes the outputs of an image, given its name and file, and returns its findings. Only
     outputs of earlier calls for the same images are replaced; ArtefactError if others would be.
     """
-    path = output / kind.index
+    images, path = files.images, output / kind.index
     earlier = read_index(path, kind.command) or {"images": {}}
     outputs = _outputs_by_image(output, kind.forms)
     foreign = [file for name in images if name not in earlier["images"] for file in outputs[name]]
@@ -153,7 +169,8 @@ def process_images(
         "kind": kind.command,
         "command": command,
         "made_by": made_by,
-        "skipped": [],
+        "skipped": [*files.unread],
+        "notices": list(files.notices),
         "images": {**earlier["images"], **{n: printable(file) for n, file in images.items()}},
     }
     # first: after an interruption, the next call knows which files are its own
@@ -177,7 +194,7 @@ def process_images(
                 found.append(result)
             advance(1, name)
     write_json(path, index)
-    return ImageResults(kind, output, found, index["skipped"])
+    return ImageResults(kind, output, found, index["skipped"], files.notices)
 
 
 def _outputs_by_image(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lpcam.data.dataset import Dataset, Item, Skip
-from lpcam.data.images import read_image
+from lpcam.data.images import has_pages, pages_notice, read_image
 from lpcam.data.masks import read_index_mask
 from lpcam.runtime.errors import DataError, ImageError
 from lpcam.runtime.files import digest_file, digest_json
@@ -64,6 +65,8 @@ def check_images(
     if not records:
         reason = skipped[0].reason if skipped else "it has no items"
         raise DataError(f"no image of {dataset.name} can be used: {reason}")
+    if paged := [name for name, record in records.items() if record.get("pages")]:
+        dataset = replace(dataset, notices=(*dataset.notices, pages_notice(paged)))
     return dataset.without(skipped), records
 
 
@@ -89,6 +92,7 @@ def _record(item: Item, known: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "height": height,
         "width": width,
+        **({"pages": True} if has_pages(item.image) else {}),
         "image_digest": digests[0],
         "digest": digests[0] if digests[1:] == [None, None] else digest_json(digests),
         "size": size,

@@ -73,8 +73,8 @@ def explain_files(
     """
     if labels is not None:
         explainer.indices(labels)
-    images = find_images(sources, output)
-    rows: dict[str, list[SheetRow]] = {name: [] for name in list(images)[:SHEET_ROWS]}
+    files = find_images(sources, output)
+    rows: dict[str, list[SheetRow]] = {name: [] for name in list(files.images)[:SHEET_ROWS]}
 
     def make(name: str, path: Path) -> dict[str, Any]:
         maps = explainer(path, labels=labels, name=name, **options)
@@ -83,7 +83,7 @@ def explain_files(
         return maps.save(output)
 
     result = process_images(
-        images,
+        files,
         output,
         make,
         _EXPLAINED,

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lpcam.classifiers.classifier import check_backbone
-from lpcam.data.dataset import Dataset, Item
+from lpcam.data.dataset import Dataset, Item, skip_lines
 from lpcam.data.inspection import FEW_IMAGES
 from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.data.reader import READERS, Reader
@@ -194,7 +194,4 @@ def _summary(
         note = note if count else "   none: left out of the recipe"
         lines.append(f"  {name}: {count}{note}")
     lines += [f"note: {notice}" for notice in dataset.notices]
-    if dataset.skipped:
-        lines.append(f"{len(dataset.skipped)} skipped:")
-        lines += [f"  {skip.id}: {skip.reason}" for skip in dataset.skipped]
-    return "\n".join(lines)
+    return "\n".join([*lines, *skip_lines(dataset.skipped)])

@@ -91,7 +91,7 @@ def segment_files(
         ArtefactError: if a file that is not an earlier call's would be replaced, or one cannot be
             written.
     """
-    images = find_images(sources, output)
+    files = find_images(sources, output)
     made = {
         "classes": dict(zip(segmenter.classes.names, segmenter.classes.mask_ids, strict=True)),
         "settings": settings.model_dump(mode="json"),
@@ -142,7 +142,7 @@ def segment_files(
         return found
 
     return process_images(
-        images,
+        files,
         output,
         make,
         _PREDICTED,

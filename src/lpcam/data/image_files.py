@@ -1,0 +1,120 @@
+"""Image files of a folder: which are read, which are not, and what else lies there."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from lpcam.data.dataset import IMAGE_SUFFIXES, Skip
+from lpcam.data.images import is_image
+from lpcam.runtime.errors import shortened
+
+_REMEDIES = {
+    ".heic .heif .hif": "save them as JPEG",
+    ".psd .xcf .svg .eps .ps .ai .pdf .wmf .emf .jxl .exr .hdr .pfm": "save them as PNG",
+    ".dcm .dicom .nii .nii.gz .mha .mhd .nrrd .fits .fit .npy .npz .mat .h5 .hdf .hdf5": (
+        "save each plane as a PNG of 8 or 16 bits"
+    ),
+    ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .raw": "save them as JPEG or 16-bit TIFF",
+    ".svs .ndpi .mrxs .scn .czi .lif .nd2 .vsi .oib .lsm": "cut them into tiles, saved as PNG",
+    ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv .flv": "save their frames as images",
+    ".zip .tar .tgz .gz .bz2 .xz .7z .rar": "unpack them",
+    ".parquet .arrow .tfrecord .lmdb": "write the images in them to files",
+}
+_UNREAD = {ending: how for endings, how in _REMEDIES.items() for ending in endings.split()}
+_NO_IMAGES = ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .html .py .log"
+_TEXT = frozenset(_NO_IMAGES.split())  # of other endings the content decides
+
+
+class FolderFiles(NamedTuple):
+    """Contents of a folder of images."""
+
+    images: tuple[tuple[str, Path], ...]  #: Sorted names below the folder in NFC, and paths.
+    unread: tuple[Skip, ...]  #: Images, recordings and archives in formats that are not read.
+    notices: tuple[str, ...]  #: What else is there, with counts by extension.
+
+
+def ending_of(name: str) -> str:
+    """The extension of a file in lower case; ``.nii.gz`` is one."""
+    lower = name.lower()
+    return ".nii.gz" if lower.endswith(".nii.gz") else PurePosixPath(lower).suffix
+
+
+def how_to_convert(name: str) -> str | None:
+    """Why a file is not read as an image and what makes one of it; None for other extensions."""
+    ending = ending_of(name)
+    how = _UNREAD.get(ending)
+    return how and f"files that end in {ending} are not read; {how}"
+
+
+def list_images(
+    folder: Path, ignored: Collection[Path] = (), own: Collection[str] = ()
+) -> FolderFiles:
+    """List the images below a folder by their extensions, or by their content without a known one.
+
+    Folders ``ignored`` are not searched; ``own`` are names of other files that belong there.
+    """
+    files, hidden = _walk(folder, ignored)
+    images, unread, by_content = [], [], []
+    others: Counter[str] = Counter()
+    for name, path in files:
+        ending = ending_of(name)
+        if reason := how_to_convert(name):
+            unread.append(Skip(name, reason))
+        elif ending in IMAGE_SUFFIXES:
+            images.append((name, path))
+        elif ending not in _TEXT and is_image(path):
+            images.append((name, path))
+            by_content.append(name)
+        elif name not in own:
+            others[ending or PurePosixPath(name).name] += 1
+    counts = [f"{ending} {count}" for ending, count in others.most_common()]
+    notices = (
+        by_content
+        and f"images by their content alone: {len(by_content)} ({shortened(by_content)})",
+        others and f"files that are no images: {others.total()} ({shortened(counts, 10)})",
+        hidden
+        and f"hidden files and folders and folders of runs, which are not read: {len(hidden)} "
+        f"({shortened(sorted(hidden))})",
+    )
+    return FolderFiles(tuple(images), tuple(unread), tuple(str(text) for text in notices if text))
+
+
+def unnamed(folder: Path, named: Collection[Path], by: str) -> tuple[str, ...]:
+    """Notices of images below a folder that nothing names, and of its other files.
+
+    ``by`` says what would name them, such as "no annotation".
+    """
+    found = list_images(folder)
+    known = {*named}
+    names = [name for name, path in found.images if path not in known]
+    names += [skip.id for skip in found.unread]
+    text = f"images of {folder} that {by} names: {len(names)} ({shortened(names)})"
+    return (*[text] * bool(names), *found.notices)
+
+
+def _walk(folder: Path, ignored: Collection[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Files below a folder, links followed: sorted names in NFC and paths; what is hidden."""
+    found, hidden, top = [], [], folder.resolve()
+    above = {folder: {top, *top.parents, *(path.resolve() for path in ignored)}}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        left_out = above.pop(Path(place))
+        inside = {path: path.resolve() for path in (Path(place, name) for name in folders)}
+        inside = {path: real for path, real in inside.items() if real not in left_out}
+        runs = {p for p in inside if (p / ".lock").is_file() and (p / "index.json").is_file()}
+        runs |= {path for path in inside if path.name.startswith((".", "__MACOSX"))}
+        folders[:] = [path.name for path in inside if path not in runs]
+        above |= {path: left_out | {real} for path, real in inside.items()}
+        for path in (*runs, *(Path(place, name) for name in files)):
+            text = path.relative_to(folder).as_posix()
+            # names that are not Unicode are escaped, so that reports can hold them
+            text = unicodedata.normalize("NFC", text.encode("utf-8", "backslashreplace").decode())
+            if path in runs or path.name.startswith("."):
+                hidden.append(text)
+            else:
+                found.append((text, path))
+    return sorted(found), hidden
