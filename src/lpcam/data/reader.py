@@ -61,7 +61,8 @@ class DataSection(Section):
 
     kind: str
     """Name of a reader. ``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv,
-    labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a file."""
+    labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a file.
+    ``yolo``: YOLO's labels."""
     root: RecipePath
     """Folder (or JSON file) of the data set."""
     labels: LabelSource | None = None
@@ -164,5 +165,6 @@ READERS: Registry[Reader] = Registry(
         "folder": "lpcam.data.folder:READER",
         "voc": "lpcam.data.voc:READER",
         "coco": "lpcam.data.coco.dataset:READER",
+        "yolo": "lpcam.data.yolo:READER",
     },
 )

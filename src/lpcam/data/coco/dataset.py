@@ -7,6 +7,7 @@ those that are not crowds (specification of data sets, sections 2 and 3).
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -25,7 +26,7 @@ from lpcam.data.coco.files import (
     image_folders,
     listing_of,
 )
-from lpcam.data.coco.index import CocoFile
+from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
 from lpcam.data.coco.painting import Crowds, Order, PlacedImage, paint_folder, true_mask
 from lpcam.data.dataset import (
     ClassTable,
@@ -39,7 +40,7 @@ from lpcam.data.dataset import (
 from lpcam.data.labels import relative_name
 from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import Opened, Reader, Request, TrueMask
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.settings import Section
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,59 @@ class AnnotatedImages:
         if not any(one.segmentation for one in every):
             return Opened(self.dataset)
         return Opened(self.dataset, self.true_masks(), partial(self.with_masks, **settings))
+
+
+def open_annotated(
+    request: Request,
+    file: CocoFile,
+    annotations: Mapping[Path, list[CocoAnnotation]],
+    lists: Mapping[str, Iterable[Path]],
+    *,
+    label_source: str,
+    skipped: Iterable[Skip],
+    notices: Sequence[str],
+) -> Opened:
+    """A data set of images with annotations that come from other files than COCO's.
+
+    ``file`` has the categories, but no images. Ids and file names are paths from the folder of all
+    images, ids without folders called ``images``. DataError if there is no image, or no such list.
+    """
+    skipped = list(skipped)
+    if not annotations:
+        reasons = shortened([f"{skip.id}: {skip.reason}" for skip in skipped], 2)
+        raise DataError(f"{file.path}: no image was found; {reasons or 'put the images there'}")
+    folder = Path(os.path.commonpath([path.parent for path in annotations]))
+    images: dict[str, PlacedImage] = {}
+    ids: dict[Path, str] = {}
+    for path, found in annotations.items():
+        name = path.relative_to(folder).as_posix()
+        try:
+            image_id = _item_id(file.path, "/".join(p for p in name.split("/") if p != "images"))
+        except DataError as error:
+            skipped.append(Skip(name, str(error)))
+            continue
+        if image_id in images:
+            both = f"{images[image_id].path} and {path}"
+            raise DataError(f"{both} have the same id {image_id!r}; rename one of them")
+        ids[path] = image_id
+        images[image_id] = PlacedImage(file, CocoImage(name, None, found), path)
+    members = {name: [ids[p] for p in paths if p in ids] for name, paths in lists.items()}
+    members[ALL] = list(images)
+    if unknown := {*(request.lists or ())} - members.keys():
+        raise DataError(f"unknown list {min(unknown)!r}; {file.path} has {', '.join(members)}")
+    wanted = {i for name in request.lists or members for i in members[name]}
+    file = replace(file, images=tuple(image.entry for image in images.values()))
+    return AnnotatedImages(
+        folder.resolve().name if folder.name != "images" else folder.resolve().parent.name,
+        [file],
+        {i: one if i in wanted else one._replace(path=None) for i, one in images.items()},
+        {name: list(dict.fromkeys(i for i in of if i in wanted)) for name, of in members.items()},
+        classes=request.classes,
+        source=f"{file.path}",
+        label_source=label_source,
+        skipped=skipped,
+        notices=notices,
+    ).opened(request.masks)
 
 
 class CocoFolder(AnnotatedImages):

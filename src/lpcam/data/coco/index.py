@@ -33,14 +33,15 @@ class CocoAnnotation(NamedTuple):
     category_id: StrictInt
     is_crowd: bool  #: Whether it is a group of objects.
     area: Any  #: Area in square pixels, as the file states it.
-    segmentation: Any  #: Outline in the form of :func:`compact`.
+    #: Outline in the form of :func:`compact`, or a function of the size that gives its pixels.
+    segmentation: Any
 
 
 class CocoImage(NamedTuple):
     """An image of an annotation file, with its annotations in the order of the file."""
 
     file_name: str
-    size: tuple[int, int]  #: Height and width in pixels.
+    size: tuple[int, int] | None  #: Height and width in pixels; None: the upright image's.
     annotations: list[CocoAnnotation]
 
     @property

@@ -42,6 +42,12 @@ class PlacedImage(NamedTuple):
     entry: CocoImage
     path: Path | None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its mask: what the annotations say, else the upright image's."""
+        assert self.path is not None
+        return self.entry.size or upright_size(self.path)
+
 
 def paint(
     annotations: Sequence[CocoAnnotation],
@@ -101,7 +107,7 @@ def paint_folder(
             return fault
         entry = images[name].entry
         try:
-            mask = paint(entry.annotations, entry.size, values, order=order, crowds=crowds)
+            mask = paint(entry.annotations, images[name].size, values, order=order, crowds=crowds)
         except DataError as error:
             return str(error)
         write_mask(paths[name], mask)
@@ -124,7 +130,7 @@ def true_mask(
 
     def attempt(of: list[CocoAnnotation]) -> tuple[NDArray[np.uint8] | None, list[str]]:
         try:
-            return paint(of, entry.size, values, crowds="void"), []
+            return paint(of, image.size, values, crowds="void"), []
         except DataError as error:
             if len(of) < 2:
                 return None, [str(error)]
@@ -146,7 +152,7 @@ def _size_fault(image: PlacedImage) -> str | None:
         height, width = upright_size(image.path)
     except ImageError:  # reported when all images are checked
         return None
-    expected = image.entry.size
+    expected = image.size
     if expected == (height, width):
         return None
     advice = "use the image that was annotated"
@@ -205,18 +211,21 @@ def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.boo
     """The pixels of an annotation, bool (H, W)."""
     shape = annotation.segmentation
     try:
+        if callable(shape):
+            found: NDArray[np.bool_] = shape(size)
+            return found
         if isinstance(shape, dict):
             return _decode_runs(shape, size)
         if annotation.is_crowd:
             raise ValueError("it is a crowd, whose segmentation must be a run-length code")
-        return _fill(shape, size)
+        return fill(shape, size)
     except (ValueError, OverflowError) as error:
         raise DataError(
             f"annotation {annotation.id} cannot be painted: {error}; correct it or leave it out"
         ) from error
 
 
-def _fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+def fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels in any of some polygons; ValueError says what is wrong with them."""
     if not isinstance(polygons, list) or not polygons:
         raise ValueError("it has no segmentation; masks need polygons or run-length codes")

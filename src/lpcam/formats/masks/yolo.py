@@ -13,14 +13,11 @@ from pathlib import Path
 import yaml
 
 from lpcam.data.dataset import ClassTable
+from lpcam.data.yolo import WITHIN_PIXEL
 from lpcam.formats.masks.base import Format, MaskEntry, Picture
 from lpcam.formats.masks.outlines import outlines
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_bytes, write_bytes
-
-_WITHIN_PIXEL = 0.45
-"""Where in a pixel its point lies. The middle is 0.5; with a little less, readers that round find
-the same pixel as those that cut the fraction off."""
 
 
 class _Yolo(Format):
@@ -51,7 +48,7 @@ class _Yolo(Format):
         for region in picture.objects:
             corner = (region.x0, region.y0)
             for outline in outlines(region.pixels, "centres"):
-                points = (outline + corner + _WITHIN_PIXEL) / (width, height)
+                points = (outline + corner + WITHIN_PIXEL) / (width, height)
                 # 6 decimals are 0.05 pixels in an image of 50,000
                 places = " ".join(f"{value:.6f}" for value in points.ravel())
                 lines.append(f"{region.label} {places}\n")
