@@ -17,7 +17,6 @@ from tiny import RED_AND_GREEN, Patches, picture, state_of
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from lpcam.classifiers.features import FeaturePair
 from lpcam.explain.gradcam import LPCAM, principal_component
 from lpcam.method import extractors as extract
 from lpcam.method.functional import cosine_activation, normalize
@@ -125,7 +124,7 @@ def test_images_and_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
         ([0], "3 targets"),
         (Target(0), "3 targets"),
         ([0, 1, 2], "class 2"),
-        ([0, 1, -1], "class -1"),
+        ([0, 1, -3], "class -3"),
         ([0, 1, lambda output: output], "names no class"),
         ([0, 1, Pixels(0)], "names no class"),
     ):
@@ -140,7 +139,7 @@ def test_batch_size_changes_nothing(cam: LPCAM, images: Tensor) -> None:
     hook = cam.source.model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     np.testing.assert_allclose(cam(images, aug_smooth=True), whole, atol=1e-6)
     hook.remove()
-    assert seen == [2, 1] * 7  # the logits once, then six views
+    assert seen == [2, 1] * 6  # each view once
 
 
 def test_aug_smooth_is_the_mean_of_six_views(cam: LPCAM, images: Tensor) -> None:
@@ -159,28 +158,23 @@ def test_aug_smooth_is_the_mean_of_six_views(cam: LPCAM, images: Tensor) -> None
 
 
 def test_the_principal_component_by_hand() -> None:
-    """Products (a, b) at four places on one line: projection on it, centred, then ReLU."""
+    """Products (a, b) at four places on one line: projection on it, centred."""
     features = torch.tensor([[3.0, 4.0], [4.0, 3.0], [0.6, 0.8], [8.0, 6.0]]).T.reshape(1, 2, 1, 4)
-    found = principal_component(FeaturePair(features, None), torch.tensor([[2.0, 1.0]]))
+    found = principal_component(features, torch.tensor([[2.0, 1.0]]))
     # unit features (0.6, 0.8) and (0.8, 0.6); products (1.2, 0.8) and (1.6, 0.6), whose sums are
     # 2.0 and 2.2: the second kind is the positive side, at half their distance
     half = 0.5 * float(np.hypot(0.4, 0.2))
-    torch.testing.assert_close(found, torch.tensor([[[0.0, half, 0.0, half]]]))
+    torch.testing.assert_close(found, torch.tensor([[[-half, half, -half, half]]]))
 
 
 def test_the_sign_of_the_principal_component_agrees_with_lpcam() -> None:
     generator = torch.Generator().manual_seed(0)
-    features, other = torch.randn(2, 6, 8, 5, 7, generator=generator)
+    features = torch.randn(6, 8, 5, 7, generator=generator)
     vectors = torch.randn(6, 8, generator=generator)
-    found = principal_component(FeaturePair(features, None), vectors)
-    turned = principal_component(FeaturePair(features, None), -vectors)
+    found = principal_component(features, vectors)
     for row in range(6):
-        signed = cosine_activation(features[row : row + 1], vectors[row : row + 1])[0, 0]
-        assert float(((found[row] - turned[row]) * (signed - signed.mean())).sum()) >= 0
-    torch.testing.assert_close(
-        principal_component(FeaturePair(features, other.flip(-1)), vectors),
-        principal_component(FeaturePair(features + other, None), vectors),
-    )
+        signed = cosine_activation(features[row], vectors[row : row + 1])[0]
+        assert float((found[row] * (signed - signed.mean())).sum()) >= 0
 
 
 def test_settings_with_scales_and_flip(images: Tensor) -> None:
@@ -433,8 +427,118 @@ def test_models_and_layers_that_cannot_be_mapped_are_refused() -> None:
         LPCAM(model, [Squares().patches])
     with pytest.raises(ClassifierError, match=r"not the mean .*classes=\[\.\.\.\]"):
         LPCAM(model=model, target_layers=[model[0][-1]])
-    with pytest.raises(ClassifierError, match=r"gives no logits of the 2 classes.*lpcam\.LPCAM\("):
-        LPCAM(model=model, classes=["cat", "dog"])
+    with pytest.raises(ClassifierError, match=r"gives no logits of the 2 classes.*fit\(loader\)"):
+        LPCAM(model=model, classes=["cat", "dog"], self_fit=True)
+
+
+def test_fit_of_a_new_head(images: Tensor) -> None:
+    """VGG's form again: one fit gives the head and the prototypes."""
+    patches = Patches()
+    model = nn.Sequential(patches, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5))
+    cam = LPCAM(model, [patches], settings=SETTINGS, classes=["red", "green"])
+    with pytest.raises(NotFittedError):
+        cam(images)
+    cam.fit([(images, LABELS)])
+    found = cam(images, [Target(0), Target(1), Target(-2)])
+    expected = extract.LPCAM(model, SETTINGS, classes=["red", "green"], target_layer=patches)
+    expected.fit([(images, LABELS)])
+    np.testing.assert_allclose(found, expected(images)[torch.arange(3), LABELS], atol=1e-6)
+    torch.testing.assert_close(cam.outputs, expected.source_.logits(images))
+
+
+def count_passes(model: nn.Module, call: Callable[[], Any]) -> int:
+    seen: list[int] = []
+    with model.register_forward_hook(lambda *_: seen.append(1)):
+        call()
+    return len(seen)
+
+
+def test_each_image_passes_the_model_once(cam: LPCAM, images: Tensor) -> None:
+    own = LPCAM(cam.model, self_fit=True, settings=SETTINGS)
+    for one in (cam, own):
+        assert count_passes(cam.model, lambda one=one: one(images)) == 1
+        assert count_passes(cam.model, lambda one=one: one(images, [0, 1, 0])) == 1
+        assert count_passes(cam.model, lambda one=one: one(images, aug_smooth=True)) == 6
+    settings = SETTINGS.model_copy(update={"scales": (0.5, 2.0), "flip": True})
+    other = LPCAM(cam.model, prototypes=cam.prototypes_, settings=settings)
+    assert count_passes(cam.model, lambda: other(images)) == 3  # and scale 1 for the logits
+    torch.testing.assert_close(other.outputs, cam.model.eval()(images))
+
+
+def test_names_of_theirs(cam: LPCAM, images: Tensor) -> None:
+    """What a script may read or call beside the call itself, by position as in BaseCAM."""
+    targets = [Target(0), Target(1), Target(-2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = LPCAM(
+            *(cam.model, [cam.model.patches], None, False, True, None, True),
+            prototypes=cam.prototypes_,
+            settings=SETTINGS,
+        )
+    maps = cam(images, targets)
+    np.testing.assert_array_equal(again.forward(images, targets), maps)
+    np.testing.assert_array_equal(
+        again.forward_augmentation_smoothing(images, targets), cam(images, targets, aug_smooth=True)
+    )
+    assert again.get_target_width_height(images) == (96, 64)
+    assert again.device == torch.device("cpu")
+    outputs = again.activations_and_grads(images)
+    torch.testing.assert_close(outputs, cam.model.eval()(images))
+    (activations,) = again.activations_and_grads.activations
+    torch.testing.assert_close(activations, cam.model.patches(images))
+    layers = again.compute_cam_per_layer(images, targets, False)
+    assert [layer.shape for layer in layers] == [(3, 1, 64, 96)]
+    np.testing.assert_array_equal(again.aggregate_multi_layers(layers), maps)
+    weights = again.get_cam_weights(images, None, targets, activations, None)
+    np.testing.assert_array_equal(weights, cam.prototypes_.vectors()[LABELS].numpy())
+    for given in (activations, activations.numpy()):
+        signed = again.get_cam_image(images, None, targets, given, None)
+        expected = cosine_activation(activations, cam.prototypes_.vectors())
+        np.testing.assert_allclose(signed, expected[torch.arange(3), LABELS].numpy(), atol=1e-6)
+    with pytest.raises(IndexError), again:
+        raise IndexError
+    assert again.activations_and_grads.activations == []
+    np.testing.assert_array_equal(again(images, targets), maps)
+
+
+def test_a_method_of_a_subclass_is_used(cam: LPCAM, images: Tensor) -> None:
+    class Halves(LPCAM):
+        def get_cam_weights(self, *arguments: Any) -> Any:
+            return super().get_cam_weights(*arguments) * np.array([[0], [1], [-1]], np.float32)
+
+        def aggregate_multi_layers(self, cam_per_target_layer: Any) -> Any:
+            return super().aggregate_multi_layers([*cam_per_target_layer, *cam_per_target_layer])
+
+    options = {"prototypes": cam.prototypes_, "settings": SETTINGS}
+    found = Halves(cam.model, **options)(images)
+    assert not found[0].any()
+    np.testing.assert_array_equal(found[1], cam(images)[1])
+    assert found[2, 60, 90] > 0  # the ground
+
+
+@pytest.mark.parametrize(
+    "given", [{"compute_input_gradient": True}, {"uses_gradients": False}, {"detach": False}]
+)
+def test_arguments_without_meaning_warn_once(given: dict[str, bool]) -> None:
+    with pytest.warns(UserWarning, match=next(iter(given))) as caught:
+        cam = LPCAM(Squares(), **given)
+    assert len(caught) == 1
+    assert (cam.compute_input_gradient, cam.uses_gradients, cam.detach) == (False, False, True)
+
+
+def test_a_weighted_difference_of_classes(cam: LPCAM, images: Tensor, peer: Any) -> None:
+    """FinerCAM around LPCAM: the vector of a class minus those of similar classes."""
+    options = {"prototypes": cam.prototypes_, "settings": SETTINGS}
+
+    def around(*arguments: Any) -> LPCAM:
+        return LPCAM(*arguments, **options)
+
+    red, green = cam.prototypes_.vectors()
+    with peer.FinerCAM(cam.model, [cam.model.patches], base_method=around) as finer:
+        found = finer(images[:1], alpha=0.5)
+    signed = cosine_activation(cam.model.patches(images[:1]), (red - 0.5 * green)[None])
+    whole = nn.functional.interpolate(signed.relu(), size=(64, 96), mode="bilinear")
+    np.testing.assert_allclose(found, normalize(whole)[:, 0].numpy(), atol=1e-5)
 
 
 def test_a_single_logit() -> None:

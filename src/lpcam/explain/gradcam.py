@@ -1,4 +1,4 @@
-"""LPCAM behind the call of pytorch-grad-cam, so that an existing script changes one import.
+"""LPCAM behind the call of pytorch-grad-cam, so that a script changes one import and fits once.
 
 The guide "Migrate from pytorch-grad-cam" lists what differs.
 """
@@ -10,6 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,16 +22,58 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpcam.classifiers.features import FeaturePair, full_precision, tensor_pyramid
-from lpcam.classifiers.tracing import evaluation_mode, logits_of
+from lpcam.classifiers.tracing import logits_of
 from lpcam.classifiers.wrapped import TargetLayer, WrappedModel, wrap
 from lpcam.method import extractors as extract
-from lpcam.method.functional import fuse_scales, lpcam_of_pair, unflip, unit
+from lpcam.method.functional import cosine_activation, fuse_scales, normalize, unflip, unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
-BRIGHTNESS = (0.9, 1.0, 1.1)
-"""Factors by which ``aug_smooth`` multiplies images, as pytorch-grad-cam does."""
+Category = Any  #: A class index, an object with ``category``, or a FinerWeightedTarget.
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of an image for ``aug_smooth``: times a factor, mirrored or not."""
+
+    by: float
+    flip: bool
+
+    def augment_image(self, images: Tensor) -> Tensor:
+        """The view (B, c, H, W) of images (B, c, H, W)."""
+        return (unflip(images) if self.flip else images) * self.by
+
+    def deaugment_mask(self, maps: Tensor) -> Tensor:
+        """Maps (B, 1, H, W) of the images from maps of the view."""
+        return unflip(maps) if self.flip else maps
+
+
+VIEWS = tuple(View(by, flip) for flip in (False, True) for by in (1.0, 0.9, 1.1))
+"""The views that pytorch-grad-cam uses by default; the first one is the image itself."""
+
+
+class Activations:
+    """Feature maps of the last pass, under the names that pytorch-grad-cam gives them.
+
+    A call passes images through the model and returns the logits (B, N). ``activations`` then has
+    the feature map (B, C, h, w) of scale 1. There are no gradients, and no hooks between calls.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self.run, self.size = run, (0, 0)
+        self.clear()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.run(images)
+
+    def clear(self) -> None:
+        """Forget the feature maps."""
+        self.pairs: list[FeaturePair] = []
+        self.activations: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    release = clear
 
 
 class LPCAM(extract.LPCAM):
@@ -40,7 +83,9 @@ class LPCAM(extract.LPCAM):
         target_layers: modules of the model. The one whose pooled map the classifier reads is used;
             if there is none, that map is found, with a warning.
         reshape_transform: function from the output of a target layer to (B, C, h, w).
-        tta_transforms: views of ``aug_smooth``; None: mirrored or not, times 0.9, 1 and 1.1.
+        compute_input_gradient, uses_gradients, detach: without effect, as LPCAM has no gradients;
+            any other value than pytorch-grad-cam's default gives a warning.
+        tta_transforms: views of ``aug_smooth``; None: mirrored or not, times 1, 0.9 and 1.1.
         prototypes: result of an earlier ``fit``, or the file that ``save`` wrote.
         self_fit: without other prototypes, take them at each call from its images, with their
             targets as labels. The map of an image then depends on the others of the call.
@@ -48,8 +93,9 @@ class LPCAM(extract.LPCAM):
         random_state, with_context, options: as for :class:`lpcam.LPCAM`.
 
     ``outputs`` are the logits (B, N) of the last call, ``batch_size`` is the most images that pass
-    the model together. Raises ClassifierError if the classifier does not read a pooled map
-    linearly, and PrototypeError if ``prototypes`` are of another model.
+    the model together. With ``classes=`` of a model without a linear head for them, ``fit`` fits
+    one, and targets are indices of these classes. Raises ClassifierError if the classifier does not
+    read a pooled map linearly, and PrototypeError if ``prototypes`` are of another model.
 
     Example:
         >>> layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -63,8 +109,11 @@ class LPCAM(extract.LPCAM):
         model: nn.Module,
         target_layers: Sequence[nn.Module] | None = None,
         reshape_transform: Callable[[Any], Tensor] | None = None,
-        *,
+        compute_input_gradient: bool = False,
+        uses_gradients: bool = True,
         tta_transforms: Iterable[Any] | None = None,
+        detach: bool = True,
+        *,
         prototypes: Prototypes | str | Path | None = None,
         self_fit: bool = False,
         settings: LpcamSettings | str | None = None,
@@ -73,18 +122,30 @@ class LPCAM(extract.LPCAM):
         **options: Any,
     ) -> None:
         super().__init__(model, random_state=random_state, with_context=with_context, **options)
+        given = {"compute_input_gradient": compute_input_gradient, "detach": not detach}
+        given["uses_gradients"] = not uses_gradients
+        if unused := [name for name, differs in given.items() if differs]:
+            warnings.warn(
+                f"LPCAM has no gradients, so {', '.join(unused)} has no effect; leave it out",
+                stacklevel=2,
+            )
+        # what code around the methods of pytorch-grad-cam reads
+        self.compute_input_gradient, self.uses_gradients, self.detach = False, False, True
         self.target_layers, self.reshape_transform = list(target_layers or ()), reshape_transform
-        self.tta_transforms, self.self_fit, self.batch_size = tta_transforms, self_fit, 32
+        self.tta_transforms: Iterable[Any] = VIEWS if tta_transforms is None else tta_transforms
+        self.self_fit, self.batch_size = self_fit, 32
         self.outputs: Tensor | None = None
-        self.source = _source(model, self.target_layers, reshape_transform, options)
-        if self.source.needs_head:
+        self.activations_and_grads = Activations(self._pass)
+        of_model = {name: options[name] for name in self._model_options if name in options}
+        self.source = _source(model, self.target_layers, reshape_transform, of_model)
+        if self.source.needs_head and self_fit:
             raise ClassifierError(
-                f"this model gives no logits of the {len(self.source.classes)} classes; "
-                "lpcam.LPCAM(model, classes=[...]).fit(loader) fits a head and maps with it"
+                f"this model gives no logits of the {len(self.source.classes)} classes, and "
+                "self_fit has no labels for a head; leave it out and call fit(loader)"
             )
         usual = {"scales": [1.0], "flip": False, "split_maps": "single_scale"}
         settings = settings or LpcamSettings.from_preset(extract.PRESET, **usual)
-        self.settings = extract.CAM(self.source, settings).settings_
+        self.settings: LpcamSettings = extract.CAM(self.source, settings).settings_
         if isinstance(prototypes, Prototypes):
             prototypes.check_fingerprint(self.source.fingerprint(), "this LPCAM")
             self._source, self._prototypes = self.source, prototypes
@@ -93,6 +154,7 @@ class LPCAM(extract.LPCAM):
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return self.source.device
 
     def _find_source(self) -> WrappedModel:
@@ -101,7 +163,7 @@ class LPCAM(extract.LPCAM):
     def __call__(  # type: ignore[override]
         self,
         input_tensor: Tensor,
-        targets: Sequence[Any] | None = None,
+        targets: Sequence[Category] | None = None,
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
@@ -109,43 +171,172 @@ class LPCAM(extract.LPCAM):
 
         Args:
             input_tensor: (B, c, H, W), normalised as the model expects.
-            targets: for each image an object with ``category`` or a class index; None: the class
-                of the largest logit.
+            targets: for each image an object with ``category`` or a class index, which is counted
+                from the last class if it is negative; None: the class of the largest logit.
             aug_smooth: the mean over the views of ``tta_transforms``.
             eigen_smooth: the first principal component instead of the sum over channels.
 
         Raises ValueError if images or targets are not of this form, and NotFittedError or
         PrototypeError if there are no prototypes of a target's class.
         """
+        if aug_smooth:
+            return self.forward_augmentation_smoothing(input_tensor, targets, eigen_smooth)
+        return self.forward(input_tensor, targets, eigen_smooth)
+
+    def forward(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Category] | None = None,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        """A call without ``aug_smooth``; each image passes the model once at each scale."""
+        self.get_target_width_height(input_tensor)
+        if not self.self_fit:
+            _ = self.prototypes_
+        outputs = self.activations_and_grads(input_tensor)
+        if targets is None:
+            targets = outputs.argmax(1).tolist()
+        return self.aggregate_multi_layers(
+            self.compute_cam_per_layer(input_tensor, targets, eigen_smooth)
+        )
+
+    def forward_augmentation_smoothing(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Category] | None = None,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        """A call with ``aug_smooth``; the first view gives ``outputs`` and the classes for None."""
+        self.get_target_width_height(input_tensor)
+        outputs: list[Tensor] = []
+        maps: list[Tensor] = []
+        for view in self.tta_transforms:
+            found = self.forward(view.augment_image(input_tensor), targets, eigen_smooth)
+            maps.append(view.deaugment_mask(torch.from_numpy(found)[:, None])[:, 0])
+            assert self.outputs is not None
+            outputs.append(self.outputs)
+            targets = outputs[0].argmax(1).tolist() if targets is None else targets
+        self.outputs = outputs[0]
+        return torch.stack(maps).mean(0).numpy()
+
+    def get_target_width_height(self, input_tensor: Tensor) -> tuple[int, int]:
+        """(W, H) of images (B, c, H, W); ValueError for anything else."""
         shape = tuple(input_tensor.shape) if isinstance(input_tensor, Tensor) else ()
         if len(shape) != 4 or not shape[0]:
             raise ValueError(f"expected input_tensor of shape (B, c, H, W), got {shape or 'none'}")
-        if not self.self_fit:
-            _ = self.prototypes_
-        source, count = self.source, len(self.source.classes)
-        views = self._views() if aug_smooth else [(_same, _same)]
-        with torch.no_grad():
-            images = input_tensor.to(source.device, source.dtype)
-            with evaluation_mode(source.model):
-                outputs = [source.model(part) for part in self._parts(images)]
-            self.outputs = torch.cat([_logits(output, count) for output in outputs])
-            indices = self.outputs.argmax(1)
-            if targets is not None:
-                indices = _indices(targets, len(images), count).to(source.device)
-            with full_precision(source.device):
-                own = self._source is None
-                rows = self._own_rows(images, indices) if own else self._rows(indices)
-                vectors = rows.to(source.weight)[indices]
-                maps = [
-                    undo(self._of_view(make(images), vectors, eigen=eigen_smooth)[:, None].cpu())
-                    for make, undo in views
-                ]
-        return np.asarray(torch.stack(maps).mean(0)[:, 0].float())
+        return shape[3], shape[2]
 
-    def _rows(self, indices: Tensor) -> Tensor:
-        """The vector v_n of each class, (N, C); a PrototypeError for those without prototypes."""
+    def compute_cam_per_layer(
+        self, input_tensor: Tensor, targets: Sequence[Category], eigen_smooth: bool = False
+    ) -> list[NDArray[np.float32]]:
+        """Maps (B, 1, H, W) from the last pass, one array, as the classifier reads one layer."""
+        width, height = self.get_target_width_height(input_tensor)
+        layer = next(iter(self.target_layers[::-1]), None)
+        maps = []
+        for pair in self.activations_and_grads.pairs[: len(self.settings.scales)]:
+            features = pair.features
+            if pair.mirrored is not None:
+                features = features + unflip(pair.mirrored)
+            found = self.get_cam_image(input_tensor, layer, targets, features, None, eigen_smooth)
+            maps.append(torch.from_numpy(found)[:, None].relu())
+        return [fuse_scales(maps, (height, width)).high_res.float().numpy()]
+
+    def aggregate_multi_layers(
+        self, cam_per_target_layer: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """The mean (B, H, W) of maps (B, 1, H, W), divided by the maximum of each image."""
+        maps = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1)).relu()
+        return normalize(maps.mean(1)).numpy()
+
+    @torch.no_grad()
+    def get_cam_image(
+        self,
+        input_tensor: Tensor,
+        target_layer: nn.Module | None,
+        targets: Sequence[Category],
+        activations: Tensor | NDArray[Any],
+        grads: Any = None,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        """Maps (B, h, w) of feature maps (B, C, h, w) before the ReLU; ``grads`` is not used."""
+        weights = self.get_cam_weights(input_tensor, target_layer, targets, activations, grads)
+        features = torch.as_tensor(activations)
+        vectors = torch.from_numpy(weights).to(features)
+        with full_precision(features.device):
+            if eigen_smooth:
+                return principal_component(features, vectors).cpu().numpy()
+            maps = [cosine_activation(f, v[None]) for f, v in zip(features, vectors, strict=True)]
+        return torch.cat(maps).cpu().numpy()
+
+    @torch.no_grad()
+    def get_cam_weights(
+        self,
+        input_tensor: Tensor,
+        target_layer: nn.Module | None,
+        targets: Sequence[Category],
+        activations: Tensor | NDArray[Any],
+        grads: Any = None,
+    ) -> NDArray[np.float32]:
+        """The vector v_n of equation 6 of each image's class, (B, C)."""
+        if self.self_fit and not self.activations_and_grads.pairs:
+            self.activations_and_grads(input_tensor)
+        weights = self._class_weights(targets, len(activations))
+        with full_precision(self.device):
+            own = self._source is None and self.self_fit
+            rows = self._own_rows(weights != 0) if own else self._rows(weights != 0)
+            return (weights.to(rows) @ rows).cpu().numpy()
+
+    @torch.no_grad()
+    def _pass(self, images: Tensor) -> Tensor:
+        """Logits (B, N); features of each scale, and of scale 1 in any case, are kept."""
+        settings, kept = self.settings, []
+        source = self._source if isinstance(self._source, WrappedModel) else self.source
+        scales, logits, found = extract.with_scale_one(settings.scales), [], []
+        images, own = images.to(source.device, source.dtype), scales.index(1.0)
+        outputs: list[Any] = []
+        hook = source.core.register_forward_hook(lambda *given: outputs.append(given[-1]))
+        with hook, full_precision(source.device):
+            for part in torch.split(images, self.batch_size):
+                outputs.clear()
+                found.append(list(tensor_pyramid(source, part, scales, flip=settings.flip)))
+                if source.new_head:
+                    pooled = found[-1][own].features.mean((-2, -1))
+                    logits.append(F.linear(pooled, source.weight, source.bias))
+                elif len(outputs) == len(scales):
+                    logits.append(_logits(outputs[own], len(source.classes))[: len(part)])
+                else:  # a function gives the map without a pass of the whole model
+                    logits.append(source.logits(part))
+        for parts in zip(*found, strict=True):
+            mirrored = [pair.mirrored for pair in parts if pair.mirrored is not None]
+            features = torch.cat([pair.features for pair in parts])
+            kept.append(FeaturePair(features, torch.cat(mirrored) if mirrored else None))
+        state, self.outputs = self.activations_and_grads, torch.cat(logits)
+        state.pairs, state.activations = kept, [kept[own].features.cpu()]
+        state.size = images.shape[-2], images.shape[-1]
+        return self.outputs
+
+    def _class_weights(self, targets: Sequence[Category], count: int) -> Tensor:
+        """Weights (B, N) by which the vectors of the classes are summed for each image."""
+        classes = len(self.source.classes)
+        if not isinstance(targets, Iterable) or len(each := list(targets)) != count:
+            raise ValueError(f"expected a list of {count} targets, got {targets!r:.80}")
+        weights = torch.zeros(count, classes, device=self.device)
+        for image, target in enumerate(each):
+            others = getattr(target, "comparison_categories", ())
+            main = target.main_category if others else target
+            weights[image, _category(main, classes)] += 1
+            if others:  # a FinerWeightedTarget: minus classes that are weighted by their scores
+                assert self.outputs is not None
+                indices = [_category(other, classes) for other in others]
+                shares = self.outputs[image].float().softmax(0)[indices]
+                for index, share in zip(indices, shares / shares.sum(), strict=True):
+                    weights[image, index] -= target.alpha * share
+        return weights
+
+    def _rows(self, used: Tensor) -> Tensor:
+        """The vector v_n of each class, (N, C); a PrototypeError for those used without any."""
         has = self.prototypes_.foreground.keep.any(1)
-        if lacking := sorted({i for i in indices.tolist() if not has[i]}):
+        if lacking := [i for i in used.any(0).nonzero().flatten().tolist() if not has[i]]:
             names = ", ".join(f"{self.source.classes[i]!r} ({i})" for i in lacking[:5])
             raise PrototypeError(
                 f"there are no prototypes of {names}; {int(has.sum())} classes have some. Fit with "
@@ -153,13 +344,14 @@ class LPCAM(extract.LPCAM):
             )
         return self._vectors()
 
-    def _own_rows(self, images: Tensor, indices: Tensor) -> Tensor:
-        """The vectors (N, C) from prototypes of these very images."""
+    def _own_rows(self, used: Tensor) -> Tensor:
+        """The vectors (N, C) from prototypes of the last pass, whose labels (B, N) are given."""
         lpcam = extract.LPCAM(self.source, self.settings, random_state=self.random_state)
-        labels = F.one_hot(indices, len(self.source.classes))
-        for part, rows in zip(self._parts(images), self._parts(labels), strict=True):
-            lpcam.partial_fit(part, rows)
-        starts = tuple(f"{self.source.classes[index]}: " for index in indices.tolist())
+        lpcam._source, pairs = self.source, self.activations_and_grads.pairs
+        scales, size = extract.with_scale_one(self.settings.scales), self.activations_and_grads.size
+        lpcam._collect(pairs, scales, used, size)
+        present = used.any(0).nonzero().flatten().tolist()
+        starts = tuple(f"{self.source.classes[index]}: " for index in present)
 
         def of_present(record: logging.LogRecord) -> bool:  # other classes have no prototypes
             return record.getMessage().startswith(starts)
@@ -173,70 +365,26 @@ class LPCAM(extract.LPCAM):
         finally:
             logger.removeFilter(of_present)
 
-    def _of_view(self, images: Tensor, vectors: Tensor, *, eigen: bool) -> Tensor:
-        """Maps (B, H, W) of images (B, c, H, W) by the vector of each image (B, C)."""
-        assert isinstance(self.settings, LpcamSettings)
-        scales, flip = self.settings.scales, self.settings.flip
-        of_pair, found = principal_component if eigen else _lpcam_of_each, []
-        for part, rows in zip(self._parts(images), self._parts(vectors), strict=True):
-            pairs = tensor_pyramid(self.source, part, scales, flip=flip)
-            maps = [of_pair(pair, rows)[:, None] for pair in pairs]
-            found.append(fuse_scales(maps, (part.shape[-2], part.shape[-1])).high_res[:, 0])
-        return torch.cat(found)
-
-    def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(tensor, self.batch_size)
-
-    def _views(self) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
-        """How images become a view, and how maps (B, 1, H, W) of it become maps of the images."""
-        if self.tta_transforms is not None:
-            return [(t.augment_image, t.deaugment_mask) for t in self.tta_transforms]
-        return [(partial(_view, by=by, flip=f), f) for f in (_same, unflip) for by in BRIGHTNESS]
-
-    @property
-    def activations_and_grads(self) -> Self:
-        """Replaces the object of this name in scripts that call its ``release()``."""
-        return self
-
     def __enter__(self) -> Self:
         return self
 
-    def release(self, *_exception: object) -> None:
-        """Does nothing: between calls there are no hooks, activations or gradients."""
-
-    __exit__ = release
-
-
-def _lpcam_of_each(pair: FeaturePair, vectors: Tensor) -> Tensor:
-    """Equation 6 of each image by its own vector (B, C): (B, h, w), non-negative."""
-    classes, places = torch.unique(vectors, dim=0, return_inverse=True)
-    maps = lpcam_of_pair(pair.features, pair.mirrored, classes)
-    return maps[torch.arange(len(maps), device=maps.device), places]
+    def __exit__(self, *exception: object) -> None:
+        """Forget the feature maps of the last call; an exception is raised."""
+        self.activations_and_grads.release()
 
 
-def principal_component(pair: FeaturePair, vectors: Tensor) -> Tensor:
-    """ReLU (B, h, w) of the first principal component of the products of features and vectors.
+def principal_component(features: Tensor, vectors: Tensor) -> Tensor:
+    """First principal component (B, h, w) of the products of unit features and vectors, signed.
 
     LPCAM sums these products over the channels; the sign is that of the correlation with it.
     """
-    features = pair.features
-    if pair.mirrored is not None:
-        features = features + unflip(pair.mirrored)
     products = (unit(features.float(), dim=1) * vectors.float()[:, :, None, None]).flatten(2)
     centred = products - products.mean(2, keepdim=True)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     component = values[:, :1] * directions[:, 0]
     agreement = (component * centred.sum(1)).sum(1, keepdim=True)
     component = torch.where(agreement < 0, -component, component)
-    return component.relu().reshape(len(features), *features.shape[-2:])
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _view(images: Tensor, *, by: float, flip: Callable[[Tensor], Tensor]) -> Tensor:
-    return flip(images) * by
+    return component.reshape(len(features), *features.shape[-2:])
 
 
 def _source(
@@ -316,26 +464,19 @@ def _logits(output: Any, classes: int) -> Tensor:
     return logits.detach()
 
 
-def _indices(targets: Sequence[Any], count: int, classes: int) -> Tensor:
-    """Class index of each image, (B,)."""
-    if not isinstance(targets, Iterable) or len(each := list(targets)) != count:
-        raise ValueError(f"expected a list of {count} targets, got {targets!r:.80}")
-    return torch.tensor([_category(target, classes) for target in each])
-
-
-def _category(target: Any, classes: int) -> int:
+def _category(target: Category, classes: int) -> int:
     try:  # a target of segmentation, which has a mask, sums pixels of a category
-        own = target if hasattr(target, "mask") else getattr(target, "category", target)
+        own: Any = target if hasattr(target, "mask") else getattr(target, "category", target)
         index = operator.index(own)
-    except TypeError:
+        # BinaryClassifierOutputTarget has categories 1 and 0 of a single logit
+        sign = float(target(torch.ones(1))) if classes == 1 and callable(target) else 0.0
+    except (IndexError, TypeError):
         raise ValueError(
             f"the target {target!r:.80} names no class; give an object with category, or an index"
         ) from None
-    if classes == 1 and callable(target):  # as BinaryClassifierOutputTarget, whose 1 is the logit
-        index = 0 if float(target(torch.ones(1))) >= 0 else -1
-    if not 0 <= index < classes:
-        raise ValueError(
-            f"the target class {index} is none of the classifier's 0 to {classes - 1}"
-            + "; the negative side of a single logit has no prototypes" * (classes == 1)
-        )
-    return index
+    if sign < 0:
+        raise ValueError("the negative side of a single logit has no prototypes; map the logit")
+    index = 0 if sign > 0 else index
+    if not -classes <= index < classes:
+        raise ValueError(f"the target class {index} is none of the classifier's 0 to {classes - 1}")
+    return index % classes
