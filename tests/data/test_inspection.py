@@ -65,7 +65,7 @@ def test_counts_are_those_by_hand(tmp_path: Path) -> None:
     train, val, everything = result.lists
     assert (train.images, train.masks, train.classes, train.within) == (2, 2, (2, 1), ("all",))
     assert (val.classes, everything.within, everything.labelled) == ((0, 1), (), 4)
-    assert kinds(result) == ["small classes", "no label"]
+    assert kinds(result) == ["small classes", "no label", "no negatives"]
     assert found(result, "small classes").names == ("cow (3)", "dog (3)")
     assert found(result, "no label").names == ("d",)
     assert result.problems == () and "Nothing needs attention." in result.summary()

@@ -256,6 +256,7 @@ def sample(
     }
     told = {
         "skipped": [{"id": text, "reason": text}],
+        "warnings": [text],
         "notices": [text],
         "events": [text],
         "history": [{"epoch": 1, "loss": 0.0174, "validation_map": 0.762}],

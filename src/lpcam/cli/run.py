@@ -218,6 +218,8 @@ def _print_result(result: RunResult) -> None:
         rows = [row for row in result.rows if (row["stage"] != "segmentation") == has_threshold]
         if rows:
             _print_rows(rows, has_threshold=has_threshold)
+    for text in result.warnings:
+        print(f"warning: {text}")
     for line in skip_lines([Skip(**skip) for skip in result.skipped]):
         print(line)
     print(f"results in {result.folder}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from lpcam.data.coco.files import ALL, LABELLED
 from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reason
+from lpcam.data.label_findings import label_findings
 from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
 from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
@@ -82,11 +83,14 @@ def survey(
         *_duplicates(dataset, {n: record["image_digest"] for n, record in records.items()}),
         *_name_findings(dataset, whole),
         *_list_findings(dataset, whole, lists),
+        *_label_findings(dataset),
         *(Finding("notice", n, (), False) for n in dataset.notices if not _UNLABELLED.fullmatch(n)),
     ]
     by_area = sorted(sizes.values(), key=lambda size: size[0] * size[1])
     median: tuple[int, int] = tuple(np.median(by_area, axis=0).round().astype(int).tolist())
-    suffixes = Counter(item.image.suffix.lower() for item in dataset.items.values())
+    suffixes = Counter(
+        item.image.suffix.lower() or "no extension" for item in dataset.items.values()
+    )
     return Survey(
         name=dataset.name,
         label_source=dataset.label_source,
@@ -284,6 +288,15 @@ def _list_findings(
         if both and both not in (sets[a], sets[b]):
             text = f"the lists {a} and {b} share {count_of(len(both), 'image')}"
             yield Finding("lists", text, tuple(sorted(both)), False)
+
+
+def _label_findings(dataset: Dataset) -> Iterator[Finding]:
+    """What labels cannot teach, of all images and of lists that may train."""
+    yield from (found := [*label_findings(dataset.classes, [*dataset.items.values()])])
+    for name in dataset.lists if not found else ():
+        if name.startswith("train") and not name.endswith(LABELLED):
+            of_list = label_findings(dataset.classes, dataset.select(name), (), f"list {name}: ")
+            yield from (replace(finding, attention=False) for finding in of_list)
 
 
 def _united(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

@@ -48,6 +48,12 @@ class Finding:
     names: tuple[str, ...] = ()  #: Names of all images, pairs or classes that it concerns.
     attention: bool = True  #: Whether it is probably a mistake, or harms a run or its scores.
 
+    def __str__(self) -> str:
+        """The text with the first names."""
+        names, more = self.names[:MOST_NAMED], len(self.names) - MOST_NAMED
+        named = f": {'; '.join(names)}" if names else ""
+        return f"{self.text}{named}" + (f" and {more:,} more" if more > 0 else "")
+
 
 @dataclass(frozen=True)
 class ListCounts:
@@ -142,10 +148,7 @@ class Survey:
             findings = [f for f in self.findings if f.attention == attention]
             lines += [title] * bool(findings)
             for finding in findings:
-                names, more = finding.names[:MOST_NAMED], len(finding.names) - MOST_NAMED
-                named = f": {'; '.join(names)}" if names else ""
-                named += f" and {more:,} more" if more > 0 else ""
-                lines += _wrapped(f"{finding.text}{named}", width, "- ")
+                lines += _wrapped(str(finding), width, "- ")
         if not self.problems:
             lines.append("Nothing needs attention.")
         return "\n".join(lines)

@@ -106,6 +106,7 @@ class Context:
         self.given_maps: Given | None = None
         self.given_masks: Given | None = None
         self.rows: list[Record] = []
+        self.warnings: tuple[str, ...] = ()  #: What makes the results of this run doubtful.
         self._store: FeatureStore | None = None
         self._unscored: dict[str, str | None] = {}
         """For each list, the reason why its true masks cannot be scored, or None."""

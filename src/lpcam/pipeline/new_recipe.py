@@ -13,6 +13,7 @@ import yaml
 from lpcam.classifiers.classifier import check_backbone
 from lpcam.data.dataset import Dataset, Item, skip_lines
 from lpcam.data.inspection import FEW_IMAGES
+from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.data.reader import READERS, Reader
 from lpcam.data.validation import check_images
@@ -193,5 +194,7 @@ def _summary(
         note = "   few: expect weak maps" if count < FEW_IMAGES else ""
         note = note if count else "   none: left out of the recipe"
         lines.append(f"  {name}: {count}{note}")
+    found = label_findings(dataset.classes, learnt)
+    lines += [f"{'warning' if one.attention else 'note'}: {one}" for one in found]
     lines += [f"note: {notice}" for notice in dataset.notices]
     return "\n".join([*lines, *skip_lines(dataset.skipped)])

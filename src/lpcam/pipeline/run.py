@@ -17,6 +17,7 @@ from lpcam.pipeline.datasets import SEGMENT_LISTS
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.pipeline.stages import REMEDIES, STAGES, Stage
+from lpcam.pipeline.stages.classify import check_labels
 from lpcam.pipeline.stages.refine import import_maps
 from lpcam.pipeline.stages.segment import give_segmenter, import_masks
 from lpcam.runtime.distributed import join
@@ -35,6 +36,7 @@ class RunResult:
     rows: list[dict[str, Any]]  #: Its scores, one row for each method, with their protocol.
     skipped: list[dict[str, str]]  #: Images that were left out, with the reason.
     report: Path | None = None  #: The HTML report, if the run got that far and its recipe has one.
+    warnings: tuple[str, ...] = ()  #: What makes the results doubtful, such as missing negatives.
 
 
 def stage_names() -> list[str]:
@@ -175,6 +177,8 @@ def _work(
         context = Context(recipe, command, processes, device, stages=names, only=only, lists=lists)
         if take is not None:
             take(context)
+        elif recipe.classifier.trained is None:
+            check_labels(context)
         for stage in stages:
             if stage.validate is not None and only is None:
                 stage.validate(context)
@@ -183,7 +187,8 @@ def _work(
         processes.wait()
     page = context.folder.report
     made = page if "report" in names and page.is_file() else None
-    return RunResult(context.folder.path, context.rows, skips(context.dataset), made)
+    skipped = skips(context.dataset)
+    return RunResult(context.folder.path, context.rows, skipped, made, context.warnings)
 
 
 def _work_stage(context: Context, stage: Stage) -> None:

@@ -53,7 +53,7 @@ class Inputs:
     sharing: Sharing
     fixed: Mapping[Method, float]  #: Threshold of each method.
     about: Mapping[str, Any]
-    """Protocol, skipped, notices, events, history, networks, stages and command."""
+    """Protocol, skipped, warnings, notices, events, history, networks, stages and command."""
     rows: Sequence[Mapping[str, Any]] = ()  #: Rows of metrics.json; empty without true masks.
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     trained: SegmenterResults | None = None  #: The segmenters of the run, if any.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,13 @@ from lpcam.classifiers.classifier import RANDOM, Classifier, build
 from lpcam.classifiers.finetuning import finetune
 from lpcam.classifiers.probe import fit_probe, pooled_features
 from lpcam.data.dataset import Item
+from lpcam.data.label_findings import label_findings
 from lpcam.pipeline.cache import Task
 from lpcam.pipeline.context import Context
+from lpcam.runtime.errors import DataError
 from lpcam.training.loop import History
 
+logger = logging.getLogger(__name__)
 HELD_OUT = 10  #: One image in so many is held out for the validation mAP where no list is named.
 
 
@@ -60,6 +65,20 @@ def classify(context: Context) -> Iterator[Task]:
         return fit_probe(classifier, training, held_out, section.probe, pooled=pooled, refit=refit)
 
     yield context.training_task("classifier", parts, path, first, train)
+
+
+def check_labels(context: Context) -> None:
+    """Add what the labels cannot teach to the run's warnings and notices."""
+    training, held_out = validation(context)
+    if not any(item.labels for item in training):
+        name = context.recipe.data.list_of("classify")
+        raise DataError(f"no image of the list {name!r} has a label; label some to train on them")
+    found = [*label_findings(context.dataset.classes, [*training, *held_out], held_out)]
+    context.warnings = tuple(str(one) for one in found if one.attention)
+    notices = (*context.dataset.notices, *(str(one) for one in found if not one.attention))
+    context.dataset = replace(context.dataset, notices=notices)
+    for text in context.warnings if context.processes.first else ():
+        logger.warning("%s", text)
 
 
 def build_classifier(context: Context, *, weights: str | Path | None = None) -> Classifier:

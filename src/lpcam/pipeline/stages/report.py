@@ -37,7 +37,7 @@ def write_report(context: Context) -> Iterator[Task]:
         "classifier": context.results["classifier"].output["digest"],
         "settings": context.recipe.lpcam.model_dump(mode="json"),
         "section": section.model_dump(mode="json"),
-        "notices": list(context.dataset.notices),
+        "notices": [*context.warnings, *context.dataset.notices],
         "versions": versions(),
     }
 
@@ -79,6 +79,7 @@ def _page(context: Context) -> str:
         {
             "protocol": {"crf": False, **metrics["protocol"]},
             "skipped": metrics["skipped"],
+            "warnings": context.warnings,
             "notices": list(context.dataset.notices),
             "events": metrics["prototype_events"],
             "history": metrics["classifier_history"],
