@@ -171,6 +171,7 @@ def test_truth_painted_from_annotations_is_made_again_where_it_must_be(
     text = json.loads(path.read_text())
     text["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(text))
+    values["data"]["coco"] = {"crowds": "background"}
     run(parse_recipe(values, where="tiny"), until="evaluate")
     crowd = read_index_mask(truth)
     assert (crowd == 0).sum() > (before == 0).sum()

@@ -22,8 +22,14 @@ label_files = Lazy("lpcam.formats.labels")
 map_folders = Lazy("lpcam.formats.map_folders")
 
 KNOWN_CLASSES = ("voc12", "coco14")
-
-
+CROWDS = Argument(
+    "--crowds",
+    dest="settings",
+    type=lambda text: {"crowds": text},
+    metavar="MEANING",
+    help="COCO's annotations with iscrowd 1: background, void (255) or objects (as CVAT's brush "
+    "masks).",
+)
 READING = (
     Argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
     Argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
@@ -34,6 +40,7 @@ READING = (
     ),
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
     Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
+    CROWDS,
 )
 """Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
@@ -88,19 +95,20 @@ def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path
     Argument("path", type=Path, help="COCO folder, or a COCO JSON file."),
     Argument("output", type=Path, help="Folder to write."),
     Argument("--lists", type=names, help="E.g. train2014,val2014 (default: all)."),
-    Argument("--order", choices=("file", "area"), default="file", help="Order of painting."),
-    Argument(
-        "--crowds",
-        choices=("background", "void"),
-        default="background",
-        help="Value of crowd regions in the masks.",
-    ),
+    Argument("--order", choices=("file", "area"), help="Order of painting (default: file)."),
+    CROWDS,
     THREADS,
 )
 def masks(
-    call: Invocation, path: Path, output: Path, lists: list[str] | None, **settings: str
+    call: Invocation,
+    path: Path,
+    output: Path,
+    lists: list[str] | None,
+    order: str | None,
+    settings: dict[str, str] | None,
 ) -> int:
     """Paint masks from COCO annotations."""
+    settings = {**({"order": order} if order else {}), **(settings or {})}
     painted = opening.paint_masks(
         path, output, lists=lists, settings=settings, workers=call.threads
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError
 
@@ -74,7 +76,14 @@ def open_dataset(
         reader.check_labels(labels)
     except ValueError as error:
         raise DataError(str(error)) from None
-    made = None if reader.settings is None else reader.settings.model_validate(settings or {})
+    try:
+        made = None if reader.settings is None else reader.settings.model_validate(settings or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = " ".join(map(str, first["loc"]))
+        raise DataError(f"{key} for the kind {name}: {first['msg']}") from error
+    if settings and made is None:
+        raise DataError(f"{', '.join(settings)} does not belong to the kind {name}; leave it out")
     return reader.open(Request(path, lists, frozenset({"test"}), labels, masks, classes, made))
 
 

@@ -115,7 +115,10 @@ def write_recipe(
         kind=kind,
         kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
-        own=_own(folder, {key: reading.get(key) for key in ("labels", "masks")}),
+        own=_own(
+            folder,
+            {**{k: reading.get(k) for k in ("labels", "masks")}, kind: reading.get("settings")},
+        ),
         lists=_lists_line(chosen),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
@@ -131,10 +134,10 @@ def write_recipe(
     return path, _summary(dataset, learnt, chosen, masked)
 
 
-def _own(folder: Path, places: Mapping[str, Path | str | None]) -> str:
-    """Lines for labels and masks that lie elsewhere than usual; paths as the recipe takes them."""
+def _own(folder: Path, values: Mapping[str, Any]) -> str:
+    """Lines for what was given, if not None; paths as the recipe takes them."""
     lines = ""
-    for key, value in places.items():
+    for key, value in values.items():
         text = value
         if isinstance(value, Path):
             path, base = value.expanduser().absolute(), folder.absolute()

@@ -25,6 +25,7 @@ from lpcam.data.coco.files import (
     find_image,
     image_folders,
     listing_of,
+    name_parts,
 )
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
 from lpcam.data.coco.painting import Crowds, Order, PlacedImage, paint_folder, true_mask
@@ -231,14 +232,16 @@ class CocoFolder(AnnotatedImages):
         *,
         lists: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
+        crowds: Crowds = "background",
     ) -> None:
         folder, paths, found = find_files(root, lists)
-        files = {name: CocoFile.read(path) for name, path in paths.items()}
+        read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
+        files = {name: read(path) for name, path in paths.items()}
         categories = _categories([*files.values()])
         images: dict[str, PlacedImage] = {}
         skipped: list[Skip] = []
         members: dict[str, list[str]] = {}
-        listing = cache(listing_of)
+        listing, moved = cache(listing_of), list[str]()
         for name, file in files.items():
             own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
             alone = [*found.values()] == [file.path]
@@ -247,18 +250,20 @@ class CocoFolder(AnnotatedImages):
             reason = f"its image is not in {' or '.join(map(str, places))}"
             members[name] = []
             for entry in file.images:
-                image_id = ("" if alone else f"{name}/") + _item_id(file.path, entry.file_name)
+                image, below = find_image(places, entry.file_name, listing)
+                image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
                 if image_id in images:
                     other = images[image_id].source.path
                     raise DataError(
                         f"{other} and {file.path} have two images with the id {image_id!r}, the "
                         f"second is {entry.file_name!r}; rename one of them"
                     )
-                image = find_image(places, entry.file_name, listing)
-                images[image_id] = PlacedImage(file, entry, image)
+                images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
                 if image is None:
                     skipped.append(Skip(image_id, reason))
                 else:
+                    if len(name_parts(entry.file_name)) > len(name_parts(below)):
+                        moved.append(f"{entry.file_name!r} is {image}")
                     members[name].append(image_id)
         members[ALL] = [image_id for ids in members.values() for image_id in ids]
         wanted = {given.removesuffix(LABELLED) for given in lists or ()}
@@ -270,6 +275,9 @@ class CocoFolder(AnnotatedImages):
                     f"{', '.join(map(str, image_folders(folder, name, file.path)))}; put the "
                     "images there"
                 )
+        notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
+        if moved:
+            notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
         is_coco = categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
         super().__init__(
             "coco14" if is_coco else folder.resolve().name,
@@ -280,6 +288,7 @@ class CocoFolder(AnnotatedImages):
             source=f"{next(iter(paths.values()))}, categories,",
             label_source=f"annotations ({_file_names(paths.values())}), crowds included",
             skipped=skipped,
+            notices=notices,
         )
         made = {
             name + ending: tuple(i for i in ids if not ending or self.dataset.items[i].labels)
@@ -288,8 +297,22 @@ class CocoFolder(AnnotatedImages):
         }
         self.dataset = replace(self.dataset, lists=made)
 
+    def refuse_doubtful_crowds(self) -> None:
+        """Raise DataError if crowds may be objects: run lengths in a data set other than COCO."""
+        file = next(iter(self._images.values())).source
+        every = [one for image in self._images.values() for one in image.entry.annotations]
+        crowds = [one for one in every if one.is_crowd]
+        runs = sum(isinstance(one.segmentation, dict) for one in crowds)
+        if runs and 2 * runs >= len(crowds) and file.categories != COCO_CATEGORIES:
+            raise DataError(
+                f"{file.path} has {len(crowds)} of {len(every)} annotations with iscrowd 1. COCO "
+                "means groups that are not painted by it; CVAT writes its brush masks so, and "
+                "supervision masks with holes or several parts. Say which: --crowds objects "
+                "(data.coco.crowds) paints them, --crowds background does not"
+            )
 
-def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int, str], ...]:
+
+def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int | str, str], ...]:
     """Ids and names of the categories, which all files must share."""
     first = files[0]
     for other in files[1:]:
@@ -360,8 +383,9 @@ class CocoSection(Section):
 
     order: Literal["file", "area"] = "file"
     """Objects painted on top: ``file``, later annotations; ``area``, smaller objects."""
-    crowds: Literal["background", "void"] = "background"
-    """Value of crowd regions that no object covers; ``void`` is 255."""
+    crowds: Crowds = "background"
+    """Value of crowd regions that no object covers; ``void`` is 255. ``objects`` paints crowds as
+    objects: CVAT writes brush masks as crowds, supervision masks with holes or several parts."""
 
 
 class CocoReader(Reader):
@@ -380,13 +404,18 @@ class CocoReader(Reader):
     def recognises(self, path: Path) -> bool:
         """Whether it is a JSON file, or a folder with annotation files."""
         if path.is_file():
-            return path.suffix.lower() == ".json"
+            return path.name.lower().endswith((".json", ".json.gz"))
         return path.is_dir() and bool(annotation_files(path))
 
     def open(self, request: Request) -> Opened:
         """Read labels from the annotations; masks can be painted from them."""
-        folder = CocoFolder(request.root, lists=request.lists, classes=request.classes)
-        return folder.opened(request.masks, **(request.settings or CocoSection()).model_dump())
+        settings = request.settings or CocoSection()
+        folder = CocoFolder(
+            request.root, lists=request.lists, classes=request.classes, crowds=settings.crowds
+        )
+        if request.masks is None and "crowds" not in settings.model_fields_set:
+            folder.refuse_doubtful_crowds()
+        return folder.opened(request.masks, **settings.model_dump())
 
 
 READER = CocoReader()

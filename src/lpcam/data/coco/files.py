@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from lpcam.data.dataset import safe_id
 from lpcam.data.labels import relative_name
@@ -81,12 +82,19 @@ def _list_name(path: Path) -> str:
         return path.resolve().parent.name or ALL
     if path.name == "annotations.json":
         return ALL
-    return safe_id(path.stem.removeprefix(_INSTANCES))
+    return safe_id(re.sub(r"^(instances|person_keypoints)_(?=.)", "", path.stem))
 
 
 def image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
     """The folders in which the images of a list with the annotation file ``path`` are searched."""
-    places = (root / name, root / "images" / name, root / "images", root, path.parent)
+    places = (
+        root / name,
+        root / "images" / name,
+        root / "images",
+        root / "data",
+        root,
+        path.parent,
+    )
     return tuple(dict.fromkeys(places))
 
 
@@ -99,14 +107,41 @@ def listing_of(folder: Path) -> dict[str, str]:
         return {}
 
 
+def name_parts(file_name: str) -> tuple[str, ...]:
+    """Folders and name of an image in any tool's writing: without host, drive, query and ``..``."""
+    text = unicodedata.normalize("NFC", relative_name(file_name.strip()))
+    if "://" in text or "?d=" in text:  # an address; Label Studio's have the path after ?d=
+        address = urlsplit(text)
+        text = unquote(address.query.removeprefix("d=") if "?d=" in text else address.path)
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]
+    return tuple(parts[len(parts) > 1 and parts[0].endswith(":") :])
+
+
 def find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
-) -> Path | None:
-    """The first file of that name in some folders, as :func:`listing_of` lists them, or None."""
-    parent, _, name = unicodedata.normalize("NFC", relative_name(file_name)).rpartition("/")
-    for place in places:
-        folder = place / parent if parent else place
-        stored = listing(folder).get(name)
-        if stored is not None:
-            return folder / stored
-    return None
+) -> tuple[Path | None, str]:
+    """The file of an image, or None, and its path below one of some folders.
+
+    A name that is no path below any of them is found by its end, the longest that fits; DataError
+    if it fits several files. :func:`listing_of` lists the folders.
+    """
+    parts = name_parts(file_name)
+    plain = "/".join(parts)
+    for start in range(len(parts)):
+        parent, name = "/".join(parts[start:-1]), parts[-1]
+        found: dict[Path, Path] = {}
+        for place in places:
+            folder = place / parent if parent else place
+            stored = listing(folder).get(name)
+            if stored is not None:
+                if not start and plain == relative_name(file_name):
+                    return folder / stored, plain
+                found.setdefault((folder / stored).resolve(), folder / stored)
+        if len(found) > 1:
+            raise DataError(
+                f"the image {file_name!r} may be any of {', '.join(map(str, found.values()))}; "
+                "write its path from the folder of the data set"
+            )
+        for path in found.values():
+            return path, "/".join(parts[start:])
+    return None, plain

@@ -1,21 +1,33 @@
 """Annotation files laid out like COCO's ``instances_*.json``, in compact form.
 
-Outlines become arrays while the file is parsed: as Python numbers, COCO's would take 2 GiB.
+Outlines become arrays while the file is parsed: as Python numbers, COCO's would take 2 GiB. What
+tools write in other ways is read where it has one meaning, and refused where it has several.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    ValidationError,
+)
 
-from lpcam.data.dataset import check_unique
-from lpcam.data.labels import normal_name, read_text
+from lpcam.data.coco.files import name_parts
+from lpcam.data.coco.other_formats import other_format
+from lpcam.data.labels import normal_name
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import digest_file
 
@@ -23,14 +35,29 @@ _HOW = (
     "an annotation file has 'images' with id, file_name, height and width, 'annotations' with id, "
     "image_id, category_id, iscrowd and segmentation, and 'categories' with id and name"
 )
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def _as_id(value: Any) -> int | str:
+    """An id as a number if it is one, also as 1.0 or "1", else as text."""
+    if isinstance(value, str) and value.strip():
+        text = value.strip()
+        return int(text) if text.isdecimal() and str(int(text)) == text else text
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError("an id must be an integer or text")
+    return int(value)
+
+
+Id = Annotated[int | str, BeforeValidator(_as_id)]
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class CocoAnnotation(NamedTuple):
     """One annotation, without its box."""
 
-    id: StrictInt
-    image_id: StrictInt
-    category_id: StrictInt
+    id: Any  #: As in the file, for messages.
+    image_id: int | str
+    category_id: int | str
     is_crowd: bool  #: Whether it is a group of objects.
     area: Any  #: Area in square pixels, as the file states it.
     #: Outline in the form of :func:`compact`, or a function of the size that gives its pixels.
@@ -51,20 +78,26 @@ class CocoImage(NamedTuple):
 
 
 class _Image(BaseModel):
-    id: StrictInt
-    file_name: str
-    height: Annotated[StrictInt, Field(gt=0)]
-    width: Annotated[StrictInt, Field(gt=0)]
+    id: Id
+    # LVIS has addresses alone
+    file_name: _Text = Field(validation_alias=AliasChoices("file_name", "path", "coco_url"))
+    height: NonNegativeInt | None = None
+    width: NonNegativeInt | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return (self.height, self.width) if self.height and self.width else None
 
 
-class _Category(BaseModel):
-    id: StrictInt
-    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+class _Category(BaseModel, coerce_numbers_to_str=True):
+    id: Id
+    name: _Text
+    supercategory: Any = None
 
 
 class _Content(BaseModel):
     images: Annotated[list[_Image], Field(min_length=1)]
-    annotations: list[CocoAnnotation]
+    annotations: list[Any]
     categories: Annotated[list[_Category], Field(min_length=1)]
 
 
@@ -75,45 +108,151 @@ class CocoFile:
     path: Path
     digest: str
     images: tuple[CocoImage, ...]
-    categories: tuple[tuple[int, str], ...]  #: Ids and names.
+    categories: tuple[tuple[int | str, str], ...]  #: Ids and names.
+    notices: tuple[str, ...] = ()  #: What was read in a way that the user should know.
 
     @classmethod
-    def read(cls, path: Path) -> CocoFile:
+    def read(cls, path: Path, *, crowds_are_objects: bool = False) -> CocoFile:
         """Read an annotation file; DataError names what is missing, wrong, double or unknown."""
         try:
-            content = json.loads(read_text(path, _HOW), object_hook=_compact_annotation)
-            found = _Content.model_validate(content)
+            found = _Content.model_validate(_parse(path))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             given = "" if first["type"] == "missing" else f", got {first['input']!r:.80}"
-            place = " ".join(map(str, first["loc"]))
-            raise DataError(f"{path}: {place!r} is wrong: {first['msg']}{given}; {_HOW}") from error
-        except (ValueError, RecursionError) as error:
+            where = " ".join(map(str, first["loc"]))
+            raise DataError(f"{path}: {where!r} is wrong: {first['msg']}{given}; {_HOW}") from error
+        notices: list[str] = []
+        images = _images(path, found.images, notices)
+        classes = _classes(path, found.categories, notices)
+        for place, one in enumerate(found.annotations):
+            where = f"{path}: annotation {place}"
+            if type(one) is not CocoAnnotation:
+                raise DataError(f"{where} has no image_id: {one!r:.80}; {_HOW}")
+            try:
+                image, category = images[one.image_id], classes[one.category_id]
+            except (KeyError, TypeError):
+                where = f"{path}: annotation {one.id}"
+                image = _find(images, one.image_id, f"{where}: image_id")
+                category = _find(classes, one.category_id, f"{where}: category_id")
+            if category != one.category_id or one.is_crowd is not False:
+                if (flag := _FLAGS.get(str(one.is_crowd).lower())) is None:
+                    raise DataError(
+                        f"{path}: annotation {one.id}: iscrowd {one.is_crowd!r} is not 0 or 1"
+                    )
+                crowd = flag and not crowds_are_objects
+                image.annotations.append(one._replace(category_id=category, is_crowd=crowd))
+            else:
+                image.annotations.append(one)
+        names = {classes[one.id]: normal_name(one.name) for one in found.categories}
+        if (root := _root(found, images)) is not None:
+            notices.append(
+                f"category {names.pop(root)!r} is the parent of the others, and no class"
+            )
+        known = tuple(sorted(names.items(), key=_ascending))
+        unique = {id(image): image for image in images.values()}
+        return cls(path, digest_file(path), tuple(unique.values()), known, tuple(notices))
+
+
+def _parse(path: Path) -> Any:
+    """The JSON value of a file; DataError if it is none, or of another format."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            raise DataError(f"{path} is compressed; unpack it with gunzip")
+        text = data.decode(json.detect_encoding(data))
+        del data
+        content = json.loads(text, object_hook=_compact_annotation)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8. {_HOW}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. {_HOW}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read as JSON: {error}; download or write it again"
+        ) from error
+    if (what := other_format(content)) is not None:
+        raise DataError(f"{path} is {what}")
+    return content
+
+
+def _images(path: Path, entries: Iterable[_Image], notices: list[str]) -> dict[Any, CocoImage]:
+    """Images by id, in ascending order; a file that is listed twice has one entry."""
+    images: dict[Any, CocoImage] = {}
+    first: dict[tuple[str, ...], tuple[int | str, CocoImage]] = {}
+    for one in sorted(entries, key=lambda one: _ascending((one.id, one))):
+        number, image = first.setdefault(
+            name_parts(one.file_name), (one.id, CocoImage(one.file_name, one.size, []))
+        )
+        if images.setdefault(one.id, image) is not image:
             raise DataError(
-                f"{path} cannot be read as JSON: {error}; download or write it again"
-            ) from error
-        for what, entries in found:
-            check_unique((one.id for one in entries), f"{path}, ids of {what},")
-        images = {
-            one.id: CocoImage(one.file_name, (one.height, one.width), [])
-            for one in sorted(found.images, key=lambda one: one.id)
-        }
-        categories = {one.id: normal_name(one.name) for one in found.categories}
-        for one in found.annotations:
-            if one.image_id not in images or one.category_id not in categories:
-                raise DataError(
-                    f"{path}: annotation {one.id} has the image_id {one.image_id} and the "
-                    f"category_id {one.category_id}, one of which is unknown; add it or leave the "
-                    "annotation out"
-                )
-            images[one.image_id].annotations.append(one)
-        known = tuple(sorted(categories.items()))
-        return cls(path, digest_file(path), tuple(images.values()), known)
+                f"{path}: two images have the id {one.id!r}, {images[one.id].file_name!r} and "
+                f"{one.file_name!r}, so that annotations of either are unknown; number them anew"
+            )
+        if image.size != one.size:
+            raise DataError(
+                f"{path}: {one.file_name!r} is listed twice (ids {number} and {one.id}), with the "
+                f"sizes {image.size} and {one.size} (height, width); remove the wrong one"
+            )
+        if number != one.id:
+            notices.append(
+                f"{one.file_name!r} is listed twice (ids {number} and {one.id}); its annotations "
+                "are united"
+            )
+    return images
+
+
+def _classes(path: Path, entries: Iterable[_Category], notices: list[str]) -> dict[Any, int | str]:
+    """The class of each category, the first of its name; DataError if they are not the same."""
+    classes: dict[Any, int | str] = {}
+    first: dict[str, _Category] = {}
+    for one in entries:
+        other = first.setdefault(normal_name(one.name), one)
+        if one.id in classes or other.supercategory != one.supercategory:
+            raise DataError(
+                f"{path}: categories repeat: {other.name} ({other.id}, {other.supercategory}), "
+                f"{one.name} ({one.id}, {one.supercategory}); give each class one name and one id"
+            )
+        classes[one.id] = other.id
+        if other is not one:
+            notices.append(f"category {one.name!r} has the ids {other.id} and {one.id}, united")
+    return classes
+
+
+def _root(content: _Content, images: Mapping[Any, CocoImage]) -> int | str | None:
+    """The category that Roboflow writes for the project, the parent of all, not annotated."""
+    for one in content.categories:
+        others = [other for other in content.categories if other is not one]
+        if (
+            others
+            and one.supercategory in (None, "none", "")
+            and all(o.supercategory == one.name for o in others)
+        ):
+            used = any(a.category_id == one.id for i in images.values() for a in i.annotations)
+            return None if used else one.id
+    return None
+
+
+def _find(entries: Mapping[Any, Any], given: Any, where: str) -> Any:
+    """The entry of an id that may be written in another way; DataError if there is none."""
+    with suppress(ValueError, KeyError):
+        return entries[_as_id(given)]
+    known = ", ".join(map(repr, list(entries)[:5])) + ", ..." * (len(entries) > 5)
+    raise DataError(
+        f"{where} {given!r} is unknown (known are {known}); add it or leave the annotation out"
+    )
+
+
+def _ascending(item: tuple[int | str, Any]) -> tuple[bool, int | str]:
+    return isinstance(item[0], str), item[0]
 
 
 def compact(shape: Any) -> Any:
     """A segmentation with its polygons or counts as arrays; as it is where they are not numbers."""
     with suppress(TypeError, OverflowError):
+        if isinstance(shape, list):
+            first = shape[0] if shape else None
+            if not isinstance(first, list) or len(first) < 3 or isinstance(first[0], list):
+                shape = _polygons(shape)
         if isinstance(shape, list):
             return [array("d", polygon) for polygon in shape]
         if isinstance(shape, dict) and isinstance(shape.get("counts"), list):
@@ -121,15 +260,30 @@ def compact(shape: Any) -> Any:
     return shape
 
 
-def _compact_annotation(value: dict[str, Any]) -> dict[str, Any]:
-    """An annotation without what is not used; other objects as they are."""
-    if "image_id" not in value or "file_name" in value:
+def _polygons(shape: list[Any]) -> Any:
+    """The outline in lists that are nested more or less than COCO's; others as they are."""
+    if len(shape) == 1 and isinstance(shape[0], dict):
+        return shape[0]
+    if all(isinstance(value, int | float) for value in shape):
+        return [shape] if shape else []
+    if not all(isinstance(part, list) for part in shape) or not any(shape):
+        return shape if any(shape) else []
+    if len(shape) > 2 and all(len(p) == 2 and not isinstance(p[0], list) for p in shape):
+        return [[*chain.from_iterable(shape)]]  # points as pairs
+    if all(part and isinstance(part[0], list) for part in shape):
+        return [polygon for part in shape for polygon in _polygons(part)]
+    return shape
+
+
+def _compact_annotation(value: dict[str, Any]) -> Any:
+    """An annotation without what is not used, not checked yet; other objects as they are."""
+    if "image_id" not in value or "file_name" in value or "caption" in value:
         return value
-    return {
-        "id": value.get("id"),
-        "image_id": value["image_id"],
-        "category_id": value.get("category_id"),
-        "is_crowd": value.get("iscrowd") or False,
-        "area": value.get("area"),
-        "segmentation": compact(value.get("segmentation")),
-    }
+    return CocoAnnotation(
+        value.get("id"),
+        value["image_id"],
+        value.get("category_id", ""),
+        value.get("iscrowd") or False,
+        value.get("area"),
+        compact(value.get("segmentation")),
+    )

@@ -29,7 +29,8 @@ from lpcam.runtime.progress import progress
 
 Order = Literal["file", "area"]
 """Order in which objects are painted: as in the file, or the largest first."""
-Crowds = Literal["background", "void"]  #: Value of crowd pixels that no object covers: 0 or 255.
+Crowds = Literal["background", "void", "objects"]
+"""Value of crowd pixels that no object covers, 0 or 255; or crowds are read as objects."""
 PAINTED = "painted.json"
 """File in a folder of painted masks that says what they were painted from."""
 _KIND = "masks painted from COCO annotations"
@@ -52,7 +53,7 @@ class PlacedImage(NamedTuple):
 def paint(
     annotations: Sequence[CocoAnnotation],
     size: tuple[int, int],
-    values: Mapping[int, int],
+    values: Mapping[int | str, int],
     *,
     order: Order = "file",
     crowds: Crowds = "background",
@@ -84,7 +85,7 @@ def paint_folder(
     folder: Path,
     images: Mapping[str, PlacedImage],
     ids: Sequence[str],
-    values: Mapping[int, int],
+    values: Mapping[int | str, int],
     *,
     order: Order,
     crowds: Crowds,
@@ -123,7 +124,7 @@ def paint_folder(
 
 
 def true_mask(
-    image: PlacedImage, values: Mapping[int, int]
+    image: PlacedImage, values: Mapping[int | str, int]
 ) -> tuple[NDArray[np.uint8] | None, tuple[str, ...]]:
     """The mask of an image, if it can be painted, and all faults of its annotations, crowds too."""
     entry = image.entry
@@ -242,6 +243,8 @@ def fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
                 "a polygon has coordinates that are NaN or far outside its image of "
                 f"{size[0]} x {size[1]} pixels (height x width)"
             )
+    if max(map(max, polygons)) <= 1 < min(size):
+        raise ValueError("its coordinates are from 0 to 1; expected pixels")
     coder = import_extra("pycocotools.mask", "coco", "masks from polygons need pycocotools")
     runs = coder.merge(coder.frPyObjects([polygon.tolist() for polygon in polygons], *size))
     pixels: NDArray[np.bool_] = coder.decode(runs) > 0
@@ -257,6 +260,8 @@ def _decode_runs(shape: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.
             "width)"
         )
     if isinstance(counts, str):
+        if counts.startswith("b'") and counts.endswith("'"):  # Python's bytes, written by str()
+            counts = counts[2:-1].replace("\\\\", "\\")
         counts = _uncompress(counts)
     if not isinstance(counts, array) or min(counts, default=0) < 0:
         raise ValueError("the counts of its run-length code must be integers from 0 on")
