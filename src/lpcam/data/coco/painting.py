@@ -218,8 +218,14 @@ def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.boo
         if isinstance(shape, dict):
             return _decode_runs(shape, size)
         if annotation.is_crowd:
-            raise ValueError("it is a crowd, whose segmentation must be a run-length code")
-        return fill(shape, size)
+            raise ValueError(
+                "it is a crowd, whose segmentation must be a run-length code (if it is an object: "
+                "--crowds objects)"
+            )
+        pixels = fill(shape, size)
+        if max(map(max, shape)) <= 1 < min(size):
+            raise ValueError("its coordinates are from 0 to 1; expected pixels")
+        return pixels
     except (ValueError, OverflowError) as error:
         raise DataError(
             f"annotation {annotation.id} cannot be painted: {error}; correct it or leave it out"
@@ -243,8 +249,6 @@ def fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
                 "a polygon has coordinates that are NaN or far outside its image of "
                 f"{size[0]} x {size[1]} pixels (height x width)"
             )
-    if max(map(max, polygons)) <= 1 < min(size):
-        raise ValueError("its coordinates are from 0 to 1; expected pixels")
     coder = import_extra("pycocotools.mask", "coco", "masks from polygons need pycocotools")
     runs = coder.merge(coder.frPyObjects([polygon.tolist() for polygon in polygons], *size))
     pixels: NDArray[np.bool_] = coder.decode(runs) > 0
