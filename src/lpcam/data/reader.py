@@ -62,7 +62,7 @@ class DataSection(Section):
     kind: str
     """Name of a reader. ``voc``: the PASCAL VOC layout. ``folder``: images with labels.csv,
     labels.jsonl, or a folder for each class. ``coco``: COCO annotations, a folder or a file.
-    ``yolo``: YOLO's labels."""
+    ``yolo``: YOLO's labels. ``label_studio``: Label Studio's JSON."""
     root: RecipePath
     """Folder (or JSON file) of the data set."""
     labels: LabelSource | None = None
@@ -164,6 +164,7 @@ READERS: Registry[Reader] = Registry(
     {
         "folder": "lpcam.data.folder:READER",
         "voc": "lpcam.data.voc:READER",
+        "label_studio": "lpcam.data.label_studio:READER",
         "coco": "lpcam.data.coco.dataset:READER",
         "yolo": "lpcam.data.yolo:READER",
     },

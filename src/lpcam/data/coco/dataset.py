@@ -167,14 +167,15 @@ def open_annotated(
     annotations: Mapping[Path, list[CocoAnnotation]],
     lists: Mapping[str, Iterable[Path]],
     *,
+    sizes: Mapping[Path, tuple[int, int] | None] | None = None,
     label_source: str,
     skipped: Iterable[Skip],
     notices: Sequence[str],
 ) -> Opened:
     """A data set of images with annotations that come from other files than COCO's.
 
-    ``file`` has the categories, but no images. Ids and file names are paths from the folder of all
-    images, ids without folders called ``images``. DataError if there is no image, or no such list.
+    ``file`` has the categories, but no images; ``sizes`` (height, width) are those that it states.
+    Ids and file names are paths from the folder of all images, ids without folders ``images``.
     """
     skipped = list(skipped)
     if not annotations:
@@ -194,7 +195,7 @@ def open_annotated(
             both = f"{images[image_id].path} and {path}"
             raise DataError(f"{both} have the same id {image_id!r}; rename one of them")
         ids[path] = image_id
-        images[image_id] = PlacedImage(file, CocoImage(name, None, found), path)
+        images[image_id] = PlacedImage(file, CocoImage(name, (sizes or {}).get(path), found), path)
     members = {name: [ids[p] for p in paths if p in ids] for name, paths in lists.items()}
     members[ALL] = list(images)
     if unknown := {*(request.lists or ())} - members.keys():

@@ -1,0 +1,315 @@
+"""Label Studio's exports JSON and JSON-MIN: labels of images, and masks from their regions.
+
+Brush strokes, bit masks, polygons and ellipses give true masks; choices, rectangles and key points
+labels alone. Images are found below the folder of the file by the ends of their addresses.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations, takewhile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.coco.dataset import open_annotated
+from lpcam.data.coco.files import ALL
+from lpcam.data.coco.index import CocoAnnotation, CocoFile
+from lpcam.data.coco.painting import fill
+from lpcam.data.dataset import IMAGE_SUFFIXES, Skip
+from lpcam.data.image_files import list_images
+from lpcam.data.images import load_image
+from lpcam.data.labels import normal_name, read_text
+from lpcam.data.reader import Opened, Reader, Request
+from lpcam.runtime.errors import DataError, shortened
+from lpcam.runtime.files import digest_file, digest_json
+from lpcam.runtime.settings import Section
+
+_TASKS = re.compile(rb'\s*\[\s*\{.*"(completions|annotation_id|was_cancelled|\w+labels)"\s*:', re.S)
+_DATA = re.compile(rb'\s*\[\s*\{.*"data"\s*:\s*\{', re.S)
+_HEAD = 1_000_000  # bytes of a file that are searched for these
+_MASKS = "task-*-annotation-*-by-*"  # files of the export of brush strokes as PNG or NumPy
+_KINDS = re.compile(r"choices|taxonomy|\w*labels")
+_PREFIX = re.compile(r"[0-9a-f]{8}-")  # of a file that was uploaded
+_HOW = "export the project as JSON from Label Studio"
+_Shape = Callable[[tuple[int, int]], NDArray[np.bool_]]
+
+
+class _Result(NamedTuple):
+    """A label that an annotation gives: of a region, or of the image."""
+
+    tag: str
+    name: str
+    shape: _Shape | None
+    is_region: bool
+
+
+class LabelStudioSection(Section):
+    """Which annotations of Label Studio count."""
+
+    several: Literal["refuse", "last", "union"] = "refuse"
+    """Several annotations of an image with different labels: leave it out; the last; or all."""
+
+
+def _unpack(values: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels of a brush, in the packing that `lpcam.formats.masks.label_studio` describes."""
+    bits = np.unpackbits(np.asarray(values, np.uint8))
+    text, at = (bits + ord("0")).tobytes().decode(), 0
+
+    def take(count: int) -> int:
+        nonlocal at
+        at += count
+        return int(text[at - count : at], 2)
+
+    total, word, sizes = take(32), take(5) + 1, [take(4) + 1 for _ in range(4)]
+    if (total, word) != (size[0] * size[1] * 4, 8):
+        raise ValueError(f"its brush has {total:,} values of {word} bits, not 4 of 8 for a pixel")
+    parts, found = [], 0
+    while found < total:
+        run, length = take(1), take(sizes[take(2)]) + 1
+        parts.append(np.full(length, take(word) if run else 0, np.uint8))
+        if not run:
+            parts[-1] = np.packbits(bits[at : at + length * word])
+            at += length * word
+        found += length
+    return np.asarray(np.concatenate(parts).reshape(*size, 4)[:, :, 3] > 0)
+
+
+def _ellipse(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels of an ellipse: middle and radii in percent, turned clockwise by degrees."""
+    middle, radii = (
+        [float(value[k]) for k in keys] for keys in (("x", "y"), ("radiusX", "radiusY"))
+    )
+    angle, turn = np.linspace(0, 2 * np.pi, 180), np.deg2rad(float(value.get("rotation") or 0))
+    pixels = np.array(size[::-1]) / 100
+    along, across = radii[0] * pixels[0] * np.cos(angle), radii[1] * pixels[1] * np.sin(angle)
+    turned = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+    points = np.stack([along, across], axis=1) @ turned + middle * pixels
+    return fill([array("d", points.ravel())], size)
+
+
+def _shape(value: Mapping[str, Any]) -> _Shape | None:
+    """The function that fills a region; None for regions that outline no object."""
+    if "rle" in value:
+        return partial(_unpack, value["rle"])
+    if "radiusX" in value:
+        return partial(_ellipse, value)
+    if "imageDataURL" in value:
+        data = base64.b64decode(value["imageDataURL"].partition(",")[2])
+        return lambda size: np.array(load_image(data, "bit mask").convert("RGBA"))[:, :, 3] > 0
+    if len(value.get("points") or ()) > 2 and value.get("closed", True):
+        points = np.array(value["points"], float).reshape(-1, 2) / 100
+        return lambda size: fill([array("d", (points * size[::-1]).ravel())], size)
+    return None
+
+
+def _minimal(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The results of a JSON-MIN entry; a choice is a text between ``id`` and ``annotator``."""
+    keys = [*takewhile(lambda key: key != "annotator", task)]
+    chosen = keys[keys.index("id") + 1 :] if "id" in keys and len(keys) < len(task) else []
+    for tag, given in task.items():
+        for value in given if isinstance(given, list) else [given]:
+            is_choice = isinstance(value, str) and tag in chosen
+            found = {"choices": [value]} if is_choice else value
+            if isinstance(found, dict):
+                yield {**found, "from_name": tag, "value": found}
+
+
+def _results(results: Sequence[Any], where: str) -> tuple[list[_Result], tuple[int, int] | None]:
+    """The labels that an annotation gives, and the size of its image, if it says so."""
+    found, size = [], None
+    for one in results:
+        value = one.get("value") if isinstance(one, dict) else None
+        key = next(filter(_KINDS.fullmatch, value or ()), None)
+        region = bool({"x", "points", "rle", "imageDataURL", "vertices"} & {*(value or ())})
+        if value is None or key is None or (region and key in ("choices", "taxonomy")):
+            continue  # a relation, a text, or a property of a region
+        try:
+            shape = _shape(value)
+            if shape is not None and one.get("image_rotation"):
+                raise ValueError(f"the image was turned by {one['image_rotation']} degrees")
+            if shape is not None and one.get("original_width"):
+                size = (int(one["original_height"]), int(one["original_width"]))
+            names = [normal_name(n[-1] if isinstance(n, list) else n) for n in value[key]]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{where}: {key} cannot be read: {error!r}; correct the task"
+            ) from error
+        shape = shape if len(names) == 1 else None  # of several labels none is that of its pixels
+        found += [_Result(str(one.get("from_name")), n, shape, region) for n in names]
+    return found, size
+
+
+def _annotations(task: Mapping[str, Any], predictions: bool) -> list[Sequence[Any]] | str:
+    """The results of each annotation of a task that counts; else why none does."""
+    if "data" not in task:
+        return [[*_minimal(task)]]
+    given = task.get("predictions" if predictions else "annotations", task.get("completions")) or []
+    kept = [one for one in given if not (one.get("was_cancelled") or one.get("skipped"))]
+    kept = [one for one in kept if one.get("ground_truth")] or kept
+    if kept:
+        return [one.get("result") or [] for one in kept]
+    return "its annotation was cancelled" if given else "it has no annotation yet"
+
+
+def _parts(address: str) -> list[str]:
+    """Folders and name of the file that an address of Label Studio means."""
+    text = address.replace("\\", "/")
+    if "://" in text or text.startswith("/"):
+        query = parse_qs(urlsplit(text).query)
+        if "fileuri" in query:
+            return _parts(base64.urlsafe_b64decode(query["fileuri"][0] + "==").decode())
+        text = query["d"][0] if "d" in query else unquote(urlsplit(text).path)
+    return [part for part in text.split("/") if part not in ("", ".", "..")]
+
+
+def _plain(name: str) -> str:
+    """A file name as Label Studio stores it."""
+    return re.sub(r"[^\w.-]", "", normal_name(name).replace(" ", "_"))
+
+
+def _find(task: Mapping[str, Any], index: Mapping[str, list[Path]]) -> Path | str:
+    """The image of a task; else why there is none."""
+    data = task.get("data", task)
+    texts = [v for v in data.values() if isinstance(v, str) and not v.startswith("data:")]
+    texts = [v for v in texts if Path((_parts(v) or [""])[-1]).suffix.lower() in IMAGE_SUFFIXES]
+    found: dict[Path, str] = {}
+    for text in filter(None, [*texts, task.get("file_upload")]):
+        *folders, name = _parts(text)
+        for stored in (name, _PREFIX.sub("", name, count=1)):
+            paths = index.get(_plain(stored), [])
+            for depth, folder in enumerate(reversed(folders), start=2):
+                if len(paths) > 1:  # the one in the same folders
+                    paths = [p for p in paths if p.parts[-depth:][0] == folder] or paths
+            if paths:
+                found |= dict.fromkeys(paths, text)
+                break
+    if len(found) > 1:
+        return f"its image may be any of {', '.join(map(str, found))}"
+    if not texts:
+        return "its data names no image"
+    return next(iter(found), f"there is no file of its image {texts[0]!r}")
+
+
+def _by_image(
+    path: Path, tasks: Sequence[dict[str, Any]], skipped: list[Skip], notes: dict[str, list[str]]
+) -> dict[Path, list[tuple[list[_Result], tuple[int, int] | None]]]:
+    """What each annotation of an image says; tasks without one or without an image are skipped."""
+    files = list_images(path.parent)
+    skipped += files.unread
+    index = defaultdict[str, list[Path]](list)
+    for _, file in files.images:
+        index[_plain(file.name)].append(file)
+    options = defaultdict[Path, list[tuple[list[_Result], tuple[int, int] | None]]](list)
+    predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
+    for number, task in enumerate(tasks, start=1):
+        name = f"task {task.get('id', number)}"
+        image, given = _find(task, index), _annotations(task, predicted)
+        if isinstance(image, str) or isinstance(given, str):
+            skipped.append(Skip(name, image if isinstance(image, str) else str(given)))
+            continue
+        options[image] += [_results(one, f"{path}: {name}") for one in given]
+        if predicted and "data" in task:
+            notes["predictions, which nobody has corrected, are the labels of images"].append(name)
+    unnamed = {file for _, file in files.images} - options.keys()
+    notes["images without a task that counts"] = sorted(file.name for file in unnamed)
+    return options
+
+
+class LabelStudioReader(Reader):
+    """Label Studio's JSON."""
+
+    means = "annotations of Label Studio; masks are painted from regions and serve scoring"
+    settings = LabelStudioSection
+
+    def recognises(self, path: Path) -> bool:
+        """Whether it is a list of tasks, or a folder with one or with exported brush masks."""
+        if path.is_dir():
+            return any(map(self.recognises, path.glob("*.json"))) or any(path.glob(_MASKS))
+        if path.suffix.lower() != ".json" or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        return bool(_TASKS.match(head) or _DATA.match(head))
+
+    def open(self, request: Request) -> Opened:
+        """Read labels and regions; masks can be painted from the regions."""
+        root = request.root
+        files = sorted(filter(self.recognises, root.glob("*.json"))) if root.is_dir() else [root]
+        if len(files) != 1:
+            names = shortened([path.name for path in files])
+            fault = f"several exports ({names}); give one" if files else f"no export; {_HOW}"
+            raise DataError(f"{root} has masks of Label Studio, but {fault}")
+        (path,) = files
+        try:
+            tasks = json.loads(read_text(path, _HOW))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} cannot be read as JSON: {error}; {_HOW}") from error
+        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+            raise DataError(f"{path} is not a list of tasks; {_HOW}")
+        several = (request.settings or LabelStudioSection()).several
+        skipped: list[Skip] = []
+        notes = defaultdict[str, list[str]](list)
+        options = _by_image(path, tasks, skipped, notes)
+        tags = defaultdict[str, set[str]](set)
+        kept: dict[Path, list[_Result]] = {}
+        for image, given in options.items():
+            labels = {tuple(sorted({one.name for one in found})) for found, _ in given}
+            if len(labels) > 1 and several == "refuse":
+                all_labels = "; ".join(", ".join(one) or "none" for one in sorted(labels))
+                reason = (
+                    f"its annotations have different labels ({all_labels}); mark one as ground "
+                )
+                reason += "truth, or set data.label_studio.several to last or union"
+                skipped.append(Skip(image.name, reason))
+                continue
+            if len(given) > 1:
+                notes["images with several annotations"].append(image.name)
+            found = [one for of, _ in (given if several == "union" else given[-1:]) for one in of]
+            filled = {one.name for one in found if one.shape}
+            chosen = request.classes or [one.name for one in found]
+            for one in found:
+                tags[one.tag].add(one.name)
+            kept[image] = [
+                one
+                for one in found
+                if one.name in chosen and (one.is_region or one.name not in filled)
+            ]
+        if request.classes is None and any(
+            a.isdisjoint(b) for a, b in combinations(tags.values(), 2)
+        ):
+            of_tags = "; ".join(f"{tag}: {shortened(sorted(of))}" for tag, of in tags.items())
+            raise DataError(
+                f"{path}: several tags give labels ({of_tags}); choose the classes with --classes"
+            )
+        numbers = {name: n for n, name in enumerate(sorted(set().union(*tags.values())))}
+        annotations = {
+            image: [
+                CocoAnnotation(number, 0, numbers[one.name], False, None, one.shape)
+                for number, one in enumerate(found, start=1)
+            ]
+            for image, found in kept.items()
+        }
+        digest = digest_json([digest_file(path), several])
+        return open_annotated(
+            request,
+            CocoFile(path, digest, (), tuple((n, name) for name, n in numbers.items())),
+            annotations,
+            {ALL: list(annotations)},
+            sizes={image: size for image, of in options.items() for _, size in of},
+            label_source=f"Label Studio ({path.name})",
+            skipped=skipped,
+            notices=[f"{text}: {len(of)} ({shortened(of)})" for text, of in notes.items() if of],
+        )
+
+
+READER = LabelStudioReader()
