@@ -20,6 +20,8 @@ from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.masks.export import export_masks
 from lpcam.formats.masks.label_studio import packed_runs
+from lpcam.pipeline.datasets import read_dataset
+from lpcam.pipeline.recipe import load_recipe
 
 SIZE = (48, 64)
 HALF = np.zeros(SIZE, bool)
@@ -160,7 +162,6 @@ SKIPPED: dict[str, tuple[str, Any]] = {
     "gone": ("no file", task(COW, image="gone.jpg")),
     "no annotation": ("no annotation", task(annotations=[], drafts=[{"result": [COW]}])),
     "cancelled": ("cancelled", two(COW, COW) | {"annotations": [{"was_cancelled": True}]}),
-    "two people": ("cow, dog", two(COW, result("choices", {}, "cow", "dog"))),
     "nothing": ("no image", {**task(COW), "data": {"text": "a cow"}}),
     "several files": ("may be any", task(COW, image="twice.jpg")),
 }
@@ -181,15 +182,28 @@ def test_tasks_without_a_label_are_listed(
 
 @pytest.mark.parametrize(
     ("more", "several", "labels"),
-    [({}, "last", (1,)), ({}, "union", (0, 1)), ({"ground_truth": True}, "refuse", (1,))],
+    [
+        ({}, ["--several", "last"], (1,)),
+        ({}, ["--several", "union"], (0, 1)),
+        ({"ground_truth": True}, [], (1,)),
+        ({}, [], None),
+    ],
 )
 def test_annotations_that_differ(
-    more: dict[str, Any], several: str, labels: tuple[int, ...], tmp_path: Path
+    more: dict[str, Any],
+    several: list[str],
+    labels: tuple[int, ...] | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tasks = [two(COW, DOG, **more), task(COW, image="b.jpg")]
     path = write(tmp_path, tasks, "a.jpg", "b.jpg")
-    dataset = open_dataset(path, settings={"several": several}).dataset
-    assert dataset.items["a"].labels == labels
+    done = main(["init", str(path), "--weights", "random", *several])
+    if labels is None:
+        assert done != 0 and "--several union" in capsys.readouterr().err
+    else:
+        assert done == 0
+        assert read_dataset(load_recipe(tmp_path / "recipe.yaml")).items["a"].labels == labels
 
 
 REFUSED: dict[str, tuple[str, Any]] = {

@@ -41,6 +41,13 @@ READING = (
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
     Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
     CROWDS,
+    Argument(
+        "--several",
+        dest="settings",
+        type=lambda text: {"several": text},
+        metavar="MEANING",
+        help="Label Studio's annotations of an image that differ: the last, or the union.",
+    ),
 )
 """Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
@@ -92,7 +99,7 @@ def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path
 
 @command(
     "data masks",
-    Argument("path", type=Path, help="COCO folder, or a COCO JSON file."),
+    Argument("path", type=Path, help="Folder or file with annotations."),
     Argument("output", type=Path, help="Folder to write."),
     Argument("--lists", type=names, help="E.g. train2014,val2014 (default: all)."),
     Argument("--order", choices=("file", "area"), help="Order of painting (default: file)."),
@@ -107,7 +114,7 @@ def masks(
     order: str | None,
     settings: dict[str, str] | None,
 ) -> int:
-    """Paint masks from COCO annotations."""
+    """Paint masks from annotations of COCO, YOLO or Label Studio."""
     settings = {**({"order": order} if order else {}), **(settings or {})}
     painted = opening.paint_masks(
         path, output, lists=lists, settings=settings, workers=call.threads

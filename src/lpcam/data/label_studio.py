@@ -57,7 +57,7 @@ class LabelStudioSection(Section):
     """Which annotations of Label Studio count."""
 
     several: Literal["refuse", "last", "union"] = "refuse"
-    """Several annotations of an image with different labels: leave it out; the last; or all."""
+    """Annotations of an image that have different labels: refused; the last counts; or all."""
 
 
 def _unpack(values: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -265,13 +265,11 @@ class LabelStudioReader(Reader):
         for image, given in options.items():
             labels = {tuple(sorted({one.name for one in found})) for found, _ in given}
             if len(labels) > 1 and several == "refuse":
-                all_labels = "; ".join(", ".join(one) or "none" for one in sorted(labels))
-                reason = (
-                    f"its annotations have different labels ({all_labels}); mark one as ground "
+                texts = "; ".join(", ".join(one) or "none" for one in sorted(labels))
+                raise DataError(
+                    f"{path}: annotations of {image.name} have different labels ({texts}); mark "
+                    "one as ground truth, or give --several last or --several union"
                 )
-                reason += "truth, or set data.label_studio.several to last or union"
-                skipped.append(Skip(image.name, reason))
-                continue
             if len(given) > 1:
                 notes["images with several annotations"].append(image.name)
             found = [one for of, _ in (given if several == "union" else given[-1:]) for one in of]
