@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.data.dataset import IMAGE_FORMATS, IMAGE_SUFFIXES
 from lpcam.data.image_files import how_to_convert, list_images, unnamed
-from lpcam.data.images import has_pages, read_image
+from lpcam.data.images import IMAGE_FORMATS, IMAGE_SUFFIXES, has_pages, read_image
 from lpcam.runtime.errors import ImageError
 
 LOSSLESS = np.zeros((24, 32, 3), np.uint8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lpcam.data.dataset import ClassTable, Dataset, Item
+from lpcam.data.dataset import ClassTable, Dataset, Item, with_mask_folder
 from lpcam.data.drawing import overlay, overlay_mask
-from lpcam.data.masks import read_index_mask, voc_palette, with_mask_folder, write_mask
+from lpcam.data.masks import read_index_mask, voc_palette, write_mask
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.runtime.errors import DataError
 

@@ -11,7 +11,8 @@ import scipy.io
 import scipy.sparse
 from PIL import Image
 
-from lpcam.data.masks import read_index_mask, with_mask_folder
+from lpcam.data.dataset import with_mask_folder
+from lpcam.data.masks import read_index_mask
 from lpcam.data.sbd import make_train_aug
 from lpcam.data.voc import read_voc
 from lpcam.runtime.errors import DataError, LpcamError

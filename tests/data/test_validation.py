@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpcam.data import validation as check
+from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
 from lpcam.data.images import read_image
 from lpcam.data.validation import check_images
@@ -51,7 +51,9 @@ def test_unchanged_files_are_not_read_again(root: Path, monkeypatch: pytest.Monk
     dataset = read_folder(root)
     _, records = check_images(dataset)
     read: list[Path] = []
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path) or read_image(path))
+    monkeypatch.setattr(
+        Item, "read", lambda item: read.append(item.image) or read_image(item.image)
+    )
     assert check_images(dataset, records)[1] == records
     assert read == []
     # another mask, another time of change of an image, a mask where there was none

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import BackboneSpec
-from lpcam.data.images import read_image
 from lpcam.data.resize import quarter_size, resize
 from lpcam.hosts.base import Arm, Host, HostData, HostSection, HostSettings, View
 from lpcam.method.functional import FusedMaps, normalize
@@ -69,7 +68,7 @@ class ColourHost(Host[ColourSettings, Colours]):
         self, network: Colours, data: HostData, settings: ColourSettings, **options: Any
     ) -> History:
         for label, mean in enumerate(network.means.data):
-            shown = [read_image(item.image) for item in data.images if label in item.labels]
+            shown = [item.read() for item in data.images if label in item.labels]
             pixels = [torch.from_numpy(image).double().mean((0, 1)) for image in shown]
             mean[:] = torch.stack(pixels).mean(0)
         return [{"epoch": 1, "step": 1, "loss": 0.0}]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair, all_finite, features_of
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image, resize_image
+from lpcam.data.images import limit_long_side, resize_image
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.settings import Section
@@ -110,9 +110,7 @@ class FeatureStore:
             stacked = [one for one in kept if one is not None]
             if len(stacked) < len(items):
                 if images is None:
-                    images = np.stack(
-                        [limit_long_side(read_image(i.image), self.maximum_side) for i in items]
-                    )
+                    images = np.stack([limit_long_side(i.read(), self.maximum_side) for i in items])
                 with naming(items):
                     stacked = self._compute(images, scale)
                 for item, one in zip(items, stacked, strict=True):

@@ -17,7 +17,7 @@ from lpcam.classifiers.classifier import Classifier, Preprocessing
 from lpcam.classifiers.linear import mean_average_precision
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image, resize_long_side
+from lpcam.data.images import resize_long_side
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
@@ -91,7 +91,7 @@ def _sample(
 ) -> tuple[Tensor, int]:
     """The augmented image of a place and its index."""
     generator = np.random.default_rng([seed, place.epoch, place.sample])
-    image = read_image(items[place.sample].image)
+    image = items[place.sample].read()
     return augment(image, preprocessing, settings, generator), place.sample
 
 
@@ -165,7 +165,7 @@ def validation_map(
     network.eval()
     logits = torch.zeros(len(items), len(network.classes))
     for row in range(processes.rank, len(items), processes.count):
-        image = resize_long_side(read_image(items[row].image), side)
+        image = resize_long_side(items[row].read(), side)
         tensor = network.preprocessing(image)[None].to(network.device)
         logits[row] = scores(network(tensor))[0].float().cpu()
     return mean_average_precision(processes.sum(logits), multi_hot(items, len(network.classes)))

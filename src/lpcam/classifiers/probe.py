@@ -16,7 +16,7 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.feature_store import FeatureStore, image_pyramid, naming
 from lpcam.classifiers.linear import ProbeSettings, fit_head, mean_average_precision
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image, resize_long_side
+from lpcam.data.images import resize_long_side
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread
@@ -84,7 +84,7 @@ def pooled_features(
         if settings.long_side is None:
             (pair,) = store.pairs(batch, (1.0,))
         else:
-            images = [resize_long_side(read_image(i.image), settings.long_side) for i in batch]
+            images = [resize_long_side(i.read(), settings.long_side) for i in batch]
             options: Any = {"flip": settings.mirror, "precision": store.precision}
             with naming(batch):
                 (pair,) = image_pyramid(store.classifier, np.stack(images), (1.0,), **options)

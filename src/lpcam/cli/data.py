@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpcam.cli.command import THREADS, Argument, Invocation, Lazy, command, names
-from lpcam.data.dataset import ClassTable, choose_classes
 from lpcam.runtime.errors import LpcamError
 
-images = Lazy("lpcam.data.images")
+if TYPE_CHECKING:
+    from lpcam.data.dataset import ClassTable
+
+datasets = Lazy("lpcam.data.dataset")
 opening = Lazy("lpcam.data.open_dataset")
 estimate = Lazy("lpcam.pipeline.estimate")
 sbd = Lazy("lpcam.data.sbd")
@@ -165,8 +167,8 @@ def import_maps(
     if data is not None:
         dataset = opening.open_dataset(data, lists=lists).dataset
         if table is not None:
-            choose_classes(dataset.classes, table.names)
-        options["sizes"] = {i.id: images.upright_size(i.image) for i in dataset.items.values()}
+            datasets.choose_classes(dataset.classes, table.names)
+        options["sizes"] = {i.id: i.size() for i in dataset.items.values()}
         options["ids"] = list(dataset.items)
         table = table or dataset.classes
     result = map_folders.import_maps(source, output, classes=table, workers=call.threads, **options)
@@ -228,7 +230,8 @@ def class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
     if text in KNOWN_CLASSES:
         known = voc.CLASSES if text == "voc12" else (n for _, n in coco.COCO_CATEGORIES)
-        return ClassTable.numbered(known, text)
+        table: ClassTable = datasets.ClassTable.numbered(known, text)
+        return table
     if not Path(text).is_file():
         raise LpcamError(f"no class names {text!r}; give voc12, coco14, or a file of names")
     found: ClassTable = label_files.read_classes(Path(text))

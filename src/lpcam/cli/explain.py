@@ -154,6 +154,7 @@ def predict(
         maximum_side=found.recipe.maps.maximum_side,
         workers=resources.threads_beside(chosen, call.threads),
         command=call.line,
+        reading=found.recipe.data.reading_of_images,
         made_by=found.made_by,
     )
     print(result.summary())

@@ -23,11 +23,11 @@ from lpcam.cli.command import (
     recipes,
 )
 from lpcam.cli.data import READING, class_table
-from lpcam.data.dataset import Skip, skip_lines
 
 if TYPE_CHECKING:
     from lpcam.pipeline.run import RunResult
 
+datasets = Lazy("lpcam.data.dataset")
 demonstration = Lazy("lpcam.pipeline.demo")
 new_recipe = Lazy("lpcam.pipeline.new_recipe")
 pipeline = Lazy("lpcam.pipeline.run")
@@ -220,7 +220,7 @@ def _print_result(result: RunResult) -> None:
             _print_rows(rows, has_threshold=has_threshold)
     for text in result.warnings:
         print(f"warning: {text}")
-    for line in skip_lines([Skip(**skip) for skip in result.skipped]):
+    for line in datasets.skip_lines([datasets.Skip(**skip) for skip in result.skipped]):
         print(line)
     print(f"results in {result.folder}")
     if result.report is not None:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.images import IMAGE_SUFFIXES, USUAL, Reading, read_image, upright_size
+from lpcam.data.masks import read_index_mask
 from lpcam.runtime.errors import DataError, shortened
 
 BACKGROUND = 0  #: Mask value of the background.
 FEW_SKIPPED = 5  #: Images left out for one reason that are listed one by one.
+_COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
-IMAGE_FORMATS = {
-    **{"JPEG": ".jpg .jpeg .jpe .jfif", "PNG": ".png .apng", "MPO": ".mpo", "TIFF": ".tif .tiff"},
-    **{"WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "PPM": ".ppm .pgm .pbm .pnm"},
-    **{"AVIF": ".avif .avifs", "JPEG2000": ".jp2 .j2k .jpx .jpf .jpc .j2c", "DIB": ".dib"},
-    **{"QOI": ".qoi", "SGI": ".sgi .rgb .rgba .bw", "SUN": ".ras", "PCX": ".pcx", "DDS": ".dds"},
-    **{"ICO": ".ico", "ICNS": ".icns", "XBM": ".xbm", "XPM": ".xpm", "IM": ".im", "MSP": ".msp"},
-    "TGA": ".tga .icb .vda .vst",  # last: it is recognised by little
-}
-"""Formats that are read, by Pillow's names, with the extensions of their files. Pillow's others run
-another program (EPS), cannot be decoded (PDF, HDF5) or have several layers (PSD)."""
-IMAGE_SUFFIXES = frozenset(" ".join(IMAGE_FORMATS.values()).split())
-"""Extensions of image files, in lower case."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -116,6 +111,27 @@ class Item:
     parts: Path | None = None  #: File of the true mask of parts, for evaluation only.
     #: Path below the folder of images, spelled as on disk; None: ``id`` with the image's extension.
     file_name: str | None = None
+    reading: Reading = USUAL  #: That of its data set.
+
+    def read(self) -> NDArray[np.uint8]:
+        """The image as RGB, uint8 (H, W, 3); ImageError if it cannot be read."""
+        return read_image(self.image, self.reading)
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image as it is read, from the file's header."""
+        return upright_size(self.image, self.reading)
+
+    def read_mask(
+        self, path: Path | None = None, size: tuple[int, int] | None = None
+    ) -> NDArray[np.uint8]:
+        """Values (H, W) of a mask of the image, as :func:`read_index_mask` gives them.
+
+        The palette is that of true masks alone. ``path`` None is the true mask, which must exist.
+        """
+        path = path or self.mask
+        assert path is not None
+        reading = self.reading if path == self.mask else replace(self.reading, palette=())
+        return read_index_mask(path, size=size, reading=reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +177,16 @@ class Dataset:
     skipped: tuple[Skip, ...] = ()
     notices: tuple[str, ...] = ()
     part_names: Mapping[str, int] = field(default_factory=dict)  #: Values in masks of parts.
+
+    @property
+    def reading(self) -> Reading:
+        """How all images and masks are read."""
+        return next((item.reading for item in self.items.values()), USUAL)
+
+    def read_with(self, reading: Reading) -> Dataset:
+        """A copy whose images and masks are read in another way."""
+        items = {name: replace(item, reading=reading) for name, item in self.items.items()}
+        return replace(self, items=items)
 
     def without(self, skipped: Sequence[Skip]) -> Dataset:
         """A copy that lacks some items, also in its lists, with the reasons added."""
@@ -210,3 +236,30 @@ def check_unique(ids: Iterable[Hashable], where: str) -> None:
         if name in seen:
             raise DataError(f"{where} has {name!r} more than once; keep one of them")
         seen.add(name)
+
+
+def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
+    """A copy of a data set with the masks ``ID.png`` (of COCO also ``9.png``) of another folder."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
+    files = {
+        # ids are in NFC; some systems store names in another Unicode form
+        unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()): path
+        for path in sorted(folder.rglob("*"), reverse=True)  # of a.PNG and a.png the first
+        if path.suffix.lower() == ".png"
+    }
+    items = {
+        name: replace(item, mask=next((files[n] for n in _names(name) if n in files), None))
+        for name, item in dataset.items.items()
+    }
+    if not any(item.mask for item in items.values()):
+        raise DataError(
+            f"{folder} has no mask of any of the {len(items)} images; they are called ID.png, "
+            f"such as {next(iter(items))}.png"
+        )
+    return replace(dataset, items=items)
+
+
+def _names(item_id: str) -> list[str]:
+    number = _COCO_NUMBER.fullmatch(item_id.rpartition("/")[2])
+    return [item_id] if number is None else [item_id, number[1], str(int(number[1]))]

@@ -25,7 +25,6 @@ from typing import Literal
 
 from lpcam.data.dataset import (
     IGNORE,
-    IMAGE_SUFFIXES,
     ClassTable,
     Dataset,
     Item,
@@ -35,9 +34,11 @@ from lpcam.data.dataset import (
     choose_classes,
     safe_id,
     skip_lines,
+    with_mask_folder,
     without_suffix,
 )
 from lpcam.data.image_files import list_images
+from lpcam.data.images import IMAGE_SUFFIXES
 from lpcam.data.labels import (
     TABLES,
     LabelRow,
@@ -49,7 +50,6 @@ from lpcam.data.labels import (
     read_names,
     read_text,
 )
-from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lpcam.data.dataset import IMAGE_SUFFIXES, Skip
-from lpcam.data.images import is_image
+from lpcam.data.dataset import Skip
+from lpcam.data.images import IMAGE_SUFFIXES, is_image
 from lpcam.runtime.errors import shortened
 
 _REMEDIES = {

@@ -1,34 +1,109 @@
-"""Reading image files safely: upright 8-bit RGB (height, width, 3), index masks, sizes."""
+"""Reading image files safely: upright 8-bit RGB (height, width, 3), index masks, sizes.
+
+What a file does not say itself is given by a :class:`Reading`: the range of values with more than 8
+bits, whether its EXIF orientation counts, and the colours of masks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.io import decode_png  # type: ignore[import-untyped]
 
-from lpcam.data.dataset import IMAGE_FORMATS
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ImageError, shortened
 
+IMAGE_FORMATS = {
+    **{"JPEG": ".jpg .jpeg .jpe .jfif", "PNG": ".png .apng", "MPO": ".mpo", "TIFF": ".tif .tiff"},
+    **{"WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "PPM": ".ppm .pgm .pbm .pnm"},
+    **{"AVIF": ".avif .avifs", "JPEG2000": ".jp2 .j2k .jpx .jpf .jpc .j2c", "DIB": ".dib"},
+    **{"QOI": ".qoi", "SGI": ".sgi .rgb .rgba .bw", "SUN": ".ras", "PCX": ".pcx", "DDS": ".dds"},
+    **{"ICO": ".ico", "ICNS": ".icns", "XBM": ".xbm", "XPM": ".xpm", "IM": ".im", "MSP": ".msp"},
+    "TGA": ".tga .icb .vda .vst",  # last: it is recognised by little
+}
+"""Formats that are read, by Pillow's names, with the extensions of their files. Pillow's others run
+another program (EPS), cannot be decoded (PDF, HDF5) or have several layers (PSD)."""
+IMAGE_SUFFIXES = frozenset(" ".join(IMAGE_FORMATS.values()).split())
+"""Extensions of image files, in lower case."""
 MAXIMUM_PIXELS = 100_000_000  #: Size of the largest image that is read; 300 MB as RGB.
+FEW_LEVELS = 32
+"""An image of fewer grey levels, whose file has more than twice as many values, is squeezed."""
+FULL_RANGE = (0.0, 65535.0)  #: Range of values with 16 bits where none is given.
+_PIXELS_COUNTED = 500_000  # of an image whose distinct values are counted
+_TURNED_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the files of a data set do not say themselves; it is part of every score's protocol.
+
+    Example:
+        >>> Reading(range=(0, 4095)).as_json()
+        {'range': [0, 4095]}
+    """
+
+    range: tuple[float, float] | None = None
+    """Values of more than 8 bits that become 0 and 255, the others are clipped; None: full scale.
+    Images of 8 bits are read as they are."""
+    orientation: Literal["upright", "stored"] | None = None
+    """``stored`` ignores the EXIF orientation; ``upright`` and None follow it."""
+    palette: tuple[tuple[int, int], ...] = ()
+    """Colours of true masks, 0xRRGGBB in ascending order, and their mask values; empty: masks hold
+    the values themselves."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the EXIF orientation is ignored."""
+        return self.orientation == "stored"
+
+    def as_json(self) -> dict[str, Any]:
+        """What differs from the usual reading, as JSON."""
+        found: dict[str, Any] = {} if self.range is None else {"range": list(self.range)}
+        if self.stored:
+            found["orientation"] = self.orientation
+        return found | ({"palette": [list(one) for one in self.palette]} if self.palette else {})
+
+    @classmethod
+    def of_images(cls, values: Mapping[str, Any]) -> Reading:
+        """The reading of images, not masks, that :meth:`as_json` or a recipe gives."""
+        span = values.get("range")
+        return cls(None if span is None else tuple(span), values.get("orientation"))
+
+
+USUAL = Reading()
+
+
+def read_image(path: Path, reading: Reading = USUAL) -> NDArray[np.uint8]:
     """Read an image file as upright RGB, uint8 (H, W, 3).
 
-    16-bit values are scaled (65535 becomes 255), grey, palette, 1-bit and CMYK are converted, and
-    transparent pixels are blended with white. Of several pages or an animation the first is read.
+    Values of more than 8 bits are scaled by the range of ``reading``, else so that 65535 becomes
+    255; grey, palette, 1-bit and CMYK are converted, and transparent pixels are blended with white.
+    Of several pages or an animation the first is read. Images of a data set are read by
+    :meth:`lpcam.data.dataset.Item.read`, which has their reading.
 
     Raises:
         ImageError: naming the file and the reason, if it cannot be read, is larger than
-            `MAXIMUM_PIXELS` or has 32-bit values whose range is unknown.
+            `MAXIMUM_PIXELS`, or has 32-bit values without a range or 16-bit values that full scale
+            squeezes into fewer than `FEW_LEVELS`.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.png"
@@ -36,16 +111,20 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         >>> read_image(path).tolist()
         [[[255, 0, 0]], [[255, 0, 0]]]
     """
-    return decode_image(path, str(path))
+    return decode_image(path, str(path), reading=reading)
 
 
 def decode_image(
-    source: Path | bytes, name: str, *, formats: tuple[str, ...] | None = None
+    source: Path | bytes,
+    name: str,
+    *,
+    formats: tuple[str, ...] | None = None,
+    reading: Reading = USUAL,
 ) -> NDArray[np.uint8]:
     """Decode a file or its bytes as `read_image` does; ``formats`` are Pillow's, None: all."""
-    image = load_image(source, name, formats)
+    image, values = load_values(source, name, formats, reading)
     try:
-        return to_rgb(image)
+        return to_rgb(image, reading.range, values)
     except (ValueError, OSError) as error:
         raise _unreadable(name, error) from error
 
@@ -78,19 +157,40 @@ def pages_notice(names: Sequence[str]) -> str:
     return f"images of several pages or frames, of which the first is read: {of_all}"
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an upright image, from its file's header; ImageError if unreadable."""
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the header of an image file says."""
+
+    size: tuple[int, int]  #: (height, width) as stored.
+    turn: int  #: EXIF orientation, 1 to 8; 1 is upright.
+    deep: bool  #: Whether its values have more than 8 bits.
+    palette: bytes | None  #: RGB colours of its indices, if it is a palette image.
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(height, width) of the upright image."""
+        return self.size if self.turn < 5 else self.size[::-1]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of an image file; ImageError if it cannot be read."""
     try:
         with Image.open(path, formats=_formats()) as image:
             width, height = image.size
-            turn = 1
-            with contextlib.suppress(Exception):  # damaged EXIF
-                turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            turn = _turn(image)
+            palette = bytes(image.palette.palette) if image.mode == "P" and image.palette else None
             # Pillow gives the upright size of a TIFF, and the stored size of other files.
-            turned = image.format != "TIFF" and turn in (5, 6, 7, 8)
+            turned = image.format == "TIFF" and turn > 4
+            size = (width, height) if turned else (height, width)
+            return Header(size, turn, _is_deep(image), palette)
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(path, error) from error
-    return (width, height) if turned else (height, width)
+
+
+def upright_size(path: Path, reading: Reading = USUAL) -> tuple[int, int]:
+    """(height, width) of an image as it is read, from its header; ImageError if unreadable."""
+    header = read_header(path)
+    return header.size if reading.stored else header.upright
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -117,10 +217,41 @@ def _unreadable(name: Path | str, error: Exception) -> ImageError:
     return ImageError(f"cannot read image {name}: {reason}; replace the file or leave it out")
 
 
+def _turn(image: Image.Image) -> int:
+    with contextlib.suppress(Exception):  # its EXIF is damaged, its pixels may be intact
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return turn if turn in _TURNED_BACK else 1
+    return 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image that is opened and not decoded has more than 8 bits a channel."""
+    tiles: Any = getattr(image, "tile", ())  # of a file that is opened
+    return _is_deep_grey(image) or any(";16" in str(tile[3]) for tile in tiles)
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
 def load_image(
     source: Path | bytes, name: Path | str, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode a file or its bytes and turn it upright; ImageError if that fails."""
+    return load_values(source, name, formats)[0]
+
+
+def load_values(
+    source: Path | bytes,
+    name: Path | str,
+    formats: tuple[str, ...] | None = None,
+    reading: Reading = USUAL,
+) -> tuple[Image.Image, NDArray[Any] | None]:
+    """Decode and turn a file or its bytes; with its values (H, W) or (H, W, C) if it is deep.
+
+    Deep means more than 8 bits. Pillow decodes 16-bit colours to their upper 8 bits: those of PNG
+    files are decoded by torchvision, others are refused unless the range is the full one.
+    """
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ValueError("the file is empty")
@@ -135,29 +266,102 @@ def load_image(
                 raise ValueError(
                     f"{width} x {height} pixels are none or more than {MAXIMUM_PIXELS:,} allowed"
                 )
-            image.load()
-            with contextlib.suppress(Exception):  # its EXIF is damaged, its pixels may be intact
-                ImageOps.exif_transpose(image, in_place=True)
-            return image
+            turn, deep, is_tiff = _turn(image), _is_deep(image), image.format == "TIFF"
+            image.load()  # which turns a TIFF upright
+            values: NDArray[Any] | None = None
+            if deep and not _is_deep_grey(image):
+                values = _colour_values(image, source, reading)
+            if not reading.stored:
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(image, in_place=True)
+            turned_back = reading.stored and is_tiff and turn > 1
+            found = image.transpose(_TURNED_BACK[turn]) if turned_back else image
+            return found, np.asarray(found) if _is_deep_grey(found) else values
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(name, error) from error
 
 
-def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _colour_values(
+    image: Image.Image, source: Path | bytes, reading: Reading
+) -> NDArray[Any] | None:
+    """Colours of 16 bits (H, W, C); None where their upper 8 bits are all that matters."""
+    if image.format == "PNG":
+        data = bytearray(source if isinstance(source, bytes) else source.read_bytes())
+        tensor = decode_png(
+            torch.frombuffer(data, dtype=torch.uint8), apply_exif_orientation=not reading.stored
+        )
+        return np.asarray(tensor.numpy().transpose(1, 2, 0))
+    upper = np.asarray(image.convert("RGB"))
+    dark = upper.max() < 128 and distinct(upper) < FEW_LEVELS
+    if dark or reading.range not in (None, FULL_RANGE):
+        raise ValueError(
+            f"only the upper 8 of 16 bits are read of colours in a {image.format} file, which is "
+            "too few for its values; save it as a PNG with 16 bits"
+        )
+    return None
+
+
+def to_rgb(
+    image: Image.Image,
+    span: tuple[float, float] | None = None,
+    values: NDArray[Any] | None = None,
+) -> NDArray[np.uint8]:
     """Convert a decoded image to RGB as `read_image` does; ValueError if its range is unknown."""
-    if image.mode == "F":
-        raise ValueError("it has 32-bit float values of unknown range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+    if values is None and _is_deep_grey(image):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("it has 32-bit values of unknown range; save it with 8 or 16 bits")
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+    if values is not None:
+        grey = scale_values(values, span)
+        if grey.ndim == 2 or grey.shape[2] < 3:
+            grey = np.concatenate([grey.reshape(*grey.shape[:2], -1)[:, :, :1]] * 3, axis=2)
+        if values.ndim == 2 or values.shape[2] % 2:  # without an alpha channel
+            return grey
+        alpha = image.getchannel("A")
+        image = Image.fromarray(grey[:, :, :3])
+        image.putalpha(alpha)
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return np.array(image.convert("RGB"))
+
+
+def scale_values(
+    values: NDArray[Any], span: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
+    """Values of any shape as 0 to 255 for those from ``span[0]`` to ``span[1]``, which are clipped.
+
+    NaN becomes 0. Without ``span`` 65535 becomes 255, and ValueError says why that is wrong.
+    """
+    low, high = span or FULL_RANGE
+    kind = values.dtype.kind
+    if span is None and (kind == "f" or values.min() < low or values.max() > high):
+        raise ValueError(
+            f"it has 32-bit {'float ' * (kind == 'f')}values of unknown range; give the range, or "
+            "save it with 8 or 16 bits"
+        )
+    small = kind == "u" and values.dtype.itemsize == 2
+    wanted = np.arange(65536) if small else values
+    scaled = np.clip((wanted.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
+    levels = np.rint(np.nan_to_num(scaled)).astype(np.uint8)
+    levels = levels[values] if small else levels
+    if span is None and is_squeezed(values, levels):
+        raise ValueError(
+            f"its values ({values.min()} to {values.max()}) take up {distinct(levels)} grey levels "
+            "of a scale from 0 to 65535; give their range, or save it with 8 bits"
+        )
+    return levels
+
+
+def is_squeezed(values: NDArray[Any], levels: NDArray[np.uint8]) -> bool:
+    """Whether a conversion of values to 8 bits has left few of the differences between them."""
+    left = distinct(levels)
+    return left < FEW_LEVELS and distinct(values) > 2 * left
+
+
+def distinct(values: NDArray[Any]) -> int:
+    """Number of different values, of at most about half a million pixels."""
+    flat = values.ravel()
+    return int(np.unique(flat[:: 1 + flat.size // _PIXELS_COUNTED]).size)
 
 
 def png_bytes(values: NDArray[np.uint8], palette: bytes | None = None) -> bytes:

@@ -15,7 +15,6 @@ import numpy as np
 from lpcam.data.coco.files import ALL, LABELLED
 from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reason
 from lpcam.data.label_findings import label_findings
-from lpcam.data.masks import read_index_mask
 from lpcam.data.open_dataset import Truth
 from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
 from lpcam.data.validation import check_images
@@ -130,9 +129,9 @@ def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
         if made:
             mask, faults = truth[item.id]()
         if item.parts is not None:
-            read_index_mask(item.parts, size=size)
+            item.read_mask(item.parts, size)
         if item.mask is not None:
-            mask = read_index_mask(item.mask, size=size)
+            mask = item.read_mask(size=size)
     except LpcamError as error:
         return _Look(None, (str(error),), made)
     if mask is None:

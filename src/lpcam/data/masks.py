@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from lpcam.data.dataset import Dataset
-from lpcam.data.images import load_image, png_bytes
+from lpcam.data.images import USUAL, Reading, load_values, png_bytes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 
-_COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
-
-
-def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
-    """A copy of a data set with the masks ``ID.png`` (of COCO also ``9.png``) of another folder."""
-    if not folder.is_dir():
-        raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
-    files = {
-        # ids are in NFC; some systems store names in another Unicode form
-        unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()): path
-        for path in sorted(folder.rglob("*"), reverse=True)  # of a.PNG and a.png the first
-        if path.suffix.lower() == ".png"
-    }
-    items = {
-        name: replace(item, mask=next((files[n] for n in _names(name) if n in files), None))
-        for name, item in dataset.items.items()
-    }
-    if not any(item.mask for item in items.values()):
-        raise DataError(
-            f"{folder} has no mask of any of the {len(items)} images; they are called ID.png, "
-            f"such as {next(iter(items))}.png"
-        )
-    return replace(dataset, items=items)
-
-
-def _names(item_id: str) -> list[str]:
-    number = _COCO_NUMBER.fullmatch(item_id.rpartition("/")[2])
-    return [item_id] if number is None else [item_id, number[1], str(int(number[1]))]
+COLOUR_FILES = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
+"""Files in which labelling tools and data sets name the colours of masks."""
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -76,40 +47,75 @@ def write_plane(path: Path, plane: NDArray[np.floating]) -> None:
     write_bytes(path, png_bytes(np.rint(plane * 255).astype(np.uint8)))
 
 
-def read_index_mask(path: Path, *, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def read_index_mask(
+    path: Path, *, size: tuple[int, int] | None = None, reading: Reading = USUAL
+) -> NDArray[np.uint8]:
     """Read the values stored in a mask, uint8 (H, W): palette indices or grey; 1 bit gives 0 and 1.
 
     Args:
-        size: (height, width) of the upright image, which the mask must have; None: any.
+        size: (height, width) of the image as it is read, which the mask must have; None: any.
+        reading: with a palette, the value of a pixel is that of its colour.
 
     Raises:
-        DataError: if the file cannot be read (ImageError), holds colours, is lossy (JPEG), has
-            values above 255 or another size.
+        DataError: if the file cannot be read (ImageError), holds colours (or one that the palette
+            lacks), is lossy (JPEG), has values above 255 or another size.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.png"
-        >>> write_mask(path, np.array([[0, 7]], np.uint8))
+        >>> Image.fromarray(np.array([[0, 7]], np.uint8)).save(path)
         >>> read_index_mask(path).tolist()
         [[0, 7]]
     """
-    image = load_image(path, path)
+    image = load_values(path, path, reading=reading)[0]
     problem = None
     if image.format == "JPEG":
         problem = "it is a JPEG, whose values are not exact"
+    elif reading.palette:
+        values = _by_colour(image, path, reading)
     elif image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
-        problem = f"it holds colours (mode {image.mode}), not class indices"
-    values = np.array(image)
-    if problem is None and values.size and (values.min() < 0 or values.max() > 255):
-        problem = f"it has values from {values.min()} to {values.max()}"
+        problem = (
+            f"it holds colours (mode {image.mode}), not class indices; name the colours by "
+            f"--palette {_colour_file(path)} (recipe: data.palette), or"
+        )
+    else:
+        values = np.array(image)
+        if values.size and (values.min() < 0 or values.max() > 255):
+            problem = f"it has values from {values.min()} to {values.max()}"
     if problem is not None:
         raise DataError(
-            f"mask {path} is refused: {problem}; save it as an 8-bit grey or palette PNG whose "
-            "pixel values are 0 (background), the class's number, or 255 (ignored)"
+            f"mask {path} is refused: {problem}{'' if problem.endswith('or') else ';'} save it as "
+            "an 8-bit grey or palette PNG whose pixel values are 0 (background), the class's "
+            "number, or 255 (ignored)"
         )
     if size is not None and values.shape != tuple(size):
         height, width = values.shape
         raise DataError(
-            f"mask {path} is {height} x {width} (height x width), the upright image {size[0]} x "
-            f"{size[1]}; save the mask in the size of the image"
+            f"mask {path} is {height} x {width} (height x width), the "
+            f"{'stored' if reading.stored else 'upright'} image {size[0]} x {size[1]}; save the "
+            "mask in the size of the image"
         )
     return values.astype(np.uint8)
+
+
+def _colour_file(mask: Path) -> Path | str:
+    """A file near a mask that names colours, or the word for one."""
+    folders = list(mask.parents)[:3]
+    found = [folder / name for folder in folders for name in COLOUR_FILES]
+    return next((path for path in found if path.is_file()), "FILE")
+
+
+def _by_colour(image: Image.Image, path: Path, reading: Reading) -> NDArray[np.uint8]:
+    rgb = np.array(image.convert("RGB"), np.uint32)
+    colours = (rgb[:, :, 0] << 16) | (rgb[:, :, 1] << 8) | rgb[:, :, 2]
+    known, values = np.array(reading.palette, np.uint32).T
+    places = np.minimum(np.searchsorted(known, colours), len(known) - 1)
+    strange = colours[known[places] != colours]
+    if strange.size:
+        found, counts = np.unique(strange, return_counts=True)
+        red, green, blue = int(found[counts.argmax()]).to_bytes(3, "big")
+        raise DataError(
+            f"mask {path} is refused: {counts.max():,} of its pixels have the colour {red}, "
+            f"{green}, {blue}, which the palette does not name; add the colour to the palette, or "
+            "correct the mask"
+        )
+    return np.asarray(values[places], np.uint8)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpcam.data.dataset import IMAGE_SUFFIXES, Skip, skip_lines
+from lpcam.data.dataset import Skip, skip_lines
 from lpcam.data.image_files import how_to_convert, list_images
-from lpcam.data.images import has_pages, pages_notice
+from lpcam.data.images import IMAGE_SUFFIXES, has_pages, pages_notice
 from lpcam.runtime.errors import ArtefactError, DataError, PrototypeError
 from lpcam.runtime.files import digest_bytes, printable, read_json, write_json
 from lpcam.runtime.parallel import ordered_map

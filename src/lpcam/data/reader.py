@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from lpcam.data.dataset import Dataset
+from lpcam.data.images import Reading
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import RecipePath, Section, against_base
 
@@ -80,6 +82,17 @@ class DataSection(Section):
     """Name of the data set in the protocol of all scores; null takes the folder's name."""
     classes: tuple[str, ...] | None = None
     """Subset of the classes; mask ids of others are ignored. Null takes all."""
+    range: tuple[float, float] | None = None
+    """Values of images with more than 8 bits that become 0 and 255, the same for all images. Null
+    measures them on a sample; the run's own recipe then has them."""
+    orientation: Literal["upright", "stored"] | None = None
+    """Which pixels masks fit where images have an EXIF orientation: the ``upright`` image, or the
+    ``stored`` one, whose orientation is then ignored everywhere. Null: upright, unless doubtful."""
+    palette: RecipePath | None = None
+    """File with the colours of the classes, by which true masks are read (CVAT's labelmap.txt,
+    class_dict.csv, or JSON {name: [red, green, blue]}). Null: masks hold the classes' numbers."""
+    anyway: bool = False
+    """Whether to run although the pixels looked at would ruin the run or its scores."""
     lists: Lists = Lists()
 
     @property
@@ -91,6 +104,18 @@ class DataSection(Section):
     def settings(self) -> Any:
         """Settings of the chosen reader; None if it has none."""
         return getattr(self, self.kind, None)
+
+    @property
+    def reading_of_images(self) -> Reading:
+        """How the data set's images are read, and new ones of the same source."""
+        return Reading(self.range, self.orientation)
+
+    @field_validator("range")
+    @classmethod
+    def _ascending(cls, range: tuple[float, float] | None) -> tuple[float, float] | None:
+        if range is not None and not -math.inf < range[0] < range[1] < math.inf:
+            raise ValueError("must be two finite numbers, the lower one first")
+        return range
 
     @field_validator("kind")
     @classmethod

@@ -47,6 +47,7 @@ class Finding:
     text: str  #: A sentence, with the number of images, pairs or classes that it concerns.
     names: tuple[str, ...] = ()  #: Names of all images, pairs or classes that it concerns.
     attention: bool = True  #: Whether it is probably a mistake, or harms a run or its scores.
+    ruins: bool = False  #: Whether it stops a run, unless the user wants it anyway.
 
     def __str__(self) -> str:
         """The text with the first names."""
@@ -148,7 +149,8 @@ class Survey:
             findings = [f for f in self.findings if f.attention == attention]
             lines += [title] * bool(findings)
             for finding in findings:
-                lines += _wrapped(str(finding), width, "- ")
+                stops = "A run would stop: " * finding.ruins
+                lines += _wrapped(f"{stops}{finding}", width, "- ")
         if not self.problems:
             lines.append("Nothing needs attention.")
         return "\n".join(lines)

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lpcam.data.dataset import Dataset, Item, Skip
-from lpcam.data.images import has_pages, pages_notice, read_image
-from lpcam.data.masks import read_index_mask
+from lpcam.data.images import has_pages, pages_notice
 from lpcam.runtime.errors import DataError, ImageError
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.parallel import ordered_map
@@ -79,22 +78,26 @@ def _record(item: Item, known: dict[str, Any] | None) -> dict[str, Any]:
             if path is not None:
                 stat = path.stat()
                 size[place], changed[place] = stat.st_size, stat.st_mtime_ns
-    if known is not None and (known["size"], known["mtime_ns"]) == (size, changed):
+    reading = item.reading.as_json()
+    now = {"size": size, "mtime_ns": changed, **({"reading": reading} if reading else {})}
+    if known is not None and now == {key: known[key] for key in (*now, "reading") if key in known}:
         return known
-    height, width = read_image(item.image).shape[:2]
+    height, width = item.read().shape[:2]
     for what, path in (("mask", item.mask), ("part mask", item.parts)):
         if path is not None:
             try:
-                read_index_mask(path, size=(height, width))
+                item.read_mask(path, (height, width))
             except DataError as error:
                 raise DataError(f"{what} of {item.id!r}: {error}") from error
     digests = [None if path is None else digest_file(path) for path in files]
+    of_image = {key: value for key, value in reading.items() if key != "palette"}
+    image = digest_json([digests[0], of_image]) if of_image else digests[0]
+    both = image if digests[1:] == [None, None] else digest_json(digests)
     return {
         "height": height,
         "width": width,
         **({"pages": True} if has_pages(item.image) else {}),
-        "image_digest": digests[0],
-        "digest": digests[0] if digests[1:] == [None, None] else digest_json(digests),
-        "size": size,
-        "mtime_ns": changed,
+        "image_digest": image,
+        "digest": digest_json([both, reading]) if reading else both,
+        **now,
     }

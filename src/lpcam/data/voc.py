@@ -24,10 +24,10 @@ from lpcam.data.dataset import (
     choose_classes,
     nearest_name,
     safe_id,
+    with_mask_folder,
     without_suffix,
 )
 from lpcam.data.labels import normal_name, read_labels, read_names, read_text
-from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import ListName, Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 

@@ -26,8 +26,9 @@ from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL
 from lpcam.data.coco.index import CocoAnnotation, CocoFile
 from lpcam.data.coco.painting import fill
-from lpcam.data.dataset import IMAGE_SUFFIXES, Skip
+from lpcam.data.dataset import Skip
 from lpcam.data.image_files import list_images
+from lpcam.data.images import IMAGE_SUFFIXES
 from lpcam.data.labels import normal_name, read_names, read_text, relative_name
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened

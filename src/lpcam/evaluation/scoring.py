@@ -111,7 +111,7 @@ def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
     held: set[int] = set()
     for item in items:
         assert item.mask is not None
-        held |= set(np.unique(read_index_mask(item.mask)).tolist())
+        held |= set(np.unique(item.read_mask()).tolist())
         if not held.isdisjoint(classes.mask_ids):
             return None
     text = (
@@ -190,7 +190,7 @@ def score_maps(
 
 def _truth(item: Item, dataset: Dataset) -> Tensor:
     assert item.mask is not None
-    return truth_labels(read_index_mask(item.mask), dataset.classes)
+    return truth_labels(item.read_mask(), dataset.classes)
 
 
 def row_of(
@@ -219,7 +219,7 @@ def _coverage(
         maps, truth = read_maps(map_path(folder, item.id)), _truth(item, dataset)
         seed = seeds(torch.from_numpy(maps.high_res), threshold)
         labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
-        here = torch.from_numpy(read_index_mask(item.parts)) == values
+        here = torch.from_numpy(item.read_mask(item.parts)) == values
         here &= (truth != IGNORE) & (truth != BACKGROUND)
         return torch.stack([(here & (labels == truth)).sum((1, 2)), here.sum((1, 2))], 1)
 

@@ -20,7 +20,15 @@ from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, 
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
 from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
-from lpcam.data.images import limit_long_side, read_image, resize_image, resize_long_side, to_rgb
+from lpcam.data.images import (
+    USUAL,
+    Reading,
+    limit_long_side,
+    read_image,
+    resize_image,
+    resize_long_side,
+    to_rgb,
+)
 from lpcam.method.extractors import CAM, LPCAM
 from lpcam.method.image_maps import ImageMaps, Scoring, class_indices, class_scores, descending
 from lpcam.method.prototypes import Prototypes
@@ -52,6 +60,8 @@ class Explainer:
         precision: of a Classifier's forward passes.
         maximum_side: long side in pixels; longer images are mapped at this size.
         foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
+        reading: how image files are read, as the data set of the run was; arrays are taken as
+            they are.
         made_by: provenance, added to every result.
 
     Raises:
@@ -80,6 +90,7 @@ class Explainer:
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         maximum_side: int = 1024,
         foreground_only: bool = False,
+        reading: Reading = USUAL,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(model, LPCAM):
@@ -105,6 +116,7 @@ class Explainer:
         self.scoring: Scoring = scoring or ("sigmoid" if own else "softmax")
         self.score_side = score_side
         self.maximum_side = maximum_side
+        self.reading = reading
         self.precision = PRECISIONS[precision]
         vectors = prototypes.vectors(with_context=not foreground_only)
         self.vectors = vectors.to(single(source.weight))
@@ -121,6 +133,7 @@ class Explainer:
             "precision": precision,
             "scoring": self.scoring,
             "score_side": score_side,
+            **reading.as_json(),
             "versions": versions(),
             **(made_by or {}),
         }
@@ -220,7 +233,7 @@ class Explainer:
         threshold: float | None = None,
         name: str | None = None,
     ) -> ImageMaps:
-        image, own_name = _read(source)
+        image, own_name = _read(source, self.reading)
         made_from = {"file": printable(Path(source))} if isinstance(source, str | Path) else {}
         mapped = limit_long_side(image, self.maximum_side)
         settings = self.settings
@@ -295,13 +308,14 @@ def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
         ) from None
 
 
-def _read(source: ImageSource) -> tuple[NDArray[np.uint8], str]:
+def _read(source: ImageSource, reading: Reading) -> tuple[NDArray[np.uint8], str]:
     """(H, W, 3) upright RGB and a name."""
     if isinstance(source, str | Path):
-        return read_image(Path(source)), Path(source).stem
+        return read_image(Path(source), reading), Path(source).stem
     if isinstance(source, Image.Image):
         try:
-            return to_rgb(ImageOps.exif_transpose(source)), "image"
+            upright = source if reading.stored else ImageOps.exif_transpose(source)
+            return to_rgb(upright, reading.range), "image"
         except (ValueError, OSError) as error:
             raise ImageError(f"cannot use this Pillow image: {error}") from error
     if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:

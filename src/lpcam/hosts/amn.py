@@ -34,7 +34,6 @@ from lpcam.classifiers.features import FeaturePair
 from lpcam.classifiers.probe import multi_hot
 from lpcam.classifiers.settings import RELEASED_RESNET50
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
-from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import quarter_size, resize
 from lpcam.evaluation.segmentation import truth_labels
@@ -199,7 +198,7 @@ def _sample(
     labels = truth_labels(read_index_mask(path), classes).to(torch.uint8).numpy()
     generator = np.random.default_rng([seed, place.epoch, place.sample])
     image, cropped = scale_mirror_crop(
-        read_image(item.image), labels, preprocessing, settings.scale, settings.crop, generator
+        item.read(), labels, preprocessing, settings.scale, settings.crop, generator
     )
     return image, cropped, place.sample
 

@@ -39,7 +39,6 @@ from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.finetuning import augment
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image
 from lpcam.hosts.base import (
     Arm,
     Host,
@@ -325,7 +324,7 @@ def _sample(
     generator = np.random.default_rng([seed, place.epoch, place.sample])
     first = partners.firsts[place.sample]
     pair = (first, partners.draw(first, generator))
-    images = [augment(read_image(items[n].image), preprocessing, settings, generator) for n in pair]
+    images = [augment(items[n].read(), preprocessing, settings, generator) for n in pair]
     return torch.stack(images), torch.tensor(pair)
 
 

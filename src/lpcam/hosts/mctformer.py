@@ -33,7 +33,7 @@ from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Preprocessing
 from lpcam.classifiers.finetuning import validation_map
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image, resize_image
+from lpcam.data.images import resize_image
 from lpcam.data.resize import quarter_size, resize, scaled_size
 from lpcam.hosts.base import (
     Host,
@@ -143,7 +143,7 @@ def _sample(
     items: Sequence[Item], transform: Any, seed: int, place: engine.Place
 ) -> tuple[Tensor, int]:
     """An augmented image (3, crop, crop) and its number."""
-    image = Image.fromarray(read_image(items[place.sample].image))
+    image = Image.fromarray(items[place.sample].read())
     with _seeded([seed, place.epoch, place.sample]):
         return transform(image), place.sample
 

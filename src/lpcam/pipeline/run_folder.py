@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.data.dataset import IMAGE_SUFFIXES, ClassTable, Dataset, Skip
+from lpcam.data.dataset import ClassTable, Dataset, Skip
+from lpcam.data.images import IMAGE_SUFFIXES, Reading
 from lpcam.data.map_files import map_path
 from lpcam.data.reader import ListName
 from lpcam.explain.explainer import Explainer
@@ -206,6 +207,7 @@ class RunFolder:
             precision=recipe.maps.precision,
             maximum_side=recipe.maps.maximum_side,
             foreground_only=foreground_only,
+            reading=recipe.data.reading_of_images,
             made_by={
                 "run": recipe.name,
                 "backbone": recipe.classifier.backbone,
@@ -292,7 +294,7 @@ class RunFolder:
         stage: ListName = "test" if chosen.startswith("test/") else "maps"
         dataset, list_name = read_dataset(recipe, (stage,)), recipe.data.list_of(stage)
         entries = _below_one_folder(
-            MaskEntry(i.id, i.image, mask_path(self / chosen, i.id), i.file_name)
+            MaskEntry(i.id, i.image, mask_path(self / chosen, i.id), i.file_name, i.reading)
             for i in dataset.select(list_name)
         )
         remedy = "bring the run up to date first"
@@ -387,6 +389,7 @@ def _predicted(folder: Path, name: str | None) -> Masks:
         names = sorted(table, key=table.__getitem__)  # the file's own order is alphabetical
         classes = ClassTable(tuple(names), tuple(table[name] for name in names))
         images = {str(key): Path(value) for key, value in index["images"].items()}
+        reading = Reading.of_images(index["made_by"])
         made_by = {"run": index["made_by"].get("run"), "masks": "masks"}
         skipped = [Skip(str(one["image"]), str(one["reason"])) for one in index["skipped"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -400,6 +403,7 @@ def _predicted(folder: Path, name: str | None) -> Masks:
             image,
             mask_path(folder / "masks", key),
             "/".join(image.parts[-1 - key.count("/") :]),
+            reading,
         )
         for key, image in images.items()
     )

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import RANDOM, Preprocessing
 from lpcam.classifiers.settings import RELEASED_RESNET50
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask, write_plane
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
@@ -159,7 +158,7 @@ def augment(
 
 
 def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    return read_image(item.image), read_index_mask(path)
+    return item.read(), read_index_mask(path)
 
 
 @torch.no_grad()

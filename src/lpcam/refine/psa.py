@@ -37,7 +37,7 @@ from lpcam.classifiers.classifier import (
     folded_backbone,
 )
 from lpcam.data.dataset import BACKGROUND, IGNORE, Item
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
 from lpcam.refine.base import (
@@ -316,7 +316,7 @@ def augment(
 def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     scores = read_scores(path)
     # The scores of an image that was shrunk to be refined have the smaller size.
-    return limit_long_side(read_image(item.image), max(scores.shape[2:])), scores
+    return limit_long_side(item.read(), max(scores.shape[2:])), scores
 
 
 @torch.no_grad()

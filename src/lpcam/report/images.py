@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpcam.data.dataset import Dataset, Item
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import scaled_size
@@ -76,12 +76,12 @@ def image_records(
     classes = sources.dataset.classes
 
     def record(item: Item) -> dict[str, Any]:
-        picture = thumbnail_record(read_image(item.image))
+        picture = thumbnail_record(item.read())
         size = picture["height"], picture["width"]
         maps = {m: read_maps(map_path(sources.folders[m], item.id)) for m in METHOD_NAMES}
         masks, extra, ious, scores = {}, {}, {}, {}
         if item.mask is not None:
-            truth = truth_labels(read_index_mask(item.mask), classes)
+            truth = truth_labels(item.read_mask(), classes)
             masks["truth"] = encode_array(nearest(truth.numpy(), size))
             for method, one in maps.items():
                 sweep = ThresholdSweep(len(classes))

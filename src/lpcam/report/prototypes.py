@@ -17,7 +17,7 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path
 from lpcam.explain.web import encode_picture, encode_unit
 from lpcam.method.functional import normalize, split
@@ -176,7 +176,7 @@ def _add_nearest(
     for item in items:
         here = [place for near in places for place in near if place.image == item.id]
         if here:
-            picture = read_image(item.image)
+            picture = item.read()
             pictures |= {place: encode_picture(crop(picture, place)) for place in here}
     for row, (near, card) in enumerate(zip(places, cards, strict=True)):
         card["patches"] = [
@@ -184,7 +184,7 @@ def _add_nearest(
         ]
         card["map"] = encode_unit(scaled[row])
         card["range"] = [round(edge.item(), 4) for edge in cosines[row].aminmax()]
-    return {"id": chosen.id, **thumbnail_record(read_image(chosen.image))}
+    return {"id": chosen.id, **thumbnail_record(chosen.read())}
 
 
 def _where_to_look(
@@ -220,7 +220,7 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
     records = []
     ranked = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))
     for (present, absent), (*both, item) in ranked[:count]:
-        picture, rows = read_image(item.image), [present, absent]
+        picture, rows = item.read(), [present, absent]
         pairs = list(fitted.pairs([item], settings.scales))
         size = picture.shape[0], picture.shape[1]
         maps = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.data.drawing import overlay_mask
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.masks import read_index_mask
 from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.explain.web import encode_picture
@@ -104,12 +104,12 @@ def _scores(
 ) -> dict[str, dict[str, float | None]]:
     """Each image's mean IoU by the segmenters of CAM and LPCAM, if both exist."""
     compared = [one for one in trained.segmenters if one.name in ("cam", "lpcam")]
-    truths = {item.id: item.mask for item in trained.items if item.mask is not None}
+    truths = {item.id: item for item in trained.items if item.mask is not None}
     if len(compared) < 2 or not truths:
         return {}
 
     def score(name: str) -> list[float | None]:
-        truth = read_index_mask(truths[name])
+        truth = truths[name].read_mask()
         masks = (read_index_mask(one.folder / f"{name}.png") for one in compared)
         return [image_miou(mask, truth, classes) for mask in masks]
 
@@ -123,10 +123,10 @@ def _scores(
 def _record(
     kind: str, item: Item, trained: SegmenterResults, classes: ClassTable
 ) -> dict[str, Any]:
-    picture = limit_long_side(read_image(item.image), PICTURE)
+    picture = limit_long_side(item.read(), PICTURE)
     folders = {one.name: one.folder for one in trained.segmenters}
     masks = {name: read_index_mask(path / f"{item.id}.png") for name, path in folders.items()}
-    truth = None if item.mask is None else read_index_mask(item.mask)
+    truth = None if item.mask is None else item.read_mask()
 
     def view(mask: NDArray[np.uint8]) -> dict[str, Any]:
         known = np.isin(mask, [BACKGROUND, *classes.mask_ids])

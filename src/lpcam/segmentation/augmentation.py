@@ -18,8 +18,6 @@ from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item, Skip
-from lpcam.data.images import read_image, upright_size
-from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import resize, scaled_size
 from lpcam.evaluation.segmentation import truth_labels
 from lpcam.runtime.errors import DataError
@@ -196,7 +194,7 @@ def make_sample(
 ) -> tuple[Tensor, Tensor]:
     """An augmented image (3, crop, crop) and its labels (crop, crop); DataError if sizes differ."""
     item, path = pairs[place.sample]
-    image, mask = read_image(item.image), read_index_mask(path)
+    image, mask = item.read(), item.read_mask(path)
     _check_size(item, path, image.shape[:2], mask)
     together = settings.scale_of == "batch"
     return augment(
@@ -248,10 +246,10 @@ def check_masks(
     def look(pair: tuple[Item, Path]) -> tuple[NDArray[np.int64], list[int]]:
         item, path = pair
         try:
-            mask = read_index_mask(path)
+            mask = item.read_mask(path)
         except DataError as error:
             raise DataError(f"mask of {item.id!r}: {error}") from error
-        _check_size(item, path, upright_size(item.image), mask)
+        _check_size(item, path, item.size(), mask)
         found = np.bincount(mask.ravel(), minlength=256)
         other = sorted(set(np.flatnonzero(found).tolist()) - {*known, IGNORE})
         if other and strict:

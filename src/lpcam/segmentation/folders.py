@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.drawing import overlay_mask
-from lpcam.data.images import limit_long_side, png_bytes, read_image
+from lpcam.data.images import USUAL, Reading, limit_long_side, png_bytes, read_image
 from lpcam.data.map_files import write_arrays
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.data.output_folders import ImageResults, OutputKind, find_images, process_images
@@ -61,6 +61,7 @@ def segment_files(
     workers: int = 1,
     memory: int | None = None,
     command: str = "",
+    reading: Reading = USUAL,
     made_by: Mapping[str, Any] | None = None,
 ) -> ImageResults:
     """Segment image files and the images of folders; a broken one is left out, with the reason.
@@ -83,6 +84,7 @@ def segment_files(
         workers: images worked on at a time.
         memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
             three quarters of the memory, shared among the workers.
+        reading: how the images are read, as those that the segmenter learnt from.
         command, made_by: provenance, recorded.
 
     Raises:
@@ -97,6 +99,7 @@ def segment_files(
         "settings": settings.model_dump(mode="json"),
         "changed_from_preset": sorted(settings.changes()),
         "maximum_side": maximum_side,
+        **reading.as_json(),
         "versions": versions(),
         **(made_by or {}),
     }
@@ -105,7 +108,7 @@ def segment_files(
     crf = predict.make_crf(settings, memory)
 
     def make(name: str, path: Path) -> dict[str, Any]:
-        image = read_image(path)
+        image = read_image(path, reading)
         seen = limit_long_side(image, maximum_side)
         scores = predict.probabilities(segmenter, seen, settings)
         if crf is not None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image
-from lpcam.data.masks import enlarge_labels, read_index_mask
+from lpcam.data.images import limit_long_side
+from lpcam.data.masks import enlarge_labels
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError
@@ -236,8 +236,8 @@ def validate(
     counts = torch.zeros(labels, labels, dtype=torch.int64)
     for item in validation.items[processes.rank :: processes.count]:
         assert item.mask is not None
-        truth = truth_labels(read_index_mask(item.mask), segmenter.classes)
-        image = limit_long_side(read_image(item.image), validation.maximum_side)
+        truth = truth_labels(item.read_mask(), segmenter.classes)
+        image = limit_long_side(item.read(), validation.maximum_side)
         found = predict.labels(predict.probabilities(segmenter, image, validation.settings))
         counts += confusion(truth, enlarge_labels(found.cpu(), truth.shape), labels)
     return scores(processes.sum(counts), segmenter.classes.names).miou

@@ -36,10 +36,10 @@ from lpcam.data.dataset import (
     Skip,
     choose_classes,
     safe_id,
+    with_mask_folder,
     without_suffix,
 )
 from lpcam.data.labels import relative_name
-from lpcam.data.masks import with_mask_folder
 from lpcam.data.reader import Opened, Reader, Request, TrueMask
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.settings import Section

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lpcam.data.coco.files import listing_of
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
 from lpcam.data.dataset import BACKGROUND, IGNORE
-from lpcam.data.images import MAXIMUM_PIXELS, upright_size
+from lpcam.data.images import MAXIMUM_PIXELS, read_header, upright_size
 from lpcam.data.masks import write_mask
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, import_extra
 from lpcam.runtime.files import digest_json, read_json, write_json
@@ -150,18 +150,16 @@ def _size_fault(image: PlacedImage) -> str | None:
     """Message for an image file whose size differs from the annotations."""
     assert image.path is not None
     try:
-        height, width = upright_size(image.path)
+        header = read_header(image.path)
     except ImageError:  # reported when all images are checked
         return None
-    expected = image.size
-    if expected == (height, width):
+    expected, (height, width) = image.size, header.upright
+    # lpcam.data.pixels says which of the two it is
+    if expected in (header.size, header.upright):
         return None
-    advice = "use the image that was annotated"
-    if expected == (width, height):
-        advice = "if it was annotated without its EXIF rotation, remove that from the image"
     return (
         f"the file says {expected[0]} x {expected[1]} (height x width), the upright image is "
-        f"{height} x {width}; {advice}"
+        f"{height} x {width}; use the image that was annotated"
     )
 
 

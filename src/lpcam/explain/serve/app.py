@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lpcam.data.drawing import HEAT
-from lpcam.data.images import decode_image, limit_long_side, png_bytes
+from lpcam.data.images import Reading, decode_image, limit_long_side, png_bytes
 from lpcam.data.masks import voc_palette
 from lpcam.data.resize import scaled_size
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
@@ -119,7 +119,7 @@ def application(
         def work(data: bytes) -> bytes:
             count = len(explainer.classes)
             count = count if count <= MOST_CLASSES else MOST_CLASSES // 2
-            found = explainer.highest(_decoded(data), count)
+            found = explainer.highest(_decoded(data, explainer.reading), count)
             return bytes(JSONResponse(answer_of(found, explainer)).body)
 
         return Response(await queue.work(request, work), media_type="application/json")
@@ -128,7 +128,7 @@ def application(
         labels, threshold, method = _mask_request(request.query_params, explainer)
 
         def work(data: bytes) -> bytes:
-            found = explainer(_decoded(data), labels=labels)
+            found = explainer(_decoded(data, explainer.reading), labels=labels)
             return png_bytes(found.mask(threshold, method=method), voc_palette().tobytes())
 
         return Response(await queue.work(request, work), media_type="image/png")
@@ -239,12 +239,12 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _decoded(data: bytes) -> NDArray[np.uint8]:
+def _decoded(data: bytes, reading: Reading) -> NDArray[np.uint8]:
     """Pixels of an upload; its format and size are checked before it is decoded."""
     Image.init()
     formats = tuple(name for name in FORMATS if name in Image.OPEN)
     try:
-        return decode_image(data, "upload", formats=formats)
+        return decode_image(data, "upload", formats=formats, reading=reading)
     except ImageError as error:
         reason = str(error).partition(";")[0]
         raise RefusedError(415, f"{reason}; send a JPEG, PNG, WebP, TIFF, GIF or BMP") from None

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable
+from lpcam.data.images import USUAL, Reading
 from lpcam.formats.masks.regions import Region
 from lpcam.runtime.versions import __version__
 
@@ -25,14 +26,15 @@ MADE = f"lpcam {__version__}"
 class MaskEntry:
     """A mask to export, and its image where there is one.
 
-    ``id`` and ``file_name`` are those of :class:`lpcam.data.dataset.Item`. Without an image, its
-    name is taken to end in ``.jpg``.
+    ``id``, ``file_name`` and ``reading`` are those of :class:`lpcam.data.dataset.Item`. Without an
+    image, its name is taken to end in ``.jpg``.
     """
 
     id: str
     image: Path | None
     mask: Path
     file_name: str | None = None
+    reading: Reading = USUAL
 
     @property
     def name(self) -> str:

@@ -120,7 +120,7 @@ def export_masks(
         if isinstance(entry, Skip):
             return entry
         try:
-            size = None if entry.image is None else upright_size(entry.image)
+            size = None if entry.image is None else upright_size(entry.image, entry.reading)
             mask = read_index_mask(entry.mask, size=size)
             objects = regions(mask, classes, instances=instances)
             picture = Picture(entry, prefix + entry.name, mask, objects, classes)

@@ -29,8 +29,8 @@ class _Overlays(Format):
 
     def write(self, picture: Picture, paths: Sequence[Path]) -> None:
         assert picture.entry.image is not None  # see check
-        buffer = io.BytesIO()
-        drawn = Image.fromarray(overlay_mask(read_image(picture.entry.image), picture.mask))
+        buffer, image = io.BytesIO(), read_image(picture.entry.image, picture.entry.reading)
+        drawn = Image.fromarray(overlay_mask(image, picture.mask))
         drawn.save(buffer, "JPEG", quality=90)
         write_bytes(paths[0], buffer.getvalue())
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lpcam.data.dataset import Item
 from lpcam.data.drawing import SheetRow, choose_rows, sheet
-from lpcam.data.images import read_image
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
 from lpcam.data.reader import ListName
@@ -272,12 +271,12 @@ def _write_sheet(context: Context) -> None:
         )
         rows.append(
             SheetRow(
-                read_image(item.image),
+                item.read(),
                 context.dataset.classes.names[index],
                 cam,
                 lpcam,
                 read_index_mask(mask_path(context.folder / "seeds", item.id)),
-                None if item.mask is None else read_index_mask(item.mask),
+                None if item.mask is None else item.read_mask(),
             )
         )
     write_bytes(context.folder.sheet, sheet(rows))

@@ -14,7 +14,7 @@ from torch import Tensor
 from lpcam.classifiers.classifier import RANDOM
 from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path
 from lpcam.data.masks import read_index_mask
 from lpcam.hosts.base import Arm, Base, HostData, HostSection, View
@@ -277,7 +277,7 @@ def _map_task(context: Context, section: HostSection, arm: Arm) -> Task:
 
 def _view(context: Context, arm: Arm, item: Item) -> View:
     """An image at the size at which it is mapped, with its ternary mask (PIL nearest)."""
-    image = limit_long_side(read_image(item.image), context.recipe.maps.maximum_side)
+    image = limit_long_side(item.read(), context.recipe.maps.maximum_side)
     masks = _masks(context, arm.network)
     if masks is None:
         return View(image, item.labels, None)

@@ -14,7 +14,7 @@ import torch
 
 from lpcam.classifiers.classifier import RANDOM
 from lpcam.data.dataset import Item, Skip
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
@@ -53,7 +53,7 @@ def _picture(context: Context, item: Item, maps: Path) -> Picture:
     smaller: a dense CRF of an image of 4,000 pixels a side would take 7 GB.
     """
     found = read_maps(map_path(maps, item.id))
-    image = limit_long_side(read_image(item.image), context.recipe.maps.maximum_side)
+    image = limit_long_side(item.read(), context.recipe.maps.maximum_side)
     planes = resize(torch.from_numpy(found.high_res), image.shape[:2])
     device = context.device
     return Picture(item, found, torch.from_numpy(image).to(device), planes.to(device))

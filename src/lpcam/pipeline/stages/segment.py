@@ -12,7 +12,7 @@ import torch
 
 from lpcam.classifiers.classifier import RANDOM
 from lpcam.data.dataset import Item
-from lpcam.data.images import limit_long_side, read_image
+from lpcam.data.images import limit_long_side
 from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
 from lpcam.evaluation.scoring import row_of
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
@@ -314,7 +314,7 @@ def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) 
         crf = inference.make_crf(section.test, refine.image_memory(context))
 
         def make(item: Item) -> None:
-            whole = read_image(item.image)
+            whole = item.read()
             image = limit_long_side(whole, context.recipe.maps.maximum_side)
 
             def write(path: Path, probabilities: torch.Tensor) -> None:
@@ -364,7 +364,7 @@ def _count(context: Context, folder: Path, scored: Sequence[Item]) -> list[list[
 
     def one(item: Item) -> torch.Tensor:
         assert item.mask is not None
-        truth = truth_labels(read_index_mask(item.mask), classes)
+        truth = truth_labels(item.read_mask(), classes)
         found = truth_labels(read_index_mask(mask_path(folder, item.id)), classes)
         return confusion(truth, found, labels)
 
