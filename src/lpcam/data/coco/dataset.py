@@ -270,11 +270,13 @@ class CocoFolder(AnnotatedImages):
         wanted = {given.removesuffix(LABELLED) for given in lists or ()}
         for name, file in files.items():
             if not members[name] and (name in wanted or not members[ALL]):
+                first = file.images[0].file_name
+                last = name_parts(first)[-1:]
+                there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
                 raise DataError(
-                    f"none of the {len(file.images)} images of {file.path} is there: "
-                    f"{file.images[0].file_name!r} is in none of "
-                    f"{', '.join(map(str, image_folders(folder, name, file.path)))}; put the "
-                    "images there"
+                    f"none of the {len(file.images)} images of {file.path} is there: {first!r} is "
+                    f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
+                    f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
                 )
         notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
         if moved:

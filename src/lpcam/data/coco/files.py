@@ -129,10 +129,13 @@ def find_image(
     plain = "/".join(parts)
     for start in range(len(parts)):
         parent, name = "/".join(parts[start:-1]), parts[-1]
+        stem, dot, ending = name.rpartition(".")
+        spellings = (name, stem + dot + ending.lower(), stem + dot + ending.upper())
         found: dict[Path, Path] = {}
         for place in places:
             folder = place / parent if parent else place
-            stored = listing(folder).get(name)
+            names = listing(folder)
+            stored = next((names[one] for one in spellings if one in names), None)
             if stored is not None:
                 if not start and plain == relative_name(file_name):
                     return folder / stored, plain
