@@ -200,9 +200,11 @@ READ: dict[str, tuple[Change, list[str]]] = {
 }
 
 
-def write(root: Path, content: Any, name: str = "farm.json", folder: str = "images") -> Path:
+def write(
+    root: Path, content: Any, name: str = "farm.json", folder: str = "images", ending: str = ".png"
+) -> Path:
     for image in range(len(NAMES)):
-        path = root / folder / f"{NAMES[image]}.png"
+        path = root / folder / f"{NAMES[image]}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(truth(image) * 90).convert("RGB").save(path)
     path = root / name
@@ -215,7 +217,7 @@ def check_masks(path: Path, masks: Path, *options: str, least: float = 0.95) -> 
     assert main(["data", "masks", str(path), str(masks), *options]) == 0
     for image, name in enumerate(NAMES):
         found = read_index_mask(next(masks.rglob(f"{name}.png")))
-        for value in (0, 1, 2):
+        for value in np.unique(truth(image)):
             one, other = found == value, truth(image) == value
             assert (one & other).sum() >= least * (one | other).sum(), (name, value)
 
@@ -265,6 +267,7 @@ def test_cvat_brush_masks_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("labels.json", "data"),  # fiftyone
         ("annotations/person_keypoints_default.json", "images/default"),  # CVAT
+        ("annotations/instances_train2017.json", "train2017"),  # mmdetection
         ("result.json", "images"),  # Label Studio
         ("_annotations.coco.json", "."),  # Roboflow
     ],
@@ -284,6 +287,10 @@ def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     exif[0x0112] = 6  # stored lying, turned clockwise to be upright
     turned.save(path.parent / "images" / "a.png", exif=exif)
     check(path, tmp_path / "masks")
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    check(write(tmp_path / "farm", plain(), ending=".PNG"), tmp_path / "masks")
 
 
 @pytest.mark.parametrize("shape", [[], [[]], {}, None])
@@ -361,6 +368,14 @@ def test_what_has_several_meanings_is_refused(
     for command in (["init"], ["data", "check"]):
         assert main([*command, str(path)]) == 2
         assert phrase in capsys.readouterr().err
+
+
+def test_a_file_that_is_elsewhere_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "farm", plain(), folder="photographs")
+    assert main(["init", str(path)]) == 2
+    assert "there is " + str(tmp_path / "farm" / "photographs" / "a.png") in capsys.readouterr().err
 
 
 def test_one_of_several_files_is_not_guessed(

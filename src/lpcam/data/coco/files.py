@@ -82,19 +82,14 @@ def _list_name(path: Path) -> str:
         return path.resolve().parent.name or ALL
     if path.name == "annotations.json":
         return ALL
-    return safe_id(re.sub(r"^(instances|person_keypoints)_(?=.)", "", path.stem))
+    return safe_id(path.stem.removeprefix(_INSTANCES))
 
 
 def image_folders(root: Path, name: str, path: Path) -> tuple[Path, ...]:
     """The folders in which the images of a list with the annotation file ``path`` are searched."""
-    places = (
-        root / name,
-        root / "images" / name,
-        root / "images",
-        root / "data",
-        root,
-        path.parent,
-    )
+    images = root / "images"
+    subset = images / name.rpartition("_")[2]  # CVAT's of labels_default.json, ...
+    places = (root / name, images / name, subset, images, root / "data", root, path.parent)
     return tuple(dict.fromkeys(places))
 
 
