@@ -12,7 +12,7 @@ from torch import Tensor
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.resize import scaled_size
-from lpcam.runtime.errors import PrototypeError
+from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Source = Classifier | WrappedModel
 """A classifier that gives a feature map and the rows of its classes."""
@@ -43,7 +43,15 @@ def tensor_pyramid(
             resized = F.interpolate(
                 single(images), size=size, mode="bicubic", align_corners=False, antialias=True
             ).to(images.dtype)
-        yield features_of(source, resized, flip=flip)
+        try:
+            yield features_of(source, resized, flip=flip)
+        except ClassifierError as error:
+            if size == own:
+                raise
+            raise ClassifierError(
+                f"at scale {scale:g} ({size[0]} x {size[1]}): {error}; leave the scale out of "
+                "settings.scales"
+            ) from error
 
 
 def features_of(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import groupby, product
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.data import imagenet_info
 from torch import Tensor, nn
 
+from lpcam.classifiers.map_check import ASPECT, PLACED, Figures, MapCheck
 from lpcam.classifiers.tracing import (
     Layout,
     Linear,
@@ -28,6 +29,7 @@ from lpcam.classifiers.tracing import (
     evaluation_mode,
     first_tensor,
     flat,
+    grid_of,
     logits_of,
     misshape,
 )
@@ -35,6 +37,7 @@ from lpcam.runtime.errors import ClassifierError
 
 logger = logging.getLogger(__name__)
 Pool = Literal["mean", "token"]
+MOST_LISTED = 5  #: Number of layers that a message lists.
 MOST_PREFIX_TOKENS = 16
 """Maximum number of class, distillation and register tokens before the patches."""
 OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -46,8 +49,17 @@ OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """Functions of its logits that a model may return."""
 Candidate = tuple[MapLayer, Tensor]
 """A layer that may give the map, and its output in the recorded pass"""
-Found = tuple[Reading, Sequence[str], str]
-"""The map and the head, names of the classes, and which of OUTPUTS the model gives"""
+Traced = tuple[MapLayer, tuple[Norm, ...], Tensor]
+"""A layer of the map, the norms after its pooling, and its output"""
+
+
+class Found(NamedTuple):
+    """What the search found."""
+
+    reading: Reading  #: The map and the head
+    classes: Sequence[str]
+    output: str  #: Which of OUTPUTS the model gives
+    figures: Figures  #: Of the check of the map
 
 
 class Head(NamedTuple):
@@ -65,11 +77,13 @@ class Finder:
 
     model: nn.Module
     record: Record
-    images: Tensor
     layer: nn.Module | Callable[[Tensor], Any] | None
     given: nn.Module | Rows | None
     token: bool
     classes: Sequence[str] | None
+    check: MapCheck
+    failed: dict[str, str] = field(default_factory=dict)
+    """Layers that behave unlike a feature map, with their shapes: why"""
 
     def __post_init__(self) -> None:
         self.logits = logits_of(self.record.output)
@@ -94,11 +108,12 @@ class Finder:
                 "its logits"
             )
         for head in own:
-            if (match := self._trace(head.before, token=self.token)) is not None:
-                layer, norms, raw = match
+            for layer, norms, raw in self._trace(head.before, token=self.token):
                 reading = Reading(layer, head.linear, norms)
-                if self.record.same(reading.logits_of(raw), head.after, 1.0):
-                    return reading, self._names(head.after.shape[1]), head.output
+                if not self.record.same(reading.logits_of(raw), head.after, 1.0):
+                    break
+                if (figures := self._figures(layer, raw)) is not None:
+                    return Found(reading, self._names(head.after.shape[1]), head.output, figures)
         if self.classes is None or self.token:
             raise self._failure(heads)
         if heads:
@@ -108,7 +123,28 @@ class Finder:
                 heads[0].after.shape[1],
                 len(self.classes),
             )
-        return Reading(self._features_layer(heads), None, ()), self.classes, "features"
+        layer, figures = self._features_layer(heads)
+        return Found(Reading(layer, None, ()), self.classes, "features", figures)
+
+    def _figures(self, layer: MapLayer, raw: Tensor) -> Figures | None:
+        """Figures of a layer that behaves like a map; of a given layer in any case, with a warning.
+
+        None for another, whose failure is kept.
+        """
+        figures = self.check.figures(layer, raw)
+        if not figures.failure:
+            if not figures.is_local:
+                logger.warning("%s: %s", layer, figures)
+            return figures
+        if self.layer is not None:
+            logger.warning("the given target_layer is no feature map: %s", figures)
+            return figures
+        self._fail(layer, raw, figures.failure)
+        return None
+
+    def _fail(self, layer: MapLayer, raw: Tensor, why: str) -> None:
+        shape = raw.transpose(0, 1).shape if layer.batch_axis else raw.shape
+        self.failed.setdefault(f"{layer.name or 'its output'} {tuple(shape)}", why)
 
     def _names(self, count: int) -> Sequence[str]:
         return class_names(self.model, count) if self.classes is None else self.classes
@@ -117,13 +153,20 @@ class Finder:
         """Layers that may give the map, the last first."""
         if self.layer is not None and not isinstance(self.layer, nn.Module):
             with evaluation_mode(self.model):
-                raw = first_tensor(self.layer(self.images))
+                raw = first_tensor(self.layer(self.record.images))
             name = getattr(self.layer, "__name__", type(self.layer).__name__)
-            return _layouts(self.layer, name, 0, raw)
+            return _layouts(self.layer, name, 0, raw, len(self.record.images))
         calls = [c for c in self.record.calls[::-1] if self.layer in (None, c.module)]
         if self.layer is not None and not calls:
             raise ClassifierError("the target_layer gave no tensor when the model ran")
-        return [one for c in calls for one in _layouts(c.module, c.name, c.number, c.after)]
+        count = len(self.record.images)
+        return [
+            (replace(layer, part=c.part), raw)
+            for _, parts in groupby(calls, key=lambda c: (id(c.module), c.number))
+            # of several maps that a module gives, the smallest is the deepest
+            for c in sorted(parts, key=lambda c: 0 if c.after is None else c.after.numel())
+            for layer, raw in _layouts(c.module, c.name, c.number, c.after, count)
+        ]
 
     def _ways(self, layer: MapLayer, raw: Tensor, *, token: bool) -> Iterator[MapLayer]:
         """Ways to read a layer's output as a vector and a map, the likeliest first."""
@@ -144,9 +187,16 @@ class Finder:
         said = getattr(self.model, "num_prefix_tokens", None)
         if isinstance(said, int) and said >= least:
             return said
-        cells = {h * w for h, w in self.record.grids if h * w > 1}
-        tried = range(least, min(MOST_PREFIX_TOKENS, count - 1) + 1)
-        return next((prefix for prefix in tried if count - prefix in cells), least)
+        return next(iter(self._prefixes(count, least)), least)
+
+    def _prefixes(self, count: int, least: int = 0) -> list[int]:
+        """Numbers of prefix tokens that leave a grid of the image's shape, the likeliest first."""
+        size = self.record.size
+        cells = {h * w for h, w in self.record.grids if misshape((h, w), size) < ASPECT}
+        tried = range(least, min(MOST_PREFIX_TOKENS, count - 2) + 1)
+        seen = [prefix for prefix in tried if count - prefix in cells - {1}]
+        close = [p for p in tried if misshape(grid_of(count - p, size), size) < ASPECT / 4]
+        return seen or close
 
     def _with_stride(self, layer: MapLayer, raw: Tensor) -> MapLayer:
         """The layer with the stride of its tokens, which gives the grid for other sizes."""
@@ -154,16 +204,16 @@ class Finder:
             return layer
         return replace(layer, stride=self.record.token_stride(raw.shape[1] - layer.prefix))
 
-    def _match(self, target: Tensor, *, token: bool, length: bool = False) -> Candidate | None:
-        """The last map whose mean (or token; with ``length`` normalised) is the target (B, C)."""
+    def _matches(self, target: Tensor, *, token: bool, length: bool = False) -> Iterator[Candidate]:
+        """Maps whose mean (or token; with ``length`` normalised) is the target, the last first."""
         for layer, raw in self.candidates:
             if _channels(layer, raw) != target.shape[1]:
                 continue
             for way in self._ways(layer, raw, token=token):
                 vector = way.vector(raw)
                 if self.record.same(F.normalize(vector, dim=1) if length else vector, target):
-                    return self._with_stride(way, raw), raw
-        return None
+                    yield self._with_stride(way, raw), raw
+                    break
 
     def _heads(self) -> Iterator[Head]:
         """The given head, or linear layers whose output is the logits, the last first."""
@@ -198,18 +248,14 @@ class Finder:
             norms, vector = (*norms, norm), before
             yield vector, norms
 
-    def _trace(
-        self, vector: Tensor, *, token: bool
-    ) -> tuple[MapLayer, tuple[Norm, ...], Tensor] | None:
-        """The map whose mean (or token) the vector is, the norms between, the layer's output."""
+    def _trace(self, vector: Tensor, *, token: bool) -> Iterator[Traced]:
+        """Maps whose mean (or token) the vector is, the last first."""
         for target, norms in self._back(vector):
-            if (match := self._match(target, token=token)) is not None:
-                return match[0], norms, match[1]
+            for layer, raw in self._matches(target, token=token):
+                yield layer, norms, raw
             if not token and all(norm.kind == "affine" for norm in norms):
-                match = self._match(target, token=False, length=True)
-                if match is not None:
-                    return match[0], (*norms, Norm("length")), match[1]
-        return None
+                for layer, raw in self._matches(target, token=False, length=True):
+                    yield layer, (*norms, Norm("length")), raw
 
     def _find_for_tensors(self, weight: Tensor, bias: Tensor | None) -> Found:
         """The last map on which given rows give the model's logits; else the given layer."""
@@ -232,8 +278,9 @@ class Finder:
         for norms in ((), (Norm("length"),)) if comparable else ():
             for layer, raw in fitting:
                 output = self._output(Reading(layer, head, norms).logits_of(raw), 1.0)
-                if output is not None:
-                    return Reading(self._with_stride(layer, raw), head, norms), names, output
+                way = self._with_stride(layer, raw)
+                if output is not None and (figures := self._figures(way, raw)) is not None:
+                    return Found(Reading(way, head, norms), names, output, figures)
         if self.layer is None:
             raise ClassifierError(
                 f"the given weight {tuple(weight.shape)} does not give the model's logits on the "
@@ -250,29 +297,85 @@ class Finder:
                 "%d logits; it is used as a head beside the model's",
                 count,
             )
-        return Reading(self._with_stride(*fitting[0]), head, ()), names, "features"
+        ways = [(self._with_stride(layer, raw), raw) for layer, raw in fitting]
+        checked = [(way, self.check.figures(way, raw)) for way, raw in ways]
+        layer, figures = max(checked, key=lambda one: not one[1].failure)
+        return Found(Reading(layer, head, ()), names, "features", figures)
 
-    def _features_layer(self, heads: Sequence[Head]) -> MapLayer:
-        """The map for a new head: that of a head's input or of the output; else the last map."""
-        for vector in (*(head.before for head in heads), flat(first_tensor(self.record.output))):
-            if vector is None:
-                continue
-            match = self._trace(vector, token=False) or self._trace(vector, token=True)
-            if match is not None:
-                return replace(match[0], token=None)
-        said = str(getattr(self.model, "output_fmt", "NCHW"))
-        for layer, raw in self.candidates:
-            if self.layer is None and "Adaptive" in type(layer.layer).__name__:
-                continue  # its grid is the same for every image
-            if layer.layout == "tokens":
-                return self._with_stride(next(self._ways(layer, raw, token=False)), raw)
-            # of two layouts the one whose grid has the shape of the image
-            last, first = (misshape(g, self.record.size) for g in (raw.shape[1:3], raw.shape[2:]))
-            if (layer.layout == "NHWC") == (said.endswith("NHWC") or last < first):
-                return layer
-        raise ClassifierError(
-            f"no feature map was found in {type(self.model).__name__}: no layer gives one (B, "
-            "C, h, w), with channels last or as tokens; pass target_layer="
+    def _features_layer(self, heads: Sequence[Head]) -> tuple[MapLayer, Figures]:
+        """The map for a new head: that of a head's input or of the output; else the deepest.
+
+        The deepest layer is taken that behaves like a map and through which all passes that the
+        model's output tells of an image.
+        """
+        vectors = [*(head.before for head in heads), flat(first_tensor(self.record.output))]
+        for vector in (one for one in vectors if one is not None):
+            for token in (False, True):
+                for layer, _, raw in self._trace(vector, token=token):
+                    figures = self._figures(layer, raw)
+                    # a mean is one of places; a token need not belong to a map
+                    if figures is not None and not (token and figures.locality < PLACED):
+                        return replace(layer, token=None), figures
+        if self.layer is not None:
+            return self._given_layer()
+        mixed: tuple[MapLayer, Figures] | None = None
+        # A head on a linear function of each cell is one on the cells, which tell more.
+        for linear in (False, True):
+            for layer, raw in self.candidates:
+                if self._is_linear(layer) != linear or (best := self._best(layer, raw)) is None:
+                    continue
+                if best[1].locality < PLACED:
+                    mixed = mixed or (best if self.check.carries(best[0]) else None)
+                elif self.check.carries(best[0]):
+                    return best
+                else:
+                    self._fail(layer, raw, "the model's output does not depend on it alone")
+        if mixed is None:
+            raise self._no_map()
+        return mixed
+
+    def _is_linear(self, layer: MapLayer) -> bool:
+        weight = getattr(layer.layer, "weight", None)
+        return isinstance(weight, Tensor) and weight.ndim >= 2 and weight[0, 0].numel() == 1
+
+    def _readings(self, layer: MapLayer, raw: Tensor) -> list[MapLayer]:
+        """Ways to read a layer's output as a map, whatever reads it."""
+        if layer.layout != "tokens":
+            return [layer]
+        prefixes = self._prefixes(raw.shape[1])
+        return [self._with_stride(replace(layer, prefix=p), raw) for p in prefixes[:3]]
+
+    def _best(self, layer: MapLayer, raw: Tensor) -> tuple[MapLayer, Figures] | None:
+        """The way to read a layer's output that is most local, if it behaves like a map."""
+        ways = [(way, self.check.figures(way, raw)) for way in self._readings(layer, raw)]
+        maps = [(way, figures) for way, figures in ways if not figures.failure]
+        if not maps:
+            why = ways[0][1].failure if ways else "its tokens fill no grid of the image's shape"
+            self._fail(layer, raw, why)
+            return None
+        return max(maps, key=lambda one: one[1].locality)
+
+    def _given_layer(self) -> tuple[MapLayer, Figures]:
+        """The given layer in the layout that behaves most like a map, with a warning if none."""
+        ways = [
+            (way, raw, self.check.figures(way, raw))
+            for layer, raw in self.candidates
+            for way in self._readings(layer, raw) or [self._with_stride(layer, raw)]
+        ]
+        if not ways:
+            raise self._no_map()
+        way, raw, _ = max(ways, key=lambda one: (not one[2].failure, one[2].locality))
+        figures = self._figures(way, raw)
+        assert figures is not None
+        return way, figures
+
+    def _no_map(self) -> ClassifierError:
+        name = type(self.model).__name__
+        seen = [f"{layer}: {why}" for layer, why in self.failed.items()]
+        listed = "; ".join(seen[:MOST_LISTED]) or "no layer gives a tensor of 3 or 4 axes"
+        return ClassifierError(
+            f"no feature map was found in {name}: {listed}. Pass target_layer= (the name of one of "
+            "these or an earlier layer, or a function from images to the map) if you know it"
         )
 
     def _failure(self, heads: Sequence[Head]) -> ClassifierError:
@@ -290,12 +393,18 @@ class Finder:
             return ClassifierError(
                 f"{start} does not read a class token; leave pool= out, or pass {new}"
             )
-        if (token := self._trace(vector, token=True)) is not None:
+        if (token := next(self._trace(vector, token=True), None)) is not None:
             return ClassifierError(
                 f"{start} reads the class token (token {token[0].token} of {token[0].name}), so "
                 "its logits are not linear in the mean of a feature map. "
                 'Pass pool="token" to take its rows on the patch tokens, or classes=[...] to fit a '
                 "new linear head on the mean of the patch tokens"
+            )
+        if self.failed:
+            layer, why = next(iter(self.failed.items()))
+            return ClassifierError(
+                f"{start} reads the mean of {layer}, which is no feature map: {why}. Pass "
+                f"target_layer= to use it nevertheless, or {new}"
             )
         where = "the given target_layer" if self.layer is not None else "any feature map"
         return ClassifierError(
@@ -306,10 +415,16 @@ class Finder:
         )
 
 
-def _layouts(layer: Any, name: str, number: int, raw: Tensor | None) -> list[Candidate]:
-    """Layouts in which a layer's output can be read as a map of more than one cell."""
-    if raw is None or not raw.is_floating_point():
+def _layouts(layer: Any, name: str, number: int, raw: Tensor | None, count: int) -> list[Candidate]:
+    """Layouts in which a layer's output for ``count`` images can be a map of several cells."""
+    if raw is None or not raw.is_floating_point() or raw.ndim not in (3, 4):
         return []
+    if raw.shape[0] != count:
+        if raw.ndim != 3 or raw.shape[1] != count or raw.shape[0] < 2:
+            return []
+        return [
+            (MapLayer(layer, name, number, "tokens", batch_axis=1), raw.float().transpose(0, 1))
+        ]
     layouts: list[Layout] = []
     if raw.ndim == 4 and min(raw.shape[1:]) > 0:
         if raw.shape[2:].numel() > 1:

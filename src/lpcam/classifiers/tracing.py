@@ -5,13 +5,14 @@ All are recognised by their numbers, not by the name of their class.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from threading import get_ident
 from typing import Any, Literal
 
@@ -118,15 +119,38 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((t.dtype for t in floats), torch.float32)
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module gave, or the first one of a list, tuple or mapping."""
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensor that a module gave, or those of a list, tuple or mapping in their order."""
     if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_of(one)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first of :func:`tensors_of`."""
+    return next(tensors_of(value), None)
+
+
+def replaced(value: Any, index: int, function: Callable[[Tensor], Tensor]) -> Any:
+    """The value with ``function`` of the ``index``-th of its tensors in that tensor's place."""
+    if isinstance(value, Tensor):
+        return function(value) if index == 0 else value
+    if not isinstance(value, (list, tuple, Mapping)):
         return value
+    keys = list(value) if isinstance(value, Mapping) else range(len(value))
+    changed: dict[Any, Any] = {}
+    for key in keys:
+        changed[key] = replaced(value[key], index, function)
+        index -= len(list(tensors_of(value[key])))
     if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return next((found for one in value if (found := first_tensor(one)) is not None), None)
-    return None
+        twin: Any = copy.copy(value)
+        for key, one in changed.items():
+            twin[key] = one
+        return twin
+    items = changed.values()
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -158,6 +182,7 @@ class Call:
     number: int
     before: Tensor | None
     after: Tensor | None
+    part: int = 0  #: Which of the tensors that the module gave ``after`` is
 
     def __str__(self) -> str:
         return f"{self.name or 'the model'} ({type(self.module).__name__})"
@@ -169,12 +194,12 @@ class Record:
 
     calls: tuple[Call, ...]
     output: Any
-    size: tuple[int, int]  #: (H, W) of the images
+    images: Tensor
     grids: tuple[tuple[int, int], ...]  #: (h, w) of every map, the last first
     tolerance: float
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record:
+    def of(cls, model: nn.Module, images: Tensor, always: Sequence[nn.Module] = ()) -> Record:
         """Pass images (B, c, H, W) through a model; outputs of ``always`` are kept in any case."""
         calls: list[Call] = []
         maps: deque[int] = deque()
@@ -184,22 +209,23 @@ class Record:
 
         def hook(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal tolerance
-            before, after = first_tensor((args, list(kwargs.values()))), first_tensor(output)
+            before = first_tensor((args, list(kwargs.values())))
             number = counts[module]
             counts[module] += 1
-            if after is None:
-                return
-            tolerance = max(tolerance, COARSE.get(after.dtype, 0.0))
-            if after.ndim == 4:
-                _, a, b, c = after.shape
-                grids.extend(((b, c), (a, b)))
-            calls.append(Call(name, module, number, before, after))
-            if module in always or (flat(after) is not None and after.ndim != 3):
-                return
-            maps.append(len(calls) - 1)
-            if len(maps) > KEPT_MAPS:
-                old = maps.popleft()
-                calls[old] = replace(calls[old], before=None, after=None)
+            for part, after in enumerate(tensors_of(output)):
+                tolerance = max(tolerance, COARSE.get(after.dtype, 0.0))
+                if after.ndim == 4:
+                    _, a, b, c = after.shape
+                    grids.extend(((b, c), (a, b)))
+                elif part and after.ndim != 3:
+                    continue
+                calls.append(Call(name, module, number, before, after, part))
+                if module in always or (flat(after) is not None and after.ndim != 3):
+                    continue
+                maps.append(len(calls) - 1)
+                if len(maps) > KEPT_MAPS:
+                    old = maps.popleft()
+                    calls[old] = replace(calls[old], before=None, after=None)
 
         with evaluation_mode(model), ExitStack() as hooks:
             for name, module in model.named_modules():
@@ -207,8 +233,12 @@ class Record:
                 hooks.enter_context(module.register_forward_hook(called, with_kwargs=True))
             with torch.autocast(images.device.type, enabled=False):
                 output = model(images)
-        size = (images.shape[-2], images.shape[-1])
-        return cls(tuple(calls), output, size, tuple(grids[::-1]), tolerance)
+        return cls(tuple(calls), output, images, tuple(grids[::-1]), tolerance)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return self.images.shape[-2], self.images.shape[-1]
 
     def same(self, one: Tensor | None, other: Tensor | None, least: float = 0.0) -> bool:
         """Whether tensors agree up to rounding, relative to their maximum (at least ``least``)."""
@@ -246,11 +276,22 @@ class MapLayer:
     stride: tuple[float, float] = (1.0, 1.0)
     relu: bool = False
     token: int | None = None  #: Prefix token that the head reads; None: it reads the mean
+    part: int = 0  #: Which of the tensors that the layer gives
+    batch_axis: int = 0  #: 1 for tokens that come before the images
+
+    def batch_first(self, output: Any) -> Tensor:
+        """The tensor of the map in what the layer gave, with the images first."""
+        found = next(islice(tensors_of(output), self.part, None), None)
+        if found is None:
+            raise ClassifierError(
+                f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
+                "model has changed since it was wrapped, wrap it again"
+            )
+        return found.transpose(0, 1) if self.batch_axis else found
 
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
         outputs: list[Any] = []
-
         thread = get_ident()
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -263,12 +304,7 @@ class MapLayer:
                     model(images)
             else:
                 outputs.append(self.layer(images))
-        found = first_tensor(outputs[self.number :])
-        if found is None:
-            raise ClassifierError(
-                f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
-                "model has changed since it was wrapped, wrap it again"
-            )
+        found = self.batch_first(outputs[self.number :][:1])
         return found if found.dtype == torch.float64 else found.float()
 
     def vector(self, raw: Tensor) -> Tensor:
@@ -290,7 +326,9 @@ class MapLayer:
         how = {"NCHW": "", "NHWC": ", channels last", "tokens": ", tokens on their grid"}
         after = " after ReLU" if self.relu else ""
         dropped = f" without {self.prefix} prefix tokens" if self.prefix else ""
-        return f"{self.name or 'the output of the model'}{after}{how[self.layout]}{dropped}"
+        part = f"[{self.part}]" if self.part else ""
+        first = ", tokens before images" if self.batch_axis else how[self.layout]
+        return f"{self.name or 'the output of the model'}{part}{after}{first}{dropped}"
 
 
 def grid_of(

@@ -7,21 +7,20 @@ the vector that it reads, and to the feature map whose mean (or class token) tha
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpcam.classifiers.map_check import Figures, MapCheck
+from lpcam.classifiers.probing import probe, quantised, refuse_compiled_form
 from lpcam.classifiers.search import Finder, Pool
 from lpcam.classifiers.tracing import (
     Linear,
     Reading,
-    Record,
     device_of,
     dtype_of,
     unwrap,
@@ -34,10 +33,6 @@ from lpcam.runtime.files import digest_tensors
 Layer = str | nn.Module
 TargetLayer = Layer | Callable[[Tensor], Any]
 Head = Layer | tuple[Tensor, Tensor | None]
-PROBE_SIZES = ((97, 131), (104, 136), (112, 144), (98, 126), (96, 160), (224, 448))
-"""Sizes (H, W) tried in turn. The common divisor (1, 8, 16, 14, 32, 224) of the first one that the
-model takes is the number that its sides must be multiples of."""
-FALLBACK_SIDE = 224  #: Side tried last, for models that do not state their size.
 
 
 @dataclass(eq=False, repr=False)
@@ -58,6 +53,7 @@ class WrappedModel(Reading):
     """(H, W) of the only images that the model takes; None if it takes other sizes."""
     multiple: int  #: Number that the sides of an image must be multiples of.
     probe_size: tuple[int, int]  #: (H, W) of the random images of the search.
+    figures: Figures  #: Of the check that the map is local.
     new_head: bool = False  #: Whether the head comes from :meth:`with_head`.
 
     def __repr__(self) -> str:
@@ -68,11 +64,11 @@ class WrappedModel(Reading):
     def found(self) -> str:
         """Description of the layers that give the map and the logits, and of what lies between."""
         if self.head is None:
-            return f"map: {self.map_layer}; no head for the given classes yet"
+            return f"map: {self.map_layer}; {self.figures}; no head for the given classes yet"
         token = self.map_layer.token
         read = "pooled by its mean" if token is None else f"token {token} of it read"
         between = "".join(f", then {norm}" for norm in reversed(self.norms))
-        parts = [f"map: {self.map_layer}", read + between]
+        parts = [f"map: {self.map_layer}", str(self.figures), read + between]
         parts.append(f"head: {'a new linear layer' if self.new_head else self.head}")
         if self.output not in ("logits", "features"):
             parts.append(f"the model gives the {self.output} of its logits")
@@ -169,6 +165,7 @@ class WrappedModel(Reading):
         layer, head = self.map_layer, self.head
         fields = ("layout", "prefix", "stride", "relu", "token")
         place: dict[str, Any] = {field: getattr(layer, field) for field in fields}
+        place |= {n: v for n in ("part", "batch_axis") if (v := getattr(layer, n))}
         if isinstance(layer.layer, nn.Module):
             place |= {"layer": layer.name, "call": layer.number}
         else:
@@ -255,32 +252,39 @@ def wrap(
         >>> layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
         >>> wrapped = wrap(nn.Sequential(*layers), classes=["cat", "dog"])
         >>> wrapped.found
-        'map: 0; pooled by its mean; head: 3 (Linear)'
+        'map: 0; locality over 1000; pooled by its mean; head: 3 (Linear)'
         >>> wrapped.features(torch.rand(1, 3, 12, 16)).shape
         torch.Size([1, 8, 10, 14])
     """
-    if not isinstance(model, nn.Module):
-        raise ClassifierError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    refuse_compiled_form(model)
     if pool not in (None, "mean", "token"):
         raise ClassifierError(f"pool must be 'mean' or 'token', got {pool!r}")
     core = unwrap(model)
+    refuse_compiled_form(core)
     layer = _layer(core, target_layer, "target_layer")
     given = head if isinstance(head, tuple) else _layer(core, head, "head")
     always = [one for one in (layer, given) if isinstance(one, nn.Module)]
     device = device_of(core)
     on_gpu = without_tf32() if device.type == "cuda" else nullcontext()
     with without_grad_and_autocast(device), on_gpu:
-        record, images, fixed, multiple = _probe(core, example, always)
-        finder = Finder(core, record, images, layer, given, pool == "token", classes)
-        reading, names, output = finder.find()
+        probed = probe(core, example, always)
+        images, check = probed.record.images, MapCheck(core, probed)
+        finder = Finder(core, probed.record, layer, given, pool == "token", classes, check)
+        try:
+            found = finder.find()
+        except ClassifierError as error:
+            if why := quantised(core):
+                raise ClassifierError(f"{error}. {why}") from None
+            raise
     return WrappedModel(
-        **vars(reading),
+        **vars(found.reading),
         model=model,
-        classes=tuple(names),
-        output=output,
+        classes=tuple(found.classes),
+        output=found.output,
+        figures=found.figures,
         channels_in=images.shape[1],
-        fixed_size=fixed,
-        multiple=multiple,
+        fixed_size=probed.fixed_size,
+        multiple=probed.multiple,
         probe_size=_size(images),
     )
 
@@ -301,68 +305,6 @@ def _layer(model: nn.Module, given: Any, argument: str) -> Any:
         hint = f"; similar names are {', '.join(near)}" if near else ""
         raise ClassifierError(f"the model has no layer {given!r} for {argument}{hint}")
     return modules[given]
-
-
-def _stated_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Sizes (H, W) that a model states, the surest first, then FALLBACK_SIDE."""
-    stated = [
-        getattr(getattr(model, "patch_embed", None), "img_size", None),
-        getattr(getattr(model, "config", None), "image_size", None),
-        getattr(model, "image_size", None),
-        (getattr(model, "pretrained_cfg", None) or {}).get("input_size"),
-        FALLBACK_SIDE,
-    ]
-    pairs = [(side, side) if isinstance(side, int) else side for side in stated]
-    return [(p[-2], p[-1]) for p in pairs if isinstance(p, (list, tuple)) and len(p) >= 2]
-
-
-def _probe(
-    model: nn.Module, example: Tensor | tuple[int, int] | None, always: Sequence[nn.Module]
-) -> tuple[Record, Tensor, tuple[int, int] | None, int]:
-    """A recorded pass of two random images, the only size the model takes, and the multiple."""
-    first_layers = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    said = int(getattr(getattr(model, "config", None), "num_channels", 3))
-    channels = next(first_layers, said)
-    if isinstance(example, Tensor):
-        if example.ndim not in (3, 4):
-            raise ClassifierError(
-                f"expected example images (B, c, H, W), got {tuple(example.shape)}"
-            )
-        channels, example = example.shape[-3], _size(example)
-    sizes = [*PROBE_SIZES, *_stated_sizes(model)] if example is None else [example]
-    failures: list[Exception] = []
-    for size in sizes:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, channels, *size, generator=generator)
-        images = images.to(device_of(model), dtype_of(model))
-        record = _recorded(model, images, always)
-        if isinstance(record, Exception):
-            failures.append(record)
-            continue
-        if example is None:
-            fixed, multiple = (None, math.gcd(*size)) if size in PROBE_SIZES else (size, 1)
-            return record, images, fixed, multiple
-        for other in (*PROBE_SIZES, (2 * size[0], 2 * size[1])):
-            resized = F.interpolate(images.float(), size=other).to(images)
-            if isinstance(_recorded(model, resized, ()), Record):
-                return record, images, None, math.gcd(*(other if other in PROBE_SIZES else size))
-        return record, images, size, 1
-    tried, error = ", ".join(f"{h} x {w}" for h, w in sizes), failures[0]
-    raise ClassifierError(
-        f"the model {type(model).__name__} took no image of {channels} channels; tried were {tried}"
-        f". The first error was {type(error).__name__}: {' '.join(str(error).split()):.300}. Give "
-        "example= images that it takes, or their size (H, W)"
-    ) from error
-
-
-def _recorded(model: nn.Module, images: Tensor, always: Sequence[nn.Module]) -> Record | Exception:
-    """A recorded pass; the error of a model that does not take images of this size."""
-    try:
-        return Record.of(model, images, always)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model may refuse a size in any way
-        return error
 
 
 def _size(images: Tensor) -> tuple[int, int]:

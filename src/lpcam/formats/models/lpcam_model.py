@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
-from lpcam.classifiers.tracing import device_of, first_tensor
+from lpcam.classifiers.tracing import device_of
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.method.extractors import LPCAM
@@ -357,7 +357,7 @@ class _WrappedFeatures(nn.Module):
         self.wrapped = copy.deepcopy(wrapped)
         self.model = self.wrapped.core
         self.source = self.wrapped.map_layer
-        self.kept: list[Tensor | None] = []
+        self.kept: list[Any] = []
         layer = self.source.layer
         if isinstance(layer, nn.Module):
             layer.register_forward_hook(self._keep)  # a method: copies of this module copy it too
@@ -377,18 +377,17 @@ class _WrappedFeatures(nn.Module):
         if isinstance(layer, nn.Module):
             self.kept.clear()
             self.model(images)
-            raw = self.kept[self.source.number]
+            raw = self.source.batch_first(self.kept[self.source.number])
             self.kept.clear()
         else:
-            raw = first_tensor(layer(images))
-        assert raw is not None
+            raw = self.source.batch_first(layer(images))
         features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
         if self.source.token is None:
             return features
         return features, self.wrapped.divided(self.source.vector(raw))
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.kept.append(first_tensor(output))
+        self.kept.append(output)
 
 
 def _given_backbone(
