@@ -50,17 +50,17 @@ def touch(root: Path, names: Iterable[str]) -> None:
 
 def test_names_are_paths_below_the_folder(folder: Path, tmp_path: Path) -> None:
     touch(folder, [".hidden/x.png", ".y.png", "out/masks/a.png", "Z.JPEG"])
-    images = find_images([folder], folder / "out").images
+    images = dict(find_images([folder], folder / "out").images)
     assert list(images) == ["Z", "a", "b", "barn/c", "broken"]
     assert images["barn/c"] == folder / "barn" / "c.png"
-    both = find_images([folder / "barn" / "c.png", folder], folder / "out").images
+    both = dict(find_images([folder / "barn" / "c.png", folder], folder / "out").images)
     assert list(both) == ["c", "Z", "a", "b", "broken"]  # each image once
 
 
 def test_equal_names_keep_their_endings_or_are_numbered(tmp_path: Path) -> None:
     touch(tmp_path, ["1/a.png", "1/a.jpg", "1/A.gif", "2/a.png", "2/b.png", "3/a.png-2.bmp"])
     sources = [tmp_path / "1", tmp_path / "2", tmp_path / "3"]
-    found = find_images(sources, tmp_path / "out").images
+    found = dict(find_images(sources, tmp_path / "out").images)
     names = {name: path.relative_to(tmp_path).as_posix() for name, path in found.items()}
     assert names == {
         "A.gif": "1/A.gif",
@@ -75,7 +75,7 @@ def test_equal_names_keep_their_endings_or_are_numbered(tmp_path: Path) -> None:
 def test_names_that_no_file_system_takes_and_sources_that_are_none(tmp_path: Path) -> None:
     touch(tmp_path, ['we"ird\n\\?.png', f"{'ü' * 120}.png", "out/masks/a.png"])
     (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes(b"")
-    names = list(find_images([tmp_path], tmp_path / "out").images)
+    names = list(dict(find_images([tmp_path], tmp_path / "out").images))
     assert {"we_ird___", "latin\ufffd"} <= set(names)
     assert all(len(name.encode()) <= 160 for name in names)
     (tmp_path / "empty").mkdir()

@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lpcam.data.dataset import Skip, skip_lines
-from lpcam.data.image_files import how_to_convert, list_images
+from lpcam.data.image_files import FolderFiles, how_to_convert, list_images
 from lpcam.data.images import IMAGE_SUFFIXES, has_pages, pages_notice
 from lpcam.runtime.errors import ArtefactError, DataError, PrototypeError
 from lpcam.runtime.files import digest_bytes, printable, read_json, write_json
@@ -63,15 +63,7 @@ class ImageResults:
         return "\n".join(lines)
 
 
-class ImageFiles(NamedTuple):
-    """What :func:`find_images` finds."""
-
-    images: Mapping[str, Path]  #: Image files by the names of their outputs.
-    unread: Sequence[dict[str, str]]  #: ``image`` and ``reason`` of files that are not read.
-    notices: tuple[str, ...]  #: What else is in the folders, with counts.
-
-
-def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
+def find_images(sources: Iterable[Path], output: Path) -> FolderFiles:
     """Image files by the names of their outputs: the path below its folder without the extension.
 
     Folders are searched recursively, without hidden files and ``output``. Images that would share a
@@ -79,7 +71,7 @@ def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
     files: dict[Path, tuple[str, Path]] = {}
-    unread: dict[Path, str] = {}
+    skipped: list[Skip] = []
     notices: list[str] = []
     sources = list(sources)
     for source in sources:
@@ -87,7 +79,7 @@ def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
             listed = list_images(source, [output])
             for _, path in listed.images:
                 files.setdefault(path.resolve(), (path.relative_to(source).as_posix(), path))
-            unread |= {source / skip.id: skip.reason for skip in listed.unread}
+            skipped += (Skip(printable(source / skip.id), skip.reason) for skip in listed.unread)
             notices += listed.notices
         elif not source.is_file():
             raise DataError(f"there is no image or folder {source}")
@@ -97,10 +89,9 @@ def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
                 "choose another --output"
             )
         elif reason := how_to_convert(source.name):
-            unread[source] = reason
+            skipped.append(Skip(printable(source), reason))
         else:
             files.setdefault(source.resolve(), (source.name, source))
-    skipped = [Skip(printable(path), reason) for path, reason in unread.items()]
     if not files:
         raise DataError(
             f"there is no image below {', '.join(map(str, sources))}; files with the endings "
@@ -121,8 +112,7 @@ def find_images(sources: Iterable[Path], output: Path) -> ImageFiles:
             name += next(end for end in tries if f"{name}{end}".casefold() not in taken)
             taken.add(name.casefold())
         names[name] = path
-    left = [{"image": skip.id, "reason": skip.reason} for skip in skipped]
-    return ImageFiles(names, left, tuple(notices))
+    return FolderFiles(tuple(names.items()), tuple(skipped), tuple(notices))
 
 
 def read_index(path: Path, command: str) -> dict[str, Any] | None:
@@ -138,7 +128,7 @@ def read_index(path: Path, command: str) -> dict[str, Any] | None:
 
 
 def process_images(
-    files: ImageFiles,
+    files: FolderFiles,
     output: Path,
     make: Callable[[str, Path], dict[str, Any]],
     kind: OutputKind,
@@ -153,7 +143,7 @@ def process_images(
     ``make`` writes the outputs of an image, given its name and file, and returns its findings. Only
     outputs of earlier calls for the same images are replaced; ArtefactError if others would be.
     """
-    images, path = files.images, output / kind.index
+    images, path = dict(files.images), output / kind.index
     earlier = read_index(path, kind.command) or {"images": {}}
     outputs = _outputs_by_image(output, kind.forms)
     foreign = [file for name in images if name not in earlier["images"] for file in outputs[name]]
@@ -169,7 +159,7 @@ def process_images(
         "kind": kind.command,
         "command": command,
         "made_by": made_by,
-        "skipped": [*files.unread],
+        "skipped": [{"image": skip.id, "reason": skip.reason} for skip in files.unread],
         "notices": list(files.notices),
         "images": {**earlier["images"], **{n: printable(file) for n, file in images.items()}},
     }

@@ -74,7 +74,7 @@ def explain_files(
     if labels is not None:
         explainer.indices(labels)
     files = find_images(sources, output)
-    rows: dict[str, list[SheetRow]] = {name: [] for name in list(files.images)[:SHEET_ROWS]}
+    rows: dict[str, list[SheetRow]] = {name: [] for name, _ in files.images[:SHEET_ROWS]}
 
     def make(name: str, path: Path) -> dict[str, Any]:
         maps = explainer(path, labels=labels, name=name, **options)
