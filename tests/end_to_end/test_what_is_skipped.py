@@ -215,7 +215,7 @@ def test_a_run_without_negatives_warns(
     recipe = ["run", str(root / "recipe.yaml"), *SMALL, "--run.folder"]
     capsys.readouterr()
     assert main([*recipe, str(tmp_path / "run")]) == 0
-    assert "warning: every image shows the class" in capsys.readouterr().out
+    assert "warning: there are no negatives" in capsys.readouterr().out
     assert "every image shows" in caplog.records[0].getMessage()  # before the first stage
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Warnings" in page and "no negatives" in page

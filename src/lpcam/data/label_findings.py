@@ -34,9 +34,9 @@ def label_findings(
     if everywhere := sets.pop(frozenset(range(len(items))), None):
         yield Finding(
             "no negatives",
-            f"{where}every image shows the class named here, so there are no negatives: nothing "
-            "tells where the object is, the loss becomes 0, the mAP 1, and seeds cover whole "
-            "images. Add images that show none of the classes, with an empty cell in labels.csv",
+            f"{where}there are no negatives, so that the loss becomes 0, the mAP 1, and seeds "
+            "cover whole images (add images that show none of the classes, with an empty cell in "
+            "labels.csv); classes that every image shows",
             tuple(everywhere),
         )
     lack = {name: len(items) - len(rows) for rows, names in sets.items() for name in names}
