@@ -109,10 +109,11 @@ def test_hidden_files_and_folders_are_counted(tmp_path: Path) -> None:
 
 
 def test_images_that_nothing_names(tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.png", "c.heic"):
+    for name in ("a.jpg", "b.png", "c.heic", ".d.jpg", "e.txt"):
         save(tmp_path / name, ".jpg")
-    assert "2 (b.png, c.heic)" in unnamed(tmp_path, [tmp_path / "a.jpg"], "no annotation")[0]
-    assert unnamed(tmp_path, list(tmp_path.iterdir()), "no annotation") != ()
+    (notice,) = unnamed([tmp_path / "a.jpg"], "no annotation")
+    assert "no annotation names: 2 (b.png, c.heic)" in notice
+    assert unnamed(tmp_path.iterdir(), "no annotation") == ()
 
 
 def test_a_file_called_image_is_not_given_to_another_program(tmp_path: Path) -> None:

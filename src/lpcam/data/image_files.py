@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -84,17 +84,17 @@ def list_images(
     return FolderFiles(tuple(images), tuple(unread), tuple(str(text) for text in notices if text))
 
 
-def unnamed(folder: Path, named: Collection[Path], by: str) -> tuple[str, ...]:
-    """Notices of images below a folder that nothing names, and of its other files.
-
-    ``by`` says what would name them, such as "no annotation".
-    """
-    found = list_images(folder)
+def unnamed(named: Iterable[Path], by: str) -> tuple[str, ...]:
+    """A notice of images beside others that nothing names; ``by`` says what would name them."""
     known = {*named}
-    names = [name for name, path in found.images if path not in known]
-    names += [skip.id for skip in found.unread]
-    text = f"images of {folder} that {by} names: {len(names)} ({shortened(names)})"
-    return (*[text] * bool(names), *found.notices)
+    found = (path for folder in {p.parent for p in known} for path in folder.iterdir())
+    names = [
+        path.name
+        for path in sorted(path for path in found if path not in known)
+        if not path.name.startswith(".")
+        and (ending_of(path.name) in IMAGE_SUFFIXES or how_to_convert(path.name))
+    ]
+    return (f"images that {by} names: {len(names)} ({shortened(names)})",) * bool(names)
 
 
 def _walk(folder: Path, ignored: Collection[Path]) -> tuple[list[tuple[str, Path]], list[str]]:

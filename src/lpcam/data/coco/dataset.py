@@ -39,6 +39,7 @@ from lpcam.data.dataset import (
     with_mask_folder,
     without_suffix,
 )
+from lpcam.data.image_files import unnamed
 from lpcam.data.labels import relative_name
 from lpcam.data.reader import Opened, Reader, Request, TrueMask
 from lpcam.runtime.errors import DataError, shortened
@@ -111,7 +112,11 @@ class AnnotatedImages:
             lists={name: tuple(ids) for name, ids in lists.items()},
             label_source=label_source,
             skipped=tuple(skipped),
-            notices=(*notices, *_notices(files, table.names, items)),
+            notices=(
+                *notices,
+                *unnamed((i.image for i in items.values()), "no annotation that was read"),
+                *_notices(files, table.names, items),
+            ),
         )
 
     def with_masks(
