@@ -116,8 +116,9 @@ def test_regions_and_choices(
             {"image": "b.jpg", "id": 2, "tag": "dog", "annotator": 1, "annotation_id": 2},
             {"image": "1a2b3c4d-a.jpg", "id": 1, "annotator": 1, "tag": [value]},
             {"image": "c.jpg", "id": 3, "annotator": 1, "annotation_id": 3},
+            {"image": "d.jpg", "id": 4, "annotator": None, "annotation_id": None},
         ]
-    path = write(tmp_path / "farm", tasks, "images/a.jpg", "images/b.jpg", "images/c.jpg")
+    path = write(tmp_path / "farm", tasks, *(f"images/{n}.jpg" for n in "abcd"))
     assert main(["init", str(path), "--weights", "random"]) == 0
     main(["data", "check", str(path.parent), "--no-estimate"])
     assert "3 images" in capsys.readouterr().out
@@ -211,6 +212,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "two tags": ("--classes", [task(COW, result("choices", {}, "blurred", tag="quality"))]),
     "broken": ("task 1", [task(result("polygonlabels", {"points": [[1, "a"]] * 3}, "cow"))]),
     "no image": ("gone.jpg", [task(COW, image="gone.jpg")]),
+    "no result": ("task 1", [task(annotations=[{"result": ["cow"]}])]),
     "no name": ("task 1", [task(result("choices", {}, 5))]),
 }
 

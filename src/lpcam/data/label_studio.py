@@ -34,12 +34,13 @@ from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.settings import Section
 
-_TASKS = re.compile(rb'\s*\[\s*\{.*"(completions|annotation_id|was_cancelled|\w+labels)"\s*:', re.S)
-_DATA = re.compile(rb'\s*\[\s*\{.*"data"\s*:\s*\{', re.S)
+_LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+_MARKS = re.compile(rb'"(completions|annotation_id|was_cancelled|\w+labels)"\s*:|"data"\s*:\s*\{')
 _HEAD = 1_000_000  # bytes of a file that are searched for these
 _MASKS = "task-*-annotation-*-by-*"  # files of the export of brush strokes as PNG or NumPy
 _KINDS = re.compile(r"choices|taxonomy|\w*labels")
 _PREFIX = re.compile(r"[0-9a-f]{8}-")  # of a file that was uploaded
+_NONE = "it has no annotation yet"
 _HOW = "export the project as JSON from Label Studio"
 _Shape = Callable[[tuple[int, int]], NDArray[np.bool_]]
 
@@ -86,15 +87,11 @@ def _unpack(values: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
 
 def _ellipse(value: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels of an ellipse: middle and radii in percent, turned clockwise by degrees."""
-    middle, radii = (
-        [float(value[k]) for k in keys] for keys in (("x", "y"), ("radiusX", "radiusY"))
-    )
+    x, y, a, b = (float(value[key]) / 100 for key in ("x", "y", "radiusX", "radiusY"))
     angle, turn = np.linspace(0, 2 * np.pi, 180), np.deg2rad(float(value.get("rotation") or 0))
-    pixels = np.array(size[::-1]) / 100
-    along, across = radii[0] * pixels[0] * np.cos(angle), radii[1] * pixels[1] * np.sin(angle)
-    turned = [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
-    points = np.stack([along, across], axis=1) @ turned + middle * pixels
-    return fill([array("d", points.ravel())], size)
+    points = np.stack([a * size[1] * np.cos(angle), b * size[0] * np.sin(angle)], axis=1)
+    points = points @ [[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]
+    return fill([array("d", np.add(points, [x * size[1], y * size[0]]).ravel())], size)
 
 
 def _shape(value: Mapping[str, Any]) -> _Shape | None:
@@ -124,41 +121,38 @@ def _minimal(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {**found, "from_name": tag, "value": found}
 
 
-def _results(results: Sequence[Any], where: str) -> tuple[list[_Result], tuple[int, int] | None]:
+def _results(results: Sequence[Any]) -> tuple[list[_Result], tuple[int, int] | None]:
     """The labels that an annotation gives, and the size of its image, if it says so."""
-    found, size = [], None
+    found: list[_Result] = []
+    size = None
     for one in results:
-        value = one.get("value") if isinstance(one, dict) else None
-        key = next(filter(_KINDS.fullmatch, value or ()), None)
-        region = bool({"x", "points", "rle", "imageDataURL", "vertices"} & {*(value or ())})
-        if value is None or key is None or (region and key in ("choices", "taxonomy")):
+        value = one.get("value") or {}
+        key = next(filter(_KINDS.fullmatch, value), None)
+        is_region = not {"x", "points", "rle", "imageDataURL", "vertices"}.isdisjoint(value)
+        if key is None or (is_region and key in ("choices", "taxonomy")):
             continue  # a relation, a text, or a property of a region
-        try:
-            shape = _shape(value)
-            if shape is not None and one.get("image_rotation"):
-                raise ValueError(f"the image was turned by {one['image_rotation']} degrees")
-            if shape is not None and one.get("original_width"):
-                size = (int(one["original_height"]), int(one["original_width"]))
-            names = [normal_name(n[-1] if isinstance(n, list) else n) for n in value[key]]
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{where}: {key} cannot be read: {error!r}; correct the task"
-            ) from error
+        shape = _shape(value)
+        if shape is not None and one.get("image_rotation"):
+            raise ValueError(f"its image was turned by {one['image_rotation']} degrees")
+        if shape is not None and one.get("original_width"):
+            size = (int(one["original_height"]), int(one["original_width"]))
+        names = [normal_name(n[-1] if isinstance(n, list) else n) for n in value[key]]
         shape = shape if len(names) == 1 else None  # of several labels none is that of its pixels
-        found += [_Result(str(one.get("from_name")), n, shape, region) for n in names]
-    return found, size
+        found += [_Result(str(one.get("from_name")), n, shape, is_region) for n in names]
+    filled = {one.name for one in found if one.shape}
+    return [one for one in found if one.is_region or one.name not in filled], size
 
 
 def _annotations(task: Mapping[str, Any], predictions: bool) -> list[Sequence[Any]] | str:
     """The results of each annotation of a task that counts; else why none does."""
     if "data" not in task:
-        return [[*_minimal(task)]]
+        return [[*_minimal(task)]] if task.get("annotation_id", 0) is not None else _NONE
     given = task.get("predictions" if predictions else "annotations", task.get("completions")) or []
     kept = [one for one in given if not (one.get("was_cancelled") or one.get("skipped"))]
     kept = [one for one in kept if one.get("ground_truth")] or kept
     if kept:
         return [one.get("result") or [] for one in kept]
-    return "its annotation was cancelled" if given else "it has no annotation yet"
+    return "its annotation was cancelled" if given else _NONE
 
 
 def _parts(address: str) -> list[str]:
@@ -193,11 +187,11 @@ def _find(task: Mapping[str, Any], index: Mapping[str, list[Path]]) -> Path | st
             if paths:
                 found |= dict.fromkeys(paths, text)
                 break
-    if len(found) > 1:
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
         return f"its image may be any of {', '.join(map(str, found))}"
-    if not texts:
-        return "its data names no image"
-    return next(iter(found), f"there is no file of its image {texts[0]!r}")
+    return f"there is no file of its image {texts[0]!r}" if texts else "its data names no image"
 
 
 def _by_image(
@@ -213,11 +207,14 @@ def _by_image(
     predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
     for number, task in enumerate(tasks, start=1):
         name = f"task {task.get('id', number)}"
-        image, given = _find(task, index), _annotations(task, predicted)
-        if isinstance(image, str) or isinstance(given, str):
-            skipped.append(Skip(name, image if isinstance(image, str) else str(given)))
-            continue
-        options[image] += [_results(one, f"{path}: {name}") for one in given]
+        try:
+            image, given = _find(task, index), _annotations(task, predicted)
+            if isinstance(image, str) or isinstance(given, str):
+                skipped.append(Skip(name, image if isinstance(image, str) else str(given)))
+                continue
+            options[image] += [_results(one) for one in given]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: {name} cannot be read: {error!r}; correct it") from error
         if predicted and "data" in task:
             notes["predictions, which nobody has corrected, are the labels of images"].append(name)
     unnamed = {file for _, file in files.images} - options.keys()
@@ -238,8 +235,8 @@ class LabelStudioReader(Reader):
         if path.suffix.lower() != ".json" or not path.is_file():
             return False
         with path.open("rb") as file:
-            head = file.read(_HEAD)
-        return bool(_TASKS.match(head) or _DATA.match(head))
+            start = file.read(100)
+            return bool(_LIST.match(start) and _MARKS.search(start + file.read(_HEAD)))
 
     def open(self, request: Request) -> Opened:
         """Read labels and regions; masks can be painted from the regions."""
@@ -272,28 +269,21 @@ class LabelStudioReader(Reader):
                 )
             if len(given) > 1:
                 notes["images with several annotations"].append(image.name)
-            found = [one for of, _ in (given if several == "union" else given[-1:]) for one in of]
-            filled = {one.name for one in found if one.shape}
-            chosen = request.classes or [one.name for one in found]
-            for one in found:
+            kept[image] = [r for of, _ in (given if several == "union" else given[-1:]) for r in of]
+            for one in kept[image]:
                 tags[one.tag].add(one.name)
-            kept[image] = [
-                one
-                for one in found
-                if one.name in chosen and (one.is_region or one.name not in filled)
-            ]
-        if request.classes is None and any(
-            a.isdisjoint(b) for a, b in combinations(tags.values(), 2)
-        ):
-            of_tags = "; ".join(f"{tag}: {shortened(sorted(of))}" for tag, of in tags.items())
+        apart = any(a.isdisjoint(b) for a, b in combinations(tags.values(), 2))
+        if request.classes is None and apart:
+            texts = "; ".join(f"{tag}: {shortened(sorted(of))}" for tag, of in tags.items())
             raise DataError(
-                f"{path}: several tags give labels ({of_tags}); choose the classes with --classes"
+                f"{path}: several tags give labels ({texts}); choose the classes with --classes"
             )
         numbers = {name: n for n, name in enumerate(sorted(set().union(*tags.values())))}
         annotations = {
             image: [
                 CocoAnnotation(number, 0, numbers[one.name], False, None, one.shape)
                 for number, one in enumerate(found, start=1)
+                if one.is_region or one.name in (request.classes or numbers)
             ]
             for image, found in kept.items()
         }
@@ -306,7 +296,7 @@ class LabelStudioReader(Reader):
             sizes={image: size for image, of in options.items() for _, size in of},
             label_source=f"Label Studio ({path.name})",
             skipped=skipped,
-            notices=[f"{text}: {len(of)} ({shortened(of)})" for text, of in notes.items() if of],
+            notes=notes,
         )
 
 

@@ -274,7 +274,7 @@ class YoloReader(Reader):
             lists,
             label_source=f"YOLO labels ({contents.path.name})",
             skipped=skipped,
-            notices=[f"{text}: {len(of)} ({shortened(of)})" for text, of in notes.items() if of],
+            notes=notes,
         )
 
 

@@ -174,15 +174,15 @@ def open_annotated(
     *,
     sizes: Mapping[Path, tuple[int, int] | None] | None = None,
     label_source: str,
-    skipped: Iterable[Skip],
-    notices: Sequence[str],
+    skipped: list[Skip],
+    notes: Mapping[str, Sequence[str]],
 ) -> Opened:
     """A data set of images with annotations that come from other files than COCO's.
 
     ``file`` has the categories, but no images; ``sizes`` (height, width) are those that it states.
-    Ids and file names are paths from the folder of all images, ids without folders ``images``.
+    ``notes`` are names by what is to be said of them. Ids and file names are paths from the folder
+    of all images, ids without folders ``images``.
     """
-    skipped = list(skipped)
     if not annotations:
         reasons = shortened([f"{skip.id}: {skip.reason}" for skip in skipped], 2)
         raise DataError(f"{file.path}: no image was found; {reasons or 'put the images there'}")
@@ -216,7 +216,7 @@ def open_annotated(
         source=f"{file.path}",
         label_source=label_source,
         skipped=skipped,
-        notices=notices,
+        notices=[f"{text}: {len(of)} ({shortened(of)})" for text, of in notes.items() if of],
     ).opened(request.masks)
 
 
