@@ -34,7 +34,7 @@ CROWDS = Argument(
 )
 READING = (
     Argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
-    Argument("--lists", type=names, help="Lists of VOC or COCO, e.g. train,val (default: all)."),
+    Argument("--lists", type=names, help="Lists to read, e.g. train,val (default: all)."),
     Argument(
         "--labels",
         type=lambda text: text if text == "folders" else Path(text),
@@ -56,7 +56,7 @@ READING = (
 
 @command(
     "data check",
-    Argument("path", type=Path, help="Folder of images, VOC2012, COCO, or a COCO JSON file."),
+    Argument("path", type=Path, help="As for lpcam init."),
     *READING,
     Argument("--json", type=Path, metavar="FILE", help="Write the findings to this file too."),
     Argument("--recipe", help="Recipe whose run is estimated (default: that of lpcam init)."),

@@ -65,7 +65,7 @@ def demo(call: Invocation, folder: Path) -> int:
         "folder",
         type=Path,
         help="Images with labels.csv (image,labels), labels.jsonl or a folder for each class; a "
-        "VOC2012 folder; COCO annotations, or one JSON file of them.",
+        "VOC2012 folder; COCO annotations, or one JSON file of them; YOLO; Label Studio's JSON.",
     ),
     *READING,
     Argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
