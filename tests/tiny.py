@@ -230,3 +230,13 @@ def small_run(root: Path, folder: Path) -> dict[str, Any]:
         "refine.irn.crop": 80,
         "report.images": 4,
     }
+
+
+def headed(classes: int = 2) -> nn.Sequential:
+    """Patches with a head for red, green, and classes that are nowhere."""
+    head = nn.Linear(6, classes)
+    with torch.no_grad():
+        head.weight.fill_(-99.0)
+        head.bias.zero_()
+        head.weight[:2] = RED_AND_GREEN
+    return nn.Sequential(Patches(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)

@@ -251,12 +251,13 @@ def test_self_fit_of_a_class_that_is_nowhere_gives_an_empty_map(images: Tensor) 
 def test_self_fit_warns_of_the_classes_that_are_there(
     images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for clusters, warned in ((2, set()), (500, {"red: only "})):
+    for clusters, warned in ((2, 0), (500, 1)):
         settings = SETTINGS.model_copy(update={"clusters": clusters})
         LPCAM(Squares(), self_fit=True, settings=settings, classes=("red", "green"))(
             images[:1], [0]
         )
-        assert {text[:10] for text in caplog.messages} == warned
+        assert len(caplog.messages) == warned
+    assert "red: only" in caplog.text and "green" not in caplog.text
 
 
 def test_the_layer_that_the_head_reads_is_taken_silently() -> None:

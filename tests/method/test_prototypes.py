@@ -1,5 +1,6 @@
 """The reservoir, the making of prototypes, and prototypes on disk."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def test_fewer_features_than_clusters() -> None:
     assert found.foreground.sizes[0].tolist() == [1, 1, 0]
     assert math.isnan(found.foreground.scores[0, 2])
     assert not found.foreground.keep[0, 2]
-    assert any("absent: no foreground feature was collected" in e for e in found.events)
+    assert any("absent: no image" in e for e in found.events)
     assert torch.equal(found.vectors()[1], torch.zeros(4))
 
 
@@ -242,6 +243,30 @@ def test_no_convergence_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     settings = SETTINGS.model_copy(update={"clusters": 12, "max_iterations": 1, "tolerance": 1e-9})
     made({(0, "foreground"): rows(500, 16)}, settings, torch.eye(2, 16))
     assert "1 of 1 clusterings stopped at max_iterations=1" in caplog.text
+
+
+def test_classes_without_images_are_one_line_and_no_rows_of_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    names = tuple(f"class {index}" for index in range(1000))
+    places = {(7, side): rows(9, seed=i) for i, side in enumerate(("foreground", "context"))}
+    settings = SETTINGS.model_copy(update={"mu_f": 0.0, "context_lower": None})
+    found = made(places, settings, torch.zeros(1000, 4), names)
+    assert caplog.messages == ["prototypes of 1 of 1,000 classes"]
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert len(found.events) == 1
+    few = made({(0, s): v for (_, s), v in places.items()}, settings, torch.zeros(1, 4), ("a",))
+    for name, one in (("many", found), ("few", few)):
+        one.save(tmp_path / name)
+    assert (tmp_path / "many").stat().st_size < (tmp_path / "few").stat().st_size + 30_000
+    again = Prototypes.load(tmp_path / "many")
+    for side in ("foreground", "context"):
+        for part in ("centers", "scores", "sizes", "keep"):
+            one, other = (getattr(getattr(each, side), part) for each in (found, again))
+            assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+    assert torch.equal(found.vectors(classes=[7]), found.vectors())
+    assert not found.vectors(classes=[8]).any()
 
 
 def test_nothing_collected() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lpcam.classifiers import wideresnet38  # noqa: F401 - registers itself with timm
+from lpcam.classifiers.linear import checked_names
 from lpcam.classifiers.search import class_names
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.optim import FrozenStatistics
@@ -106,7 +107,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.classes = tuple(classes)
+        self.classes = checked_names(classes)
         self.preprocessing = preprocessing
         self.spec = spec
         self.dropout = 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Source = Classifier | WrappedModel
 """A classifier that gives a feature map and the rows of its classes."""
+SAMPLED = 8  #: Values of each weight that :func:`weights_state` reads.
 
 
 class FeaturePair(NamedTuple):
@@ -52,6 +54,26 @@ def tensor_pyramid(
                 f"at scale {scale:g} ({size[0]} x {size[1]}): {error}; leave the scale out of "
                 "settings.scales"
             ) from error
+
+
+def weights_state(source: Source) -> tuple[Any, ...]:
+    """Values that change when a weight is written to or replaced; a model that is moved may too.
+
+    They are the addresses and versions of all weights, and a few values of each, since writes to
+    ``weight.data`` count no version. It takes about a millisecond.
+    """
+    model = source if isinstance(source, Classifier) else source.core
+    places: list[Any] = []
+    sampled: list[Tensor] = []
+    for tensor in chain(model.parameters(), model.buffers()):
+        version = 0 if tensor.is_inference() else tensor._version
+        places.append((tensor.data_ptr(), version))
+        if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+            count = tensor.numel()
+            step = max(1, count // SAMPLED)
+            few = tensor.detach().as_strided((min(count, SAMPLED),), (step,))
+            sampled.append(few.cpu().float())
+    return *places, torch.cat(sampled or [torch.empty(0)]).numpy().tobytes()
 
 
 def features_of(

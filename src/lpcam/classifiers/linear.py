@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lpcam.runtime.errors import ClassifierError
+from lpcam.runtime.errors import ClassifierError, shortened
 from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.settings import PresetModel
 
@@ -54,6 +54,18 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names as a tuple; ClassifierError for one string, no name, or what is no string."""
+    if isinstance(classes, str):
+        raise ClassifierError(
+            f"classes must be a list of names, got the string {classes!r}; give [{classes!r}]"
+        )
+    names = tuple(classes)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ClassifierError(f"classes must be a list of names, got {classes!r:.60}")
+    return names
+
+
 def fit_head(
     pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
 ) -> Tensor:
@@ -66,8 +78,8 @@ def fit_head(
     """
     if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(
-            f"no training image is labelled {', '.join(absent)}; label some, or leave them out of "
-            "data.classes"
+            f"no training image is labelled {shortened(absent)}; label some, or leave these "
+            "classes out"
         )
     rows = pooled.flatten(0, 1).double()
     targets = labels.repeat_interleave(pooled.shape[1], dim=0).double()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpcam.classifiers.linear import checked_names
 from lpcam.classifiers.map_check import Figures, MapCheck
 from lpcam.classifiers.probing import probe, quantised, refuse_compiled_form
 from lpcam.classifiers.search import Finder, Pool
@@ -160,8 +161,11 @@ class WrappedModel(Reading):
             new_head=True,
         )
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the classes, or the layer of the map."""
+    def fingerprint(self, classes: Sequence[str] | None = None) -> str:
+        """32 hex digits that change with any weight or the layer of the map.
+
+        With ``classes`` those of version 0.1.0, which changed with the class names too.
+        """
         layer, head = self.map_layer, self.head
         fields = ("layout", "prefix", "stride", "relu", "token")
         place: dict[str, Any] = {field: getattr(layer, field) for field in fields}
@@ -171,7 +175,7 @@ class WrappedModel(Reading):
         else:
             place["signs"] = self._signs()
         description = {
-            "classes": list(self.classes),
+            **({} if classes is None else {"classes": list(classes)}),
             "place": place,
             "norms": [[norm.kind, norm.name, norm.epsilon] for norm in self.norms],
             "head": None if head is None or head.module is None else head.name,
@@ -259,6 +263,7 @@ def wrap(
     refuse_compiled_form(model)
     if pool not in (None, "mean", "token"):
         raise ClassifierError(f"pool must be 'mean' or 'token', got {pool!r}")
+    classes = None if classes is None else checked_names(classes)
     core = unwrap(model)
     refuse_compiled_form(core)
     layer = _layer(core, target_layer, "target_layer")

@@ -29,8 +29,9 @@ from lpcam.data.images import (
     resize_long_side,
     to_rgb,
 )
+from lpcam.method.batches import class_indices
 from lpcam.method.extractors import CAM, LPCAM
-from lpcam.method.image_maps import ImageMaps, Scoring, class_indices, class_scores, descending
+from lpcam.method.image_maps import ImageMaps, Scoring, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
@@ -102,8 +103,7 @@ class Explainer:
             raise PrototypeError("no prototypes given; pass them, or pass a fitted LPCAM")
         extractor = CAM(model, settings or _stored_settings(prototypes))
         source, self.settings = extractor.source_, extractor.settings_
-        fingerprint = source.fingerprint()
-        prototypes.check_fingerprint(fingerprint, "this explainer")
+        prototypes.check_source(source, "this explainer")
         self.classes = source.classes
         self.classifier = source.folded() if isinstance(source, Classifier) else source
         if isinstance(source, Classifier):
@@ -121,7 +121,7 @@ class Explainer:
         vectors = prototypes.vectors(with_context=not foreground_only)
         self.vectors = vectors.to(single(source.weight))
         self.made_by = {
-            "fingerprint": fingerprint,
+            "fingerprint": prototypes.fingerprint,
             "preset": self.settings.preset,
             "changed_from_preset": self.settings.model_dump(
                 mode="json", include=set(self.settings.changes())

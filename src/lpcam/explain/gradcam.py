@@ -5,7 +5,6 @@ The guide "Migrate from pytorch-grad-cam" lists what differs.
 
 from __future__ import annotations
 
-import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -147,8 +146,8 @@ class LPCAM(extract.LPCAM):
         settings = settings or LpcamSettings.from_preset(extract.PRESET, **usual)
         self.settings: LpcamSettings = extract.CAM(self.source, settings).settings_
         if isinstance(prototypes, Prototypes):
-            prototypes.check_fingerprint(self.source.fingerprint(), "this LPCAM")
-            self._source, self._prototypes = self.source, prototypes
+            prototypes.check_source(self.source, "this LPCAM")
+            self._take(self.source, prototypes)
         elif prototypes is not None:
             self.load(prototypes)
 
@@ -157,7 +156,7 @@ class LPCAM(extract.LPCAM):
         """Device of the model."""
         return self.source.device
 
-    def _find_source(self) -> WrappedModel:
+    def _find_source(self, classes: Sequence[str] | None = None) -> WrappedModel:
         return self.source
 
     def __call__(  # type: ignore[override]
@@ -349,21 +348,11 @@ class LPCAM(extract.LPCAM):
         lpcam = extract.LPCAM(self.source, self.settings, random_state=self.random_state)
         lpcam._source, pairs = self.source, self.activations_and_grads.pairs
         scales, size = extract.with_scale_one(self.settings.scales), self.activations_and_grads.size
-        lpcam._collect(pairs, scales, used, size)
-        present = used.any(0).nonzero().flatten().tolist()
-        starts = tuple(f"{self.source.classes[index]}: " for index in present)
-
-        def of_present(record: logging.LogRecord) -> bool:  # other classes have no prototypes
-            return record.getMessage().startswith(starts)
-
-        logger = logging.getLogger(Prototypes.__module__)
-        logger.addFilter(of_present)
+        lpcam._collect(pairs, scales, [row.nonzero().flatten().tolist() for row in used], size)
         try:
             return lpcam.prototypes_.vectors(with_context=self.with_context)
         except PrototypeError:  # no CAM is positive anywhere, so every map is empty
             return torch.zeros_like(self.source.weight)
-        finally:
-            logger.removeFilter(of_present)
 
     def __enter__(self) -> Self:
         return self

@@ -5,38 +5,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.features import FeaturePair, Source, full_precision, single, tensor_pyramid
+from lpcam.classifiers.features import (
+    FeaturePair,
+    Source,
+    full_precision,
+    single,
+    tensor_pyramid,
+    weights_state,
+)
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.search import Pool
 from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
-from lpcam.method.functional import FusedMaps
-from lpcam.method.multi_scale import cam_maps, lpcam_maps, single_scale_cam
+from lpcam.method.batches import (
+    Batches,
+    check_readable_twice,
+    class_indices,
+    read_batches,
+    read_images,
+    read_labels,
+)
+from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
+from lpcam.method.multi_scale import OfPair, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ClassifierError, NotFittedError, PrototypeError
+from lpcam.runtime.errors import (
+    BatchError,
+    ClassifierError,
+    NotFittedError,
+    PrototypeError,
+    shortened,
+)
 from lpcam.runtime.files import read_tensors
 
 if TYPE_CHECKING:
     from lpcam.method.image_maps import ImageMaps
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Images (B, c, H, W) and their labels: multi-hot (B, N), or (B,) class indices."""
+PresentMaps = list[tuple[Tensor, Tensor]]
+"""For each image the indices (K,) of its K classes, in increasing order, and maps (K, H, W)."""
+RandomState = int | np.random.RandomState | np.random.Generator | None
 PRESET = "voc12.official"
 HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
-NO_IMAGE = "the loader gave no image; give one that yields (images, labels)"
+MAPPING_ONLY = ("preset", "threshold", "cam_threshold")  #: Settings that no feature depends on.
+NOT_FITTED = (
+    "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or load(path) with a "
+    "file that save wrote"
+)
+SAMPLE = "reservoir."  #: Start of the names of local features in a file of prototypes.
 
 
 @dataclass(eq=False, repr=False)
@@ -80,7 +108,20 @@ class CAM:
         model: Any = (
             self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
         )
-        return f"{type(self).__name__}({model}, {self.settings!r})"
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r:.60}"
+            for field in fields(self)[1:]
+            if getattr(self, field.name) is not field.default
+        ]
+        return f"{type(self).__name__}({', '.join([str(model), *changed])})"
+
+    def __sklearn_tags__(self) -> Any:
+        """Tags for scikit-learn: only LPCAM has to be fitted, with labels."""
+        sklearn, fits = import_module("sklearn.utils"), isinstance(self, LPCAM)
+        target, inputs = sklearn.TargetTags(required=fits), sklearn.InputTags(two_d_array=False)
+        return sklearn.Tags(
+            estimator_type=None, target_tags=target, input_tags=inputs, requires_fit=fits
+        )
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor as they were given."""
@@ -93,9 +134,10 @@ class CAM:
         and other settings from the next ``fit`` on. Any other change discards what was fitted.
         """
         known = self.get_params()
-        for name, value in parameters.items():
+        for name in parameters:
             if name not in known:
                 raise ValueError(f"no parameter {name!r}; there are {', '.join(known)}")
+        for name, value in parameters.items():
             setattr(self, name, value)
         if not parameters.keys().isdisjoint(("model", *self._model_options)):
             self._reset()
@@ -118,9 +160,11 @@ class CAM:
             return LpcamSettings.from_preset(PRESET, scales=(1.0,))
         return LpcamSettings.from_preset(self.settings or PRESET)
 
-    def _find_source(self) -> Source:
+    def _find_source(self, classes: Sequence[str] | None = None) -> Source:
+        """The model's source; ``classes`` are the names of a new head if none were given."""
         options = {name: getattr(self, name) for name in self._model_options}
         if not isinstance(self.model, (Classifier, WrappedModel)):
+            options["classes"] = classes if self.classes is None else self.classes
             return wrap(self.model, **options)
         given = sorted(name for name, value in options.items() if value is not None)
         if given:
@@ -130,36 +174,65 @@ class CAM:
             )
         return self.model
 
+    @overload
+    def __call__(self, images: Any, labels: Any = None) -> Tensor: ...
+
+    @overload
+    def __call__(self, images: Any, labels: Any, *, present: Literal[True]) -> PresentMaps: ...
+
     @torch.no_grad()  # not inference mode, whose tensors no loss can use
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, images: Any, labels: Any = None, *, present: bool = False
+    ) -> Tensor | PresentMaps:
         """Maps of a batch, computed in the model's own precision whatever the caller's autocast.
 
         Args:
             images: (B, c, H, W), normalised as the model expects.
-            labels: (B, N) multi-hot (positive: present), or (B,) int64 class indices. Maps of
-                absent classes are zero. None maps every class.
+            labels: for each image a class index, a name, a list of them, or a row of 0 and 1 for
+                all N classes. Only maps of these classes are computed. None maps every class.
+            present: return the maps of these classes alone.
 
         Returns:
-            (B, N, H, W) in [0, 1], on the device of ``images``, float32 (float64 for such a model).
+            (B, N, H, W) in [0, 1], zeros for absent classes. With ``present``, for each image a
+            pair: the indices (K,) of its K classes in increasing order, and maps (K, H, W). On the
+            device of ``images``, float32 (float64 for such a model).
 
-        Raises ValueError if the labels do not fit the batch, ClassifierError if no features or head
-        are found or they cannot take the images, and NotFittedError without prototypes.
+        Raises BatchError, a ValueError, if images or labels are not of this form, ClassifierError
+        if no features or head are found or they cannot take the images, NotFittedError without
+        prototypes, and PrototypeError if the weights changed since ``fit``.
         """
-        if labels is not None:
-            labels = _multi_hot(labels, len(images), len(self.source_.classes))
-        with full_precision(self.source_.device):
-            maps = self._maps(self._pairs(images), _size(images)).high_res
-            if labels is not None:
-                maps = maps * (labels > 0).to(maps)[:, :, None, None]
-        return maps.to(images.device)
+        source, images = self.source_, self._images_of(images)
+        count, size = len(source.classes), _size(images)
+        if labels is None and present:
+            raise BatchError("present=True gives the maps of the labels, so it needs labels")
+        chosen = None if labels is None else read_labels(labels, len(images), source.classes)
+        with full_precision(source.device):
+            of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
+            pairs = self._pairs(images)
+            if chosen is None:
+                fused = [of_pair(*pair, rows) for pair in pairs]
+                return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
+            found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
+        found = [maps.to(images.device) for maps in found]
+        if present:
+            indices = [torch.tensor(c, dtype=torch.int64, device=images.device) for c in chosen]
+            return list(zip(indices, found, strict=True))
+        whole = zeros_on_demand(len(images), count, *size, like=found[0])
+        for of_image, classes, maps in zip(whole, chosen, found, strict=True):
+            of_image[classes] = maps
+        return whole
+
+    def _images_of(self, images: Any) -> Tensor:
+        source = self.source_
+        return read_images(images, source.channels_in if isinstance(source, WrappedModel) else 3)
 
     def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
         source, settings = self.source_, self.settings_
         return tensor_pyramid(source, images.to(source.device), settings.scales, flip=settings.flip)
 
-    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
-        weight, epsilon = single(self.source_.weight), self.settings_.cam_epsilon
-        return cam_maps(pairs, weight, size, epsilon=epsilon)
+    def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
+        """What maps a scale, the rows (N, C) that it takes (of ``classes`` at least), epsilon."""
+        return cam_of_pair, single(self.source_.weight), self.settings_.cam_epsilon
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -171,7 +244,8 @@ class LPCAM(CAM):
 
     Args:
         model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
-        random_state: random seed of the reservoir and the clustering.
+        random_state: random seed of the reservoir and the clustering: an integer, or a NumPy
+            RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.
         with_context: False leaves the context out (LPCAM-F).
 
@@ -184,7 +258,7 @@ class LPCAM(CAM):
         torch.Size([4, 2, 32, 32])
     """
 
-    random_state: int = 0
+    random_state: RandomState = 0
     dtype: torch.dtype = torch.float16
     with_context: bool = True
 
@@ -193,15 +267,35 @@ class LPCAM(CAM):
         self._reservoir: Reservoir | None = None
         self._images = 0
         self._prototypes: Prototypes | None = None
+        self._loaded: dict[str, Any] = {}
+        self._state: tuple[Any, ...] = ()
+        self._fingerprint = ""
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._prototypes is not None or self._reservoir is not None
+
+    def _take(self, source: Source, prototypes: Prototypes | None = None) -> None:
+        """Begin anew with a source, and with prototypes that were checked to be of it."""
+        self._reset()
+        self._source, self._prototypes = source, prototypes
+        self._state, self._fingerprint = weights_state(source), source.fingerprint()
+
+    def _check_weights(self) -> None:
+        """Raise PrototypeError if the model has other weights than when its features were taken."""
+        state = weights_state(self.source_)
+        if state != self._state:
+            if self.source_.fingerprint() != self._fingerprint:
+                raise PrototypeError(
+                    "the weights of the model changed since fit, so its prototypes no longer "
+                    "belong to it; call fit(loader) again, or restore the weights"
+                )
+            self._state = state  # it was only moved
 
     @property
     def source_(self) -> Source:
         """Classifier that the prototypes belong to; NotFittedError if there are none."""
         if self._source is None:
-            raise NotFittedError(
-                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
-                "load(path) with a file that save wrote"
-            )
+            raise NotFittedError(NOT_FITTED)
         return self._source
 
     @property
@@ -211,20 +305,23 @@ class LPCAM(CAM):
         NotFittedError without features, PrototypeError if no class has a foreground feature.
         """
         source = self.source_
+        if self._prototypes is None and self._reservoir is None:
+            raise NotFittedError(NOT_FITTED)
+        self._check_weights()
         if self._prototypes is None:
             assert self._reservoir is not None
-            settings = self.settings_
+            settings, seed = self.settings_, self._reservoir.seed
             with full_precision(source.device):
                 self._prototypes = make_prototypes(
                     self._reservoir,
                     single(source.weight),
                     source.classes,
                     settings,
-                    seed=self.random_state,
-                    fingerprint=source.fingerprint(),
+                    seed=seed,
+                    fingerprint=self._fingerprint,
                     made_by={
                         "settings": settings.model_dump(mode="json"),
-                        "random_state": self.random_state,
+                        "random_state": seed,
                         "images": self._images,
                     },
                 )
@@ -234,12 +331,16 @@ class LPCAM(CAM):
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
         Args:
-            loader: yields images and labels as for :meth:`CAM.__call__`. It is read twice if a new
-                head is fitted, so it cannot be an iterator then. Every image is used for all its
-                classes; ``images_per_class`` applies to runs only.
+            loader: yields batches; a batch is (images, labels, ...), or a dictionary with
+                'pixel_values', 'image' or 'images' and 'labels' or 'label': images (B, c, H, W) in
+                floating point, normalised as the model expects, and for each image a class index,
+                a class name, a list of them, or a row of 0 and 1 for all N classes. It is read
+                twice if a new head is fitted, so it cannot be an iterator then. Every image is used
+                for all its classes; ``images_per_class`` applies to runs only.
 
-        Raises ClassifierError if no feature map or linear head is found, or none can be fitted, and
-        PrototypeError if no class has a foreground feature.
+        Raises BatchError, a ValueError, for a batch of another form, ClassifierError if no feature
+        map or linear head is found, or none can be fitted, and PrototypeError if no class has a
+        foreground feature.
         """
         self._reset()
         try:
@@ -247,10 +348,8 @@ class LPCAM(CAM):
             _ = self.settings_  # an unknown preset raises before the loader is read
             if isinstance(source, WrappedModel) and source.needs_head:
                 self._source = self._with_new_head(source, loader)
-            for images, labels in loader:
+            for images, labels in read_batches(loader):
                 self.partial_fit(images, labels)
-            if self._images == 0:
-                raise PrototypeError(NO_IMAGE)
             _ = self.prototypes_
         except BaseException:
             # A later partial_fit must not add to a part of this loader.
@@ -263,80 +362,123 @@ class LPCAM(CAM):
 
         The loader must not be an iterator: it is read again for the maps, in its order then.
         """
-        _check_readable_twice(loader, "fit_maps")
+        check_readable_twice(loader, "fit_maps")
         self.fit(loader)
-        return ((images, labels, self(images, labels)) for images, labels in loader)
+        return ((images, labels, self(images, labels)) for images, labels in read_batches(loader))
 
     def _with_new_head(self, source: WrappedModel, loader: Batches) -> WrappedModel:
         """Fit a linear head to the pooled features of a loader's images."""
-        _check_readable_twice(loader, "fitting a new head")
+        check_readable_twice(loader, "fitting a new head")
         settings = ProbeSettings.from_preset("default")
         pooled, labels = [], []
-        for images, given in loader:
-            labels.append((_multi_hot(given, len(images), len(source.classes)) > 0).cpu())
+        for given, own in read_batches(loader):
+            images = self._images_of(given)
+            present = read_labels(own, len(images), source.classes)
+            labels.append(torch.zeros(len(images), len(source.classes)))
+            for row, classes in zip(labels[-1], present, strict=True):
+                row[classes] = 1
             with torch.no_grad(), full_precision(source.device):
                 (pair,) = tensor_pyramid(
                     source, images.to(source.device), (1.0,), flip=settings.mirror
                 )
                 views = [view.mean((-2, -1)) for view in pair if view is not None]
                 pooled.append(torch.stack(views, dim=1).float().cpu())
-        if not pooled:
-            raise PrototypeError(NO_IMAGE)
         with torch.inference_mode(False), full_precision(torch.device("cpu")):
             weight = fit_head(
-                torch.cat(pooled).clone(), torch.cat(labels).float(), settings, source.classes
+                torch.cat(pooled).clone(), torch.cat(labels), settings, source.classes
             )
         return source.with_head(weight.to(source.device))
 
     @torch.no_grad()
-    def partial_fit(self, images: Tensor, labels: Tensor) -> Self:
+    def partial_fit(self, images: Any, labels: Any) -> Self:
         """Collect the local features of one more batch (equation 2); clustering waits until needed.
 
-        Parts in the same order give the prototypes of one ``fit``. Arguments as for a call.
+        Parts in the same order give the prototypes of one ``fit``. Arguments as for a call. After
+        ``load`` it goes on from a file that was saved with ``reservoir=True``; others raise
+        PrototypeError.
         """
         if self._source is None:
             self._source = self._find_source()
         source, settings = self.source_, self.settings_
-        labels = _multi_hot(labels, len(images), len(source.classes))
+        images = self._images_of(images)
+        chosen = read_labels(labels, len(images), source.classes)
+        self._begin()
         multi_scale = settings.split_maps == "multi_scale"
         scales = with_scale_one(settings.scales if multi_scale else ())
         with full_precision(source.device):
-            images, flip = images.to(source.device), settings.flip and multi_scale
-            pairs = list(tensor_pyramid(source, images, scales, flip=flip))
-            self._collect(pairs, scales, labels, _size(images))
+            size, flip = _size(images), settings.flip and multi_scale
+            pairs = list(tensor_pyramid(source, images.to(source.device), scales, flip=flip))
+            self._collect(pairs, scales, chosen, size)
         return self
+
+    def _begin(self) -> None:
+        """Make an empty reservoir if there is none; refuse to mix features of two models."""
+        source, settings = self.source_, self.settings_
+        if self._reservoir is None:
+            if self._prototypes is not None:
+                raise PrototypeError(
+                    "these prototypes were loaded without the local features that they are of; "
+                    "save them with save(path, reservoir=True) to go on, or call fit(loader)"
+                )
+            self._take(source)
+            self._reservoir = Reservoir(settings.max_features, self._seed(), self.dtype)
+        self._check_weights()
+        own = settings.model_dump(mode="json")
+        if changed := [n for n in sorted(self._loaded) if n in own and own[n] != self._loaded[n]]:
+            raise PrototypeError(
+                f"the loaded features were taken with other {', '.join(changed)}; give the "
+                "settings in prototypes_.made_by, or call fit(loader)"
+            )
 
     def _collect(
         self,
         pairs: Sequence[FeaturePair],
         scales: Sequence[float],
-        labels: Tensor,
+        chosen: Sequence[list[int]],
         size: tuple[int, int],
     ) -> None:
-        """Collect the features of scale 1 of a batch with multi-hot labels (B, N)."""
+        """Collect the features of scale 1 of a batch, for the class indices of each image."""
+        if self._reservoir is None:
+            self._begin()
+        assert self._reservoir is not None
         source, settings = self.source_, self.settings_
         weight, epsilon = single(source.weight), settings.cam_epsilon
-        if self._reservoir is None:
-            self._reservoir = Reservoir(settings.max_features, self.random_state, self.dtype)
-        features, maps = pairs[scales.index(1.0)].features, None
+        features = pairs[scales.index(1.0)].features
         if settings.split_maps == "multi_scale":
-            count = len(settings.scales)
-            maps = cam_maps(pairs[:count], weight, size, epsilon=epsilon).high_res
+            used = pairs[: len(settings.scales)]
+            maps = present_maps(cam_of_pair, used, weight, chosen, size, epsilon=epsilon)
+        else:
+            maps = [
+                single_scale_cam(one, weight[classes], epsilon=epsilon)
+                for one, classes in zip(features, chosen, strict=True)
+            ]
         self._prototypes = None
-        for row, one in enumerate(features):
-            present = (labels[row] > 0).nonzero().flatten().tolist()
-            if maps is None:
-                split_map = single_scale_cam(one, weight[present], epsilon=epsilon)
-            else:
-                split_map = maps[row, present]
-            collect(self._reservoir, one, present, split_map, settings, f"image {self._images}")
+        for one, classes, split_map in zip(features, chosen, maps, strict=True):
+            name = f"image {self._images}"
+            collect(self._reservoir, one, classes, split_map, settings, name)
             self._images += 1
 
-    def _maps(self, pairs: Iterable[FeaturePair], size: tuple[int, int]) -> FusedMaps:
-        return lpcam_maps(pairs, self._vectors(), size)
+    def _seed(self) -> int:
+        """The integer that ``random_state`` is, or one drawn from it."""
+        given = self.random_state
+        given = np.random.default_rng() if given is None else given
+        if isinstance(given, np.random.RandomState):
+            return int(given.randint(2**31 - 1))
+        if isinstance(given, np.random.Generator):
+            return int(given.integers(2**31 - 1))
+        try:
+            return operator.index(given)
+        except TypeError:
+            raise ValueError(
+                f"random_state must be an integer, None, or a NumPy RandomState or Generator, got "
+                f"{given!r:.60}"
+            ) from None
 
-    def _vectors(self) -> Tensor:
-        vectors = self.prototypes_.vectors(with_context=self.with_context)
+    def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
+        return lpcam_of_pair, self._vectors(classes), 0.0
+
+    def _vectors(self, classes: Collection[int] | None = None) -> Tensor:
+        vectors = self.prototypes_.vectors(with_context=self.with_context, classes=classes)
         return vectors.to(single(self.source_.weight))
 
     @torch.no_grad()
@@ -369,7 +511,7 @@ class LPCAM(CAM):
             return drawn.ImageMaps.of_features(
                 list(self._pairs(images)),
                 _size(images),
-                best if classes is None else drawn.class_indices(source.classes, classes),
+                best if classes is None else class_indices(source.classes, classes),
                 single(source.weight),
                 vectors,
                 source.classes,
@@ -380,55 +522,55 @@ class LPCAM(CAM):
                 made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
             )
 
-    def save(self, path: str | Path) -> None:
-        """Write the prototypes, and the head if ``fit`` made one, to a safetensors file."""
+    def save(self, path: str | Path, *, reservoir: bool = False) -> None:
+        """Write prototypes, class names, and the head if ``fit`` made one, to a safetensors file.
+
+        With ``reservoir`` it also has the sampled local features, so that :meth:`partial_fit` can
+        go on after :meth:`load`. A preset with ``max_features`` bounds their number.
+        """
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head
-        prototypes.save(Path(path), {HEAD: source.weight} if new else None)
+        extra, metadata = {HEAD: source.weight} if new else {}, {}
+        if reservoir:
+            if self._reservoir is None:
+                raise PrototypeError("these prototypes were loaded without their local features")
+            kept, seen = self._reservoir.contents()
+            extra |= {f"{SAMPLE}{name}": tensor for name, tensor in kept.items()}
+            metadata["reservoir"] = {"seen": seen, "max_features": self._reservoir.max_features}
+        prototypes.save(Path(path), extra, **metadata)
 
     def load(self, path: str | Path) -> Self:
-        """Read prototypes that :meth:`save` wrote; PrototypeError if they are of another model."""
+        """Read what :meth:`save` wrote, with its head, and its class names if none are given.
+
+        Raises PrototypeError if it is of other weights, or of other class names than those given.
+        """
         tensors, metadata = read_tensors(Path(path))
-        source = self._find_source()
-        if HEAD in tensors and isinstance(source, WrappedModel) and source.needs_head:
-            head = tensors[HEAD]
-            if len(head) != len(source.classes):
-                names = ", ".join(map(str, metadata.get("classes", ())))
-                raise PrototypeError(
-                    f"the head in {path} has {len(head)} classes, but {len(source.classes)} names "
-                    f"were given; give those of the file: classes=[...] with {names}"
-                )
-            source = source.with_head(head.to(source.device))
-        prototypes = Prototypes.load(Path(path), fingerprint=source.fingerprint())
-        self._reset()
-        self._source, self._prototypes = source, prototypes
+        prototypes = Prototypes.of_file(Path(path), tensors, metadata)
+        head = tensors.get(HEAD)
+        source = self._find_source(None if head is None else prototypes.classes)
+        if isinstance(source, WrappedModel):
+            if head is not None and source.needs_head:
+                if len(head) != len(source.classes):
+                    raise PrototypeError(
+                        f"the head in {path} has {len(head)} classes, but {len(source.classes)} "
+                        "names were given; leave classes out to use the names of the file, "
+                        f"{shortened(prototypes.classes)}"
+                    )
+                source = source.with_head(head.to(source.device))
+            own = self.classes is None and source is not self.model  # these names serve no one
+            if own and len(source.classes) == len(prototypes.classes):
+                source = replace(source, classes=prototypes.classes)
+        prototypes.check_source(source, str(path))
+        self._take(source, prototypes)
+        if kept := metadata.get("reservoir"):
+            sample = {n.removeprefix(SAMPLE): t for n, t in tensors.items() if n.startswith(SAMPLE)}
+            dtype = next((t.dtype for n, t in sample.items() if n.endswith("rows")), self.dtype)
+            made_by = prototypes.made_by
+            self._images = made_by["images"]
+            self._loaded = {n: v for n, v in made_by["settings"].items() if n not in MAPPING_ONLY}
+            self._reservoir = Reservoir(kept["max_features"], made_by["random_state"], dtype)
+            self._reservoir.fill(sample, kept["seen"])
         return self
-
-
-def _multi_hot(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Labels (B, N) as they are, or multi-hot (B, N) of class indices (B,)."""
-    if tuple(labels.shape) == (batch, classes):
-        return labels
-    integers = labels.dtype in (torch.uint8, torch.int16, torch.int32, torch.int64)
-    if tuple(labels.shape) != (batch,) or not integers or classes == 1:
-        raise ValueError(
-            f"expected multi-hot labels of shape {(batch, classes)}, got {tuple(labels.shape)}"
-        )
-    low, high = labels.aminmax() if batch else (0, 0)
-    if not 0 <= int(low) <= int(high) < classes:
-        raise ValueError(
-            f"expected class indices from 0 to {classes - 1}, got {int(low)} to {int(high)}"
-        )
-    return F.one_hot(labels.long(), classes)
-
-
-def _check_readable_twice(loader: Batches, what: str) -> None:
-    # iter(loader) would draw from the caller's random numbers
-    if isinstance(loader, Iterator):
-        raise ClassifierError(
-            f"the loader is an iterator, but {what} reads it twice; give a DataLoader or a list of "
-            "(images, labels)"
-        )
 
 
 def with_scale_one(scales: Sequence[float]) -> tuple[float, ...]:

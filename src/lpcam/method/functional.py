@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -205,6 +206,14 @@ def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None
     )
     maps = sum(products[1:], products[0]) / norm.clamp_min(NORM_EPSILON)
     return maps.reshape(*maps.shape[:-1], *features.shape[-2:])
+
+
+def zeros_on_demand(*shape: int, like: Tensor) -> Tensor:
+    """Zeros of the dtype and device of a tensor; on a CPU they take memory once written to."""
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        return like.new_zeros(shape)
+    # NumPy leaves the zeros to the system, torch writes them
+    return torch.from_numpy(np.zeros(shape, str(like.dtype).removeprefix("torch.")))
 
 
 def unflip(maps: Tensor) -> Tensor:

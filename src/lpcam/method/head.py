@@ -57,9 +57,8 @@ class LPCAMHead(nn.Module):
 
     @classmethod
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
-        """The head of a fitted LPCAM; PrototypeError if its model has changed since."""
+        """The head of a fitted LPCAM; PrototypeError if its weights changed since ``fit``."""
         prototypes, source = lpcam.prototypes_, lpcam.source_
-        prototypes.check_fingerprint(source.fingerprint(), "this LPCAM")
         vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
         if isinstance(source, WrappedModel):
             return cls(source.weight, vectors, source.bias, normalize=normalize).to(source.dtype)

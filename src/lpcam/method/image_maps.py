@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import difflib
 import html
 import re
 from collections.abc import Sequence
@@ -299,18 +298,6 @@ def class_scores(logits: Tensor, scoring: Scoring) -> NDArray[np.float64]:
     logits = logits.double().cpu()
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(0)
     return np.asarray(scores)
-
-
-def class_indices(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """Indices of class names in the order given, without repetition; DataError for unknown ones."""
-    for label in labels:
-        if label not in classes:
-            near = difflib.get_close_matches(label, classes, n=5, cutoff=0.5)
-            raise DataError(
-                f"unknown class {label!r}; some of the classifier's {len(classes)} classes are "
-                f"{', '.join(near or [*classes[:8], '...'])}"
-            )
-    return [classes.index(label) for label in dict.fromkeys(labels)]
 
 
 def descending(scores: NDArray[np.float64]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from lpcam.method.functional import (
     lpcam_of_pair,
     normalize,
 )
+
+OfPair = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+"""``cam_of_pair`` or ``lpcam_of_pair``: maps of one scale from features and the rows of classes."""
 
 
 def cam_maps(
@@ -47,6 +50,37 @@ def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, i
         torch.Size([2, 8, 9])
     """
     return fuse_scales([lpcam_of_pair(p.features, p.mirrored, vectors) for p in pairs], size)
+
+
+def present_maps(
+    of_pair: OfPair,
+    pairs: Iterable[FeaturePair],
+    rows: Tensor,
+    present: Sequence[Sequence[int]],
+    size: tuple[int, int],
+    *,
+    epsilon: float = 0.0,
+) -> list[Tensor]:
+    """Maps (K, H, W) of the K classes that each image of a batch has, as :func:`cam_maps`.
+
+    Example:
+        >>> import torch
+        >>> pair = FeaturePair(torch.ones(2, 3, 2, 2), None)
+        >>> maps = present_maps(cam_of_pair, [pair], torch.ones(9, 3), [[4], []], (8, 9))
+        >>> [tuple(one.shape) for one in maps]
+        [(1, 8, 9), (0, 8, 9)]
+    """
+    chosen = [rows[list(classes)] for classes in present]
+    scales: list[list[Tensor]] = [[] for _ in present]
+    for features, mirrored in pairs:
+        for place, of_image in enumerate(chosen):
+            if len(of_image):
+                mirror = None if mirrored is None else mirrored[place]
+                scales[place].append(of_pair(features[place], mirror, of_image))
+    return [
+        fuse_scales(maps, size, epsilon=epsilon).high_res if maps else rows.new_zeros(0, *size)
+        for maps in scales
+    ]
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:

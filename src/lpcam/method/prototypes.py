@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpcam.classifiers.features import Source
 from lpcam.method.clustering import CLUSTERINGS, Clusters
 from lpcam.method.functional import (
     foreground_minus_context,
     score,
     select_context,
     select_foreground,
+    zeros_on_demand,
 )
 from lpcam.method.reservoir import SIDES, Reservoir, SideName
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, PrototypeError, shortened
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread, ordered_map
 
 logger = logging.getLogger(__name__)
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
+MOST_TOLD = 5  #: Events that are logged; all are in :attr:`Prototypes.events`.
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,24 @@ class Centers:
     scores: Tensor  #: (N, K), z of equations 3 and 4, in [0, 1]
     sizes: Tensor  #: (N, K) int64, local features in the cluster
     keep: Tensor  #: (N, K) bool, True for prototypes
+
+    @classmethod
+    def empty(cls, classes: int, clusters: int, channels: int) -> Centers:
+        """No centre of any class."""
+        shape = (classes, clusters)
+        return cls(
+            zeros_on_demand(*shape, channels, like=torch.empty(0)),
+            torch.full(shape, float("nan")),
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.bool),
+        )
+
+    def spread(self, classes: int, fitted: Sequence[int]) -> Centers:
+        """These rows as those of the ``fitted`` of more classes."""
+        whole = Centers.empty(classes, *self.centers.shape[1:])
+        for part in PARTS:
+            getattr(whole, part)[list(fitted)] = getattr(self, part)
+        return whole
 
     def prototypes(self, index: int) -> Tensor:
         """Selected centres (K', C) of a class; K' may be 0."""
@@ -67,22 +88,31 @@ class Prototypes:
     events: tuple[str, ...] = ()
     """A sentence for each class where the ordinary rule of selection could not be followed."""
 
-    def vectors(self, *, with_context: bool = True) -> Tensor:
+    def vectors(
+        self, *, with_context: bool = True, classes: Collection[int] | None = None
+    ) -> Tensor:
         """One vector (N, C) for each class: v_n of equation 6; zero if it has no prototype.
 
-        Without context it is that of LPCAM-F (equation 5).
+        Without context it is that of LPCAM-F (equation 5). With ``classes`` only the rows of these
+        indices are computed; the others are zero.
         """
-        vectors = torch.zeros_like(self.foreground.centers[:, 0])
-        for index in torch.nonzero(self.foreground.keep.any(1)).flatten().tolist():
+        centers = self.foreground.centers
+        vectors = zeros_on_demand(len(centers), centers.shape[2], like=centers)
+        fitted = torch.nonzero(self.foreground.keep.any(1)).flatten().tolist()
+        for index in fitted if classes is None else set(fitted).intersection(classes):
             context = self.context.prototypes(index) if with_context else None
             vectors[index] = foreground_minus_context(self.foreground.prototypes(index), context)
         return vectors
 
-    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write a safetensors file atomically, with ``extra`` tensors if given."""
+    def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, **metadata: Any) -> None:
+        """Write a safetensors file atomically, with ``extra`` tensors and metadata if given."""
         tensors = {f"{s}.{part}": getattr(getattr(self, s), part) for s in SIDES for part in PARTS}
+        fitted = torch.nonzero(self.foreground.sizes.any(1) | self.context.sizes.any(1)).flatten()
+        if len(fitted) < len(self.classes):  # those of a thousand classes that have centres
+            tensors = {name: values[fitted] for name, values in tensors.items()}
+            metadata["fitted"] = fitted.tolist()
         names = ("classes", "fingerprint", "made_by", "events")
-        metadata = {"kind": "prototypes", **{name: getattr(self, name) for name in names}}
+        metadata |= {"kind": "prototypes", **{name: getattr(self, name) for name in names}}
         write_tensors(path, {**tensors, **(extra or {})}, metadata)
 
     @classmethod
@@ -91,17 +121,28 @@ class Prototypes:
 
         A PrototypeError if they belong to a classifier of another fingerprint, if one is given.
         """
-        tensors, metadata = read_tensors(path)
+        prototypes = cls.of_file(path, *read_tensors(path))
+        prototypes.check_fingerprint(fingerprint, str(path))
+        return prototypes
+
+    @classmethod
+    def of_file(
+        cls, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> Prototypes:
+        """Prototypes of what was read from a file, as :meth:`load`."""
         try:
             if metadata["kind"] != "prototypes":
                 raise ArtefactError(
                     f"{path} contains {metadata['kind']!r}; expected prototypes, as LPCAM.save or "
-                    "the prototypes stage writes them"
+                    "a run writes them"
                 )
+            count, fitted = len(metadata["classes"]), metadata.get("fitted")
             foreground, context = (
                 Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES
             )
-            prototypes = cls(
+            if fitted is not None:
+                foreground, context = (one.spread(count, fitted) for one in (foreground, context))
+            return cls(
                 tuple(metadata["classes"]),
                 foreground,
                 context,
@@ -113,8 +154,20 @@ class Prototypes:
             raise ArtefactError(
                 f"{path} has no {missing}; it was written by another version, fit again"
             ) from None
-        prototypes.check_fingerprint(fingerprint, str(path))
-        return prototypes
+
+    def check_source(self, source: Source, where: str) -> None:
+        """Raise PrototypeError if a source has other weights, or other names of its classes."""
+        names = list(self.classes)
+        own = source.fingerprint()
+        if self.fingerprint not in (own, source.fingerprint(names)):
+            self.check_fingerprint(own, where)
+        for index, (name, given) in enumerate(zip(names, source.classes, strict=True)):
+            if name != given:
+                raise PrototypeError(
+                    f"the prototypes of {where} are of these weights, but with other class names: "
+                    f"class {index} is {name!r} there and {given!r} here; give the names of the "
+                    "prototypes in their order, or fit again"
+                )
 
     def check_fingerprint(self, fingerprint: str | None, where: str) -> None:
         """Raise PrototypeError if the prototypes belong to another classifier."""
@@ -154,18 +207,13 @@ def make_prototypes(
     """
     clustered = _cluster(reservoir, settings, seed, device or weight.device, workers)
     events: list[str] = []
-    shape = (len(classes), settings.clusters * settings.restarts)
-    foreground, context = (
-        Centers(
-            torch.zeros(*shape, weight.shape[1]),
-            torch.full(shape, float("nan")),
-            torch.zeros(shape, dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.bool),
-        )
-        for _ in SIDES
-    )
+    most = settings.clusters * settings.restarts
+    foreground, context = (Centers.empty(len(classes), most, weight.shape[1]) for _ in SIDES)
+    labelled = {index for index, _ in reservoir.seen}
     for side, found in zip(SIDES, (foreground, context), strict=True):
         for index, name in enumerate(classes):
+            if index not in labelled:
+                continue
             if (index, side) not in clustered:
                 effect = "empty" if side == "foreground" else "the foreground term alone"
                 events.append(f"{name}: no {side} feature was collected; its map is {effect}")
@@ -202,12 +250,19 @@ def make_prototypes(
                 )
     if not bool(foreground.keep.any()):
         raise PrototypeError(
-            "no class has any foreground feature: either no image to cluster has a label of "
-            f"{', '.join(classes)}, or their CAMs are flat or below tau={settings.tau:g}; check "
-            "the maps of the cam stage and the classifier's validation mAP"
+            "no class has any foreground feature: either no image has a label of "
+            f"{shortened(classes)}, or their CAMs are flat or below tau={settings.tau:g}; look at "
+            "the CAMs of some images, and check that the classifier recognises them"
         )
-    for event in events:
-        logger.warning("%s", event)
+    count = int(foreground.keep.any(1).sum())
+    told = ". ".join([f"prototypes of {count:,} of {len(classes):,} classes", *events[:MOST_TOLD]])
+    if events:
+        more = f". {len(events) - MOST_TOLD} more" if len(events) > MOST_TOLD else ""
+        logger.warning("%s%s", told, more)
+    elif count < len(classes):
+        logger.info("%s", told)
+    if absent := [name for index, name in enumerate(classes) if index not in labelled]:
+        events.append(f"{shortened(absent)}: no image has this label, so there is no map of it")
     return Prototypes(
         tuple(classes), foreground, context, fingerprint, made_by or {}, tuple(events)
     )

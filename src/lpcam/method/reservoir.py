@@ -119,8 +119,7 @@ class Reservoir:
         if not bool(torch.isfinite(kept).all()):
             reason = (
                 f"reach {float(taken.abs().max()):.3g}, more than "
-                f"{str(self.dtype).removeprefix('torch.')} can represent; use float32 "
-                "(maps.features: float32 in a recipe, dtype=torch.float32 of LPCAM)"
+                f"{str(self.dtype).removeprefix('torch.')} can represent; keep features as float32"
                 if bool(torch.isfinite(taken).all())
                 else "contain NaN or Inf; check the weights and the preprocessing of the classifier"
             )
@@ -141,22 +140,32 @@ class Reservoir:
 
     def checkpoint(self, path: Path, images: int) -> None:
         """Write the sample and the number of images it has seen, to resume from."""
-        tensors = {}
-        for (index, side), sample in self._samples.items():
-            keys, rows = sample.whole()
-            tensors[f"{index}.{side}.rows"], tensors[f"{index}.{side}.keys"] = rows, keys
-        seen = [[index, side, count] for (index, side), count in self.seen.items()]
+        tensors, seen = self.contents()
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
     def restore(self, path: Path) -> int:
         """Read a checkpoint and return the number of images it has seen."""
         tensors, metadata = read_tensors(path)
-        for index, side, count in metadata["seen"]:
+        self.fill(tensors, metadata["seen"])
+        return int(metadata["images"])
+
+    def contents(self) -> tuple[dict[str, Tensor], list[tuple[int, SideName, int]]]:
+        """Rows and keys as named tensors, and the number of features offered, as JSON."""
+        tensors = {}
+        for (index, side), sample in self._samples.items():
+            keys, rows = sample.whole()
+            tensors[f"{index}.{side}.rows"], tensors[f"{index}.{side}.keys"] = rows, keys
+        return tensors, [(*place, count) for place, count in self.seen.items()]
+
+    def fill(
+        self, tensors: Mapping[str, Tensor], seen: Sequence[tuple[int, SideName, int]]
+    ) -> None:
+        """Take what :meth:`contents` gave into an empty reservoir of the same arguments."""
+        for index, side, count in seen:
             self.seen[index, side] = count
             if f"{index}.{side}.rows" in tensors:
                 sample = self._samples[index, side] = _Sample(self.max_features)
                 sample.take(tensors[f"{index}.{side}.keys"], tensors[f"{index}.{side}.rows"])
-        return int(metadata["images"])
 
     def features(self, index: int, side: SideName) -> Tensor | None:
         """Sample (M, C) of a class and side, ordered by the keys; None if there is none."""

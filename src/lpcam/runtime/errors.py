@@ -15,6 +15,10 @@ class DataError(LpcamError):
     """Images, labels, lists or masks that do not fit together."""
 
 
+class BatchError(DataError, ValueError):
+    """A batch of images and labels that cannot be used, or has more than one reading."""
+
+
 class ImageError(DataError):
     """One image file that cannot be read; a run skips the image and lists it."""
 
@@ -35,8 +39,8 @@ class ArtefactError(LpcamError):
     """A file written by an earlier step that is damaged or was made from something else."""
 
 
-class NotFittedError(LpcamError):
-    """An extractor that is called before ``fit`` or ``load``."""
+class NotFittedError(LpcamError, ValueError, AttributeError):
+    """An extractor that is called before ``fit`` or ``load``; bases as in scikit-learn."""
 
 
 def shortened(entries: Sequence[str], most: int = 5) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,9 +40,13 @@ class SavedNetwork(nn.Module):
 
     kind: ClassVar[str]  #: Kind of the file, in its metadata.
 
-    def fingerprint(self) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing."""
-        return digest_tensors(self.state_dict(), self._description())
+    def fingerprint(self, classes: Sequence[str] | None = None) -> str:
+        """32 hex digits that change with any weight, the architecture or the preprocessing.
+
+        With ``classes`` that of the same network with other class names.
+        """
+        own = {} if classes is None else {"classes": list(classes)}
+        return digest_tensors(self.state_dict(), {**self._description(), **own})
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights, architecture and provenance; ClassifierError without a description."""
