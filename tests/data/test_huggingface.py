@@ -55,7 +55,7 @@ def found(output: Path) -> dict[str, tuple[str, ...]]:
     [
         (ANIMALS, [2, 0], "hen\ncow\ndog\n", [("dog",), ("hen",)]),
         (List(ANIMALS), [[2, 0, 2], []], "hen\ncow\ndog\n", [("hen", "dog"), ()]),
-        (Value("string"), ["pig, big", "ant"], "ant\npig, big\n", [("pig, big",), ("ant",)]),
+        (Value("string"), ["pig big", "ant"], "ant\npig big\n", [("pig big",), ("ant",)]),
         (List(Value("string")), [["b ", "a"], [""]], "a\nb\n", [("a", "b"), ()]),
     ],
 )
@@ -158,10 +158,10 @@ def test_names_on_the_hub_come_without_programs(
     [
         (Value("int64"), [1], "int64"),
         (ClassLabel(names=["a;b"]), [0], "'a;b'"),
-        (ClassLabel(names=["Background", "a"]), [1], "background"),
-        (ClassLabel(names=["a", "a "]), [0], "repeat: a"),
+        (ClassLabel(names=["Background", "a"]), [0], "Background"),
+        (ClassLabel(names=["a", "a "]), [0], "'a' twice"),
         (ClassLabel(num_classes=255), [0], "255"),
-        (Value("string"), [""], "no classes"),
+        (Value("string"), [""], "names no class"),
     ],
 )
 def test_wrong_labels(tmp_path: Path, kind: Any, labels: list[Any], message: str) -> None:

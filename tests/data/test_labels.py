@@ -42,7 +42,7 @@ def test_three_forms_say_the_same(tmp_path: Path, name: str) -> None:
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
-    csv = write(tmp_path, "a.csv", 'image,labels\n\n"a",cow\n,\nb,"big\ncow"\nc,cow\n')
+    csv = write(tmp_path, "a.csv", 'image,labels\n\n"a",cow\n,\n"b\n",cow\nc,cow\n')
     assert [(r.line, r.image) for r in read_labels(csv).rows] == [(3, "a"), (6, "b"), (7, "c")]
     # U+2028 ends a line of text, not one of JSON
     lines = '\n{"image": "a\u2028b", "labels": []}\r\n\n{"image": "c", "labels": []}\n'
@@ -76,7 +76,7 @@ def test_names_have_one_unicode_form_and_those_of_images_slashes(
         ("a.csv", "image,cow,dog\nx,1\n", "line 2 .* 2 .* 3"),
         ("a.csv", "image,cow,dog\nx,1,0\ny,1,2\n", "line 3 has '2' in the column 'dog'"),
         ("a.csv", "image,cow\nx,\n", "line 2 has '' in the column 'cow'"),
-        ("a.csv", "image,label\nx,cow\n", "'cow' in the column 'label'.* call it 'labels'"),
+        ("a.csv", "image,breed\nx,cow\n", "'cow' in the column 'breed'.* call it 'labels'"),
         ("a.csv", "image,cow\n../x,1\n", r"line 2: .*'\.\./x'"),
         ("a.csv", "image,cow\n", "names no image"),
         ("a.jsonl", "", "names no image"),

@@ -139,7 +139,7 @@ def test_what_is_missing_is_told_before_anything_is_written(voc: Path, sbd: Path
     [
         (lambda sbd: (sbd / "val.txt").unlink(), r"val\.txt"),
         (lambda sbd: (sbd / "val.txt").write_text("\n"), r"val\.txt is empty"),
-        (lambda sbd: (sbd / "val.txt").write_text("a\na\n"), "'a' more than once"),
+        (lambda sbd: (sbd / "val.txt").write_text("a\na\n"), "'a' twice"),
         (lambda sbd: (sbd / "val.txt").write_text("../a\n"), r"line 1: .*'\.\./a'"),
         (lambda sbd: (sbd / "cls").rename(sbd / "gone"), "dataset"),
     ],

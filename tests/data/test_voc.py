@@ -77,7 +77,7 @@ def test_dialects_of_lists(root: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("2007_000001\n2007_000001\n", "'2007_000001' more than once"),
+        ("2007_000001\n2007_000001\n", "'2007_000001' twice"),
         ("2007_000001\n../../secret\n", "line 2: .*'../../secret'"),
         ("\n\n", "is empty"),
     ],
@@ -101,7 +101,7 @@ def test_an_id_with_blanks_is_one_whose_image_is_there(root: Path) -> None:
     assert dataset.lists["some"] == ("cow 7", "barn/cow  8", "my.jpg copy", "2007_000001")
     assert dataset.items["cow 7"].image == root / "JPEGImages/cow 7.jpg"
     for line, message in (
-        ("cow 9", rf"'cow 9'.*{root}/JPEGImages/cow 9"),
+        ("cow 9", "'cow 9'.*JPEGImages/cow 9"),
         ("a " * 300, "line 1"),
         ("../JPEGImages/cow 7", "'../JPEGImages/cow 7'"),
     ):

@@ -169,7 +169,7 @@ def done(folder: Path, pictures: Path, weights: Path) -> dict[str, Done]:
         ("host", "edam, colours"),
         ("refinement", "saliency, toy"),
         ("network", "upernet, cells"),
-        ("reader", "coco, named"),
+        ("reader", ", named"),
     ],
 )
 def test_every_kind_runs_and_is_named_where_another_is_asked_for(

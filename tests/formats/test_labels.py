@@ -91,7 +91,7 @@ def test_an_array_takes_its_names_from_a_list(tmp_path: Path, dtype: str) -> Non
         ({"a": vector(0)[None]}, r"\(1, 3\) for 'a'"),
         ({"a": [1, 0, 0]}, "list for 'a'"),
         ({"a": vector(0) * np.nan}, "NaN or infinity for 'a'"),
-        ({"a.jpg": vector(0), "a": vector(0)}, "'a' more than once"),
+        ({"a.jpg": vector(0), "a": vector(0)}, "'a' twice"),
         ({"../a": vector(0)}, "could leave its folder"),
         ({"a\nb": vector(0)}, r"'a\\nb'"),
         ({"\ud800": vector(0)}, r"'\\ud800'"),

@@ -32,6 +32,15 @@ CROWDS = Argument(
     help="COCO's annotations with iscrowd 1: background, void (255) or objects (as CVAT's brush "
     "masks).",
 )
+
+
+SEPARATOR = Argument(
+    "--separator",
+    metavar="TEXT",
+    help="Text between labels, such as ',' or '|', or 'list' for lists (default: ';').",
+)
+NO_CLASS = Argument("--no-class", type=names, help="Labels that mean no class, e.g. none,good.")
+CLASSES = Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog.")
 READING = (
     Argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
     Argument("--lists", type=names, help="Lists to read, e.g. train,val (default: all)."),
@@ -40,8 +49,10 @@ READING = (
         type=lambda text: text if text == "folders" else Path(text),
         help="A .csv or .jsonl instead of the usual labels; for a folder also 'folders'.",
     ),
+    SEPARATOR,
+    NO_CLASS,
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
-    Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
+    CLASSES,
     CROWDS,
     Argument(
         "--several",
@@ -214,8 +225,11 @@ def import_labels(
     Argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
     Argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
     Argument("--split", help="Split to read, if there are several."),
+    SEPARATOR,
+    NO_CLASS,
+    CLASSES,
 )
-def import_huggingface(call: Invocation, source: str, output: Path, **columns: str | None) -> int:
+def import_huggingface(call: Invocation, source: str, output: Path, **columns: Any) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""
     result = huggingface.import_huggingface(source, output, **columns)
     print(f"{result.summary()}\nnext: lpcam init {shlex.quote(str(result.folder))}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,32 @@ _COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
 
 
+Nothing = Literal["background", "ignore", "none"]
+_NOTHING: Mapping[Nothing, str] = {
+    "background": "background|bg|background class|unlabell?ed",
+    "ignore": "ignored?|ignore regions?|void|do ?n.?t care",
+    "none": "|nan|none|null|nil|n/a|na|undefined|unknown|unspecified|unclassified|unassigned|unsure"
+    "|uncertain|missing|not available|nothing|empty|blank|negatives?|normal|good|healthy|ok"
+    "|(no|not) ?(label(s|l?ed)?|class(es)?|objects?|findings?|defects?|annotations?)"
+    "|(.*\\W)?background(\\W.*)?",
+}
+"""What names mean that are often no class: patterns, in lower case, blanks for ``_`` and ``-``."""
+_NO_CLASS = "--no-class {0} (in a recipe data.no_class) if it means that an image shows no class"
+
+
+def shows_nothing(name: str) -> Nothing | None:
+    """What a name means that is no class by itself; None for the name of a class.
+
+    ``none`` is doubtful: such a name can be a class if the user says so.
+
+    Example:
+        >>> [shows_nothing(name) for name in ("_background_", "N/A", "cow")]
+        ['background', 'none', None]
+    """
+    folded = re.sub(r"[\s_-]+", " ", name.casefold()).strip(" .<>[](){}#?!*'\"")
+    return next((what for what, form in _NOTHING.items() if re.fullmatch(form, folded)), None)
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Error text that suggests the most similar known name; empty if none is similar."""
     folded = {other.casefold(): other for other in known}
@@ -32,9 +60,10 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 def check_known(name: str, known: Sequence[str], where: str = "") -> None:
     """Raise DataError if a class is unknown; ``where`` begins the message."""
     if name not in known:
+        way = f"; give {_NO_CLASS.format(name)}" if shows_nothing(name) else ""
         raise DataError(
             f"{where}unknown class {name!r}{nearest_name(name, known)}; the classes are "
-            f"{', '.join(known)}"
+            f"{shortened(known, 30)}{way}"
         )
 
 
@@ -68,19 +97,38 @@ class ClassTable:
                 raise DataError(f"{what} repeat: {', '.join(repeated)}; give each once")
         wrong = [i for i in self.mask_ids if not BACKGROUND < i < IGNORE]
         if wrong:
-            raise DataError(f"mask ids {wrong} are outside 1..254 (0 is background, 255 is ignore)")
+            raise DataError(
+                f"mask ids {shortened([*map(str, wrong)])} are outside 1..254 (0 is background, "
+                "255 is ignored); choose classes with lower ids (--classes), or list them first"
+            )
 
     @classmethod
-    def numbered(cls, names: Iterable[str], source: Path | str) -> ClassTable:
-        """All classes of a data set, with the mask values 1, 2, 3, ...; errors name the source."""
-        names = tuple(names)
-        if "background" in (name.casefold() for name in names):
-            raise DataError(
-                f"{source} names the background; leave it out, its mask value is 0 (an image that "
-                "shows no class has empty labels)"
-            )
+    def numbered(
+        cls,
+        names: Iterable[str] | None,
+        source: Path | str,
+        chosen: Sequence[str] | None = None,
+        **rules: Any,
+    ) -> ClassTable:
+        """The classes of a data set with the mask values 1, 2, 3, ...
+
+        Args:
+            names, source, rules: as in :func:`class_values`.
+            chosen: names to choose, in label order, which keep their mask values; None: all.
+
+        Raises:
+            DataError: if a name is unknown, or as in :func:`class_values`.
+
+        Example:
+            >>> ClassTable.numbered(["background", "cow", "dog"], "classes.txt").mask_ids
+            (1, 2)
+        """
+        values = class_values(names, source, chosen, **rules)
+        for name in chosen or ():
+            check_known(name, tuple(values), f"{source}: ")
+        chosen = tuple(values if chosen is None else chosen)
         try:
-            return cls(names, tuple(range(1, len(names) + 1)))
+            return cls(chosen, tuple(values[name] for name in chosen))
         except DataError as error:
             raise DataError(f"{source}: {error}") from error
 
@@ -91,6 +139,72 @@ class ClassTable:
         """Label index of a class name; DataError lists the known names if it is unknown."""
         check_known(name, self.names)
         return self.names.index(name)
+
+
+def class_values(
+    names: Iterable[str] | None,
+    source: Path | str,
+    chosen: Sequence[str] | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
+    no_class: Sequence[str] = (),
+    own: bool = False,
+    masked: bool = True,
+) -> dict[str, int]:
+    """The value in masks of each class, the rule of every reader: 1, 2, 3, ... in their order.
+
+    An entry for the background at the beginning of the list (also after one for ignored pixels) is
+    no class: its value is 0. Elsewhere such entries are left out if there are no masks.
+
+    Args:
+        names: the list of classes, in the order of the mask values; None: the sorted labels.
+        source: what names the classes, for errors.
+        chosen: names that are classes, whatever they seem to mean; None: none.
+        labels: the labels of images, and where each is first found, for errors.
+        no_class: names that mean that an image shows no class.
+        own: whether the user wrote the list, so that a doubtful name in it is a class.
+        masked: whether there are files of masks, whose values must agree with the list.
+
+    Raises:
+        DataError: if names repeat, are unknown or doubtful, or values and masks cannot agree.
+    """
+    labels, listed = labels or {}, names is not None
+    names = tuple(sorted(labels) if names is None else names)
+    if not names:
+        raise DataError(f"{source} names no class: no image has a label; label some images")
+    check_unique(names, str(source))
+    for name, where in labels.items():
+        if name not in no_class:
+            check_known(name, names, f"{where}: ")
+    for name in no_class:
+        check_known(name, (*names, *labels), f"{source}, no class: ")
+    meant = {name: shows_nothing(name) for name in names}
+    never = [name for name in names if meant[name] in ("background", "ignore")]
+    left_out = {*never, *no_class}
+    values = {n: v for v, n in enumerate((n for n in names if n not in left_out), start=1)}
+    roles = [meant[name] for name in names[:2]]
+    first = 2 if roles == ["ignore", "background"] else int(roles[0] == "background")
+    by_line = {name: value for value, name in enumerate(names[first:], start=1)}
+    moved = any(by_line[name] != value for name, value in values.items())
+    if listed and masked and (moved or {*never} & {*by_line}):
+        wrong = next(name for name in by_line if name in left_out)
+        raise DataError(
+            f"{source} names {wrong!r} as class {by_line[wrong]}, but masks have 0 for the "
+            "background, 255 for ignored pixels and 1, 2, ... for the classes; take it out of the "
+            "list, or put the background first, as the masks have it"
+        )
+    asked = [name for name in never if name in labels and name not in no_class]
+    if not (listed and chosen is not None):
+        asked += [n for n in values if meant[n] and n not in (chosen or ())]
+    if own:  # of the user's own list only the first entry is doubtful: it may stand for 0
+        asked = [name for name in asked if masked and name == names[0]]
+    for name in asked[:1]:
+        way = "" if name in never else ", or --classes with it if it is a class"
+        raise DataError(
+            f"{labels.get(name, source)}: {name!r} may mean that an image shows no class; give "
+            f"{_NO_CLASS.format(name)}{way}"
+        )
+    return values
 
 
 def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
@@ -229,25 +343,21 @@ def without_suffix(name: str) -> str:
     return name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def check_unique(ids: Iterable[Hashable], where: str) -> None:
-    """Raise DataError if an id occurs twice; ``where`` is what holds the ids."""
-    seen: set[Hashable] = set()
-    for name in ids:
+def check_unique(ids: Iterable[Hashable], where: str, places: Iterable[object] = ()) -> None:
+    """Raise DataError if an id occurs twice; ``where`` holds the ids, in lines ``places``."""
+    seen: dict[Hashable, object] = {}
+    for name, place in zip_longest(ids, places):
         if name in seen:
-            raise DataError(f"{where} has {name!r} more than once; keep one of them")
-        seen.add(name)
+            both = "" if place is None else f" (lines {seen[name]} and {place})"
+            raise DataError(f"{where} lists {name!r} twice{both}; keep one of them")
+        seen[name] = place
 
 
 def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
     """A copy of a data set with the masks ``ID.png`` (of COCO also ``9.png``) of another folder."""
     if not folder.is_dir():
         raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
-    files = {
-        # ids are in NFC; some systems store names in another Unicode form
-        unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()): path
-        for path in sorted(folder.rglob("*"), reverse=True)  # of a.PNG and a.png the first
-        if path.suffix.lower() == ".png"
-    }
+    files = files_by_id(folder, (".png",))
     items = {
         name: replace(item, mask=next((files[n] for n in _names(name) if n in files), None))
         for name, item in dataset.items.items()
@@ -258,6 +368,19 @@ def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
             f"such as {next(iter(items))}.png"
         )
     return replace(dataset, items=items)
+
+
+def files_by_id(folder: Path, endings: Collection[str]) -> dict[str, Path]:
+    """Files below a folder whose extension, in either case, is one of ``endings``, by id in NFC."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in endings:
+            # ids are in NFC; some systems store names in another Unicode form
+            name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+            other = found.setdefault(name, path)
+            if other != path:
+                raise DataError(f"{other} and {path} have the same id {name!r}; rename one of them")
+    return found
 
 
 def _names(item_id: str) -> list[str]:

@@ -10,7 +10,7 @@
       masks/ID.png        optional: true masks for the evaluation
       parts/ID.png        optional: true masks of parts, with parts.json {"head": 1, ...}
 
-Without a table of labels the folders of the image folder are the classes: ``images/cow/7.jpg``.
+With ``labels="folders"`` the folders of the image folder are the classes: ``images/cow/7.jpg``.
 
 An image's id is its path below the image folder without the extension, in Unicode form NFC.
 """
@@ -18,6 +18,7 @@ An image's id is its path below the image folder without the extension, in Unico
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +30,7 @@ from lpcam.data.dataset import (
     Dataset,
     Item,
     Skip,
-    check_known,
     check_unique,
-    choose_classes,
     safe_id,
     skip_lines,
     with_mask_folder,
@@ -43,18 +42,30 @@ from lpcam.data.labels import (
     TABLES,
     LabelRow,
     LabelTable,
+    check_label_names,
     how_to_write,
+    labels_by_image,
     normal_name,
     read_labels,
     read_lines,
     read_names,
     read_text,
+    split_labels,
 )
+from lpcam.data.marks import other_format
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
 _OWN = frozenset([*TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
-_SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
+_NO_CLASS = re.compile(
+    r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
+    r"([ _-]?(set|data|images?|imgs?|split|\d+))*|images?|imgs?|jpegimages|photos?|pictures?|data|"
+    r"dataset|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|gt|bbox(es)?|"
+    r"outputs?|results?|predictions?|(19|20)\d\d[-_. ]?[01]\d([-_. ]?[0-3]\d)?|"
+    r"[0-3]?\d[-_.][01]?\d[-_.](19|20)\d\d"
+)
+"""Names of folders, in lower case, that mean something else than a class."""
+_TRUTH = re.compile(r"masks?|labels?|annotations?|segmentation\w*|ground[ _-]?truths?|gt")
 
 
 def read_folder(
@@ -63,6 +74,8 @@ def read_folder(
     classes: Sequence[str] | None = None,
     labels: Path | Literal["folders"] | None = None,
     masks: Path | None = None,
+    separator: str | None = None,
+    no_class: Sequence[str] = (),
 ) -> Dataset:
     """Read a user's folder (layout above): every labelled image, and lists with one named ``all``.
 
@@ -74,11 +87,13 @@ def read_folder(
     Args:
         classes: names to choose, in label order; all if None. They keep their mask ids.
         labels: a table in any folder; or ``"folders"``: the label of ``cow/barn/7`` is ``cow``.
-            None: ``labels.csv`` or ``labels.jsonl`` of the folder, else ``"folders"``.
+            None: ``labels.csv`` or ``labels.jsonl`` of the folder.
         masks: a folder of ``ID.png`` to use instead of ``masks`` of the folder.
+        separator: what separates labels, as in :func:`lpcam.data.labels.split_labels`.
+        no_class: labels that mean that an image shows no class.
 
     Raises:
-        DataError: naming the file and line that is wrong or missing.
+        DataError: naming the file and line that is wrong, doubtful or missing.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -96,27 +111,39 @@ def read_folder(
     path = labels if isinstance(labels, Path) else None
     if labels is None:
         path = next((root / name for name in TABLES if (root / name).is_file()), None)
-    table = None if path is None else read_labels(path)
-    own = {*_OWN, *((path.name,) if path else ())}
-    images, skipped, others = _find_images(images_root, masks, own)
+    table = None if path is None else read_labels(path, separator, no_class)
+    known = {*_OWN, *((path.name,) if path else ())}
+    images, skipped, others = _find_images(images_root, masks, known)
     notices = [*others]
+    if path is None and labels is None and (found := other_format(root)):
+        raise DataError(f"{root} has no table of labels, but {found}")
     if not images and skipped:
         lines = skip_lines([*skipped.values()], "files cannot be used")
         raise DataError(f"there is no image below {images_root}; {'; '.join(lines)}")
+    own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
     if table is None:
-        table = _table_of_folders(root, images_root, images, skipped)
-        if labels is None:
-            notices.append(
-                f"there is no labels.csv or labels.jsonl: the folders below {images_root} are the "
-                f"classes, {shortened(table.classes or ())}"
-            )
+        asked = labels is None
+        table = _table_of_folders(root, images_root, images, skipped, own or (), asked)
+        split = (split_labels(r.labels[0], r.image, separator, no_class) for r in table.rows)
+        rows = tuple(r._replace(labels=of) for r, of in zip(table.rows, split, strict=True))
+        table = LabelTable(images_root, rows)
     elif not images:
         raise DataError(
             f"there are no images below {images_root}; put files such as cow_1.jpg there "
             f"(extensions {' '.join(sorted(IMAGE_SUFFIXES))}) and name them in {table.path.name}"
         )
-    whole = _read_classes(root / "classes.txt", table)
-    chosen = choose_classes(whole, None if classes is None else [normal_name(c) for c in classes])
+    names, first = own or table.classes, table.places
+    if names is None and separator is None:
+        check_label_names(first, numbers=path is None or {*first} <= {*(classes or ())})
+    chosen = ClassTable.numbered(
+        names,
+        root / "classes.txt" if own else table.path,
+        None if classes is None else [normal_name(name) for name in classes],
+        labels=first,
+        no_class=[normal_name(name) for name in no_class],
+        own=own is not None,
+        masked=masks is not None or (root / "masks").is_dir(),
+    )
 
     present = _labels_by_image(table, images, images_root, skipped, notices)
     for image_id in images.keys() - present.keys() - skipped.keys():
@@ -124,7 +151,7 @@ def read_folder(
     dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
     if dropped:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
-        notices.append(f"dropped labels of classes that were not chosen: {counts}")
+        notices.append(f"dropped labels that are no class or were not chosen: {counts}")
 
     truth = {} if masks is not None else _find_masks(root / "masks", images, notices)
     part_names = _read_parts(root / "parts.json")
@@ -158,41 +185,58 @@ def read_folder(
 
 
 def _table_of_folders(
-    root: Path, images_root: Path, images: Iterable[str], skipped: dict[str, Skip]
+    root: Path,
+    images_root: Path,
+    images: Iterable[str],
+    skipped: dict[str, Skip],
+    own: Collection[str],
+    asked: bool,
 ) -> LabelTable:
-    """The table in which each image has its folder as the label; images in none are skipped."""
+    """The table in which each image has its folder as the label; images in none are skipped.
+
+    DataError if folders mean something else (and are not ``own`` classes), or, where it is to be
+    asked, with the question.
+    """
     reason = "it is in no folder of a class and no table of labels is used; move it into one"
     skipped |= {image_id: Skip(image_id, reason) for image_id in images if "/" not in image_id}
     inside = [image_id.split("/") for image_id in images if "/" in image_id]
+    counts = Counter(parts[0] for parts in inside)
+    shown = shortened([f"{name} ({number} images)" for name, number in sorted(counts.items())], 12)
+    tables = [path for ending in ("csv", "jsonl") for path in sorted(root.glob(f"*.{ending}"))]
+    table = f"; if {tables[0].name} is the table: --labels {tables[0]}" if tables and asked else ""
     if not inside:
         path = root / "labels.csv"
         raise DataError(
             f"there is no {path}; {how_to_write(path)}. Without it images lie in one folder a "
-            f"class, such as {images_root / 'cow' / '1.jpg'}"
+            f"class, such as {images_root / 'cow' / '1.jpg'}{table}"
         )
-    tops = sorted({parts[0] for parts in inside})
+    for parts in inside:
+        if truth := next((n for n in parts[1:-1] if _TRUTH.fullmatch(n.casefold())), None):
+            raise DataError(
+                f"{images_root / '/'.join(parts)} seems to be no image but a mask, as it is in a "
+                f"folder {truth!r}; move masks to {root / 'masks'}, one ID.png an image"
+            )
+    wrong = [n for n in sorted(counts) if _NO_CLASS.fullmatch(n.casefold()) and n not in own]
     nested = sorted({parts[0] for parts in inside if len(parts) > 2})
-    if nested and all(top.casefold() in _SPLITS for top in tops):
-        one = "train" if "train" in nested else nested[0]
+    if nested and (len(wrong) == len(counts) or ([*counts] == nested[:1] and not own)):
+        one = next((name for name in nested if "train" in name.casefold()), nested[0])
         raise DataError(
-            f"the folders of {images_root} are {', '.join(tops)} and hold the folders of the "
-            f"classes; give one of them, {images_root / one}"
+            f"the folders of {images_root} are {shown}, which hold the folders of the classes; "
+            f"give one of them with --labels folders: {images_root / one}"
+        )
+    if wrong:
+        raise DataError(
+            f"the folders of {images_root} are {shown}, of which {', '.join(wrong)} mean something "
+            f"else than a class; write a labels.csv{table}, move them away, or, if they are "
+            "classes, list all classes in classes.txt"
+        )
+    if asked:
+        raise DataError(
+            f"{root} has no labels.csv or labels.jsonl; its folders are {shown}. If each is a "
+            f"class, give --labels folders (in a recipe data.labels: folders){table}"
         )
     rows = [LabelRow(0, "/".join(parts), (normal_name(parts[0]),)) for parts in inside]
-    return LabelTable(images_root, tuple(rows), tuple(sorted({*map(normal_name, tops)})))
-
-
-def _read_classes(path: Path, table: LabelTable) -> ClassTable:
-    """The classes of classes.txt, else of the table."""
-    names: Sequence[str] = table.classes or sorted({n for row in table.rows for n in row.labels})
-    names, source = (read_names(path), path) if path.is_file() else (names, table.path)
-    classes = ClassTable.numbered(names, source)
-    for name in table.classes or ():
-        check_known(name, classes.names, f"{table.path}: ")
-    for row in table.rows:
-        for name in row.labels:
-            check_known(name, classes.names, f"{table.path} line {row.line}: ")
-    return classes
+    return LabelTable(images_root, tuple(rows))
 
 
 def _labels_by_image(
@@ -204,32 +248,23 @@ def _labels_by_image(
 ) -> dict[str, set[str]]:
     """Class names by image id, of all rows that name an image."""
     unread = {key: s for s in skipped.values() for key in (s.id, s.id.rpartition(".")[0])}
-    present: dict[str, set[str]] = {}
-    lines: dict[str, list[str]] = {}
     for row in table.rows:
-        image_id = _image_id(row.image, images)
-        if image_id is not None:
-            present.setdefault(image_id, set()).update(row.labels)
-            lines.setdefault(image_id, []).append(str(row.line))
-            continue
         where = f"{table.path.name} line {row.line}"
+        if _image_id(row.image, images) is not None:
+            continue
         if skip := unread.get(row.image) or unread.get(row.image.removeprefix("images/")):
             skipped[skip.id] = Skip(skip.id, f"{where}: {skip.reason}")
         else:
             reason = f"{where} has no image below {images_root}"
             skipped.setdefault(row.image, Skip(row.image, reason))
+    present, repeated = labels_by_image(table, lambda name: _image_id(name, images))
     if not present:
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
             f"names {table.rows[0].image!r}, the folder holds {next(iter(images))!r}; "
             f"{how_to_write(table.path)}"
         )
-    repeated = [f"{i} (lines {', '.join(n)})" for i, n in lines.items() if len(n) > 1]
-    if repeated:
-        notices.append(
-            f"{table.path.name} has several lines of {shortened(repeated)}; their labels were "
-            "united"
-        )
+    notices += repeated
     return present
 
 
@@ -301,12 +336,13 @@ def _read_lists(
     for path in sorted(folder.glob("*.txt")):
         if path.stem == "all":
             raise DataError(f"{path} is refused: 'all' is the list of every image; rename it")
-        found = [(where, name, _image_id(name, images)) for where, name in read_lines(path)]
-        for where, name, image_id in found:
+        found = {where: (name, _image_id(name, images)) for where, name in read_lines(path)}
+        for where, (name, image_id) in found.items():
             if image_id is None:
                 skipped.setdefault(name, Skip(name, f"{where} has no image of that name"))
-        ids = [image_id for _, _, image_id in found if image_id is not None]
-        check_unique(ids, str(path))
+        lines = {where.rpartition(" ")[2]: i for where, (_, i) in found.items() if i is not None}
+        ids = [*lines.values()]
+        check_unique(ids, str(path), lines)
         lists[path.stem] = tuple(image_id for image_id in ids if image_id in items)
     return lists
 
@@ -316,6 +352,8 @@ class FolderReader(Reader):
 
     means = "images and their labels; masks/ID.png, where there are any, serve scoring"
     chooses_lists = False
+    takes = ("labels", "folders", "separator", "no_class")
+    how_to_label = "label some in labels.csv, or see that --no-class names no class"
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a folder with a table of labels, whatever else it holds."""
@@ -323,7 +361,8 @@ class FolderReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from a table or from the names of folders."""
-        chosen = {name: getattr(request, name) for name in ("classes", "labels", "masks")}
+        options = ("classes", "labels", "masks", "separator", "no_class")
+        chosen = {name: getattr(request, name) for name in options}
         return Opened(read_folder(request.root, **chosen))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import decode_image, png_bytes
-from lpcam.data.labels import normal_name
+from lpcam.data.labels import check_label_names, normal_name, split_labels
 from lpcam.runtime.errors import DataError, LpcamError, import_extra
 from lpcam.runtime.files import write_bytes, write_json
 from lpcam.runtime.versions import __version__
@@ -55,6 +56,9 @@ def import_huggingface(
     image: str = "image",
     labels: str = "label",
     split: str | None = None,
+    separator: str | None = None,
+    no_class: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ImportedFolder:
     """Write the images of a data set with their labels as a user's folder.
 
@@ -68,6 +72,10 @@ def import_huggingface(
         image: name of the column of images (``datasets.Image``).
         labels: name of the column of labels: a ClassLabel or text, or lists of these.
         split: name of the split to import, if there are several.
+        separator: what separates labels that are text, as in
+            :func:`lpcam.data.labels.split_labels`.
+        no_class: labels that mean that an image shows no class.
+        classes: names of classes to choose; None: all.
 
     Raises:
         DataError: if the source, split or a column is wrong, no row can be used, or ``output`` is.
@@ -88,7 +96,7 @@ def import_huggingface(
             f"the column {image!r} does not hold images; those that do are "
             f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
         )
-    classes, label_sets = _labels(library, dataset, labels)
+    classes, label_sets = _labels(library, dataset, labels, separator, no_class or (), classes)
 
     stored = dataset.with_format(None).select_columns([image])
     stored = stored.cast_column(image, library.Image(decode=False))
@@ -171,7 +179,12 @@ def _column(dataset: Any, name: str) -> Any:
 
 
 def _labels(
-    library: Any, dataset: Any, labels: str
+    library: Any,
+    dataset: Any,
+    labels: str,
+    separator: str | None,
+    no_class: Sequence[str],
+    chosen: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
     """The classes, and the class names of each row; None for a row without label."""
     kind = _column(dataset, labels)
@@ -186,24 +199,39 @@ def _labels(
         )
     classes = [normal_name(name) for name in one.names] if coded else []
 
-    def names_of(value: Any) -> tuple[str, ...] | None:
+    def names_of(value: Any, row: int) -> tuple[str, ...] | None:
         values = value if several else [value]
         if values is None or any(v is None or (coded and v < 0) for v in values):
             return None
-        names = [classes[v] if coded else normal_name(v) for v in values]
-        return tuple(dict.fromkeys(name for name in names if name))
+        if coded:
+            return tuple(dict.fromkeys(classes[v] for v in values))
+        split = (split_labels(v, f"row {row}", separator, no_class) for v in values)
+        return tuple(dict.fromkeys(name for names in split for name in names))
 
     rows = dataset.with_format(None).select_columns([labels])
-    found = [names_of(row[labels]) for row in rows]
-    if not coded:
-        classes = sorted({name for names in found for name in names or ()})
-    for name in classes:
+    found = [names_of(row[labels], number) for number, row in enumerate(rows)]
+    first: dict[str, str] = {}
+    for number, names in enumerate(found):
+        for name in names or ():
+            first.setdefault(name, f"row {number}")
+    if not coded and separator is None:
+        check_label_names(first)
+    table = ClassTable.numbered(
+        classes if coded else None,
+        f"the column {labels!r}",
+        chosen,
+        labels=first,
+        no_class=no_class,
+        masked=False,
+    )
+    for name in table.names:
         if ";" in name or len(name.splitlines()) != 1:
             raise DataError(
                 f"the class name {name!r} does not fit into labels.csv and classes.txt: it is "
                 "empty, or has a ';' or a line break; rename the class in the data set"
             )
-    return ClassTable.numbered(classes, f"the column {labels!r}").names, found
+    kept = [n if n is None else tuple(x for x in n if x in table.names) for n in found]
+    return table.names, kept
 
 
 def _image_file(cell: Any, name: str) -> tuple[bytes, str]:

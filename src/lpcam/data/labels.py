@@ -9,24 +9,34 @@
     c.jpg,cow;dog              c.jpg,1,1
 
 Names get Unicode form NFC, without blanks at their ends; in image names backslashes become slashes.
+A name that may be several (`split_labels`) is refused unless a separator says what it is.
 """
 
 from __future__ import annotations
 
+import ast
+import codecs
 import csv
 import io
+import json
+import re
 import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from lpcam.data.dataset import safe_id
-from lpcam.runtime.errors import DataError
+from lpcam.data.dataset import safe_id, shows_nothing
+from lpcam.runtime.errors import DataError, shortened
 
 TABLES = ("labels.csv", "labels.jsonl")
 """File names of a folder's own table; the first that exists is read."""
+_IMAGE = re.compile("(image|img)s?(id|name|path|file|index)?|files?(name|path)?|path|id")
+_LABELS = re.compile("(finding)?labels?|class(es)?|(class|label)name|categor(y|ies)|(tag|target)s?")
+"""Names of the columns of images and of labels, without case, blanks, ``_`` and ``-``."""
+_SEVERAL = re.compile(r"[,|/&\t\r\n，、；｜／＆]|^[\[({'\"].*[\])}'\"]$", re.DOTALL)
 _TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
@@ -47,21 +57,39 @@ class LabelTable:
     classes: tuple[str, ...] | None = None
     """The columns of a multi-hot table, in order; None where only the rows name classes."""
 
+    @property
+    def places(self) -> dict[str, str]:
+        """The file and line where each label is first found."""
+        found = dict.fromkeys(self.classes or (), str(self.path))
+        for row in self.rows:
+            for name in row.labels:
+                found.setdefault(
+                    name, f"{self.path} {f'line {row.line}' if row.line else row.image}"
+                )
+        return found
+
 
 class _Entry(BaseModel):
     image: str
     labels: list[str]
 
 
-def read_labels(path: Path) -> LabelTable:
+def read_labels(
+    path: Path, separator: str | None = None, no_class: Sequence[str] = ()
+) -> LabelTable:
     """Read a table of labels in one of the forms above; an empty cell shows none of the classes.
 
-    A multi-hot table begins with ``image`` or ``filename``; its cells are 0 or 1 (``1.0`` and
-    ``true`` count as 1). Further keys of ``.jsonl`` are ignored.
+    The first column may also be called ``filename``, ``path``, ``image_id`` ..., that of the labels
+    ``label``, ``class`` ...; columns may be separated by ``;`` or tabs. The cells of a multi-hot
+    table are 0 or 1 (``1.0`` and ``true`` count as 1). Further keys of ``.jsonl`` are ignored.
+
+    Args:
+        separator: what separates labels, as in `split_labels`.
+        no_class: labels that are never several, whatever they hold.
 
     Raises:
-        DataError: naming the file and line, if the table is missing, not UTF-8, of another form or
-            names no image, or an image's name could leave its folder.
+        DataError: naming the file and line, if the table is missing, not Unicode, of another form
+            or names no image, an image's name could leave its folder, or a label is doubtful.
 
     Example:
         >>> path = getfixture("tmp_path") / "labels.csv"
@@ -73,7 +101,12 @@ def read_labels(path: Path) -> LabelTable:
     if suffix not in (".csv", ".jsonl"):
         raise DataError(f"{path} is not a table of labels; give a .csv or a .jsonl file. {how}")
     text = read_text(path, how)
-    table = _read_csv(path, text, how) if suffix == ".csv" else _read_jsonl(path, text, how)
+
+    def split(text: str, where: str) -> tuple[str, ...]:
+        return split_labels(text, where, separator, no_class)
+
+    read = _read_csv if suffix == ".csv" else _read_jsonl
+    table = read(path, text, how, split)
     if not table.rows:
         raise DataError(f"{path} names no image; {how}")
     return table
@@ -110,20 +143,141 @@ def image_name(text: str, where: str) -> str:
         raise DataError(f"{where}: {error}") from error
 
 
+def split_labels(
+    text: str, where: str, separator: str | None = None, no_class: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The labels of a text; DataError if a label may be several, and begins with ``where`` it is.
+
+    Args:
+        separator: None: ``;``, and a label with ``,`` ``|`` ``/`` ``&``, a line end or in brackets
+            is refused. A text, such as ``|``: labels are taken literally between it. ``list``: the
+            text is a list of JSON or Python.
+        no_class: labels that are not refused.
+
+    Example:
+        >>> split_labels("cow; dog", "line 2"), split_labels("cow|dog", "line 2", "|")
+        (('cow', 'dog'), ('cow', 'dog'))
+    """
+    if separator == "list":
+        return _listed(text, where)
+    found = text.split((separator or ";").replace("\\t", "\t").replace("\\n", "\n"))
+    labels = tuple(filter(None, map(normal_name, found)))
+    for label in labels:
+        doubtful = ";" in label if separator else _SEVERAL.search(label)
+        if doubtful and label not in no_class and not shows_nothing(label):
+            sign = doubtful[0][:1] if isinstance(doubtful, re.Match) else ";"
+            sign = "list" if sign in "[({'\"" else sign.replace("\t", "\\t").replace("\n", "\\n")
+            raise several_labels(label, where, sign)
+    return labels
+
+
+def _listed(text: str, where: str) -> tuple[str, ...]:
+    """The texts of a list in JSON or Python, or of none."""
+    if not text.strip():
+        return ()
+    found = None
+    # of texts without a comma between them Python makes one
+    if not re.search(r"""['"]\s*['"](?!\s*[,\])}])""", text.replace("''", "").replace('""', "")):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                found = read(text.strip())
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if not isinstance(found, list | tuple | set) or not all(isinstance(x, str) for x in found):
+        raise DataError(
+            f"{where} reads {text.strip()!r:.80}, which is no list of texts; write "
+            '["cow", "dog"], or another --separator'
+        )
+    return tuple(filter(None, map(normal_name, sorted(found) if isinstance(found, set) else found)))
+
+
+def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> None:
+    """Refuse labels that seem to be several others joined, or (without ``numbers``) numbers.
+
+    Args:
+        labels: where each label is first found, which begins the DataError.
+    """
+    known = {label.casefold() for label in labels}
+    for label, where in labels.items():
+        if not numbers and re.fullmatch(r"[-+]?\d+(\.\d+)?", label):
+            raise DataError(
+                f"{where}: the label {label!r} is a number; write the name of the class, or list "
+                "the numbers in classes.txt if they are the names"
+            )
+        parts = {part for part in re.split(r"[\W_]+|\band\b", label.casefold()) if part}
+        if len(parts) > 1 and parts <= known:
+            raise several_labels(label, where, re.sub(r"\w", "", label)[:1] or "_")
+
+
+def several_labels(text: str, where: str, separator: str) -> DataError:
+    """The error for a name that may be several."""
+    return DataError(
+        f"{where}: {text!r} may be several labels; give --separator '{separator}' (in a recipe "
+        "data.separator) if it is, or --separator ';' if it is one name"
+    )
+
+
+def labels_by_image(
+    table: LabelTable, name_of: Callable[[str], str | None]
+) -> tuple[dict[str, set[str]], tuple[str, ...]]:
+    """The labels of each image, united over its rows, and a notice of images in several rows.
+
+    Args:
+        name_of: gives an image's id by its name in the table; None: the row is left out.
+
+    Raises:
+        DataError: if rows of an image contradict each other: one has no label, or columns differ.
+    """
+    rows: dict[str, list[LabelRow]] = {}
+    for row in table.rows:
+        if (image_id := name_of(row.image)) is not None:
+            rows.setdefault(image_id, []).append(row)
+    several = {image_id: found for image_id, found in rows.items() if len(found) > 1}
+    for image_id, found in several.items():
+        sets = [frozenset(row.labels) for row in found]
+        other = next((n for n, one in enumerate(sets) if one != sets[0]), None)
+        if other is not None and (table.classes is not None or frozenset() in sets):
+            other = other if table.classes is not None else sets.index(frozenset()) or other
+            raise DataError(
+                f"{table.path} lists {image_id!r} twice (lines {found[0].line} and "
+                f"{found[other].line}) with labels that contradict each other; keep one of them"
+            )
+    repeated = [f"{i} (lines {', '.join(str(r.line) for r in f)})" for i, f in several.items()]
+    notice = (
+        f"{table.path.name} has several lines of {shortened(repeated)}; their labels were united"
+    )
+    return {i: {n for r in f for n in r.labels} for i, f in rows.items()}, (notice,) * bool(several)
+
+
 def read_text(path: Path, how: str) -> str:
-    """A UTF-8 file as text, without a byte order mark; a DataError ends with the advice ``how``."""
+    """A file in UTF-8, or UTF-16 with its mark, as text; a DataError ends with ``how``."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8. {how}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. {how}") from error
 
 
-def read_names(path: Path) -> tuple[str, ...]:
-    """The class names of a file, one per line; DataError if it cannot be read."""
+def read_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
+    """The class names of a file, one per line; DataError if a line may hold more than a name."""
     lines = read_text(path, "Write one class name per line.").splitlines()
-    return tuple(normal_name(line) for line in lines if line.strip())
+    numbered = [(n, normal_name(line)) for n, line in enumerate(lines, 1) if line.strip()]
+    if not separator:
+        for number, name in numbered:
+            where = f"{path} line {number}, a class name"
+            split_labels(name, where)
+            if ";" in name:
+                raise DataError(f"{where}: {name!r} holds a ';'; write one class name per line")
+        if numbered and all(re.match(r"\d+\s*[:.)\s]\s*\S", name) for _, name in numbered):
+            raise DataError(
+                f"{path} numbers its lines ({numbered[0][1]!r}); write the class names alone, in "
+                "the order of their values in masks, 1, 2, ..."
+            )
+    return tuple(name for _, name in numbered)
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
@@ -133,8 +287,19 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     return [(where, image_name(line, where)) for where, line in numbered]
 
 
-def _read_csv(path: Path, text: str, how: str) -> LabelTable:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+_Split = Callable[[str, str], tuple[str, ...]]
+
+
+def _key(cell: str) -> str:
+    return re.sub(r"[\s_-]", "", cell.strip(" \"'")).casefold()
+
+
+def _read_csv(path: Path, text: str, how: str, split: _Split) -> LabelTable:
+    head = text.lstrip().partition("\n")[0]
+    delimiter = next(
+        (d for d in ",;\t|" if d in head and _IMAGE.fullmatch(_key(head.split(d)[0]))), ","
+    )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[LabelRow] = []
     classes: tuple[str, ...] | None = None
     width = 0
@@ -143,12 +308,12 @@ def _read_csv(path: Path, text: str, how: str) -> LabelTable:
             where = f"{path} line {reader.line_num}"
             if not width:
                 width = len(cells)
-                classes = _columns(cells, where, how)
+                classes = _columns(cells, where, how, split)
             elif any(cell.strip() for cell in cells):
                 if len(cells) != width:
                     raise DataError(f"{where} has {len(cells)} columns, expected {width}; {how}")
                 if classes is None:
-                    labels = tuple(filter(None, map(normal_name, cells[1].split(";"))))
+                    labels = split(cells[1], where)
                 else:
                     labels = _hot(cells[1:], classes, where, how)
                 rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
@@ -157,13 +322,14 @@ def _read_csv(path: Path, text: str, how: str) -> LabelTable:
     return LabelTable(path, tuple(rows), classes)
 
 
-def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
+def _columns(cells: list[str], where: str, how: str, split: _Split) -> tuple[str, ...] | None:
     """The classes of a multi-hot header; None for ``image,labels``."""
     names = [normal_name(cell) for cell in cells]
-    folded = [name.casefold() for name in names]
-    if folded == ["image", "labels"]:
+    first, *others = map(_key, cells)
+    of_labels = [key for key in others if _LABELS.fullmatch(key)]
+    if _IMAGE.fullmatch(first) and len(others) == len(of_labels) == 1:
         return None
-    if len(cells) < 2 or folded[0] not in ("image", "filename") or "labels" in folded:
+    if not others or not _IMAGE.fullmatch(first) or of_labels:
         raise DataError(f"{where} is {','.join(cells)!r}; {how}")
     repeated = sorted({name for name in names[1:] if names[1:].count(name) > 1})
     if "" in names or repeated:
@@ -171,6 +337,8 @@ def _columns(cells: list[str], where: str, how: str) -> tuple[str, ...] | None:
             f"{where}: a column has no name, or repeats ({', '.join(repeated)}); a table of 0 and "
             "1 has one column a class"
         )
+    for name in names[1:]:
+        split(name, f"{where}, a column")
     return tuple(names[1:])
 
 
@@ -187,7 +355,7 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
     return tuple(name for name, value in zip(classes, values, strict=True) if value)
 
 
-def _read_jsonl(path: Path, text: str, how: str) -> LabelTable:
+def _read_jsonl(path: Path, text: str, how: str, split: _Split) -> LabelTable:
     rows = []
     # not splitlines: JSON text may contain other line ends, such as U+2028
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
@@ -201,6 +369,6 @@ def _read_jsonl(path: Path, text: str, how: str) -> LabelTable:
                 f"{where} is not JSON with a text 'image' and a list of texts 'labels' "
                 f"({error.errors()[0]['msg']}): {line.strip()[:120]!r}; {how}"
             ) from error
-        names = tuple(filter(None, map(normal_name, entry.labels)))
+        names = tuple(name for label in entry.labels for name in split(label, where))
         rows.append(LabelRow(number, image_name(entry.image, where), names))
     return LabelTable(path, tuple(rows))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from lpcam.data.marks import other_format
 from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError
 
@@ -28,8 +29,8 @@ def kind_of(path: Path) -> str:
     name = next((name for name, reader in READERS.items() if reader.recognises(path)), None)
     if name is None and path.is_file():
         raise DataError(
-            f"{path} is a file of unknown kind; give a folder of images with labels, VOC2012, a "
-            "folder with COCO annotations, or a COCO JSON file"
+            f"{other_format(path) or f'{path} is a file of unknown kind'}; give a folder of images "
+            "with labels, VOC2012, a folder with COCO annotations, or a COCO JSON file"
         )
     return name or "folder"
 
@@ -42,6 +43,8 @@ def open_dataset(
     labels: Path | Literal["folders"] | None = None,
     masks: Path | None = None,
     classes: Sequence[str] | None = None,
+    separator: str | None = None,
+    no_class: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Opened:
     """Open a data set of any kind: labels are read, images not yet.
@@ -52,10 +55,13 @@ def open_dataset(
         labels: a table instead of the usual labels; ``"folders"``: each class has a folder.
         masks: a folder of true masks, ``ID.png``, instead of the usual ones.
         classes: names of classes to choose, in label order; None: all.
+        separator: what separates the labels of an image, as in
+            :func:`lpcam.data.labels.split_labels`.
+        no_class: labels that mean that an image shows no class.
         settings: values of the reader's settings.
 
     Raises:
-        DataError: if ``lists`` or ``labels`` do not belong to the kind, or its reader raises it.
+        DataError: if an option does not belong to the kind, or its reader raises it.
         RegistryError: if there is no reader of that name.
 
     Example:
@@ -73,7 +79,7 @@ def open_dataset(
             f"{path}"
         )
     try:
-        reader.check_labels(labels)
+        reader.check_options(name, labels, separator, no_class or ())
     except ValueError as error:
         raise DataError(str(error)) from None
     try:
@@ -84,7 +90,19 @@ def open_dataset(
         raise DataError(f"{key} for the kind {name}: {first['msg']}") from error
     if settings and made is None:
         raise DataError(f"{', '.join(settings)} does not belong to the kind {name}; leave it out")
-    return reader.open(Request(path, lists, frozenset({"test"}), labels, masks, classes, made))
+    return reader.open(
+        Request(
+            root=path,
+            lists=lists,
+            unlabelled=frozenset({"test"}),
+            labels=labels,
+            separator=separator,
+            no_class=no_class or (),
+            masks=masks,
+            classes=classes,
+            settings=made,
+        )
+    )
 
 
 def paint_masks(

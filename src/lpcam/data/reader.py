@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -70,6 +70,11 @@ class DataSection(Section):
     labels: LabelSource | None = None
     """File of image-level labels (.csv, .jsonl) instead of the usual source. ``folders`` (kind
     folder): each class has a folder."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text between the labels of an image; ``list``: a cell is a list of JSON or Python. Null:
+    ``;``, and labels that may be several are refused."""
+    no_class: tuple[str, ...] = ()
+    """Labels that mean that an image shows no class, such as ``none`` or ``good``."""
     masks: RecipePath | None = None
     """Folder of true masks, ID.png, instead of the usual ones."""
     saliency: Saliency | None = None
@@ -126,7 +131,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
-        self.reader.check_labels(self.labels)
+        self.reader.check_options(self.kind, self.labels, self.separator, self.no_class)
         return self
 
     def list_of(self, stage: ListName) -> str:
@@ -145,6 +150,8 @@ class Request:
     lists: Sequence[str] | None = None  #: Lists that are read; None: all.
     unlabelled: frozenset[str] = frozenset()  #: Lists whose images need no labels.
     labels: Path | Literal["folders"] | None = None  #: A source of labels instead of the usual one.
+    separator: str | None = None  #: What separates labels; None: ``;``.
+    no_class: Sequence[str] = ()  #: Labels that mean that an image shows no class.
     masks: Path | None = None  #: A folder of true masks, ID.png, instead of the usual ones.
     classes: Sequence[str] | None = None  #: The classes to choose; None: all.
     settings: Any = None  #: An instance of the reader's settings; None: the usual ones.
@@ -171,8 +178,28 @@ class Reader(ABC):
     chooses_lists: ClassVar[bool] = True  #: Whether a caller may choose the lists to read.
     settings: ClassVar[type[BaseModel] | None] = None  #: Class of its settings, if it has any.
 
-    def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse a source of labels that the reader cannot use; ValueError says what it can."""
+    takes: ClassVar[Collection[str]] = ("no_class",)
+    """Options of a `Request` that it uses: ``labels`` (a table), ``folders``, ``separator``,
+    ``no_class``."""
+    how_to_label: ClassVar[str] = "label some"  #: Advice where no image has a label.
+
+    def check_options(
+        self,
+        kind: str,
+        labels: Path | str | None,
+        separator: str | None = None,
+        no_class: Sequence[str] = (),
+    ) -> None:
+        """Refuse options that the reader does not use; ValueError names the kinds that do."""
+        given: dict[str, object] = {"separator": separator, "no_class": [*no_class]}
+        given["folders" if isinstance(labels, str) else "labels"] = labels
+        for option, value in given.items():
+            if value and option not in self.takes:
+                kinds = [name for name, reader in READERS.items() if option in reader.takes]
+                raise ValueError(
+                    f"{'labels' if option == 'folders' else option} {str(value)!r} does not belong "
+                    f"to the kind {kind}, but to {', '.join(kinds)}; leave it out"
+                )
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

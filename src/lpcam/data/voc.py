@@ -6,28 +6,28 @@ difficult objects included, person parts not (specification of data sets, sectio
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from xml.etree import ElementTree
 
 from lpcam.data.dataset import (
+    IMAGE_SUFFIXES,
     ClassTable,
     Dataset,
     Item,
     Skip,
     check_known,
     check_unique,
-    choose_classes,
+    files_by_id,
     nearest_name,
     safe_id,
     with_mask_folder,
     without_suffix,
 )
-from lpcam.data.labels import normal_name, read_labels, read_names, read_text
+from lpcam.data.labels import labels_by_image, normal_name, read_labels, read_names, read_text
 from lpcam.data.reader import ListName, Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
@@ -50,6 +50,9 @@ def read_voc(
     classes: Sequence[str] | None = None,
     unlabelled: Sequence[str] = (),
     labels: Path | None = None,
+    separator: str | None = None,
+    no_class: Sequence[str] = (),
+    masks: Path | None = None,
 ) -> Dataset:
     """Read lists of a VOC folder: ids, image-level labels and the mask paths that exist.
 
@@ -63,36 +66,60 @@ def read_voc(
         classes: names to choose, in label order, which keep their mask ids; all if None.
         unlabelled: those of the lists whose images need no annotation.
         labels: a table (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
+        separator: what separates labels of that table.
+        no_class: names that mean that an image shows no class.
+        masks: a folder of ``ID.png`` instead of ``SegmentationClass``.
 
     Raises:
         DataError: if the folder, a list or a class is wrong or missing, or no image is left.
     """
     root = find_root(root)
     own = root / CLASS_NAMES
-    names = read_names(own) if own.is_file() else CLASSES
-    table = choose_classes(ClassTable.numbered(names, own), classes)
-    wanted = {name: read_list(root, name) for name in lists}
+    names = read_names(own, separator) if own.is_file() else CLASSES
+    images = files_by_id(root / "JPEGImages", IMAGE_SUFFIXES)
+    drawn = {} if masks else files_by_id(root / "SegmentationClass", (".png",))
+    wanted = {name: read_list(root, name, images) for name in lists}
     labelled = {i for name, ids in wanted.items() if name not in unlabelled for i in ids}
-    given = None if labels is None else _labels_by_image(labels, names)
+    given: Mapping[str, set[str]] | None = None
+    first, repeated = dict.fromkeys(no_class, ""), tuple[str, ...]()
+    if labels is not None:
+        found = read_labels(labels, separator, no_class)
+        given, repeated = labels_by_image(
+            found, lambda image: without_suffix(image.removeprefix("JPEGImages/"))
+        )
+        first = found.places
+    table = ClassTable.numbered(
+        names,
+        own,
+        classes,
+        labels=first,
+        no_class=no_class,
+        own=own.is_file(),
+        masked=masks is not None or bool(drawn),
+    )
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
-    unknown: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
-            image = _image_path(root, image_id)
-            if not image.is_file():
-                raise DataError(f"there is no image {image}")
+            image = images.get(image_id)
+            if image is None:
+                raise DataError(f"there is no image {root / 'JPEGImages' / image_id}.jpg")
             present = _present(root, image_id, image_id in labelled, given)
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
             continue
-        unknown.update(present - {*names, *_PERSON_PARTS})
-        mask = root / "SegmentationClass" / f"{image_id}.png"
+        counted.update(present)
         shown = tuple(n for n, name in enumerate(table.names) if name in present)
-        items[image_id] = Item(image_id, image, shown, mask if mask.is_file() else None)
+        items[image_id] = Item(image_id, image, shown, drawn.get(image_id))
     if not items:
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
         raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
+    for name in no_class:
+        check_known(name, (*names, *counted, *first), "no class: ")
+    unknown = {
+        n: count for n, count in counted.items() if n not in {*names, *_PERSON_PARTS, *no_class}
+    }
     counts = [
         f"{name!r} in {count}{nearest_name(name, names)}"
         for name, count in sorted(unknown.items(), key=lambda one: (-one[1], one[0]))
@@ -101,15 +128,18 @@ def read_voc(
         f"objects of unknown classes give no label, by the number of images: {shortened(counts)}; "
         f"list other classes in {own}, one per line"
     )
-    return Dataset(
+    if counts and not {*names} & {*counted}:
+        raise DataError(f"no object is of the classes {shortened(names)}: {notice}")
+    dataset = Dataset(
         name="voc12" if names == CLASSES else root.resolve().name,
         classes=table,
         items=items,
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
         label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
-        notices=(notice,) if counts else (),
+        notices=(*repeated, *(notice,) * bool(counts)),
     )
+    return dataset if masks is None else with_mask_folder(dataset, masks)
 
 
 def _voc_folder(path: Path) -> Path | None:
@@ -128,19 +158,22 @@ def find_root(path: Path) -> Path:
     )
 
 
-def read_list(root: Path, name: str) -> tuple[str, ...]:
-    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts; none twice."""
+def read_list(root: Path, name: str, images: Collection[str] = ()) -> tuple[str, ...]:
+    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts; none twice.
+
+    A line that is the id of one of ``images`` may hold blanks.
+    """
     path = root / LISTS / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(_list_names(root)) or "none"
         raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
     lines = read_text(path, "Write one image id per line.").splitlines()
-    found = [_line_ids(root, line, f"{path} line {n}") for n, line in enumerate(lines, 1)]
-    ids = [image_id for one in found for image_id in one]
+    found = {n: _line_ids(images, line, f"{path} line {n}") for n, line in enumerate(lines, 1)}
+    ids = [image_id for one in found.values() for image_id in one]
     if not ids:
         raise DataError(f"list {path} is empty; write one image id per line")
-    if all(len(one) < 2 for one in found):
-        check_unique(ids, f"list {path}")
+    if all(len(one) < 2 for one in found.values()):
+        check_unique(ids, f"list {path}", [n for n, one in found.items() if one])
     return tuple(dict.fromkeys(ids))
 
 
@@ -148,19 +181,18 @@ def _list_names(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / LISTS).glob("*.txt"))
 
 
-def _line_ids(root: Path, line: str, where: str) -> list[str]:
+def _line_ids(stored: Collection[str], line: str, where: str) -> list[str]:
     """The ids of a line, several for a pair of images."""
     names, whole = line.split(), line.strip()
-    images = [PurePosixPath(word).stem for word in names if word.lower().endswith(".jpg")]
-    # os.path.isfile raises nothing for a line too long for a name
-    if len(names) > 1 and os.path.isfile(_image_path(root, whole)):  # noqa: PTH113
-        names = [whole]
-    elif images:
-        names = images
+    images = [PurePosixPath(word).stem for word in names if without_suffix(word) != word]
+    if len(names) > 1 and {whole, without_suffix(whole)} & {*stored}:
+        names = [whole if whole in stored else without_suffix(whole)]
+    elif images:  # of an image and a mask often one name
+        names = [*dict.fromkeys(images)]
     elif len(names) > 1:
         raise DataError(
             f"{where} reads {line!r}; expected an id (an id with blanks needs the image "
-            f"{_image_path(root, whole)}), or the paths of an image and a mask"
+            f"JPEGImages/{whole}.jpg), or the paths of an image and a mask"
         )
     # lists of integers drop the underscore of YYYY_NNNNNN
     names = [f"{n[:4]}_{n[4:]}" if _INTEGER_ID.fullmatch(n) else n for n in names]
@@ -168,21 +200,6 @@ def _line_ids(root: Path, line: str, where: str) -> list[str]:
         return [safe_id(name) for name in names]
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def _image_path(root: Path, image_id: str) -> Path:
-    return root / "JPEGImages" / f"{image_id}.jpg"
-
-
-def _labels_by_image(path: Path, names: Sequence[str]) -> dict[str, set[str]]:
-    """The labels of each image of a table, by id; all names must be known."""
-    found: dict[str, set[str]] = {}
-    for line, image, labels in read_labels(path).rows:
-        for label in labels:
-            check_known(label, names, f"{path} line {line}: ")
-        image_id = without_suffix(image.removeprefix("JPEGImages/"))
-        found.setdefault(image_id, set()).update(labels)
-    return found
 
 
 def _present(
@@ -219,12 +236,8 @@ class VocReader(Reader):
         "test": "val",
     }
 
-    def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse the word ``folders``."""
-        if isinstance(labels, str):
-            raise ValueError(
-                f"labels {labels!r} belongs to the kind folder; give a .csv or .jsonl file"
-            )
+    takes = ("labels", "separator", "no_class")
+    how_to_label = f"name objects in Annotations as the classes, or list others in {CLASS_NAMES}"
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a folder with VOC's lists."""
@@ -239,8 +252,11 @@ class VocReader(Reader):
             classes=request.classes,
             unlabelled=sorted(request.unlabelled),
             labels=request.labels if isinstance(request.labels, Path) else None,
+            separator=request.separator,
+            no_class=request.no_class,
+            masks=request.masks,
         )
-        return Opened(with_mask_folder(dataset, request.masks) if request.masks else dataset)
+        return Opened(dataset)
 
 
 READER = VocReader()

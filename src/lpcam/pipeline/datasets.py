@@ -46,6 +46,8 @@ def read_dataset(
             lists=sorted(names),
             unlabelled=frozenset(unlabelled),
             labels=data.labels,
+            separator=data.separator,
+            no_class=data.no_class,
             masks=data.masks,
             classes=data.classes,
             settings=data.settings,

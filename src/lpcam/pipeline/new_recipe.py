@@ -23,6 +23,7 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.progress import progress
 
+OWN = ("labels", "separator", "no_class", "masks")  #: Given values that a recipe gets as they are.
 TEMPLATE = """\
 # A recipe for the images of this folder. Run it with
 #   lpcam run {path}
@@ -107,7 +108,7 @@ def write_recipe(
     learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
     shown = {index for item in learnt for index in item.labels}
     if not shown:
-        raise DataError(f"no readable image of {source} has a label; label some in labels.csv")
+        raise DataError(f"no readable image of {source} has a label; {reader.how_to_label}")
     title = source.stem if source.is_file() else source.resolve().name
     name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in title)
     text = TEMPLATE.format(
@@ -115,10 +116,7 @@ def write_recipe(
         kind=kind,
         kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
-        own=_own(
-            folder,
-            {**{k: reading.get(k) for k in ("labels", "masks")}, kind: reading.get("settings")},
-        ),
+        own=_own(folder, {**{k: reading.get(k) for k in OWN}, kind: reading.get("settings")}),
         lists=_lists_line(chosen),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt

@@ -30,11 +30,13 @@ from lpcam.data.coco.files import (
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
 from lpcam.data.coco.painting import Crowds, Order, PlacedImage, paint_folder, true_mask
 from lpcam.data.dataset import (
+    BACKGROUND,
+    IGNORE,
     ClassTable,
     Dataset,
     Item,
     Skip,
-    choose_classes,
+    class_values,
     safe_id,
     with_mask_folder,
     without_suffix,
@@ -74,6 +76,8 @@ class AnnotatedImages:
         images: images of the files by id; those without a file are no items.
         lists: ids of images by list.
         classes: names of classes to choose; None: all.
+        no_class: names of categories that are no classes.
+        masked: whether a folder of masks replaces the painted ones.
         source: where the names of the classes are, for errors.
         label_source: where the labels come from, in words.
         skipped, notices: what was left out, and what else the user should know.
@@ -87,15 +91,20 @@ class AnnotatedImages:
         lists: Mapping[str, Sequence[str]],
         *,
         classes: Sequence[str] | None,
+        no_class: Sequence[str] = (),
+        masked: bool = False,
         source: str,
         label_source: str,
         skipped: Sequence[Skip] = (),
         notices: Sequence[str] = (),
     ) -> None:
         categories = files[0].categories
-        whole = ClassTable.numbered((name for _, name in categories), source)
-        self._values = {n: m for (n, _), m in zip(categories, whole.mask_ids, strict=True)}
-        table = choose_classes(whole, classes)
+        names = [name for _, name in categories]
+        rules: dict[str, Any] = {"no_class": no_class, "masked": masked}
+        table = ClassTable.numbered(names, source, classes, **rules)
+        values = class_values(names, source, classes, **rules)
+        # categories that are no class are background; those whose values masks cannot hold are void
+        self._values = {n: min(values.get(name, BACKGROUND), IGNORE) for n, name in categories}
         labels = {n: table.names.index(name) for n, name in categories if name in table.names}
         self._images = images
         items: dict[str, Item] = {}
@@ -213,6 +222,8 @@ def open_annotated(
         {i: one if i in wanted else one._replace(path=None) for i, one in images.items()},
         {name: list(dict.fromkeys(i for i in of if i in wanted)) for name, of in members.items()},
         classes=request.classes,
+        no_class=request.no_class,
+        masked=request.masks is not None,
         source=f"{file.path}",
         label_source=label_source,
         skipped=skipped,
@@ -239,6 +250,8 @@ class CocoFolder(AnnotatedImages):
         lists: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
         crowds: Crowds = "background",
+        no_class: Sequence[str] = (),
+        masked: bool = False,
     ) -> None:
         folder, paths, found = find_files(root, lists)
         read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
@@ -293,6 +306,8 @@ class CocoFolder(AnnotatedImages):
             images,
             members,
             classes=classes,
+            no_class=no_class,
+            masked=masked,
             source=f"{next(iter(paths.values()))}, categories,",
             label_source=f"annotations ({_file_names(paths.values())}), crowds included",
             skipped=skipped,
@@ -401,13 +416,7 @@ class CocoReader(Reader):
 
     means = "COCO annotations; masks are painted from them and serve scoring"
     settings = CocoSection
-
-    def check_labels(self, labels: Path | str | None) -> None:
-        """Refuse any other source of labels than the annotations."""
-        if labels is not None:
-            raise ValueError(
-                "labels belongs to the kinds voc and folder; coco takes them from its annotations"
-            )
+    how_to_label = "annotate objects of the categories"
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a JSON file, or a folder with annotation files."""
@@ -419,7 +428,12 @@ class CocoReader(Reader):
         """Read labels from the annotations; masks can be painted from them."""
         settings = request.settings or CocoSection()
         folder = CocoFolder(
-            request.root, lists=request.lists, classes=request.classes, crowds=settings.crowds
+            request.root,
+            lists=request.lists,
+            classes=request.classes,
+            no_class=request.no_class,
+            masked=request.masks is not None,
+            crowds=settings.crowds,
         )
         if request.masks is None and "crowds" not in settings.model_fields_set:
             folder.refuse_doubtful_crowds()
