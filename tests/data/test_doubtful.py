@@ -432,4 +432,4 @@ def test_separators(text: str, separator: str | None, expected: tuple[str, ...])
 
 def test_names_that_are_never_several() -> None:
     assert split_labels("n/a", "here") == ("n/a",)
-    assert split_labels("a/b;c", "here", no_class=["a/b"]) == ("a/b", "c")
+    assert split_labels("a/b;c", "here", known=["a/b"]) == ("a/b", "c")

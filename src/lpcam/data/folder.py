@@ -21,6 +21,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -111,7 +112,9 @@ def read_folder(
     path = labels if isinstance(labels, Path) else None
     if labels is None:
         path = next((root / name for name in TABLES if (root / name).is_file()), None)
-    table = None if path is None else read_labels(path, separator, no_class)
+    own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
+    split = partial(split_labels, separator=separator, known={*no_class, *(own or ())})
+    table = None if path is None else read_labels(path, split)
     known = {*_OWN, *((path.name,) if path else ())}
     images, skipped, others = _find_images(images_root, masks, known)
     notices = [*others]
@@ -120,12 +123,10 @@ def read_folder(
     if not images and skipped:
         lines = skip_lines([*skipped.values()], "files cannot be used")
         raise DataError(f"there is no image below {images_root}; {'; '.join(lines)}")
-    own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
     if table is None:
         asked = labels is None
-        table = _table_of_folders(root, images_root, images, skipped, own or (), asked)
-        split = (split_labels(r.labels[0], r.image, separator, no_class) for r in table.rows)
-        rows = tuple(r._replace(labels=of) for r, of in zip(table.rows, split, strict=True))
+        rows = _rows_of_folders(root, images_root, images, skipped, own or (), asked)
+        rows = tuple(row._replace(labels=split(row.labels[0], row.image)) for row in rows)
         table = LabelTable(images_root, rows)
     elif not images:
         raise DataError(
@@ -184,15 +185,15 @@ def read_folder(
     return dataset if masks is None else with_mask_folder(dataset, masks)
 
 
-def _table_of_folders(
+def _rows_of_folders(
     root: Path,
     images_root: Path,
     images: Iterable[str],
     skipped: dict[str, Skip],
     own: Collection[str],
     asked: bool,
-) -> LabelTable:
-    """The table in which each image has its folder as the label; images in none are skipped.
+) -> tuple[LabelRow, ...]:
+    """Rows in which each image has its folder as the label; images in none are skipped.
 
     DataError if folders mean something else (and are not ``own`` classes), or, where it is to be
     asked, with the question.
@@ -235,8 +236,7 @@ def _table_of_folders(
             f"{root} has no labels.csv or labels.jsonl; its folders are {shown}. If each is a "
             f"class, give --labels folders (in a recipe data.labels: folders){table}"
         )
-    rows = [LabelRow(0, "/".join(parts), (normal_name(parts[0]),)) for parts in inside]
-    return LabelTable(images_root, tuple(rows))
+    return tuple(LabelRow(0, "/".join(parts), (normal_name(parts[0]),)) for parts in inside)
 
 
 def _labels_by_image(

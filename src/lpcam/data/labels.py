@@ -21,7 +21,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -74,9 +74,11 @@ class _Entry(BaseModel):
     labels: list[str]
 
 
-def read_labels(
-    path: Path, separator: str | None = None, no_class: Sequence[str] = ()
-) -> LabelTable:
+Split = Callable[[str, str], tuple[str, ...]]
+"""Gives the labels in a text; the second argument is where it is, for errors."""
+
+
+def read_labels(path: Path, split: Split | None = None) -> LabelTable:
     """Read a table of labels in one of the forms above; an empty cell shows none of the classes.
 
     The first column may also be called ``filename``, ``path``, ``image_id`` ..., that of the labels
@@ -84,8 +86,7 @@ def read_labels(
     table are 0 or 1 (``1.0`` and ``true`` count as 1). Further keys of ``.jsonl`` are ignored.
 
     Args:
-        separator: what separates labels, as in `split_labels`.
-        no_class: labels that are never several, whatever they hold.
+        split: `split_labels` with other values than its usual ones, for cells and columns.
 
     Raises:
         DataError: naming the file and line, if the table is missing, not Unicode, of another form
@@ -101,12 +102,7 @@ def read_labels(
     if suffix not in (".csv", ".jsonl"):
         raise DataError(f"{path} is not a table of labels; give a .csv or a .jsonl file. {how}")
     text = read_text(path, how)
-
-    def split(text: str, where: str) -> tuple[str, ...]:
-        return split_labels(text, where, separator, no_class)
-
-    read = _read_csv if suffix == ".csv" else _read_jsonl
-    table = read(path, text, how, split)
+    table = (_read_csv if suffix == ".csv" else _read_jsonl)(path, text, how, split or split_labels)
     if not table.rows:
         raise DataError(f"{path} names no image; {how}")
     return table
@@ -144,7 +140,7 @@ def image_name(text: str, where: str) -> str:
 
 
 def split_labels(
-    text: str, where: str, separator: str | None = None, no_class: Sequence[str] = ()
+    text: str, where: str, separator: str | None = None, known: Collection[str] = ()
 ) -> tuple[str, ...]:
     """The labels of a text; DataError if a label may be several, and begins with ``where`` it is.
 
@@ -152,7 +148,7 @@ def split_labels(
         separator: None: ``;``, and a label with ``,`` ``|`` ``/`` ``&``, a line end or in brackets
             is refused. A text, such as ``|``: labels are taken literally between it. ``list``: the
             text is a list of JSON or Python.
-        no_class: labels that are not refused.
+        known: labels that are not refused.
 
     Example:
         >>> split_labels("cow; dog", "line 2"), split_labels("cow|dog", "line 2", "|")
@@ -164,7 +160,7 @@ def split_labels(
     labels = tuple(filter(None, map(normal_name, found)))
     for label in labels:
         doubtful = ";" in label if separator else _SEVERAL.search(label)
-        if doubtful and label not in no_class and not shows_nothing(label):
+        if doubtful and label not in known and not shows_nothing(label):
             sign = doubtful[0][:1] if isinstance(doubtful, re.Match) else ";"
             sign = "list" if sign in "[({'\"" else sign.replace("\t", "\\t").replace("\n", "\\n")
             raise several_labels(label, where, sign)
@@ -265,19 +261,19 @@ def read_text(path: Path, how: str) -> str:
 def read_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
     """The class names of a file, one per line; DataError if a line may hold more than a name."""
     lines = read_text(path, "Write one class name per line.").splitlines()
-    numbered = [(n, normal_name(line)) for n, line in enumerate(lines, 1) if line.strip()]
-    if not separator:
-        for number, name in numbered:
-            where = f"{path} line {number}, a class name"
-            split_labels(name, where)
-            if ";" in name:
-                raise DataError(f"{where}: {name!r} holds a ';'; write one class name per line")
-        if numbered and all(re.match(r"\d+\s*[:.)\s]\s*\S", name) for _, name in numbered):
+    names = [normal_name(line) for line in lines if line.strip()]
+    for name in names if separator is None else ():
+        if re.search(r"[,;|\t，、；｜]|^[\[({'\"]", name):
             raise DataError(
-                f"{path} numbers its lines ({numbered[0][1]!r}); write the class names alone, in "
-                "the order of their values in masks, 1, 2, ..."
+                f"{path}: {name!r} may be several names; write one class name per line, or give "
+                "--separator ';' (in a recipe data.separator) if it is one name"
             )
-    return tuple(name for _, name in numbered)
+    if names and all(re.match(r"\d+\s*[:.)\s]\s*\S", name) for name in names):
+        raise DataError(
+            f"{path} numbers its lines ({names[0]!r}); write class names alone, in the order of "
+            "their values in masks, 1, 2, ..."
+        )
+    return tuple(names)
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
@@ -287,14 +283,11 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     return [(where, image_name(line, where)) for where, line in numbered]
 
 
-_Split = Callable[[str, str], tuple[str, ...]]
-
-
 def _key(cell: str) -> str:
     return re.sub(r"[\s_-]", "", cell.strip(" \"'")).casefold()
 
 
-def _read_csv(path: Path, text: str, how: str, split: _Split) -> LabelTable:
+def _read_csv(path: Path, text: str, how: str, split: Split) -> LabelTable:
     head = text.lstrip().partition("\n")[0]
     delimiter = next(
         (d for d in ",;\t|" if d in head and _IMAGE.fullmatch(_key(head.split(d)[0]))), ","
@@ -322,7 +315,7 @@ def _read_csv(path: Path, text: str, how: str, split: _Split) -> LabelTable:
     return LabelTable(path, tuple(rows), classes)
 
 
-def _columns(cells: list[str], where: str, how: str, split: _Split) -> tuple[str, ...] | None:
+def _columns(cells: list[str], where: str, how: str, split: Split) -> tuple[str, ...] | None:
     """The classes of a multi-hot header; None for ``image,labels``."""
     names = [normal_name(cell) for cell in cells]
     first, *others = map(_key, cells)
@@ -355,7 +348,7 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
     return tuple(name for name, value in zip(classes, values, strict=True) if value)
 
 
-def _read_jsonl(path: Path, text: str, how: str, split: _Split) -> LabelTable:
+def _read_jsonl(path: Path, text: str, how: str, split: Split) -> LabelTable:
     rows = []
     # not splitlines: JSON text may contain other line ends, such as U+2028
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from xml.etree import ElementTree
 
 from lpcam.data.dataset import (
-    IMAGE_SUFFIXES,
     ClassTable,
     Dataset,
     Item,
@@ -27,7 +27,15 @@ from lpcam.data.dataset import (
     with_mask_folder,
     without_suffix,
 )
-from lpcam.data.labels import labels_by_image, normal_name, read_labels, read_names, read_text
+from lpcam.data.images import IMAGE_SUFFIXES
+from lpcam.data.labels import (
+    labels_by_image,
+    normal_name,
+    read_labels,
+    read_names,
+    read_text,
+    split_labels,
+)
 from lpcam.data.reader import ListName, Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
@@ -83,7 +91,9 @@ def read_voc(
     given: Mapping[str, set[str]] | None = None
     first, repeated = dict.fromkeys(no_class, ""), tuple[str, ...]()
     if labels is not None:
-        found = read_labels(labels, separator, no_class)
+        found = read_labels(
+            labels, partial(split_labels, separator=separator, known={*no_class, *names})
+        )
         given, repeated = labels_by_image(
             found, lambda image: without_suffix(image.removeprefix("JPEGImages/"))
         )

@@ -308,7 +308,7 @@ def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
             lambda: changed("images", 1, file_name="COCO_train2014_000000000030.png"),
             "id 'COCO_train2014_000000000030'",
         ),
-        (lambda: changed("categories", 1, name="train", supercategory="b"), "'train' twice"),
+        (lambda: changed("categories", 1, name="train", supercategory="b"), "repeat: train"),
         (lambda: b'{"images": [1, 2', "JSON.*char 16"),
         (lambda: b'{"images": ' + b"[" * 100_000, "JSON.*recursion"),
         (lambda: b"[1]", "dictionary"),

@@ -395,7 +395,7 @@ def test_nothing_is_written_where_every_mask_is_left_out(tmp_path: Path) -> None
     ("format", "changes", "message"),
     [
         ("png", {}, r"'png'.*voc, coco, coco-polygons"),
-        ("voc", {"id": "full"}, "'full' more than once"),
+        ("voc", {"id": "full"}, "'full' twice"),
         ("voc", {"id": "../a"}, "could leave its folder"),
         ("overlays", {"image": None}, "'a' has no image"),
         ("yolo", {"id": "b/images/a"}, "'b/images/a' has a folder 'images'"),
