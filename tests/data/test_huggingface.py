@@ -14,6 +14,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
+from lpcam.cli.main import main
 from lpcam.data import huggingface
 from lpcam.data.folder import read_folder
 from lpcam.runtime.errors import DataError, LpcamError
@@ -194,3 +195,178 @@ def test_the_library_is_missing_or_old(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(LpcamError, match=r"'lpcam\[huggingface\]'"):
         import_huggingface(dataset, tmp_path)
+
+
+IMAGE = datasets.Image()
+COW_DOG = ClassLabel(names=["cow", "dog"])
+BOX = List(Value("float32"))
+BOTH = [("cow",), ("cow", "dog"), ()]
+PICTURES = [{"bytes": encoded(n), "path": None} for n in range(3)]
+OBJECTS = [{"bbox": [[0.0] * 4] * len(n), "category": n} for n in ([0], [0, 1], [])]
+READ: dict[str, tuple[dict[str, tuple[Any, list[Any]]], list[str], list[Any]]] = {
+    "objects, a dict of lists": (
+        {
+            "image": (IMAGE, PICTURES),
+            "objects": ({"bbox": List(BOX), "category": List(COW_DOG)}, OBJECTS),
+        },
+        [],
+        BOTH,
+    ),
+    "objects, a list of dicts": (
+        {
+            "image": (IMAGE, PICTURES),
+            "objects": (
+                List({"bbox": BOX, "label": Value("string")}),
+                [[{"bbox": [], "label": n} for n in of] for of in BOTH],
+            ),
+        },
+        ["--labels", "objects"],
+        BOTH,
+    ),
+    "numbers in objects": (
+        {
+            "image": (IMAGE, PICTURES),
+            "objects": ({"bbox": List(BOX), "category": List(Value("int64"))}, OBJECTS),
+        },
+        ["--labels", "objects.category", "--names", "cow,dog"],
+        BOTH,
+    ),
+    "lists of 0 and 1": (
+        {"image": (IMAGE, PICTURES), "label": (List(Value("int8")), [[1, 0], [1, 1], [0, 0]])},
+        ["--names", "cow,dog"],
+        BOTH,
+    ),
+    "lists of bool": (
+        {
+            "image": (IMAGE, PICTURES[:2]),
+            "label": (List(Value("bool")), [[True, False], [False, True]]),
+        },
+        ["--names", "cow,dog"],
+        [("cow",), ("dog",)],
+    ),
+    "columns of 0 and 1": (
+        {
+            "image": (IMAGE, PICTURES),
+            "cow": (Value("int64"), [1, 1, 0]),
+            "dog": (Value("bool"), [False, True, False]),
+        },
+        ["--labels", "cow,dog"],
+        BOTH,
+    ),
+    "numbers with a file of names": (
+        {"image": (IMAGE, PICTURES), "label": (Value("int64"), [1, 0, 1])},
+        ["--names", "FILE"],
+        [("dog",), ("cow",), ("dog",)],
+    ),
+    "text with commas": (
+        {"image": (IMAGE, PICTURES), "label": (Value("string"), ["cow", "cow,dog", ""])},
+        ["--separator", ","],
+        BOTH,
+    ),
+    "bytes that are no Image, other names": (
+        {
+            "pixel_values": ({"bytes": Value("binary"), "path": Value("string")}, PICTURES),
+            "fine": (COW_DOG, [0, 1, 0]),
+            "caption": (Value("string"), ["a", "b", "c"]),
+        },
+        [],
+        [("cow",), ("dog",), ("cow",)],
+    ),
+    "a file in several rows": (
+        {
+            "image": (IMAGE, [{"bytes": encoded(n), "path": "a.jpg"} for n in (0, 0, 200)]),
+            "label": (COW_DOG, [0, 1, 1]),
+        },
+        [],
+        [("cow", "dog"), ("dog",)],
+    ),
+}
+REFUSED: dict[str, tuple[dict[str, tuple[Any, list[Any]]], list[str], str]] = {
+    "numbers without names": (
+        {"image": (IMAGE, PICTURES), "label": (Value("int64"), [1, 0, 1])},
+        [],
+        "--names FILE",
+    ),
+    "a number without a name": (
+        {"image": (IMAGE, PICTURES), "label": (Value("int64"), [1, 2, 1])},
+        ["--names", "cow,dog"],
+        "row 1 has 2",
+    ),
+    "two numbers, or 0 and 1": (
+        {"image": (IMAGE, PICTURES[:2]), "label": (List(Value("int64")), [[0, 1], [1, 0]])},
+        ["--names", "cow,dog"],
+        "0 and 1 for each class",
+    ),
+    "several columns of classes": (
+        {"image": (IMAGE, PICTURES), "fine": (COW_DOG, [0, 1, 0]), "coarse": (ANIMALS, [0, 1, 0])},
+        [],
+        "fine (ClassLabel",
+    ),
+    "several columns of images": (
+        {"left": (IMAGE, PICTURES), "right": (IMAGE, PICTURES), "label": (COW_DOG, [0, 1, 0])},
+        [],
+        "right (Image",
+    ),
+    "columns of other numbers": (
+        {
+            "image": (IMAGE, PICTURES),
+            "cow": (Value("int64"), [1, 7, 0]),
+            "dog": (Value("int64"), [0, 1, 0]),
+        },
+        ["--labels", "cow,dog"],
+        "cow,dog hold other values",
+    ),
+    "no label among the parts": (
+        {"image": (IMAGE, PICTURES), "objects": ({"bbox": List(BOX)}, [{"bbox": []}] * 3)},
+        ["--labels", "objects"],
+        "bbox",
+    ),
+    "text with commas": (
+        {"image": (IMAGE, PICTURES), "label": (Value("string"), ["cow", "cow,dog", ""])},
+        [],
+        "--separator",
+    ),
+}
+
+
+def save(columns: dict[str, tuple[Any, list[Any]]], folder: Path, options: list[str]) -> list[str]:
+    """Arguments of an import of columns that are saved in a folder."""
+    features = Features({name: kind for name, (kind, _) in columns.items()})
+    content = {name: values for name, (_, values) in columns.items()}
+    Dataset.from_dict(content, features=features).save_to_disk(folder / "saved")
+    (folder / "names.txt").write_text("cow\ndog\n")
+    options = [str(folder / "names.txt") if text == "FILE" else text for text in options]
+    return ["import", "huggingface", str(folder / "saved"), str(folder / "out"), *options]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_columns_of_labels(name: str, tmp_path: Path) -> None:
+    columns, options, expected = READ[name]
+    assert main(save(columns, tmp_path, options)) == 0
+    assert list(found(tmp_path / "out").values()) == expected
+    if len(expected) == len(BOTH):
+        assert main(["init", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_doubtful_columns(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns, options, phrase = REFUSED[name]
+    assert main(save(columns, tmp_path, options)) == 2
+    assert phrase in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_as_the_hub_stores_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "farm"
+    (folder / "train").mkdir(parents=True)
+    for n, name in enumerate(("a.jpg", "b.jpg")):
+        (folder / "train" / name).write_bytes(encoded(n))
+    table = '{"file_name": "a.jpg", "kind": "cow"}\n{"file_name": "b.jpg", "kind": "dog"}\n'
+    (folder / "train" / "metadata.jsonl").write_text(table)
+    saved = make([0, 1], COW_DOG)
+    saved.to_parquet(tmp_path / "farm.parquet")
+    for source, options in ((folder, ["--labels", "kind"]), (tmp_path / "farm.parquet", [])):
+        output = tmp_path / f"out {source.name}"
+        assert main(["import", "huggingface", str(source), str(output), *options]) == 0
+        assert list(found(output).values()) == [("cow",), ("dog",)]

@@ -220,10 +220,21 @@ def import_labels(
 
 @command(
     "import huggingface",
-    Argument("source", help="Folder of save_to_disk, or a name on the hub."),
+    Argument("source", help="Folder of save_to_disk, folder or file of data, or name on the hub."),
     Argument("output", type=Path, help="Folder to write."),
-    Argument("--image", default="image", metavar="COLUMN", help="Column with the images."),
-    Argument("--labels", default="label", metavar="COLUMN", help="Column with the labels."),
+    Argument("--image", metavar="COLUMN", help="Column with the images (default: image)."),
+    Argument(
+        "--labels",
+        metavar="COLUMN",
+        help="Column with the labels, as label (default), objects.category, or cow,dog of 0 and 1.",
+    ),
+    Argument(
+        "--names",
+        type=lambda text: (
+            label_tables.read_names(p) if (p := Path(text)).is_file() else names(text)
+        ),
+        help="Names of the numbers 0, 1, ... in the labels: a file, one a line, or cow,dog.",
+    ),
     Argument("--split", help="Split to read, if there are several."),
     SEPARATOR,
     NO_CLASS,

@@ -6,6 +6,7 @@ Data sets that are programs are never executed: versions of the library that do 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ RECORD = "import.json"
 """File that says where the images are from, and which rows were left out and why."""
 _OLDEST = 4  #: First version of the library that executes no program of a data set.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_LABEL_KEYS = ("category", "categories", "label", "labels", "class", "category_id", "name")
+"""Usual names of the label in a column of objects."""
 _EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF", "PPM")}
 """File extension by Pillow's name of the format. Other formats are saved as PNG."""
@@ -39,10 +42,14 @@ class ImportedFolder:
     rows: int
     left_out: tuple[dict[str, Any], ...]
     """``row`` and ``reason`` of each row without a usable image or label."""
+    united: int = 0  #: Number of rows that have the image of a row before; labels were united.
+    columns: str = ""  #: The columns that were read.
 
     def summary(self) -> str:
         """The result as text, one fact per line."""
-        lines = [f"wrote {self.folder}"]
+        lines = [f"wrote {self.folder}, from {self.columns}"]
+        if self.united:
+            lines.insert(0, f"{self.united} rows have the file of a row before; labels were united")
         for first in self.left_out[:1]:
             count = f"{len(self.left_out)} of {self.rows} rows were left out"
             lines.insert(0, f"{count}, the first: row {first['row']}, {first['reason']}")
@@ -53,8 +60,9 @@ def import_huggingface(
     source: str | Path | Any,
     output: Path,
     *,
-    image: str = "image",
-    labels: str = "label",
+    image: str | None = None,
+    labels: str | None = None,
+    names: Sequence[str] | None = None,
     split: str | None = None,
     separator: str | None = None,
     no_class: Sequence[str] | None = None,
@@ -69,8 +77,13 @@ def import_huggingface(
     Args:
         source: a ``datasets.Dataset`` or DatasetDict, the folder of its ``save_to_disk``, or its
             name on the hub.
-        image: name of the column of images (``datasets.Image``).
-        labels: name of the column of labels: a ClassLabel or text, or lists of these.
+        image: name of the column of images: ``datasets.Image``, or their bytes. None: ``image``, or
+            the only one.
+        labels: name of the column of labels: a ClassLabel, text or a number, lists of these, lists
+            of 0 and 1 for each class, or objects (``objects.category``, or ``objects`` for their
+            label). Several names, ``cow,dog``: columns of 0 and 1. None: ``label``, or the only
+            column with a ClassLabel.
+        names: names of the numbers 0, 1, 2, ... in the column of labels, where it has none.
         split: name of the split to import, if there are several.
         separator: what separates labels that are text, as in
             :func:`lpcam.data.labels.split_labels`.
@@ -90,30 +103,40 @@ def import_huggingface(
     if (output / "labels.csv").exists():
         raise DataError(f"{output} has a labels.csv already; choose another output folder")
     dataset = _open(library, source, split)
-    if not isinstance(_column(dataset, image), library.Image):
-        images = [n for n, kind in dataset.features.items() if isinstance(kind, library.Image)]
+    kinds = dataset.features
+    images = [n for n, kind in kinds.items() if isinstance(kind, library.Image) or _is_bytes(kind)]
+    image = _chosen(dataset, image, "image", images)
+    labels = _chosen(dataset, labels, "label", [n for n in kinds if "ClassLabel" in str(kinds[n])])
+    if image not in images:
+        _column(dataset, image)
         raise DataError(
             f"the column {image!r} does not hold images; those that do are "
             f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
         )
-    classes, label_sets = _labels(library, dataset, labels, separator, no_class or (), classes)
+    rules = (separator, no_class or (), classes)
+    classes, label_sets = _labels(library, dataset, labels, names, *rules)
 
     stored = dataset.with_format(None).select_columns([image])
     stored = stored.cast_column(image, library.Image(decode=False))
     digits = max(6, len(str(len(dataset) - 1)))
-    rows: list[tuple[str, str]] = []
+    rows: dict[Any, tuple[str, tuple[str, ...]]] = {}
+    united = 0
     left_out: list[dict[str, Any]] = []
-    for number, (row, names) in enumerate(zip(stored, label_sets, strict=True)):
+    for number, (row, shown) in enumerate(zip(stored, label_sets, strict=True)):
         try:
-            if names is None:
+            if shown is None:
                 raise DataError(f"it has no label in the column {labels!r}")
             data, extension = _image_file(row[image], f"of row {number}")
         except DataError as error:
             left_out.append({"row": number, "reason": str(error)})
         else:
-            name = f"{number:0{digits}d}{extension}"
-            write_bytes(output / "images" / name, data)
-            rows.append((name, ";".join(names)))
+            name, path = f"{number:0{digits}d}{extension}", row[image].get("path")
+            key = (path, hashlib.sha256(data).digest()) if path and shown else number
+            united += key in rows
+            first, before = rows.setdefault(key, (name, ()))
+            rows[key] = (first, tuple(dict.fromkeys((*before, *shown))))
+            if first == name:
+                write_bytes(output / "images" / name, data)
     if not rows:
         reason = left_out[0]["reason"] if left_out else "it has no rows"
         raise DataError(f"no row of the data set can be used; the first: {reason}")
@@ -124,20 +147,24 @@ def import_huggingface(
         "columns": {"image": image, "labels": labels},
         "rows": len(dataset),
         "left_out": left_out,
+        "united": united,
         "made_by": {"lpcam": __version__, "datasets": library.__version__},
     }
     write_json(output / RECORD, record)
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("image", "labels"), *rows])
+    csv.writer(table, lineterminator="\n").writerows(
+        [("image", "labels"), *((name, ";".join(of)) for name, of in rows.values())]
+    )
     write_bytes(output / "labels.csv", table.getvalue().encode())
-    return ImportedFolder(output, len(dataset), tuple(left_out))
+    columns = f"the columns {image} and {labels}"
+    return ImportedFolder(output, len(dataset), tuple(left_out), united, columns)
 
 
 def _open(library: Any, source: Any, split: str | None) -> Any:
     """Open one split as a Dataset."""
     found = source
     if isinstance(source, str | Path):
-        on_hub = isinstance(source, str) and not Path(source).is_dir()
+        on_hub = isinstance(source, str) and not Path(source).exists()
         if on_hub and not _HUB_NAME.fullmatch(str(source)):
             raise DataError(
                 f"{source!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)"
@@ -146,12 +173,13 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
             if on_hub:
                 found, split = library.load_dataset(source, split=split), None
             else:
-                found = library.load_from_disk(str(source))
+                found = _open_path(library, Path(source))
         except Exception as error:  # the library raises anything on damaged files and networks
             reason = str(error).partition("\n")[0]
             raise DataError(
                 f"cannot open the data set {str(source)!r}: {reason[:300] or type(error).__name__};"
-                " give the folder that save_to_disk wrote, or a name on the hub"
+                " give the folder that save_to_disk wrote, a folder of images with metadata.csv or "
+                "of parquet files, or a name on the hub"
             ) from error
     if isinstance(found, library.DatasetDict):
         names = sorted(map(str, found))
@@ -170,6 +198,30 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
     return found
 
 
+def _open_path(library: Any, path: Path) -> Any:
+    """Open what save_to_disk wrote, or a file or folder as the hub stores data sets."""
+    if path.is_file():
+        return library.load_dataset(path.suffix.removeprefix("."), data_files=str(path))
+    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    load = library.load_from_disk if saved or not path.exists() else library.load_dataset
+    return load(str(path))
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column holds bytes of files, by themselves or with their path."""
+    return getattr(kind, "dtype", "") == "binary" or (isinstance(kind, dict) and "bytes" in kind)
+
+
+def _chosen(dataset: Any, given: str | None, usual: str, fitting: Sequence[str]) -> str:
+    """The column that is given, else the usual one, else the only one that fits."""
+    if given is not None or usual in dataset.features:
+        return given or usual
+    if len(fitting) == 1:
+        return fitting[0]
+    columns = ", ".join(f"{name} ({str(kind)[:60]})" for name, kind in dataset.features.items())
+    raise DataError(f"there is no column {usual!r}; say which it is, of: {columns}")
+
+
 def _column(dataset: Any, name: str) -> Any:
     """The type of a column."""
     if name not in dataset.features:
@@ -178,46 +230,82 @@ def _column(dataset: Any, name: str) -> Any:
     return dataset.features[name]
 
 
+def _cells(library: Any, dataset: Any, labels: str) -> tuple[Any, list[Any]]:
+    """The type of the labels (None: columns of 0 and 1), and their value in each row."""
+    rows, several = dataset.with_format(None), labels.split(",")
+    if labels not in dataset.features and len(several) > 1:
+        for name in several:
+            _column(dataset, name)
+        return None, [[row[n] for n in several] for row in rows.select_columns(several)]
+    name, _, key = (labels, "", "") if labels in dataset.features else labels.partition(".")
+    kind = _column(dataset, name)
+    cells = [row[name] for row in rows.select_columns([name])]
+    objects = getattr(kind, "feature", kind)
+    if not isinstance(objects, dict):
+        return kind, cells
+    keys = [one for one in ([key] if key else _LABEL_KEYS) if one in objects]
+    if len(keys) != 1:
+        raise DataError(f"which part of {name!r} is the label: {name}.X, X of {', '.join(objects)}")
+    if objects is kind:
+        return kind[keys[0]], [cell and cell[keys[0]] for cell in cells]
+    found = [cell and [one[keys[0]] for one in cell] for cell in cells]
+    return library.List(objects[keys[0]]), found
+
+
 def _labels(
     library: Any,
     dataset: Any,
     labels: str,
+    given: Sequence[str] | None,
     separator: str | None,
     no_class: Sequence[str],
     chosen: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], list[tuple[str, ...] | None]]:
     """The classes, and the class names of each row; None for a row without label."""
-    kind = _column(dataset, labels)
-    several = isinstance(kind, library.List | library.LargeList)
-    one = kind.feature if several else kind
-    coded = isinstance(one, library.ClassLabel)
-    text = isinstance(one, library.Value) and one.dtype in ("string", "large_string")
-    if not coded and not text:
+    kind, cells = _cells(library, dataset, labels)
+    one = getattr(kind, "feature", kind)
+    dtype = "bool" if kind is None else str(getattr(one, "dtype", ""))
+    several, text = one is not kind or kind is None, dtype in ("string", "large_string")
+    names = given or getattr(one, "names", labels.split(",") if kind is None else None)
+    if not text and (not names or not re.match("u?int|bool|float", dtype)):
         raise DataError(
             f"the column {labels!r} holds {kind}; expected a ClassLabel or text, or lists of "
-            "these. Cast it: cast_column(NAME, datasets.ClassLabel(names=[...]))"
+            "these. If they are numbers, name 0, 1, 2, ...: --names FILE, or --names cow,dog"
         )
-    classes = [normal_name(name) for name in one.names] if coded else []
+    classes = [] if text else [normal_name(name) for name in names or ()]
+    hot = several and not text and not isinstance(one, library.ClassLabel)
+    hot = hot and all(len(x) == len(classes) and {*x} <= {0, 1, None} for x in cells if x)
+    if kind is None and not hot:
+        raise DataError(f"the columns {labels} hold other values than 0 and 1")
+    if hot and dtype != "bool" and all(len({*x}) == len(x) for x in cells if x):
+        raise DataError(
+            f"the column {labels!r} may hold numbers of classes, or 0 and 1 for each class; cast "
+            "it to lists of ClassLabel or of bool"
+        )
 
     def names_of(value: Any, row: int) -> tuple[str, ...] | None:
         values = value if several else [value]
-        if values is None or any(v is None or (coded and v < 0) for v in values):
+        if values is None or any(v is None or (not text and v < 0) for v in values):
             return None
-        if coded:
-            return tuple(dict.fromkeys(classes[v] for v in values))
-        split = (split_labels(v, f"row {row}", separator, no_class) for v in values)
-        return tuple(dict.fromkeys(name for names in split for name in names))
+        if text:
+            split = (split_labels(v, f"row {row}", separator, no_class) for v in values)
+            return tuple(dict.fromkeys(name for names in split for name in names))
+        places = [n for n, v in enumerate(values) if v] if hot else values
+        if wrong := [v for v in places if v not in range(len(classes))]:
+            raise DataError(
+                f"row {row} has {wrong[0]} in {labels!r}; named are {len(classes)}, from 0"
+            )
+        return tuple(dict.fromkeys(classes[int(v)] for v in places))
 
-    rows = dataset.with_format(None).select_columns([labels])
-    found = [names_of(row[labels], number) for number, row in enumerate(rows)]
+    found = [names_of(cell, number) for number, cell in enumerate(cells)]
     first: dict[str, str] = {}
     for number, names in enumerate(found):
         for name in names or ():
             first.setdefault(name, f"row {number}")
-    if not coded and separator is None:
+    if text and separator is None:
         check_label_names(first)
     table = ClassTable.numbered(
-        classes if coded else None,
+        None if text else classes,
         f"the column {labels!r}",
         chosen,
         labels=first,
