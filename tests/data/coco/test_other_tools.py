@@ -348,12 +348,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "panoptic": (at("annotations", 0, segments_info=[], file_name="a.png"), "panopticapi"),
     "captions": (at("annotations", 0, caption="A cow."), "captions"),
     "LabelMe": (instead({"shapes": [], "imagePath": "a.png"}), "LabelMe"),
-    "VIA, project": (instead({"_via_img_metadata": {}}), "VIA"),
-    "VIA, annotations": (instead({"a.png9": {"filename": "a.png", "regions": []}}), "VIA"),
-    "VoTT": (instead({"name": "farm", "assets": {}}), "VoTT"),
-    "CreateML": (instead([{"image": "a.png", "annotations": []}]), "CreateML"),
-    "results": (instead([{"image_id": 1, "category_id": 1, "score": 0.5}]), "COCO results"),
-    "Supervisely": (instead({"description": "", "size": {}, "objects": []}), "Supervisely"),
+    "VIA": (instead({"a.png9": {"regions": [{"region_attributes": {}}]}}), "VIA"),
+    "CreateML": (instead([{"annotations": [{"coordinates": {"x": 1}}]}]), "CreateML"),
+    "results": (instead([{"image_id": 1, "category_id": 1, "score": 0.5}]), "results"),
 }
 
 

@@ -26,8 +26,8 @@ from pydantic import (
 )
 
 from lpcam.data.coco.files import name_parts
-from lpcam.data.coco.other_formats import other_format
 from lpcam.data.labels import normal_name
+from lpcam.data.marks import other_format
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import digest_file
 
@@ -35,6 +35,11 @@ _HOW = (
     "an annotation file has 'images' with id, file_name, height and width, 'annotations' with id, "
     "image_id, category_id, iscrowd and segmentation, and 'categories' with id and name"
 )
+_OTHER = {
+    "segments_info": "these are panoptic annotations; convert them to instances with panopticapi's "
+    "panoptic2detection_coco_format.py",
+    "caption": "these are captions, which name no class; give instances_*.json",
+}
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -170,9 +175,24 @@ def _parse(path: Path) -> Any:
         raise DataError(
             f"{path} cannot be read as JSON: {error}; download or write it again"
         ) from error
-    if (what := other_format(content)) is not None:
-        raise DataError(f"{path} is {what}")
+    if what := _lookalike(content) or (
+        "" if isinstance(content, dict) and "images" in content else other_format(path)
+    ):
+        raise DataError(f"{path}: {what}")
     return content
+
+
+def _lookalike(content: Any) -> str:
+    """What a file that looks like COCO's is, if it has no labels of objects."""
+    if isinstance(content, list):
+        results = bool(content) and isinstance(content[0], CocoAnnotation)
+        return "these are results, a list of detections; give the annotations" * results
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        return ""
+    if "annotations" not in content:
+        return "it has no 'annotations', as image_info files; give one with annotations"
+    first = next(iter(content["annotations"] or ()), None)
+    return next((w for key, w in _OTHER.items() if isinstance(first, dict) and key in first), "")
 
 
 def _images(path: Path, entries: Iterable[_Image], notices: list[str]) -> dict[Any, CocoImage]:
