@@ -321,17 +321,15 @@ class CocoFolder(AnnotatedImages):
         self.dataset = replace(self.dataset, lists=made)
 
     def refuse_doubtful_crowds(self) -> None:
-        """Raise DataError if crowds may be objects: run lengths in a data set other than COCO."""
-        file = next(iter(self._images.values())).source
-        every = [one for image in self._images.values() for one in image.entry.annotations]
-        crowds = [one for one in every if one.is_crowd]
-        runs = sum(isinstance(one.segmentation, dict) for one in crowds)
-        if runs and 2 * runs >= len(crowds) and file.categories != COCO_CATEGORIES:
+        """Raise DataError if crowds may be objects: those of any data set other than COCO."""
+        every = [(i.source, one) for i in self._images.values() for one in i.entry.annotations]
+        crowds = [file for file, one in every if one.is_crowd and one.segmentation]
+        if crowds and crowds[0].categories != COCO_CATEGORIES:
             raise DataError(
-                f"{file.path} has {len(crowds)} of {len(every)} annotations with iscrowd 1. COCO "
-                "means groups that are not painted by it; CVAT writes its brush masks so, and "
-                "supervision masks with holes or several parts. Say which: --crowds objects "
-                "(data.coco.crowds) paints them, --crowds background does not"
+                f"{crowds[0].path}: {len(crowds)} of {len(every)} annotations have iscrowd 1, which "
+                "is a group of objects in COCO, a brush mask in CVAT, and a mask with holes or "
+                "several parts in supervision; say which: --crowds objects (data.coco.crowds) "
+                "paints them, --crowds background does not"
             )
 
 

@@ -26,9 +26,9 @@ from pydantic import (
 )
 
 from lpcam.data.coco.files import name_parts
-from lpcam.data.labels import normal_name
+from lpcam.data.labels import normal_name, read_text
 from lpcam.data.marks import other_format
-from lpcam.runtime.errors import DataError
+from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.files import digest_file
 
 _HOW = (
@@ -126,58 +126,60 @@ class CocoFile:
             given = "" if first["type"] == "missing" else f", got {first['input']!r:.80}"
             where = " ".join(map(str, first["loc"]))
             raise DataError(f"{path}: {where!r} is wrong: {first['msg']}{given}; {_HOW}") from error
-        notices: list[str] = []
-        images = _images(path, found.images, notices)
-        classes = _classes(path, found.categories, notices)
+        images, twice = _images(path, found.images)
+        classes, several = _classes(path, found.categories)
         for place, one in enumerate(found.annotations):
-            where = f"{path}: annotation {place}"
             if type(one) is not CocoAnnotation:
-                raise DataError(f"{where} has no image_id: {one!r:.80}; {_HOW}")
+                raise DataError(f"{path}: annotation {place} has no image_id: {one!r:.80}; {_HOW}")
             try:
                 image, category = images[one.image_id], classes[one.category_id]
             except (KeyError, TypeError):
                 where = f"{path}: annotation {one.id}"
                 image = _find(images, one.image_id, f"{where}: image_id")
                 category = _find(classes, one.category_id, f"{where}: category_id")
-            if category != one.category_id or one.is_crowd is not False:
-                if (flag := _FLAGS.get(str(one.is_crowd).lower())) is None:
-                    raise DataError(
-                        f"{path}: annotation {one.id}: iscrowd {one.is_crowd!r} is not 0 or 1"
-                    )
-                crowd = flag and not crowds_are_objects
-                image.annotations.append(one._replace(category_id=category, is_crowd=crowd))
-            else:
+            if category == one.category_id and one.is_crowd is False:
                 image.annotations.append(one)
+                continue
+            if (flag := _FLAGS.get(str(one.is_crowd).lower())) is None:
+                raise DataError(
+                    f"{path}: annotation {one.id}: iscrowd {one.is_crowd!r} is not 0 or 1"
+                )
+            crowd = flag and not crowds_are_objects
+            image.annotations.append(one._replace(category_id=category, is_crowd=crowd))
+        unique = [*{id(image): image for image in images.values()}.values()]
         names = {classes[one.id]: normal_name(one.name) for one in found.categories}
-        if (root := _root(found, images)) is not None:
-            notices.append(
-                f"category {names.pop(root)!r} is the parent of the others, and no class"
-            )
+        # Roboflow's entry for the project is the parent of all others, and annotates nothing
+        used = {one.category_id for image in unique for one in image.annotations}
+        parents = {one.id: one.supercategory for one in found.categories}
+        roots = [
+            names.pop(n)
+            for n in {*names} - used
+            if {parent for m, parent in parents.items() if m != n} == {names[n]}
+        ]
+        notices = {
+            "files that are listed twice, whose annotations are united": twice,
+            "categories with several ids, which are one class": several,
+            "the category that is the parent of the others is no class": roots,
+        }
+        told = (f"{text}: {shortened(of)}" for text, of in notices.items() if of)
         known = tuple(sorted(names.items(), key=_ascending))
-        unique = {id(image): image for image in images.values()}
-        return cls(path, digest_file(path), tuple(unique.values()), known, tuple(notices))
+        return cls(path, digest_file(path), tuple(unique), known, tuple(told))
 
 
 def _parse(path: Path) -> Any:
     """The JSON value of a file; DataError if it is none, or of another format."""
+    if path.suffix.lower() == ".gz":
+        raise DataError(f"{path} is compressed; unpack it with gunzip")
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            raise DataError(f"{path} is compressed; unpack it with gunzip")
-        text = data.decode(json.detect_encoding(data))
-        del data
-        content = json.loads(text, object_hook=_compact_annotation)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8. {_HOW}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}. {_HOW}") from error
+        content = json.loads(read_text(path, _HOW), object_hook=_compact_annotation)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as JSON: {error}; download or write it again"
         ) from error
-    if what := _lookalike(content) or (
-        "" if isinstance(content, dict) and "images" in content else other_format(path)
-    ):
+    what = _lookalike(content)
+    if not what and not (isinstance(content, dict) and "images" in content):
+        what = other_format(path)
+    if what:
         raise DataError(f"{path}: {what}")
     return content
 
@@ -187,7 +189,7 @@ def _lookalike(content: Any) -> str:
     if isinstance(content, list):
         results = bool(content) and isinstance(content[0], CocoAnnotation)
         return "these are results, a list of detections; give the annotations" * results
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+    if not isinstance(content, dict) or "images" not in content:
         return ""
     if "annotations" not in content:
         return "it has no 'annotations', as image_info files; give one with annotations"
@@ -195,36 +197,31 @@ def _lookalike(content: Any) -> str:
     return next((w for key, w in _OTHER.items() if isinstance(first, dict) and key in first), "")
 
 
-def _images(path: Path, entries: Iterable[_Image], notices: list[str]) -> dict[Any, CocoImage]:
-    """Images by id, in ascending order; a file that is listed twice has one entry."""
+def _images(path: Path, entries: Iterable[_Image]) -> tuple[dict[Any, CocoImage], list[str]]:
+    """Images by id, in ascending order, a file that is listed twice as one; and these files."""
     images: dict[Any, CocoImage] = {}
     first: dict[tuple[str, ...], tuple[int | str, CocoImage]] = {}
+    twice = []
     for one in sorted(entries, key=lambda one: _ascending((one.id, one))):
-        number, image = first.setdefault(
-            name_parts(one.file_name), (one.id, CocoImage(one.file_name, one.size, []))
-        )
+        entry = (one.id, CocoImage(one.file_name, one.size, []))
+        number, image = first.setdefault(name_parts(one.file_name), entry)
+        text = f"{one.file_name!r} is listed twice (ids {number} and {one.id})"
         if images.setdefault(one.id, image) is not image:
             raise DataError(
                 f"{path}: two images have the id {one.id!r}, {images[one.id].file_name!r} and "
                 f"{one.file_name!r}, so that annotations of either are unknown; number them anew"
             )
         if image.size != one.size:
-            raise DataError(
-                f"{path}: {one.file_name!r} is listed twice (ids {number} and {one.id}), with the "
-                f"sizes {image.size} and {one.size} (height, width); remove the wrong one"
-            )
-        if number != one.id:
-            notices.append(
-                f"{one.file_name!r} is listed twice (ids {number} and {one.id}); its annotations "
-                "are united"
-            )
-    return images
+            raise DataError(f"{path}: {text}, as {image.size} and {one.size}; remove the wrong one")
+        twice += [text] * (number != one.id)
+    return images, twice
 
 
-def _classes(path: Path, entries: Iterable[_Category], notices: list[str]) -> dict[Any, int | str]:
-    """The class of each category, the first of its name; DataError if they are not the same."""
+def _classes(path: Path, entries: Iterable[_Category]) -> tuple[dict[Any, int | str], list[str]]:
+    """The class of each category, which is the first of its name; and names with several ids."""
     classes: dict[Any, int | str] = {}
     first: dict[str, _Category] = {}
+    several = []
     for one in entries:
         other = first.setdefault(normal_name(one.name), one)
         if one.id in classes or other.supercategory != one.supercategory:
@@ -234,22 +231,8 @@ def _classes(path: Path, entries: Iterable[_Category], notices: list[str]) -> di
             )
         classes[one.id] = other.id
         if other is not one:
-            notices.append(f"category {one.name!r} has the ids {other.id} and {one.id}, united")
-    return classes
-
-
-def _root(content: _Content, images: Mapping[Any, CocoImage]) -> int | str | None:
-    """The category that Roboflow writes for the project, the parent of all, not annotated."""
-    for one in content.categories:
-        others = [other for other in content.categories if other is not one]
-        if (
-            others
-            and one.supercategory in (None, "none", "")
-            and all(o.supercategory == one.name for o in others)
-        ):
-            used = any(a.category_id == one.id for i in images.values() for a in i.annotations)
-            return None if used else one.id
-    return None
+            several.append(f"{one.name!r} has the ids {other.id} and {one.id}")
+    return classes, several
 
 
 def _find(entries: Mapping[Any, Any], given: Any, where: str) -> Any:
