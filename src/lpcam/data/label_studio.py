@@ -16,18 +16,17 @@ from functools import partial
 from itertools import combinations, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.coco.dataset import open_annotated
-from lpcam.data.coco.files import ALL
+from lpcam.data.coco.files import ALL, name_parts
 from lpcam.data.coco.index import CocoAnnotation, CocoFile
 from lpcam.data.coco.painting import fill
-from lpcam.data.dataset import IMAGE_SUFFIXES, Skip
+from lpcam.data.dataset import Skip
 from lpcam.data.image_files import list_images
-from lpcam.data.images import load_image
+from lpcam.data.images import IMAGE_SUFFIXES, load_image
 from lpcam.data.labels import normal_name, read_text
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
@@ -155,17 +154,6 @@ def _annotations(task: Mapping[str, Any], predictions: bool) -> list[Sequence[An
     return "its annotation was cancelled" if given else _NONE
 
 
-def _parts(address: str) -> list[str]:
-    """Folders and name of the file that an address of Label Studio means."""
-    text = address.replace("\\", "/")
-    if "://" in text or text.startswith("/"):
-        query = parse_qs(urlsplit(text).query)
-        if "fileuri" in query:
-            return _parts(base64.urlsafe_b64decode(query["fileuri"][0] + "==").decode())
-        text = query["d"][0] if "d" in query else unquote(urlsplit(text).path)
-    return [part for part in text.split("/") if part not in ("", ".", "..")]
-
-
 def _plain(name: str) -> str:
     """A file name as Label Studio stores it."""
     return re.sub(r"[^\w.-]", "", normal_name(name).replace(" ", "_"))
@@ -175,10 +163,10 @@ def _find(task: Mapping[str, Any], index: Mapping[str, list[Path]]) -> Path | st
     """The image of a task; else why there is none."""
     data = task.get("data", task)
     texts = [v for v in data.values() if isinstance(v, str) and not v.startswith("data:")]
-    texts = [v for v in texts if Path((_parts(v) or [""])[-1]).suffix.lower() in IMAGE_SUFFIXES]
+    texts = [v for v in texts if Path(*name_parts(v)).suffix.lower() in IMAGE_SUFFIXES]
     found: dict[Path, str] = {}
     for text in filter(None, [*texts, task.get("file_upload")]):
-        *folders, name = _parts(text)
+        *folders, name = name_parts(text)
         for stored in (name, _PREFIX.sub("", name, count=1)):
             paths = index.get(_plain(stored), [])
             for depth, folder in enumerate(reversed(folders), start=2):

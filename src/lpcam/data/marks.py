@@ -38,7 +38,7 @@ KITTI | (^|/)label_2/ | | CONVERT
 Roboflow's table of labels | ^((?:.*/)?)_classes\.csv$ | | name the table: lpcam init {} --labels \
 {}_classes.csv
 the metadata of a Hugging Face image folder | ^((?:.*/)?)metadata\.(csv|jsonl)$ | file_name | \
-write its columns file_name and label as labels.csv (image,labels)
+import it: lpcam import huggingface {} FOLDER
 Parquet or Arrow | \.(parquet|arrow)$ | | import it: lpcam import huggingface SOURCE FOLDER
 TFRecord | \.tfrecords?(-\d+-of-\d+)?$|\.record$ | | TABLE
 an archive, as those of WebDataset | \.(tar|tgz|tar\.gz|zip|7z|rar)$ | | unpack it

@@ -135,7 +135,6 @@ def roboflow(content: Content) -> None:
     content["categories"].insert(0, {"id": 0, "name": "farm", "supercategory": "none"})
 
 
-CVAT = each("annotations", iscrowd=1, segmentation=lambda n, _: code(n))
 READ: dict[str, tuple[Change, list[str]]] = {
     "text ids": (
         both(
@@ -177,7 +176,7 @@ READ: dict[str, tuple[Change, list[str]]] = {
         [],
     ),
     "two ids of one name, labelme2coco": (two_ids_of_one_name, ["'cow' has the ids 1 and 9"]),
-    "Roboflow's parent": (roboflow, ["'farm'"]),
+    "Roboflow's parent": (roboflow, ["is no class: farm"]),
     "polygon not in a list, myvision": (shapes(lambda p: p), []),
     "polygon in two lists": (shapes(lambda p: [[p]]), []),
     "points as pairs": (shapes(lambda p: [pairs(p)]), []),
@@ -194,6 +193,10 @@ READ: dict[str, tuple[Change, list[str]]] = {
                 "counts": str(shape["counts"].encode()),
             },
         ),
+        [],
+    ),
+    "background without annotations": (
+        lambda content: content["categories"].insert(0, {"id": 0, "name": "_background_"}),
         [],
     ),
     "not a number": (each("annotations", area=float("nan"), bbox=[float("nan")] * 4), []),
@@ -247,9 +250,26 @@ def test_what_has_one_meaning_is_read(
         assert text in printed
 
 
-def test_cvat_brush_masks_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_that_mean_ignore_are_void(tmp_path: Path) -> None:
     content = plain()
-    CVAT(content)
+    content["categories"].append({"id": 3, "name": "void"})
+    content["annotations"][3]["category_id"] = 3
+    path = write(tmp_path / "farm", content)
+    assert main(["data", "masks", str(path), str(tmp_path / "masks")]) == 0
+    mask = read_index_mask(tmp_path / "masks" / "c.png")
+    assert np.array_equal(mask == 255, truth(2) == 2)
+    assert np.array_equal(mask == 1, truth(2) == 1)
+
+
+@pytest.mark.parametrize("shape", ["polygon", "runs"])
+def test_crowds_that_may_be_objects_are_asked_for(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CVAT's brush masks, and polygons that a tool marked."""
+    content = plain()
+    each("annotations", iscrowd=1)(content)
+    if shape == "runs":
+        each("annotations", segmentation=lambda n, _: code(n))(content)
     name, folder = "annotations/instances_default.json", "images/default"
     root = write(tmp_path / "farm", content, name, folder).parent.parent
     for command in (["init"], ["data", "check"], ["data", "masks"]):
@@ -257,6 +277,8 @@ def test_cvat_brush_masks_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         assert main([*command, str(root), *more]) == 2
         assert "CVAT" in (error := capsys.readouterr().err) and "--crowds objects" in error
     check(root, tmp_path / "masks", "--crowds", "objects")
+    if shape == "polygon":
+        return
     assert main(["data", "masks", str(root), str(tmp_path / "none"), "--crowds", "void"]) == 0
     void = read_index_mask(tmp_path / "none" / "a.png")
     assert np.array_equal(void == 255, truth(0) > 0)

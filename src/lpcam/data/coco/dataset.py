@@ -38,6 +38,7 @@ from lpcam.data.dataset import (
     Skip,
     class_values,
     safe_id,
+    shows_nothing,
     with_mask_folder,
     without_suffix,
 )
@@ -103,8 +104,12 @@ class AnnotatedImages:
         rules: dict[str, Any] = {"no_class": no_class, "masked": masked}
         table = ClassTable.numbered(names, source, classes, **rules)
         values = class_values(names, source, classes, **rules)
-        # categories that are no class are background; those whose values masks cannot hold are void
-        self._values = {n: min(values.get(name, BACKGROUND), IGNORE) for n, name in categories}
+        # of categories that are no class, those that mean so are void, and those beyond 254
+        nothing = {n: shows_nothing(name) for n, name in categories}
+        self._values = {
+            n: min(values.get(name, IGNORE if nothing[n] == "ignore" else BACKGROUND), IGNORE)
+            for n, name in categories
+        }
         labels = {n: table.names.index(name) for n, name in categories if name in table.names}
         self._images = images
         items: dict[str, Item] = {}
@@ -326,8 +331,8 @@ class CocoFolder(AnnotatedImages):
         crowds = [file for file, one in every if one.is_crowd and one.segmentation]
         if crowds and crowds[0].categories != COCO_CATEGORIES:
             raise DataError(
-                f"{crowds[0].path}: {len(crowds)} of {len(every)} annotations have iscrowd 1, which "
-                "is a group of objects in COCO, a brush mask in CVAT, and a mask with holes or "
+                f"{crowds[0].path}: {len(crowds)} of {len(every)} annotations have iscrowd 1, a "
+                "group of objects in COCO, a brush mask in CVAT, and a mask with holes or "
                 "several parts in supervision; say which: --crowds objects (data.coco.crowds) "
                 "paints them, --crowds background does not"
             )

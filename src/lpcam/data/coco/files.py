@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from lpcam.data.dataset import safe_id
 from lpcam.data.labels import relative_name
@@ -105,9 +106,11 @@ def listing_of(folder: Path) -> dict[str, str]:
 def name_parts(file_name: str) -> tuple[str, ...]:
     """Folders and name of an image in any tool's writing: without host, drive, query and ``..``."""
     text = unicodedata.normalize("NFC", relative_name(file_name.strip()))
-    if "://" in text or "?d=" in text:  # an address; Label Studio's have the path after ?d=
-        address = urlsplit(text)
-        text = unquote(address.query.removeprefix("d=") if "?d=" in text else address.path)
+    if re.search(r"://|^/data/|\?(d|fileuri)=", text):  # an address, also of Label Studio
+        query = parse_qs(urlsplit(text).query)
+        if "fileuri" in query:
+            return name_parts(base64.urlsafe_b64decode(query["fileuri"][0] + "==").decode())
+        text = query["d"][0] if "d" in query else unquote(urlsplit(text).path)
     parts = [part for part in text.split("/") if part not in ("", ".", "..")]
     return tuple(parts[len(parts) > 1 and parts[0].endswith(":") :])
 
