@@ -243,6 +243,51 @@ def test_a_file_says_what_it_is(exported: Exported, lpcam: LPCAM) -> None:
     assert "torch" in described["versions"]
 
 
+def axes_of(path: Path, kind: str) -> list[list[Any]]:
+    """Names or lengths of the axes of the input, the logits and the maps of a file."""
+    if kind == "onnx":
+        graph = importlib.import_module("onnx").load(path).graph
+        shapes = [value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)]
+        return [[axis.dim_param or axis.dim_value for axis in shape] for shape in shapes]
+    program = torch.export.load(path)
+    signature = program.graph_signature
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    shapes = [values[name].shape for name in (*signature.user_inputs, *signature.user_outputs)]
+    return [[n if isinstance(n, int) else str(n) for n in shape] for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "grid", "size"),
+    [
+        ("onnx", {}, ["height", "width"], ["height", "width"]),
+        ("onnx", {"enlarge": False}, ["grid_height", "grid_width"], ["height", "width"]),
+        ("onnx", {"multiple": 16}, ["height", "width"], ["height", "width"]),
+        ("onnx", {"fixed_size": (64, 96)}, [64, 96], [64, 96]),
+        ("torch-export", {}, ["size_height", "size_width"], ["size_height", "size_width"]),
+        ("torch-export", {"fixed_size": (64, 96)}, [64, 96], [64, 96]),
+    ],
+)
+def test_axes_of_any_length_have_names(
+    tmp_path: Path, kind: str, options: dict[str, Any], grid: list[Any], size: list[Any]
+) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    path = tmp_path / "m.pt2"
+    KINDS[kind](LPCAMModel(nn.Conv2d(3, 2, 4, 4), small_head(), **options), path)
+    batch = "batch" if kind == "onnx" else "size_batch"
+    assert axes_of(path, kind) == [[batch, 3, *size], [batch, 2], [batch, 2, *grid]]
+
+
+def test_axes_of_an_image_in_bytes(exported: Exported) -> None:
+    prefix = "" if exported.kind == "onnx" else "size_"
+    batch, height, width = (f"{prefix}{name}" for name in ("batch", "height", "width"))
+    assert axes_of(exported.path, exported.kind) == [
+        [batch, height, width, 3],
+        [batch, 3],
+        [batch, 3, height, width],
+    ]
+
+
 def test_nothing_of_this_machine_and_no_sample_is_in_a_file(exported: Exported) -> None:
     content = exported.path.read_bytes()
     for trace in ("site-packages", "test_head", str(Path.home()) + "/", "Traceback"):
@@ -456,6 +501,46 @@ def test_a_new_head_comes_back(tmp_path: Path, name: str, own: int) -> None:
     torch.testing.assert_close(
         model(images)[0].float(), lpcam.source_.logits(images.float()), atol=0.05, rtol=0.02
     )
+
+
+class Joined(nn.Module):
+    """VGG's form, and a layer whose weights are read without a call of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(8, 8)
+        self.first = nn.Conv2d(3, 8, 4, 4)
+        self.last = nn.Conv2d(8, 8, 1)
+        self.classifier = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5))
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        mixed = self.first(images).movedim(1, -1) @ self.read.weight.T
+        features = nn.functional.adaptive_avg_pool2d(self.last(mixed.movedim(-1, 1)), 2)
+        logits: Tensor = self.classifier(features.flatten(1))
+        return logits
+
+
+def test_weights_that_the_map_does_not_need_do_not_travel(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = Joined()
+    fit = fitted(theirs, zero_to_one, classes=["a", "b", "c"], target_layer="last")
+    model = LPCAMModel.from_lpcam(fit)
+    assert {name.split(".")[1] for name in model.backbone.state_dict()} == {"read", "first", "last"}
+    images = zero_to_one(photographs(2, (64, 96)))
+    torch.testing.assert_close(model(images)[1], fit(images), atol=1e-5, rtol=0)
+    export_program(model, tmp_path / "m.pt2")
+    names = torch.export.load(tmp_path / "m.pt2").state_dict
+    assert not any("classifier" in name or "never" in name for name in names)
+    # a folder comes back, and so does one from before, with all weights
+    whole = copy.copy(model)
+    parts = [f"backbone.model.{name}" for name in theirs.state_dict()]
+    whole._modules = {**model._modules, "backbone": head._WrappedFeatures(fit.source_, parts)}
+    for each, count in ((model, 4), (whole, 10)):
+        each.save_pretrained(tmp_path)
+        assert len(each.backbone.state_dict()) == count + 2
+        again = LPCAMModel.from_pretrained(tmp_path, backbone=Joined())
+        torch.testing.assert_close(again(images), model(images))
 
 
 @pytest.mark.parametrize("part", ["backbone.classifier.backbone.conv1.0.weight", "head.vectors"])

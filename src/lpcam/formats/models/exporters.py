@@ -15,6 +15,7 @@ import json
 import math
 import operator
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def export_program(
             node.meta.pop("stack_trace", None)  # holds local paths
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={_METADATA: metadata})
-    data = buffer.getvalue()
+    data = _with_names(buffer.getvalue(), _symbols(program, module.dimensions(dynamic)))
     _refuse_pickles(data, path)
 
     return compare_and_write(
@@ -142,6 +143,34 @@ def _without_ceil(graph: torch.fx.Graph) -> None:
             graph.erase_node(quotient)
 
 
+def _symbols(program: torch.export.ExportedProgram, axes: Mapping[int, str]) -> dict[str, str]:
+    """Names for the symbols of the input's axes; torch's compilers need the letter s first."""
+    (given,) = program.graph_signature.user_inputs
+    shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == given)
+    names = {}
+    for place, name in axes.items():
+        for symbol in getattr(getattr(shape[place], "node", None), "expr", shape).free_symbols:
+            factor = shape[place].node.expr / symbol
+            names[str(symbol)] = f"size_{name}" if factor == 1 else f"size_{name}_by_{factor}"
+    return names
+
+
+def _with_names(data: bytes, names: Mapping[str, str]) -> bytes:
+    """A program with other names of its symbols."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(written, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("/model.json"):
+                text = content.decode()
+                for symbol, name in names.items():
+                    text = text.replace(f"Symbol('{symbol}'", f"Symbol('{name}'")
+                    text = text.replace(f'"{symbol}":', f'"{name}":')
+                content = text.encode()
+            new.writestr(entry, content)
+    return written.getvalue()
+
+
 def _refuse_pickles(data: bytes, path: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for name in archive.namelist():
@@ -163,6 +192,7 @@ class _LPCAMFile(ExportModule):
 
     def __init__(self, model: LPCAMModel) -> None:
         super().__init__(model.preprocessing, model.channels, model.multiple)
+        self.grid = "" if model.enlarge else "grid_"
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Outputs:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
-from lpcam.classifiers.tracing import device_of
+from lpcam.classifiers.tracing import device_of, evaluation_mode
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.method.extractors import LPCAM
@@ -350,9 +351,10 @@ class _WrappedFeatures(nn.Module):
     """The feature map of a copy of a wrapped model, and its class token, as a traceable module.
 
     ``WrappedModel.features`` restores the state of the user's model, which tracers cannot follow.
+    What the map does not need is removed, except for modules whose weights are in ``state``.
     """
 
-    def __init__(self, wrapped: WrappedModel) -> None:
+    def __init__(self, wrapped: WrappedModel, state: Collection[str] = ()) -> None:
         super().__init__()
         self.wrapped = copy.deepcopy(wrapped)
         self.model = self.wrapped.core
@@ -366,6 +368,8 @@ class _WrappedFeatures(nn.Module):
                 "the feature map of this model is given by a function, which cannot be copied; "
                 "give the layer instead: LPCAM(model, target_layer='name of the layer')"
             )
+        with evaluation_mode(self.model):
+            self._remove_unused(state)
 
     def __str__(self) -> str:
         """Where the map comes from, in words; part of a saved model's fingerprints."""
@@ -373,21 +377,59 @@ class _WrappedFeatures(nn.Module):
         return " / ".join(map(str, (self.source, *token, *self.wrapped.norms)))
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        layer = self.source.layer
-        if isinstance(layer, nn.Module):
-            self.kept.clear()
-            self.model(images)
-            raw = self.source.batch_first(self.kept[self.source.number])
-            self.kept.clear()
-        else:
-            raw = self.source.batch_first(layer(images))
+        raw = self._raw(images)
         features = self.wrapped.features_of(raw, (images.shape[-2], images.shape[-1]))
         if self.source.token is None:
             return features
         return features, self.wrapped.divided(self.source.vector(raw))
 
+    def _raw(self, images: Tensor) -> Tensor:
+        layer = self.source.layer
+        self.kept.clear()
+        if not isinstance(layer, nn.Module):
+            return self.source.batch_first(layer(images))
+        self.model(images)
+        raw = self.kept[self.source.number]
+        self.kept.clear()
+        return self.source.batch_first(raw)
+
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.kept.append(output)
+
+    def _remove_unused(self, state: Collection[str]) -> None:
+        """Remove modules that are not called before the map, if it stays the same without them."""
+        images = torch.randn(1, self.wrapped.channels_in, *self.wrapped.probe_size)
+        images, called = images.to(self.wrapped.device, self.wrapped.dtype), set[nn.Module]()
+
+        def note(module: nn.Module, _: Any) -> None:
+            if len(self.kept) <= self.source.number:
+                called.add(module)
+
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                hooks.enter_context(module.register_forward_pre_hook(note))
+            expected = self._raw(images)
+        removed: list[str] = []
+        for name, module in list(self.model.named_modules()):
+            saved = any(key.startswith(f"backbone.model.{name}.") for key in state)
+            within = name.startswith(tuple(f"{each}." for each in removed))
+            if (
+                saved
+                or within
+                or not module.state_dict()
+                or not called.isdisjoint(module.modules())
+            ):
+                continue
+            place, _, own = name.rpartition(".")
+            setattr(self.model.get_submodule(place), own, nn.Identity())
+            try:
+                same = torch.equal(self._raw(images), expected)
+            except Exception:  # weights of a module may be read without a call of it
+                same = False
+            if same:
+                removed.append(name)
+            else:
+                setattr(self.model.get_submodule(place), own, module)
 
 
 def _given_backbone(
@@ -404,4 +446,4 @@ def _given_backbone(
     if config["new_head"] and not given.new_head:
         # a new head reads the mean of the map, whatever the model's own head reads
         given = given.with_head(state["head.weight"], state.get("head.bias"))
-    return _WrappedFeatures(given)
+    return _WrappedFeatures(given, state)

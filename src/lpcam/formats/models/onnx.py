@@ -64,6 +64,7 @@ class ExportModule(nn.Module, abc.ABC):
 
     output: str  #: Name of the output beside ``logits``.
     limit: float  #: Largest accepted error of that output.
+    grid = ""  #: What the height and width of outputs are called before these words.
 
     def __init__(
         self, preprocessing: Preprocessing | None, channels: int = 3, multiple: int = 1
@@ -177,6 +178,7 @@ def write_onnx(
             verbose=False,
         )
         model = program.model_proto
+    _name_axes(model.graph, module.dimensions(dynamic), module.grid)
     _describe(model, text, values)
     if model.ByteSize() > _LARGEST_FILE:
         raise ArtefactError(
@@ -254,6 +256,18 @@ def _errors(
     scale = expected[0].abs().max().clamp_min(NORM_EPSILON)
     logits = float((found[0] - expected[0]).abs().max() / scale)
     return logits, module.error(images, expected[1], found[1])
+
+
+def _name_axes(graph: Any, given: Mapping[int, str], grid: str) -> None:
+    """Name the axes of inputs and outputs that have any length, which may be expressions."""
+    for values, own in ((graph.input, given), (graph.output, None)):
+        for value in values:
+            axes = value.type.tensor_type.shape.dim
+            last = {len(axes) - 2: f"{grid}height", len(axes) - 1: f"{grid}width"}
+            names = own or {**(last if len(axes) > 2 else {}), 0: "batch"}
+            for place, axis in enumerate(axes):
+                if axis.dim_param:
+                    axis.dim_param = names[place]
 
 
 def _describe(model: Any, text: str, values: Mapping[str, Any]) -> None:
