@@ -524,7 +524,8 @@ class Joined(nn.Module):
 def test_weights_that_the_map_does_not_need_do_not_travel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = Joined()
-    fit = fitted(theirs, zero_to_one, classes=["a", "b", "c"], target_layer="last")
+    options: dict[str, Any] = {"classes": ["a", "b", "c"], "target_layer": "last"}
+    fit = fitted(theirs, zero_to_one, **options)
     model = LPCAMModel.from_lpcam(fit)
     assert {name.split(".")[1] for name in model.backbone.state_dict()} == {"read", "first", "last"}
     images = zero_to_one(photographs(2, (64, 96)))
@@ -539,7 +540,7 @@ def test_weights_that_the_map_does_not_need_do_not_travel(tmp_path: Path) -> Non
     for each, count in ((model, 4), (whole, 10)):
         each.save_pretrained(tmp_path)
         assert len(each.backbone.state_dict()) == count + 2
-        again = LPCAMModel.from_pretrained(tmp_path, backbone=Joined())
+        again = LPCAMModel.from_pretrained(tmp_path, backbone=wrap(Joined(), **options))
         torch.testing.assert_close(again(images), model(images))
 
 

@@ -398,7 +398,8 @@ class _WrappedFeatures(nn.Module):
 
     def _remove_unused(self, state: Collection[str]) -> None:
         """Remove modules that are not called before the map, if it stays the same without them."""
-        images = torch.randn(1, self.wrapped.channels_in, *self.wrapped.probe_size)
+        size, generator = self.wrapped.probe_size, torch.Generator().manual_seed(0)
+        images = torch.randn(1, self.wrapped.channels_in, *size, generator=generator)
         images, called = images.to(self.wrapped.device, self.wrapped.dtype), set[nn.Module]()
 
         def note(module: nn.Module, _: Any) -> None:
