@@ -164,6 +164,7 @@ SKIPPED: dict[str, tuple[str, Any]] = {
     "no annotation": ("no annotation", task(annotations=[], drafts=[{"result": [COW]}])),
     "cancelled": ("cancelled", two(COW, COW) | {"annotations": [{"was_cancelled": True}]}),
     "nothing": ("no image", {**task(COW), "data": {"text": "a cow"}}),
+    "completion": ("cancelled", {"data": {"image": "a.jpg"}, "completions": [{"skipped": True}]}),
     "several files": ("may be any", task(COW, image="twice.jpg")),
 }
 
@@ -212,6 +213,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "two tags": ("--classes", [task(COW, result("choices", {}, "blurred", tag="quality"))]),
     "broken": ("task 1", [task(result("polygonlabels", {"points": [[1, "a"]] * 3}, "cow"))]),
     "no image": ("gone.jpg", [task(COW, image="gone.jpg")]),
+    "one task": ("one task of Label Studio", task(COW)),
     "no result": ("task 1", [task(annotations=[{"result": ["cow"]}])]),
     "no name": ("task 1", [task(result("choices", {}, 5))]),
 }
@@ -293,3 +295,14 @@ def test_brushes_of_the_converter_of_label_studio(tmp_path: Path) -> None:
     rle = [int(text[n : n + 8], 2) for n in range(0, len(text), 8)]
     path = write(tmp_path, [task(result("brushlabels", {"format": "rle", "rle": rle}, "cow"))])
     assert iou(painted(path, tmp_path / "masks")["a"], HALF.astype(np.uint8)) == 1
+
+
+def test_regions_without_a_label_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"id": "p", "from_name": "shape", "type": "polygon", "value": POLYGON}
+    labelled = task(shape, result("labels", POLYGON, "cow", id="p"))
+    bare = task({**shape, "id": "q"}, image="b.jpg", id=2)
+    path = write(tmp_path, [labelled, bare], "a.jpg", "b.jpg")
+    assert main(["init", str(path), "--weights", "random"]) == 0
+    assert "without a label, which give none: 1 (task 2)" in capsys.readouterr().out

@@ -91,6 +91,13 @@ SETS = {
         **{"images/a.jpg": "", "labels/a.txt": SQUARE},
         **{"images/b.jpg": "", "labels/b.txt": SQUARE},
     },
+    "Darknet": {
+        "data/obj.names": "cow\ndog\n",
+        "data/train.txt": "data/obj/a.jpg\n",
+        "data/valid.txt": "data/obj/b.jpg\n",
+        **{"data/obj/a.jpg": "", "data/obj/a.txt": SQUARE},
+        **{"data/obj/b.jpg": "", "data/obj/b.txt": SQUARE},
+    },
     "labelImg": {"classes.txt": "cow\ndog", "a.png": "", "a.txt": SQUARE}
     | {"b.jpg": "", "b.txt": SQUARE},
     "key points": {
@@ -116,7 +123,7 @@ def test_layouts_of_tools(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     dataset = open_dataset(root).dataset
     shown = {i.id.rpartition("/")[2]: i.labels for i in dataset.items.values()}
     assert {**shown, "c": (1,)} == {"a": (0,), "b": (0,), "c": (1,)}
-    if name in ("ultralytics", "roboflow", "another machine's path", "lists"):
+    if name in ("ultralytics", "roboflow", "another machine's path", "lists", "Darknet"):
         assert [len(dataset.lists[of]) for of in ("train", "val", "all")] == [1, 1, 2]
         (only,) = open_dataset(root, lists=["val"]).dataset.items
         assert only == dataset.lists["val"][0]
@@ -138,6 +145,9 @@ REFUSED = {
     "key points": ("kpt_shape", labelled(BOX.strip() + " 1" * 7)),
     "three numbers": ("line 1", labelled("0 0.5 0.5\n")),
     "yes": ("quotes", labelled(BOX, "train: images\nnames: [yes, no]\n")),
+    "one name": ("names", labelled(BOX, "train: images\nnames: cow\n")),
+    "no name": ("nc 2", labelled(BOX, "train: images\nnc: 2\n")),
+    "shape": ("kpt_shape", labelled(BOX, YAML + "kpt_shape: [17, x]\n")),
     "nc": ("nc 3", labelled(BOX, YAML + "nc: 3\n")),
     "broken": ("not YAML", labelled(BOX, "train: [images\nnames: [cow")),
     "no names": ("classes.txt", ONE),

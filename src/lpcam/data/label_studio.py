@@ -120,14 +120,18 @@ def _minimal(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {**found, "from_name": tag, "value": found}
 
 
-def _results(results: Sequence[Any]) -> tuple[list[_Result], tuple[int, int] | None]:
+def _results(
+    results: Sequence[Any], where: str, notes: dict[str, list[str]]
+) -> tuple[list[_Result], tuple[int, int] | None]:
     """The labels that an annotation gives, and the size of its image, if it says so."""
     found: list[_Result] = []
     size = None
+    bare, named = set[str](), set[str]()
     for one in results:
         value = one.get("value") or {}
         key = next(filter(_KINDS.fullmatch, value), None)
         is_region = not {"x", "points", "rle", "imageDataURL", "vertices"}.isdisjoint(value)
+        (named if value.get(key) else bare if is_region else set()).add(str(one.get("id")))
         if key is None or (is_region and key in ("choices", "taxonomy")):
             continue  # a relation, a text, or a property of a region
         shape = _shape(value)
@@ -138,6 +142,8 @@ def _results(results: Sequence[Any]) -> tuple[list[_Result], tuple[int, int] | N
         names = [normal_name(n[-1] if isinstance(n, list) else n) for n in value[key]]
         shape = shape if len(names) == 1 else None  # of several labels none is that of its pixels
         found += [_Result(str(one.get("from_name")), n, shape, is_region) for n in names]
+    if bare - named:
+        notes["annotations with regions without a label, which give none"].append(where)
     filled = {one.name for one in found if one.shape}
     return [one for one in found if one.is_region or one.name not in filled], size
 
@@ -200,13 +206,11 @@ def _by_image(
             if isinstance(image, str) or isinstance(given, str):
                 skipped.append(Skip(name, image if isinstance(image, str) else str(given)))
                 continue
-            options[image] += [_results(one) for one in given]
+            options[image] += [_results(one, name, notes) for one in given]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: {name} cannot be read: {error!r}; correct it") from error
         if predicted and "data" in task:
             notes["predictions, which nobody has corrected, are the labels of images"].append(name)
-    unnamed = {file for _, file in files.images} - options.keys()
-    notes["images without a task that counts"] = sorted(file.name for file in unnamed)
     return options
 
 
@@ -232,8 +236,10 @@ class LabelStudioReader(Reader):
         files = sorted(filter(self.recognises, root.glob("*.json"))) if root.is_dir() else [root]
         if len(files) != 1:
             names = shortened([path.name for path in files])
-            fault = f"several exports ({names}); give one" if files else f"no export; {_HOW}"
-            raise DataError(f"{root} has masks of Label Studio, but {fault}")
+            none = f"masks of Label Studio, which name no images; {_HOW} too"
+            raise DataError(
+                f"{root} has {f'several exports ({names}); give one' if names else none}"
+            )
         (path,) = files
         try:
             tasks = json.loads(read_text(path, _HOW))

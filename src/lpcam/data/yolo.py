@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL
@@ -40,7 +41,10 @@ readers that round find the same pixel as those that cut the fraction off."""
 _LISTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _USUAL = ("data.yaml", "dataset.yaml")
 _NAMES = ("classes.txt", "labels/classes.txt", "*.names", "*/*.names", "*/_darknet.labels")
-_LABELS = ("labels/**/*.txt", "*/labels/*.txt", "obj*_data/**/*.txt", "*.txt", "train/*.txt")
+_LABELS = (
+    *("labels/**/*.txt", "*/labels/*.txt", "obj*_data/**/*.txt", "*/obj*/*.txt"),
+    *("*.txt", "train/*.txt"),  # beside images
+)
 _DOUBTFUL = {
     5: "objects with a sixth number, as predictions have; their classes are labels all the same",
     8: "outlines that have four corners each, painted as such; they may be oriented boxes",
@@ -58,6 +62,14 @@ class _Contents(NamedTuple):
     key_points: int = 0  #: Numbers of the key points after a box.
 
 
+class _Yaml(BaseModel, coerce_numbers_to_str=True):
+    names: dict[NonNegativeInt, str]
+    lists: dict[str, list[str]]
+    nc: int | None = None
+    path: str = "."
+    kpt_shape: tuple[int, ...] = (0,)
+
+
 def _description(path: Path) -> _Contents | None:
     """The contents of Ultralytics' data.yaml; None for any other YAML file."""
     try:
@@ -69,27 +81,25 @@ def _description(path: Path) -> _Contents | None:
     keys = content.keys() if isinstance(content, dict) else set()
     if not keys & {"names", "nc"} or not keys & _LISTS.keys():
         return None
-    given = content.get("names")
-    names = dict(enumerate(given) if isinstance(given, list) else given or {})
-    if wrong := [
-        f"{n}: {s!r}"
-        for n, s in names.items()
-        if not (str(n).isdecimal() and isinstance(s, str | int | float) and not isinstance(s, bool))
-    ]:
-        raise DataError(
-            f"{path}: names, {wrong[0]}: expected a number from 0 on and text, in quotes if it is "
-            "yes, no or null"
+    names = content.get("names") or {}
+    lists = {_LISTS[k]: content[k] for k in _LISTS if content.get(k)}
+    try:
+        found = _Yaml(
+            names=dict(enumerate(names)) if isinstance(names, list) else names,
+            lists={k: v if isinstance(v, list) else [v] for k, v in lists.items()},
+            **{k: content[k] for k in ("nc", "path", "kpt_shape") if content.get(k) is not None},
         )
-    if not names or str(content.get("nc", len(names))) != str(len(names)):
-        raise DataError(f"{path} has {len(names)} names, and nc {content.get('nc')}; correct names")
-    lists = {_LISTS[k]: content[k] for k in _LISTS if k in keys and content[k]}
-    return _Contents(
-        path,
-        {int(number): normal_name(str(name)) for number, name in sorted(names.items())},
-        {k: [*map(str, v if isinstance(v, list) else [v])] for k, v in lists.items()},
-        (path.parent / str(content.get("path") or "."), path.parent),
-        math.prod(content.get("kpt_shape") or [0]),
-    )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(
+            f"{path}: {' '.join(map(str, first['loc']))} is {first['input']!r:.80}: {first['msg']} "
+            "(a name is text, in quotes if it is yes, no or null)"
+        ) from error
+    if not found.names or found.nc not in (None, len(found.names)):
+        raise DataError(f"{path} has {len(found.names)} names, and nc {found.nc}; correct names")
+    classes = {number: normal_name(name) for number, name in sorted(found.names.items())}
+    places = (path.parent / found.path, path.parent)
+    return _Contents(path, classes, found.lists, places, math.prod(found.kpt_shape))
 
 
 def _describe(root: Path) -> _Contents:
