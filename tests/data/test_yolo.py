@@ -153,6 +153,7 @@ REFUSED = {
     "no names": ("classes.txt", ONE),
     "no train": ("images/t", labelled(BOX, "train: images/t\nval: images\nnames: [cow, dog]\n")),
     "one place": ("/x/val", labelled(BOX, "train: /x/images\nval: /x/val/images\nnames: [a, b]\n")),
+    "in a folder": ("farm/ds", {f"ds/{name}": text for name, text in labelled(BOX).items()}),
     "two files": ("several", {**ONE, "a.yaml": YAML, "b.yaml": YAML}),
     "no labels": ("labels/a.txt", {"images/a.jpg": "", "data.yaml": YAML}),
     "one id": ("same id", {**labelled(BOX), "images/a.png": ""}),

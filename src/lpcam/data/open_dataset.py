@@ -18,7 +18,8 @@ Truth = Mapping[str, TrueMask]  #: True masks that are not files, by image id.
 def kind_of(path: Path) -> str:
     """Name of the first reader that recognises a path; ``folder`` for any other folder.
 
-    Raises DataError if there is nothing at the path, or a file that no reader recognises.
+    Raises DataError if there is nothing at the path, a file that no reader recognises, or a data
+    set in a folder of it alone.
 
     Example:
         >>> kind_of(getfixture("tmp_path"))
@@ -32,6 +33,13 @@ def kind_of(path: Path) -> str:
             f"{other_format(path) or f'{path} is a file of unknown kind'}; give a folder of images "
             "with labels, VOC2012, a folder with COCO annotations, or a COCO JSON file"
         )
+    for inner in sorted(path.iterdir())[:20] if name is None else ():
+        for kind, reader in READERS.items():
+            if inner.is_dir() and reader.recognises(inner):
+                raise DataError(
+                    f"{path} holds the data set {inner} of the kind {kind}; give that folder, or "
+                    "--kind folder if it is not meant"
+                )
     return name or "folder"
 
 

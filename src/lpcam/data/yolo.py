@@ -42,7 +42,7 @@ _LISTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 _USUAL = ("data.yaml", "dataset.yaml")
 _NAMES = ("classes.txt", "labels/classes.txt", "*.names", "*/*.names", "*/_darknet.labels")
 _LABELS = (
-    *("labels/**/*.txt", "*/labels/*.txt", "obj*_data/**/*.txt", "*/obj*/*.txt"),
+    *("labels/**/*.txt", "train/labels/*.txt", "obj*_data/**/*.txt", "*/obj*/*.txt"),
     *("*.txt", "train/*.txt"),  # beside images
 )
 _DOUBTFUL = {
