@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "two tags": ("--classes", [task(COW, result("choices", {}, "blurred", tag="quality"))]),
     "broken": ("task 1", [task(result("polygonlabels", {"points": [[1, "a"]] * 3}, "cow"))]),
     "no image": ("gone.jpg", [task(COW, image="gone.jpg")]),
-    "one task": ("one task of Label Studio", task(COW)),
+    "one task": ("a task of Label Studio", task(COW)),
     "no result": ("task 1", [task(annotations=[{"result": ["cow"]}])]),
     "no name": ("task 1", [task(result("choices", {}, 5))]),
 }

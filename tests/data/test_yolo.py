@@ -204,7 +204,9 @@ def test_other_folders_are_not_taken(tmp_path: Path) -> None:
             {"cow/a.jpg": "", "classes.txt": "cow\n", "compose.yaml": "a: !x\nnames: [cow]"},
         )
     ):
-        assert kind_of(write(tmp_path / str(number), files)) == "folder"
+        root = write(tmp_path / str(number), files)
+        (root / "other.yaml").write_bytes(b"names: \xe9")
+        assert kind_of(root) == "folder"
 
 
 def test_a_folder_of_a_list_takes_the_names_above_it(tmp_path: Path) -> None:

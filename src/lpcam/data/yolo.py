@@ -74,7 +74,7 @@ def _description(path: Path) -> _Contents | None:
     """The contents of Ultralytics' data.yaml; None for any other YAML file."""
     try:
         content = yaml.safe_load(read_text(path, "It names classes and folders."))
-    except yaml.YAMLError as error:
+    except (DataError, yaml.YAMLError) as error:
         if path.name not in _USUAL:
             return None
         raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
