@@ -26,7 +26,7 @@ Supervisely | (^|/)meta\.json$ (^|/)ann/.*\.json$ | | COCO
 VoTT | \.vott$|(-asset|-export)\.json$ | | COCO
 LabelMe's JSON, one file an image | \.json$ | "shapes"\s*: | convert it to COCO JSON, for example \
 with labelme2coco, and give that file (kind coco)
-a task of Label Studio by itself | \.json$ | "(from_name|completed_by)"\s*: | export the project as \
+a task of Label Studio alone | \.json$ | "(from_name|completed_by)"\s*: | export the project as \
 JSON
 VGG Image Annotator (VIA) | \.(json|csv)$ | region_attributes|_via_settings | COCO
 Apple's CreateML | \.json$ | "coordinates"\s*:\s*\{ | COCO

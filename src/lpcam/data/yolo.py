@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Annotated
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, NonNegativeInt, ValidationError
 
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL
@@ -52,22 +52,19 @@ _DOUBTFUL = {
 _NUMBER = re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?")
 
 
-class _Contents(NamedTuple):
+class _Contents(BaseModel, coerce_numbers_to_str=True):
     """What describes a data set: classes, and the folders and files of each list."""
 
     path: Path
-    names: Mapping[int, str]
-    lists: Mapping[str, Sequence[str]]
-    places: Sequence[Path]  #: Folders in which those of the lists are searched.
-    key_points: int = 0  #: Numbers of the key points after a box.
+    names: dict[NonNegativeInt, Annotated[str, AfterValidator(normal_name)]]
+    lists: dict[str, list[str]] = {}
+    places: tuple[Path, ...] = ()  #: Folders in which those of the lists are searched.
+    kpt_shape: tuple[int, ...] | None = None
 
-
-class _Yaml(BaseModel, coerce_numbers_to_str=True):
-    names: dict[NonNegativeInt, str]
-    lists: dict[str, list[str]]
-    nc: int | None = None
-    path: str = "."
-    kpt_shape: tuple[int, ...] = (0,)
+    @property
+    def key_points(self) -> int:
+        """Numbers of the key points after a box."""
+        return math.prod(self.kpt_shape or (0,))
 
 
 def _description(path: Path) -> _Contents | None:
@@ -84,10 +81,12 @@ def _description(path: Path) -> _Contents | None:
     names = content.get("names") or {}
     lists = {_LISTS[k]: content[k] for k in _LISTS if content.get(k)}
     try:
-        found = _Yaml(
+        found = _Contents(
+            path=path,
             names=dict(enumerate(names)) if isinstance(names, list) else names,
             lists={k: v if isinstance(v, list) else [v] for k, v in lists.items()},
-            **{k: content[k] for k in ("nc", "path", "kpt_shape") if content.get(k) is not None},
+            places=(path.parent / str(content.get("path") or "."), path.parent),
+            kpt_shape=content.get("kpt_shape"),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -95,11 +94,9 @@ def _description(path: Path) -> _Contents | None:
             f"{path}: {' '.join(map(str, first['loc']))} is {first['input']!r:.80}: {first['msg']} "
             "(a name is text, in quotes if it is yes, no or null)"
         ) from error
-    if not found.names or found.nc not in (None, len(found.names)):
-        raise DataError(f"{path} has {len(found.names)} names, and nc {found.nc}; correct names")
-    classes = {number: normal_name(name) for number, name in sorted(found.names.items())}
-    places = (path.parent / found.path, path.parent)
-    return _Contents(path, classes, found.lists, places, math.prod(found.kpt_shape))
+    if not names or str(content.get("nc", len(names))) != str(len(names)):
+        raise DataError(f"{path} has {len(names)} names, and nc {content.get('nc')}; correct names")
+    return found
 
 
 def _describe(root: Path) -> _Contents:
@@ -111,11 +108,12 @@ def _describe(root: Path) -> _Contents:
             raise DataError(f"{root} has several descriptions ({', '.join(found)}); give one")
         return usual[0]
     if (above := root.parent / _USUAL[0]).is_file() and (one := _description(above)):
-        return one._replace(lists={}, places=())  # Roboflow's lists are folders of their own
+        return one.model_copy(update={"lists": {}})  # Roboflow's lists are folders
     for path in (path for pattern in _NAMES for path in sorted(root.glob(pattern))):
         places = (root, path.parent)
         lists = {v: [f"{k}.txt"] for k, v in _LISTS.items() if _find(f"{k}.txt", places)}
-        return _Contents(path, dict(enumerate(read_names(path))), lists, places)
+        names = dict(enumerate(read_names(path)))
+        return _Contents(path=path, names=names, lists=lists, places=places)
     raise DataError(
         f"{root} has YOLO's labels, but nothing names the classes; write {root / 'classes.txt'}, "
         "one name a line from class 0 on, or give the data.yaml"
@@ -279,7 +277,7 @@ class YoloReader(Reader):
         digest = digest_json([*texts.values()])
         return open_annotated(
             request,
-            CocoFile(contents.path, digest, (), tuple(contents.names.items())),
+            CocoFile(contents.path, digest, (), tuple(sorted(contents.names.items()))),
             images,
             lists,
             label_source=f"YOLO labels ({contents.path.name})",
