@@ -122,6 +122,7 @@ REFUSED: dict[str, tuple[Files | Sequence[str], str, str]] = {
     "one outer folder": (["pets/cat/1.jpg", "pets/dog/2.jpg"], "folders", "{root}/pets"),
     "folder of images": (["imgs/1.jpg", "imgs/2.jpg"], "folders", "labels.csv"),
     "masks among classes": (["cat/images/1.jpg", "cat/masks/1.png"], "folders", "'masks'"),
+    "classes of two levels": (["pet/cat/1.jpg", "farm/cow/2.jpg"], "folders", "{root}/farm"),
     "a split among classes": (["cat/1.jpg", "dog/1.jpg", "test/1.jpg"], "folders", "test mean"),
     "folders by date": (["2021-03-04/1.jpg", "20210305/1.jpg"], "folders", "20210305 mean"),
     "folder of none": (["cow/1.jpg", "background/1.jpg"], "folders", "--no-class background"),
@@ -163,6 +164,10 @@ REFUSED: dict[str, tuple[Files | Sequence[str], str, str]] = {
         "'cow dog' .*--separator ' '",
     ),
     "plus between known": (table("a,cow+dog", "b,dog", "c,cow"), "", "--separator '+'"),
+    "and between known": (table("a,cow and dog", "b,dog", "c,cow"), "", "--separator ' and '"),
+    "capitals": (table("a,Cow", "b,cow"), "", "line 3: 'cow' differs from 'Cow'"),
+    "boxes": (table("a,8,cow,0", head="filename,width,class,xmin"), "", "filename, width, class"),
+    "no header": ({"labels.csv": "a.jpg,cow\nb.jpg,hen\n", "a.jpg": ""}, "", "'no header'"),
     "NumPy's list": (table("""a,"['cow' 'dog']\""""), "list", "no list of texts"),
     "other separator": (table("a,cow;dog|hen"), "|", "'cow;dog'"),
     "JSON lines": (
@@ -318,6 +323,12 @@ READ: dict[str, tuple[Files | Sequence[str], list[str], Labels, Expected]] = {
         {"a": ["cow", "dog"]},
         {"cow": 1, "dog": 2},
     ),
+    "tabs": (
+        {"labels.tsv": "image\ttags\na\tcow;hen\n", "a.png": ""},
+        ["--labels", "{root}/labels.tsv"],
+        {"a": ["cow", "hen"]},
+        {"cow": 1, "hen": 2},
+    ),
     "blank in a name": (
         table("a,hot dog", "b,dog"),
         [],
@@ -395,6 +406,13 @@ READ: dict[str, tuple[Files | Sequence[str], list[str], Labels, Expected]] = {
         {"a": ["cow"], "b": ["hen"]},
         {"cow": 1, "hen": 2},
     ),
+    "VOC 2007's lists of detection": (
+        {f"VOC2007/{k.replace('Segmentation/', 'Main/')}": v for k, v in VOC.items()}
+        | {"VOC2007/ImageSets/Main/cow_train.txt": "a 1\nb -1\n"},
+        [],
+        {"a": ["cow"], "b": ["hen"]},
+        {"cow": 1, "hen": 2},
+    ),
     "an object that is none": (
         {**VOC, "class_names.txt": "cow\n"},
         ["--no-class", "hen"],
@@ -407,7 +425,8 @@ READ: dict[str, tuple[Files | Sequence[str], list[str], Labels, Expected]] = {
 @pytest.mark.parametrize("case", READ)
 def test_clear_is_read_rightly(case: str, tmp_path: Path, model: list[str]) -> None:
     files, words, labels, values = READ[case]
-    dataset = opened(build(tmp_path / "mine", files), words, model)
+    root = build(tmp_path / "mine", files)
+    dataset = opened(root, [word.replace("{root}", str(root)) for word in words], model)
     assert labels_of(dataset) == {name: set(of) for name, of in labels.items()}
     assert dict(zip(dataset.classes.names, dataset.classes.mask_ids, strict=True)) == values
     masks = sum("mask" in name.lower() or "Class/" in name for name in files)

@@ -208,12 +208,6 @@ def test_names_of_classes_and_images(tmp_path: Path) -> None:
     result = survey(replace(dataset, items=items))
     assert found(result, "class names").names == ("cow (3), Cow (1)",)
     assert found(result, "image names").names == ("img, IMG",)
-    # several classes with a wrong separator
-    classes = ("cow", "dog", "cow,dog", "dog | cow", "cow,hen", "a|b")
-    labels = {name: (row,) for row, name in enumerate("abcdef")}
-    finding = found(survey(make(tmp_path, labels, {}, classes)), "class names")
-    assert finding.names == ("cow,dog", "dog | cow")
-    assert finding.attention and finding.text.startswith("2 classes whose names are")
 
 
 def test_classes_lists_and_labels_that_are_empty(tmp_path: Path) -> None:

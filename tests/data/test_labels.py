@@ -87,7 +87,7 @@ def test_names_have_one_unicode_form_and_those_of_images_slashes(
         ("a.jsonl", '{"image": "x", "labels": ["\\ud800"]}', "'labels'"),
         ("a.jsonl", '{"image": "/x", "labels": []}', "line 1: .*'/x'"),
         ("a.jsonl", b'{"image": "\xff"}', "UTF-8"),
-        ("a.json", "[]", r"\.csv .*\.jsonl"),
+        ("a.json", "[]", r"\.csv, .*\.jsonl"),
     ],
 )
 def test_wrong_tables(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:

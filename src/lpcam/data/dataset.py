@@ -26,10 +26,11 @@ IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
 
 Nothing = Literal["background", "ignore", "none"]
 _NOTHING: Mapping[Nothing, str] = {
-    "background": "background|bg|background class|unlabell?ed",
+    "background": "back ?ground( class)?|bg|bkg|bgd|unlabell?ed|unannotated",
     "ignore": "ignored?|ignore regions?|void|do ?n.?t care",
-    "none": "|nan|none|null|nil|n/a|na|undefined|unknown|unspecified|unclassified|unassigned|unsure"
-    "|uncertain|missing|not available|nothing|empty|blank|negatives?|normal|good|healthy|ok"
+    "none": "|nan|none( of the above)?|null|nil|n/?a|n\\.a|undefined|unknown|unspecified|unsure"
+    "|unclassified|unassigned|uncertain|missing|not available|nothing|empty|blank|negatives?"
+    "|normal|good|healthy|ok"
     "|(no|not) ?(label(s|l?ed)?|class(es)?|objects?|findings?|defects?|annotations?)"
     "|(.*\\W)?background(\\W.*)?",
 }

@@ -66,7 +66,7 @@ _NO_CLASS = re.compile(
     r"[0-3]?\d[-_.][01]?\d[-_.](19|20)\d\d"
 )
 """Names of folders, in lower case, that mean something else than a class."""
-_TRUTH = re.compile(r"masks?|labels?|annotations?|segmentation\w*|ground[ _-]?truths?|gt")
+_TRUTH = frozenset(["mask", "masks", "label", "labels", "annotations", "ground_truth", "gt"])
 
 
 def read_folder(
@@ -125,6 +125,7 @@ def read_folder(
         raise DataError(f"there is no image below {images_root}; {'; '.join(lines)}")
     if table is None:
         asked = labels is None
+        notices += [f"{name} is not used" for name in TABLES if (root / name).is_file()]
         rows = _rows_of_folders(root, images_root, images, skipped, own or (), asked)
         rows = tuple(row._replace(labels=split(row.labels[0], row.image)) for row in rows)
         table = LabelTable(images_root, rows)
@@ -211,12 +212,11 @@ def _rows_of_folders(
             f"there is no {path}; {how_to_write(path)}. Without it images lie in one folder a "
             f"class, such as {images_root / 'cow' / '1.jpg'}{table}"
         )
-    for parts in inside:
-        if truth := next((n for n in parts[1:-1] if _TRUTH.fullmatch(n.casefold())), None):
-            raise DataError(
-                f"{images_root / '/'.join(parts)} seems to be no image but a mask, as it is in a "
-                f"folder {truth!r}; move masks to {root / 'masks'}, one ID.png an image"
-            )
+    if truth := next((p for p in inside if _TRUTH & {n.casefold() for n in p[1:-1]}), None):
+        raise DataError(
+            f"{images_root / '/'.join(truth)} seems to be no image but a mask, by its folder "
+            f"{truth[-2]!r}; move masks to {root / 'masks'}, one ID.png an image"
+        )
     wrong = [n for n in sorted(counts) if _NO_CLASS.fullmatch(n.casefold()) and n not in own]
     nested = sorted({parts[0] for parts in inside if len(parts) > 2})
     if nested and (len(wrong) == len(counts) or ([*counts] == nested[:1] and not own)):
@@ -228,8 +228,16 @@ def _rows_of_folders(
     if wrong:
         raise DataError(
             f"the folders of {images_root} are {shown}, of which {', '.join(wrong)} mean something "
-            f"else than a class; write a labels.csv{table}, move them away, or, if they are "
-            "classes, list all classes in classes.txt"
+            "else than a class; write a labels.csv, move them away or, if they are classes, list "
+            f"all classes in classes.txt{table}"
+        )
+    inner = Counter(name for _, name in {(p[0], p[1]) for p in inside if len(p) > 2})
+    own_names = not any(n > 1 or _NO_CLASS.fullmatch(m.casefold()) for m, n in inner.items())
+    if own_names and not own and all(len(parts) > 2 for parts in inside):
+        raise DataError(
+            f"the folders of {images_root} are {shown}, and each holds folders of other names "
+            f"({shortened(sorted(inner))}); give one of them, {images_root / nested[0]}, or, if "
+            "the outer folders are the classes, list them in classes.txt"
         )
     if asked:
         raise DataError(
@@ -259,10 +267,12 @@ def _labels_by_image(
             skipped.setdefault(row.image, Skip(row.image, reason))
     present, repeated = labels_by_image(table, lambda name: _image_id(name, images))
     if not present:
+        name = table.rows[0].image
+        ending = f"/{without_suffix(name)}"
+        near = next((one for one in images if one.endswith(ending)), next(iter(images)))
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
-            f"names {table.rows[0].image!r}, the folder holds {next(iter(images))!r}; "
-            f"{how_to_write(table.path)}"
+            f"names {name!r}, the folder holds {near!r}; {how_to_write(table.path)}"
         )
     notices += repeated
     return present

@@ -230,15 +230,6 @@ def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
     ]
     rest = " of classes that may be one, spelt in two ways"
     yield from _some("class names", close, "pair", rest)
-    parts = {name: [part.strip() for part in re.split(r"[,|]", name)] for name in names}
-    yield from _some(
-        "class names",
-        [name for name in names if len(parts[name]) > 1 and {*parts[name]} <= {*names}],
-        "class whose name is",
-        " those of others with ',' or '|' between them; the labels of an image are separated by "
-        "';'",
-        several="classes whose names are",
-    )
     folded = _Groups(list)
     for name in dataset.items:
         folded[name.casefold()].append(name)

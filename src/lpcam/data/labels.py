@@ -22,13 +22,14 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from lpcam.data.dataset import safe_id, shows_nothing
+from lpcam.data.dataset import safe_id, shows_nothing, without_suffix
 from lpcam.runtime.errors import DataError, shortened
 
 TABLES = ("labels.csv", "labels.jsonl")
@@ -37,6 +38,7 @@ _IMAGE = re.compile("(image|img)s?(id|name|path|file|index)?|files?(name|path)?|
 _LABELS = re.compile("(finding)?labels?|class(es)?|(class|label)name|categor(y|ies)|(tag|target)s?")
 """Names of the columns of images and of labels, without case, blanks, ``_`` and ``-``."""
 _SEVERAL = re.compile(r"[,|/&\t\r\n，、；｜／＆]|^[\[({'\"].*[\])}'\"]$", re.DOTALL)
+_JOINED = re.compile(r"[\W_]*\band\b[\W_]*|[\W_]+")
 _TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
@@ -99,10 +101,11 @@ def read_labels(path: Path, split: Split | None = None) -> LabelTable:
         (LabelRow(line=2, image='a.jpg', labels=('cow',)),)
     """
     how, suffix = how_to_write(path), path.suffix.lower()
-    if suffix not in (".csv", ".jsonl"):
-        raise DataError(f"{path} is not a table of labels; give a .csv or a .jsonl file. {how}")
+    if suffix not in (".csv", ".tsv", ".jsonl"):
+        raise DataError(f"{path} is not a table of labels; give a .csv, .tsv or .jsonl file")
     text = read_text(path, how)
-    table = (_read_csv if suffix == ".csv" else _read_jsonl)(path, text, how, split or split_labels)
+    read = _read_jsonl if suffix == ".jsonl" else _read_csv
+    table = read(path, text, how, split or split_labels)
     if not table.rows:
         raise DataError(f"{path} names no image; {how}")
     return table
@@ -169,23 +172,18 @@ def split_labels(
 
 def _listed(text: str, where: str) -> tuple[str, ...]:
     """The texts of a list in JSON or Python, or of none."""
-    if not text.strip():
-        return ()
-    found = None
-    # of texts without a comma between them Python makes one
-    if not re.search(r"""['"]\s*['"](?!\s*[,\])}])""", text.replace("''", "").replace('""', "")):
-        for read in (json.loads, ast.literal_eval):
-            try:
+    found: Any = None if text.strip() else []
+    for read in (json.loads, ast.literal_eval):
+        # of texts without a comma between them, as NumPy prints them, Python makes one
+        if found is None and not re.search(r"""['"]\s+['"]""", text):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 found = read(text.strip())
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    if not isinstance(found, list | tuple | set) or not all(isinstance(x, str) for x in found):
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
         raise DataError(
             f"{where} reads {text.strip()!r:.80}, which is no list of texts; write "
             '["cow", "dog"], or another --separator'
         )
-    return tuple(filter(None, map(normal_name, sorted(found) if isinstance(found, set) else found)))
+    return tuple(filter(None, map(normal_name, found)))
 
 
 def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> None:
@@ -194,16 +192,22 @@ def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> No
     Args:
         labels: where each label is first found, which begins the DataError.
     """
-    known = {label.casefold() for label in labels}
+    known = {label.casefold(): label for label in reversed([*labels])}
     for label, where in labels.items():
         if not numbers and re.fullmatch(r"[-+]?\d+(\.\d+)?", label):
             raise DataError(
                 f"{where}: the label {label!r} is a number; write the name of the class, or list "
                 "the numbers in classes.txt if they are the names"
             )
-        parts = {part for part in re.split(r"[\W_]+|\band\b", label.casefold()) if part}
-        if len(parts) > 1 and parts <= known:
-            raise several_labels(label, where, re.sub(r"\w", "", label)[:1] or "_")
+        parts = {*filter(None, _JOINED.split(label.casefold()))}
+        if len(parts) > 1 and parts <= known.keys():
+            signs = [found[0] for found in _JOINED.finditer(label) if found.start() > 0]
+            raise several_labels(label, where, signs[0])
+        if (other := known[label.casefold()]) != label:
+            raise DataError(
+                f"{where}: {label!r} differs from {other!r} in capitals alone; write one of them, "
+                "or list both in classes.txt if they are two classes"
+            )
 
 
 def several_labels(text: str, where: str, separator: str) -> DataError:
@@ -230,14 +234,13 @@ def labels_by_image(
         if (image_id := name_of(row.image)) is not None:
             rows.setdefault(image_id, []).append(row)
     several = {image_id: found for image_id, found in rows.items() if len(found) > 1}
-    for image_id, found in several.items():
-        sets = [frozenset(row.labels) for row in found]
-        other = next((n for n, one in enumerate(sets) if one != sets[0]), None)
-        if other is not None and (table.classes is not None or frozenset() in sets):
-            other = other if table.classes is not None else sets.index(frozenset()) or other
+    for image_id, row in ((i, row) for i, found in several.items() for row in found):
+        first = several[image_id][0]
+        one_is_bare = not (row.labels and first.labels)
+        if {*row.labels} != {*first.labels} and (table.classes is not None or one_is_bare):
             raise DataError(
-                f"{table.path} lists {image_id!r} twice (lines {found[0].line} and "
-                f"{found[other].line}) with labels that contradict each other; keep one of them"
+                f"{table.path} lists {image_id!r} twice (lines {first.line} and {row.line}) with "
+                "labels that contradict each other; keep one of them"
             )
     repeated = [f"{i} (lines {', '.join(str(r.line) for r in f)})" for i, f in several.items()]
     notice = (
@@ -322,8 +325,13 @@ def _columns(cells: list[str], where: str, how: str, split: Split) -> tuple[str,
     of_labels = [key for key in others if _LABELS.fullmatch(key)]
     if _IMAGE.fullmatch(first) and len(others) == len(of_labels) == 1:
         return None
-    if not others or not _IMAGE.fullmatch(first) or of_labels:
-        raise DataError(f"{where} is {','.join(cells)!r}; {how}")
+    if others and _IMAGE.fullmatch(first) and of_labels:
+        raise DataError(
+            f"{where} has the columns {', '.join(names)}; keep two, of the images and of the labels"
+        )
+    if not others or not _IMAGE.fullmatch(first):
+        header = "no header" if without_suffix(cells[0]) != cells[0] else ",".join(cells)
+        raise DataError(f"{where} is {header!r}; {how}")
     repeated = sorted({name for name in names[1:] if names[1:].count(name) > 1})
     if "" in names or repeated:
         raise DataError(

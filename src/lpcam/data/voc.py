@@ -46,6 +46,7 @@ CLASSES = tuple(_NAMES.split())
 CLASS_NAMES = "class_names.txt"
 """File of a folder laid out like VOC with other classes: one per line, from mask value 1 on."""
 LISTS = PurePosixPath("ImageSets/Segmentation")  #: Folder of the lists.
+_MAIN = PurePosixPath("ImageSets/Main")  # that of detection, where there is no other
 _PERSON_PARTS = ("head", "hand", "foot")
 """Names that VOC's person layout has beside objects; they are not classes."""
 _INTEGER_ID = re.compile(r"\d{10}")
@@ -153,9 +154,11 @@ def read_voc(
 
 
 def _voc_folder(path: Path) -> Path | None:
-    """The folder ``VOC2012`` itself, at or below a path; None if there is none."""
-    places = (path, path / "VOC2012", path / "VOCdevkit" / "VOC2012")
-    return next((folder for folder in places if (folder / LISTS).is_dir()), None)
+    """The folder ``VOC2012`` itself, or of another year, at or below a path; None: none."""
+    years = ("VOC2012", "VOC20[01][0-9]")
+    below = (one for y in years for up in ("", "VOCdevkit/") for one in sorted(path.glob(up + y)))
+    places = (one for one in (path, *below) if (one / LISTS).is_dir() or (one / _MAIN).is_dir())
+    return next(places, None)
 
 
 def find_root(path: Path) -> Path:
@@ -173,7 +176,7 @@ def read_list(root: Path, name: str, images: Collection[str] = ()) -> tuple[str,
 
     A line that is the id of one of ``images`` may hold blanks.
     """
-    path = root / LISTS / f"{safe_id(name)}.txt"
+    path = _lists(root) / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(_list_names(root)) or "none"
         raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
@@ -188,14 +191,24 @@ def read_list(root: Path, name: str, images: Collection[str] = ()) -> tuple[str,
 
 
 def _list_names(root: Path) -> list[str]:
-    return sorted(path.stem for path in (root / LISTS).glob("*.txt"))
+    """The lists, without those of detection that are of one class (``cow_train``)."""
+    folder = _lists(root)
+    names = sorted(path.stem for path in folder.glob("*.txt"))
+    of_class = {n for n in names if "_" in n and n.rpartition("_")[2] in names}
+    return [name for name in names if folder == root / LISTS or name not in of_class]
+
+
+def _lists(root: Path) -> Path:
+    """The folder of lists: that of segmentation, or of detection if it alone has some."""
+    found = (root / place for place in (LISTS, _MAIN) if any((root / place).glob("*.txt")))
+    return next(found, root / LISTS)
 
 
 def _line_ids(stored: Collection[str], line: str, where: str) -> list[str]:
     """The ids of a line, several for a pair of images."""
     names, whole = line.split(), line.strip()
     images = [PurePosixPath(word).stem for word in names if without_suffix(word) != word]
-    if len(names) > 1 and {whole, without_suffix(whole)} & {*stored}:
+    if len(names) > 1 and (whole in stored or without_suffix(whole) in stored):
         names = [whole if whole in stored else without_suffix(whole)]
     elif images:  # of an image and a mask often one name
         names = [*dict.fromkeys(images)]
