@@ -366,6 +366,8 @@ def test_folders_as_the_hub_stores_them(tmp_path: Path, monkeypatch: pytest.Monk
     (folder / "train" / "metadata.jsonl").write_text(table)
     saved = make([0, 1], COW_DOG)
     saved.to_parquet(tmp_path / "farm.parquet")
+    with pytest.raises(DataError, match=r"\.parquet or \.arrow"):
+        import_huggingface(folder / "train" / "metadata.jsonl", tmp_path / "x")
     for source, options in ((folder, ["--labels", "kind"]), (tmp_path / "farm.parquet", [])):
         output = tmp_path / f"out {source.name}"
         assert main(["import", "huggingface", str(source), str(output), *options]) == 0

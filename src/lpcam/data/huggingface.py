@@ -200,7 +200,10 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
 
 def _open_path(library: Any, path: Path) -> Any:
     """Open what save_to_disk wrote, or a file or folder as the hub stores data sets."""
+    path = path.absolute()  # a relative one might be the name of a loader or be on the hub
     if path.is_file():
+        if path.suffix not in (".parquet", ".arrow"):
+            raise ValueError("it is a file, but not .parquet or .arrow")
         return library.load_dataset(path.suffix.removeprefix("."), data_files=str(path))
     saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     load = library.load_from_disk if saved or not path.exists() else library.load_dataset

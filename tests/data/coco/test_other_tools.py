@@ -297,7 +297,9 @@ def test_crowds_that_may_be_objects_are_asked_for(
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_layouts_and_encodings(tmp_path: Path, name: str, folder: str, encoding: str) -> None:
     text = json.dumps(plain()).encode(encoding)
-    check_masks(write(tmp_path / "farm", text, name, folder), tmp_path / "masks")
+    path = write(tmp_path / "farm", text, name, folder)
+    check_masks(path, tmp_path / "masks")
+    check_masks(tmp_path / "farm", tmp_path / "masks of the folder")
 
 
 def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:

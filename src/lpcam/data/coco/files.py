@@ -73,7 +73,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
 def _has_annotations(path: Path) -> bool:
     """Tell if a JSON file seems to have arrays of images and annotations."""
     with contextlib.suppress(OSError):
-        data = path.read_bytes()
+        data = path.read_bytes().replace(b"\0", b"")  # of UTF-16
         return all(re.search(rb'"%s"\s*:\s*\[' % key, data) for key in (b"images", b"annotations"))
     return False
 

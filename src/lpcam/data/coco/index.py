@@ -21,7 +21,6 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
-    StringConstraints,
     ValidationError,
 )
 
@@ -54,7 +53,7 @@ def _as_id(value: Any) -> int | str:
 
 
 Id = Annotated[int | str, BeforeValidator(_as_id)]
-_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Text = Annotated[str, Field(pattern=r"\S")]
 
 
 class CocoAnnotation(NamedTuple):
