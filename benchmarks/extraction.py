@@ -9,6 +9,7 @@ size, one class an image, one scale, no flip, both in the way their documentatio
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import sys
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,10 @@ from benchmarks.measure import (
     in_process,
     interleaved,
     parser,
+    peak_memory,
     ratios,
+    reset_peak,
+    show_bytes,
     show_number,
     show_ratio,
     show_seconds,
@@ -44,6 +49,8 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 
 CAM_GOAL = 1.03
+FORMS = {"fit": 1.05, "present=True": 1.05, "call": 1.3, "CAM, call": 1.3}
+"""What may cost how many times as much with 1,000 classes as with 20, in time and in memory."""
 PEER_GOAL = 2.0
 PEER = "pytorch_grad_cam"
 PRESET = "frozen"
@@ -120,6 +127,99 @@ def against_cam(
             for name, values in one.items():
                 seconds.setdefault(name, []).append(Spread.of(values).median)
         return {"seconds": seconds}
+
+
+# -- A thousand classes ------------------------------------------------------------------------
+
+
+def of_many(
+    name: str, classes: int, batch: int, size: int
+) -> tuple[dict[str, Callable[[], object]], Tensor, Tensor]:
+    """Calls of a timm model with random weights, and a batch with one label for each image."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_classes=classes)
+    with torch.no_grad():
+        model.get_classifier().weight.abs_()  # the CAM of each class is positive somewhere
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    labels = torch.arange(batch) % classes
+    pool = "token" if name.startswith("vit") else None
+    lpcam = LPCAM(model, pool=pool).fit([(images, labels)])
+    cam = CAM(lpcam.source_, lpcam.settings_)
+    calls: dict[str, Callable[[], object]] = {
+        "fit": lambda: LPCAM(model, pool=pool).fit([(images, labels)]),
+        "present=True": lambda: lpcam(images, labels, present=True),
+        "call": lambda: lpcam(images, labels),
+        "CAM, call": lambda: cam(images, labels),
+    }
+    return calls, images, labels
+
+
+def classes_seconds(
+    name: str, counts: Sequence[int], batch: int, size: int, repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of each call at each number of classes."""
+    calls = {
+        f"{form}/{count}": call
+        for count in counts
+        for form, call in of_many(name, count, batch, size)[0].items()
+    }
+    return interleaved(calls, repetitions=repetitions)
+
+
+def classes_memory(name: str, count: int, batch: int, size: int, form: str) -> int:
+    """Bytes that a call adds at its peak, to the model and the images."""
+    call = of_many(name, count, batch, size)[0][form]
+    gc.collect()
+    reset_peak()
+    before = peak_memory()
+    call()
+    return peak_memory() - before
+
+
+def classes_rows(options: Any) -> list[list[str]]:
+    """The table of a call at 20 and at 1,000 classes, one label for each image, one thread."""
+    counts, size = ((3, 5), 96) if options.quick else ((20, 1000), 224)
+    names = ("test_resnet",) if options.quick else ("resnet18", "vit_small_patch16_224")
+    rows = []
+    for name in names:
+        for batch in (1,) if options.quick else (1, 8):
+            shape = {"name": name, "batch": batch, "size": size}
+            how = {"threads": 1, "here": options.quick}
+            repetitions = 1 if options.quick else options.repetitions or 7
+            seconds = in_process(
+                "benchmarks.extraction:classes_seconds",
+                **how,
+                **shape,
+                counts=counts,
+                repetitions=repetitions,
+            )
+            for form, goal in FORMS.items():
+                few, many = (seconds[f"{form}/{count}"] for count in counts)
+                used = [
+                    in_process(
+                        "benchmarks.extraction:classes_memory",
+                        **how,
+                        **shape,
+                        count=count,
+                        form=form,
+                    )
+                    for count in counts
+                ]
+                ratio, memory = ratios(many, few), used[1] / max(1, used[0])
+                worst = max(ratio.median, memory)
+                rows.append(
+                    [
+                        f"{name}, batch {batch}",
+                        form,
+                        *(show_seconds(Spread.of(one)) for one in (few, many)),
+                        show_ratio(ratio),
+                        *(show_bytes(one) for one in used),
+                        show_number(memory),
+                        "" if options.quick else verdict(worst, at_most=goal),
+                    ]
+                )
+    return rows
 
 
 # -- Beside pytorch-grad-cam -------------------------------------------------------------------
@@ -277,6 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         table(["threads", "path", "CAM, an image", "LPCAM, an image", "LPCAM ÷ CAM", "goal"], rows)
     )
+    print("\nOne label for each image among 20 and 1,000 classes, 224 pixels, random weights:\n")
+    titles = ["model", "call", "20", "1,000", "÷", "memory, 20", "memory, 1,000", "÷", "goal"]
+    print(table(titles, classes_rows(options)))
     print("\nImages per second, and how many times as fast each of ours is as each other method.")
     print("*Agreement*: smallest correlation of an image's map with this package's CAM.\n")
     headings = ["threads", "method", "images/s", "CAM is × as fast", "LPCAM is × as fast"]

@@ -97,6 +97,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
     """
 
     kind = "classifier"
+    channels_in = 3  #: Channels of an image.
 
     def __init__(
         self,
@@ -197,8 +198,8 @@ class Classifier(FrozenStatistics, SavedNetwork):
             raise ClassifierError(
                 f"the backbone {type(backbone).__name__} cannot take an image of "
                 f"{PROBE_SIZE[0]} x {PROBE_SIZE[1]} pixels: {error}. LPCAM maps images of any "
-                "size; some transformers do so with the arguments dynamic_img_size: true and "
-                "dynamic_img_pad: true"
+                "size; some transformers do so with their arguments dynamic_img_size and "
+                "dynamic_img_pad"
             ) from error
         finally:
             backbone.train(was_training)
@@ -273,8 +274,8 @@ def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifie
                     return classifier
     raise ClassifierError(
         f"the head of {name!r} is not one linear layer on the mean of the feature map, which "
-        "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or train a linear "
-        "head on this backbone ('lpcam classify')"
+        "CAM needs: ResNet, RegNet, EfficientNet and MobileNetV2 have one; or fit a linear "
+        "head on its features, which LPCAM(model, classes=[...]).fit(loader) and a run do"
     )
 
 

@@ -57,17 +57,14 @@ def tensor_pyramid(
 
 
 def weights_state(source: Source) -> tuple[Any, ...]:
-    """Values that change when a weight is written to or replaced; a model that is moved may too.
-
-    They are the addresses and versions of all weights, and a few values of each, since writes to
-    ``weight.data`` count no version. It takes about a millisecond.
-    """
+    """Values that change when a weight is written to or replaced, in about a millisecond."""
     model = source if isinstance(source, Classifier) else source.core
     places: list[Any] = []
     sampled: list[Tensor] = []
     for tensor in chain(model.parameters(), model.buffers()):
         version = 0 if tensor.is_inference() else tensor._version
         places.append((tensor.data_ptr(), version))
+        # A few values too, since writes to ``weight.data`` count no version.
         if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
             count = tensor.numel()
             step = max(1, count // SAMPLED)

@@ -42,13 +42,7 @@ from lpcam.method.multi_scale import OfPair, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import (
-    BatchError,
-    ClassifierError,
-    NotFittedError,
-    PrototypeError,
-    shortened,
-)
+from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
 
 if TYPE_CHECKING:
@@ -59,11 +53,6 @@ PresentMaps = list[tuple[Tensor, Tensor]]
 RandomState = int | np.random.RandomState | np.random.Generator | None
 PRESET = "voc12.official"
 HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
-MAPPING_ONLY = ("preset", "threshold", "cam_threshold")  #: Settings that no feature depends on.
-NOT_FITTED = (
-    "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or load(path) with a "
-    "file that save wrote"
-)
 SAMPLE = "reservoir."  #: Start of the names of local features in a file of prototypes.
 
 
@@ -117,11 +106,8 @@ class CAM:
 
     def __sklearn_tags__(self) -> Any:
         """Tags for scikit-learn: only LPCAM has to be fitted, with labels."""
-        sklearn, fits = import_module("sklearn.utils"), isinstance(self, LPCAM)
-        target, inputs = sklearn.TargetTags(required=fits), sklearn.InputTags(two_d_array=False)
-        return sklearn.Tags(
-            estimator_type=None, target_tags=target, input_tags=inputs, requires_fit=fits
-        )
+        utils, fits = import_module("sklearn.utils"), isinstance(self, LPCAM)
+        return utils.Tags(None, utils.TargetTags(required=fits), requires_fit=fits)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor as they were given."""
@@ -134,9 +120,8 @@ class CAM:
         and other settings from the next ``fit`` on. Any other change discards what was fitted.
         """
         known = self.get_params()
-        for name in parameters:
-            if name not in known:
-                raise ValueError(f"no parameter {name!r}; there are {', '.join(known)}")
+        if unknown := sorted(parameters.keys() - known):
+            raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
         if not parameters.keys().isdisjoint(("model", *self._model_options)):
@@ -201,7 +186,8 @@ class CAM:
         if no features or head are found or they cannot take the images, NotFittedError without
         prototypes, and PrototypeError if the weights changed since ``fit``.
         """
-        source, images = self.source_, self._images_of(images)
+        source = self.source_
+        images = read_images(images, source.channels_in)
         count, size = len(source.classes), _size(images)
         if labels is None and present:
             raise BatchError("present=True gives the maps of the labels, so it needs labels")
@@ -221,10 +207,6 @@ class CAM:
         for of_image, classes, maps in zip(whole, chosen, found, strict=True):
             of_image[classes] = maps
         return whole
-
-    def _images_of(self, images: Any) -> Tensor:
-        source = self.source_
-        return read_images(images, source.channels_in if isinstance(source, WrappedModel) else 3)
 
     def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
         source, settings = self.source_, self.settings_
@@ -295,7 +277,10 @@ class LPCAM(CAM):
     def source_(self) -> Source:
         """Classifier that the prototypes belong to; NotFittedError if there are none."""
         if self._source is None:
-            raise NotFittedError(NOT_FITTED)
+            raise NotFittedError(
+                "this LPCAM has no prototypes yet; call fit(loader) with labelled images, or "
+                "load(path) with a file that save wrote"
+            )
         return self._source
 
     @property
@@ -304,9 +289,9 @@ class LPCAM(CAM):
 
         NotFittedError without features, PrototypeError if no class has a foreground feature.
         """
-        source = self.source_
         if self._prototypes is None and self._reservoir is None:
-            raise NotFittedError(NOT_FITTED)
+            self._reset()  # a first partial_fit has failed
+        source = self.source_
         self._check_weights()
         if self._prototypes is None:
             assert self._reservoir is not None
@@ -372,21 +357,18 @@ class LPCAM(CAM):
         settings = ProbeSettings.from_preset("default")
         pooled, labels = [], []
         for given, own in read_batches(loader):
-            images = self._images_of(given)
-            present = read_labels(own, len(images), source.classes)
-            labels.append(torch.zeros(len(images), len(source.classes)))
-            for row, classes in zip(labels[-1], present, strict=True):
-                row[classes] = 1
+            images = read_images(given, source.channels_in)
+            for classes in read_labels(own, len(images), source.classes):
+                labels.append(torch.zeros(len(source.classes)))
+                labels[-1][classes] = 1
             with torch.no_grad(), full_precision(source.device):
-                (pair,) = tensor_pyramid(
-                    source, images.to(source.device), (1.0,), flip=settings.mirror
-                )
+                images, flip = images.to(source.device), settings.mirror
+                (pair,) = tensor_pyramid(source, images, (1.0,), flip=flip)
                 views = [view.mean((-2, -1)) for view in pair if view is not None]
                 pooled.append(torch.stack(views, dim=1).float().cpu())
         with torch.inference_mode(False), full_precision(torch.device("cpu")):
-            weight = fit_head(
-                torch.cat(pooled).clone(), torch.cat(labels), settings, source.classes
-            )
+            rows = torch.cat(pooled).clone()
+            weight = fit_head(rows, torch.stack(labels), settings, source.classes)
         return source.with_head(weight.to(source.device))
 
     @torch.no_grad()
@@ -400,7 +382,7 @@ class LPCAM(CAM):
         if self._source is None:
             self._source = self._find_source()
         source, settings = self.source_, self.settings_
-        images = self._images_of(images)
+        images = read_images(images, source.channels_in)
         chosen = read_labels(labels, len(images), source.classes)
         self._begin()
         multi_scale = settings.split_maps == "multi_scale"
@@ -417,14 +399,14 @@ class LPCAM(CAM):
         if self._reservoir is None:
             if self._prototypes is not None:
                 raise PrototypeError(
-                    "these prototypes were loaded without the local features that they are of; "
-                    "save them with save(path, reservoir=True) to go on, or call fit(loader)"
+                    "prototypes that were loaded without their local features cannot go on; save "
+                    "them with reservoir=True, or call fit(loader)"
                 )
             self._take(source)
             self._reservoir = Reservoir(settings.max_features, self._seed(), self.dtype)
         self._check_weights()
-        own = settings.model_dump(mode="json")
-        if changed := [n for n in sorted(self._loaded) if n in own and own[n] != self._loaded[n]]:
+        own = settings.model_dump(mode="json", exclude={"preset", "threshold", "cam_threshold"})
+        if changed := [name for name, one in own.items() if self._loaded.get(name, one) != one]:
             raise PrototypeError(
                 f"the loaded features were taken with other {', '.join(changed)}; give the "
                 "settings in prototypes_.made_by, or call fit(loader)"
@@ -460,19 +442,16 @@ class LPCAM(CAM):
 
     def _seed(self) -> int:
         """The integer that ``random_state`` is, or one drawn from it."""
-        given = self.random_state
-        given = np.random.default_rng() if given is None else given
+        given: Any = np.random.default_rng() if self.random_state is None else self.random_state
+        if hasattr(given, "__index__"):
+            return operator.index(given)
         if isinstance(given, np.random.RandomState):
             return int(given.randint(2**31 - 1))
         if isinstance(given, np.random.Generator):
             return int(given.integers(2**31 - 1))
-        try:
-            return operator.index(given)
-        except TypeError:
-            raise ValueError(
-                f"random_state must be an integer, None, or a NumPy RandomState or Generator, got "
-                f"{given!r:.60}"
-            ) from None
+        raise ValueError(
+            f"random_state is an integer, None, a RandomState or a Generator, not {given!r:.60}"
+        )
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
         return lpcam_of_pair, self._vectors(classes), 0.0
@@ -553,8 +532,7 @@ class LPCAM(CAM):
                 if len(head) != len(source.classes):
                     raise PrototypeError(
                         f"the head in {path} has {len(head)} classes, but {len(source.classes)} "
-                        "names were given; leave classes out to use the names of the file, "
-                        f"{shortened(prototypes.classes)}"
+                        "names were given; leave classes out to use the names of the file"
                     )
                 source = source.with_head(head.to(source.device))
             own = self.classes is None and source is not self.model  # these names serve no one
@@ -566,8 +544,7 @@ class LPCAM(CAM):
             sample = {n.removeprefix(SAMPLE): t for n, t in tensors.items() if n.startswith(SAMPLE)}
             dtype = next((t.dtype for n, t in sample.items() if n.endswith("rows")), self.dtype)
             made_by = prototypes.made_by
-            self._images = made_by["images"]
-            self._loaded = {n: v for n, v in made_by["settings"].items() if n not in MAPPING_ONLY}
+            self._images, self._loaded = made_by["images"], made_by["settings"]
             self._reservoir = Reservoir(kept["max_features"], made_by["random_state"], dtype)
             self._reservoir.fill(sample, kept["seen"])
         return self

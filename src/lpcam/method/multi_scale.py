@@ -61,15 +61,7 @@ def present_maps(
     *,
     epsilon: float = 0.0,
 ) -> list[Tensor]:
-    """Maps (K, H, W) of the K classes that each image of a batch has, as :func:`cam_maps`.
-
-    Example:
-        >>> import torch
-        >>> pair = FeaturePair(torch.ones(2, 3, 2, 2), None)
-        >>> maps = present_maps(cam_of_pair, [pair], torch.ones(9, 3), [[4], []], (8, 9))
-        >>> [tuple(one.shape) for one in maps]
-        [(1, 8, 9), (0, 8, 9)]
-    """
+    """Maps (K, H, W) of the K classes that each image of a batch has, from rows of all classes."""
     chosen = [rows[list(classes)] for classes in present]
     scales: list[list[Tensor]] = [[] for _ in present]
     for features, mirrored in pairs:

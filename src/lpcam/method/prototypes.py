@@ -136,20 +136,13 @@ class Prototypes:
                     f"{path} contains {metadata['kind']!r}; expected prototypes, as LPCAM.save or "
                     "a run writes them"
                 )
-            count, fitted = len(metadata["classes"]), metadata.get("fitted")
-            foreground, context = (
-                Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES
-            )
-            if fitted is not None:
-                foreground, context = (one.spread(count, fitted) for one in (foreground, context))
-            return cls(
-                tuple(metadata["classes"]),
-                foreground,
-                context,
-                metadata["fingerprint"],
-                metadata["made_by"],
-                tuple(metadata["events"]),
-            )
+            classes, events = tuple(metadata["classes"]), tuple(metadata["events"])
+            sides = [Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES]
+            if "fitted" in metadata:
+                sides = [one.spread(len(classes), metadata["fitted"]) for one in sides]
+            foreground, context = sides
+            own = metadata["fingerprint"], metadata["made_by"], events
+            return cls(classes, foreground, context, *own)
         except KeyError as missing:
             raise ArtefactError(
                 f"{path} has no {missing}; it was written by another version, fit again"
@@ -157,16 +150,14 @@ class Prototypes:
 
     def check_source(self, source: Source, where: str) -> None:
         """Raise PrototypeError if a source has other weights, or other names of its classes."""
-        names = list(self.classes)
         own = source.fingerprint()
-        if self.fingerprint not in (own, source.fingerprint(names)):
+        if self.fingerprint not in (own, source.fingerprint(self.classes)):
             self.check_fingerprint(own, where)
-        for index, (name, given) in enumerate(zip(names, source.classes, strict=True)):
+        for index, (name, given) in enumerate(zip(self.classes, source.classes, strict=True)):
             if name != given:
                 raise PrototypeError(
-                    f"the prototypes of {where} are of these weights, but with other class names: "
-                    f"class {index} is {name!r} there and {given!r} here; give the names of the "
-                    "prototypes in their order, or fit again"
+                    f"the prototypes of {where} are of these weights, but class {index} is "
+                    f"{name!r} there and {given!r} here; give their class names in their order"
                 )
 
     def check_fingerprint(self, fingerprint: str | None, where: str) -> None:

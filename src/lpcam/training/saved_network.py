@@ -66,7 +66,7 @@ class SavedNetwork(nn.Module):
         if metadata.get("kind") != cls.kind:
             raise ArtefactError(
                 f"{path} holds {metadata.get('kind')!r}, not a network of the kind {cls.kind!r}; "
-                "give the file that its stage wrote"
+                "give the file that its save method or a run wrote"
             )
         network = cls._described(metadata)
         load_weights(network, state, path)
