@@ -183,7 +183,7 @@ def _index(label: Any, classes: Sequence[str]) -> int:
 
 def _tensor(given: Any) -> Tensor:
     if isinstance(given, np.ndarray) and given.dtype.kind in "fiub":
-        return torch.tensor(np.ascontiguousarray(given))
+        return torch.tensor(np.ascontiguousarray(given, given.dtype.newbyteorder("=")))
     if isinstance(given, Tensor):
         return given
     raise BatchError(f"expected a tensor or an array, got {_text(given)}; {BATCH}")

@@ -160,7 +160,9 @@ class CAM:
         return self.model
 
     @overload
-    def __call__(self, images: Any, labels: Any = None) -> Tensor: ...
+    def __call__(
+        self, images: Any, labels: Any = None, *, present: Literal[False] = False
+    ) -> Tensor: ...
 
     @overload
     def __call__(self, images: Any, labels: Any, *, present: Literal[True]) -> PresentMaps: ...
