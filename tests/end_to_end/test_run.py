@@ -104,7 +104,8 @@ def must_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("lpcam.classifiers.classifier.Classifier.load", fail)
     monkeypatch.setattr("lpcam.classifiers.classifier.build", fail)
-    monkeypatch.setattr("lpcam.data.validation.read_image", fail)
+    monkeypatch.setattr("lpcam.data.dataset.Item.read", fail)
+    monkeypatch.setattr("lpcam.data.pixels.read_header", fail)
     monkeypatch.setattr("lpcam.data.validation.digest_file", fail)
 
 
@@ -676,7 +677,7 @@ def test_masks_that_show_no_class_are_no_truth(
 ) -> None:
     """The run ends as one without masks, report included, and says why; figures come back."""
     masks = Path(own["data"]["root"], "masks")
-    own = with_change(own, "report.images", 4)
+    own = with_change(with_change(own, "report.images", 4), "data.anyway", True)
     shutil.copytree(masks, tmp_path / "right")
     for path in masks.iterdir():
         Image.fromarray(np.array(Image.open(path)) * np.uint8(50)).save(path)

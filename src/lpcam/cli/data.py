@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,17 @@ SEPARATOR = Argument(
 )
 NO_CLASS = Argument("--no-class", type=names, help="Labels that mean no class, e.g. none,good.")
 CLASSES = Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog.")
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        message = f"must be two numbers, such as 0,4095 (--range=-1000,3000), got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 READING = (
     Argument("--kind", help="voc, folder, coco, ... (default: recognised by the files)."),
     Argument("--lists", type=names, help="Lists to read, e.g. train,val (default: all)."),
@@ -53,6 +65,23 @@ READING = (
     NO_CLASS,
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
     CLASSES,
+    Argument(
+        "--range",
+        type=_range,
+        metavar="LOW,HIGH",
+        help="Values of images with more than 8 bits that become 0 and 255 (default: measured).",
+    ),
+    Argument(
+        "--orientation",
+        choices=("upright", "stored"),
+        help="Pixels that masks are of, where images have an EXIF orientation.",
+    ),
+    Argument(
+        "--palette",
+        type=Path,
+        metavar="FILE",
+        help="Colours of the classes in masks: CVAT's labelmap.txt, class_dict.csv or JSON.",
+    ),
     CROWDS,
     Argument(
         "--several",

@@ -38,6 +38,9 @@ console = Lazy("rich.console")
 tables = Lazy("rich.table")
 
 RECIPE = Argument("recipe", help="A recipe file, or the name of a bundled recipe.")
+ANYWAY = Argument(
+    "--anyway", action="store_true", help="Go on although the pixels would make a run useless."
+)
 SCORES = ("mIoU", "FP", "FN", "precision", "recall")
 MEMORY = Argument(
     "--memory",
@@ -68,6 +71,7 @@ def demo(call: Invocation, folder: Path) -> int:
         "VOC2012 folder; COCO annotations, or one JSON file of them; YOLO; Label Studio's JSON.",
     ),
     *READING,
+    ANYWAY,
     Argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
     Argument("--weights", default="pretrained", help="'pretrained' or a safetensors file."),
     group="start",
@@ -85,14 +89,16 @@ def init(call: Invocation, folder: Path, backbone: str, weights: str, **reading:
     Argument(
         "--until", metavar="STAGE", default="report", help="Last stage to run (default: report)."
     ),
+    ANYWAY,
     THREADS,
     MEMORY,
     group="start",
     recipe_values=True,
 )
-def run(call: Invocation, recipe: str, until: str, memory: float | None) -> int:
+def run(call: Invocation, recipe: str, until: str, memory: float | None, anyway: bool) -> int:
     """Run a recipe, from labels to scored masks and their report."""
-    loaded = lpcam.load_recipe(recipe, _with_options(call, memory))
+    changes = {"data.anyway": True} if anyway else {}
+    loaded = lpcam.load_recipe(recipe, _with_options(call, memory) | changes)
     return _in_processes(lambda: lpcam.run(loaded, until=until, command=call.line))
 
 

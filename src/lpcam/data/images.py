@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,12 +178,15 @@ def read_header(path: Path) -> Header:
     try:
         with Image.open(path, formats=_formats()) as image:
             width, height = image.size
-            turn = _turn(image)
+            deep = _is_deep(image)
+            # to look for EXIF data, Pillow decodes a PNG
+            plain = image.format == "PNG" and not re.search(b"(?i)exif", path.read_bytes())
+            turn = 1 if plain else _turn(image)
             palette = bytes(image.palette.palette) if image.mode == "P" and image.palette else None
             # Pillow gives the upright size of a TIFF, and the stored size of other files.
             turned = image.format == "TIFF" and turn > 4
             size = (width, height) if turned else (height, width)
-            return Header(size, turn, _is_deep(image), palette)
+            return Header(size, turn, deep, palette)
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(path, error) from error
 
@@ -266,7 +270,9 @@ def load_values(
                 raise ValueError(
                     f"{width} x {height} pixels are none or more than {MAXIMUM_PIXELS:,} allowed"
                 )
-            turn, deep, is_tiff = _turn(image), _is_deep(image), image.format == "TIFF"
+            deep, tiff = _is_deep(image), image.format == "TIFF"
+            turn = _turn(image) if tiff else 1
+            vars(image)["filename"] = ""  # Pillow 13 maps a turned TIFF wrongly into memory
             image.load()  # which turns a TIFF upright
             values: NDArray[Any] | None = None
             if deep and not _is_deep_grey(image):
@@ -274,7 +280,7 @@ def load_values(
             if not reading.stored:
                 with contextlib.suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
-            turned_back = reading.stored and is_tiff and turn > 1
+            turned_back = reading.stored and turn > 1
             found = image.transpose(_TURNED_BACK[turn]) if turned_back else image
             return found, np.asarray(found) if _is_deep_grey(found) else values
     except Exception as error:  # decoders raise anything on damaged data

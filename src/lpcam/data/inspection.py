@@ -16,6 +16,7 @@ from lpcam.data.coco.files import ALL, LABELLED
 from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reason
 from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import Truth
+from lpcam.data.pixels import MaskLook, mask_findings, measure
 from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
 from lpcam.data.validation import check_images
 from lpcam.runtime.errors import LpcamError
@@ -46,6 +47,7 @@ def survey(
     items = dataset.items.values()
     masked = [i for i in items if i.mask is not None or i.parts is not None or i.id in truth]
     # a bad mask ends the check of images, and is one of many findings here
+    dataset, of_masks, measured = measure(dataset, truth, workers)
     bare = {name: replace(i, mask=None, parts=None) for name, i in dataset.items.items()}
     masks = {}
     with progress("checking files", len(items) + len(masked)) as advance:
@@ -64,7 +66,7 @@ def survey(
     labels = np.zeros((len(sizes), len(dataset.classes)), np.float32)
     for row, item in enumerate(dataset.items.values()):
         labels[row, list(item.labels)] = 1
-    true = {i for i, look in masks.items() if look.values is not None or dataset.items[i].mask}
+    true = {i for i, look in masks.items() if look.mask is not None or dataset.items[i].mask}
 
     def counts(name: str, ids: Sequence[str], within: tuple[str, ...] = ()) -> ListCounts:
         rows = labels[[place[i] for i in ids]]
@@ -77,8 +79,12 @@ def survey(
         counts(of, ids, tuple(o for o in sets if o != of and ids and sets[of] <= sets[o]))
         for of, ids in dataset.lists.items()
     )
+    files = {name: one.mask for name, one in masks.items() if one.mask and not one.made}
+    ruin = list(mask_findings(dataset, of_masks, files))
     findings = [
-        *_mask_findings(dataset, masks),
+        *measured,
+        *ruin,
+        *_mask_findings(dataset, masks, told={finding.kind for finding in ruin}),
         *_duplicates(dataset, {n: record["image_digest"] for n, record in records.items()}),
         *_name_findings(dataset, whole),
         *_list_findings(dataset, whole, lists),
@@ -117,7 +123,7 @@ def _some(
 class _Look(NamedTuple):
     """Contents of the true mask of an image."""
 
-    values: frozenset[int] | None  # None where there is no usable mask of classes
+    mask: MaskLook | None  # None where there is no usable mask of classes
     faults: tuple[str, ...]
     made: bool  # from annotations, not read from a file
 
@@ -136,10 +142,12 @@ def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
         return _Look(None, (str(error),), made)
     if mask is None:
         return _Look(None, faults, made)
-    return _Look(frozenset(np.flatnonzero(np.bincount(mask.ravel())).tolist()), faults, made)
+    return _Look(MaskLook.of(mask), faults, made)
 
 
-def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Finding]:
+def _mask_findings(
+    dataset: Dataset, masks: Mapping[str, _Look], told: set[str]
+) -> Iterator[Finding]:
     """Files that cannot be used, values of no class, and what labels and masks disagree on."""
     table = dataset.classes
     faults: dict[bool, list[Skip]] = {True: [], False: []}
@@ -153,16 +161,10 @@ def _mask_findings(dataset: Dataset, masks: Mapping[str, _Look]) -> Iterator[Fin
         for names, text in by_reason(reasons):
             example = "e.g. " * (len(names) > 1)
             yield from _some(kind, names, one, f"{rest} ({example}{text})", several)
-    usable = {name: look.values for name, look in masks.items() if look.values is not None}
+    usable = {name: look.mask.values for name, look in masks.items() if look.mask is not None}
     labelled = [name for name in usable if dataset.items[name].labels]
     all_values = frozenset().union(*usable.values())
-    drawn = any(not masks[name].made for name in usable)
-    if drawn and labelled and all_values == {BACKGROUND, IGNORE}:
-        yield Finding(
-            "mask values",
-            "the masks hold 0 and 255 alone, and 255 is not counted; write the class's number "
-            f"instead ({table.mask_ids[0]} for {table.names[0]})",
-        )
+    if "mask values" in told:
         return
     strange, unsaid, unseen = (_Groups(list) for _ in range(3))
     for name, values in usable.items():

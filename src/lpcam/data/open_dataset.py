@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from lpcam.data.marks import other_format
+from lpcam.data.pixels import given_reading
 from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError
 
@@ -54,6 +56,7 @@ def open_dataset(
     separator: str | None = None,
     no_class: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    **pixels: Any,
 ) -> Opened:
     """Open a data set of any kind: labels are read, images not yet.
 
@@ -67,6 +70,8 @@ def open_dataset(
             :func:`lpcam.data.labels.split_labels`.
         no_class: labels that mean that an image shows no class.
         settings: values of the reader's settings.
+        pixels: ``range``, ``orientation`` and ``palette`` of its images and masks, as
+            :func:`lpcam.data.pixels.given_reading` takes them.
 
     Raises:
         DataError: if an option does not belong to the kind, or its reader raises it.
@@ -98,7 +103,7 @@ def open_dataset(
         raise DataError(f"{key} for the kind {name}: {first['msg']}") from error
     if settings and made is None:
         raise DataError(f"{', '.join(settings)} does not belong to the kind {name}; leave it out")
-    return reader.open(
+    opened = reader.open(
         Request(
             root=path,
             lists=lists,
@@ -111,6 +116,7 @@ def open_dataset(
             settings=made,
         )
     )
+    return replace(opened, dataset=given_reading(opened.dataset, **pixels))
 
 
 def paint_masks(

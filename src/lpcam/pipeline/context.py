@@ -6,7 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,9 @@ import yaml
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
-from lpcam.data.reader import ListName
+from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
+from lpcam.data.reader import ListName, Opened
+from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
 from lpcam.pipeline.cache import Output, Record, Result, Task
@@ -272,8 +274,15 @@ class Context:
             self.processes.wait()  # the first checks the images, the others read what it found
             before = read_json(path)
         dataset = read_dataset(
-            self.recipe, self.lists, painted=self.folder.truth, workers=self.threads
+            self.recipe,
+            self.lists,
+            painted=self.folder.truth,
+            workers=self.threads,
+            check=lambda opened: self._measured(opened, before),
         )
+        found = (Finding(**one) for one in before["pixels"]["findings"])
+        told = (str(one) for one in found if one.attention)
+        dataset = replace(dataset, notices=(*dataset.notices, *told))
         with progress("checking images", len(dataset.items)) as advance:
             dataset, records = check_images(
                 dataset,
@@ -286,11 +295,30 @@ class Context:
             for notice in dataset.notices:
                 logger.info("data: %s", notice)
             notices = list(dataset.notices)
-            index = {"records": records, "skipped": skips(dataset), "notices": notices}
+            index = {**before, "records": records, "skipped": skips(dataset), "notices": notices}
             if before != index:
                 write_json(path, index)
             self.processes.wait()
         return dataset, records
+
+    def _measured(self, opened: Opened, before: Record) -> Dataset:
+        """The data set with its range, once its pixels were looked at; kept in the index."""
+        dataset, key, seen = opened.dataset, key_of(opened.dataset), before.get("pixels", {})
+        given = dataset.reading.as_json().get("range")
+        # the recipe of a run has the range that was measured
+        if seen.get("key") != key or given not in (seen["given"], seen["range"]):
+            looked, findings = look_at_pixels(dataset, opened.true_masks, self.threads)
+            seen = {"key": key, "given": given, "range": looked.reading.as_json().get("range")}
+            before["pixels"] = seen = {**seen, "findings": [asdict(one) for one in findings]}
+            write_json(self.folder.index, before)
+            for finding in findings:
+                if not finding.attention:  # the others are notices of the data
+                    logger.info("pixels: %s", finding)
+        refuse_ruin((Finding(**one) for one in seen["findings"]), anyway=self.recipe.data.anyway)
+        span = seen["range"] and tuple(seen["range"])
+        data = self.recipe.data.model_copy(update={"range": span})
+        self.recipe = self.recipe.model_copy(update={"data": data})
+        return dataset.read_with(replace(dataset.reading, range=span))
 
     def items(self, stage: ListName) -> list[Item]:
         """The usable images of the list that a stage works on; DataError if there is none."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lpcam.data.dataset import Dataset
-from lpcam.data.reader import ListName, Request
+from lpcam.data.pixels import given_reading
+from lpcam.data.reader import ListName, Opened, Request
 from lpcam.pipeline.recipe import Recipe
 from lpcam.runtime.errors import DataError
 
@@ -22,6 +24,7 @@ def read_dataset(
     *,
     painted: Path | None = None,
     workers: int = 1,
+    check: Callable[[Opened], Dataset] | None = None,
 ) -> Dataset:
     """Read the labels and lists of a recipe's data set; images are not read yet.
 
@@ -30,6 +33,7 @@ def read_dataset(
         lists: names of the lists to read.
         painted: folder for masks that must be painted from annotations; None: none are.
         workers: number of masks painted at a time.
+        check: called before masks are painted; the data set is read as the one it returns.
 
     Raises:
         DataError: if folders, lists or labels do not fit together.
@@ -53,13 +57,15 @@ def read_dataset(
             settings=data.settings,
         )
     )
-    dataset = opened.dataset
+    dataset = given_reading(opened.dataset, data.range, data.orientation, data.palette)
+    if check is not None:
+        dataset = check(replace(opened, dataset=dataset))
     if opened.paint is not None and painted is not None and data.masks is None:
         scored: list[ListName] = [s for s in ("evaluate", "test") if s in lists]
         if "segment" in lists and "truth" in recipe.segmented:
             scored.append("segment")
         ids = dict.fromkeys(i.id for s in scored for i in dataset.select(data.list_of(s)))
-        dataset = opened.paint(painted, ids, workers)
+        dataset = opened.paint(painted, ids, workers).read_with(dataset.reading)
     for name in sorted(names):
         dataset.select(name)
     maps = data.list_of("maps")

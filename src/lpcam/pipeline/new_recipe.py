@@ -15,7 +15,9 @@ from lpcam.data.dataset import Dataset, Item, skip_lines
 from lpcam.data.inspection import FEW_IMAGES
 from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import kind_of, open_dataset
+from lpcam.data.pixels import look_at_pixels, refuse_ruin
 from lpcam.data.reader import READERS, Reader
+from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import parse_recipe
@@ -23,7 +25,8 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.progress import progress
 
-OWN = ("labels", "separator", "no_class", "masks")  #: Given values that a recipe gets as they are.
+OWN = ["labels", "separator", "no_class", "masks", "range", "orientation", "palette", "anyway"]
+"""Keys of values that a recipe gets as they were given, or measured."""
 TEMPLATE = """\
 # A recipe for the images of this folder. Run it with
 #   lpcam run {path}
@@ -62,7 +65,13 @@ run:
 
 
 def write_recipe(
-    source: Path, backbone: str, weights: str, *, kind: str | None = None, **reading: Any
+    source: Path,
+    backbone: str,
+    weights: str,
+    *,
+    kind: str | None = None,
+    anyway: bool = False,
+    **reading: Any,
 ) -> tuple[Path, str]:
     """Check every image of a data set and write ``recipe.yaml`` beside it.
 
@@ -70,6 +79,7 @@ def write_recipe(
         source: a folder that holds images and labels, or a COCO JSON file.
         backbone: a timm model's name.
         weights: ``pretrained``, or the path of a safetensors file.
+        anyway: whether to go on although the pixels would ruin a run.
         kind, reading: as in :func:`lpcam.data.open_dataset.open_dataset`; given values are
             written to the recipe. The run uses the first list and tests on the last; without
             ``lists`` it uses lists named like ``train`` and ``val``, if any.
@@ -97,6 +107,9 @@ def write_recipe(
                 f"no weights file {weights!r}; give the path of a safetensors file of {backbone}, "
                 "or 'pretrained'"
             )
+    dataset, findings = look_at_pixels(dataset, truth)
+    refuse_ruin(findings, anyway=anyway)
+    reading |= {"range": dataset.reading.as_json().get("range"), "anyway": anyway or None}
     try:
         with progress("looking at the images", len(dataset.items)) as advance:
             dataset, _ = check_images(dataset, advance=advance)
@@ -129,7 +142,7 @@ def write_recipe(
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
     masked = sum(i.mask is not None or i.id in truth for i in dataset.items.values())
-    return path, _summary(dataset, learnt, chosen, masked)
+    return path, _summary(dataset, learnt, chosen, masked, findings)
 
 
 def _own(folder: Path, values: Mapping[str, Any]) -> str:
@@ -183,7 +196,11 @@ def _has_output_stride(backbone: str) -> bool:
 
 
 def _summary(
-    dataset: Dataset, learnt: Sequence[Item], chosen: tuple[str, str] | None, masks: int
+    dataset: Dataset,
+    learnt: Sequence[Item],
+    chosen: tuple[str, str] | None,
+    masks: int,
+    pixels: Sequence[Finding],
 ) -> str:
     items = list(dataset.items.values())
     lines = [f"{len(items)} images with labels, {masks} of them with masks"]
@@ -195,7 +212,7 @@ def _summary(
         note = "   few: expect weak maps" if count < FEW_IMAGES else ""
         note = note if count else "   none: left out of the recipe"
         lines.append(f"  {name}: {count}{note}")
-    found = label_findings(dataset.classes, learnt)
+    found = [*label_findings(dataset.classes, learnt), *pixels]
     lines += [f"{'warning' if one.attention else 'note'}: {one}" for one in found]
     lines += [f"note: {notice}" for notice in dataset.notices]
     return "\n".join([*lines, *skip_lines(dataset.skipped)])

@@ -206,6 +206,7 @@ def _protocol(context: Context) -> Record:
         "dataset": dataset_name(context),
         "split": context.recipe.data.list_of("evaluate"),
         "labels": context.dataset.label_source,
+        **({"reading": reading} if (reading := context.dataset.reading.as_json()) else {}),
         "classes": list(context.dataset.classes.names),
         **_source_protocol(context),
         **({"host": host.described(context)} if host.arms(context) else {}),

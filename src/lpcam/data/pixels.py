@@ -1,0 +1,444 @@
+"""What a run would use, measured before it costs time: levels, orientation, palettes, agreement.
+
+Looked at are the headers of all images and masks, and the pixels of a seeded sample of at most
+`SAMPLE` images and `SAMPLE` masks (``lpcam data check``: of all masks). Measured are:
+
+- the range of images with more than 8 bits, one for the whole data set: the smallest of `RANGES`
+  that holds all values if they fill more than half of it, else their percentiles `TAILS`;
+- images that a range, or what saved them, has left few grey levels of;
+- images with an EXIF orientation whose masks fit the image as it is stored in the file;
+- palette masks in which an index has different colours from file to file;
+- masks that were resized with interpolation, whose values lie between those of objects;
+- masks that show other classes than the labels name, and the order of classes that explains it.
+
+What would ruin a run or its scores (`Finding.ruins`) stops ``lpcam init`` and ``lpcam run``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, nearest_name, shows_nothing
+from lpcam.data.images import (
+    FEW_LEVELS,
+    Header,
+    Reading,
+    distinct,
+    is_squeezed,
+    load_values,
+    read_header,
+    scale_values,
+)
+from lpcam.data.labels import normal_name, read_text
+from lpcam.data.reader import TrueMask
+from lpcam.data.survey import Finding, count_of
+from lpcam.runtime.errors import DataError, LpcamError, shortened
+from lpcam.runtime.files import digest_json
+from lpcam.runtime.parallel import ordered_map
+
+SAMPLE = 200  #: Images, and masks, whose pixels are looked at before a run.
+SAMPLE_PIXELS = 60_000_000  #: Pixels of a sample, so that large images take seconds too.
+FEWEST = 3  #: Images from which on shares of a sample count.
+SQUEEZED = 0.25  #: Share of images with few grey levels above which they ruin a run.
+AGREEMENT = 0.5  #: Share of the classes shown below which labels and masks disagree.
+EXPLAINED = (
+    0.9  #: Share from which on an order of the classes explains masks, or palettes are right.
+)
+RANGES = ((0, 1), (0, 255), (0, 1023), (0, 4095), (0, 16383), (0, 65535))
+TAILS = (0.1, 99.9)
+REVISION = 1  #: Of the measurements, for their key.
+_PIXELS_OF_EACH = 20_000  # of an image, for percentiles
+_COLOUR_LINES = (  # name:r,g,b:: of CVAT and name,r,g,b of CSV files, r g b name of CamVid
+    r"(?P<name>[^:,]+)[:,]\s*(?P<rgb>\d+\s*,\s*\d+\s*,\s*\d+)\s*(:.*)?",
+    r"(?P<rgb>\d+\s+\d+\s+\d+)\s+(?P<name>.+)",
+)
+
+
+def given_reading(
+    dataset: Dataset,
+    range: tuple[float, float] | None = None,
+    orientation: Any = None,
+    palette: Path | None = None,
+) -> Dataset:
+    """The data set with what the user says of its pixels; DataError if that cannot be."""
+    if range is not None and not range[0] < range[1]:
+        raise DataError(f"the range {range[0]:g},{range[1]:g} is empty; give the lower value first")
+    colours = () if palette is None else read_palette(palette, dataset)
+    return dataset.read_with(Reading(range, orientation, colours))
+
+
+def read_palette(path: Path, dataset: Dataset) -> tuple[tuple[int, int], ...]:
+    """Colours (0xRRGGBB) of a data set's classes with their mask values, of a file that names them.
+
+    The background has the value 0; what is ignored and classes that were not chosen have 255.
+
+    Raises:
+        DataError: if the file cannot be read, or names no colour of a class, or one colour twice.
+
+    Example:
+        >>> from lpcam.data.dataset import ClassTable
+        >>> path = getfixture("tmp_path") / "labelmap.txt"
+        >>> _ = path.write_text("background:0,0,0::\\ncow:64,128,0::\\n")
+        >>> read_palette(path, Dataset("", ClassTable(("cow",), (1,)), {}, {}, ""))
+        ((0, 0), (4227072, 1))
+    """
+    how = "Write lines such as cow:64,128,0:: (CVAT's labelmap.txt)."
+    text = read_text(path, how)
+    try:
+        if path.suffix.lower() == ".json":
+            pairs = list(json.loads(text).items())
+        else:
+            lines = [line.strip() for line in text.splitlines()]
+            found = [re.fullmatch(form, line) for line in lines for form in _COLOUR_LINES]
+            pairs = [(m["name"], re.findall(r"\d+", m["rgb"])) for m in found if m is not None]
+        colours = {normal_name(name): int.from_bytes(map(int, rgb)) for name, rgb in pairs}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} names no colours ({error}). {how}") from error
+    values = dict(zip(dataset.classes.names, dataset.classes.mask_ids, strict=True))
+    if lacking := [name for name in values if name not in colours]:
+        raise DataError(
+            f"{path} names no colour of {lacking[0]!r}{nearest_name(lacking[0], colours)}; add "
+            f"one. It names {shortened([*colours]) or 'nothing'}"
+        )
+    if len(set(colours.values())) < len(colours):
+        raise DataError(f"{path} has one colour for several names; give each its own")
+    empty = [name for name in colours if shows_nothing(name) == "background"]
+    others = {name: BACKGROUND if name in empty else IGNORE for name in colours}
+    return tuple(sorted((colour, (others | values)[name]) for name, colour in colours.items()))
+
+
+@dataclass(frozen=True)
+class MaskLook:
+    """Contents of a true mask."""
+
+    values: frozenset[int]
+    thin: int  #: Number of objects' values that fill no square of 3 x 3 pixels.
+
+    @classmethod
+    def of(cls, mask: NDArray[np.uint8]) -> MaskLook:
+        """The contents of a mask, uint8 (H, W)."""
+        values = frozenset(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+        objects = values - {BACKGROUND, IGNORE}
+        if min(mask.shape) < 16 or len(objects) < 2:
+            return cls(values, 0)
+        windows = np.lib.stride_tricks.sliding_window_view(mask, (3, 3))
+        solid = np.all(windows == windows[:, :, 1:2, 1:2], axis=(2, 3))
+        return cls(values, len(objects - {*np.unique(windows[solid][:, 1, 1]).tolist()}))
+
+
+def look_at_pixels(
+    dataset: Dataset, truth: Mapping[str, TrueMask] | None = None, workers: int = 1
+) -> tuple[Dataset, tuple[Finding, ...]]:
+    """Measure a data set before a run; it is returned with the range that was measured."""
+    dataset, of_masks, findings = measure(dataset, truth, workers)
+
+    def look(item: Item) -> MaskLook | None:
+        with contextlib.suppress(LpcamError):  # the check of all files tells
+            return MaskLook.of(item.read_mask())
+        return None
+
+    chosen = _sample([i for i in dataset.items.values() if i.id in of_masks], of_masks)
+    looks = zip(chosen, ordered_map(look, chosen, workers), strict=True)
+    usable = {item.id: one for item, one in looks if one is not None}
+    return dataset, (*findings, *mask_findings(dataset, of_masks, usable))
+
+
+def refuse_ruin(findings: Iterable[Finding], *, anyway: bool) -> None:
+    """Raise DataError with the findings that would ruin a run, unless it shall go on anyway."""
+    ruins = [f"\n- {finding}" for finding in findings if finding.ruins]
+    if ruins and not anyway:
+        raise DataError(
+            f"a run on these pixels would be of no use:{''.join(ruins)}\nto go on all the same: "
+            "--anyway (in a recipe data.anyway: true)"
+        )
+
+
+def key_of(dataset: Dataset) -> str:
+    """Digest of what the measurements depend on but the range; contents count by size and time."""
+    stats = []
+    for item in dataset.items.values():
+        for path in filter(None, (item.image, item.mask)):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                stats.append([str(path), stat.st_size, stat.st_mtime_ns, list(item.labels)])
+    reading = dataset.reading
+    given = [reading.orientation, reading.palette, dataset.classes.mask_ids]
+    return digest_json([REVISION, given, stats])
+
+
+def measure(
+    dataset: Dataset, truth: Mapping[str, TrueMask] | None = None, workers: int = 1
+) -> tuple[Dataset, dict[str, Header], list[Finding]]:
+    """Read all headers, and the pixels of a sample of the images.
+
+    Args:
+        dataset: its items have what the user has given (:func:`given_reading`).
+        truth: true masks that are no files, whose sizes are compared where that matters.
+
+    Returns:
+        The data set with its range, the headers of its masks, and what was found.
+    """
+    items = dataset.items.values()
+    of_images = _headers({item.id: item.image for item in items}, workers)
+    of_masks = _headers({item.id: item.mask for item in items if item.mask is not None}, workers)
+    deep = [item for item in items if item.id in of_images and of_images[item.id].deep]
+    flat = [item for item in items if item.id in of_images and not of_images[item.id].deep]
+    chosen = [_sample(deep, of_images), _sample(flat, of_images)]
+    of_deep, of_flat = (
+        {i.id: v for i, v in zip(some, ordered_map(_values, some, workers), strict=True) if v.size}
+        for some in chosen
+    )
+    span = dataset.reading.range or _measured_range([*of_deep.values()])
+    findings = [
+        Finding(
+            "pixels",
+            f"looked at: the headers of {count_of(len(items), 'image')} and "
+            f"{count_of(len(of_masks), 'mask')}, and the pixels of {len(of_deep) + len(of_flat)} "
+            "images",
+            attention=False,
+        ),
+        *_dark(of_flat),
+        *_range_findings(dataset, len(deep), of_deep, span),
+        *_orientation(dataset, of_images, of_masks, truth or {}),
+    ]
+    return dataset.read_with(replace(dataset.reading, range=span)), of_masks, findings
+
+
+def _headers(paths: Mapping[str, Path], workers: int) -> dict[str, Header]:
+    """Headers by id; files that cannot be read are left to the check of all files."""
+
+    def header(path: Path) -> Header | None:
+        with contextlib.suppress(LpcamError):
+            return read_header(path)
+        return None
+
+    found = zip(paths, ordered_map(header, paths.values(), workers), strict=True)
+    return {name: one for name, one in found if one is not None}
+
+
+def _sample(items: Sequence[Item], headers: Mapping[str, Header]) -> list[Item]:
+    """At most `SAMPLE` items with at most `SAMPLE_PIXELS` pixels, the same in every call."""
+    pixels, chosen = 0, list[Item]()
+    for place in np.random.default_rng(0).permutation(len(items)).tolist():
+        pixels += math.prod(headers[items[place].id].size)
+        if len(chosen) == SAMPLE or (chosen and pixels > SAMPLE_PIXELS):
+            break
+        chosen.append(items[place])
+    return chosen
+
+
+def _values(item: Item) -> NDArray[Any]:
+    """Some finite values of an image with its lowest and highest; none if it cannot be read."""
+    try:
+        values = load_values(item.image, item.image, reading=item.reading)[1]
+        flat = (item.read() if values is None else values).ravel()
+    except LpcamError:
+        return np.empty(0)
+    flat = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
+    ends = [flat.min(), flat.max()] if flat.size else []
+    return np.append(flat[:: 1 + flat.size // _PIXELS_OF_EACH], ends).astype(flat.dtype)
+
+
+def _measured_range(values: Sequence[NDArray[Any]]) -> tuple[float, float] | None:
+    """One range for all images with more than 8 bits; None without any."""
+    if not values:
+        return None
+    pooled = np.concatenate([one.astype(np.float64) for one in values])
+    low, high = np.percentile(pooled, TAILS).tolist()
+    whole = all(one.dtype.kind != "f" for one in values)
+    held = [r for r in RANGES[whole:] if r[0] <= pooled.min() and pooled.max() <= r[1]]
+    if held and high - low > held[0][1] / 2:
+        return float(held[0][0]), float(held[0][1])
+    low, high = (math.floor(low), math.ceil(high)) if whole else (low, high)
+    return float(f"{low:.6g}"), float(f"{high if high > low else low + 1:.6g}")
+
+
+def _dark(values: Mapping[str, NDArray[Any]]) -> Iterator[Finding]:
+    """Images of 8 bits that use the lowest values alone."""
+    low = {name: v for name, v in values.items() if v.max() < FEW_LEVELS}
+    dark = [name for name, v in low.items() if distinct(v) > FEWEST]  # not of one colour
+    if len(dark) >= FEWEST and len(dark) > SQUEEZED * len(values):
+        yield Finding(
+            "range",
+            f"{count_of(len(dark), 'image')} of {len(values)} looked at with no value above "
+            f"{FEW_LEVELS - 1} of 255: squeezed when they were saved, or masks; save them again",
+            tuple(dark),
+            ruins=True,
+        )
+
+
+def _range_findings(
+    dataset: Dataset,
+    deep: int,
+    values: Mapping[str, NDArray[Any]],
+    span: tuple[float, float] | None,
+) -> Iterator[Finding]:
+    """What becomes of values with more than 8 bits, of which a range may leave few grey levels."""
+    if span is None or not values:
+        if span is not None:
+            yield Finding(
+                "range", "the range is not used: no image has more than 8 bits", (), False
+            )
+        return
+    text = f"values from {span[0]:g} to {span[1]:g} become 0 to 255"
+    has = f"{min(v.min() for v in values.values()):g} to {max(v.max() for v in values.values()):g}"
+    squeezed = [name for name, v in values.items() if is_squeezed(v, scale_values(v, span))]
+    if squeezed:
+        yield Finding(
+            "range",
+            f"{count_of(len(squeezed), 'image')} of {len(values)} looked at left with fewer than "
+            f"{FEW_LEVELS} grey levels, because {text}; they have {has}. Give one range that suits "
+            "all images: --range LOW,HIGH",
+            tuple(squeezed),
+            ruins=len(squeezed) > SQUEEZED * len(values),
+        )
+    mixed = deep < len(dataset.items)
+    how = "measured" if dataset.reading.range is None else "given"
+    yield Finding(
+        "range",
+        f"{count_of(deep, 'image')} of {len(dataset.items):,} with more than 8 bits: {text}, "
+        f"others are clipped ({how}; {len(values)} looked at have {has}). --range LOW,HIGH changes "
+        f"it{'; the other images have 8 bits, which are read as they are' * mixed}",
+        attention=mixed,
+    )
+
+
+def _orientation(
+    dataset: Dataset,
+    of_images: Mapping[str, Header],
+    of_masks: Mapping[str, Header],
+    truth: Mapping[str, TrueMask],
+) -> Iterator[Finding]:
+    """Images with an EXIF orientation and masks that may be of the stored image."""
+    turned = [name for name, header in of_images.items() if header.turn > 1]
+    sizes = {name: of_masks[name].upright for name in turned if name in of_masks}
+    made = [dataset.items[name] for name in turned if name in truth and name not in of_masks]
+    for item in _sample(made, of_images):
+        with contextlib.suppress(LpcamError):
+            if (mask := truth[item.id]()[0]) is not None:
+                sizes[item.id] = (mask.shape[0], mask.shape[1])
+    fits = defaultdict[tuple[bool, bool], list[str]](list)
+    for name, size in sizes.items():
+        fits[size == of_images[name].upright, size == of_images[name].size].append(name)
+    both, upright, stored = fits[True, True], fits[True, False], fits[False, True]
+    if dataset.reading.orientation is None and (both or stored):
+        yield Finding(
+            "orientation",
+            f"{count_of(len(both + stored), 'image')} with an EXIF orientation, whose masks fit "
+            f"the image as it is stored: {len(both)} fit the upright image too, {len(stored)} do "
+            f"not ({len(upright)} more fit the upright one alone). Say which pixels the masks are "
+            "of: --orientation stored (EXIF is then ignored wherever an image is read), or "
+            "--orientation upright",
+            tuple(both + stored),
+            ruins=True,
+        )
+
+
+def mask_findings(
+    dataset: Dataset, of_masks: Mapping[str, Header], looks: Mapping[str, MaskLook]
+) -> Iterator[Finding]:
+    """Findings about all true masks together, by the contents of some or all of their files."""
+    table = dataset.classes
+    labelled = {name: look.values for name, look in looks.items() if dataset.items[name].labels}
+    enough = len(labelled) >= FEWEST
+    if labelled and {*frozenset().union(*(x.values for x in looks.values()))} == {0, IGNORE}:
+        yield Finding(
+            "mask values",
+            "the masks hold 0 and 255 alone, and 255 is not counted; write the class's number "
+            f"instead ({table.mask_ids[0]} for {table.names[0]})",
+            ruins=enough,
+        )
+        return
+    objects = {n: x.values - {BACKGROUND, IGNORE} for n, x in looks.items()}
+    between = [n for n, values in objects.items() if looks[n].thin > max(1, len(values) / 3)]
+    if enough and len(between) > sum(map(bool, objects.values())) / 2:
+        yield Finding(
+            "mask edges",
+            f"{count_of(len(between), 'mask')} of {len(looks)} with values in thin lines alone, "
+            "between those of objects: they were resized with interpolation; make them again from "
+            "their source, to the nearest pixel",
+            tuple(between),
+            ruins=True,
+        )
+    shared = _agreement(dataset, labelled, table.mask_ids)
+    if enough:
+        yield from _disagreement(dataset, labelled, shared)
+    if not dataset.reading.palette:
+        yield from _palette_finding(of_masks, looks, shared)
+
+
+def _agreement(
+    dataset: Dataset, labelled: Mapping[str, frozenset[int]], ids: Sequence[int]
+) -> float:
+    """Share of the pairs of an image and a class that labels and masks, of these ids, both show."""
+    said = {(name, index) for name in labelled for index in dataset.items[name].labels}
+    pairs = ((name, index) for name in labelled for index in range(len(ids)))
+    shown = {(name, index) for name, index in pairs if ids[index] in labelled[name]}
+    return len(said & shown) / len(said | shown) if said else 1.0
+
+
+def _disagreement(
+    dataset: Dataset, labelled: Mapping[str, frozenset[int]], shared: float
+) -> Iterator[Finding]:
+    """Masks of other classes than the labels, and an order of the classes that explains them."""
+    table, drawn, counts = dataset.classes, list[int](), list[int]()
+    by_value = {v: {n for n, values in labelled.items() if v in values} for v in range(IGNORE)}
+    for index, own in enumerate(table.mask_ids):
+        said = {name for name in labelled if index in dataset.items[name].labels}
+        # of values in equally fitting images the class's own, then those near it
+        order = sorted(by_value, key=lambda value: (value != own, value == 0, abs(value - own)))
+        like = {v: len(said & by_value[v]) / max(1, len(said | by_value[v])) for v in order}
+        drawn.append(max(order, key=like.__getitem__) if said else own)
+        counts.append(len(said))
+    changed = [n for n, own in enumerate(table.mask_ids) if drawn[n] != own]
+    better = _agreement(dataset, labelled, drawn)
+    explained = changed and len({*drawn}) == len(drawn) and better >= EXPLAINED
+    if shared >= AGREEMENT and not (explained and min(counts[n] for n in changed) >= FEWEST):
+        return
+    steps = {drawn[n] - table.mask_ids[n] for n in range(len(drawn))}
+    each = shortened([f"{drawn[n]} is {table.names[n]}" for n in changed])
+    why = f"all values are {min(steps):+d} off" if len(steps) == 1 else f"in the masks {each}"
+    yield Finding(
+        "mask labels",
+        f"labels and masks disagree: of {count_of(len(labelled), 'labelled image')} they share "
+        f"{100 * shared:.0f} % of the classes that either shows"
+        f"{f', and {100 * better:.0f} % if {why}' * bool(explained)}. Scores, and tests of "
+        "segmenters, would mean nothing: correct the masks, or the order of classes.txt",
+        ruins=True,
+    )
+
+
+def _palette_finding(
+    of_masks: Mapping[str, Header], looks: Mapping[str, MaskLook], shared: float
+) -> Iterator[Finding]:
+    """Palette masks in which an index has different colours, as adaptive palettes have."""
+    colours = defaultdict[int, dict[bytes, str]](dict)
+    indices = defaultdict[bytes, set[int]](set)
+    for name, look in looks.items():
+        if (palette := of_masks[name].palette) is not None:
+            used = {v: palette[3 * v : 3 * v + 3] for v in look.values - {IGNORE}}
+            for value, colour in used.items():
+                colours[value].setdefault(colour, name)
+                indices[colour] |= {value} if [*used.values()].count(colour) == 1 else set()
+    differ = [(value, names) for value, names in sorted(colours.items()) if len(names) > 1]
+    if differ and (shared < EXPLAINED or max(map(len, indices.values())) > 1):
+        value, names = differ[0]
+        shown = [f"{tuple(colour)} in {name}" for colour, name in list(names.items())[:2]]
+        yield Finding(
+            "palette",
+            "palette masks whose indices have other colours from file to file (index "
+            f"{value} is {' and '.join(shown)}), so that colours are the classes: name them with "
+            "--palette FILE (labelmap.txt), or save masks with the classes' numbers",
+            ruins=True,
+        )
