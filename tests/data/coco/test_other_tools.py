@@ -374,6 +374,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "LabelMe": (instead({"shapes": [], "imagePath": "a.png"}), "LabelMe"),
     "VIA": (instead({"a.png9": {"regions": [{"region_attributes": {}}]}}), "VIA"),
     "CreateML": (instead([{"annotations": [{"coordinates": {"x": 1}}]}]), "CreateML"),
+    "a list of tasks": (instead([{"a": 1}]), "label_studio"),
     "results": (instead([{"image_id": 1, "category_id": 1, "score": 0.5}]), "results"),
 }
 

@@ -156,7 +156,7 @@ class CocoFile:
             if {parent for m, parent in parents.items() if m != n} == {names[n]}
         ]
         notices = {
-            "files that are listed twice, whose annotations are united": twice,
+            "annotations of one file are united": twice,
             "categories with several ids, which are one class": several,
             "the category that is the parent of the others is no class": roots,
         }
@@ -178,6 +178,8 @@ def _parse(path: Path) -> Any:
     what = _lookalike(content)
     if not what and not (isinstance(content, dict) and "images" in content):
         what = other_format(path)
+    if not what and isinstance(content, list):
+        what = "it is a list, not a dictionary (lists of Label Studio are of --kind label_studio)"
     if what:
         raise DataError(f"{path}: {what}")
     return content
