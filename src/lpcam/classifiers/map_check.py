@@ -32,8 +32,9 @@ LOCAL = 3.0
 """Least ratio of the changes of the cells under a changed corner and in the opposite corner."""
 PLACED = 1.5
 """Ratio below which the cells of a layer that is not known to be a map have no place."""
-ALONG = 1.15
-"""Least ratio to the next corner along each axis: on an axis of channels or heads it is 1."""
+ALONG = 0.15
+"""Least ratio for each other quadrant, as a power of the ratio for the opposite corner."""
+PEAK = 4.0  #: Largest ratio of the largest change and the mean of a layer that mixes its cells.
 LEAST_CHANNELS = 4  #: Images and maps of attention have fewer.
 CARRIED = 1e-3
 """Largest share of the model's output that may not pass through the map."""
@@ -109,16 +110,15 @@ class MapCheck:
             told = doubled is not None or isinstance(layer.layer, nn.Module)
             if told and not _follows(layer, grid, doubled, self._doubled.size):
                 return Figures(failure="its grid does not follow the size of the image")
-        whole, along = _locality([layer.map(o, size) for o in outputs if o is not None])
+        whole, along, peak = _locality([layer.map(o, size) for o in outputs if o is not None])
         if whole < LOCAL and doubled is not None:
             size = self._disturbed_doubled[0].size
             outputs = [self._output(layer, record) for record in self._disturbed_doubled]
             again = _locality([layer.map(o, size) for o in outputs if o is not None])
-            whole, along = max((whole, along), again)
-        if whole < 1 / PLACED:
-            return Figures(whole, "its cells are not in the order of the image")
-        if whole >= LOCAL and along < ALONG:
-            return Figures(failure="one of the axes of its grid is no axis of the image")
+            whole, along, peak = max((whole, along, peak), again)
+        ordered = along >= min(whole**ALONG, 2.0) if whole >= LOCAL else peak <= PEAK
+        if whole < 1 / PLACED or not ordered:
+            return Figures(whole, "its cells are not in the order of the image's rows and columns")
         return Figures(whole)
 
     def carries(self, layer: MapLayer) -> bool:
@@ -215,23 +215,26 @@ def _follows(
     return all(abs(b - 2 * a) <= 2 and b > a for a, b in zip(grid, (rows, columns), strict=True))
 
 
-def _locality(maps: list[Tensor]) -> tuple[float, float]:
-    """Medians of the ratios of changes to the opposite corner, and to the next along an axis.
+def _locality(maps: list[Tensor]) -> tuple[float, float, float]:
+    """Medians that tell where the cells of a map change.
 
-    Of the two axes, the one with the smaller median is taken.
+    The ratio of the changes in a changed corner and the opposite one; the same of quadrants, of
+    which each other one counts: an axis of channels, or cells in another order, show there; and the
+    largest change relative to the mean.
     """
-    ratios: list[tuple[Tensor, ...]] = []
+    corners, quadrants, peaks = [], [], []
     for features in maps:
         change = (features[1:] - features[:1]).double().norm(dim=1)
-        height, width = (max(1, side // 4) for side in change.shape[1:])
-        sides = ((slice(height), slice(-height, None)), (slice(width), slice(-width, None)))
-        for corner in range(4):
-            cells = [change[corner, r, c].mean() for r in sides[0] for c in sides[1]]
-            own = cells[corner]
-            # nothing changed anywhere: 0; nowhere else: infinite
-            ratios.append(tuple((own / cells[corner ^ k]).nan_to_num(0.0) for k in (3, 2, 1)))
-    opposite, *axes = torch.tensor(ratios, dtype=torch.float64).T.median(1).values.tolist()
-    return opposite, min(axes)
+        peaks.append((change.amax((1, 2)) / change.mean((1, 2))).nan_to_num(0.0))
+        for part, found in ((4, corners), (2, quadrants)):
+            height, width = (max(1, side // part) for side in change.shape[1:])
+            sides = ((slice(height), slice(-height, None)), (slice(width), slice(-width, None)))
+            for corner in range(4):
+                cells = [change[corner, r, c].mean() for r in sides[0] for c in sides[1]]
+                # nothing changed anywhere: 0; nowhere else: infinite
+                found.append([cells[corner] / cells[corner ^ k] for k in (3, 2, 1)])
+    ratios = [torch.tensor(r).nan_to_num(0.0).median(0).values for r in (corners, quadrants)]
+    return float(ratios[0][0]), float(ratios[1].min()), float(torch.cat(peaks).median())
 
 
 def _x(size: Any) -> str:

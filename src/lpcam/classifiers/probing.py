@@ -126,7 +126,7 @@ def refuse_compiled_form(model: Any) -> None:
         form = "a ScriptModule, whose layers cannot be observed"
     elif isinstance(model, torch.export.ExportedProgram) or (
         isinstance(model, torch.fx.GraphModule)
-        and all(node.op != "call_module" for node in model.graph.nodes)
+        and any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
     ):
         form = "an exported program, which has no layers that could be observed"
     elif isinstance(model, nn.Module):
