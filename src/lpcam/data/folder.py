@@ -117,12 +117,12 @@ def read_folder(
     table = None if path is None else read_labels(path, split)
     known = {*_OWN, *((path.name,) if path else ())}
     images, skipped, others = _find_images(images_root, masks, known)
-    notices = [*others]
+    notices = [*others, *(() if images_root == root else _outside(root, masks))]
     if path is None and labels is None and (found := other_format(root)):
         raise DataError(f"{root} has no table of labels, but {found}")
     if not images and skipped:
         lines = skip_lines([*skipped.values()], "files cannot be used")
-        raise DataError(f"there is no image below {images_root}; {'; '.join(lines)}")
+        raise DataError("\n".join([f"there is no image below {images_root}", *lines]))
     if table is None:
         asked = labels is None
         notices += [f"{name} is not used" for name in TABLES if (root / name).is_file()]
@@ -260,7 +260,8 @@ def _labels_by_image(
         where = f"{table.path.name} line {row.line}"
         if _image_id(row.image, images) is not None:
             continue
-        if skip := unread.get(row.image) or unread.get(row.image.removeprefix("images/")):
+        name = row.image.removeprefix("images/")
+        if skip := unread.get(name) or unread.get(without_suffix(name)):
             skipped[skip.id] = Skip(skip.id, f"{where}: {skip.reason}")
         else:
             reason = f"{where} has no image below {images_root}"
@@ -297,6 +298,15 @@ def _find_images(
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
     return images, skipped, found.notices
+
+
+def _outside(root: Path, masks: Path | None) -> tuple[str, ...]:
+    """A notice of images beside the folders of a data set, which are not read."""
+    ignored = [root / name for name in ("images", "masks", "parts", "lists")]
+    found = list_images(root, [*ignored, *([masks] if masks else [])])
+    names = [name for name, _ in found.images] + [skip.id for skip in found.unread]
+    text = f"images outside {root / 'images'}, which are not read: {len(names)}"
+    return (f"{text} ({shortened(names)})",) * bool(names)
 
 
 def _image_id(text: str, images: Collection[str]) -> str | None:

@@ -96,7 +96,7 @@ def find_images(sources: Iterable[Path], output: Path) -> FolderFiles:
         raise DataError(
             f"there is no image below {', '.join(map(str, sources))}; files with the endings "
             f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
-            + "; ".join(["", *skip_lines(skipped, "files cannot be used"), *notices])
+            + "\n".join(["", *skip_lines(skipped, "files cannot be used"), *notices])
         )
     paged = [name for name, path in files.values() if has_pages(path)]
     notices += [pages_notice(paged)] * bool(paged)

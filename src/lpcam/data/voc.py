@@ -27,6 +27,7 @@ from lpcam.data.dataset import (
     with_mask_folder,
     without_suffix,
 )
+from lpcam.data.image_files import unnamed
 from lpcam.data.images import IMAGE_SUFFIXES
 from lpcam.data.labels import (
     labels_by_image,
@@ -148,7 +149,11 @@ def read_voc(
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
         label_source="Annotations (XML)" if labels is None else labels.name,
         skipped=tuple(skipped.values()),
-        notices=(*repeated, *(notice,) * bool(counts)),
+        notices=(
+            *repeated,
+            *(notice,) * bool(counts),
+            *unnamed((item.image for item in items.values()), "no list that was read"),
+        ),
     )
     return dataset if masks is None else with_mask_folder(dataset, masks)
 
