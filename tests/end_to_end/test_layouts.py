@@ -338,6 +338,7 @@ class Case:
     masks: int = 0  # true masks, whose values are those that were drawn
     says: tuple[str, ...] = ()  # what the refusal or the summary says
     code: int = 0  # of data check: 1 if something needs attention
+    runs: bool = False  # whether a whole run is made of it, up to the seeds
 
 
 FOLDERS = {f"{one.labels[0]}/{one.name}": one.labels for one in ONE}
@@ -360,7 +361,7 @@ CASES: dict[str, Case] = {
     "COCO JSON": Case(coco_folder, "{}", truth(MANY), 6),
     "Roboflow COCO": Case(roboflow_coco, "{}/train", truth(MANY), 6, ("colours",), 1),
     "CVAT COCO": Case(cvat_coco, "{}", says=("CVAT", "--crowds objects")),
-    "CVAT COCO, as told": Case(cvat_coco, "{} --crowds objects", truth(MANY), 6),
+    "CVAT COCO, as told": Case(cvat_coco, "{} --crowds objects", truth(MANY), 6, runs=True),
     "FiftyOne COCO": Case(fiftyone_coco, "{}", truth(MANY), 6),
     "Ultralytics YOLO": Case(yolo, "{}", truth(MANY, "train/"), 6),
     "VOC 2012": Case(voc, "{}", truth(MANY), 6),
@@ -371,7 +372,9 @@ CASES: dict[str, Case] = {
     "metadata.csv": Case(lambda r: hugging_face(r, "csv"), "{}", says=("Hugging Face",)),
     "metadata.jsonl": Case(lambda r: hugging_face(r, "jsonl"), "{}", says=("Hugging Face",)),
     "MVTec AD": Case(mvtec, "{}", says=("MVTec", "--no-class good")),
-    "MVTec AD, as told": Case(mvtec, "{}/test --labels folders --no-class good", DEFECTS),
+    "MVTec AD, as told": Case(
+        mvtec, "{}/test --labels folders --no-class good", DEFECTS, runs=True
+    ),
     "VIA": Case(via, "{}", says=("VIA", "COCO JSON")),
     "Supervisely": Case(supervisely, "{}", says=("Supervisely", "COCO JSON")),
     "FiftyOne": Case(fiftyone, "{}", says=("FiftyOne", "COCO JSON")),
@@ -419,3 +422,11 @@ def test_layout(
     for image_id, mask in masks.items():
         one = next(one for one in MANY if image_id.rpartition("/")[2] == one.name)
         assert (mask == np.array([0, *values], np.uint8)[one.mask]).mean() > 0.99
+    if case.runs:
+        options = ["--lpcam.clusters", "2", "--lpcam.scales", "[1.0]", "--until", "seeds"]
+        assert main(["run", str(path), "--run.folder", str(recipe.folder), *options]) == 0
+        for image_id, item in dataset.items.items():
+            seed = read_index_mask(recipe.folder / "seeds" / f"{image_id}.png")
+            shown = {dataset.classes.mask_ids[n] for n in item.labels}
+            assert seed.shape == SIZE and {*np.unique(seed).tolist()} <= {0, *shown}
+            assert not shown or seed.any()

@@ -151,6 +151,25 @@ def test_a_run_and_its_commands(
     assert "save them as JPEG" in capsys.readouterr().err
 
 
+def test_images_that_no_label_names(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row whose image was saved in another format, images without a row, and those outside."""
+    root = tmp_path / "data"
+    table(root / "images", ["red", "blue", "red"])
+    (root / "images" / "labels.csv").rename(root / "labels.csv")
+    (root / "images" / "2.png").rename(root / "images" / "2.heic")
+    draw(root / "images" / "3.png", "red")
+    draw(root / "more" / "4.jpg", "red")
+    (root / "more" / "5.dcm").touch()
+    assert init(root, weights) == 0
+    out = capsys.readouterr().out
+    assert "2 images with labels" in out and "2 skipped" in out
+    assert "2.heic: labels.csv line 4: files that end in .heic" in out
+    assert "3: it has no line in labels.csv" in out
+    assert "which are not read: 2 (more/4.jpg, more/5.dcm)" in out
+
+
 def test_images_that_cannot_be_read_at_all(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
