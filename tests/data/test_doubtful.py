@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import COLOURS, draw_folder
 
 from lpcam.cli.main import main
 from lpcam.data.dataset import Dataset
 from lpcam.data.labels import split_labels
-from lpcam.data.masks import write_mask
+from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import load_recipe
 
@@ -124,6 +125,7 @@ REFUSED: dict[str, tuple[Files | Sequence[str], str, str]] = {
     "masks among classes": (["cat/images/1.jpg", "cat/masks/1.png"], "folders", "'masks'"),
     "classes of two levels": (["pet/cat/1.jpg", "farm/cow/2.jpg"], "folders", "{root}/farm"),
     "a split among classes": (["cat/1.jpg", "dog/1.jpg", "test/1.jpg"], "folders", "test mean"),
+    "Cityscapes as classes": (["leftImg8bit/a/1.png", "gtFine/a/1.png"], "folders", "gtFine"),
     "folders by date": (["2021-03-04/1.jpg", "20210305/1.jpg"], "folders", "20210305 mean"),
     "folder of none": (["cow/1.jpg", "background/1.jpg"], "folders", "--no-class background"),
     "folder of good": (["good/1.png", "crack/1.png"], "folders", "--no-class good"),
@@ -295,6 +297,12 @@ READ: dict[str, tuple[Files | Sequence[str], list[str], Labels, Expected]] = {
         {"a": ["tench, fish"], "b": ["hen"]},
         {"hen": 1, "tench, fish": 2},
     ),
+    "imported names": (
+        {**table('a,"tench, fish"'), "classes.txt": "tench, fish\nhen\n", "import.json": "{}"},
+        [],
+        {"a": ["tench, fish"]},
+        {"tench, fish": 1},
+    ),
     "NIH": (
         table("a,Mass|Hernia", "b,No Finding", head="Image Index,Finding Labels"),
         ["--separator", "|", "--no-class", "No Finding"],
@@ -452,3 +460,24 @@ def test_separators(text: str, separator: str | None, expected: tuple[str, ...])
 def test_names_that_are_never_several() -> None:
     assert split_labels("n/a", "here") == ("n/a",)
     assert split_labels("a/b;c", "here", known=["a/b"]) == ("a/b", "c")
+
+
+def test_a_run_reads_what_init_was_told(tmp_path: Path, model: list[str]) -> None:
+    """Labels with another separator and a label that means none, until the scored seeds."""
+    root = draw_folder(tmp_path / "boxes")
+    text = (root / "labels.csv").read_text()
+    text = text.replace(";", "|").replace("i03.png,", "i03.png,nan")
+    (root / "labels.csv").write_text(text)
+    words = ["--separator", "|", "--no-class", "nan"]
+    assert main(["init", str(root), *model, *words]) == 0
+    values = {"run.folder": str(tmp_path / "run"), "run.threads": "1", "lpcam.clusters": "3"}
+    values |= {"lpcam.scales": "[1.0]", "report.images": "0", "sheet.images": "2"}
+    options = [word for key, value in values.items() for word in (f"--{key}", value)]
+    assert main(["run", str(root / "recipe.yaml"), "--until", "seeds", *options]) == 0
+    shown = {path.stem: read_index_mask(path) for path in (tmp_path / "run/seeds").glob("*.png")}
+    assert len(shown) == 12 and not shown["i03"].any()
+    names = (root / "labels.csv").read_text().split("\n")[1:]
+    for line in filter(None, names):
+        name, labels = line.split(",")
+        values = {1 + sorted(COLOURS).index(label) for label in labels.split("|") if label != "nan"}
+        assert {*np.unique(shown[name[:-4]]).tolist()} <= {0, 255, *values}

@@ -61,8 +61,9 @@ _OWN = frozenset([*TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.j
 _NO_CLASS = re.compile(
     r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
     r"([ _-]?(set|data|images?|imgs?|split|\d+))*|images?|imgs?|jpegimages|photos?|pictures?|data|"
-    r"dataset|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|gt|bbox(es)?|"
-    r"outputs?|results?|predictions?|(19|20)\d\d[-_. ]?[01]\d([-_. ]?[0-3]\d)?|"
+    r"dataset|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|bbox(es)?|"
+    r"gt(fine|coarse)?|leftimg8bit|outputs?|results?|predictions?|"
+    r"(19|20)\d\d[-_. ]?[01]\d([-_. ]?[0-3]\d)?|"
     r"[0-3]?\d[-_.][01]?\d[-_.](19|20)\d\d"
 )
 """Names of folders, in lower case, that mean something else than a class."""
@@ -112,6 +113,8 @@ def read_folder(
     path = labels if isinstance(labels, Path) else None
     if labels is None:
         path = next((root / name for name in TABLES if (root / name).is_file()), None)
+    if (root / "import.json").is_file():  # names that lpcam import wrote are one each
+        separator = separator or ";"
     own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
     split = partial(split_labels, separator=separator, known={*no_class, *(own or ())})
     table = None if path is None else read_labels(path, split)
