@@ -79,12 +79,7 @@ def command(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Declare the decorated function as a command; its docstring is the help.
 
-    Args:
-        name: name on the command line, such as ``run`` or ``data check``.
-        arguments: its arguments. The function gets an `Invocation` and, by name, their values,
-            except for that of ``--threads``.
-        group: one of `GROUPS`.
-        recipe_values: whether it takes ``--section.key value``.
+    It gets an `Invocation` and, by name, the values of the arguments except ``--threads``.
     """
 
     def declare(work: Callable[..., int]) -> Callable[..., int]:
@@ -140,10 +135,7 @@ TRAINED_ON = Argument(
 
 
 def parse_changes(rest: Sequence[str]) -> dict[str, Any]:
-    """Values of a recipe from ``--section.key value`` and ``--section.key=value``.
-
-    LpcamError names the argument that is neither, or a value that is not YAML.
-    """
+    """Values of a recipe from ``--section.key value`` and ``--section.key=value``."""
     pairs = {}
     words = iter(rest)
     for word in words:

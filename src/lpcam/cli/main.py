@@ -28,11 +28,7 @@ RECIPE_VALUES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``lpcam`` command.
 
-    Args:
-        arguments: the command line without the program's name; None takes that of the process.
-
-    Returns:
-        The exit status: 0, 1 if images were skipped, 2 for an error, 130 if it was interrupted.
+    Returns the exit status: 0, 1 if images were skipped, 2 for an error, 130 if it was interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()

@@ -181,13 +181,7 @@ class Host(ABC, Generic[S, N]):
 
     @abstractmethod
     def build(self, backbone: BackboneSpec, names: Sequence[str], settings: S, **first: Any) -> N:
-        """The untrained network, on the CPU.
-
-        Args:
-            backbone: the backbone it builds on.
-            names: names of the classes.
-            first: ``weights``, ``mean``, ``std`` and ``seed``.
-        """
+        """The untrained network; ``first`` are ``weights``, ``mean``, ``std`` and ``seed``."""
 
     def released(self) -> Sequence[Released]:
         """The files of released programs that hold this network."""

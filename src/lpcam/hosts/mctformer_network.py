@@ -366,17 +366,9 @@ def build_mctformer(
     """Build MCTformer on a vision transformer of timm (section 1); see :meth:`Host.build`.
 
     The class token of a DeiT or ViT checkpoint and its position are copied for every class; the
-    positions of patches are resized (bicubic) if the checkpoint has another grid.
-
-    Args:
-        backbone: its arguments are timm's, such as ``depth``; and ``stem``, timm's name of a
-            convolutional backbone that makes the patch tokens, with its ``stem_arguments``.
-        weights: ``"pretrained"``, ``"random"``, or a safetensors file of the transformer or of a
-            whole MCTformer. With a stem they are the stem's, and the transformer is random.
-
-    Raises:
-        ClassifierError: if timm cannot make the transformer, it is of another kind, or the weights
-            cannot be read, do not fit or hold NaN or Inf.
+    positions of patches are resized (bicubic) if the checkpoint has another grid. The backbone's
+    arguments are timm's, and ``stem``, timm's name of a convolutional backbone that makes the patch
+    tokens, with its ``stem_arguments``; the weights are then the stem's.
     """
     decay = settings.ranking_decay if settings.pooling == "ranked" else 1.0
     options = (settings.crop, settings.drop_path, settings.version, decay)

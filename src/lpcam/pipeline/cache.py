@@ -56,11 +56,7 @@ class Result:
         return all(path.is_file() for path in self.files)
 
     def begin(self) -> None:
-        """Prepare the folder: keep files of the same key, remove those of another.
-
-        Raises:
-            ArtefactError: if the folder holds files but no record.
-        """
+        """Prepare the folder: keep files of the same key, remove those of another."""
         _remove_half_written(self.folder.rglob(".*.tmp"))
         record = self._record()
         found = list(self.folder.iterdir()) if self.folder.exists() else []
@@ -130,10 +126,9 @@ def _remove_half_written(paths: Iterator[Path]) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Results that one piece of work makes together.
+    """Results that one piece of work makes together; ``work`` gets them in their order.
 
-    ``work`` gets the results in their order. It runs in every process of a run and returns what the
-    first process records of them.
+    It runs in every process of a run and returns what the first process records of them.
     """
 
     results: Sequence[Result]
@@ -145,11 +140,7 @@ class Task:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this process until the block ends or the process dies.
-
-    Raises:
-        ArtefactError: if another process holds it, or the folder cannot be made.
-    """
+    """Lock a run folder until the block ends; ArtefactError if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("a")

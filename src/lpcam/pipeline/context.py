@@ -64,19 +64,7 @@ class Given:
 class Context:
     """One pass over the stages.
 
-    Args:
-        recipe: recipe of the run.
-        command: the command that asked for the run, recorded in the protocol of every score.
-        processes: the processes that work on the run.
-        device: device of this process; None lets the recipe choose.
-        stages: names of the stages of this pass, in order.
-        only: name of the one stage that may have anything to do; None: any.
-        lists: lists of the data that its stages need; None: what the recipe's need.
-
-    Attributes:
-        results: the results by their names, filled as the stages go.
-        given_maps, given_masks: maps or masks of another program that replace the run's own.
-        rows: the scores of the run, once it is evaluated.
+    ``only`` is the one stage that may have anything to do; ``lists`` are what the stages need.
     """
 
     def __init__(
@@ -137,12 +125,7 @@ class Context:
     ) -> Task:
         """A task that makes files of each image, unless all of them are there.
 
-        Args:
-            label: shown with the progress.
-            parts: everything that the result depends on; the images are added.
-            files: the files of an image in the folder of the result.
-            start: called if there is something to do; returns the function that makes the files of
-                an image, without gradients. Its errors name the image.
+        ``start``, called if there is something to do, returns what makes the files of an image.
         """
 
         def work(result: Result) -> None:
@@ -177,13 +160,10 @@ class Context:
         build: Callable[[], N],
         train: Callable[[N, Path], History],
     ) -> Task:
-        """A task that trains a network and writes its file.
+        """A task that trains a network in place and writes its file.
 
-        Args:
-            path: the file of the trained network.
-            build: makes the untrained network, before anything is removed.
-            train: trains it in place and returns the history; its second argument is the folder for
-                checkpoints.
+        ``build`` makes it before anything is removed; ``train`` also gets the folder for
+        checkpoints.
         """
 
         def work(network: N, result: Result) -> Output | None:
@@ -218,14 +198,7 @@ class Context:
         }
 
     def execute(self, task: Task, *, again: bool = False) -> bool:
-        """Make the results of a task unless they are up to date; tell whether they were made.
-
-        Args:
-            again: make them in any case.
-
-        Raises:
-            ArtefactError: if there is something to do, but only another stage may do anything.
-        """
+        """Make the results of a task unless they are up to date; tell whether they were made."""
         results, first = task.results, self.processes.first
         self.results |= {result.name: result for result in results}
         stale = [result for result in results if not result.done()]

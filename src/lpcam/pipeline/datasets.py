@@ -28,15 +28,8 @@ def read_dataset(
 ) -> Dataset:
     """Read the labels and lists of a recipe's data set; images are not read yet.
 
-    Args:
-        recipe: a recipe with the section data.
-        lists: names of the lists to read.
-        painted: folder for masks that must be painted from annotations; None: none are.
-        workers: number of masks painted at a time.
-        check: called before masks are painted; the data set is read as the one it returns.
-
-    Raises:
-        DataError: if folders, lists or labels do not fit together.
+    Masks that must be painted are written to ``painted``; ``check`` is called before that, and the
+    data set is read as the one it returns. DataError if folders, lists or labels do not fit.
     """
     data = recipe.data
     names = {data.list_of(s) for s in lists}

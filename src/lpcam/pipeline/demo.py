@@ -21,13 +21,9 @@ SEED = 0
 def demo(
     folder: Path, threads: int | None, command: str, *, images: int = IMAGES, size: int = SIZE
 ) -> RunResult:
-    """Draw ``images`` creatures of ``size`` pixels into ``folder/data`` and run the demo recipe.
+    """Draw ``images`` creatures into ``folder/data`` and run the demo recipe.
 
     A second call with the same numbers draws nothing and runs what is not up to date.
-
-    Raises:
-        DataError: if ``folder/data`` holds files that were not drawn here.
-        LpcamError: as :func:`lpcam.pipeline.run`.
     """
     data = folder / "data"
     with locked(folder):

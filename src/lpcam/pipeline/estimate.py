@@ -57,18 +57,9 @@ def inspect_dataset(
     workers: int = 1,
     **reading: Any,
 ) -> Survey:
-    """Inspect every file of a data set, and estimate the cost of a run.
+    """Inspect every file of a data set, and estimate the cost of a run of a recipe.
 
-    Args:
-        path, reading: as in :func:`lpcam.data.open_dataset.open_dataset`.
-        recipe: file or name of the recipe whose run is estimated; None: the usual small one.
-        estimated: whether a run is estimated.
-        workers: number of files read, and of images timed, at a time.
-
-    Raises:
-        DataError: if the data set cannot be opened, or no image can be used.
-        RecipeError: if the recipe cannot be read.
-        ClassifierError: if the backbone of the recipe cannot be made.
+    ``reading`` as in :func:`lpcam.data.open_dataset.open_dataset`.
     """
     estimate = None
     if estimated:
@@ -89,19 +80,10 @@ def estimate_run(
     """Time some labelled images through what takes most of a run, and extrapolate.
 
     Timed are reading, the backbone's passes at all scales, the maps of CAM, LPCAM and LPCAM-F, and
-    writing them and a seed. The passes are taken to grow with the pixels of an image, the maps with
-    pixels times labels. Weights are random, which changes neither. Not counted: the start, the fit
-    of the probe (or the fine-tuning), clustering, evaluation, report, refinement and segmentation.
+    writing them and a seed. Weights are random, which changes none of these. Not counted: the
+    start, the fit of the classifier, clustering, evaluation, report, refinement and segmentation.
 
-    Args:
-        sizes: (height, width) of every image by id.
-        recipe: its sections classifier, lpcam and maps, and its device, are used.
-        workers: images worked on at a time.
-        memory: bytes that features may take; if those of a list are more, its passes are counted
-            again for each stage. None: half of what this process may use.
-
-    Raises:
-        ClassifierError: if the backbone cannot be made.
+    If the features of a list are more than ``memory``, its passes are counted again for each stage.
     """
     section, scales, limit = recipe.classifier, recipe.lpcam.scales, recipe.maps.maximum_side
     device = choose_device(recipe.run.device)

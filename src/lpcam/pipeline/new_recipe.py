@@ -73,23 +73,11 @@ def write_recipe(
     anyway: bool = False,
     **reading: Any,
 ) -> tuple[Path, str]:
-    """Check every image of a data set and write ``recipe.yaml`` beside it.
+    """Check every image of a data set and write ``recipe.yaml`` beside it; its path, and a summary.
 
-    Args:
-        source: a folder that holds images and labels, or a COCO JSON file.
-        backbone: a timm model's name.
-        weights: ``pretrained``, or the path of a safetensors file.
-        anyway: whether to go on although the pixels would ruin a run.
-        kind, reading: as in :func:`lpcam.data.open_dataset.open_dataset`; given values are
-            written to the recipe. The run uses the first list and tests on the last; without
-            ``lists`` it uses lists named like ``train`` and ``val``, if any.
-
-    Returns:
-        the recipe's path, and a summary of what was found, in words.
-
-    Raises:
-        DataError: if the folder cannot be used, or has a recipe already.
-        ClassifierError: if timm does not know the backbone, or the weights file is missing.
+    ``kind`` and ``reading`` as in :func:`lpcam.data.open_dataset.open_dataset`; given values are
+    written to the recipe. The run uses the first list and tests on the last; without ``lists`` it
+    uses lists named like ``train`` and ``val``, if any.
     """
     folder = source.parent if source.is_file() else source
     path = folder / "recipe.yaml"

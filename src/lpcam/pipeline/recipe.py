@@ -163,23 +163,13 @@ class Recipe(Section):
         return self.run.folder or Path("runs") / self.name
 
     def fixed_threshold(self, method: Method) -> float:
-        """The fixed threshold of a method's seeds.
-
-        It is ``seeds.threshold`` if given and ``method`` is ``seeds.method``, else the preset's.
-        """
+        """The fixed threshold of a method's seeds: the recipe's for its own, or the preset's."""
         if method == self.seeds.method and self.seeds.threshold is not None:
             return self.seeds.threshold
         return self.lpcam.cam_threshold if method == "CAM" else self.lpcam.threshold
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
-        """The recipe with some values replaced.
-
-        Args:
-            changes: values by dotted key, such as ``{"lpcam.tau": 0.25}``.
-
-        Raises:
-            RecipeError: naming the field, the value and what is allowed.
-        """
+        """The recipe with some values replaced, by dotted key such as ``lpcam.tau``."""
         if not changes:
             return self
         values = _given(self)
@@ -290,16 +280,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def parse_recipe(values: Mapping[str, Any], *, base: Path | None = None, where: str) -> Recipe:
-    """Validate a recipe given as nested mappings.
-
-    Args:
-        values: the sections.
-        base: folder that relative paths are taken from; None leaves them relative.
-        where: name of the recipe in messages.
-
-    Raises:
-        RecipeError: as :func:`load_recipe`.
-    """
+    """Validate a recipe given as nested mappings; ``base`` is the folder of its relative paths."""
     version = values.get("version", VERSION)
     if isinstance(version, int) and version > VERSION:
         raise RecipeError(
@@ -328,11 +309,7 @@ def _explain(problem: ErrorDetails) -> str:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """The value of a dotted key from text: YAML, or the text itself for a path.
-
-    Raises:
-        RecipeError: if the text is not YAML.
-    """
+    """The value of a dotted key from text: YAML, or the text itself for a path."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -86,17 +86,7 @@ def run(
 
 
 def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
-    """Make pseudo masks from maps of another program, and score them where masks exist.
-
-    Args:
-        recipe: its data, classifier (the backbone of IRN), refine and run sections are used.
-        maps: a folder of map files (:func:`lpcam.pipeline.stages.refine.import_maps`).
-        command: the command line, for the protocol.
-
-    Raises:
-        RecipeError: if the recipe has no section refine.
-        LpcamError: as :func:`run`.
-    """
+    """Make pseudo masks from map files of another program, and score them where masks exist."""
     if recipe.refine is None:
         raise RecipeError(
             f"the recipe {recipe.name} does not say how to refine maps; add {REMEDIES['refine']}"
@@ -105,34 +95,14 @@ def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
 
 
 def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
-    """Train a segmenter on masks of another program, and score it where masks exist.
-
-    Args:
-        recipe: its data, segment and run sections are used.
-        masks: a folder of index masks (:func:`lpcam.pipeline.stages.segment.import_masks`).
-        command: the command line, for the protocol.
-
-    Raises:
-        RecipeError: if the recipe has no section segment.
-        LpcamError: as :func:`run`.
-    """
+    """Train a segmenter on index masks of another program, and score it where masks exist."""
     if recipe.segment is None:
         raise RecipeError(f"the recipe {recipe.name} names no segmenter; add {REMEDIES['segment']}")
     return _work_on(recipe, command, "segment", SEGMENT_LISTS, import_masks, masks)
 
 
 def report(folder: Path, device: str | None = None) -> Path:
-    """Make the report of a finished run again, from what is in its folder; returns its path.
-
-    Args:
-        folder: folder of the run.
-        device: device of the backbone's passes, which search images for patches; None takes
-            the recipe's.
-
-    Raises:
-        ArtefactError: if the folder holds no run, or one that is not up to date.
-        LpcamError: as :func:`run`.
-    """
+    """Make the report of a finished run again, from what is in its folder; returns its path."""
     changes = {"run.folder": str(folder), **({} if device is None else {"run.device": device})}
     recipe = load_recipe(RunFolder(folder).require_recipe(), changes)
     if not recipe.report.images:

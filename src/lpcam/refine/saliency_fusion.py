@@ -56,15 +56,9 @@ REVISION = 1  #: Revision of the saliency that is computed, for cache keys.
 def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings) -> Tensor:
     """The best class of each pixel, k + 1, or the background, 0 (steps 2 to 5), as int64 (H, W).
 
-    A pixel that is not salient is background unless a class has more than ``beta``. A salient pixel
-    has the best class unless all have less than ``alpha``. The first of equal classes wins.
-
-    Args:
-        scores: (K, H, W) maps, each divided by its maximum, or posteriors of a CRF; in [0, 1].
-        saliency: (H, W) uint8; a pixel is salient above the grey level 100 ``theta``.
-
-    Raises:
-        DataError: if shapes or dtypes do not fit, or a score is not finite.
+    Takes maps or posteriors (K, H, W) in [0, 1] and saliency (H, W) uint8. A pixel that is not
+    salient is background unless a class has more than ``beta``. A salient pixel has the best class
+    unless all have less than ``alpha``. The first of equal classes wins.
     """
     if scores.ndim != 3 or not scores.is_floating_point() or not bool(scores.isfinite().all()):
         raise DataError(

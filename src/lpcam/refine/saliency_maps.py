@@ -71,13 +71,8 @@ def read_saliency(
     """Read the map of one image, uint8 (H, W) in steps of 1/255; colours are averaged.
 
     A map of another size than ``size`` (height, width) is resized by Pillow's bilinear filter.
-
-    Args:
-        maximum: the value that means 1. None: 255 for 8 bits, 65535 for 16, else 1; an 8-bit map
-            whose largest value is 1 is then refused. `saliency_maximum` finds it.
-
-    Raises:
-        DataError: if the map is missing, unreadable, transparent or out of range.
+    ``maximum`` is the value that means 1. None: 255 for 8 bits, 65535 for 16, else 1; an 8-bit map
+    whose largest value is 1 is then refused. DataError if the map is unreadable or out of range.
     """
     values = read_values(find_saliency(folder, [item_id])[item_id], maximum=maximum)
     if values.shape != tuple(size):

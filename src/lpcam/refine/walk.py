@@ -227,16 +227,10 @@ def affinity_walk(
 ) -> Tensor:
     """x T^(2^exponent), with T the affinities to the power of ``beta``, columns summing to 1.
 
-    T has a unit diagonal before it is normalised. The power is a series of Chebyshev polynomials of
-    T whose weights fall like a Gaussian's: 98 terms reach 1e-6 of 256 steps on a VOC image.
-
-    Args:
-        maps: (..., K, h, w) sources x.
-        pairs: affinities in [0, 1] as :func:`path_maxima` has them, of all pairs of the grid.
-        tolerance: largest error of omitted terms, relative to the largest source; 0 omits none.
-
-    Raises:
-        DataError: if shapes do not fit, an affinity is outside [0, 1], or a value is NaN or Inf.
+    Sources x are (..., K, h, w), pairs affinities as :func:`path_maxima` has them. T has a unit
+    diagonal before it is normalised. The power is a series of Chebyshev polynomials of T whose
+    weights fall like a Gaussian's: 98 terms reach 1e-6 of 256 steps on a VOC image; omitted terms
+    err by ``tolerance`` of the largest source. DataError if values or shapes do not fit.
     """
     if maps.ndim < 3 or not maps.isfinite().all():
         raise DataError(f"maps are {tuple(maps.shape)}; expected (..., K, h, w) without NaN or Inf")

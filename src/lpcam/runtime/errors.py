@@ -44,23 +44,13 @@ class NotFittedError(LpcamError, ValueError, AttributeError):
 
 
 def shortened(entries: Sequence[str], most: int = 5) -> str:
-    """The first of some entries, and the number of the others, for a message.
-
-    Example:
-        >>> shortened(["cow", "dog", "hen"], most=2)
-        'cow, dog and 1 more'
-    """
+    """The first of some entries, and the number of the others, for a message."""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
     return ", ".join(entries[:most]) + more
 
 
 def import_extra(module: str, extra: str, need: str) -> Any:
-    """Import a module of an extra; LpcamError with ``need`` if it is not installed.
-
-    Example:
-        >>> import_extra("math", "numbers", "square roots need math").sqrt(4)
-        2.0
-    """
+    """Import a module of an extra; LpcamError with ``need`` if it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -20,13 +20,7 @@ class RegistryError(LpcamError, KeyError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Methods of one kind by name: the package's, then those of entry points; imported when needed.
-
-    Args:
-        kind: name of one entry in messages, such as ``host``.
-        group: entry-point group in which other distributions announce their entries.
-        own: entries of the package: name to ``module:attribute``.
-    """
+    """Methods of one kind by name: the package's, then entry points; imported when needed."""
 
     def __init__(self, kind: str, group: str, own: Mapping[str, str]) -> None:
         self.kind = kind

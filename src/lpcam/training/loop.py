@@ -125,23 +125,13 @@ def run(
 ) -> History:
     """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
-    Args:
-        module: module whose state a checkpoint holds; afterwards it is in evaluation mode.
-        optimizer: its groups' learning rates are multiplied by the plan's factor.
-        make: makes the sample of a place; picklable, if there are workers.
-        count: number of samples in the list.
-        loss: part of this process in the mean over all samples of a forward pass; it sets the mode.
-        label, section: name of the training, and of its recipe section, for messages.
-        seed, folder, workers, processes: see :class:`TrainingOptions`.
-        scaler: scaler of losses in float16; a step whose gradients overflow is skipped.
-        at_record: more values of a record, from the number of steps done.
+    ``make`` makes the sample of a place, of ``count`` in the list; it is picklable if there are
+    workers. ``loss`` is this process's part in the mean over all samples of a forward pass; it sets
+    the mode. ``scaler`` scales losses in float16; a step whose gradients overflow is skipped.
 
-    Returns:
-        ``epoch``, ``step``, mean ``loss`` and more, every ``plan.record`` steps and at the end.
-
-    Raises:
-        ClassifierError: as :func:`smallest_part`, or if the loss is no longer finite.
-        ArtefactError: if a checkpoint is damaged or of other weights.
+    Returns ``epoch``, ``step``, mean ``loss`` and the values of ``at_record`` (from the number of
+    steps done), every ``plan.record`` steps and at the end. ClassifierError if the loss is not
+    finite, ArtefactError if a checkpoint is damaged or of other weights.
     """
     parts, processes = plan.accumulation, processes or Processes()
     smallest_part(plan, count, processes, section)

@@ -98,13 +98,7 @@ class Released:
 
 
 def without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """A state dict without the `PREFIXES` that all its names share, and what was removed.
-
-    Example:
-        >>> state, removed = without_prefixes({"module._orig_mod.fc.weight": torch.zeros(1)})
-        >>> list(state), removed
-        (['fc.weight'], 'module._orig_mod.')
-    """
+    """A state dict without the `PREFIXES` that all its names share, and what was removed."""
     found, removed = dict(state), ""
     while found and (
         prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in found)), None)

@@ -41,10 +41,7 @@ class SavedNetwork(nn.Module):
     kind: ClassVar[str]  #: Kind of the file, in its metadata.
 
     def fingerprint(self, classes: Sequence[str] | None = None) -> str:
-        """32 hex digits that change with any weight, the architecture or the preprocessing.
-
-        With ``classes`` that of the same network with other class names.
-        """
+        """32 hex digits that change with weights, architecture, preprocessing and class names."""
         own = {} if classes is None else {"classes": list(classes)}
         return digest_tensors(self.state_dict(), {**self._description(), **own})
 
@@ -73,11 +70,7 @@ class SavedNetwork(nn.Module):
         return network
 
     def take(self, path: Path) -> None:
-        """Load the weights of a file of the same network that ``lpcam convert`` wrote.
-
-        Raises:
-            ArtefactError: if the file holds another network; the message names what differs.
-        """
+        """Load a file of ``lpcam convert``; ArtefactError names what differs from this network."""
         state, metadata = read_tensors(path)
         check_same({"kind": self.kind, **self._description()}, metadata, path)
         load_weights(self, state, path)

@@ -54,11 +54,6 @@ def validate(context: Context) -> None:
     """Validate the host's configuration before any stage runs.
 
     Skipped where the networks exist: their stage knows whether they are up to date.
-
-    Raises:
-        ClassifierError: if the network cannot be built, or a step cannot be shared among the
-            processes.
-        DataError: if the host cannot learn from these images.
     """
     section, networks = required(context.recipe.host), _networks(context)
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):

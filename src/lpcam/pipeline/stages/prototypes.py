@@ -99,14 +99,8 @@ def make(
 ) -> Output | None:
     """Collect local features and make prototypes of them, in the folder of a result.
 
-    Args:
-        items: images whose features are collected.
-        settings: how prototypes are fitted.
-        local: gives the features of a batch of images and the maps that split them.
-        scorer: weight (N, C) of the linear layer that scores centres (eqs. 3 and 4), and its bias
-            (N,) where scores use it.
-        trained: record of the classifier or network that the features are of.
-        label: shown with the progress.
+    ``scorer`` is the weight (N, C) of the linear layer that scores centres (eqs. 3 and 4), and its
+    bias (N,) where scores use it; ``trained`` the record of the network that the features are of.
     """
     seed, names = context.recipe.run.seed, context.dataset.classes.names
     drawn = _drawn(context, items, settings)
@@ -199,11 +193,7 @@ def _gather(
 def check_memory(context: Context, settings: LpcamSettings, blank: Tensor) -> None:
     """Refuse a sample of local features that would not fit into memory.
 
-    Args:
-        blank: features (C, h, w) of an image of `BLANK` pixels a side.
-
-    Raises:
-        RecipeError: with the memory that is needed and available.
+    ``blank`` are the features (C, h, w) of an image of `BLANK` pixels a side.
     """
     precision, limit = context.recipe.maps.features, context.recipe.maps.maximum_side
     drawn = _drawn(context, context.items("prototypes"), settings)

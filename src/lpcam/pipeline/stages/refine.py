@@ -75,16 +75,7 @@ def _label_task(
     labeller: Callable[[], Callable[[Picture, Path], None]],
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes a file of labels for every image from its maps.
-
-    Args:
-        maps: folder of the maps.
-        key: key of the result that holds them.
-        parts: everything else that the labels depend on.
-        path: gives the file of an image's id in a folder.
-        labeller: makes a function that writes the labels of a picture to a file.
-        items: images to label.
-    """
+    """A task that writes a file of labels for every image from maps with a cache key."""
 
     def start(result: Result) -> Callable[[Item], None]:
         write = labeller()
@@ -104,12 +95,9 @@ def ternary_task(
     settings: CrfSettings,
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes ternary masks of one kind of maps, as the labels of a refinement.
+    """A task that writes ternary masks of one kind of maps.
 
-    Args:
-        source: the result that holds the maps.
-        thresholds: thresholds of the sure foreground and of the sure background.
-        settings: settings of the dense CRF.
+    ``thresholds`` are those of the sure foreground and of the sure background.
     """
     arguments, where = (thresholds, context.dataset.classes), (source.folder, source.key)
     parts = ternary_key(settings, *arguments)
@@ -177,14 +165,10 @@ def _untrained(section: RefineSection, lent: Tools) -> Any:
 
 
 def import_maps(context: Context, folder: Path) -> None:
-    """Take the maps of another program instead of those of the run's own stages.
+    """Take the map files of another program instead of the maps of the run's own stages.
 
-    ``folder`` holds one file of :func:`lpcam.data.map_files.write_maps` for each image of the list
-    for maps, named by its id. Images whose file is missing, damaged, of another size or of other
-    classes are left out, with the reason.
-
-    Raises:
-        DataError: if no image has maps.
+    Images whose file is missing, damaged, of another size or of other classes are left out, with
+    the reason.
     """
     skipped, digests, unlabelled = [], {}, 0
     for item in context.items("maps"):

@@ -34,13 +34,7 @@ def mask_task(
     threshold: float,
     ignore_threshold: float | None = None,
 ) -> Task:
-    """A task that cuts masks from the maps of a result.
-
-    Args:
-        source: the result that holds the maps.
-        threshold: foreground is above it.
-        ignore_threshold: pixels between it and ``threshold`` become 255; None: none do.
-    """
+    """A task that cuts masks from the maps of a result; between the thresholds they are 255."""
     items, classes = context.items("maps"), context.dataset.classes
     parts = {
         "revision": 1,

@@ -52,11 +52,7 @@ class TrainingMasks:
 
 
 def training_masks(context: Context) -> list[TrainingMasks]:
-    """Masks that segmenters are trained on: the recipe's, or another program's.
-
-    Raises:
-        DataError: if the recipe names true masks and none exist.
-    """
+    """Masks that segmenters are trained on: the recipe's, or another program's."""
     recipe, items, given = context.recipe, context.items("segment"), context.given_masks
     trained = required(recipe.segment).trained
     if trained is not None:
@@ -89,12 +85,6 @@ def validate(context: Context) -> None:
     """Validate the segmenter's configuration before any stage runs.
 
     The network is not tried where a training has finished: its stage knows whether it holds.
-
-    Raises:
-        RecipeError: if pseudo masks are wanted that the recipe does not make.
-        ClassifierError: if the network or its weights cannot be had, or a batch cannot be shared
-            among the processes.
-        DataError: if the best weights are wanted and no image to test has a true mask.
     """
     section, recipe = required(context.recipe.segment), context.recipe
     wanted = [name for name in recipe.segmented if name != TRUTH]
@@ -125,13 +115,7 @@ def validate(context: Context) -> None:
 
 
 def import_masks(context: Context, folder: Path) -> None:
-    """Train on the masks of another program instead of the run's own.
-
-    ``folder`` holds one index mask (PNG) for each image of the list to segment, named by its id.
-
-    Raises:
-        DataError: if masks are missing.
-    """
+    """Train on the index masks (ID.png) of another program instead of the run's own."""
     paths = [mask_path(folder, item.id) for item in context.items("segment")]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
