@@ -25,6 +25,7 @@ class FeaturePair(NamedTuple):
 
     features: Tensor  #: (..., C, h, w)
     mirrored: Tensor | None  #: (..., C, h, w), or None without flip
+    attention: Tensor | None = None  #: (..., h * w, h * w) that spreads maps, or None
 
 
 def tensor_pyramid(

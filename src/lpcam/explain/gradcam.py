@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpcam.classifiers.features import FeaturePair, full_precision, tensor_pyramid
+from lpcam.classifiers.features import FeaturePair, full_precision
 from lpcam.classifiers.tracing import logits_of
 from lpcam.classifiers.wrapped import TargetLayer, WrappedModel, wrap
 from lpcam.method import extractors as extract
 from lpcam.method.functional import cosine_activation, fuse_scales, normalize, unflip, unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
+from lpcam.method.vit import PositionFree, attended_pyramid, spread_by_attention
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Category = Any  #: A class index, an object with ``category``, or a FinerWeightedTarget.
@@ -136,7 +137,8 @@ class LPCAM(extract.LPCAM):
         self.outputs: Tensor | None = None
         self.activations_and_grads = Activations(self._pass)
         of_model = {name: options[name] for name in self._model_options if name in options}
-        self.source = _source(model, self.target_layers, reshape_transform, of_model)
+        found = _source(model, self.target_layers, reshape_transform, of_model)
+        self.source = PositionFree.of(found) if self.remove_position_bias else found
         if self.source.needs_head and self_fit:
             raise ClassifierError(
                 f"this model gives no logits of the {len(self.source.classes)} classes, and "
@@ -238,6 +240,8 @@ class LPCAM(extract.LPCAM):
                 features = features + unflip(pair.mirrored)
             found = self.get_cam_image(input_tensor, layer, targets, features, None, eigen_smooth)
             maps.append(torch.from_numpy(found)[:, None].relu())
+            if pair.attention is not None:
+                maps[-1] = spread_by_attention(maps[-1], pair.attention.cpu())
         return [fuse_scales(maps, (height, width)).high_res.float().numpy()]
 
     def aggregate_multi_layers(
@@ -297,7 +301,10 @@ class LPCAM(extract.LPCAM):
         with hook, full_precision(source.device):
             for part in torch.split(images, self.batch_size):
                 outputs.clear()
-                found.append(list(tensor_pyramid(source, part, scales, flip=settings.flip)))
+                pyramid = attended_pyramid(
+                    source, part, scales, flip=settings.flip, blocks=self.attention_blocks
+                )
+                found.append(list(pyramid))
                 if source.new_head:
                     pooled = found[-1][own].features.mean((-2, -1))
                     logits.append(F.linear(pooled, source.weight, source.bias))
@@ -306,9 +313,8 @@ class LPCAM(extract.LPCAM):
                 else:  # a function gives the map without a pass of the whole model
                     logits.append(source.logits(part))
         for parts in zip(*found, strict=True):
-            mirrored = [pair.mirrored for pair in parts if pair.mirrored is not None]
-            features = torch.cat([pair.features for pair in parts])
-            kept.append(FeaturePair(features, torch.cat(mirrored) if mirrored else None))
+            fields = zip(*parts, strict=True)
+            kept.append(FeaturePair._make(None if f[0] is None else torch.cat(f) for f in fields))
         state, self.outputs = self.activations_and_grads, torch.cat(logits)
         state.pairs, state.activations = kept, [kept[own].features.cpu()]
         state.size = images.shape[-2], images.shape[-1]

@@ -38,10 +38,11 @@ from lpcam.method.batches import (
     read_labels,
 )
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
-from lpcam.method.multi_scale import OfPair, present_maps, single_scale_cam
+from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
 from lpcam.method.settings import LpcamSettings
+from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
 
@@ -67,6 +68,8 @@ class CAM:
         settings: an :class:`LpcamSettings` or the name of a preset; None: ``voc12.official``, at
             scale 1 only if the model takes a fixed size of image.
         classes, target_layer, head, pool, example: as for :func:`wrap`.
+        attention_blocks: number of last transformer blocks whose attention spreads the maps.
+        remove_position_bias: subtract the mean response of the map's places to noise images.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -84,6 +87,8 @@ class CAM:
     head: Head | None = None
     pool: Pool | None = None
     example: Tensor | tuple[int, int] | None = None
+    attention_blocks: int = 0
+    remove_position_bias: bool = False
 
     _model_options = ("classes", "target_layer", "head", "pool", "example")
 
@@ -124,7 +129,9 @@ class CAM:
             raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
-        if not parameters.keys().isdisjoint(("model", *self._model_options)):
+        if not parameters.keys().isdisjoint(
+            ("model", "remove_position_bias", *self._model_options)
+        ):
             self._reset()
         return self
 
@@ -150,14 +157,17 @@ class CAM:
         options = {name: getattr(self, name) for name in self._model_options}
         if not isinstance(self.model, (Classifier, WrappedModel)):
             options["classes"] = classes if self.classes is None else self.classes
-            return wrap(self.model, **options)
+            return self._of_options(wrap(self.model, **options))
         given = sorted(name for name, value in options.items() if value is not None)
         if given:
             raise ClassifierError(
                 f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
                 "has its own; leave it out, or give the bare model"
             )
-        return self.model
+        return self._of_options(self.model)
+
+    def _of_options(self, source: Source) -> Source:
+        return PositionFree.of(source) if self.remove_position_bias else source
 
     @overload
     def __call__(
@@ -198,7 +208,7 @@ class CAM:
             of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
             pairs = self._pairs(images)
             if chosen is None:
-                fused = [of_pair(*pair, rows) for pair in pairs]
+                fused = [maps_of(of_pair, pair, rows) for pair in pairs]
                 return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
             found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
         found = [maps.to(images.device) for maps in found]
@@ -211,8 +221,9 @@ class CAM:
         return whole
 
     def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
-        source, settings = self.source_, self.settings_
-        return tensor_pyramid(source, images.to(source.device), settings.scales, flip=settings.flip)
+        source, own, blocks = self.source_, self.settings_, self.attention_blocks
+        images = images.to(source.device)
+        return attended_pyramid(source, images, own.scales, flip=own.flip, blocks=blocks)
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
         """What maps a scale, the rows (N, C) that it takes (of ``classes`` at least), epsilon."""
@@ -227,7 +238,8 @@ class LPCAM(CAM):
     pooled features of the frozen model (as the linear probe of a run).
 
     Args:
-        model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
+        model, settings, classes, target_layer, head, pool, example, attention_blocks,
+        remove_position_bias: as for :class:`CAM`.
         random_state: random seed of the reservoir and the clustering: an integer, or a NumPy
             RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.method.extractors import LPCAM
 from lpcam.method.functional import GRID, NORM_EPSILON, strided
+from lpcam.runtime.errors import ClassifierError
 
 Normalize = Literal["max"]
 
@@ -59,6 +60,11 @@ class LPCAMHead(nn.Module):
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
         """The head of a fitted LPCAM; PrototypeError if its weights changed since ``fit``."""
         prototypes, source = lpcam.prototypes_, lpcam.source_
+        if lpcam.attention_blocks or lpcam.remove_position_bias:
+            raise ClassifierError(
+                "a layer or file has no attention_blocks and no remove_position_bias; fit an LPCAM "
+                "without them"
+            )
         vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
         if isinstance(source, WrappedModel):
             return cls(source.weight, vectors, source.bias, normalize=normalize).to(source.dtype)

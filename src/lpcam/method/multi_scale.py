@@ -15,9 +15,16 @@ from lpcam.method.functional import (
     lpcam_of_pair,
     normalize,
 )
+from lpcam.method.vit import spread_by_attention
 
 OfPair = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """``cam_of_pair`` or ``lpcam_of_pair``: maps of one scale from features and the rows of classes."""
+
+
+def maps_of(of_pair: OfPair, pair: FeaturePair, rows: Tensor) -> Tensor:
+    """Maps (..., N, h, w) of one scale, spread by the attention of the pair if it has one."""
+    maps = of_pair(pair.features, pair.mirrored, rows)
+    return maps if pair.attention is None else spread_by_attention(maps, pair.attention)
 
 
 def cam_maps(
@@ -34,7 +41,7 @@ def cam_maps(
         >>> cam_maps([pair], torch.ones(1, 3), (8, 9), epsilon=0.0).high_res.shape
         torch.Size([1, 8, 9])
     """
-    maps = [cam_of_pair(pair.features, pair.mirrored, weight) for pair in pairs]
+    maps = [maps_of(cam_of_pair, pair, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
 
 
@@ -49,7 +56,7 @@ def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, i
         >>> lpcam_maps([pair], torch.eye(3)[:2], (8, 9)).high_res.shape
         torch.Size([2, 8, 9])
     """
-    return fuse_scales([lpcam_of_pair(p.features, p.mirrored, vectors) for p in pairs], size)
+    return fuse_scales([maps_of(lpcam_of_pair, pair, vectors) for pair in pairs], size)
 
 
 def present_maps(
@@ -64,11 +71,11 @@ def present_maps(
     """Maps (K, H, W) of the K classes that each image of a batch has, from rows of all classes."""
     chosen = [rows[list(classes)] for classes in present]
     scales: list[list[Tensor]] = [[] for _ in present]
-    for features, mirrored in pairs:
+    for pair in pairs:
         for place, of_image in enumerate(chosen):
             if len(of_image):
-                mirror = None if mirrored is None else mirrored[place]
-                scales[place].append(of_pair(features[place], mirror, of_image))
+                own = FeaturePair._make(None if part is None else part[place] for part in pair)
+                scales[place].append(maps_of(of_pair, own, of_image))
     return [
         fuse_scales(maps, size, epsilon=epsilon).high_res if maps else rows.new_zeros(0, *size)
         for maps in scales
