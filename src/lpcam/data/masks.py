@@ -74,8 +74,8 @@ def read_index_mask(
         values = _by_colour(image, path, reading)
     elif image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
         problem = (
-            f"it holds colours (mode {image.mode}), not class indices; name the colours by "
-            f"--palette {_colour_file(path)} (recipe: data.palette), or"
+            f"it holds colours (mode {image.mode}), not class indices, unless --palette "
+            f"{_colour_file(path)} names the colours"
         )
     else:
         values = np.array(image)
@@ -83,16 +83,15 @@ def read_index_mask(
             problem = f"it has values from {values.min()} to {values.max()}"
     if problem is not None:
         raise DataError(
-            f"mask {path} is refused: {problem}{'' if problem.endswith('or') else ';'} save it as "
-            "an 8-bit grey or palette PNG whose pixel values are 0 (background), the class's "
-            "number, or 255 (ignored)"
+            f"mask {path} is refused: {problem}; save it as an 8-bit grey or palette PNG whose "
+            "pixel values are 0 (background), the class's number, or 255 (ignored)"
         )
     if size is not None and values.shape != tuple(size):
+        # of a data set whose orientation is ignored, the stored image is upright
         height, width = values.shape
         raise DataError(
-            f"mask {path} is {height} x {width} (height x width), the "
-            f"{'stored' if reading.stored else 'upright'} image {size[0]} x {size[1]}; save the "
-            "mask in the size of the image"
+            f"mask {path} is {height} x {width} (height x width), the upright image {size[0]} x "
+            f"{size[1]}; save the mask in the size of the image"
         )
     return values.astype(np.uint8)
 

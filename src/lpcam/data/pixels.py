@@ -151,7 +151,9 @@ def look_at_pixels(
     chosen = _sample([i for i in dataset.items.values() if i.id in of_masks], of_masks)
     looks = zip(chosen, ordered_map(look, chosen, workers), strict=True)
     usable = {item.id: one for item, one in looks if one is not None}
-    return dataset, (*findings, *mask_findings(dataset, of_masks, usable))
+    text = f"{findings[0].text} and {count_of(len(usable), 'mask')}"
+    seen = replace(findings[0], text=text)
+    return dataset, (seen, *findings[1:], *mask_findings(dataset, of_masks, usable))
 
 
 def refuse_ruin(findings: Iterable[Finding], *, anyway: bool) -> None:
@@ -204,8 +206,8 @@ def measure(
         Finding(
             "pixels",
             f"looked at: the headers of {count_of(len(items), 'image')} and "
-            f"{count_of(len(of_masks), 'mask')}, and the pixels of {len(of_deep) + len(of_flat)} "
-            "images",
+            f"{count_of(len(of_masks), 'mask')}, and the pixels of "
+            f"{count_of(len(of_deep) + len(of_flat), 'image')}",
             attention=False,
         ),
         *_dark(of_flat),
