@@ -222,6 +222,18 @@ def cvat_masks(root: Path) -> None:
         colours.save(root / "SegmentationClass" / f"{one.name}.png")
 
 
+def cvat_masks_and_labels(root: Path) -> None:
+    cvat_masks(root)
+    write(root / "class_names.txt", "\n".join(NAMES))
+    lines = [f"{one.name}.jpg,{';'.join(one.labels)}" for one in MANY]
+    write(root / "labels.csv", "\n".join(["image,labels", *lines]))
+
+
+def voc_detection(root: Path) -> None:
+    voc(root, masks=False)
+    (root / "ImageSets" / "Segmentation").rename(root / "ImageSets" / "Main")
+
+
 def cvat_xml(root: Path) -> None:
     for one in MANY:
         one.save(root / "images")
@@ -366,7 +378,14 @@ CASES: dict[str, Case] = {
     "Ultralytics YOLO": Case(yolo, "{}", truth(MANY, "train/"), 6),
     "VOC 2012": Case(voc, "{}", truth(MANY), 6),
     "labelImg": Case(labelimg, "{}", says=("labelImg", "JPEGImages")),
-    "CVAT segmentation mask": Case(cvat_masks, "{}", says=("Annotations",)),
+    "CVAT segmentation mask": Case(cvat_masks, "{}", says=("Annotations", "--labels FILE")),
+    "CVAT segmentation mask, with labels": Case(
+        cvat_masks_and_labels,
+        "{} --kind voc --labels {}/labels.csv --palette {}/labelmap.txt",
+        truth(MANY),
+        6,
+    ),
+    "VOC detection": Case(voc_detection, "{}", truth(MANY)),
     "CVAT XML": Case(cvat_xml, "{}", says=("CVAT", "COCO JSON")),
     "LabelMe": Case(labelme, "{}", says=("LabelMe", "COCO JSON")),
     "metadata.csv": Case(lambda r: hugging_face(r, "csv"), "{}", says=("Hugging Face",)),
@@ -416,7 +435,7 @@ def test_layout(
     assert {i: tuple(names[n] for n in one.labels) for i, one in dataset.items.items()} == (
         case.labels
     )
-    masks = {i: read_index_mask(one.mask) for i, one in dataset.items.items() if one.mask}
+    masks = {i: one.read_mask() for i, one in dataset.items.items() if one.mask}
     assert len(masks) == case.masks
     values = [dataset.classes.mask_ids[names.index(one)] for one in NAMES]
     for image_id, mask in masks.items():

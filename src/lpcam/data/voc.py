@@ -126,7 +126,10 @@ def read_voc(
         items[image_id] = Item(image_id, image, shown, drawn.get(image_id))
     if not items:
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
-        raise DataError(f"no image of the lists {', '.join(lists)} can be used: {reason}")
+        raise DataError(
+            f"no image of the lists {', '.join(lists)} can be used: {reason}; a table gives labels "
+            "too: --labels FILE.csv"
+        )
     for name in no_class:
         check_known(name, (*names, *counted, *first), "no class: ")
     unknown = {
