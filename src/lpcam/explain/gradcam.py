@@ -30,7 +30,8 @@ from lpcam.method.settings import LpcamSettings
 from lpcam.method.vit import PositionFree, attended_pyramid, spread_by_attention
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
-Category = Any  #: A class index, an object with ``category``, or a FinerWeightedTarget.
+Targets = Sequence[Any] | None  #: Class indices, objects with ``category``, FinerWeightedTargets.
+Maps = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,16 @@ class Activations:
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self.run, self.size = run, (0, 0)
-        self.clear()
+        self.release()
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.run(images)
 
-    def clear(self) -> None:
+    def release(self) -> None:
         """Forget the feature maps."""
         self.pairs: list[FeaturePair] = []
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
-
-    release = clear
 
 
 class LPCAM(extract.LPCAM):
@@ -122,13 +121,10 @@ class LPCAM(extract.LPCAM):
         **options: Any,
     ) -> None:
         super().__init__(model, random_state=random_state, with_context=with_context, **options)
-        given = {"compute_input_gradient": compute_input_gradient, "detach": not detach}
-        given["uses_gradients"] = not uses_gradients
-        if unused := [name for name, differs in given.items() if differs]:
-            warnings.warn(
-                f"LPCAM has no gradients, so {', '.join(unused)} has no effect; leave it out",
-                stacklevel=2,
-            )
+        given = ("compute_input_gradient", "uses_gradients", "detach")
+        changed = (compute_input_gradient, not uses_gradients, not detach)
+        if unused := ", ".join(n for n, differs in zip(given, changed, strict=True) if differs):
+            warnings.warn(f"LPCAM has no gradients; {unused} has no effect", stacklevel=2)
         # what code around the methods of pytorch-grad-cam reads
         self.compute_input_gradient, self.uses_gradients, self.detach = False, False, True
         self.target_layers, self.reshape_transform = list(target_layers or ()), reshape_transform
@@ -164,10 +160,10 @@ class LPCAM(extract.LPCAM):
     def __call__(  # type: ignore[override]
         self,
         input_tensor: Tensor,
-        targets: Sequence[Category] | None = None,
+        targets: Targets = None,
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> Maps:
         """The map of one class of each image, (B, H, W) float32 in [0, 1].
 
         Args:
@@ -185,11 +181,8 @@ class LPCAM(extract.LPCAM):
         return self.forward(input_tensor, targets, eigen_smooth)
 
     def forward(
-        self,
-        input_tensor: Tensor,
-        targets: Sequence[Category] | None = None,
-        eigen_smooth: bool = False,
-    ) -> NDArray[np.float32]:
+        self, input_tensor: Tensor, targets: Targets = None, eigen_smooth: bool = False
+    ) -> Maps:
         """A call without ``aug_smooth``; each image passes the model once at each scale."""
         self.get_target_width_height(input_tensor)
         if not self.self_fit:
@@ -202,11 +195,8 @@ class LPCAM(extract.LPCAM):
         )
 
     def forward_augmentation_smoothing(
-        self,
-        input_tensor: Tensor,
-        targets: Sequence[Category] | None = None,
-        eigen_smooth: bool = False,
-    ) -> NDArray[np.float32]:
+        self, input_tensor: Tensor, targets: Targets = None, eigen_smooth: bool = False
+    ) -> Maps:
         """A call with ``aug_smooth``; the first view gives ``outputs`` and the classes for None."""
         self.get_target_width_height(input_tensor)
         outputs: list[Tensor] = []
@@ -228,8 +218,8 @@ class LPCAM(extract.LPCAM):
         return shape[3], shape[2]
 
     def compute_cam_per_layer(
-        self, input_tensor: Tensor, targets: Sequence[Category], eigen_smooth: bool = False
-    ) -> list[NDArray[np.float32]]:
+        self, input_tensor: Tensor, targets: Targets, eigen_smooth: bool = False
+    ) -> list[Maps]:
         """Maps (B, 1, H, W) from the last pass, one array, as the classifier reads one layer."""
         width, height = self.get_target_width_height(input_tensor)
         layer = next(iter(self.target_layers[::-1]), None)
@@ -239,14 +229,12 @@ class LPCAM(extract.LPCAM):
             if pair.mirrored is not None:
                 features = features + unflip(pair.mirrored)
             found = self.get_cam_image(input_tensor, layer, targets, features, None, eigen_smooth)
-            maps.append(torch.from_numpy(found)[:, None].relu())
-            if pair.attention is not None:
-                maps[-1] = spread_by_attention(maps[-1], pair.attention.cpu())
+            own = torch.from_numpy(found)[:, None].relu()
+            spread = pair.attention
+            maps.append(own if spread is None else spread_by_attention(own, spread.cpu()))
         return [fuse_scales(maps, (height, width)).high_res.float().numpy()]
 
-    def aggregate_multi_layers(
-        self, cam_per_target_layer: Sequence[NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
+    def aggregate_multi_layers(self, cam_per_target_layer: Sequence[Maps]) -> Maps:
         """The mean (B, H, W) of maps (B, 1, H, W), divided by the maximum of each image."""
         maps = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1)).relu()
         return normalize(maps.mean(1)).numpy()
@@ -256,11 +244,11 @@ class LPCAM(extract.LPCAM):
         self,
         input_tensor: Tensor,
         target_layer: nn.Module | None,
-        targets: Sequence[Category],
-        activations: Tensor | NDArray[Any],
+        targets: Targets,
+        activations: Any,
         grads: Any = None,
         eigen_smooth: bool = False,
-    ) -> NDArray[np.float32]:
+    ) -> Maps:
         """Maps (B, h, w) of feature maps (B, C, h, w) before the ReLU; ``grads`` is not used."""
         weights = self.get_cam_weights(input_tensor, target_layer, targets, activations, grads)
         features = torch.as_tensor(activations)
@@ -276,10 +264,10 @@ class LPCAM(extract.LPCAM):
         self,
         input_tensor: Tensor,
         target_layer: nn.Module | None,
-        targets: Sequence[Category],
-        activations: Tensor | NDArray[Any],
+        targets: Targets,
+        activations: Any,
         grads: Any = None,
-    ) -> NDArray[np.float32]:
+    ) -> Maps:
         """The vector v_n of equation 6 of each image's class, (B, C)."""
         if self.self_fit and not self.activations_and_grads.pairs:
             self.activations_and_grads(input_tensor)
@@ -320,7 +308,7 @@ class LPCAM(extract.LPCAM):
         state.size = images.shape[-2], images.shape[-1]
         return self.outputs
 
-    def _class_weights(self, targets: Sequence[Category], count: int) -> Tensor:
+    def _class_weights(self, targets: Targets, count: int) -> Tensor:
         """Weights (B, N) by which the vectors of the classes are summed for each image."""
         classes = len(self.source.classes)
         if not isinstance(targets, Iterable) or len(each := list(targets)) != count:
@@ -459,7 +447,7 @@ def _logits(output: Any, classes: int) -> Tensor:
     return logits.detach()
 
 
-def _category(target: Category, classes: int) -> int:
+def _category(target: Any, classes: int) -> int:
     try:  # a target of segmentation, which has a mask, sums pixels of a category
         own: Any = target if hasattr(target, "mask") else getattr(target, "category", target)
         index = operator.index(own)

@@ -15,7 +15,7 @@ import json
 import math
 import operator
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,9 @@ def export_program(
             node.meta.pop("stack_trace", None)  # holds local paths
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={_METADATA: metadata})
-    data = _with_names(buffer.getvalue(), _symbols(program, module.dimensions(dynamic)))
+    (given,) = program.graph_signature.user_inputs
+    shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == given)
+    data = _with_names(buffer.getvalue(), shape, module.dimensions(dynamic))
     _refuse_pickles(data, path)
 
     return compare_and_write(
@@ -143,30 +145,16 @@ def _without_ceil(graph: torch.fx.Graph) -> None:
             graph.erase_node(quotient)
 
 
-def _symbols(program: torch.export.ExportedProgram, axes: Mapping[int, str]) -> dict[str, str]:
-    """Names for the symbols of the input's axes; torch's compilers need the letter s first."""
-    (given,) = program.graph_signature.user_inputs
-    shape = next(n.meta["val"].shape for n in program.graph.nodes if n.name == given)
-    names = {}
-    for place, name in axes.items():
-        for symbol in getattr(getattr(shape[place], "node", None), "expr", shape).free_symbols:
-            factor = shape[place].node.expr / symbol
-            names[str(symbol)] = f"size_{name}" if factor == 1 else f"size_{name}_by_{factor}"
-    return names
-
-
-def _with_names(data: bytes, names: Mapping[str, str]) -> bytes:
-    """A program with other names of its symbols."""
+def _with_names(data: bytes, shape: Sequence[Any], axes: Mapping[int, str]) -> bytes:
+    """A program with names for the symbols of its input; torch's compilers need an s first."""
     written = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(written, "w") as new:
         for entry in old.infolist():
             content = old.read(entry)
-            if entry.filename.endswith("/model.json"):
-                text = content.decode()
-                for symbol, name in names.items():
-                    text = text.replace(f"Symbol('{symbol}'", f"Symbol('{name}'")
-                    text = text.replace(f'"{symbol}":', f'"{name}":')
-                content = text.encode()
+            for place, name in axes.items() if entry.filename.endswith("/model.json") else ():
+                for start, end in (("Symbol('", "'"), ('"', '":')):
+                    symbol = f"{start}{shape[place]}{end}".encode()
+                    content = content.replace(symbol, f"{start}size_{name}{end}".encode())
             new.writestr(entry, content)
     return written.getvalue()
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -410,27 +410,17 @@ class _WrappedFeatures(nn.Module):
             for module in self.model.modules():
                 hooks.enter_context(module.register_forward_pre_hook(note))
             expected = self._raw(images)
-        removed: list[str] = []
-        for name, module in list(self.model.named_modules()):
-            saved = any(key.startswith(f"backbone.model.{name}.") for key in state)
-            within = name.startswith(tuple(f"{each}." for each in removed))
-            if (
-                saved
-                or within
-                or not module.state_dict()
-                or not called.isdisjoint(module.modules())
-            ):
-                continue
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items():
             place, _, own = name.rpartition(".")
-            setattr(self.model.get_submodule(place), own, nn.Identity())
-            try:
-                same = torch.equal(self._raw(images), expected)
-            except Exception:  # weights of a module may be read without a call of it
-                same = False
-            if same:
-                removed.append(name)
-            else:
-                setattr(self.model.get_submodule(place), own, module)
+            saved = any(key.startswith(f"backbone.model.{name}.") for key in state)
+            if saved or not module.state_dict() or not called.isdisjoint(module.modules()):
+                continue
+            setattr(modules[place], own, nn.Identity())
+            with suppress(Exception):  # its weights may be read without a call of it
+                if torch.equal(self._raw(images), expected):
+                    continue
+            setattr(modules[place], own, module)
 
 
 def _given_backbone(

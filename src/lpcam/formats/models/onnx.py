@@ -260,14 +260,12 @@ def _errors(
 
 def _name_axes(graph: Any, given: Mapping[int, str], grid: str) -> None:
     """Name the axes of inputs and outputs that have any length, which may be expressions."""
-    for values, own in ((graph.input, given), (graph.output, None)):
-        for value in values:
-            axes = value.type.tensor_type.shape.dim
-            last = {len(axes) - 2: f"{grid}height", len(axes) - 1: f"{grid}width"}
-            names = own or {**(last if len(axes) > 2 else {}), 0: "batch"}
-            for place, axis in enumerate(axes):
-                if axis.dim_param:
-                    axis.dim_param = names[place]
+    for value in (*graph.input, *graph.output):
+        axes = value.type.tensor_type.shape.dim
+        last = {len(axes) - 2: f"{grid}height", len(axes) - 1: f"{grid}width", 0: "batch"}
+        for place, axis in enumerate(axes):
+            if axis.dim_param:
+                axis.dim_param = given[place] if value in graph.input else last[place]
 
 
 def _describe(model: Any, text: str, values: Mapping[str, Any]) -> None:
