@@ -42,15 +42,8 @@ FEW_LEVELS = 32
 """An image of fewer grey levels, whose file has more than twice as many values, is squeezed."""
 FULL_RANGE = (0.0, 65535.0)  #: Range of values with 16 bits where none is given.
 _PIXELS_COUNTED = 500_000  # of an image whose distinct values are counted
-_TURNED_BACK = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
+_TURNED_BACK = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), strict=True))
+"""What gives the stored image of an upright one, by its EXIF orientation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,13 +229,6 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _is_deep_grey(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
-
-
-def load_image(
-    source: Path | bytes, name: Path | str, formats: tuple[str, ...] | None = None
-) -> Image.Image:
-    """Decode a file or its bytes and turn it upright; ImageError if that fails."""
-    return load_values(source, name, formats)[0]
 
 
 def load_values(

@@ -26,7 +26,7 @@ from lpcam.data.coco.index import CocoAnnotation, CocoFile
 from lpcam.data.coco.painting import fill
 from lpcam.data.dataset import Skip
 from lpcam.data.image_files import list_images
-from lpcam.data.images import IMAGE_SUFFIXES, load_image
+from lpcam.data.images import IMAGE_SUFFIXES, load_values
 from lpcam.data.labels import normal_name, read_text
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
@@ -101,7 +101,7 @@ def _shape(value: Mapping[str, Any]) -> _Shape | None:
         return partial(_ellipse, value)
     if "imageDataURL" in value:
         data = base64.b64decode(value["imageDataURL"].partition(",")[2])
-        return lambda size: np.array(load_image(data, "bit mask").convert("RGBA"))[:, :, 3] > 0
+        return lambda size: np.array(load_values(data, "bit mask")[0].convert("RGBA"))[:, :, 3] > 0
     if len(value.get("points") or ()) > 2 and value.get("closed", True):
         points = np.array(value["points"], float).reshape(-1, 2) / 100
         return lambda size: fill([array("d", (points * size[::-1]).ravel())], size)

@@ -21,10 +21,10 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,12 +52,12 @@ SAMPLE_PIXELS = 60_000_000  #: Pixels of a sample, so that large images take sec
 FEWEST = 3  #: Images from which on shares of a sample count.
 SQUEEZED = 0.25  #: Share of images with few grey levels above which they ruin a run.
 AGREEMENT = 0.5  #: Share of the classes shown below which labels and masks disagree.
-EXPLAINED = (
-    0.9  #: Share from which on an order of the classes explains masks, or palettes are right.
-)
+EXPLAINED = 0.9  #: Share from which on an order explains masks, or palettes are right.
 RANGES = ((0, 1), (0, 255), (0, 1023), (0, 4095), (0, 16383), (0, 65535))
 TAILS = (0.1, 99.9)
 REVISION = 1  #: Of the measurements, for their key.
+T = TypeVar("T")
+R = TypeVar("R")
 _PIXELS_OF_EACH = 20_000  # of an image, for percentiles
 _COLOUR_LINES = (  # name:r,g,b:: of CVAT and name,r,g,b of CSV files, r g b name of CamVid
     r"(?P<name>[^:,]+)[:,]\s*(?P<rgb>\d+\s*,\s*\d+\s*,\s*\d+)\s*(:.*)?",
@@ -142,18 +142,10 @@ def look_at_pixels(
 ) -> tuple[Dataset, tuple[Finding, ...]]:
     """Measure a data set before a run; it is returned with the range that was measured."""
     dataset, of_masks, findings = measure(dataset, truth, workers)
-
-    def look(item: Item) -> MaskLook | None:
-        with contextlib.suppress(LpcamError):  # the check of all files tells
-            return MaskLook.of(item.read_mask())
-        return None
-
-    chosen = _sample([i for i in dataset.items.values() if i.id in of_masks], of_masks)
-    looks = zip(chosen, ordered_map(look, chosen, workers), strict=True)
-    usable = {item.id: one for item, one in looks if one is not None}
-    text = f"{findings[0].text} and {count_of(len(usable), 'mask')}"
-    seen = replace(findings[0], text=text)
-    return dataset, (seen, *findings[1:], *mask_findings(dataset, of_masks, usable))
+    chosen = _sample([dataset.items[name] for name in of_masks], of_masks)
+    looks = _each(lambda item: MaskLook.of(item.read_mask()), chosen, workers)
+    seen = replace(findings[0], text=f"{findings[0].text} and {count_of(len(looks), 'mask')}")
+    return dataset, (seen, *findings[1:], *mask_findings(dataset, of_masks, looks))
 
 
 def refuse_ruin(findings: Iterable[Finding], *, anyway: bool) -> None:
@@ -191,16 +183,15 @@ def measure(
     Returns:
         The data set with its range, the headers of its masks, and what was found.
     """
-    items = dataset.items.values()
-    of_images = _headers({item.id: item.image for item in items}, workers)
-    of_masks = _headers({item.id: item.mask for item in items if item.mask is not None}, workers)
-    deep = [item for item in items if item.id in of_images and of_images[item.id].deep]
-    flat = [item for item in items if item.id in of_images and not of_images[item.id].deep]
-    chosen = [_sample(deep, of_images), _sample(flat, of_images)]
-    of_deep, of_flat = (
-        {i.id: v for i, v in zip(some, ordered_map(_values, some, workers), strict=True) if v.size}
-        for some in chosen
+    items = dataset.items
+    of_images = _each(lambda item: read_header(item.image), items, workers)
+    masked = {name: item.mask for name, item in items.items() if item.mask is not None}
+    of_masks = _each(read_header, masked, workers)
+    deep, flat = (
+        [items[n] for n, h in of_images.items() if h.deep is one] for one in (True, False)
     )
+    of_deep = _each(_values, _sample(deep, of_images), workers)
+    of_flat = _each(_values, _sample(flat, of_images), workers)
     span = dataset.reading.range or _measured_range([*of_deep.values()])
     findings = [
         Finding(
@@ -217,39 +208,36 @@ def measure(
     return dataset.read_with(replace(dataset.reading, range=span)), of_masks, findings
 
 
-def _headers(paths: Mapping[str, Path], workers: int) -> dict[str, Header]:
-    """Headers by id; files that cannot be read are left to the check of all files."""
+def _each(work: Callable[[T], R | None], of: Mapping[str, T], workers: int) -> dict[str, R]:
+    """Results by id; files that cannot be read are left to the check of all files."""
 
-    def header(path: Path) -> Header | None:
+    def attempt(one: T) -> R | None:
         with contextlib.suppress(LpcamError):
-            return read_header(path)
+            return work(one)
         return None
 
-    found = zip(paths, ordered_map(header, paths.values(), workers), strict=True)
+    found = zip(of, ordered_map(attempt, of.values(), workers), strict=True)
     return {name: one for name, one in found if one is not None}
 
 
-def _sample(items: Sequence[Item], headers: Mapping[str, Header]) -> list[Item]:
-    """At most `SAMPLE` items with at most `SAMPLE_PIXELS` pixels, the same in every call."""
-    pixels, chosen = 0, list[Item]()
+def _sample(items: Sequence[Item], headers: Mapping[str, Header]) -> dict[str, Item]:
+    """At most `SAMPLE` items by id with at most `SAMPLE_PIXELS` pixels, the same in every call."""
+    pixels, chosen = 0, dict[str, Item]()
     for place in np.random.default_rng(0).permutation(len(items)).tolist():
         pixels += math.prod(headers[items[place].id].size)
         if len(chosen) == SAMPLE or (chosen and pixels > SAMPLE_PIXELS):
             break
-        chosen.append(items[place])
+        chosen[items[place].id] = items[place]
     return chosen
 
 
-def _values(item: Item) -> NDArray[Any]:
-    """Some finite values of an image with its lowest and highest; none if it cannot be read."""
-    try:
-        values = load_values(item.image, item.image, reading=item.reading)[1]
-        flat = (item.read() if values is None else values).ravel()
-    except LpcamError:
-        return np.empty(0)
+def _values(item: Item) -> NDArray[Any] | None:
+    """Some finite values of an image with its lowest and highest; None without any."""
+    image, values = load_values(item.image, item.image, reading=item.reading)
+    flat = (np.asarray(image.convert("RGB")) if values is None else values).ravel()
     flat = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
-    ends = [flat.min(), flat.max()] if flat.size else []
-    return np.append(flat[:: 1 + flat.size // _PIXELS_OF_EACH], ends).astype(flat.dtype)
+    some = flat[:: 1 + flat.size // _PIXELS_OF_EACH]
+    return np.append(some, [flat.min(), flat.max()]).astype(flat.dtype) if flat.size else None
 
 
 def _measured_range(values: Sequence[NDArray[Any]]) -> tuple[float, float] | None:
@@ -287,11 +275,10 @@ def _range_findings(
     span: tuple[float, float] | None,
 ) -> Iterator[Finding]:
     """What becomes of values with more than 8 bits, of which a range may leave few grey levels."""
+    if span is not None and not values:
+        unused = "the range is not used: no image has more than 8 bits"
+        yield Finding("range", unused, attention=False)
     if span is None or not values:
-        if span is not None:
-            yield Finding(
-                "range", "the range is not used: no image has more than 8 bits", (), False
-            )
         return
     text = f"values from {span[0]:g} to {span[1]:g} become 0 to 255"
     has = f"{min(v.min() for v in values.values()):g} to {max(v.max() for v in values.values()):g}"
@@ -326,10 +313,8 @@ def _orientation(
     turned = [name for name, header in of_images.items() if header.turn > 1]
     sizes = {name: of_masks[name].upright for name in turned if name in of_masks}
     made = [dataset.items[name] for name in turned if name in truth and name not in of_masks]
-    for item in _sample(made, of_images):
-        with contextlib.suppress(LpcamError):
-            if (mask := truth[item.id]()[0]) is not None:
-                sizes[item.id] = (mask.shape[0], mask.shape[1])
+    masks = _each(lambda item: truth[item.id]()[0], _sample(made, of_images), 1)
+    sizes |= {name: (mask.shape[0], mask.shape[1]) for name, mask in masks.items()}
     fits = defaultdict[tuple[bool, bool], list[str]](list)
     for name, size in sizes.items():
         fits[size == of_images[name].upright, size == of_images[name].size].append(name)

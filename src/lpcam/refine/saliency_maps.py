@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lpcam.data.dataset import safe_id
-from lpcam.data.images import load_image
+from lpcam.data.images import load_values
 from lpcam.refine.base import check_image
 from lpcam.runtime.errors import DataError
 
@@ -105,7 +105,7 @@ def _plane(path: Path) -> tuple[NDArray[np.float32], float]:
     """Values of a file, one channel, and the value that means 1."""
     if path.suffix == ".npy":
         return _array(path)
-    image = load_image(path, path)
+    image, _ = load_values(path, path)
     full = 1.0 if image.mode in ("F", "1") else 65535.0 if image.mode.startswith("I") else 255.0
     if full != 255 or (image.mode == "L" and not image.has_transparency_data):
         return np.array(image, dtype=np.float32), full
