@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpcam.runtime.errors import (
     ArtefactError,
+    BatchError,
     ClassifierError,
     DataError,
     ImageError,
@@ -57,6 +58,7 @@ __all__ = [
     "CAM",
     "LPCAM",
     "ArtefactError",
+    "BatchError",
     "Classifier",
     "ClassifierError",
     "DataError",
