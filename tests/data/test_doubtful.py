@@ -229,6 +229,27 @@ REFUSED: dict[str, tuple[Files | Sequence[str], str, str]] = {
         "classes sheep.*'cow' in 1.*class_names.txt",
     ),
     "separator for COCO": ({"annotations.json": coco("cow")}, ",", "separator ',' .*coco.*folder"),
+    "VOC's unknown of some": (
+        {**{k: v for k, v in VOC.items() if k != "class_names.txt"}, "labelmap.txt": "cow:1,2,3::"},
+        "",
+        "'hen' in 1.*class_names.txt",
+    ),
+    "all are no class": (table("a,cow", "b,"), "--no-class cow", "--no-class names them all"),
+    "yes and no": (table("a,yes", "b,no"), "", "'no' .*--no-class no"),
+    "comment in classes": ({**table("a,cow"), "classes.txt": "# mine\ncow\n"}, "", "'# mine'"),
+    "empty classes": ({**table("a,cow"), "classes.txt": "\n"}, "", "classes.txt is empty"),
+    "zero byte": (table("a,co\0w"), "", "'co\\x00w'"),
+    "spreadsheet": ({"labels.xlsx": "x", "a.png": ""}, "", "labels.xlsx is of a spreadsheet"),
+    "YOLO's comma": (
+        {"a.png": "", "a.txt": "0 0.5 0.5 0.2 0.2\n", "classes.txt": "cow, big\n"},
+        "",
+        "'cow, big'.*data.yaml",
+    ),
+    "300 classes with masks": (
+        table(*(f"i{n},c{n:03}" for n in range(300)), masks=1),
+        "--classes c290",
+        "291",
+    ),
     "300 classes": (table(*(f"i{n},c{n}" for n in range(300))), "", "--classes"),
 }
 
@@ -391,6 +412,22 @@ READ: dict[str, tuple[Files | Sequence[str], list[str], Labels, Expected]] = {
         ["--classes", "c2,c4"],
         {"a": ["c2"], "b": []},
         {"c2": 3},
+    ),
+    "a high one of 300 COCO categories": (
+        {
+            "annotations.json": coco(*(f"c{n}" for n in range(300)), labels=(300, 2)),
+            "a.png": "",
+            "b.png": "",
+        },
+        ["--classes", "c1,c299"],
+        {"a": ["c299"], "b": ["c1"]},
+        {"c1": 1, "c299": 2},
+    ),
+    "a high one of 300 classes": (
+        table("a,c299", *(f"i{n},c{n:03}" for n in range(300))),
+        ["--classes", "c299"],
+        {"a": ["c299"], **{f"i{n}": [] for n in range(299)}, "i299": ["c299"]},
+        {"c299": 1},
     ),
     "two of 300 classes": (
         {**table("a,c1", "b,c299"), "classes.txt": "".join(f"c{n}\n" for n in range(300))},

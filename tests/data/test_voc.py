@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
         (root / folder).mkdir(parents=True)
     for image_id, names in (
         ("2007_000001", ("dog", "dog", "person")),
-        ("2007_000002", ("cow", "zebra")),
+        ("2007_000002", ("cow", "head")),
         ("2008_000003", ("aeroplane",)),
     ):
         (root / "JPEGImages" / f"{image_id}.jpg").touch()
@@ -164,6 +164,8 @@ def test_objects_of_no_class_are_counted(root: Path) -> None:
         (root / "Annotations" / f"{image_id}.xml").write_text(annotation(*names))
     dataset = read_voc(root, lists=["train"], classes=["dog"])
     (notice,) = dataset.notices
+    with pytest.raises(DataError, match=r"'zebra' in 2.*class_names\.txt"):
+        read_voc(root, lists=["train"])
     assert "'zebra' in 2, 'motorcycle' in 1 (did you mean 'motorbike'?);" in notice
     assert str(root / "class_names.txt") in notice
     assert dataset.name == "voc12"
@@ -177,6 +179,7 @@ def test_objects_of_no_class_are_counted(root: Path) -> None:
 
 def test_a_folder_with_classes_of_its_own(root: Path) -> None:
     (root / "class_names.txt").write_text("zebra\n\ncow\n", encoding="utf-8")
+    (root / "Annotations/2007_000002.xml").write_text(annotation("cow", "zebra"))
     dataset = read_voc(root, lists=["train"])
     assert (dataset.classes.names, dataset.classes.mask_ids) == (("zebra", "cow"), (1, 2))
     assert dataset.items["2007_000002"].labels == (0, 1)

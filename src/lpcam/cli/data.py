@@ -259,9 +259,7 @@ def import_labels(
     ),
     Argument(
         "--names",
-        type=lambda text: (
-            label_tables.read_names(p) if (p := Path(text)).is_file() else names(text)
-        ),
+        dest="numbered",
         help="Names of the numbers 0, 1, ... in the labels: a file, one a line, or cow,dog.",
     ),
     Argument("--split", help="Split to read, if there are several."),
@@ -269,8 +267,14 @@ def import_labels(
     NO_CLASS,
     CLASSES,
 )
-def import_huggingface(call: Invocation, source: str, output: Path, **columns: Any) -> int:
+def import_huggingface(
+    call: Invocation, source: str, output: Path, numbered: str | None, **columns: Any
+) -> int:
     """Write a Hugging Face data set as a folder of images and labels."""
+    if numbered is not None:
+        path = Path(numbered)
+        named = label_tables.read_names(path, columns["separator"]) if path.is_file() else None
+        columns["names"] = named or names(numbered)
     result = huggingface.import_huggingface(source, output, **columns)
     print(f"{result.summary()}\nnext: lpcam init {shlex.quote(str(result.folder))}")
     return 0

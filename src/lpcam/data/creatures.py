@@ -1,9 +1,8 @@
 """The bundled procedural data set: invented creatures whose heads, and only heads, tell the class.
 
-As on photographs, a torso, shared by a group of classes, is weak evidence; legs and tail are the
-same for every class; some grounds co-occur with a class and are false evidence. Every image has a
-class mask and a part mask, for evaluation only. The same seed gives the same bytes for the same
-versions of Pillow and NumPy.
+A torso, shared by a group of classes, is weak evidence; legs and tail are the same for every class;
+some grounds co-occur with a class and are false evidence. The same seed gives the same bytes for
+the same versions of Pillow and NumPy.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -26,14 +25,12 @@ from lpcam.data.images import png_bytes
 Colour = tuple[int, int, int]
 Points = Sequence[complex]  # x + y j with y down: a product with a complex number turns and scales
 Random = np.random.Generator
-#: Values of the part masks; 0 is no part.
-PARTS: dict[str, int] = {"head": 1, "torso": 2, "legs": 3, "tail": 4}
+PARTS = {"head": 1, "torso": 2, "legs": 3, "tail": 4}  #: Values of the part masks.
 _KINDS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("lpcam.data").joinpath("creatures.yaml").read_text("utf-8")
 )
-CLASSES: tuple[str, ...] = tuple(_KINDS)  #: In mask-id order; the first has mask id 1.
-GROUPS: tuple[int, ...] = tuple(kind["torso"] for kind in _KINDS.values())
-"""Torso group of each class: 0 spots, 1 stripes, 2 scales."""
+CLASSES = tuple(_KINDS)  #: In mask-id order; the first has mask id 1.
+GROUPS = tuple(kind["torso"] for kind in _KINDS.values())  #: Index into `_TORSOS` of each class.
 COMPANIONS = {n: k["ground"] for n, k in enumerate(_KINDS.values()) if "ground" in k}
 """Grounds that co-occur with a class, by label index."""
 _COMPANION_PROBABILITY = 0.6  # that an image with such a class has its companion ground
@@ -49,7 +46,6 @@ _OUTLINE = 0.035  # width of the ink outline of a shape, in lengths of a torso
 def _ellipse(
     centre: complex, rx: float, ry: float, turn: float = 0.0, count: int = 36
 ) -> list[complex]:
-    """Points of an ellipse, turned by an angle in radians."""
     angles = np.linspace(0.0, 2.0 * math.pi, count, endpoint=False).tolist()
     turned = complex(math.cos(turn), math.sin(turn))
     return [centre + complex(rx * math.cos(a), ry * math.sin(a)) * turned for a in angles]
@@ -68,14 +64,12 @@ def _along(step: complex) -> complex:
 
 def _ribbon(line: Points, first: float, last: float) -> list[complex]:
     """Outline of a line whose width goes from ``first`` to ``last``."""
-    end = len(line) - 1
-    left, right = [], []
-    for i, point in enumerate(line):
+    end, sides = len(line) - 1, []
+    for i in range(len(line)):
         ahead = _along(line[min(i + 1, end)] - line[max(i - 1, 0)])
-        side = ahead * (0.5 * (first + (last - first) * i / end)) * 1j
-        left.append(point + side)
-        right.append(point - side)
-    return left + right[::-1]
+        sides.append(ahead * (0.5 * (first + (last - first) * i / end)) * 1j)
+    pairs = [*zip(line, sides, strict=True)]
+    return [p + side for p, side in pairs] + [p - side for p, side in reversed(pairs)]
 
 
 def _xy(points: Iterable[complex], unit: float) -> list[tuple[float, float]]:
@@ -90,8 +84,7 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 def _vary(colour: Colour, rng: Random, amount: float = 12.0) -> Colour:
     """A colour of a random lightness and tint near the given one."""
-    light = rng.normal(0.0, amount)
-    tint = rng.normal(0.0, amount / 3.0, 3)
+    light, tint = rng.normal(0.0, amount), rng.normal(0.0, amount / 3.0, 3)
     return tuple(int(np.clip(c + light + t, 0, 255)) for c, t in zip(colour, tint, strict=True))  # type: ignore[return-value]
 
 
@@ -197,8 +190,7 @@ class _Sheet:
 
     def __init__(self, picture: Image.Image) -> None:
         self.picture = picture
-        self.classes = Image.new("L", picture.size)
-        self.parts = Image.new("L", picture.size)
+        self.classes, self.parts = Image.new("L", picture.size), Image.new("L", picture.size)
 
     def finish(self) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         """Picture averaged down; masks taken at the pixel centres, so that no ids are blended."""
@@ -207,12 +199,8 @@ class _Sheet:
         return self.picture.reduce(OVERSAMPLING), classes, parts
 
 
-class _Texture(NamedTuple):
-    """Patches of one colour inside a shape: polygons, or lines of some width."""
-
-    colour: Colour
-    patches: list[list[complex]]
-    lines: bool = False
+_Texture = tuple[Colour, list[list[complex]], bool]
+"""Colour of patches inside a shape, their outlines, and whether these are lines to draw."""
 
 
 @dataclass
@@ -228,11 +216,10 @@ class _Creature:
     rng: Random
 
     def place(self, points: Iterable[complex]) -> list[tuple[float, float]]:
-        turn = complex(math.cos(self.tilt), math.sin(self.tilt))
-        x, y, across = self.centre.real, self.centre.imag, self.scale
-        across = -across if self.mirrored else across
+        turn, centre = complex(math.cos(self.tilt), math.sin(self.tilt)), self.centre
+        across = -self.scale if self.mirrored else self.scale
         turned = (p * turn for p in points)
-        return [(x + across * p.real, y + self.scale * p.imag) for p in turned]
+        return [(centre.real + across * p.real, centre.imag + self.scale * p.imag) for p in turned]
 
     def shape(
         self,
@@ -240,7 +227,7 @@ class _Creature:
         colour: Colour,
         part: str,
         shade: float = 0.0,
-        texture: _Texture | None = None,
+        texture: _Texture = (_INK, [], False),
     ) -> None:
         """One closed shape: fill, texture inside it, a shaded lower rim, an ink outline."""
         placed, ink = self.place(points), max(1, round(_OUTLINE * self.scale))
@@ -256,17 +243,15 @@ class _Creature:
         def move(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
             return [(x - left, y - top) for x, y in some]
 
-        mask = Image.new("L", size)
+        mask, fill = Image.new("L", size), Image.new("RGB", size, colour)
         ImageDraw.Draw(mask).polygon(move(placed), fill=255)
-        fill = Image.new("RGB", size, colour)
-        if texture is not None:
-            draw = ImageDraw.Draw(fill)
-            for inside in (move(self.place(patch)) for patch in texture.patches):
-                if texture.lines:
-                    width = max(2, round(math.dist(inside[0], inside[-1]) * 0.2))
-                    draw.line(inside, fill=texture.colour, width=width)
-                else:
-                    draw.polygon(inside, fill=texture.colour)
+        draw, (dye, patches, are_lines) = ImageDraw.Draw(fill), texture
+        for inside in (move(self.place(patch)) for patch in patches):
+            if are_lines:
+                width = max(2, round(math.dist(inside[0], inside[-1]) * 0.2))
+                draw.line(inside, fill=dye, width=width)
+            else:
+                draw.polygon(inside, fill=dye)
         if shade > 0:
             # what a copy of the shape moved up does not cover is the rim away from the light
             lifted, offset = Image.new("L", size), round(shade * self.scale)
@@ -294,7 +279,7 @@ class _Creature:
 def _spots(colour: Colour, rng: Random) -> _Texture:
     ranges = (-0.75, 0.85), (-0.6, 0.45), (0.035, 0.085)
     spots = zip(*(rng.uniform(*ends, 44).tolist() for ends in ranges), strict=True)
-    return _Texture(colour, [_ellipse(complex(x, y), r, r * 0.85, count=12) for x, y, r in spots])
+    return colour, [_ellipse(complex(x, y), r, r * 0.85, count=12) for x, y, r in spots], False
 
 
 def _stripes(colour: Colour, rng: Random) -> _Texture:
@@ -303,7 +288,7 @@ def _stripes(colour: Colour, rng: Random) -> _Texture:
         _curve(complex(x, -0.75), complex(x + 0.12, -0.1), complex(x + lean, 0.55))
         for x in np.arange(start, 1.1, gap).tolist()
     ]
-    return _Texture(colour, [_ribbon(line, 0.085, 0.045) for line in lines])
+    return colour, [_ribbon(line, 0.085, 0.045) for line in lines], False
 
 
 def _scales(colour: Colour, rng: Random) -> _Texture:
@@ -311,7 +296,7 @@ def _scales(colour: Colour, rng: Random) -> _Texture:
     for row, column in itertools.product(range(12), range(16)):
         corner = complex(-0.95 + (column + 0.5 * (row % 2)) * size, -0.75 + row * size * 0.8)
         scales.append(_curve(corner, corner + complex(size / 2, size * 1.5), corner + size, 6))
-    return _Texture(colour, scales, lines=True)
+    return colour, scales, True
 
 
 _TORSOS: tuple[tuple[Colour, Colour, Callable[[Colour, Random], _Texture]], ...] = (
@@ -332,7 +317,7 @@ def _bands(line: Points, colour: Colour, count: int) -> _Texture:
         side = _along(step) * 1j * 0.2
         right = [point - side - half, point - side + half]
         patches.append([point + side - half, *right, point + side + half])
-    return _Texture(colour, patches)
+    return colour, patches, False
 
 
 def _leg(creature: _Creature, hip: complex, length: float, swing: float, *, far: bool) -> None:

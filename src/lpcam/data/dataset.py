@@ -23,14 +23,13 @@ FEW_SKIPPED = 5  #: Images left out for one reason that are listed one by one.
 _COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
 
-
 Nothing = Literal["background", "ignore", "none"]
 _NOTHING: Mapping[Nothing, str] = {
     "background": "back ?ground( class)?|bg|bkg|bgd|unlabell?ed|unannotated",
     "ignore": "ignored?|ignore regions?|void|do ?n.?t care",
     "none": "|nan|none( of the above)?|null|nil|n/?a|n\\.a|undefined|unknown|unspecified|unsure"
     "|unclassified|unassigned|uncertain|missing|not available|nothing|empty|blank|negatives?"
-    "|normal|good|healthy|ok"
+    "|normal|good|healthy|ok|no|false|absent"
     "|(no|not) ?(label(s|l?ed)?|class(es)?|objects?|findings?|defects?|annotations?)"
     "|(.*\\W)?background(\\W.*)?",
 }
@@ -42,10 +41,6 @@ def shows_nothing(name: str) -> Nothing | None:
     """What a name means that is no class by itself; None for the name of a class.
 
     ``none`` is doubtful: such a name can be a class if the user says so.
-
-    Example:
-        >>> [shows_nothing(name) for name in ("_background_", "N/A", "cow")]
-        ['background', 'none', None]
     """
     folded = re.sub(r"[\s_-]+", " ", name.casefold()).strip(" .<>[](){}#?!*'\"")
     return next((what for what, form in _NOTHING.items() if re.fullmatch(form, folded)), None)
@@ -72,8 +67,7 @@ def check_known(name: str, known: Sequence[str], where: str = "") -> None:
 class ClassTable:
     """The classes of a run in label order, and the value of each in mask files.
 
-    A subset of a larger data set keeps its mask ids. DataError if names or ids repeat or do not
-    fit.
+    DataError if names or ids repeat or do not fit.
 
     Example:
         >>> table = ClassTable(("cow", "dog"), (10, 12))
@@ -88,10 +82,8 @@ class ClassTable:
         if not self.names:
             raise DataError("no classes were given; name at least one class")
         if len(self.names) != len(self.mask_ids):
-            raise DataError(
-                f"{len(self.names)} class names but {len(self.mask_ids)} mask ids; "
-                "give one id per class"
-            )
+            numbers = f"{len(self.names)} class names but {len(self.mask_ids)} mask ids"
+            raise DataError(f"{numbers}; give one id per class")
         for what, values in (("class names", self.names), ("mask ids", self.mask_ids)):
             repeated = sorted({str(v) for v in values if values.count(v) > 1})
             if repeated:
@@ -100,7 +92,8 @@ class ClassTable:
         if wrong:
             raise DataError(
                 f"mask ids {shortened([*map(str, wrong)])} are outside 1..254 (0 is background, "
-                "255 is ignored); choose classes with lower ids (--classes), or list them first"
+                "255 is ignored); choose at most 254 classes (--classes), where there are masks "
+                "those of lower ids"
             )
 
     @classmethod
@@ -114,11 +107,8 @@ class ClassTable:
         """The classes of a data set with the mask values 1, 2, 3, ...
 
         Args:
-            names, source, rules: as in :func:`class_values`.
+            names, source, rules: as in :func:`class_values`, with what it raises.
             chosen: names to choose, in label order, which keep their mask values; None: all.
-
-        Raises:
-            DataError: if a name is unknown, or as in :func:`class_values`.
 
         Example:
             >>> ClassTable.numbered(["background", "cow", "dog"], "classes.txt").mask_ids
@@ -154,13 +144,14 @@ def class_values(
 ) -> dict[str, int]:
     """The value in masks of each class, the rule of every reader: 1, 2, 3, ... in their order.
 
-    An entry for the background at the beginning of the list (also after one for ignored pixels) is
-    no class: its value is 0. Elsewhere such entries are left out if there are no masks.
+    An entry for the background that begins the list (also after one for ignored pixels) is no
+    class. Without masks such entries are left out wherever they are, and the chosen classes come
+    first where a value would be above 254.
 
     Args:
         names: the list of classes, in the order of the mask values; None: the sorted labels.
         source: what names the classes, for errors.
-        chosen: names that are classes, whatever they seem to mean; None: none.
+        chosen: names that are classes, whatever they seem to mean.
         labels: the labels of images, and where each is first found, for errors.
         no_class: names that mean that an image shows no class.
         own: whether the user wrote the list, so that a doubtful name in it is a class.
@@ -169,20 +160,22 @@ def class_values(
     Raises:
         DataError: if names repeat, are unknown or doubtful, or values and masks cannot agree.
     """
-    labels, listed = labels or {}, names is not None
+    labels, chosen, listed = labels or {}, chosen or (), names is not None
+    is_subset = bool(chosen) and listed
     names = tuple(sorted(labels) if names is None else names)
-    if not names:
-        raise DataError(f"{source} names no class: no image has a label; label some images")
     check_unique(names, str(source))
     for name, where in labels.items():
         if name not in no_class:
             check_known(name, names, f"{where}: ")
     for name in no_class:
-        check_known(name, (*names, *labels), f"{source}, no class: ")
+        check_known(name, tuple({*names, *labels}), f"{source}, no class: ")
     meant = {name: shows_nothing(name) for name in names}
     never = [name for name in names if meant[name] in ("background", "ignore")]
     left_out = {*never, *no_class}
     values = {n: v for v, n in enumerate((n for n in names if n not in left_out), start=1)}
+    if not values:
+        why = "--no-class names them all" if names else "no image has a label; label some images"
+        raise DataError(f"{source} names no class: {why}")
     roles = [meant[name] for name in names[:2]]
     first = 2 if roles == ["ignore", "background"] else int(roles[0] == "background")
     by_line = {name: value for value, name in enumerate(names[first:], start=1)}
@@ -195,8 +188,8 @@ def class_values(
             "list, or put the background first, as the masks have it"
         )
     asked = [name for name in never if name in labels and name not in no_class]
-    if not (listed and chosen is not None):
-        asked += [n for n in values if meant[n] and n not in (chosen or ())]
+    if not is_subset:
+        asked += [n for n in values if meant[n] and n not in chosen]
     if own:  # of the user's own list only the first entry is doubtful: it may stand for 0
         asked = [name for name in asked if masked and name == names[0]]
     for name in asked[:1]:
@@ -205,6 +198,9 @@ def class_values(
             f"{labels.get(name, source)}: {name!r} may mean that an image shows no class; give "
             f"{_NO_CLASS.format(name)}{way}"
         )
+    first_ones = [name for name in chosen if name in values]
+    if not masked and any(values[name] >= IGNORE for name in first_ones):
+        values = {n: v for v, n in enumerate(dict.fromkeys([*first_ones, *values]), start=1)}
     return values
 
 
@@ -239,12 +235,10 @@ class Item:
     def read_mask(
         self, path: Path | None = None, size: tuple[int, int] | None = None
     ) -> NDArray[np.uint8]:
-        """Values (H, W) of a mask of the image, as :func:`read_index_mask` gives them.
-
-        The palette is that of true masks alone. ``path`` None is the true mask, which must exist.
-        """
+        """Values (H, W) of a mask of the image, or of the true one, as `read_index_mask` gives."""
         path = path or self.mask
         assert path is not None
+        # the palette is that of true masks alone
         reading = self.reading if path == self.mask else replace(self.reading, palette=())
         return read_index_mask(path, size=size, reading=reading)
 
@@ -324,16 +318,13 @@ class Dataset:
 
 def safe_id(text: str) -> str:
     """Return ``text`` if it can be an item id, a plain relative path; DataError says why not."""
-    problem = None
-    if not text or text != text.strip():
-        problem = "it is empty or has blanks at its ends"
-    elif "\\" in text or any(ord(c) < 32 or ord(c) == 127 for c in text):
-        problem = "it has a backslash or a control character"
-    elif text.startswith("/") or text[1:2] == ":":
-        problem = "it is an absolute path"
-    elif {"", ".", ".."} & {*text.split("/")}:
-        problem = "it has an empty, '.' or '..' part and could leave its folder"
-    if problem is not None:
+    problems = {
+        "it is empty or has blanks at its ends": not text or text != text.strip(),
+        "it has a backslash or a control character": re.search(r"[\\\x00-\x1f\x7f]", text),
+        "it is an absolute path": text.startswith("/") or text[1:2] == ":",
+        "an empty, '.' or '..' part could leave its folder": {"", ".", ".."} & {*text.split("/")},
+    }
+    for problem in (problem for problem, found in problems.items() if found):
         raise DataError(f"image name {text!r} is refused: {problem}; use a plain relative path")
     return text
 
@@ -359,10 +350,11 @@ def with_mask_folder(dataset: Dataset, folder: Path) -> Dataset:
     if not folder.is_dir():
         raise DataError(f"there is no folder of masks {folder}; give the folder that holds ID.png")
     files = files_by_id(folder, (".png",))
-    items = {
-        name: replace(item, mask=next((files[n] for n in _names(name) if n in files), None))
-        for name, item in dataset.items.items()
-    }
+    items = {}
+    for name, item in dataset.items.items():
+        number = _COCO_NUMBER.fullmatch(name.rpartition("/")[2])
+        names = [name] if number is None else [name, number[1], str(int(number[1]))]
+        items[name] = replace(item, mask=next((files[n] for n in names if n in files), None))
     if not any(item.mask for item in items.values()):
         raise DataError(
             f"{folder} has no mask of any of the {len(items)} images; they are called ID.png, "
@@ -382,8 +374,3 @@ def files_by_id(folder: Path, endings: Collection[str]) -> dict[str, Path]:
             if other != path:
                 raise DataError(f"{other} and {path} have the same id {name!r}; rename one of them")
     return found
-
-
-def _names(item_id: str) -> list[str]:
-    number = _COCO_NUMBER.fullmatch(item_id.rpartition("/")[2])
-    return [item_id] if number is None else [item_id, number[1], str(int(number[1]))]

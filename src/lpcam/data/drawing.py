@@ -27,15 +27,13 @@ HEAT = np.stack([_RED, _GREEN, _BLUE], axis=1).astype(np.float64)
 def overlay(
     image: NDArray[np.uint8], heat: NDArray[np.float32], *, opacity: float = 0.7
 ) -> NDArray[np.uint8]:
-    """Draw a map over its image as a heat map.
+    """Draw a map (H, W) over its image (H, W, 3) as a heat map.
 
     Args:
-        image: uint8 (H, W, 3).
-        heat: (H, W) in [0, 1].
         opacity: opacity of the colour where the map is 1; a third of it where the map is 0.
 
     Raises:
-        DataError: if the sizes differ or a value is outside [0, 1].
+        DataError: if the sizes differ or a value of the map is outside [0, 1].
 
     Example:
         >>> image, heat = np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), np.float32)
@@ -102,9 +100,9 @@ def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:
             item = next((item for item in queue if item.id not in chosen), None)
             if item is None:
                 del queues[index]
-            elif len(chosen) < count:
+            else:
                 chosen[item.id] = (item, index)
-    return list(chosen.values())
+    return list(chosen.values())[:count]
 
 
 def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
@@ -122,12 +120,9 @@ def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
         top = TITLE + number * (CELL + GAP)
         pictures = [
             row.image,
-            overlay(row.image, row.cam),
-            overlay(row.image, row.lpcam),
-            overlay_mask(row.image, row.seed),
+            *(overlay(row.image, heat) for heat in (row.cam, row.lpcam)),
+            *(overlay_mask(row.image, m) for m in (row.seed, row.truth) if m is not None),
         ]
-        if row.truth is not None:
-            pictures.append(overlay_mask(row.image, row.truth))
         for column, picture in enumerate(pictures):
             height, width = picture.shape[:2]
             height, width = scaled_size(height, width, CELL / max(height, width))

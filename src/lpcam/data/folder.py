@@ -10,9 +10,8 @@
       masks/ID.png        optional: true masks for the evaluation
       parts/ID.png        optional: true masks of parts, with parts.json {"head": 1, ...}
 
-With ``labels="folders"`` the folders of the image folder are the classes: ``images/cow/7.jpg``.
-
-An image's id is its path below the image folder without the extension, in Unicode form NFC.
+With ``labels="folders"`` the folders of the image folder are the classes: ``images/cow/7.jpg``. An
+image's id is its path below the image folder without the extension, in Unicode form NFC.
 """
 
 from __future__ import annotations
@@ -81,18 +80,14 @@ def read_folder(
 ) -> Dataset:
     """Read a user's folder (layout above): every labelled image, and lists with one named ``all``.
 
-    The table may name an image with or without its extension and a leading ``images/``; an empty
-    labels cell is an image that shows no class. Classes are those of ``classes.txt``, else of the
-    table or the folders, sorted, with mask ids from 1. A row without an image and an image without
-    a row are left out, with the reason; the labels of repeated rows are united.
+    The table may name an image with or without its extension and a leading ``images/``. Classes are
+    those of ``classes.txt``, else of the table or the folders, sorted, with mask ids from 1. A row
+    without an image and an image without a row are left out, with the reason.
 
     Args:
-        classes: names to choose, in label order; all if None. They keep their mask ids.
         labels: a table in any folder; or ``"folders"``: the label of ``cow/barn/7`` is ``cow``.
             None: ``labels.csv`` or ``labels.jsonl`` of the folder.
-        masks: a folder of ``ID.png`` to use instead of ``masks`` of the folder.
-        separator: what separates labels, as in :func:`lpcam.data.labels.split_labels`.
-        no_class: labels that mean that an image shows no class.
+        classes, masks, separator, no_class: as in :func:`lpcam.data.open_dataset.open_dataset`.
 
     Raises:
         DataError: naming the file and line that is wrong, doubtful or missing.
@@ -118,20 +113,19 @@ def read_folder(
     own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
     split = partial(split_labels, separator=separator, known={*no_class, *(own or ())})
     table = None if path is None else read_labels(path, split)
-    known = {*_OWN, *((path.name,) if path else ())}
-    images, skipped, others = _find_images(images_root, masks, known)
-    notices = [*others, *(() if images_root == root else _outside(root, masks))]
+    images, skipped, notices = _find_images(images_root, masks, path)
+    if images_root != root:
+        notices += _outside(root, masks)
     if path is None and labels is None and (found := other_format(root)):
         raise DataError(f"{root} has no table of labels, but {found}")
     if not images and skipped:
         lines = skip_lines([*skipped.values()], "files cannot be used")
         raise DataError("\n".join([f"there is no image below {images_root}", *lines]))
     if table is None:
-        asked = labels is None
         notices += [f"{name} is not used" for name in TABLES if (root / name).is_file()]
-        rows = _rows_of_folders(root, images_root, images, skipped, own or (), asked)
-        rows = tuple(row._replace(labels=split(row.labels[0], row.image)) for row in rows)
-        table = LabelTable(images_root, rows)
+        of = _class_folders(root, images_root, images, skipped, own or (), asked=labels is None)
+        rows = (LabelRow(0, image_id, split(name, image_id)) for image_id, name in of.items())
+        table = LabelTable(images_root, tuple(rows))
     elif not images:
         raise DataError(
             f"there are no images below {images_root}; put files such as cow_1.jpg there "
@@ -163,14 +157,13 @@ def read_folder(
     parts = _find_masks(root / "parts", images, notices)
     if parts and not part_names:
         notices.append("parts/ is not used: parts.json with the value of each part is missing")
-        parts = {}
     items = {
         image_id: Item(
             id=image_id,
             image=images[image_id],
             labels=tuple(n for n, name in enumerate(chosen.names) if name in present[image_id]),
             mask=truth.get(image_id),
-            parts=parts.get(image_id),
+            parts=parts.get(image_id) if part_names else None,
             file_name=images[image_id].relative_to(images_root).as_posix(),
         )
         for image_id in sorted(present)
@@ -189,25 +182,22 @@ def read_folder(
     return dataset if masks is None else with_mask_folder(dataset, masks)
 
 
-def _rows_of_folders(
+def _class_folders(
     root: Path,
     images_root: Path,
     images: Iterable[str],
     skipped: dict[str, Skip],
     own: Collection[str],
+    *,
     asked: bool,
-) -> tuple[LabelRow, ...]:
-    """Rows in which each image has its folder as the label; images in none are skipped.
-
-    DataError if folders mean something else (and are not ``own`` classes), or, where it is to be
-    asked, with the question.
-    """
+) -> dict[str, str]:
+    """The folder of each image as its label; DataError if it means something else or is asked."""
     reason = "it is in no folder of a class and no table of labels is used; move it into one"
     skipped |= {image_id: Skip(image_id, reason) for image_id in images if "/" not in image_id}
     inside = [image_id.split("/") for image_id in images if "/" in image_id]
     counts = Counter(parts[0] for parts in inside)
     shown = shortened([f"{name} ({number} images)" for name, number in sorted(counts.items())], 12)
-    tables = [path for ending in ("csv", "jsonl") for path in sorted(root.glob(f"*.{ending}"))]
+    tables = [p for p in sorted(root.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
     table = f"; if {tables[0].name} is the table: --labels {tables[0]}" if tables and asked else ""
     if not inside:
         path = root / "labels.csv"
@@ -247,7 +237,7 @@ def _rows_of_folders(
             f"{root} has no labels.csv or labels.jsonl; its folders are {shown}. If each is a "
             f"class, give --labels folders (in a recipe data.labels: folders){table}"
         )
-    return tuple(LabelRow(0, "/".join(parts), (normal_name(parts[0]),)) for parts in inside)
+    return {"/".join(parts): parts[0] for parts in inside}
 
 
 def _labels_by_image(
@@ -259,10 +249,8 @@ def _labels_by_image(
 ) -> dict[str, set[str]]:
     """Class names by image id, of all rows that name an image."""
     unread = {key: s for s in skipped.values() for key in (s.id, s.id.rpartition(".")[0])}
-    for row in table.rows:
+    for row in (row for row in table.rows if _image_id(row.image, images) is None):
         where = f"{table.path.name} line {row.line}"
-        if _image_id(row.image, images) is not None:
-            continue
         name = row.image.removeprefix("images/")
         if skip := unread.get(name) or unread.get(without_suffix(name)):
             skipped[skip.id] = Skip(skip.id, f"{where}: {skip.reason}")
@@ -283,11 +271,11 @@ def _labels_by_image(
 
 
 def _find_images(
-    folder: Path, masks: Path | None, own: Collection[str]
-) -> tuple[dict[str, Path], dict[str, Skip], tuple[str, ...]]:
+    folder: Path, masks: Path | None, table: Path | None
+) -> tuple[dict[str, Path], dict[str, Skip], list[str]]:
     """Images by id below a folder; files that are not read, with reasons; what else is there."""
     ignored = [folder / "masks", folder / "parts", folder / "lists", *([masks] if masks else [])]
-    found = list_images(folder, ignored, own)
+    found = list_images(folder, ignored, {*_OWN, table.name if table else ""})
     images: dict[str, Path] = {}
     skipped = {skip.id: skip for skip in found.unread}
     for name, path in found.images:
@@ -300,7 +288,7 @@ def _find_images(
             images[safe_id(image_id)] = path
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
-    return images, skipped, found.notices
+    return images, skipped, [*found.notices]
 
 
 def _outside(root: Path, masks: Path | None) -> tuple[str, ...]:
@@ -322,15 +310,14 @@ def _image_id(text: str, images: Collection[str]) -> str | None:
 def _find_masks(folder: Path, images: Collection[str], notices: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     files = list_images(folder)
-    unknown = [skip.id for skip in files.unread]
     notices += [f"{folder.name}/: {notice}" for notice in files.notices]
     for name, path in files.images:
         image_id = name.removesuffix(path.suffix)
-        if path.suffix.lower() == ".png" and image_id in images and image_id not in found:
-            found[image_id] = path
-        else:
-            unknown.append(name)
-    if unknown:
+        if path.suffix.lower() == ".png" and image_id in images:
+            found.setdefault(image_id, path)
+    used = {*found.values()}
+    unused = [name for name, path in files.images if path not in used]
+    if unknown := [skip.id for skip in files.unread] + unused:
         notices.append(
             f"{folder.name}/: {shortened(unknown)} belong to no image; they are called ID.png, as "
             "the image without its extension"
@@ -364,9 +351,8 @@ def _read_lists(
             if image_id is None:
                 skipped.setdefault(name, Skip(name, f"{where} has no image of that name"))
         lines = {where.rpartition(" ")[2]: i for where, (_, i) in found.items() if i is not None}
-        ids = [*lines.values()]
-        check_unique(ids, str(path), lines)
-        lists[path.stem] = tuple(image_id for image_id in ids if image_id in items)
+        check_unique(lines.values(), str(path), lines)
+        lists[path.stem] = tuple(image_id for image_id in lines.values() if image_id in items)
     return lists
 
 

@@ -8,7 +8,6 @@
     b.jpg,                     b.jpg,0,0
     c.jpg,cow;dog              c.jpg,1,1
 
-Names get Unicode form NFC, without blanks at their ends; in image names backslashes become slashes.
 A name that may be several (`split_labels`) is refused unless a separator says what it is.
 """
 
@@ -37,7 +36,7 @@ TABLES = ("labels.csv", "labels.jsonl")
 _IMAGE = re.compile("(image|img)s?(id|name|path|file|index)?|files?(name|path)?|path|id")
 _LABELS = re.compile("(finding)?labels?|class(es)?|(class|label)name|categor(y|ies)|(tag|target)s?")
 """Names of the columns of images and of labels, without case, blanks, ``_`` and ``-``."""
-_SEVERAL = re.compile(r"[,|/&\t\r\n，、；｜／＆]|^[\[({'\"].*[\])}'\"]$", re.DOTALL)
+_SEVERAL = re.compile(r"[,|/&\x00-\x1f，、；｜／＆]|^[\[({'\"].*[\])}'\"]$", re.DOTALL)
 _JOINED = re.compile(r"[\W_]*\band\b[\W_]*|[\W_]+")
 _TRUE_FALSE = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
@@ -64,10 +63,8 @@ class LabelTable:
         """The file and line where each label is first found."""
         found = dict.fromkeys(self.classes or (), str(self.path))
         for row in self.rows:
-            for name in row.labels:
-                found.setdefault(
-                    name, f"{self.path} {f'line {row.line}' if row.line else row.image}"
-                )
+            where = f"{self.path} {f'line {row.line}' if row.line else row.image}"
+            found |= {name: where for name in row.labels if name not in found}
         return found
 
 
@@ -91,8 +88,7 @@ def read_labels(path: Path, split: Split | None = None) -> LabelTable:
         split: `split_labels` with other values than its usual ones, for cells and columns.
 
     Raises:
-        DataError: naming the file and line, if the table is missing, not Unicode, of another form
-            or names no image, an image's name could leave its folder, or a label is doubtful.
+        DataError: naming the file and line, if the table is not one or a label is doubtful.
 
     Example:
         >>> path = getfixture("tmp_path") / "labels.csv"
@@ -103,9 +99,8 @@ def read_labels(path: Path, split: Split | None = None) -> LabelTable:
     how, suffix = how_to_write(path), path.suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError(f"{path} is not a table of labels; give a .csv, .tsv or .jsonl file")
-    text = read_text(path, how)
     read = _read_jsonl if suffix == ".jsonl" else _read_csv
-    table = read(path, text, how, split or split_labels)
+    table = read(path, read_text(path, how), how, split or split_labels)
     if not table.rows:
         raise DataError(f"{path} names no image; {how}")
     return table
@@ -152,10 +147,6 @@ def split_labels(
             is refused. A text, such as ``|``: labels are taken literally between it. ``list``: the
             text is a list of JSON or Python.
         known: labels that are not refused.
-
-    Example:
-        >>> split_labels("cow; dog", "line 2"), split_labels("cow|dog", "line 2", "|")
-        (('cow', 'dog'), ('cow', 'dog'))
     """
     if separator == "list":
         return _listed(text, where)
@@ -187,11 +178,7 @@ def _listed(text: str, where: str) -> tuple[str, ...]:
 
 
 def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> None:
-    """Refuse labels that seem to be several others joined, or (without ``numbers``) numbers.
-
-    Args:
-        labels: where each label is first found, which begins the DataError.
-    """
+    """Refuse labels (with their places) that seem to be several others joined, or numbers."""
     known = {label.casefold(): label for label in reversed([*labels])}
     for label, where in labels.items():
         if not numbers and re.fullmatch(r"[-+]?\d+(\.\d+)?", label):
@@ -223,30 +210,25 @@ def labels_by_image(
 ) -> tuple[dict[str, set[str]], tuple[str, ...]]:
     """The labels of each image, united over its rows, and a notice of images in several rows.
 
-    Args:
-        name_of: gives an image's id by its name in the table; None: the row is left out.
-
-    Raises:
-        DataError: if rows of an image contradict each other: one has no label, or columns differ.
+    Rows for which ``name_of`` gives no id are left out. DataError if rows contradict each other:
+    one has no label, or columns differ.
     """
     rows: dict[str, list[LabelRow]] = {}
     for row in table.rows:
         if (image_id := name_of(row.image)) is not None:
             rows.setdefault(image_id, []).append(row)
     several = {image_id: found for image_id, found in rows.items() if len(found) > 1}
-    for image_id, row in ((i, row) for i, found in several.items() for row in found):
-        first = several[image_id][0]
-        one_is_bare = not (row.labels and first.labels)
-        if {*row.labels} != {*first.labels} and (table.classes is not None or one_is_bare):
+    for image_id, first, row in ((i, of[0], row) for i, of in several.items() for row in of):
+        may_differ = table.classes is None and row.labels and first.labels
+        if {*row.labels} != {*first.labels} and not may_differ:
             raise DataError(
                 f"{table.path} lists {image_id!r} twice (lines {first.line} and {row.line}) with "
                 "labels that contradict each other; keep one of them"
             )
     repeated = [f"{i} (lines {', '.join(str(r.line) for r in f)})" for i, f in several.items()]
-    notice = (
-        f"{table.path.name} has several lines of {shortened(repeated)}; their labels were united"
-    )
-    return {i: {n for r in f for n in r.labels} for i, f in rows.items()}, (notice,) * bool(several)
+    lines = f"{table.path.name} has several lines of {shortened(repeated)}"
+    notices = (f"{lines}; their labels were united",) * bool(several)
+    return {i: {n for r in of for n in r.labels} for i, of in rows.items()}, notices
 
 
 def read_text(path: Path, how: str) -> str:
@@ -261,17 +243,23 @@ def read_text(path: Path, how: str) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}. {how}") from error
 
 
-def read_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
-    """The class names of a file, one per line; DataError if a line may hold more than a name."""
+def read_names(
+    path: Path,
+    separator: str | None = None,
+    way: str = "give --separator ';' (in a recipe data.separator)",
+) -> tuple[str, ...]:
+    """The class names of a file, one per line; DataError if one may be several, with a way on."""
     lines = read_text(path, "Write one class name per line.").splitlines()
     names = [normal_name(line) for line in lines if line.strip()]
     for name in names if separator is None else ():
-        if re.search(r"[,;|\t，、；｜]|^[\[({'\"]", name):
+        if re.search(r"[,;|\t，、；｜]|^[#\[({'\"]", name):
             raise DataError(
-                f"{path}: {name!r} may be several names; write one class name per line, or give "
-                "--separator ';' (in a recipe data.separator) if it is one name"
+                f"{path}: {name!r} may be several names, or none; write one class name per line, "
+                f"or {way} if it is one name"
             )
-    if names and all(re.match(r"\d+\s*[:.)\s]\s*\S", name) for name in names):
+    if not names:
+        raise DataError(f"{path} is empty; write one class name per line")
+    if all(re.match(r"\d+\s*[:.)\s]\s*\S", name) for name in names):
         raise DataError(
             f"{path} numbers its lines ({names[0]!r}); write class names alone, in the order of "
             "their values in masks, 1, 2, ..."
@@ -303,15 +291,12 @@ def _read_csv(path: Path, text: str, how: str, split: Split) -> LabelTable:
         for cells in reader:
             where = f"{path} line {reader.line_num}"
             if not width:
-                width = len(cells)
-                classes = _columns(cells, where, how, split)
+                width, classes = len(cells), _columns(cells, where, how, split)
             elif any(cell.strip() for cell in cells):
                 if len(cells) != width:
                     raise DataError(f"{where} has {len(cells)} columns, expected {width}; {how}")
-                if classes is None:
-                    labels = split(cells[1], where)
-                else:
-                    labels = _hot(cells[1:], classes, where, how)
+                hot = classes and _hot(cells[1:], classes, where, how)
+                labels = split(cells[1], where) if hot is None else hot
                 rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; {how}") from error
@@ -320,27 +305,24 @@ def _read_csv(path: Path, text: str, how: str, split: Split) -> LabelTable:
 
 def _columns(cells: list[str], where: str, how: str, split: Split) -> tuple[str, ...] | None:
     """The classes of a multi-hot header; None for ``image,labels``."""
-    names = [normal_name(cell) for cell in cells]
-    first, *others = map(_key, cells)
-    of_labels = [key for key in others if _LABELS.fullmatch(key)]
-    if _IMAGE.fullmatch(first) and len(others) == len(of_labels) == 1:
-        return None
-    if others and _IMAGE.fullmatch(first) and of_labels:
-        raise DataError(
-            f"{where} has the columns {', '.join(names)}; keep two, of the images and of the labels"
-        )
-    if not others or not _IMAGE.fullmatch(first):
+    _, *names = map(normal_name, cells)
+    if not names or not _IMAGE.fullmatch(_key(cells[0])):
         header = "no header" if without_suffix(cells[0]) != cells[0] else ",".join(cells)
         raise DataError(f"{where} is {header!r}; {how}")
-    repeated = sorted({name for name in names[1:] if names[1:].count(name) > 1})
-    if "" in names or repeated:
+    if any(_LABELS.fullmatch(_key(name)) for name in names):
+        if len(names) == 1:
+            return None
+        columns = ", ".join([cells[0], *names])
+        raise DataError(f"{where} has the columns {columns}; keep those of images and of labels")
+    if "" in names or len({*names}) < len(names):
+        repeated = ", ".join({name for name in names if names.count(name) > 1})
         raise DataError(
-            f"{where}: a column has no name, or repeats ({', '.join(repeated)}); a table of 0 and "
-            "1 has one column a class"
+            f"{where}: a column has no name, or repeats ({repeated}); a table of 0 and 1 has one "
+            "column a class"
         )
-    for name in names[1:]:
+    for name in names:
         split(name, f"{where}, a column")
-    return tuple(names[1:])
+    return tuple(names)
 
 
 def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tuple[str, ...]:
@@ -350,8 +332,7 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
         column = values.index(None)
         raise DataError(
             f"{where} has {cells[column].strip()!r} in the column {classes[column]!r}, expected 0 "
-            "or 1; if the column holds names of classes, call it 'labels'; otherwise "
-            f"{how}"
+            f"or 1; if the column holds names of classes, call it 'labels'; otherwise {how}"
         )
     return tuple(name for name, value in zip(classes, values, strict=True) if value)
 
@@ -359,9 +340,8 @@ def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tu
 def _read_jsonl(path: Path, text: str, how: str, split: Split) -> LabelTable:
     rows = []
     # not splitlines: JSON text may contain other line ends, such as U+2028
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if not line.strip():
-            continue
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    for number, line in ((number, line) for number, line in lines if line.strip()):
         where = f"{path} line {number}"
         try:
             entry = _Entry.model_validate_json(line)

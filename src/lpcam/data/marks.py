@@ -42,6 +42,9 @@ Roboflow's table of labels | ^((?:.*/)?)_classes\.csv$ | | name the table: lpcam
 the metadata of a Hugging Face image folder | ^((?:.*/)?)metadata\.(csv|jsonl)$ | file_name | \
 import it: lpcam import huggingface {} FOLDER
 Parquet or Arrow | \.(parquet|arrow)$ | | import it: lpcam import huggingface SOURCE FOLDER
+a spreadsheet | \.(xlsx?|ods)$ | | TABLE
+JSON, not a table of labels | (^|/)labels\.json$ | | write it as labels.jsonl, one object \
+with image and labels a line
 TFRecord | \.tfrecords?(-\d+-of-\d+)?$|\.record$ | | TABLE
 an archive, as those of WebDataset | \.(tar|tgz|tar\.gz|zip|7z|rar)$ | | unpack it
 DICOM | \.(dcm|dicom)$|(^|/)DICOMDIR$ | | TABLE
@@ -55,14 +58,7 @@ _OPENED = 5  # files whose contents are looked at for a mark
 
 
 def other_format(path: Path) -> str:
-    """Text that names the format of a folder's or file's marks and what to do; empty if none.
-
-    Example:
-        >>> folder = getfixture("tmp_path")
-        >>> (folder / "train.tfrecord").touch()
-        >>> other_format(folder).partition(";")[0]
-        'train.tfrecord is of TFRecord'
-    """
+    """Text that names the format of a folder's or file's marks and what to do; empty if none."""
     root, names = (path, _names(path)) if path.is_dir() else (path.parent, [path.name])
     for line in _MARKS.replace("\\\n", "").strip().splitlines():
         name, paths, contents, advice = (part.strip() for part in re.split(r" \|(?= )", line))

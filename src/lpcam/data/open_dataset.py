@@ -20,12 +20,7 @@ Truth = Mapping[str, TrueMask]  #: True masks that are not files, by image id.
 def kind_of(path: Path) -> str:
     """Name of the first reader that recognises a path; ``folder`` for any other folder.
 
-    Raises DataError if there is nothing at the path, a file that no reader recognises, or a data
-    set in a folder of it alone.
-
-    Example:
-        >>> kind_of(getfixture("tmp_path"))
-        'folder'
+    DataError if there is nothing, an unknown file, or a data set in a folder of the path alone.
     """
     if not path.exists():
         raise DataError(f"there is no {path}; give a folder of images, or a COCO JSON file")

@@ -102,7 +102,6 @@ class DataSection(Section):
 
     @property
     def reader(self) -> Reader:
-        """The chosen reader."""
         return READERS[self.kind]
 
     @property
@@ -137,9 +136,9 @@ class DataSection(Section):
     def list_of(self, stage: ListName) -> str:
         """Name of the list that a stage works on."""
         own: str | None = getattr(self.lists, stage)
-        if own is None and stage == "segment":
-            return self.list_of("maps")
-        return own or self.reader.usual_lists[stage]
+        return own or (
+            self.list_of("maps") if stage == "segment" else self.reader.usual_lists[stage]
+        )
 
 
 @dataclass(frozen=True)
@@ -179,27 +178,22 @@ class Reader(ABC):
     settings: ClassVar[type[BaseModel] | None] = None  #: Class of its settings, if it has any.
 
     takes: ClassVar[Collection[str]] = ("no_class",)
-    """Options of a `Request` that it uses: ``labels`` (a table), ``folders``, ``separator``,
-    ``no_class``."""
+    """Options that it uses: ``labels`` (a table), ``folders``, ``separator``, ``no_class``."""
     how_to_label: ClassVar[str] = "label some"  #: Advice where no image has a label.
 
     def check_options(
-        self,
-        kind: str,
-        labels: Path | str | None,
-        separator: str | None = None,
-        no_class: Sequence[str] = (),
+        self, kind: str, labels: Path | str | None, separator: str | None, no_class: Sequence[str]
     ) -> None:
         """Refuse options that the reader does not use; ValueError names the kinds that do."""
-        given: dict[str, object] = {"separator": separator, "no_class": [*no_class]}
-        given["folders" if isinstance(labels, str) else "labels"] = labels
-        for option, value in given.items():
+        given = {"folders" if isinstance(labels, str) else "labels": ("labels", labels)}
+        given |= {"separator": ("separator", separator), "no_class": ("no_class", [*no_class])}
+        for option, (name, value) in given.items():
             if value and option not in self.takes:
-                kinds = [name for name, reader in READERS.items() if option in reader.takes]
-                raise ValueError(
-                    f"{'labels' if option == 'folders' else option} {str(value)!r} does not belong "
-                    f"to the kind {kind}, but to {', '.join(kinds)}; leave it out"
+                kinds = ", ".join(
+                    kind for kind, reader in READERS.items() if option in reader.takes
                 )
+                problem = f"{name} {str(value)!r} does not belong to the kind {kind}"
+                raise ValueError(f"{problem}, but to {kinds}; leave it out")
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

@@ -1,7 +1,7 @@
 """``train_aug``: VOC's train list enlarged by the Semantic Boundaries Dataset (SBD).
 
 Of SBD every image that is not in VOC's val; with the released files 10,582 in all (specification of
-data sets, section 1). MATLAB's files are read by SciPy (extra ``objects``), executing nothing.
+data sets, section 1).
 """
 
 from __future__ import annotations
@@ -94,10 +94,8 @@ def make_train_aug(
             write_mask(target, mask)
             return True
         if not np.array_equal(read_index_mask(target), mask):
-            raise DataError(
-                f"{target} exists and differs from {path}; move it away or choose another output "
-                "folder"
-            )
+            way = "move it away or choose another output folder"
+            raise DataError(f"{target} exists and differs from {path}; {way}")
         return False
 
     written = 0
@@ -161,6 +159,5 @@ def _sbd_list(dataset: Path, name: str) -> list[str]:
 
 def _image_path(root: Path, dataset: Path, image_id: str) -> Path:
     """The image in VOC, else SBD's copy of it."""
-    path = root / "JPEGImages" / f"{image_id}.jpg"
-    copy = dataset / "img" / path.name
+    path, copy = (f / f"{image_id}.jpg" for f in (root / "JPEGImages", dataset / "img"))
     return copy if not path.is_file() and copy.is_file() else path

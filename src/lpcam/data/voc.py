@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 from lpcam.data.dataset import (
@@ -58,7 +59,7 @@ def read_voc(
     *,
     lists: Sequence[str],
     classes: Sequence[str] | None = None,
-    unlabelled: Sequence[str] = (),
+    unlabelled: Collection[str] = (),
     labels: Path | None = None,
     separator: str | None = None,
     no_class: Sequence[str] = (),
@@ -66,22 +67,20 @@ def read_voc(
 ) -> Dataset:
     """Read lists of a VOC folder: ids, image-level labels and the mask paths that exist.
 
-    An image whose file or annotation is missing or damaged is left out, with the reason. Objects of
-    unknown names give no label; a notice counts them.
+    An image whose file or annotation is missing or damaged is left out, with the reason. A notice
+    counts objects of unknown names, which give no label.
 
     Args:
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
         lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or
             ``2007000063``), paths of an image and its mask, or a pair of images and a class.
-        classes: names to choose, in label order, which keep their mask ids; all if None.
         unlabelled: those of the lists whose images need no annotation.
-        labels: a table (:func:`lpcam.data.labels.read_labels`) instead of ``Annotations``.
-        separator: what separates labels of that table.
-        no_class: names that mean that an image shows no class.
-        masks: a folder of ``ID.png`` instead of ``SegmentationClass``.
+        classes, labels, separator, no_class, masks: as in
+            :func:`lpcam.data.open_dataset.open_dataset`.
 
     Raises:
-        DataError: if the folder, a list or a class is wrong or missing, or no image is left.
+        DataError: if the folder, a list or a class is wrong or missing or doubtful, or no image is
+            left.
     """
     root = find_root(root)
     own = root / CLASS_NAMES
@@ -93,9 +92,8 @@ def read_voc(
     given: Mapping[str, set[str]] | None = None
     first, repeated = dict.fromkeys(no_class, ""), tuple[str, ...]()
     if labels is not None:
-        found = read_labels(
-            labels, partial(split_labels, separator=separator, known={*no_class, *names})
-        )
+        split = partial(split_labels, separator=separator, known={*no_class, *names})
+        found = read_labels(labels, split)
         given, repeated = labels_by_image(
             found, lambda image: without_suffix(image.removeprefix("JPEGImages/"))
         )
@@ -114,8 +112,7 @@ def read_voc(
     counted: Counter[str] = Counter()
     for image_id in dict.fromkeys(i for ids in wanted.values() for i in ids):
         try:
-            image = images.get(image_id)
-            if image is None:
+            if image_id not in images:
                 raise DataError(f"there is no image {root / 'JPEGImages' / image_id}.jpg")
             present = _present(root, image_id, image_id in labelled, given)
         except DataError as error:
@@ -123,7 +120,7 @@ def read_voc(
             continue
         counted.update(present)
         shown = tuple(n for n, name in enumerate(table.names) if name in present)
-        items[image_id] = Item(image_id, image, shown, drawn.get(image_id))
+        items[image_id] = Item(image_id, images[image_id], shown, drawn.get(image_id))
     if not items:
         reason = next(iter(skipped.values())).reason if skipped else "no list was named"
         raise DataError(
@@ -132,19 +129,18 @@ def read_voc(
         )
     for name in no_class:
         check_known(name, (*names, *counted, *first), "no class: ")
-    unknown = {
-        n: count for n, count in counted.items() if n not in {*names, *_PERSON_PARTS, *no_class}
-    }
+    known = {*names, *_PERSON_PARTS, *no_class}
     counts = [
         f"{name!r} in {count}{nearest_name(name, names)}"
-        for name, count in sorted(unknown.items(), key=lambda one: (-one[1], one[0]))
+        for name, count in sorted(counted.items(), key=lambda one: (-one[1], one[0]))
+        if name not in known
     ]
     notice = (
         f"objects of unknown classes give no label, by the number of images: {shortened(counts)}; "
         f"list other classes in {own}, one per line"
     )
-    if counts and not {*names} & {*counted}:
-        raise DataError(f"no object is of the classes {shortened(names)}: {notice}")
+    if counts and not ({*names} & {*counted} and (own.is_file() or classes or labels)):
+        raise DataError(f"there are the classes {shortened(names, 20)}; {notice}, all of them")
     dataset = Dataset(
         name="voc12" if names == CLASSES else root.resolve().name,
         classes=table,
@@ -161,18 +157,13 @@ def read_voc(
     return dataset if masks is None else with_mask_folder(dataset, masks)
 
 
-def _voc_folder(path: Path) -> Path | None:
-    """The folder ``VOC2012`` itself, or of another year, at or below a path; None: none."""
+def find_root(path: Path) -> Path:
+    """The folder ``VOC2012``, or of another year, at or below a path; DataError if none is."""
     years = ("VOC2012", "VOC20[01][0-9]")
     below = (one for y in years for up in ("", "VOCdevkit/") for one in sorted(path.glob(up + y)))
-    places = (one for one in (path, *below) if (one / LISTS).is_dir() or (one / _MAIN).is_dir())
-    return next(places, None)
-
-
-def find_root(path: Path) -> Path:
-    """The folder ``VOC2012`` itself; DataError if there is none at or below the path."""
-    if folder := _voc_folder(path):
-        return folder
+    for folder in (path, *below):
+        if (folder / LISTS).is_dir() or (folder / _MAIN).is_dir():
+            return folder
     raise DataError(
         f"{path} is not a VOC folder; expected VOC2012 (or a folder that holds VOC2012 or "
         f"VOCdevkit/VOC2012) with {LISTS}, JPEGImages and Annotations"
@@ -180,10 +171,7 @@ def find_root(path: Path) -> Path:
 
 
 def read_list(root: Path, name: str, images: Collection[str] = ()) -> tuple[str, ...]:
-    """Ids of a list of a VOC folder, in any of the forms that `read_voc` accepts; none twice.
-
-    A line that is the id of one of ``images`` may hold blanks.
-    """
+    """Ids of a list in the forms of `read_voc`; those of ``images`` may have blanks."""
     path = _lists(root) / f"{safe_id(name)}.txt"
     if not path.is_file():
         known = ", ".join(_list_names(root)) or "none"
@@ -272,22 +260,16 @@ class VocReader(Reader):
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a folder with VOC's lists."""
-        folder = _voc_folder(path)
-        return folder is not None and bool(_list_names(folder))
+        with suppress(DataError):
+            return bool(_list_names(find_root(path)))
+        return False
 
     def open(self, request: Request) -> Opened:
         """Read labels from annotations, or from a table."""
-        dataset = read_voc(
-            request.root,
-            lists=request.lists or _list_names(find_root(request.root)),
-            classes=request.classes,
-            unlabelled=sorted(request.unlabelled),
-            labels=request.labels if isinstance(request.labels, Path) else None,
-            separator=request.separator,
-            no_class=request.no_class,
-            masks=request.masks,
-        )
-        return Opened(dataset)
+        options = ("classes", "unlabelled", "labels", "separator", "no_class", "masks")
+        given: dict[str, Any] = {name: getattr(request, name) for name in options}
+        lists = request.lists or _list_names(find_root(request.root))
+        return Opened(read_voc(request.root, lists=lists, **given))
 
 
 READER = VocReader()

@@ -112,7 +112,7 @@ def _describe(root: Path) -> _Contents:
     for path in (path for pattern in _NAMES for path in sorted(root.glob(pattern))):
         places = (root, path.parent)
         lists = {v: [f"{k}.txt"] for k, v in _LISTS.items() if _find(f"{k}.txt", places)}
-        names = dict(enumerate(read_names(path)))
+        names = dict(enumerate(read_names(path, way="name it in a data.yaml")))
         return _Contents(path=path, names=names, lists=lists, places=places)
     raise DataError(
         f"{root} has YOLO's labels, but nothing names the classes; write {root / 'classes.txt'}, "
