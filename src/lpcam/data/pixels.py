@@ -165,7 +165,9 @@ def key_of(dataset: Dataset) -> str:
         for path in filter(None, (item.image, item.mask)):
             with contextlib.suppress(OSError):
                 stat = path.stat()
-                stats.append([str(path), stat.st_size, stat.st_mtime_ns, list(item.labels)])
+                stats.append(
+                    [item.id, path.name, stat.st_size, stat.st_mtime_ns, list(item.labels)]
+                )
     reading = dataset.reading
     given = [reading.orientation, reading.palette, dataset.classes.mask_ids]
     return digest_json([REVISION, given, stats])
