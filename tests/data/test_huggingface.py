@@ -22,8 +22,9 @@ from lpcam.runtime.errors import DataError, LpcamError
 ANIMALS = ClassLabel(names=["hen", "cow", "dog"])
 
 
-def import_huggingface(*arguments: Any, **options: Any) -> Path:
-    return huggingface.import_huggingface(*arguments, **options).folder
+def import_huggingface(source: Any, output: Path, **options: Any) -> Path:
+    huggingface.import_huggingface(source, output, **options)
+    return output
 
 
 def encoded(colour: int, kind: str = "JPEG") -> bytes:

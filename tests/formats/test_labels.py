@@ -119,7 +119,7 @@ def test_other_files_are_not_replaced(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(before)
 
 
-@pytest.mark.parametrize("classes", [[], ["a", "a"], ["a;b"], [" a"], [""], ["a\nb"]])
+@pytest.mark.parametrize("classes", [["a;b"], [" a"], [""], ["a\nb"]])
 def test_classes_that_a_table_cannot_hold_are_refused(tmp_path: Path, classes: list[str]) -> None:
     with pytest.raises(DataError, match="class"):
         import_labels(tmp_path / "l.npy", tmp_path / "labels.csv", classes=classes)

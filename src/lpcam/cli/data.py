@@ -275,8 +275,8 @@ def import_huggingface(
         path = Path(numbered)
         named = label_tables.read_names(path, columns["separator"]) if path.is_file() else None
         columns["names"] = named or names(numbered)
-    result = huggingface.import_huggingface(source, output, **columns)
-    print(f"{result.summary()}\nnext: lpcam init {shlex.quote(str(result.folder))}")
+    print(huggingface.import_huggingface(source, output, **columns))
+    print(f"next: lpcam init {shlex.quote(str(output))}")
     return 0
 
 

@@ -5,12 +5,10 @@ Data sets that are programs are never executed: versions of the library that do 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,13 @@ from PIL import Image
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import decode_image, png_bytes
-from lpcam.data.labels import check_label_names, normal_name, split_labels
+from lpcam.data.labels import (
+    check_label_names,
+    check_storable,
+    normal_name,
+    split_labels,
+    table_bytes,
+)
 from lpcam.runtime.errors import DataError, LpcamError, import_extra
 from lpcam.runtime.files import write_bytes, write_json
 from lpcam.runtime.versions import __version__
@@ -34,28 +38,6 @@ _EXTENSIONS |= {name: f".{name.lower()}" for name in ("PNG", "WEBP", "BMP", "GIF
 """File extension by Pillow's name of the format. Other formats are saved as PNG."""
 
 
-@dataclass(frozen=True)
-class ImportedFolder:
-    """Result of `import_huggingface`."""
-
-    folder: Path
-    rows: int
-    left_out: tuple[dict[str, Any], ...]
-    """``row`` and ``reason`` of each row without a usable image or label."""
-    united: int = 0  #: Number of rows that have the image of a row before; labels were united.
-    columns: str = ""  #: The columns that were read.
-
-    def summary(self) -> str:
-        """The result as text, one fact per line."""
-        lines = [f"wrote {self.folder}, from {self.columns}"]
-        if self.united:
-            lines.insert(0, f"{self.united} rows have the file of a row before; labels were united")
-        for first in self.left_out[:1]:
-            count = f"{len(self.left_out)} of {self.rows} rows were left out"
-            lines.insert(0, f"{count}, the first: row {first['row']}, {first['reason']}")
-        return "\n".join(lines)
-
-
 def import_huggingface(
     source: str | Path | Any,
     output: Path,
@@ -67,12 +49,13 @@ def import_huggingface(
     separator: str | None = None,
     no_class: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
-) -> ImportedFolder:
+) -> str:
     """Write the images of a data set with their labels as a user's folder.
 
     ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes unchanged;
     ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
     ClassLabel) or a readable image are left out; an empty list is an image that shows no class.
+    Returns what was done.
 
     Args:
         source: a ``datasets.Dataset`` or DatasetDict, the folder of its ``save_to_disk``, or its
@@ -140,7 +123,8 @@ def import_huggingface(
     if not rows:
         reason = left_out[0]["reason"] if left_out else "it has no rows"
         raise DataError(f"no row of the data set can be used; the first: {reason}")
-    write_bytes(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+    table, names_file = table_bytes(rows.values(), classes)
+    write_bytes(output / "classes.txt", names_file)
     record = {
         "source": str(source) if isinstance(source, str | Path) else type(source).__name__,
         "split": None if dataset.split is None else str(dataset.split),
@@ -151,13 +135,14 @@ def import_huggingface(
         "made_by": {"lpcam": __version__, "datasets": library.__version__},
     }
     write_json(output / RECORD, record)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(
-        [("image", "labels"), *((name, ";".join(of)) for name, of in rows.values())]
-    )
-    write_bytes(output / "labels.csv", table.getvalue().encode())
-    columns = f"the columns {image} and {labels}"
-    return ImportedFolder(output, len(dataset), tuple(left_out), united, columns)
+    write_bytes(output / "labels.csv", table)
+    lines = [f"wrote {output}, from the columns {image} and {labels}"]
+    if united:
+        lines.insert(0, f"{united} rows have the file of a row before; labels were united")
+    for first in left_out[:1]:
+        count = f"{len(left_out)} of {len(dataset)} rows were left out"
+        lines.insert(0, f"{count}, the first: row {first['row']}, {first['reason']}")
+    return "\n".join(lines)
 
 
 def _open(library: Any, source: Any, split: str | None) -> Any:
@@ -315,12 +300,7 @@ def _labels(
         no_class=no_class,
         masked=False,
     )
-    for name in table.names:
-        if ";" in name or len(name.splitlines()) != 1:
-            raise DataError(
-                f"the class name {name!r} does not fit into labels.csv and classes.txt: it is "
-                "empty, or has a ';' or a line break; rename the class in the data set"
-            )
+    check_storable(table.names)
     kept = [n if n is None else tuple(x for x in n if x in table.names) for n in found]
     return table.names, kept
 

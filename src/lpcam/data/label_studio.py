@@ -1,4 +1,4 @@
-"""Label Studio's exports JSON and JSON-MIN: labels of images, and masks from their regions.
+"""Label Studio's JSON: labels of images, and masks from their regions.
 
 Brush strokes, bit masks, polygons and ellipses give true masks; choices, rectangles and key points
 labels alone. Images are found below the folder of the file by the ends of their addresses.
@@ -11,9 +11,9 @@ import json
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import combinations, takewhile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.coco.dataset import open_annotated
-from lpcam.data.coco.files import ALL, name_parts
+from lpcam.data.coco.files import ALL, find_image, listing_of, name_parts
 from lpcam.data.coco.index import CocoAnnotation, CocoFile
 from lpcam.data.coco.painting import fill
 from lpcam.data.dataset import Skip
@@ -39,7 +39,7 @@ _HEAD = 1_000_000  # bytes of a file that are searched for these
 _MASKS = "task-*-annotation-*-by-*"  # files of the export of brush strokes as PNG or NumPy
 _KINDS = re.compile(r"choices|taxonomy|\w*labels")
 _PREFIX = re.compile(r"[0-9a-f]{8}-")  # of a file that was uploaded
-_NONE = "it has no annotation yet"
+_NO_IMAGE = "its data names no image"
 _HOW = "export the project as JSON from Label Studio"
 _Shape = Callable[[tuple[int, int]], NDArray[np.bool_]]
 
@@ -108,18 +108,6 @@ def _shape(value: Mapping[str, Any]) -> _Shape | None:
     return None
 
 
-def _minimal(task: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The results of a JSON-MIN entry; a choice is a text between ``id`` and ``annotator``."""
-    keys = [*takewhile(lambda key: key != "annotator", task)]
-    chosen = keys[keys.index("id") + 1 :] if "id" in keys and len(keys) < len(task) else []
-    for tag, given in task.items():
-        for value in given if isinstance(given, list) else [given]:
-            is_choice = isinstance(value, str) and tag in chosen
-            found = {"choices": [value]} if is_choice else value
-            if isinstance(found, dict):
-                yield {**found, "from_name": tag, "value": found}
-
-
 def _results(
     results: Sequence[Any], where: str, notes: dict[str, list[str]]
 ) -> tuple[list[_Result], tuple[int, int] | None]:
@@ -148,16 +136,14 @@ def _results(
     return [one for one in found if one.is_region or one.name not in filled], size
 
 
-def _annotations(task: Mapping[str, Any], predictions: bool) -> list[Sequence[Any]] | str:
-    """The results of each annotation of a task that counts; else why none does."""
-    if "data" not in task:
-        return [[*_minimal(task)]] if task.get("annotation_id", 0) is not None else _NONE
+def _annotations(task: Mapping[str, Any], predictions: bool) -> list[Sequence[Any]]:
+    """The results of each annotation of a task that counts; DataError says why none does."""
     given = task.get("predictions" if predictions else "annotations", task.get("completions")) or []
     kept = [one for one in given if not (one.get("was_cancelled") or one.get("skipped"))]
     kept = [one for one in kept if one.get("ground_truth")] or kept
-    if kept:
-        return [one.get("result") or [] for one in kept]
-    return "its annotation was cancelled" if given else _NONE
+    if not kept:
+        raise DataError("its annotation was cancelled" if given else "it has no annotation yet")
+    return [one.get("result") or [] for one in kept]
 
 
 def _plain(name: str) -> str:
@@ -165,27 +151,26 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]", "", normal_name(name).replace(" ", "_"))
 
 
-def _find(task: Mapping[str, Any], index: Mapping[str, list[Path]]) -> Path | str:
-    """The image of a task; else why there is none."""
-    data = task.get("data", task)
-    texts = [v for v in data.values() if isinstance(v, str) and not v.startswith("data:")]
+def _find(
+    task: Mapping[str, Any], places: Sequence[Path], listing: Callable[[Path], Mapping[str, str]]
+) -> Path:
+    """The image of a task; DataError says why there is none."""
+    texts = [v for v in task["data"].values() if isinstance(v, str) and not v.startswith("data:")]
     texts = [v for v in texts if Path(*name_parts(v)).suffix.lower() in IMAGE_SUFFIXES]
-    found: dict[Path, str] = {}
+    found = set[Path]()
     for text in filter(None, [*texts, task.get("file_upload")]):
         *folders, name = name_parts(text)
         for stored in (name, _PREFIX.sub("", name, count=1)):
-            paths = index.get(_plain(stored), [])
-            for depth, folder in enumerate(reversed(folders), start=2):
-                if len(paths) > 1:  # the one in the same folders
-                    paths = [p for p in paths if p.parts[-depth:][0] == folder] or paths
-            if paths:
-                found |= dict.fromkeys(paths, text)
+            # ``..``: below any of the places
+            image, _ = find_image(places, "/".join(["..", *folders, _plain(stored)]), listing)
+            if image is not None:
+                found.add(image)
                 break
-    if len(found) == 1:
-        return next(iter(found))
-    if found:
-        return f"its image may be any of {', '.join(map(str, found))}"
-    return f"there is no file of its image {texts[0]!r}" if texts else "its data names no image"
+    if len(found) > 1:
+        raise DataError(f"its image may be any of {', '.join(map(str, sorted(found)))}")
+    if not found:
+        raise DataError(f"there is no file of its image {texts[0]!r}" if texts else _NO_IMAGE)
+    return found.pop()
 
 
 def _by_image(
@@ -194,22 +179,26 @@ def _by_image(
     """What each annotation of an image says; tasks without one or without an image are skipped."""
     files = list_images(path.parent)
     skipped += files.unread
-    index = defaultdict[str, list[Path]](list)
-    for _, file in files.images:
-        index[_plain(file.name)].append(file)
+    inside = {p for _, file in files.images for p in file.relative_to(path.parent).parents}
+    places = [path.parent / folder for folder in sorted(inside)]
+
+    @cache
+    def listing(folder: Path) -> dict[str, str]:
+        return {_plain(name): stored for name, stored in listing_of(folder).items()}
+
     options = defaultdict[Path, list[tuple[list[_Result], tuple[int, int] | None]]](list)
     predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
     for number, task in enumerate(tasks, start=1):
         name = f"task {task.get('id', number)}"
         try:
-            image, given = _find(task, index), _annotations(task, predicted)
-            if isinstance(image, str) or isinstance(given, str):
-                skipped.append(Skip(name, image if isinstance(image, str) else str(given)))
-                continue
+            image, given = _find(task, places, listing), _annotations(task, predicted)
             options[image] += [_results(one, name, notes) for one in given]
+        except DataError as error:
+            skipped.append(Skip(name, str(error)))
+            continue
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: {name} cannot be read: {error!r}; correct it") from error
-        if predicted and "data" in task:
+        if predicted:
             notes["predictions, which nobody has corrected, are the labels of images"].append(name)
     return options
 
@@ -245,8 +234,8 @@ class LabelStudioReader(Reader):
             tasks = json.loads(read_text(path, _HOW))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as JSON: {error}; {_HOW}") from error
-        if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
-            raise DataError(f"{path} is not a list of tasks; {_HOW}")
+        if not isinstance(tasks, list) or not all("data" in task for task in tasks):
+            raise DataError(f"{path} is not a list of tasks with data, as JSON-MIN; {_HOW}")
         several = (request.settings or LabelStudioSection()).several
         skipped: list[Skip] = []
         notes = defaultdict[str, list[str]](list)

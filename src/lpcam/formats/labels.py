@@ -6,8 +6,6 @@ The files are a dictionary {image: vector (N,)} or an array (n, N) in the order 
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lpcam.data.dataset import ClassTable, check_unique, safe_id
-from lpcam.data.labels import read_text
+from lpcam.data.labels import check_storable, read_text, table_bytes
 from lpcam.formats.pickled_arrays import read_pickled_arrays
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_bytes, write_bytes
@@ -53,7 +51,7 @@ def import_labels(
         DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
             not fit the classes or ids, or ``output`` or ``classes.txt`` has other contents.
     """
-    _check_names(classes)
+    check_storable(classes)
     if output.suffix.lower() != ".csv":
         raise DataError(f"{output} is not the name of a table; give one that ends in .csv")
     if source.suffix.lower() in (".csv", ".jsonl"):
@@ -84,14 +82,9 @@ def import_labels(
         if not np.isfinite(row).all():
             raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
     present = np.stack(rows) > 0
-    labels = (";".join(classes[n] for n in np.flatnonzero(row).tolist()) for row in present)
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerows([("image", "labels"), *zip(names, labels, strict=True)])
-    lines = "".join(f"{name}\n" for name in classes)
-    write_unchanged(
-        {output: text.getvalue().encode(), output.with_name(CLASSES_FILE): lines.encode()}
-    )
+    labels = ([classes[n] for n in np.flatnonzero(row).tolist()] for row in present)
+    table, lines = table_bytes(zip(names, labels, strict=True), classes)
+    write_unchanged({output: table, output.with_name(CLASSES_FILE): lines})
     without = int((~present.any(axis=1)).sum())
     return f"labels of {len(names):,} images in {output}, {without:,} of them without a label"
 
@@ -103,18 +96,6 @@ def write_unchanged(contents: Mapping[Path, bytes]) -> None:
             raise DataError(f"{path} is there already with other contents; choose another output")
     for path, data in contents.items():
         write_bytes(path, data)
-
-
-def _check_names(classes: Sequence[str]) -> None:
-    if not classes:
-        raise DataError("no classes were given; name them in the order of the vectors")
-    check_unique(classes, "the list of classes")
-    for name in classes:
-        if not name or name != name.strip() or ";" in name or not name.isprintable():
-            raise DataError(
-                f"class name {name!r} is refused: it is empty, has blanks at its ends, a ';' or a "
-                "control character, which a table of labels cannot hold"
-            )
 
 
 def _image_name(key: Any, coco_split: str | None, where: str) -> str:
