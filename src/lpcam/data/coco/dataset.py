@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from lpcam.data.coco.files import (
     name_parts,
 )
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, CocoImage
-from lpcam.data.coco.painting import Crowds, Order, PlacedImage, paint_folder, true_mask
+from lpcam.data.coco.painting import Crowds, PlacedImage, paint_folder, true_mask
 from lpcam.data.dataset import (
     BACKGROUND,
     IGNORE,
@@ -71,17 +71,8 @@ _COCO_LIST = re.compile(r"(train|val)2014")
 class AnnotatedImages:
     """A data set whose true masks are painted from annotations.
 
-    Args:
-        name: name of the data set.
-        files: contents of the annotation files, which have the same categories.
-        images: images of the files by id; those without a file are no items.
-        lists: ids of images by list.
-        classes: names of classes to choose; None: all.
-        no_class: names of categories that are no classes.
-        masked: whether a folder of masks replaces the painted ones.
-        source: where the names of the classes are, for errors.
-        label_source: where the labels come from, in words.
-        skipped, notices: what was left out, and what else the user should know.
+    ``files`` have the same categories; ``images`` without a file are no items; ``masked``: a folder
+    of masks replaces the painted ones; ``source`` is where the classes are named, for errors.
     """
 
     def __init__(
@@ -111,7 +102,7 @@ class AnnotatedImages:
             for n, name in categories
         }
         labels = {n: table.names.index(name) for n, name in categories if name in table.names}
-        self._images = images
+        self.images = images
         items: dict[str, Item] = {}
         for image_id, (_, entry, path) in images.items():
             if path is not None:
@@ -134,23 +125,16 @@ class AnnotatedImages:
         )
 
     def with_masks(
-        self,
-        folder: Path,
-        ids: Iterable[str],
-        workers: int = 1,
-        *,
-        order: Order = "file",
-        crowds: Crowds = "background",
+        self, folder: Path, ids: Iterable[str], workers: int = 1, **options: Any
     ) -> Dataset:
         """Paint masks of items as ``folder/ID.png``; the data set with them and their faults."""
-        options: dict[str, Any] = {"order": order, "crowds": crowds, "workers": workers}
         ids = list(dict.fromkeys(ids))
-        masks, faults = paint_folder(folder, self._images, ids, self._values, **options)
+        masks, faults = paint_folder(folder, self.images, ids, self._values, workers, **options)
         items = {n: replace(item, mask=masks.get(n)) for n, item in self.dataset.items.items()}
         notices = self.dataset.notices
         if faults:
             first, fault = next(iter(faults.items()))
-            source, entry, _ = self._images[first]
+            source, entry, _ = self.images[first]
             notice = (
                 f"images without a true mask, because it cannot be painted: {len(faults)}; the "
                 f"first: {source.path}, image {entry.file_name}: {fault}"
@@ -162,9 +146,9 @@ class AnnotatedImages:
     def true_masks(self) -> dict[str, TrueMask]:
         """The true masks of the items in which every object has an outline."""
         return {
-            name: partial(true_mask, self._images[name], self._values)
+            name: partial(true_mask, self.images[name], self._values)
             for name in self.dataset.items
-            if self._images[name].entry.outlined
+            if self.images[name].entry.outlined
         }
 
     def opened(self, masks: Path | None, **settings: Any) -> Opened:
@@ -174,7 +158,7 @@ class AnnotatedImages:
         """
         if masks is not None:
             return Opened(with_mask_folder(self.dataset, masks))
-        every = (one for image in self._images.values() for one in image.entry.annotations)
+        every = (one for image in self.images.values() for one in image.entry.annotations)
         if not any(one.segmentation for one in every):
             return Opened(self.dataset)
         return Opened(self.dataset, self.true_masks(), partial(self.with_masks, **settings))
@@ -193,13 +177,13 @@ def open_annotated(
 ) -> Opened:
     """A data set of images with annotations that come from other files than COCO's.
 
-    ``file`` has the categories, but no images; ``sizes`` (height, width) are those that it states.
-    ``notes`` are names by what is to be said of them. Ids and file names are paths from the folder
-    of all images, ids without folders ``images``.
+    ``file`` has the categories alone; ``notes`` are names by what is to be said of them. Ids are
+    paths from the folder of all images without folders ``images``.
     """
     if not annotations:
         reasons = shortened([f"{skip.id}: {skip.reason}" for skip in skipped], 2)
-        raise DataError(f"{file.path}: no image was found; {reasons or 'put the images there'}")
+        reasons = reasons or f"put the images into {file.path.parent / 'images'}"
+        raise DataError(f"{file.path}: no image was found; {reasons}")
     folder = Path(os.path.commonpath([path.parent for path in annotations]))
     images: dict[str, PlacedImage] = {}
     ids: dict[Path, str] = {}
@@ -239,13 +223,9 @@ def open_annotated(
 class CocoFolder(AnnotatedImages):
     """The data set of one or several annotation files and their images.
 
-    Annotation files and images are searched as `lpcam.data.coco.files` does. Each file gives the
-    lists NAME and, of its images with a label, ``NAME.labelled``; ``all`` and ``all.labelled``
-    unite the files read. Classes are the categories in ascending order of their ids, with mask
-    values from 1; chosen ``classes`` keep theirs.
-
-    An item's id is ``NAME/`` and the file name without extension. ``NAME/`` is left out for a file
-    whose images all have COCO's own names, and for the only file.
+    Each file gives the lists NAME and, of its images with a label, ``NAME.labelled``. An item's id
+    is ``NAME/`` and the file name without extension; ``NAME/`` is left out for the only file and
+    for one whose images all have COCO's own names.
     """
 
     def __init__(
@@ -304,6 +284,9 @@ class CocoFolder(AnnotatedImages):
         notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
         if moved:
             notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
+        short = [path.name for path in paths.values()]
+        if len({*short}) < len(short):
+            short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
         is_coco = categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
         super().__init__(
             "coco14" if is_coco else folder.resolve().name,
@@ -314,7 +297,7 @@ class CocoFolder(AnnotatedImages):
             no_class=no_class,
             masked=masked,
             source=f"{next(iter(paths.values()))}, categories,",
-            label_source=f"annotations ({_file_names(paths.values())}), crowds included",
+            label_source=f"annotations ({', '.join(short)}), crowds included",
             skipped=skipped,
             notices=notices,
         )
@@ -324,18 +307,6 @@ class CocoFolder(AnnotatedImages):
             for ending in ("", LABELLED)
         }
         self.dataset = replace(self.dataset, lists=made)
-
-    def refuse_doubtful_crowds(self) -> None:
-        """Raise DataError if crowds may be objects: those of any data set other than COCO."""
-        every = [(i.source, one) for i in self._images.values() for one in i.entry.annotations]
-        crowds = [file for file, one in every if one.is_crowd and one.segmentation]
-        if crowds and crowds[0].categories != COCO_CATEGORIES:
-            raise DataError(
-                f"{crowds[0].path}: {len(crowds)} of {len(every)} annotations have iscrowd 1, a "
-                "group of objects in COCO, a brush mask in CVAT, and a mask with holes or "
-                "several parts in supervision; say which: --crowds objects (data.coco.crowds) "
-                "paints them, --crowds background does not"
-            )
 
 
 def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int | str, str], ...]:
@@ -356,18 +327,8 @@ def _item_id(path: Path, file_name: str) -> str:
         name = unicodedata.normalize("NFC", relative_name(file_name))
         name.encode()
         return safe_id(without_suffix(safe_id(name)))
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path}: file_name {file_name!r} is not Unicode; rename it") from error
-    except DataError as error:
-        raise DataError(f"{path}, file_name: {error}") from error
-
-
-def _file_names(paths: Collection[Path]) -> str:
-    """Names of the files, with their folders where names repeat."""
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
-    return ", ".join(names)
+    except (UnicodeEncodeError, DataError) as error:
+        raise DataError(f"{path}, file_name {file_name!r}: {error}") from error
 
 
 def _notices(
@@ -439,7 +400,15 @@ class CocoReader(Reader):
             crowds=settings.crowds,
         )
         if request.masks is None and "crowds" not in settings.model_fields_set:
-            folder.refuse_doubtful_crowds()
+            every = [(i.source, one) for i in folder.images.values() for one in i.entry.annotations]
+            crowds = [file for file, one in every if one.is_crowd and one.segmentation]
+            if crowds and crowds[0].categories != COCO_CATEGORIES:
+                raise DataError(
+                    f"{crowds[0].path}: {len(crowds)} of {len(every)} annotations have iscrowd 1, "
+                    "a group of objects in COCO, a brush mask in CVAT, and a mask with holes or "
+                    "several parts in supervision; say which: --crowds objects (data.coco.crowds) "
+                    "paints them, --crowds background does not"
+                )
         return folder.opened(request.masks, **settings.model_dump())
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,7 @@ Crowds = Literal["background", "void", "objects"]
 """Value of crowd pixels that no object covers, 0 or 255; or crowds are read as objects."""
 PAINTED = "painted.json"
 """File in a folder of painted masks that says what they were painted from."""
-_KIND = "masks painted from COCO annotations"
+_KIND = "masks painted from "
 
 
 class PlacedImage(NamedTuple):
@@ -86,10 +85,10 @@ def paint_folder(
     images: Mapping[str, PlacedImage],
     ids: Sequence[str],
     values: Mapping[int | str, int],
+    workers: int = 1,
     *,
-    order: Order,
-    crowds: Crowds,
-    workers: int,
+    order: Order = "file",
+    crowds: Crowds = "background",
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Paint masks as ``folder/ID.png`` that do not exist yet: files, and reasons of faults, by id.
 
@@ -169,17 +168,16 @@ def _remove_old(
     """Remove masks that were painted from something else, and record what is painted from now."""
     path = folder / PAINTED
     before = read_json(path) if path.exists() else None
-    if before is not None and (not isinstance(before, dict) or before.get("kind") != _KIND):
+    kind = before.get("kind") if isinstance(before, dict) else None
+    if path.exists() and not str(kind).startswith(_KIND):
         raise ArtefactError(
             f"{path} was not written by lpcam, so it may be yours; choose another folder"
         )
     sources: dict[str, dict[str, Any]] = (before or {}).get("sources", {})
     known = {name: key for key, source in sources.items() for name in source["images"]}
-    ids: dict[str, list[str]] = defaultdict(list)
-    for name, image in images.items():
-        ids[image.source.digest].append(name)
-    new = {digest_json([digest, options]): digest for digest in ids}
-    stale = [name for key, digest in new.items() for name in ids[digest] if known.get(name) != key]
+    key_of = cache(lambda digest: digest_json([digest, options]))
+    new = {name: key_of(image.source.digest) for name, image in images.items()}
+    stale = [name for name, key in new.items() if known.get(name) != key]
     if not stale:
         return
     listing = cache(listing_of)
@@ -192,11 +190,12 @@ def _remove_old(
     # If this is stopped before the record is written, the remaining masks still fit the old record.
     for mask in old:
         mask.unlink(missing_ok=True)
-    for source in sources.values():
-        source["images"] = [name for name in source["images"] if name not in images]
-    for key, of in new.items():
-        sources.setdefault(key, {"digest": of, **options, "images": []})["images"] += ids[of]
-    write_json(path, {"format": 3, "kind": _KIND, "sources": sources})
+    for image in images.values():
+        digest = image.source.digest
+        sources.setdefault(key_of(digest), {"digest": digest, **options})
+    for key, source in sources.items():
+        source["images"] = [name for name, of in (known | new).items() if of == key]
+    write_json(path, {"format": 3, "kind": f"{_KIND}annotations", "sources": sources})
 
 
 def _area(annotation: CocoAnnotation, size: tuple[int, int]) -> float:
