@@ -104,9 +104,7 @@ REGIONS: dict[str, tuple[Any, np.ndarray | None]] = {
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_regions_and_choices(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_regions_and_choices(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, truth = REGIONS[name]
     tasks = [task(one), task(DOG, id=2, image="b.jpg"), task(id=3, image="c.jpg")]
     path = write(tmp_path / "farm", tasks, *(f"images/{n}.jpg" for n in "abcd"))

@@ -156,6 +156,18 @@ REFUSED = {
     "in a folder": ("farm/ds", {f"ds/{name}": text for name, text in labelled(BOX).items()}),
     "two files": ("several", {**ONE, "a.yaml": YAML, "b.yaml": YAML}),
     "no labels": ("labels/a.txt", {"images/a.jpg": "", "data.yaml": YAML}),
+    "Label Studio's export without images": (
+        "farm/images",
+        {"classes.txt": "cow\n", "notes.json": "{}", "labels/a.txt": SQUARE, "images/a.md": ""},
+    ),
+    "Label Studio's export of nothing": (
+        "a label",
+        {"classes.txt": "cow\n", "notes.json": "{}", "labels/a.txt": "", "images/a.jpg": ""},
+    ),
+    "Label Studio's export without classes": (
+        "names none",
+        {"classes.txt": "", "notes.json": "{}", "labels/a.txt": BOX, "images/a.jpg": ""},
+    ),
     "one id": ("same id", {**labelled(BOX), "images/a.png": ""}),
 }
 
@@ -166,7 +178,7 @@ def test_refusals(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     root = write(tmp_path / "farm", files)
     for command in (["init", "--weights", "random"], ["data", "check", "--no-estimate"]):
         assert main([*command, str(root)]) != 0
-        assert phrase in capsys.readouterr().err
+        assert phrase in "".join(capsys.readouterr())
 
 
 NOTED = {

@@ -60,18 +60,13 @@ def import_huggingface(
     Args:
         source: a ``datasets.Dataset`` or DatasetDict, the folder of its ``save_to_disk``, or its
             name on the hub.
-        image: name of the column of images: ``datasets.Image``, or their bytes. None: ``image``, or
-            the only one.
-        labels: name of the column of labels: a ClassLabel, text or a number, lists of these, lists
-            of 0 and 1 for each class, or objects (``objects.category``, or ``objects`` for their
-            label). Several names, ``cow,dog``: columns of 0 and 1. None: ``label``, or the only
-            column with a ClassLabel.
+        image: the column of images or their bytes; None: ``image``, or the only one.
+        labels: the column of labels: a ClassLabel, text or a number, lists of these, lists of 0 and
+            1 for each class, or objects (``objects.category``, or ``objects`` for their label).
+            ``cow,dog``: columns of 0 and 1. None: ``label``, or the only one of a ClassLabel.
         names: names of the numbers 0, 1, 2, ... in the column of labels, where it has none.
-        split: name of the split to import, if there are several.
-        separator: what separates labels that are text, as in
-            :func:`lpcam.data.labels.split_labels`.
-        no_class: labels that mean that an image shows no class.
-        classes: names of classes to choose; None: all.
+        split: the split to import, if there are several.
+        separator, no_class, classes: as in :func:`lpcam.data.open_dataset.open_dataset`.
 
     Raises:
         DataError: if the source, split or a column is wrong, no row can be used, or ``output`` is.
@@ -91,10 +86,9 @@ def import_huggingface(
     image = _chosen(dataset, image, "image", images)
     labels = _chosen(dataset, labels, "label", [n for n in kinds if "ClassLabel" in str(kinds[n])])
     if image not in images:
-        _column(dataset, image)
         raise DataError(
-            f"the column {image!r} does not hold images; those that do are "
-            f"{', '.join(images) or 'none: cast one with cast_column(NAME, datasets.Image())'}"
+            f"there is no column {image!r} of images; the columns are {', '.join(kinds)}, and of "
+            f"images {', '.join(images) or 'none: cast one with cast_column(NAME, Image())'}"
         )
     rules = (separator, no_class or (), classes)
     classes, label_sets = _labels(library, dataset, labels, names, *rules)
@@ -149,16 +143,13 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
     """Open one split as a Dataset."""
     found = source
     if isinstance(source, str | Path):
-        on_hub = isinstance(source, str) and not Path(source).exists()
-        if on_hub and not _HUB_NAME.fullmatch(str(source)):
-            raise DataError(
-                f"{source!r} is neither a folder nor a name on the hub (NAME or OWNER/NAME)"
-            )
         try:
-            if on_hub:
+            if isinstance(source, Path) or Path(source).exists():
+                found = _open_path(library, Path(source))
+            elif _HUB_NAME.fullmatch(source):
                 found, split = library.load_dataset(source, split=split), None
             else:
-                found = _open_path(library, Path(source))
+                raise ValueError("it is neither a folder nor NAME or OWNER/NAME")
         except Exception as error:  # the library raises anything on damaged files and networks
             reason = str(error).partition("\n")[0]
             raise DataError(
@@ -175,8 +166,7 @@ def _open(library: Any, source: Any, split: str | None) -> Any:
         return found[split]
     if not isinstance(found, library.Dataset):
         raise DataError(
-            f"{type(found).__name__} cannot be imported; give a datasets.Dataset (not a streamed "
-            "one), the folder of its save_to_disk, or a name on the hub"
+            f"{type(found).__name__} cannot be imported; give a datasets.Dataset, not streamed"
         )
     if split is not None and split != str(found.split):
         raise DataError(f"unknown split {split!r}; the data set has only {found.split or 'one'}")
@@ -317,9 +307,9 @@ def _image_file(cell: Any, name: str) -> tuple[bytes, str]:
         raise DataError("it has no image")
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            extension = _EXTENSIONS.get(opened.format or "")
+            extension = _EXTENSIONS[opened.format or ""]
+    except KeyError:
+        return png_bytes(decode_image(data, name)), ".png"
     except Exception as error:  # decoders raise anything on damaged data
         raise DataError(f"its image is damaged or of an unknown format ({error})") from error
-    if extension is not None:
-        return data, extension
-    return png_bytes(decode_image(data, name)), ".png"
+    return data, extension

@@ -193,7 +193,7 @@ def _objects(
                 "data.yaml must have kpt_shape)"
             )
         if label not in contents.names:
-            known = shortened([f"{n} {name}" for n, name in contents.names.items()])
+            known = shortened([f"{n} {name}" for n, name in contents.names.items()]) or "none"
             raise DataError(f"{where}: class {label:g} has no name; {contents.path} names {known}")
         if wrong := [v for v in values[: 4 if is_box else None] if not -0.01 <= v <= 1.01]:
             raise DataError(
@@ -248,6 +248,8 @@ class YoloReader(Reader):
         """Whether it is a data.yaml, or a folder with one or with labels of images."""
         if path.is_file():
             return path.suffix in (".yaml", ".yml") and _description(path) is not None
+        if all((path / name).exists() for name in ("classes.txt", "images", "labels")):
+            return True  # Label Studio's export, also of images without objects
         found = (one for pattern in _LABELS for one in islice(path.glob(pattern), 100))
         return any(map(_description, path.glob("*.y*ml"))) or any(map(_is_labels, found))
 

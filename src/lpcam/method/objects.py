@@ -82,7 +82,7 @@ def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[
     return labels, int(ndimage.label(values, structure, output=labels))
 
 
-def _places(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
+def labelled_boxes(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
     """Labels that have pixels, with the rows and columns of their boxes."""
     found = _ndimage().find_objects(labels, count) if count else []
     return [(label, place) for label, place in enumerate(found, start=1) if place is not None]
@@ -96,7 +96,7 @@ def component_boxes(mask: Plane, *, connectivity: Connectivity = 8) -> NDArray[n
         [[2, 0, 3, 2], [0, 0, 1, 1]]
     """
     labels, count = components(mask, connectivity=connectivity)
-    places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in _places(labels, count)]
+    places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in labelled_boxes(labels, count)]
     corners = np.array(places, dtype=np.int64).reshape(-1, 4)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     order: NDArray[np.intp] = np.lexsort((corners[:, 0], corners[:, 1], -areas))
@@ -136,7 +136,7 @@ def _boxes(
     if score not in ("max", "mean"):
         raise DataError(f"score is {score!r}; expected 'max' or 'mean'")
     found = []
-    for label, (rows, columns) in _places(labels, count):
+    for label, (rows, columns) in labelled_boxes(labels, count):
         inside = plane[rows, columns][labels[rows, columns] == label]
         if len(inside) >= minimum_area:
             value = float(inside.max() if score == "max" else inside.mean())
@@ -173,7 +173,7 @@ def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
     slope = ndimage.maximum_filter(np.where(highest, -np.inf, plane), **outside) == plane
     labels[np.isin(labels, labels[highest & slope])] = 0
     found = []
-    for label, place in _places(labels, count):
+    for label, place in labelled_boxes(labels, count):
         y, x = np.nonzero(labels[place] == label)
         middle = int(np.argmin((y - y.mean()) ** 2 + (x - x.mean()) ** 2))
         row, column = int(y[middle]) + place[0].start, int(x[middle]) + place[1].start
@@ -215,7 +215,7 @@ def instances(
     labels, count = components(plane > threshold, connectivity=connectivity)
     parts = np.zeros_like(labels)
     of_part: list[Point] = []
-    for label, place in _places(labels, count):
+    for label, place in labelled_boxes(labels, count):
         mine = labels[place] == label
         same = _spread(_peaks(np.where(mine, plane[place], -np.inf), threshold), distance)
         y, x = np.nonzero(mine)

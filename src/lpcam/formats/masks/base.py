@@ -18,17 +18,12 @@ from lpcam.data.images import USUAL, Reading
 from lpcam.formats.masks.regions import Region
 from lpcam.runtime.versions import __version__
 
-MADE = f"lpcam {__version__}"
-"""Name of this package and its version, as files name what wrote them."""
+MADE = f"lpcam {__version__}"  #: What wrote a file.
 
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """A mask to export, and its image where there is one.
-
-    ``id``, ``file_name`` and ``reading`` are those of :class:`lpcam.data.dataset.Item`. Without an
-    image, its name is taken to end in ``.jpg``.
-    """
+    """A mask to export with its image, if there is one; as :class:`lpcam.data.dataset.Item`."""
 
     id: str
     image: Path | None
@@ -72,9 +67,8 @@ class Picture:
 class Format:
     """A way of writing masks, found by its name in :data:`lpcam.formats.registry.FORMATS`.
 
-    A format writes files of each image (`paths`, `write`), one document of all images
-    (`document_name`, `record`, `document`), and files of the whole data set (`beside`). Override
-    the parts that it has.
+    Override the parts that it has: files of each image (`paths`, `write`), one document of all
+    images (`document_name`, `record`, `document`), and files of the whole data set (`beside`).
     """
 
     refers_to_images: bool = False  #: Images stay where they are and are named by their data set.

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
@@ -29,28 +28,22 @@ INDEX = "exported.json"
 _KIND = "lpcam export masks"
 
 
-@dataclass(frozen=True)
-class ExportedMasks:
-    """Result of :func:`export_masks`.
-
-    ``annotations`` counts objects, ``ignored_pixels`` pixels of 255; ``ignored`` says what became
-    of them. Names of images are relative to ``images_below``, if it is not None.
-    """
+class ExportedMasks(NamedTuple):
+    """Result of :func:`export_masks`."""
 
     folder: Path
     format: str
     images: int
-    annotations: int
+    annotations: int  #: Number of objects.
+    ignored_pixels: int  #: Number of pixels of 255.
     left_out: tuple[Skip, ...]
-    ignored_pixels: int
-    ignored: str
-    images_below: Path | None
+    ignored: str  #: What became of ignored pixels.
+    images_below: Path | None  #: Folder of the images' names, if they have one.
 
     def summary(self) -> str:
         """The result as text, one fact per line."""
-        lines = [
-            f"{self.images} masks, {self.annotations} objects, as {self.format} in {self.folder}"
-        ]
+        count = f"{self.images} masks, {self.annotations} objects"
+        lines = [f"{count}, as {self.format} in {self.folder}"]
         if self.images_below is not None:
             lines.append(f"images are named by their paths below {self.images_below}")
         if self.ignored_pixels:
@@ -71,11 +64,10 @@ def export_masks(
     workers: int = 1,
     made_by: Mapping[str, Any] | None = None,
 ) -> ExportedMasks:
-    """Write masks in the format of another tool.
+    """Write masks in the format of another tool; what cannot be used is left out, with the reason.
 
-    An image whose mask or image cannot be read, whose sizes differ or whose mask has a value that
-    no class has is left out, with the reason. A later call into the same folder replaces what an
-    earlier one wrote in the same format, and no other file.
+    A later call into the same folder replaces what an earlier one wrote in the same format, and no
+    other file.
 
     Args:
         entries: masks in their order. A `Skip` is left out for its reason.
@@ -161,13 +153,7 @@ def export_masks(
     found = {"images": len(written), **counts, "left_out": skipped, "files": sorted(files)}
     write_json(output / INDEX, {**index, **found})
     return ExportedMasks(
-        output,
-        format,
-        images=len(written),
-        left_out=tuple(left_out),
-        ignored=writer.ignored,
-        images_below=images_below,
-        **counts,
+        output, format, len(written), *counts.values(), (*left_out,), writer.ignored, images_below
     )
 
 

@@ -14,19 +14,16 @@ from numpy.typing import NDArray
 
 from lpcam.method.objects import polygons
 
-Along = Literal["edges", "centres"]
-"""Whether an outline runs along the outer edges of its outermost pixels, as an area has it, or
-through their centres, as a line that is drawn over pixels has it."""
 
+def outlines(
+    mask: NDArray[np.bool_], along: Literal["edges", "centres"]
+) -> list[NDArray[np.float64]]:
+    """One closed outline (K, 2) of x, y for each piece of a mask; cuts connect the holes to it.
 
-def outlines(mask: NDArray[np.bool_], along: Along) -> list[NDArray[np.float64]]:
-    """One closed outline for each piece of a mask; cuts connect the holes to it.
-
-    Pixels that touch at a corner alone are two pieces. The first point is not repeated. Along
-    ``centres`` pixel (y, x) is the point (x, y); the outline of one pixel has four equal points.
-    All lines are level or upright: a reader that puts points between them stays on the same pixels.
-    The even-odd area is the mask; along ``centres``, with the pixels of the line itself. Outlines
-    are (K, 2) of x and y, in the reading order of their first corners.
+    It runs along the outer ``edges`` of its outermost pixels, as an area has it, or through their
+    ``centres`` (pixel (y, x) is the point (x, y)), as a line that is drawn over pixels has it. All
+    lines are level or upright. The even-odd area, with the pixels of a line of ``centres``, is the
+    mask. Pixels that touch at a corner alone are two pieces.
     """
     rings = polygons(mask)
     # Horizontal edges that go right have the mask below them: it is these that a cut upwards meets.

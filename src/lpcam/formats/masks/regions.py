@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable
-from lpcam.method.objects import components
+from lpcam.method.objects import components, labelled_boxes
 from lpcam.runtime.errors import DataError
 
 
@@ -63,24 +63,15 @@ def regions(
 
 def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> Iterator[Region]:
     y, x = np.nonzero(pixels)
-    ends = np.zeros(0, np.intp)
+    parts, boxes = pixels, [(1, (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1)))]
     if instances:
         parts, count = components(pixels)
-        number = parts[y, x]
-        order = np.argsort(number, kind="stable")
-        y, x = y[order], x[order]
-        ends = np.cumsum(np.bincount(number, minlength=count + 1))[1:-1]
-    for rows, columns in zip(np.split(y, ends), np.split(x, ends), strict=True):
-        y0, x0 = int(rows.min()), int(columns.min())
-        box = np.zeros((int(rows.max()) - y0 + 1, int(columns.max()) - x0 + 1), dtype=bool)
-        box[rows - y0, columns - x0] = True
-        yield Region(label, x0, y0, box)
+        boxes = labelled_boxes(parts, count)
+    for number, box in boxes:
+        yield Region(label, int(box[1].start), int(box[0].start), parts[box] == number)
 
 
 def runs(values: NDArray[np.bool_]) -> list[int]:
-    """Lengths of the runs of equal pixels of a boolean row (N,), beginning with False pixels.
-
-    Their sum is N; the first is 0 where the row begins with True.
-    """
+    """Lengths of the runs of equal pixels of a row (N,): False, True, False, ..."""
     edges = np.flatnonzero(np.diff(values, prepend=False, append=~values[-1:]))
     return [int(run) for run in np.diff(edges, prepend=0)]
