@@ -222,7 +222,9 @@ def _locality(maps: list[Tensor]) -> tuple[float, float, float]:
     which each other one counts: an axis of channels, or cells in another order, show there; and the
     largest change relative to the mean.
     """
-    corners, quadrants, peaks = [], [], []
+    corners: list[list[Tensor]] = []
+    quadrants: list[list[Tensor]] = []
+    peaks = []
     for features in maps:
         change = (features[1:] - features[:1]).double().norm(dim=1)
         peaks.append((change.amax((1, 2)) / change.mean((1, 2))).nan_to_num(0.0))

@@ -185,15 +185,18 @@ class Reader(ABC):
         self, kind: str, labels: Path | str | None, separator: str | None, no_class: Sequence[str]
     ) -> None:
         """Refuse options that the reader does not use; ValueError names the kinds that do."""
-        given = {"folders" if isinstance(labels, str) else "labels": ("labels", labels)}
-        given |= {"separator": ("separator", separator), "no_class": ("no_class", [*no_class])}
+        given: dict[str, tuple[str, object]] = {
+            "folders" if isinstance(labels, str) else "labels": ("labels", labels),
+            "separator": ("separator", separator),
+            "no_class": ("no_class", [*no_class]),
+        }
         for option, (name, value) in given.items():
             if value and option not in self.takes:
-                kinds = ", ".join(
-                    kind for kind, reader in READERS.items() if option in reader.takes
+                kinds = ", ".join(name for name, one in READERS.items() if option in one.takes)
+                raise ValueError(
+                    f"{name} {str(value)!r} does not belong to the kind {kind}, but to {kinds}; "
+                    "leave it out"
                 )
-                problem = f"{name} {str(value)!r} does not belong to the kind {kind}"
-                raise ValueError(f"{problem}, but to {kinds}; leave it out")
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
