@@ -165,7 +165,7 @@ REFUSED = {
         {"classes.txt": "cow\n", "notes.json": "{}", "labels/a.txt": "", "images/a.jpg": ""},
     ),
     "Label Studio's export without classes": (
-        "names none",
+        "is empty",
         {"classes.txt": "", "notes.json": "{}", "labels/a.txt": BOX, "images/a.jpg": ""},
     ),
     "one id": ("same id", {**labelled(BOX), "images/a.png": ""}),

@@ -7,7 +7,6 @@ labels alone. Images are found below the folder of the file by the ends of their
 from __future__ import annotations
 
 import base64
-import json
 import re
 from array import array
 from collections import defaultdict
@@ -22,12 +21,12 @@ from numpy.typing import NDArray
 
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL, find_image, listing_of, name_parts
-from lpcam.data.coco.index import CocoAnnotation, CocoFile
+from lpcam.data.coco.index import CocoAnnotation, CocoFile, parse_json
 from lpcam.data.coco.painting import fill
 from lpcam.data.dataset import Skip
 from lpcam.data.image_files import list_images
 from lpcam.data.images import IMAGE_SUFFIXES, load_values
-from lpcam.data.labels import normal_name, read_text
+from lpcam.data.labels import normal_name
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.files import digest_file, digest_json
@@ -51,6 +50,9 @@ class _Result(NamedTuple):
     name: str
     shape: _Shape | None
     is_region: bool
+
+
+_Found = tuple[list[_Result], tuple[int, int] | None]  # of an annotation, with the image's size
 
 
 class LabelStudioSection(Section):
@@ -108,9 +110,7 @@ def _shape(value: Mapping[str, Any]) -> _Shape | None:
     return None
 
 
-def _results(
-    results: Sequence[Any], where: str, notes: dict[str, list[str]]
-) -> tuple[list[_Result], tuple[int, int] | None]:
+def _results(results: Sequence[Any], where: str, notes: dict[str, list[str]]) -> _Found:
     """The labels that an annotation gives, and the size of its image, if it says so."""
     found: list[_Result] = []
     size = None
@@ -175,7 +175,7 @@ def _find(
 
 def _by_image(
     path: Path, tasks: Sequence[dict[str, Any]], skipped: list[Skip], notes: dict[str, list[str]]
-) -> dict[Path, list[tuple[list[_Result], tuple[int, int] | None]]]:
+) -> dict[Path, list[_Found]]:
     """What each annotation of an image says; tasks without one or without an image are skipped."""
     files = list_images(path.parent)
     skipped += files.unread
@@ -186,7 +186,7 @@ def _by_image(
     def listing(folder: Path) -> dict[str, str]:
         return {_plain(name): stored for name, stored in listing_of(folder).items()}
 
-    options = defaultdict[Path, list[tuple[list[_Result], tuple[int, int] | None]]](list)
+    options = defaultdict[Path, list[_Found]](list)
     predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
     for number, task in enumerate(tasks, start=1):
         name = f"task {task.get('id', number)}"
@@ -224,16 +224,10 @@ class LabelStudioReader(Reader):
         root = request.root
         files = sorted(filter(self.recognises, root.glob("*.json"))) if root.is_dir() else [root]
         if len(files) != 1:
-            names = shortened([path.name for path in files])
-            none = f"masks of Label Studio, which name no images; {_HOW} too"
-            raise DataError(
-                f"{root} has {f'several exports ({names}); give one' if names else none}"
-            )
+            names = shortened([path.name for path in files]) or "only masks, which name no images"
+            raise DataError(f"{root} must have one export ({names}); give one file, or {_HOW}")
         (path,) = files
-        try:
-            tasks = json.loads(read_text(path, _HOW))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read as JSON: {error}; {_HOW}") from error
+        tasks = parse_json(path, _HOW)
         if not isinstance(tasks, list) or not all("data" in task for task in tasks):
             raise DataError(f"{path} is not a list of tasks with data, as JSON-MIN; {_HOW}")
         several = (request.settings or LabelStudioSection()).several

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, NonNegativeInt, ValidationError
 
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL
-from lpcam.data.coco.index import CocoAnnotation, CocoFile
+from lpcam.data.coco.index import CocoAnnotation, CocoFile, fault_of
 from lpcam.data.coco.painting import fill
 from lpcam.data.dataset import Skip
 from lpcam.data.image_files import list_images
@@ -61,11 +61,6 @@ class _Contents(BaseModel, coerce_numbers_to_str=True):
     places: tuple[Path, ...] = ()  #: Folders in which those of the lists are searched.
     kpt_shape: tuple[int, ...] | None = None
 
-    @property
-    def key_points(self) -> int:
-        """Numbers of the key points after a box."""
-        return math.prod(self.kpt_shape or (0,))
-
 
 def _description(path: Path) -> _Contents | None:
     """The contents of Ultralytics' data.yaml; None for any other YAML file."""
@@ -89,10 +84,8 @@ def _description(path: Path) -> _Contents | None:
             kpt_shape=content.get("kpt_shape"),
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
         raise DataError(
-            f"{path}: {' '.join(map(str, first['loc']))} is {first['input']!r:.80}: {first['msg']} "
-            "(a name is text, in quotes if it is yes, no or null)"
+            f"{path}: {fault_of(error)} (a name is text, in quotes if it is yes, no or null)"
         ) from error
     if not names or str(content.get("nc", len(names))) != str(len(names)):
         raise DataError(f"{path} has {len(names)} names, and nc {content.get('nc')}; correct names")
@@ -179,21 +172,20 @@ def _objects(
     """The objects of a file of labels; DataError names the line that is wrong."""
     for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path} line {number}"
+        if not (cells := line.split()):
+            continue
         try:
-            label, *values = (float(cell) for cell in line.split() or ["nan"])
+            label, *values = map(float, cells)
         except ValueError as error:
             raise DataError(f"{where}: {error}; expected numbers alone") from error
-        if not line.strip():
-            continue
-        is_box = len(values) in (4, 5, 4 + contents.key_points)
+        is_box = len(values) in (4, 5, 4 + math.prod(contents.kpt_shape or (0,)))
         if not is_box and (len(values) < 6 or len(values) % 2):
             raise DataError(
-                f"{where} has {1 + len(values)} numbers; expected the class with x, y, width and "
-                "height of a box, or with x and y of each point of an outline (for key points "
-                "data.yaml must have kpt_shape)"
+                f"{where} has {len(cells)} numbers; expected the class with x, y, width and height "
+                "of a box, or the points of an outline (key points need kpt_shape in data.yaml)"
             )
         if label not in contents.names:
-            known = shortened([f"{n} {name}" for n, name in contents.names.items()]) or "none"
+            known = shortened([f"{n} {name}" for n, name in contents.names.items()])
             raise DataError(f"{where}: class {label:g} has no name; {contents.path} names {known}")
         if wrong := [v for v in values[: 4 if is_box else None] if not -0.01 <= v <= 1.01]:
             raise DataError(
@@ -216,11 +208,8 @@ def _draw(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool
     corners = points * size[::-1]
     (x, y), (x2, y2) = corners.T, np.roll(corners, -1, axis=0).T
     tolerance = max(0.02, 1e-5 * max(size))  # tools write 5 digits or more
-
-    def all_at(place: float) -> bool:
-        return bool((np.abs((corners - place + 0.5) % 1 - 0.5) < tolerance).all())
-
-    if not all_at(WITHIN_PIXEL) and not (all_at(0) and (x * y2 - x2 * y).sum() <= 0):
+    off = [np.abs((corners - at + 0.5) % 1 - 0.5).max() for at in (WITHIN_PIXEL, 0)]
+    if off[0] >= tolerance and (off[1] >= tolerance or (x * y2 - x2 * y).sum() > 0):
         return fill([array("d", corners.ravel())], size)
     pixels = [(x, y) for x, y in np.floor(corners + tolerance).astype(int).tolist()]
     image = Image.new("1", size[::-1])

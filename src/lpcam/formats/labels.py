@@ -1,8 +1,4 @@
-"""Image-level labels of other programs (``cls_labels.npy``), imported as ``labels.csv``.
-
-The files are a dictionary {image: vector (N,)} or an array (n, N) in the order of a list
-(specification of data sets, sections 1 and 2), and are never unpickled.
-"""
+"""Image-level labels of other programs (``cls_labels.npy``), imported as ``labels.csv``."""
 
 from __future__ import annotations
 
@@ -13,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lpcam.data.dataset import ClassTable, check_unique, safe_id
-from lpcam.data.labels import check_storable, read_text, table_bytes
+from lpcam.data.dataset import ClassTable, check_unique, without_suffix
+from lpcam.data.labels import check_storable, image_name, read_text, table_bytes
 from lpcam.formats.pickled_arrays import read_pickled_arrays
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_bytes, write_bytes
 
-CLASSES_FILE = "classes.txt"
-"""Class names beside ``labels.csv``; without it the classes would be sorted by name."""
+CLASSES_FILE = "classes.txt"  #: Class names beside ``labels.csv``.
 _VOC_NUMBER = re.compile(r"((?:19|20)\d{2})(\d{6})")
-_IMAGE_ENDING = re.compile(r"\.(jpe?g|png)$", re.IGNORECASE)
 
 
 def import_labels(
@@ -35,17 +29,16 @@ def import_labels(
 ) -> str:
     """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
 
-    A value above 0 is a label. Images keep the file's order. 10 digits become a VOC id
-    (2007000032: ``2007_000032``); the suffix of an image file is dropped. Returns what was done.
+    A value above 0 is a label. 10 digits become a VOC id (2007000032: ``2007_000032``). Returns
+    what was done.
 
     Args:
         source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
             an array (n, N); vectors may be torch tensors.
-        output: the ``.csv`` table; ``;`` separates the labels of an image.
+        output: the ``.csv`` table.
         classes: the N class names in label order.
         ids: names of the images, only for an array, in its order.
-        coco_split: ``"train2014"`` or ``"val2014"``: other numbers n become
-            ``COCO_<split>_%012d``.
+        coco_split: ``"train2014"`` or ``"val2014"``, the split of other numbers.
 
     Raises:
         DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
@@ -55,10 +48,7 @@ def import_labels(
     if output.suffix.lower() != ".csv":
         raise DataError(f"{output} is not the name of a table; give one that ends in .csv")
     if source.suffix.lower() in (".csv", ".jsonl"):
-        raise DataError(
-            f"{source} is a table of labels already and needs no import; name it in data.labels of "
-            "a recipe, or by lpcam init FOLDER --labels FILE"
-        )
+        raise DataError(f"{source} is a table already: lpcam init FOLDER --labels {source}")
     where = f"label file {source}"
     found = read_pickled_arrays(read_bytes(source), what=where)
     if isinstance(found, np.ndarray) and found.ndim == 2:
@@ -105,17 +95,13 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
     if isinstance(key, int):
         if coco_split is None or not 0 <= key < 10**12:
             raise DataError(
-                f"{where} names an image by the number {key}, which is not of VOC; give the split "
-                "of MS COCO ('train2014' or 'val2014') if it is one of its images"
+                f"{where} names an image by the number {key}, which is not of VOC; give COCO's "
+                "split (--coco-split) if it is one of its images"
             )
         return f"COCO_{coco_split}_{key:012d}"
-    name = _IMAGE_ENDING.sub("", name)
     if not name.isprintable():  # a file may hold text that no other file can
         raise DataError(f"{where} has the name {name!r:.80}; names are printable text")
-    try:
-        return safe_id(name)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+    return without_suffix(image_name(name, where))
 
 
 def read_classes(path: Path) -> ClassTable:

@@ -82,7 +82,7 @@ class AnnotatedImages:
         images: Mapping[str, PlacedImage],
         lists: Mapping[str, Sequence[str]],
         *,
-        classes: Sequence[str] | None,
+        classes: Sequence[str] | None = None,
         no_class: Sequence[str] = (),
         masked: bool = False,
         source: str,
@@ -233,15 +233,20 @@ class CocoFolder(AnnotatedImages):
         root: Path,
         *,
         lists: Sequence[str] | None = None,
-        classes: Sequence[str] | None = None,
         crowds: Crowds = "background",
-        no_class: Sequence[str] = (),
-        masked: bool = False,
+        **rules: Any,
     ) -> None:
         folder, paths, found = find_files(root, lists)
         read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
         files = {name: read(path) for name, path in paths.items()}
-        categories = _categories([*files.values()])
+        first, *others = files.values()
+        for other in others:
+            if other.categories != first.categories:
+                number, category = min({*first.categories} ^ {*other.categories}, key=str)
+                raise DataError(
+                    f"{first.path} and {other.path} have different categories, first {number} "
+                    f"({category}); read them one at a time"
+                )
         images: dict[str, PlacedImage] = {}
         skipped: list[Skip] = []
         members: dict[str, list[str]] = {}
@@ -273,11 +278,11 @@ class CocoFolder(AnnotatedImages):
         wanted = {given.removesuffix(LABELLED) for given in lists or ()}
         for name, file in files.items():
             if not members[name] and (name in wanted or not members[ALL]):
-                first = file.images[0].file_name
-                last = name_parts(first)[-1:]
+                given = file.images[0].file_name
+                last = name_parts(given)[-1:]
                 there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
                 raise DataError(
-                    f"none of the {len(file.images)} images of {file.path} is there: {first!r} is "
+                    f"none of the {len(file.images)} images of {file.path} is there: {given!r} is "
                     f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
                     f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
                 )
@@ -287,15 +292,13 @@ class CocoFolder(AnnotatedImages):
         short = [path.name for path in paths.values()]
         if len({*short}) < len(short):
             short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
-        is_coco = categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
+        is_coco = first.categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
         super().__init__(
             "coco14" if is_coco else folder.resolve().name,
             [*files.values()],
             images,
             members,
-            classes=classes,
-            no_class=no_class,
-            masked=masked,
+            **rules,
             source=f"{next(iter(paths.values()))}, categories,",
             label_source=f"annotations ({', '.join(short)}), crowds included",
             skipped=skipped,
@@ -307,19 +310,6 @@ class CocoFolder(AnnotatedImages):
             for ending in ("", LABELLED)
         }
         self.dataset = replace(self.dataset, lists=made)
-
-
-def _categories(files: Sequence[CocoFile]) -> tuple[tuple[int | str, str], ...]:
-    """Ids and names of the categories, which all files must share."""
-    first = files[0]
-    for other in files[1:]:
-        if other.categories != first.categories:
-            number, name = min({*first.categories} ^ {*other.categories})
-            raise DataError(
-                f"{first.path} and {other.path} have different categories, first {number} "
-                f"({name}); read them one at a time"
-            )
-    return first.categories
 
 
 def _item_id(path: Path, file_name: str) -> str:

@@ -55,10 +55,7 @@ def find_files(
 
 
 def annotation_files(root: Path) -> dict[str, Path]:
-    """The annotation files of a folder, by list, from the first place that has any.
-
-    Files of captions and key points are ignored; others must have arrays of images and annotations.
-    """
+    """The annotation files of a folder, by list, from the first place that has any."""
     for pattern in (*_NAMED, _ROBOFLOW, *_ANY_JSON):
         found = {
             _list_name(path): path
@@ -120,8 +117,8 @@ def find_image(
 ) -> tuple[Path | None, str]:
     """The file of an image, or None, and its path below one of some folders.
 
-    A name that is no path below any of them is found by its end, the longest that fits; DataError
-    if it fits several files. :func:`listing_of` lists the folders.
+    A name that is no path below any of them is found by its longest end that fits; DataError if it
+    fits several files.
     """
     parts = name_parts(file_name)
     plain = "/".join(parts)

@@ -1,14 +1,13 @@
 """Annotation files laid out like COCO's ``instances_*.json``, in compact form.
 
-Outlines become arrays while the file is parsed: as Python numbers, COCO's would take 2 GiB. What
-tools write in other ways is read where it has one meaning, and refused where it has several.
+Outlines become arrays while the file is parsed: as Python numbers, COCO's would take 2 GiB.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -64,8 +63,7 @@ class CocoAnnotation(NamedTuple):
     category_id: int | str
     is_crowd: bool  #: Whether it is a group of objects.
     area: Any  #: Area in square pixels, as the file states it.
-    #: Outline in the form of :func:`compact`, or a function of the size that gives its pixels.
-    segmentation: Any
+    segmentation: Any  #: As :func:`compact` makes it, or a function of the size: the pixels.
 
 
 class CocoImage(NamedTuple):
@@ -121,10 +119,7 @@ class CocoFile:
         try:
             found = _Content.model_validate(_parse(path))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            given = "" if first["type"] == "missing" else f", got {first['input']!r:.80}"
-            where = " ".join(map(str, first["loc"]))
-            raise DataError(f"{path}: {where!r} is wrong: {first['msg']}{given}; {_HOW}") from error
+            raise DataError(f"{path}: {fault_of(error)}; {_HOW}") from error
         images, twice = _images(path, found.images)
         classes, several = _classes(path, found.categories)
         for place, one in enumerate(found.annotations):
@@ -165,16 +160,26 @@ class CocoFile:
         return cls(path, digest_file(path), tuple(unique), known, tuple(told))
 
 
+def fault_of(error: ValidationError) -> str:
+    """The first fault that a model found in a file."""
+    first = error.errors(include_url=False)[0]
+    given = "" if first["type"] == "missing" else f", got {first['input']!r:.80}"
+    return f"{' '.join(map(str, first['loc']))!r} is wrong: {first['msg']}{given}"
+
+
+def parse_json(path: Path, how: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The JSON value of a file; DataError with ``how`` to write it if it is none."""
+    try:
+        return json.loads(read_text(path, how), object_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}; write it again; {how}") from error
+
+
 def _parse(path: Path) -> Any:
     """The JSON value of a file; DataError if it is none, or of another format."""
     if path.suffix.lower() == ".gz":
         raise DataError(f"{path} is compressed; unpack it with gunzip")
-    try:
-        content = json.loads(read_text(path, _HOW), object_hook=_compact_annotation)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read as JSON: {error}; download or write it again"
-        ) from error
+    content = parse_json(path, _HOW, _compact_annotation)
     what = _lookalike(content)
     if not what and not (isinstance(content, dict) and "images" in content):
         what = other_format(path)
@@ -240,7 +245,7 @@ def _find(entries: Mapping[Any, Any], given: Any, where: str) -> Any:
     """The entry of an id that may be written in another way; DataError if there is none."""
     with suppress(ValueError, KeyError):
         return entries[_as_id(given)]
-    known = ", ".join(map(repr, list(entries)[:5])) + ", ..." * (len(entries) > 5)
+    known = shortened([*map(repr, entries)])
     raise DataError(
         f"{where} {given!r} is unknown (known are {known}); add it or leave the annotation out"
     )

@@ -30,8 +30,7 @@ Order = Literal["file", "area"]
 """Order in which objects are painted: as in the file, or the largest first."""
 Crowds = Literal["background", "void", "objects"]
 """Value of crowd pixels that no object covers, 0 or 255; or crowds are read as objects."""
-PAINTED = "painted.json"
-"""File in a folder of painted masks that says what they were painted from."""
+PAINTED = "painted.json"  #: File beside painted masks that says what they were painted from.
 _KIND = "masks painted from "
 
 
@@ -59,15 +58,11 @@ def paint(
 ) -> NDArray[np.uint8]:
     """Paint the mask of an image of ``size`` (height, width): each object over those before it.
 
-    ``values`` has the mask value of each category id. The order "area" paints the largest first.
-    Crowds "void" are 255 where no object covers them. DataError names what cannot be painted.
+    ``values`` has the mask value of each category id. DataError names what cannot be painted.
     """
     height, width = size
     if height * width > MAXIMUM_PIXELS:
-        raise DataError(
-            f"a mask of {height} x {width} pixels is refused; at most {MAXIMUM_PIXELS:,} are "
-            "painted"
-        )
+        raise DataError(f"a mask of {height} x {width} has more than {MAXIMUM_PIXELS:,} pixels")
     canvas = np.zeros(size, dtype=np.uint8)
     objects = [one for one in annotations if not one.is_crowd]
     if order == "area":
@@ -92,8 +87,8 @@ def paint_folder(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Paint masks as ``folder/ID.png`` that do not exist yet: files, and reasons of faults, by id.
 
-    Masks of any of ``images`` that were painted from other annotations or with other options are
-    removed first; ArtefactError if one was not painted here. A stopped call can be repeated.
+    Masks of ``images`` that were painted from other annotations or with other options are removed
+    first; ArtefactError if one was not painted here. A stopped call can be repeated.
     """
     pairs = [[number, value] for number, value in values.items()]
     _remove_old(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})
@@ -156,10 +151,8 @@ def _size_fault(image: PlacedImage) -> str | None:
     # lpcam.data.pixels says which of the two it is
     if expected in (header.size, header.upright):
         return None
-    return (
-        f"the file says {expected[0]} x {expected[1]} (height x width), the upright image is "
-        f"{height} x {width}; use the image that was annotated"
-    )
+    stated = f"the file says {expected[0]} x {expected[1]} (height x width)"
+    return f"{stated}, the image is {height} x {width}; use the image that was annotated"
 
 
 def _remove_old(
@@ -199,10 +192,9 @@ def _remove_old(
 
 
 def _area(annotation: CocoAnnotation, size: tuple[int, int]) -> float:
-    area = annotation.area
-    if isinstance(area, int | float) and math.isfinite(area):
-        return float(area)
-    return float(_region(annotation, size).sum())
+    stated = annotation.area
+    known = isinstance(stated, int | float) and math.isfinite(stated)
+    return float(stated if known else _region(annotation, size).sum())
 
 
 def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -215,10 +207,7 @@ def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.boo
         if isinstance(shape, dict):
             return _decode_runs(shape, size)
         if annotation.is_crowd:
-            raise ValueError(
-                "it is a crowd, whose segmentation must be a run-length code (if it is an object: "
-                "--crowds objects)"
-            )
+            raise ValueError("it is a crowd without run lengths (an object: --crowds objects)")
         pixels = fill(shape, size)
         if max(map(max, shape)) <= 1 < min(size):
             raise ValueError("its coordinates are from 0 to 1; expected pixels")
@@ -237,14 +226,11 @@ def fill(polygons: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
         if not isinstance(polygon, array):
             raise ValueError("a polygon must be a list of numbers x, y, x, y, ...")
         if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"a polygon has {len(polygon)} coordinates; expected an even number, at least 6"
-            )
+            raise ValueError(f"a polygon has {len(polygon)} coordinates; expected 6, 8, 10, ...")
         # Filling a polygon takes memory in proportion to its outline. NaN fails the comparison.
         if not all(-max(size) <= v <= 2 * max(size) for v in polygon):
             raise ValueError(
-                "a polygon has coordinates that are NaN or far outside its image of "
-                f"{size[0]} x {size[1]} pixels (height x width)"
+                f"a polygon has coordinates that are NaN or far outside of {size[0]} x {size[1]}"
             )
     coder = import_extra("pycocotools.mask", "coco", "masks from polygons need pycocotools")
     runs = coder.merge(coder.frPyObjects([polygon.tolist() for polygon in polygons], *size))
@@ -256,29 +242,24 @@ def _decode_runs(shape: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.
     """Pixels of lengths of runs of 0, 1, 0, ... down the columns; pycocotools checks no size."""
     counts = shape.get("counts")
     if shape.get("size") != [*size]:
-        raise ValueError(
-            f"its run-length code is of size {shape.get('size')}, the image of {[*size]} (height, "
-            "width)"
-        )
+        stated = shape.get("size")
+        raise ValueError(f"its run lengths are of size {stated}, the image of {[*size]}")
     if isinstance(counts, str):
         if counts.startswith("b'") and counts.endswith("'"):  # Python's bytes, written by str()
             counts = counts[2:-1].replace("\\\\", "\\")
         counts = _uncompress(counts)
     if not isinstance(counts, array) or min(counts, default=0) < 0:
-        raise ValueError("the counts of its run-length code must be integers from 0 on")
+        raise ValueError("the counts of its run lengths must be integers from 0 on")
     if sum(counts) != size[0] * size[1]:
-        raise ValueError(
-            f"its run-length code has {sum(counts):,} pixels, the image {size[0] * size[1]:,}"
-        )
+        raise ValueError(f"its run lengths have {sum(counts):,} pixels, not {size[0] * size[1]:,}")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return np.ascontiguousarray(flat.reshape(size[::-1]).T)
 
 
 def _uncompress(text: str) -> array[int]:
-    """The counts of compressed text.
+    """The counts of compressed text: characters hold five bits each, and if another follows.
 
-    Characters from '0' on hold five bits of a number each, the lowest first, and a sixth bit that
-    says whether another follows; from the fourth number on they are differences to the second last.
+    From the fourth number on they are differences to the second last.
     """
     counts = array("q")
     number, shift = 0, 0
