@@ -25,32 +25,29 @@ label_files = Lazy("lpcam.formats.labels")
 map_folders = Lazy("lpcam.formats.map_folders")
 
 KNOWN_CLASSES = ("voc12", "coco14")
-CROWDS = Argument(
-    "--crowds",
-    dest="settings",
-    type=lambda text: {"crowds": text},
-    metavar="MEANING",
-    help="COCO's annotations with iscrowd 1: background, void (255) or objects (as CVAT's brush "
-    "masks).",
-)
 
 
+def _setting(name: str, help: str) -> Argument:
+    """An option that is a setting of one reader."""
+    word: dict[str, Any] = {"dest": "settings", "type": lambda text: {name: text}}
+    return Argument(f"--{name}", metavar="MEANING", help=help, **word)
+
+
+CROWDS = _setting("crowds", "COCO's objects with iscrowd 1: background, void or objects (CVAT's).")
 SEPARATOR = Argument(
-    "--separator",
-    metavar="TEXT",
-    help="Text between labels, such as ',' or '|', or 'list' for lists (default: ';').",
+    "--separator", help="Text between labels, such as ',', or 'list' for lists (default: ';')."
 )
 NO_CLASS = Argument("--no-class", type=names, help="Labels that mean no class, e.g. none,good.")
 CLASSES = Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog.")
 
 
 def _range(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(",")
     try:
-        return float(low), float(high)
+        low, high = map(float, text.split(","))
     except ValueError:
         message = f"must be two numbers, such as 0,4095 (--range=-1000,3000), got {text!r}"
         raise argparse.ArgumentTypeError(message) from None
+    return low, high
 
 
 READING = (
@@ -65,31 +62,11 @@ READING = (
     NO_CLASS,
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
     CLASSES,
-    Argument(
-        "--range",
-        type=_range,
-        metavar="LOW,HIGH",
-        help="Values of images with more than 8 bits that become 0 and 255 (default: measured).",
-    ),
-    Argument(
-        "--orientation",
-        choices=("upright", "stored"),
-        help="Pixels that masks are of, where images have an EXIF orientation.",
-    ),
-    Argument(
-        "--palette",
-        type=Path,
-        metavar="FILE",
-        help="Colours of the classes in masks: CVAT's labelmap.txt, class_dict.csv or JSON.",
-    ),
+    Argument("--range", type=_range, help="LOW,HIGH of deep images that become 0 and 255."),
+    Argument("--orientation", choices=("upright", "stored"), help="Pixels that masks fit (EXIF)."),
+    Argument("--palette", type=Path, help="Colours of the classes: labelmap.txt, class_dict.csv."),
     CROWDS,
-    Argument(
-        "--several",
-        dest="settings",
-        type=lambda text: {"several": text},
-        metavar="MEANING",
-        help="Label Studio's annotations of an image that differ: the last, or the union.",
-    ),
+    _setting("several", "Label Studio's annotations of an image that differ: last, or union."),
 )
 """Arguments of :func:`lpcam.data.open_dataset.open_dataset`."""
 
@@ -157,11 +134,9 @@ def masks(
     settings: dict[str, str] | None,
 ) -> int:
     """Paint masks from annotations of COCO, YOLO or Label Studio."""
-    settings = {**({"order": order} if order else {}), **(settings or {})}
-    painted = opening.paint_masks(
-        path, output, lists=lists, settings=settings, workers=call.threads
-    )
-    print("{} masks of {} images in {}".format(*painted, output))
+    chosen = {**({"order": order} if order else {}), **(settings or {})}
+    made = opening.paint_masks(path, output, lists=lists, settings=chosen, workers=call.threads)
+    print("{} masks of {} images in {}".format(*made, output))
     return 0
 
 
@@ -172,16 +147,11 @@ def masks(
     Argument("--style", default="auto", help="irn, amn, psa, psa-crf or auto (default)."),
     Argument("--data", type=Path, help="Data set of the images; the maps are checked against it."),
     Argument("--lists", type=names, help="Lists of the data set, e.g. train (default: all)."),
-    Argument(
-        "--classes",
-        help="Classes of the maps: voc12, coco14, or a file such as the exported classes.txt; or, "
-        "with --data, some of its classes, e.g. cow,dog.",
-    ),
+    Argument("--classes", help="voc12, coco14, a file of names, or classes of --data (cow,dog)."),
     Argument(
         "--no-file-no-class",
         action="store_true",
-        help="Treat images without a file as having no class (MCTformer's convention). Requires "
-        "--data.",
+        help="Treat images of --data without a file as having no class (as MCTformer).",
     ),
     Argument("--normalise", action="store_true", help="Divide each map by its maximum."),
     THREADS,
@@ -200,7 +170,7 @@ def import_maps(
         if value and data is None:
             raise LpcamError(f"--{option} needs the data set of the images: --data PATH")
     table = None
-    if classes is not None and (data is None or _is_table(classes)):
+    if classes is not None and (data is None or classes in KNOWN_CLASSES or Path(classes).exists()):
         table = class_table(classes)
     elif classes is not None:
         options["chosen"] = names(classes)
@@ -220,15 +190,9 @@ def import_maps(
     "import labels",
     Argument("source", type=Path, help="A .npy file."),
     Argument("output", type=Path, help="The csv file to write."),
+    Argument("--classes", default="voc12", help="voc12 (default), coco14, or a file of names."),
     Argument(
-        "--classes",
-        default="voc12",
-        help="voc12 (default), coco14, or a file with one class name per line.",
-    ),
-    Argument(
-        "--coco-split",
-        choices=("train2014", "val2014"),
-        help="Split of numbered images: 9 is COCO_train2014_000000000009.",
+        "--coco-split", choices=("train2014", "val2014"), help="9 is COCO_SPLIT_000000000009."
     ),
     Argument("--ids", type=Path, help="File with one id per line, for an array without names."),
 )
@@ -251,17 +215,9 @@ def import_labels(
     "import huggingface",
     Argument("source", help="Folder of save_to_disk, folder or file of data, or name on the hub."),
     Argument("output", type=Path, help="Folder to write."),
-    Argument("--image", metavar="COLUMN", help="Column with the images (default: image)."),
-    Argument(
-        "--labels",
-        metavar="COLUMN",
-        help="Column with the labels, as label (default), objects.category, or cow,dog of 0 and 1.",
-    ),
-    Argument(
-        "--names",
-        dest="numbered",
-        help="Names of the numbers 0, 1, ... in the labels: a file, one a line, or cow,dog.",
-    ),
+    Argument("--image", help="Column with the images (default: image)."),
+    Argument("--labels", help="Column: label (default), objects.category, or cow,dog of 0 and 1."),
+    Argument("--names", dest="numbered", help="Names of the labels 0, 1, ...: a file, or cow,dog."),
     Argument("--split", help="Split to read, if there are several."),
     SEPARATOR,
     NO_CLASS,
@@ -278,10 +234,6 @@ def import_huggingface(
     print(huggingface.import_huggingface(source, output, **columns))
     print(f"next: lpcam init {shlex.quote(str(output))}")
     return 0
-
-
-def _is_table(text: str) -> bool:
-    return text in KNOWN_CLASSES or Path(text).is_file()
 
 
 def class_table(text: str) -> ClassTable:

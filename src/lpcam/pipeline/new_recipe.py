@@ -37,8 +37,7 @@ name: {name}
 data:
   kind: {kind:<15} # {kind_means}
   root: {root:<15} # from the folder of this file
-{own}{lists}  # A subset to work with; labels and mask ids of other classes are then left out.
-  classes: {classes}
+{own}  classes: {classes}  # labels and mask ids of other classes are left out
 
 classifier:
   backbone: {backbone}  # any timm model with a spatial feature map
@@ -48,15 +47,12 @@ classifier:
   method: probe
 
 lpcam:
-  # A set of values for prototypes and maps: {presets}.
-  # Any value of it can be replaced by naming it here, e.g. "clusters: 20".
+  # One of {presets}; any value of it can be replaced here, e.g. "clusters: 20".
   preset: frozen
 
 seeds:
-  # Pixels whose map value is above the threshold are foreground; null takes the preset's.
-  threshold: null
-  # Pixels between this value and the threshold become 255, which training ignores; null: none.
-  ignore_threshold: null
+  threshold: null         # map values above it are foreground; null takes the preset's
+  ignore_threshold: null  # from here to the threshold pixels are ignored (255); null: none
 
 run:
   folder: null          # null: runs/{name} below the folder where lpcam is run
@@ -106,10 +102,14 @@ def write_recipe(
             f"{error}. All that is wrong is listed by: lpcam data check {shlex.quote(str(source))}"
         ) from error
     chosen = _lists(reader, dataset, reading.get("lists"))
-    learnt = dataset.select(chosen[0]) if chosen else list(dataset.items.values())
+    learnt = dataset.select(chosen[0]) if chosen else [*dataset.items.values()]
     shown = {index for item in learnt for index in item.labels}
     if not shown:
         raise DataError(f"no readable image of {source} has a label; {reader.how_to_label}")
+    own = {**{k: reading.get(k) for k in OWN}, kind: reading.get("settings")}
+    if chosen is not None:
+        stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), chosen[0])
+        own["lists"] = {**stages, "test": chosen[1]}
     title = source.stem if source.is_file() else source.resolve().name
     name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in title)
     text = TEMPLATE.format(
@@ -117,8 +117,7 @@ def write_recipe(
         kind=kind,
         kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
-        own=_own(folder, {**{k: reading.get(k) for k in OWN}, kind: reading.get("settings")}),
-        lists=_lists_line(chosen),
+        own=_own(folder, own),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
@@ -135,14 +134,12 @@ def write_recipe(
 
 def _own(folder: Path, values: Mapping[str, Any]) -> str:
     """Lines for what was given, if not None; paths as the recipe takes them."""
-    lines = ""
+    texts, base = dict(values), folder.absolute()
     for key, value in values.items():
-        text = value
         if isinstance(value, Path):
-            path, base = value.expanduser().absolute(), folder.absolute()
-            text = path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
-        lines += "" if text is None else f"  {key}: {_flow(text)}\n"
-    return lines
+            path = value.expanduser().absolute()
+            texts[key] = str(path.relative_to(base) if path.is_relative_to(base) else path)
+    return "".join(f"  {k}: {_flow(text)}\n" for k, text in texts.items() if text is not None)
 
 
 def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
@@ -153,21 +150,14 @@ def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tup
     if given:
         return given[0], given[-1]
     for name in dataset.lists:  # such as train2014, and that of the same year to test on
-        if found := re.fullmatch(r"train(\d*)", name):
-            for test in ("val", "valid", "test"):
-                if test + found[1] in dataset.lists:
-                    return name, test + found[1]
+        tests = (name.replace("train", other) for other in ("val", "valid", "test"))
+        test = next((one for one in tests if one in dataset.lists), None)
+        if test and re.fullmatch(r"train\d*", name):
+            return name, test
     if usual <= dataset.lists.keys():
         return None
     name = "train" if "train" in dataset.lists else next(iter(dataset.lists))
     return name, name
-
-
-def _lists_line(chosen: tuple[str, str] | None) -> str:
-    if chosen is None:
-        return ""
-    stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), chosen[0])
-    return f"  lists: {_flow({**stages, 'test': chosen[1]})}\n"
 
 
 def _flow(value: object) -> str:
@@ -176,11 +166,9 @@ def _flow(value: object) -> str:
 
 
 def _has_output_stride(backbone: str) -> bool:
-    """Families of timm whose constructors take output_stride."""
-    if backbone == "wideresnet38":  # whose own is the only one
-        return False
-    families = ("resnet", "resnext", "mobilenetv1", "mobilenetv2", "efficientnet", "regnet")
-    return any(family in backbone for family in (*families, "convnext"))
+    """Whether a family of timm takes output_stride; wideresnet38 has its own alone."""
+    families = "resne[xt](?!38)|mobilenetv[12]|efficientnet|regnet|convnext"
+    return re.search(families, backbone) is not None
 
 
 def _summary(
@@ -190,8 +178,7 @@ def _summary(
     masks: int,
     pixels: Sequence[Finding],
 ) -> str:
-    items = list(dataset.items.values())
-    lines = [f"{len(items)} images with labels, {masks} of them with masks"]
+    lines = [f"{len(dataset.items)} images with labels, {masks} of them with masks"]
     if chosen is not None:
         lines.append(f"lists: {chosen[0]} to learn from, to map and to score; {chosen[1]} to test")
     lines.append(f"images per class{'' if chosen is None else f', of {chosen[0]}'}:")
