@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from lpcam.data import labels as tables
 from lpcam.data.dataset import (
     IGNORE,
     ClassTable,
@@ -38,25 +39,11 @@ from lpcam.data.dataset import (
 )
 from lpcam.data.image_files import list_images
 from lpcam.data.images import IMAGE_SUFFIXES
-from lpcam.data.labels import (
-    TABLES,
-    LabelRow,
-    LabelTable,
-    check_label_names,
-    how_to_write,
-    labels_by_image,
-    normal_name,
-    read_labels,
-    read_lines,
-    read_names,
-    read_text,
-    split_labels,
-)
 from lpcam.data.marks import other_format
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
-_OWN = frozenset([*TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
+_OWN = frozenset([*tables.TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
 _NO_CLASS = re.compile(
     r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
     r"([ _-]?(set|data|images?|imgs?|split|\d+))*|images?|imgs?|jpegimages|photos?|pictures?|data|"
@@ -107,12 +94,13 @@ def read_folder(
     images_root = root / "images" if (root / "images").is_dir() else root
     path = labels if isinstance(labels, Path) else None
     if labels is None:
-        path = next((root / name for name in TABLES if (root / name).is_file()), None)
+        path = next((root / name for name in tables.TABLES if (root / name).is_file()), None)
     if (root / "import.json").is_file():  # names that lpcam import wrote are one each
         separator = separator or ";"
-    own = read_names(root / "classes.txt", separator) if (root / "classes.txt").is_file() else None
-    split = partial(split_labels, separator=separator, known={*no_class, *(own or ())})
-    table = None if path is None else read_labels(path, split)
+    listed = root / "classes.txt"
+    own = tables.read_names(listed, separator) if listed.is_file() else None
+    split = partial(tables.split_labels, separator=separator, known={*no_class, *(own or ())})
+    table = None if path is None else tables.read_labels(path, split)
     images, skipped, notices = _find_images(images_root, masks, path)
     if images_root != root:
         notices += _outside(root, masks)
@@ -122,10 +110,10 @@ def read_folder(
         lines = skip_lines([*skipped.values()], "files cannot be used")
         raise DataError("\n".join([f"there is no image below {images_root}", *lines]))
     if table is None:
-        notices += [f"{name} is not used" for name in TABLES if (root / name).is_file()]
+        notices += [f"{name} is not used" for name in tables.TABLES if (root / name).is_file()]
         of = _class_folders(root, images_root, images, skipped, own or (), asked=labels is None)
-        rows = (LabelRow(0, image_id, split(name, image_id)) for image_id, name in of.items())
-        table = LabelTable(images_root, tuple(rows))
+        rows = tuple(tables.LabelRow(0, i, split(name, i)) for i, name in of.items())
+        table = tables.LabelTable(images_root, rows)
     elif not images:
         raise DataError(
             f"there are no images below {images_root}; put files such as cow_1.jpg there "
@@ -133,13 +121,13 @@ def read_folder(
         )
     names, first = own or table.classes, table.places
     if names is None and separator is None:
-        check_label_names(first, numbers=path is None or {*first} <= {*(classes or ())})
+        tables.check_label_names(first, numbers=path is None or {*first} <= {*(classes or ())})
     chosen = ClassTable.numbered(
         names,
-        root / "classes.txt" if own else table.path,
-        None if classes is None else [normal_name(name) for name in classes],
+        listed if own else table.path,
+        None if classes is None else [*map(tables.normal_name, classes)],
         labels=first,
-        no_class=[normal_name(name) for name in no_class],
+        no_class=[*map(tables.normal_name, no_class)],
         own=own is not None,
         masked=masks is not None or (root / "masks").is_dir(),
     )
@@ -157,17 +145,12 @@ def read_folder(
     parts = _find_masks(root / "parts", images, notices)
     if parts and not part_names:
         notices.append("parts/ is not used: parts.json with the value of each part is missing")
-    items = {
-        image_id: Item(
-            id=image_id,
-            image=images[image_id],
-            labels=tuple(n for n, name in enumerate(chosen.names) if name in present[image_id]),
-            mask=truth.get(image_id),
-            parts=parts.get(image_id) if part_names else None,
-            file_name=images[image_id].relative_to(images_root).as_posix(),
-        )
-        for image_id in sorted(present)
-    }
+    items = {}
+    for i in sorted(present):
+        shown = tuple(n for n, name in enumerate(chosen.names) if name in present[i])
+        file_name = images[i].relative_to(images_root).as_posix()
+        part = parts.get(i) if part_names else None
+        items[i] = Item(i, images[i], shown, truth.get(i), part, file_name)
     lists = _read_lists(root / "lists", images, items, skipped)
     dataset = Dataset(
         name=root.resolve().name,
@@ -197,13 +180,13 @@ def _class_folders(
     inside = [image_id.split("/") for image_id in images if "/" in image_id]
     counts = Counter(parts[0] for parts in inside)
     shown = shortened([f"{name} ({number} images)" for name, number in sorted(counts.items())], 12)
-    tables = [p for p in sorted(root.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
-    table = f"; if {tables[0].name} is the table: --labels {tables[0]}" if tables and asked else ""
+    found = [p for p in sorted(root.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
+    table = f"; if {found[0].name} is the table: --labels {found[0]}" if found and asked else ""
     if not inside:
         path = root / "labels.csv"
         raise DataError(
-            f"there is no {path}; {how_to_write(path)}. Without it images lie in one folder a "
-            f"class, such as {images_root / 'cow' / '1.jpg'}{table}"
+            f"there is no {path}; {tables.how_to_write(path)}. Without it images lie in one folder "
+            f"a class, such as {images_root / 'cow' / '1.jpg'}{table}"
         )
     if truth := next((p for p in inside if _TRUTH & {n.casefold() for n in p[1:-1]}), None):
         raise DataError(
@@ -241,7 +224,7 @@ def _class_folders(
 
 
 def _labels_by_image(
-    table: LabelTable,
+    table: tables.LabelTable,
     images: Collection[str],
     images_root: Path,
     skipped: dict[str, Skip],
@@ -257,14 +240,14 @@ def _labels_by_image(
         else:
             reason = f"{where} has no image below {images_root}"
             skipped.setdefault(row.image, Skip(row.image, reason))
-    present, repeated = labels_by_image(table, lambda name: _image_id(name, images))
+    present, repeated = tables.labels_by_image(table, lambda name: _image_id(name, images))
     if not present:
         name = table.rows[0].image
         ending = f"/{without_suffix(name)}"
         near = next((one for one in images if one.endswith(ending)), next(iter(images)))
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
-            f"names {name!r}, the folder holds {near!r}; {how_to_write(table.path)}"
+            f"names {name!r}, the folder holds {near!r}; {tables.how_to_write(table.path)}"
         )
     notices += repeated
     return present
@@ -318,10 +301,8 @@ def _find_masks(folder: Path, images: Collection[str], notices: list[str]) -> di
     used = {*found.values()}
     unused = [name for name, path in files.images if path not in used]
     if unknown := [skip.id for skip in files.unread] + unused:
-        notices.append(
-            f"{folder.name}/: {shortened(unknown)} belong to no image; they are called ID.png, as "
-            "the image without its extension"
-        )
+        how = "they are called ID.png, as the image without its extension"
+        notices.append(f"{folder.name}/: {shortened(unknown)} belong to no image; {how}")
     return found
 
 
@@ -330,13 +311,13 @@ def _read_parts(path: Path) -> dict[str, int]:
         return {}
     how = 'Write {"NAME": VALUE, ...} with different values from 1 to 254.'
     try:
-        parts = json.loads(read_text(path, how))
+        parts = json.loads(tables.read_text(path, how))
         values = {value for value in parts.values() if type(value) is int}
         if not values or len(values) < len(parts) or not values <= {*range(1, IGNORE)}:
             raise ValueError("wrong values")
     except (AttributeError, ValueError) as error:
         raise DataError(f"{path} is wrong ({error}). {how}") from error
-    return {normal_name(name): value for name, value in parts.items()}
+    return {tables.normal_name(name): value for name, value in parts.items()}
 
 
 def _read_lists(
@@ -346,11 +327,12 @@ def _read_lists(
     for path in sorted(folder.glob("*.txt")):
         if path.stem == "all":
             raise DataError(f"{path} is refused: 'all' is the list of every image; rename it")
-        found = {where: (name, _image_id(name, images)) for where, name in read_lines(path)}
-        for where, (name, image_id) in found.items():
-            if image_id is None:
+        lines = {}
+        for where, name in tables.read_lines(path):
+            if image_id := _image_id(name, images):
+                lines[where.rpartition(" ")[2]] = image_id
+            else:
                 skipped.setdefault(name, Skip(name, f"{where} has no image of that name"))
-        lines = {where.rpartition(" ")[2]: i for where, (_, i) in found.items() if i is not None}
         check_unique(lines.values(), str(path), lines)
         lists[path.stem] = tuple(image_id for image_id in lines.values() if image_id in items)
     return lists
@@ -366,7 +348,7 @@ class FolderReader(Reader):
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a folder with a table of labels, whatever else it holds."""
-        return any((path / name).is_file() for name in TABLES)
+        return any((path / name).is_file() for name in tables.TABLES)
 
     def open(self, request: Request) -> Opened:
         """Read labels from a table or from the names of folders."""

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
+from lpcam.data import labels as tables
 from lpcam.data.dataset import (
     ClassTable,
     Dataset,
@@ -30,14 +31,6 @@ from lpcam.data.dataset import (
 )
 from lpcam.data.image_files import unnamed
 from lpcam.data.images import IMAGE_SUFFIXES
-from lpcam.data.labels import (
-    labels_by_image,
-    normal_name,
-    read_labels,
-    read_names,
-    read_text,
-    split_labels,
-)
 from lpcam.data.reader import ListName, Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
@@ -84,7 +77,7 @@ def read_voc(
     """
     root = find_root(root)
     own = root / CLASS_NAMES
-    names = read_names(own, separator) if own.is_file() else CLASSES
+    names = tables.read_names(own, separator) if own.is_file() else CLASSES
     images = files_by_id(root / "JPEGImages", IMAGE_SUFFIXES)
     drawn = {} if masks else files_by_id(root / "SegmentationClass", (".png",))
     wanted = {name: read_list(root, name, images) for name in lists}
@@ -92,21 +85,13 @@ def read_voc(
     given: Mapping[str, set[str]] | None = None
     first, repeated = dict.fromkeys(no_class, ""), tuple[str, ...]()
     if labels is not None:
-        split = partial(split_labels, separator=separator, known={*no_class, *names})
-        found = read_labels(labels, split)
-        given, repeated = labels_by_image(
-            found, lambda image: without_suffix(image.removeprefix("JPEGImages/"))
-        )
+        split = partial(tables.split_labels, separator=separator, known={*no_class, *names})
+        found = tables.read_labels(labels, split)
+        short = re.compile("^JPEGImages/")
+        given, repeated = tables.labels_by_image(found, lambda i: without_suffix(short.sub("", i)))
         first = found.places
-    table = ClassTable.numbered(
-        names,
-        own,
-        classes,
-        labels=first,
-        no_class=no_class,
-        own=own.is_file(),
-        masked=masks is not None or bool(drawn),
-    )
+    rules: dict[str, Any] = {"own": own.is_file(), "masked": masks is not None or bool(drawn)}
+    table = ClassTable.numbered(names, own, classes, labels=first, no_class=no_class, **rules)
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
     counted: Counter[str] = Counter()
@@ -176,7 +161,7 @@ def read_list(root: Path, name: str, images: Collection[str] = ()) -> tuple[str,
     if not path.is_file():
         known = ", ".join(_list_names(root)) or "none"
         raise DataError(f"list {name!r} is missing: there is no {path}; the lists are {known}")
-    lines = read_text(path, "Write one image id per line.").splitlines()
+    lines = tables.read_text(path, "Write one image id per line.").splitlines()
     found = {n: _line_ids(images, line, f"{path} line {n}") for n, line in enumerate(lines, 1)}
     ids = [image_id for one in found.values() for image_id in one]
     if not ids:
@@ -242,7 +227,7 @@ def _present(
         document = ElementTree.fromstring(text)
     except (OSError, UnicodeDecodeError, ElementTree.ParseError) as error:
         raise DataError(f"annotation {path} cannot be read: {error}") from error
-    return {normal_name(name.text or "") for name in document.findall("object/name")}
+    return {tables.normal_name(name.text or "") for name in document.findall("object/name")}
 
 
 class VocReader(Reader):
