@@ -15,8 +15,8 @@ from lpcam.runtime.errors import DataError
     [
         ((), (), "no classes"),
         (("cow", "dog"), (1,), "2 class names but 1 mask ids"),
-        (("cow", "cow"), (1, 2), "class names repeat: cow"),
-        (("cow", "dog"), (3, 3), "mask ids repeat: 3"),
+        (("cow", "cow"), (1, 2), "classes lists 'cow' twice"),
+        (("cow", "dog"), (3, 3), "mask ids lists 3 twice"),
         (("cow", "dog"), (0, 255), r"mask ids 0, 255 are outside 1..254"),
     ],
 )

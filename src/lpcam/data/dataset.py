@@ -84,10 +84,8 @@ class ClassTable:
         if len(self.names) != len(self.mask_ids):
             numbers = f"{len(self.names)} class names but {len(self.mask_ids)} mask ids"
             raise DataError(f"{numbers}; give one id per class")
-        for what, values in (("class names", self.names), ("mask ids", self.mask_ids)):
-            repeated = sorted({str(v) for v in values if values.count(v) > 1})
-            if repeated:
-                raise DataError(f"{what} repeat: {', '.join(repeated)}; give each once")
+        check_unique(self.names, "the table of classes")
+        check_unique(self.mask_ids, "the table of mask ids")
         wrong = [i for i in self.mask_ids if not BACKGROUND < i < IGNORE]
         if wrong:
             raise DataError(
@@ -106,13 +104,8 @@ class ClassTable:
     ) -> ClassTable:
         """The classes of a data set with the mask values 1, 2, 3, ...
 
-        Args:
-            names, source, rules: as in :func:`class_values`, with what it raises.
-            chosen: names to choose, in label order, which keep their mask values; None: all.
-
-        Example:
-            >>> ClassTable.numbered(["background", "cow", "dog"], "classes.txt").mask_ids
-            (1, 2)
+        ``chosen`` are names in label order, which keep their mask values; None: all. The other
+        arguments and errors are those of :func:`class_values`.
         """
         values = class_values(names, source, chosen, **rules)
         for name in chosen or ():
@@ -161,7 +154,6 @@ def class_values(
         DataError: if names repeat, are unknown or doubtful, or values and masks cannot agree.
     """
     labels, chosen, listed = labels or {}, chosen or (), names is not None
-    is_subset = bool(chosen) and listed
     names = tuple(sorted(labels) if names is None else names)
     check_unique(names, str(source))
     for name, where in labels.items():
@@ -188,7 +180,7 @@ def class_values(
             "list, or put the background first, as the masks have it"
         )
     asked = [name for name in never if name in labels and name not in no_class]
-    if not is_subset:
+    if not (chosen and listed):
         asked += [n for n in values if meant[n] and n not in chosen]
     if own:  # of the user's own list only the first entry is doubtful: it may stand for 0
         asked = [name for name in asked if masked and name == names[0]]
@@ -206,9 +198,8 @@ def class_values(
 
 def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable:
     """The named classes of ``table`` in the order given, with its mask ids; None: all of them."""
-    if names is None:
-        return table
-    return ClassTable(tuple(names), tuple(table.mask_ids[table.index(name)] for name in names))
+    names = table.names if names is None else tuple(names)
+    return ClassTable(names, tuple(table.mask_ids[table.index(name)] for name in names))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,7 @@ def read_folder(
     own = tables.read_names(listed, separator) if listed.is_file() else None
     split = partial(tables.split_labels, separator=separator, known={*no_class, *(own or ())})
     table = None if path is None else tables.read_labels(path, split)
-    images, skipped, notices = _find_images(images_root, masks, path)
-    if images_root != root:
-        notices += _outside(root, masks)
+    images, skipped, notices = _find_images(root, images_root, masks, path)
     if path is None and labels is None and (found := other_format(root)):
         raise DataError(f"{root} has no table of labels, but {found}")
     if not images and skipped:
@@ -180,12 +178,13 @@ def _class_folders(
     inside = [image_id.split("/") for image_id in images if "/" in image_id]
     counts = Counter(parts[0] for parts in inside)
     shown = shortened([f"{name} ({number} images)" for name, number in sorted(counts.items())], 12)
+    these = f"the folders of {images_root} are {shown}"
     found = [p for p in sorted(root.iterdir()) if p.suffix.lower() in (".csv", ".tsv", ".jsonl")]
     table = f"; if {found[0].name} is the table: --labels {found[0]}" if found and asked else ""
     if not inside:
         path = root / "labels.csv"
         raise DataError(
-            f"there is no {path}; {tables.how_to_write(path)}. Without it images lie in one folder "
+            f"there is no {path}; {tables.HOW}. Without it images lie in one folder "
             f"a class, such as {images_root / 'cow' / '1.jpg'}{table}"
         )
     if truth := next((p for p in inside if _TRUTH & {n.casefold() for n in p[1:-1]}), None):
@@ -198,22 +197,22 @@ def _class_folders(
     if nested and (len(wrong) == len(counts) or ([*counts] == nested[:1] and not own)):
         one = next((name for name in nested if "train" in name.casefold()), nested[0])
         raise DataError(
-            f"the folders of {images_root} are {shown}, which hold the folders of the classes; "
-            f"give one of them with --labels folders: {images_root / one}"
+            f"{these}, which hold the folders of the classes; give one of them with --labels "
+            f"folders: {images_root / one}"
         )
     if wrong:
         raise DataError(
-            f"the folders of {images_root} are {shown}, of which {', '.join(wrong)} mean something "
-            "else than a class; write a labels.csv, move them away or, if they are classes, list "
-            f"all classes in classes.txt{table}"
+            f"{these}, of which {', '.join(wrong)} mean something else than a class; write a "
+            "labels.csv, move them away or, if they are classes, list all classes in "
+            f"classes.txt{table}"
         )
     inner = Counter(name for _, name in {(p[0], p[1]) for p in inside if len(p) > 2})
     own_names = not any(n > 1 or _NO_CLASS.fullmatch(m.casefold()) for m, n in inner.items())
     if own_names and not own and all(len(parts) > 2 for parts in inside):
         raise DataError(
-            f"the folders of {images_root} are {shown}, and each holds folders of other names "
-            f"({shortened(sorted(inner))}); give one of them, {images_root / nested[0]}, or, if "
-            "the outer folders are the classes, list them in classes.txt"
+            f"{these}, and each holds folders of other names ({shortened(sorted(inner))}); give "
+            f"one of them, {images_root / nested[0]}, or, if the outer folders are the classes, "
+            "list them in classes.txt"
         )
     if asked:
         raise DataError(
@@ -247,17 +246,18 @@ def _labels_by_image(
         near = next((one for one in images if one.endswith(ending)), next(iter(images)))
         raise DataError(
             f"none of the {len(table.rows)} images of {table.path} is below {images_root}: it "
-            f"names {name!r}, the folder holds {near!r}; {tables.how_to_write(table.path)}"
+            f"names {name!r}, the folder holds {near!r}; {tables.HOW}"
         )
     notices += repeated
     return present
 
 
 def _find_images(
-    folder: Path, masks: Path | None, table: Path | None
+    root: Path, folder: Path, masks: Path | None, table: Path | None
 ) -> tuple[dict[str, Path], dict[str, Skip], list[str]]:
     """Images by id below a folder; files that are not read, with reasons; what else is there."""
-    ignored = [folder / "masks", folder / "parts", folder / "lists", *([masks] if masks else [])]
+    ignored = [place / name for place in (root, folder) for name in ("masks", "parts", "lists")]
+    ignored += [masks] if masks else []
     found = list_images(folder, ignored, {*_OWN, table.name if table else ""})
     images: dict[str, Path] = {}
     skipped = {skip.id: skip for skip in found.unread}
@@ -271,16 +271,12 @@ def _find_images(
             images[safe_id(image_id)] = path
         except DataError as error:
             skipped[image_id] = Skip(image_id, str(error))
-    return images, skipped, [*found.notices]
-
-
-def _outside(root: Path, masks: Path | None) -> tuple[str, ...]:
-    """A notice of images beside the folders of a data set, which are not read."""
-    ignored = [root / name for name in ("images", "masks", "parts", "lists")]
-    found = list_images(root, [*ignored, *([masks] if masks else [])])
-    names = [name for name, _ in found.images] + [skip.id for skip in found.unread]
-    text = f"images outside {root / 'images'}, which are not read: {len(names)}"
-    return (f"{text} ({shortened(names)})",) * bool(names)
+    if folder == root:
+        return images, skipped, [*found.notices]
+    beside = list_images(root, [*ignored, folder])
+    names = [name for name, _ in beside.images] + [skip.id for skip in beside.unread]
+    text = f"images outside {folder}, which are not read: {len(names)} ({shortened(names)})"
+    return images, skipped, [*found.notices, *(text,) * bool(names)]
 
 
 def _image_id(text: str, images: Collection[str]) -> str | None:
@@ -352,9 +348,7 @@ class FolderReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from a table or from the names of folders."""
-        options = ("classes", "labels", "masks", "separator", "no_class")
-        chosen = {name: getattr(request, name) for name in options}
-        return Opened(read_folder(request.root, **chosen))
+        return Opened(read_folder(request.root, **request.options))
 
 
 READER = FolderReader()

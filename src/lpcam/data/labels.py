@@ -33,6 +33,12 @@ from lpcam.runtime.errors import DataError, shortened
 
 TABLES = ("labels.csv", "labels.jsonl")
 """File names of a folder's own table; the first that exists is read."""
+HOW = (
+    "a table of labels is UTF-8 text whose first line is 'image,labels' and then has one line an "
+    "image, several labels separated by ';' (cow_1.jpg,cow;grass), or, as .jsonl, one JSON object "
+    'a line: {"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
+)
+"""What such tables look like, for errors."""
 _IMAGE = re.compile("(image|img)s?(id|name|path|file|index)?|files?(name|path)?|path|id")
 _LABELS = re.compile("(finding)?labels?|class(es)?|(class|label)name|categor(y|ies)|(tag|target)s?")
 """Names of the columns of images and of labels, without case, blanks, ``_`` and ``-``."""
@@ -96,27 +102,14 @@ def read_labels(path: Path, split: Split | None = None) -> LabelTable:
         >>> read_labels(path).rows
         (LabelRow(line=2, image='a.jpg', labels=('cow',)),)
     """
-    how, suffix = how_to_write(path), path.suffix.lower()
+    suffix = path.suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl"):
         raise DataError(f"{path} is not a table of labels; give a .csv, .tsv or .jsonl file")
     read = _read_jsonl if suffix == ".jsonl" else _read_csv
-    table = read(path, read_text(path, how), how, split or split_labels)
+    table = read(path, read_text(path, HOW), split or split_labels)
     if not table.rows:
-        raise DataError(f"{path} names no image; {how}")
+        raise DataError(f"{path} names no image; {HOW}")
     return table
-
-
-def how_to_write(path: Path) -> str:
-    """Error text that describes the form of a table of labels, by its extension."""
-    if path.suffix.lower() == ".jsonl":
-        return (
-            f"{path.name} must be UTF-8 text with one JSON object a line, for example: "
-            '{"image": "cow_1.jpg", "labels": ["cow", "grass"]}'
-        )
-    return (
-        f"{path.name} must be UTF-8 text whose first line is 'image,labels' and then has one line "
-        "an image, several labels separated by ';', for example: cow_1.jpg,cow;grass"
-    )
 
 
 def normal_name(text: str) -> str:
@@ -298,7 +291,7 @@ def _key(cell: str) -> str:
     return re.sub(r"[\s_-]", "", cell.strip(" \"'")).casefold()
 
 
-def _read_csv(path: Path, text: str, how: str, split: Split) -> LabelTable:
+def _read_csv(path: Path, text: str, split: Split) -> LabelTable:
     head = text.lstrip().partition("\n")[0]
     delimiter = next(
         (d for d in ",;\t|" if d in head and _IMAGE.fullmatch(_key(head.split(d)[0]))), ","
@@ -311,24 +304,24 @@ def _read_csv(path: Path, text: str, how: str, split: Split) -> LabelTable:
         for cells in reader:
             where = f"{path} line {reader.line_num}"
             if not width:
-                width, classes = len(cells), _columns(cells, where, how, split)
+                width, classes = len(cells), _columns(cells, where, split)
             elif any(cell.strip() for cell in cells):
                 if len(cells) != width:
-                    raise DataError(f"{where} has {len(cells)} columns, expected {width}; {how}")
-                hot = classes and _hot(cells[1:], classes, where, how)
+                    raise DataError(f"{where} has {len(cells)} columns, expected {width}; {HOW}")
+                hot = classes and _hot(cells[1:], classes, where)
                 labels = split(cells[1], where) if hot is None else hot
                 rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}; {how}") from error
+        raise DataError(f"{path} line {reader.line_num}: {error}; {HOW}") from error
     return LabelTable(path, tuple(rows), classes)
 
 
-def _columns(cells: list[str], where: str, how: str, split: Split) -> tuple[str, ...] | None:
+def _columns(cells: list[str], where: str, split: Split) -> tuple[str, ...] | None:
     """The classes of a multi-hot header; None for ``image,labels``."""
     _, *names = map(normal_name, cells)
     if not names or not _IMAGE.fullmatch(_key(cells[0])):
         header = "no header" if without_suffix(cells[0]) != cells[0] else ",".join(cells)
-        raise DataError(f"{where} is {header!r}; {how}")
+        raise DataError(f"{where} is {header!r}; {HOW}")
     if any(_LABELS.fullmatch(_key(name)) for name in names):
         if len(names) == 1:
             return None
@@ -345,19 +338,19 @@ def _columns(cells: list[str], where: str, how: str, split: Split) -> tuple[str,
     return tuple(names)
 
 
-def _hot(cells: list[str], classes: tuple[str, ...], where: str, how: str) -> tuple[str, ...]:
+def _hot(cells: list[str], classes: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The classes whose cells are 1."""
     values = [_TRUE_FALSE.get(cell.strip().casefold()) for cell in cells]
     if None in values:
         column = values.index(None)
         raise DataError(
             f"{where} has {cells[column].strip()!r} in the column {classes[column]!r}, expected 0 "
-            f"or 1; if the column holds names of classes, call it 'labels'; otherwise {how}"
+            f"or 1; if the column holds names of classes, call it 'labels'; otherwise {HOW}"
         )
     return tuple(name for name, value in zip(classes, values, strict=True) if value)
 
 
-def _read_jsonl(path: Path, text: str, how: str, split: Split) -> LabelTable:
+def _read_jsonl(path: Path, text: str, split: Split) -> LabelTable:
     rows = []
     # not splitlines: JSON text may contain other line ends, such as U+2028
     lines = enumerate(io.StringIO(text, newline=None), start=1)
@@ -368,7 +361,7 @@ def _read_jsonl(path: Path, text: str, how: str, split: Split) -> LabelTable:
         except ValidationError as error:
             raise DataError(
                 f"{where} is not JSON with a text 'image' and a list of texts 'labels' "
-                f"({error.errors()[0]['msg']}): {line.strip()[:120]!r}; {how}"
+                f"({error.errors()[0]['msg']}): {line.strip()[:120]!r}; {HOW}"
             ) from error
         names = tuple(name for label in entry.labels for name in split(label, where))
         rows.append(LabelRow(number, image_name(entry.image, where), names))

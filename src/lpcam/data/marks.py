@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 _ADVICE = {
@@ -53,7 +52,6 @@ whole slides | \.(svs|ndpi|mrxs|scn)$ | | TABLE
 maps with coordinates | \.(geojson|shp|gpkg|tfw)$ | | TABLE
 arrays | \.(npz|npy|h5|hdf5|mat|mdb|pkl|pickle)$|(^|/)data_batch_\d|-ubyte(\.gz)?$ | | TABLE
 """
-_MOST = 40  # files of an extension that are looked at in a folder
 _OPENED = 5  # files whose contents are looked at for a mark
 
 
@@ -72,21 +70,12 @@ def other_format(path: Path) -> str:
 
 
 def _names(root: Path) -> list[str]:
-    """Paths of visible files below a folder, some of each extension in each folder."""
-    names = []
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        seen: Counter[str] = Counter()
-        for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
-            seen[path.suffix] += 1
-            if seen[path.suffix] <= _MOST:
-                names.append(path.relative_to(root).as_posix())
-    return names
+    """Paths of visible files below a folder."""
+    paths = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
+    return [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
 
 
 def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(1 << 16)
-    except OSError:
-        return b""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(1 << 16)
+    return b""

@@ -60,17 +60,14 @@ def open_dataset(
         lists: names of the lists to read; None: all. Images of a list ``test`` need no label.
         labels: a table instead of the usual labels; ``"folders"``: each class has a folder.
         masks: a folder of true masks, ``ID.png``, instead of the usual ones.
-        classes: names of classes to choose, in label order; None: all.
-        separator: what separates the labels of an image, as in
-            :func:`lpcam.data.labels.split_labels`.
+        classes: names of classes to choose, in label order, which keep their mask ids; None: all.
+        separator: text between the labels of an image; ``list``: they are a list. None: ``;``.
         no_class: labels that mean that an image shows no class.
         settings: values of the reader's settings.
-        pixels: ``range``, ``orientation`` and ``palette`` of its images and masks, as
-            :func:`lpcam.data.pixels.given_reading` takes them.
+        pixels: ``range``, ``orientation`` and ``palette`` of its images and masks.
 
     Raises:
         DataError: if an option does not belong to the kind, or its reader raises it.
-        RegistryError: if there is no reader of that name.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -82,34 +79,22 @@ def open_dataset(
     name = kind or kind_of(path)
     reader = READERS[name]
     if lists is not None and not reader.chooses_lists:
-        raise DataError(
-            f"lists ({', '.join(lists)}) cannot be chosen for the kind {name}; leave them out for "
-            f"{path}"
-        )
+        given = ", ".join(lists)
+        raise DataError(f"lists ({given}) cannot be chosen for the kind {name}; leave them out")
     try:
         reader.check_options(name, labels, separator, no_class or ())
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    try:
         made = None if reader.settings is None else reader.settings.model_validate(settings or {})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = " ".join(map(str, first["loc"]))
         raise DataError(f"{key} for the kind {name}: {first['msg']}") from error
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if settings and made is None:
         raise DataError(f"{', '.join(settings)} does not belong to the kind {name}; leave it out")
+    unlabelled, no_class = frozenset({"test"}), no_class or ()
     opened = reader.open(
-        Request(
-            root=path,
-            lists=lists,
-            unlabelled=frozenset({"test"}),
-            labels=labels,
-            separator=separator,
-            no_class=no_class or (),
-            masks=masks,
-            classes=classes,
-            settings=made,
-        )
+        Request(path, lists, unlabelled, labels, separator, no_class, masks, classes, made)
     )
     return replace(opened, dataset=given_reading(opened.dataset, **pixels))
 

@@ -141,6 +141,10 @@ class DataSection(Section):
         )
 
 
+OPTIONS = ("labels", "separator", "no_class", "masks", "classes")
+"""Values of a `DataSection` that a reader gets as they are."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Arguments of a reader."""
@@ -154,6 +158,11 @@ class Request:
     masks: Path | None = None  #: A folder of true masks, ID.png, instead of the usual ones.
     classes: Sequence[str] | None = None  #: The classes to choose; None: all.
     settings: Any = None  #: An instance of the reader's settings; None: the usual ones.
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values of `OPTIONS`."""
+        return {name: getattr(self, name) for name in OPTIONS}
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,16 @@ def make_train_aug(
         DataError: if something is missing, damaged, of another size, or there with other contents.
     """
     loadmat = import_extra("scipy.io", "objects", "SBD's .mat files need SciPy").loadmat
-    root, dataset = find_root(voc), _find_dataset(sbd)
+    root, places = find_root(voc), (sbd, sbd / "dataset", sbd / "benchmark_RELEASE" / "dataset")
+    dataset = next((folder for folder in places if (folder / "cls").is_dir()), None)
+    if dataset is None:
+        raise DataError(
+            f"{sbd} is not an SBD folder; expected benchmark_RELEASE/dataset (or a folder that "
+            "holds it) with cls/ID.mat, train.txt and val.txt"
+        )
     output = output or root
     train, val = read_list(root, "train"), read_list(root, "val")
-    in_sbd = {image_id for name in ("train", "val") for image_id in _sbd_list(dataset, name)}
+    in_sbd = {i for name in ("train", "val") for i in _sbd_list(dataset / f"{name}.txt")}
     official = {*train, *val}
     ids = tuple(sorted({*train, *(in_sbd - set(val))}))
     list_path = output / LISTS / f"{LIST}.txt"
@@ -73,7 +79,9 @@ def make_train_aug(
     everything = sorted(official | set(ids))
     truth = {i: dataset / "cls" / f"{i}.mat" for i in everything}
     truth |= {i: root / "SegmentationClass" / f"{i}.png" for i in official}
-    images = {i: _image_path(root, dataset, i) for i in everything}
+    images = {i: root / "JPEGImages" / f"{i}.jpg" for i in everything}
+    copies = {i: dataset / "img" / path.name for i, path in images.items() if not path.is_file()}
+    images |= {i: copy for i, copy in copies.items() if copy.is_file()}
     missing = [path for path in (*truth.values(), *images.values()) if not path.is_file()]
     if missing:
         raise DataError(
@@ -138,26 +146,9 @@ def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(values, dtype=np.uint8)
 
 
-def _find_dataset(sbd: Path) -> Path:
-    for folder in (sbd, sbd / "dataset", sbd / "benchmark_RELEASE" / "dataset"):
-        if (folder / "cls").is_dir():
-            return folder
-    raise DataError(
-        f"{sbd} is not an SBD folder; expected benchmark_RELEASE/dataset (or a folder that holds "
-        "it) with cls/ID.mat, train.txt and val.txt"
-    )
-
-
-def _sbd_list(dataset: Path, name: str) -> list[str]:
-    path = dataset / f"{name}.txt"
+def _sbd_list(path: Path) -> list[str]:
     ids = [image_id for _, image_id in read_lines(path)]
     if not ids:
         raise DataError(f"list {path} is empty; download SBD again")
     check_unique(ids, f"list {path}")
     return ids
-
-
-def _image_path(root: Path, dataset: Path, image_id: str) -> Path:
-    """The image in VOC, else SBD's copy of it."""
-    path, copy = (f / f"{image_id}.jpg" for f in (root / "JPEGImages", dataset / "img"))
-    return copy if not path.is_file() and copy.is_file() else path

@@ -251,10 +251,9 @@ class VocReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from annotations, or from a table."""
-        options = ("classes", "unlabelled", "labels", "separator", "no_class", "masks")
-        given: dict[str, Any] = {name: getattr(request, name) for name in options}
+        rest = {**request.options, "unlabelled": request.unlabelled}
         lists = request.lists or _list_names(find_root(request.root))
-        return Opened(read_voc(request.root, lists=lists, **given))
+        return Opened(read_voc(request.root, lists=lists, **rest))
 
 
 READER = VocReader()

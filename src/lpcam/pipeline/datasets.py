@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lpcam.data.dataset import Dataset
 from lpcam.data.pixels import given_reading
-from lpcam.data.reader import ListName, Opened, Request
+from lpcam.data.reader import OPTIONS, ListName, Opened, Request
 from lpcam.pipeline.recipe import Recipe
 from lpcam.runtime.errors import DataError
 
@@ -37,19 +37,9 @@ def read_dataset(
         names.add(data.lists.validate_)
     unlabelled = {data.list_of(s) for s in lists if s in SEGMENT_LISTS}
     unlabelled -= {data.list_of(s) for s in lists if s in LISTS}
-    opened = data.reader.open(
-        Request(
-            root=data.root,
-            lists=sorted(names),
-            unlabelled=frozenset(unlabelled),
-            labels=data.labels,
-            separator=data.separator,
-            no_class=data.no_class,
-            masks=data.masks,
-            classes=data.classes,
-            settings=data.settings,
-        )
-    )
+    request = Request(data.root, sorted(names), frozenset(unlabelled), settings=data.settings)
+    options = {name: getattr(data, name) for name in OPTIONS}
+    opened = data.reader.open(replace(request, **options))
     dataset = given_reading(opened.dataset, data.range, data.orientation, data.palette)
     if check is not None:
         dataset = check(replace(opened, dataset=dataset))

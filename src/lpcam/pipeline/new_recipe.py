@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from lpcam.runtime.progress import progress
 
 OWN = ["labels", "separator", "no_class", "masks", "range", "orientation", "palette", "anyway"]
 """Keys of values that a recipe gets as they were given, or measured."""
+_TAKES_STRIDE = "resne[xt](?!38)|mobilenetv[12]|efficientnet|regnet|convnext"
+"""Families of timm that take output_stride; that of wideresnet38 is the only one it has."""
 TEMPLATE = """\
 # A recipe for the images of this folder. Run it with
 #   lpcam run {path}
@@ -110,6 +112,10 @@ def write_recipe(
     if chosen is not None:
         stages = dict.fromkeys(("classify", "prototypes", "maps", "evaluate"), chosen[0])
         own["lists"] = {**stages, "test": chosen[1]}
+    for key, value in own.items():
+        if isinstance(value, Path):  # as the recipe takes it
+            given, base = value.expanduser().absolute(), folder.absolute()
+            own[key] = str(given.relative_to(base) if given.is_relative_to(base) else given)
     title = source.stem if source.is_file() else source.resolve().name
     name = "".join(c if c.isalnum() or c in " .-_" else "-" for c in title)
     text = TEMPLATE.format(
@@ -117,12 +123,12 @@ def write_recipe(
         kind=kind,
         kind_means=reader.means,
         root=_flow(source.name if source.is_file() else "."),
-        own=_own(folder, own),
+        own="".join(f"  {k}: {_flow(value)}\n" for k, value in own.items() if value is not None),
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
         backbone=_flow(backbone),
-        stride=16 if _has_output_stride(backbone) else "null",
+        stride=16 if re.search(_TAKES_STRIDE, backbone) else "null",
         weights=_flow(weights),
         presets=", ".join(LpcamSettings.preset_names()),
     )
@@ -130,16 +136,6 @@ def write_recipe(
     write_bytes(path, text.encode())
     masked = sum(i.mask is not None or i.id in truth for i in dataset.items.values())
     return path, _summary(dataset, learnt, chosen, masked, findings)
-
-
-def _own(folder: Path, values: Mapping[str, Any]) -> str:
-    """Lines for what was given, if not None; paths as the recipe takes them."""
-    texts, base = dict(values), folder.absolute()
-    for key, value in values.items():
-        if isinstance(value, Path):
-            path = value.expanduser().absolute()
-            texts[key] = str(path.relative_to(base) if path.is_relative_to(base) else path)
-    return "".join(f"  {k}: {_flow(text)}\n" for k, text in texts.items() if text is not None)
 
 
 def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:
@@ -163,12 +159,6 @@ def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tup
 def _flow(value: object) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return str(text).removesuffix("\n...\n").strip()
-
-
-def _has_output_stride(backbone: str) -> bool:
-    """Whether a family of timm takes output_stride; wideresnet38 has its own alone."""
-    families = "resne[xt](?!38)|mobilenetv[12]|efficientnet|regnet|convnext"
-    return re.search(families, backbone) is not None
 
 
 def _summary(
