@@ -42,8 +42,8 @@ def test_three_forms_say_the_same(tmp_path: Path, name: str) -> None:
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
-    csv = write(tmp_path, "a.csv", 'image,labels\n\n"a",cow\n,\n"b\n",cow\nc,cow\n')
-    assert [(r.line, r.image) for r in read_labels(csv).rows] == [(3, "a"), (6, "b"), (7, "c")]
+    csv = write(tmp_path, "a.csv", '\nimage,labels\n\n"a",cow\n,\n"b\n",cow\nc,cow\n')
+    assert [(r.line, r.image) for r in read_labels(csv).rows] == [(4, "a"), (7, "b"), (8, "c")]
     # U+2028 ends a line of text, not one of JSON
     lines = '\n{"image": "a\u2028b", "labels": []}\r\n\n{"image": "c", "labels": []}\n'
     jsonl = write(tmp_path, "a.jsonl", lines)

@@ -391,8 +391,8 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
         if verb == "eye":
             centre, r = complex(given[0]), given[1]
             for offset, rx, ry, colour, count in _EYE:
-                points = placed(_ellipse(centre + offset * r, rx * r, ry * r, count=count))
-                creature.mark(points, colour)
+                points = _ellipse(centre + offset * r, rx * r, ry * r, count=count)
+                creature.mark(placed(points), colour)
         elif verb == "petals":
             distance, r, begin, colour = given
             for angle in np.linspace(0.0, 2 * math.pi, 11, endpoint=False).tolist():
@@ -437,11 +437,9 @@ def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
     labels = tuple(int(v) for v in rng.choice(len(CLASSES), size=count, replace=False))
     large = size * OVERSAMPLING
     companions = [COMPANIONS[n] for n in labels if n in COMPANIONS]
-    if companions and rng.uniform() < _COMPANION_PROBABILITY:
-        ground = companions[int(rng.integers(len(companions)))]
-    else:
-        ground = list(GROUNDS)[int(rng.integers(len(GROUNDS)))]
-    base, paint = GROUNDS[ground]
+    has_companion = companions and rng.uniform() < _COMPANION_PROBABILITY
+    grounds = companions if has_companion else [*GROUNDS]
+    base, paint = GROUNDS[grounds[int(rng.integers(len(grounds)))]]
     picture = Image.new("RGB", (large, large), _vary(base, rng, 8))
     paint(ImageDraw.Draw(picture), large / 100, rng)
     sheet = _Sheet(picture)

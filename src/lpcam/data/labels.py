@@ -175,10 +175,10 @@ def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> No
     known = {label.casefold(): label for label in reversed([*labels])}
     for label, where in labels.items():
         if not numbers and re.fullmatch(r"[-+]?\d+(\.\d+)?", label):
-            raise DataError(
-                f"{where}: the label {label!r} is a number; write the name of the class, or list "
-                "the numbers in classes.txt if they are the names"
+            way = (
+                "write the name of the class, or list the numbers in classes.txt if they are names"
             )
+            raise DataError(f"{where}: the label {label!r} is a number; {way}")
         parts = {*filter(None, _JOINED.split(label.casefold()))}
         if len(parts) > 1 and parts <= known.keys():
             signs = [found[0] for found in _JOINED.finditer(label) if found.start() > 0]
@@ -283,7 +283,7 @@ def read_names(
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """The image names of a list, one per line, each after its file and line for errors."""
     lines = enumerate(read_text(path, "Write one image per line.").splitlines(), start=1)
-    numbered = [(f"{path} line {number}", line) for number, line in lines if line.strip()]
+    numbered = ((f"{path} line {number}", line) for number, line in lines if line.strip())
     return [(where, image_name(line, where)) for where, line in numbered]
 
 
@@ -293,24 +293,23 @@ def _key(cell: str) -> str:
 
 def _read_csv(path: Path, text: str, split: Split) -> LabelTable:
     head = text.lstrip().partition("\n")[0]
-    delimiter = next(
-        (d for d in ",;\t|" if d in head and _IMAGE.fullmatch(_key(head.split(d)[0]))), ","
-    )
+    likely = (d for d in ",;\t|" if d in head and _IMAGE.fullmatch(_key(head.split(d)[0])))
+    delimiter = next(likely, ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[LabelRow] = []
     classes: tuple[str, ...] | None = None
     width = 0
     try:
-        for cells in reader:
+        for cells in (cells for cells in reader if any(map(str.strip, cells))):
             where = f"{path} line {reader.line_num}"
             if not width:
                 width, classes = len(cells), _columns(cells, where, split)
-            elif any(cell.strip() for cell in cells):
-                if len(cells) != width:
-                    raise DataError(f"{where} has {len(cells)} columns, expected {width}; {HOW}")
-                hot = classes and _hot(cells[1:], classes, where)
-                labels = split(cells[1], where) if hot is None else hot
-                rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
+                continue
+            if len(cells) != width:
+                raise DataError(f"{where} has {len(cells)} columns, expected {width}; {HOW}")
+            hot = classes and _hot(cells[1:], classes, where)
+            labels = split(cells[1], where) if hot is None else hot
+            rows.append(LabelRow(reader.line_num, image_name(cells[0], where), labels))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: {error}; {HOW}") from error
     return LabelTable(path, tuple(rows), classes)
