@@ -57,7 +57,8 @@ class Result:
 
     def begin(self) -> None:
         """Prepare the folder: keep files of the same key, remove those of another."""
-        _remove_half_written(self.folder.rglob(".*.tmp"))
+        for path in self.folder.rglob(".*.tmp"):
+            path.unlink()  # it was being written when a run was killed
         record = self._record()
         found = list(self.folder.iterdir()) if self.folder.exists() else []
         if record is not None and record["key"] == self.key:
@@ -118,12 +119,6 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
-def _remove_half_written(paths: Iterator[Path]) -> None:
-    """Remove what a run was writing when it was killed."""
-    for path in paths:
-        path.unlink()
-
-
 @dataclass(frozen=True)
 class Task:
     """Results that one piece of work makes together; ``work`` gets them in their order.
@@ -157,5 +152,6 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another run uses {folder}; wait for it, or choose another folder with "
                 "--run.folder"
             ) from error
-        _remove_half_written(folder.glob(".*.tmp"))
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
         yield

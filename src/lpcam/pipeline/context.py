@@ -89,7 +89,6 @@ class Context:
         self.threads = recipe.run.threads or available_threads(processes.here)
         torch.set_num_threads(self.threads)
         reuse_freed_memory()
-        self.folder.refuse_foreign_recipe()
         self.dataset, self.records = self._index()
         self.sharing = self._sharing()
         self.results: dict[str, Result] = {}
@@ -236,12 +235,13 @@ class Context:
 
     def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""
-        path = self.folder.index
+        path, recipe = self.folder.index, self.folder.recipe
         before = read_json(path) if path.is_file() else {"records": {}}
-        if not isinstance(before, dict) or not isinstance(before.get("records"), dict):
+        ours = isinstance(before, dict) and isinstance(before.get("records"), dict)
+        if not ours or (recipe.is_file() and not path.is_file()):
             raise ArtefactError(
-                f"{path} was not written by a run, so it may be yours; choose another run folder "
-                "with --run.folder"
+                f"{recipe if ours else path} was not written by a run, so it may be yours; choose "
+                "another run folder with --run.folder"
             )
         if not self.processes.first:
             self.processes.wait()  # the first checks the images, the others read what it found
@@ -361,11 +361,6 @@ class Context:
             return self.recipe.run.memory * 2**30
         return available_memory() * MEMORY_SHARE / self.processes.here
 
-    @property
-    def sample_memory(self) -> float:
-        """The part of :meth:`memory` that is for the sample of local features, in bytes."""
-        return self.memory() * (1 - FEATURES_SHARE)
-
     def _sharing(self) -> Sharing:
         count = self.processes.count
         owner: dict[str, int] = {}
@@ -412,4 +407,4 @@ def required(section: S | None) -> S:
 
 def skips(dataset: Dataset) -> list[Record]:
     """The images that were left out, with the reason, as JSON."""
-    return [{"id": skip.id, "reason": skip.reason} for skip in dataset.skipped]
+    return [asdict(skip) for skip in dataset.skipped]

@@ -104,7 +104,7 @@ def segment(recipe: Recipe, masks: Path, *, command: str = "") -> RunResult:
 def report(folder: Path, device: str | None = None) -> Path:
     """Make the report of a finished run again, from what is in its folder; returns its path."""
     changes = {"run.folder": str(folder), **({} if device is None else {"run.device": device})}
-    recipe = load_recipe(RunFolder(folder).require_recipe(), changes)
+    recipe = RunFolder(folder).load_recipe(changes)
     if not recipe.report.images:
         raise ArtefactError(
             f"the recipe of {folder} has no report (report.images is 0); run it with "

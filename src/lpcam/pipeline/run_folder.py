@@ -136,38 +136,18 @@ class RunFolder:
         """File of the segmenter trained on the masks ``name``, its last or its best weights."""
         return self / f"segment/{name}" / ("best.safetensors" if best else "segmenter.safetensors")
 
-    def refined_maps(self, name: str) -> Path:
-        """Folder of the refined maps ``name``."""
-        return self / f"pseudo/{name}/maps"
-
-    def boundaries(self, name: str) -> Path:
-        """Folder of the boundary maps that IRN learnt from the maps ``name``."""
-        return self / f"pseudo/{name}/boundaries"
-
     def tested(self, name: str, *, crf: bool = False) -> Path:
         """Folder of a segmenter's masks of the list to test, before or after a dense CRF."""
         return self / f"test/{name}/crf" if crf else self / f"test/{name}"
 
-    def require_recipe(self) -> Path:
-        """The recipe's path; ArtefactError if the folder holds no run."""
+    def load_recipe(self, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe of the run, with some values replaced; ArtefactError if there is no run."""
         if not self.recipe.is_file():
             raise ArtefactError(
                 f"{self.path} holds no run: there is no {self.recipe.name} in it; give the folder "
                 "that 'lpcam run' wrote"
             )
-        return self.recipe
-
-    def refuse_foreign_recipe(self) -> None:
-        """Refuse to overwrite a recipe without an index beside it, as no run has written it."""
-        if self.recipe.is_file() and not self.index.is_file():
-            raise ArtefactError(
-                f"{self.recipe} was not written by a run, so it may be yours; choose another run "
-                "folder with --run.folder"
-            )
-
-    def load_recipe(self) -> Recipe:
-        """The recipe of the run; ArtefactError if the folder holds no run."""
-        return load_recipe(self.require_recipe())
+        return load_recipe(self.recipe, changes)
 
     def _finished(self, path: Path, stage: str) -> Path:
         if not path.is_file():

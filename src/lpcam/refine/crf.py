@@ -252,7 +252,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     return crf.refine_probabilities(image, stacks)
 
 
-class CrfRefinement(Refinement):
+class _CrfRefinement(Refinement):
     """A dense CRF on the seeds."""
 
     title = "CRF"
@@ -260,11 +260,9 @@ class CrfRefinement(Refinement):
     crf_place = "on the seeds"
 
     def check(self, section: RefineSection) -> None:
-        """Refuse a CRF that does not take the hard labels of seeds."""
         check_label_crf(section)
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
-        """Refines the seeds of the maps."""
         crf = DenseCrf(job.settings, memory=job.tools.memory)
 
         def refine(picture: Picture) -> Tensor:
@@ -274,4 +272,4 @@ class CrfRefinement(Refinement):
         return refine
 
 
-REFINEMENT = CrfRefinement()
+REFINEMENT = _CrfRefinement()

@@ -199,7 +199,7 @@ def _divided(maps: Tensor) -> Tensor:
     return maps / maps.max() if bool(maps.any()) else maps
 
 
-class IrnRefinement(LearnedRefinement):
+class _IrnRefinement(LearnedRefinement):
     """Class boundaries learned from the maps, and a random walk within them."""
 
     title = "IRN"
@@ -212,24 +212,19 @@ class IrnRefinement(LearnedRefinement):
     ) - {"preset", *map_settings}
 
     def check(self, section: RefineSection) -> None:
-        """Refuse a CRF that does not take the hard labels of seeds."""
         check_label_crf(section)
 
     def threshold(self, section: RefineSection, source: Source) -> float:
-        """Threshold of the walked maps."""
         return _thresholds(section, source)[2]
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
-        """IRN's settings and those of the CRF of its labels."""
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
 
     def label_key(self, job: Job) -> Mapping[str, Any]:
-        """Thresholds, CRF and mask ids."""
         thresholds = _thresholds(job.section, job.source)[:2]
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
-        """Writes ternary masks."""
         thresholds, tools = _thresholds(job.section, job.source)[:2], job.tools
         return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
 
@@ -272,7 +267,6 @@ class IrnRefinement(LearnedRefinement):
     def train(
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
-        """Train the branches."""
         settings, branches = section.settings, network.branches
         pyramid, rate = network.pyramid.folded(), settings.learning_rate
         groups = [{"params": list(branches.boundary.parameters()), "lr": rate}]
@@ -315,4 +309,4 @@ def _thresholds(section: RefineSection, source: Source) -> tuple[float, float, f
     return high, low, masks
 
 
-REFINEMENT = IrnRefinement()
+REFINEMENT = _IrnRefinement()

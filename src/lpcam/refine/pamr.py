@@ -142,19 +142,17 @@ def _pad(values: Tensor, border: int) -> Tensor:
     return F.pad(values, (border,) * 4, mode="replicate")
 
 
-class PamrRefinement(Refinement):
+class _PamrRefinement(Refinement):
     """The maps averaged over neighbours of similar colour."""
 
     title = "PAMR"
     settings = PamrSettings
 
     def threshold(self, section: RefineSection, source: Source) -> float:
-        """Threshold of the seed masks."""
         return source.seed_threshold
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
-        """Averages the maps."""
         return lambda picture: pamr(picture.image, picture.planes, job.settings)
 
 
-REFINEMENT = PamrRefinement()
+REFINEMENT = _PamrRefinement()

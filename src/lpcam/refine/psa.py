@@ -350,7 +350,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     return full[0, :, :height, :width]
 
 
-class PsaRefinement(LearnedRefinement):
+class _PsaRefinement(LearnedRefinement):
     """Affinities learned from two CRFs of the maps, and a random walk by them."""
 
     title = "PSA"
@@ -367,16 +367,13 @@ class PsaRefinement(LearnedRefinement):
         names_below(dict(network.backbone.named_parameters()), section.settings.freeze)
 
     def label_path(self, folder: Path, image_id: str) -> Path:
-        """The scores of two CRFs."""
         return map_path(folder, image_id)
 
     def label_key(self, job: Job) -> Mapping[str, Any]:
-        """The powers of the background, and the CRF."""
         crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
         return {"alphas": [job.settings.low_alpha, job.settings.high_alpha], "crf": crf}
 
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
-        """Writes the scores of two CRFs."""
         crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
         alphas = (job.settings.low_alpha, job.settings.high_alpha)
 
@@ -404,13 +401,11 @@ class PsaRefinement(LearnedRefinement):
         ]
 
     def build(self, section: RefineSection, tools: Tools) -> Psa:
-        """The untrained network on a copy of the classifier's backbone."""
         return build_psa(tools.classifier(), seed=tools.seed)
 
     def train(
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
-        """Train the affinities."""
         settings = section.settings
         freeze(network.backbone, settings.freeze, norms=True)
 
@@ -424,7 +419,6 @@ class PsaRefinement(LearnedRefinement):
         )
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
-        """Walks the maps by the affinities."""
         loaded = Psa.load(network).to(job.tools.device).folded()
 
         def refine(picture: Picture) -> Tensor:
@@ -434,4 +428,4 @@ class PsaRefinement(LearnedRefinement):
         return refine
 
 
-REFINEMENT = PsaRefinement()
+REFINEMENT = _PsaRefinement()

@@ -79,7 +79,7 @@ def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings
     return torch.cat([background[None], decided]).argmax(0)
 
 
-class SaliencyRefinement(Refinement):
+class _SaliencyRefinement(Refinement):
     """The maps fused with a saliency map (EDAM)."""
 
     title = "saliency"
@@ -87,18 +87,15 @@ class SaliencyRefinement(Refinement):
     uses_saliency = True
 
     def validate(self, section: RefineSection, tools: Tools) -> None:
-        """Refuse saliency maps that are missing or damaged."""
         if isinstance(tools.saliency, Path):
             paths, top = _saliency_files(tools, tools.saliency)
             for _ in tools.sharing.map(lambda path: read_values(path, maximum=top), paths):
                 pass
 
     def crf_use(self, section: RefineSection) -> str | Literal[False]:
-        """Step that uses a dense CRF."""
         return "on the maps" if section.settings.crf else False
 
     def key(self, job: Job) -> Mapping[str, Any]:
-        """The settings and the saliency maps."""
         found = {"settings": job.settings.model_dump(mode="json", exclude={"preset"})}
         if job.settings.crf:
             found["crf"] = CrfSettings.from_preset("edam").model_dump(mode="json")
@@ -108,12 +105,10 @@ class SaliencyRefinement(Refinement):
         return {**found, "saliency": digest_json([digest_file(path) for path in paths])}
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
-        """The settings and where the saliency maps come from."""
         maps = tools.saliency.name if isinstance(tools.saliency, Path) else tools.saliency
         return {**super().described(section, tools), "saliency_maps": maps}
 
     def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
-        """Fuses the maps with saliency maps, read or computed."""
         maps = job.tools.saliency
         top = _saliency_files(job.tools, maps)[1] if isinstance(maps, Path) else None
         settings = CrfSettings.from_preset("edam")
@@ -141,4 +136,4 @@ def _saliency_files(tools: Tools, folder: Path) -> tuple[list[Path], float | Non
     return paths, saliency_maximum(paths)
 
 
-REFINEMENT = SaliencyRefinement()
+REFINEMENT = _SaliencyRefinement()

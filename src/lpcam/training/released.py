@@ -25,31 +25,20 @@ RESNET50_COPIES = r"stage\d\.|backbone\.|newly_added\."
 
 @dataclass(frozen=True)
 class Released:
-    """A kind of file that a released program writes.
+    """A kind of file that a released program writes."""
 
-    Attributes:
-        title: description of the contents, for messages.
-        section: section of a recipe whose key ``trained`` takes the converted file.
-        marks: names in all files of this kind; other kinds lack at least one.
-        names: patterns of name prefixes, and what replaces them.
-        build: makes the untrained network, whose ``save`` writes the file, from class names.
-        classes: number of classes of a file; None for a network without classes.
-        dimensions: number of axes of tensors that tell kinds of the same names apart.
-        left_out: pattern of name prefixes to ignore: copies, and what only training needs.
-        adapt: changes the values after the names.
-        ours: name prefixes of our network that no released file has.
-    """
-
-    title: str
-    section: str
-    marks: tuple[str, ...]
-    names: Sequence[tuple[str, str]]
+    title: str  #: Its contents, for messages.
+    section: str  #: Section of a recipe whose key ``trained`` takes the converted file.
+    marks: tuple[str, ...]  #: Names in all files of this kind; other kinds lack at least one.
+    names: Sequence[tuple[str, str]]  #: Patterns of name prefixes, and what replaces them.
     build: Callable[[Sequence[str]], Any]
-    classes: Callable[[Mapping[str, Tensor]], int] | None = None
+    """Makes the untrained network, whose ``save`` writes the file, from class names."""
+    classes: Callable[[Mapping[str, Tensor]], int] | None = None  #: Number of classes of a file.
     dimensions: Mapping[str, int] = field(default_factory=dict)
-    left_out: str | None = None
-    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-    ours: tuple[str, ...] = ()
+    """Number of axes of tensors that tell kinds of the same names apart."""
+    left_out: str | None = None  #: Pattern of name prefixes to ignore, such as copies.
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  #: Changes values after names.
+    ours: tuple[str, ...] = ()  #: Name prefixes of our network that no released file has.
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state dict is of this kind."""
@@ -59,9 +48,11 @@ class Released:
 
     def load(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Load a state dict of this kind into our network; ArtefactError lists misfits."""
-        found = self.adapt({self._renamed(name): t for name, t in self._kept(state)})
+        ignored = self.left_out
+        kept = {k: t for k, t in state.items() if ignored is None or not re.match(ignored, k)}
+        found = self.adapt({self._renamed(name): tensor for name, tensor in kept.items()})
         own = network.state_dict()
-        needed = [name for name in own if not name.startswith(self.ours or ("\0",))]
+        needed = [name for name in own if not name.startswith(self.ours)]
         problems = {
             "missing": [n for n in needed if n not in found and not n.endswith(COUNTER)],
             "unknown": [name for name in found if name not in own],
@@ -84,10 +75,6 @@ class Released:
                 )
             )
         network.load_state_dict({**own, **found})
-
-    def _kept(self, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        pattern = self.left_out
-        return (p for p in state.items() if pattern is None or not re.match(pattern, p[0]))
 
     def _renamed(self, name: str) -> str:
         for pattern, replacement in self.names:

@@ -56,8 +56,7 @@ def _scored(context: Context) -> dict[str, Scored]:
         refine_section = required(recipe.refine)
         fixed = refine_section.refinement.threshold(refine_section, source)
         hosted = source.method in {arm.title for arm in arms}
-        maps = context.folder.refined_maps(source.name)
-        found[name] = Scored("pseudo", maps, result.key, fixed, hosted)
+        found[name] = Scored("pseudo", result.folder / "maps", result.key, fixed, hosted)
     return found
 
 

@@ -18,7 +18,7 @@ from lpcam.method.prototypes import make_prototypes
 from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
-from lpcam.pipeline.context import Context
+from lpcam.pipeline.context import FEATURES_SHARE, Context
 from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.files import digest_file
@@ -209,7 +209,8 @@ def check_memory(context: Context, settings: LpcamSettings, blank: Tensor) -> No
             # An image of two classes has a copy of its features for each.
             rows += math.prod(math.ceil(side / stride) for side in size) * sum(times.values())
         what = f"all {rows:,} features of {len(drawn):,} images (max_features null)"
-    needed, allowed = rows * len(blank) * DTYPES[precision].itemsize, context.sample_memory
+    needed = rows * len(blank) * DTYPES[precision].itemsize
+    allowed = context.memory() * (1 - FEATURES_SHARE)
     if needed > allowed:
         half = "" if precision == "float16" else "set maps.features to float16 (half of it), "
         raise RecipeError(

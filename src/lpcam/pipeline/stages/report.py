@@ -116,8 +116,7 @@ def _later_outputs(context: Context) -> tuple[dict[str, Path], dict[str, Path]]:
         masks[f"seed of {arm.title}"] = context.folder / f"host-seeds/{arm.folder}"
     for source, result in refine.refined(context).values():
         masks[f"pseudo mask of {source.method}"] = result.folder
-        boundaries = context.folder.boundaries(source.name)
-        if boundaries.is_dir():
+        if (boundaries := result.folder / "boundaries").is_dir():
             planes[f"boundaries learned from {source.method}"] = boundaries
     return masks, planes
 

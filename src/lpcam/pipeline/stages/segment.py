@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def _training_task(
         return {
             "history": history,
             "images": len(checked.pairs),
-            "dropped": [{"id": skip.id, "reason": skip.reason} for skip in checked.dropped],
+            "dropped": [asdict(skip) for skip in checked.dropped],
             "pixels": pixels,
             "digest": digest_file(last),
             "validation": _validation_key(context, truth),
