@@ -38,8 +38,6 @@ FROM = Argument(
     metavar="RESULT",
     help="Masks (seeds, pseudo/cam, test/lpcam, ...) or maps (lpcam, cam, ...) of the run.",
 )
-
-
 SIZE = Argument(
     "--size",
     type=int,

@@ -157,44 +157,32 @@ def evaluate(
     return 0
 
 
-@command(
+def _declare_on_files(name: str, files: Argument, text: str) -> None:
+    """Declare a command on the maps or masks of another program, with a run folder of its own."""
+
+    def work(call: Invocation, recipe: str, memory: float | None, **given: Path) -> int:
+        changes = _with_options(call, memory)
+        loaded = lpcam.load_recipe(recipe, changes)
+        if "run.folder" not in changes:  # the recipe's own folder holds its own maps
+            own = f"runs/{loaded.name}-{name.removesuffix('e')}ed"
+            loaded = loaded.changed({"run.folder": own})
+        run_on = getattr(pipeline, name)
+        return _in_processes(lambda: run_on(loaded, *given.values(), command=call.line))
+
+    work.__doc__ = text
+    command(name, RECIPE, files, THREADS, MEMORY, group="use", recipe_values=True)(work)
+
+
+_declare_on_files(
     "refine",
-    RECIPE,
     Argument("maps", type=Path, help="Folder of npz map files, one for each image."),
-    THREADS,
-    MEMORY,
-    group="use",
-    recipe_values=True,
+    "Make pseudo masks from maps of another program.",
 )
-def refine(call: Invocation, recipe: str, maps: Path, memory: float | None) -> int:
-    """Make pseudo masks from maps of another program."""
-    return _on_files(call, recipe, maps, memory, "refined")
-
-
-@command(
+_declare_on_files(
     "segment",
-    RECIPE,
     Argument("masks", type=Path, help="Folder of masks, ID.png."),
-    THREADS,
-    MEMORY,
-    group="use",
-    recipe_values=True,
+    "Train a segmenter on masks of another program.",
 )
-def segment(call: Invocation, recipe: str, masks: Path, memory: float | None) -> int:
-    """Train a segmenter on masks of another program."""
-    return _on_files(call, recipe, masks, memory, "segmented")
-
-
-def _on_files(
-    call: Invocation, recipe: str, folder: Path, memory: float | None, suffix: str
-) -> int:
-    """Process the maps or masks of another program in a new run folder."""
-    work = pipeline.refine if suffix == "refined" else pipeline.segment
-    changes = _with_options(call, memory)
-    loaded = lpcam.load_recipe(recipe, changes)
-    if "run.folder" not in changes:  # the recipe's own folder holds its own maps
-        loaded = loaded.changed({"run.folder": f"runs/{loaded.name}-{suffix}"})
-    return _in_processes(lambda: work(loaded, folder, command=call.line))
 
 
 @command(

@@ -241,9 +241,6 @@ HOSTS: Registry[Host[Any, Any]] = Registry(
 )
 
 
-# -- Shared by the methods --------------------------------------------------------------------
-
-
 class HostNetwork(SavedNetwork):
     """A network on the backbone of a classifier, which is its attribute ``classifier``."""
 

@@ -55,7 +55,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
-from lpcam.training.optim import freeze, names_below, poly
+from lpcam.training.optim import freeze, names_below, poly, sgd
 from lpcam.training.released import WIDERESNET38, Released
 
 
@@ -328,7 +328,7 @@ def _sample(
     return torch.stack(images), torch.tensor(pair)
 
 
-def _rate(step: int, settings: EdamSettings) -> float:
+def _rate(settings: EdamSettings, step: int) -> float:
     """Factor of the learning rates at a step: a linear warm-up, then the poly schedule."""
     if step < settings.warmup:
         low = settings.warmup_factor
@@ -428,7 +428,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
         labels = multi_hot(items, len(network.classes))
         size = min(settings.pairs, len(partners.firsts))
         steps = settings.iterations
-        model = processes.replicate(network)
+        model, rate = processes.replicate(network), partial(_rate, settings)
 
         def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
             images, numbers = batch
@@ -440,20 +440,11 @@ class _EdamHost(Host[EdamSettings, Edam]):
 
         return engine.run(
             network,
-            torch.optim.SGD(
-                groups_of(network, settings),
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-            ),
+            sgd(groups_of(network, settings), settings),
             partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
             len(partners.firsts),
             loss,
-            engine.Plan(
-                steps,
-                settings.pairs,
-                max(1, steps // RECORDS),
-                lambda step: _rate(step, settings),
-            ),
+            engine.Plan(steps, settings.pairs, max(1, steps // RECORDS), rate),
             label="training EDAM",
             section="host.edam",
             **options,

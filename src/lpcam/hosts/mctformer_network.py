@@ -337,7 +337,6 @@ def _plain(model: nn.Module) -> VisionTransformer:
         "its class token has no position": model.no_embed_class,
         "it has a norm before the first block": not isinstance(model.norm_pre, nn.Identity),
         "it drops patches": not isinstance(model.patch_drop, nn.Identity),
-        "it was made without dynamic_img_size": not model.dynamic_img_size,
         "its blocks are not plain ones": any(
             type(block) is not Block
             or type(block.attn).__name__ != "Attention"

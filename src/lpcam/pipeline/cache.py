@@ -82,12 +82,6 @@ class Result:
         self.output = dict(output)
         self._write(done=True)
 
-    def remove_leftovers(self) -> None:
-        """Remove the files of a finished result that only an interrupted one needs."""
-        for pattern in LEFTOVERS:
-            for path in self.folder.glob(pattern):
-                path.unlink()
-
     def _record(self) -> Record | None:
         path = self.folder / RECORD
         if not path.is_file():

@@ -22,7 +22,7 @@ from lpcam.data.reader import ListName, Opened
 from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
-from lpcam.pipeline.cache import Output, Record, Result, Task
+from lpcam.pipeline.cache import LEFTOVERS, Output, Record, Result, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
@@ -229,8 +229,9 @@ class Context:
                 while not result.done() and time.monotonic() < deadline:
                     time.sleep(0.1)
         if first:  # also those of a run that was stopped at its very end
-            for result in results:
-                result.remove_leftovers()
+            for folder in (result.folder for result in results):
+                for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+                    path.unlink()
         return todo
 
     def _index(self) -> tuple[Dataset, dict[str, Record]]:

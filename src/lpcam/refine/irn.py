@@ -302,10 +302,8 @@ class _IrnRefinement(LearnedRefinement):
 def _thresholds(section: RefineSection, source: Source) -> tuple[float, float, float]:
     """Thresholds for maps of one kind: sure foreground, sure background, pseudo masks."""
     kind = "cam_" if source.method == "CAM" else ""
-    high, low, masks = (
-        float(getattr(section.settings, f"{kind}{name}"))
-        for name in ("foreground_threshold", "background_threshold", "threshold")
-    )
+    names = ("foreground_threshold", "background_threshold", "threshold")
+    high, low, masks = (getattr(section.settings, f"{kind}{name}") for name in names)
     return high, low, masks
 
 

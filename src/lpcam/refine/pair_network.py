@@ -154,7 +154,7 @@ def train_on_pairs(
             counts = processes.sum(counts.cpu()).to(device)
         return loss(model, images, labels, counts)
 
-    history = engine.run(
+    return engine.run(
         module,
         sgd(groups, settings),
         partial(_sample, read, augment, labelled, seed),
@@ -167,5 +167,3 @@ def train_on_pairs(
         processes=processes,
         **options,
     )
-    module.eval()
-    return history

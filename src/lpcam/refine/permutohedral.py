@@ -18,8 +18,6 @@ from torch import Tensor
 from lpcam.runtime.errors import DataError
 
 CODE_BITS = 52  #: Largest number of bits of a lattice point's code, which is computed in float64.
-
-
 Filter = Callable[[Tensor], Tensor]  #: Filters values (P, C) of P points.
 
 

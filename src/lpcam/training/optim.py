@@ -43,8 +43,8 @@ def poly(step: int, steps: int, power: float) -> float:
     return math.pow(1.0 - step / steps, power)
 
 
-def sgd(groups: Sequence[dict[str, Any]], settings: SgdSettings) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay; groups without parameters are left out."""
+def sgd(groups: Sequence[dict[str, Any]], settings: Any) -> torch.optim.Optimizer:
+    """SGD with the settings' momentum and weight decay; groups without parameters are left out."""
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
         momentum=settings.momentum,

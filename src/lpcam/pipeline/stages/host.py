@@ -193,8 +193,7 @@ def _check_memory(context: Context, network: SavedNetwork) -> None:
 
 
 def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
-    settings, name = section.lpcam, f"host-prototypes/{arm.folder}"
-    assert settings is not None  # the recipe says so where an arm has prototypes
+    settings, name = required(section.lpcam), f"host-prototypes/{arm.folder}"
     items, host = context.items("prototypes"), section.host
     parts = {
         **_parts(context, arm),

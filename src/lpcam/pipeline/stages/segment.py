@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 TRUTH = "truth"
 SEGMENTATION = "segmentation"  #: Stage of the rows of segmenters, which have no threshold.
 CRF = "crf"  #: Name of the folder of masks after a dense CRF.
-
-
 GIVEN_NETWORK = "as given"  #: Title of a segmenter that was trained elsewhere.
 
 
