@@ -77,10 +77,7 @@ PARENTS = {
 def command(
     name: str, *arguments: Argument, group: str = "exchange", recipe_values: bool = False
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Declare the decorated function as a command; its docstring is the help.
-
-    It gets an `Invocation` and, by name, the values of the arguments except ``--threads``.
-    """
+    """Declare a function of `Invocation` and arguments as a command; its docstring is the help."""
 
     def declare(work: Callable[..., int]) -> Callable[..., int]:
         text = " ".join((work.__doc__ or "").split())

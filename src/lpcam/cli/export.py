@@ -97,13 +97,7 @@ def export_maps(
     """Write a run's maps for IRN, AMN or PSA."""
     maps = lpcam.RunFolder(run).maps(source)
     files = map_files.export_maps(
-        maps.folder,
-        output,
-        format,
-        maps.ids,
-        classes=maps.classes,
-        workers=call.threads,
-        **options,
+        maps.folder, output, format, maps.ids, classes=maps.classes, workers=call.threads, **options
     )
     print(f"{len(files)} map files of the style {format} in {output}")
     if maps.missing:

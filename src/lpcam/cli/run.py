@@ -121,10 +121,7 @@ def _in_processes(work: Callable[[], RunResult]) -> int:
 
 
 @command(
-    "report",
-    RUN,
-    Argument("--device", help="Device used to search for patches."),
-    group="look",
+    "report", RUN, Argument("--device", help="Device used to search for patches."), group="look"
 )
 def report(call: Invocation, run: Path, device: str | None) -> int:
     """Write the report of a finished run again."""

@@ -283,12 +283,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
     network = Amn
     map_fields = frozenset({"scales", "flip", "gate"})
     prototype_fields = frozenset({"reading", "conditioned"})
-    mask_fields = frozenset(
-        {
-            *("foreground_threshold", "background_threshold"),
-            *("cam_foreground_threshold", "cam_background_threshold"),
-        }
-    )
+    mask_fields = frozenset(n for n in AmnSettings.model_fields if n.endswith("ground_threshold"))
 
     def arms(self, section: HostSection) -> list[Arm]:
         """Maps of a network for each base; in Reading B one network, with prototypes for LPCAM."""
@@ -343,11 +338,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
         settings: AmnSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        """Adam without a schedule; batch-norm statistics are frozen (section 3).
-
-        A cell of the logits' grid is compared with the label at its centre. Images whose mask has
-        no pixel that counts are left out.
-        """
+        """Adam without a schedule, statistics frozen; cells have centre pixels' labels (section 3)."""
         processes = options.get("processes") or Processes()
         pairs = check_masks(data.masks, data.classes, strict=True).pairs
         freeze(network.classifier.backbone, settings.freeze)

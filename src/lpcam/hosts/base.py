@@ -189,10 +189,7 @@ class Host(ABC, Generic[S, N]):
 
     @abstractmethod
     def images_per_step(self, network: N, data: HostData, settings: S) -> tuple[int, str]:
-        """Minimum number of images, or pairs, in a step, and the setting that determines it.
-
-        Called before any stage runs, so it also refuses settings that do not fit the network.
-        """
+        """Least images, or pairs, in a step and the setting for it; refuses unfit settings."""
 
     @abstractmethod
     def train(

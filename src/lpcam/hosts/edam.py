@@ -418,12 +418,9 @@ class _EdamHost(Host[EdamSettings, Edam]):
         settings: EdamSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        """SGD on the binary cross-entropy of every class and image of pairs (section 2).
-
-        An image that shares a class with no other is left out.
-        """
+        """SGD on the binary cross-entropy of every class and image of pairs (section 2)."""
         processes = options.get("processes") or Processes()
-        items, partners = data.images, Partners(data.images)
+        items, partners = data.images, Partners(data.images)  # others are left out
         freeze(network.classifier.backbone, settings.freeze, norms=True)
         labels = multi_hot(items, len(network.classes))
         size = min(settings.pairs, len(partners.firsts))

@@ -35,14 +35,7 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import resize_image
 from lpcam.data.resize import quarter_size, resize, scaled_size
-from lpcam.hosts.base import (
-    Host,
-    HostData,
-    HostSection,
-    View,
-    check_finite,
-    check_labels,
-)
+from lpcam.hosts.base import Host, HostData, HostSection, View, check_finite, check_labels
 from lpcam.hosts.mctformer_network import (
     Attended,
     Mctformer,
@@ -101,10 +94,7 @@ _AUGMENTING = threading.Lock()
 
 @contextmanager
 def _seeded(seed: Sequence[int]) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch, and restore them afterwards.
-
-    timm's augmentation draws from these and accepts no others.
-    """
+    """Seed the global generators, from which timm's augmentation draws, and restore them."""
     numbers = np.random.SeedSequence(seed).generate_state(3).tolist()
     with _AUGMENTING, torch.random.fork_rng(devices=[]):
         before = getstate(), get_state()

@@ -171,10 +171,7 @@ def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Stem(nn.Module):
-    """A frozen convolutional backbone whose cells are the patches (a hybrid transformer).
-
-    A small transformer without a checkpoint can start from features of ImageNet.
-    """
+    """A frozen convolutional backbone whose cells are the patches (a hybrid transformer)."""
 
     def __init__(self, classifier: Classifier, width: int) -> None:
         super().__init__()
@@ -201,9 +198,6 @@ class Mctformer(SavedNetwork):
     The score of a class is the mean over the channels of its token; V2 scores the classes by
     PatchCAM too, a 3 x 3 convolution of the patch tokens. The transformer's last norm is kept,
     because files of weights have it, but never applied.
-
-    ``preprocessing`` is the stem's, or that of timm's pretrained cfg, if None is given.
-    ClassifierError if the transformer is of another kind.
     """
 
     kind = "mctformer"

@@ -115,13 +115,11 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Task:
-    """Results that one piece of work makes together; ``work`` gets them in their order.
-
-    It runs in every process of a run and returns what the first process records of them.
-    """
+    """Results that one piece of work, run in every process, makes together."""
 
     results: Sequence[Result]
     work: Callable[..., Output | None]
+    """Gets the results in their order; what it returns in the first process is recorded of them."""
     prepare: Callable[[], Any] | None = None
     """Called before files of another key are removed. What it returns is the first argument of
     ``work``."""

@@ -159,11 +159,7 @@ class Context:
         build: Callable[[], N],
         train: Callable[[N, Path], History],
     ) -> Task:
-        """A task that trains a network in place and writes its file.
-
-        ``build`` makes it before anything is removed; ``train`` also gets the folder for
-        checkpoints.
-        """
+        """A task that trains a network, built before anything is removed, and writes its file."""
 
         def work(network: N, result: Result) -> Output | None:
             history = train(network, result.folder)
@@ -303,10 +299,7 @@ class Context:
         return items
 
     def truth(self, stage: ListName) -> list[Item]:
-        """The images of a list that have a true mask; none where no mask shows a class.
-
-        Such a list is not scored, like one without masks, and a notice says why.
-        """
+        """The images of a list with a true mask; none, with a notice, if no mask shows a class."""
         name = self.recipe.data.list_of(stage)
         items = [item for item in self.items(stage) if item.mask is not None]
         if items and name not in self._unscored:

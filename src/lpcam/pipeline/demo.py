@@ -21,10 +21,7 @@ SEED = 0
 def demo(
     folder: Path, threads: int | None, command: str, *, images: int = IMAGES, size: int = SIZE
 ) -> RunResult:
-    """Draw ``images`` creatures into ``folder/data`` and run the demo recipe.
-
-    A second call with the same numbers draws nothing and runs what is not up to date.
-    """
+    """Draw ``images`` creatures into ``folder/data``, unless they are there; run the recipe."""
     data = folder / "data"
     with locked(folder):
         _draw(data, {"images": images, "size": size, "seed": SEED, "revision": 1})

@@ -57,10 +57,7 @@ def inspect_dataset(
     workers: int = 1,
     **reading: Any,
 ) -> Survey:
-    """Inspect every file of a data set, and estimate the cost of a run of a recipe.
-
-    ``reading`` as in :func:`lpcam.data.open_dataset.open_dataset`.
-    """
+    """Inspect every file of a data set, opened with ``reading``, and estimate the cost of a run."""
     estimate = None
     if estimated:
         chosen = usual_recipe() if recipe is None else load_recipe(recipe)
@@ -80,10 +77,9 @@ def estimate_run(
     """Time some labelled images through what takes most of a run, and extrapolate.
 
     Timed are reading, the backbone's passes at all scales, the maps of CAM, LPCAM and LPCAM-F, and
-    writing them and a seed. Weights are random, which changes none of these. Not counted: the
-    start, the fit of the classifier, clustering, evaluation, report, refinement and segmentation.
-
-    If the features of a list are more than ``memory``, its passes are counted again for each stage.
+    writing them and a seed, with random weights. Not counted: the start, the fit of the classifier,
+    clustering, evaluation, report, refinement and segmentation. Where the features of a list are
+    more than ``memory``, its passes are counted again for each stage.
     """
     section, scales, limit = recipe.classifier, recipe.lpcam.scales, recipe.maps.maximum_side
     device = choose_device(recipe.run.device)

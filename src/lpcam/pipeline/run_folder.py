@@ -91,33 +91,18 @@ class Maps:
 
 
 class RunFolder:
-    """The folder of a run: every path in it, and what a finished run can be used for.
-
-    Args:
-        path: path of the folder, which need not exist yet.
-
-    Attributes:
-        recipe: the recipe as it was run.
-        index: a record of every image's files, and of those that were skipped.
-        metrics: the scores with their protocol.
-        image_scores: each image's mean IoU by method.
-        use: time and peak memory of each stage.
-        sheet: the contact sheet.
-        report: the HTML report.
-        truth: folder of masks painted from annotations.
-        classifier: the trained classifier.
-    """
+    """The folder of a run, which need not exist yet: its paths, and what a finished run gives."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.recipe = self.path / "recipe.yaml"
-        self.index = self.path / "index.json"
-        self.metrics = self.path / "metrics.json"
-        self.image_scores = self.path / "evaluation/images.json"
-        self.use = self.path / "use.json"
-        self.sheet = self.path / "sheet.png"
+        self.recipe = self.path / "recipe.yaml"  #: The recipe as it was run.
+        self.index = self.path / "index.json"  #: Every image's files, and what was skipped.
+        self.metrics = self.path / "metrics.json"  #: The scores with their protocol.
+        self.image_scores = self.path / "evaluation/images.json"  #: Each image's mIoU by method.
+        self.use = self.path / "use.json"  #: Time and peak memory of each stage.
+        self.sheet = self.path / "sheet.png"  #: The contact sheet.
         self.report = self.path / "report.html"
-        self.truth = self.path / "truth"
+        self.truth = self.path / "truth"  #: Masks painted from annotations.
         self.classifier = self.path / "classifier/classifier.safetensors"
 
     def __truediv__(self, name: str) -> Path:
@@ -254,10 +239,9 @@ class RunFolder:
     def masks(self, name: str | None = None) -> Masks:
         """The masks of the run, or of what ``lpcam predict`` wrote.
 
-        Every image of the list that the masks are of should have one. Those that have none, those
-        that the run skipped, and masks of images that are no longer in the list come with the
-        reason. Images are named by their paths below the folder that the data set has for them;
-        where there are several such folders, by their paths below the one that holds them all.
+        Images of the list without a mask, those that the run skipped, and masks of images that are
+        no longer in the list come with the reason. Images are named by their paths below the folder
+        of the data set, or, where it has several, below the one that holds them all.
 
         Args:
             name: name of the masks: ``seeds``, ``pseudo/lpcam``, ``test/lpcam``, ... None:

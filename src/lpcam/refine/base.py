@@ -203,10 +203,7 @@ class LearnedRefinement(Refinement):
     def train(
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
-        """Train the network in place on images and their label files, and return the history.
-
-        ``options`` are those of :class:`lpcam.training.loop.TrainingOptions`.
-        """
+        """Train the network in place on labels; ``options`` as :class:`TrainingOptions`."""
 
 
 def decided(scores: Tensor) -> Tensor:

@@ -37,10 +37,7 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 
 
 class Pyramid(nn.Module):
-    """Frozen feature maps of a backbone from stride 4 on, the last of stride 2 pooled to it.
-
-    ClassifierError if there are none at strides 4 and 8.
-    """
+    """Frozen feature maps of a backbone from stride 4 on, the last of stride 2 pooled to it."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()

@@ -60,10 +60,7 @@ class Lattice:
 
 
 def permutohedral_lattice(positions: Tensor) -> Lattice:
-    """Lattice of positions (d, P), divided by deviations, for the kernel exp(-|f_i - f_j|^2 / 2).
-
-    DataError if the points reach over too many lattice points.
-    """
+    """Lattice of positions (d, P) over the deviations, for the kernel exp(-|f_i - f_j|^2 / 2)."""
     d, count = positions.shape
     corner, rank, barycentric = _enclosing_simplex(positions)
 

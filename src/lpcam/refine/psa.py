@@ -157,10 +157,7 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
 
 
 class Psa(FrozenStatistics, SavedNetwork):
-    """ELUs of 1 x 1 convolutions of a backbone's last three feature maps, enlarged to stride 8.
-
-    ClassifierError if it has none at stride 8, 16, ...
-    """
+    """ELUs of 1 x 1 convolutions of a backbone's last three feature maps, enlarged to stride 8."""
 
     kind = "psa"
 
@@ -323,8 +320,7 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
 def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSettings) -> Tensor:
     """Scores (K + 1, H, W) of an image after its maps (K, H, W) and a constant background walked.
 
-    Where the grid is too small for any pair of the loss, they are those before the walk. DataError
-    if maps or features are not finite.
+    Where the grid is too small for any pair of the loss, they are those before the walk.
     """
     network.eval()
     height, width = image.shape[:2]

@@ -37,8 +37,7 @@ PIECES_TRIED = 30  #: Number of the longest pieces of a path of which all pairs 
 def pair_offsets(radius: int) -> tuple[Offset, ...]:
     """Offsets (dy, dx) from a cell to the partners of its pairs, each unordered pair once.
 
-    Partners are right of it or below, nearer than ``radius``, ordered by length of path (section
-    5).
+    Partners are right of it or below, nearer than ``radius``, by length of path (section 5).
     """
     right = [(0, dx) for dx in range(1, radius)]
     below = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -121,15 +121,7 @@ def _presets(model: type[PresetModel]) -> Mapping[str, Mapping[str, Any]]:
     return presets
 
 
-class Configurable(Protocol):
-    """A registered method, which may have settings."""
-
-    @property
-    def settings(self) -> type[BaseModel] | None:
-        """Class of its settings."""
-
-
-def with_settings(section: type[S], methods: Mapping[str, Configurable]) -> type[S]:
+def with_settings(section: type[S], methods: Mapping[str, Any]) -> type[S]:
     """A subclass with a field for each method that has settings, unless the section has it."""
     fields: dict[str, Any] = {
         name: (method.settings, method.settings.model_validate({}))

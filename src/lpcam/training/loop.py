@@ -142,10 +142,7 @@ def run(
     loader = DataLoader(_Samples(make), batch_sampler=order, num_workers=workers)
     value = 0.0
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with (
-        progress(label, plan.steps, done=step) as advance,
-        torch.random.fork_rng(devices=devices),
-    ):
+    with progress(label, plan.steps, done=step) as advance, torch.random.fork_rng(devices=devices):
         for turn, batch in enumerate(loader):
             # Dropout depends only on the seed and the step, so that a resumed run repeats it.
             mixed = np.random.SeedSequence((seed, step, turn % parts, processes.rank))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -29,15 +29,6 @@ class SgdSettings(PresetModel):
     """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
 
 
-class Rates(Protocol):
-    """Settings of the learning rates of new layers and biases."""
-
-    learning_rate: float
-    head_multiplier: float
-    bias_multiplier: float
-    weight_decay: float
-
-
 def poly(step: int, steps: int, power: float) -> float:
     """Factor (1 - t/T)^power of the learning rate at step t of T."""
     return math.pow(1.0 - step / steps, power)
@@ -53,7 +44,7 @@ def sgd(groups: Sequence[dict[str, Any]], settings: Any) -> torch.optim.Optimize
 
 
 def parameter_groups(
-    network: nn.Module, heads: Sequence[str], settings: Rates
+    network: nn.Module, heads: Sequence[str], settings: Any
 ) -> list[dict[str, Any]]:
     """Trainable weights, and biases without decay, of new layers (``heads``) and of others."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

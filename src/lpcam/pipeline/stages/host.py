@@ -51,10 +51,7 @@ def _backbone(context: Context) -> BackboneSection:
 
 
 def validate(context: Context) -> None:
-    """Validate the host's configuration before any stage runs.
-
-    Skipped where the networks exist: their stage knows whether they are up to date.
-    """
+    """Validate the host before any stage runs, unless its networks exist."""
     section, networks = required(context.recipe.host), _networks(context)
     if all(context.folder.network(f"host/{name}").is_file() for name in networks):
         return

@@ -68,10 +68,7 @@ def _map_task(
     own: Mapping[str, Record],
     start: Callable[[], MapsOf],
 ) -> Task:
-    """A task for the maps of several results, from one feature pyramid per image.
-
-    ``own`` has for each result what it alone depends on.
-    """
+    """A task for the maps of several results, each with ``own`` parts, from one feature pyramid."""
     settings, section = context.recipe.lpcam, context.recipe.maps
     parts = {
         "revision": 2,
@@ -122,10 +119,7 @@ def _map_task(
 
 
 def write_fused(context: Context, result: Result, item: Item, maps: FusedMaps | None) -> None:
-    """Write the maps of an image at its size, in the recipe's dtype.
-
-    Maps of a smaller size are enlarged (bilinear); an image without a label has none.
-    """
+    """Write maps of an image, enlarged (bilinear) to its size; without a label it has none."""
     size = context.sharing.sizes[item.id]
     if maps is None:
         maps = FusedMaps(torch.zeros(0, *quarter_size(size)), torch.zeros(0, *size))

@@ -34,10 +34,7 @@ Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, local features that would not fit into memory.
-
-    Skipped where there are prototypes: their stage knows whether they are up to date.
-    """
+    """Refuse, before any stage runs, local features too large for memory, if they are needed."""
     if not context.folder.prototypes().is_file():
         _check_memory(context, build_classifier(context, weights=RANDOM))
 
@@ -191,10 +188,7 @@ def _gather(
 
 
 def check_memory(context: Context, settings: LpcamSettings, blank: Tensor) -> None:
-    """Refuse a sample of local features that would not fit into memory.
-
-    ``blank`` are the features (C, h, w) of an image of `BLANK` pixels a side.
-    """
+    """Refuse a sample of local features too large for memory; an image of `BLANK` has ``blank``."""
     precision, limit = context.recipe.maps.features, context.recipe.maps.maximum_side
     drawn = _drawn(context, context.items("prototypes"), settings)
     if (bound := settings.max_features) is not None:

@@ -47,12 +47,9 @@ GIVEN = "given"  #: Name of maps that another program made, in figures and folde
 
 
 def _picture(context: Context, item: Item, maps: Path) -> Picture:
-    """An image and its maps at the size of refinement, on the run's device.
-
-    That is the image's own size, or that at which it was mapped where ``maps.maximum_side`` is
-    smaller: a dense CRF of an image of 4,000 pixels a side would take 7 GB.
-    """
+    """An image and its maps at the size of refinement, on the run's device."""
     found = read_maps(map_path(maps, item.id))
+    # a dense CRF of an image of 4,000 pixels a side would take 7 GB
     image = limit_long_side(item.read(), context.recipe.maps.maximum_side)
     planes = resize(torch.from_numpy(found.high_res), image.shape[:2])
     device = context.device
@@ -95,10 +92,7 @@ def ternary_task(
     settings: CrfSettings,
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes ternary masks of one kind of maps.
-
-    ``thresholds`` are those of the sure foreground and of the sure background.
-    """
+    """A task that writes ternary masks of maps, by thresholds of sure foreground and background."""
     arguments, where = (thresholds, context.dataset.classes), (source.folder, source.key)
     parts = ternary_key(settings, *arguments)
 
@@ -165,11 +159,7 @@ def _untrained(section: RefineSection, lent: Tools) -> Any:
 
 
 def import_maps(context: Context, folder: Path) -> None:
-    """Take the map files of another program instead of the maps of the run's own stages.
-
-    Images whose file is missing, damaged, of another size or of other classes are left out, with
-    the reason.
-    """
+    """Take the map files of another program instead of the run's own, without unusable ones."""
     skipped, digests, unlabelled = [], {}, 0
     for item in context.items("maps"):
         path, record = map_path(folder, item.id), context.records[item.id]

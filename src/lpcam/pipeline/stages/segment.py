@@ -80,10 +80,7 @@ def training_masks(context: Context) -> list[TrainingMasks]:
 
 
 def validate(context: Context) -> None:
-    """Validate the segmenter's configuration before any stage runs.
-
-    The network is not tried where a training has finished: its stage knows whether it holds.
-    """
+    """Validate the segmenter before any stage runs; the network only if none is trained."""
     section, recipe = required(context.recipe.segment), context.recipe
     wanted = [name for name in recipe.segmented if name != TRUTH]
     if wanted and recipe.refine is None and context.given_masks is None:
