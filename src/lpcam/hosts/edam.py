@@ -328,7 +328,7 @@ def _sample(
     return torch.stack(images), torch.tensor(pair)
 
 
-def _rate(settings: EdamSettings, step: int) -> float:
+def _rate(step: int, settings: EdamSettings) -> float:
     """Factor of the learning rates at a step: a linear warm-up, then the poly schedule."""
     if step < settings.warmup:
         low = settings.warmup_factor
@@ -425,7 +425,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
         labels = multi_hot(items, len(network.classes))
         size = min(settings.pairs, len(partners.firsts))
         steps = settings.iterations
-        model, rate = processes.replicate(network), partial(_rate, settings)
+        model, rate = processes.replicate(network), partial(_rate, settings=settings)
 
         def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
             images, numbers = batch
