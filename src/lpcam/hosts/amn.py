@@ -338,7 +338,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
         settings: AmnSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
-        """Adam without a schedule; frozen statistics, labels of the centres of cells (section 3)."""
+        """Adam without a schedule; frozen statistics, labels of cells at centres (section 3)."""
         processes = options.get("processes") or Processes()
         pairs = check_masks(data.masks, data.classes, strict=True).pairs
         freeze(network.classifier.backbone, settings.freeze)

@@ -203,7 +203,7 @@ class LearnedRefinement(Refinement):
     def train(
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
-        """Train the network in place on labels; ``options`` as :class:`TrainingOptions`."""
+        """Train the network in place on labels; ``options`` as ``TrainingOptions``."""
 
 
 def decided(scores: Tensor) -> Tensor:
