@@ -1,7 +1,4 @@
-"""Importing a Hugging Face data set as a folder that `read_folder` reads (extra ``huggingface``).
-
-Data sets that are programs are never executed: versions of the library that do so are refused.
-"""
+"""Importing a Hugging Face data set as a folder of images and labels (extra ``huggingface``)."""
 
 from __future__ import annotations
 
@@ -50,27 +47,17 @@ def import_huggingface(
     no_class: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
 ) -> str:
-    """Write the images of a data set with their labels as a user's folder.
+    """Write the images of a data set, by row, with their labels as a user's folder; what was done.
 
-    ``output`` gets ``images/NNNNNN.EXT``, named by the row from 0, with the stored bytes unchanged;
-    ``classes.txt``; `RECORD`; and last ``labels.csv``. Rows without a label (None, or -1 of a
-    ClassLabel) or a readable image are left out; an empty list is an image that shows no class.
-    Returns what was done.
+    Rows without a label (None, or -1 of a ClassLabel) or a readable image are left out; an empty
+    list is an image that shows no class.
 
     Args:
         source: a ``datasets.Dataset`` or DatasetDict, the folder of its ``save_to_disk``, or its
             name on the hub.
-        image: the column of images or their bytes; None: ``image``, or the only one.
-        labels: the column of labels: a ClassLabel, text or a number, lists of these, lists of 0 and
-            1 for each class, or objects (``objects.category``, or ``objects`` for their label).
-            ``cow,dog``: columns of 0 and 1. None: ``label``, or the only one of a ClassLabel.
+        labels: the column of labels, ``objects.category`` for a part of one, or ``cow,dog`` for
+            columns of 0 and 1. None: ``label``, or the only one of a ClassLabel.
         names: names of the numbers 0, 1, 2, ... in the column of labels, where it has none.
-        split: the split to import, if there are several.
-        separator, no_class, classes: as in :func:`lpcam.data.open_dataset.open_dataset`.
-
-    Raises:
-        DataError: if the source, split or a column is wrong, no row can be used, or ``output`` is.
-        LpcamError: if the library is not installed, or older than version 4.
     """
     library = import_extra("datasets", "huggingface", "data sets of Hugging Face need its library")
     if int(library.__version__.partition(".")[0]) < _OLDEST:
@@ -200,23 +187,17 @@ def _chosen(dataset: Any, given: str | None, usual: str, fitting: Sequence[str])
     raise DataError(f"there is no column {usual!r}; say which it is, of: {columns}")
 
 
-def _column(dataset: Any, name: str) -> Any:
-    """The type of a column."""
-    if name not in dataset.features:
-        columns = ", ".join(dataset.features)
-        raise DataError(f"there is no column {name!r}; the columns are {columns}")
-    return dataset.features[name]
-
-
 def _cells(library: Any, dataset: Any, labels: str) -> tuple[Any, list[Any]]:
     """The type of the labels (None: columns of 0 and 1), and their value in each row."""
-    rows, several = dataset.with_format(None), labels.split(",")
-    if labels not in dataset.features and len(several) > 1:
-        for name in several:
-            _column(dataset, name)
+    rows, kinds = dataset.with_format(None), dataset.features
+    several = [labels] if labels in kinds else labels.split(",")
+    name, _, key = (labels, "", "") if labels in kinds else several[0].partition(".")
+    for one in several if len(several) > 1 else (name,):
+        if one not in kinds:
+            raise DataError(f"there is no column {one!r}; the columns are {', '.join(kinds)}")
+    if len(several) > 1:
         return None, [[row[n] for n in several] for row in rows.select_columns(several)]
-    name, _, key = (labels, "", "") if labels in dataset.features else labels.partition(".")
-    kind = _column(dataset, name)
+    kind = kinds[name]
     cells = [row[name] for row in rows.select_columns([name])]
     objects = getattr(kind, "feature", kind)
     if not isinstance(objects, dict):
@@ -247,8 +228,8 @@ def _labels(
     names = given or getattr(one, "names", labels.split(",") if kind is None else None)
     if not text and (not names or not re.match("u?int|bool|float", dtype)):
         raise DataError(
-            f"the column {labels!r} holds {kind}; expected a ClassLabel or text, or lists of "
-            "these. If they are numbers, name 0, 1, 2, ...: --names FILE, or --names cow,dog"
+            f"the column {labels!r} holds {kind}, not a ClassLabel, text or lists of these; if it "
+            "is numbers, name 0, 1, 2, ...: --names FILE, or --names cow,dog"
         )
     classes = [] if text else [normal_name(name) for name in names or ()]
     hot = several and not text and not isinstance(one, library.ClassLabel)
@@ -282,14 +263,9 @@ def _labels(
             first.setdefault(name, f"row {number}")
     if text and separator is None:
         check_label_names(first)
-    table = ClassTable.numbered(
-        None if text else classes,
-        f"the column {labels!r}",
-        chosen,
-        labels=first,
-        no_class=no_class,
-        masked=False,
-    )
+    rules: dict[str, Any] = {"labels": first, "no_class": no_class, "masked": False}
+    source = f"the column {labels!r}"
+    table = ClassTable.numbered(None if text else classes, source, chosen, **rules)
     check_storable(table.names)
     kept = [n if n is None else tuple(x for x in n if x in table.names) for n in found]
     return table.names, kept

@@ -1,8 +1,4 @@
-"""Label Studio's JSON: labels of images, and masks from their regions.
-
-Brush strokes, bit masks, polygons and ellipses give true masks; choices, rectangles and key points
-labels alone. Images are found below the folder of the file by the ends of their addresses.
-"""
+"""Label Studio's JSON: labels of images, and masks from their regions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""YOLO's labels: a text file for each image, a line for each object, as a box or an outline.
-
-A line is ``class x y width height`` or ``class x1 y1 x2 y2 ...``, in shares of the upright image.
-Ultralytics' ``data.yaml`` names classes and lists; without it ``classes.txt`` or ``obj.names`` and
-lists like ``train.txt`` do. Masks are painted from outlines; boxes give labels alone.
-"""
+"""YOLO's labels: a text file for each image, a line for each object, as a box or an outline."""
 
 from __future__ import annotations
 
@@ -203,7 +198,7 @@ def _draw(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool
 
     An outline is an area. Those of this package and of OpenCV (supervision, Ultralytics' converter)
     name their outermost pixels instead: all points are at one place in their pixels, OpenCV's at
-    whole numbers, counter-clockwise. These are filled with the pixels that they run through.
+    whole numbers, counter-clockwise.
     """
     corners = points * size[::-1]
     (x, y), (x2, y2) = corners.T, np.roll(corners, -1, axis=0).T

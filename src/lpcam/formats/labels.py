@@ -27,22 +27,11 @@ def import_labels(
     ids: Sequence[str] | None = None,
     coco_split: str | None = None,
 ) -> str:
-    """Import a file of label vectors as a table ``image,labels``, with ``classes.txt`` beside it.
+    """Import label vectors as a table ``image,labels``, with ``classes.txt``; what was done.
 
-    A value above 0 is a label. 10 digits become a VOC id (2007000032: ``2007_000032``). Returns
-    what was done.
-
-    Args:
-        source: a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
-            an array (n, N); vectors may be torch tensors.
-        output: the ``.csv`` table.
-        classes: the N class names in label order.
-        ids: names of the images, only for an array, in its order.
-        coco_split: ``"train2014"`` or ``"val2014"``, the split of other numbers.
-
-    Raises:
-        DataError: if ``source`` is a table already, ``output`` is not a ``.csv``, the contents do
-            not fit the classes or ids, or ``output`` or ``classes.txt`` has other contents.
+    ``source`` is a ``.npy`` file (or plain pickle) of a dictionary {number or name: vector (N,)} or
+    an array (n, N) of ``ids``; a value above 0 is a label. 10 digits become a VOC id (2007000032:
+    ``2007_000032``), other numbers those of ``coco_split``.
     """
     check_storable(classes)
     if output.suffix.lower() != ".csv":
@@ -105,20 +94,14 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
 
 
 def read_classes(path: Path) -> ClassTable:
-    """Read class names, one per line; mask values are 1, 2, ... or given after a tab.
-
-    DataError if the file is missing or damaged, or a value is not one of a mask.
-    """
+    """Read class names, one per line; mask values are 1, 2, ... or given after a tab."""
     names: list[str] = []
     values: list[int] = []
     lines = read_text(path, "Write one name per line.").splitlines()
     for number, line in enumerate(map(str.strip, lines), start=1):
         name, tab, value = line.partition("\t")
         if tab and not value.isdecimal():
-            raise DataError(
-                f"{path} line {number}: {value!r} after the tab is not an integer; expected the "
-                "value of the class in masks"
-            )
+            raise DataError(f"{path} line {number}: {value!r} after the tab is no mask value")
         if line:
             names.append(name.strip())
             values.append(int(value) if tab else len(names))

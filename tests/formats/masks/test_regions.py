@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lpcam.data.dataset import ClassTable
-from lpcam.formats.masks.regions import regions, runs
+from lpcam.formats.masks.base import regions, runs
 from lpcam.runtime.errors import DataError
 
 TABLE = ClassTable(("dog", "cow"), (7, 3))

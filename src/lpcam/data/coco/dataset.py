@@ -1,8 +1,4 @@
-"""MS COCO and files laid out like its ``instances_*.json``: labels, lists and painted masks.
-
-Labels are the categories of all annotations of an image, crowds included; masks are painted from
-those that are not crowds (specification of data sets, sections 2 and 3).
-"""
+"""MS COCO and files laid out like its ``instances_*.json``: labels, lists and painted masks."""
 
 from __future__ import annotations
 
@@ -69,11 +65,7 @@ _COCO_LIST = re.compile(r"(train|val)2014")
 
 
 class AnnotatedImages:
-    """A data set whose true masks are painted from annotations.
-
-    ``files`` have the same categories; ``images`` without a file are no items; ``masked``: a folder
-    of masks replaces the painted ones; ``source`` is where the classes are named, for errors.
-    """
+    """A data set with masks painted from annotations; images without a file are no items."""
 
     def __init__(
         self,
@@ -152,10 +144,7 @@ class AnnotatedImages:
         }
 
     def opened(self, masks: Path | None, **settings: Any) -> Opened:
-        """The data set with masks of a folder, or with those that can be painted.
-
-        An image that shows nothing has a mask of background only where other images have outlines.
-        """
+        """The data set with masks of a folder, or with those that can be painted."""
         if masks is not None:
             return Opened(with_mask_folder(self.dataset, masks))
         every = (one for image in self.images.values() for one in image.entry.annotations)
@@ -175,11 +164,7 @@ def open_annotated(
     skipped: list[Skip],
     notes: Mapping[str, Sequence[str]],
 ) -> Opened:
-    """A data set of images with annotations that come from other files than COCO's.
-
-    ``file`` has the categories alone; ``notes`` are names by what is to be said of them. Ids are
-    paths from the folder of all images without folders ``images``.
-    """
+    """A data set of images with annotations from other files than COCO's."""
     if not annotations:
         reasons = shortened([f"{skip.id}: {skip.reason}" for skip in skipped], 2)
         reasons = reasons or f"put the images into {file.path.parent / 'images'}"
@@ -223,9 +208,8 @@ def open_annotated(
 class CocoFolder(AnnotatedImages):
     """The data set of one or several annotation files and their images.
 
-    Each file gives the lists NAME and, of its images with a label, ``NAME.labelled``. An item's id
-    is ``NAME/`` and the file name without extension; ``NAME/`` is left out for the only file and
-    for one whose images all have COCO's own names.
+    An item's id is ``NAME/`` (of the list) and the file name without extension; ``NAME/`` is left
+    out for the only file and for one whose images all have COCO's own names.
     """
 
     def __init__(

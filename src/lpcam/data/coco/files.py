@@ -115,11 +115,7 @@ def name_parts(file_name: str) -> tuple[str, ...]:
 def find_image(
     places: Sequence[Path], file_name: str, listing: Callable[[Path], Mapping[str, str]]
 ) -> tuple[Path | None, str]:
-    """The file of an image, or None, and its path below one of some folders.
-
-    A name that is no path below any of them is found by its longest end that fits; DataError if it
-    fits several files.
-    """
+    """The file of an image, or None, by the longest end of its name that is below a folder."""
     parts = name_parts(file_name)
     plain = "/".join(parts)
     for start in range(len(parts)):

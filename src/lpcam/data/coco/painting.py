@@ -1,8 +1,4 @@
-"""Painting the masks of images from COCO annotations.
-
-Objects are painted one over the other, crowds are not (specification of data sets, section 3).
-Polygons are filled by pycocotools (extra ``coco``); run-length codes are decoded here.
-"""
+"""Painting the masks of images from annotations (specification of data sets, section 3)."""
 
 from __future__ import annotations
 
@@ -56,10 +52,7 @@ def paint(
     order: Order = "file",
     crowds: Crowds = "background",
 ) -> NDArray[np.uint8]:
-    """Paint the mask of an image of ``size`` (height, width): each object over those before it.
-
-    ``values`` has the mask value of each category id. DataError names what cannot be painted.
-    """
+    """Paint the mask of an image of ``size`` (height, width): each object over those before it."""
     height, width = size
     if height * width > MAXIMUM_PIXELS:
         raise DataError(f"a mask of {height} x {width} has more than {MAXIMUM_PIXELS:,} pixels")
@@ -87,8 +80,7 @@ def paint_folder(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Paint masks as ``folder/ID.png`` that do not exist yet: files, and reasons of faults, by id.
 
-    Masks of ``images`` that were painted from other annotations or with other options are removed
-    first; ArtefactError if one was not painted here. A stopped call can be repeated.
+    Masks that were painted from something else are removed first.
     """
     pairs = [[number, value] for number, value in values.items()]
     _remove_old(folder, images, {"order": order, "crowds": crowds, "mask_ids": pairs})

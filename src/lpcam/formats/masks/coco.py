@@ -1,7 +1,4 @@
-"""Masks as one COCO annotations file, as run lengths or as polygons.
-
-A category's id is the value of its class in mask files. Objects of an image never overlap.
-"""
+"""Masks as one COCO annotations file, as run lengths or as polygons."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lpcam.data.dataset import ClassTable
-from lpcam.formats.masks.base import MADE, Format, Picture, compact_json
+from lpcam.formats.masks.base import MADE, Format, Picture, Region, compact_json, runs
 from lpcam.formats.masks.outlines import outlines
-from lpcam.formats.masks.regions import Region, runs
 
 
 class _Coco(Format):
-    """``annotations.json``, one annotation per line; ids of images and annotations count from 1.
+    """``annotations.json``, one annotation per line; ids count from 1, categories have mask values.
 
-    Polygons are outlines along the edges of the pixels, one a piece, with holes cut open (COCO has
-    no holes). Both forms are exact for pycocotools; readers that draw the outline's own pixels add
-    a row below and a column to the right.
+    Both forms are exact for pycocotools; readers that draw the outline's own pixels add a row below
+    and a column to the right.
     """
 
     refers_to_images = True

@@ -7,15 +7,11 @@ from typing import Any
 from xml.etree.ElementTree import Element, SubElement
 
 from lpcam.data.dataset import ClassTable
-from lpcam.formats.masks.base import MADE, Format, Picture, add_texts, xml_text
-from lpcam.formats.masks.regions import runs
+from lpcam.formats.masks.base import MADE, Format, Picture, add_texts, runs, xml_text
 
 
 class _Cvat(Format):
-    """``annotations.xml`` of shapes of the type ``mask``: run lengths along the rows of each box.
-
-    Ids of images count from 0.
-    """
+    """``annotations.xml`` of shapes ``mask``: run lengths along the rows of each box."""
 
     refers_to_images = True
     document_name = "annotations.xml"

@@ -1,9 +1,4 @@
-"""Export of masks to the formats of other tools: VOC, COCO, YOLO, Label Studio, CVAT, overlays.
-
-Formats that refer to images name them as their data set does (:attr:`MaskEntry.name`); elsewhere an
-image's name is its id with its suffix. Beside the files lies ``exported.json``: lists of what was
-written, its sources, and omissions.
-"""
+"""Export of masks to the formats of other tools, with ``exported.json`` of what was written."""
 
 from __future__ import annotations
 
@@ -16,8 +11,7 @@ from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
 from lpcam.data.masks import read_index_mask
 from lpcam.data.output_folders import read_index
-from lpcam.formats.masks.base import Format, MaskEntry, Picture
-from lpcam.formats.masks.regions import regions
+from lpcam.formats.masks.base import Format, MaskEntry, Picture, regions
 from lpcam.formats.registry import FORMATS
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import write_bytes, write_json
@@ -67,21 +61,8 @@ def export_masks(
     """Write masks in the format of another tool; what cannot be used is left out, with the reason.
 
     A later call into the same folder replaces what an earlier one wrote in the same format, and no
-    other file.
-
-    Args:
-        entries: masks in their order. A `Skip` is left out for its reason.
-        classes: names of the values in the masks.
-        format: a name of `FORMATS`.
-        instances: an object is a connected component of a class instead of all its pixels.
-        image_root: only for ``label-studio``: the images' folder below the served folder.
-        workers: number of images processed at a time; the files do not depend on it.
-        made_by: JSON values recorded in ``exported.json``.
-
-    Raises:
-        DataError: if there is no mask, an id repeats or is unsafe, the format cannot hold an entry
-            or has no image root, or every image would be left out.
-        ArtefactError: if a file would be replaced that no earlier call wrote.
+    other file. With ``instances`` an object is a connected component of a class; ``image_root`` is
+    the images' folder below the folder that Label Studio serves.
     """
     writer = FORMATS[format]
     if writer.refers_to_images:

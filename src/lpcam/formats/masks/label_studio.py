@@ -1,8 +1,4 @@
-"""Masks as predictions of Label Studio tasks: exact brush strokes, for people to correct.
-
-The project uses the labelling configuration written beside the tasks, and serves local files from a
-folder above that of the images.
-"""
+"""Masks as predictions of Label Studio tasks: exact brush strokes, for people to correct."""
 
 from __future__ import annotations
 
@@ -16,8 +12,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import voc_palette
-from lpcam.formats.masks.base import MADE, Format, Picture, compact_json, xml_text
-from lpcam.formats.masks.regions import runs
+from lpcam.formats.masks.base import MADE, Format, Picture, compact_json, runs, xml_text
 
 _FROM, _TO = "mask", "image"  # names of the brush and of the image in the labelling configuration
 _LOCAL_FILES = "/" + "data/local-files/?d="  # a path below the served folder is added

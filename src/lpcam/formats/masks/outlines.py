@@ -1,8 +1,4 @@
-"""Outlines without holes, for formats whose polygons have none.
-
-A hole is joined to the outline above it by a cut of no width that runs straight up through the
-mask, there and back. Nothing is smoothed: the outlines give every pixel back.
-"""
+"""Outlines without holes, which give every pixel back, for formats whose polygons have none."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Masks as YOLO segmentation labels: one text file per image, one line per outline.
-
-A line has the class index and the outline's points divided by the width and height of the image.
-Readers draw the outline with the pixels that it runs through, so the points lie inside pixels, not
-on their outer edges.
-"""
+"""Masks as YOLO segmentation labels: one text file per image, one line per outline."""
 
 from __future__ import annotations
 
@@ -23,9 +18,8 @@ from lpcam.runtime.files import read_bytes, write_bytes
 class _Yolo(Format):
     """``images/`` (copies, as YOLO looks for labels beside them), ``labels/ID.txt``, ``data.yaml``.
 
-    YOLO has one outline per line, without holes, so an object in several pieces (even if they touch
-    at a corner alone) is several lines, and holes are cut open. ``data.yaml`` names no path:
-    Ultralytics then takes the folder of the file.
+    Each piece of an object is a line, with its holes cut open. Readers draw the pixels that an
+    outline runs through, so points lie inside pixels.
     """
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
