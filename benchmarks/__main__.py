@@ -28,6 +28,7 @@ ALL = (
     "crf",
     "localisation",
     "coco_index",
+    "any_classifier",
 )
 TAKES = {
     "start_up": ("quick",),
@@ -40,6 +41,7 @@ TAKES = {
     "crf": ("quick", "data"),
     "localisation": ("quick", "data", "weights", "run"),
     "coco_index": ("quick",),
+    "any_classifier": ("quick",),
 }
 """The arguments that are handed on to each."""
 HERE = Path(__file__).parent

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,6 +135,11 @@ class Wrapper(nn.Module):
         return {"scores": self.inner(images * 2), "meta": "text"}
 
 
+def of_timm(name: str, features_only: bool = False) -> Callable[[], nn.Module]:
+    options = {"features_only": True} if features_only else {}
+    return lambda: timm.create_model(name, **options)
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int, int]]] = {
     "attention pool": (AttentionPool, "second", (16, 7, 9)),
     "gate": (Gate, "second", (16, 7, 9)),
@@ -145,6 +151,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int, int]]] = {
     "tokens first": (TokensFirst, "act", (16, 7, 9)),
     "channels last": (ChannelsLast, "split", (16, 7, 9)),
     "wrapper": (lambda: Wrapper(Gate()), "inner.second", (16, 7, 9)),
+    "timm features": (of_timm("test_resnet", True), "the output of the model[4]", (96, 4, 5)),
+    "timm features last": (of_timm("test_vit2", True), "the output of the model[2]", (64, 7, 9)),
+    "timm attention pool": (of_timm("test_vit3"), "norm", (96, 10, 10)),
+    "timm attention pool of a map": (of_timm("test_byobnet"), "final_conv", (256, 4, 5)),
 }
 
 
@@ -155,7 +165,7 @@ def test_the_map_of_a_kind(kind: str) -> None:
     wrapped = wrap(make().eval(), classes=NEW)
     assert wrapped.found.startswith(f"map: {layer}")
     assert wrapped.figures.is_local
-    assert tuple(wrapped.features(torch.randn(1, 3, 97, 131)).shape[1:]) == shape
+    assert tuple(wrapped.features(torch.randn(1, 3, *wrapped.probe_size)).shape[1:]) == shape
 
 
 SHUFFLED = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
@@ -184,11 +194,12 @@ class Pooled(Parts):
     [
         (lambda maps: maps.mean((2, 3))[..., None, None] * SHUFFLED[:63].view(7, 9), "size"),
         (lambda maps: F.adaptive_avg_pool2d(maps.square(), (7, 9)), "size of the image"),
+        (lambda maps: maps * 0 + 1, "same for all images"),
         (lambda maps: maps - maps.mean(0), "other images of a batch"),
         (lambda maps: maps.square().flip(2), "order of the image"),
         (lambda maps: shuffled(maps.square()), "order of the image"),
     ],
-    ids=["queries", "fixed grid", "batch", "flipped", "shuffled"],
+    ids=["queries", "fixed grid", "constant", "batch", "flipped", "shuffled"],
 )
 def test_a_head_on_the_mean_of_no_map(change: Callable[[Tensor], Tensor], why: str) -> None:
     torch.manual_seed(0)

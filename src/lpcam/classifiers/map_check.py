@@ -110,14 +110,15 @@ class MapCheck:
             told = doubled is not None or isinstance(layer.layer, nn.Module)
             if told and not _follows(layer, grid, doubled, self._doubled.size):
                 return Figures(failure="its grid does not follow the size of the image")
-        whole, along, peak = _locality([layer.map(o, size) for o in outputs if o is not None])
-        if whole < LOCAL and doubled is not None:
+        if not any(float((o - o[:1]).abs().max()) for o in outputs if o is not None):
+            return Figures(failure="it is the same for all images")
+        ordered, whole = _locality([layer.map(o, size) for o in outputs if o is not None])
+        if not (ordered and whole >= LOCAL) and doubled is not None:
             size = self._disturbed_doubled[0].size
             outputs = [self._output(layer, record) for record in self._disturbed_doubled]
             again = _locality([layer.map(o, size) for o in outputs if o is not None])
-            whole, along, peak = max((whole, along, peak), again)
-        ordered = along >= min(whole**ALONG, 2.0) if whole >= LOCAL else peak <= PEAK
-        if whole < 1 / PLACED or not ordered:
+            ordered, whole = max((ordered, whole), again)
+        if not ordered:
             return Figures(whole, "its cells are not in the order of the image's rows and columns")
         return Figures(whole)
 
@@ -215,16 +216,15 @@ def _follows(
     return all(abs(b - 2 * a) <= 2 and b > a for a, b in zip(grid, (rows, columns), strict=True))
 
 
-def _locality(maps: list[Tensor]) -> tuple[float, float, float]:
-    """Medians that tell where the cells of a map change.
+def _locality(maps: list[Tensor]) -> tuple[bool, float]:
+    """Whether cells stand where they change, and the ratio of a changed and the opposite corner.
 
-    The ratio of the changes in a changed corner and the opposite one; the same of quadrants, of
-    which each other one counts: an axis of channels, or cells in another order, show there; and the
-    largest change relative to the mean.
+    All are medians. Quadrants are compared with each other one: an axis of channels, and cells in
+    another order, show there. Where the corners do not differ, no cell should.
     """
     corners: list[list[Tensor]] = []
     quadrants: list[list[Tensor]] = []
-    peaks = []
+    peaks: list[Tensor] = []
     for features in maps:
         change = (features[1:] - features[:1]).double().norm(dim=1)
         peaks.append((change.amax((1, 2)) / change.mean((1, 2))).nan_to_num(0.0))
@@ -236,7 +236,10 @@ def _locality(maps: list[Tensor]) -> tuple[float, float, float]:
                 # nothing changed anywhere: 0; nowhere else: infinite
                 found.append([cells[corner] / cells[corner ^ k] for k in (3, 2, 1)])
     ratios = [torch.tensor(r).nan_to_num(0.0).median(0).values for r in (corners, quadrants)]
-    return float(ratios[0][0]), float(ratios[1].min()), float(torch.cat(peaks).median())
+    whole, along = float(ratios[0][0]), float(ratios[1].min())
+    if whole >= LOCAL:
+        return along >= min(whole**ALONG, 2.0), whole
+    return whole >= 1 / PLACED and float(torch.cat(peaks).median()) <= PEAK, whole
 
 
 def _x(size: Any) -> str:

@@ -48,8 +48,8 @@ def probe(
     stated = list(dict.fromkeys(_stated_sizes(model)))
     sizes = [*PROBE_SIZES, *stated] if example is None else [example]
     failures: list[Exception] = []
-    for count in channels:
-        for size in sizes:
+    for size in sizes:
+        for count in channels:
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(2, count, *size, generator=generator)
             images = images.to(device_of(model), dtype_of(model))

@@ -242,7 +242,7 @@ class Record:
 
     def same(self, one: Tensor | None, other: Tensor | None, least: float = 0.0) -> bool:
         """Whether tensors agree up to rounding, relative to their maximum (at least ``least``)."""
-        if one is None or other is None or one.shape != other.shape:
+        if one is None or other is None or one.shape != other.shape or not other.numel():
             return False
         largest = max(least, float(other.abs().max()))
         return float((one - other).abs().max()) <= self.tolerance * largest
