@@ -238,11 +238,12 @@ def import_huggingface(
 
 def class_table(text: str) -> ClassTable:
     """Classes of a known data set, or of a file, with their mask values."""
+    table: ClassTable
     if text in KNOWN_CLASSES:
         known = voc.CLASSES if text == "voc12" else (n for _, n in coco.COCO_CATEGORIES)
-        table: ClassTable = datasets.ClassTable.numbered(known, text)
-        return table
-    if not Path(text).is_file():
+        table = datasets.ClassTable.numbered(known, text)
+    elif Path(text).is_file():
+        table = label_files.read_classes(Path(text))
+    else:
         raise LpcamError(f"no class names {text!r}; give voc12, coco14, or a file of names")
-    found: ClassTable = label_files.read_classes(Path(text))
-    return found
+    return table

@@ -120,10 +120,8 @@ def _ripples(draw: ImageDraw.ImageDraw, unit: float, rng: Random) -> None:
     phase, tall = rng.uniform(0, 6), rng.uniform(1.2, 2.2)
     for row in range(-1, 17):
         colour = _mix((146, 186, 214), (204, 226, 238), rng.uniform())
-        line = [
-            complex(x, row * 6.4 + tall * math.sin(x / 5.5 + phase + row * 1.3))
-            for x in range(-2, 104, 2)
-        ]
+        y, turn = row * 6.4, row * 1.3
+        line = [complex(x, y + tall * math.sin(x / 5.5 + phase + turn)) for x in range(-2, 104, 2)]
         draw.line(_xy(line, unit), fill=colour, width=round(2.2 * unit), joint="curve")
 
 
@@ -269,11 +267,10 @@ class _Creature:
     def mark(self, points: Points, colour: Colour, width: float = 0.0) -> None:
         """A detail on a shape already drawn: an area (an eye), or a line of a width (a mouth)."""
         draw, placed = ImageDraw.Draw(self.sheet.picture), self.place(points)
-        if width:
-            pixels = max(1, round(width * self.scale))
-            draw.line(placed, fill=colour, width=pixels, joint="curve")
-        else:
+        if not width:
             draw.polygon(placed, fill=colour)
+            return
+        draw.line(placed, fill=colour, width=max(1, round(width * self.scale)), joint="curve")
 
 
 def _spots(colour: Colour, rng: Random) -> _Texture:
@@ -284,11 +281,9 @@ def _spots(colour: Colour, rng: Random) -> _Texture:
 
 def _stripes(colour: Colour, rng: Random) -> _Texture:
     start, gap, lean = rng.uniform(-0.9, -0.75), rng.uniform(0.15, 0.19), rng.uniform(-0.12, 0.12)
-    lines = [
-        _curve(complex(x, -0.75), complex(x + 0.12, -0.1), complex(x + lean, 0.55))
-        for x in np.arange(start, 1.1, gap).tolist()
-    ]
-    return colour, [_ribbon(line, 0.085, 0.045) for line in lines], False
+    starts = np.arange(start, 1.1, gap).tolist()
+    lines = [(x - 0.75j, x + 0.12 - 0.1j, x + lean + 0.55j) for x in starts]
+    return colour, [_ribbon(_curve(*line), 0.085, 0.045) for line in lines], False
 
 
 def _scales(colour: Colour, rng: Random) -> _Texture:
@@ -349,10 +344,8 @@ def _torso(creature: _Creature, group: int, head: complex) -> None:
     neck = _ribbon(_curve(0.28 - 0.05j, 0.5 - 0.12j, head), 0.42, 0.26)
     creature.shape(neck, base, "torso", texture=texture)
     # a back that is flatter than the belly reads as an animal, not as an egg
-    body = [
-        complex(p.real, p.imag * (0.85 if p.imag < 0 else 1.05))
-        for p in _ellipse(0j, 0.61, belly, 0.0, 48)
-    ]
+    egg = _ellipse(0j, 0.61, belly, 0.0, 48)
+    body = [complex(p.real, p.imag * (0.85 if p.imag < 0 else 1.05)) for p in egg]
     creature.shape(body, base, "torso", texture=texture, shade=0.13)
 
 

@@ -135,7 +135,7 @@ def read_folder(
         skipped[image_id] = Skip(image_id, f"it has no line in {table.path.name}; add one")
     dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
     if dropped:
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(dropped.items()))
+        counts = shortened([f"{name} {count}" for name, count in sorted(dropped.items())], 20)
         notices.append(f"dropped labels that are no class or were not chosen: {counts}")
 
     truth = {} if masks is not None else _find_masks(root / "masks", images, notices)

@@ -135,10 +135,8 @@ class DataSection(Section):
 
     def list_of(self, stage: ListName) -> str:
         """Name of the list that a stage works on."""
-        own: str | None = getattr(self.lists, stage)
-        return own or (
-            self.list_of("maps") if stage == "segment" else self.reader.usual_lists[stage]
-        )
+        usual = self.list_of("maps") if stage == "segment" else self.reader.usual_lists[stage]
+        return getattr(self.lists, stage) or usual
 
 
 OPTIONS = ("labels", "separator", "no_class", "masks", "classes")
@@ -194,18 +192,14 @@ class Reader(ABC):
         self, kind: str, labels: Path | str | None, separator: str | None, no_class: Sequence[str]
     ) -> None:
         """Refuse options that the reader does not use; ValueError names the kinds that do."""
-        given: dict[str, tuple[str, object]] = {
-            "folders" if isinstance(labels, str) else "labels": ("labels", labels),
-            "separator": ("separator", separator),
-            "no_class": ("no_class", [*no_class]),
-        }
-        for option, (name, value) in given.items():
-            if value and option not in self.takes:
+        given: dict[str, object] = {"separator": separator, "no_class": [*no_class]}
+        given["folders" if isinstance(labels, str) else "labels"] = labels
+        for option in (option for option, value in given.items() if value):
+            if option not in self.takes:
                 kinds = ", ".join(name for name, one in READERS.items() if option in one.takes)
-                raise ValueError(
-                    f"{name} {str(value)!r} does not belong to the kind {kind}, but to {kinds}; "
-                    "leave it out"
-                )
+                what = f"{option.replace('folders', 'labels')} {str(given[option])!r}"
+                problem = f"{what} does not belong to the kind {kind}"
+                raise ValueError(f"{problem}, but to {kinds}; leave it out")
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

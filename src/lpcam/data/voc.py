@@ -221,7 +221,7 @@ def _present(
         return set()
     try:
         text = path.read_text("utf-8-sig")
-        # entities can expand without limit or name other files; VOC has none
+        # entities can expand without limit or name other files
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise DataError(f"annotation {path} has a DOCTYPE or ENTITY, which is not read")
         document = ElementTree.fromstring(text)
