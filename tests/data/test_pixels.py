@@ -200,6 +200,13 @@ CASES: dict[str, tuple[Any, str | None, list[str], dict[str, Any]]] = {
         {"range": [0, 1]},
     ),
     "squeezed when saved": (flat(lambda v: v // 16), "no value above 31", ["--anyway"], {}),
+    "transparent": (
+        flat(lambda v: np.dstack([v, v, v, 0 * v])),
+        "one grey value",
+        ["--anyway"],
+        {},
+    ),
+    "empty planes": (deep(lambda v, n: (0 * v + n).astype(U16)), "one grey value", [], {}),
     "two tones": (flat(lambda v: (v > 128).astype(np.uint8) * np.uint8(255)), None, [], {}),
     "upside down": (flagged(3), "--orientation", ["--orientation", "stored"], {}),
     "mirrored TIFF": (

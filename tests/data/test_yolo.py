@@ -125,8 +125,8 @@ def test_layouts_of_tools(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {**shown, "c": (1,)} == {"a": (0,), "b": (0,), "c": (1,)}
     if name in ("ultralytics", "roboflow", "another machine's path", "lists", "Darknet"):
         assert [len(dataset.lists[of]) for of in ("train", "val", "all")] == [1, 1, 2]
-        (only,) = open_dataset(root, lists=["val"]).dataset.items
-        assert only == dataset.lists["val"][0]
+        chosen = open_dataset(root, lists=["val"]).dataset
+        assert (*chosen.items,) == dataset.lists["val"] and [*chosen.lists] == ["val"]
     masks = painted(root, tmp_path / "masks")
     assert len(masks) == 2 and all(iou(mask, square()) == 1 for mask in masks.values())
 

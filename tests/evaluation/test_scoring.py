@@ -229,13 +229,14 @@ def masks(folder: Path, **values: list[list[int]]) -> Path:
     return folder
 
 
-def test_two_folders_of_masks(tmp_path: Path) -> None:
+def test_two_folders_of_masks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truth = masks(tmp_path / "truth", a=[[3, 3, 0, 255]], b=[[7, 3, 0, 0]])
     found = masks(tmp_path / "found", a=[[3, 255, 0, 3]], b=[[7, 7, 0, 0]], unused=[[3]])
     result = evaluate_masks(found, str(truth))
     assert {name: one["iou"] for name, one in result.per_class.items()} == pytest.approx(
         {"background": 3 / 4, "3": 1 / 3, "7": 1 / 2}
     )
+    assert "1 masks without a true mask are not scored: sub/unused.png" in caplog.text
     named = evaluate_masks(found, truth, ClassTable(("cow", "dog"), (3, 7)))
     assert named.per_class["cow"] == result.per_class["3"]
     assert evaluate_masks(truth, truth).miou == 1

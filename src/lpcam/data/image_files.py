@@ -94,7 +94,7 @@ def unnamed(named: Iterable[Path], by: str) -> tuple[str, ...]:
         if not path.name.startswith(".")
         and (ending_of(path.name) in IMAGE_SUFFIXES or how_to_convert(path.name))
     ]
-    return (f"images that {by} names: {len(names)} ({shortened(names)})",) * bool(names)
+    return (f"images that {by} names: {len(names)} ({shortened(names, 2)})",) * bool(names)
 
 
 def _walk(folder: Path, ignored: Collection[Path]) -> tuple[list[tuple[str, Path]], list[str]]:

@@ -1,8 +1,4 @@
-"""Reading image files safely: upright 8-bit RGB (height, width, 3), index masks, sizes.
-
-What a file does not say itself is given by a :class:`Reading`: the range of values with more than 8
-bits, whether its EXIF orientation counts, and the colours of masks.
-"""
+"""Reading image files safely: upright 8-bit RGB (height, width, 3), index masks, sizes."""
 
 from __future__ import annotations
 
@@ -14,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.io import decode_png  # type: ignore[import-untyped]
 
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ImageError, shortened
@@ -48,16 +43,10 @@ _TURNED_BACK = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4))
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the files of a data set do not say themselves; it is part of every score's protocol.
-
-    Example:
-        >>> Reading(range=(0, 4095)).as_json()
-        {'range': [0, 4095]}
-    """
+    """What the files of a data set do not say themselves; it is part of every score's protocol."""
 
     range: tuple[float, float] | None = None
-    """Values of more than 8 bits that become 0 and 255, the others are clipped; None: full scale.
-    Images of 8 bits are read as they are."""
+    """Values of more than 8 bits that become 0 and 255; others are clipped. None: full scale."""
     orientation: Literal["upright", "stored"] | None = None
     """``stored`` ignores the EXIF orientation; ``upright`` and None follow it."""
     palette: tuple[tuple[int, int], ...] = ()
@@ -147,12 +136,11 @@ def has_pages(path: Path) -> bool:
 
 def pages_notice(names: Sequence[str]) -> str:
     """A notice that names the images of several pages or frames."""
-    of_all = f"{len(names)} ({shortened(names)})"
-    return f"images of several pages or frames, of which the first is read: {of_all}"
+    what = "images of several pages or frames, of which the first is read"
+    return f"{what}: {len(names)} ({shortened(names)})"
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What the header of an image file says."""
 
     size: tuple[int, int]  #: (height, width) as stored.
@@ -228,7 +216,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _is_deep_grey(image: Image.Image) -> bool:
-    return image.mode == "F" or image.mode.startswith("I")
+    return image.mode[0] in "FI"
 
 
 def load_values(
@@ -278,6 +266,9 @@ def _colour_values(
 ) -> NDArray[Any] | None:
     """Colours of 16 bits (H, W, C); None where their upper 8 bits are all that matters."""
     if image.format == "PNG":
+        # torchvision takes 160 MB of memory, and few images need it
+        from torchvision.io import decode_png  # type: ignore[import-untyped]  # noqa: PLC0415
+
         data = bytearray(source if isinstance(source, bytes) else source.read_bytes())
         tensor = decode_png(
             torch.frombuffer(data, dtype=torch.uint8), apply_exif_orientation=not reading.stored
@@ -326,6 +317,8 @@ def scale_values(
     """
     low, high = span or FULL_RANGE
     kind = values.dtype.kind
+    if kind == "f" and not np.isfinite(values).any():
+        raise ValueError("all its values are NaN or infinite")
     if span is None and (kind == "f" or values.min() < low or values.max() > high):
         raise ValueError(
             f"it has 32-bit {'float ' * (kind == 'f')}values of unknown range; give the range, or "

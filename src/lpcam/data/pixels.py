@@ -1,16 +1,6 @@
 """What a run would use, measured before it costs time: levels, orientation, palettes, agreement.
 
-Looked at are the headers of all images and masks, and the pixels of a seeded sample of at most
-`SAMPLE` images and `SAMPLE` masks (``lpcam data check``: of all masks). Measured are:
-
-- the range of images with more than 8 bits, one for the whole data set: the smallest of `RANGES`
-  that holds all values if they fill more than half of it, else their percentiles `TAILS`;
-- images that a range, or what saved them, has left few grey levels of;
-- images with an EXIF orientation whose masks fit the image as it is stored in the file;
-- palette masks in which an index has different colours from file to file;
-- masks that were resized with interpolation, whose values lie between those of objects;
-- masks that show other classes than the labels name, and the order of classes that explains it.
-
+Looked at are all headers, and the pixels of a seeded sample (``lpcam data check``: of all masks).
 What would ruin a run or its scores (`Finding.ruins`) stops ``lpcam init`` and ``lpcam run``.
 """
 
@@ -39,6 +29,7 @@ from lpcam.data.images import (
     load_values,
     read_header,
     scale_values,
+    to_rgb,
 )
 from lpcam.data.labels import normal_name, read_text
 from lpcam.data.reader import TrueMask
@@ -55,7 +46,6 @@ AGREEMENT = 0.5  #: Share of the classes shown below which labels and masks disa
 EXPLAINED = 0.9  #: Share from which on an order explains masks, or palettes are right.
 RANGES = ((0, 1), (0, 255), (0, 1023), (0, 4095), (0, 16383), (0, 65535))
 TAILS = (0.1, 99.9)
-REVISION = 1  #: Of the measurements, for their key.
 T = TypeVar("T")
 R = TypeVar("R")
 _PIXELS_OF_EACH = 20_000  # of an image, for percentiles
@@ -81,17 +71,7 @@ def given_reading(
 def read_palette(path: Path, dataset: Dataset) -> tuple[tuple[int, int], ...]:
     """Colours (0xRRGGBB) of a data set's classes with their mask values, of a file that names them.
 
-    The background has the value 0; what is ignored and classes that were not chosen have 255.
-
-    Raises:
-        DataError: if the file cannot be read, or names no colour of a class, or one colour twice.
-
-    Example:
-        >>> from lpcam.data.dataset import ClassTable
-        >>> path = getfixture("tmp_path") / "labelmap.txt"
-        >>> _ = path.write_text("background:0,0,0::\\ncow:64,128,0::\\n")
-        >>> read_palette(path, Dataset("", ClassTable(("cow",), (1,)), {}, {}, ""))
-        ((0, 0), (4227072, 1))
+    What is ignored and classes that were not chosen have 255. DataError if the file does not fit.
     """
     how = "Write lines such as cow:64,128,0:: (CVAT's labelmap.txt)."
     text = read_text(path, how)
@@ -127,7 +107,6 @@ class MaskLook:
 
     @classmethod
     def of(cls, mask: NDArray[np.uint8]) -> MaskLook:
-        """The contents of a mask, uint8 (H, W)."""
         values = frozenset(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
         objects = values - {BACKGROUND, IGNORE}
         if min(mask.shape) < 16 or len(objects) < 2:
@@ -159,18 +138,18 @@ def refuse_ruin(findings: Iterable[Finding], *, anyway: bool) -> None:
 
 
 def key_of(dataset: Dataset) -> str:
-    """Digest of what the measurements depend on but the range; contents count by size and time."""
-    stats = []
+    """Digest of what the measurements depend on but the range; contents count by size and time.
+
+    The number is that of the measurements' version.
+    """
+    reading = dataset.reading
+    parts: list[Any] = [2, reading.orientation, reading.palette, dataset.classes.mask_ids]
     for item in dataset.items.values():
         for path in filter(None, (item.image, item.mask)):
             with contextlib.suppress(OSError):
                 stat = path.stat()
-                stats.append(
-                    [item.id, path.name, stat.st_size, stat.st_mtime_ns, list(item.labels)]
-                )
-    reading = dataset.reading
-    given = [reading.orientation, reading.palette, dataset.classes.mask_ids]
-    return digest_json([REVISION, given, stats])
+                parts.append([item.id, path.name, stat.st_size, stat.st_mtime_ns, item.labels])
+    return digest_json(parts)
 
 
 def measure(
@@ -178,20 +157,15 @@ def measure(
 ) -> tuple[Dataset, dict[str, Header], list[Finding]]:
     """Read all headers, and the pixels of a sample of the images.
 
-    Args:
-        dataset: its items have what the user has given (:func:`given_reading`).
-        truth: true masks that are no files, whose sizes are compared where that matters.
-
-    Returns:
-        The data set with its range, the headers of its masks, and what was found.
+    ``truth`` are true masks that are no files. Returned are the data set with its range, the
+    headers of its masks, and what was found.
     """
     items = dataset.items
     of_images = _each(lambda item: read_header(item.image), items, workers)
     masked = {name: item.mask for name, item in items.items() if item.mask is not None}
     of_masks = _each(read_header, masked, workers)
-    deep, flat = (
-        [items[n] for n, h in of_images.items() if h.deep is one] for one in (True, False)
-    )
+    deep = [items[name] for name, header in of_images.items() if header.deep]
+    flat = [items[name] for name, header in of_images.items() if not header.deep]
     of_deep = _each(_values, _sample(deep, of_images), workers)
     of_flat = _each(_values, _sample(flat, of_images), workers)
     span = dataset.reading.range or _measured_range([*of_deep.values()])
@@ -203,7 +177,7 @@ def measure(
             f"{count_of(len(of_deep) + len(of_flat), 'image')}",
             attention=False,
         ),
-        *_dark(of_flat),
+        *_dark(of_flat, of_deep),
         *_range_findings(dataset, len(deep), of_deep, span),
         *_orientation(dataset, of_images, of_masks, truth or {}),
     ]
@@ -236,7 +210,7 @@ def _sample(items: Sequence[Item], headers: Mapping[str, Header]) -> dict[str, I
 def _values(item: Item) -> NDArray[Any] | None:
     """Some finite values of an image with its lowest and highest; None without any."""
     image, values = load_values(item.image, item.image, reading=item.reading)
-    flat = (np.asarray(image.convert("RGB")) if values is None else values).ravel()
+    flat = (to_rgb(image) if values is None else values).ravel()
     flat = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
     some = flat[:: 1 + flat.size // _PIXELS_OF_EACH]
     return np.append(some, [flat.min(), flat.max()]).astype(flat.dtype) if flat.size else None
@@ -256,8 +230,20 @@ def _measured_range(values: Sequence[NDArray[Any]]) -> tuple[float, float] | Non
     return float(f"{low:.6g}"), float(f"{high if high > low else low + 1:.6g}")
 
 
-def _dark(values: Mapping[str, NDArray[Any]]) -> Iterator[Finding]:
-    """Images of 8 bits that use the lowest values alone."""
+def _dark(
+    values: Mapping[str, NDArray[Any]], deep: Mapping[str, NDArray[Any]]
+) -> Iterator[Finding]:
+    """Images of one colour, and images of 8 bits that use the lowest values alone."""
+    everything = {**values, **deep}
+    plain = [name for name, v in everything.items() if distinct(v) == 1]
+    if len(plain) >= FEWEST and len(plain) > len(everything) / 2:
+        yield Finding(
+            "one colour",
+            f"{count_of(len(plain), 'image')} of {len(everything)} looked at of one grey value "
+            "alone (transparent pixels are white), which shows nothing; save them again",
+            tuple(plain),
+            ruins=True,
+        )
     low = {name: v for name, v in values.items() if v.max() < FEW_LEVELS}
     dark = [name for name, v in low.items() if distinct(v) > FEWEST]  # not of one colour
     if len(dark) >= FEWEST and len(dark) > SQUEEZED * len(values):
@@ -277,13 +263,15 @@ def _range_findings(
     span: tuple[float, float] | None,
 ) -> Iterator[Finding]:
     """What becomes of values with more than 8 bits, of which a range may leave few grey levels."""
-    if span is not None and not values:
+    if span is None:
+        return
+    if not values:
         unused = "the range is not used: no image has more than 8 bits"
         yield Finding("range", unused, attention=False)
-    if span is None or not values:
         return
     text = f"values from {span[0]:g} to {span[1]:g} become 0 to 255"
-    has = f"{min(v.min() for v in values.values()):g} to {max(v.max() for v in values.values()):g}"
+    pooled = np.concatenate([*values.values()])
+    has = f"{pooled.min():g} to {pooled.max():g}"
     squeezed = [name for name, v in values.items() if is_squeezed(v, scale_values(v, span))]
     if squeezed:
         yield Finding(
@@ -312,6 +300,8 @@ def _orientation(
     truth: Mapping[str, TrueMask],
 ) -> Iterator[Finding]:
     """Images with an EXIF orientation and masks that may be of the stored image."""
+    if dataset.reading.orientation is not None:
+        return
     turned = [name for name, header in of_images.items() if header.turn > 1]
     sizes = {name: of_masks[name].upright for name in turned if name in of_masks}
     made = [dataset.items[name] for name in turned if name in truth and name not in of_masks]
@@ -321,14 +311,13 @@ def _orientation(
     for name, size in sizes.items():
         fits[size == of_images[name].upright, size == of_images[name].size].append(name)
     both, upright, stored = fits[True, True], fits[True, False], fits[False, True]
-    if dataset.reading.orientation is None and (both or stored):
+    if both or stored:
         yield Finding(
             "orientation",
             f"{count_of(len(both + stored), 'image')} with an EXIF orientation, whose masks fit "
             f"the image as it is stored: {len(both)} fit the upright image too, {len(stored)} do "
             f"not ({len(upright)} more fit the upright one alone). Say which pixels the masks are "
-            "of: --orientation stored (EXIF is then ignored wherever an image is read), or "
-            "--orientation upright",
+            "of: --orientation stored (EXIF is then ignored), or --orientation upright",
             tuple(both + stored),
             ruins=True,
         )
@@ -361,10 +350,8 @@ def mask_findings(
             ruins=True,
         )
     shared = _agreement(dataset, labelled, table.mask_ids)
-    if enough:
-        yield from _disagreement(dataset, labelled, shared)
-    if not dataset.reading.palette:
-        yield from _palette_finding(of_masks, looks, shared)
+    yield from _disagreement(dataset, labelled, shared) if enough else ()
+    yield from () if dataset.reading.palette else _palette_finding(of_masks, looks, shared)
 
 
 def _agreement(

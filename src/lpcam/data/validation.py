@@ -22,22 +22,14 @@ def check_images(
     dataset: Dataset,
     known: Mapping[str, dict[str, Any]] | None = None,
     *,
-    advance: Advance | None = None,
+    advance: Advance = lambda *_: None,
     workers: int = 1,
     save: Callable[[dict[str, dict[str, Any]]], None] | None = None,
 ) -> tuple[Dataset, dict[str, dict[str, Any]]]:
-    """Decode every image and true mask of a data set once, ``workers`` at a time.
+    """Decode every image and true mask once; the data set without unreadable ones, and records.
 
-    Args:
-        known: records of an earlier call; files of the same size and time are not read again.
-        advance: called after each item with 1 and "".
-        save: called every `SAVE_SECONDS` with the records so far.
-
-    Returns:
-        The data set without its unreadable images, and a record of each other one by id.
-
-    Raises:
-        DataError: if a mask cannot be used or no image is left.
+    Files of the same size and time as in ``known`` records are not read again; ``save`` is called
+    every `SAVE_SECONDS` with the records so far. DataError if a mask or no image can be used.
     """
     known = known or {}
     records: dict[str, dict[str, Any]] = {}
@@ -59,8 +51,7 @@ def check_images(
         if save is not None and time.monotonic() > next_save:
             save({**known, **records})
             next_save = time.monotonic() + SAVE_SECONDS
-        if advance is not None:
-            advance(1, "")
+        advance(1, "")
     if not records:
         reason = skipped[0].reason if skipped else "it has no items"
         raise DataError(f"no image of {dataset.name} can be used: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_masks(
@@ -69,6 +72,10 @@ def evaluate_masks(
             f"{predictions} lacks {len(missing)} of {len(names)} masks: {shortened(missing)}; "
             "predict every image of the truth, or give a folder with fewer true masks"
         )
+    unscored = {path.relative_to(predictions) for path in predictions.rglob("*.png")} - {*names}
+    if unscored:
+        some = shortened(sorted(map(str, unscored)))
+        logger.warning("%d masks without a true mask are not scored: %s", len(unscored), some)
     if classes is None:
         values = set().union(*(np.unique(read_index_mask(truth / n)).tolist() for n in names))
         ids = tuple(sorted(values - {BACKGROUND, IGNORE}))

@@ -188,13 +188,14 @@ def open_annotated(
     members[ALL] = list(images)
     if unknown := {*(request.lists or ())} - members.keys():
         raise DataError(f"unknown list {min(unknown)!r}; {file.path} has {', '.join(members)}")
-    wanted = {i for name in request.lists or members for i in members[name]}
+    read = request.lists or members
+    wanted = {i for name in read for i in members[name]}
     file = replace(file, images=tuple(image.entry for image in images.values()))
     return AnnotatedImages(
         folder.resolve().name if folder.name != "images" else folder.resolve().parent.name,
         [file],
         {i: one if i in wanted else one._replace(path=None) for i, one in images.items()},
-        {name: list(dict.fromkeys(i for i in of if i in wanted)) for name, of in members.items()},
+        {name: list(dict.fromkeys(members[name])) for name in read},
         classes=request.classes,
         no_class=request.no_class,
         masked=request.masks is not None,

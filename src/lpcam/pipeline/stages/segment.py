@@ -119,6 +119,8 @@ def import_masks(context: Context, folder: Path) -> None:
             f"{context.recipe.data.list_of('segment')!r} have no mask, e.g. {missing[0]}; make "
             "them, or name a list of those that have one: --data.lists.segment"
         )
+    if unused := {*folder.rglob("*.png")} - {*paths}:
+        logger.warning("%d masks below %s are of no image to train on", len(unused), folder)
     context.given_masks = Given(folder, digest_json([digest_file(path) for path in paths]))
 
 
