@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ from lpcam.classifiers.tracing import (
     replaced,
     tensors_of,
 )
-from lpcam.runtime.errors import ClassifierError
 
 LOCAL = 3.0
 """Least ratio of the changes of the cells under a changed corner and in the opposite corner."""
@@ -66,28 +64,19 @@ class MapCheck:
 
     model: nn.Module
     probed: Probed
+    together: bool = False
+    """Whether a pass keeps the outputs of all layers, for many candidates; else of one, which takes
+    less memory"""
 
     def __post_init__(self) -> None:
         self.record, self.images = self.probed.record, self.probed.record.images
-
-    @cached_property
-    def _doubled(self) -> Record | None:
-        """A pass of one image of twice the height and width, if the model takes it."""
-        if self.probed.fixed_size is not None:
-            return None
-        found = attempt(self.model, _doubled(self.images[:1]))
-        return found if isinstance(found, Record) else None
-
-    @cached_property
-    def _disturbed(self) -> list[Record]:
-        """A pass for each noise image: it, and it with each of its corners changed."""
-        return [Record.of(self.model, batch) for batch in self._batches(self.images)]
-
-    @cached_property
-    def _disturbed_doubled(self) -> list[Record]:
-        """The same of images of twice the size."""
-        batches = self._batches(_doubled(self.images))
-        return [Record.of(self.model, batch) for batch in batches]
+        doubled = F.interpolate(self.images.float(), scale_factor=2.0).to(self.images)
+        self._batches = {
+            "disturbed": _disturbed(self.images),
+            "doubled": [doubled[:1]],
+            "doubled, disturbed": _disturbed(doubled),
+        }
+        self._records: dict[str, list[Record | Exception]] = {}
 
     def figures(self, layer: MapLayer, raw: Tensor) -> Figures:
         """The figures of a layer; ``raw`` is its output for the two images."""
@@ -97,26 +86,24 @@ class MapCheck:
             return Figures(failure=f"fewer than {LEAST_CHANNELS} channels")
         if grid.numel() < 2 or misshape(grid, size) > max(ASPECT, 1.5 / min(grid)):
             return Figures(failure=f"its grid {_x(grid)} has not the shape of images {_x(size)}")
-        outputs = [self._output(layer, record) for record in self._disturbed]
-        first = outputs[0]
-        if first is None or first.shape != (5, *raw.shape[1:]):
+        outputs = self._outputs(layer, "disturbed")
+        if any(one is None or one.shape != (5, *raw.shape[1:]) for one in outputs):
             return Figures(failure="not one map for each image of a batch")
+        first = outputs[0]
         bound = max(CARRIED, self.record.tolerance) * float(raw.abs().max())
-        if float((first[0] - raw[0]).abs().max()) > bound:
+        if first is not None and float((first[0] - raw[0]).abs().max()) > bound:
             return Figures(failure="depends on the other images of a batch")
-        doubled = None
-        if self._doubled is not None:
-            doubled = self._output(layer, self._doubled)
-            told = doubled is not None or isinstance(layer.layer, nn.Module)
-            if told and not _follows(layer, grid, doubled, self._doubled.size):
-                return Figures(failure="its grid does not follow the size of the image")
-        if not any(float((o - o[:1]).abs().max()) for o in outputs if o is not None):
+        twice = (2 * size[0], 2 * size[1])
+        flexible = self.probed.fixed_size is None
+        doubled = self._outputs(layer, "doubled")[0] if flexible else None
+        if doubled is not None and not _follows(layer, grid, doubled, twice):
+            return Figures(failure="its grid does not follow the size of the image")
+        if not any(float((one - one[:1]).abs().max()) for one in outputs if one is not None):
             return Figures(failure="it is the same for all images")
-        ordered, whole = _locality([layer.map(o, size) for o in outputs if o is not None])
+        ordered, whole = _locality([layer.map(one, size) for one in outputs if one is not None])
         if not (ordered and whole >= LOCAL) and doubled is not None:
-            size = self._disturbed_doubled[0].size
-            outputs = [self._output(layer, record) for record in self._disturbed_doubled]
-            again = _locality([layer.map(o, size) for o in outputs if o is not None])
+            outputs = self._outputs(layer, "doubled, disturbed")
+            again = _locality([layer.map(one, twice) for one in outputs if one is not None])
             ordered, whole = max((ordered, whole), again)
         if not ordered:
             return Figures(whole, "its cells are not in the order of the image's rows and columns")
@@ -160,37 +147,46 @@ class MapCheck:
         )
         return bool((found - own.flip(0)).abs().max() <= bound)
 
-    def _output(self, layer: MapLayer, record: Record) -> Tensor | None:
-        if not isinstance(layer.layer, nn.Module):
-            try:
-                return layer.raw(self.model, record.images)
-            except (ClassifierError, RuntimeError, ValueError):  # of one size or batch
-                return None
-        for call in record.calls:
-            same = (call.module, call.number, call.part)
-            if same == (layer.layer, layer.number, layer.part) and call.after is not None:
-                after = call.after.float()
-                return after.transpose(0, 1) if layer.batch_axis else after
-        return None
+    def _outputs(self, layer: MapLayer, kind: str) -> list[Tensor | None]:
+        """Outputs of a layer for batches; None where it cannot take them."""
+        batches = self._batches[kind]
+        if not self.together or not isinstance(layer.layer, nn.Module):
+            return [self._output(layer, images) for images in batches]
+        if kind not in self._records:
+            self._records[kind] = [attempt(self.model, images) for images in batches]
+        return [_recorded(layer, record) for record in self._records[kind]]
 
-    def _batches(self, images: Tensor) -> list[Tensor]:
-        """For each noise image a batch of it and of copies with one corner changed each."""
-        generator = torch.Generator().manual_seed(1)
-        height, width = images.shape[-2] // 4, images.shape[-1] // 4
-        batches = []
-        for number in range(NOISES):
-            noise, other = torch.randn(2, *images.shape[1:], generator=generator).to(images)
-            batch = (images[0] if number == 0 else noise).expand(5, *images.shape[1:]).clone()
-            for corner in range(4):
-                rows = slice(height) if corner < 2 else slice(-height, None)
-                columns = slice(width) if corner % 2 == 0 else slice(-width, None)
-                batch[corner + 1, :, rows, columns] = other[:, rows, columns]
-            batches.append(batch)
-        return batches
+    def _output(self, layer: MapLayer, images: Tensor) -> Tensor | None:
+        try:
+            return layer.raw(self.model, images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model or a function may refuse images in any way
+            return None
 
 
-def _doubled(images: Tensor) -> Tensor:
-    return F.interpolate(images.float(), scale_factor=2.0).to(images)
+def _recorded(layer: MapLayer, record: Record | Exception) -> Tensor | None:
+    for call in record.calls if isinstance(record, Record) else ():
+        same = (call.module, call.number, call.part)
+        if same == (layer.layer, layer.number, layer.part) and call.after is not None:
+            return call.after.float().transpose(0, layer.batch_axis)
+    return None
+
+
+def _disturbed(images: Tensor) -> list[Tensor]:
+    """For each noise image a batch of it and of copies with one corner changed each."""
+    generator = torch.Generator().manual_seed(1)
+    height, width = images.shape[-2] // 4, images.shape[-1] // 4
+    batches = []
+    for number in range(NOISES):
+        noise, other = torch.randn(2, *images.shape[1:], generator=generator).to(images)
+        batch = (images[0] if number == 0 else noise).expand(5, *images.shape[1:]).clone()
+        for corner in range(4):
+            rows = slice(height) if corner < 2 else slice(-height, None)
+            columns = slice(width) if corner % 2 == 0 else slice(-width, None)
+            batch[corner + 1, :, rows, columns] = other[:, rows, columns]
+        batches.append(batch)
+    return batches
 
 
 def answers(output: Any) -> list[Tensor]:
@@ -202,18 +198,12 @@ def answers(output: Any) -> list[Tensor]:
     return [one for one in tensors_of(output) if one.numel() and one.is_floating_point()]
 
 
-def _follows(
-    layer: MapLayer, grid: torch.Size, doubled: Tensor | None, size: tuple[int, int]
-) -> bool:
+def _follows(layer: MapLayer, grid: torch.Size, doubled: Tensor, size: tuple[int, int]) -> bool:
     """Whether a grid has about twice the rows and columns for an image of twice the size."""
-    if doubled is None:
+    if layer.layout == "tokens" and doubled.shape[1] <= layer.prefix:
         return False
-    if layer.layout == "tokens":
-        count = doubled.shape[1] - layer.prefix
-        rows, columns = layer.map(doubled, size).shape[2:] if count > 0 else (0, 0)
-    else:
-        rows, columns = layer.map(doubled, size).shape[2:]
-    return all(abs(b - 2 * a) <= 2 and b > a for a, b in zip(grid, (rows, columns), strict=True))
+    twice = layer.map(doubled, size).shape[2:]
+    return all(abs(b - 2 * a) <= 2 and b > a for a, b in zip(grid, twice, strict=True))
 
 
 def _locality(maps: list[Tensor]) -> tuple[bool, float]:

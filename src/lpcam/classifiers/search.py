@@ -318,6 +318,7 @@ class Finder:
                         return replace(layer, token=None), figures
         if self.layer is not None:
             return self._given_layer()
+        self.check.together = True
         mixed: tuple[MapLayer, Figures] | None = None
         # A head on a linear function of each cell is one on the cells, which tell more.
         for linear in (False, True):
@@ -429,7 +430,7 @@ def _layouts(layer: Any, name: str, number: int, raw: Tensor | None, count: int)
     if raw.ndim == 4 and min(raw.shape[1:]) > 0:
         if raw.shape[2:].numel() > 1:
             layouts.append("NCHW")
-        if raw.shape[1] * raw.shape[2] > 1:
+        if raw.shape[1] * raw.shape[2] > 1 and raw.shape[3] > 1:
             layouts.append("NHWC")
     elif raw.ndim == 3 and raw.shape[1] > 1:
         layouts.append("tokens")

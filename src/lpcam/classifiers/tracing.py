@@ -287,7 +287,7 @@ class MapLayer:
                 f"the layer {self.name!r} of the feature map gave no tensor in this pass; the "
                 "model has changed since it was wrapped, wrap it again"
             )
-        return found.transpose(0, 1) if self.batch_axis else found
+        return found.transpose(0, self.batch_axis)
 
     def raw(self, model: nn.Module, images: Tensor) -> Tensor:
         """Output of the layer for images, float32 or float64; the model runs in evaluation mode."""
