@@ -25,13 +25,7 @@ STEPS = 50
 
 
 def filled(images: Tensor, fill: Fill) -> Tensor:
-    """Images (B, c, H, W) without content, from which pixels are taken as replacements.
-
-    Args:
-        fill: "zero": 0; "mean": the mean colour of each image; "blur": a Gaussian of BLUR_SIZE.
-
-    Raises:
-        DataError: if the fill is unknown, or an image too small to blur.
+    """Images (B, c, H, W) without content: 0, each one's mean colour, or blurred if large enough.
 
     Example:
         >>> filled(torch.tensor([[[[0.0, 1.0]]]]), "mean").tolist()
@@ -124,29 +118,21 @@ def deletion(
 
 @torch.no_grad()
 def _curve(
-    score: Score,
-    before: Tensor,
-    after: Tensor,
-    maps: Tensor,
-    classes: Tensor,
-    steps: int,
-    batch: int,
+    score: Score, start: Tensor, end: Tensor, maps: Tensor, classes: Tensor, steps: int, batch: int
 ) -> PixelCurve:
-    _check(before, maps, classes)
-    count, (height, width) = len(before), before.shape[-2:]
+    _check(start, maps, classes)
+    count, device, pixels = len(start), start.device, maps[0].numel()
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    ranks = order.argsort(dim=1).view(count, 1, height, width).to(before.device)
-    changed = torch.tensor(
-        [round(step * height * width / steps) for step in range(steps + 1)], device=before.device
-    )
-    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(steps + 1)).to(before.device)
+    ranks = order.argsort(dim=1).view_as(maps)[:, None].to(device)
+    changed = torch.tensor([round(k * pixels / steps) for k in range(steps + 1)], device=device)
+    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(steps + 1)).to(device)
     found = []
     for image, step in (part.T for part in torch.split(pairs, batch)):
         have_changed = ranks[image] < changed[step].view(-1, 1, 1, 1)
-        mixed = torch.where(have_changed, after[image], before[image])
-        found.append(_of_class(score(mixed), classes.to(before.device)[image]))
-    fractions = changed.to(before.dtype) / (height * width)
-    return PixelCurve(fractions, torch.cat(found).view(count, steps + 1).to(before.dtype))
+        mixed = torch.where(have_changed, end[image], start[image])
+        found.append(_of_class(score(mixed), classes.to(device)[image]))
+    fractions = changed.to(start.dtype) / pixels
+    return PixelCurve(fractions, torch.cat(found).view(count, steps + 1).to(start.dtype))
 
 
 @torch.no_grad()
@@ -224,11 +210,9 @@ def _of_class(scores: Tensor, classes: Tensor) -> Tensor:
         raise DataError(
             f"score gave {tuple(scores.shape)} for {len(classes)} images; expected (B, N)"
         )
-    if not 0 <= int(classes.min()) <= int(classes.max()) < scores.shape[1]:
-        raise DataError(
-            f"classes go from {int(classes.min())} to {int(classes.max())}; score knows 0 to "
-            f"{scores.shape[1] - 1}"
-        )
+    low, high, count = int(classes.min()), int(classes.max()), scores.shape[1]
+    if not 0 <= low <= high < count:
+        raise DataError(f"classes go from {low} to {high}; score knows 0 to {count - 1}")
     return scores.gather(1, classes[:, None])[:, 0]
 
 

@@ -73,11 +73,10 @@ class BoxScores:
 class BoxAccuracy:
     """MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, the latter in their extended article).
 
-    At a threshold t, each connected component of map >= t has its tightest box. A pair is correct
-    at the IoU threshold d for MaxBoxAcc if the box of the largest component has an IoU >= d with
-    any box of the truth; for MaxBoxAccV2 if the box of any component has. Both are the maximum over
-    t, chosen with the truth, of the fraction of correct pairs; MaxBoxAccV2 is averaged over d. Void
-    pixels are in no box of the truth, but stay in the maps.
+    A pair is correct at the IoU threshold d for MaxBoxAcc if the box of the largest component of
+    map >= t has an IoU >= d with any box of the truth; for MaxBoxAccV2 if that of any component
+    has. Both are the maximum over t of the fraction of correct pairs; MaxBoxAccV2 is averaged over
+    d. Void pixels stay in the maps.
 
     Example:
         >>> metric = BoxAccuracy([0.5], [0.5])

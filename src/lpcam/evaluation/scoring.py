@@ -52,8 +52,7 @@ def evaluate_masks(
         workers: images read at a time.
 
     Raises:
-        DataError: if a folder has no PNG, a prediction is missing, has another size or a value that
-            is no class, or the truth shows no class.
+        DataError: if a mask is missing or does not fit the other, or the truth shows no class.
 
     Example:
         >>> folder = getfixture("tmp_path")
@@ -66,8 +65,7 @@ def evaluate_masks(
     names = sorted(path.relative_to(truth) for path in truth.rglob("*.png"))
     if not names:
         raise DataError(f"{truth} contains no PNG; give the folder of the true masks")
-    missing = [str(name) for name in names if not (predictions / name).is_file()]
-    if missing:
+    if missing := [str(name) for name in names if not (predictions / name).is_file()]:
         raise DataError(
             f"{predictions} lacks {len(missing)} of {len(names)} masks: {shortened(missing)}; "
             "predict every image of the truth, or give a folder with fewer true masks"
@@ -84,8 +82,7 @@ def evaluate_masks(
     def count(name: Path) -> Tensor:
         found = read_index_mask(predictions / name)
         found = np.where(found == IGNORE, BACKGROUND, found)
-        unknown = set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids}
-        if unknown:
+        if unknown := set(np.unique(found).tolist()) - {BACKGROUND, *classes.mask_ids}:
             raise DataError(
                 f"{predictions / name} has values of no class: {_listed(unknown)}; the values of "
                 f"the classes are {_listed(classes.mask_ids)}"
@@ -102,7 +99,7 @@ def evaluate_masks(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the maps of a run, the same in every process."""
+    """Scores of the maps of a run."""
 
     rows: list[dict[str, Any]]
     """Two for each method, one without a fixed threshold: ``method``, ``threshold``, its source,
@@ -125,13 +122,12 @@ def why_not_scored(items: Sequence[Item], classes: ClassTable) -> str | None:
         f"none of its true masks ({len(items)}) shows a class: the values in them are "
         f"{_listed(held)} (0 is background, 255 is not counted)"
     )
-    strange = held - {BACKGROUND, IGNORE}
-    if strange:
-        text += (
-            f". Values of no class here: {_listed(strange)}; write the classes' numbers instead, "
-            f"such as {classes.mask_ids[0]} for {classes.names[0]}"
-        )
-    return text
+    if held <= {BACKGROUND, IGNORE}:
+        return text
+    return (
+        f"{text}. Values of no class here: {_listed(held - {BACKGROUND, IGNORE})}; write the "
+        f"classes' numbers instead, such as {classes.mask_ids[0]} for {classes.names[0]}"
+    )
 
 
 def _listed(values: Iterable[int]) -> str:
@@ -161,11 +157,10 @@ def score_maps(
             one = ThresholdSweep(len(names), grid)
             one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
             counts[method] = one.histogram
-            score = math.nan
+            image_scores[row, places[item.id]] = math.nan
             if method in fixed:
                 ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
-                score = float(ious.nanmean())
-            image_scores[row, places[item.id]] = score
+                image_scores[row, places[item.id]] = ious.nanmean()
         return counts
 
     mine = sharing.mine(items)
@@ -189,9 +184,7 @@ def score_maps(
                 row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
             rows.append(row)
     curves = {method: sweep.curves(names) for method, sweep in sweeps.items()}
-    known = [
-        [None if math.isnan(value) else value for value in one] for one in image_scores.tolist()
-    ]
+    known = [[None if math.isnan(v) else v for v in one] for one in image_scores.tolist()]
     return Evaluation(rows, curves, dict(zip(folders, known, strict=True)))
 
 

@@ -41,10 +41,6 @@ def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
     """Confusion matrix, int64 (L, L), of two maps of labels 0..L-1; no IGNORE of the truth.
 
     DataError if the shapes differ or a label is out of range.
-
-    Example:
-        >>> confusion(torch.tensor([0, 1, 1, 255]), torch.tensor([0, 0, 1, 1]), 2).tolist()
-        [[1, 0], [1, 1]]
     """
     if truth.shape != prediction.shape:
         raise DataError(
@@ -60,11 +56,9 @@ def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
 
 
 def _check_range(what: str, labels: Tensor, count: int) -> None:
-    if labels.numel() and (labels.min() < 0 or labels.max() >= count):
-        raise DataError(
-            f"{what} has labels from {int(labels.min())} to {int(labels.max())}; expected 0 to "
-            f"{count - 1}"
-        )
+    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if low < 0 or high >= count:
+        raise DataError(f"{what} has labels from {low} to {high}; expected 0 to {count - 1}")
 
 
 class ThresholdSweep:
@@ -84,15 +78,10 @@ class ThresholdSweep:
         self.thresholds = tuple(thresholds)
         shape = (num_classes + 1, num_classes, len(thresholds) + 1)
         self.histogram = torch.zeros(shape, dtype=torch.int64)
-        """(N+1, N, T+1) pixels by truth, best class and grid cell of the best value; these can be
-        summed over processes."""
+        """(N+1, N, T+1) pixels by truth, best class and grid cell of the best value"""
 
     def update(self, truth: Tensor, maps: Tensor, keys: Tensor) -> None:
-        """Count one image; DataError if the arguments do not fit or a map is not finite.
-
-        Truth int64 (H, W), maps (K, H, W) of present classes, K may be 0, and their 0-based keys
-        (K,).
-        """
+        """Count truth int64 (H, W), maps (K, H, W) and their 0-based keys (K,) of an image."""
         if maps.ndim != 3 or maps.shape[1:] != truth.shape or keys.shape != maps.shape[:1]:
             raise DataError(
                 f"maps are {tuple(maps.shape)}, keys {tuple(keys.shape)} and truth "
@@ -104,14 +93,13 @@ class ThresholdSweep:
         _check_range("truth", labels, self.num_classes + 1)
         bins = len(self.thresholds) + 1
         if len(keys):
-            best, plane = maps.max(dim=0)
-            best = best[counted]
+            best, plane = (part[counted] for part in maps.max(dim=0))
             if not torch.isfinite(best).all():
                 raise DataError("maps have NaN or infinite values; make them again")
             # in the dtype of the maps, in which a map is compared with one number too
             grid = torch.tensor(self.thresholds, dtype=maps.dtype, device=maps.device)
             cells = torch.searchsorted(grid, best)  # number of thresholds < the value
-            index = (labels * self.num_classes + keys[plane[counted]]) * bins + cells
+            index = (labels * self.num_classes + keys[plane]) * bins + cells
         else:
             index = labels * self.num_classes * bins  # background at every threshold
         counts = torch.bincount(index, minlength=self.histogram.numel())
@@ -182,8 +170,7 @@ class Scores:
 def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
     """Scores of a confusion matrix (N+1, N+1) whose classes 1..N are ``names``.
 
-    With U = truth + predicted - TP: IoU = TP / U, FP = (predicted - TP) / U, FN = (truth - TP) / U,
-    precision = TP / predicted, recall = TP / truth, or 0 for 0 / 0 (specification, section 5).
+    Precision and recall are 0 for 0 / 0 (specification, section 5).
 
     Raises:
         DataError: if the shape does not fit the names, or the truth has no pixel of any class.
@@ -215,16 +202,11 @@ def scores(confusion: Tensor, names: Sequence[str]) -> Scores:
         "recall": hit / truth.clamp(min=1),
     }
     counts = union > 0
-    objects = counts.clone()
-    objects[0] = False
     means = {name: values[counts].mean().item() for name, values in table.items()}
-    without = {name: values[objects].mean().item() for name, values in table.items()}
+    without = {name: values[1:][counts[1:]].mean().item() for name, values in table.items()}
     return Scores(
-        miou=means["iou"],
-        fp=without["fp"],
-        fn=without["fn"],
-        precision=without["precision"],
-        recall=without["recall"],
+        miou=means.pop("iou"),
+        **{name: without[name] for name in ("fp", "fn", "precision", "recall")},
         precision_with_background=means["precision"],
         recall_with_background=means["recall"],
         per_class={

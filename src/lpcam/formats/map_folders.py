@@ -1,8 +1,7 @@
 """Map files of other programs: ``.npy`` files of a pickled dictionary, and folders of them.
 
 A key k is the class of the value k + 1 in masks, also in runs of some classes, whose label indices
-differ. Files are never unpickled (:mod:`lpcam.formats.pickled_arrays`); what is written can be read
-without torch.
+differ. Files are never unpickled (:mod:`lpcam.formats.pickled_arrays`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from lpcam.data.dataset import ClassTable, Skip, choose_classes, safe_id
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.formats.labels import CLASSES_FILE, write_unchanged
-from lpcam.formats.map_formats import Planes, kind_of, maps_without_class, names_in
+from lpcam.formats.map_formats import kind_of, maps_without_class, names_in
 from lpcam.formats.pickled_arrays import dictionary_file, read_pickled_arrays
 from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
@@ -46,8 +45,7 @@ def read_foreign_maps(
     """Read the maps of one image, with their values unchanged (no ReLU, no normalisation).
 
     Where the file has no map of stride 4 (psa), ``cam`` is the full one resized. ArtefactError if
-    the file is damaged, tries to run code, does not fit the arguments, or could be of several
-    styles.
+    the file is damaged, tries to run code, does not fit the arguments, or may be of two styles.
 
     Args:
         size: (H, W) of the image; required where a file without a class has no size.
@@ -173,9 +171,8 @@ def import_maps(
 ) -> ImportedMaps:
     """Import a folder of map files, ``source/ID.npy``, as ``output/ID.npz``.
 
-    A file may also be named by the 12 digits of a COCO image, with or without ``COCO_train2014_``,
-    or by the 10 digits of a VOC image. A background plane is dropped. Files that cannot be read are
-    left out, with the reason.
+    A file may also be named by the digits of an image of COCO or VOC. A background plane is
+    dropped. Files that cannot be read are left out, with the reason.
 
     Args:
         source: the folder, searched recursively.
@@ -188,8 +185,7 @@ def import_maps(
         normalise: divide each map by its maximum, as IRN does.
 
     Raises:
-        DataError: if there is no file, an id is unsafe, two files are of one image, or a chosen
-            class is unknown.
+        DataError: if two files are of one image, or a file or a chosen class is not there.
         ArtefactError: if no file can be read.
     """
     table = None if classes is None else choose_classes(classes, chosen)
@@ -228,7 +224,11 @@ def import_maps(
             maps = MapFile(keys, maps.cam[rows], maps.high_res[rows], made_by)
         if normalise:
             made_by = {**maps.made_by, "normalised": "max"}
-            maps = MapFile(maps.keys, _normalised(maps.cam), _normalised(maps.high_res), made_by)
+            cam, full = (
+                normalize(torch.from_numpy(planes)).numpy() if planes.size else planes
+                for planes in (maps.cam, maps.high_res)
+            )
+            maps = MapFile(maps.keys, cam, full, made_by)
         write_maps(map_path(output, item_id), maps, dtype="float16")
         return maps.made_by["imported"].get("style", _NO_FILE), len(maps.keys), others
 
@@ -245,10 +245,6 @@ def import_maps(
         skipped=skipped,
         not_chosen=Counter(name for *_, others in done.values() for name in others),
     )
-
-
-def _normalised(planes: Planes) -> Planes:
-    return normalize(torch.from_numpy(planes)).numpy() if planes.size else planes
 
 
 def _find_files(source: Path) -> dict[str, Path]:
@@ -269,7 +265,7 @@ def _find_files(source: Path) -> dict[str, Path]:
 
 
 def _image_of(name: str) -> str:
-    """Normalised name of an image, independent of the spelling of its file name."""
+    """Name of an image, independent of the spelling of its file name."""
     folder, slash, last = name.rpartition("/")
     if match := _COCO_ID.fullmatch(last):
         last = f"coco {match[1]}"
@@ -291,16 +287,13 @@ def export_maps(
 ) -> list[Path]:
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
-    Files of the same names are replaced. The files are returned in the order of the ids.
-
     Args:
         style, classes, background: as in `write_foreign_maps`. Classes are also written to
             `CLASSES_FILE` beside the maps.
         bare_digits: name files of COCO by their 12 digits alone, as AMN does.
 
     Raises:
-        DataError: as `write_foreign_maps`, or if an id is unsafe, two ids give one file, or the
-            folder has a different `CLASSES_FILE`.
+        DataError: if two ids give one file, or the folder has a different `CLASSES_FILE`.
     """
     _check_background(style, background)
     names = {}

@@ -1,14 +1,7 @@
 """The map formats of IRN, AMN and PSA: what the dictionary in a ``.npy`` file holds.
 
-==========  ==================================================================================
-format      contents (specification of data sets, section 5)
-==========  ==================================================================================
-irn         ``keys`` int64 (K,), ``cam`` float32 (K, ceil(H/4), ceil(W/4)), ``high_res`` float32
-            (K, H, W); of IRN, LPCAM, ReCAM and AdvCAM
-amn         the same with a plane of the background before the others: K + 1 planes, K keys
-psa         {class: float32 (H, W)}; of PSA, SEAM, MCTformer and EDAM
-psa-crf     {0: background, class + 1: float32 (H, W)}, as PSA keeps maps after the CRF
-==========  ==================================================================================
+IRN's is also of LPCAM, ReCAM and AdvCAM, PSA's of SEAM, MCTformer and EDAM (specification of data
+sets, section 5). Their ``cam`` is float32 (K, ceil(H/4), ceil(W/4)), keys are int64.
 """
 
 from __future__ import annotations
@@ -33,8 +26,6 @@ Size = tuple[int, int]
 class MapFormat(Protocol):
     """A way of keeping the maps of one image in a dictionary.
 
-    Found by its name in :data:`lpcam.formats.registry.MAP_FORMATS`.
-
     Attributes:
         layout: description of what the dictionary holds.
         has_background: whether it has a plane of the background.
@@ -48,18 +39,12 @@ class MapFormat(Protocol):
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
         """Whether a dictionary may be of this format; one without a class may be of any."""
-        ...
 
     def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
-        """The K maps of the classes, without the background; DataError if it is not of this format.
-
-        The dictionary is checked for nothing. ``size`` is (H, W) of the image, if it is known.
-        """
-        ...
+        """The maps of the classes in an unchecked dictionary, for an image (H, W), or DataError."""
 
     def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
         """The dictionary of maps, with a background plane (H, W) if the format has one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -124,10 +109,8 @@ class _MapsByClass:
     has_background: bool = False
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
-        if not all(type(key) is int for key in content):
-            return False
-        if not self.has_background:
-            return True
+        if not self.has_background or not all(type(key) is int for key in content):
+            return all(type(key) is int for key in content)
         try:
             total = np.sum(list(content.values()), axis=0)
             return 0 in content and len(content) > 1 and bool(np.allclose(total, 1, atol=1e-3))
@@ -173,10 +156,9 @@ def maps_without_class(size: Any) -> MapFile:
 
 
 def kind_of(value: Any) -> str:
-    """Type and shape for messages: the value itself could be too long."""
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {value.shape}"
-    return type(value).__name__
+    """Type and shape for messages."""
+    array = isinstance(value, np.ndarray)
+    return f"{value.dtype} {value.shape}" if array else type(value).__name__
 
 
 def names_in(content: Mapping[Any, Any]) -> str:
@@ -202,5 +184,4 @@ def _planes(value: Any, name: str, axes: int) -> Planes:
 
 
 def _resized(planes: Planes, size: Size) -> Planes:
-    found: Planes = resize(torch.from_numpy(planes), size).numpy()
-    return found
+    return np.asarray(resize(torch.from_numpy(planes), size))

@@ -3,16 +3,12 @@
 A pickle is a program, and ``np.load(allow_pickle=True)`` runs it. `read_pickled_arrays` runs
 Python's own unpickler with almost everything taken out:
 
-- **Instructions**: those that numbers, text, lists, tuples, dictionaries and calls need. State is
-  set only on the stand-ins of arrays and dtypes.
-- **Names** are looked up in a table of this module and never imported. It holds stand-ins for the
-  functions of NumPy and torch that rebuild arrays. NumPy's own trust the file: with a forged dtype
-  they take bytes for pointers.
+- **Instructions**: those that plain containers and calls need. State is set only on stand-ins.
+- **Names** are looked up in a table of this module and never imported. NumPy's own functions that
+  rebuild arrays trust the file: with a forged dtype they take bytes for pointers.
 - **Keys** are text or integers. Hashing tuples of tuples could take for ever.
 - **Size**: what is made of a file may claim `_GROWTH` times its size; containers are at most
   `_DEEPEST` deep; integers have 64 bits.
-
-:func:`dictionary_file` writes such files for programs that read nothing else.
 """
 
 from __future__ import annotations
@@ -51,10 +47,6 @@ def read_pickled_arrays(data: bytes, *, what: str) -> Any:
     object array of shape () its element, an OrderedDict a dict. Arrays are in native byte order;
     they may be read-only and share memory. ArtefactError, which names the file as ``what``, if it
     is damaged, holds anything else, or claims too much memory.
-
-    Example:
-        >>> read_pickled_arrays(dictionary_file({"keys": np.array([3, 14])}), what="map file")
-        {'keys': array([ 3, 14])}
     """
     try:
         return _read(data)
@@ -135,15 +127,12 @@ def _array(content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -
 NUMPY_STAND_INS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _Dtype,
     "numpy.ndarray": ArrayStandIn,
-    # NumPy 1 and 2 write different modules
-    **{f"numpy.{core}.multiarray._reconstruct": ArrayStandIn for core in ("core", "_core")},
-    **{
-        f"numpy.{core}.multiarray.scalar": lambda dtype, content: _array(
-            content, dtype, (), "C"
-        ).item()
-        for core in ("core", "_core")
-    },
 }
+for _core in ("core", "_core"):  # NumPy 1 and 2 write different modules
+    NUMPY_STAND_INS[f"numpy.{_core}.multiarray._reconstruct"] = ArrayStandIn
+    NUMPY_STAND_INS[f"numpy.{_core}.multiarray.scalar"] = lambda dtype, content: _array(
+        content, dtype, (), "C"
+    ).item()
 """Stand-ins for NumPy's functions, by the names that pickles give them."""
 
 
@@ -258,28 +247,26 @@ class _Reader(pickle._Unpickler):
         self.claim(1)
         if depth > _DEEPEST:
             raise ValueError(f"it has containers more than {_DEEPEST} deep, or in themselves")
-        if value is None or type(value) in (bool, float, str):
-            return value
-        if type(value) is int and -(2**63) <= value < 2**64:
+        small = type(value) is int and -(2**63) <= value < 2**64
+        if small or value is None or type(value) in (bool, float, str):
             return value
         if type(value) is ArrayStandIn:
             return self.tree(value.value, depth + 1)
         if isinstance(value, np.ndarray | Tensor):
             if id(value) not in self.arrays:
                 self.claim(value.nbytes)
-                self.arrays[id(value)] = _native(value)
+                if isinstance(value, Tensor):  # NumPy has no bfloat16
+                    native = value.float() if value.dtype == torch.bfloat16 else value
+                    self.arrays[id(value)] = native.numpy()
+                else:
+                    own = value.dtype.newbyteorder("=")
+                    self.arrays[id(value)] = value.astype(own, copy=False)
             return self.arrays[id(value)]
         if type(value) is dict:
             return {self.tree(k, depth): self.tree(v, depth + 1) for k, v in value.items()}
         if type(value) in (list, tuple):
             return type(value)([self.tree(entry, depth + 1) for entry in value])
         raise ValueError("it holds something other than numbers, text, containers and arrays")
-
-
-def _native(value: NDArray[Any] | Tensor) -> NDArray[Any]:
-    if isinstance(value, Tensor):  # NumPy has no bfloat16
-        return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).numpy())
-    return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 
 _Reader.dispatch.update(dict.fromkeys(pickle._Unpickler.dispatch, _Reader.refuse))
@@ -293,11 +280,7 @@ _Reader.dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.dispatch[pickle.BINBY
 
 
 def dictionary_file(values: Mapping[str, NDArray[Any]] | Mapping[int, NDArray[Any]]) -> bytes:
-    """Contents of a ``.npy`` file with a dictionary, for programs that read nothing else.
-
-    They read it with ``np.load(path, allow_pickle=True).item()``, with NumPy 1 or 2 and without
-    torch, as writable arrays. Equal values give equal bytes.
-    """
+    """A ``.npy`` file for ``np.load(path, allow_pickle=True).item()``, the same for same values."""
     whole = np.empty((), dtype=object)
     whole[()] = {key: np.asarray(array, order="C") for key, array in values.items()}
     buffer = io.BytesIO()

@@ -21,10 +21,9 @@ _NAME = "comp6_test_cls"
 def write_voc_server(masks: Path, ids: Sequence[str], classes: ClassTable, output: Path) -> Path:
     """Pack masks as the PASCAL VOC test server takes them, in bytes that depend on them alone.
 
-    Writes ``results/VOC2012/Segmentation/comp6_test_cls/ID.png``, palette PNGs of the values 0..20,
-    and the archive ``comp6_test_cls.tar.gz``, which is returned. Everything is checked before
-    anything is written: ids must be VOC's (YYYY_NNNNNN), and the classes names of VOC with VOC's
-    mask ids (else DataError), and the folder may have no other masks (ArtefactError).
+    Writes ``results/VOC2012/Segmentation/comp6_test_cls/ID.png`` and the archive
+    ``comp6_test_cls.tar.gz``, which is returned. DataError, before anything is written, if ids or
+    classes are not VOC's; ArtefactError if the folder has other masks.
     """
     known = dict(enumerate(VOC_CLASSES, start=1)).items()
     if not dict(zip(classes.mask_ids, classes.names, strict=True)).items() <= known:

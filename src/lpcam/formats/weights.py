@@ -1,7 +1,5 @@
 """Conversion of foreign weights (``.pth``, ``.pt``, ``.pkl`` of torch.save) to safetensors files.
 
-A file of a released program is recognised by its names and becomes a network of this package.
-
 A pickle is a program. ``torch.load(weights_only=True)`` runs the few of its instructions that build
 tensors and plain containers and refuses every name outside its own list; what other packages have
 added to that list is removed while a file is read. Crafted files got past it in torch before 2.6
@@ -64,8 +62,8 @@ def convert_weights(
     Returns what was done, one line a fact.
 
     Args:
-        source: written by torch.save, as an archive or in the older layout of torch 0.4 to 1.5:
-            names and tensors, or a dictionary with those under one of `WRAPPERS`; or safetensors.
+        source: written by torch.save, in its present or older layout: names and tensors, or a
+            dictionary with those under one of `WRAPPERS`; or safetensors.
         target: the ``.safetensors`` file, written after everything succeeded.
         prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``,
             as the file spells it or without the ``"module."`` and ``"_orig_mod."`` of parallel
@@ -77,9 +75,8 @@ def convert_weights(
 
     Raises:
         ArtefactError: if the source is damaged, asks for anything but tensors and plain containers,
-            claims more than four times its size, or holds no state dict or a tensor with NaN or
-            infinity; if the target is not another ``.safetensors`` file; if it is recognised and a
-            tensor is missing, unknown, or of another shape or precision.
+            claims more than four times its size, holds no state dict or no finite values, or does
+            not fit its network; if the target is not another ``.safetensors`` file.
     """
     if not source.is_file():
         raise ArtefactError(f"{source} is not a file; expected a file written by torch.save")
@@ -101,7 +98,7 @@ def convert_weights(
         "kind": "weights",
         "source": source.name,
         "source_digest": digest_bytes(data),
-        "taken_from": list(taken_from),
+        "taken_from": taken_from,
         "stripped": stripped,
         "left_out": left_out,
         "made_by": {"lpcam": __version__},
@@ -211,13 +208,13 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _unwrap(loaded: Any) -> tuple[tuple[str, ...], Mapping[Any, Any]]:
+def _unwrap(loaded: Any) -> tuple[list[str], Mapping[Any, Any]]:
     """The keys that led to the state dict, and it."""
     path: list[str] = []
     while isinstance(loaded, dict):
         found = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
         if not found and any(isinstance(value, Tensor | ArrayStandIn) for value in loaded.values()):
-            return tuple(path), loaded
+            return path, loaded
         if not found or len(path) == len(WRAPPERS):  # a dictionary may hold itself
             break
         path.append(found[0])

@@ -51,53 +51,32 @@ def _batch_scale(settings: SegmenterSettings, seed: int, step: int) -> float:
 def _augmented_size(
     size: tuple[int, int], box: tuple[int, int] | None, scale: float
 ) -> tuple[int, int]:
-    """Size (height, width) to which an image of ``size`` is resized before its crop.
-
-    With a ``box`` = (longest, shortest side) the image is made as large as fits in ``scale`` times
-    the box, whose sides are truncated to whole pixels (section 3); else it is ``scale`` times as
-    large. The aspect is kept; sides are rounded.
-    """
+    """Size before the crop: ``scale`` times, or as fits in so many boxes, sides truncated."""
     if box is None:
         return scaled_size(*size, scale)
     longest, shortest = (max(1, int(side * scale)) for side in box)
     return scaled_size(*size, min(longest / max(size), shortest / min(size)))
 
 
-def _resize_bilinear(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize (H, W, 3) without averaging, as OpenCV does, which the recipes' programs use."""
-    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    return resize(planes.float(), size).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 def _draw_crop(
     labels: NDArray[Any], crop: int, class_limit: float | None, generator: np.random.Generator
 ) -> tuple[slice, slice]:
-    """A random window of ``crop`` x ``crop`` pixels in labels (H, W), smaller where they are.
-
-    It is drawn again, ten times at most, while one class has more than the part ``class_limit`` of
-    its pixels that count, or none of them counts. None: the first is taken.
-    """
-
-    def draw() -> tuple[slice, slice]:
-        first = [int(generator.integers(max(0, side - crop) + 1)) for side in labels.shape]
-        return slice(first[0], first[0] + crop), slice(first[1], first[1] + crop)
-
-    window = draw()
-    for _ in range(0 if class_limit is None else REDRAWS):
+    """A random window of labels (H, W), drawn again for a class above the limit or no label."""
+    for _ in range(1 + REDRAWS):
+        top, left = (int(generator.integers(max(0, side - crop) + 1)) for side in labels.shape)
+        window = slice(top, top + crop), slice(left, left + crop)
         taken = labels[window]
         counts = np.bincount(taken[taken != IGNORE], minlength=1)
-        if 0 < counts.max() <= class_limit * counts.sum():
+        if class_limit is None or 0 < counts.max() <= class_limit * counts.sum():
             break
-        window = draw()
     return window
 
 
 def _distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArray[np.uint8]:
     """Photometric distortion of an RGB image (H, W, 3), as mmsegmentation describes it (section 3).
 
-    In this order, each in half of the cases: brightness (a number is added), contrast (RGB is
-    multiplied), saturation, hue, both in HSV; in half of the cases the contrast comes last. Values
-    are clipped to 0..255 after each change and rounded once, at the end.
+    Brightness, contrast, saturation and hue (HSV), each in half of the cases; in half of the cases
+    the contrast comes last. Values are clipped after each change and rounded at the end.
     """
     brightness, contrast_first, contrast, saturation, hue = generator.random(5) < 0.5
     colours = np.moveaxis(image, -1, 0).astype(np.float32, order="C")
@@ -117,16 +96,16 @@ def _distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArra
 
 def _scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
     """RGB (3, H, W) with ``factor`` times the saturation of HSV, at most 1; hue and value stay."""
-    value, chroma = _value_and_chroma(colours)
+    value, chroma = colours.max(0), np.ptp(colours, axis=0)
     limit = value / np.where(chroma > 0, chroma, 1)  # at which the saturation is 1; of grey, any
-    factors: NDArray[np.float32] = np.minimum(np.float32(factor), limit)
-    return value - factors * (value - colours)
+    found: NDArray[np.float32] = value - np.minimum(np.float32(factor), limit) * (value - colours)
+    return found
 
 
 def _turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
     """RGB (3, H, W) with the hue of HSV turned, red towards green; saturation and value stay."""
     red, green, blue = colours
-    value, chroma = _value_and_chroma(colours)
+    value, chroma = colours.max(0), np.ptp(colours, axis=0)
     divisor = np.where(chroma > 0, chroma, 1)
     hue = np.where(
         value == red,
@@ -141,13 +120,6 @@ def _turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float3
     return turned
 
 
-def _value_and_chroma(
-    colours: NDArray[np.float32],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    value = colours.max(0)
-    return value, value - colours.min(0)
-
-
 def augment(
     image: NDArray[np.uint8],
     labels: NDArray[np.uint8] | NDArray[np.int64],
@@ -159,20 +131,18 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Random scale, square crop, mirror image and colours of an image and its labels.
 
-    The image (H, W, 3) is resized bilinearly and the labels (H, W) by Pillow's nearest neighbour, a
-    crop is taken, padded to the right and below where the image is smaller, and mirrored in half of
-    the cases, padding and all (the order of section 1). Padding has the mean colour, 0 after
-    normalisation; the distortion does not change it. ``scale`` is that of the batch; None draws it.
-
-    Returns:
-        (3, crop, crop) float32 and (crop, crop) int64.
+    Image (H, W, 3) and labels (H, W) become (3, crop, crop) float32 and (crop, crop) int64. The
+    padding, to the right and below before the mirror image, has the mean colour, 0, which the
+    distortion does not change. ``scale`` is that of the batch; None draws it.
     """
     if scale is None:
         scale = _draw_scale(settings, generator)
     size = _augmented_size((labels.shape[0], labels.shape[1]), settings.resize, scale)
     resized = reduce_labels(torch.from_numpy(labels.astype(np.int64)), size)
     window = _draw_crop(resized.numpy(), settings.crop, settings.class_limit, generator)
-    taken = _resize_bilinear(image, size)[window]
+    # without averaging, as OpenCV does, which the recipes' programs use
+    planes = resize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float(), size)
+    taken = planes.round().to(torch.uint8).permute(1, 2, 0).numpy()[window]
     mirrored = generator.random() < 0.5
     if settings.distortion:
         taken = _distort(taken, generator)
@@ -223,13 +193,8 @@ def check_masks(
 ) -> CheckedMasks:
     """Read every mask once before a training, and leave out those with nothing to learn from.
 
-    A mask id of no class is an error if ``strict``; else it counts as ignored. ``workers`` masks
-    are read at a time.
-
-    Raises:
-        DataError: if there is no pair, masks are missing, cannot be read or have another size than
-            the upright image, ids are of no class and ``strict`` is set, or no mask has a pixel
-            that counts.
+    A mask id of no class is a DataError if ``strict``; else it counts as ignored. ``workers`` masks
+    are read at a time. DataError without a mask that is there, fits its image and can be used.
     """
     missing = [f"{item.id} ({path})" for item, path in pairs if not path.is_file()]
     if missing or not pairs:
@@ -238,10 +203,9 @@ def check_masks(
             "images whose mask files exist"
         )
     known = (BACKGROUND, *classes.mask_ids)
-    counts = np.zeros(256, np.int64)
+    counts, unknown = np.zeros(256, np.int64), set[int]()
     used: list[tuple[Item, Path]] = []
     dropped: list[Skip] = []
-    unknown: set[int] = set()
 
     def look(pair: tuple[Item, Path]) -> tuple[NDArray[np.int64], list[int]]:
         item, path = pair
@@ -273,14 +237,9 @@ def check_masks(
             f"none of {len(pairs)} masks can be trained on: {dropped[0].reason}; make the masks "
             "again"
         )
-    pixels = counts[list(known)]
-    return CheckedMasks(
-        pairs=tuple(used),
-        dropped=tuple(dropped),
-        pixels=tuple(pixels.tolist()),
-        ignored=int(counts.sum() - pixels.sum()),
-        unknown=tuple(sorted(unknown)),
-    )
+    pixels = tuple(counts[list(known)].tolist())
+    ignored = int(counts.sum()) - sum(pixels)
+    return CheckedMasks(tuple(used), tuple(dropped), pixels, ignored, tuple(sorted(unknown)))
 
 
 def _check_size(item: Item, path: Path, size: tuple[int, ...], mask: NDArray[np.uint8]) -> None:

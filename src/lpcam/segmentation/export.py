@@ -1,14 +1,7 @@
 """A segmenter as one ONNX file, which runs without this package.
 
-The input ``image`` is uint8 RGB (B, H, W, 3); normalisation is part of the file. ``logits`` are
-float32 (B, L, H, W), enlarged to the image (bilinear); ``labels`` are uint8 (B, H, W) with the
-values of mask files: 0 for the background, and each class's mask id. The file segments at one
-scale, without the further scales, mirror images, windows and CRF of a test preset. Its metadata
-name the classes::
-
-    session = onnxruntime.InferenceSession("segmenter.onnx")
-    image = numpy.asarray(PIL.Image.open("cow.jpg").convert("RGB"))
-    logits, labels = session.run(None, {"image": image[None]})
+The file segments uint8 RGB images (B, H, W, 3) at one scale, without a test preset's mirror images,
+windows and CRF, to logits (B, L, H, W) and the values of mask files (B, H, W).
 """
 
 from __future__ import annotations
@@ -45,16 +38,10 @@ def export_onnx(
     size: tuple[int, int] = TRACED_SIZE,
     made_by: Mapping[str, Any] | None = None,
 ) -> ExportParity:
-    """Write a segmenter as ONNX, after comparing the file with it in onnxruntime if installed.
+    """Write a segmenter as ONNX, compared with it, as :func:`lpcam.formats.models.onnx.write_onnx`.
 
-    A copy of it on the CPU, in evaluation mode, is exported; ``path`` is replaced only if the
-    comparison succeeds. The other arguments are those of
-    :func:`lpcam.formats.models.onnx.write_onnx`; networks with ``one_size_export`` need
-    ``dynamic=False``.
-
-    Raises:
-        ArtefactError: if onnx or onnxscript is not installed, or the network cannot be exported;
-            or if another label is found for more than 0.1 % of the pixels.
+    Networks with ``one_size_export`` need ``dynamic=False``. ArtefactError as there, or if another
+    label is found for more than 0.1 % of the pixels.
     """
     module = _SegmenterFile(segmenter, made_by or {}).eval()
     return write_onnx(module, path, dynamic=dynamic, size=size)

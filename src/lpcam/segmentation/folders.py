@@ -31,12 +31,6 @@ INDEX = "predicted.json"
 MAXIMUM_SIDE = 1024  #: Maximum side, in pixels, at which an image is segmented, as a run maps it.
 
 
-def _describe(found: Mapping[str, Any]) -> str:
-    """The findings of one image in words."""
-    classes = [f"{c['name']} ({100 * c['area']:.0f} %)" for c in found["classes"]]
-    return ", ".join(classes) or "background alone"
-
-
 _PREDICTED = OutputKind(
     KIND,
     INDEX,
@@ -45,7 +39,10 @@ _PREDICTED = OutputKind(
         re.compile(r"(masks|overlays)/(?P<name>.+)\.png"),
         re.compile(r"probabilities/(?P<name>.+)\.npz"),
     ),
-    describe=_describe,
+    describe=lambda found: (
+        ", ".join(f"{c['name']} ({100 * c['area']:.0f} %)" for c in found["classes"])
+        or "background alone"
+    ),
     pictures="overlays",
 )
 
@@ -68,19 +65,15 @@ def segment_files(
 
     Below ``output``, by the names of :func:`lpcam.data.output_folders.find_images`:
     ``masks/NAME.png`` at the image's size, with the VOC palette and the classes' mask ids;
-    ``overlays/NAME.png``, the mask over the image; ``found/NAME.json``, the classes and their share
-    of the image; on demand ``probabilities/NAME.npz`` (uint8, round(255 p)); and
+    ``overlays/NAME.png``; ``found/NAME.json``, the classes and their share of the image; and
     ``predicted.json``, which names the images, what was left out, and what made the masks. A later
     call replaces the files of the same names that an earlier one wrote, and no others.
 
-    An image whose longer side is above ``maximum_side`` is segmented smaller: its mask is enlarged
-    to the nearest pixel, its overlay and probabilities stay smaller.
-
     Args:
         segmenter: a segmenter in evaluation mode; with ``workers`` above 1 it is shared by threads.
-        settings: scales, fusion and the CRF.
-        probabilities: whether to keep them.
-        maximum_side: longest side in pixels.
+        probabilities: whether to write ``probabilities/NAME.npz`` too.
+        maximum_side: longest side in pixels at which an image is segmented. The mask of a longer
+            one is enlarged to the nearest pixel, its overlay and probabilities stay smaller.
         workers: images worked on at a time.
         memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
             three quarters of the memory, shared among the workers.
@@ -88,10 +81,8 @@ def segment_files(
         command, made_by: provenance, recorded.
 
     Raises:
-        DataError: if there is no image.
-        ClassifierError: if the segmenter is in training mode or its logits are not finite.
-        ArtefactError: if a file that is not an earlier call's would be replaced, or one cannot be
-            written.
+        LpcamError: if there is no image, the segmenter is in training mode or its logits are not
+            finite, or a file that is not an earlier call's would be replaced.
     """
     files = find_images(sources, output)
     made = {
@@ -172,9 +163,8 @@ def _write_probabilities(
 ) -> None:
     """Write probabilities (L, H, W) in [0, 1] as a compressed npz without pickle.
 
-    Its members: ``probabilities`` uint8 (L, H, W), round(255 p), so the error is at most 1/510;
-    ``names`` (L,), ``background`` and the class names; ``mask_ids`` (L,); and ``made_by``, JSON as
-    UTF-8 bytes.
+    ``probabilities`` uint8 (L, H, W), round(255 p); ``names`` and ``mask_ids`` (L,), background
+    first; ``made_by``, JSON as UTF-8 bytes.
     """
     values = np.empty(tuple(probabilities.shape), np.uint8)
     for into, plane in zip(values, probabilities, strict=True):  # one at a time, to save memory

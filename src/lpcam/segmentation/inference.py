@@ -1,7 +1,6 @@
 """Probabilities and labels of one image: scales, mirror images, sliding windows, fusion, dense CRF.
 
-The procedures are those of the specification of segmentation, sections 1 to 3 ("Test"); which one
-is followed is in :class:`~lpcam.segmentation.settings.SegmentTestSettings`. L labels are 0, the
+They are those of the specification of segmentation, sections 1 to 3 ("Test"). L labels are 0, the
 background, and n + 1 for class n; H x W is the image, h x w the logits of a network.
 """
 
@@ -36,11 +35,10 @@ def probabilities(
 ) -> Tensor:
     """Probabilities of the labels at every pixel of an image.
 
-    Every scale and mirror image is segmented alone, so that the result does not depend on what else
-    is segmented. Logits are enlarged to the image (bilinear, align_corners False). ``mean_logits``
-    takes the softmax of their mean, ``mean_probabilities`` and ``max_probabilities`` the mean and
-    the maximum of their softmaxes. The largest probabilities do not sum to one over the labels, and
-    are left so: the CRF and the argmax need no sum.
+    Every scale and mirror image is segmented alone. Logits are enlarged to the image (bilinear,
+    align_corners False). ``mean_logits`` takes the softmax of their mean, ``mean_probabilities``
+    and ``max_probabilities`` the mean and the maximum of their softmaxes, which then do not sum to
+    one.
 
     Args:
         segmenter: a segmenter in evaluation mode.
@@ -98,11 +96,7 @@ def probabilities(
 
 
 def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) -> tuple[int, int]:
-    """Size (height, width) at which an image of ``size`` is segmented at a scale.
-
-    ``settings.resize`` bounds the longer and the shorter side before the scale; it enlarges, too.
-    Sides are rounded, a half to even, or truncated, and at least `MINIMUM_SIDE`.
-    """
+    """Size (height, width) at which an image is segmented, at least `MINIMUM_SIDE` each."""
     factor = scale
     if settings.resize is not None:
         longest, shortest = settings.resize
@@ -115,21 +109,13 @@ def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) ->
 
 
 def _window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along an axis of ``length`` pixels, so that they cover it.
-
-    Neighbours share at least the part ``overlap`` of a window, but are at least a pixel apart. The
-    last window ends at the end of the axis.
-    """
+    """Where windows begin along an axis, to cover it; the last one ends at its end."""
     step = max(1, window - math.ceil(window * overlap))
     return [*range(0, length - window, step), max(0, length - window)]
 
 
 def _windowed(segmenter: Segmenter, images: Tensor, window: int | None, overlap: float) -> Tensor:
-    """Logits (L, h, w) of one image (1, 3, H, W).
-
-    They have the size of the network's output, or, where there is more than one window, that of the
-    image: the logits of a window are enlarged to it, and averaged where windows overlap.
-    """
+    """Logits (L, h, w) of one image (1, 3, H, W), at its size if there are several windows."""
     height, width = images.shape[-2:]
     if window is None or max(height, width) <= window:
         return _logits(segmenter, images)
@@ -138,8 +124,7 @@ def _windowed(segmenter: Segmenter, images: Tensor, window: int | None, overlap:
     for top in _window_starts(height, window, overlap):
         for left in _window_starts(width, window, overlap):
             place = (..., slice(top, top + window), slice(left, left + window))
-            part = images[place]
-            _add_(total[place], _logits(segmenter, part))
+            _add_(total[place], _logits(segmenter, images[place]))
             count[place] += 1.0
     return total.div_(count)
 
@@ -182,9 +167,8 @@ def refine(
 ) -> Tensor:
     """Marginals (L, H, W) of a dense CRF on probabilities (L, H, W) of an image (H, W, 3) uint8.
 
-    The CRF sees the image, or what the original DeepLabV2 program gives to its CRF: the image minus
-    `WRAPPED_MEAN`, cast to 8 bits as BGR, where fractions are cut off and negative values wrap
-    around, -5 to 251 (specification of segmentation, section 1, "CRF bug").
+    The CRF sees the image, or what the original DeepLabV2 program gives to its CRF: BGR minus
+    `WRAPPED_MEAN`, cast to 8 bits, -5 to 251 (specification of segmentation, section 1, "CRF bug").
     """
     seen = _wrapped(image) if settings.crf_image == "wrapped" else image
     colours = torch.from_numpy(np.ascontiguousarray(seen)).to(probabilities.device)
@@ -192,18 +176,12 @@ def refine(
 
 
 def _wrapped(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    centred = image[:, :, ::-1] - np.array(WRAPPED_MEAN)
-    wrapped: NDArray[np.uint8] = (np.trunc(centred).astype(np.int64) % 256).astype(np.uint8)
-    return wrapped
+    centred: NDArray[np.float64] = image[:, :, ::-1] - np.array(WRAPPED_MEAN)
+    return centred.astype(np.int64).astype(np.uint8)
 
 
 def labels(probabilities: Tensor) -> Tensor:
-    """The most probable label of each pixel, the first of equal ones: (L, H, W) to int64 (H, W).
-
-    Example:
-        >>> labels(torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]])).tolist()
-        [[0, 1]]
-    """
+    """The most probable label of each pixel, the first of equal ones: (L, H, W) to int64 (H, W)."""
     return probabilities.argmax(0)
 
 

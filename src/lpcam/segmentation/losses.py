@@ -1,8 +1,5 @@
 """Losses of segmenters as pure functions (specification of segmentation, sections 1 to 3).
 
-A mean over pixels is a sum and a count here, so that the processes which share a batch can divide
-by the count of all of it; their parts then add up to its loss.
-
 Shapes: B images of H x W pixels, L labels with the background, logits at h x w. Labels are int64:
 0 the background, 1..L-1 the classes, 255 not counted.
 """
@@ -23,11 +20,8 @@ from lpcam.data.resize import resize
 
 
 def nearest(length: int, size: int) -> Tensor:
-    """Indices (size,) of the pixels that Pillow's nearest neighbour takes when resizing an axis.
-
-    The pixel that holds (i + 1/2) length / size. Where that is a whole number, rounding decides;
-    so the centres are added up one after the other in float64, as Pillow does.
-    """
+    """Indices (size,) of the pixels that Pillow's nearest neighbour takes when resizing an axis."""
+    # the centres are added up as Pillow does: where one is a whole number, rounding decides
     step = length / size
     centres = np.full(size, step)
     centres[0] = step / 2
@@ -35,12 +29,7 @@ def nearest(length: int, size: int) -> Tensor:
 
 
 def reduce_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (..., H, W) at ``size`` = (h, w), exactly as Pillow's NEAREST gives them.
-
-    Example:
-        >>> reduce_labels(torch.tensor([[0, 1, 2, 3]]), (1, 2)).tolist()
-        [[1, 3]]
-    """
+    """Labels (..., H, W) at ``size`` = (h, w), exactly as Pillow's NEAREST gives them."""
     rows, columns = (
         nearest(length, int(side)).to(labels.device)
         for length, side in zip(labels.shape[-2:], size, strict=True)
@@ -69,20 +58,12 @@ def segmentation_loss(
         outputs: (logits (B, L, h, w), weight of their loss); sizes may differ.
         labels: (B, H, W) int64, of the size of the network's input.
         kind: ``cross_entropy`` is the mean over the pixels that count; ``balanced`` the mean over
-            those of the background plus the mean over those of a class (section 1, as in DSRG and
-            AdvCAM).
+            those of the background plus the mean over those of a class (section 1).
         meet: ``reduced`` brings the labels to each output's size, ``full`` the logits to theirs.
         total: sums int64 counts over the processes that share the batch; called once.
 
     Returns:
-        a scalar: this process's part, its sums divided by the counts of all. A mean without a
-        pixel counts as 0, with a gradient of 0.
-
-    Example:
-        >>> outputs, labels = [(torch.zeros(1, 2, 1, 1), 1.0)], torch.tensor([[[0, 0]]])
-        >>> loss = segmentation_loss(outputs, labels, kind="cross_entropy", meet="full")
-        >>> round(float(loss), 4)
-        0.6931
+        this process's part, its sums divided by the counts of all; a mean of no pixel is 0.
     """
     sums, counts = [], []
     for logits, weight in outputs:

@@ -62,11 +62,7 @@ class Segmenter(nn.Module):
         return logits
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        """Write weights, architecture, classes and provenance to one safetensors file.
-
-        Raises:
-            ArtefactError: for a custom network, which a file cannot describe.
-        """
+        """Write all to one safetensors file; ArtefactError for a custom network."""
         if self.spec is None:
             raise ArtefactError(
                 "this segmenter wraps a network that was passed in, so a file cannot describe it; "
@@ -76,11 +72,7 @@ class Segmenter(nn.Module):
         write_tensors(path, state, {**self._description(), "made_by": dict(made_by or {})})
 
     def take(self, path: Path) -> None:
-        """Load the weights of a file of the same segmenter that ``lpcam convert`` wrote.
-
-        Raises:
-            ArtefactError: if the file holds another one; the message names what differs.
-        """
+        """Load the weights of a file of the same segmenter; ArtefactError if it is of another."""
         state, metadata = read_tensors(path)
         check_same(self._description(), metadata, path)
         load_weights(self.network, state, path)
@@ -96,11 +88,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Segmenter:
-        """Read a file of :meth:`save`; needs no network connection.
-
-        Raises:
-            ArtefactError: if the file is missing, damaged, or not a segmenter.
-        """
+        """Read a file of :meth:`save`; ArtefactError if it is missing, damaged or another."""
         state, metadata = read_tensors(path)
         if metadata.get("kind") != "segmenter":
             raise ArtefactError(
@@ -128,13 +116,8 @@ def check_segmenter(spec: SegmenterSpec, weights: str) -> None:
 def build_segmenter(spec: SegmenterSpec, classes: ClassTable, **first: Unpack[First]) -> Segmenter:
     """Build a segmenter with a random head.
 
-    Args:
-        classes: class names and their values in masks.
-        first: ``weights`` of the backbone, ``"pretrained"``, ``"random"``, or a safetensors file;
-            ``mean`` and ``std`` of RGB in [0, 1], default: the network's own; and ``seed``.
-
-    Raises:
-        ClassifierError: if the backbone is unknown, or the weights are missing or do not fit.
+    The further arguments are those of :class:`~lpcam.segmentation.networks.base.First`.
+    ClassifierError if the backbone is unknown, or the weights are missing or do not fit.
 
     Example:
         >>> spec = SegmenterSpec("deeplabv2", "test_resnet", {})

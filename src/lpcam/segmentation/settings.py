@@ -184,10 +184,5 @@ class SegmentSection(WeightsSection):
 
     def spec(self) -> SegmenterSpec:
         """The architecture."""
-        return SegmenterSpec(
-            self.network,
-            self.backbone_name,
-            self.arguments,
-            self.output_stride,
-            self.training.pyramid,
-        )
+        backbone, pyramid = self.backbone_name, self.training.pyramid
+        return SegmenterSpec(self.network, backbone, self.arguments, self.output_stride, pyramid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -40,16 +39,11 @@ class Validation:
     settings: SegmentTestSettings
     times: int  #: Over the whole training, evenly spread; the last is at its end.
     best: Path  #: Where the weights with the highest mIoU are kept, beside the last ones.
-    maximum_side: int
-    """A longer image is segmented at this long side, in pixels, and its labels are enlarged."""
+    maximum_side: int  #: Long side, in pixels, at which a longer image is segmented.
 
 
 def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> engine.Plan:
-    """Training plan for a list of ``count`` images.
-
-    The poly schedule is renewed every ``refresh`` steps and multiplied, over the first ``warmup``
-    steps, by a factor that rises linearly to 1.
-    """
+    """Training plan for a list of ``count`` images."""
     batch = min(settings.batch_size, count)
     steps = settings.iterations or (settings.epochs or 0) * (count // batch)
 
@@ -92,13 +86,10 @@ class _Outputs(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
-    def forward(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """Return ``outputs`` of the network."""
-        outputs: Any = self.network.outputs
-        found: list[tuple[Tensor, float]] = outputs(images)
-        return found
+    def forward(self, images: Tensor) -> Any:
+        return self.network.outputs(images)
 
 
 def train_segmenter(
@@ -113,15 +104,12 @@ def train_segmenter(
     """Train in place, with checkpoints from which a stopped training resumes.
 
     Args:
-        pairs: images and their masks, as :func:`lpcam.segmentation.augmentation.check_masks` leaves
-            them.
-        precision: that of the network's passes; weights, loss and optimiser are in float32. float16
-            scales its losses.
+        pairs: images and masks of :func:`lpcam.segmentation.augmentation.check_masks`.
+        precision: that of the network's passes; weights, loss and optimiser are in float32.
         validation: when to measure the mIoU; None: never.
 
     Returns:
-        some hundred records: ``epoch``, ``step``, mean ``loss`` and, where it was measured,
-        ``validation_miou``.
+        some hundred records: ``epoch``, ``step``, mean ``loss``, and ``validation_miou`` of some.
 
     Raises:
         ClassifierError: if ``freeze`` matches nothing, the loss is no longer finite, or a batch
@@ -144,6 +132,7 @@ def train_segmenter(
     plan = plan_of(settings, len(pairs), times)
     due = validation_steps(plan, times)
     model = processes.replicate(_Outputs(network))
+    about = segmenter.classes, segmenter.preprocessing
     dtype = getattr(torch, precision)
     scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
 
@@ -159,21 +148,17 @@ def train_segmenter(
         if validation is None or step not in due:
             return {}
         found = validate(segmenter, validation, processes)
-        if processes.first and found > _best_so_far(validation.best):
+        best = -1.0
+        if validation.best.is_file():
+            best = read_tensors(validation.best)[1]["made_by"]["validation_miou"]
+        if processes.first and found > best:
             segmenter.save(validation.best, {"validation_miou": found, "step": step})
         return {"validation_miou": found}
 
     history = engine.run(
         network,
         optimizer_of(segmenter.trained.parameter_groups(), settings),
-        partial(
-            make_sample,
-            pairs,
-            segmenter.classes,
-            segmenter.preprocessing,
-            settings,
-            options["seed"],
-        ),
+        lambda place: make_sample(pairs, *about, settings, options["seed"], place),
         len(pairs),
         loss,
         plan,
@@ -191,19 +176,19 @@ def check_batch(
     segmenter: Segmenter, settings: SegmenterSettings, count: int, processes: Processes
 ) -> None:
     """Refuse batches of ``count`` images that the network or the processes cannot take."""
-    network = segmenter.network
     part = engine.smallest_part(plan_of(settings, count), count, processes, "segment.training")
-    if not _trains_batch_norms(network):
+    if not _trains_batch_norms(segmenter.network):
         return
+    trains = f"{type(segmenter.network).__name__} trains batch norms"
     if processes.count > 1 and segmenter.device.type != "cuda":
         raise ClassifierError(
-            f"{type(network).__name__} trains batch norms, whose statistics several processes "
-            "can share on GPUs alone; train it in one process on a CPU"
+            f"{trains}, whose statistics several processes can share on GPUs alone; train it in "
+            "one process on a CPU"
         )
     if part < 2:
         raise ClassifierError(
-            f"{type(network).__name__} trains batch norms, which need two images at a time, but a "
-            f"forward pass has {part}; raise segment.training.batch_size or give more images"
+            f"{trains}, which need two images at a time, but a forward pass has {part}; raise "
+            "segment.training.batch_size or give more images"
         )
 
 
@@ -218,11 +203,6 @@ def validation_steps(plan: engine.Plan, times: int) -> set[int]:
     count = min(times, records)
     steps = {round((k + 1) * records / count) * plan.record for k in range(count)}
     return {min(step, plan.steps) for step in steps}
-
-
-def _best_so_far(path: Path) -> float:
-    """The mIoU of the best weights that a training has kept; -1 without any."""
-    return float(read_tensors(path)[1]["made_by"]["validation_miou"]) if path.is_file() else -1.0
 
 
 @torch.inference_mode()

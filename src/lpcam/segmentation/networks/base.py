@@ -48,10 +48,7 @@ class Network(Protocol):
         """Logits of each output and the weight of its loss, for training."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters, each in one of ``backbone``, ``head``, ``head_bias``, ``no_decay``.
-
-        The optimiser gives each group its learning rate and weight decay.
-        """
+        """Trained parameters, once in ``backbone``, ``head``, ``head_bias`` or ``no_decay``."""
 
 
 class SegmentationNetwork(Protocol):
@@ -77,9 +74,7 @@ class SegmentationNetwork(Protocol):
     ) -> tuple[nn.Module, Preprocessing]:
         """A :class:`Network` of L labels in evaluation mode, and its preprocessing.
 
-        Raises:
-            ClassifierError: if an argument is not accepted, or the weights are missing, do not fit
-                or hold NaN or Inf.
+        ClassifierError if an argument or the weights are not accepted.
         """
 
 
@@ -95,11 +90,7 @@ class FrozenNorms(FrozenStatistics):
 def load_fitting(
     module: nn.Module, state: Mapping[str, Tensor], name: str, what: str, advice: str
 ) -> None:
-    """Load the weights of a file ``name`` into a module, each in the module's precision.
-
-    ClassifierError with an advice if names or shapes are not those of the module, ``what``, or a
-    value is NaN or Inf.
-    """
+    """Load a file's finite weights into a module, ``what``; ClassifierError if they do not fit."""
     own = module.state_dict()
     if difference := misfit(own, state):
         raise ClassifierError(f"the weights {name!r} do not fit {what}: {difference}; {advice}")

@@ -50,26 +50,18 @@ DILATIONS = (1, 1, 2, 4)
 OUTPUT_STRIDE = 8
 RATES = (6, 12, 18, 24)
 _PREFIXES = ("module.", "network.", "base.", "scale.", "backbone.")
-_RENAMED = ((".proj.", ".shortcut."), ("aspp.stages.", "aspp."))
-_COUNTER = ".num_batches_tracked"
 
 
 class _Unit(nn.Module):
     """Convolution without bias, batch norm, and an optional ReLU."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        stride: int = 1,
-        dilation: int = 1,
-        relu: bool = True,
+        self, inputs: int, outputs: int, kernel: int, *, relu: bool = True, **how: Any
     ) -> None:
         super().__init__()
-        padding = dilation * (kernel // 2)
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-5)
+        padding = how.get("dilation", 1) * (kernel // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **how)
+        self.bn = nn.BatchNorm2d(outputs)
         self.relu = relu
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,11 +76,11 @@ class _Bottleneck(nn.Module):
         super().__init__()
         middle = outputs // 4
         stride = stride if first else 1
-        self.reduce = _Unit(inputs, middle, 1, stride)
+        self.reduce = _Unit(inputs, middle, 1, stride=stride)
         self.conv3x3 = _Unit(middle, middle, 3, dilation=dilation)
         self.increase = _Unit(middle, outputs, 1, relu=False)
         self.shortcut: nn.Module = (
-            _Unit(inputs, outputs, 1, stride, relu=False) if first else nn.Identity()
+            _Unit(inputs, outputs, 1, stride=stride, relu=False) if first else nn.Identity()
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,22 +88,12 @@ class _Bottleneck(nn.Module):
         return found.relu()
 
 
-def _stage(inputs: int, outputs: int, count: int, stride: int, dilation: int) -> nn.Sequential:
-    stage = nn.Sequential()
-    for number in range(count):
-        before = outputs if number else inputs
-        block = _Bottleneck(before, outputs, stride, dilation, first=not number)
-        stage.add_module(f"block{number + 1}", block)
-    return stage
-
-
 class CaffeResNet101(nn.Module):
     """Caffe's ResNet-101 with output stride 8, which differs from torchvision's.
 
-    Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, every
-    stage's first block has a projection, and the dilations are 1, 1, 2, 4. Random weights keep
-    activations near 1 although batch norms have no statistics. ``blocks`` are the bottlenecks of
-    each stage, and ``width`` the channels of the stem; the output has 32 times as many.
+    Its pooling rounds sizes up, the first 1 x 1 convolution of a bottleneck has the stride, and
+    every stage's first block has a projection. ``blocks`` are the bottlenecks of each stage, and
+    ``width`` the channels of the stem; the output has 32 times as many.
     """
 
     def __init__(self, blocks: Sequence[int] = BLOCKS, width: int = WIDTH) -> None:
@@ -119,33 +101,32 @@ class CaffeResNet101(nn.Module):
         self.layer1 = nn.Sequential()
         self.layer1.add_module("conv1", _Unit(3, width, 7, stride=2))
         self.layer1.add_module("pool", nn.MaxPool2d(3, 2, 1, ceil_mode=True))
-        inputs, stages = width, []
+        self.channels = width
         for number, count in enumerate(blocks):
-            outputs = width * 4 * 2**number
-            stages.append(_stage(inputs, outputs, count, STRIDES[number], DILATIONS[number]))
-            inputs = outputs
-        self.layer2, self.layer3, self.layer4, self.layer5 = stages
-        self.channels = inputs
+            stage = nn.Sequential()
+            for block in range(count):
+                size = self.channels, width * 4 * 2**number
+                one = _Bottleneck(*size, STRIDES[number], DILATIONS[number], first=not block)
+                stage.add_module(f"block{block + 1}", one)
+                self.channels = size[1]
+            self.add_module(f"layer{number + 2}", stage)
         self._draw(sum(blocks))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB as :data:`PREPROCESSING` makes it, to (B, C, h, w)."""
         found = images.flip(1)  # the weights expect BGR
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
+        for stage in self.children():
             found = stage(found)
         return found
 
     def _draw(self, blocks: int) -> None:
-        for name, module in self.named_modules():
-            if not isinstance(module, _Unit):
-                continue
-            nn.init.kaiming_normal_(
-                module.conv.weight, nonlinearity="relu" if module.relu else "linear"
-            )
+        units = [(name, one) for name, one in self.named_modules() if isinstance(one, _Unit)]
+        for name, unit in units:
+            weight = unit.conv.weight
+            nn.init.kaiming_normal_(weight, nonlinearity="relu" if unit.relu else "linear")
             if name.endswith("increase"):
                 # each block would double the variance, which frozen batch norms do not undo
-                with torch.no_grad():
-                    module.conv.weight /= math.sqrt(blocks)
+                weight.data /= math.sqrt(blocks)
         stem = self.layer1.get_submodule("conv1.bn")
         # RGB from 0 to 255 has a standard deviation of about 64; He's weights double the variance
         stem.get_buffer("running_var").fill_(2.0 * 64.0**2)
@@ -170,18 +151,10 @@ class Aspp(nn.Module):
 
 
 class DeepLabV2(FrozenNorms):
-    """A backbone and :class:`Aspp` at several scales; batch norms are frozen.
-
-    The backbone maps normalised images (B, 3, H, W) to (B, ``channels``, h, w); ``pyramid`` are
-    further scales at which the network sees each image.
-    """
+    """A backbone of ``channels`` features and :class:`Aspp` at scales; batch norms are frozen."""
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        channels: int,
-        labels: int,
-        pyramid: Sequence[float] = (),
+        self, backbone: nn.Module, channels: int, labels: int, pyramid: Sequence[float] = ()
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -202,11 +175,7 @@ class DeepLabV2(FrozenNorms):
         return [(each, 1.0) for each in logits]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters; those of ``head`` and ``head_bias`` are the ASPP's.
-
-        ``no_decay`` holds the backbone's biases, its norms other than batch norms, and what timm
-        excludes from weight decay.
-        """
+        """The trained parameters; ``no_decay``: of the backbone, vectors and what timm excludes."""
         head = list(self.aspp.named_parameters())
         groups: dict[str, list[nn.Parameter]] = {
             "backbone": [],
@@ -256,8 +225,7 @@ class _Features(nn.Module):
 class DeepLabV2Network:
     """DeepLabV2 on ``resnet101_caffe``, whose arguments are ``blocks`` and ``width``, or on timm's.
 
-    Weights of the former have the names of the field's files (:func:`convert_names`): a classifier
-    in the file is ignored, and an ASPP is used if it fits.
+    Of a file of the field, a classifier is ignored and an ASPP is used if it fits.
     """
 
     title = "DeepLabV2"
@@ -295,17 +263,13 @@ class DeepLabV2Network:
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp...``.
-
-    Prefixes of wrappers are removed, and two names of older files are replaced.
-    """
+    """A state dict of the field's DeepLabV2 with the names used here: ``layer1...``, ``aspp``."""
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = name
         while prefix := next((p for p in _PREFIXES if new.startswith(p)), ""):
             new = new.removeprefix(prefix)
-        for old, today in _RENAMED:
-            new = new.replace(old, today)
+        new = new.replace(".proj.", ".shortcut.").replace("aspp.stages.", "aspp.")
         if new in converted:
             raise ClassifierError(
                 f"the weights hold {new!r} twice, once as {name!r}; give a file of one network"
@@ -343,7 +307,7 @@ def _load(network: DeepLabV2, path: Path) -> None:
     own, aspp = network.backbone.state_dict(), network.aspp.state_dict()
     backbone = {k: v for k, v in state.items() if not k.startswith(("fc.", "aspp."))}
     # Counters of batches, which some files lack, are never read.
-    backbone |= {k: v for k, v in own.items() if k.endswith(_COUNTER)}
+    backbone |= {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
     advice = (
         "it takes files of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; "
         "for torchvision's or timm's weights the backbone is resnet101"

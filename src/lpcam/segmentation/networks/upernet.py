@@ -37,10 +37,10 @@ DROPOUT = 0.1  #: Rate of the dropout of whole channels before both classifiers.
 class SwinSize(NamedTuple):
     """A size of Swin and the name of its ImageNet weights."""
 
-    embed_dim: int  #: Channels of the first stage; each further stage doubles them.
-    depths: tuple[int, ...]  #: Blocks of each stage.
+    embed_dim: int
+    depths: tuple[int, ...]
     num_heads: tuple[int, ...]
-    checkpoint: str  #: Name on the hub.
+    checkpoint: str
 
 
 SIZES = {
@@ -53,12 +53,7 @@ ARGUMENTS = (*SWIN_ARGUMENTS, "auxiliary_channels", "channels", "checkpoint")
 
 
 class UperNetSwin(nn.Module):
-    """UperNet on Swin: logits at stride 4, and those of an auxiliary head in training.
-
-    ``model`` is transformers' ``UperNetForSemanticSegmentation`` on a Swin, with an auxiliary head;
-    its parts are changed and used. The batch norms of the heads are trained; several processes that
-    share a batch need them converted to ``torch.nn.SyncBatchNorm``.
-    """
+    """UperNet on Swin, of the changed parts of transformers' ``UperNetForSemanticSegmentation``."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -71,7 +66,7 @@ class UperNetSwin(nn.Module):
             for block in stage.blocks:
                 # transformers drops only the path of the attention, the official Swin both
                 block.mlp.path = block.drop_path
-                block.mlp.register_forward_hook(_drop_path)
+                block.mlp.register_forward_hook(lambda mlp, inputs, output: mlp.path(output))
         for head in (self.decode_head, self.auxiliary_head):
             for module in head.modules():
                 if isinstance(module, nn.Conv2d):
@@ -94,18 +89,17 @@ class UperNetSwin(nn.Module):
         groups: dict[str, list[nn.Parameter]] = {
             name: [] for name in ("backbone", "head", "head_bias", "no_decay")
         }
-        for part in (self.backbone, self.decode_head, self.auxiliary_head):
-            for module in part.modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    if not parameter.requires_grad:
-                        continue
-                    if isinstance(module, nn.LayerNorm) or name == "relative_position_bias_table":
-                        group = "no_decay"
-                    elif part is self.backbone:
-                        group = "backbone"
-                    else:
-                        group = "head_bias" if name == "bias" else "head"
-                    groups[group].append(parameter)
+        norms = tuple(name for name, m in self.named_modules() if isinstance(m, nn.LayerNorm))
+        for full, parameter in self.named_parameters():
+            module, _, name = full.rpartition(".")
+            if module in norms or name == "relative_position_bias_table":
+                group = "no_decay"
+            elif full.startswith("backbone."):
+                group = "backbone"
+            else:
+                group = "head_bias" if name == "bias" else "head"
+            if parameter.requires_grad:
+                groups[group].append(parameter)
         return groups
 
 
@@ -115,27 +109,19 @@ class _Classifier(nn.Conv2d):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__(convolution.in_channels, convolution.out_channels, 1)
         nn.init.normal_(self.weight, std=0.01)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(F.dropout2d(input, DROPOUT, self.training))
 
 
-def _drop_path(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    """A hook that applies stochastic depth to the second path of a block."""
-    dropped: Tensor = module.path(output)
-    return dropped
-
-
 class UperNetNetwork:
     """UperNet on a size of Swin: ``tiny``, ``small`` or ``base``.
 
-    Arguments are ``embed_dim``, ``depths``, ``num_heads`` and ``window_size`` of Swin, which
-    replace those of the size, ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads,
-    and ``checkpoint``: another model on the hub, or a folder of the same layout. A file of weights
-    has the names of transformers, timm or the official program; a classification head in it is
-    ignored.
+    Arguments are ``embed_dim``, ``depths``, ``num_heads`` and ``window_size``, which replace those
+    of the size, ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads, and
+    ``checkpoint``: another model on the hub, or a folder. A file of weights has the names of
+    transformers, timm or the official program.
     """
 
     title = "UperNet"
@@ -150,10 +136,9 @@ class UperNetNetwork:
                 f"segment.backbone: there is no Swin {spec.backbone!r}; there are "
                 f"{', '.join(SIZES)}"
             )
-        if unknown := sorted(set(spec.arguments) - set(ARGUMENTS)):
-            raise ClassifierError(
-                f"UperNet has no argument {unknown[0]!r}; it takes {', '.join(ARGUMENTS)}"
-            )
+        if unknown := sorted(set(spec.arguments) - {*ARGUMENTS}):
+            takes = ", ".join(ARGUMENTS)
+            raise ClassifierError(f"UperNet has no argument {unknown[0]!r}; it takes {takes}")
         if find_spec("transformers") is None:
             raise ClassifierError(
                 "UperNet needs transformers; install it with pip install 'lpcam[upernet]'"
@@ -185,22 +170,19 @@ class UperNetNetwork:
 
 
 def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
-    swin = SIZES[size]
-    depths = list(chosen.get("depths", swin.depths))
-    heads = list(chosen.get("num_heads", swin.num_heads))
-    if len(depths) != len(swin.depths) or len(heads) != len(swin.depths):
-        raise ValueError(
-            f"depths {depths} and num_heads {heads} must have {len(swin.depths)} numbers each"
-        )
+    swin = {**SIZES[size]._asdict(), **chosen}
+    depths, heads = list(swin["depths"]), list(swin["num_heads"])
+    if not len(depths) == len(heads) == 4:
+        raise ValueError(f"depths {depths} and num_heads {heads} must have 4 numbers each")
     return transformers.UperNetConfig(
         backbone_config=transformers.SwinConfig(
-            embed_dim=chosen.get("embed_dim", swin.embed_dim),
+            embed_dim=swin["embed_dim"],
             depths=depths,
             num_heads=heads,
             patch_size=4,
             window_size=chosen.get("window_size", 7),
             drop_path_rate=chosen.get("drop_path", 0.3),
-            out_features=[f"stage{number + 1}" for number in range(len(depths))],
+            out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
         hidden_size=chosen.get("channels", 512),
         pool_scales=(1, 2, 3, 6),
@@ -236,27 +218,20 @@ _LEFT_OUT = re.compile(
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Swin under their present names in transformers.
+    """The tensors of a Swin of transformers, timm or the official program, as transformers' today.
 
-    Names are those of transformers, of the official program or of timm. The last two have queries,
-    keys and values in one tensor; timm merges patches at the start of a stage
-    (``layers.1.downsample``), the official program at the end of the previous one. The
-    classification head, the norm before it, and constants of the architecture are left out; unknown
-    names are kept.
+    The classification head, the norm before it and constants are left out; unknown names are kept.
     """
     official = any(name.startswith("patch_embed.") for name in state)
-    of_timm = official and not any(name.startswith("layers.0.downsample.") for name in state)
+    # timm merges patches at the start of a stage, the official program at the end of the one before
+    later = official and not any(name.startswith("layers.0.downsample.") for name in state)
     found: dict[str, Tensor] = {}
     for full, tensor in state.items():
         name = full.removeprefix("swin.")
         if _LEFT_OUT.search(name):
             continue
-        if of_timm:
-            name = re.sub(
-                r"^layers\.(\d+)\.downsample\.",
-                lambda match: f"layers.{int(match[1]) - 1}.downsample.",
-                name,
-            )
+        if later and (match := re.match(r"layers\.(\d+)(\.downsample\..*)", name)):
+            name = f"layers.{int(match[1]) - 1}{match[2]}"
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
         if ".attn.qkv." in name:
@@ -280,8 +255,7 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
         ) from error
     if missing := sorted(report["missing_keys"]):  # transformers has drawn them at random
         raise ClassifierError(
-            f"the weights {checkpoint!r} are not of a Swin: {missing[0]!r} is missing "
-            f"({len(missing)} such)"
+            f"the weights {checkpoint!r} are not of a Swin: {missing[0]!r} is missing"
         )
     state: dict[str, Tensor] = model.state_dict()
     return state

@@ -5,6 +5,7 @@ The backbone is :class:`lpcam.classifiers.wideresnet38.WideResNet38`, which clas
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
@@ -38,10 +39,7 @@ DILATION = 12  #: Dilation of both convolutions.
 
 
 class WideResNet38LargeFov(FrozenNorms):
-    """Logits at stride 8: two dilated 3 x 3 convolutions on WideResNet-38.
-
-    All batch norms and the first convolution are frozen.
-    """
+    """Two dilated 3 x 3 convolutions on WideResNet-38, whose first one and norms are frozen."""
 
     def __init__(self, backbone: WideResNet38, labels: int, *, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -56,8 +54,7 @@ class WideResNet38LargeFov(FrozenNorms):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised RGB to logits (B, L, ceil(H / 8), ceil(W / 8))."""
-        found = self.fc1(self.backbone.forward_features(images)).relu()
-        logits: Tensor = self.fc2(found)
+        logits: Tensor = self.fc2(self.fc1(self.backbone.forward_features(images)).relu())
         return logits
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
@@ -105,7 +102,12 @@ class WideResNet38Network:
         if not isinstance(hidden, int) or hidden < 1:
             raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
         own, path = BackboneSpec(BACKBONE, arguments), Path(weights)
-        if weights != RANDOM and _is_classifier(path):
+        names: set[str] = set()
+        if weights != RANDOM:
+            caught = suppress(safetensors.SafetensorError, OSError)  # build says what is wrong
+            with caught, safetensors.safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+        if {"backbone.conv1a.weight", "head.weight"} <= names:
             classifier = _load_classifier(path, own)
         else:
             classifier = build(own, NO_CLASSES, weights=weights, seed=seed)
@@ -118,15 +120,6 @@ class WideResNet38Network:
             _load_head(network, path)
         used = preprocessing_with(classifier.preprocessing, first.get("mean"), first.get("std"))
         return network, used
-
-
-def _is_classifier(path: Path) -> bool:
-    """Whether a readable file holds a classifier of this package on this backbone."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {"backbone.conv1a.weight", "head.weight"} <= set(file.keys())
-    except (safetensors.SafetensorError, OSError):
-        return False
 
 
 def _load_classifier(path: Path, spec: BackboneSpec) -> Classifier:
