@@ -120,9 +120,9 @@ def import_huggingface(
     lines = [f"wrote {output}, from the columns {image} and {labels}"]
     if united:
         lines.insert(0, f"{united} rows have the file of a row before; labels were united")
-    for first in left_out[:1]:
+    if left_out:
         count = f"{len(left_out)} of {len(dataset)} rows were left out"
-        lines.insert(0, f"{count}, the first: row {first['row']}, {first['reason']}")
+        lines.insert(0, "{}, the first: row {row}, {reason}".format(count, **left_out[0]))
     return "\n".join(lines)
 
 

@@ -248,9 +248,7 @@ class LabelStudioReader(Reader):
         apart = any(a.isdisjoint(b) for a, b in combinations(tags.values(), 2))
         if request.classes is None and apart:
             texts = "; ".join(f"{tag}: {shortened(sorted(of))}" for tag, of in tags.items())
-            raise DataError(
-                f"{path}: several tags give labels ({texts}); choose the classes with --classes"
-            )
+            raise DataError(f"{path}: several tags give labels ({texts}); choose with --classes")
         numbers = {name: n for n, name in enumerate(sorted(set().union(*tags.values())))}
         annotations = {
             image: [

@@ -102,10 +102,8 @@ def _describe(root: Path) -> _Contents:
         lists = {v: [f"{k}.txt"] for k, v in _LISTS.items() if _find(f"{k}.txt", places)}
         names = dict(enumerate(read_names(path, way="name it in a data.yaml")))
         return _Contents(path=path, names=names, lists=lists, places=places)
-    raise DataError(
-        f"{root} has YOLO's labels, but nothing names the classes; write {root / 'classes.txt'}, "
-        "one name a line from class 0 on, or give the data.yaml"
-    )
+    how = f"write {root / 'classes.txt'}, one name a line from class 0 on, or give the data.yaml"
+    raise DataError(f"{root} has YOLO's labels, but nothing names the classes; {how}")
 
 
 def _find(text: str, places: Sequence[Path]) -> Path | None:
@@ -183,10 +181,8 @@ def _objects(
             known = shortened([f"{n} {name}" for n, name in contents.names.items()])
             raise DataError(f"{where}: class {label:g} has no name; {contents.path} names {known}")
         if wrong := [v for v in values[: 4 if is_box else None] if not -0.01 <= v <= 1.01]:
-            raise DataError(
-                f"{where}: {wrong[0]:g} is outside 0 to 1; divide pixels by the width (x) or the "
-                "height (y) of the image"
-            )
+            how = "divide pixels by the image's width (x) or height (y)"
+            raise DataError(f"{where}: {wrong[0]:g} is outside 0 to 1; {how}")
         if len(values) in _DOUBTFUL:
             notes[_DOUBTFUL[len(values)]].append(where)
         shape = None if is_box else partial(_draw, np.reshape(values, (-1, 2)))

@@ -127,10 +127,8 @@ class AnnotatedImages:
         if faults:
             first, fault = next(iter(faults.items()))
             source, entry, _ = self.images[first]
-            notice = (
-                f"images without a true mask, because it cannot be painted: {len(faults)}; the "
-                f"first: {source.path}, image {entry.file_name}: {fault}"
-            )
+            notice = f"images without a true mask, because it cannot be painted: {len(faults)}; "
+            notice += f"the first: {source.path}, image {entry.file_name}: {fault}"
             logger.warning("%s", notice)
             notices = (*notices, notice)
         return replace(self.dataset, items=items, notices=notices)
@@ -225,11 +223,11 @@ class CocoFolder(AnnotatedImages):
         read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
         files = {name: read(path) for name, path in paths.items()}
         first, *others = files.values()
-        for other in others:
-            if other.categories != first.categories:
-                number, category = min({*first.categories} ^ {*other.categories}, key=str)
+        for file in others:
+            if file.categories != first.categories:
+                number, category = min({*first.categories} ^ {*file.categories}, key=str)
                 raise DataError(
-                    f"{first.path} and {other.path} have different categories, first {number} "
+                    f"{first.path} and {file.path} have different categories, first {number} "
                     f"({category}); read them one at a time"
                 )
         images: dict[str, PlacedImage] = {}
@@ -248,10 +246,8 @@ class CocoFolder(AnnotatedImages):
                 image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
                 if image_id in images:
                     other = images[image_id].source.path
-                    raise DataError(
-                        f"{other} and {file.path} have two images with the id {image_id!r}, the "
-                        f"second is {entry.file_name!r}; rename one of them"
-                    )
+                    both = f"{other} and {file.path} have two images with the id {image_id!r}"
+                    raise DataError(f"{both}, the second is {entry.file_name!r}; rename one")
                 images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
                 if image is None:
                     skipped.append(Skip(image_id, reason))

@@ -155,9 +155,7 @@ def _remove_old(
     before = read_json(path) if path.exists() else None
     kind = before.get("kind") if isinstance(before, dict) else None
     if path.exists() and not str(kind).startswith(_KIND):
-        raise ArtefactError(
-            f"{path} was not written by lpcam, so it may be yours; choose another folder"
-        )
+        raise ArtefactError(f"{path} was not written by lpcam; choose another folder")
     sources: dict[str, dict[str, Any]] = (before or {}).get("sources", {})
     known = {name: key for key, source in sources.items() for name in source["images"]}
     key_of = cache(lambda digest: digest_json([digest, options]))
@@ -168,10 +166,7 @@ def _remove_old(
     listing = cache(listing_of)
     old = [mask for n in stale if (mask := folder / f"{n}.png").name in listing(mask.parent)]
     if old and before is None:
-        raise ArtefactError(
-            f"{old[0]} exists and was not painted by lpcam (there is no {PAINTED}), so it may be "
-            "yours; choose another folder"
-        )
+        raise ArtefactError(f"{old[0]} was not painted by lpcam; choose another folder")
     # If this is stopped before the record is written, the remaining masks still fit the old record.
     for mask in old:
         mask.unlink(missing_ok=True)

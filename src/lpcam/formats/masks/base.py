@@ -67,12 +67,10 @@ def regions(
 
 
 def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> Iterator[Region]:
+    parts, count = components(pixels) if instances else (pixels.astype(np.int32), 1)
     y, x = np.nonzero(pixels)
-    parts, boxes = pixels, [(1, (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1)))]
-    if instances:
-        parts, count = components(pixels)
-        boxes = labelled_boxes(parts, count)
-    for number, box in boxes:
+    whole = (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1))
+    for number, box in labelled_boxes(parts, count) if instances else [(1, whole)]:
         yield Region(label, int(box[1].start), int(box[0].start), parts[box] == number)
 
 

@@ -19,20 +19,12 @@ class _Cvat(Format):
     def record(self, picture: Picture) -> Any:
         height, width = picture.size
         image = Element("image", name=picture.name, width=str(width), height=str(height))
-        for region in picture.objects:
-            SubElement(
-                image,
-                "mask",
-                label=picture.classes.names[region.label],
-                source="auto",
-                occluded="0",
-                rle=", ".join(map(str, runs(region.pixels.ravel()))),
-                left=str(region.x0),
-                top=str(region.y0),
-                width=str(region.width),
-                height=str(region.height),
-                z_order="0",
-            )
+        for one in picture.objects:
+            box = {"left": one.x0, "top": one.y0, "width": one.width, "height": one.height}
+            shape = SubElement(image, "mask", {name: str(value) for name, value in box.items()})
+            shape.set("label", picture.classes.names[one.label])
+            shape.set("rle", ", ".join(map(str, runs(one.pixels.ravel()))))
+            shape.attrib |= {"source": "auto", "occluded": "0", "z_order": "0"}
         return image
 
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:

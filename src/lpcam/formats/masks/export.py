@@ -134,7 +134,14 @@ def export_masks(
     found = {"images": len(written), **counts, "left_out": skipped, "files": sorted(files)}
     write_json(output / INDEX, {**index, **found})
     return ExportedMasks(
-        output, format, len(written), *counts.values(), (*left_out,), writer.ignored, images_below
+        output,
+        format,
+        len(written),
+        counts["annotations"],
+        counts["ignored_pixels"],
+        tuple(left_out),
+        writer.ignored,
+        images_below,
     )
 
 
@@ -150,14 +157,12 @@ def _check_entries(masks: Sequence[MaskEntry], writer: Format) -> None:
 def _without_shared_images(entries: Sequence[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
     """Leave out an image that two lists of a data set share: it has two ids and one name."""
     owners: dict[str, str] = {}
-    found: list[MaskEntry | Skip] = []
-    for entry in entries:
-        if isinstance(entry, MaskEntry) and owners.setdefault(entry.name, entry.id) != entry.id:
-            owner = owners[entry.name]
+    found = [*entries]
+    for place, entry in enumerate(entries):
+        if isinstance(entry, MaskEntry):
+            owner = owners.setdefault(entry.name, entry.id)
             reason = f"its image {entry.name} is that of {owner!r}, whose mask is exported"
-            found.append(Skip(entry.id, reason))
-        else:
-            found.append(entry)
+            found[place] = entry if owner == entry.id else Skip(entry.id, reason)
     return found
 
 
@@ -170,10 +175,7 @@ def _image_prefix(root: str, format: str) -> str:
     try:
         return f"{safe_id(root.rstrip('/') or root)}/"
     except DataError as error:
-        raise DataError(
-            f"the image root {root!r} is refused; expected the path of the images' folder below "
-            "the served folder, such as 'images'"
-        ) from error
+        raise DataError(f"the image root is a path below the served folder: {error}") from error
 
 
 def _earlier_files(output: Path, format: str) -> set[str]:
@@ -188,9 +190,7 @@ def _earlier_files(output: Path, format: str) -> set[str]:
     try:
         return {safe_id(name) for name in index["files"]}  # they are deleted by name
     except (KeyError, TypeError, DataError) as error:
-        raise ArtefactError(
-            f"{output / INDEX} is damaged ({error}); choose another --output"
-        ) from error
+        raise ArtefactError(f"{output / INDEX} is damaged ({error}); choose another") from error
 
 
 def _check_targets(
@@ -204,7 +204,5 @@ def _check_targets(
         if {path.absolute(), path.parent.resolve() / path.name} & written:
             others.append(path)
     if others:
-        raise ArtefactError(
-            f"{others[0]} is there already and was not written by an earlier '{_KIND}', or is to "
-            "be exported itself; choose another --output"
-        )
+        reason = f"was not written by an earlier '{_KIND}', or is to be exported itself"
+        raise ArtefactError(f"{others[0]} is there already and {reason}; choose another --output")

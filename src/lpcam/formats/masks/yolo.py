@@ -25,10 +25,7 @@ class _Yolo(Format):
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
         short = _below_images(entry.id)
         if "images" in short.split("/")[:-1] or (short != entry.id and short in ids):
-            raise DataError(
-                f"{entry.id!r} has a folder 'images', which YOLO's readers take for the one beside "
-                "'labels'; rename that folder"
-            )
+            raise DataError(f"{entry.id!r} has a folder 'images', which YOLO pairs; rename it")
 
     def paths(self, entry: MaskEntry) -> Sequence[str]:
         label = f"labels/{_below_images(entry.id)}.txt"
