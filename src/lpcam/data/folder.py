@@ -297,11 +297,11 @@ def _find_masks(folder: Path, images: Collection[str], notices: list[str]) -> di
     used = {*found.values()}
     unused = [name for name, path in files.images if path not in used]
     if unknown := [skip.id for skip in files.unread] + unused:
-        text = f"{len(unknown)} files ({shortened(unknown)}) belong to no image"
-        how = "they are called ID.png, as the image without its extension"
+        how = "belong to no image; they are called ID.png, as the image without its extension"
+        text = f"{len(unknown)} files ({shortened(unknown)}) {how}"
         if not found:
-            raise DataError(f"{folder}: {text}, and none does; {how}")
-        notices.append(f"{folder.name}/: {text}; {how}")
+            raise DataError(f"{folder}: none of its masks is used: {text}")
+        notices.append(f"{folder.name}/: {text}")
     return found
 
 

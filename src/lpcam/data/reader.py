@@ -198,8 +198,8 @@ class Reader(ABC):
             if option not in self.takes:
                 kinds = ", ".join(name for name, one in READERS.items() if option in one.takes)
                 what = f"{option.replace('folders', 'labels')} {str(given[option])!r}"
-                problem = f"{what} does not belong to the kind {kind}"
-                raise ValueError(f"{problem}, but to {kinds}; leave it out")
+                text = f"does not belong to the kind {kind}, but to {kinds}; leave it out"
+                raise ValueError(f"{what} {text}")
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
