@@ -236,10 +236,8 @@ class LabelStudioReader(Reader):
             labels = {tuple(sorted({one.name for one in found})) for found, _ in given}
             if len(labels) > 1 and several == "refuse":
                 texts = "; ".join(", ".join(one) or "none" for one in sorted(labels))
-                raise DataError(
-                    f"{path}: annotations of {image.name} have different labels ({texts}); mark "
-                    "one as ground truth, or give --several last or --several union"
-                )
+                how = "mark one as ground truth, or give --several last or --several union"
+                raise DataError(f"{path}: annotations of {image.name} differ ({texts}); {how}")
             if len(given) > 1:
                 notes["images with several annotations"].append(image.name)
             kept[image] = [r for of, _ in (given if several == "union" else given[-1:]) for r in of]

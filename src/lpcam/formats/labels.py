@@ -54,9 +54,9 @@ def import_labels(
     check_unique(names, listed)
     for name, row in zip(names, rows, strict=True):
         if not isinstance(row, np.ndarray) or row.shape != (len(classes),):
+            shape = getattr(row, "shape", type(row).__name__)
             raise DataError(
-                f"{where} has {getattr(row, 'shape', type(row).__name__)} for {name!r}; expected "
-                f"one value for each of the {len(classes)} classes (no background)"
+                f"{where} has {shape} for {name!r}, not {len(classes)} values, as classes"
             )
         if not np.isfinite(row).all():
             raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
@@ -83,10 +83,7 @@ def _image_name(key: Any, coco_split: str | None, where: str) -> str:
         return f"{match[1]}_{match[2]}"
     if isinstance(key, int):
         if coco_split is None or not 0 <= key < 10**12:
-            raise DataError(
-                f"{where} names an image by the number {key}, which is not of VOC; give COCO's "
-                "split (--coco-split) if it is one of its images"
-            )
+            raise DataError(f"{where} names an image by the number {key}; of COCO: --coco-split")
         return f"COCO_{coco_split}_{key:012d}"
     if not name.isprintable():  # a file may hold text that no other file can
         raise DataError(f"{where} has the name {name!r:.80}; names are printable text")

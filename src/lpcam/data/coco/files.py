@@ -47,10 +47,8 @@ def find_files(
         elif name == ALL and found:
             wanted |= found
         else:
-            raise DataError(
-                f"list {given!r} is missing: there is no annotation file of it in {root}; the "
-                f"lists are {', '.join([*found, ALL]) if found else 'none'}"
-            )
+            known = ", ".join([*found, ALL]) if found else "none"
+            raise DataError(f"there is no annotation file of {given!r} in {root}; lists: {known}")
     return folder, wanted, found
 
 
@@ -132,9 +130,9 @@ def find_image(
                     return folder / stored, plain
                 found.setdefault((folder / stored).resolve(), folder / stored)
         if len(found) > 1:
+            options = ", ".join(map(str, found.values()))
             raise DataError(
-                f"the image {file_name!r} may be any of {', '.join(map(str, found.values()))}; "
-                "write its path from the folder of the data set"
+                f"the image {file_name!r} may be any of {options}; write more of its path"
             )
         for path in found.values():
             return path, "/".join(parts[start:])

@@ -231,10 +231,8 @@ def _classes(path: Path, entries: Iterable[_Category]) -> tuple[dict[Any, int | 
     for one in entries:
         other = first.setdefault(normal_name(one.name), one)
         if one.id in classes or other.supercategory != one.supercategory:
-            raise DataError(
-                f"{path}: categories repeat: {other.name} ({other.id}, {other.supercategory}), "
-                f"{one.name} ({one.id}, {one.supercategory}); give each class one name and one id"
-            )
+            both = ", ".join(f"{x.name} ({x.id}, {x.supercategory})" for x in (other, one))
+            raise DataError(f"{path}: categories repeat: {both}; give each one name and one id")
         classes[one.id] = other.id
         if other is not one:
             several.append(f"{one.name!r} has the ids {other.id} and {one.id}")
